@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting a checkpoint's :class:`~ovd.modeling.scoring.Calibration` on scenes that no training and no evaluation uses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ovd.modeling.scoring import Calibration
+
+
+def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[float, float]:
+    """Slope and offset of ``sigmoid(slope · logit(raw) + offset)`` by Newton's method on the log-likelihood.
+
+    Args:
+        raw: (N,) scores in [0, 1].
+        correct: (N,) bool, whether the detection was right.
+
+    Returns:
+        (slope, offset); (1, 0) when all are right or all wrong, where the likelihood has no maximum.
+    """
+    target = correct.double()
+    if len(raw) == 0 or target.min() == target.max():
+        return 1.0, 0.0
+    x = torch.stack([torch.logit(raw.double(), eps=1e-6), torch.ones(len(raw), dtype=torch.float64)], dim=1)
+    weight = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    ridge = 1e-6 * torch.eye(2, dtype=torch.float64)
+    for _ in range(iterations):
+        p = (x @ weight).sigmoid()
+        gradient = x.T @ (p - target)
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge
+        step = torch.linalg.solve(hessian, gradient)
+        weight = weight - step.clamp(-2.0, 2.0)  # a bounded step keeps Newton from leaving for infinity on separable scores
+        if float(step.abs().max()) < 1e-9:
+            break
+    return float(weight[0]), float(weight[1])
+
+
+def absent_class_threshold(best_absent: Tensor, *, rate: float = 0.95) -> float:
+    """The score that a class which is not in the picture stays below in ``rate`` of the pictures.
+
+    Args:
+        best_absent: (N,) best score of one absent class in each of N pictures.
+    """
+    if len(best_absent) == 0:
+        raise ValueError("no absent classes were scored")
+    return float(torch.quantile(best_absent.double(), rate))
+
+
+def with_fit(calibration: Calibration, raw: Tensor, correct: Tensor) -> Calibration:
+    """The calibration with slope and offset fitted to raw scores of :meth:`Calibration.uncalibrated`."""
+    slope, offset = fit_platt(raw, correct)
+    return replace(calibration, slope=slope, offset=offset)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted geometric mean of the text head's and the image head's scores (ViLD-ensemble)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BASE_NOVEL_WEIGHT = 2.0 / 3.0
+"""ViLD section 3.4: the text head's exponent on base classes, and the image head's on novel ones."""
+
+FIXED_TEXT_WEIGHT = 0.6
+"""Exponent of the text head when nobody knows which typed word is base; the value DetPro uses for transfer data sets."""
+
+
+def text_exponents(is_base_C: Tensor, *, weight: float = BASE_NOVEL_WEIGHT) -> Tensor:
+    """(C,) exponents of the text head: ``weight`` on base classes and ``1 − weight`` on novel ones."""
+    return torch.where(is_base_C.bool(), weight, 1.0 - weight)
+
+
+def geometric_ensemble(text_RC: Tensor, image_RC: Tensor, exponent: Tensor | float) -> Tensor:
+    """``text^e · image^(1−e)``, elementwise, not renormalised.
+
+    The result is a score and no distribution: with exponents that differ between classes a row can sum to more than 1, so a
+    softmax must never be rebuilt from it.
+
+    Args:
+        text_RC: probabilities of the text head.
+        image_RC: probabilities of the image head.
+        exponent: scalar or (C,), see :func:`text_exponents`.
+    """
+    return text_RC.pow(exponent) * image_RC.pow(1.0 - exponent)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From region embeddings to scores that mean the same however many words a person types.
+
+A plain softmax over the typed words gives one mediocre region .73 with one word and .02 with a thousand. Here every class is
+scored alone against a *fixed* set of competitors: the bank (words that come with the checkpoint), the learned background and the
+person's own negative words. So a column never depends on the other columns.
+
+Shapes: ``R`` regions, ``C`` typed classes, ``B`` bank words, ``D`` joint embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How a checkpoint's cosines become scores; fitted per checkpoint and stored with it.
+
+    Attributes:
+        logit_scale: inverse temperature of the softmax (ViLD trains with 100).
+        text_weight: exponent of the text head where there are two heads.
+        objectness_weight: exponent e of the proposal's objectness in ``score · objectness^e``.
+        slope, offset: ``score = sigmoid(slope · logit(raw) + offset)``, fitted so that .7 is right seven times in ten.
+        bank_limit: bank words with a cosine above it to the typed class are its near-synonyms and do not compete with it.
+        threshold: default of the page and of ``detect``.
+    """
+
+    logit_scale: float = 100.0
+    text_weight: float = FIXED_TEXT_WEIGHT
+    objectness_weight: float = 0.0
+    slope: float = 1.0
+    offset: float = 0.0
+    bank_limit: float = 0.7
+    threshold: float = 0.3
+
+    def uncalibrated(self) -> Calibration:
+        """The same scores before the sigmoid is applied."""
+        return replace(self, slope=1.0, offset=0.0)
+
+
+@dataclass(kw_only=True)
+class RegionSet:
+    """Everything a detector knows of one picture before any word is typed.
+
+    Attributes:
+        boxes: (R, 4) float32 x1, y1, x2, y2 in pixels of the original picture.
+        objectness: (R,) in [0, 1].
+        text: (R, D) unit rows, the text head's embeddings.
+        image: (R, D) unit rows, the image head's, or None where one head does both.
+        masks: (R, M, M) mask probabilities in the frame of each box, or None.
+        size: (height, width) of the original picture.
+    """
+
+    boxes: Tensor
+    objectness: Tensor
+    text: Tensor
+    image: Tensor | None
+    masks: Tensor | None
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+def competitor_mask(classes_CD: Tensor, bank_BD: Tensor, *, limit: float) -> Tensor:
+    """(C, B) bool: True where a bank word competes with a class, False for its near-synonyms."""
+    return classes_CD @ bank_BD.T <= limit
+
+
+def bank_probabilities(
+    regions_RD: Tensor, classes_CD: Tensor, bank_BD: Tensor, background_D: Tensor | None, *, scale: float, limit: float
+) -> Tensor:
+    """(R, C) probability of each class against the bank and the background, each column on its own.
+
+    ``p_c = e^{s·c} / (e^{s·c} + Σ_competitors e^{s·b} + e^{s·bg})``. All inputs are unit rows.
+    """
+    classes_RC = scale * regions_RD @ classes_CD.T
+    bank_RB = scale * regions_RD @ bank_BD.T
+    if background_D is not None:
+        bank_RB = torch.cat([bank_RB, scale * (regions_RD @ background_D)[:, None]], dim=1)
+    keep_CB = competitor_mask(classes_CD, bank_BD, limit=limit).to(bank_RB.dtype)
+    if background_D is not None:
+        keep_CB = F.pad(keep_CB, (0, 1), value=1.0)
+    if bank_RB.shape[1] == 0:
+        raise ValueError("scores need at least one competitor: a bank word or a background embedding")
+    # One shift per region keeps every exponential in range; a sum over the kept words (never total − left out) keeps the digits.
+    shift_R1 = bank_RB.max(dim=1, keepdim=True).values
+    against_RC = (bank_RB - shift_R1).exp() @ keep_CB.T
+    log_odds_RC = classes_RC - shift_R1 - against_RC.clamp_min(1e-30).log()
+    return log_odds_RC.sigmoid()
+
+
+def score_regions(
+    text_RD: Tensor,
+    image_RD: Tensor | None,
+    objectness_R: Tensor,
+    classes_CD: Tensor,
+    bank_BD: Tensor,
+    background_D: Tensor | None,
+    calibration: Calibration,
+) -> Tensor:
+    """(R, C) scores in [0, 1]; column c depends on class c alone.
+
+    Args:
+        text_RD: unit rows of the text head.
+        image_RD: unit rows of the image head, or None. It has no background of its own, so the bank is all it competes with.
+        objectness_R: in [0, 1].
+        classes_CD: unit rows of the typed classes.
+        bank_BD: unit rows of the checkpoint's bank and of the person's negative words.
+        background_D: unit learned background, or None.
+        calibration: the checkpoint's.
+    """
+    scale, limit = calibration.logit_scale, calibration.bank_limit
+    score = bank_probabilities(text_RD, classes_CD, bank_BD, background_D, scale=scale, limit=limit)
+    if image_RD is not None:
+        image = bank_probabilities(image_RD, classes_CD, bank_BD, None, scale=scale, limit=limit)
+        score = geometric_ensemble(score, image, calibration.text_weight)
+    if calibration.objectness_weight:
+        score = score * objectness_R.clamp(0.0, 1.0).pow(calibration.objectness_weight)[:, None]
+    if (calibration.slope, calibration.offset) != (1.0, 0.0):
+        score = (calibration.slope * torch.logit(score, eps=1e-6) + calibration.offset).sigmoid()
+    return score
+
+
+def vocabulary_probabilities(
+    text_RD: Tensor,
+    image_RD: Tensor | None,
+    classes_CD: Tensor,
+    background_D: Tensor | None,
+    *,
+    scale: float,
+    exponent: Tensor | float = FIXED_TEXT_WEIGHT,
+) -> Tensor:
+    """(R, C) scores of the published evaluation: one softmax over the whole vocabulary, background column dropped.
+
+    The text head's softmax includes the background, the image head's does not (released code).
+    """
+    logits = scale * text_RD @ classes_CD.T
+    if background_D is not None:
+        logits = torch.cat([logits, scale * (text_RD @ background_D)[:, None]], dim=1)
+    score = logits.softmax(dim=1)[:, : len(classes_CD)]
+    if image_RD is not None:
+        score = geometric_ensemble(score, (scale * image_RD @ classes_CD.T).softmax(dim=1), exponent)
+    return score
