@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line every command shares: ``--config FILE key=value …`` and a few flags. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pretrain.engine.config import (
+    Section,
+    _did_you_mean,
+    _walk,
+    config_hash,
+    describe,
+    dump_config,
+    load_config,
+)
+from pretrain.engine.errors import ConfigError
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+FLAGS = {
+    "check": "Build everything, read two batches, do one step, write nothing, and end.",
+    "resume": "Go on from the newest good checkpoint in out, exactly; refused when training keys changed.",
+    "overwrite": "Start anew although out is not empty.",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of a command line that are not part of the configuration."""
+
+    check: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    print_config: bool = False
+    config: str | None = None
+
+
+def command_line(
+    model: type[SectionT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    doc: str,
+    default_config: str | None = None,
+    flags: Sequence[str] = ("check", "resume", "overwrite"),
+) -> tuple[SectionT, Options]:
+    """Parse a command's arguments into its configuration.
+
+    ``--some-key VALUE`` is accepted for every key of the model and means ``some_key=VALUE``.
+
+    Args:
+        model: What the command's configuration consists of.
+        argv: Arguments after the program name.
+        prog: How the command is called, for the help: ``python -m ovd.train``.
+        doc: What the command does; first paragraph of the help.
+        default_config: File used without ``--config``; ``None``: the defaults of the model alone.
+        flags: Which of ``FLAGS`` the command has.
+
+    Raises:
+        ConfigError: With everything wrong on the command line and in the configuration.
+        SystemExit: 0, after ``--help`` or ``--print-config``.
+    """
+    fields = dict(_walk(model))
+    known_flags = ["help", "config", "print-config", *flags]
+    problems: list[str] = []
+    overrides: list[str] = []
+    given: set[str] = set()
+    config: str | None = None
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            section = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else None
+            print(_help(model, prog, doc, default_config, flags) if section is None else describe(model, section))
+            raise SystemExit(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if not argument.startswith("-"):
+            if equals:
+                overrides.append(argument)
+            elif argument.endswith((".yaml", ".yml")):
+                problems.append(f"'{argument}': name the file with --config {argument}")
+            else:
+                problems.append(f"'{argument}': expected key=value or a flag; see --help")
+        elif name == "config" or argument == "-c":
+            if not equals and not rest:
+                problems.append("--config needs a file, for example --config vild.yaml")
+                continue
+            if config is not None:
+                problems.append("--config is given twice; let one file inherit from the other with 'base:'")
+            config = value if equals else rest.pop(0)
+        elif argument.startswith("--") and not equals and name in ("print-config", *flags):
+            given.add(key)
+        elif argument.startswith("--") and key in fields:
+            if equals:
+                overrides.append(f"{key}={value}")
+            elif fields[key].annotation is bool:
+                overrides.append(f"{key}=true")
+            elif rest:
+                overrides.append(f"{key}={rest.pop(0)}")
+            else:
+                problems.append(f"{argument} needs a value: {key}=VALUE")
+        else:
+            hint = _did_you_mean(name, [*known_flags, *fields])
+            problems.append(f"unknown flag '{argument}'{hint or ' - see --help'}")
+    if {"resume", "overwrite"} <= given:
+        problems.append("--resume and --overwrite exclude each other")
+    if problems:
+        raise ConfigError(problems)
+    if config is None:
+        config = default_config
+    cfg = load_config(model, config, overrides)
+    options = Options(**{flag: True for flag in given}, config=config)
+    if options.print_config:
+        print(f"{dump_config(cfg)}# hash of the training keys: {config_hash(cfg)}")
+        raise SystemExit(0)
+    return cfg, options
+
+
+def _help(model: type[Section], prog: str, doc: str, default_config: str | None, flags: Sequence[str]) -> str:
+    default = f" Without it: {default_config}." if default_config else ""
+    rows = {
+        "--config FILE": f"Configuration; a bare name is looked up under configs/.{default}",
+        "key=value": "Set one key, for example loop.steps=100; a later one wins. --key value is the same.",
+        "--print-config": "Print the resolved configuration as YAML and its hash, and end.",
+        **{f"--{flag}": FLAGS[flag] for flag in flags},
+        "--help [SECTION]": "This text, or one section or key of it.",
+    }
+    usage = f"usage: {prog} [--config FILE] [key=value ...] [flags]"
+    lines = [f"  {left:<18} {right}" for left, right in rows.items()]
+    return "\n".join([usage, "", doc.strip(), "", *lines, "", describe(model)])

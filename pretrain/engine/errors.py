@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors a person can act on, and the one place where a command turns them into an exit status.
+
+Anything that is not a ``UserError`` is a defect of this program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a C program killed by ``| head`` reports
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The message names the file, key or class and the next step."""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration.
+
+    Attributes:
+        problems: One line per problem, each beginning with where it stands (``file:line`` or the override).
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems: list[str] = list(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            message = "\n  ".join([f"{len(self.problems)} problems in the configuration:", *self.problems])
+        super().__init__(message)
+
+
+class BadImageError(UserError):
+    """An image file that cannot be read.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str = "cannot be read as an image") -> None:
+        self.path = Path(path)
+        self.reason = reason
+        super().__init__(f"{self.path}: {reason}")
+
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
+        # Default pickling calls cls(message); data-loader workers send this exception between processes.
+        return BadImageError, (str(self.path), self.reason)
+
+
+def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> NoReturn:
+    """Run a command's ``main`` and end the process with its exit status.
+
+    Args:
+        main: Takes the arguments after the program name; returns the exit status, ``None`` meaning 0.
+        argv: Arguments; those of the process when ``None``.
+
+    Raises:
+        SystemExit: Always. 2 after a ``UserError`` (printed as ``error: …`` on stderr), 130 after Ctrl-C, 141 when
+            the reader of standard output went away, otherwise what ``main`` returned or raised. Other exceptions pass.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a Latin-1 terminal must not turn an error into a traceback
+    try:
+        status = main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; give it somewhere to go (Python docs, signal module).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    sys.exit(0 if status is None else status)
