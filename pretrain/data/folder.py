@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safe reading of pictures, and any folder of pictures as a sample source."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pretrain.engine.errors import BadImageError, UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_PIXELS = 25_000_000  # checked on the header, before anything is decoded
+U8 = NDArray[np.uint8]
+
+
+def read_image(
+    source: str | Path | bytes | BinaryIO,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_side: int | None = None,
+    alpha: bool = False,
+) -> U8:
+    """Decode one picture.
+
+    Args:
+        source: path, the bytes of a file, or an open binary file.
+        max_pixels: larger pictures are refused before they are decoded.
+        max_side: shrink (area average) so that no side is longer.
+        alpha: return RGBA instead of RGB. Without it transparent pixels are laid on white.
+
+    Returns:
+        uint8 (H, W, 3) RGB, or (H, W, 4); turned upright as its EXIF orientation says.
+
+    Raises:
+        BadImageError: not a JPEG, PNG, WebP or BMP, damaged, or too large; `.path` names the file.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name", "<bytes>")
+    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
+            with Image.open(opened, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise BadImageError(
+                        name, f"has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first."
+                    )
+                if max_side is not None and image.format == "JPEG":
+                    image.draft("RGB", (max_side, max_side))
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+                converted = _convert(upright, alpha)
+    except BadImageError:
+        raise
+    except FileNotFoundError as error:
+        raise BadImageError(name, "does not exist") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
+    if max_side is not None and max(converted.size) > max_side:
+        factor = max_side / max(converted.size)
+        side = (max(1, round(converted.width * factor)), max(1, round(converted.height * factor)))
+        converted = converted.resize(side, Image.Resampling.BOX)
+    return np.array(converted)
+
+
+def _convert(image: Image.Image, alpha: bool) -> Image.Image:
+    """RGB or RGBA of any mode; 16-bit greys are scaled, not clipped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image).astype(np.float64)
+        scale = 1.0 if grey.max(initial=0.0) <= 255 else 255.0 / 65535.0
+        image = Image.fromarray(np.clip(np.floor(grey * scale + 0.5), 0, 255).astype(np.uint8))
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if alpha:
+        return image.convert("RGBA")
+    if transparent:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Every picture below `folder`, by file extension, sorted by path.
+
+    Raises:
+        UserError: no such folder, or nothing in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; give a folder of {', '.join(EXTENSIONS)} files.")
+    found = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()]
+    if not found:
+        raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}).")
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+class FolderSource:
+    """Pictures of a folder, without labels.
+
+    Args:
+        folder: searched with its sub folders.
+        size: when given, each picture is resized (short side) and cut (centre) to size x size.
+
+    Raises:
+        UserError: no picture found.
+    """
+
+    def __init__(self, folder: str | Path, *, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise UserError(f"size is {size}; it must be positive.")
+        self.paths, self.size = list_images(folder), size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def sample(self, index: int, draw: int = 0) -> U8:
+        """uint8 (3, H, W).
+
+        Raises:
+            BadImageError: unreadable file.
+        """
+        image = read_image(self.paths[index])
+        if self.size is not None:
+            fitted = ImageOps.fit(Image.fromarray(image), (self.size, self.size), Image.Resampling.BILINEAR)
+            image = np.array(fitted)
+        return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+    @staticmethod
+    def collate(samples: list[U8]) -> dict[str, Any]:
+        """{"image": uint8 tensor (N, 3, H, W)}, or a list of tensors when their sizes differ."""
+        import torch
+
+        tensors = [torch.from_numpy(sample) for sample in samples]
+        same = len({tensor.shape for tensor in tensors}) == 1
+        return {"image": torch.stack(tensors) if same else tensors}

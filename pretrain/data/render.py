@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing of Sticker Scenes: sprites, shapes and photos to pixels, boxes and masks.
+
+Every picture is a function of numbers drawn from one PCG64 generator, and every pixel operation is integer
+arithmetic (numpy integers, fixed-point `cv2.remap`, 8-bit blurs and area averages), so that a scene has the same bytes
+on every machine. Sprites are premultiplied RGBA: interpolating them needs no division and gives clean edges.
+
+The pixels are frozen: models were trained on them and a golden test guards them. New features come behind
+options whose default draws nothing else.
+
+H, W: picture height and width. h, w: patch height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+U8 = NDArray[np.uint8]
+Item = TypeVar("Item")
+
+SPRITE = 128  # side of a shipped sprite, pixels
+SOLID = 128  # alpha from which a pixel belongs to the object's mask
+
+
+class Dice:
+    """Uniform random numbers of one PCG64 stream; the only source of chance in a picture."""
+
+    def __init__(self, *key: int) -> None:
+        self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+        self._pool: list[float] = []
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        if not self._pool:
+            self._pool = self._generator.random(64).tolist()
+        return self._pool.pop()
+
+    def uniform(self, low: float, high: float) -> float:
+        """A number in [low, high)."""
+        return low + (high - low) * self.random()
+
+    def below(self, count: int) -> int:
+        """An integer in [0, count)."""
+        return int(self.random() * count)
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        return self.random() < probability
+
+    def choice(self, items: Sequence[Item]) -> Item:
+        """One of the items, uniformly."""
+        return items[self.below(len(items))]
+
+    def permutation(self, count: int) -> list[int]:
+        """A random order of range(count)."""
+        return [int(i) for i in np.argsort(self._generator.random(count), kind="stable")]
+
+
+def premultiply(rgba: U8) -> U8:
+    """Straight RGBA (h, w, 4) to premultiplied RGBA, rounded to nearest."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    out = rgba.copy()
+    out[..., :3] = (rgba[..., :3].astype(np.uint16) * alpha + 127) // 255
+    return out
+
+
+def halve(image: U8) -> U8:
+    """Exact 2x2 area average of (h, w, C); an odd last row or column is dropped."""
+    h, w = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
+    quads = image[:h, :w].astype(np.uint16)
+    return ((quads[0::2, 0::2] + quads[1::2, 0::2] + quads[0::2, 1::2] + quads[1::2, 1::2] + 2) >> 2).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """A cut-out drawing as an image pyramid: premultiplied RGBA, each level half of the one before."""
+
+    levels: tuple[U8, ...]
+
+    @classmethod
+    def from_rgba(cls, rgba: U8) -> Sprite:
+        """Crop straight RGBA to its visible extent and build the pyramid.
+
+        Raises:
+            ValueError: when nothing is opaque.
+        """
+        solid = rgba[..., 3] >= 16
+        if not solid.any():
+            raise ValueError("a sprite needs visible pixels")
+        rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+        base = premultiply(np.ascontiguousarray(rgba[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
+        levels = [base]
+        while min(levels[-1].shape[:2]) >= 16:
+            levels.append(halve(levels[-1]))
+        return cls(tuple(levels))
+
+    @property
+    def aspect(self) -> float:
+        """Width over height."""
+        return self.levels[0].shape[1] / self.levels[0].shape[0]
+
+    def draw(self, width: float, height: float, *, degrees: float = 0.0, mirror: bool = False, pad: int = 1) -> U8:
+        """The sprite at width x height pixels, turned by degrees: premultiplied RGBA (h, w, 4).
+
+        The patch is as large as the turned rectangle plus `pad` transparent pixels on each side.
+        """
+        level = self.levels[0]
+        for smaller in self.levels[1:]:
+            if smaller.shape[1] < width or smaller.shape[0] < height:
+                break
+            level = smaller
+        sh, sw = level.shape[:2]
+        cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        w = math.ceil(abs(width * cosine) + abs(height * sine)) + 2 * pad
+        h = math.ceil(abs(width * sine) + abs(height * cosine)) + 2 * pad
+        kx, ky = sw / width, sh / height
+        if mirror:
+            kx = -kx
+        # Source position of each patch pixel in 1/65536 pixels, then in the 1/32 pixels of cv2's fixed-point maps.
+        dx = np.arange(w, dtype=np.int32) * 2 - (w - 1)
+        dy = (np.arange(h, dtype=np.int32) * 2 - (h - 1))[:, None]
+        one = 1 << 15  # dx and dy count half pixels
+        cx, cy = (sw - 1) << 15, (sh - 1) << 15
+        x = (dx * round(kx * cosine * one) + dy * round(kx * sine * one) + cx + 1024) >> 11
+        y = (dy * round(ky * cosine * one) - dx * round(ky * sine * one) + cy + 1024) >> 11
+        whole = np.empty((h, w, 2), np.int16)
+        whole[..., 0], whole[..., 1] = x >> 5, y >> 5
+        fraction = (((y & 31) << 5) | (x & 31)).astype(np.uint16)
+        return cv2.remap(level, whole, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+
+
+def tone_table(gain: float, offset: float, gamma: float) -> U8:
+    """256-entry table of round(255 * (x/255)**gamma * gain + offset), clipped."""
+    x = np.arange(256) / 255.0
+    return np.clip(np.floor(255.0 * gain * x**gamma + offset + 0.5), 0, 255).astype(np.uint8)
+
+
+def apply_tables(image: U8, tables: U8) -> U8:
+    """Per-channel look-up: image (H, W, 3), tables (3, 256)."""
+    return cv2.LUT(image, np.ascontiguousarray(tables.T)[None])
+
+
+def saturate(image: U8, amount: int) -> U8:
+    """Scale the distance from grey by amount/64 (64 leaves the image); premultiplied colours work as well."""
+    rgb = image[..., :3].astype(np.int16)
+    grey = ((rgb[..., 0] * 2 + rgb[..., 1] * 5 + rgb[..., 2]) >> 3)[..., None]
+    rgb -= grey
+    rgb *= amount
+    rgb >>= 6
+    rgb += grey
+    out = image.copy()
+    out[..., :3] = np.clip(rgb, 0, 255)
+    return out
+
+
+def over(canvas: U8, patch: U8) -> None:
+    """Lay a premultiplied patch (h, w, 4) over canvas (h, w, 3) in place."""
+    inverse = (255 - patch[..., 3:]).astype(np.uint16)
+    blend = canvas * inverse
+    blend += 128
+    blend += blend >> 8
+    blend >>= 8
+    blend += patch[..., :3]
+    np.minimum(blend, 255, out=blend)
+    canvas[...] = blend
+
+
+def blur(image: U8, sigma: float) -> U8:
+    """8-bit Gaussian blur; sigma is rounded to 1/16 pixel. Nothing happens below 0.25."""
+    sigma = round(sigma * 16) / 16
+    if sigma < 0.25:
+        return image
+    side = 2 * math.ceil(2.5 * sigma) + 1
+    return cv2.GaussianBlur(image, (side, side), sigma, borderType=cv2.BORDER_REPLICATE)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A sticker ready to be laid down: premultiplied RGBA (h, w, 4) and what fraction of it is solid."""
+
+    rgba: U8
+    solid: NDArray[np.bool_]
+    pixels: int
+
+    @classmethod
+    def of(cls, rgba: U8) -> Patch:
+        """Measure the mask of a drawn sticker."""
+        solid = rgba[..., 3] >= SOLID
+        return cls(rgba, solid, int(np.count_nonzero(solid)))
+
+
+def recolour(rgba: U8, dice: Dice) -> U8:
+    """Brightness, contrast and saturation of one sticker, drawn at random; alpha stays."""
+    if dice.chance(0.5):
+        rgba = saturate(rgba, 36 + dice.below(46))
+    if dice.chance(0.7):
+        common = dice.uniform(0.75, 1.12)
+        gains = [round(256 * common * dice.uniform(0.93, 1.07)) for _ in range(3)]
+        rgb = (rgba[..., :3] * np.array(gains, np.uint32) + 128) >> 8
+        rgba = np.concatenate([np.minimum(rgb, rgba[..., 3:]).astype(np.uint8), rgba[..., 3:]], axis=2)
+    return rgba
+
+
+def harmonise(patch: U8, canvas: U8, amount: int) -> U8:
+    """Mix the colours of a patch (h, w, 4) with the mean colour of the canvas below: amount/256 of it."""
+    mean = canvas.reshape(-1, 3).mean(axis=0, dtype=np.float64)
+    below = np.floor(mean + 0.5).astype(np.uint32)
+    rgb = patch[..., :3].astype(np.uint32) * (256 - amount)
+    rgb += (patch[..., 3:].astype(np.uint32) * below * amount + 127) // 255
+    out = patch.copy()
+    out[..., :3] = np.minimum((rgb + 128) >> 8, patch[..., 3:])
+    return out
+
+
+def photo_pyramid(image: U8) -> tuple[U8, ...]:
+    """A photo (H, W, 3) and its halvings down to 64 pixels on the short side."""
+    levels = [np.ascontiguousarray(image)]
+    while min(levels[-1].shape[:2]) >= 128:
+        levels.append(halve(levels[-1]))
+    return tuple(levels)
+
+
+def crop_photo(levels: Sequence[U8], height: int, width: int, dice: Dice) -> U8:
+    """A random window of a photo at height x width, mirrored half of the time: (height, width, 3)."""
+    full_h, full_w = levels[0].shape[:2]
+    largest = min(full_h / height, full_w / width)  # source pixels per output pixel
+    scale = largest * (0.3 + 0.7 * dice.random()) if largest > 0 else 1.0
+    octave = 0
+    while octave + 1 < len(levels) and scale >= 2 ** (octave + 1):
+        octave += 1
+    level = levels[octave]
+    h = max(1, min(level.shape[0], round(height * scale / 2**octave)))
+    w = max(1, min(level.shape[1], round(width * scale / 2**octave)))
+    y, x = dice.below(level.shape[0] - h + 1), dice.below(level.shape[1] - w + 1)
+    window = level[y : y + h, x : x + w]
+    if dice.chance(0.5):
+        window = window[:, ::-1]
+    return cv2.resize(np.ascontiguousarray(window), (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+
+
+def gradient(height: int, width: int, dice: Dice) -> U8:
+    """A smooth field of random colours: a 3x3 grid of colours enlarged, (height, width, 3)."""
+    base = [dice.below(256) for _ in range(3)]
+    spread = dice.below(90)
+    corners = [[[c + dice.below(2 * spread + 1) - spread for c in base] for _ in range(3)] for _ in range(3)]
+    grid = np.clip(np.array(corners), 0, 255).astype(np.uint8)
+    return cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+
+
+def grain_tile() -> NDArray[np.int8]:
+    """A fixed 512x512x3 tile of bell-shaped noise, standard deviation about 37."""
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(20)))
+    return (generator.integers(-32, 33, (4, 512, 512, 3), dtype=np.int8).sum(0, dtype=np.int16)).astype(np.int8)
+
+
+def add_grain(image: U8, tile: NDArray[np.int8], dice: Dice) -> U8:
+    """Sensor noise of random strength, in place of none."""
+    height, width = image.shape[:2]
+    strength = 6 + dice.below(44)  # in 1/256 of the tile: up to 7 grey levels
+    if height > 512 or width > 512:
+        tile = np.tile(tile, (-(-height // 512), -(-width // 512), 1))
+    y, x = dice.below(tile.shape[0] - height + 1), dice.below(tile.shape[1] - width + 1)
+    noisy = tile[y : y + height, x : x + width] * np.int16(strength)
+    noisy >>= 8
+    noisy += image
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def scene_tone(dice: Dice) -> U8:
+    """Light of a whole scene (stickers and photo alike): tables (3, 256)."""
+    gamma, gain = dice.uniform(0.8, 1.3), dice.uniform(0.8, 1.08)
+    offset = dice.uniform(-8, 14)
+    return np.stack([tone_table(gain * dice.uniform(0.92, 1.06), offset, gamma) for _ in range(3)])
+
+
+def jpeg_noise(image: U8, quality: int) -> U8:
+    """The image after JPEG coding."""
+    done, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise ValueError(f"cannot code an image of shape {image.shape} as JPEG")
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def shape_sprite(dice: Dice, texture: Sequence[U8]) -> Sprite:
+    """An abstract shape that is nothing: an irregular blob or polygon, filled with colour, stripes or photo.
+
+    The corners are drawn on a circle with very uneven radii, so that stars, hearts, discs and boxes, which are like
+    drawings of the vocabulary, do not occur.
+    """
+    corners = 5 + dice.below(5)
+    start, points = dice.uniform(0, 2 * math.pi), []
+    for corner in range(corners):
+        angle = start + 2 * math.pi * (corner + dice.uniform(-0.3, 0.3)) / corners
+        radius = 120 * dice.uniform(0.3, 1.0)
+        points.append((round(128 + radius * math.cos(angle)), round(128 + radius * math.sin(angle))))
+    polygon = np.array(points, np.int32)
+    mask = np.zeros((256, 256), np.uint8)
+    cv2.fillPoly(mask, [polygon], 255)
+    if dice.chance(0.6):  # a blob: the polygon with round corners
+        mask = ((cv2.blur(mask, (41, 41)) >= 128) * 255).astype(np.uint8)
+    if not mask.any():
+        cv2.circle(mask, (128, 128), 60, 255, -1)
+    rgb = gradient(256, 256, dice)
+    kind = dice.below(3)
+    if kind == 1:
+        rgb = crop_photo(texture, 256, 256, dice)
+    elif kind == 2:
+        period, slant = 10 + dice.below(30), dice.below(5) - 2
+        ramp = np.arange(256)[None] * 2 + np.arange(256)[:, None] * slant
+        stripes = (ramp // period) % 2 == 0
+        rgb = np.where(stripes[..., None], gradient(256, 256, dice), rgb)
+    return Sprite.from_rgba(halve(np.dstack([rgb, mask])))
