@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A torchvision-named ResNet (what ``pretrain/`` exports) as a Detectron2 backbone, through one verified conversion."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.engine.errors import UserError
+
+STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+"""Blocks of res2…res5 (He et al. 2015, table 1)."""
+
+_RENAMES = (
+    (re.compile(r"^layer(\d)\."), lambda m: f"res{int(m[1]) + 1}."),
+    (re.compile(r"downsample\.0\."), lambda m: "shortcut."),
+    (re.compile(r"downsample\.1\."), lambda m: "shortcut.norm."),
+    (re.compile(r"(^|\.)bn(\d)\."), lambda m: f"{m[1]}conv{m[2]}.norm."),
+)
+
+
+class SmallStem(CNNBlockBase):
+    """3×3 stride-2 convolution and a max pool: stride 4 like the ImageNet stem, for small pictures."""
+
+    def __init__(self, *, out_channels: int, norm: str) -> None:
+        super().__init__(3, out_channels, 4)
+        self.conv1 = Conv2d(
+            3, out_channels, kernel_size=3, stride=2, padding=1, bias=False, norm=get_norm(norm, out_channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
+
+
+def stage(*, depth: int, index: int, norm: str) -> list[CNNBlockBase]:
+    """Blocks of res``index`` (2…5) with torchvision's stride placement (in the 3×3 convolution)."""
+    if depth not in STAGE_BLOCKS:
+        raise ValueError(f"depth {depth}: known are {sorted(STAGE_BLOCKS)}")
+    blocks = STAGE_BLOCKS[depth][index - 2]
+    strides = [1 if index == 2 else 2] + [1] * (blocks - 1)
+    width = 64 * 2 ** (index - 2)
+    if depth < 50:
+        first = 64 if index == 2 else width // 2
+        return ResNet.make_stage(
+            BasicBlock, blocks, in_channels=first, out_channels=width, stride_per_block=strides, norm=norm
+        )
+    return ResNet.make_stage(
+        BottleneckBlock,
+        blocks,
+        in_channels=64 if index == 2 else width * 2,
+        out_channels=width * 4,
+        bottleneck_channels=width,
+        stride_per_block=strides,
+        stride_in_1x1=False,
+        norm=norm,
+    )
+
+
+def stage_channels(*, depth: int, index: int) -> int:
+    """Output channels of res``index``."""
+    return 64 * 2 ** (index - 2) * (1 if depth < 50 else 4)
+
+
+def build_resnet(
+    *, depth: int, stem: Literal["small", "imagenet"], norm: str, out_features: tuple[str, ...], freeze_at: int
+) -> ResNet:
+    """Detectron2 ResNet up to the last stage that ``out_features`` names (``res2`` … ``res5``).
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        stem: ``small`` (3×3) or ``imagenet`` (7×7); both have stride 4.
+        norm: Detectron2's name of a norm: ``FrozenBN``, ``BN``, ``SyncBN``, ``GN``.
+        out_features: stages whose output is returned.
+        freeze_at: stages up to this one are frozen, 1 is the stem, 2 is res2; 0 freezes nothing.
+    """
+    first = SmallStem(out_channels=64, norm=norm) if stem == "small" else BasicStem(3, 64, norm=norm)
+    last = max(int(name.removeprefix("res")) for name in out_features)
+    stages = [stage(depth=depth, index=index, norm=norm) for index in range(2, last + 1)]
+    return ResNet(first, stages, out_features=list(out_features), freeze_at=freeze_at)
+
+
+def build_fpn(bottom_up: ResNet, *, in_features: tuple[str, ...], channels: int, norm: str) -> FPN:
+    """Feature pyramid with a max-pooled extra level, Detectron2's default for detection."""
+    return FPN(bottom_up, list(in_features), channels, norm=norm, top_block=LastLevelMaxPool())
+
+
+def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision ResNet names → Detectron2 names (``layer1.0.bn2`` → ``res2.0.conv2.norm``); heads are left out."""
+    converted = {}
+    for key, value in state.items():
+        if key.startswith("fc.") or key.endswith("num_batches_tracked"):
+            continue
+        name = key
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        if not name.startswith("res"):
+            name = f"stem.{name}"
+        converted[name] = value
+    return converted
+
+
+def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load converted weights; every parameter of ``resnet`` must be found.
+
+    Raises:
+        UserError: with counts and the first names, when something of the network is missing or has another shape. A network
+            is never left partly random.
+    """
+    converted = to_detectron2(state)
+    wanted = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}
+    missing = [k for k in wanted if k not in converted]
+    misshapen = [k for k in wanted if k in converted and converted[k].shape != wanted[k].shape]
+    if missing or misshapen:
+        raise UserError(
+            f"{source}: {len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} backbone tensors match; "
+            f"missing {missing[:3]}, other shape {misshapen[:3]}. Does model.backbone (depth, stem) fit the checkpoint?"
+        )
+    resnet.load_state_dict({k: converted[k] for k in wanted}, strict=False)
+
+
+@torch.no_grad()
+def verify_conversion(
+    reference: Callable[[Tensor], Mapping[str, Tensor]], resnet: nn.Module, pixels: Tensor, *, tolerance: float = 1e-5
+) -> float:
+    """Largest relative difference between the features of the source network and the converted one.
+
+    Args:
+        reference: maps (N, 3, H, W) pixels to features by torchvision's stage names ``layer1`` ….
+        resnet: the converted network, returns features by ``res2`` ….
+        pixels: normalised pictures.
+        tolerance: allowed ``max|a−b| / max|a|`` of every stage.
+
+    Raises:
+        UserError: the conversion is wrong; nothing should be trained on it.
+    """
+    was_training = resnet.training
+    resnet.eval()
+    ours, theirs = resnet(pixels), reference(pixels)
+    resnet.train(was_training)
+    worst = 0.0
+    for name, feature in ours.items():
+        other = theirs[f"layer{int(name.removeprefix('res')) - 1}"]
+        difference = float((feature - other).abs().max() / other.abs().max().clamp_min(1e-12))
+        worst = max(worst, difference)
+        if difference > tolerance:
+            raise UserError(f"converted backbone differs from its source at {name}: {difference:.2e} > {tolerance:.0e}")
+    return worst

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViLD on Detectron2: a class-agnostic Mask R-CNN whose regions live in CLIP's embedding space.
+
+Paper: Gu et al., "Open-vocabulary Object Detection via Vision and Language Knowledge Distillation" (2104.13921). Particular to it:
+boxes and masks know no classes; classes are cosines to frozen text embeddings; a second loss pulls the embeddings of *offline*
+proposals to what CLIP's image encoder says of the same crops, so that regions nobody labelled are learned too.
+
+Shapes: ``N`` images, ``R`` regions of the batch, ``D`` joint embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import ROIHeads, select_foreground_proposals
+from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead, mask_rcnn_loss
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovd.modeling.backbone import stage, stage_channels
+from ovd.modeling.classifier import EmbeddingClassifier
+from ovd.modeling.distill import l1_distillation
+
+Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]
+
+
+class Tower(nn.Module):
+    """Pooled features of a region → (box features, joint embedding).
+
+    Two bodies: ``conv_fc`` is the paper's head on an FPN (4 convolutions and 2 fully connected layers; the box regressor reads
+    what the projection reads); ``res5`` is Detectron2's C4 head, whose last stage and projection can start as CLIP's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: Literal["conv_fc", "res5"],
+        in_channels: int,
+        resolution: int,
+        embed_dim: int | None,
+        depth: int,
+        norm: str,
+        conv_dims: tuple[int, ...],
+        fc_dims: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.body: nn.Module
+        if kind == "res5":
+            self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm))
+            channels = stage_channels(depth=depth, index=5)
+            self.box_features = channels * (resolution // 2) ** 2
+            embed_features = channels
+        else:
+            shape = ShapeSpec(channels=in_channels, height=resolution, width=resolution)
+            self.body = FastRCNNConvFCHead(shape, conv_dims=list(conv_dims), fc_dims=list(fc_dims), conv_norm=norm)
+            self.box_features = embed_features = fc_dims[-1]
+        self.projection = nn.Linear(embed_features, embed_dim) if embed_dim is not None else None
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = self.body(pooled)
+        flat = features.flatten(1)
+        if self.projection is None:
+            return flat, None
+        return flat, self.projection(features.mean(dim=(2, 3)) if self.kind == "res5" else flat)
+
+
+class RegionOutputs(NamedTuple):
+    """What the heads say of each proposal, unnormalised."""
+
+    deltas: Tensor
+    text: Tensor | None
+    image: Tensor | None
+
+
+class OpenVocabularyHeads(ROIHeads):
+    """Box, mask and embedding heads of all variants.
+
+    ======== ================================ ==================
+    variant  towers                           losses
+    ======== ================================ ==================
+    agnostic one                              box, mask
+    text     one                              + text
+    image    one                              + distillation
+    vild     one, shared                      + both
+    ensemble two; boxes from the text tower   + text | distillation
+    ======== ================================ ==================
+    """
+
+    def __init__(
+        self,
+        *,
+        variant: Variant,
+        classifier: EmbeddingClassifier | None,
+        tower: Tower,
+        image_tower: Tower | None,
+        box_in_features: list[str],
+        box_pooler: ROIPooler,
+        mask_in_features: list[str],
+        mask_pooler: ROIPooler | None,
+        mask_head: MaskRCNNConvUpsampleHead | None,
+        distill_weight: float,
+        box_beta: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if (variant == "ensemble") != (image_tower is not None):
+            raise ValueError("exactly the ensemble has a second tower")
+        if (classifier is None) == (variant in ("text", "vild", "ensemble")):
+            raise ValueError(f"variant {variant!r} {'needs a' if classifier is None else 'has no'} text classifier")
+        self.variant = variant
+        self.classifier = classifier
+        self.tower = tower
+        self.image_tower = image_tower
+        self.box_in_features, self.box_pooler = box_in_features, box_pooler
+        self.mask_in_features, self.mask_pooler, self.mask_head = mask_in_features, mask_pooler, mask_head
+        self.box_regressor = nn.Linear(tower.box_features, 4)
+        nn.init.normal_(self.box_regressor.weight, std=0.001)  # Fast R-CNN section 3.3
+        nn.init.zeros_(self.box_regressor.bias)
+        self.box_transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
+        self.box_beta = box_beta
+        self.distill_weight = distill_weight
+
+    @property
+    def distils(self) -> bool:
+        """Whether training needs offline regions with their image embeddings."""
+        return self.variant in ("image", "vild", "ensemble")
+
+    def outputs(self, features: dict[str, Tensor], boxes: list[Boxes]) -> RegionOutputs:
+        """Run the towers on all boxes of the batch, in order."""
+        pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
+        flat, embedding = self.tower(pooled)
+        deltas = self.box_regressor(flat)
+        if self.variant == "agnostic":
+            return RegionOutputs(deltas, None, None)
+        if self.variant == "image":
+            return RegionOutputs(deltas, embedding, embedding)
+        if self.image_tower is not None:
+            return RegionOutputs(deltas, embedding, self.image_tower(pooled)[1])
+        return RegionOutputs(deltas, embedding, embedding if self.variant == "vild" else None)
+
+    def losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances],
+        regions: list[Instances] | None,
+    ) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            features: backbone outputs.
+            proposals: of the RPN.
+            targets: labels, ``gt_boxes``, ``gt_classes``, ``gt_masks``.
+            regions: offline proposals with ``proposal_boxes`` and ``embedding``, moved with the image; for distilling variants.
+        """
+        sampled = self.label_and_sample_proposals(proposals, targets)
+        boxes = [p.proposal_boxes for p in sampled]
+        counts = [len(b) for b in boxes]
+        use_regions = self.distils and regions is not None
+        if self.distils and regions is None:
+            raise ValueError(f"variant {self.variant!r} distils, but the batch has no offline regions")
+        if use_regions and self.variant != "ensemble":
+            # One pass over sampled and offline regions, so that batch statistics are shared (released code: "vanilla").
+            offline = [r.proposal_boxes for r in regions or []]
+            out = self.outputs(features, [Boxes.cat([a, b]) for a, b in zip(boxes, offline, strict=True)])
+            own = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(out.deltas.device)
+            image = out.image[~own] if out.image is not None else None
+            out = RegionOutputs(out.deltas[own], out.text[own] if out.text is not None else None, image)
+        else:
+            out = self.outputs(features, boxes)
+            if use_regions:
+                pooled = self.box_pooler(
+                    [features[name] for name in self.box_in_features], [r.proposal_boxes for r in regions or []]
+                )
+                assert self.image_tower is not None
+                out = out._replace(image=self.image_tower(pooled)[1])
+        losses = {"loss_box": self._box_loss(sampled, out.deltas)}
+        if self.classifier is not None:
+            assert out.text is not None
+            labels = cat([p.gt_classes for p in sampled])
+            losses["loss_text"] = self.classifier.loss(self.classifier(out.text), labels)
+        if use_regions:
+            assert out.image is not None
+            target = cat([r.embedding for r in regions or []])
+            losses["loss_distill"] = self.distill_weight * l1_distillation(out.image, target)
+        if self.mask_head is not None:
+            losses["loss_mask"] = self._mask_loss(features, sampled)
+        return losses
+
+    def _box_loss(self, sampled: list[Instances], deltas: Tensor) -> Tensor:
+        labels = cat([p.gt_classes for p in sampled])
+        foreground = (labels >= 0) & (labels < self.num_classes)
+        if not bool(foreground.any()):
+            return deltas.sum() * 0.0
+        source = cat([p.proposal_boxes.tensor for p in sampled])[foreground]
+        target = cat([p.gt_boxes.tensor for p in sampled])[foreground]
+        wanted = self.box_transform.get_deltas(source, target)
+        loss = F.smooth_l1_loss(deltas[foreground].float(), wanted, beta=self.box_beta, reduction="sum")
+        return loss / max(len(labels), 1)  # normalised by all sampled regions, as Fast R-CNN does
+
+    def _mask_loss(self, features: dict[str, Tensor], sampled: list[Instances]) -> Tensor:
+        assert self.mask_head is not None and self.mask_pooler is not None
+        foreground, _ = select_foreground_proposals(sampled, self.num_classes)
+        boxes = [p.proposal_boxes for p in foreground]
+        if sum(len(b) for b in boxes) == 0:
+            return sum(p.sum() for p in self.mask_head.parameters()) * 0.0  # type: ignore[return-value]
+        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        return mask_rcnn_loss(self.mask_head.layers(pooled), foreground)
+
+    @torch.no_grad()
+    def masks(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor | None:
+        """(R, M, M) mask probabilities inside each box, or None without a mask head."""
+        if self.mask_head is None or self.mask_pooler is None:
+            return None
+        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        return self.mask_head.layers(pooled)[:, 0].float().sigmoid()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("OpenVocabularyRCNN calls losses(), outputs() and masks()")
+
+
+class RawRegions(NamedTuple):
+    """Regions of one network input, in its pixels."""
+
+    boxes: Tensor
+    objectness: Tensor
+    text: Tensor | None
+    image: Tensor | None
+    masks: Tensor | None
+
+
+class OpenVocabularyRCNN(GeneralizedRCNN):
+    """Detectron2's generalised R-CNN with offline regions in training and word-free regions in inference."""
+
+    roi_heads: OpenVocabularyHeads
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """In training the dict of losses; in eval mode one :class:`RawRegions` per image."""
+        if not self.training:
+            return self.regions(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        targets = [x["instances"].to(self.device) for x in batched_inputs]
+        regions = [x["regions"].to(self.device) for x in batched_inputs] if "regions" in batched_inputs[0] else None
+        features = self.backbone(images.tensor)
+        proposals, losses = self.proposal_generator(images, features, targets)
+        return {**losses, **self.roi_heads.losses(features, proposals, targets, regions)}
+
+    @torch.no_grad()
+    def regions(
+        self, batched_inputs: list[dict[str, Any]], *, top: int = 300, masks: bool = True, refine: bool = True
+    ) -> list[RawRegions]:
+        """Proposals with refined boxes, embeddings and masks, best objectness first.
+
+        Args:
+            batched_inputs: dicts with ``image`` (3, H, W) RGB 0…255.
+            top: at most so many per image.
+            masks: whether to run the mask head.
+            refine: False returns the RPN's own boxes (offline proposals), without embeddings or masks.
+        """
+        images: ImageList = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        proposals, _ = self.proposal_generator(images, features, None)
+        proposals = [p[:top] for p in proposals]
+        # Detectron2 gives logits; only their sigmoid is a probability.
+        objectness = [p.objectness_logits.sigmoid() for p in proposals]
+        boxes = [p.proposal_boxes for p in proposals]
+        if not refine:
+            return [RawRegions(b.tensor, o, None, None, None) for b, o in zip(boxes, objectness, strict=True)]
+        out = self.roi_heads.outputs(features, boxes)
+        refined = self.roi_heads.box_transform.apply_deltas(out.deltas, cat([b.tensor for b in boxes]))
+        counts = [len(b) for b in boxes]
+        split = [Boxes(b) for b in refined.split(counts)]
+        for b, size in zip(split, images.image_sizes, strict=True):
+            b.clip(size)
+        mask = self.roi_heads.masks(features, split) if masks else None
+
+        def per_image(x: Tensor | None) -> list[Tensor | None]:
+            return [None] * len(counts) if x is None else list(x.split(counts))
+
+        text = None if out.text is None else F.normalize(out.text.float(), dim=1)
+        image = None if out.image is None or out.image is out.text else F.normalize(out.image.float(), dim=1)
+        return [
+            RawRegions(b.tensor, o, t, i, m)
+            for b, o, t, i, m in zip(
+                split, objectness, per_image(text), per_image(image), per_image(mask), strict=True
+            )
+        ]
