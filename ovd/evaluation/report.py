@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation results for people and programs: screen table, `metrics.json`, `per_class.csv`, a Markdown row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovd.evaluation.coco import AVERAGES, RECALL_CAPS, Metrics
+
+SCHEMA_VERSION = 1
+TITLES = {"bbox": "boxes", "segm": "masks"}
+COLUMNS = (*AVERAGES, *(f"AR{cap}" for cap in RECALL_CAPS), *(f"AR{cap}@50" for cap in RECALL_CAPS))
+
+
+def value(metrics: Metrics, kind: str, column: str, group: str) -> float:
+    """One value by kind (bbox, segm), column (AP50, AR100@50, …) and group (all, base, novel); NaN if absent."""
+    name, _, at = column.partition("@")
+    key = f"{kind}/{name}" + ("" if group == "all" else f"_{group}") + (f"@{at}" if at else "")
+    return metrics.values.get(key, math.nan)
+
+
+def percent(number: float) -> str:
+    """A fraction as a percentage with one decimal, `n/a` for NaN."""
+    return "n/a" if math.isnan(number) else f"{100 * number:.1f}"
+
+
+def table(metrics: Metrics) -> str:
+    """The table for the screen: a block per kind, a row per group, percentages."""
+    lines = []
+    split, counts = metrics.split, metrics.counts
+    lines.append(
+        f"{counts['images']} images, {counts['objects']} objects, {counts['detections']} detections; "
+        f"split {split.name} ({len(split.base)} base, {len(split.novel)} novel, hash {split.hash})"
+    )
+    width = max(7, *(len(c) + 1 for c in COLUMNS))
+    for kind in dict.fromkeys(k.split("/")[0] for k in metrics.values):
+        lines += ["", f"{TITLES[kind]:8}" + "".join(f"{c:>{width}}" for c in COLUMNS)]
+        for group in split.groups:
+            cells = "".join(f"{percent(value(metrics, kind, c, group)):>{width}}" for c in COLUMNS)
+            lines.append(f"{group:8}" + cells)
+    lines += ["", "AP per category; AR class-agnostic (@50: at IoU .5). All in percent; n/a: nothing to average."]
+    return "\n".join(lines)
+
+
+def to_json(metrics: Metrics, *, command: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Content of `metrics.json`: keys at the top are the metrics' names; NaN becomes null.
+
+    Args:
+        command: how it was run.
+        extra: what else to keep (weights, seed, time); stands under `run`.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "metrics": {k: None if math.isnan(v) else v for k, v in metrics.values.items()},
+        "split": {"name": metrics.split.name, "hash": metrics.split.hash,
+                  "base": len(metrics.split.base), "novel": len(metrics.split.novel)},
+        "dataset_sha256": metrics.dataset_sha256,
+        "counts": metrics.counts,
+        "warnings": metrics.warnings,
+        "command": list(command),
+        "run": dict(extra or {}),
+    }  # fmt: skip
+
+
+def write(
+    metrics: Metrics, out: Path, *, command: Sequence[str] = (), extra: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """Write `metrics.json` and `per_class.csv` into a folder, which is made; returns both paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    json_path, csv_path = out / "metrics.json", out / "per_class.csv"
+    content = to_json(metrics, command=command, extra=extra)
+    json_path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    with csv_path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(metrics.per_class[0]))
+        writer.writeheader()
+        for row in metrics.per_class:
+            writer.writerow({k: _cell(v) for k, v in row.items()})
+    return json_path, csv_path
+
+
+def markdown_row(name: str, metrics: Metrics, *, kind: str = "bbox", cells: Sequence[str] = ()) -> str:
+    """A row of `docs/results.md`: name, AP50 novel/base/all, AP novel, AR100 at IoU .5 novel/base, then `cells`."""
+    keys = [
+        ("AP50", "novel"),
+        ("AP50", "base"),
+        ("AP50", "all"),
+        ("AP", "novel"),
+        ("AR100@50", "novel"),
+        ("AR100@50", "base"),
+    ]
+    numbers = [percent(value(metrics, kind, column, group)) for column, group in keys]
+    return "| " + " | ".join([name, *numbers, *cells]) + " |"
+
+
+def _cell(entry: Any) -> Any:
+    if isinstance(entry, float):
+        return "" if math.isnan(entry) else f"{entry:.6f}"
+    return entry
