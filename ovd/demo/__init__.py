@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web page: type class names, see boxes."""

@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public detector: words and a picture in, boxes and masks out.
+
+    from ovd import Detector
+
+    detector = Detector.load("default")
+    detector.set_classes(["dog", "mug: cup, coffee mug", "-poster"])
+    detections = detector.detect("desk.jpg")
+
+A picture is run through the network once (`Detector.embed`); asking it for other words is a matrix product and NMS
+(`Regions.classify`). A class's score does not depend on the other words typed.
+
+Shapes: R regions, C classes, D joint embedding, n detections, M mask side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import batched_nms, box_iou
+
+from ovd.modeling.scoring import Calibration, RegionSet, score_regions
+from ovd.text import TextEmbedder, TextEncoder
+from ovd.vocabulary import TEMPLATES_STICKER, Vocabulary
+from pretrain.engine.errors import BadImageError, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from supervision import Detections as SupervisionDetections
+
+    ImageLike = str | Path | bytes | bytearray | memoryview | Image | NDArray[Any]
+
+NMS_IOU = 0.5  # class-aware NMS of Detectron2's and ViLD's inference
+CROSS_CLASS_IOU = 0.85  # two classes on (nearly) the same box are two names for one thing: the better one is shown
+MAX_DETECTIONS = 300  # LVIS protocol
+MASK_THRESHOLD = 0.5
+MAX_PIXELS = 25_000_000  # 75 MB as RGB; what a phone takes, and far below a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+
+
+class RegionModel(Protocol):
+    """What the detector needs of a network; `ovd.modeling.build.load_detector_model` returns one."""
+
+    background: Tensor | None
+    bank: Tensor
+    calibration: Calibration
+
+    def regions(self, image: Tensor) -> RegionSet:
+        """Return the regions of a uint8 (H, W, 3) RGB picture, embedded and in original pixels."""
+
+
+def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold: float = MASK_THRESHOLD) -> Tensor:
+    """Draw one mask from the frame of its box onto the picture.
+
+    Bilinear, with cell centres at (i + ½) / M of the box; a pixel is set when the value at its centre is at least
+    ``threshold`` and its centre is inside the box.
+
+    Args:
+        mask_MM: (M, M) probabilities.
+        box: (4,) x1, y1, x2, y2 in pixels.
+        size: (height, width) of the picture.
+        threshold: in (0, 1).
+
+    Returns:
+        (height, width) bool.
+    """
+    height, width = size
+    canvas = torch.zeros(height, width, dtype=torch.bool)
+    x1, y1, x2, y2 = (float(v) for v in box)
+    if not (x2 > x1 and y2 > y1):
+        return canvas
+    # First and last pixel whose centre (index + ½) lies in the box.
+    left, right = max(0, int(np.ceil(x1 - 0.5))), min(width, int(np.floor(x2 - 0.5)) + 1)
+    top, bottom = max(0, int(np.ceil(y1 - 0.5))), min(height, int(np.floor(y2 - 0.5)) + 1)
+    if left >= right or top >= bottom:
+        return canvas
+    u = (torch.arange(left, right, dtype=torch.float32) + 0.5 - x1) / (x2 - x1) * 2 - 1
+    v = (torch.arange(top, bottom, dtype=torch.float32) + 0.5 - y1) / (y2 - y1) * 2 - 1
+    grid = torch.stack([u.expand(len(v), -1), v[:, None].expand(-1, len(u))], dim=-1)
+    # Border padding: the outer half cell belongs to the mask, it must not fade to zero inside the box.
+    values = F.grid_sample(mask_MM[None, None].float(), grid[None], align_corners=False, padding_mode="border")[0, 0]
+    canvas[top:bottom, left:right] = values >= threshold
+    return canvas
+
+
+def to_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read any picture into an upright (H, W, 3) uint8 RGB array.
+
+    Args:
+        image: path, encoded bytes, Pillow image, or array: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        UserError: unsupported type, shape, format, size, or a damaged file (`BadImageError` for files).
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise UserError(f"picture arrays must be uint8, 0 to 255, not {image.dtype}")
+        if image.ndim == 2:
+            image = np.repeat(image[:, :, None], 3, axis=2)
+        if image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
+            raise UserError(f"picture arrays must be (H, W), (H, W, 3) or (H, W, 4), not {image.shape}")
+        if image.shape[0] * image.shape[1] > max_pixels:
+            raise UserError(f"picture has {image.shape[1]}×{image.shape[0]} pixels; at most {max_pixels:,} are allowed")
+        if image.shape[2] == 4:
+            alpha = image[:, :, 3:].astype(np.uint16)
+            image = ((image[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return np.ascontiguousarray(image)
+    from PIL import Image
+
+    from pretrain.data.folder import read_image
+
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image), max_pixels=max_pixels)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return read_image(io.BytesIO(bytes(image)), max_pixels=max_pixels)
+    if isinstance(image, Image.Image):
+        return read_image(image, max_pixels=max_pixels)
+    raise UserError(f"a picture must be a path, bytes, a Pillow image or an array, not {type(image).__name__}")
+
+
+@dataclass(kw_only=True)
+class Detections:
+    """What was found in one picture, best score first.
+
+    Attributes:
+        xyxy: (n, 4) float32 corners in pixels of the original picture.
+        confidence: (n,) float32 in [0, 1].
+        class_id: (n,) int64, index into ``names``.
+        class_name: n names.
+        size: (height, width) of the picture.
+        names: the C classes asked for.
+        best: (C,) float32, best score of each class over all regions, shown or not.
+        threshold: the score from which detections are listed.
+        region: (n,) int64, index of the region in `Regions`.
+        box_masks: (n, M, M) float32 mask probabilities in the frame of each box, or None.
+        notices: what parsing the class names changed.
+    """
+
+    xyxy: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+    class_id: NDArray[np.int64]
+    class_name: list[str]
+    size: tuple[int, int]
+    names: tuple[str, ...]
+    best: NDArray[np.float32]
+    threshold: float
+    region: NDArray[np.int64]
+    box_masks: Tensor | None = None
+    notices: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    def mask_of(self, index: int) -> NDArray[np.bool_] | None:
+        """The (H, W) bool mask of one detection, or None when the model has no masks."""
+        if self.box_masks is None:
+            return None
+        return paste_mask(self.box_masks[index], torch.from_numpy(self.xyxy[index]), self.size).numpy()
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """(n, H, W) bool masks, drawn when asked for: n × H × W bytes. `mask_of` draws one at a time."""
+        if self.box_masks is None:
+            return None
+        masks = np.zeros((len(self), *self.size), dtype=bool)
+        for i in range(len(self)):
+            masks[i] = self.mask_of(i)
+        return masks
+
+    @property
+    def not_found(self) -> list[tuple[str, float]]:
+        """(class, best score) of every class without a detection at the threshold, in the order typed."""
+        found = set(self.class_id.tolist())
+        return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in found]
+
+    def above(self, threshold: float) -> Detections:
+        """The detections with at least this score; equals asking again with a higher threshold."""
+        keep = np.flatnonzero(self.confidence >= threshold)
+        return Detections(
+            xyxy=self.xyxy[keep],
+            confidence=self.confidence[keep],
+            class_id=self.class_id[keep],
+            class_name=[self.class_name[i] for i in keep],
+            size=self.size,
+            names=self.names,
+            best=self.best,
+            threshold=max(threshold, self.threshold),
+            region=self.region[keep],
+            box_masks=None if self.box_masks is None else self.box_masks[torch.from_numpy(keep)],
+            notices=self.notices,
+        )
+
+    def to_supervision(self) -> SupervisionDetections:
+        """Convert to `supervision.Detections`, with ``data["class_name"]``.
+
+        Raises:
+            UserError: the package is not installed.
+        """
+        try:
+            from supervision import Detections as Target
+        except ImportError as problem:
+            raise UserError("to_supervision needs the package: pip install supervision") from problem
+        return Target(
+            xyxy=self.xyxy.copy(),
+            mask=self.mask,
+            confidence=self.confidence.copy(),
+            class_id=self.class_id.astype(int),
+            data={"class_name": np.array(self.class_name, dtype=object if not self.class_name else None)},
+        )
+
+    def to_coco(
+        self, image_id: int, *, category_ids: Sequence[int] | None = None, masks: bool = True
+    ) -> list[dict[str, Any]]:
+        """Return rows of a COCO results file.
+
+        Args:
+            image_id: id of the picture.
+            category_ids: id of each class; ``class_id`` + 1 when None.
+            masks: add ``segmentation`` as compressed RLE.
+        """
+        rows = []
+        for i in range(len(self)):
+            x1, y1, x2, y2 = (float(v) for v in self.xyxy[i])
+            class_id = int(self.class_id[i])
+            row: dict[str, Any] = {
+                "image_id": int(image_id),
+                "category_id": class_id + 1 if category_ids is None else int(category_ids[class_id]),
+                "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(float(self.confidence[i]), 5),
+            }
+            if masks and (mask := self.mask_of(i)) is not None:
+                row["segmentation"] = _rle(mask)
+            rows.append(row)
+        return rows
+
+    def polygons(self, index: int, *, side: int = 112) -> list[list[float]]:
+        """Outline of one mask as closed polygons [x1, y1, x2, y2, …] in pixels, for drawing; [] without masks.
+
+        Args:
+            index: which detection.
+            side: resolution at which the outline is followed, in cells over the box.
+        """
+        if self.box_masks is None:
+            return []
+        import cv2
+
+        x1, y1, x2, y2 = (float(v) for v in self.xyxy[index])
+        fine = F.interpolate(self.box_masks[index][None, None].float(), size=(side, side), mode="bilinear")[0, 0]
+        binary = np.pad((fine >= MASK_THRESHOLD).numpy().astype(np.uint8), 1)
+        contours, _ = cv2.findContours(binary, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        result = []
+        for contour in contours:
+            if cv2.contourArea(contour) < 0.004 * side * side:  # crumbs below half a per cent of the box
+                continue
+            points = cv2.approxPolyDP(contour, 0.6, True)[:, 0].astype(np.float64)
+            if len(points) < 3:
+                continue
+            points = (points - 1 + 0.5) / side * (x2 - x1, y2 - y1) + (x1, y1)
+            result.append([round(float(v), 1) for v in points.reshape(-1)])
+        return result
+
+
+def _rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    from pycocotools import mask as coco_mask
+
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+@dataclass(kw_only=True)
+class Regions:
+    """One picture after the network: boxes and embeddings, ready for any words.
+
+    Attributes:
+        regions: boxes, objectness, embeddings and masks, see `RegionSet`.
+        key: sha256 of the pixels.
+        default: the words and thresholds to use when `classify` is called without words.
+    """
+
+    regions: RegionSet
+    key: str
+    detector: Detector = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    @torch.inference_mode()
+    def scores(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+        """Score all regions.
+
+        Returns:
+            (R, C) scores of the classes to look for, and (R, N) of the negative words.
+        """
+        model = self.detector.model
+        rows = self.detector.text.embed(vocabulary).to(self.regions.text.device)
+        negative = torch.tensor([c.negative for c in vocabulary.classes], device=rows.device)
+        bank = torch.cat([model.bank.to(rows), rows[negative]])
+        background = None if model.background is None else model.background.to(rows)
+        shared = (self.regions.text, self.regions.image, self.regions.objectness)
+        wanted = score_regions(*shared, rows[~negative], bank, background, model.calibration)
+        # Negative words are scored against the checkpoint's bank only: they do not compete with one another.
+        against = score_regions(*shared, rows[negative], model.bank.to(rows), background, model.calibration)
+        return wanted.cpu(), against.cpu()
+
+    @torch.inference_mode()
+    def classify(
+        self,
+        vocabulary: Vocabulary | str | Iterable[str] | None = None,
+        *,
+        threshold: float | None = None,
+        limit: int = MAX_DETECTIONS,
+        one_class_per_region: bool = True,
+        nms_iou: float = NMS_IOU,
+        cross_class_iou: float | None = CROSS_CLASS_IOU,
+    ) -> Detections:
+        """Name the regions with the words given; the network is not run.
+
+        A region that looks more like a negative word than like a class is left out.
+
+        Args:
+            vocabulary: words; those of `Detector.set_classes` when None.
+            threshold: lowest score listed; the checkpoint's calibrated default when None.
+            limit: at most so many detections, best first.
+            one_class_per_region: show each region under its best class only; False lists every class above the
+                threshold, as COCO and LVIS evaluation want it.
+            nms_iou: class-aware NMS.
+            cross_class_iou: of two classes on boxes overlapping more than this the better is kept; None keeps both.
+
+        Raises:
+            UserError: no words, or a threshold outside [0, 1].
+        """
+        words = self.detector.resolve(vocabulary)
+        level = self.detector.model.calibration.threshold if threshold is None else float(threshold)
+        if not 0.0 <= level <= 1.0:
+            raise UserError(f"threshold must be between 0 and 1, not {threshold}")
+        score_RC, against_RN = self.scores(words)
+        names = words.names
+        best_C = score_RC.max(dim=0).values if len(score_RC) else torch.zeros(len(names))
+        if against_RN.shape[1]:
+            beaten = score_RC < against_RN.max(dim=1, keepdim=True).values
+            score_RC = score_RC.masked_fill(beaten, -1.0)
+            best_C = score_RC.clamp_min(0.0).max(dim=0).values if len(score_RC) else best_C
+        if one_class_per_region and len(score_RC):
+            top_R, class_R = score_RC.max(dim=1)
+            region = torch.nonzero(top_R >= level)[:, 0]
+            score, class_id = top_R[region], class_R[region]
+        else:
+            region, class_id = torch.nonzero(score_RC >= level, as_tuple=True)
+            score = score_RC[region, class_id]
+        boxes = self.regions.boxes.cpu().float()[region]
+        keep = batched_nms(boxes, score, class_id, nms_iou)
+        if cross_class_iou is not None and len(keep) > 1:
+            keep = keep[_distinct(boxes[keep], cross_class_iou)]
+        keep = keep[:limit]
+        chosen = region[keep]
+        ids = class_id[keep].numpy().astype(np.int64)
+        return Detections(
+            xyxy=boxes[keep].numpy(),
+            confidence=score[keep].float().numpy(),
+            class_id=ids,
+            class_name=[names[i] for i in ids],
+            size=self.regions.size,
+            names=names,
+            best=best_C.float().numpy(),
+            threshold=level,
+            region=chosen.numpy().astype(np.int64),
+            box_masks=None if self.regions.masks is None else self.regions.masks.cpu()[chosen],
+            notices=words.notices,
+        )
+
+
+def _distinct(boxes: Tensor, iou: float) -> Tensor:
+    """Indices that remain when later boxes overlapping an earlier kept one by more than ``iou`` are left out."""
+    order = torch.arange(len(boxes), 0, -1, dtype=torch.float32)  # already sorted by score: earlier is better
+    same = batched_nms(boxes, order, torch.zeros(len(boxes), dtype=torch.long), iou)
+    return same.sort().values
+
+
+class Detector:
+    """Finds what is typed.
+
+    Not bound to one vocabulary: `set_classes` is a convenience for `detect`; `Regions.classify` takes any words.
+    One picture is run at a time (a lock), so a detector can be shared by threads.
+
+    Args:
+        model: the network.
+        encoder: the text encoder the network was trained against.
+        templates: prompt templates for words given as text.
+        cache_size: pictures whose regions are remembered (about 1.5 MB each for 300 regions).
+        text_cache: folder for embeddings of whole vocabularies, or None.
+        card: what is known of the weights (name, sha256, data, AP …).
+    """
+
+    def __init__(
+        self,
+        *,
+        model: RegionModel,
+        encoder: TextEncoder,
+        templates: Sequence[str] = TEMPLATES_STICKER,
+        cache_size: int = 8,
+        text_cache: str | Path | None = None,
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.text = TextEmbedder(encoder=encoder, cache_dir=text_cache)
+        self.templates = tuple(templates)
+        self.card = dict(card or {})
+        self.vocabulary: Vocabulary | None = None
+        self._cache_size = cache_size
+        self._cache: OrderedDict[str, RegionSet] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @classmethod
+    def load(cls, weights: str | Path = "default", *, device: str = "auto", **options: Any) -> Detector:
+        """Load a trained detector.
+
+        Args:
+            weights: name in ``weights/manifest.json`` ("default") or a folder written by ``python -m ovd.train``.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            options: ``cache_size``, ``text_cache`` of the constructor.
+
+        Raises:
+            UserError: unknown name, missing or damaged files.
+        """
+        from ovd.modeling.build import load_detector_model
+        from ovd.weights import weights_folder
+        from pretrain.nets.towers import load_encoder
+
+        folder = Path(weights)
+        if not folder.is_dir():
+            folder = weights_folder(str(weights))
+        model = load_detector_model(folder)
+        encoder = load_encoder(folder / "encoder")
+        return cls(model=model, encoder=encoder, **options)
+
+    @property
+    def threshold(self) -> float:
+        """The checkpoint's default threshold."""
+        return self.model.calibration.threshold
+
+    def resolve(self, vocabulary: Vocabulary | str | Iterable[str] | None) -> Vocabulary:
+        """Return a `Vocabulary` for words in any form; the one of `set_classes` for None."""
+        if vocabulary is None:
+            if self.vocabulary is None:
+                raise UserError('no classes yet: call set_classes(["mug", …]) or pass the words')
+            return self.vocabulary
+        if isinstance(vocabulary, Vocabulary):
+            return vocabulary
+        return Vocabulary.parse(vocabulary, templates=self.templates)
+
+    def set_classes(self, classes: Vocabulary | str | Iterable[str]) -> Vocabulary:
+        """Set the words `detect` looks for, and embed them.
+
+        Args:
+            classes: ``["dog", "mug: cup, coffee mug", "-poster"]``, a string in the same grammar, or a `Vocabulary`.
+
+        Returns:
+            The vocabulary, with ``notices`` about merged duplicates.
+        """
+        vocabulary = self.resolve(classes)
+        with self._lock:
+            self.text.embed(vocabulary)
+        self.vocabulary = vocabulary
+        return vocabulary
+
+    def embed(self, image: ImageLike) -> Regions:
+        """Run the network on a picture, or return what is remembered of the same pixels.
+
+        Raises:
+            UserError: the picture cannot be read.
+        """
+        pixels = to_rgb(image)
+        key = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+        with self._lock:
+            found = self._cache.get(key)
+            if found is None:
+                with torch.inference_mode():
+                    found = self.model.regions(torch.from_numpy(pixels))
+                if self._cache_size:
+                    self._cache[key] = found
+                    while len(self._cache) > self._cache_size:
+                        self._cache.popitem(last=False)
+            else:
+                self._cache.move_to_end(key)
+        return Regions(regions=found, key=key, detector=self)
+
+    def detect(self, image: ImageLike, threshold: float | None = None, **options: Any) -> Detections:
+        """Find the classes of `set_classes` in a picture.
+
+        Args:
+            image: see `to_rgb`.
+            threshold: lowest score; the checkpoint's calibrated default when None.
+            options: see `Regions.classify`.
+        """
+        self.resolve(None)
+        return self.embed(image).classify(threshold=threshold, **options)

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the public detector promises: coordinates, scores, negatives, thresholds, caching, conversions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovd.detector import Regions, paste_mask, to_rgb
+from ovd.modeling.scoring import RegionSet
+from pretrain.engine.errors import UserError
+from tests.detector.fakes import make_detector, picture
+
+
+def test_typed_classes_are_found_in_original_pixels() -> None:
+    detector = make_detector()
+    detector.set_classes(["red", "blue", "unicorn"])
+    found = detector.detect(picture([("red", 10, 20, 50, 70), ("blue", 80, 30, 150, 110)]))
+    by_name = dict(zip(found.class_name, found.xyxy.tolist(), strict=True))
+    assert by_name == {"red": [10, 20, 50, 70], "blue": [80, 30, 150, 110]}
+    assert found.confidence.dtype == found.xyxy.dtype == np.float32
+    assert found.class_id.tolist() == [found.names.index(n) for n in found.class_name]
+    assert (np.diff(found.confidence) <= 0).all()
+    assert found.mask is not None and found.mask.shape == (2, 120, 160) and found.mask.dtype == bool
+    red = found.mask[found.class_name.index("red")]
+    assert red.sum() == 40 * 50 and red[20:70, 10:50].all()
+
+
+def test_a_class_that_is_absent_is_reported_with_its_best_score() -> None:
+    detector = make_detector()
+    found = detector.embed(picture()).classify("red, unicorn, dragon")
+    assert [name for name, _ in found.not_found] == ["unicorn", "dragon"]
+    assert all(0 <= score < found.threshold for _, score in found.not_found)
+    assert found.best[0] == pytest.approx(found.confidence[0])
+
+
+def test_scores_do_not_depend_on_the_other_words() -> None:
+    regions = make_detector().embed(picture())
+    alone = regions.classify("red", threshold=0.0, one_class_per_region=False)
+    many = regions.classify("red," + ",".join(f"word{i}" for i in range(80)), threshold=0.0, one_class_per_region=False)
+    assert alone.best[0] == pytest.approx(many.best[0], abs=1e-6)
+
+
+def test_synonyms_belong_to_one_class() -> None:
+    found = make_detector().embed(picture()).classify(["colour: red, blue"])
+    assert set(found.class_name) == {"colour"} and len(found) == 2
+
+
+def test_a_region_that_looks_more_like_a_negative_word_is_not_shown() -> None:
+    regions = make_detector().embed(picture())
+    assert set(regions.classify("red, blue").class_name) == {"red", "blue"}
+    found = regions.classify("red, blue thing, -blue", threshold=0.0)
+    assert set(found.class_name[i] for i in range(len(found)) if found.xyxy[i].tolist() == [80, 30, 150, 110]) == set()
+
+
+def test_a_negative_word_close_to_a_class_still_counts() -> None:
+    """Near-synonyms in the bank do not compete; a word the person typed with a minus does."""
+    regions = make_detector().embed(picture())
+    assert "blue thing" in regions.classify("blue thing").class_name
+    assert "blue thing" not in regions.classify("blue thing, -blue").class_name
+
+
+def test_new_words_do_not_run_the_network_again() -> None:
+    detector = make_detector()
+    detector.embed(picture()).classify("red")
+    found = detector.embed(picture().copy()).classify("blue")
+    assert found.class_name == ["blue"]
+    assert detector.model.runs == 1
+    detector.embed(picture([("green", 1, 1, 60, 60)])).classify("blue")
+    assert detector.model.runs == 2
+
+
+def test_region_cache_is_bounded() -> None:
+    detector = make_detector(cache_size=1)
+    first, second = picture(), picture([("green", 1, 1, 60, 60)])
+    for image in (first, second, first):
+        detector.embed(image)
+    assert detector.model.runs == 3
+
+
+def test_a_higher_threshold_equals_filtering_a_lower_one() -> None:
+    """What the page's slider relies on."""
+    generator = torch.Generator().manual_seed(3)
+    detector = make_detector()
+    corner = torch.rand(200, 2, generator=generator) * 80
+    side = torch.rand(200, 2, generator=generator) * 60 + 10
+    text = torch.nn.functional.normalize(
+        torch.randn(200, 64, generator=generator) * 0.05 + torch.stack([detector.model.encoder.word("red")] * 200)
+        * torch.rand(200, 1, generator=generator), dim=-1)  # fmt: skip
+    regions = RegionSet(
+        boxes=torch.cat([corner, corner + side], 1), objectness=torch.ones(200), text=text, image=None, masks=None,
+        size=(150, 150),
+    )  # fmt: skip
+    asked = Regions(regions=regions, key="", detector=detector)
+    low = asked.classify("red, blue, green", threshold=0.02)
+    assert len(low) > 20
+    for level in (0.1, 0.3, 0.6, 0.9):
+        high, filtered = asked.classify("red, blue, green", threshold=level), low.above(level)
+        assert high.region.tolist() == filtered.region.tolist()
+        assert high.class_name == filtered.class_name
+        assert high.not_found == filtered.not_found
+
+
+def _boxes_detector(boxes: list[list[float]], words: list[str]) -> Regions:
+    detector = make_detector()
+    text = torch.stack([detector.model.encoder.word(w) for w in words])
+    regions = RegionSet(
+        boxes=torch.tensor(boxes), objectness=torch.ones(len(boxes)), text=text, image=None, masks=None, size=(200, 200)
+    )
+    return Regions(regions=regions, key="", detector=detector)
+
+
+def test_overlapping_boxes_of_one_class_are_merged_and_of_two_classes_kept() -> None:
+    first, shifted, far = [0.0, 0, 100, 100], [0.0, 20, 100, 120], [120.0, 120, 180, 180]
+    assert len(_boxes_detector([first, shifted, far], ["red"] * 3).classify("red")) == 2
+    assert len(_boxes_detector([first, shifted], ["red", "blue"]).classify("red, blue")) == 2
+
+
+def test_two_names_for_one_box_show_the_better_one_unless_asked() -> None:
+    regions = _boxes_detector([[0.0, 0, 100, 100], [0.0, 2, 100, 101]], ["red", "blue"])
+    assert len(regions.classify("red, blue")) == 1
+    assert len(regions.classify("red, blue", cross_class_iou=None)) == 2
+    pairs = regions.classify("red, blue", threshold=0.0, one_class_per_region=False, cross_class_iou=None)
+    assert len(pairs) == 2 and len(regions.classify("red, red thing", one_class_per_region=False, threshold=0.2,
+                                                    cross_class_iou=None)) == 2  # fmt: skip
+
+
+def test_a_picture_without_regions_finds_nothing() -> None:
+    detector = make_detector()
+    empty = RegionSet(boxes=torch.zeros(0, 4), objectness=torch.zeros(0), text=torch.zeros(0, 64), image=None,
+                      masks=torch.zeros(0, 28, 28), size=(10, 12))  # fmt: skip
+    found = Regions(regions=empty, key="", detector=detector).classify("red, -blue")
+    assert len(found) == 0 and found.xyxy.shape == (0, 4)
+    assert found.mask is not None and found.mask.shape == (0, 10, 12)
+    assert found.not_found == [("red", 0.0)]
+    assert len(found.to_supervision()) == 0 and found.to_coco(1) == []
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+def test_a_threshold_outside_zero_to_one_is_refused(threshold: float) -> None:
+    with pytest.raises(UserError, match="between 0 and 1"):
+        make_detector().embed(picture()).classify("red", threshold=threshold)
+
+
+def test_detect_without_classes_says_what_to_call() -> None:
+    detector = make_detector()
+    with pytest.raises(UserError, match="set_classes"):
+        detector.detect(picture())
+    assert detector.model.runs == 0
+
+
+def test_supervision_gets_the_same_numbers() -> None:
+    found = make_detector().embed(picture()).classify("red, blue")
+    converted = found.to_supervision()
+    assert converted.xyxy.tolist() == found.xyxy.tolist()
+    assert converted.confidence.tolist() == found.confidence.tolist()
+    assert converted.data["class_name"].tolist() == found.class_name
+    assert converted.mask.shape == (2, 120, 160)
+
+
+def test_coco_rows_carry_the_same_box_and_mask() -> None:
+    from pycocotools import mask as coco_mask
+
+    found = make_detector().embed(picture()).classify("red, blue")
+    rows = found.to_coco(7, category_ids=[40, 50])
+    for i, row in enumerate(rows):
+        x1, y1, x2, y2 = found.xyxy[i].tolist()
+        assert row["image_id"] == 7 and row["category_id"] == [40, 50][found.class_id[i]]
+        assert row["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+        assert (coco_mask.decode(row["segmentation"]).astype(bool) == found.mask_of(i)).all()
+    assert [r["category_id"] for r in found.to_coco(7, masks=False)] == [c + 1 for c in found.class_id]
+
+
+def test_a_model_without_masks_gives_none() -> None:
+    found = make_detector(masks=False).embed(picture()).classify("red")
+    assert found.mask is None and found.polygons(0) == []
+    assert "segmentation" not in found.to_coco(1)[0] and found.to_supervision().mask is None
+
+
+def test_outline_follows_the_mask() -> None:
+    found = make_detector().embed(picture()).classify("red")
+    (outline,) = found.polygons(0)
+    points = np.array(outline).reshape(-1, 2)
+    assert np.abs(points.min(0) - (10, 20)).max() <= 1 and np.abs(points.max(0) - (50, 70)).max() <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(-20, 60), st.floats(-20, 60), st.floats(1, 70), st.floats(1, 70), st.integers(1, 40), st.integers(1, 40)
+)
+def test_a_full_mask_covers_exactly_the_pixels_centred_in_its_box(
+    x1: float, y1: float, w: float, h: float, height: int, width: int
+) -> None:
+    box = torch.tensor([x1, y1, x1 + w, y1 + h])
+    pasted = paste_mask(torch.ones(28, 28), box, (height, width)).numpy()
+    x1, y1, x2, y2 = box.tolist()
+    column, row = np.arange(width) + 0.5, np.arange(height) + 0.5
+    expected = ((row >= y1) & (row <= y2))[:, None] & ((column >= x1) & (column <= x2))[None]
+    assert pasted.shape == (height, width)
+    assert (pasted == expected).all()
+
+
+def test_pasting_puts_mask_cells_where_they_belong() -> None:
+    mask = torch.zeros(28, 28)
+    mask[:14, 14:] = 1  # upper right quarter
+    pasted = paste_mask(mask, torch.tensor([10.0, 20.0, 66.0, 76.0]), (100, 100)).numpy()
+    expected = np.zeros((100, 100), bool)
+    expected[20:48, 38:66] = True
+    assert (pasted == expected).all()
+
+
+@pytest.mark.parametrize("box", [[5.0, 5, 5, 9], [9.0, 5, 5, 9], [300.0, 300, 320, 320], [float("nan")] * 4])
+def test_degenerate_and_outside_boxes_paste_nothing(box: list[float]) -> None:
+    assert not paste_mask(torch.ones(28, 28), torch.tensor(box), (50, 50)).any()
+
+
+def test_arrays_are_taken_as_rgb_grey_or_rgba() -> None:
+    rgb = picture()
+    assert to_rgb(rgb) is rgb or (to_rgb(rgb) == rgb).all()
+    assert to_rgb(rgb[:, :, 0]).shape == rgb.shape
+    clear = np.dstack([rgb, np.zeros(rgb.shape[:2], np.uint8)])
+    assert (to_rgb(clear) == 255).all()  # transparent: white paper
+    assert (to_rgb(np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])) == rgb).all()
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros(4, np.uint8), 7]
+)
+def test_what_is_no_picture_is_refused(bad: object) -> None:
+    with pytest.raises(UserError, match="picture"):
+        to_rgb(bad)  # type: ignore[arg-type]
+
+
+def test_arrays_over_the_pixel_limit_are_refused() -> None:
+    with pytest.raises(UserError, match="at most 100 "):
+        to_rgb(np.zeros((20, 20, 3), np.uint8), max_pixels=100)
+
+
+def test_detector_module_needs_no_detectron2() -> None:
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = (
+        "import sys; sys.modules['detectron2'] = None\n"
+        "from tests.detector.fakes import make_detector, picture\n"
+        "assert make_detector().embed(picture()).classify('red').class_name == ['red']"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

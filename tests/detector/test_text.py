@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words to embeddings: the ensemble formula, and what the memory and the file cache save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ovd.text import TextEmbedder, embed_phrases, embed_vocabulary
+from ovd.vocabulary import TEMPLATES_63, Vocabulary
+from tests.detector.fakes import WordEncoder
+
+
+def test_a_class_is_the_normalised_mean_over_synonyms_and_templates() -> None:
+    encoder = WordEncoder()
+    vocabulary = Vocabulary.parse("dog\nmug: cup, coffee mug\n-poster", templates=TEMPLATES_63)
+    rows = embed_vocabulary(vocabulary, encoder)
+    for row, entry in zip(rows, vocabulary.classes, strict=True):
+        prompts = [text for phrase in entry.phrases for text in vocabulary.prompts(phrase)]
+        each = torch.stack([F.normalize(encoder._vector(p), dim=0) for p in prompts])
+        mean = each.mean(0)
+        torch.testing.assert_close(row, mean / mean.norm(), rtol=0, atol=1e-5)
+
+
+def test_phrases_are_unit_rows_in_order_whatever_the_batch() -> None:
+    encoder = WordEncoder()
+    words = ["dog", "cat", "zebra", "mug", "cup"]
+    rows = embed_phrases(words, encoder, batch_size=2)
+    torch.testing.assert_close(rows, torch.stack([encoder.word(w) for w in words]))
+    assert embed_phrases([], encoder).shape == (0, encoder.embed_dim)
+
+
+def test_only_new_phrases_are_encoded() -> None:
+    encoder = WordEncoder()
+    embedder = TextEmbedder(encoder=encoder)
+    first = embedder.embed(Vocabulary.parse("dog, cat"))
+    encoder.encoded.clear()
+    second = embedder.embed(Vocabulary.parse("zebra, cat, dog"))
+    assert encoder.encoded and all("zebra" in text for text in encoder.encoded)
+    torch.testing.assert_close(second[[2, 1]], first, rtol=0, atol=0)
+
+
+def test_memory_is_bounded_and_drops_the_least_recently_used() -> None:
+    encoder = WordEncoder()
+    embedder = TextEmbedder(encoder=encoder, max_phrases=2)
+    embedder.embed(Vocabulary.parse("dog, cat"))
+    embedder.embed(Vocabulary.parse("dog, zebra"))  # cat is dropped
+    encoder.encoded.clear()
+    embedder.embed(Vocabulary.parse("dog"))
+    assert encoder.encoded == []
+    embedder.embed(Vocabulary.parse("cat"))
+    assert encoder.encoded
+
+
+def test_other_templates_are_another_phrase() -> None:
+    encoder = WordEncoder()
+    embedder = TextEmbedder(encoder=encoder)
+    embedder.embed(Vocabulary.parse("dog", templates=["{}"]))
+    encoder.encoded.clear()
+    embedder.embed(Vocabulary.parse("dog", templates=["big {}"]))
+    assert encoder.encoded == ["big dog"]
+
+
+def test_file_cache_saves_encoding_and_belongs_to_one_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("pretrain.engine.checkpoint")
+    vocabulary = Vocabulary.parse("dog, mug: cup")
+    first = embed_vocabulary(vocabulary, WordEncoder(), cache_dir=tmp_path)
+    encoder = WordEncoder()
+    second = embed_vocabulary(vocabulary, encoder, cache_dir=tmp_path)
+    assert encoder.encoded == []
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+    class Other(WordEncoder):
+        def fingerprint(self) -> str:
+            return "f" * 16 + "0" * 48  # same file name, other weights
+
+    other = Other()
+    embed_vocabulary(vocabulary, other, cache_dir=tmp_path)
+    assert other.encoded
