@@ -7,9 +7,9 @@ ViLD (section 3.2) describes a proposal by the *sum* of the embeddings of its 1x
 details that re-implementations differ in are options here, and are written into the store's manifest: what a crop shows
 beyond the border of the picture, and how a long box becomes a square.
 
-Crops are cut with Pillow's ``resize(box=...)``: it reads a sub-pixel box out of the picture with an antialiasing filter
-whose taps are sparse, in integer arithmetic. So shrinking never aliases, no coordinate is rounded, and the bytes are the
-same on every machine. It takes 50-130 microseconds for a 64 px crop, against 3 milliseconds in a ResNet-18 at that size.
+Crops are cut with Pillow's ``resize(box=...)``: it reads a sub-pixel box out of the picture with an antialiasing
+filter whose taps are sparse, in integer arithmetic. So shrinking never aliases, no coordinate is rounded, and the bytes
+are the same on every machine. It takes 50-130 microseconds for a 64 px crop, against 3 milliseconds in a ResNet-18.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def crop_regions(
         boxes: ``(P, 4)`` xyxy in pixels of ``image``; pixel ``i`` covers ``[i, i + 1]``.
         size: side ``S`` of the crops.
         scales: one crop per scale; the centre of the box stays.
-        mode: ``squash`` stretches the whole box to a square; ``center`` keeps the central square and loses the ends of a
-            long box (the usual CLIP preprocessing, and DetPro's choice); ``pad`` keeps box and proportions and adds
+        mode: ``squash`` stretches the whole box to a square; ``center`` keeps the central square and loses the ends of
+            a long box (the usual CLIP preprocessing, and DetPro's choice); ``pad`` keeps box and proportions and adds
             ``fill`` bars.
         border: what a box that hangs out of the picture means: ``clamp`` cuts the box at the border, ``fill`` keeps its
             geometry and shows ``fill`` outside.
@@ -97,8 +97,8 @@ def crop_regions(
         uint8 ``(P, K, 3, S, S)``.
 
     Raises:
-        ValueError: when ``image`` is not uint8 ``(H, W, 3)``, an option is unknown, or a box is not finite, is empty, lies
-            outside the picture, or hangs out by more than twice the picture.
+        ValueError: when ``image`` is not uint8 ``(H, W, 3)``, an option is unknown, or a box is not finite, is empty,
+            lies outside the picture, or hangs out by more than twice the picture.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
@@ -107,7 +107,7 @@ def crop_regions(
     box_P4 = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     height, width = image.shape[:2]
     _check_boxes(box_P4, width=width, height=height)
-    colour = tuple(int(round(255 * float(c))) for c in fill)
+    colour = tuple(round(255 * float(c)) for c in fill)
 
     out = np.empty((len(box_P4), len(scales), size, size, 3), dtype=np.uint8)
     limit = np.array([width, height, width, height], dtype=np.float64)
@@ -122,7 +122,11 @@ def crop_regions(
 
 
 def embed_crops(
-    encoder: RegionEncoder, crops: torch.Tensor, *, normalise_each: bool = False, batch_size: int = 256,
+    encoder: RegionEncoder,
+    crops: torch.Tensor,
+    *,
+    normalise_each: bool = False,
+    batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> torch.Tensor:
     """Embed crops: encode each, sum over the scales, L2-normalise.
@@ -181,7 +185,13 @@ def embed_regions(
         float32 ``(P, D)`` of unit rows.
     """
     crops = crop_regions(
-        image, boxes, size=encoder.image_size, scales=scales, mode=mode, border=border, fill=encoder.image_mean,
+        image,
+        boxes,
+        size=encoder.image_size,
+        scales=scales,
+        mode=mode,
+        border=border,
+        fill=encoder.image_mean,
         resample=resample,
     )
     return embed_crops(encoder, crops, normalise_each=normalise_each, batch_size=batch_size, precision=precision)

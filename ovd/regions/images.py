@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the pictures of a region store come from: generated scenes, a COCO file, or a folder.
 
-Each source has ``ids`` (what the store is read by), ``image(index)``, ``fingerprint()``, and ``boxes(index)`` where it has
-ground truth. A fingerprint hashes what decides the pixels, not where they lie: a data set may move to another disk.
+Each source has ``ids`` (what the store is read by), ``image(index)``, ``fingerprint()``, and ``boxes(index)`` where it
+has ground truth. A fingerprint hashes what decides the pixels, not where they lie: a data set may move to another disk.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ Layout of a store::
 
 A shard is the unit of work. Its bytes depend only on the manifest and its own pictures (no batch crosses a shard), so a
 store that was killed and resumed, or shared between processes, equals one written in one go. Files are written under a
-temporary name, flushed and renamed; ``kill -9`` at any time costs the shard in work and nothing else. A lease file, created
-exclusively, keeps two processes off the same shard. Leases only save work: should two processes ever hold the same
-shard, both write the same bytes.
+temporary name, flushed and renamed; ``kill -9`` at any time costs the shard in work and nothing else. A lease file,
+created exclusively, keeps two processes off the same shard. Leases only save work: should two processes ever hold the
+same shard, both write the same bytes.
 
 Shape legend: ``P`` proposals per picture (padded with zeros beyond ``valid``), ``D`` embedding.
 """
@@ -265,8 +265,9 @@ class RegionStore:
                 problems.append(f"{file.name}: damaged (its sha256 differs)")
                 continue
             tensors = _map_shard(file)
-            if len(tensors["valid"]) != len(_rows(self.manifest, shard)):
-                problems.append(f"{file.name}: {len(tensors['valid'])} pictures, expected {len(_rows(self.manifest, shard))}")
+            expected = len(_rows(self.manifest, shard))
+            if len(tensors["valid"]) != expected:
+                problems.append(f"{file.name}: {len(tensors['valid'])} pictures, expected {expected}")
             for row, valid in enumerate(tensors["valid"].tolist()):
                 norm = np.linalg.norm(tensors["embeddings"][row, :valid].astype(np.float32), axis=1)
                 if not np.isfinite(tensors["boxes"][row]).all() or (np.abs(norm - 1) > 0.01).any():
@@ -277,7 +278,7 @@ class RegionStore:
         try:
             position = self._position[image_id]
         except KeyError:
-            raise KeyError(f"{self.root}: no picture {image_id!r} in this region store of {len(self)} pictures") from None
+            raise KeyError(f"{self.root}: no picture {image_id!r} among the {len(self)} of this region store") from None
         shard, row = divmod(position, int(self.manifest["settings"]["images_per_shard"]))
         tensors = self._maps.get(shard)
         if tensors is None:
@@ -310,8 +311,10 @@ def estimate(source_length: int, *, identity: Identity, root: Path | None = None
     overhead = 1024 * (1 + -(-source_length // settings.images_per_shard)) + 24 * source_length
     missing = max(source_length - done, 0)
     return Estimate(
-        total_bytes=per_image * source_length + overhead, missing_bytes=per_image * missing + overhead,
-        missing_images=missing, images=source_length,
+        total_bytes=per_image * source_length + overhead,
+        missing_bytes=per_image * missing + overhead,
+        missing_images=missing,
+        images=source_length,
     )
 
 
@@ -356,7 +359,9 @@ def write_regions(
             kept += 1
             bad += len((_sidecar(path, shard) or {}).get("bad_images", ()))
     if plan.missing_images:
-        say(_announce(plan, source=source, proposer=proposer, encoder=encoder, identity=identity, batch_size=batch_size))
+        say(
+            _announce(plan, source=source, proposer=proposer, encoder=encoder, identity=identity, batch_size=batch_size)
+        )
     while len(done) < shards:
         progress = False
         for shard in range(shards):
@@ -373,8 +378,15 @@ def write_regions(
                 _sweep(path, shard)
                 try:
                     bad += _write_shard(
-                        path, shard, manifest=manifest, source=source, proposer=proposer, encoder=encoder,
-                        settings=identity.settings, batch_size=batch_size, beat=lease,
+                        path,
+                        shard,
+                        manifest=manifest,
+                        source=source,
+                        proposer=proposer,
+                        encoder=encoder,
+                        settings=identity.settings,
+                        batch_size=batch_size,
+                        beat=lease,
                     )
                 except FileNotFoundError:
                     # Our lease went stale, and the process that took it over swept our temporary file away.
@@ -402,14 +414,20 @@ def write_regions(
 
 
 def _announce(
-    plan: Estimate, *, source: ImageSource, proposer: Proposer, encoder: RegionEncoder, identity: Identity, batch_size: int
+    plan: Estimate,
+    *,
+    source: ImageSource,
+    proposer: Proposer,
+    encoder: RegionEncoder,
+    identity: Identity,
+    batch_size: int,
 ) -> str:
     """One line with the size and, from the second of two pictures (the first one warms up), the time."""
     took = 0.0
     for index in range(min(2, len(source.ids))):
         start = time.perf_counter()
         try:
-            found, crops = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=identity.settings)
+            _, crops = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=identity.settings)
         except BadImageError:
             continue
         embed_crops(encoder, crops, batch_size=batch_size, precision=identity.settings.precision)
@@ -430,19 +448,37 @@ def _regions_of(
     at = getattr(proposer, "propose_at", None)
     boxes, scores = at(index) if at is not None else proposer.propose(image, top=settings.proposals_per_image)
     found = select_proposals(
-        boxes, scores, width=image.shape[1], height=image.shape[0], top=settings.proposals_per_image,
+        boxes,
+        scores,
+        width=image.shape[1],
+        height=image.shape[0],
+        top=settings.proposals_per_image,
         min_side=settings.min_side,
     )
     crops = crop_regions(
-        image, found.boxes, size=settings.crop_size, scales=settings.scales, mode=settings.crop_mode,
-        border=settings.border, fill=encoder.image_mean, resample=settings.resample,
+        image,
+        found.boxes,
+        size=settings.crop_size,
+        scales=settings.scales,
+        mode=settings.crop_mode,
+        border=settings.border,
+        fill=encoder.image_mean,
+        resample=settings.resample,
     )
     return found, crops
 
 
 def _write_shard(
-    path: Path, shard: int, *, manifest: dict[str, Any], source: ImageSource, proposer: Proposer, encoder: RegionEncoder,
-    settings: StoreSettings, batch_size: int, beat: Callable[[], None],
+    path: Path,
+    shard: int,
+    *,
+    manifest: dict[str, Any],
+    source: ImageSource,
+    proposer: Proposer,
+    encoder: RegionEncoder,
+    settings: StoreSettings,
+    batch_size: int,
+    beat: Callable[[], None],
 ) -> int:
     rows = _rows(manifest, shard)
     top, dim = settings.proposals_per_image, int(manifest["dim"])
@@ -465,7 +501,10 @@ def _write_shard(
             batch, waiting = waiting[:boxes_per_batch], waiting[boxes_per_batch:]
             rows_of_batch, slots = slots[:boxes_per_batch], slots[boxes_per_batch:]
             embedded = embed_crops(
-                encoder, batch, normalise_each=settings.normalise_each, batch_size=boxes_per_batch * len(settings.scales),
+                encoder,
+                batch,
+                normalise_each=settings.normalise_each,
+                batch_size=boxes_per_batch * len(settings.scales),
                 precision=settings.precision,
             )
             flat[torch.tensor(rows_of_batch)] = embedded.to(torch.float16)
@@ -496,8 +535,8 @@ def _write_shard(
     _sync(temporary)
     os.replace(temporary, _shard_path(path, shard))
     _sync(path)
-    side = {"sha256": digest, "bytes": size, "images": len(rows), "regions": int(tensors["valid"].sum()), "bad_images": bad}
-    _write_json(path / f"shard-{shard:05d}.json", side)
+    counts = {"images": len(rows), "regions": int(tensors["valid"].sum())}
+    _write_json(path / f"shard-{shard:05d}.json", {"sha256": digest, "bytes": size, **counts, "bad_images": bad})
     return len(bad)
 
 
@@ -510,10 +549,15 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> dict[str,
         raise UserError("there are no pictures to embed")
     ids_text = json.dumps(ids)
     manifest: dict[str, Any] = {
-        "format": FORMAT, "encoder": identity.encoder, "dim": identity.dim, "proposals": identity.proposals,
-        "source": identity.source, "settings": _plain(asdict(identity.settings)),
+        "format": FORMAT,
+        "encoder": identity.encoder,
+        "dim": identity.dim,
+        "proposals": identity.proposals,
+        "source": identity.source,
+        "settings": _plain(asdict(identity.settings)),
         "images": {"count": len(ids), "sha256": hashlib.sha256(ids_text.encode()).hexdigest()},
-        "dtype": "float16", "notes": _plain(dict(identity.notes)),
+        "dtype": "float16",
+        "notes": _plain(dict(identity.notes)),
     }
     target = path / "manifest.json"
     if not target.is_file():
@@ -526,7 +570,8 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> dict[str,
         _write_text(_ids_path(path, manifest), ids_text)
         _write_text_once(target, json.dumps(manifest, indent=1))
     present = _read_manifest(path)
-    _refuse_differences(path, present, {k: manifest[k] for k in ("encoder", "dim", "proposals", "source", "settings", "images")})
+    compared = ("encoder", "dim", "proposals", "source", "settings", "images")
+    _refuse_differences(path, present, {key: manifest[key] for key in compared})
     _read_ids(path, present)
     return present
 
@@ -560,7 +605,8 @@ def _is_whole(path: Path, shard: int, say: Callable[[str], None]) -> bool:
 @contextmanager
 def _lease(file: Path, seconds: float) -> Iterator[Callable[[], None] | None]:
     """Hold a lease file; yields a heartbeat, or None when another live process holds it."""
-    token = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "key": uuid.uuid4().hex})
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    token = json.dumps({**owner, "key": uuid.uuid4().hex})
     if not _create_lease(file, token) and not (_steal(file, seconds) and _create_lease(file, token)):
         yield None
         return
@@ -666,7 +712,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     text = _read_text(file)
     if text is None:
-        raise UserError(f"{path}: there is no region store here (no manifest.json): make one with `python -m ovd.embed`")
+        raise UserError(f"{path}: no region store here (no manifest.json): make one with `python -m ovd.embed`")
     try:
         manifest = json.loads(text)
         known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
@@ -698,12 +744,15 @@ def _refuse_differences(path: Path, manifest: dict[str, Any], wanted: Mapping[st
         present = manifest.get(key)
         if isinstance(value, dict):
             present = present if isinstance(present, dict) else {}
-            problems += [f"{key}.{k}: it has {present.get(k)!r}, you have {v!r}" for k, v in value.items() if present.get(k) != v]
+            for k, v in value.items():
+                if present.get(k) != v:
+                    problems.append(f"{key}.{k}: it has {present.get(k)!r}, you have {v!r}")
         elif present != value:
             problems.append(f"{key}: it has {present!r}, you have {value!r}")
     if problems:
         raise UserError(
-            f"{path}: this region store was made from something else:\n  " + "\n  ".join(problems)
+            f"{path}: this region store was made from something else:\n  "
+            + "\n  ".join(problems)
             + "\nUse what it was made from, or write a new store with `python -m ovd.embed` and another `out`."
         )
 
