@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that survive a kill, a full disk and a damaged file, and weight files.
+
+Layout: ``checkpoints/step_N/{model.safetensors, state.pt, meta.json}``; ``last`` is a link to the newest, for people.
+
+A checkpoint is written under a temporary name, each file flushed to the disk, then the folder is renamed and its parent
+flushed. ``meta.json`` carries size and sha256 of the files; the sums are taken from the bytes as they are produced and
+compared with what is read back before any older checkpoint is deleted. So at every moment the newest *complete*
+checkpoint can be found by looking at the folders, newest first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pretrain.engine.errors import UserError
+
+FORMAT = 1
+MODEL, STATE, META = "model.safetensors", "state.pt", "meta.json"
+FREE_SPACE_MARGIN = 1.1  # of the size of the tensors, for headers and directory entries
+_ALIASES = "aliases"
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint: its folder, its step, and the content of ``meta.json``."""
+
+    folder: Path
+    step: int
+    meta: dict[str, Any]
+
+
+class _HashingFile:
+    """A file that knows the sha256 of what was written to it, independently of what reached the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by finish()
+        self._sum = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self._sum.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> dict[str, Any]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self.size, "sha256": self._sum.hexdigest()}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _write(path: Path, produce: Callable[[_HashingFile], Any]) -> dict[str, Any]:
+    """Write and flush one file; returns its size and sha256."""
+    file = _HashingFile(path)
+    try:
+        produce(file)
+        return file.finish()
+    finally:
+        file.close()
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    total = hashlib.sha256()
+    while block := file.read(1 << 20):
+        total.update(block)
+    return total.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content so that a reader sees the old or the new content, never a part.
+
+    Raises:
+        UserError: If the disk is full or not writable; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(temporary, lambda file: file.write(data))
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") \
+            from error  # fmt: skip
+
+
+# --- weight files ------------------------------------------------------------------------------------------------------
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Serialise tensors as safetensors.
+
+    The format forbids shared memory. Names for the very same tensor (tied weights) are stored once, the others as
+    aliases in the metadata; tensors that merely overlap are stored separately.
+    """
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        place = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in seen:
+            aliases[name] = seen[place]
+            continue
+        seen[place] = name
+        copy = tensor.cpu().contiguous()
+        if copy.untyped_storage().nbytes() != copy.numel() * copy.element_size() or copy.data_ptr() == tensor.data_ptr():
+            copy = copy.clone()  # frees us of the storage that others may share
+        stored[name] = copy
+    extra = {_ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else {}
+    return safetensors.torch.save(stored, metadata={**metadata, **extra})
+
+
+def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a weight file (safetensors) atomically.
+
+    Args:
+        path: The file; its folder is made.
+        tensors: Any names, shapes and types.
+        metadata: Strings that describe the weights.
+
+    Raises:
+        UserError: If it cannot be written; an older file of that name is untouched.
+    """
+    write_atomically(Path(path), pack(tensors, metadata))
+
+
+def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a weight file.
+
+    Returns:
+        The tensors (on the CPU) and the metadata that ``save_weights`` was given.
+
+    Raises:
+        UserError: If the file is missing or is not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or export it again") from error
+    for name, original in json.loads(metadata.pop(_ALIASES, "{}")).items():
+        tensors[name] = tensors[original]
+    return tensors, metadata
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def step_folders(root: Path) -> list[tuple[int, Path]]:
+    """All finished checkpoint folders under ``root``, oldest first; damaged ones too."""
+    found = []
+    for folder in root.glob("step_*"):
+        number = folder.name.removeprefix("step_")
+        if number.isdigit() and folder.is_dir():
+            found.append((int(number), folder))
+    return sorted(found)
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Check sizes and sums of a checkpoint.
+
+    Raises:
+        UserError: Naming the file that is missing, torn or changed.
+    """
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
+            raise UserError(f"{folder / META}: not a checkpoint description")
+        if meta.get("format") != FORMAT:
+            raise UserError(f"{folder / META}: format {meta.get('format')!r}; this version reads format {FORMAT}")
+        for name in (MODEL, STATE):
+            expected = meta["files"][name]
+            if (folder / name).stat().st_size != expected["bytes"]:
+                raise UserError(f"{folder / name}: is torn ({(folder / name).stat().st_size} of {expected['bytes']} bytes)")
+            if sha256_of(folder / name) != expected["sha256"]:
+                raise UserError(f"{folder / name}: is damaged (sha256 differs from {META})")
+        return Checkpoint(folder, int(meta["step"]), meta)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: is incomplete or damaged ({type(error).__name__}: {error})") from error
+
+
+def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies.
+
+    Args:
+        root: The ``checkpoints`` folder.
+        warn: Told about each damaged one that is passed over.
+
+    Returns:
+        ``None`` if there is no checkpoint at all.
+
+    Raises:
+        UserError: If there are some, all damaged.
+    """
+    folders = step_folders(root)
+    for _, folder in reversed(folders):
+        try:
+            return verify(folder)
+        except UserError as error:
+            warn(f"{error}; trying the checkpoint before it")
+    if folders:
+        raise UserError(f"{root}: none of the {len(folders)} checkpoints can be used; start again with --overwrite")
+    return None
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what cannot be finished.
+
+    Raises:
+        UserError: If fewer than ``needed`` bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{folder}: a checkpoint needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; free some "
+                        "space, then continue with --resume")  # fmt: skip
+
+
+def save(
+    root: Path, *, step: int, model: Mapping[str, Any], state: dict[str, Any], meta: dict[str, Any], keep: int
+) -> Checkpoint:
+    """Write, verify and publish one checkpoint, then delete old ones.
+
+    Args:
+        root: The ``checkpoints`` folder.
+        step: Number of finished steps.
+        model: The model's state dictionary; values that are no tensors go to ``state.pt``.
+        state: Everything else; only types that ``torch.load(weights_only=True)`` reads.
+        meta: JSON values for ``meta.json``.
+        keep: How many checkpoints stay.
+
+    Raises:
+        UserError: If it cannot be written. Older checkpoints are untouched.
+    """
+    folder, temporary = root / f"step_{step}", root / f".step_{step}.tmp"
+    tensors = {name: value for name, value in model.items() if isinstance(value, Tensor)}
+    state = {**state, "extra": {name: value for name, value in model.items() if name not in tensors}}
+    try:
+        if folder.is_dir():
+            try:
+                return verify(folder)  # a run that was stopped right after it had saved
+            except UserError:
+                shutil.rmtree(folder)  # damaged: the run went back to an older one and is here again
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".step_*"):
+            shutil.rmtree(leftover)
+        check_free_space(root, int(FREE_SPACE_MARGIN * (_size(tensors) + _size(state))))
+        temporary.mkdir()
+        files = {
+            MODEL: _write(temporary / MODEL, lambda file: file.write(pack(tensors, {"step": str(step)}))),
+            STATE: _write(temporary / STATE, lambda file: torch.save(state, file)),
+        }
+        text = json.dumps({"format": FORMAT, "step": step, "files": files, **meta}, indent=1)
+        _write(temporary / META, lambda file: file.write(text.encode()))
+        _flush_folder(temporary)
+        os.replace(temporary, folder)
+        _flush_folder(root)
+        checkpoint = verify(folder)
+        _point_last(root.parent / "last", folder)
+        _prune(root, newest_step=step, keep=keep)
+        return checkpoint
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: the checkpoint could not be written ({error.strerror or error}); older checkpoints are "
+                        "untouched: free some space, then continue with --resume") from error  # fmt: skip
+
+
+def _size(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_size(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_size(item) for item in value)
+    return 0
+
+
+def _point_last(link: Path, folder: Path) -> None:
+    temporary = link.with_name(".last.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(folder.relative_to(link.parent), target_is_directory=True)
+    except (OSError, NotImplementedError):
+        return  # a file system without links; nothing reads the link, it is a convenience
+    os.replace(temporary, link)
+
+
+def _prune(root: Path, *, newest_step: int, keep: int) -> None:
+    """Keep the one just verified and the ``keep − 1`` before it. Later ones are of a discarded or damaged future."""
+    older = [folder for step, folder in step_folders(root) if step < newest_step]
+    later = [folder for step, folder in step_folders(root) if step > newest_step]
+    for folder in older[: max(0, len(older) - (keep - 1))] + later:
+        # Out of sight in one step first, so that a kill in the middle leaves no half checkpoint.
+        hidden = folder.with_name("." + folder.name)
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+
+
+def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a verified checkpoint.
+
+    Returns:
+        The model's state dictionary and the other state, on the CPU.
+    """
+    tensors, _ = load_weights(checkpoint.folder / MODEL)
+    try:
+        state: dict[str, Any] = torch.load(checkpoint.folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types; the sum was right, so the file is not ours
+        raise UserError(f"{checkpoint.folder / STATE}: cannot be read ({error})") from error
+    return {**tensors, **state.pop("extra")}, state

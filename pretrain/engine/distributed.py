@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process or many: what ``torchrun`` starts, and a gather whose gradient is exact.
+
+How losses and gradients add up (``W`` processes, each with its slice of the global batch):
+
+* DistributedDataParallel averages parameter gradients over the processes.
+* ``gather_with_grad`` sums the incoming gradient over the processes before taking its own slice. Under the
+  averaging this is the exact gradient of the global loss in both usual forms: the *whole* loss computed alike on
+  every process, and the loss over the *local* rows against gathered columns. Nothing is to be multiplied by ``W``.
+* A loss that is a mean over local samples needs no gather at all: slices have equal size, so the average is the mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain.engine.errors import UserError
+
+
+def rank() -> int:
+    """This process's number, 0 without ``torchrun``."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def setup() -> bool:
+    """Join the process group that ``torchrun`` describes in the environment; nothing to do for a single process.
+
+    CPU tensors travel over gloo, CUDA tensors over nccl.
+
+    Returns:
+        Whether this call joined, so that the caller knows to leave with ``teardown``.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    return True
+
+
+def teardown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn the configured device name into a device.
+
+    Args:
+        name: ``auto`` (this process's GPU if there is one, otherwise the CPU) or a torch device name.
+
+    Raises:
+        UserError: If the device does not exist on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r} is not a device name; use auto, cpu or cuda") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device: {name!r} was asked for, but torch finds no CUDA device; use device=cpu or auto")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def all_sum(values: list[float]) -> list[float]:
+    """Sum a few numbers over the processes, element by element."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor]
+
+
+def all_objects(value: Any) -> list[Any]:
+    """Collect one small Python object from every process, in order of rank."""
+    if world_size() == 1:
+        return [value]
+    collected: list[Any] = [None] * world_size()
+    dist.all_gather_object(collected, value)
+    return collected
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward is all-reduce(sum) and the own slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.rows = x.shape[0]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
+        dist.all_reduce(total)
+        return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
+    """Concatenate ``x`` of every process along the first dimension, differentiably.
+
+    Args:
+        x: (n, …), the same shape in every process.
+
+    Returns:
+        (W·n, …), the same in every process, in order of rank; ``x`` itself for a single process.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global generator, in types that ``torch.load(weights_only=True)`` accepts."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what ``rng_state`` returned."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the global generators of the CPU as they were, whatever the body draws."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)

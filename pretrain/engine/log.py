@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run writes about itself: ``metrics.jsonl`` always, ``train.log``, ``events.jsonl``, TensorBoard if installed,
+and on the screen a progress bar (terminal) or plain lines (anything else; no control characters)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.engine.checkpoint import write_atomically
+from pretrain.engine.errors import UserError
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as ``1:02:03``."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def format_line(step: int, total: int, values: dict[str, float]) -> str:
+    """One plain log line: the step, the metrics, then the times."""
+    times = ("data_time", "step_time", "eta", "per_second")
+    shown = [f"step {step}/{total}"]
+    shown += [f"{name} {value:.4g}" for name, value in values.items() if name not in times]
+    shown.append(f"data {values['data_time']:.3f} s  step {values['step_time']:.3f} s  {values['per_second']:.1f}/s")
+    shown.append(f"eta {format_duration(values['eta'])}")
+    return "  ".join(shown)
+
+
+def last_lines(path: Path, *, up_to_step: int) -> None:
+    """Drop lines of a ``.jsonl`` file that are torn, or of steps after a checkpoint, which will be made again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= up_to_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that was being written when the run was killed
+    write_atomically(path, "".join(line + "\n" for line in kept).encode())
+
+
+class RunLog:
+    """The log of one run; a silent one in the other processes.
+
+    Args:
+        out: Run folder; ``None`` writes no file (``--check``).
+        total: Steps of the run.
+        start: Step it starts from.
+        speak: Whether this process writes and prints.
+    """
+
+    def __init__(self, *, out: Path | None, total: int, start: int, speak: bool) -> None:
+        self.out = out if speak else None
+        self.total, self.speak = total, speak
+        self._bar: Any = None
+        self._board: Any = None
+        if self.out is not None:
+            for name in ("metrics.jsonl", "events.jsonl"):
+                last_lines(self.out / name, up_to_step=start)
+            if importlib.util.find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=start + 1)
+        if speak and sys.stderr.isatty() and sys.stdout.isatty() and importlib.util.find_spec("tqdm") is not None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def say(self, text: str) -> None:
+        """Print one line (above the bar) and keep it in ``train.log``."""
+        if not self.speak:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+        if self.out is not None:
+            self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+
+    def warn(self, text: str) -> None:
+        """Say it as a warning."""
+        self.say(f"warning: {text}")
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Write one line of metrics everywhere. Values that are not finite become ``null``: JSON has no NaN."""
+        if not self.speak:
+            return
+        self.say(format_line(step, self.total, values))
+        if self.out is not None:
+            clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._append("metrics.jsonl", json.dumps({"step": step, **clean}))
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def event(self, step: int, kind: str, **details: Any) -> None:
+        """Record something unusual in ``events.jsonl``."""
+        if self.out is not None:
+            self._append("events.jsonl", json.dumps({"step": step, "event": kind, **details}))
+
+    def bad_image(self, index: int, path: str, reason: str) -> None:
+        """Record an unreadable image in ``bad_images.jsonl``."""
+        self.warn(f"unreadable image replaced by the next one: {reason}")
+        if self.out is not None:
+            self._append("bad_images.jsonl", json.dumps({"index": index, "path": path, "reason": reason}))
+
+    def close(self) -> None:
+        """Finish the bar and the board."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self, name: str, line: str) -> None:
+        assert self.out is not None
+        try:
+            with open(self.out / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.out / name}: {error.strerror}; checkpoints are untouched: free some space, "
+                            "then continue with --resume") from error  # fmt: skip

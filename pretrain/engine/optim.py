@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers, their parameter groups, and the learning rate as a pure function of the step.
+
+A parameter group may carry, beside torch's own keys:
+
+* ``lr_scale`` (float): factor on the scheduled learning rate.
+* ``constant_lr`` (bool): the group ignores warm-up and schedule (SimSiam's predictor).
+* ``lars_exclude`` (bool): LARS neither decays nor rescales the group (biases and norm layers). An explicit flag: tying
+  it to ``weight_decay == 0`` would silently turn LARS into SGD for anybody who switches decay off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.engine.config import OptimConfig
+from pretrain.engine.errors import UserError
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017), in the form of the BYOL and Barlow Twins references.
+
+    The trust ratio uses the norm of the gradient *including* the decay term, and the learning rate stays outside the
+    momentum buffer::
+
+        g  = grad + weight_decay · p
+        g  = g · eta · |p| / |g|      (1 if either norm is 0)
+        mu = momentum · mu + g
+        p  = p − lr · mu
+
+    Groups with ``lars_exclude`` skip the first two lines.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        weight_decay: Decay, before the trust ratio.
+        momentum: Factor of the velocity.
+        eta: Trust coefficient; .001 in both references.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001
+    ) -> None:
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta, "lars_exclude": False,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make one update."""
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if not group["lars_exclude"]:
+                    g = g + group["weight_decay"] * p
+                    p_norm, g_norm = p.norm(), g.norm()
+                    ratio = torch.where((p_norm > 0) & (g_norm > 0), group["eta"] * p_norm / g_norm, 1.0)
+                    g = g * ratio
+                state = self.state[p]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(p)
+                state["mu"].mul_(group["momentum"]).add_(g)
+                p.add_(state["mu"], alpha=-group["lr"])
+        return None
+
+
+def default_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay, vectors and scalars (biases, norms, temperatures) without.
+
+    Args:
+        named: Names and parameters; frozen ones are left out.
+        weight_decay: For the first group.
+    """
+    trained = [p for _, p in named if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "lars_exclude": False},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "lars_exclude": True},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(task: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the configured optimiser over the task's groups (``task.param_groups(config)``, or the default groups).
+
+    Raises:
+        UserError: If nothing is left to train.
+    """
+    own = getattr(task, "param_groups", None)
+    groups = own(config) if own is not None else default_groups(
+        task.named_parameters(), weight_decay=config.weight_decay
+    )  # fmt: skip
+    groups = [{"lr_scale": 1.0, "constant_lr": False, "lars_exclude": False, **group} for group in groups]
+    if not any(len(list(group["params"])) for group in groups):
+        raise UserError("every parameter of the model is frozen; there is nothing to train")
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
+        )
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return LARS(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def lr_at(step: int, config: OptimConfig, *, total: int) -> float:
+    """The learning rate of a step, before any group's ``lr_scale``.
+
+    Warm-up rises linearly and reaches ``config.lr`` in its last step, so that step 0 already learns. The cosine runs
+    over the steps after warm-up and would reach ``final_lr_ratio · lr`` at step ``total``.
+
+    Args:
+        step: From 0.
+        config: Schedule and its constants.
+        total: Steps of the whole run.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "step":
+        return float(config.lr * config.gamma ** sum(step >= milestone for milestone in config.milestones))
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    final = config.lr * config.final_lr_ratio
+    return final + (config.lr - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, config: OptimConfig, *, total: int) -> float:
+    """Give every group its learning rate for this step; returns the scheduled one."""
+    scheduled = lr_at(step, config, total=total)
+    for group in optimizer.param_groups:
+        group["lr"] = (config.lr if group["constant_lr"] else scheduled) * group["lr_scale"]
+    return scheduled
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The L2 norm over all gradients, as a scalar tensor; 0 if there are none."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, *, norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by ``max_norm / norm`` if the norm is larger."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if params:
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
