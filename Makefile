@@ -1,0 +1,82 @@
+# `make demo` and `make test` each work on a fresh clone: they need Python 3.10 or newer and make, nothing else.
+
+PORT   ?= 7860
+HOST   ?= 127.0.0.1
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Extra flags for one run, for example `make test PYTEST="-k vocabulary -x"`.
+PYTEST ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint format weights bench doctor setup setup-dev lock clean
+
+help:
+	@echo "make demo      set up, then serve the page on http://$(HOST):$(PORT) (PORT= to change)"
+	@echo "make test      set up, lint, types, and all tests but the long ones"
+	@echo "make test-all  the same with the long ones"
+	@echo "make lint      ruff and mypy"
+	@echo "make weights   rebuild the shipped weights from nothing; stops and resumes at any point"
+	@echo "make bench     run the benchmarks and print their tables"
+	@echo "make doctor    say what is installed and what is wrong"
+	@echo "make lock      write the lock files again from pyproject.toml (needs uv)"
+	@echo "make clean     remove .venv, caches and build folders"
+
+demo: setup
+	$(BIN)/python app.py --host $(HOST) --port $(PORT)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-all: lint
+	$(BIN)/python -m pytest -m "" $(PYTEST)
+
+lint: setup-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: setup-dev
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+weights: $(VENV)/.installed-rebuild
+	$(BIN)/python scripts/make_weights.py
+
+bench: setup-dev
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit $$?; done
+
+doctor: setup
+	$(BIN)/python -m ovd.doctor
+
+lock:
+	$(PYTHON) scripts/lock.py
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+# Each stamp is younger than the files it was made from; a changed lock file installs again, anything else is quick.
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 or newer found; install one, or run make PYTHON=/path/to/python3" >&2; exit 2; }
+	@"$(PYTHON)" -m venv --clear $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python requirements.lock pyproject.toml scripts/build_detectron2.py
+	$(PIP) install -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --quiet --editable .
+	$(BIN)/python scripts/build_detectron2.py
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
+	$(PIP) install -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.installed-rebuild: $(VENV)/.installed requirements-rebuild.lock
+	$(PIP) install -r requirements-rebuild.lock
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
