@@ -1,7 +1,6 @@
 # `make demo` and `make test` each work on a fresh clone: they need Python 3.10 or newer and make, nothing else.
 
 PORT   ?= 7860
-HOST   ?= 127.0.0.1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 VENV   := .venv
@@ -14,7 +13,7 @@ PYTEST ?=
 .PHONY: help demo test test-all lint format weights bench doctor setup setup-dev lock clean
 
 help:
-	@echo "make demo      set up, then serve the page on http://$(HOST):$(PORT) (PORT= to change)"
+	@echo "make demo      set up, then serve the page on http://127.0.0.1:$(PORT) (PORT= to change)"
 	@echo "make test      set up, lint, types, and all tests but the long ones"
 	@echo "make test-all  the same with the long ones"
 	@echo "make lint      ruff and mypy"
@@ -25,7 +24,7 @@ help:
 	@echo "make clean     remove .venv, caches and build folders"
 
 demo: setup
-	$(BIN)/python app.py --host $(HOST) --port $(PORT)
+	$(BIN)/python app.py --port $(PORT)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
@@ -35,7 +34,6 @@ test-all: lint
 
 lint: setup-dev
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 format: setup-dev
