@@ -16,7 +16,7 @@ Shapes: R regions, C classes, D joint embedding, n detections, M mask side.
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -27,27 +27,29 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms
 
 from ovd.modeling.scoring import Calibration, RegionSet, score_regions
 from ovd.text import TextEmbedder, TextEncoder
 from ovd.vocabulary import TEMPLATES_STICKER, Vocabulary
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.data.folder import MAX_PIXELS, read_image
+from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from supervision import Detections as SupervisionDetections
 
-    ImageLike = str | Path | bytes | bytearray | memoryview | Image | NDArray[Any]
+    from ovd.modeling.build import DetectorCard
+    from pretrain.nets.towers import JointEncoder
+
+    ImageLike = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 
 NMS_IOU = 0.5  # class-aware NMS of Detectron2's and ViLD's inference
 CROSS_CLASS_IOU = 0.85  # two classes on (nearly) the same box are two names for one thing: the better one is shown
 MAX_DETECTIONS = 300  # LVIS protocol
 MASK_THRESHOLD = 0.5
-MAX_PIXELS = 25_000_000  # 75 MB as RGB; what a phone takes, and far below a decompression bomb
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 class RegionModel(Protocol):
@@ -57,7 +59,7 @@ class RegionModel(Protocol):
     bank: Tensor
     calibration: Calibration
 
-    def regions(self, image: Tensor) -> RegionSet:
+    def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """Return the regions of a uint8 (H, W, 3) RGB picture, embedded and in original pixels."""
 
 
@@ -118,16 +120,18 @@ def to_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint
             alpha = image[:, :, 3:].astype(np.uint16)
             image = ((image[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         return np.ascontiguousarray(image)
-    from PIL import Image
-
-    from pretrain.data.folder import read_image
-
     if isinstance(image, (str, Path)):
         return read_image(Path(image), max_pixels=max_pixels)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return read_image(io.BytesIO(bytes(image)), max_pixels=max_pixels)
+        return read_image(bytes(image), max_pixels=max_pixels)
     if isinstance(image, Image.Image):
-        return read_image(image, max_pixels=max_pixels)
+        if image.width * image.height > max_pixels:
+            raise UserError(f"picture has {image.width}×{image.height} pixels; at most {max_pixels:,} are allowed")
+        if image.mode[0] in "IF":
+            raise UserError(f"pictures of mode {image.mode} have no fixed white: convert to 8 bits first")
+        upright = ImageOps.exif_transpose(image)
+        transparent = upright.has_transparency_data
+        return to_rgb(np.array(upright.convert("RGBA" if transparent else "RGB")), max_pixels=max_pixels)
     raise UserError(f"a picture must be a path, bytes, a Pillow image or an array, not {type(image).__name__}")
 
 
@@ -436,15 +440,19 @@ class Detector:
             UserError: unknown name, missing or damaged files.
         """
         from ovd.modeling.build import load_detector_model
-        from ovd.weights import weights_folder
-        from pretrain.nets.towers import load_encoder
 
-        folder = Path(weights)
-        if not folder.is_dir():
-            folder = weights_folder(str(weights))
-        model = load_detector_model(folder)
-        encoder = load_encoder(folder / "encoder")
-        return cls(model=model, encoder=encoder, **options)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            where = torch.device(device)
+        except RuntimeError as problem:
+            raise UserError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:0") from problem
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device {device!r} asked for, but torch finds no CUDA; use device cpu or auto")
+        folder = find_weights(weights)
+        model = load_detector_model(folder, device=str(where))
+        encoder = _load_encoder_of(folder, model.card).to(where)
+        return cls(model=model, encoder=encoder, card=read_model_card(folder), **options)
 
     @property
     def threshold(self) -> float:
@@ -488,7 +496,7 @@ class Detector:
             found = self._cache.get(key)
             if found is None:
                 with torch.inference_mode():
-                    found = self.model.regions(torch.from_numpy(pixels))
+                    found = self.model.regions(pixels)
                 if self._cache_size:
                     self._cache[key] = found
                     while len(self._cache) > self._cache_size:
@@ -507,3 +515,60 @@ class Detector:
         """
         self.resolve(None)
         return self.embed(image).classify(threshold=threshold, **options)
+
+
+def find_weights(weights: str | Path) -> Path:
+    """Return the folder of a detector given by path or by its name in ``weights/manifest.json``.
+
+    Raises:
+        UserError: no such folder or name, or files that do not have the hash of the manifest.
+    """
+    from ovd.weights import weights_folder
+
+    folder = Path(weights)
+    if folder.is_dir():
+        return folder
+    if isinstance(weights, Path) or "/" in str(weights):
+        raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
+    return weights_folder(str(weights))
+
+
+def _load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
+    """Load the encoder a detector was trained against, and make sure that it is that one."""
+    from ovd.weights import weights_folder
+    from pretrain.nets.towers import load_encoder
+
+    spec = card.encoder
+    beside = [folder / "encoder", folder / spec, Path(spec)]
+    if spec.startswith("open_clip:"):
+        encoder = load_encoder(spec)
+    elif found := next((p for p in beside if (p / "config.json").is_file()), None):
+        encoder = load_encoder(found)
+    else:
+        encoder = load_encoder(weights_folder(spec))
+    if encoder.fingerprint() != card.encoder_fingerprint:
+        raise UserError(
+            f"{folder}: trained against another text encoder than {spec!r} is now "
+            f"({card.encoder_fingerprint[:12]}, found {encoder.fingerprint()[:12]}); words would mean nothing to it"
+        )
+    return encoder
+
+
+def read_model_card(folder: Path) -> dict[str, Any]:
+    """Return what is known of a detector: ``name``, ``sha256`` and what its ``card.json`` says (data, AP, purpose)."""
+    card: dict[str, Any] = {"name": folder.name}
+    file = folder / "card.json"
+    if file.is_file():
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise UserError(f"{file}: cannot be read as JSON ({problem})") from problem
+        if not isinstance(stored, dict):
+            raise UserError(f"{file}: must hold one JSON object")
+        card.update(stored)
+    digest = hashlib.sha256()
+    with (folder / "model.safetensors").open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    card["sha256"] = digest.hexdigest()
+    return card

@@ -47,11 +47,8 @@ def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     where = (args.annotations, args.predictions)
     truth = check_ground_truth(gt, where=where[0])
     split = Split.load(args.split, categories=truth.categories) if args.split else None
-    kinds = args.iou_types or _kinds(truth.has_masks, results)
     proposals = read_json(args.proposals) if args.proposals else None
-    metrics = coco.evaluate(gt, results, split, kinds, max_dets=args.max_dets, proposals=proposals, where=where)
-    if args.split and not args.iou_types and "segm" not in kinds:
-        metrics.warnings.append("masks are not evaluated: the annotations or the predictions have none")
+    metrics = coco.evaluate(gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals, where=where)
     return _finish(metrics, args, argv, dataset_sha256=_file_sha256(args.annotations))
 
 
@@ -73,12 +70,6 @@ def _finish(
             raise UserError(f"cannot write to {args.out}: {err.strerror}.") from err
         print("written: " + ", ".join(shlex.quote(str(p)) for p in paths))
     return metrics
-
-
-def _kinds(truth_has_masks: bool, results: Any) -> tuple[str, ...]:
-    """Boxes always; masks where both sides have them (a part of the detections with masks is refused later)."""
-    some = isinstance(results, list) and any(isinstance(d, dict) and d.get("segmentation") for d in results)
-    return ("bbox", "segm") if truth_has_masks and some else ("bbox",)
 
 
 def _file_sha256(path: str) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From words to text embeddings: prompt ensembling, a per-phrase memory and a file cache.
 
-ViLD (§3.2): each prompt is encoded and normalised, the mean over the prompts is normalised again; with synonyms the mean
-runs over synonyms × templates, as in the released LVIS embeddings.
+ViLD (§3.2): each prompt is encoded and normalised, the mean over the prompts is normalised again; with synonyms the
+mean runs over synonyms × templates, as in the released LVIS embeddings.
 
 Shapes: C classes, D embedding.
 """
@@ -66,7 +66,7 @@ class TextEmbedder:
 
     Args:
         encoder: text encoder in eval mode.
-        max_phrases: how many phrases are remembered; the least recently used one is dropped. 20,000 × 384 floats are 31 MB.
+        max_phrases: how many phrases are remembered; the least recently used one goes first. 20,000 × 384 floats: 31 MB.
         cache_dir: folder for embeddings of whole vocabularies, or None.
     """
 
@@ -93,7 +93,7 @@ class TextEmbedder:
         row_of = {phrase: i for i, phrase in enumerate(phrases)}
         owner = torch.tensor([i for i, c in enumerate(vocabulary.classes) for _ in c.phrases])
         member = torch.tensor([row_of[p] for c in vocabulary.classes for p in c.phrases])
-        # Every phrase has the same number of templates, so a sum of means points where the mean over all prompts points.
+        # All phrases have as many templates: a sum of means points where the mean over all prompts points.
         sums = torch.zeros(len(vocabulary.classes), means.shape[1]).index_add_(0, owner, means[member])
         result = F.normalize(sums, dim=-1)
         self._write(vocabulary, result)

@@ -135,7 +135,7 @@ def fill_template(template: str, name: str, *, parity: bool = False, this_is: bo
 
     Args:
         template: text with ``{}`` for the name and optionally ``{article}``.
-        name: class name or synonym. ``_`` is read as a space, ``/`` as " or "; lower-cased; a final full stop is dropped.
+        name: class name or synonym. ``_`` is read as a space, ``/`` as " or "; lower-cased, final full stop dropped.
         parity: article as in ViLD's code, see `article_for`.
         this_is: put "This is " in front of prompts that begin with "a" or "the", as ViLD does.
     """
@@ -146,7 +146,7 @@ def fill_template(template: str, name: str, *, parity: bool = False, this_is: bo
 
 
 def _clean(phrase: str) -> str:
-    """Return the phrase in NFC with control characters and repeated white space removed, and enclosing quotes taken off."""
+    """Return the phrase in NFC without control characters, repeated white space and enclosing quotes."""
     text = unicodedata.normalize("NFC", phrase)
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") else c for c in text)
     text = " ".join(text.split())

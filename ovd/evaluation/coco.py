@@ -92,7 +92,7 @@ def evaluate(
     gt: Mapping[str, Any],
     results: list[dict[str, Any]],
     split: Split | None = None,
-    iou_types: Sequence[str] = ("bbox", "segm"),
+    iou_types: Sequence[str] | None = None,
     *,
     max_dets: int = 100,
     proposals: list[dict[str, Any]] | None = None,
@@ -106,7 +106,7 @@ def evaluate(
             changed.
         split: base and novel categories; None puts all in base. Objects and detections of other categories are left out
             before anything is counted.
-        iou_types: `"bbox"`, `"segm"` or both.
+        iou_types: `"bbox"`, `"segm"` or both; None takes boxes, and masks where both sides have them.
         max_dets: per image and category, for AP (COCO: 100).
         proposals: class-agnostic boxes with scores, from which AR is computed in place of `results`.
         where: names of the two inputs, for messages.
@@ -124,6 +124,9 @@ def evaluate(
     known = set(split.names) - set(truth.categories)
     checked = check_results(results, truth, outside=known, where=where[1])
     warnings = [*truth.warnings, *checked.warnings]
+    if iou_types is None:
+        iou_types, why = _kinds(truth, checked.detections)
+        warnings += why
     boxes = None
     if proposals is not None:
         agnostic = check_results(proposals, truth, where="proposals", classes=False)
@@ -226,7 +229,7 @@ def evaluate_source(
     source: SceneSource,
     predict: Predict,
     split: Split | None = None,
-    iou_types: Sequence[str] = ("bbox", "segm"),
+    iou_types: Sequence[str] | None = None,
     *,
     on_result: Callable[[ImageId, list[dict[str, Any]]], None] | None = None,
 ) -> Metrics:
@@ -263,7 +266,8 @@ def source_ground_truth(source: SceneSource) -> dict[str, Any]:
     """The scenes of a source as one COCO ground-truth object (boxes and masks are the visible parts)."""
     from pretrain.data.stickers import scene_record
 
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(len(source)):
         image, objects = scene_record(source.scene(index), image_id=index + 1, first_annotation_id=len(annotations) + 1)
         images.append(image)
@@ -322,13 +326,24 @@ def shaped(
     return gts, dts
 
 
+def _kinds(truth: GroundTruth, detections: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:
+    masked = sum("segmentation" in d for d in detections)
+    if detections and not masked:
+        return ("bbox",), []
+    if bare := sum("segmentation" not in a for a in truth.annotations):
+        return ("bbox",), [f"masks are not evaluated: {bare} annotations have none"]
+    if masked < len(detections):  # a mistake in writing them, more likely than a wish
+        return ("bbox",), [f"masks are not evaluated: {len(detections) - masked} detections have none"]
+    return ("bbox", "segm"), []
+
+
 def _detection(d: dict[str, Any], n: int, **shape: Any) -> dict[str, Any]:
     keep = {k: d[k] for k in ("image_id", "category_id", "score")}
     return keep | shape | {"id": n + 1, "iscrowd": 0}  # ids from 1: COCO's 0 means "unmatched"
 
 
-class _Category(COCOeval):  # type: ignore[misc]  # pycocotools is untyped
-    """pycocotools on one category and the images that hold it: of hundreds of categories, almost all cells are empty."""
+class _Category(COCOeval):
+    """pycocotools on one category and the images that hold it: of hundreds of categories, most cells are empty."""
 
     def __init__(
         self, kind: str, gts: list[dict[str, Any]], dts: list[dict[str, Any]], category_id: int, max_dets: int
@@ -349,7 +364,7 @@ class _Category(COCOeval):  # type: ignore[misc]  # pycocotools is untyped
     def evaluateImg(self, imgId: Any, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
         """The short way for images without an object of the category, which are the most: nothing can match."""
         if self._gts.get((imgId, catId)):
-            return super().evaluateImg(imgId, catId, aRng, maxDet)  # type: ignore[no-any-return]
+            return super().evaluateImg(imgId, catId, aRng, maxDet)
         dts = sorted(self._dts.get((imgId, catId), ()), key=lambda d: -d["score"])[
             :maxDet
         ]  # stable, as COCO's mergesort

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.engine.errors import UserError
+from pretrain.nets.grid import conv3x3_on_2x2
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks of res2…res5 (He et al. 2015, table 1)."""
@@ -40,7 +41,22 @@ class SmallStem(CNNBlockBase):
         return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
 
 
-def stage(*, depth: int, index: int, norm: str) -> list[CNNBlockBase]:
+class RegionBlock(BasicBlock):
+    """A basic block that takes the short way on the 2×2 maps of pooled regions; same parameters, same numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(self._convolve(self.conv1, x))
+        out = self._convolve(self.conv2, out)
+        return F.relu_(out + (self.shortcut(x) if self.shortcut is not None else x))
+
+    @staticmethod
+    def _convolve(conv: Conv2d, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.shape[-2:] == (2, 2) and conv.stride == (1, 1) and conv.bias is None:
+            return conv.norm(conv3x3_on_2x2(x, conv.weight))
+        return conv(x)
+
+
+def stage(*, depth: int, index: int, norm: str, block: type[BasicBlock] = BasicBlock) -> list[CNNBlockBase]:
     """Blocks of res``index`` (2…5) with torchvision's stride placement (in the 3×3 convolution)."""
     if depth not in STAGE_BLOCKS:
         raise ValueError(f"depth {depth}: known are {sorted(STAGE_BLOCKS)}")
@@ -50,7 +66,7 @@ def stage(*, depth: int, index: int, norm: str) -> list[CNNBlockBase]:
     if depth < 50:
         first = 64 if index == 2 else width // 2
         return ResNet.make_stage(
-            BasicBlock, blocks, in_channels=first, out_channels=width, stride_per_block=strides, norm=norm
+            block, blocks, in_channels=first, out_channels=width, stride_per_block=strides, norm=norm
         )
     return ResNet.make_stage(
         BottleneckBlock,

@@ -21,10 +21,11 @@ from detectron2.modeling.roi_heads import ROIHeads, select_foreground_proposals
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead, mask_rcnn_loss
 from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd.modeling.backbone import stage, stage_channels
+from ovd.modeling.backbone import RegionBlock, stage, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.distill import l1_distillation
 
@@ -54,7 +55,7 @@ class Tower(nn.Module):
         self.kind = kind
         self.body: nn.Module
         if kind == "res5":
-            self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm))
+            self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm, block=RegionBlock))
             channels = stage_channels(depth=depth, index=5)
             self.box_features = channels * (resolution // 2) ** 2
             embed_features = channels
@@ -250,8 +251,10 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         regions = [x["regions"].to(self.device) for x in batched_inputs] if "regions" in batched_inputs[0] else None
         features = self.backbone(images.tensor)
-        proposals, losses = self.proposal_generator(images, features, targets)
-        return {**losses, **self.roi_heads.losses(features, proposals, targets, regions)}
+        # Detectron2's RPN and samplers insist on a place for their scalars; the loop logs the losses itself.
+        with EventStorage():
+            proposals, losses = self.proposal_generator(images, features, targets)
+            return {**losses, **self.roi_heads.losses(features, proposals, targets, regions)}
 
     @torch.no_grad()
     def regions(

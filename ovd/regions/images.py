@@ -12,60 +12,46 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.data.folder import list_images, read_image
+from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-class Scenes(Protocol):
-    """The part of ``pretrain.data.stickers.SceneSource`` that regions need."""
-
-    def __len__(self) -> int:
-        """Number of scenes."""
-        ...
-
-    def scene(self, index: int) -> Any:
-        """An object with ``image`` uint8 ``(H, W, 3)`` and ``boxes`` float ``(n, 4)``."""
-        ...
+    from ovd.regions.store import ImageId
+    from pretrain.data.stickers import SceneSource
 
 
 class SceneImages:
     """Generated scenes; the id of a scene is its index.
 
     Args:
-        source: the scenes.
-        parameters: what they are generated from (split, seed, size, hash of the splits …). It goes into the fingerprint
-            together with the pixels of the first scene, so that a change of the generator itself shows. The length does
-            not: the first n scenes of a longer source are the same scenes.
+        source: the scenes. Their fingerprint covers what decides the pixels (split, seed, size, the data set's own hash)
+            and the first scene itself, so that a change of the generator shows. Length and labels are left out: the first
+            n scenes of a longer source are the same, and so are scenes with fewer labels.
     """
 
-    def __init__(self, source: Scenes, parameters: dict[str, Any]) -> None:
+    def __init__(self, source: SceneSource) -> None:
         self.source = source
-        self.parameters = dict(parameters)
-        self.ids: Sequence[int] = range(len(source))
+        self.ids: Sequence[ImageId] = range(len(source))
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 RGB ``(H, W, 3)``."""
-        return np.asarray(self.source.scene(index).image)
+        return self.source.scene(index).image
 
     def boxes(self, index: int) -> NDArray[np.float32]:
-        """Ground truth ``(n, 4)`` xyxy."""
-        return np.asarray(self.source.scene(index).boxes, dtype=np.float32).reshape(-1, 4)
+        """Ground truth ``(n, 4)`` xyxy, of the labelled objects."""
+        return self.source.scene(index).boxes
 
     def fingerprint(self) -> str:
         """sha256 over the parameters and the first scene."""
-        digest = hashlib.sha256(json.dumps(self.parameters, sort_keys=True, default=str).encode())
-        if len(self.source):
-            digest.update(np.ascontiguousarray(self.image(0)).tobytes())
-        return digest.hexdigest()
+        of = self.source
+        text = json.dumps(["stickers", of.split, of.seed, list(of.size), of.stickers.split_hash])
+        return hashlib.sha256(text.encode() + np.ascontiguousarray(self.image(0)).tobytes()).hexdigest()
 
 
 class FolderImages:
@@ -80,21 +66,17 @@ class FolderImages:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise UserError(f"{self.root}: no such folder of pictures")
-        files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
-            raise UserError(f"{self.root}: holds no pictures ({', '.join(SUFFIXES)})")
-        self.ids: Sequence[str] = [p.relative_to(self.root).as_posix() for p in files]
+        self._names = [path.relative_to(self.root).as_posix() for path in list_images(self.root)]
+        self.ids: Sequence[ImageId] = list(self._names)
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 RGB ``(H, W, 3)``, upright."""
-        return read_image(self.root / self.ids[index])
+        return read_image(self.root / self._names[index])
 
     def fingerprint(self) -> str:
         """sha256 over names and sizes of the files."""
         digest = hashlib.sha256()
-        for name in self.ids:
+        for name in self._names:
             digest.update(json.dumps([name, (self.root / name).stat().st_size]).encode())
         return digest.hexdigest()
 
@@ -126,29 +108,17 @@ class CocoImages:
             raise UserError(f"{annotations}: not a COCO annotation file ({error!r})") from error
         if not self._names:
             raise UserError(f"{annotations}: lists no pictures")
-        self.ids: Sequence[int] = list(self._names)
+        self._ids = list(self._names)
+        self.ids: Sequence[ImageId] = list(self._ids)
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 RGB ``(H, W, 3)``, upright."""
-        return read_image(self.root / self._names[self.ids[index]])
+        return read_image(self.root / self._names[self._ids[index]])
 
     def boxes(self, index: int) -> NDArray[np.float32]:
         """Ground truth ``(n, 4)`` xyxy without crowds."""
-        return np.asarray(self._boxes.get(self.ids[index], ()), dtype=np.float32).reshape(-1, 4)
+        return np.asarray(self._boxes.get(self._ids[index], ()), dtype=np.float32).reshape(-1, 4)
 
     def fingerprint(self) -> str:
         """sha256 over ids and file names."""
         return hashlib.sha256(json.dumps(sorted(self._names.items())).encode()).hexdigest()
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read a picture as uint8 RGB ``(H, W, 3)``, turned as its EXIF orientation says.
-
-    Raises:
-        BadImageError: it is missing, damaged, or too large to be a photo.
-    """
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImageError(path, str(error)) from error

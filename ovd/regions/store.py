@@ -27,7 +27,7 @@ import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -158,20 +158,22 @@ class RegionStore:
         cls,
         root: str | os.PathLike[str],
         *,
-        encoder: str | None = None,
-        proposals: str | None = None,
-        source: str | None = None,
+        encoder_fingerprint: str | None = None,
+        proposals_fingerprint: str | None = None,
+        source_fingerprint: str | None = None,
         settings: StoreSettings | Mapping[str, Any] | None = None,
+        image_ids: Iterable[ImageId] | None = None,
         partial: bool = False,
     ) -> RegionStore:
         """Open a store, and refuse it when it was not made from what the caller uses.
 
         Args:
             root: the folder.
-            encoder: expected encoder fingerprint; None skips the check, also below.
-            proposals: expected fingerprint of the proposal model.
-            source: expected fingerprint of the pictures.
-            settings: expected settings; a mapping compares only its keys.
+            encoder_fingerprint: see `require`, as for the four below.
+            proposals_fingerprint: see `require`.
+            source_fingerprint: see `require`.
+            settings: see `require`.
+            image_ids: see `require`.
             partial: accept a store that is still being written; unfinished pictures raise KeyError.
 
         Raises:
@@ -179,24 +181,64 @@ class RegionStore:
         """
         path = Path(root)
         manifest = _read_manifest(path)
-        wanted: dict[str, Any] = {"encoder": encoder, "proposals": proposals, "source": source}
-        if settings is not None:
-            as_dict = asdict(settings) if isinstance(settings, StoreSettings) else dict(settings)
-            wanted["settings"] = _plain(as_dict)
-        _refuse_differences(path, manifest, wanted)
-        ids = _read_ids(path, manifest)
+        store = cls(path, manifest, _read_ids(path, manifest))
+        store.require(
+            encoder_fingerprint=encoder_fingerprint,
+            proposals_fingerprint=proposals_fingerprint,
+            source_fingerprint=source_fingerprint,
+            settings=settings,
+            image_ids=image_ids,
+        )
         if not manifest.get("shards") and not partial:
             done = sum(_sidecar(path, shard) is not None for shard in range(_shard_count(manifest)))
             raise UserError(
                 f"{path}: the region store is incomplete ({done} of {_shard_count(manifest)} shards): "
-                f"run the same `python -m ovd.embed` command with --resume to finish it"
+                f"run the same `python -m ovd.embed` command again to finish it"
             )
-        store = cls(path, manifest, ids)
         for shard, record in enumerate(manifest.get("shards") or ()):
             file = _shard_path(path, shard)
             if not file.is_file() or file.stat().st_size != record["bytes"]:
-                raise UserError(f"{file}: missing or of the wrong size: run `python -m ovd.embed` with --resume")
+                raise UserError(
+                    f"{file}: missing or of the wrong size: run the same `python -m ovd.embed` command again to repair "
+                    f"the store"
+                )
         return store
+
+    def require(
+        self,
+        *,
+        encoder_fingerprint: str | None = None,
+        proposals_fingerprint: str | None = None,
+        source_fingerprint: str | None = None,
+        settings: StoreSettings | Mapping[str, Any] | None = None,
+        image_ids: Iterable[ImageId] | None = None,
+    ) -> None:
+        """Refuse a store that was made from something else. None skips a check.
+
+        Args:
+            encoder_fingerprint: of the image encoder.
+            proposals_fingerprint: of the proposal model.
+            source_fingerprint: of the pictures.
+            settings: expected settings; a mapping compares only its keys.
+            image_ids: pictures that must be in the store; it may have more.
+
+        Raises:
+            UserError: naming every difference.
+        """
+        wanted: dict[str, Any] = {
+            "encoder": encoder_fingerprint,
+            "proposals": proposals_fingerprint,
+            "source": source_fingerprint,
+        }
+        if settings is not None:
+            wanted["settings"] = _plain(asdict(settings) if isinstance(settings, StoreSettings) else dict(settings))
+        _refuse_differences(self.root, self.manifest, wanted)
+        missing = [image_id for image_id in image_ids or () if image_id not in self]
+        if missing:
+            raise UserError(
+                f"{self.root}: {len(missing)} pictures are not among the {len(self)} of this region store, such as "
+                f"{missing[0]!r}: write a store of all of them with `python -m ovd.embed` and another `out`"
+            )
 
     @property
     def dim(self) -> int:
@@ -359,9 +401,15 @@ def write_regions(
             kept += 1
             bad += len((_sidecar(path, shard) or {}).get("bad_images", ()))
     if plan.missing_images:
-        say(
-            _announce(plan, source=source, proposer=proposer, encoder=encoder, identity=identity, batch_size=batch_size)
+        line = plan_line(
+            source=source,
+            proposer=proposer,
+            encoder=encoder,
+            identity=identity,
+            batch_size=batch_size,
+            root=path,
         )
+        say(line)
     while len(done) < shards:
         progress = False
         for shard in range(shards):
@@ -413,32 +461,50 @@ def write_regions(
     return WriteReport(written=written, kept=kept, bad_images=bad, complete=complete)
 
 
-def _announce(
-    plan: Estimate,
+def plan_line(
     *,
     source: ImageSource,
     proposer: Proposer,
     encoder: RegionEncoder,
     identity: Identity,
-    batch_size: int,
+    batch_size: int = 256,
+    root: Path | None = None,
 ) -> str:
-    """One line with the size and, from the second of two pictures (the first one warms up), the time."""
+    """Size and time in one line; the time is that of the second of two pictures (the first one warms up)."""
+    plan = estimate(len(source.ids), identity=identity, root=root)
+    settings = identity.settings
     took = 0.0
     for index in range(min(2, len(source.ids))):
         start = time.perf_counter()
         try:
-            _, crops = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=identity.settings)
+            _, crops = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
         except BadImageError:
             continue
-        embed_crops(encoder, crops, batch_size=batch_size, precision=identity.settings.precision)
+        embed_crops(encoder, crops, batch_size=batch_size, precision=settings.precision)
         took = time.perf_counter() - start
-    hours = took * plan.missing_images / 3600
-    duration = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    minutes = took * plan.missing_images / 60
+    duration = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
     return (
-        f"{plan.images} pictures x {identity.settings.proposals_per_image} proposals x {identity.dim} numbers: "
-        f"{_human(plan.total_bytes)} in all, {_human(plan.missing_bytes)} and about {duration} to go for one process "
-        f"({plan.missing_images} pictures at {took:.2f} s)"
+        f"{plan.images} pictures x {settings.proposals_per_image} proposals x {identity.dim} numbers: "
+        f"{_human(plan.total_bytes)} in all; {plan.missing_images} pictures to go: {_human(plan.missing_bytes)}, "
+        f"about {duration} for one process ({took:.2f} s per picture)"
     )
+
+
+def remove_store(root: str | os.PathLike[str]) -> None:
+    """Delete the files of a store, and nothing else; a missing or empty folder is fine.
+
+    Raises:
+        UserError: the folder holds other files and no store.
+    """
+    path = Path(root)
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    _read_manifest(path)
+    (path / "manifest.json").unlink()  # first, so that half a removal is no store
+    for pattern in ("shard-*", "images-*.json", ".*.tmp"):
+        for file in path.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def _regions_of(
