@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed configuration of `python -m pretrain.train`: which towers, which method, which data. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
+class ResNetTower(Section):
+    """Residual network with torchvision's parameter names, so that its backbone converts to Detectron2."""
+
+    kind: Literal["resnet"] = Field(default="resnet", description="Residual network.")
+    depth: Literal[18, 34, 50, 101] = Field(default=18, description="Number of layers.")
+    stem: Literal["small", "imagenet"] = Field(
+        default="small", description="small: 3x3 convolution, stride 2; imagenet: 7x7. Both are followed by a max pool."
+    )
+    image_size: int = Field(default=64, ge=16, le=1024, description="Side of the input picture in pixels.")
+
+
+class ViTTower(Section):
+    """open_clip's vision transformer."""
+
+    kind: Literal["vit"] = Field(description="Vision transformer.")
+    patch_size: int = Field(default=8, ge=2, le=64, description="Side of a patch in pixels.")
+    width: int = Field(default=192, ge=32, le=2048, description="Channels.")
+    layers: int = Field(default=6, ge=1, le=64, description="Blocks.")
+    heads: int = Field(default=3, ge=1, le=64, description="Attention heads.")
+    image_size: int = Field(default=64, ge=16, le=1024, description="Side of the input picture in pixels.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> ViTTower:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class CbowTower(Section):
+    """Continuous bag of words: mean of token embeddings, one hidden layer (CLIP's other text tower; order plays no part)."""
+
+    kind: Literal["cbow"] = Field(default="cbow", description="Bag of words.")
+    width: int = Field(default=224, ge=8, le=2048, description="Length of a token embedding.")
+    hidden: int = Field(default=1024, ge=8, le=8192, description="Units of the hidden layer.")
+    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is cut off.")
+
+
+class TransformerTower(Section):
+    """open_clip's text transformer."""
+
+    kind: Literal["transformer"] = Field(description="Transformer.")
+    width: int = Field(default=192, ge=16, le=2048, description="Channels.")
+    layers: int = Field(default=4, ge=1, le=64, description="Blocks.")
+    heads: int = Field(default=4, ge=1, le=64, description="Attention heads.")
+    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is cut off.")
+    causal: bool = Field(
+        default=False, description="Each token sees the earlier ones only, as in CLIP; otherwise all of them."
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> TransformerTower:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+ImageTower = Annotated[ResNetTower | ViTTower, Field(discriminator="kind")]
+TextTower = Annotated[CbowTower | TransformerTower, Field(discriminator="kind")]
+
+
+class EncoderConfig(Section):
+    """What a joint encoder is made of; written beside its weights. One of the towers may be absent."""
+
+    embed_dim: int = Field(default=384, ge=2, le=4096, description="Length of a joint embedding.")
+    image: ImageTower | None = Field(default=None, description="Image tower; null: the encoder knows text only.")
+    text: TextTower | None = Field(default=None, description="Text tower; null: the encoder knows images only.")
+    text_projection: bool = Field(
+        default=False,
+        description="A further linear layer after the text tower, begun as the identity: what a frozen tower learns by.",
+    )
+    image_mean: tuple[Unit, Unit, Unit] = Field(
+        default=(0.5, 0.5, 0.5), description="Mean of the pixels (RGB, 0 to 1) that is subtracted."
+    )
+    image_std: tuple[Unit, Unit, Unit] = Field(
+        default=(0.25, 0.25, 0.25), description="Standard deviation of the pixels that is divided by."
+    )
+
+
+class AugmentConfig(Section):
+    """Random changes of the training pictures, drawn per picture, applied to the whole batch at once."""
+
+    crop_scale: tuple[Unit, Unit] = Field(default=(0.5, 1.0), description="Area of the random crop, as a share.")
+    flip: Unit = Field(default=0.5, description="Probability of a horizontal flip.")
+    brightness: Unit = Field(default=0.2, description="Largest change of brightness, as a factor.")
+    contrast: Unit = Field(default=0.2, description="Largest change of contrast, as a factor.")
+    colour: Unit = Field(default=0.1, description="Largest change of each colour channel, as a factor.")
+
+
+class ClipMethod(Section):
+    """CLIP: images and captions that belong together are brought together in one space (arXiv:2103.00020)."""
+
+    name: Literal["clip"] = Field(description="Method.")
+    encoder: EncoderConfig = Field(default=EncoderConfig(), description="The towers to train.")
+    text_weights: Path | None = Field(
+        default=None,
+        description="Folder of an encoder whose text tower is taken over (pretrain/text.yaml makes one); null: random.",
+    )
+    image_weights: Path | None = Field(
+        default=None, description="Folder of an encoder whose image tower is taken over; null: random."
+    )
+    freeze_text: bool = Field(
+        default=False, description="Leave the text tower as it is; its text_projection is trained still."
+    )
+    same_noun_positive: bool = Field(
+        default=True,
+        description="Count every caption of the same main noun as right, in equal shares; false: only a picture's own "
+        "caption, as in CLIP.",
+    )
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the pictures.")
+
+    @model_validator(mode="after")
+    def _has_text(self) -> ClipMethod:
+        if self.encoder.image is None:
+            raise ValueError("encoder.image is missing: CLIP trains an image tower, for example image: {kind: resnet}")
+        if self.encoder.text is None and self.text_weights is None:
+            raise ValueError("give encoder.text (a new text tower) or text_weights (a trained one)")
+        if self.freeze_text and self.text_weights is None:
+            raise ValueError("freeze_text without text_weights would freeze random weights; name text_weights")
+        return self
+
+
+class TextDistillMethod(Section):
+    """A small text tower learns a sentence encoder's embeddings of many nouns and phrases."""
+
+    name: Literal["text_distill"] = Field(description="Method.")
+    encoder: EncoderConfig = Field(default=EncoderConfig(text=CbowTower()), description="The text tower to train.")
+    similarity_weight: float = Field(
+        default=1.0, ge=0, le=100, description="Weight of the loss on similarities within the batch, beside 1 - cosine."
+    )
+    similarity_temperature: float = Field(
+        default=0.05, gt=0, le=10, description="Temperature of those similarities; smaller looks at nearer neighbours."
+    )
+
+    @model_validator(mode="after")
+    def _has_text(self) -> TextDistillMethod:
+        if self.encoder.text is None:
+            raise ValueError("encoder.text is missing, for example text: {kind: cbow}")
+        return self
+
+
+class StickerPairs(Section):
+    """Pictures with captions, drawn from the shipped Sticker Scenes."""
+
+    kind: Literal["sticker_pairs"] = Field(description="Captioned sticker pictures.")
+    root: Path | None = Field(default=None, description="Folder of the stickers; null: the shipped ones.")
+    length: int = Field(default=1_000_000, ge=1, le=10**9, description="Different pictures in one pass.")
+
+
+class PhraseTargets(Section):
+    """Phrases with a teacher's embeddings."""
+
+    kind: Literal["phrase_targets"] = Field(description="Phrases and their teacher embeddings.")
+    targets: Path = Field(description="File written by scripts/teacher_embeddings.py.")
+    phrases: Path | None = Field(
+        default=None, description="Phrase file with sampling weights; null: every phrase of the targets alike."
+    )
+    held_out: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the phrases that is kept out of training (by a hash of the text)."
+    )
+
+
+class PretrainConfig(Section):
+    """One pretraining run."""
+
+    out: Path = Field(description="Folder of the run; it is created.", json_schema_extra=FREE)
+    method: Annotated[ClipMethod | TextDistillMethod, Field(discriminator="name")] = Field(
+        description="What is learnt, and how."
+    )
+    data: Annotated[StickerPairs | PhraseTargets, Field(discriminator="kind")] = Field(description="What it is learnt from.")
+    loop: LoopConfig = Field(description="Length, batch, checkpoints.")
+    optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser and schedule.")
+
+    @model_validator(mode="after")
+    def _data_fits(self) -> PretrainConfig:
+        wanted = {"clip": "sticker_pairs", "text_distill": "phrase_targets"}[self.method.name]
+        if self.data.kind != wanted:
+            raise ValueError(f"method {self.method.name} learns from data of kind {wanted}, not {self.data.kind}")
+        return self

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP (Radford et al., arXiv:2103.00020): pictures and captions of a batch find each other.
+
+Particular to it: two towers, linear projections into one space, symmetric InfoNCE over the global batch with a learnt
+temperature whose scale is clamped at 100 after each step (§2.3, §2.5).
+
+Three things differ from the paper, each by an option: the text tower may come from `text_distill` and stay frozen with a
+linear layer on top; captions of the same noun count as right together, because with a few hundred nouns a batch holds
+many; and pictures are changed more than by a random crop, because there are few drawings of a thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import AugmentConfig
+from pretrain.losses import clip_contrastive
+from pretrain.nets.towers import JointEncoder, ProjectedText
+
+
+def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
+    """Random resized crop, flip and colour changes, drawn per picture from torch's generator.
+
+    Args:
+        pixels: (N, 3, h, w) in [0, 1].
+        config: How much.
+        size: Side of the result.
+
+    Returns:
+        (N, 3, size, size) in [0, 1].
+    """
+    count, device = len(pixels), pixels.device
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, device=device)
+
+    area = uniform(*config.crop_scale)
+    aspect = uniform(-0.2, 0.2).exp()  # width to height, 0.82 to 1.22
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # centre, in [-1, 1] coordinates
+    mirror = torch.where(torch.rand(count, device=device) < config.flip, -1.0, 1.0)
+    zero = torch.zeros_like(x)
+    matrix = torch.stack([torch.stack([width * mirror, zero, x], -1), torch.stack([zero, height, y], -1)], 1)
+    grid = F.affine_grid(matrix, [count, 3, size, size], align_corners=False)
+    pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    gain = (1 + uniform(-config.brightness, config.brightness, 1, 1, 1)) * (
+        1 + uniform(-config.colour, config.colour, 3, 1, 1)
+    )
+    contrast = 1 + uniform(-config.contrast, config.contrast, 1, 1, 1)
+    mean = pixels.mean((1, 2, 3), keepdim=True)
+    return (((pixels - mean) * contrast + mean) * gain).clamp(0, 1)
+
+
+class Clip(nn.Module):
+    """One step: captioned pictures in, contrastive loss out.
+
+    Args:
+        encoder: Both towers.
+        freeze_text: Do not train the text tower (a projection on top of it is trained still). A frozen tower is left
+            out of checkpoints: whoever builds the task loads it.
+        same_noun_positive: Captions of the same main noun count as right in equal shares.
+        augmentation: Random changes of the pictures in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: JointEncoder,
+        freeze_text: bool = False,
+        same_noun_positive: bool = True,
+        augmentation: AugmentConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if encoder.visual is None or encoder.text is None:
+            raise ValueError("CLIP needs an encoder with an image tower and a text tower")
+        self.encoder = encoder
+        self.same_noun_positive = same_noun_positive
+        self.augmentation = augmentation or AugmentConfig()
+        self._frozen: tuple[nn.Module, ...] = ()  # a tuple: a second registration would double its parameters
+        self.untracked: tuple[str, ...] = ()
+        if freeze_text:
+            projected = isinstance(encoder.text, ProjectedText)
+            frozen: Any = encoder.text.trunk if projected else encoder.text
+            self._frozen = (frozen.requires_grad_(False),)
+            self.untracked = ("encoder.text.trunk." if projected else "encoder.text.",)
+
+    def train(self, mode: bool = True) -> Clip:
+        """A frozen tower stays in eval mode."""
+        super().train(mode)
+        for tower in self._frozen:
+            tower.eval()
+        return self
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics.
+
+        Args:
+            batch: "image" (N, 3, h, w) uint8, "caption" list of N texts, "class_id" (N,) int64.
+        """
+        images, device = batch["image"], self.encoder.logit_scale.device
+        pixels = augment(images.to(device).float() / 255, self.augmentation, self.encoder.image_size)
+        image = self.encoder.encode_image(self.encoder.normalise(pixels))
+        text = self.encoder.encode_text(self.encoder.tokenize(batch["caption"]).to(device))
+        labels = batch["class_id"].to(device) if self.same_noun_positive else None
+        loss, right = clip_contrastive(image, text, self.encoder.logit_scale, labels_N=labels)
+        return loss, {"batch_top1": right, "logit_scale": self.encoder.logit_scale.detach().exp()}
+
+    def after_step(self, step: int, total: int) -> None:
+        """Clamp the temperature, after the optimiser's step so that the next forward pass sees it."""
+        self.encoder.clamp_temperature()

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text distillation: a small text tower learns where a sentence encoder puts words and phrases.
+
+The image data names a few hundred nouns; a person types any. So the text tower is not trained on the captions alone but
+first taught the embeddings of all nouns of WordNet by a sentence encoder that has read far more text than this machine
+ever could, and then frozen (as in LiT, arXiv:2111.07991, with the roles of the towers exchanged). What it learns about
+"puppy" being near "dog" then holds for pictures too.
+
+Particular to it: the loss looks at each embedding (1 - cosine) and at the neighbourhoods within a batch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pretrain.data.targets import PhraseBatch
+from pretrain.losses import embedding_distillation
+from pretrain.nets.towers import JointEncoder
+
+
+class TextDistill(nn.Module):
+    """One step: phrases in, distance to the teacher out.
+
+    Args:
+        encoder: Its text tower is trained; its embedding must be as long as the teacher's.
+        similarity_weight: See `embedding_distillation`.
+        similarity_temperature: Likewise.
+    """
+
+    untracked = ("encoder.logit_scale",)
+
+    def __init__(
+        self, *, encoder: JointEncoder, similarity_weight: float = 1.0, similarity_temperature: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encoder.logit_scale.requires_grad_(False)  # there are no logits here
+        self.similarity_weight = similarity_weight
+        self.similarity_temperature = similarity_temperature
+
+    def forward(self, batch: PhraseBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of phrases."""
+        loss, cosine = embedding_distillation(
+            self.encoder.encode_text(batch.tokens),
+            batch.embeddings,
+            similarity_weight=self.similarity_weight,
+            temperature=self.similarity_temperature,
+        )
+        return loss, {"cosine": cosine}

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual networks with torchvision's parameter names and a stem for small pictures.
+
+`small`: 3x3 convolution with stride 2, then the usual 3x3 max pool with stride 2; `imagenet`: the 7x7 convolution of
+He et al. (arXiv:1512.03385, table 1). Both divide the side by 4, so that `layer1` … `layer4` stand at strides 4, 8, 16,
+32 and the checkpoint becomes a detector's backbone without any change of geometry.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+LAYERS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+}
+
+
+class ResNet(TorchvisionResNet):
+    """Maps pictures (N, 3, H, W) to pooled features (N, width); there is no classification layer.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        stem: "small" (3x3) or "imagenet" (7x7).
+        zero_init: Start every residual block as the identity (last norm's gain 0).
+    """
+
+    def __init__(self, *, depth: int = 18, stem: Literal["small", "imagenet"] = "small", zero_init: bool = True) -> None:
+        block, layers = LAYERS[depth]
+        super().__init__(block, layers, zero_init_residual=zero_init)  # type: ignore[arg-type]
+        self.width = 512 * block.expansion
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.fc = nn.Identity()  # type: ignore[assignment]
+
+    def stages(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Feature maps `layer1` … `layer4` at strides 4, 8, 16, 32."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(pixels))))
+        found = {}
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            x = getattr(self, name)(x)
+            found[name] = x
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(self.avgpool(self.stages(x)["layer4"]), 1)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m pretrain.train --config pretrain/clip.yaml [key=value …] [--check] [--resume] [--overwrite]`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from pretrain.config import ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
+from pretrain.engine.cli import command_line
+from pretrain.engine.config import config_hash, plain
+from pretrain.engine.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pretrain.engine.sampling import Source
+    from pretrain.nets.towers import JointEncoder
+
+DOC = "Pretrain an encoder: a text tower from teacher embeddings, or CLIP from captioned pictures."
+
+
+def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
+    """The encoder a run trains, with the towers it takes over.
+
+    Raises:
+        UserError: A tower to take over is missing or built differently.
+    """
+    from pretrain.nets.towers import build_encoder, copy_tower, load_encoder, read_config
+
+    config = cfg.method.encoder
+    if not isinstance(cfg.method, ClipMethod):
+        return build_encoder(config)
+    if config.text is None and cfg.method.text_weights is not None:
+        theirs = load_encoder(cfg.method.text_weights).config.get("encoder") or {}
+        if not theirs.get("text"):
+            raise UserError(f"method.text_weights: {cfg.method.text_weights} has no text tower of ours to take over")
+        config = type(config).model_validate({**config.model_dump(), "text": theirs["text"]})
+    encoder = build_encoder(config)
+    for which, path in (("text", cfg.method.text_weights), ("visual", cfg.method.image_weights)):
+        if path is not None:
+            read_config(path)
+            copy_tower(encoder, load_encoder(path), which=which)
+    return encoder
+
+
+def build_task(cfg: PretrainConfig) -> nn.Module:
+    """The module that `fit` trains; its `encoder` is what is exported."""
+    encoder = build_encoder_for(cfg)
+    method = cfg.method
+    if isinstance(method, TextDistillMethod):
+        from pretrain.methods.text_distill import TextDistill
+
+        return TextDistill(
+            encoder=encoder,
+            similarity_weight=method.similarity_weight,
+            similarity_temperature=method.similarity_temperature,
+        )
+    from pretrain.methods.clip import Clip
+
+    return Clip(
+        encoder=encoder,
+        freeze_text=method.freeze_text,
+        same_noun_positive=method.same_noun_positive,
+        augmentation=method.augment,
+    )
+
+
+def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
+    """Where the samples come from.
+
+    Raises:
+        UserError: The data are missing or do not fit the encoder.
+    """
+    if isinstance(cfg.data, StickerPairs):
+        from pretrain.data.stickers import PairSource, Stickers
+
+        stickers = Stickers.load(cfg.data.root)
+        size = encoder.image_size
+        return PairSource(stickers, split="train", size=size, seed=cfg.loop.seed, length=cfg.data.length)
+    if not isinstance(cfg.data, PhraseTargets):
+        raise TypeError(f"no source for {type(cfg.data).__name__}")
+    from pretrain.data.phrases import read_phrases, read_targets
+    from pretrain.data.targets import PhraseSource
+
+    targets = read_targets(cfg.data.targets)
+    if targets.embeddings.shape[1] != encoder.embed_dim:
+        raise UserError(
+            f"{cfg.data.targets}: embeddings of length {targets.embeddings.shape[1]}, but method.encoder.embed_dim is "
+            f"{encoder.embed_dim}; set method.encoder.embed_dim={targets.embeddings.shape[1]}"
+        )
+    return PhraseSource(
+        targets,
+        tokens=encoder.tokenize(targets.phrases),
+        weights=dict(read_phrases(cfg.data.phrases)) if cfg.data.phrases else None,
+        held_out_share=cfg.data.held_out,
+        seed=cfg.loop.seed,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Train, then write `exported/` (an encoder folder) into the run's folder."""
+    cfg, options = command_line(PretrainConfig, argv, prog="python -m pretrain.train", doc=DOC)
+
+    from pretrain.engine import distributed
+    from pretrain.engine.loop import fit
+
+    distributed.seed_everything(cfg.loop.seed)  # the first weights; the loop seeds everything later
+    task = build_task(cfg)
+    encoder: JointEncoder = task.encoder  # type: ignore[assignment]
+    report = fit(
+        task,
+        build_source(cfg, encoder),
+        loop=cfg.loop,
+        optim=cfg.optim,
+        out=cfg.out,
+        record=plain(cfg),
+        resume=options.resume,
+        overwrite=options.overwrite,
+        check=options.check,
+    )
+    if not options.check and distributed.is_main():
+        folder = encoder.eval().save(cfg.out / "exported")
+        print(f"{folder}: encoder after {report.step} steps, config {config_hash(cfg)}, {encoder.fingerprint()[:12]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
