@@ -7,16 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pretrain.engine.config import (
-    Section,
-    _did_you_mean,
-    _walk,
-    config_hash,
-    describe,
-    dump_config,
-    load_config,
-)
-from pretrain.engine.errors import ConfigError
+from pretrain.engine.config import Section, config_hash, describe, dump_config, load_config
+from pretrain.engine.config_schema import walk
+from pretrain.engine.errors import ConfigError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -63,8 +56,8 @@ def command_line(
         ConfigError: With everything wrong on the command line and in the configuration.
         SystemExit: 0, after ``--help`` or ``--print-config``.
     """
-    fields = dict(_walk(model))
-    known_flags = ["help", "config", "print-config", *flags]
+    fields = dict(walk(model))
+    switches = ("print-config", *flags)
     problems: list[str] = []
     overrides: list[str] = []
     given: set[str] = set()
@@ -72,12 +65,12 @@ def command_line(
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
         if argument in ("-h", "--help"):
             section = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else None
             print(_help(model, prog, doc, default_config, flags) if section is None else describe(model, section))
             raise SystemExit(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
-        key = name.replace("-", "_")
         if not argument.startswith("-"):
             if equals:
                 overrides.append(argument)
@@ -85,27 +78,25 @@ def command_line(
                 problems.append(f"'{argument}': name the file with --config {argument}")
             else:
                 problems.append(f"'{argument}': expected key=value or a flag; see --help")
-        elif name == "config" or argument == "-c":
-            if not equals and not rest:
-                problems.append("--config needs a file, for example --config vild.yaml")
-                continue
-            if config is not None:
-                problems.append("--config is given twice; let one file inherit from the other with 'base:'")
-            config = value if equals else rest.pop(0)
-        elif argument.startswith("--") and not equals and name in ("print-config", *flags):
+        elif argument.startswith("--") and not equals and name in switches:
             given.add(key)
-        elif argument.startswith("--") and key in fields:
-            if equals:
+        elif argument.startswith("--") and (name == "config" or key in fields):
+            if not equals and name != "config" and fields[key].annotation is bool:
+                value = "true"
+            elif not equals and (not rest or rest[0].startswith("--")):
+                problems.append(f"{argument} needs a value" + (": a YAML file" if name == "config" else ""))
+                continue
+            elif not equals:
+                value = rest.pop(0)
+            if name != "config":
                 overrides.append(f"{key}={value}")
-            elif fields[key].annotation is bool:
-                overrides.append(f"{key}=true")
-            elif rest:
-                overrides.append(f"{key}={rest.pop(0)}")
+            elif config is not None:
+                problems.append("--config is given twice; let one file inherit from the other with 'base:'")
             else:
-                problems.append(f"{argument} needs a value: {key}=VALUE")
+                config = value
         else:
-            hint = _did_you_mean(name, [*known_flags, *fields])
-            problems.append(f"unknown flag '{argument}'{hint or ' - see --help'}")
+            hint = did_you_mean(argument, [f"--{known}" for known in ("help", "config", *switches, *fields)])
+            problems.append(f"unknown flag '{argument}'{hint or '; see --help'}")
     if {"resume", "overwrite"} <= given:
         problems.append("--resume and --overwrite exclude each other")
     if problems:
@@ -113,7 +104,7 @@ def command_line(
     if config is None:
         config = default_config
     cfg = load_config(model, config, overrides)
-    options = Options(**{flag: True for flag in given}, config=config)
+    options = Options(**dict.fromkeys(given, True), config=config)
     if options.print_config:
         print(f"{dump_config(cfg)}# hash of the training keys: {config_hash(cfg)}")
         raise SystemExit(0)

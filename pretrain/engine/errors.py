@@ -6,10 +6,11 @@ Anything that is not a ``UserError`` is a defect of this program and keeps its t
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,6 +54,23 @@ class BadImageError(UserError):
     def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
         # Default pickling calls cls(message); data-loader workers send this exception between processes.
         return BadImageError, (str(self.path), self.reason)
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """``text``, cut to ``limit`` characters: a message quotes what was given, however long that is."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
+    """The ``choices`` spelt most like ``word``, best first; empty when none is close."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    return [by_lower[m] for m in difflib.get_close_matches(word.lower(), list(by_lower), n=count, cutoff=0.6)]
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``" - did you mean 'x'?"`` to append to a message, or nothing when no choice is close."""
+    close = nearest(word, choices, 1)
+    return f" - did you mean '{close[0]}'?" if close else ""
 
 
 def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> NoReturn:
