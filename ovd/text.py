@@ -66,7 +66,7 @@ class TextEmbedder:
 
     Args:
         encoder: text encoder in eval mode.
-        max_phrases: how many phrases are remembered; the least recently used one goes first. 20,000 × 384 floats: 31 MB.
+        max_phrases: so many phrases are remembered; the least recently used one goes first; 20,000 × 384 floats: 31 MB.
         cache_dir: folder for embeddings of whole vocabularies, or None.
     """
 

@@ -70,9 +70,9 @@ class ColourModel:
         self.background = encoder.word("background")
         self.calibration = Calibration(logit_scale=20.0, threshold=threshold)
 
-    def regions(self, image: Tensor) -> RegionSet:
+    def regions(self, image: np.ndarray) -> RegionSet:
         self.runs += 1
-        pixels = image.numpy()
+        pixels = image
         height, width = pixels.shape[:2]
         boxes, text, masks = [], [], []
         for name, colour in COLOURS.items():

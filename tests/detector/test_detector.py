@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from ovd.detector import Regions, paste_mask, to_rgb
+from ovd.detector import Regions, find_weights, paste_mask, to_rgb
 from ovd.modeling.scoring import RegionSet
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from tests.detector.fakes import make_detector, picture
 
 
@@ -53,7 +57,7 @@ def test_a_region_that_looks_more_like_a_negative_word_is_not_shown() -> None:
     regions = make_detector().embed(picture())
     assert set(regions.classify("red, blue").class_name) == {"red", "blue"}
     found = regions.classify("red, blue thing, -blue", threshold=0.0)
-    assert set(found.class_name[i] for i in range(len(found)) if found.xyxy[i].tolist() == [80, 30, 150, 110]) == set()
+    assert [80, 30, 150, 110] not in found.xyxy.tolist() and [10, 20, 50, 70] in found.xyxy.tolist()
 
 
 def test_a_negative_word_close_to_a_class_still_counts() -> None:
@@ -250,3 +254,42 @@ def test_detector_module_needs_no_detectron2() -> None:
         "assert make_detector().embed(picture()).classify('red').class_name == ['red']"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_pillow_images_bytes_and_paths_give_the_same_upright_pixels(tmp_path: Path) -> None:
+    image = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90°
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    (tmp_path / "p.png").write_bytes(buffer.getvalue())
+    expected = np.rot90(picture(), -1)
+    assert (to_rgb(Image.open(tmp_path / "p.png")) == expected).all()
+    assert (to_rgb(buffer.getvalue()) == expected).all()
+    assert (to_rgb(tmp_path / "p.png") == expected).all()
+    assert (to_rgb(str(tmp_path / "p.png")) == expected).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK", "1", "YCbCr"])
+def test_pillow_modes_become_rgb(mode: str) -> None:
+    source = Image.fromarray(picture()).convert("RGB" if mode != "LA" else "L").convert(mode)
+    pixels = to_rgb(source)
+    assert pixels.shape == (120, 160, 3)
+    if mode not in ("L", "LA", "1"):
+        assert np.abs(pixels[40, 30].astype(int) - picture()[40, 30]).max() < 40
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"GIF89a" + b"\0" * 30])
+def test_what_is_no_allowed_picture_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(UserError):
+        to_rgb(content)
+    (tmp_path / "p.png").write_bytes(content)
+    with pytest.raises(BadImageError, match="p.png"):
+        to_rgb(tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "no-such-weights"])
+def test_unknown_weights_are_a_user_error(name: str) -> None:
+    pytest.importorskip("ovd.weights")
+    with pytest.raises(UserError, match=f"{name}|manifest.json"):
+        find_weights(name)

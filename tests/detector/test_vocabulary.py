@@ -32,7 +32,9 @@ def test_commas_semicolons_and_lines_separate_classes(text: str, names: list[str
     assert list(Vocabulary.parse(text).names) == names
 
 
-@pytest.mark.parametrize("text", ["dog; mug: cup, coffee mug", "dog, mug: cup, coffee mug", "dog\nmug: cup, coffee mug"])
+@pytest.mark.parametrize(
+    "text", ["dog; mug: cup, coffee mug", "dog, mug: cup, coffee mug", "dog\nmug: cup, coffee mug"]
+)
 def test_synonyms_run_to_the_end_of_the_line_or_semicolon(text: str) -> None:
     vocabulary = Vocabulary.parse(text + "; cat")
     expected = (VocabularyClass("dog"), VocabularyClass("mug", ("cup", "coffee mug")), VocabularyClass("cat"))
@@ -168,7 +170,9 @@ def test_hash_is_stable_across_processes_and_sees_every_difference() -> None:
 
 
 def test_a_saved_vocabulary_loads_equal(tmp_path: Path) -> None:
-    vocabulary = Vocabulary.parse(["dög", "mug: cup", "-poster", "a, b"], templates=TEMPLATES_63, this_is=True, parity=True)
+    vocabulary = Vocabulary.parse(
+        ["dög", "mug: cup", "-poster", "a, b"], templates=TEMPLATES_63, this_is=True, parity=True
+    )
     vocabulary.save(tmp_path / "v.json")
     loaded = Vocabulary.load(tmp_path / "v.json")
     assert loaded == vocabulary and loaded.hash == vocabulary.hash
