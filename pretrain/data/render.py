@@ -106,10 +106,29 @@ class Sprite:
         """Width over height."""
         return self.levels[0].shape[1] / self.levels[0].shape[0]
 
-    def draw(self, width: float, height: float, *, degrees: float = 0.0, mirror: bool = False, pad: int = 1) -> U8:
+    def draw(
+        self,
+        width: float,
+        height: float,
+        *,
+        degrees: float = 0.0,
+        mirror: bool = False,
+        pad: int = 1,
+        shear: float = 0.0,
+        bend: Sequence[float] = (),
+    ) -> U8:
         """The sprite at width x height pixels, turned by degrees: premultiplied RGBA (h, w, 4).
 
         The patch is as large as the turned rectangle plus `pad` transparent pixels on each side.
+
+        Args:
+            width, height: pixels of the upright sprite.
+            degrees: turn.
+            mirror: left and right exchanged.
+            pad: transparent margin, pixels.
+            shear: columns lean by this many pixels per pixel of height.
+            bend: (amplitude in parts of the sprite's size, phase in turns, waves) of the row displacement and
+                the same of the column displacement: six numbers, a smooth distortion of the drawing.
         """
         level = self.levels[0]
         for smaller in self.levels[1:]:
@@ -118,8 +137,11 @@ class Sprite:
             level = smaller
         sh, sw = level.shape[:2]
         cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        w = math.ceil(abs(width * cosine) + abs(height * sine)) + 2 * pad
-        h = math.ceil(abs(width * sine) + abs(height * cosine)) + 2 * pad
+        wide = width + abs(shear) * height
+        if bend:
+            pad += math.ceil(max(bend[0] * width, bend[3] * height))
+        w = math.ceil(abs(wide * cosine) + abs(height * sine)) + 2 * pad
+        h = math.ceil(abs(wide * sine) + abs(height * cosine)) + 2 * pad
         kx, ky = sw / width, sh / height
         if mirror:
             kx = -kx
@@ -127,13 +149,24 @@ class Sprite:
         dx = np.arange(w, dtype=np.int32) * 2 - (w - 1)
         dy = (np.arange(h, dtype=np.int32) * 2 - (h - 1))[:, None]
         one = 1 << 15  # dx and dy count half pixels
-        cx, cy = (sw - 1) << 15, (sh - 1) << 15
-        x = (dx * round(kx * cosine * one) + dy * round(kx * sine * one) + cx + 1024) >> 11
-        y = (dy * round(ky * cosine * one) - dx * round(ky * sine * one) + cy + 1024) >> 11
+        row_x = dy * round(kx * (sine + shear * cosine) * one) + ((sw - 1) * one + 1024)
+        row_y = dy * round(ky * cosine * one) + ((sh - 1) * one + 1024)
+        column_x = dx * round(kx * (cosine - shear * sine) * one)
+        column_y = dx * round(-ky * sine * one)
+        if bend:
+            row_x = row_x + _wave(h, bend[0] * sw, bend[1], bend[2])[:, None]
+            column_y = column_y + _wave(w, bend[3] * sh, bend[4], bend[5])
+        x, y = (row_x + column_x) >> 11, (row_y + column_y) >> 11
         whole = np.empty((h, w, 2), np.int16)
         whole[..., 0], whole[..., 1] = x >> 5, y >> 5
         fraction = (((y & 31) << 5) | (x & 31)).astype(np.uint16)
         return cv2.remap(level, whole, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+
+
+def _wave(count: int, amplitude: float, phase: float, waves: float) -> NDArray[np.int32]:
+    """`count` displacements in 1/65536 pixels along a sine."""
+    turns = np.arange(count) * (waves / count) + phase
+    return np.floor(np.sin(2 * math.pi * turns) * (amplitude * 65536) + 0.5).astype(np.int32)
 
 
 def tone_table(gain: float, offset: float, gamma: float) -> U8:
@@ -147,29 +180,34 @@ def apply_tables(image: U8, tables: U8) -> U8:
     return cv2.LUT(image, np.ascontiguousarray(tables.T)[None])
 
 
+def spread(channel: U8, channels: int) -> U8:
+    """One channel (h, w) repeated as (h, w, channels): whole arrays are faster than numpy's broadcasting."""
+    return cv2.merge([channel] * channels)
+
+
 def saturate(image: U8, amount: int) -> U8:
-    """Scale the distance from grey by amount/64 (64 leaves the image); premultiplied colours work as well."""
-    rgb = image[..., :3].astype(np.int16)
-    grey = ((rgb[..., 0] * 2 + rgb[..., 1] * 5 + rgb[..., 2]) >> 3)[..., None]
-    rgb -= grey
-    rgb *= amount
-    rgb >>= 6
-    rgb += grey
-    out = image.copy()
-    out[..., :3] = np.clip(rgb, 0, 255)
-    return out
+    """Scale the distance from grey by amount/64 (64 leaves the image) of (h, w, 3), or of premultiplied (h, w, 4)."""
+    channels = cv2.split(image)
+    red, green, blue = (channel.astype(np.int16) for channel in channels[:3])
+    grey = (red * 2 + green * 5 + blue) >> 3
+    out = []
+    for channel in (red, green, blue):
+        channel -= grey
+        channel *= amount
+        channel >>= 6
+        channel += grey
+        out.append(np.clip(channel, 0, 255).astype(np.uint8))
+    return cv2.merge([*out, *channels[3:]])
 
 
 def over(canvas: U8, patch: U8) -> None:
     """Lay a premultiplied patch (h, w, 4) over canvas (h, w, 3) in place."""
-    inverse = (255 - patch[..., 3:]).astype(np.uint16)
-    blend = canvas * inverse
+    blend = cv2.bitwise_not(spread(cv2.extractChannel(patch, 3), 3)).astype(np.uint16)
+    blend *= canvas
     blend += 128
     blend += blend >> 8
     blend >>= 8
-    blend += patch[..., :3]
-    np.minimum(blend, 255, out=blend)
-    canvas[...] = blend
+    canvas[...] = cv2.add(blend.astype(np.uint8), cv2.cvtColor(patch, cv2.COLOR_RGBA2RGB))
 
 
 def blur(image: U8, sigma: float) -> U8:
@@ -196,27 +234,48 @@ class Patch:
         return cls(rgba, solid, int(np.count_nonzero(solid)))
 
 
-def recolour(rgba: U8, dice: Dice) -> U8:
-    """Brightness, contrast and saturation of one sticker, drawn at random; alpha stays."""
+def _ramp(factor: int) -> U8:
+    """256-entry table of round(x * factor / 256), clipped."""
+    return np.minimum((np.arange(256) * factor + 128) >> 8, 255).astype(np.uint8)
+
+
+def recolour(rgba: U8, dice: Dice, *, vivid: bool) -> U8:
+    """Brightness, tint and saturation of one sticker (h, w, 4), drawn at random; alpha stays.
+
+    Args:
+        rgba: premultiplied.
+        dice: source of chance.
+        vivid: also strong tints and nearly grey ones, for training.
+    """
     if dice.chance(0.5):
         rgba = saturate(rgba, 36 + dice.below(46))
+    elif vivid and dice.chance(0.1):
+        rgba = saturate(rgba, dice.below(24))
     if dice.chance(0.7):
         common = dice.uniform(0.75, 1.12)
-        gains = [round(256 * common * dice.uniform(0.93, 1.07)) for _ in range(3)]
-        rgb = (rgba[..., :3] * np.array(gains, np.uint32) + 128) >> 8
-        rgba = np.concatenate([np.minimum(rgb, rgba[..., 3:]).astype(np.uint8), rgba[..., 3:]], axis=2)
-    return rgba
+        tint = 0.22 if vivid and dice.chance(0.2) else 0.07
+        tables = [_ramp(round(256 * common * dice.uniform(1 - tint, 1 + tint))) for _ in range(3)]
+        tables.append(_ramp(256))
+        rgba = cv2.LUT(rgba, np.ascontiguousarray(np.stack(tables).T)[None])
+    return cv2.min(rgba, spread(cv2.extractChannel(rgba, 3), 4))
+
+
+def distortion(dice: Dice, strength: float) -> tuple[float, tuple[float, ...]]:
+    """A random `shear` and `bend` for `Sprite.draw`, so that one drawing makes many shapes."""
+    shear = dice.uniform(-0.2, 0.2) * strength
+    bend = [number for _ in range(2) for number in (dice.random() * 0.06 * strength, dice.random(), dice.uniform(0.4, 1.6))]
+    return shear, tuple(bend)
 
 
 def harmonise(patch: U8, canvas: U8, amount: int) -> U8:
     """Mix the colours of a patch (h, w, 4) with the mean colour of the canvas below: amount/256 of it."""
-    mean = canvas.reshape(-1, 3).mean(axis=0, dtype=np.float64)
-    below = np.floor(mean + 0.5).astype(np.uint32)
-    rgb = patch[..., :3].astype(np.uint32) * (256 - amount)
-    rgb += (patch[..., 3:].astype(np.uint32) * below * amount + 127) // 255
-    out = patch.copy()
-    out[..., :3] = np.minimum((rgb + 128) >> 8, patch[..., 3:])
-    return out
+    below = [math.floor(mean + 0.5) for mean in cv2.mean(canvas)[:3]]
+    alpha = spread(cv2.extractChannel(patch, 3), 4)
+    own = np.stack([_ramp(256 - amount)] * 3 + [_ramp(256)])
+    mixed = np.stack([_ramp(colour * amount // 255) for colour in below] + [np.zeros(256, np.uint8)])
+    own_part = cv2.LUT(patch, np.ascontiguousarray(own.T)[None])
+    mixed_part = cv2.LUT(alpha, np.ascontiguousarray(mixed.T)[None])
+    return cv2.min(cv2.add(own_part, mixed_part), alpha)
 
 
 def photo_pyramid(image: U8) -> tuple[U8, ...]:

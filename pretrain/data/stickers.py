@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,7 +39,7 @@ SPLIT_KEY: Mapping[str, int] = {"train": 0, "val": 1}
 _SCENE, _PAIR, _ORDER, _CROP, _SHAPE = range(5)  # last part of a random key: what is being drawn
 
 MIN_VISIBLE = 0.35  # of a sticker's own pixels; below it the object would be a guess
-MIN_PIXELS = 40  # a visible mask smaller than this is not placed
+MIN_PIXELS = 30  # a visible mask smaller than this is not placed
 SHAPES = 96  # abstract distractor shapes per split
 
 
@@ -249,8 +250,11 @@ class _Stage:
         self.seen: list[int] = [1]  # pixels still visible
         self.truncated: list[bool] = [False]
 
-    def place(self, patch: Patch, top: int, left: int, *, harmony: int = 0, shadow: int = 0) -> bool:
-        """Lay `patch` at (top, left) unless it, or one below it, would be too little visible; True when laid."""
+    def place(self, patch: Patch, top: int, left: int, *, harmony: int = 0, shadow: int = 0, force: bool = False) -> bool:
+        """Lay `patch` at (top, left) unless it, or one below it, would be too little visible; True when laid.
+
+        With `force` it is laid wherever it touches the canvas.
+        """
         height, width = self.owner.shape
         h, w = patch.solid.shape
         y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, height), min(left + w, width)
@@ -259,13 +263,13 @@ class _Stage:
         inner = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
         solid = patch.solid[inner]
         pixels = int(np.count_nonzero(solid))
-        if pixels < MIN_PIXELS or pixels < MIN_VISIBLE * patch.pixels:
+        if not force and (pixels < MIN_PIXELS or pixels < MIN_VISIBLE * patch.pixels):
             return False
         window = self.owner[y0:y1, x0:x1]
         covered = np.bincount(window[solid], minlength=len(self.own))
         for k in range(1, len(self.own)):
             left_over = self.seen[k] - int(covered[k])
-            if covered[k] and (left_over < MIN_PIXELS or left_over < MIN_VISIBLE * self.own[k]):
+            if not force and covered[k] and (left_over < MIN_PIXELS or left_over < MIN_VISIBLE * self.own[k]):
                 return False
         view = self.canvas[y0:y1, x0:x1]
         rgba = np.ascontiguousarray(patch.rgba[inner])
@@ -286,14 +290,17 @@ class _Stage:
         step = 2 + max(alpha.shape) // 24
         soft = np.zeros((alpha.shape[0] + 2 * step, alpha.shape[1] + 2 * step), np.uint8)
         soft[step:-step, step:-step] = alpha
-        soft = render.cv2.blur(soft, (2 * step + 1, 2 * step + 1))
+        soft = cv2.blur(soft, (2 * step + 1, 2 * step + 1))
         y, x = top, left  # the margin of `step` is the offset
         y0, x0 = max(y, 0), max(x, 0)
         y1, x1 = min(y + soft.shape[0], self.canvas.shape[0]), min(x + soft.shape[1], self.canvas.shape[1])
-        part = soft[y0 - y : y1 - y, x0 - x : x1 - x, None].astype(np.uint16)
-        keep = 256 - ((part * strength) >> 8)
+        part = soft[y0 - y : y1 - y, x0 - x : x1 - x].astype(np.uint16)
+        part *= strength
+        keep = render.spread(cv2.bitwise_not((part >> 8).astype(np.uint8)), 3).astype(np.uint16)
         view = self.canvas[y0:y1, x0:x1]
-        view[...] = (view * keep) >> 8
+        keep *= view
+        keep += 255
+        view[...] = keep >> 8
 
     def mask(self, k: int) -> NDArray[np.bool_]:
         """Visible pixels (H, W) of the k-th patch."""
@@ -330,6 +337,7 @@ class _Source:
         self._orders: dict[tuple[int, int], list[int]] = {}
         self._shapes: dict[int, Sprite] = {}
         self._grain = render.grain_tile()
+        self._rare = [(style, code) for style in stickers.styles[split] for code in stickers.unlabelled[style]]
 
     def __len__(self) -> int:
         return self.length
@@ -347,9 +355,8 @@ class _Source:
         return self.classes[self._orders[kind, turn][place]]
 
     def _distractor(self, dice: Dice) -> Sprite:
-        rare = [(style, code) for style in self.stickers.styles[self.split] for code in self.stickers.unlabelled[style]]
-        if rare and dice.chance(0.15):
-            return self.stickers.sprite(*dice.choice(rare))
+        if self._rare and dice.chance(0.15):
+            return self.stickers.sprite(*dice.choice(self._rare))
         number = dice.below(SHAPES)
         if number not in self._shapes:
             own = self._dice(_SHAPE, number)
@@ -451,14 +458,16 @@ class SceneSource(_Source):
         stretch = dice.uniform(0.9, 1.1)
         degrees, mirror = dice.uniform(-20, 20), dice.chance(0.5)
         softness = dice.uniform(0.3, 1.1)
+        vivid = self.split == "train"
+        shear, bend = render.distortion(dice, 0.8) if vivid and dice.chance(0.5) else (0.0, ())
         harmony = dice.below(64) if dice.chance(0.5) else 0
         shadow = 40 + dice.below(90) if dice.chance(0.35) else 0
         for attempt in range(6):
             if attempt in (0, 3):
                 wide = max(long_side * min(1.0, sprite.aspect) * stretch, 4.0)
                 tall = max(long_side * min(1.0, 1 / sprite.aspect), 4.0)
-                rgba = sprite.draw(wide, tall, degrees=degrees, mirror=mirror, pad=3)
-                patch = Patch.of(render.blur(render.recolour(rgba, dice), softness))
+                rgba = sprite.draw(wide, tall, degrees=degrees, mirror=mirror, pad=3, shear=shear, bend=bend)
+                patch = Patch.of(render.blur(render.recolour(rgba, dice, vivid=vivid), softness))
                 long_side = max(0.6 * long_side, side * low)
             h, w = patch.solid.shape
             margin = 0.2 if dice.chance(0.2) else 0.0  # one in five may reach over the border
@@ -521,7 +530,7 @@ class PairSource(_Source):
             others = [dice.choice(self.classes) for _ in range(1 + dice.below(2))]
             named = []
             for label in [class_id, *others]:
-                if self._stick(stage, self.stickers.draw_class(label, self.split, dice), dice, 0.35, 0.65, 0.0):
+                if self._stick(stage, label, dice, force=not named):
                     named.append(label)
         else:
             for _ in range((0, 0, 1, 1, 2, 3)[dice.below(6)]):
@@ -532,16 +541,20 @@ class PairSource(_Source):
         image = stage.canvas
         if dice.chance(0.35):  # a crop of a small object is an enlarged picture
             small = max(8, round(size * dice.uniform(0.3, 0.9)))
-            image = render.cv2.resize(image, (small, small), interpolation=render.cv2.INTER_AREA)
-            image = render.cv2.resize(image, (size, size), interpolation=render.cv2.INTER_LINEAR_EXACT)
+            image = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
+            image = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR_EXACT)
         image = self._finish(image, dice, soft=0.2, jpeg=0.15 if self.split == "train" else 0.0)
         caption = caption_for([self.stickers.nouns[label] for label in named], dice)
         return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, class_id
 
     def _draw(self, sprite: Sprite, wide: float, tall: float, dice: Dice) -> Patch:
         degrees = dice.uniform(-20, 20) if dice.chance(0.6) else dice.uniform(-4, 4)
-        rgba = sprite.draw(max(wide, 4.0), max(tall, 4.0), degrees=degrees, mirror=dice.chance(0.5), pad=2)
-        return Patch.of(render.blur(render.recolour(rgba, dice), dice.uniform(0.0, 0.7)))
+        vivid = self.split == "train"
+        shear, bend = render.distortion(dice, 1.0) if vivid and dice.chance(0.6) else (0.0, ())
+        rgba = sprite.draw(
+            max(wide, 4.0), max(tall, 4.0), degrees=degrees, mirror=dice.chance(0.5), pad=2, shear=shear, bend=bend
+        )
+        return Patch.of(render.blur(render.recolour(rgba, dice, vivid=vivid), dice.uniform(0.0, 0.7)))
 
     def _main(self, stage: _Stage, class_id: int, dice: Dice) -> None:
         """The named sticker: 45 to 100 % of the frame, sometimes stretched towards the square of the crop."""
@@ -557,14 +570,10 @@ class PairSource(_Source):
         h, w = patch.solid.shape
         harmony = dice.below(64) if dice.chance(0.4) else 0
         shadow = 40 + dice.below(90) if dice.chance(0.3) else 0
-        for margin in (0.12 if dice.chance(0.3) else 0.0, 0.0):
-            top = round((size - h) * dice.random() + margin * h * dice.uniform(-1, 1))
-            left = round((size - w) * dice.random() + margin * w * dice.uniform(-1, 1))
-            if stage.place(patch, top, left, harmony=harmony, shadow=shadow):
-                return
-        stage.owner[...] = 0  # clutter that would vanish below the main sticker may vanish
-        stage.own, stage.seen, stage.truncated = [1], [1], [False]
-        stage.place(patch, (size - h) // 2, (size - w) // 2, harmony=harmony, shadow=shadow)
+        margin = 0.12 if dice.chance(0.3) else 0.0
+        top = round((size - h) * dice.random() + margin * h * dice.uniform(-1, 1))
+        left = round((size - w) * dice.random() + margin * w * dice.uniform(-1, 1))
+        stage.place(patch, top, left, harmony=harmony, shadow=shadow, force=True)  # clutter below it may vanish
 
     def _clutter(self, stage: _Stage, dice: Dice) -> None:
         """A piece of something else at the border of the frame."""
@@ -588,13 +597,15 @@ class PairSource(_Source):
             left = int(self.size - w * inside)
         stage.place(patch, top, left)
 
-    def _stick(self, stage: _Stage, sprite: Sprite, dice: Dice, low: float, high: float, margin: float) -> bool:
-        fill = self.size * dice.uniform(low, high)
+    def _stick(self, stage: _Stage, label: int, dice: Dice, *, force: bool) -> bool:
+        """One of several stickers; True when there was a place for it."""
+        sprite = self.stickers.draw_class(label, self.split, dice)
+        fill = self.size * dice.uniform(0.35, 0.65)
         patch = self._draw(sprite, fill * min(1.0, sprite.aspect), fill * min(1.0, 1 / sprite.aspect), dice)
         h, w = patch.solid.shape
         for _ in range(5):
             top, left = int((self.size - h) * dice.random()), int((self.size - w) * dice.random())
-            if stage.place(patch, top, left):
+            if stage.place(patch, top, left, force=force):
                 return True
         return False
 
