@@ -30,10 +30,12 @@ A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]
 def main(argv: list[str]) -> int:
     """Parse the arguments, evaluate, print the table, write the files; returns the exit status."""
     args = _parser().parse_args(argv)
-    if args.predictions:
+    if args.predictions or args.annotations:
+        if not (args.predictions and args.annotations):
+            raise UserError("--annotations and --predictions belong together; give both.")
         evaluate_files(args, argv)
     else:
-        raise UserError("--weights is not available yet; give --annotations and --predictions.")
+        raise UserError("give --annotations and --predictions; see python -m ovd.evaluate --help.")
     return 0
 
 
@@ -48,7 +50,9 @@ def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     truth = check_ground_truth(gt, where=where[0])
     split = Split.load(args.split, categories=truth.categories) if args.split else None
     proposals = read_json(args.proposals) if args.proposals else None
-    metrics = coco.evaluate(gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals, where=where)
+    metrics = coco.evaluate(
+        gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals, where=where
+    )
     return _finish(metrics, args, argv, dataset_sha256=_file_sha256(args.annotations))
 
 

@@ -280,9 +280,7 @@ def to_rle(segmentation: Any, size: tuple[int, int] | None, entry: str) -> dict[
     if not (isinstance(hw, (list, tuple)) and len(hw) == 2 and all(type(v) is int and v > 0 for v in hw)):
         raise UserError(f"{entry}: the mask's size must be [height, width], is {hw!r}.")
     if size is not None and tuple(hw) != size:
-        raise UserError(
-            f"{entry}: the mask is {hw[1]}×{hw[0]} px, its image {size[1]}×{size[0]} (size is [height, width])."
-        )
+        raise UserError(f"{entry}: the mask's [height, width] is {list(hw)}, its image's {list(size)}.")
     if isinstance(counts, list):
         if not all(type(v) is int and v >= 0 for v in counts) or sum(counts) != hw[0] * hw[1]:
             raise UserError(f"{entry}: run lengths must be whole numbers that add up to height × width.")
