@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from ovd.data.splits import Split
 from pretrain.data.folder import read_image
-from pretrain.data.stickers import SceneSource, Stickers, scene_record
+from pretrain.data.stickers import SceneSource, Stickers
 from pretrain.engine.errors import UserError
 
 
@@ -176,6 +176,8 @@ def register_stickers(
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.structures import BoxMode
+
+    from pretrain.data.stickers import scene_record
 
     source = SceneSource(stickers, split=split, seed=seed, size=size, length=length, labels=labels)
 

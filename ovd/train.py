@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m ovd.train --config vild.yaml``: train a detector and export it.
+
+The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``, ``ovd.embed`` and
+``weights=`` of another training read.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovd.config import DataConfig, TrainConfig
+from pretrain.engine.cli import command_line
+from pretrain.engine.config import config_hash
+from pretrain.engine.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ovd.data.catalog import LabelledImages
+    from ovd.modeling.rcnn import OpenVocabularyRCNN
+    from pretrain.nets.towers import JointEncoder
+
+
+def labelled_images(data: DataConfig) -> LabelledImages:
+    """The training pictures that a data section describes."""
+    from ovd.data.catalog import CocoImages, StickerImages
+    from ovd.data.splits import Split
+    from pretrain.data.stickers import Stickers
+
+    if data.kind == "stickers":
+        return StickerImages(
+            stickers=Stickers.load(), split="train", seed=data.seed, length=data.length, size=data.size, labels=data.labels
+        )
+    return CocoImages(
+        images=Path(data.images or ""),
+        annotations=Path(data.annotations or ""),
+        split=Split.load(data.split),
+        labels=data.labels,
+    )
+
+
+def resolve_encoder(spec: str) -> JointEncoder:
+    """An encoder by its name under ``weights/``, its folder, or ``open_clip:MODEL:TAG``."""
+    from ovd.weights import weights_folder
+    from pretrain.nets.towers import load_encoder
+
+    if spec.startswith("open_clip:") or Path(spec).exists():
+        return load_encoder(spec)
+    return load_encoder(weights_folder(spec))
+
+
+def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig) -> list[str]:
+    """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
+
+    Raises:
+        UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not exact.
+    """
+    import torch
+
+    from ovd.modeling.backbone import load_resnet, to_detectron2, verify_conversion
+    from pretrain.engine.checkpoint import load_weights
+    from pretrain.nets.towers import ResNetImage, export_backbone
+
+    bb = config.model.backbone
+    resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
+    prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
+    if config.backbone_weights is not None:
+        state, _ = load_weights(Path(config.backbone_weights))
+        load_resnet(resnet, state, source=config.backbone_weights)
+        return prefixes
+    if not isinstance(encoder.visual, ResNetImage):
+        raise UserError(
+            f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
+            "set backbone_weights=FILE (a torchvision-named ResNet)"
+        )
+    state = export_backbone(encoder)
+    load_resnet(resnet, state, source=f"encoder {config.encoder}")
+    pixels = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
+    print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
+    if bb.kind == "c4" and config.model.encoder_start:
+        last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
+        heads = model.roi_heads
+        for name, tower in (("tower", heads.tower), ("image_tower", heads.image_tower)):
+            if tower is None:
+                continue
+            load_resnet_stage(tower.body, last)
+            if tower.projection is not None:
+                with torch.no_grad():
+                    tower.projection.weight.copy_(encoder.visual.proj.weight)
+                    tower.projection.bias.zero_()
+            prefixes.append(f"roi_heads.{name}.")
+    return prefixes
+
+
+def load_resnet_stage(body: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load one stage's blocks; every tensor must be found.
+
+    Raises:
+        UserError: when one is missing.
+    """
+    wanted = [k for k in body.state_dict() if not k.endswith("num_batches_tracked")]
+    missing = [k for k in wanted if k not in state]
+    if missing:
+        raise UserError(f"the encoder's last stage does not fit the tower: missing {missing[:3]}; set model.encoder_start=false")
+    body.load_state_dict({k: state[k] for k in wanted}, strict=False)
+
+
+def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[str], list[str]]:
+    """Copy every tensor of an exported detector that fits; returns (loaded, left at their start) names.
+
+    The class rows stay the new vocabulary's. A second tower (ensemble) starts from the first one's body.
+
+    Raises:
+        UserError: nothing of backbone or RPN fits, so this is another architecture.
+    """
+    from ovd.modeling.build import load_model
+
+    other, _, _ = load_model(folder)
+    own, source = model.state_dict(), other.state_dict()
+    for key in list(source):
+        if key.startswith("roi_heads.tower.body."):
+            source.setdefault(key.replace("roi_heads.tower.", "roi_heads.image_tower."), source[key])
+    skip = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
+    loaded = [k for k in own if k in source and source[k].shape == own[k].shape and k not in skip]
+    needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
+    lacking = [k for k in needed if k not in loaded]
+    if lacking:
+        raise UserError(f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, such as {lacking[0]}")
+    model.load_state_dict({k: source[k] for k in loaded}, strict=False)
+    return loaded, [k for k in own if k not in loaded]
+
+
+def make_task(model: OpenVocabularyRCNN, pretrained: list[str], lr_scale: float) -> nn.Module:
+    """The loop's task around a detector."""
+    from ovd.modeling.task import DetectionTask
+
+    return DetectionTask(model=model, pretrained_prefixes=tuple(pretrained), pretrained_lr_scale=lr_scale)
+
+
+def build(config: TrainConfig) -> dict[str, Any]:
+    """Everything a training needs: model, task, source, encoder and the pieces of the card."""
+    import torch
+
+    from ovd.data.mapper import DetectionSource, TrainingTransform
+    from ovd.modeling.build import build_model
+    from ovd.regions.store import RegionStore
+    from ovd.text import embed_vocabulary
+    from ovd.vocabulary import Vocabulary
+
+    torch.manual_seed(config.loop.seed)
+    encoder = resolve_encoder(config.encoder)
+    images = labelled_images(config.data)
+    rows = embed_vocabulary(Vocabulary.parse(list(images.names)), encoder)
+    novel = images.novel if config.data.labels == "base" else frozenset()
+    trainable = torch.ones(len(images.names), dtype=torch.bool)
+    trainable[sorted(novel)] = False
+    mean = [255.0 * m for m in encoder.image_mean]
+    std = [255.0 * s for s in encoder.image_std]
+    model = build_model(
+        config.model, embed_dim=encoder.embed_dim, rows=rows, trainable=trainable, pixel_mean=mean, pixel_std=std
+    )
+    prefixes = start_from_encoder(model, encoder, config)
+    if config.weights is not None:
+        loaded, left = start_from_detector(model, Path(config.weights))
+        print(f"weights={config.weights}: {len(loaded)} tensors loaded, {len(left)} keep their start")
+    store = None
+    if config.model.variant in ("image", "vild", "ensemble"):
+        store = RegionStore.open(Path(config.regions or ""))
+        store.require(encoder_fingerprint=encoder.fingerprint())
+    source = DetectionSource(
+        images=images,
+        transform=TrainingTransform(
+            short_side=config.data.short_side,
+            long_side=config.data.long_side,
+            scale=config.data.scale,
+            crop=config.data.crop,
+            flip=config.data.flip,
+        ),
+        seed=config.loop.seed,
+        store=store,
+        regions_per_image=config.regions_per_image,
+        agnostic=config.model.variant in ("agnostic", "image"),
+    )
+    return {
+        "encoder": encoder,
+        "images": images,
+        "rows": rows,
+        "novel": novel,
+        "model": model,
+        "task": make_task(model, prefixes, config.pretrained_lr_scale),
+        "source": source,
+        "mean": mean,
+        "std": std,
+    }
+
+
+def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
+    """Write the trained detector with its card; scores are uncalibrated until ``python -m ovd.calibrate``."""
+    from dataclasses import asdict
+
+    import torch
+
+    from ovd.modeling.build import DetectorCard, save_detector
+    from ovd.modeling.scoring import Calibration
+
+    names = parts["images"].names
+    bank = [i for i in range(len(names)) if i not in parts["images"].novel]
+    has_rows = parts["model"].roi_heads.classifier is not None
+    card = DetectorCard(
+        model=config.model.model_dump(mode="json"),
+        embed_dim=parts["encoder"].embed_dim,
+        pixel_mean=tuple(parts["mean"]),
+        pixel_std=tuple(parts["std"]),
+        encoder=config.encoder,
+        encoder_fingerprint=parts["encoder"].fingerprint(),
+        short_side=config.data.short_side,
+        long_side=config.data.long_side,
+        classes=names if has_rows else (),
+        novel=tuple(sorted(parts["novel"])) if has_rows else (),
+        bank=tuple(names[i] for i in bank),
+        calibration=asdict(Calibration(logit_scale=config.model.head.scale)),
+        config_hash=config_hash(config),
+    )
+    save_detector(folder, parts["model"], card, bank=parts["rows"][torch.tensor(bank)])
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    config, options = command_line(TrainConfig, argv, prog="python -m ovd.train", doc=__doc__ or "")
+    from pretrain.engine.distributed import is_main
+    from pretrain.engine.loop import fit
+
+    parts = build(config)
+    out = Path(config.out)
+    report = fit(
+        parts["task"],
+        parts["source"],
+        loop=config.loop,
+        optim=config.optim,
+        out=out,
+        record=config.model_dump(mode="json"),
+        resume=options.resume,
+        overwrite=options.overwrite,
+        check=options.check,
+    )
+    if not options.check and is_main():
+        export(config, parts, out / "exported")
+        print(f"step {report.step}: detector exported to {out / 'exported'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
