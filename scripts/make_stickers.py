@@ -90,7 +90,9 @@ def build(source: Path, out: Path) -> dict:
         "emojibase-data 17.0.0 (MIT, Unicode CLDR)"
     )
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (out / "concepts.json").write_text(f'{{"note": {json.dumps(note)},\n"concepts": [\n{lines}\n]}}\n', encoding="utf-8")
+    (out / "concepts.json").write_text(
+        f'{{"note": {json.dumps(note)},\n"concepts": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
     splits = make_splits(rows)
     (out / "splits.json").write_text(json.dumps(splits, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return splits
@@ -103,8 +105,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="data set folder to write")
     args = parser.parse_args(argv)
     splits = build(args.source, args.out)
-    print(f"{len(splits['nouns'])} nouns, {len(splits['base'])} base, {len(splits['novel'])} novel, "
-          f"{len(splits['validated'])} with a validation sprite, split {splits['sha256'][:12]}")
+    print(
+        f"{len(splits['nouns'])} nouns, {len(splits['base'])} base, {len(splits['novel'])} novel, "
+        f"{len(splits['validated'])} with a validation sprite, split {splits['sha256'][:12]}"
+    )
     return 0
 
 

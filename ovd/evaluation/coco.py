@@ -264,12 +264,12 @@ def run_source(
 
 def source_ground_truth(source: SceneSource) -> dict[str, Any]:
     """The scenes of a source as one COCO ground-truth object (boxes and masks are the visible parts)."""
-    from pretrain.data.stickers import scene_record
+    from pretrain.data.stickers import coco_objects
 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(len(source)):
-        image, objects = scene_record(source.scene(index), image_id=index + 1, first_annotation_id=len(annotations) + 1)
+        image, objects = coco_objects(source.scene(index), image_id=index + 1, first_annotation_id=len(annotations) + 1)
         images.append(image)
         annotations += objects
     nouns = source.stickers.nouns
@@ -376,7 +376,7 @@ class _Category(COCOeval):
             "image_id": imgId, "category_id": catId, "aRng": aRng, "maxDet": maxDet,
             "dtIds": [d["id"] for d in dts], "gtIds": [], "dtScores": [d["score"] for d in dts],
             "dtMatches": np.zeros((T, len(dts))), "gtMatches": np.zeros((T, 0)), "gtIgnore": np.zeros(0),
-            "dtIgnore": np.broadcast_to(too_small_or_large, (T, len(dts))),
+            "dtIgnore": too_small_or_large[None].repeat(T, axis=0),
         }  # fmt: skip
 
     def precision(self) -> NDArray[np.float64]:
