@@ -27,6 +27,8 @@ Item = TypeVar("Item")
 
 SPRITE = 128  # side of a shipped sprite, pixels
 SOLID = 128  # alpha from which a pixel belongs to the object's mask
+MIN_VISIBLE = 0.35  # of a sticker's own pixels; below it the object would be a guess
+MIN_PIXELS = 30  # a sticker with fewer visible pixels is not placed
 
 
 class Dice:
@@ -263,7 +265,9 @@ def recolour(rgba: U8, dice: Dice, *, vivid: bool) -> U8:
 def distortion(dice: Dice, strength: float) -> tuple[float, tuple[float, ...]]:
     """A random `shear` and `bend` for `Sprite.draw`, so that one drawing makes many shapes."""
     shear = dice.uniform(-0.2, 0.2) * strength
-    bend = [number for _ in range(2) for number in (dice.random() * 0.06 * strength, dice.random(), dice.uniform(0.4, 1.6))]
+    bend = [
+        number for _ in range(2) for number in (dice.random() * 0.06 * strength, dice.random(), dice.uniform(0.4, 1.6))
+    ]
     return shear, tuple(bend)
 
 
@@ -376,3 +380,78 @@ def shape_sprite(dice: Dice, texture: Sequence[U8]) -> Sprite:
         stripes = (ramp // period) % 2 == 0
         rgb = np.where(stripes[..., None], gradient(256, 256, dice), rgb)
     return Sprite.from_rgba(halve(np.dstack([rgb, mask])))
+
+
+class Stage:
+    """Lays patches on a canvas and keeps for each pixel which of them is on top."""
+
+    def __init__(self, canvas: U8) -> None:
+        self.canvas = canvas
+        self.owner = np.zeros(canvas.shape[:2], np.uint8)  # 0 background, k the k-th patch
+        self.own: list[int] = [1]  # pixels of the whole patch
+        self.seen: list[int] = [1]  # pixels still visible
+        self.truncated: list[bool] = [False]
+
+    def place(
+        self, patch: Patch, top: int, left: int, *, harmony: int = 0, shadow: int = 0, force: bool = False
+    ) -> bool:
+        """Lay `patch` at (top, left) unless it, or one below it, would be too little visible; True when laid.
+
+        With `force` it is laid wherever it touches the canvas.
+        """
+        height, width = self.owner.shape
+        h, w = patch.solid.shape
+        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, height), min(left + w, width)
+        if y0 >= y1 or x0 >= x1:
+            return False
+        inner = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+        solid = patch.solid[inner]
+        pixels = int(np.count_nonzero(solid))
+        if not force and (pixels < MIN_PIXELS or pixels < MIN_VISIBLE * patch.pixels):
+            return False
+        window = self.owner[y0:y1, x0:x1]
+        covered = np.bincount(window[solid], minlength=len(self.own))
+        for k in range(1, len(self.own)):
+            left_over = self.seen[k] - int(covered[k])
+            if not force and covered[k] and (left_over < MIN_PIXELS or left_over < MIN_VISIBLE * self.own[k]):
+                return False
+        view = self.canvas[y0:y1, x0:x1]
+        rgba = np.ascontiguousarray(patch.rgba[inner])
+        if harmony:
+            rgba = harmonise(rgba, view, harmony)
+        if shadow:
+            self._shadow(patch.rgba[..., 3], top, left, shadow)
+        over(view, rgba)
+        self.seen = [seen - int(gone) for seen, gone in zip(self.seen, covered, strict=True)]
+        window[solid] = len(self.own)
+        self.own.append(patch.pixels)
+        self.seen.append(pixels)
+        self.truncated.append(pixels < patch.pixels)
+        return True
+
+    def _shadow(self, alpha: U8, top: int, left: int, strength: int) -> None:
+        """Darken the canvas a little below and right of a patch."""
+        step = 2 + max(alpha.shape) // 24
+        soft = np.zeros((alpha.shape[0] + 2 * step, alpha.shape[1] + 2 * step), np.uint8)
+        soft[step:-step, step:-step] = alpha
+        soft = cv2.blur(soft, (2 * step + 1, 2 * step + 1))
+        y, x = top, left  # the margin of `step` is the offset
+        y0, x0 = max(y, 0), max(x, 0)
+        y1, x1 = min(y + soft.shape[0], self.canvas.shape[0]), min(x + soft.shape[1], self.canvas.shape[1])
+        part = soft[y0 - y : y1 - y, x0 - x : x1 - x].astype(np.uint16)
+        part *= strength
+        keep = spread(cv2.bitwise_not((part >> 8).astype(np.uint8)), 3).astype(np.uint16)
+        view = self.canvas[y0:y1, x0:x1]
+        keep *= view
+        keep += 255
+        view[...] = keep >> 8
+
+    def mask(self, k: int) -> NDArray[np.bool_]:
+        """Visible pixels (H, W) of the k-th patch."""
+        return self.owner == k
+
+
+def extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 (exclusive) of the true pixels of a mask (H, W) that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

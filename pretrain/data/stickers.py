@@ -10,13 +10,15 @@ Three views of one source:
 All follow the sample source protocol (`__len__`, `sample(index, draw)`, `collate`), and every sample is a pure function
 of (split, seed, index[, draw]). `python -m pretrain.data.stickers` exports scenes as a COCO data set.
 
-N images, n objects, H, W height and width, S side of a square picture.
+N images, n objects, m distractors, H, W height and width, S side of a square picture.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 from pretrain.data import render
 from pretrain.data.captions import caption_for
 from pretrain.data.folder import list_images, read_image
-from pretrain.data.render import U8, Dice, Patch, Sprite
+from pretrain.data.render import U8, Dice, Patch, Sprite, Stage, extent
 from pretrain.engine.errors import UserError
 
 Split = Literal["train", "val"]
@@ -38,8 +40,6 @@ Labels = Literal["all", "base"]
 SPLIT_KEY: Mapping[str, int] = {"train": 0, "val": 1}
 _SCENE, _PAIR, _ORDER, _CROP, _SHAPE = range(5)  # last part of a random key: what is being drawn
 
-MIN_VISIBLE = 0.35  # of a sticker's own pixels; below it the object would be a guess
-MIN_PIXELS = 30  # a visible mask smaller than this is not placed
 SHAPES = 96  # abstract distractor shapes per split
 
 
@@ -140,6 +140,10 @@ class Stickers:
             self._sprites[key] = Sprite.from_rgba(read_image(path, alpha=True))
         return self._sprites[key]
 
+    def photos(self, split: Split) -> list[Path]:
+        """The shipped background photos of `split`."""
+        return list_images(self.root / "backgrounds" / split)
+
     def draw_class(self, class_id: int, split: Split, dice: Dice) -> Sprite:
         """A random drawing of a class: the style first, then one of the style's drawings, both uniformly."""
         style = dice.choice([style for style in self.styles[split] if class_id in self.drawings[style]])
@@ -148,8 +152,6 @@ class Stickers:
 
 def split_hash(content: Mapping[str, Any]) -> str:
     """sha256 of the canonical JSON of a split file's content (without its own hash)."""
-    import hashlib
-
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
@@ -178,7 +180,7 @@ class Backgrounds:
             UserError: no image in a folder.
         """
         if folders is None:
-            folders = stickers.root / "backgrounds" / split
+            return cls(stickers.photos(split))
         listed = [folders] if isinstance(folders, (str, Path)) else list(folders)
         return cls([path for folder in listed for path in list_images(folder)])
 
@@ -238,79 +240,6 @@ class Scene:
     truncated: NDArray[np.bool_]
     caption: str
     distractors: NDArray[np.float32]
-
-
-class _Stage:
-    """Lays patches on a canvas and keeps for each pixel which of them is on top."""
-
-    def __init__(self, canvas: U8) -> None:
-        self.canvas = canvas
-        self.owner = np.zeros(canvas.shape[:2], np.uint8)  # 0 background, k the k-th patch
-        self.own: list[int] = [1]  # pixels of the whole patch
-        self.seen: list[int] = [1]  # pixels still visible
-        self.truncated: list[bool] = [False]
-
-    def place(self, patch: Patch, top: int, left: int, *, harmony: int = 0, shadow: int = 0, force: bool = False) -> bool:
-        """Lay `patch` at (top, left) unless it, or one below it, would be too little visible; True when laid.
-
-        With `force` it is laid wherever it touches the canvas.
-        """
-        height, width = self.owner.shape
-        h, w = patch.solid.shape
-        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, height), min(left + w, width)
-        if y0 >= y1 or x0 >= x1:
-            return False
-        inner = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-        solid = patch.solid[inner]
-        pixels = int(np.count_nonzero(solid))
-        if not force and (pixels < MIN_PIXELS or pixels < MIN_VISIBLE * patch.pixels):
-            return False
-        window = self.owner[y0:y1, x0:x1]
-        covered = np.bincount(window[solid], minlength=len(self.own))
-        for k in range(1, len(self.own)):
-            left_over = self.seen[k] - int(covered[k])
-            if not force and covered[k] and (left_over < MIN_PIXELS or left_over < MIN_VISIBLE * self.own[k]):
-                return False
-        view = self.canvas[y0:y1, x0:x1]
-        rgba = np.ascontiguousarray(patch.rgba[inner])
-        if harmony:
-            rgba = render.harmonise(rgba, view, harmony)
-        if shadow:
-            self._shadow(patch.rgba[..., 3], top, left, shadow)
-        render.over(view, rgba)
-        self.seen = [seen - int(gone) for seen, gone in zip(self.seen, covered, strict=True)]
-        window[solid] = len(self.own)
-        self.own.append(patch.pixels)
-        self.seen.append(pixels)
-        self.truncated.append(pixels < patch.pixels)
-        return True
-
-    def _shadow(self, alpha: U8, top: int, left: int, strength: int) -> None:
-        """Darken the canvas a little below and right of a patch."""
-        step = 2 + max(alpha.shape) // 24
-        soft = np.zeros((alpha.shape[0] + 2 * step, alpha.shape[1] + 2 * step), np.uint8)
-        soft[step:-step, step:-step] = alpha
-        soft = cv2.blur(soft, (2 * step + 1, 2 * step + 1))
-        y, x = top, left  # the margin of `step` is the offset
-        y0, x0 = max(y, 0), max(x, 0)
-        y1, x1 = min(y + soft.shape[0], self.canvas.shape[0]), min(x + soft.shape[1], self.canvas.shape[1])
-        part = soft[y0 - y : y1 - y, x0 - x : x1 - x].astype(np.uint16)
-        part *= strength
-        keep = render.spread(cv2.bitwise_not((part >> 8).astype(np.uint8)), 3).astype(np.uint16)
-        view = self.canvas[y0:y1, x0:x1]
-        keep *= view
-        keep += 255
-        view[...] = keep >> 8
-
-    def mask(self, k: int) -> NDArray[np.bool_]:
-        """Visible pixels (H, W) of the k-th patch."""
-        return self.owner == k
-
-
-def extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 (exclusive) of the true pixels of a mask (H, W) that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 class _Source:
@@ -417,7 +346,7 @@ class SceneSource(_Source):
             raise IndexError(f"scene {index} of {self.length}")
         dice = self._dice(_SCENE, index)
         height, width = self.size
-        stage = _Stage(self.backgrounds.crop(height, width, dice, plain=0.15 if self.split == "train" else 0.0))
+        stage = Stage(self.backgrounds.crop(height, width, dice, plain=0.15 if self.split == "train" else 0.0))
         count, distractors = 3 + dice.below(6), (0, 0, 1, 1, 2, 3)[dice.below(6)]
         order = [self._class_at(index * 8 + k, _SCENE) for k in range(count)]
         if dice.chance(0.12):
@@ -448,7 +377,7 @@ class SceneSource(_Source):
             distractors=np.array(others, np.float32).reshape(-1, 4),
         )
 
-    def _add(self, stage: _Stage, label: int | None, dice: Dice) -> bool:
+    def _add(self, stage: Stage, label: int | None, dice: Dice) -> bool:
         """Draw one object and try places for it, smaller each time."""
         sprite = self._distractor(dice) if label is None else self.stickers.draw_class(label, self.split, dice)
         height, width = self.size
@@ -524,7 +453,7 @@ class PairSource(_Source):
         dice = self._dice(_PAIR, index, draw)
         class_id = self._class_at(index, _PAIR)
         size = self.size
-        stage = _Stage(self.backgrounds.crop(size, size, dice, plain=0.2 if self.split == "train" else 0.0))
+        stage = Stage(self.backgrounds.crop(size, size, dice, plain=0.2 if self.split == "train" else 0.0))
         named = [class_id]
         if dice.chance(0.1):  # a small scene: everything in it is named
             others = [dice.choice(self.classes) for _ in range(1 + dice.below(2))]
@@ -556,7 +485,7 @@ class PairSource(_Source):
         )
         return Patch.of(render.blur(render.recolour(rgba, dice, vivid=vivid), dice.uniform(0.0, 0.7)))
 
-    def _main(self, stage: _Stage, class_id: int, dice: Dice) -> None:
+    def _main(self, stage: Stage, class_id: int, dice: Dice) -> None:
         """The named sticker: 45 to 100 % of the frame, sometimes stretched towards the square of the crop."""
         sprite = self.stickers.draw_class(class_id, self.split, dice)
         size = self.size
@@ -575,7 +504,7 @@ class PairSource(_Source):
         left = round((size - w) * dice.random() + margin * w * dice.uniform(-1, 1))
         stage.place(patch, top, left, harmony=harmony, shadow=shadow, force=True)  # clutter below it may vanish
 
-    def _clutter(self, stage: _Stage, dice: Dice) -> None:
+    def _clutter(self, stage: Stage, dice: Dice) -> None:
         """A piece of something else at the border of the frame."""
         if dice.chance(0.3):
             sprite = self._distractor(dice)
@@ -597,7 +526,7 @@ class PairSource(_Source):
             left = int(self.size - w * inside)
         stage.place(patch, top, left)
 
-    def _stick(self, stage: _Stage, label: int, dice: Dice, *, force: bool) -> bool:
+    def _stick(self, stage: Stage, label: int, dice: Dice, *, force: bool) -> bool:
         """One of several stickers; True when there was a place for it."""
         sprite = self.stickers.draw_class(label, self.split, dice)
         fill = self.size * dice.uniform(0.35, 0.65)
@@ -640,3 +569,122 @@ class ImageView:
         import torch
 
         return {"image": torch.from_numpy(np.stack(samples))}
+
+
+class StickerCrops:
+    """Every drawing of one style alone on a photo: the zero-shot test of an image encoder.
+
+    A sample is (image uint8 (3, S, S), noun, class id). The sticker fills 70 to 95 % of the frame, upright or nearly
+    so, with nothing else in it. Photos are the held-out ones.
+
+    Args:
+        stickers: the loaded data set.
+        style: which drawings; default the held-out style. A folder of `sprites/` with another style also serves.
+        size: S.
+        views: pictures per drawing, each with its own photo, place and light.
+        seed: of photos, places and lights.
+
+    Raises:
+        UserError: unknown style or value out of range.
+    """
+
+    def __init__(
+        self, stickers: Stickers, *, style: str = "emojione", size: int = 64, views: int = 1, seed: int = 0
+    ) -> None:
+        if style not in stickers.drawings:
+            raise UserError(f"style is {style!r}; the data set has {', '.join(sorted(stickers.drawings))}.")
+        if not 16 <= size <= 1024 or views < 1:
+            raise UserError(f"size is {size} and views is {views}; size must be 16 to 1024, views at least 1.")
+        self.stickers, self.style, self.size, self.views, self.seed = stickers, style, size, views, seed
+        self.drawings = [(label, code) for label, codes in sorted(stickers.drawings[style].items()) for code in codes]
+        self.backgrounds = Backgrounds.of(stickers, "val", None)
+
+    def __len__(self) -> int:
+        return len(self.drawings) * self.views
+
+    @property
+    def class_ids(self) -> NDArray[np.int64]:
+        """(N,) class of each sample."""
+        return np.array([label for label, _ in self.drawings] * self.views, np.int64)
+
+    def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
+        """Sample number `index`; `draw` changes nothing."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"crop {index} of {len(self)}")
+        label, code = self.drawings[index % len(self.drawings)]
+        dice = Dice(self.seed, SPLIT_KEY["val"], _CROP, index)
+        sprite = self.stickers.sprite(self.style, code)
+        stage = Stage(self.backgrounds.crop(self.size, self.size, dice, plain=0.0))
+        fill = self.size * dice.uniform(0.70, 0.95)
+        rgba = sprite.draw(
+            max(4.0, fill * min(1.0, sprite.aspect)),
+            max(4.0, fill * min(1.0, 1 / sprite.aspect)),
+            degrees=dice.uniform(-8, 8),
+            mirror=dice.chance(0.5),
+        )
+        patch = Patch.of(render.blur(rgba, dice.uniform(0.0, 0.5)))
+        h, w = patch.solid.shape
+        top, left = round((self.size - h) * dice.random()), round((self.size - w) * dice.random())
+        stage.place(patch, top, left, force=True)
+        return np.ascontiguousarray(stage.canvas.transpose(2, 0, 1)), self.stickers.nouns[label], label
+
+    collate = staticmethod(PairSource.collate)
+
+
+def coco_objects(
+    scene: Scene, *, image_id: int, first_annotation_id: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A scene as COCO's `images` entry and `annotations` entries.
+
+    Category ids are class ids plus 1, because COCO tools count from 1. Masks are compressed RLE with text counts; the
+    area is that of the mask and the box is its extent.
+    """
+    from pycocotools import mask as rle
+
+    height, width = scene.image.shape[:2]
+    objects = []
+    for k, (mask, box) in enumerate(zip(scene.masks, scene.boxes, strict=True)):
+        code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+        x0, y0, x1, y1 = (float(side) for side in box)
+        objects.append(
+            {
+                "id": first_annotation_id + k,
+                "image_id": image_id,
+                "category_id": int(scene.classes[k]) + 1,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": int(np.count_nonzero(mask)),
+                "segmentation": {"size": [height, width], "counts": code["counts"].decode("ascii")},
+                "iscrowd": 0,
+                "visible": round(float(scene.visible[k]), 4),
+                "truncated": bool(scene.truncated[k]),
+            }
+        )
+    return {"id": image_id, "width": width, "height": height, "caption": scene.caption}, objects
+
+
+def scene_record(scene: Scene, index: int) -> dict[str, Any]:
+    """A scene as one dict: image id (index + 1), height, width, caption, COCO annotations, unlabelled distractors."""
+    image, objects = coco_objects(scene, image_id=index + 1, first_annotation_id=index * 100 + 1)
+    for entry in objects:
+        entry["class_id"] = entry["category_id"] - 1
+    return {
+        "image_id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+        "caption": image["caption"],
+        "annotations": objects,
+        "distractors": [[float(side) for side in box] for box in scene.distractors],
+    }
+
+
+def main(argv: list[str]) -> int:
+    """The export command; see `pretrain.data.export`."""
+    from pretrain.data.export import main as export_main
+
+    return export_main(argv)
+
+
+if __name__ == "__main__":
+    from pretrain.engine.errors import run_cli
+
+    run_cli(main, sys.argv[1:])
