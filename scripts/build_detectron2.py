@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install Detectron2 without a compiler.
 
-Detectron2 is not in the package index under its own name. The source archive ``pb1-detectron2==0.6`` is there: its Python
-files are byte for byte those of Detectron2's tag v0.6, without the C++ sources. RoIAlign and NMS come from torchvision, so
-a wheel of the Python files alone trains and runs a Mask R-CNN. This script fetches that archive by name through pip,
-checks its SHA-256, patches what newer numpy, Pillow and setuptools removed, and installs a wheel named ``detectron2``.
+Detectron2 is not in the package index under its own name. The source archive ``pb1-detectron2==0.6`` is there: its
+Python files are byte for byte those of Detectron2's tag v0.6, without the C++ sources. RoIAlign and NMS come from
+torchvision, so a wheel of the Python files alone trains and runs a Mask R-CNN. This script fetches that archive by name
+through pip, checks its SHA-256, patches what newer numpy, Pillow and setuptools removed, and installs a wheel named
+``detectron2``.
 
 A working ``detectron2`` that is already importable (an official build with its compiled operators) is used untouched.
 
@@ -81,12 +82,12 @@ def __getattr__(name):
     )
 '''
 
-RESOURCE_HELPER = '''from importlib.resources import files as _resource_files
+RESOURCE_HELPER = """from importlib.resources import files as _resource_files
 
 
 def _resource_filename(package, name):
     return str(_resource_files(package).joinpath(name))
-'''
+"""
 
 
 class Refused(Exception):
@@ -95,7 +96,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Patch:
-    """One mechanical change: every match of `pattern` in files whose wheel path ends in `suffix` becomes `replacement`."""
+    """One mechanical change: `pattern` becomes `replacement` in the files whose wheel path ends in `suffix`."""
 
     name: str
     pattern: str
@@ -112,7 +113,7 @@ class Patch:
 # The extension module itself needs no patch: the wheel is written here, the archive's setup.py has no part in it, and
 # detectron2/_C.py (STUB) takes the place of the compiled file.
 PATCHES = (
-    Patch("numpy 1.24 removed np.bool, np.int, np.float, np.str, np.object", r"\bnp\.(bool|int|float|str|object)\b", r"\1"),
+    Patch("numpy 1.24 removed np.bool, np.int, np.float ...", r"\bnp\.(bool|int|float|str|object)\b", r"\1"),
     Patch("Pillow 10 removed Image.LINEAR", r"\bImage\.LINEAR\b", "Image.BILINEAR"),
     Patch(
         "setuptools 82 removed pkg_resources (import)",
@@ -165,7 +166,8 @@ def download(folder: Path) -> Path:
         tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-12:])
         raise Refused(
             f"pip could not fetch {ARCHIVE_NAME}=={ARCHIVE_VERSION}:\n{tail}\n"
-            "torch and setuptools must be installed first. Without network, copy the archive here and pass --archive FILE."
+            "torch and setuptools must be installed first. Without network, copy the archive here and pass "
+            "--archive FILE."
         )
     found = sorted(folder.glob("*.tar.gz"))
     if len(found) != 1:
@@ -203,7 +205,9 @@ def wheel_path(name: str) -> str | None:
     return None
 
 
-def patch_sources(sources: dict[str, bytes], patches: tuple[Patch, ...] = PATCHES) -> tuple[dict[str, bytes], dict[str, int]]:
+def patch_sources(
+    sources: dict[str, bytes], patches: tuple[Patch, ...] = PATCHES
+) -> tuple[dict[str, bytes], dict[str, int]]:
     """Apply every patch to every file.
 
     Returns:
@@ -232,14 +236,20 @@ def write_wheel(sources: dict[str, bytes], counts: dict[str, int], folder: Path,
     """Write the wheel. The same sources give the same bytes (fixed order and time stamps)."""
     files = {path: content for path, content in sources.items() if path != "LICENSE"}
     files["detectron2/_C.py"] = STUB.encode()
-    info = {"archive": f"{ARCHIVE_NAME}=={ARCHIVE_VERSION}", "sha256": archive_sha256, "revision": REVISION, "patches": counts}
+    info = {
+        "archive": f"{ARCHIVE_NAME}=={ARCHIVE_VERSION}",
+        "sha256": archive_sha256,
+        "revision": REVISION,
+        "patches": counts,
+    }
     files[f"detectron2/{BUILD_INFO}"] = (json.dumps(info, indent=2) + "\n").encode()
     dist = f"detectron2-{WHEEL_VERSION}.dist-info"
     metadata = ["Metadata-Version: 2.1", "Name: detectron2", f"Version: {WHEEL_VERSION}"]
     metadata += ["Summary: Detectron2 v0.6, Python files only (operators from torchvision)", "License: Apache-2.0"]
     metadata += ["Requires-Python: >=3.10", *(f"Requires-Dist: {requirement}" for requirement in REQUIRES)]
     files[f"{dist}/METADATA"] = ("\n".join(metadata) + "\n").encode()
-    files[f"{dist}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: build_detectron2\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    wheel_lines = ["Wheel-Version: 1.0", "Generator: build_detectron2", "Root-Is-Purelib: true", "Tag: py3-none-any"]
+    files[f"{dist}/WHEEL"] = ("\n".join(wheel_lines) + "\n").encode()
     if "LICENSE" in sources:
         files[f"{dist}/licenses/LICENSE"] = sources["LICENSE"]
     record = []
@@ -290,7 +300,10 @@ def find_installed() -> Installed | None:
     Returns:
         None when there is none; otherwise `error` says why importing it failed, or is None when it works.
     """
-    find = "import importlib.util as u; s = u.find_spec('detectron2'); print(s.submodule_search_locations[0] if s else '')"
+    find = (
+        "import importlib.util as u; s = u.find_spec('detectron2');"
+        "print(list(s.submodule_search_locations)[0] if s and s.origin else '')"  # no origin: an empty left-over folder
+    )
     probe = "import detectron2, detectron2.modeling, detectron2.data, detectron2.layers as l; l.batched_nms; l.ROIAlign"
     with tempfile.TemporaryDirectory() as elsewhere:  # not the current folder: it could hold a folder named detectron2
         found = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, cwd=elsewhere, check=False)
@@ -342,8 +355,9 @@ def run(archive: Path | None, wheel_dir: Path | None, *, force: bool) -> int:
                 return 0
             if not force:
                 raise Refused(
-                    f"there is a detectron2 in {present.folder} that does not import ({present.error}). It was not made by "
-                    "this script, so it is left alone. Repair it, or `pip uninstall detectron2`, or run again with --force."
+                    f"there is a detectron2 in {present.folder} that does not import ({present.error}). It was not "
+                    "made by this script, so it is left alone. Repair it, or `pip uninstall detectron2`, or run again "
+                    "with --force."
                 )
         elif present is not None and present.error is None and not force:
             if present.build_info is not None and present.build_info.get("revision") == REVISION:

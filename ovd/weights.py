@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shipped weights: which there are, and that they are the bytes that were measured.
+
+``weights/manifest.json`` is a list of entries ``{name, folder, files: {path: {bytes, sha256}}, card}``. Nothing is
+loaded from a folder of the manifest before every one of its files has the size and hash written there.
+
+    python -m ovd.weights list
+    python -m ovd.weights verify [NAME ...]
+    python -m ovd.weights add FOLDER NAME       copy FOLDER to weights/NAME and write its entry
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pretrain.engine.errors import UserError, did_you_mean, run_cli
+
+MANIFEST = "manifest.json"
+DEFAULT = "vild-sticker"
+ALIASES = {"default": DEFAULT}
+# What a weights folder may hold: data only, nothing that runs when it is read.
+ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".txt", ".md", ".csv"})
+CARD = "card.md"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Size and hash of one file, relative to its folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One entry of the manifest."""
+
+    name: str
+    folder: Path
+    files: tuple[WeightsFile, ...]
+    card: Path | None
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """One hash over names and hashes of all files: what a page or a report shows as the weights' identity."""
+        lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(self.files, key=lambda file: file.path))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weights_root() -> Path:
+    """The folder with the manifest: ``OVD_WEIGHTS``, or ``weights`` in the repository."""
+    override = os.environ.get("OVD_WEIGHTS")
+    return Path(override) if override else Path(__file__).resolve().parent.parent / "weights"
+
+
+def read_manifest(root: Path | None = None) -> dict[str, Weights]:
+    """Read the manifest.
+
+    Args:
+        root: Folder with ``manifest.json``; `weights_root()` when None.
+
+    Returns:
+        The entries by name, in the manifest's order.
+
+    Raises:
+        UserError: no manifest, or one that is not as described above.
+    """
+    root = weights_root() if root is None else root
+    path = root / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there. Shipped weights live beside it; `make weights` makes them anew") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). Restore it with `git checkout -- weights`") from error
+    if not isinstance(raw, list):
+        raise UserError(f"{path}: must be a list of entries, found {type(raw).__name__}")
+    entries: dict[str, Weights] = {}
+    for number, item in enumerate(raw):
+        try:
+            entry = _parse(item, root)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: entry {number} is malformed: {error}") from error
+        if entry.name in entries:
+            raise UserError(f"{path}: two entries are named '{entry.name}'")
+        entries[entry.name] = entry
+    return entries
+
+
+def _inside(path: str) -> str:
+    """`path` when it stays below the folder it is relative to."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+        raise ValueError(f"'{path}' leaves the weights folder")
+    return path
+
+
+def _parse(item: Any, root: Path) -> Weights:
+    folder = root / _inside(item["folder"])
+    files = tuple(
+        WeightsFile(_inside(path), int(facts["bytes"]), str(facts["sha256"])) for path, facts in item["files"].items()
+    )
+    if not files:
+        raise ValueError("it lists no files")
+    card = item.get("card")
+    return Weights(str(item["name"]), folder, files, folder / _inside(card) if card else None)
+
+
+def find_weights(name: str, root: Path | None = None) -> Weights:
+    """The manifest's entry for a name or alias (``default``). Not verified.
+
+    Raises:
+        UserError: there is no such entry; the message lists what there is.
+    """
+    entries = read_manifest(root)
+    wanted = ALIASES.get(name, name)
+    if wanted not in entries:
+        aliases = [alias for alias, target in ALIASES.items() if target in entries]
+        there_is = ", ".join([*aliases, *entries]) or "nothing"
+        hint = did_you_mean(name, [*ALIASES, *entries])
+        raise UserError(f"no weights named '{name}'{hint}. There is: {there_is}. A path to a folder works too")
+    return entries[wanted]
+
+
+def problems(weights: Weights) -> list[str]:
+    """What is wrong with the files of one entry: missing, other size, other hash. Empty when all is as measured."""
+    found = []
+    for file in weights.files:
+        path = weights.folder / file.path
+        try:
+            size = path.stat().st_size
+            if size != file.bytes:
+                found.append(f"{path}: {size:,} bytes, the manifest says {file.bytes:,}")
+            elif sha256_of(path) != file.sha256:
+                found.append(f"{path}: its SHA-256 is not the manifest's, the file was changed or damaged")
+        except FileNotFoundError:
+            found.append(f"{path}: missing")
+        except OSError as error:
+            found.append(f"{path}: cannot be read ({error.strerror or error})")
+    return found
+
+
+def weights_folder(name: str = "default", root: Path | None = None) -> Path:
+    """The verified folder of shipped weights.
+
+    Args:
+        name: A name of the manifest or ``default``.
+        root: Folder with the manifest; `weights_root()` when None.
+
+    Raises:
+        UserError: unknown name, or a file that is missing or is not the one that was measured.
+    """
+    weights = find_weights(name, root)
+    wrong = problems(weights)
+    if wrong:
+        raise UserError(
+            f"weights '{weights.name}' are not as shipped:\n  " + "\n  ".join(wrong) + "\n"
+            "Restore them with `git checkout -- weights`, or make them anew with `make weights`"
+        )
+    return weights.folder
+
+
+def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
+    """Copy a folder to ``<root>/<name>`` and write its entry; an entry of that name is replaced.
+
+    Args:
+        source: Folder with safetensors, JSON, YAML, text and Markdown files; ``card.md`` in it becomes the model card.
+        name: Letters, digits, ``-``, ``_`` and ``.``.
+        root: Folder with the manifest; `weights_root()` when None. Both are created when absent.
+
+    Raises:
+        UserError: bad name, no such folder, no safetensors file, or a file of another kind in it.
+    """
+    root = weights_root() if root is None else root
+    if not name or not all(char.isascii() and (char.isalnum() or char in "-_.") for char in name) or name[0] == ".":
+        raise UserError(f"'{name}' cannot name weights: use letters, digits, '-', '_' and '.'")
+    if name in ALIASES:
+        raise UserError(f"'{name}' is an alias of '{ALIASES[name]}'; give the weights a name of their own")
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder")
+    paths = sorted(path for path in source.rglob("*") if not path.is_dir())
+    other = [path for path in paths if path.suffix not in ALLOWED_SUFFIXES or path.is_symlink()]
+    if other:
+        raise UserError(f"{other[0]}: weights folders hold only regular files {', '.join(sorted(ALLOWED_SUFFIXES))}")
+    if not any(path.suffix == ".safetensors" for path in paths):
+        raise UserError(f"{source}: holds no .safetensors file")
+    root.mkdir(parents=True, exist_ok=True)
+    entries = read_manifest(root) if (root / MANIFEST).exists() else {}
+
+    target = root / name
+    if source.resolve() != target.resolve():
+        fresh = root / f".{name}.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(source, fresh)
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+    files = []
+    for path in paths:
+        relative = path.relative_to(source).as_posix()
+        copy = target / relative
+        files.append(WeightsFile(relative, copy.stat().st_size, sha256_of(copy)))
+    card = target / CARD
+    entries[name] = Weights(name, target, tuple(files), card if card.is_file() else None)
+    _write(entries.values(), root)
+    return entries[name]
+
+
+def _write(entries: Iterable[Weights], root: Path) -> None:
+    raw = [
+        {
+            "name": entry.name,
+            "folder": entry.folder.relative_to(root).as_posix(),
+            "files": {file.path: {"bytes": file.bytes, "sha256": file.sha256} for file in entry.files},
+            "card": entry.card.relative_to(entry.folder).as_posix() if entry.card else None,
+        }
+        for entry in sorted(entries, key=lambda entry: entry.name)
+    ]
+    fresh = root / (MANIFEST + ".new")
+    fresh.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    os.replace(fresh, root / MANIFEST)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit status (1: something is damaged)."""
+    parser = argparse.ArgumentParser(prog="python -m ovd.weights", description="List, verify and add shipped weights.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what the manifest names, with sizes and hashes")
+    verify = commands.add_parser("verify", help="check size and SHA-256 of every file")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="only these; all when none is given")
+    add = commands.add_parser("add", help="copy a folder into weights/ and write its entry")
+    add.add_argument("folder", type=Path, metavar="FOLDER")
+    add.add_argument("name", metavar="NAME")
+    options = parser.parse_args(argv)
+
+    if options.command == "add":
+        added = add_weights(options.folder, options.name)
+        print(f"{added.name}: {len(added.files)} files, {added.bytes / 1e6:.1f} MB, {added.sha256[:12]}")
+        return 0
+    if options.command == "list":
+        for entry in read_manifest().values():
+            star = " (default)" if entry.name == DEFAULT else ""
+            print(f"{entry.name}{star}: {entry.bytes / 1e6:.1f} MB, {entry.sha256[:12]}, {entry.folder}")
+        return 0
+    chosen = [find_weights(name) for name in options.names] if options.names else list(read_manifest().values())
+    damaged = False
+    for entry in chosen:
+        wrong = problems(entry)
+        damaged = damaged or bool(wrong)
+        print(f"{entry.name}: {'ok' if not wrong else 'WRONG'}, {len(entry.files)} files, {entry.bytes / 1e6:.1f} MB")
+        for line in wrong:
+            print(f"  {line}")
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

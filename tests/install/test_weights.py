@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest of shipped weights: only the measured bytes are ever handed out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovd.weights import add_weights, find_weights, main, problems, read_manifest, weights_folder
+from pretrain.engine.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A weights folder with two entries, one of them the default, and the environment pointing to it."""
+    for name in ("vild-sticker", "clip-sticker"):
+        source = tmp_path / "made" / name
+        (source / "sub").mkdir(parents=True)
+        (source / "model.safetensors").write_bytes(name.encode() * 100)
+        (source / "sub" / "vocabulary.json").write_text("[]")
+        (source / "card.md").write_text("# card")
+        add_weights(source, name, tmp_path / "weights")
+    monkeypatch.setenv("OVD_WEIGHTS", str(tmp_path / "weights"))
+    return tmp_path / "weights"
+
+
+def test_added_weights_are_found_by_name_and_by_alias(root: Path) -> None:
+    assert list(read_manifest()) == ["clip-sticker", "vild-sticker"]
+    assert weights_folder("clip-sticker") == root / "clip-sticker"
+    assert weights_folder() == weights_folder("default") == root / "vild-sticker"
+    assert find_weights("default").card == root / "vild-sticker" / "card.md"
+    assert find_weights("default").sha256 != find_weights("clip-sticker").sha256
+
+
+def test_manifest_paths_are_relative(root: Path) -> None:
+    text = (root / "manifest.json").read_text()
+    assert str(root) not in text
+    assert {entry["folder"] for entry in json.loads(text)} == {"clip-sticker", "vild-sticker"}
+
+
+def test_a_flipped_bit_is_refused_and_the_file_named(root: Path) -> None:
+    path = root / "vild-sticker" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: its SHA-256 is not the manifest's"):
+        weights_folder("default")
+    assert weights_folder("clip-sticker")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "1,199 bytes, the manifest says 1,200"),
+        (lambda path: (path.unlink(), path.mkdir()), "bytes, the manifest says|cannot be read"),
+    ],
+    ids=["missing", "cut short", "a folder"],
+)
+def test_missing_and_cut_files_are_refused(root: Path, damage, message: str) -> None:
+    damage(root / "vild-sticker" / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        weights_folder("default")
+
+
+def test_unknown_name_lists_what_there_is(root: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean 'vild-sticker'.*default, clip-sticker, vild-sticker"):
+        weights_folder("vild-stiker")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("{}", "must be a list"),
+        ('[{"name": "x"}]', "entry 0 is malformed"),
+        (
+            '[{"name": "x", "folder": "../other", "files": {"a": {"bytes": 1, "sha256": ""}}}]',
+            "leaves the weights folder",
+        ),
+        (
+            '[{"name": "x", "folder": "x", "files": {"/etc/a": {"bytes": 1, "sha256": ""}}}]',
+            "leaves the weights folder",
+        ),
+        ('[{"name": "x", "folder": "x", "files": {}}]', "lists no files"),
+        ('[{"name": "x", "folder": "x", "files": {"a": {"sha256": ""}}}]', "entry 0 is malformed"),
+    ],
+)
+def test_a_malformed_manifest_is_refused(tmp_path: Path, manifest: str, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_no_manifest_says_how_to_get_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="make weights"):
+        weights_folder("default", tmp_path)
+
+
+def test_adding_again_replaces_folder_and_entry(root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "second"
+    source.mkdir()
+    (source / "other.safetensors").write_bytes(b"1")
+    before = find_weights("vild-sticker").sha256
+    add_weights(source, "vild-sticker", root)
+    assert [path.name for path in (root / "vild-sticker").iterdir()] == ["other.safetensors"]
+    assert find_weights("vild-sticker").sha256 != before
+    assert problems(find_weights("vild-sticker")) == []
+    assert [path.name for path in root.iterdir() if path.name.endswith(".new")] == []
+
+
+def test_adding_a_folder_that_is_in_place_only_hashes_it(root: Path) -> None:
+    path = root / "vild-sticker" / "model.safetensors"
+    path.write_bytes(b"retrained")
+    add_weights(root / "vild-sticker", "vild-sticker", root)
+    assert weights_folder("default") == root / "vild-sticker"
+    assert path.read_bytes() == b"retrained"
+
+
+@pytest.mark.parametrize("bad", ["model.pt", "model.pkl", "code.py", "noending"])
+def test_only_data_files_can_be_added(tmp_path: Path, bad: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"1")
+    (source / bad).write_bytes(b"1")
+    with pytest.raises(UserError, match=bad):
+        add_weights(source, "x", tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "default", "é"])
+def test_bad_names_are_refused(root: Path, name: str) -> None:
+    with pytest.raises(UserError):
+        add_weights(root / "vild-sticker", name, root)
+
+
+def test_verify_command_exits_1_and_names_the_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify"]) == 0
+    (root / "clip-sticker" / "model.safetensors").write_bytes(b"")
+    assert main(["verify", "vild-sticker"]) == 0
+    assert main(["verify"]) == 1
+    out = capsys.readouterr().out
+    assert "clip-sticker: WRONG" in out and "model.safetensors" in out and "vild-sticker: ok" in out
+
+
+def test_command_line_reports_a_user_error_without_traceback(root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ovd.weights", "verify", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no weights named 'nothing'")
+    assert "Traceback" not in done.stderr
