@@ -30,8 +30,8 @@ class SceneImages:
     """Generated scenes; the id of a scene is its index.
 
     Args:
-        source: the scenes. Their fingerprint covers what decides the pixels (split, seed, size, the data set's own hash)
-            and the first scene itself, so that a change of the generator shows. Length and labels are left out: the first
+        source: the scenes. Their fingerprint covers what decides the pixels (split, seed, size, hash of the data set)
+            and the first scene, so that a change of the generator shows. Length and labels are left out: the first
             n scenes of a longer source are the same, and so are scenes with fewer labels.
     """
 

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m ovd.embed --config embed.yaml``: write offline proposals and their embeddings.
+
+A proposal model, trained on base labels only, finds boxes; an image encoder embeds their crops; the result is the
+region store that ``ovd.train`` distils from. The same command again continues a store, and any number of machines that
+share the folder may run it at the same time. ``python -m ovd.embed verify STORE`` checks every byte of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.engine.cli import command_line
+from pretrain.engine.config import FREE, Section
+from pretrain.engine.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from ovd.regions.proposals import Proposer
+    from ovd.regions.store import ImageSource
+
+GROUND_TRUTH = "ground-truth"
+
+
+class PicturesConfig(Section):
+    """The pictures whose regions are embedded; the same values as in ``data`` of the training."""
+
+    kind: Literal["stickers", "coco", "folder"] = Field(
+        "stickers", description="Sticker Scenes, photos with a COCO annotation file, or a folder of photos."
+    )
+    split: Literal["train", "val"] = Field("train", description="Styles and photos the scenes are made of (stickers).")
+    seed: int = Field(0, ge=0, description="Seed of the scenes (stickers).")
+    length: int = Field(4000, ge=1, description="How many scenes (stickers); a training may use fewer.")
+    size: int = Field(256, ge=64, le=2048, description="Side of a scene in pixels (stickers).")
+    images: str | None = Field(None, description="Folder of pictures (coco, folder).")
+    annotations: str | None = Field(None, description="COCO annotation file; only its list of images is read (coco).")
+
+    @model_validator(mode="after")
+    def _files(self) -> PicturesConfig:
+        if self.kind != "stickers" and not self.images:
+            raise ValueError(f"pictures.kind {self.kind} needs pictures.images")
+        if self.kind == "coco" and not self.annotations:
+            raise ValueError("pictures.kind coco needs pictures.annotations")
+        return self
+
+
+class CropsConfig(Section):
+    """How a box becomes the encoder's input."""
+
+    scales: tuple[float, ...] = Field(
+        (1.0, 1.5),
+        min_length=1,
+        max_length=4,
+        description="One crop per scale of the box; embeddings are summed (ViLD: 1, 1.5).",
+    )
+    mode: Literal["squash", "center", "pad"] = Field(
+        "squash",
+        description="Long boxes: stretched to a square, cut to the central square (CLIP's own way), or padded.",
+    )
+    border: Literal["clamp", "fill"] = Field(
+        "clamp", description="Beyond the picture: cut the box at the border, or show the encoder's mean colour."
+    )
+    resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="Antialiased filter.")
+    normalise_each: bool = Field(False, description="Normalise each crop's embedding before the sum too.")
+
+    @model_validator(mode="after")
+    def _positive(self) -> CropsConfig:
+        if not all(0.1 <= scale <= 3 for scale in self.scales):
+            raise ValueError("crops.scales must lie between 0.1 and 3")
+        return self
+
+
+class EmbedConfig(Section):
+    """``python -m ovd.embed``: offline proposals and their embeddings."""
+
+    out: str = Field(
+        ..., description="Folder of the store; a store of the same settings in it is continued.", json_schema_extra=FREE
+    )
+    proposer: str = Field(
+        ...,
+        description="Detector that proposes: a folder exported by ovd.train, a name under weights/, or ground-truth.",
+    )
+    encoder: str = Field(
+        "clip-sticker", description="Image-text encoder: a name under weights/, a folder, or open_clip:MODEL:TAG."
+    )
+    pictures: PicturesConfig = Field(PicturesConfig(), description="Which pictures.")
+    proposals_per_image: int = Field(100, ge=1, le=5000, description="Best proposals kept per picture (ViLD: 300).")
+    crops: CropsConfig = Field(CropsConfig(), description="Box to crop to embedding.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the encoder.")
+    images_per_shard: int = Field(
+        128, ge=1, le=100_000, description="Pictures per shard, the unit of work and of loss."
+    )
+    batch_size: int = Field(
+        256, ge=1, le=65536, description="Crops per forward of the encoder.", json_schema_extra=FREE
+    )
+    processes: int = Field(1, ge=1, le=256, description="Local processes that share the work.", json_schema_extra=FREE)
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads per process; null: leave it to torch.", json_schema_extra=FREE
+    )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$", description="Where the models run.", json_schema_extra=FREE
+    )
+    lease_seconds: float = Field(
+        300.0, ge=5, description="A shard whose process was silent for this long is taken over.", json_schema_extra=FREE
+    )
+
+
+def make_images(config: PicturesConfig) -> ImageSource:
+    """The pictures that a section describes."""
+    from ovd.regions.images import CocoImages, FolderImages, SceneImages
+
+    if config.kind == "coco":
+        return CocoImages(config.annotations or "", config.images or "")
+    if config.kind == "folder":
+        return FolderImages(config.images or "")
+    from pretrain.data.stickers import SceneSource, Stickers
+
+    return SceneImages(
+        SceneSource(Stickers.load(), split=config.split, seed=config.seed, size=config.size, length=config.length)
+    )
+
+
+def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tuple[Proposer, str]:
+    """A proposal model and its fingerprint.
+
+    Raises:
+        UserError: no such detector, or pictures without ground truth.
+    """
+    if spec == GROUND_TRUTH:
+        from ovd.regions.proposals import GroundTruthProposer
+
+        boxes_of = getattr(images, "boxes", None)
+        if boxes_of is None:
+            raise UserError("proposer=ground-truth needs pictures with boxes: pictures.kind stickers or coco")
+        return GroundTruthProposer(boxes_of), GROUND_TRUTH
+    folder = Path(spec)
+    if not folder.exists():
+        from ovd.weights import weights_folder
+
+        folder = weights_folder(spec)
+    from ovd.modeling.build import load_detector_model
+
+    model = load_detector_model(folder, device=device)
+    return model, detector_fingerprint(folder)
+
+
+def detector_fingerprint(folder: Path) -> str:
+    """sha256 over what decides a detector's boxes: its weights, architecture and input size, not its calibration."""
+    card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    decisive = {key: card.get(key) for key in ("model", "pixel_mean", "pixel_std", "short_side", "long_side")}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    with open(folder / "model.safetensors", "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) -> None:
+    """Write the store in this process, or, with ``check``, only try two pictures and print the estimate."""
+    import torch
+
+    from ovd.regions.store import Identity, StoreSettings, plan_line, remove_store, write_regions
+    from ovd.train import resolve_encoder
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    images = make_images(config.pictures)
+    encoder = resolve_encoder(config.encoder).to(config.device)
+    proposer, proposals = make_proposer(config.proposer, images, device=config.device)
+    identity = Identity(
+        encoder=encoder.fingerprint(),
+        dim=encoder.embed_dim,
+        proposals=proposals,
+        source=images.fingerprint(),
+        settings=StoreSettings(
+            proposals_per_image=config.proposals_per_image,
+            crop_size=encoder.image_size,
+            scales=config.crops.scales,
+            crop_mode=config.crops.mode,
+            border=config.crops.border,
+            resample=config.crops.resample,
+            normalise_each=config.crops.normalise_each,
+            precision=config.precision,
+            images_per_shard=config.images_per_shard,
+        ),
+        notes={
+            "encoder": config.encoder,
+            "proposer": config.proposer,
+            "pictures": config.pictures.model_dump(mode="json", exclude_none=True),
+        },
+    )
+    if check:
+        print(
+            plan_line(
+                source=images, proposer=proposer, encoder=encoder, identity=identity, batch_size=config.batch_size
+            )
+        )
+        return
+    if overwrite:
+        remove_store(config.out)
+    report = write_regions(
+        config.out,
+        source=images,
+        proposer=proposer,
+        encoder=encoder,
+        identity=identity,
+        batch_size=config.batch_size,
+        lease_seconds=config.lease_seconds,
+        say=lambda line: print(line, flush=True),
+    )
+    found = (
+        f"; {report.bad_images} unreadable pictures are listed in its shard-*.json files" if report.bad_images else ""
+    )
+    print(f"{config.out}: {report.written} shards written, {report.kept} were whole already{found}", flush=True)
+
+
+def verify(folder: str) -> int:
+    """Check every byte of a store; returns the exit status."""
+    from ovd.regions.store import RegionStore
+
+    store = RegionStore.open(folder)
+    problems = store.verify()
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(
+            f"{folder}: {len(problems)} problems: run the same `python -m ovd.embed` command again to repair the store"
+        )
+        return 1
+    print(f"{folder}: whole: {len(store)} pictures, {store.manifest['regions']} regions of {store.dim} numbers")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    if argv[:1] == ["verify"]:
+        if len(argv) != 2:
+            raise UserError("usage: python -m ovd.embed verify STORE")
+        return verify(argv[1])
+    config, options = command_line(EmbedConfig, argv, prog="python -m ovd.embed", doc=__doc__ or "")
+    # A terminated process gives its leases back on the way out; a killed one is found out by the others.
+    signal.signal(signal.SIGTERM, _terminate)
+    if options.check or config.processes == 1:
+        run(config, check=options.check, overwrite=options.overwrite)
+        return 0
+    if options.overwrite:
+        from ovd.regions.store import remove_store
+
+        remove_store(config.out)
+    shared = [argument for argument in argv if argument != "--overwrite"]
+    command = [sys.executable, "-m", "ovd.embed", *shared, "processes=1"]
+    helpers = [subprocess.Popen(command) for _ in range(config.processes - 1)]
+    try:
+        run(config)
+        failed = [helper.wait() for helper in helpers]
+    finally:
+        for helper in helpers:
+            if helper.poll() is None:
+                helper.terminate()
+                helper.wait()
+    count = sum(map(bool, failed))
+    if count:
+        print(f"warning: {count} of {len(helpers)} helper processes failed; the store is whole all the same")
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
