@@ -387,7 +387,7 @@ class Stage:
 
     def __init__(self, canvas: U8) -> None:
         self.canvas = canvas
-        self.owner = np.zeros(canvas.shape[:2], np.uint8)  # 0 background, k the k-th patch
+        self.owner: U8 = np.zeros(canvas.shape[:2], np.uint8)  # 0 background, k the k-th patch
         self.own: list[int] = [1]  # pixels of the whole patch
         self.seen: list[int] = [1]  # pixels still visible
         self.truncated: list[bool] = [False]

@@ -278,7 +278,7 @@ class _Source:
         """Class of a slot: each run of len(classes) slots holds every class once, in random order."""
         turn, place = divmod(slot, len(self.classes))
         if (kind, turn) not in self._orders:
-            if len(self._orders) > 64:
+            if len(self._orders) >= 1024:
                 self._orders.clear()
             self._orders[kind, turn] = self._dice(_ORDER, kind, turn).permutation(len(self.classes))
         return self.classes[self._orders[kind, turn][place]]
