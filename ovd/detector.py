@@ -423,6 +423,7 @@ class Detector:
         self.templates = tuple(templates)
         self.card = dict(card or {})
         self.vocabulary: Vocabulary | None = None
+        self.runs = 0  # pictures that went through the network
         self._cache_size = cache_size
         self._cache: OrderedDict[str, RegionSet] = OrderedDict()
         self._lock = threading.RLock()
@@ -497,6 +498,7 @@ class Detector:
             if found is None:
                 with torch.inference_mode():
                     found = self.model.regions(pixels)
+                self.runs += 1
                 if self._cache_size:
                     self._cache[key] = found
                     while len(self._cache) > self._cache_size:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web page. ``python app.py`` serves it on http://127.0.0.1:7860 with the shipped weights.
+
+Nothing is sent anywhere: no telemetry, no fonts from elsewhere, no model downloads. Ctrl-C stops it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import shutil
+import signal
+import sys
+import threading
+from types import FrameType
+
+from ovd.demo.page import prepare_environment
+from pretrain.engine.errors import run_cli
+
+
+def _port(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 65535 (0: any free port)")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    flags = argparse.ArgumentParser(prog="app.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flags.add_argument("--port", type=_port, default=7860, help="port to listen on, 0 for any free one (default 7860)")
+    flags.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    flags.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    flags.add_argument("--share", action="store_true", help="public link through Gradio's servers: pictures leave the machine")
+    flags.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open a browser")
+    return flags
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def main(argv: list[str]) -> int:
+    """Serve until a signal comes; returns 0 after SIGTERM, 130 after Ctrl-C."""
+    options = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if options.share:
+        print(
+            "warning: --share sends pictures and words through Gradio's servers, and anybody with the link can use the page",
+            file=sys.stderr,
+        )
+    if not _is_loopback(options.host):
+        print(
+            f"warning: --host {options.host} lets everybody who can reach this machine use the page; there is no password",
+            file=sys.stderr,
+        )
+    folder = prepare_environment()
+    stop = threading.Event()
+    status = 0
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        nonlocal status
+        status = 130 if number == signal.SIGINT else 0
+        stop.set()
+
+    try:
+        from ovd.demo.page import build_page, free_port, launch_page
+
+        port = free_port(options.host, options.port)  # before the slow part: a taken port is told at once
+        import torch
+
+        if options.threads:
+            torch.set_num_threads(max(1, options.threads))
+        from ovd.demo.answer import Answerer
+        from ovd.detector import Detector
+
+        detector = Detector.load(options.weights, device=options.device)
+        page = build_page(Answerer(detector=detector))
+        url = launch_page(page, host=options.host, port=port, share=options.share, open_browser=options.browser)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, leave)
+        print(f"The page is at {url}  (Ctrl-C stops it)", flush=True)
+        stop.wait()
+        page.close(verbose=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return status
+
+
+if __name__ == "__main__":
+    run_cli(main)

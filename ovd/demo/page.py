@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web page: a picture and words in, boxes and masks out. Built on Gradio, served on this machine.
+
+Gradio is imported inside functions: `prepare_environment` has to run first, because Gradio reads its switches at import.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import os
+import socket
+import tempfile
+import uuid
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovd.demo.answer import Answerer
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+log = logging.getLogger(__name__)
+
+QUEUE = 16  # waiting requests; the next one is told to come back
+THREADS = 8  # Gradio's default of 40 only makes two cores swap between requests
+CACHE = (600, 3600)  # every 10 minutes, uploads older than an hour are deleted
+TITLE = "Open-vocabulary detector"
+PLACEHOLDER = "dog, traffic light\nmug: cup, coffee mug\n-poster"
+HELP = (
+    "Separate names with commas, semicolons or lines. A colon adds other words for the same thing "
+    "(`mug: cup, coffee mug`); a minus removes look-alikes (`-poster`)."
+)
+
+
+def prepare_environment(folder: str | Path | None = None) -> Path:
+    """Switch off everything in Gradio that would call out, and give it a private folder for uploads.
+
+    Must run before Gradio is imported.
+
+    Args:
+        folder: where uploads go; a new folder with mode 0700 when None.
+
+    Returns:
+        The folder. The caller deletes it.
+    """
+    target = Path(tempfile.mkdtemp(prefix="ovd-page-")) if folder is None else Path(folder)
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target.chmod(0o700)
+    os.environ["GRADIO_TEMP_DIR"] = str(target)
+    # Telemetry, the version check and model hubs: a page about private pictures has no business on the network.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+    return target
+
+
+@dataclass(frozen=True)
+class Example:
+    """One click-to-try picture."""
+
+    picture: Path
+    classes: str
+
+
+def shipped_examples(folder: Path | None = None) -> list[Example]:
+    """The examples listed in ``examples/examples.json``, leaving out what is not there."""
+    root = Path(__file__).parent / "examples" if folder is None else folder
+    index = root / "examples.json"
+    if not index.is_file():
+        return []
+    rows = json.loads(index.read_text(encoding="utf-8"))
+    return [Example(root / row["picture"], row["classes"]) for row in rows if (root / row["picture"]).is_file()]
+
+
+def _asset(name: str) -> str:
+    return (resources.files("ovd.demo") / name).read_text(encoding="utf-8")
+
+
+def _card_text(card: dict[str, Any]) -> str:
+    """Markdown of the model card panel. The values come from the weights folder, so they are escaped all the same."""
+    rows = []
+    labels = {"name": "Weights", "sha256": "SHA-256", "purpose": "Made for", "data": "Trained on", "metrics": "Measured"}
+    for key, label in labels.items():
+        value = card.get(key)
+        if isinstance(value, dict):
+            value = " · ".join(f"{name} {number}" for name, number in value.items())
+        if value:
+            text = html.escape(str(value)).replace("|", "\\|").replace("\n", " ")
+            rows.append(f"| **{label}** | {f'`{text}`' if key == 'sha256' else text} |")
+    table = "| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
+    return "\n\n".join(part for part in (table, str(card.get("text", ""))) if part) or "No card comes with these weights."
+
+
+def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
+    """Lay out the page.
+
+    Args:
+        answerer: answers the requests.
+        examples: click-to-try pictures; the shipped ones when None.
+
+    Returns:
+        The Gradio app, queue configured; `launch` serves it.
+    """
+    import gradio as gr
+
+    def find(image: str | None, classes: str) -> dict[str, Any]:
+        """For the page: errors are part of the answer, drawn as text by the page itself."""
+        try:
+            return answerer.answer(image, classes or "", preview=True)
+        except UserError as problem:
+            return {"error": str(problem)}
+        except Exception:
+            ticket = uuid.uuid4().hex[:8]
+            log.exception("request %s failed", ticket)
+            return {"error": f"Something went wrong inside. The log has the details under {ticket}."}
+
+    def detect(image: str | None, classes: str, threshold: float | None = None) -> dict[str, Any]:
+        """Find the named classes in one picture."""
+        try:
+            return answerer.answer(image, classes or "", threshold)
+        except UserError as problem:
+            raise gr.Error(html.escape(str(problem), quote=False), print_exception=False) from problem
+        except Exception as problem:
+            ticket = uuid.uuid4().hex[:8]
+            log.exception("request %s failed", ticket)
+            message = f"Something went wrong inside. The log has the details under {ticket}."
+            raise gr.Error(message, print_exception=False) from problem
+
+    shown = shipped_examples() if examples is None else examples
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
+        gr.HTML(_asset("header.html"), padding=False, elem_id="ovd-header", js_on_load=None)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                picture = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    height=260,
+                    buttons=[],
+                    elem_id="ovd-image",
+                )
+                words = gr.Textbox(
+                    label="What to look for",
+                    lines=4,
+                    max_lines=12,
+                    placeholder=PLACEHOLDER,
+                    info=HELP,
+                    elem_id="ovd-words",
+                )
+                button = gr.Button("Find", variant="primary", elem_id="ovd-find")
+                picks = gr.Column(visible=bool(shown))
+            with gr.Column(scale=3, min_width=320):
+                view = gr.HTML(
+                    None,
+                    html_template=_asset("view.html"),
+                    css_template=_asset("view.css"),
+                    js_on_load=_asset("view.js"),
+                    apply_default_css=False,
+                    elem_id="ovd-view",
+                )
+        shared = {"concurrency_limit": 1, "concurrency_id": "model"}
+        run = {"fn": find, "inputs": [picture, words], "outputs": view, "api_visibility": "private", **shared}
+        button.click(**run, api_name="find", show_progress="minimal")
+        words.submit(**run, api_name="find_submit", show_progress="minimal")
+        if shown:
+            with picks:
+                gr.Examples(
+                    [[str(e.picture), e.classes] for e in shown],
+                    inputs=[picture, words],
+                    outputs=view,
+                    fn=find,
+                    run_on_click=True,
+                    cache_examples=False,
+                    label="Examples",
+                    examples_per_page=8,
+                    api_visibility="private",
+                )
+        with gr.Accordion("About these weights", open=False, elem_id="ovd-card"):
+            gr.Markdown(_card_text(answerer.detector.card), sanitize_html=True)
+        level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
+        result = gr.JSON(visible=False, label="result")
+        gr.Button(visible=False).click(
+            fn=detect,
+            inputs=[picture, words, level],
+            outputs=result,
+            api_name="detect",
+            api_description="Find the named classes in one picture. classes: names separated by commas, semicolons or "
+            "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all.",
+            **shared,
+        )
+    page.queue(max_size=QUEUE, default_concurrency_limit=1)
+    return page
+
+
+def free_port(host: str, port: int) -> int:
+    """Return a port that can be bound: ``port`` itself, or a free one for 0.
+
+    Raises:
+        UserError: the port is taken or not allowed, or the host is not an address of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except socket.gaierror as problem:
+        raise UserError(f"--host {host}: not an address of this machine") from problem
+    except OverflowError as problem:
+        raise UserError(f"--port {port}: must be between 0 and 65535") from problem
+    except PermissionError as problem:
+        raise UserError(f"--port {port}: not allowed for this user; take one above 1023") from problem
+    except OSError as problem:
+        raise UserError(
+            f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there or take another: --port {port + 1}"
+        ) from problem
+
+
+def launch_page(page: gr.Blocks, *, host: str, port: int, share: bool = False, open_browser: bool = False) -> str:
+    """Serve the page from a background thread.
+
+    Args:
+        page: from `build_page`.
+        host: address to listen on.
+        port: a free port, see `free_port`.
+        share: make a public link through Gradio's tunnel.
+        open_browser: open the page in a browser.
+
+    Returns:
+        The local URL.
+    """
+    import gradio as gr
+
+    theme = gr.themes.Base(
+        primary_hue=gr.themes.colors.blue,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+    )
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            max_threads=THREADS,
+            max_file_size="10mb",
+            allowed_paths=[],
+            enable_monitoring=False,
+            state_session_capacity=64,
+            strict_cors=True,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            run_history=False,
+            footer_links=["api"],
+            theme=theme,
+            css=_asset("page.css"),
+        )
+    except OSError as problem:
+        raise UserError(f"cannot serve on {host}:{port}: {problem}") from problem
+    return str(url)
