@@ -97,6 +97,8 @@ def command_line(
         else:
             hint = did_you_mean(argument, [f"--{known}" for known in ("help", "config", *switches, *fields)])
             problems.append(f"unknown flag '{argument}'{hint or '; see --help'}")
+            if rest and not rest[0].startswith("-") and "=" not in rest[0]:
+                rest.pop(0)  # most likely its value: one mistake, one problem
     if {"resume", "overwrite"} <= given:
         problems.append("--resume and --overwrite exclude each other")
     if problems:

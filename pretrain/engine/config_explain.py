@@ -143,7 +143,9 @@ def _unknown_key(path: Sequence[str], section: type[BaseModel], model: type[Base
         outer, _, inner = name.rpartition(".")
         return f"unknown key - in a file write '{inner}' below '{outer}:', indented"
     hint = did_you_mean(name, known)
-    if not hint:
+    if ".".join(path) in everywhere:
+        hint = " for this choice"  # a key of another variant of a discriminated section
+    elif not hint:
         same = [key for key in everywhere if key.endswith(f".{name}")]
         close = same or nearest(name, everywhere, 1)
         hint = f" - did you mean '{close[0]}'?" if close else ""

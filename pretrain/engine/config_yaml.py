@@ -215,8 +215,12 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    ambiguous = any(re.match(pattern, value) for pattern, _ in _CORE_SCHEMA.values())
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if ambiguous else None)
+    style = "'" if any(re.match(pattern, value) for pattern, _ in _CORE_SCHEMA.values()) else None
+    if not value.isprintable():
+        style = (
+            '"'  # PyYAML writes line separators such as U+0085 unescaped in the other styles, and reads a space back
+        )
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
 def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.SequenceNode:
@@ -296,6 +300,7 @@ def file_hint(name: str, folders: Iterable[Path]) -> str:
     for folder in folders:
         if folder.is_dir():
             names += sorted(str(p.relative_to(folder)) for p in _yaml_files(folder))
+    names = list(dict.fromkeys(names))
     by_form: dict[str, str] = {}
     for known in names:
         for form in (known, str(Path(known).with_suffix("")), Path(known).name, Path(known).stem):

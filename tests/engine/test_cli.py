@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line every command shares, its help, and how errors become exit statuses."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from pretrain.engine.cli import Options, command_line
+from pretrain.engine.config import LoopConfig, OptimConfig, Section, config_hash, describe, load_config, undocumented
+from pretrain.engine.errors import BadImageError, ConfigError, UserError, did_you_mean, run_cli, shorten
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Small(Section):
+    """A small network."""
+
+    kind: Literal["small"] = Field(description="which network")
+    width: int = Field(default=8, ge=1, description="channels")
+
+
+class Large(Section):
+    """A large network."""
+
+    kind: Literal["large"] = Field(description="which network")
+    depth: int = Field(default=50, ge=18, le=152, description="layers")
+
+
+class Folder(Section):
+    """A folder of pictures."""
+
+    path: Path = Field(description="where it is")
+
+
+class Config(Section):
+    """A command."""
+
+    out: Path = Field(description="run folder")
+    eval_only: bool = Field(default=False, description="do not train")
+    net: Small | Large = Field(default=Small(kind="small", width=4), discriminator="kind", description="the network")
+    folders: list[Folder] = Field(default=[], description="pictures")
+    loop: LoopConfig = Field(default=LoopConfig(steps=77, batch_size=8), description="the loop")
+    optim: OptimConfig = Field(default=OptimConfig(), description="the optimiser")
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("out: runs/x\n")
+
+
+def parse(*argv: str, flags: tuple[str, ...] = ("check", "resume", "overwrite")) -> tuple[Config, Options]:
+    return command_line(Config, list(argv), prog="python -m thing", doc="Does a thing.", flags=flags)
+
+
+def problems(*argv: str, flags: tuple[str, ...] = ("check", "resume", "overwrite")) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv, flags=flags)
+    return caught.value.problems
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [["--config", "c.yaml"], ["--config=c.yaml"], ["--config", "c"]])
+def test_config_overrides_and_flags_in_any_order(config: list[str]) -> None:
+    cfg, options = parse("--resume", "loop.steps=5", *config, "--check", "loop.steps=6")
+    assert (cfg.out, cfg.loop.steps) == (Path("runs/x"), 6)
+    assert options == Options(check=True, resume=True, config=options.config)
+
+
+def test_keys_can_be_given_as_flags() -> None:
+    cfg, _ = parse(
+        "--out", "a b", "--optim.lr=1e-4", "--loop.batch-size", "4", "--eval-only", "--optim.weight_decay", "0.5"
+    )
+    assert (cfg.out, cfg.optim.lr, cfg.loop.batch_size, cfg.eval_only) == (Path("a b"), 1e-4, 4, True)
+    assert cfg.optim.weight_decay == 0.5
+    assert parse("--config", "c.yaml", "--eval-only=false")[0].eval_only is False
+
+
+def test_a_default_config_is_used_when_none_is_given() -> None:
+    cfg, options = command_line(Config, [], prog="p", doc="d", default_config="c.yaml")
+    assert (cfg.out, options.config) == (Path("runs/x"), "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--resum"], ["unknown flag '--resum' - did you mean '--resume'?"]),
+        (["--optim.wieght_decay", "1"], ["unknown flag '--optim.wieght_decay' - did you mean '--optim.weight_decay'?"]),
+        (["--zzz"], ["unknown flag '--zzz'; see --help"]),
+        (["-x"], ["unknown flag '-x'; see --help"]),
+        (["--resume=yes"], ["unknown flag '--resume=yes' - did you mean '--resume'?"]),
+        (["c.yaml"], ["'c.yaml': name the file with --config c.yaml"]),
+        (["resume"], ["'resume': expected key=value or a flag; see --help"]),
+        (["--config"], ["--config needs a value: a YAML file"]),
+        (["--config", "--check"], ["--config needs a value: a YAML file"]),
+        (["--out"], ["--out needs a value"]),
+        (
+            ["--config", "a", "--config", "b"],
+            ["--config is given twice; let one file inherit from the other with 'base:'"],
+        ),
+        (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
+        (
+            ["--zzz", "c.yaml=", "x"],
+            ["unknown flag '--zzz'; see --help", "'x': expected key=value or a flag; see --help"],
+        ),
+    ],
+)
+def test_wrong_arguments_are_all_named(argv: list[str], said: list[str]) -> None:
+    assert problems(*argv) == said
+
+
+def test_a_command_without_a_flag_does_not_know_it() -> None:
+    assert problems("--resume", flags=()) == ["unknown flag '--resume'; see --help"]
+    assert parse("--config", "c.yaml", "--check", flags=("check",))[1].check
+
+
+def test_the_problems_of_the_configuration_come_from_the_same_place() -> None:
+    assert problems("--config", "c.yaml", "loop.stepz=3")[0].startswith(
+        "override 'loop.stepz=3': loop.stepz: unknown key"
+    )
+
+
+# --- print-config and help -------------------------------------------------------------------------------------------
+
+
+def test_print_config_prints_yaml_that_loads_again_and_the_hash(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--config", "c.yaml", "optim.lr=1e-5", "net={kind: large}", "--print-config")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    Path("printed.yaml").write_text(printed)
+    again = load_config(Config, "printed.yaml")
+    assert again == parse("--config", "c.yaml", "optim.lr=1e-5", "net={kind: large}")[0]
+    assert printed.splitlines()[-1] == f"# hash of the training keys: {config_hash(again)}"
+
+
+def help_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "--help")
+    for line in (
+        "usage: python -m thing [--config FILE] [key=value ...] [flags]",
+        "Does a thing.",
+        "  --resume           Go on from the newest good checkpoint",
+        "  out                   path; required\n                        run folder",
+        "net: the network\n  kind: small, large chooses which of these keys there are:",
+        "net with kind: large - A large network.",
+        "  depth                 integer from 18 to 152; default 50\n                        layers",
+        "folders[]: pictures\n  path                  path; required",
+        "  seed                  integer from 0 to 2147483647; default 0",
+        "  workers               integer from 0 to 256; default 1; may change on resume",
+        "  clip_norm             number > 0 or null; default null",
+        "  betas                 list of 2, each number >= 0 and < 1; default [0.9, 0.999]",
+        "  precision             one of fp32, bf16, fp16; default fp32",
+    ):
+        assert line in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_shows_the_defaults_of_this_command_not_those_of_the_section(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "--help")
+    assert "  steps                 integer from 1 to 1000000000; default 77" in text
+    assert "  width                 integer >= 1; default 4" in text
+
+
+def test_help_of_one_section_and_of_one_key(capsys: pytest.CaptureFixture[str]) -> None:
+    section = help_text(capsys, "--config", "nowhere.yaml", "--help", "optim")
+    assert section.startswith("optim: the optimiser\n  name")
+    assert "batch_size" not in section
+    assert help_text(capsys, "--help", "optim.lr").startswith(
+        "  optim.lr              number > 0 and <= 1000; default 0.001"
+    )
+    with pytest.raises(
+        ConfigError, match=r"--help optm: no such section or key - did you mean 'optim'\? \(sections: net"
+    ):
+        parse("--help", "optm")
+
+
+def test_help_is_printed_whatever_else_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "usage:" in help_text(capsys, "--config", "nowhere.yaml", "a=b", "-h")
+
+
+def sections_of_the_source_tree() -> list[type[Section]]:
+    """Every section defined in the packages."""
+    for package in ("ovd", "pretrain"):
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            if "(Section)" in path.read_text(encoding="utf-8"):
+                importlib.import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+    found: list[type[Section]] = []
+    todo = list(Section.__subclasses__())
+    while todo:
+        section = todo.pop()
+        todo += section.__subclasses__()
+        if section.__module__.split(".")[0] in ("ovd", "pretrain"):
+            found.append(section)
+    return found
+
+
+def test_every_key_of_every_command_has_a_description() -> None:
+    sections = sections_of_the_source_tree()
+    assert {LoopConfig, OptimConfig} <= set(sections)
+    assert {s.__name__: undocumented(s) for s in sections if undocumented(s)} == {}
+
+
+def test_every_command_can_describe_and_dump_its_defaults() -> None:
+    for section in sections_of_the_source_tree():
+        assert describe(section).strip(), section.__name__
+
+
+def test_a_key_without_a_description_is_found() -> None:
+    class Bare(Section):
+        """Forgetful."""
+
+        good: int = Field(default=0, description="said")
+        bad: int = Field(default=0)
+        worse: Small = Field(default=Small(kind="small"), description=" ")
+
+    assert undocumented(Bare) == ["bad", "worse"]
+
+
+def test_help_needs_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys; from pretrain.engine import cli, config, errors; print(config.describe(config.LoopConfig));"
+        "sys.exit(' '.join(m for m in ('torch', 'numpy', 'detectron2', 'cv2') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- exit statuses ---------------------------------------------------------------------------------------------------
+
+
+def status(main: object, argv: list[str] | None = None) -> object:
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main, argv)  # type: ignore[arg-type]
+    return ended.value.code
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_run_cli_ends_with_what_main_returns(returned: int | None, code: int) -> None:
+    seen: list[list[str]] = []
+
+    def main(argv: list[str]) -> int | None:
+        seen.append(argv)
+        return returned
+
+    assert status(main, ["a", "b"]) == code
+    assert seen == [["a", "b"]]
+
+
+def test_run_cli_takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", "x"])
+    assert status(lambda argv: len(argv)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (UserError("weights/x: not found"), "error: weights/x: not found\n"),
+        (ConfigError(["a.yaml:1: b"]), "error: a.yaml:1: b\n"),
+        (ConfigError(["a.yaml:1: b", "c"]), "error: 2 problems in the configuration:\n  a.yaml:1: b\n  c\n"),
+        (BadImageError("a.png"), "error: a.png: cannot be read as an image\n"),
+    ],
+)
+def test_a_user_error_is_one_message_and_status_2(
+    error: UserError, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str]) -> None:
+        raise error
+
+    assert status(main, []) == 2
+    assert capsys.readouterr() == ("", printed)
+
+
+def test_other_errors_and_exits_pass_through() -> None:
+    def fails(argv: list[str]) -> None:
+        raise KeyError("a defect")
+
+    with pytest.raises(KeyError, match="a defect"):
+        run_cli(fails, [])
+    assert status(lambda argv: sys.exit(143), []) == 143
+
+
+def test_an_interrupt_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    assert status(main, []) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def python(code: str, *, stdout: int = subprocess.PIPE, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONIOENCODING": encoding, "PATH": ""}
+    command = [sys.executable, "-c", f"from pretrain.engine.errors import run_cli, UserError\n{code}"]
+    return subprocess.run(
+        command, cwd=REPOSITORY, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, check=False
+    )
+
+
+def test_a_reader_that_went_away_is_no_error() -> None:
+    code = (
+        "import os\nread, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+        "run_cli(lambda argv: print('x' * 100000), [])"
+    )
+    done = python(code)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_terminal_without_unicode_gets_escapes_not_a_traceback() -> None:
+    done = python("def main(argv):\n    print('größe'); raise UserError('größe')\nrun_cli(main, [])", encoding="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "gr\\xf6\\xdfe\n", "error: gr\\xf6\\xdfe\n")
+
+
+def test_bad_image_error_survives_the_way_between_processes() -> None:
+    import copy
+
+    again = copy.copy(BadImageError("a/b.png", "is truncated"))
+    assert (again.path, str(again)) == (Path("a/b.png"), "a/b.png: is truncated")
+
+
+def test_suggestions() -> None:
+    assert did_you_mean("Stpes", ["steps", "seed"]) == " - did you mean 'steps'?"
+    assert did_you_mean("zzz", ["steps"]) == ""
+    assert shorten("x" * 100, 10) == "xxxxxxx..."
