@@ -14,10 +14,14 @@ class BackboneConfig(Section):
     """The ResNet and, for ``kind: fpn``, its pyramid."""
 
     depth: Literal[18, 34, 50, 101] = Field(18, description="ResNet depth")
-    stem: Literal["small", "imagenet"] = Field("small", description="3x3 stem of our encoders, or the 7x7 one of ImageNet networks")
+    stem: Literal["small", "imagenet"] = Field(
+        "small", description="3x3 stem of our encoders, or the 7x7 one of ImageNet networks"
+    )
     norm: Literal["FrozenBN", "BN", "SyncBN", "GN"] = Field("FrozenBN", description="normalisation inside the ResNet")
     freeze_at: int = Field(0, ge=0, le=5, description="freeze up to this stage: 1 stem, 2 res2, ...; 0 nothing")
-    kind: Literal["c4", "fpn"] = Field("c4", description="c4: regions from res4, head is res5; fpn: the paper's pyramid and head")
+    kind: Literal["c4", "fpn"] = Field(
+        "c4", description="c4: regions from res4, head is res5; fpn: the paper's pyramid and head"
+    )
     fpn_channels: int = Field(256, ge=16, le=1024, description="channels of the pyramid (kind fpn)")
     fpn_levels: tuple[Literal["res2", "res3", "res4", "res5"], ...] = Field(
         ("res2", "res3", "res4", "res5"), description="stages the pyramid starts from (kind fpn)"
@@ -41,24 +45,35 @@ class ProposalConfig(Section):
 class HeadConfig(Section):
     """Region heads."""
 
-    batch_per_image: int = Field(48, ge=2, description="regions sampled per image for the box and text losses (ViLD: 512)")
+    batch_per_image: int = Field(
+        48, ge=2, description="regions sampled per image for the box and text losses (ViLD: 512)"
+    )
     positive_fraction: float = Field(0.25, gt=0, le=1, description="share of foreground among them")
-    resolution: int = Field(4, ge=2, le=28, description="RoIAlign output side for the tower (7 with FPN; 4 is CLIP's grid at 64 px)")
+    resolution: int = Field(
+        4, ge=2, le=28, description="RoIAlign output side for the tower (7 with FPN; 4 is CLIP's grid at 64 px)"
+    )
     conv_dims: tuple[int, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn tower")
     fc_dims: tuple[int, ...] = Field((1024, 1024), description="fully connected layers of the fpn tower")
-    norm: Literal["FrozenBN", "BN", "SyncBN", "GN", ""] = Field("FrozenBN", description="normalisation inside the tower")
+    norm: Literal["FrozenBN", "BN", "SyncBN", "GN", ""] = Field(
+        "FrozenBN", description="normalisation inside the tower"
+    )
     mask: bool = Field(True, description="train and run a mask head")
     mask_resolution: int = Field(14, ge=4, description="RoIAlign output side for masks; the mask is twice as large")
-    mask_dims: tuple[int, ...] = Field((64, 64, 64), description="convolutions of the mask head; the last is the up-sampling one")
+    mask_dims: tuple[int, ...] = Field(
+        (64, 64, 64), description="convolutions of the mask head; the last is the up-sampling one"
+    )
     scale: float = Field(100.0, gt=0, description="inverse temperature of the text classifier (ViLD: 100)")
-    distill_weight: float = Field(0.5, ge=0, description="w of the L1 distillation, in units of the L1 norm (ViLD R50: .5)")
+    distill_weight: float = Field(
+        0.5, ge=0, description="w of the L1 distillation, in units of the L1 norm (ViLD R50: .5)"
+    )
 
 
 class ModelConfig(Section):
     """The detector."""
 
     variant: Literal["agnostic", "text", "image", "vild", "ensemble"] = Field(
-        "vild", description="agnostic: boxes and masks only (gives the offline proposals); the others are ViLD's variants"
+        "vild",
+        description="agnostic: boxes and masks only (gives the offline proposals); the others are ViLD's variants",
     )
     backbone: BackboneConfig = Field(BackboneConfig(), description="ResNet")
     proposals: ProposalConfig = Field(ProposalConfig(), description="RPN")
@@ -81,18 +96,24 @@ class DataConfig(Section):
     """Labelled pictures for detection."""
 
     kind: Literal["stickers", "coco"] = Field("stickers", description="Sticker Scenes, or photos with COCO annotations")
-    labels: Literal["base", "all"] = Field("base", description="base: novel annotations never reach training; all: the oracle")
+    labels: Literal["base", "all"] = Field(
+        "base", description="base: novel annotations never reach training; all: the oracle"
+    )
     seed: int = Field(0, ge=0, description="seed of the scenes (stickers)")
     length: int = Field(4000, ge=1, description="number of different scenes (stickers)")
     size: int = Field(256, ge=64, le=2048, description="side of a scene in pixels (stickers)")
     images: str | None = Field(None, description="folder of pictures (coco)")
     annotations: str | None = Field(None, description="COCO instances file (coco)")
     split: str = Field("stickers", description="base/novel split: stickers, ovcoco or a split file")
-    short_side: int = Field(256, ge=32, le=4096, description="pictures are resized to this short side before the network")
+    short_side: int = Field(
+        256, ge=32, le=4096, description="pictures are resized to this short side before the network"
+    )
     long_side: int = Field(512, ge=32, le=8192, description="and never beyond this long side")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     scale: tuple[float, float] = Field((1.0, 1.0), description="range of a random resize about short_side")
-    crop: int | None = Field(None, ge=32, description="side of a random crop after the resize (large scale jitter); null: none")
+    crop: int | None = Field(
+        None, ge=32, description="side of a random crop after the resize (large scale jitter); null: none"
+    )
 
     @model_validator(mode="after")
     def _coco_files(self) -> DataConfig:
@@ -104,22 +125,37 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """``python -m ovd.train``: train a detector."""
 
-    out: str = Field(..., description="run folder; must be new or empty unless --resume or --overwrite", json_schema_extra={"resume": "free"})
-    encoder: str = Field("clip-sticker", description="image-text encoder: a name under weights/, a folder, or open_clip:MODEL:TAG")
-    weights: str | None = Field(None, description="start from this exported detector (folder); null: from the encoder's backbone")
-    backbone_weights: str | None = Field(None, description="a torchvision-named ResNet safetensors file; null: the encoder's own")
-    regions: str | None = Field(None, description="store of offline regions written by ovd.embed, for distilling variants")
+    out: str = Field(
+        ...,
+        description="run folder; must be new or empty unless --resume or --overwrite",
+        json_schema_extra={"resume": "free"},
+    )
+    encoder: str = Field(
+        "clip-sticker", description="image-text encoder: a name under weights/, a folder, or open_clip:MODEL:TAG"
+    )
+    weights: str | None = Field(
+        None, description="start from this exported detector (folder); null: from the encoder's backbone"
+    )
+    backbone_weights: str | None = Field(
+        None, description="a torchvision-named ResNet safetensors file; null: the encoder's own"
+    )
+    regions: str | None = Field(
+        None, description="store of offline regions written by ovd.embed, for distilling variants"
+    )
     regions_per_image: int = Field(32, ge=1, description="offline regions drawn per image and step (ViLD: 300)")
     model: ModelConfig = Field(ModelConfig(), description="the detector")
     data: DataConfig = Field(DataConfig(), description="training pictures")
     loop: LoopConfig = Field(..., description="training loop")
     optim: OptimConfig = Field(..., description="optimiser")
-    pretrained_lr_scale: float = Field(0.3, gt=0, le=1, description="learning-rate factor of layers that start pretrained")
+    pretrained_lr_scale: float = Field(
+        0.3, gt=0, le=1, description="learning-rate factor of layers that start pretrained"
+    )
 
     @model_validator(mode="after")
     def _regions(self) -> TrainConfig:
         if self.model.variant in ("image", "vild", "ensemble") and self.regions is None:
             raise ValueError(
-                f"variant {self.model.variant!r} distils from offline regions: set regions=FOLDER, written by python -m ovd.embed"
+                f"variant {self.model.variant!r} distils from offline regions: set regions=FOLDER, "
+                "which python -m ovd.embed writes"
             )
         return self

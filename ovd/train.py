@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m ovd.train --config vild.yaml``: train a detector and export it.
 
-The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``, ``ovd.embed`` and
-``weights=`` of another training read.
+The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``,
+``ovd.embed`` and ``weights=`` of another training read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ def labelled_images(data: DataConfig) -> LabelledImages:
 
     if data.kind == "stickers":
         return StickerImages(
-            stickers=Stickers.load(), split="train", seed=data.seed, length=data.length, size=data.size, labels=data.labels
+            stickers=Stickers.load(),
+            split="train",
+            seed=data.seed,
+            length=data.length,
+            size=data.size,
+            labels=data.labels,
         )
     return CocoImages(
         images=Path(data.images or ""),
@@ -56,7 +61,8 @@ def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config:
     """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
 
     Raises:
-        UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not exact.
+        UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not
+            exact.
     """
     import torch
 
@@ -105,7 +111,9 @@ def load_resnet_stage(body: nn.Module, state: dict[str, Tensor]) -> None:
     wanted = [k for k in body.state_dict() if not k.endswith("num_batches_tracked")]
     missing = [k for k in wanted if k not in state]
     if missing:
-        raise UserError(f"the encoder's last stage does not fit the tower: missing {missing[:3]}; set model.encoder_start=false")
+        raise UserError(
+            f"the encoder's last stage does not fit the tower: missing {missing[:3]}; set model.encoder_start=false"
+        )
     body.load_state_dict({k: state[k] for k in wanted}, strict=False)
 
 
@@ -129,7 +137,10 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[s
     needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
     lacking = [k for k in needed if k not in loaded]
     if lacking:
-        raise UserError(f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, such as {lacking[0]}")
+        raise UserError(
+            f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
+            f"such as {lacking[0]}"
+        )
     model.load_state_dict({k: source[k] for k in loaded}, strict=False)
     return loaded, [k for k in own if k not in loaded]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelled pictures for detection, from Sticker Scenes or COCO files, and their entries in Detectron2's catalog.
 
-Class indices count the whole vocabulary of the split (base and novel, in the order of ``names``); which of them a training may
-see is decided here, once, by ``labels``.
+Class indices count the whole vocabulary of the split (base and novel, in the order of ``names``); which of them a
+training may see is decided here, once, by ``labels``.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class StickerImages:
 class CocoImages:
     """Photos with a COCO instances file.
 
-    Crowd annotations are left out, as in ViLD's parser; so are categories outside the split. Images that have no annotation left
-    are left out too (the 107,761 of COCO 48/17).
+    Crowd annotations are left out, as in ViLD's parser; so are categories outside the split. Images that have no
+    annotation left are left out too (the 107,761 of COCO 48/17).
 
     Args:
         images: folder that ``file_name`` is relative to.
@@ -105,7 +105,10 @@ class CocoImages:
         except ValueError as error:
             raise UserError(f"data.annotations: {annotations} is not JSON ({error})") from error
         if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= set(data):
-            raise UserError(f"data.annotations: {annotations} has no images, annotations and categories; a COCO instances file is needed")
+            raise UserError(
+                f"data.annotations: {annotations} has no images, annotations and categories; "
+                "a COCO instances file is needed"
+            )
         known = {c["id"] for c in data["categories"]}
         ids = sorted((set(split.base) | set(split.novel)) & known)
         if not ids:
@@ -118,15 +121,21 @@ class CocoImages:
         wanted = set(split.base) if labels == "base" else set(ids)
         self._annotations: dict[int, list[dict[str, Any]]] = {}
         for annotation in data["annotations"]:
-            if annotation["category_id"] in wanted and annotation["category_id"] in index and not annotation.get("iscrowd"):
-                x, y, width, height = annotation["bbox"]
+            if (
+                annotation["category_id"] in wanted
+                and annotation["category_id"] in index
+                and not annotation.get("iscrowd")
+            ):
+                _, _, width, height = annotation["bbox"]
                 if width > 0 and height > 0:
                     self._annotations.setdefault(annotation["image_id"], []).append(
                         {**annotation, "class": index[annotation["category_id"]]}
                     )
         self._images = [image for image in data["images"] if image["id"] in self._annotations]
         if not self._images:
-            raise UserError(f"data.annotations: {annotations} has no annotation that split {split.name!r} (labels={labels}) keeps")
+            raise UserError(
+                f"data.annotations: {annotations} has no annotation that split {split.name!r} (labels={labels}) keeps"
+            )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -167,12 +176,19 @@ def _decode_mask(annotation: dict[str, Any], box: np.ndarray, height: int, width
 
 
 def register_stickers(
-    name: str, *, stickers: Stickers, split: Literal["train", "val"], seed: int, length: int, size: int, labels: Literal["base", "all"]
+    name: str,
+    *,
+    stickers: Stickers,
+    split: Literal["train", "val"],
+    seed: int,
+    length: int,
+    size: int,
+    labels: Literal["base", "all"],
 ) -> None:
     """Register labelled scenes in Detectron2's ``DatasetCatalog`` and ``MetadataCatalog``.
 
-    Records carry ``scene`` (the index) instead of ``file_name``; ``annotations`` hold absolute boxes and RLE masks, so that any
-    Detectron2 tool which reads records, evaluators included, works on them.
+    Records carry ``scene`` (the index) instead of ``file_name``; ``annotations`` hold absolute boxes and RLE masks, so
+    that any Detectron2 tool which reads records, evaluators included, works on them.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.structures import BoxMode

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a labelled picture to Detectron2's training input; offline regions move with the picture.
 
-Every random choice comes from a generator seeded by (seed, draw), so a sample is a pure function of its place in the run.
+Every random choice comes from a generator seeded by (seed, draw), so a sample is a pure function of its place in the
+run.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data.transforms import ResizeTransform
 from detectron2.structures import BitMasks, Boxes, Instances
 from fvcore.transforms.transform import CropTransform, HFlipTransform, NoOpTransform, Transform, TransformList
-from detectron2.data.transforms import ResizeTransform
 
 from ovd.data.catalog import Labelled, LabelledImages
 from ovd.regions.store import RegionStore
@@ -29,7 +30,13 @@ class TrainingTransform:
     """
 
     def __init__(
-        self, *, short_side: int, long_side: int, scale: tuple[float, float] = (1.0, 1.0), crop: int | None = None, flip: float = 0.5
+        self,
+        *,
+        short_side: int,
+        long_side: int,
+        scale: tuple[float, float] = (1.0, 1.0),
+        crop: int | None = None,
+        flip: float = 0.5,
     ) -> None:
         self.short_side, self.long_side = short_side, long_side
         self.scale, self.crop, self.flip = scale, crop, flip
@@ -40,7 +47,9 @@ class TrainingTransform:
         factor *= rng.uniform(*self.scale)
         new_height, new_width = max(1, round(height * factor)), max(1, round(width * factor))
         steps: list[Transform] = [
-            ResizeTransform(height, width, new_height, new_width) if (new_height, new_width) != (height, width) else NoOpTransform()
+            ResizeTransform(height, width, new_height, new_width)
+            if (new_height, new_width) != (height, width)
+            else NoOpTransform()
         ]
         if self.crop is not None:
             crop_height, crop_width = min(self.crop, new_height), min(self.crop, new_width)
@@ -54,7 +63,7 @@ class TrainingTransform:
 
 
 def move_boxes(boxes: np.ndarray, transforms: TransformList, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes after ``transforms``, clipped to (height, width) ``size``, and which of them are still there (≥ 1 px each side)."""
+    """Boxes after ``transforms``, clipped to (height, width) ``size``, and which are still there (≥ 1 px each side)."""
     if len(boxes) == 0:
         return boxes.reshape(0, 4).astype(np.float32), np.zeros(0, dtype=bool)
     moved = transforms.apply_box(boxes.astype(np.float64))
@@ -98,10 +107,13 @@ def map_sample(
     transforms = transform.draw(height, width, rng)
     image = transforms.apply_image(labelled.image)
     size = (image.shape[0], image.shape[1])
-    masks = np.stack([transforms.apply_segmentation(m.astype(np.uint8)).astype(bool) for m in labelled.masks]) if len(
-        labelled.masks
-    ) else np.zeros((0, *size), dtype=bool)
-    # A crop can cut an object: its box is then the extent of what is left, not the clipped old box (vital under scale jitter).
+    masks = (
+        np.stack([transforms.apply_segmentation(m.astype(np.uint8)).astype(bool) for m in labelled.masks])
+        if len(labelled.masks)
+        else np.zeros((0, *size), dtype=bool)
+    )
+    # A crop can cut an object: its box is then the extent of what is left, not the clipped old box (vital under scale
+    # jitter).
     boxes, keep = move_boxes(labelled.boxes, transforms, size)
     if transform.crop is not None and len(masks):
         boxes = mask_boxes(masks)

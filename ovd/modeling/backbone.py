@@ -105,7 +105,11 @@ def build_resnet(
 
 def build_fpn(bottom_up: ResNet, *, in_features: tuple[str, ...], channels: int, norm: str) -> FPN:
     """Feature pyramid with a max-pooled extra level, Detectron2's default for detection."""
-    return FPN(bottom_up, list(in_features), channels, norm=norm, top_block=LastLevelMaxPool())
+    extra = LastLevelMaxPool()
+    extra.in_feature = (
+        f"p{in_features[-1].removeprefix('res')}"  # Detectron2 assumes p5; a shallower pyramid ends earlier
+    )
+    return FPN(bottom_up, list(in_features), channels, norm=norm, top_block=extra)
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,8 +131,8 @@ def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     """Load converted weights; every parameter of ``resnet`` must be found.
 
     Raises:
-        UserError: with counts and the first names, when something of the network is missing or has another shape. A network
-            is never left partly random.
+        UserError: with counts and the first names, when something of the network is missing or has another shape. A
+            network is never left partly random.
     """
     converted = to_detectron2(state)
     wanted = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}

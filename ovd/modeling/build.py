@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
-from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -122,7 +122,9 @@ def build_model(
     has_text = config.variant in ("text", "vild", "ensemble")
     if has_text and rows is None:
         raise ValueError(f"variant {config.variant!r} needs the text embeddings of its vocabulary")
-    classifier = EmbeddingClassifier(rows=rows, trainable=trainable, scale=head.scale) if has_text and rows is not None else None
+    classifier = (
+        EmbeddingClassifier(rows=rows, trainable=trainable, scale=head.scale) if has_text and rows is not None else None
+    )
     heads = OpenVocabularyHeads(
         variant=config.variant,
         classifier=classifier,
@@ -189,7 +191,9 @@ class DetectorCard:
     format: int = FORMAT
 
 
-def save_detector(folder: Path, model: OpenVocabularyRCNN, card: DetectorCard, *, bank: Tensor, half: bool = True) -> None:
+def save_detector(
+    folder: Path, model: OpenVocabularyRCNN, card: DetectorCard, *, bank: Tensor, half: bool = True
+) -> None:
     """Write ``model.safetensors`` and ``model.json``; floats as fp16 when ``half``."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{k}": v.detach().cpu() for k, v in model.state_dict().items()}
@@ -210,7 +214,9 @@ def read_card(folder: Path) -> DetectorCard:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; a detector is a folder with model.json and model.safetensors, as ovd.train exports it") from None
+        raise UserError(
+            f"{path}: not found; a detector is a folder with model.json and model.safetensors, as ovd.train exports it"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -234,13 +240,24 @@ def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
     trainable[list(card.novel)] = False
     rows = torch.ones(len(card.classes), card.embed_dim) if card.classes else None
     model = build_model(
-        config, embed_dim=card.embed_dim, rows=rows, trainable=trainable, pixel_mean=card.pixel_mean, pixel_std=card.pixel_std
+        config,
+        embed_dim=card.embed_dim,
+        rows=rows,
+        trainable=trainable,
+        pixel_mean=card.pixel_mean,
+        pixel_std=card.pixel_std,
     )
-    state = {k.removeprefix("model."): v.float() if v.is_floating_point() else v for k, v in tensors.items() if k.startswith("model.")}
+    state = {
+        k.removeprefix("model."): v.float() if v.is_floating_point() else v
+        for k, v in tensors.items()
+        if k.startswith("model.")
+    }
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(
+            f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}"
+        ) from error
     return model.eval(), card, tensors["bank"].float()
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting a checkpoint's :class:`~ovd.modeling.scoring.Calibration` on scenes that no training and no evaluation uses."""
+"""Fitting a checkpoint's :class:`~ovd.modeling.scoring.Calibration` on scenes that no training and no evaluation
+uses."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[fl
         gradient = x.T @ (p - target)
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge
         step = torch.linalg.solve(hessian, gradient)
-        weight = weight - step.clamp(-2.0, 2.0)  # a bounded step keeps Newton from leaving for infinity on separable scores
+        weight = weight - step.clamp(
+            -2.0, 2.0
+        )  # a bounded step keeps Newton from leaving for infinity on separable scores
         if float(step.abs().max()) < 1e-9:
             break
     return float(weight[0]), float(weight[1])

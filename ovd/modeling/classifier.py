@@ -18,10 +18,10 @@ class NovelLabelError(RuntimeError):
 class EmbeddingClassifier(nn.Module):
     """``logit = scale · cos(region, row)`` over frozen class rows, with a learned background row in the last column.
 
-    ViLD (arXiv 2104.13921, eq. 2): region embedding, frozen text embeddings and the learned background embedding are all
-    L2-normalised; the temperature is .01, so ``scale`` is 100. The rows are a buffer, not a parameter: neither weight decay nor
-    the optimiser may touch them. Excluded (novel) columns get −inf while training, instead of the ×0 of the released code, which
-    only works because the competing logits happen to be large.
+    ViLD (arXiv 2104.13921, eq. 2): region embedding, frozen text embeddings and learned background embedding are all
+    L2-normalised; the temperature is .01, so ``scale`` is 100. The rows are a buffer, not a parameter: neither weight
+    decay nor the optimiser may touch them. Excluded (novel) columns get −inf while training, instead of the ×0 of the
+    released code, which only works because the competing logits happen to be large.
 
     Args:
         rows: (C, D) class embeddings, any norm > 0.

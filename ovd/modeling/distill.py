@@ -11,8 +11,8 @@ from torch.nn import functional as F
 def l1_distillation(regions_RD: Tensor, targets_RD: Tensor, valid_R: Tensor | None = None) -> Tensor:
     """Mean over valid regions of ``‖normalise(target) − normalise(region)‖₁`` (ViLD eq. 4).
 
-    It is the L1 *norm* per region, not the mean over elements, which would be D times smaller: two random unit vectors of 512
-    dimensions are about 25.4 apart. Multiply by ViLD's weight w (.5 for the ResNet-50 model) outside.
+    It is the L1 *norm* per region, not the mean over elements, which would be D times smaller: two random unit vectors
+    of 512 dimensions are about 25.4 apart. Multiply by ViLD's weight w (.5 for the ResNet-50 model) outside.
 
     Args:
         regions_RD: student embeddings, any norm.

@@ -10,7 +10,8 @@ BASE_NOVEL_WEIGHT = 2.0 / 3.0
 """ViLD section 3.4: the text head's exponent on base classes, and the image head's on novel ones."""
 
 FIXED_TEXT_WEIGHT = 0.6
-"""Exponent of the text head when nobody knows which typed word is base; the value DetPro uses for transfer data sets."""
+"""Exponent of the text head when nobody knows which typed word is base; the value DetPro uses for transfer data
+sets."""
 
 
 def text_exponents(is_base_C: Tensor, *, weight: float = BASE_NOVEL_WEIGHT) -> Tensor:
@@ -21,7 +22,8 @@ def text_exponents(is_base_C: Tensor, *, weight: float = BASE_NOVEL_WEIGHT) -> T
 def geometric_ensemble(text_RC: Tensor, image_RC: Tensor, exponent: Tensor | float) -> Tensor:
     """``text^e · image^(1−e)``, elementwise, not renormalised.
 
-    The result is a score and no distribution: with exponents that differ between classes a row can sum to more than 1, so a
+    The result is a score and no distribution: with exponents that differ between classes a row can sum to more than 1,
+        so a
     softmax must never be rebuilt from it.
 
     Args:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViLD on Detectron2: a class-agnostic Mask R-CNN whose regions live in CLIP's embedding space.
 
-Paper: Gu et al., "Open-vocabulary Object Detection via Vision and Language Knowledge Distillation" (2104.13921). Particular to it:
-boxes and masks know no classes; classes are cosines to frozen text embeddings; a second loss pulls the embeddings of *offline*
-proposals to what CLIP's image encoder says of the same crops, so that regions nobody labelled are learned too.
+Paper: Gu et al., "Open-vocabulary Object Detection via Vision and Language Knowledge Distillation" (2104.13921).
+Particular to it: boxes and masks know no classes; classes are cosines to frozen text embeddings; a second loss pulls
+the embeddings of *offline* proposals to what CLIP's image encoder says of the same crops, so that regions nobody
+labelled are learned too.
 
 Shapes: ``N`` images, ``R`` regions of the batch, ``D`` joint embedding.
 """
@@ -35,8 +36,10 @@ Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]
 class Tower(nn.Module):
     """Pooled features of a region → (box features, joint embedding).
 
-    Two bodies: ``conv_fc`` is the paper's head on an FPN (4 convolutions and 2 fully connected layers; the box regressor reads
-    what the projection reads); ``res5`` is Detectron2's C4 head, whose last stage and projection can start as CLIP's own.
+    Two bodies: ``conv_fc`` is the paper's head on an FPN (4 convolutions and 2 fully connected layers; the box
+        regressor reads
+    what the projection reads); ``res5`` is Detectron2's C4 head, whose last stage and projection can start as CLIP's
+    own.
     """
 
     def __init__(
@@ -160,7 +163,8 @@ class OpenVocabularyHeads(ROIHeads):
             features: backbone outputs.
             proposals: of the RPN.
             targets: labels, ``gt_boxes``, ``gt_classes``, ``gt_masks``.
-            regions: offline proposals with ``proposal_boxes`` and ``embedding``, moved with the image; for distilling variants.
+            regions: offline proposals with ``proposal_boxes`` and ``embedding``, moved with the image; for distilling
+                variants.
         """
         sampled = self.label_and_sample_proposals(proposals, targets)
         boxes = [p.proposal_boxes for p in sampled]
@@ -172,7 +176,9 @@ class OpenVocabularyHeads(ROIHeads):
             # One pass over sampled and offline regions, so that batch statistics are shared (released code: "vanilla").
             offline = [r.proposal_boxes for r in regions or []]
             out = self.outputs(features, [Boxes.cat([a, b]) for a, b in zip(boxes, offline, strict=True)])
-            own = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(out.deltas.device)
+            own = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(
+                out.deltas.device
+            )
             image = out.image[~own] if out.image is not None else None
             out = RegionOutputs(out.deltas[own], out.text[own] if out.text is not None else None, image)
         else:
@@ -292,7 +298,5 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         image = None if out.image is None or out.image is out.text else F.normalize(out.image.float(), dim=1)
         return [
             RawRegions(b.tensor, o, t, i, m)
-            for b, o, t, i, m in zip(
-                split, objectness, per_image(text), per_image(image), per_image(mask), strict=True
-            )
+            for b, o, t, i, m in zip(split, objectness, per_image(text), per_image(image), per_image(mask), strict=True)
         ]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From region embeddings to scores that mean the same however many words a person types.
 
-A plain softmax over the typed words gives one mediocre region .73 with one word and .02 with a thousand. Here every class is
-scored alone against a *fixed* set of competitors: the bank (words that come with the checkpoint), the learned background and the
-person's own negative words. So a column never depends on the other columns.
+A plain softmax over the typed words gives one mediocre region .73 with one word and .02 with a thousand. Here every
+class is scored alone against a *fixed* set of competitors: the bank (words that come with the checkpoint), the learned
+background and the person's own negative words. So a column never depends on the other columns.
 
 Shapes: ``R`` regions, ``C`` typed classes, ``B`` bank words, ``D`` joint embedding.
 """
@@ -28,7 +28,8 @@ class Calibration:
         text_weight: exponent of the text head where there are two heads.
         objectness_weight: exponent e of the proposal's objectness in ``score · objectness^e``.
         slope, offset: ``score = sigmoid(slope · logit(raw) + offset)``, fitted so that .7 is right seven times in ten.
-        bank_limit: bank words with a cosine above it to the typed class are its near-synonyms and do not compete with it.
+        bank_limit: bank words with a cosine above it to the typed class are its near-synonyms and do not compete with
+            it.
         threshold: default of the page and of ``detect``.
     """
 
@@ -90,7 +91,8 @@ def bank_probabilities(
         keep_CB = F.pad(keep_CB, (0, 1), value=1.0)
     if bank_RB.shape[1] == 0:
         raise ValueError("scores need at least one competitor: a bank word or a background embedding")
-    # One shift per region keeps every exponential in range; a sum over the kept words (never total − left out) keeps the digits.
+    # One shift per region keeps every exponential in range; a sum over the kept words (never total − left out) keeps
+    # the digits.
     shift_R1 = bank_RB.max(dim=1, keepdim=True).values
     against_RC = (bank_RB - shift_R1).exp() @ keep_CB.T
     log_odds_RC = classes_RC - shift_R1 - against_RC.clamp_min(1e-30).log()
@@ -110,7 +112,8 @@ def score_regions(
 
     Args:
         text_RD: unit rows of the text head.
-        image_RD: unit rows of the image head, or None. It has no background of its own, so the bank is all it competes with.
+        image_RD: unit rows of the image head, or None. It has no background of its own, so the bank is all it competes
+            with.
         objectness_R: in [0, 1].
         classes_CD: unit rows of the typed classes.
         bank_BD: unit rows of the checkpoint's bank and of the person's negative words.

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Detectron2 assembly: conversion, variants, gradients, moving regions, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from ovd.config import ModelConfig
+from ovd.data.catalog import Labelled
+from ovd.data.mapper import DetectionSource, TrainingTransform, map_sample
+from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
+from ovd.modeling.build import DetectorCard, build_model, load_detector_model, save_detector
+from ovd.modeling.classifier import NovelLabelError
+from ovd.modeling.rcnn import OpenVocabularyRCNN
+from pretrain.engine.errors import UserError
+from pretrain.nets.resnet import ResNet
+
+C, D, SIDE = 6, 16, 96
+FPN = {
+    "backbone": {"kind": "fpn", "fpn_levels": ("res3", "res4"), "fpn_channels": 32},
+    "proposals": {"anchor_sizes": ((24.0,), (48.0,), (80.0,))},
+    "head": {"resolution": 7, "conv_dims": (32, 32), "fc_dims": (64, 64), "norm": "", "mask_dims": (16, 16)},
+}
+C4 = {"proposals": {"anchor_sizes": ((24.0, 48.0),)}, "head": {"mask_dims": (16, 16)}}
+
+
+def make(variant: str, kind: dict[str, Any] = C4, novel: tuple[int, ...] = ()) -> OpenVocabularyRCNN:
+    torch.manual_seed(0)
+    trainable = torch.ones(C, dtype=torch.bool)
+    trainable[list(novel)] = False
+    return build_model(
+        ModelConfig.model_validate({"variant": variant, **kind}),
+        embed_dim=D,
+        rows=torch.randn(C, D),
+        trainable=trainable,
+        pixel_mean=[127.5] * 3,
+        pixel_std=[63.75] * 3,
+    )
+
+
+def batch(*, label: int = 1, regions: bool = True, count: int = 2) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(5)
+    out = []
+    for _ in range(count):
+        boxes = torch.tensor([[10.0, 12.0, 50.0, 60.0], [40.0, 40.0, 90.0, 80.0]])
+        instances = Instances((SIDE, SIDE))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.tensor([label, 0])
+        masks = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
+        masks[0, 12:60, 10:50] = True
+        masks[1, 40:80, 40:90] = True
+        instances.gt_masks = BitMasks(masks)
+        sample = {
+            "image": torch.randint(0, 256, (3, SIDE, SIDE), generator=generator, dtype=torch.uint8),
+            "instances": instances,
+        }
+        if regions:
+            offline = Instances((SIDE, SIDE))
+            offline.proposal_boxes = Boxes(boxes + 2)
+            offline.embedding = torch.randn(2, D, generator=generator)
+            sample["regions"] = offline
+        out.append(sample)
+    return out
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+def test_backbone__converted_features_equal_the_source(depth: int, stem: Any) -> None:
+    torch.manual_seed(0)
+    source = ResNet(depth=depth, stem=stem, zero_init=False).eval()
+    for module in source.modules():  # statistics that differ from their start, so that a lost tensor shows
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    ours = build_resnet(
+        depth=depth, stem=stem, norm="FrozenBN", out_features=("res2", "res3", "res4", "res5"), freeze_at=0
+    )
+    load_resnet(ours, source.state_dict(), source="test")
+    assert verify_conversion(source.stages, ours, torch.randn(2, 3, 64, 96)) < 1e-5
+    with torch.no_grad():
+        source.layer2[0].bn1.weight.mul_(1.01)
+    with pytest.raises(UserError, match="res3"):
+        verify_conversion(source.stages, ours, torch.randn(2, 3, 64, 96))
+
+
+def test_backbone__a_checkpoint_that_does_not_fit_is_refused_with_counts() -> None:
+    ours = build_resnet(depth=18, stem="imagenet", norm="FrozenBN", out_features=("res4",), freeze_at=0)
+    with pytest.raises(UserError, match=r"of \d+ backbone tensors match.*stem"):
+        load_resnet(ours, ResNet(depth=18, stem="small").state_dict(), source="file.safetensors")
+
+
+def test_backbone__names_follow_detectron2() -> None:
+    names = to_detectron2(
+        {
+            "conv1.weight": torch.zeros(1),
+            "layer3.1.bn2.bias": torch.zeros(1),
+            "layer2.0.downsample.1.weight": torch.zeros(1),
+            "fc.weight": torch.zeros(1),
+        }
+    )
+    assert set(names) == {"stem.conv1.weight", "res4.1.conv2.norm.bias", "res3.0.shortcut.norm.weight"}
+
+
+@pytest.mark.parametrize("kind", [C4, FPN], ids=["c4", "fpn"])
+@pytest.mark.parametrize(
+    ("variant", "wanted"),
+    [
+        ("agnostic", set()),
+        ("text", {"loss_text"}),
+        ("image", {"loss_distill"}),
+        ("vild", {"loss_text", "loss_distill"}),
+        ("ensemble", {"loss_text", "loss_distill"}),
+    ],
+)
+def test_variants__have_their_losses_and_all_trained_parameters_get_gradients(
+    variant: str, wanted: set[str], kind: dict[str, Any]
+) -> None:
+    model = make(variant, kind).train()
+    label = 0 if variant in ("agnostic", "image") else 1
+    losses = model(batch(label=label))
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_box", "loss_mask"} | wanted
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def gradient_reaches(model: OpenVocabularyRCNN, loss: str, prefix: str) -> bool:
+    model.zero_grad()
+    model(batch())[loss].backward()
+    return any(
+        p.grad is not None and float(p.grad.abs().sum()) > 0
+        for n, p in model.named_parameters()
+        if n.startswith(prefix)
+    )
+
+
+def test_ensemble__each_loss_trains_its_own_tower_and_both_train_the_backbone() -> None:
+    model = make("ensemble").train()
+    assert gradient_reaches(model, "loss_text", "roi_heads.tower.") and not gradient_reaches(
+        model, "loss_text", "roi_heads.image_tower."
+    )
+    assert gradient_reaches(model, "loss_distill", "roi_heads.image_tower.") and not gradient_reaches(
+        model, "loss_distill", "roi_heads.tower."
+    )
+    assert gradient_reaches(model, "loss_distill", "backbone.") and gradient_reaches(model, "loss_text", "backbone.")
+
+
+def test_vild__distillation_and_text_share_one_tower() -> None:
+    model = make("vild").train()
+    assert gradient_reaches(model, "loss_text", "roi_heads.tower.projection") and gradient_reaches(
+        model, "loss_distill", "roi_heads.tower.projection"
+    )
+
+
+def test_training__novel_label_that_leaks_in_is_an_error() -> None:
+    with pytest.raises(NovelLabelError):
+        make("text", novel=(1,)).train()(batch(label=1))
+
+
+def test_training__distilling_without_regions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no offline regions"):
+        make("vild").train()(batch(regions=False))
+
+
+def test_distillation__target_is_reached_by_training_on_it() -> None:
+    norm = {"backbone": {"norm": "BN"}, "head": {"norm": "BN", "mask": False}, "proposals": C4["proposals"]}
+    model = make("image", norm).train()
+    data = batch(label=0, count=1)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(20):
+        optimiser.zero_grad()
+        loss = model(data)["loss_distill"]
+        loss.backward()
+        optimiser.step()
+    features = model.backbone(model.preprocess_image(data).tensor)
+    out = model.roi_heads.outputs(features, [data[0]["regions"].proposal_boxes])
+    assert out.image is not None
+    assert float(torch.cosine_similarity(out.image, data[0]["regions"].embedding).min()) > 0.9
+
+
+def test_inference__is_sorted_inside_the_picture_and_unit_norm() -> None:
+    result = make("ensemble").eval()(batch(count=1))[0]
+    assert result.text is not None and result.image is not None and result.masks is not None
+    assert bool((result.objectness[:-1] >= result.objectness[1:]).all()) and 0 <= float(result.objectness.min()) <= 1
+    assert float(result.boxes.min()) >= 0 and float(result.boxes.max()) <= SIDE
+    torch.testing.assert_close(result.text.norm(dim=1), torch.ones(len(result.text)))
+    assert result.masks.shape[1:] == (28, 28) and 0 <= float(result.masks.min()) and float(result.masks.max()) <= 1
+
+
+def card_for(variant: str) -> DetectorCard:
+    config = ModelConfig.model_validate({"variant": variant, **C4})
+    return DetectorCard(
+        model=config.model_dump(mode="json"),
+        embed_dim=D,
+        pixel_mean=(127.5,) * 3,
+        pixel_std=(63.75,) * 3,
+        encoder="none",
+        encoder_fingerprint="0",
+        short_side=SIDE,
+        long_side=2 * SIDE,
+        classes=tuple("abcdef"),
+        novel=(2,),
+        bank=("a", "b"),
+        calibration={"threshold": 0.25},
+        config_hash="0",
+    )
+
+
+@pytest.mark.parametrize("variant", ["vild", "ensemble"])
+def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant: str) -> None:
+    model = make(variant).eval()
+    save_detector(tmp_path, model, card_for(variant), bank=torch.randn(2, D), half=False)
+    loaded = load_detector_model(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    got = loaded.regions(image)
+    wanted = model([{"image": torch.from_numpy(image).permute(2, 0, 1)}])[0]
+    torch.testing.assert_close(got.text, wanted.text[: len(got)])
+    torch.testing.assert_close(got.boxes, wanted.boxes[: len(got)])
+    assert loaded.calibration.threshold == 0.25 and loaded.bank.shape == (2, D)
+
+
+def test_export__boxes_follow_the_original_size() -> None:
+    model = make("vild").eval()
+    from ovd.modeling.build import RegionModel
+
+    small = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    large = small.repeat(2, axis=0).repeat(2, axis=1)
+    region_model = RegionModel(model=model, card=card_for("vild"), bank=torch.randn(2, D))
+    assert region_model.regions(large).size == (2 * SIDE, 2 * SIDE)
+    assert float(region_model.regions(large).boxes.max()) > SIDE + 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.json").unlink(), "not found; a detector is a folder"),
+        (lambda f: (f / "model.json").write_text("{"), "JSON"),
+        (lambda f: (f / "model.json").write_text('{"format": 99}'), "format"),
+    ],
+)
+def test_export__a_damaged_folder_is_refused_with_the_next_step(tmp_path: Path, damage: Any, message: str) -> None:
+    save_detector(tmp_path, make("vild"), card_for("vild"), bank=torch.randn(2, D))
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_detector_model(tmp_path)
+
+
+def labelled(height: int = 80, width: int = 120) -> Labelled:
+    masks = np.zeros((2, height, width), dtype=bool)
+    masks[0, 10:40, 20:70] = True
+    masks[1, 30:75, 60:110] = True
+    boxes = np.array([[20, 10, 70, 40], [60, 30, 110, 75]], dtype=np.float32)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Labelled(image=image, boxes=boxes, masks=masks, classes=np.array([0, 1]), image_id=7)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("crop", [None, 64])
+def test_mapper__offline_proposals_move_with_the_picture(seed: int, crop: int | None) -> None:
+    """Ground-truth boxes given as proposals must stay on their objects under resize, crop and flip."""
+    data = labelled()
+    transform = TrainingTransform(short_side=64, long_side=200, scale=(0.7, 1.6), crop=crop, flip=0.5)
+    out = map_sample(
+        data,
+        transform=transform,
+        rng=np.random.default_rng(seed),
+        offline=(data.boxes, np.eye(2, 4, dtype=np.float32)),
+        regions_per_image=8,
+    )
+    height, width = out["image"].shape[1:]
+    assert out["instances"].image_size == (height, width)
+    for box, embedding in zip(out["regions"].proposal_boxes.tensor, out["regions"].embedding, strict=True):
+        index = int(embedding.argmax())
+        where = (out["instances"].gt_classes == index).nonzero()
+        if len(where) == 0:
+            continue
+        truth = out["instances"].gt_boxes.tensor[int(where[0, 0])]
+        # Masks are resized to whole pixels, boxes are not: one pixel is what they may differ by.
+        assert float((box - truth).abs().max()) <= 1.5
+
+
+def test_mapper__flip_mirrors_boxes_masks_and_regions_alike() -> None:
+    data = labelled()
+    transform = TrainingTransform(short_side=80, long_side=200, flip=1.0)
+    out = map_sample(
+        data, transform=transform, rng=np.random.default_rng(0), offline=(data.boxes, np.eye(2, 4)), regions_per_image=8
+    )
+    np.testing.assert_array_equal(out["image"].numpy(), data.image[:, ::-1].transpose(2, 0, 1))
+    wanted = torch.tensor([[50.0, 10.0, 100.0, 40.0], [10.0, 30.0, 60.0, 75.0]])
+    torch.testing.assert_close(out["instances"].gt_boxes.tensor, wanted)
+    order = out["regions"].embedding.argmax(dim=1)
+    torch.testing.assert_close(out["regions"].proposal_boxes.tensor, wanted[order])
+    assert bool(out["instances"].gt_masks.tensor[0, 10:40, 50:100].all())
+
+
+class OneImage:
+    names, novel = ("a", "b"), frozenset[int]()
+
+    def __len__(self) -> int:
+        return 1
+
+    def load(self, index: int) -> Labelled:
+        return labelled()
+
+
+def test_source__sample_is_a_function_of_index_and_draw() -> None:
+    source = DetectionSource(
+        images=OneImage(), transform=TrainingTransform(short_side=64, long_side=200, scale=(0.5, 2.0)), seed=3
+    )
+    a, b, c = source.sample(0, 5), source.sample(0, 5), source.sample(0, 6)
+    torch.testing.assert_close(a["image"], b["image"])
+    assert a["image"].shape != c["image"].shape
