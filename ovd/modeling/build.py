@@ -222,7 +222,8 @@ def read_card(folder: Path) -> DetectorCard:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path}: not a detector card of format {FORMAT}; export the model again with this version")
     try:
-        return DetectorCard(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return DetectorCard(**values)
     except TypeError as error:
         raise UserError(f"{path}: {error}; export the model again with this version") from error
 
