@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,10 @@ from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     from ovd.evaluation.coco import Metrics
+
+DEFAULT_COUNT = 500  # validation scenes
+DEFAULT_SEED = 1000  # of the validation scenes that the tables are computed on
+DEFAULT_SIZE = 256  # pixels, what the shipped configs train at
 
 EPILOG = """\
 examples:
@@ -30,30 +37,153 @@ A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]
 def main(argv: list[str]) -> int:
     """Parse the arguments, evaluate, print the table, write the files; returns the exit status."""
     args = _parser().parse_args(argv)
-    if args.predictions or args.annotations:
-        if not (args.predictions and args.annotations):
-            raise UserError("--annotations and --predictions belong together; give both.")
-        evaluate_files(args, argv)
+    if bool(args.weights) == bool(args.predictions):
+        raise UserError("give --weights (run a model) or --predictions (a results file), not both; see --help.")
+    needs, unwanted = ("data", "annotations") if args.weights else ("annotations", "data")
+    if not getattr(args, needs) or getattr(args, unwanted):
+        given = "--weights" if args.weights else "--predictions"
+        raise UserError(f"{given} needs --{needs}, and goes without --{unwanted}; see python -m ovd.evaluate --help.")
+    if args.weights:
+        evaluate_model(args, argv)
     else:
-        raise UserError("give --annotations and --predictions; see python -m ovd.evaluate --help.")
+        evaluate_files(args, argv)
     return 0
 
 
 def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
-    """Part for anybody's results: `--annotations`, `--predictions`, `--split`."""
+    """For anybody's results: `--annotations`, `--predictions`, `--split`."""
     from ovd.data.coco import check_ground_truth, read_json
     from ovd.data.splits import Split
     from ovd.evaluation import coco
 
     gt, results = read_json(args.annotations), read_json(args.predictions)
-    where = (args.annotations, args.predictions)
-    truth = check_ground_truth(gt, where=where[0])
-    split = Split.load(args.split, categories=truth.categories) if args.split else None
     proposals = read_json(args.proposals) if args.proposals else None
+    where = (args.annotations, args.predictions)
+    split = None
+    if args.split:
+        split = Split.load(args.split, categories=check_ground_truth(gt, where=where[0]).categories)
     metrics = coco.evaluate(
         gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals, where=where
     )
     return _finish(metrics, args, argv, dataset_sha256=_file_sha256(args.annotations))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What `--data` names: generated scenes (`count`, `seed`) or a COCO file (`images`, `annotations`)."""
+
+    count: int = 0
+    seed: int = 0
+    images: Path | None = None
+    annotations: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DataSpec:
+        """`stickers-val[:count][:seed]` or `coco:IMAGES:ANNOTATIONS`.
+
+        Raises:
+            UserError: anything else.
+        """
+        kind, *parts = text.split(":")
+        if kind == "coco" and len(parts) == 2 and all(parts):
+            return cls(images=Path(parts[0]), annotations=Path(parts[1]))
+        if kind == "stickers-val" and len(parts) <= 2 and all(p.isascii() and p.isdigit() for p in parts):
+            count, seed = [*map(int, parts), *(DEFAULT_COUNT, DEFAULT_SEED)[len(parts) :]]
+            if count > 0:
+                return cls(count=count, seed=seed)
+        raise UserError(f"--data {text!r}: expected stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json.")
+
+
+def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
+    """Run the detector of `--weights` over `--data`, keep its results, evaluate them."""
+    from ovd.data.coco import check_ground_truth, read_json
+    from ovd.data.splits import Split
+    from ovd.detector import Detector
+    from ovd.evaluation import coco
+    from ovd.evaluation.predictor import predictor_for
+    from ovd.vocabulary import Vocabulary
+
+    data = DataSpec.parse(args.data)
+    gt: dict[str, Any] | None = None
+    if data.annotations is not None:
+        gt = read_json(data.annotations)
+        categories = check_ground_truth(gt, where=str(data.annotations)).categories
+        split = Split.load(args.split, categories=categories) if args.split else Split.everything(categories)
+    else:
+        shipped = Split.load("stickers")
+        split = Split.load(args.split, categories=shipped.names) if args.split else shipped
+    started = time.process_time()
+    detector = Detector.load(args.weights)
+    words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
+    if args.vocabulary in ("base", "novel"):
+        words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
+    elif args.vocabulary not in ("all", "known"):
+        vocabulary = Vocabulary.load(args.vocabulary, templates=detector.templates)
+    predict = predictor_for(
+        detector,
+        split,
+        vocabulary=vocabulary,
+        categories=words,
+        ensemble=args.ensemble,
+        scores=args.scores,
+        limit=args.limit,
+        masks=args.iou_types != ["bbox"],
+    )
+    progress = _Progress()
+    propose = predict.propose if args.agnostic == "proposals" else None
+    if data.annotations is not None and gt is not None:
+        results, proposals = coco.run_images(gt, Path(str(data.images)), predict, propose=propose, on_image=progress)
+        sha = _file_sha256(str(data.annotations))
+    else:
+        from pretrain.data.stickers import SceneSource, Stickers
+
+        source = SceneSource(Stickers.load(), split="val", seed=data.seed, size=args.size, length=data.count)
+        gt, results, proposals = coco.run_source(source, predict, propose=propose, on_image=progress)
+        sha = coco.content_sha256(gt)
+    if args.out:
+        out = Path(args.out)
+        _write_json(out / "results.json", results)
+        if data.annotations is None:
+            _write_json(out / "annotations.json", gt)
+        if proposals is not None:
+            _write_json(out / "proposals.json", proposals)
+    metrics = coco.evaluate(gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals)
+    return _finish(
+        metrics,
+        args,
+        argv,
+        dataset_sha256=sha,
+        weights=str(args.weights),
+        weights_sha256=detector.card.get("sha256"),
+        data=args.data,
+        vocabulary=args.vocabulary,
+        words=len(predict.category_ids),
+        ensemble=args.ensemble,
+        scores=args.scores,
+        agnostic=args.agnostic,
+        cpu_seconds=round(time.process_time() - started, 1),
+    )
+
+
+class _Progress:
+    """One line that is rewritten on a terminal; every tenth of the way otherwise."""
+
+    def __call__(self, done: int, total: int) -> None:
+        text = f"{done} of {total} images"
+        if sys.stderr.isatty():
+            print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif done * 10 // total > (done - 1) * 10 // total:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        partial.replace(path)
+    except OSError as err:
+        raise UserError(f"cannot write {path}: {err.strerror}.") from err
 
 
 def _finish(
@@ -104,6 +234,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
+    add("--data", metavar="SPEC", help="what to run it on: stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json")
+    add("--vocabulary", metavar="all|base|novel|known|FILE", default="all",
+        help="words the detector is asked for: all of the split (default), one group only (another, easier protocol), "
+        "also the known categories left out of the means, or a vocabulary file with synonyms")  # fmt: skip
+    add("--ensemble", choices=("fixed", "base-novel"), default="fixed", help="weights of two heads (ViLD-ensemble)")
+    add("--scores", choices=("published", "calibrated"), default="published",
+        help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
+    add("--agnostic", choices=("proposals", "results"), default="proposals",
+        help="what AR is computed from: the regions by objectness (default), or the named results")  # fmt: skip
+    add("--limit", type=_positive, default=300, help="detections per image (default 300)")
+    add("--size", type=_positive, default=DEFAULT_SIZE, help=f"side of the generated scenes (default {DEFAULT_SIZE})")
     add("--annotations", metavar="GT.json", help="ground truth in COCO format")
     add("--predictions", metavar="RESULTS.json", help="detections in COCO's results format")
     add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")

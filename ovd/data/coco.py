@@ -175,7 +175,7 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
         )
     if empty:
         warnings.append(f"{empty} annotations have a box without area")
-    ordered = {i: sizes[i] for i in sorted(sizes)}  # type: ignore[type-var]  # one kind of id, checked above
+    ordered = {i: sizes[i] for i in sorted(sizes)}  # one kind of id, checked above
     return GroundTruth(sizes=ordered, categories=categories, annotations=annotations, warnings=warnings)
 
 

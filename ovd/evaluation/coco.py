@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -231,53 +232,95 @@ def evaluate_source(
     split: Split | None = None,
     iou_types: Sequence[str] | None = None,
     *,
-    on_result: Callable[[ImageId, list[dict[str, Any]]], None] | None = None,
+    propose: Predict | None = None,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> Metrics:
-    """Run a model over generated scenes and evaluate it; the ground truth never touches the disk.
+    """Run a model over generated scenes and evaluate it; nothing touches the disk.
 
     Args:
-        source: scenes; scene `index` becomes image id `index + 1`.
+        source: scenes with all labels; scene `index` becomes image id `index + 1`.
         predict: `(image uint8 (H, W, 3) RGB, image_id) -> COCO results of that image`.
         split: base and novel; None takes the shipped split of the source's nouns.
-        on_result: called with each image's results as they come (progress, writing).
+        iou_types: as `evaluate`.
+        propose: class-agnostic proposals, from which AR is computed in place of `predict`'s results.
+        on_image: called with (images done, images in all).
 
     Raises:
-        UserError: as `evaluate`.
+        UserError: as `evaluate`; or a source that hides the labels of novel objects.
     """
-    gt, results = run_source(source, predict, on_result=on_result)
-    return evaluate(gt, results, split or Split.load("stickers"), iou_types)
+    gt, results, proposals = run_source(source, predict, propose=propose, on_image=on_image)
+    return evaluate(gt, results, split or Split.load("stickers"), iou_types, proposals=proposals)
 
 
 def run_source(
-    source: SceneSource, predict: Predict, *, on_result: Callable[[ImageId, list[dict[str, Any]]], None] | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ground truth of a scene source in COCO format, and the model's results on it; arguments as `evaluate_source`."""
-    gt = source_ground_truth(source)
-    results: list[dict[str, Any]] = []
-    for index, image in enumerate(gt["images"]):
-        mine = predict(source.scene(index).image, image["id"])
-        results += mine
-        if on_result is not None:
-            on_result(image["id"], mine)
-    return gt, results
-
-
-def source_ground_truth(source: SceneSource) -> dict[str, Any]:
-    """The scenes of a source as one COCO ground-truth object (boxes and masks are the visible parts)."""
+    source: SceneSource,
+    predict: Predict,
+    *,
+    propose: Predict | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """COCO ground truth of a scene source, the model's results, its proposals; arguments as `evaluate_source`."""
+    from pretrain.data.export import coco_header
     from pretrain.data.stickers import coco_objects
 
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    if source.labels != "all":
+        raise UserError("this source hides the labels of novel objects (labels=base), so nothing can be said of them.")
+    gt: dict[str, Any] = {**coco_header(source.stickers, source), "images": [], "annotations": []}
+    results: list[dict[str, Any]] = []
+    proposals: list[dict[str, Any]] | None = None if propose is None else []
     for index in range(len(source)):
-        image, objects = coco_objects(source.scene(index), image_id=index + 1, first_annotation_id=len(annotations) + 1)
-        images.append(image)
-        annotations += objects
-    nouns = source.stickers.nouns
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i + 1, "name": n} for i, n in enumerate(nouns)],
-    }
+        scene = source.scene(index)
+        image_id = index + 1
+        image, objects = coco_objects(scene, image_id=image_id, first_annotation_id=len(gt["annotations"]) + 1)
+        gt["images"].append(image)
+        gt["annotations"] += objects
+        results += predict(scene.image, image_id)
+        if propose is not None and proposals is not None:
+            proposals += propose(scene.image, image_id)
+        if on_image is not None:
+            on_image(image_id, len(source))
+    return gt, results, proposals
+
+
+def run_images(
+    gt: Mapping[str, Any],
+    folder: Path,
+    predict: Predict,
+    *,
+    propose: Predict | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """The model's results, and its proposals, on the pictures of a COCO file.
+
+    Args:
+        gt: ground truth; every image needs `file_name`.
+        folder: what `file_name` is relative to.
+
+    Other arguments as `evaluate_source`.
+
+    Raises:
+        UserError: an image without a file name, unreadable, or of another size than the file says.
+    """
+    from pretrain.data.folder import read_image
+
+    results: list[dict[str, Any]] = []
+    proposals: list[dict[str, Any]] | None = None if propose is None else []
+    for n, entry in enumerate(gt["images"]):
+        if not isinstance(entry.get("file_name"), str):
+            raise UserError(f"images[{n}]: 'file_name' is missing, so the picture cannot be found.")
+        image = read_image(folder / entry["file_name"])
+        said = (entry.get("height"), entry.get("width"))
+        if None not in said and image.shape[:2] != said:
+            raise UserError(
+                f"{folder / entry['file_name']}: {image.shape[1]}×{image.shape[0]} px, but the annotations say "
+                f"{said[1]}×{said[0]}: boxes would be off. (Resized, or turned by its EXIF orientation?)"
+            )
+        results += predict(image, entry["id"])
+        if propose is not None and proposals is not None:
+            proposals += propose(image, entry["id"])
+        if on_image is not None:
+            on_image(n + 1, len(gt["images"]))
+    return results, proposals
 
 
 def content_sha256(content: Any) -> str:

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do scores mean something? Reliability, dependence on the words typed, and false alarms for absent classes.
+
+Pure functions of arrays; `N` detections or pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ovd.evaluation.coco import Matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Score against accuracy, in B bins.
+
+    Attributes:
+        edges: (B + 1,) borders of the bins.
+        count: (B,) detections in each.
+        confidence: (B,) mean score, NaN in empty bins.
+        accuracy: (B,) share that is correct, NaN in empty bins.
+    """
+
+    edges: NDArray[np.float64]
+    count: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error, Σ n_b/n · |accuracy − confidence| (Guo et al. 2017, eq. 3); NaN if empty."""
+        used = self.count > 0
+        gap = np.abs(self.accuracy - self.confidence)[used]
+        return float(np.average(gap, weights=self.count[used])) if used.any() else float("nan")
+
+    @property
+    def mce(self) -> float:
+        """Largest gap of any bin; NaN without detections."""
+        used = self.count > 0
+        return float(np.abs(self.accuracy - self.confidence)[used].max()) if used.any() else float("nan")
+
+
+def reliability(score: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> Reliability:
+    """Bin detections by score, in bins of equal width over [0, 1].
+
+    Args:
+        score: (N,) in [0, 1]; 1 belongs to the last bin.
+        correct: (N,) bool.
+        bins: how many; 15 as Guo et al. 2017.
+
+    Raises:
+        ValueError: lengths differ, or a score is outside [0, 1].
+    """
+    score_N, correct_N = np.asarray(score, dtype=np.float64), np.asarray(correct, dtype=bool)
+    if score_N.shape != correct_N.shape or score_N.ndim != 1:
+        raise ValueError(f"score and correct must be (N,), are {score_N.shape} and {correct_N.shape}")
+    if score_N.size and not (score_N.min() >= 0 and score_N.max() <= 1):
+        raise ValueError("scores must be in [0, 1]")
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.minimum(np.searchsorted(edges, score_N, side="right") - 1, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        confidence = np.bincount(index, weights=score_N, minlength=bins) / count
+        accuracy = np.bincount(index, weights=correct_N, minlength=bins) / count
+    return Reliability(edges=edges, count=count, confidence=confidence, accuracy=accuracy)
+
+
+def pooled(matches: Mapping[int, Matches], *, minimum: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(N,) scores and (N,) correctness of the detections of all categories; those on crowds are left out.
+
+    Args:
+        matches: from `match_table`.
+        minimum: lowest score taken. The many near-zero detections that AP needs make any ECE over all of them look
+            small, so name the minimum beside the figure; the threshold of the page is a good one.
+    """
+    parts = [(m.score, m.correct, (m.score >= minimum) & ~m.ignored) for m in matches.values()]
+    empty: list[Any] = [np.zeros(0)]
+    score = np.concatenate([s[keep] for s, _, keep in parts] or empty)
+    return score, np.concatenate([c[keep] for _, c, keep in parts] or empty).astype(bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How scores of correct detections moved when unrelated words were added.
+
+    Attributes:
+        count: detections compared.
+        mean, largest: of |after − before|; NaN without detections.
+        within: share that moved by at most `limit`; NaN without detections.
+        limit: the allowance.
+    """
+
+    count: int
+    mean: float
+    largest: float
+    within: float
+    limit: float
+
+
+def score_drift(before: ArrayLike, after: ArrayLike, *, limit: float = 0.05) -> Drift:
+    """Compare (N,) scores of the same regions and classes with few and with many words typed.
+
+    Args:
+        before, after: (N,); NaN in `after` for a detection that is gone counts as a score of 0.
+        limit: allowed change.
+
+    Raises:
+        ValueError: lengths differ.
+    """
+    a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"before and after differ in length: {a.shape}, {b.shape}")
+    moved = np.abs(np.nan_to_num(b, nan=0.0) - a)
+    if not moved.size:
+        return Drift(count=0, mean=float("nan"), largest=float("nan"), within=float("nan"), limit=limit)
+    # A change of exactly the limit is within it; float noise must not decide.
+    within = float(np.mean(moved <= limit + 1e-9))
+    return Drift(count=moved.size, mean=float(moved.mean()), largest=float(moved.max()), within=within, limit=limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A share of cases with its 95 % interval (Wilson 1927)."""
+
+    count: int
+    share: float
+    low: float
+    high: float
+
+
+def share_of(hits: int, count: int) -> Rate:
+    """`hits` of `count` as a rate; NaN for no cases."""
+    if count == 0:
+        return Rate(count=0, share=float("nan"), low=float("nan"), high=float("nan"))
+    z, p = 1.959963984540054, hits / count  # 97.5 % quantile of the normal distribution
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return Rate(count=count, share=p, low=max(0.0, float(centre - half)), high=min(1.0, float(centre + half)))
+
+
+def silent_rate(best: ArrayLike, threshold: float) -> Rate:
+    """In how many pictures a class that is absent stays silent.
+
+    Args:
+        best: (N,) highest score of an absent class in each picture; NaN or −inf where it has no detection at all.
+        threshold: scores from here on are shown.
+    """
+    best_N = np.nan_to_num(np.asarray(best, dtype=np.float64), nan=-np.inf)
+    return share_of(int(np.sum(best_N < threshold)), best_N.size)
+
+
+def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: str = "") -> str:
+    """The reliability diagram as a self-contained SVG: bars are accuracy (darker: more detections), lines scores."""
+    left, top, side = 56, 40, 320
+    dark, bar, gap = "#222222", "#3b6fb5", "#d9822b"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 460" font-family="sans-serif" font-size="12" '
+        f'role="img" aria-label="{escape(title, quote=True)}"><rect width="420" height="460" fill="#ffffff"/>',
+        f'<text x="{left}" y="24" font-size="15" fill="{dark}">{escape(title)}</text>',
+    ]
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x, y = left + side * tick, top + side * (1 - tick)
+        parts.append(f'<path d="M{left} {y}h{side}M{x} {top}v{side}" stroke="#e3e3e3"/>')
+        parts.append(f'<text x="{x}" y="{top + side + 16}" text-anchor="middle" fill="{dark}">{tick:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="{dark}">{tick:g}</text>')
+    most = max(1, int(curve.count.max(initial=0)))
+    for low, high, n, confidence, accuracy in zip(
+        curve.edges, curve.edges[1:], curve.count, curve.confidence, curve.accuracy, strict=False
+    ):
+        if n == 0:
+            continue
+        x, width = left + side * low, side * (high - low)
+        y, expected = top + side * (1 - accuracy), top + side * (1 - confidence)
+        parts.append(
+            f'<rect x="{x + 1:.2f}" y="{y:.2f}" width="{width - 2:.2f}" height="{top + side - y:.2f}" fill="{bar}" '
+            f'fill-opacity="{0.25 + 0.75 * n / most:.2f}"><title>{n} detections, score {confidence:.3f}, '
+            f"correct {accuracy:.3f}</title></rect>"
+            f'<path d="M{x + 1:.2f} {expected:.2f}h{width - 2:.2f}" stroke="{gap}" stroke-width="2"/>'
+        )
+    parts.append(f'<path d="M{left} {top + side}L{left + side} {top}" stroke="{dark}" stroke-dasharray="4 4"/>')
+    parts.append(f'<text x="{left + side / 2}" y="{top + side + 34}" text-anchor="middle" fill="{dark}">score</text>')
+    parts.append(
+        f'<text transform="translate(16 {top + side / 2}) rotate(-90)" text-anchor="middle" fill="{dark}">'
+        "share correct (bars), mean score (lines)</text>"
+    )
+    figures = f"ECE {curve.ece:.3f}, largest gap {curve.mce:.3f}, {int(curve.count.sum())} detections"
+    for n, line in enumerate([figures, caption] if caption else [figures]):
+        parts.append(f'<text x="{left}" y="{top + side + 58 + 16 * n}" fill="{dark}">{escape(line)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def summary(curve: Reliability, drift: Drift | None = None, absent: Rate | None = None) -> dict[str, float]:
+    """Flat figures for `metrics.json`: `calibration/ece`, `…/mce`, `…/drift_*`, `…/silent_*`."""
+    values: dict[str, float] = {"calibration/ece": curve.ece, "calibration/mce": curve.mce}
+    if drift is not None:
+        values |= {f"calibration/drift_{k}": getattr(drift, k) for k in ("mean", "largest", "within")}
+    if absent is not None:
+        values |= {f"calibration/silent_{k}": getattr(absent, k) for k in ("share", "low", "high")}
+    return values
+
+
+def separated(matches: Mapping[int, Matches], categories: Sequence[int]) -> dict[int, Matches]:
+    """The matches of some categories only, such as a split's novel ones."""
+    return {i: matches[i] for i in categories}

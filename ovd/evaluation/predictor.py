@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded detector as the evaluation sees it: a picture in, COCO results out, by the published protocol.
+
+ViLD's inference (§3.4 and the released code): softmax over the vocabulary and the background, background dropped, no
+threshold, per-class NMS at IoU .5, 300 detections per image; objectness is not used. NMS sees the 5,000 best (region,
+class) pairs. Scores on the page are others (calibrated, one class at a time); `scores="calibrated"` evaluates those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pycocotools import mask as mask_tools
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from ovd.data.coco import ImageId
+from ovd.data.splits import Split
+from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, text_exponents
+from ovd.modeling.scoring import RegionSet, score_regions, vocabulary_probabilities
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from ovd.detector import Detector
+    from ovd.vocabulary import Vocabulary
+
+Scores = Literal["published", "calibrated"]
+Ensemble = Literal["fixed", "base-novel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """Calls a detector on one picture after another.
+
+    Attributes:
+        detector: loaded.
+        category_ids: (C,) COCO id of each word, in the vocabulary's order.
+        rows: (C, D) unit text embeddings.
+        scores: `published`, or `calibrated` as the page shows them.
+        exponent: of the text head where there are two heads; a number or (C,).
+        limit: detections per image.
+        candidates: (region, class) pairs that enter NMS.
+        nms: IoU of the per-class NMS.
+        masks: write masks too.
+    """
+
+    detector: Detector
+    category_ids: tuple[int, ...]
+    rows: Tensor
+    scores: Scores = "published"
+    exponent: float | Tensor = FIXED_TEXT_WEIGHT
+    limit: int = 300
+    candidates: int = 5000
+    nms: float = 0.5
+    masks: bool = True
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+        """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
+        regions = self.detector.embed(image).regions
+        score_RC = self.score(regions)
+        flat = score_RC.flatten()
+        score_K, index_K = flat.topk(min(self.candidates, flat.numel()))
+        region_K, class_K = index_K // score_RC.shape[1], index_K % score_RC.shape[1]
+        kept = batched_nms(regions.boxes[region_K].float(), score_K.float(), class_K, self.nms)[: self.limit]
+        segmentations: dict[int, dict[str, Any]] = {}
+        results = []
+        for k in kept.tolist():
+            region = int(region_K[k])
+            one = _result(regions, region, image_id, self.category_ids[int(class_K[k])], float(score_K[k]))
+            if self.masks and regions.masks is not None:
+                if region not in segmentations:
+                    segmentations[region] = region_rle(regions, region)
+                one["segmentation"] = segmentations[region]
+            results.append(one)
+        return results
+
+    @torch.inference_mode()
+    def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+        """The same picture's regions as class-agnostic proposals, scored by objectness."""
+        regions = self.detector.embed(image).regions
+        return [_result(regions, r, image_id, 0, float(regions.objectness[r])) for r in range(len(regions))]
+
+    def score(self, regions: RegionSet) -> Tensor:
+        """(R, C) scores of all regions."""
+        model = self.detector.model
+        background = None if model.background is None else model.background.to(self.rows)
+        heads = regions.text.to(self.rows), None if regions.image is None else regions.image.to(self.rows)
+        if self.scores == "calibrated":
+            objectness = regions.objectness.to(self.rows)
+            return score_regions(*heads, objectness, self.rows, model.bank.to(self.rows), background, model.calibration)
+        scale = model.calibration.logit_scale
+        return vocabulary_probabilities(*heads, self.rows, background, scale=scale, exponent=self.exponent)
+
+
+def predictor_for(
+    detector: Detector,
+    split: Split,
+    *,
+    vocabulary: Vocabulary | None = None,
+    categories: Mapping[int, str] | None = None,
+    ensemble: Ensemble = "fixed",
+    scores: Scores = "published",
+    limit: int = 300,
+    masks: bool = True,
+) -> Predictor:
+    """A predictor whose words are the names of a split's categories.
+
+    Args:
+        detector: loaded.
+        split: its categories are the vocabulary (the *generalised* setting: base and novel compete).
+        vocabulary: words with synonyms and templates in place of the bare names; every word must be the name of one of
+            `categories`, categories that it leaves out are never detected.
+        categories: id -> name; those of the split when None.
+        ensemble: `base-novel` weighs the two heads by group, which needs to know what is novel, as ViLD's evaluation
+            does; `fixed` is one weight for all, as for typed words. Without a second head both are the same.
+        scores: see `Predictor`.
+        limit: detections per image.
+        masks: write masks too.
+
+    Raises:
+        UserError: a word that names no category.
+    """
+    from ovd.vocabulary import Vocabulary, VocabularyClass
+
+    names = {i: split.names[i] for i in split.ids} if categories is None else dict(categories)
+    if vocabulary is None:
+        words = tuple(VocabularyClass(name) for name in names.values())
+        vocabulary, ids = Vocabulary(words, templates=detector.templates), tuple(names)
+    else:
+        by_name = {name.casefold(): i for i, name in names.items()}
+        if unknown := [n for n in vocabulary.names if n.casefold() not in by_name]:
+            raise UserError(f"vocabulary: {unknown[0]!r} is not a category of split {split.name!r}.")
+        if vocabulary.negatives:
+            raise UserError("vocabulary: negative words have no place in an evaluation; remove the minus entries.")
+        ids = tuple(by_name[n.casefold()] for n in vocabulary.names)
+    exponent: float | Tensor = FIXED_TEXT_WEIGHT
+    if ensemble == "base-novel":
+        exponent = text_exponents(torch.tensor([split.group_of(i) == "base" for i in ids]))
+    rows = detector.text.embed(vocabulary)
+    return Predictor(
+        detector=detector, category_ids=ids, rows=rows, scores=scores, exponent=exponent, limit=limit, masks=masks
+    )
+
+
+def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
+    """Compressed run lengths, as JSON holds them, of one region's mask at the size of the picture."""
+    from ovd.detector import paste_mask
+
+    if regions.masks is None:
+        raise ValueError("these regions have no masks")
+    mask = paste_mask(regions.masks[index], regions.boxes[index], regions.size).numpy()
+    rle = mask_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def _result(regions: RegionSet, region: int, image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
+    x1, y1, x2, y2 = (float(v) for v in regions.boxes[region])
+    # Six significant digits keep the order of scores as small as softmax over a thousand words makes them.
+    box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.6g}")}

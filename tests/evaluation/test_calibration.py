@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reliability, drift and false alarms."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from ovd.evaluation.calibration import (
+    pooled,
+    reliability,
+    reliability_svg,
+    score_drift,
+    separated,
+    share_of,
+    silent_rate,
+    summary,
+)
+from ovd.evaluation.coco import match_table
+from tests.evaluation.cases import random_case
+
+
+def test_error_of_hand_made_bins() -> None:
+    # Two bins of width .5: scores .2, .4 (none right), scores .6, .8, 1.0 (two right).
+    curve = reliability([0.2, 0.4, 0.6, 0.8, 1.0], [0, 0, 1, 0, 1], bins=2)
+    assert curve.count.tolist() == [2, 3]
+    assert curve.ece == pytest.approx(2 / 5 * 0.3 + 3 / 5 * (0.8 - 2 / 3))
+    assert curve.mce == pytest.approx(0.3)
+
+
+def test_a_score_on_a_border_belongs_to_the_upper_bin_and_one_to_the_last() -> None:
+    assert reliability([0.0, 0.5, 1.0], [1, 1, 1], bins=2).count.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("bins", [5, 15])
+def test_error_equals_a_loop_over_bins(bins: int) -> None:
+    rng = np.random.default_rng(bins)
+    score = rng.random(500)
+    correct = rng.random(500) < score**2
+    expected = 0.0
+    for b in range(bins):
+        inside = (score >= b / bins) & (score < (b + 1) / bins)
+        if inside.any():
+            expected += inside.mean() * abs(correct[inside].mean() - score[inside].mean())
+    assert reliability(score, correct, bins=bins).ece == pytest.approx(expected)
+
+
+def test_honest_scores_have_a_small_error_and_overconfident_ones_a_large() -> None:
+    rng = np.random.default_rng(0)
+    score = rng.random(20_000)
+    correct = rng.random(20_000) < score
+    assert reliability(score, correct).ece < 0.02
+    assert reliability(np.ones(20_000), correct).ece == pytest.approx(0.5, abs=0.02)
+
+
+def test_no_detections_have_no_error() -> None:
+    curve = reliability([], [])
+    assert math.isnan(curve.ece) and math.isnan(curve.mce)
+    assert "0 detections" in reliability_svg(curve)
+
+
+@pytest.mark.parametrize("score, correct", [([1.1], [1]), ([-0.1], [0]), ([float("nan")], [0]), ([0.5, 0.5], [1])])
+def test_impossible_scores_are_refused(score: list[float], correct: list[int]) -> None:
+    with pytest.raises(ValueError, match="score"):
+        reliability(score, correct)
+
+
+def test_drift_counts_what_moved_and_a_lost_detection_as_score_zero() -> None:
+    drift = score_drift([0.9, 0.5, 0.7, 0.3], [0.9, 0.45, 0.6, math.nan])
+    assert drift.count == 4
+    assert drift.largest == pytest.approx(0.3)
+    assert drift.mean == pytest.approx((0 + 0.05 + 0.1 + 0.3) / 4)
+    assert drift.within == 0.5
+    assert math.isnan(score_drift([], []).within)
+    with pytest.raises(ValueError, match="differ in length"):
+        score_drift([0.5], [0.5, 0.5])
+
+
+def test_silent_rate_counts_pictures_below_the_threshold() -> None:
+    rate = silent_rate([0.1, 0.3, 0.5, math.nan, -math.inf], 0.3)  # a score at the threshold is shown
+    assert (rate.count, rate.share) == (5, 0.6)
+    assert rate.low < 0.6 < rate.high
+
+
+@pytest.mark.parametrize(
+    "hits, count, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (95, 100, 0.8882, 0.9785)]
+)
+def test_interval_equals_tabulated_wilson_values(hits: int, count: int, low: float, high: float) -> None:
+    rate = share_of(hits, count)
+    assert (rate.low, rate.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_no_cases_have_no_rate() -> None:
+    assert math.isnan(share_of(0, 0).share)
+
+
+def test_pooled_matches_leave_out_crowds_and_low_scores() -> None:
+    gt, results = random_case(6, images=12)
+    table = match_table(gt, results)
+    score, correct = pooled(table)
+    ignored = sum(int(m.ignored.sum()) for m in table.values())
+    assert ignored > 0
+    assert len(score) == len(correct) == len(results) - ignored
+    assert pooled(table, minimum=0.5)[0].min() >= 0.5
+    one = next(iter(table))
+    assert len(pooled(separated(table, [one]))[0]) == int((~table[one].ignored).sum())
+
+
+def test_diagram_is_well_formed_and_escapes_its_title() -> None:
+    rng = np.random.default_rng(0)
+    score = rng.random(100)
+    svg = reliability_svg(reliability(score, score > 0.5), title="<script>&", caption="novel & base")
+    root = ET.fromstring(svg)
+    bars = list(root.iter("{http://www.w3.org/2000/svg}rect"))
+    assert len(bars) == 1 + 15
+    assert "<script" not in svg
+
+
+def test_summary_has_flat_stable_keys() -> None:
+    values = summary(reliability([0.5], [1]), score_drift([0.5], [0.5]), silent_rate([0.1], 0.5))
+    assert set(values) == {
+        "calibration/ece", "calibration/mce", "calibration/drift_mean", "calibration/drift_largest",
+        "calibration/drift_within", "calibration/silent_share", "calibration/silent_low", "calibration/silent_high",
+    }  # fmt: skip

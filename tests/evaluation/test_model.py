@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a model: generated scenes, COCO pictures, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ovd import evaluate as command
+from ovd.data.splits import Split
+from ovd.detector import Detector
+from ovd.evaluate import DataSpec, main
+from ovd.evaluation.coco import evaluate, evaluate_source, run_images, run_source
+from ovd.evaluation.predictor import predictor_for
+from ovd.modeling.scoring import RegionSet
+from ovd.vocabulary import Vocabulary
+from pretrain.data.stickers import Scene, SceneSource, Stickers, coco_objects
+from pretrain.engine.errors import UserError
+from tests.detector.fakes import make_detector, picture
+
+COLOURS = {1: "red", 5: "green", 9: "blue", 20: "yellow"}
+SPLIT = Split(name="colours", base=(1, 9), novel=(5, 20), names=COLOURS)
+RECTANGLES = [
+    [("red", 10, 20, 50, 70), ("blue", 80, 30, 150, 110)],
+    [("green", 5, 5, 60, 60), ("yellow", 70, 10, 100, 100), ("red", 110, 60, 150, 110)],
+]
+
+
+@pytest.fixture(scope="module")
+def source() -> SceneSource:
+    return SceneSource(Stickers.load(), split="val", seed=3, size=96, length=4)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """Two pictures of coloured rectangles with exact annotations: (folder, annotation file, its content)."""
+    ids = {name: i for i, name in COLOURS.items()}
+    gt: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": n} for i, n in COLOURS.items()],
+    }
+    for n, rectangles in enumerate(RECTANGLES):
+        Image.fromarray(picture(rectangles)).save(tmp_path / f"{n}.png")
+        gt["images"].append({"id": 40 + n, "file_name": f"{n}.png", "width": 160, "height": 120})
+        for name, x1, y1, x2, y2 in rectangles:
+            box = [x1, y1, x2 - x1, y2 - y1]
+            polygon = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+            gt["annotations"].append(
+                {"id": len(gt["annotations"]) + 1, "image_id": 40 + n, "category_id": ids[name], "bbox": box,
+                 "area": box[2] * box[3], "iscrowd": 0, "segmentation": polygon}
+            )  # fmt: skip
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    return tmp_path, tmp_path / "gt.json", gt
+
+
+class Oracle:
+    """Knows the scenes: answers with their labels, of some categories only."""
+
+    def __init__(self, source: SceneSource, known: frozenset[int]) -> None:
+        self.scenes: list[Scene] = [source.scene(i) for i in range(len(source))]
+        self.known = known
+
+    def __call__(self, image: np.ndarray, image_id: Any) -> list[dict[str, Any]]:
+        scene = self.scenes[image_id - 1]
+        assert (scene.image == image).all()
+        _, objects = coco_objects(scene, image_id=image_id, first_annotation_id=1)
+        keys = ("image_id", "category_id", "bbox", "segmentation")
+        return [{k: o[k] for k in keys} | {"score": 1.0} for o in objects if o["category_id"] - 1 in self.known]
+
+
+def test_a_predictor_that_knows_the_base_nouns_has_full_base_and_no_novel_precision(source: SceneSource) -> None:
+    values = evaluate_source(source, Oracle(source, source.stickers.base)).values
+    for kind in ("bbox", "segm"):
+        assert values[f"{kind}/AP_base"] == pytest.approx(1.0)
+        assert values[f"{kind}/AR100_base"] == 1.0
+        assert values[f"{kind}/AP_novel"] == 0.0
+
+
+def test_proposals_of_a_source_are_what_recall_is_computed_from(source: SceneSource) -> None:
+    everything = source.stickers.base | source.stickers.novel
+    steps: list[tuple[int, int]] = []
+    metrics = evaluate_source(
+        source,
+        Oracle(source, frozenset()),
+        propose=Oracle(source, everything),
+        on_image=lambda done, total: steps.append((done, total)),
+    )
+    assert metrics.values["bbox/AR100_novel"] == metrics.values["bbox/AR100_base"] == 1.0
+    assert metrics.values["bbox/AP"] == 0.0
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_ground_truth_of_a_source_holds_every_label_of_every_scene(source: SceneSource) -> None:
+    gt, results, proposals = run_source(source, lambda image, image_id: [])
+    assert (results, proposals) == ([], None)
+    assert [i["id"] for i in gt["images"]] == [1, 2, 3, 4]
+    assert len(gt["annotations"]) == sum(len(source.scene(i).classes) for i in range(4))
+    assert [a["id"] for a in gt["annotations"]] == list(range(1, len(gt["annotations"]) + 1))
+    assert evaluate(gt, [], Split.load("stickers")).counts["objects"] == len(gt["annotations"])
+
+
+def test_a_source_that_hides_novel_labels_is_refused() -> None:
+    source = SceneSource(Stickers.load(), split="val", seed=3, size=96, length=1, labels="base")
+    with pytest.raises(UserError, match="hides the labels"):
+        evaluate_source(source, lambda image, image_id: [])
+
+
+def test_detector_on_pictures_finds_boxes_and_masks_by_name(photos: tuple[Path, Path, dict[str, Any]]) -> None:
+    folder, _, gt = photos
+    predict = predictor_for(make_detector(), SPLIT)
+    results, proposals = run_images(gt, folder, predict, propose=predict.propose)
+    values = evaluate(gt, results, SPLIT, proposals=proposals).values
+    for key in ("bbox/AP50_base", "bbox/AP50_novel", "bbox/AP", "segm/AP50", "bbox/AR100_novel"):
+        assert values[key] == pytest.approx(1.0), key
+    assert "segm/AR100" not in values  # these proposals carry no masks
+
+
+def test_published_scores_are_one_softmax_over_words_and_background() -> None:
+    detector = make_detector()
+    predict = predictor_for(detector, SPLIT)
+    regions = detector.embed(picture()).regions
+    score = predict.score(regions)
+    logits = 20.0 * regions.text @ torch.cat([predict.rows, detector.model.background[None]]).T
+    assert torch.allclose(score, logits.softmax(1)[:, :4])
+
+
+def test_calibrated_scores_are_those_of_the_detector() -> None:
+    detector = make_detector()
+    predict = predictor_for(detector, SPLIT, scores="calibrated")
+    score = predict.score(detector.embed(picture()).regions)
+    found = detector.embed(picture()).classify(list(COLOURS.values()), threshold=0.0)
+    for region, class_id, confidence in zip(found.region, found.class_id, found.confidence, strict=True):
+        assert float(score[region, class_id]) == pytest.approx(float(confidence), abs=1e-6)
+
+
+def two_heads(regions: RegionSet) -> RegionSet:
+    regions.image = regions.text.roll(1, dims=0)
+    return regions
+
+
+def test_base_novel_ensemble_weighs_the_heads_by_group() -> None:
+    detector = make_detector()
+    regions = two_heads(detector.embed(picture()).regions)
+    predict = predictor_for(detector, SPLIT, ensemble="base-novel")
+    scale, rows = 20.0, predict.rows
+    text = (scale * regions.text @ torch.cat([rows, detector.model.background[None]]).T).softmax(1)[:, :4]
+    assert regions.image is not None
+    image = (scale * regions.image @ rows.T).softmax(1)
+    score = predict.score(regions)
+    for column, category in enumerate(predict.category_ids):
+        e = 2 / 3 if category in SPLIT.base else 1 / 3
+        assert torch.allclose(score[:, column], text[:, column] ** e * image[:, column] ** (1 - e), atol=1e-6)
+
+
+def test_results_are_limited_ordered_and_duplicates_suppressed_per_class() -> None:
+    predict = predictor_for(make_detector(), SPLIT, limit=5, masks=False)
+    results = predict(picture(), 7)
+    scores = [d["score"] for d in results]
+    assert len(results) == 5
+    assert scores == sorted(scores, reverse=True)
+    assert all(d["image_id"] == 7 and "segmentation" not in d for d in results)
+    assert {results[0]["category_id"], results[1]["category_id"]} == {1, 9}
+
+
+def test_words_of_a_vocabulary_file_must_name_categories() -> None:
+    detector = make_detector()
+    partly = predictor_for(detector, SPLIT, vocabulary=Vocabulary.parse(["Blue: navy", "red"]))
+    assert partly.category_ids == (9, 1)
+    with pytest.raises(UserError, match="'purple' is not a category"):
+        predictor_for(detector, SPLIT, vocabulary=Vocabulary.parse(["purple"]))
+    with pytest.raises(UserError, match="negative words"):
+        predictor_for(detector, SPLIT, vocabulary=Vocabulary.parse(["red", "-blue"]))
+
+
+def test_command_runs_a_detector_on_coco_pictures_and_its_files_evaluate_to_the_same(
+    photos: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, annotations, _ = photos
+    SPLIT.save(folder / "split.json")
+    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights: make_detector()))
+    out = folder / "out"
+    data = f"coco:{folder}:{annotations}"
+    split = ["--split", str(folder / "split.json")]
+    assert main(["--weights", "x", "--data", data, *split, "--out", str(out), "--agnostic", "results"]) == 0
+    first = json.loads((out / "metrics.json").read_text())
+    assert first["metrics"]["bbox/AP50_novel"] == pytest.approx(1.0)
+    assert first["run"]["weights_sha256"] == "0" * 64
+    assert "AP50" in capsys.readouterr().out
+    again = folder / "again"
+    files = ["--annotations", str(annotations), "--predictions", str(out / "results.json")]
+    assert main([*files, *split, "--out", str(again)]) == 0
+    second = json.loads((again / "metrics.json").read_text())
+    assert second["metrics"] == first["metrics"]
+    assert second["dataset_sha256"] == first["dataset_sha256"]
+
+
+def test_command_runs_a_detector_on_sticker_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights: make_detector()))
+    out = tmp_path / "out"
+    assert main(["--weights", "x", "--data", "stickers-val:3:5", "--size", "96", "--out", str(out)]) == 0
+    run = json.loads((out / "metrics.json").read_text())
+    assert run["split"]["name"] == "stickers"
+    assert run["counts"]["images"] == 3
+    assert run["run"]["words"] == run["split"]["base"] + run["split"]["novel"]
+    assert json.loads((out / "proposals.json").read_text())
+    gt = json.loads((out / "annotations.json").read_text())
+    assert gt["info"]["seed"] == 5
+
+
+def test_a_picture_of_another_size_than_annotated_is_refused(photos: tuple[Path, Path, dict[str, Any]]) -> None:
+    folder, _, gt = photos
+    gt["images"][1]["width"] = 120
+    gt["images"][1]["height"] = 160
+    with pytest.raises(UserError, match=r"1\.png: 160×120 px, but the annotations say 120×160"):
+        run_images(gt, folder, lambda image, image_id: [])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("stickers-val", DataSpec(count=command.DEFAULT_COUNT, seed=command.DEFAULT_SEED)),
+        ("stickers-val:20", DataSpec(count=20, seed=command.DEFAULT_SEED)),
+        ("stickers-val:20:7", DataSpec(count=20, seed=7)),
+        ("coco:a/b:c.json", DataSpec(images=Path("a/b"), annotations=Path("c.json"))),
+    ],
+)
+def test_data_specifications(text: str, expected: DataSpec) -> None:
+    assert DataSpec.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["stickers-val:x", "stickers-val:0", "stickers-val:1:2:3", "coco:a", "coco::b", "voc", ""]
+)
+def test_unknown_data_specifications_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"expected stickers-val\[:COUNT\[:SEED\]\] or coco"):
+        DataSpec.parse(text)
