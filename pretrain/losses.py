@@ -65,9 +65,10 @@ def embedding_distillation(
         cosine = (student * teacher).sum(-1).mean()
         loss = 1 - cosine
         if similarity_weight and len(student) > 2:
-            others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
-            theirs = (teacher @ teacher.T)[others].view(len(student), -1) / temperature
-            ours = (student @ student.T)[others].view(len(student), -1) / temperature
+            # Far below every similarity, yet finite: 0 x (-inf + inf) would be NaN in the divergence.
+            itself = torch.eye(len(student), device=student.device) * -1e4
+            theirs = teacher @ teacher.T / temperature + itself
+            ours = student @ student.T / temperature + itself
             divergence = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), log_target=True, reduction="batchmean")
             loss = loss + similarity_weight * divergence
         return loss, cosine.detach()

@@ -91,8 +91,8 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
         )
     return PhraseSource(
         targets,
-        tokens=encoder.tokenize(targets.phrases),
-        weights=dict(read_phrases(cfg.data.phrases)) if cfg.data.phrases else None,
+        phrases=read_phrases(cfg.data.phrases) if cfg.data.phrases else None,
+        tokenize=encoder.tokenize,
         held_out_share=cfg.data.held_out,
         seed=cfg.loop.seed,
     )

@@ -37,7 +37,7 @@ def load_teacher() -> SentenceTransformer:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--phrases", type=Path, required=True, action="append", help="one phrase per line; repeatable")
+    parser.add_argument("--phrases", type=Path, required=True, action="append", help="phrase file (pretrain.data.phrases); repeatable")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file, created or extended")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--save-every", type=int, default=8192)
@@ -49,8 +49,10 @@ def main(argv: list[str]) -> int:
     if args.out.exists():
         targets = read_targets(args.out)
         known, rows = list(targets.phrases), [targets.embeddings.numpy()]
-    wanted = dict.fromkeys(phrase for path in args.phrases for phrase, _ in read_phrases(path))
-    todo = [p for p in wanted if p not in set(known)][: args.limit]
+    phrases = [phrase for path in args.phrases for phrase in read_phrases(path)]
+    wanted = dict.fromkeys([*(p.text for p in phrases), *(p.definition for p in phrases if p.definition)])
+    have = set(known)
+    todo = [p for p in wanted if p not in have][: args.limit]
     print(f"{len(known)} phrases known, {len(todo)} to embed", flush=True)
     model = load_teacher() if todo else None
     started = time.perf_counter()

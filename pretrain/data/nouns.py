@@ -38,13 +38,17 @@ ARTIFACT_LIKE = (6, 17, 21, 10, 9, 15)
 
 @dataclass(frozen=True)
 class Synset:
-    """One meaning: `lemmas` in WordNet's order with spaces for underscores, `hypernyms` and `hyponyms` as offsets."""
+    """One meaning: `lemmas` in WordNet's order with spaces for underscores, `hypernyms` and `hyponyms` as offsets.
+
+    `definition` is the gloss without its examples.
+    """
 
     offset: int
     lexfile: int
     lemmas: tuple[str, ...]
     hypernyms: tuple[int, ...]
     hyponyms: tuple[int, ...]
+    definition: str = ""
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,8 @@ def _lines(path: Path) -> list[str]:
 def _read_data(path: Path) -> list[Synset]:
     synsets = []
     for number, line in enumerate(_lines(path), 1):
-        fields = line.split(" | ")[0].split()
+        head, _, gloss = line.partition(" | ")
+        fields = head.split()
         try:
             words = int(fields[3], 16)
             lemmas = tuple(fields[4 + 2 * i].replace("_", " ") for i in range(words))
@@ -257,6 +262,7 @@ def _read_data(path: Path) -> list[Synset]:
                     lemmas,
                     tuple(int(p[1]) for p in pointers if p[0] == "@"),
                     tuple(int(p[1]) for p in pointers if p[0] == "~"),
+                    gloss.split('; "')[0].strip(),
                 )
             )
         except (IndexError, ValueError) as error:

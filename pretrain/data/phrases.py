@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phrases and their teacher embeddings: what the text tower is distilled from.
 
-A phrase file is UTF-8 text, one `phrase<TAB>weight` per line (the weight may be left out: 1). A target file is one
-safetensors file with `embeddings` (P, D) float16 and `phrases` (bytes, one phrase per line), so that the two cannot be
-separated.
+A phrase file is UTF-8 text, one `phrase<TAB>weight<TAB>definition` per line; weight (1) and definition (none) may be left
+out. The target of a phrase with a definition is the normalised sum of the teacher's embeddings of both: a sentence encoder
+knows a bare rare noun badly and a dictionary's sentence about it well. A target file is one safetensors file with
+`embeddings` (P, D) float16 and `phrases` (bytes, one text per line), so that the two cannot be separated.
 
 `python -m pretrain.data.phrases --wordnet DIR --out FILE` writes the phrase file of the shipped text tower.
 """
@@ -16,9 +17,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from pretrain.data.nouns import WordNet
+from pretrain.data.nouns import ARTIFACT_LIKE, DRAWABLE, SENSES_OF_SUPERCATEGORY, Synset, WordNet
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ PROMPTS = (
 )  # fmt: skip
 
 
+class Phrase(NamedTuple):
+    """A text to learn, how often to draw it, and a sentence that defines it (or "")."""
+
+    text: str
+    weight: float = 1.0
+    definition: str = ""
+
+
 @dataclass(frozen=True)
 class Targets:
     """`phrases` (P,) and their unit `embeddings` (P, D) float16."""
@@ -41,8 +50,8 @@ class Targets:
     embeddings: torch.Tensor
 
 
-def read_phrases(path: str | Path) -> list[tuple[str, float]]:
-    """Read `phrase<TAB>weight` lines.
+def read_phrases(path: str | Path) -> list[Phrase]:
+    """Read `phrase<TAB>weight<TAB>definition` lines.
 
     Raises:
         UserError: The file is unreadable, or a weight is no positive number.
@@ -53,8 +62,9 @@ def read_phrases(path: str | Path) -> list[tuple[str, float]]:
         raise UserError(f"cannot read the phrases {path}: {error.strerror}") from error
     found = []
     for number, line in enumerate(lines, 1):
-        phrase, _, weight = line.partition("\t")
-        if not phrase.strip():
+        text, _, rest = line.partition("\t")
+        weight, _, definition = rest.partition("\t")
+        if not text.strip():
             continue
         try:
             value = float(weight) if weight else 1.0
@@ -62,13 +72,14 @@ def read_phrases(path: str | Path) -> list[tuple[str, float]]:
             value = -1.0
         if not value > 0:
             raise UserError(f"{path}:{number}: the weight {weight!r} is not a positive number")
-        found.append((phrase, value))
+        found.append(Phrase(text, value, definition))
     return found
 
 
-def write_phrases(path: str | Path, phrases: Sequence[tuple[str, float]]) -> None:
+def write_phrases(path: str | Path, phrases: Sequence[Phrase]) -> None:
     """Write what `read_phrases` reads."""
-    Path(path).write_text("".join(f"{p}\t{w:.3f}\n" for p, w in phrases), encoding="utf-8")
+    lines = [f"{p.text}\t{p.weight:.3f}" + (f"\t{p.definition}" if p.definition else "") + "\n" for p in phrases]
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def write_targets(path: str | Path, phrases: Sequence[str], embeddings: np.ndarray) -> None:
@@ -108,55 +119,86 @@ def read_targets(path: str | Path) -> Targets:
     return Targets(phrases, tensors["embeddings"])
 
 
+def define(synset: Synset, *, longest: int = 120) -> str:
+    """`dog: a member of the genus Canis …`, cut at a word."""
+    text = f"{synset.lemmas[0]}: {synset.definition}"
+    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0]
+
+
 def build_phrases(
-    wordnet: WordNet, nouns: Sequence[str], captions: Sequence[str], *, prompted: int = 30_000, seed: int = 0
-) -> list[tuple[str, float]]:
-    """The training phrases, most useful first (a run that is cut short keeps the best).
+    wordnet: WordNet,
+    nouns: Sequence[str],
+    supercategories: Sequence[str],
+    captions: Sequence[tuple[str, str | None]],
+    *,
+    prompted: int = 30_000,
+    definitions: int | None = None,
+    seed: int = 0,
+) -> list[Phrase]:
+    """The training phrases, most useful first.
 
     The class names alone and in every prompt, the captions, every WordNet noun alone, and the `prompted` most useful
-    WordNet nouns once more in one drawn prompt each.
+    WordNet nouns once more in one drawn prompt each. Class names are defined by the sense that fits their
+    supercategory, other nouns by their most common sense if it is a thing one can draw.
+
+    Args:
+        wordnet: The dictionary.
+        nouns: Class names.
+        supercategories: One per class.
+        captions: Texts with the one class they name, or None when they name several.
+        prompted: How many WordNet nouns to repeat in a prompt.
+        definitions: Use only the first so many different definitions (those of the most useful phrases); None: all.
+        seed: Of the prompts drawn.
     """
     rng = random.Random(seed)
-    weights: dict[str, float] = {}
+    found: dict[str, Phrase] = {}
 
-    def add(phrase: str, weight: float) -> None:
-        key = " ".join(phrase.split())
-        weights[key] = max(weight, weights.get(key, 0.0))
+    def add(text: str, weight: float, definition: str) -> None:
+        key = " ".join(text.split())
+        old = found.get(key)
+        found[key] = Phrase(key, weight, definition) if old is None else old._replace(weight=max(weight, old.weight))
 
-    for noun in nouns:
-        add(noun, 12.0)
+    meaning: dict[str, str] = {}
+    for noun, group in zip(nouns, supercategories, strict=True):
+        synset = wordnet.first_sense(noun, SENSES_OF_SUPERCATEGORY.get(group, ARTIFACT_LIKE))
+        meaning[noun] = define(synset) if synset else ""
+        add(noun, 12.0, meaning[noun])
         for prompt in PROMPTS:
-            add(prompt.format(noun), 4.0)
-    for caption in captions:
-        add(caption, 3.0)
-    ranked = wordnet.phrases()
-    for phrase, weight in ranked:
-        add(phrase, weight)
+            add(prompt.format(noun), 4.0, meaning[noun])
+    for caption, only in captions:
+        add(caption, 3.0, meaning[only] if only else "")
+    ranked = [(text, weight, wordnet.first_sense(text)) for text, weight in wordnet.phrases()]
+    for text, weight, synset in ranked:
+        add(text, weight, define(synset) if synset and synset.lexfile in DRAWABLE else "")
     for plural, singular in wordnet.exceptions.items():
-        if wordnet.counts.get(singular, 0):
-            add(plural, 1.0)
-    for phrase, weight in ranked[:prompted]:
-        add(rng.choice(PROMPTS).format(phrase), weight / 2)
-    return list(weights.items())
+        if wordnet.counts.get(singular, 0) and singular in found:
+            add(plural, 1.0, found[singular].definition)
+    for text, weight, _ in ranked[:prompted]:
+        add(rng.choice(PROMPTS).format(text), weight / 2, found[text].definition if text in found else "")
+    kept = set(list(dict.fromkeys(p.definition for p in found.values() if p.definition))[:definitions])
+    return [p if p.definition in kept else p._replace(definition="") for p in found.values()]
 
 
 def main(argv: list[str]) -> int:
     """Write the phrase file."""
-    from pretrain.data.stickers import Stickers, caption_for
+    from pretrain.data.captions import caption_for
+    from pretrain.data.stickers import Stickers
 
     parser = argparse.ArgumentParser(prog="python -m pretrain.data.phrases", description="Write the training phrases.")
     parser.add_argument("--wordnet", type=Path, required=True, help="folder of WordNet 3.0's files")
     parser.add_argument("--out", type=Path, required=True, help="text file, one phrase and weight per line")
     parser.add_argument("--captions", type=int, default=12_000, help="how many captions to draw")
+    parser.add_argument("--definitions", type=int, help="use so many definitions, of the most useful phrases (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     stickers = Stickers.load()
     rng = random.Random(args.seed)
-    captions = []
+    captions: list[tuple[str, str | None]] = []
     for i in range(args.captions):
         names = [stickers.nouns[i % len(stickers.nouns)], *rng.sample(stickers.nouns, rng.choice((0, 0, 0, 1, 2)))]
-        captions.append(caption_for(names, rng))
-    phrases = build_phrases(WordNet.load(args.wordnet), stickers.nouns, captions, seed=args.seed)
+        captions.append((caption_for(names, rng), names[0] if len(names) == 1 else None))
+    wordnet = WordNet.load(args.wordnet)
+    phrases = build_phrases(wordnet, stickers.nouns, stickers.supercategory, captions, definitions=args.definitions, seed=args.seed)
     write_phrases(args.out, phrases)
     print(f"{len(phrases)} phrases written to {args.out}")
     return 0

@@ -7,13 +7,14 @@ import bisect
 import hashlib
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from pretrain.data.phrases import Targets
+from pretrain.data.phrases import Phrase, Targets
 from pretrain.engine.errors import UserError
 
 
@@ -33,40 +34,49 @@ class PhraseSource:
     """Draws phrases with a probability proportional to their weight.
 
     Args:
-        targets: Phrases and embeddings.
-        tokens: (P, T) tokens of every phrase, in the same order (they are computed once).
-        weights: Phrase -> weight; None: all alike. A phrase that is missing here is not drawn.
+        targets: Texts and embeddings; phrases without an embedding of their text are not drawn.
+        phrases: What to learn; None: every text of the targets, alike.
+        tokenize: Texts -> (N, T) tokens, applied once.
         held_out_share: Share of the phrases that is never drawn.
         seed: Of the draws.
+
+    Raises:
+        UserError: Nothing is left to draw, or a definition was never embedded.
     """
 
     def __init__(
         self,
         targets: Targets,
         *,
-        tokens: Tensor,
-        weights: Mapping[str, float] | None = None,
+        phrases: Sequence[Phrase] | None,
+        tokenize: Callable[[Sequence[str]], Tensor],
         held_out_share: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.embeddings, self.tokens, self.seed = targets.embeddings, tokens, seed
-        chosen: list[tuple[int, float]] = []
-        for row, phrase in enumerate(targets.phrases):
-            weight = 1.0 if weights is None else weights.get(phrase, 0.0)
-            if weight > 0 and not held_out(phrase, held_out_share):
-                chosen.append((row, weight))
+        self.seed = seed
+        row = {text: i for i, text in enumerate(targets.phrases)}
+        wanted = [Phrase(text) for text in targets.phrases] if phrases is None else phrases
+        chosen = [p for p in wanted if p.text in row and not held_out(p.text, held_out_share)]
         if not chosen:
-            raise UserError("no phrase of the targets is in the phrase file: were they written from another file?")
-        self.rows = [row for row, _ in chosen]
-        self.cumulative = list(itertools.accumulate(weight for _, weight in chosen))
+            raise UserError("no phrase of the phrase file has a target: were the targets made from another file?")
+        self.tokens = tokenize([p.text for p in chosen])
+        self.embeddings = targets.embeddings[[row[p.text] for p in chosen]]
+        defined = [i for i, p in enumerate(chosen) if p.definition]
+        missing = [chosen[i].definition for i in defined if chosen[i].definition not in row]
+        if missing:
+            raise UserError(f"{len(missing)} definitions have no target, such as {missing[0]!r}: embed the phrase file again")
+        if defined:
+            both = self.embeddings[defined].float() + targets.embeddings[[row[chosen[i].definition] for i in defined]].float()
+            self.embeddings[defined] = F.normalize(both, dim=-1).half()
+        self.cumulative = list(itertools.accumulate(p.weight for p in chosen))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.cumulative)
 
     def sample(self, index: int, draw: int) -> int:
         """The row of a phrase: a function of the draw alone, because weights, not an order, decide."""
         point = random.Random(self.seed << 40 ^ draw).random() * self.cumulative[-1]
-        return self.rows[min(bisect.bisect(self.cumulative, point), len(self.rows) - 1)]
+        return min(bisect.bisect(self.cumulative, point), len(self.cumulative) - 1)
 
     def collate(self, samples: Sequence[int]) -> PhraseBatch:
         """Look up tokens and embeddings."""
