@@ -596,7 +596,7 @@ def _write_shard(
     flush(every=True)
 
     temporary = path / f".shard-{shard:05d}.safetensors.{uuid.uuid4().hex}.tmp"
-    save_file(tensors, temporary, metadata={"format": FORMAT, "shard": str(shard)})
+    save_file(tensors, temporary, metadata={"format": FORMAT})  # one key: safetensors writes several in random order
     digest, size = _sha256(temporary), temporary.stat().st_size
     _sync(temporary)
     os.replace(temporary, _shard_path(path, shard))
