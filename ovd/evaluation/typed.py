@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes as a person uses the detector: a few words typed, some of them in the picture and some not.
+
+What is measured here is what a score means: how often a detection of score s is right, how high an absent word gets,
+and how far a score moves when more words are typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+from ovd.modeling.scoring import Calibration, RegionSet, score_regions
+
+NMS_IOU = 0.5
+MATCH_IOU = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedScene:
+    """One picture's regions, its labels and the words that are typed for it.
+
+    Attributes:
+        regions: of the detector.
+        boxes: (n, 4) labelled boxes, pixels.
+        classes: (n,) index into the vocabulary.
+        present: indices of the typed words that are in the picture.
+        absent: indices of the typed words that are not, near-synonyms of what is there excluded.
+    """
+
+    regions: RegionSet
+    boxes: Tensor
+    classes: Tensor
+    present: tuple[int, ...]
+    absent: tuple[int, ...]
+
+
+def draw_words(
+    classes: Sequence[int],
+    *,
+    vocabulary: int,
+    near: Mapping[int, frozenset[int]],
+    absent: int,
+    rng: np.random.Generator,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(present, absent) words for a picture with these classes; near-synonyms of what is there are never "absent"."""
+    present = tuple(sorted(set(classes)))
+    taken = set(present).union(*(near.get(c, frozenset()) for c in present))
+    free = [c for c in range(vocabulary) if c not in taken]
+    return present, tuple(int(c) for c in rng.permutation(free)[:absent])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Pooled over scenes.
+
+    Attributes:
+        score: (N,) of every detection after NMS.
+        correct: (N,) bool, right class and IoU ≥ .5 with a label not yet taken by a better detection.
+        best_absent: (M,) best score of each absent word in its picture.
+        labels: number of labelled objects.
+    """
+
+    score: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+    best_absent: NDArray[np.float64]
+    labels: int
+
+
+def run_typed(
+    scenes: Sequence[TypedScene],
+    *,
+    rows_CD: Tensor,
+    bank_BD: Tensor,
+    background_D: Tensor | None,
+    calibration: Calibration,
+    floor: float = 0.01,
+) -> Outcome:
+    """Score, NMS and match every scene with its own words.
+
+    Args:
+        scenes: see :class:`TypedScene`.
+        rows_CD: unit text embeddings of the whole vocabulary.
+        bank_BD, background_D, calibration: of the checkpoint.
+        floor: detections below it are not counted (before the sigmoid of the calibration).
+    """
+    scores: list[float] = []
+    correct: list[bool] = []
+    best_absent: list[float] = []
+    labels = 0
+    for scene in scenes:
+        words = torch.tensor(scene.present + scene.absent)
+        regions = scene.regions
+        score_RC = score_regions(
+            regions.text, regions.image, regions.objectness, rows_CD[words], bank_BD, background_D, calibration
+        )
+        best_absent.extend(score_RC[:, len(scene.present) :].max(dim=0).values.tolist())
+        best_R, word_R = score_RC.max(dim=1)
+        keep = torch.nonzero(best_R >= floor)[:, 0]
+        order = batched_nms(regions.boxes[keep].float(), best_R[keep], word_R[keep], NMS_IOU)
+        chosen = keep[order]
+        overlap = box_iou(regions.boxes[chosen].float(), scene.boxes.float())
+        free = torch.ones(len(scene.boxes), dtype=torch.bool)
+        labels += len(scene.boxes)
+        for i, region in enumerate(chosen.tolist()):
+            fits = (scene.classes == words[word_R[region]]) & free & (overlap[i] >= MATCH_IOU)
+            hit = bool(fits.any())
+            if hit:
+                free[int((overlap[i] * fits).argmax())] = False
+            scores.append(float(best_R[region]))
+            correct.append(hit)
+    return Outcome(
+        score=np.array(scores), correct=np.array(correct, dtype=bool), best_absent=np.array(best_absent), labels=labels
+    )
+
+
+def average_precision(outcome: Outcome) -> float:
+    """Area under the precision-recall curve of the pooled detections, all classes together; a ranking measure."""
+    if outcome.labels == 0 or len(outcome.score) == 0:
+        return 0.0
+    order = np.argsort(-outcome.score, kind="stable")
+    hits = outcome.correct[order]
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    return float((precision * hits).sum() / outcome.labels)
+
+
+def choose_ranking(
+    scenes: Sequence[TypedScene],
+    *,
+    rows_CD: Tensor,
+    bank_BD: Tensor,
+    background_D: Tensor | None,
+    start: Calibration,
+    logit_scales: Sequence[float] = (25.0, 35.0, 50.0, 70.0, 100.0),
+    objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
+) -> Calibration:
+    """The temperature and objectness exponent with the best pooled average precision, before the sigmoid is fitted."""
+    best, best_ap = start, -1.0
+    for scale in logit_scales:
+        for weight in objectness_weights:
+            candidate = replace(start.uncalibrated(), logit_scale=scale, objectness_weight=weight)
+            outcome = run_typed(
+                scenes, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=candidate, floor=1e-4
+            )
+            ap = average_precision(outcome)
+            if ap > best_ap:
+                best, best_ap = candidate, ap
+    return best
