@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     from ovd.evaluation.coco import Metrics
+    from ovd.evaluation.compare import Difference
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 1000  # of the validation scenes that the tables are computed on
@@ -54,7 +55,7 @@ def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     """For anybody's results: `--annotations`, `--predictions`, `--split`."""
     from ovd.data.coco import check_ground_truth, read_json
     from ovd.data.splits import Split
-    from ovd.evaluation import coco
+    from ovd.evaluation import coco, report
 
     gt, results = read_json(args.annotations), read_json(args.predictions)
     proposals = read_json(args.proposals) if args.proposals else None
@@ -65,7 +66,32 @@ def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     metrics = coco.evaluate(
         gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals, where=where
     )
-    return _finish(metrics, args, argv, dataset_sha256=_file_sha256(args.annotations))
+    extra: dict[str, Any] = {}
+    if args.compare:
+        differences, kind = _differences(args, gt, results, metrics)
+        print(f"AP50 ({kind}) against {args.compare}, with a 95 % interval over resampled images:")
+        for group, d in differences.items():
+            print(f"{group:8}" + report.difference_line(d))
+        print()
+        extra["compare"] = {"file": args.compare, "kind": kind} | {
+            g: report.json_safe(asdict(d)) for g, d in differences.items()
+        }
+    return _finish(metrics, args, argv, dataset_sha256=_file_sha256(args.annotations), **extra)
+
+
+def _differences(
+    args: argparse.Namespace, gt: Any, results: Any, metrics: Metrics
+) -> tuple[dict[str, Difference], str]:
+    from ovd.data.coco import read_json
+    from ovd.evaluation.coco import match_table
+    from ovd.evaluation.compare import bootstrap
+
+    kind = "bbox" if any(key.startswith("bbox/") for key in metrics.values) else "segm"
+    first, second = (
+        match_table(gt, content, metrics.split, iou_type=kind, max_dets=args.max_dets, where=(args.annotations, name))
+        for name, content in ((args.compare, read_json(args.compare)), (args.predictions, results))
+    )
+    return bootstrap(first, second, metrics.split.groups), kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--annotations", metavar="GT.json", help="ground truth in COCO format")
     add("--predictions", metavar="RESULTS.json", help="detections in COCO's results format")
     add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")
+    add("--compare", metavar="OTHER.json", help="other results on the same annotations: is the AP50 difference clear?")
     add("--split", metavar="FILE|ovcoco|stickers", help="base and novel categories; default: all are base")
     add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
     add("--max-dets", type=_positive, default=100, help="detections per image and category for AP (default 100)")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ovd.evaluation.coco import AVERAGES, RECALL_CAPS, Metrics
+from ovd.evaluation.compare import Difference
 
 SCHEMA_VERSION = 1
 TITLES = {"bbox": "boxes", "segm": "masks"}
@@ -56,7 +57,7 @@ def to_json(metrics: Metrics, *, command: Sequence[str] = (), extra: Mapping[str
     """
     return {
         "schema_version": SCHEMA_VERSION,
-        "metrics": {k: None if math.isnan(v) else v for k, v in metrics.values.items()},
+        "metrics": json_safe(metrics.values),
         "split": {"name": metrics.split.name, "hash": metrics.split.hash,
                   "base": len(metrics.split.base), "novel": len(metrics.split.novel)},
         "dataset_sha256": metrics.dataset_sha256,
@@ -95,6 +96,20 @@ def markdown_row(name: str, metrics: Metrics, *, kind: str = "bbox", cells: Sequ
     ]
     numbers = [percent(value(metrics, kind, column, group)) for column, group in keys]
     return "| " + " | ".join([name, *numbers, *cells]) + " |"
+
+
+def difference_line(d: Difference) -> str:
+    """`31.2 -> 34.0: +2.8 [+1.1, +4.6]`, in percent; says so when the interval holds zero."""
+    if math.isnan(d.difference):
+        return "n/a"
+    low, high = f"{100 * d.low:+.1f}", f"{100 * d.high:+.1f}"
+    verdict = "" if d.clear else "  not clear: the interval holds 0"
+    return f"{percent(d.a)} -> {percent(d.b)}: {100 * d.difference:+.1f} [{low}, {high}]{verdict}"
+
+
+def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values with NaN, which JSON does not have, as None."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
 def _cell(entry: Any) -> Any:

@@ -79,6 +79,17 @@ def test_empty_results_are_evaluated(files: dict[str, Any], capsys: pytest.Captu
     assert "warning: no detections" in capsys.readouterr().err
 
 
+def test_comparison_prints_and_keeps_the_interval(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    other = files["dir"] / "other.json"
+    other.write_text(json.dumps(files["results_content"][::3]))
+    assert main(arguments(files, compare=str(other), out=str(files["dir"] / "out"))) == 0
+    kept = json.loads((files["dir"] / "out" / "metrics.json").read_text())
+    compared = kept["run"]["compare"]
+    assert compared["all"]["b"] == pytest.approx(kept["metrics"]["bbox/AP50"])
+    assert compared["all"]["low"] <= compared["all"]["difference"] <= compared["all"]["high"]
+    assert f"{100 * compared['all']['a']:.1f} -> {100 * compared['all']['b']:.1f}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "which, text, message",
     [

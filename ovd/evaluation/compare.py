@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is A better than B, or is it the choice of pictures? A paired bootstrap over images.
+
+Both result files are judged on the same resampled pictures, so what is hard about a picture is hard for both and falls
+out of the difference. It says nothing about another training seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovd.evaluation.coco import Matches
+
+RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)  # COCO's 101 points
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """`b − a` of one metric.
+
+    Attributes:
+        a, b: the metric of each on all pictures.
+        difference: b − a.
+        low, high: 95 % percentile interval of the difference.
+        samples: bootstrap samples in which the metric exists for both.
+    """
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    samples: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """One category's detections, best score first, crowds' ones dropped."""
+
+    image: NDArray[np.int64]
+    correct: NDArray[np.float64]
+    objects: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, matches: Matches) -> _Sorted:
+        keep = np.flatnonzero(~matches.ignored)
+        order = keep[
+            np.argsort(-matches.score[keep], kind="stable")
+        ]  # as pycocotools: ties stay in the order of images
+        return cls(matches.image[order], matches.correct[order].astype(np.float64), matches.objects)
+
+    def precision(self, weight: NDArray[np.float64]) -> float:
+        """101-point average precision with each image counted `weight` times; NaN without objects."""
+        total = float(self.objects @ weight)
+        if total == 0:
+            return float("nan")
+        times = weight[self.image]
+        hits, drawn = np.cumsum(self.correct * times), np.cumsum(times)
+        used = drawn > 0
+        hits, drawn = hits[used], drawn[used]
+        if not hits.size:
+            return 0.0
+        precision = np.maximum.accumulate((hits / drawn)[::-1])[::-1]
+        index = np.searchsorted(hits / total, RECALLS, side="left")
+        reached = index < len(precision)
+        return float(np.where(reached, precision[np.minimum(index, len(precision) - 1)], 0.0).mean())
+
+
+def mean_precision(
+    matches: Mapping[int, Matches], categories: Sequence[int], weight: NDArray[np.float64] | None = None
+) -> float:
+    """Average precision at the table's IoU, averaged over those of the categories that have objects.
+
+    Args:
+        matches: from `match_table`.
+        categories: ids to average over.
+        weight: (images,) how often each image counts; None: once.
+
+    Returns:
+        The same figure as `evaluate` gives for equal weights; NaN without objects.
+    """
+    return _mean([_Sorted.of(matches[i]) for i in categories], weight)
+
+
+def _mean(tables: Sequence[_Sorted], weight: NDArray[np.float64] | None) -> float:
+    return _average([t.precision(np.ones(len(t.objects)) if weight is None else weight) for t in tables])
+
+
+def _average(values: Sequence[float]) -> float:
+    real = [v for v in values if v == v]
+    return float(np.mean(real)) if real else float("nan")
+
+
+def bootstrap(
+    a: Mapping[int, Matches],
+    b: Mapping[int, Matches],
+    groups: Mapping[str, Sequence[int]],
+    *,
+    samples: int = 500,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Differences of mean average precision with their 95 % intervals over resampled images.
+
+    Args:
+        a, b: match tables of two result files on the same ground truth and split.
+        groups: name -> category ids to average over (`Split.groups`); all groups see the same resampled images.
+        samples: bootstrap samples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the tables are of different ground truth.
+    """
+    categories = sorted({i for ids in groups.values() for i in ids})
+    pairs = {i: (_Sorted.of(a[i]), _Sorted.of(b[i])) for i in categories}
+    if any(not np.array_equal(x.objects, y.objects) for x, y in pairs.values()):
+        raise ValueError("the two match tables come from different ground truth")
+    images = len(next(iter(pairs.values()))[0].objects) if pairs else 0
+
+    def means(weight: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
+        each = {i: (x.precision(weight), y.precision(weight)) for i, (x, y) in pairs.items()}
+        return {
+            name: (_average([each[i][0] for i in ids]), _average([each[i][1] for i in ids]))
+            for name, ids in groups.items()
+        }
+
+    whole = means(np.ones(images))
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in groups}
+    for _ in range(samples if images else 0):
+        weight = np.bincount(rng.integers(0, images, images), minlength=images).astype(np.float64)
+        for name, (one, two) in means(weight).items():
+            drawn[name].append(two - one)
+    result = {}
+    for name, (one, two) in whole.items():
+        real = np.array([d for d in drawn[name] if d == d])
+        low, high = np.percentile(real, [2.5, 97.5]) if real.size else (float("nan"), float("nan"))
+        result[name] = Difference(
+            a=one, b=two, difference=two - one, low=float(low), high=float(high), samples=int(real.size)
+        )
+    return result
