@@ -32,7 +32,15 @@ from pretrain.engine.config_schema import (
     undocumented,
     walk,
 )
-from pretrain.engine.config_yaml import Item, find_config, read_chain, read_overrides, shown_path, to_yaml
+from pretrain.engine.config_yaml import (
+    Item,
+    find_config,
+    override_name,
+    read_chain,
+    read_overrides,
+    shown_path,
+    to_yaml,
+)
 from pretrain.engine.errors import ConfigError
 
 
@@ -165,7 +173,9 @@ def load_config(
         ConfigError: With all problems, each with the file and line, or the override, it comes from.
     """
     top = Shape((model,))
+    given = list(overrides)
     problems: list[str] = []
+    closing: list[str] = []
     merged = Item({}, "configuration")
     if path is not None:
         file = find_config(path, search)
@@ -174,21 +184,31 @@ def load_config(
             merged = _merge(merged, root, top)
         merged = Item(merged.value, shown_path(file))
     partial = bool(problems)
-    changes, found = read_overrides(overrides, lambda old, new: _merge(old, new, Shape()))
+    changes, found = read_overrides(given, lambda old, new: _merge(old, new, Shape()))
     problems += found
     merged = _complete(Item(_merge(merged, changes, top).value, merged.where), top, None)
     try:
         cfg: SectionT = TypeAdapter(model).validate_json(json.dumps(merged.plain()), strict=True)
     except ValidationError as error:
-        problems += explain(error, model, merged, partial=partial)
+        explained, closing = explain(error, model, merged, partial=partial)
+        problems += explained
     if problems:
-        raise ConfigError(sorted(dict.fromkeys(problems), key=_place))
+        raise ConfigError([*_in_order(problems, given), *closing])
     return cfg
 
 
-def _place(problem: str) -> tuple[str, int]:
-    match = re.match(r"(.*?):(\d+): ", problem, flags=re.DOTALL)
-    return (match[1], int(match[2])) if match else (problem.partition(": ")[0], 0)
+def _in_order(problems: Iterable[str], overrides: Sequence[str]) -> list[str]:
+    """Problems of files by file and line, then those of overrides as they were given; each once."""
+    positions = {override_name(override): number for number, override in enumerate(overrides)}
+
+    def place(problem: str) -> tuple[int, str, int]:
+        name = next((name for name in positions if problem.startswith(f"{name}: ")), None)
+        if name is not None:
+            return 1, "", positions[name]
+        match = re.match(r"(.*?):(\d+): ", problem, flags=re.DOTALL)
+        return (0, match[1], int(match[2])) if match else (0, problem.partition(": ")[0], 0)
+
+    return sorted(dict.fromkeys(problems), key=place)
 
 
 def _merge(old: Item, new: Item, shape: Shape) -> Item:

@@ -25,11 +25,15 @@ from pretrain.engine.config_schema import (
 from pretrain.engine.config_yaml import Item, got
 from pretrain.engine.errors import did_you_mean, nearest, shorten
 
+MAX_PROBLEMS = 50  # explained one by one; somebody gave a data file
+
 KINDS_OF_ABSENCE = ("missing", "union_tag_not_found", "value_error", "assertion_error")
 """Kinds of error that may only say that a file could not be read, when one could not."""
 
 
-def explain(error: ValidationError, model: type[BaseModel], root: Item, *, partial: bool) -> list[str]:
+def explain(
+    error: ValidationError, model: type[BaseModel], root: Item, *, partial: bool
+) -> tuple[list[str], list[str]]:
     """Every problem of a failed validation, one line each.
 
     Args:
@@ -37,9 +41,16 @@ def explain(error: ValidationError, model: type[BaseModel], root: Item, *, parti
         model: What was validated against.
         root: What was validated.
         partial: Some file could not be read, so that what seems to be missing may stand there.
+
+    Returns:
+        The problems, and, when there were too many, a last line that says so.
     """
     entries = error.errors(include_url=False)
-    return [_explain(e, model, root) for e in entries if not (partial and e["type"] in KINDS_OF_ABSENCE)]
+    if partial:
+        entries = [entry for entry in entries if entry["type"] not in KINDS_OF_ABSENCE]
+    rest = len(entries) - MAX_PROBLEMS
+    closing = [f"{root.where}: and {rest} more; is this a configuration of this command?"] if rest > 0 else []
+    return [_explain(entry, model, root) for entry in entries[:MAX_PROBLEMS]], closing
 
 
 @dataclass

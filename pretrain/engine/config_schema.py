@@ -136,11 +136,10 @@ def undocumented(model: type[BaseModel]) -> list[str]:
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", type(None): "null"}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_LENGTHS = ("min_length", "max_length")
 _OTHER_BOUNDS = {
     "multiple_of": "a multiple of",
     "pattern": "matching",
-    "min_length": "of length at least",
-    "max_length": "of length at most",
 }
 
 
@@ -177,10 +176,17 @@ def _bounds_text(metadata: Iterable[Any]) -> str:
     bounds: dict[str, Any] = {}
     found: list[str] = []
     for entry in metadata:
-        bounds |= {name: getattr(entry, name) for name in _SIGNS if hasattr(entry, name)}
+        bounds |= {
+            name: getattr(entry, name) for name in (*_SIGNS, *_LENGTHS) if getattr(entry, name, None) is not None
+        }
         for name, words in _OTHER_BOUNDS.items():
             if getattr(entry, name, None) is not None:
                 found.append(f"{words} {getattr(entry, name)}")
+    least, most = (bounds.pop(name, None) for name in _LENGTHS)
+    if least and most:
+        found.append(f"of length {least}" if least == most else f"of length {least} to {most}")
+    elif least or most:
+        found.append(f"of length at least {least}" if least else f"of length at most {most}")
     if {"ge", "le"} <= set(bounds):
         found.insert(0, f"from {bounds.pop('ge'):.10g} to {bounds.pop('le'):.10g}")
     return " and ".join([*(f"{sign} {bounds[name]:.10g}" for name, sign in _SIGNS.items() if name in bounds), *found])

@@ -22,6 +22,7 @@ MAX_BYTES = 1_000_000  # of one file
 MAX_NODES = 20_000  # of one file after its aliases are expanded: stops "billion laughs"
 MAX_DEPTH = 32  # of nesting in a file, and of ``base:`` links
 REPOSITORY = Path(__file__).resolve().parents[2]
+_TOO_MANY = f"more than {MAX_NODES} values, counting what aliases repeat"
 SUFFIXES = ("", ".yaml", ".yml")
 
 
@@ -104,14 +105,17 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes; stops at a nesting depth well before Python's own recursion limit would."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  # PyYAML's way to replace its 1.1 rules
-    shown = ""
     depth = 0
+    count = 0
+    at: Callable[[int], str] = str
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            line = self.peek_event().start_mark.line + 1
-            raise _Refused(f"{self.shown}:{line}", f"nested more than {MAX_DEPTH} levels deep")
+        self.count += 1
+        if self.depth > MAX_DEPTH or self.count > MAX_NODES:
+            where = self.at(self.peek_event().start_mark.line)
+            limit = f"nested more than {MAX_DEPTH} levels deep" if self.depth > MAX_DEPTH else _TOO_MANY
+            raise _Refused(where, limit)
         try:
             return super().compose_node(parent, index)
         finally:
@@ -133,7 +137,7 @@ class _Reader:
     def item(self, node: yaml.Node, where: str, depth: int = 0) -> Item:
         self.count += 1
         if self.count > MAX_NODES:
-            raise _Refused(where, f"more than {MAX_NODES} values once its aliases are expanded")
+            raise _Refused(where, _TOO_MANY)
         if depth > MAX_DEPTH:
             raise _Refused(where, f"nested more than {MAX_DEPTH} levels deep (does an alias contain itself?)")
         tag = node.tag.removeprefix("tag:yaml.org,2002:")
@@ -186,7 +190,7 @@ def read_yaml(text: str, shown: str, *, lines: bool = True) -> tuple[Item | None
     reader = _Reader(lambda node: at(node.start_mark.line))
     try:
         loader = _Loader(text)
-        loader.shown = shown
+        loader.at = at
         node = loader.get_single_node()
         root = Item({}, shown) if node is None else reader.item(node, at(node.start_mark.line))
     except _Refused as error:
@@ -375,18 +379,23 @@ def read_chain(path: Path) -> tuple[list[Item], list[str]]:
 # --- overrides -------------------------------------------------------------------------------------------------------
 
 
+def override_name(override: str) -> str:
+    """How messages call an override."""
+    text = override.encode("utf-8", "backslashreplace").decode()  # argv may hold bytes that are not UTF-8
+    return f"override '{shorten(text)}'"
+
+
 def read_overrides(overrides: Iterable[str], merge: Callable[[Item, Item], Item]) -> tuple[Item, list[str]]:
     """``key.sub=value`` strings as one tree, laid over each other with ``merge`` in their order."""
     root = Item({}, "overrides")
     problems: list[str] = []
     for override in overrides:
-        quoted = override.encode("utf-8", "backslashreplace").decode()  # argv may hold bytes that are not UTF-8
-        where = f"override '{shorten(quoted)}'"
+        where = override_name(override)
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
             problems.append(f"{where}: expected key=value, for example optim.lr=1e-4")
-        elif quoted != override:
+        elif has_lone_surrogate(override):
             problems.append(f"{where}: not UTF-8 text")
         elif parts[0] == "base":
             problems.append(f"{where}: 'base' can only stand in a file; name the other file with --config")

@@ -91,7 +91,9 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         status = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Every process that torchrun starts reads the same configuration: one of them says what is wrong with it.
+        if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

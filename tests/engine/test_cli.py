@@ -221,6 +221,16 @@ def test_every_command_can_describe_and_dump_its_defaults() -> None:
         assert describe(section).strip(), section.__name__
 
 
+def test_the_message_in_the_documentation_is_the_real_one() -> None:
+    text = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    block = next(block for block in text.split("```")[1::2] if "error: 3 problems" in block)
+    _, command, *message = block.strip().splitlines()
+    argv = command.removeprefix("$ python -m ovd.train --config vild.yaml ").split()
+    with pytest.raises(ConfigError) as caught:
+        command_line(Config, ["out=x", *argv], prog="p", doc="d")
+    assert f"error: {caught.value}".splitlines() == message
+
+
 def test_a_key_without_a_description_is_found() -> None:
     class Bare(Section):
         """Forgetful."""
@@ -284,6 +294,21 @@ def test_a_user_error_is_one_message_and_status_2(
 
     assert status(main, []) == 2
     assert capsys.readouterr() == ("", printed)
+
+
+def test_of_many_processes_one_says_what_is_wrong_with_the_configuration(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def configuration(argv: list[str]) -> None:
+        raise ConfigError(["wrong everywhere"])
+
+    def data(argv: list[str]) -> None:
+        raise UserError("wrong here")
+
+    assert (status(configuration, []), capsys.readouterr().err) == (2, "")
+    assert (status(data, []), capsys.readouterr().err) == (2, "error: wrong here\n")
 
 
 def test_other_errors_and_exits_pass_through() -> None:

@@ -24,6 +24,7 @@ from pretrain.engine.config import (
     plain,
     training_keys,
 )
+from pretrain.engine.config_schema import type_text
 from pretrain.engine.errors import ConfigError
 
 
@@ -212,9 +213,9 @@ def test_a_problem_in_a_base_names_the_file_where_the_key_stands() -> None:
     found = problems("base: sub/root.yaml\nloop:\n  steps: 0\n", "flag=maybe")
     assert [p.partition(": ")[0] for p in found] == [
         "c.yaml:3",
-        "override 'flag=maybe'",
         "sub/root.yaml:4",
         "sub/root.yaml:5",
+        "override 'flag=maybe'",
     ]
 
 
@@ -334,10 +335,10 @@ sources:
         "c.yaml:12: missing key 'sources.1.path' (path): folder",
         "c.yaml:12: sources.1.paht: unknown key - did you mean 'path'? (known: path, weight)",
         "c.yaml:13: sources.1.weight: expected number > 0; got the text 'heavy'",
+        "override 'title=3': title: expected text or null; got 3",
         "override 'optim.naem=sgd': optim.naem: unknown key - did you mean 'name'? (known: name, lr, weight_decay,"
         " momentum, betas, eps, warmup_steps, schedule, milestones, gamma, final_lr_ratio)",
         "override 'size': expected key=value, for example optim.lr=1e-4",
-        "override 'title=3': title: expected text or null; got 3",
     ]
 
 
@@ -431,7 +432,11 @@ def test_unreadable_yaml_is_one_problem_with_its_line(text: str | bytes, said: s
 def test_an_alias_bomb_is_refused() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
-    assert "more than 20000 values once its aliases are expanded" in problems("\n".join(lines))[0]
+    assert "more than 20000 values, counting what aliases repeat" in problems("\n".join(lines))[0]
+
+
+def test_a_flood_of_values_is_refused() -> None:
+    assert "more than 20000 values" in problems("words: [" + "x, " * 30_000 + "]")[0]
 
 
 def test_aliases_within_reason_are_fine() -> None:
@@ -555,3 +560,36 @@ def test_numbers_beyond_json_are_hashed_too() -> None:
         extra: dict[str, Any] = Field(default={}, description="whatever")
 
     assert config_hash(Loose(extra={"a": math.inf})) != config_hash(Loose(extra={"a": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        (int, "integer"),
+        (Annotated[int, Field(ge=1)] | None, "integer >= 1 or null"),
+        (Annotated[float, Field(ge=0, le=1)], "number from 0 to 1"),
+        (Annotated[float, Field(gt=0, lt=0.5)], "number > 0 and < 0.5"),
+        (Annotated[int, Field(multiple_of=32)], "integer a multiple of 32"),
+        (Literal["a", "b"], "one of a, b"),
+        (Literal["", "b"], "one of '', b"),
+        (Literal["a"], "a"),
+        (list[str], "list of text"),
+        (Annotated[list[str], Field(min_length=1)], "list of text of length at least 1"),
+        (Annotated[list[str], Field(min_length=2, max_length=2)], "list of text of length 2"),
+        (tuple[int, float], "list of 2, namely integer, number"),
+        (tuple[tuple[float, ...], ...], "list of list of number"),
+        (dict[str, bool], "mapping of names to true or false"),
+        (Path | str | None, "path or text or null"),
+        (Source | None, "mapping of keys or null"),
+        (Any, "anything"),
+    ],
+)
+def test_types_in_words(annotation: Any, text: str) -> None:
+    assert type_text(annotation) == text
+
+
+def test_of_very_many_problems_the_first_are_explained() -> None:
+    found = problems(GOOD + "".join(f"key_{number}: 1\n" for number in range(70)))
+    assert len(found) == 51
+    assert found[-1] == "c.yaml: and 20 more; is this a configuration of this command?"
+    assert found[0].startswith("c.yaml:3: key_0: unknown key")
