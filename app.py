@@ -33,11 +33,13 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     flags = argparse.ArgumentParser(prog="app.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flags.add_argument("--port", type=_port, default=7860, help="port to listen on, 0 for any free one (default 7860)")
-    flags.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    flags.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)"
+    )
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
-    flags.add_argument("--share", action="store_true", help="public link through Gradio's servers: pictures leave the machine")
+    flags.add_argument("--share", action="store_true", help="public link; pictures then leave the machine")
     flags.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open a browser")
     return flags
 
@@ -55,12 +57,12 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if options.share:
         print(
-            "warning: --share sends pictures and words through Gradio's servers, and anybody with the link can use the page",
+            "warning: --share sends pictures and words through Gradio's servers; whoever has the link can use the page",
             file=sys.stderr,
         )
     if not _is_loopback(options.host):
         print(
-            f"warning: --host {options.host} lets everybody who can reach this machine use the page; there is no password",
+            f"warning: --host {options.host} lets all who can reach this machine use the page; there is no password",
             file=sys.stderr,
         )
     folder = prepare_environment()

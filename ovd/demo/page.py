@@ -85,7 +85,13 @@ def _asset(name: str) -> str:
 def _card_text(card: dict[str, Any]) -> str:
     """Markdown of the model card panel. The values come from the weights folder, so they are escaped all the same."""
     rows = []
-    labels = {"name": "Weights", "sha256": "SHA-256", "purpose": "Made for", "data": "Trained on", "metrics": "Measured"}
+    labels = {
+        "name": "Weights",
+        "sha256": "SHA-256",
+        "purpose": "Made for",
+        "data": "Trained on",
+        "metrics": "Measured",
+    }
     for key, label in labels.items():
         value = card.get(key)
         if isinstance(value, dict):
@@ -94,7 +100,9 @@ def _card_text(card: dict[str, Any]) -> str:
             text = html.escape(str(value)).replace("|", "\\|").replace("\n", " ")
             rows.append(f"| **{label}** | {f'`{text}`' if key == 'sha256' else text} |")
     table = "| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
-    return "\n\n".join(part for part in (table, str(card.get("text", ""))) if part) or "No card comes with these weights."
+    return (
+        "\n\n".join(part for part in (table, str(card.get("text", ""))) if part) or "No card comes with these weights."
+    )
 
 
 def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
@@ -154,7 +162,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
                     elem_id="ovd-words",
                 )
                 button = gr.Button("Find", variant="primary", elem_id="ovd-find")
-                picks = gr.Column(visible=bool(shown))
+                picks = gr.Column(visible=bool(shown), elem_id="ovd-examples")
             with gr.Column(scale=3, min_width=320):
                 view = gr.HTML(
                     None,
@@ -265,7 +273,7 @@ def launch_page(page: gr.Blocks, *, host: str, port: int, share: bool = False, o
             run_history=False,
             footer_links=["api"],
             theme=theme,
-            css=_asset("page.css"),
+            head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media
         )
     except OSError as problem:
         raise UserError(f"cannot serve on {host}:{port}: {problem}") from problem

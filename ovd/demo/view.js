@@ -170,6 +170,8 @@ function drawLists() {
 
   const notices = one(".ovd-notices");
   notices.replaceChildren(...answer.notices.map((text) => make("li", {}, text)));
+  const pooled = answer.classes.filter((c) => c.synonyms.length).slice(0, 8);
+  for (const c of pooled) notices.append(make("li", {}, `${c.name} also stands for: ${c.synonyms.slice(0, 12).join(", ")}`));
   if (answer.negatives.length) notices.append(make("li", {}, `Left out what looks more like: ${answer.negatives.slice(0, 20).join(", ")}`));
 
   const parts = found.filter((c) => counts.has(c.id)).slice(0, 8).map((c) => `${c.name} × ${counts.get(c.id)}`);
@@ -366,6 +368,9 @@ function show(data) {
   const ms = answer.ms, network = answer.cached ? "picture remembered" : `network ${Math.round(ms.network)} ms`;
   one(".ovd-timing").textContent = `${answer.regions} regions · ${network} · words ${Math.round(ms.words)} ms`;
   redraw();
+  // On a narrow page the result is below the words: bring it into view.
+  if (one(".ovd-result").getBoundingClientRect().top > window.innerHeight * 0.7)
+    stage.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
 
 watch("value", () => show(props.value && typeof props.value === "object" ? JSON.parse(JSON.stringify(props.value)) : null));

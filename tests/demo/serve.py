@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve the page with the colour detector: ``python -m tests.demo.serve FOLDER`` prints the URL and stays."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+from ovd.demo.page import Example, build_page, free_port, launch_page, prepare_environment
+
+
+def main(folder: Path) -> None:
+    prepare_environment(folder / "uploads")
+    from PIL import Image
+
+    from ovd.demo.answer import Answerer
+    from tests.detector.fakes import make_detector, picture
+
+    Image.fromarray(picture()).save(folder / "example.png")
+    detector = make_detector()
+    detector.card["text"] = "Flat rectangles only."
+    network = detector.model.regions
+
+    def regions(image):  # type: ignore[no-untyped-def]
+        if image.shape[0] == 66:  # how a defect of the network looks to the page
+            raise RuntimeError("secret detail")
+        return network(image)
+
+    detector.model.regions = regions
+    page = build_page(Answerer(detector=detector), examples=[Example(folder / "example.png", "red, blue, unicorn")])
+    print(launch_page(page, host="127.0.0.1", port=free_port("127.0.0.1", 0)), flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

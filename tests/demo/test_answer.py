@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one JSON that page and endpoint share, and the colours in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovd.colours import DASHES, PALETTE, class_styles
+from ovd.demo.answer import FLOOR, PREVIEW_SIDE, Answerer, data_url
+from pretrain.engine.errors import UserError
+from tests.detector.fakes import make_detector, picture
+
+
+@pytest.fixture
+def answerer() -> Answerer:
+    return Answerer(detector=make_detector())
+
+
+def test_answer_is_plain_json_with_every_box_above_the_floor(answerer: Answerer, pictures: dict[str, Path]) -> None:
+    answer = answerer.answer(pictures["good"], "red\nblue: azure\nunicorn\n-pink")
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    assert answer["size"] == [160, 120]
+    assert [c["name"] for c in answer["classes"]] == ["red", "blue", "unicorn"]
+    assert answer["classes"][1]["synonyms"] == ["azure"] and answer["negatives"] == ["pink"]
+    by_name = {answer["classes"][d["class"]]["name"]: d["box"] for d in answer["detections"] if d["score"] > 0.5}
+    assert by_name == {"red": [10, 20, 50, 70], "blue": [80, 30, 150, 110]}
+    assert all(d["score"] >= answer["floor"] == FLOOR for d in answer["detections"])
+    assert answer["threshold"] == 0.3 and answer["classes"][2]["best"] < 0.3
+    assert "preview" not in answer
+
+
+def test_a_threshold_filters_on_the_server(answerer: Answerer, pictures: dict[str, Path]) -> None:
+    words = "red, blue sea far away from here"  # further from the blue region than "blue"
+    low = answerer.answer(pictures["good"], words)["detections"]
+    high = answerer.answer(pictures["good"], words, 0.9999)["detections"]
+    assert len(low) == 2 and len(high) == 1
+    assert high == [d for d in low if d["score"] >= 0.9999]
+
+
+def test_new_words_on_the_same_pixels_do_not_run_the_network(answerer: Answerer, pictures: dict[str, Path]) -> None:
+    assert not answerer.answer(pictures["good"], "red")["cached"]
+    copy = pictures["good"].with_name("copy.bmp")
+    Image.open(pictures["good"]).save(copy)
+    again = answerer.answer(copy, "blue", preview=True)
+    assert again["cached"] and answerer.detector.runs == 1
+    assert [again["classes"][d["class"]]["name"] for d in again["detections"]] == ["blue"]
+
+
+def test_preview_is_upright_small_and_without_metadata(answerer: Answerer, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "secret camera"
+    Image.new("RGB", (4000, 1000), (200, 10, 10)).save(tmp_path / "gps.jpg", exif=exif)
+    answer = answerer.answer(tmp_path / "gps.jpg", "red", preview=True)
+    assert answer["size"] == [1000, 4000]
+    content = base64.b64decode(answer["preview"].removeprefix("data:image/jpeg;base64,"))
+    preview = Image.open(io.BytesIO(content))
+    assert preview.size == (400, PREVIEW_SIDE) and not preview.getexif() and b"secret" not in content
+    assert Image.open(io.BytesIO(base64.b64decode(data_url(picture())[23:]))).size == (160, 120)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "message"),
+    [
+        (None, "red", "Choose a picture first"),
+        ("good", " ,", "Type at least one class name"),
+        ("vector", "red", "cannot be read as JPEG, PNG, WEBP, BMP"),
+        ("truncated", "red", "This picture cannot be used"),
+        ("huge", "red", "at most 10 MB"),
+        ("bomb", "red", "6000x6000 pixels"),
+    ],
+)
+def test_what_cannot_be_answered_is_said_in_words_without_paths(
+    answerer: Answerer, pictures: dict[str, Path], name: str | None, classes: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        answerer.answer(pictures[name] if name else None, classes)
+    assert str(pictures["good"].parent) not in str(caught.value)
+    assert answerer.answer(pictures["good"], "red")["detections"]  # the next request is not affected
+
+
+def test_a_vanished_upload_is_said_so(answerer: Answerer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="upload it again"):
+        answerer.answer(tmp_path / "gone.png", "red")
+
+
+def test_colours_depend_on_the_names_and_not_on_their_order() -> None:
+    names = ["dog", "cat", "traffic light", "mug", "zebra"]
+    expected = dict(zip(names, class_styles(names), strict=True))
+    for order in itertools.permutations(names):
+        assert dict(zip(order, class_styles(order), strict=True)) == expected
+
+
+def test_up_to_ten_classes_have_ten_colours_and_more_repeat_them() -> None:
+    many = [f"class {i}" for i in range(35)]
+    assert len({s.colour for s in class_styles(many[:10])}) == len(PALETTE) == 10
+    styles = class_styles(many)
+    assert len(styles) == 35 and {s.dash for s in styles} == set(DASHES)
+
+
+def test_label_ink_is_readable_on_every_colour() -> None:
+    def luminance(colour: str) -> float:
+        channel = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(channel <= 0.04045, channel / 12.92, ((channel + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    for style in class_styles([f"class {i}" for i in range(10)]):
+        light, dark = sorted((luminance(style.colour), luminance(style.ink)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, style

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The named endpoint, as a program uses it, and what the server must not hand out."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.demo.conftest import Server
+
+httpx = pytest.importorskip("httpx")
+gradio_client = pytest.importorskip("gradio_client")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return gradio_client.Client(server.url, verbose=False, download_files=str(tmp_path_factory.mktemp("client")))
+
+
+def ask(client: Any, image: Path, classes: str, *threshold: float) -> dict[str, Any]:
+    return client.predict(gradio_client.handle_file(str(image)), classes, *threshold, api_name="/detect")
+
+
+def test_detect_answers_with_the_documented_keys(client: Any, pictures: dict[str, Path]) -> None:
+    answer = ask(client, pictures["good"], "red, blue, unicorn")
+    assert set(answer) == {
+        "schema", "size", "threshold", "floor", "classes", "detections", "notices", "negatives", "vocabulary", "model",
+        "regions", "cached", "ms",
+    }  # fmt: skip
+    assert set(answer["detections"][0]) == {"class", "score", "box", "polygons"}
+    assert {answer["classes"][d["class"]]["name"] for d in answer["detections"] if d["score"] > 0.5} == {"red", "blue"}
+
+
+def test_threshold_is_optional_and_works(client: Any, pictures: dict[str, Path]) -> None:
+    words = "red, blue sea far away from here"
+    assert len(ask(client, pictures["good"], words)["detections"]) == 2
+    assert len(ask(client, pictures["good"], words, 0.9999)["detections"]) == 1
+
+
+def test_new_words_on_a_known_picture_are_answered_from_memory(client: Any, pictures: dict[str, Path]) -> None:
+    ask(client, pictures["green"], "green")
+    assert ask(client, pictures["green"], "blue, zebra")["cached"]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "message"),
+    [
+        ("good", "", "Type at least one class name"),
+        ("good", "x" * 101, "at most 100"),
+        ("vector", "red", "cannot be used"),
+        ("truncated", "red", "cannot be used"),
+        ("bomb", "red", "6000x6000"),
+    ],
+)
+def test_bad_requests_say_why_and_do_not_affect_the_next(
+    client: Any, pictures: dict[str, Path], name: str, classes: str, message: str
+) -> None:
+    with pytest.raises(Exception, match=message):
+        ask(client, pictures[name], classes)
+    assert ask(client, pictures["good"], "red")["detections"]
+
+
+def test_a_defect_inside_shows_a_ticket_and_no_details(client: Any, server: Server, pictures: dict[str, Path]) -> None:
+    with pytest.raises(Exception, match="The log has the details under") as caught:
+        ask(client, pictures["defect"], "red")
+    assert "secret" not in str(caught.value)
+    ticket = str(caught.value).split("under ")[1].split(".")[0]
+    assert ticket in server.log.read_text() and "secret detail" in server.log.read_text()
+    assert ask(client, pictures["good"], "red")["detections"]
+
+
+def test_files_over_the_limit_are_refused_at_the_door(server: Server, pictures: dict[str, Path]) -> None:
+    with pictures["huge"].open("rb") as stream:
+        response = httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("huge.bmp", stream)}, timeout=60)
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "/proc/self/environ", "app.py"])
+def test_files_of_the_machine_are_not_served(server: Server, path: str) -> None:
+    response = httpx.get(f"{server.url}/gradio_api/file={path}", timeout=60)
+    assert response.status_code in (403, 404) and "root:" not in response.text
+
+
+def test_a_path_on_the_server_is_no_picture(client: Any, server: Server) -> None:
+    """A caller must not get the server to open a file that was not uploaded."""
+    body = {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, "red", None]}
+    started = httpx.post(f"{server.url}/gradio_api/call/detect", json=body, timeout=60)
+    text = started.text
+    if started.status_code == 200:
+        text = httpx.get(f"{server.url}/gradio_api/call/detect/{started.json()['event_id']}", timeout=60).text
+        assert "event: error" in text
+    assert "root:" not in text and "cannot be used" not in text
+
+
+def test_only_detect_is_public(client: Any) -> None:
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/detect"}
+
+
+def test_no_monitoring_page(server: Server) -> None:
+    assert httpx.get(f"{server.url}/monitoring", timeout=60).status_code in (403, 404)
+
+
+def test_uploads_lie_in_a_private_folder(client: Any, server: Server, pictures: dict[str, Path]) -> None:
+    ask(client, pictures["good"], "red")
+    uploads = server.folder / "uploads"
+    assert stat.S_IMODE(uploads.stat().st_mode) == 0o700
+    assert any(uploads.rglob("*.png"))

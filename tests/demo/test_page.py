@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page in a real browser: what a person sees and can do, and that nothing leaves the machine."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from tests.demo.conftest import Server
+
+pytestmark = pytest.mark.browser
+EVIL = "<img src=x onerror=\"document.title='owned'\">"
+
+
+class Tab:
+    """A browser tab with the page open; remembers every request and every error."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page = page
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(url)
+        page.wait_for_selector("#ovd-find")
+
+    def find(self, image: Path | None, words: str, *, wait: str = ".ovd-result:not([hidden])") -> None:
+        if image is not None:
+            self.page.locator("#ovd-image input[type=file]").set_input_files(str(image))
+            self.page.locator("#ovd-image img").first.wait_for()
+        self.page.locator("#ovd-words textarea").fill(words)
+        self.page.locator("#ovd-find").click()
+        self.page.locator(wait).wait_for()
+
+    def names(self) -> list[str]:
+        return self.page.locator(".ovd-table tbody td:first-child").all_text_contents()
+
+    def boxes(self) -> int:
+        return self.page.locator(".ovd-boxes .item").count()
+
+    def asked(self) -> int:
+        return sum("/queue/join" in url for url in self.requests)
+
+    def slide(self, level: float) -> None:
+        self.page.locator(".ovd-threshold").fill(str(level))
+
+
+@pytest.fixture
+def tab(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterator[Tab]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, **getattr(request, "param", {}))
+    tab = Tab(context.new_page(), server.url)
+    yield tab
+    outside = [u for u in tab.requests if urlsplit(u).scheme not in ("data", "blob") and
+               urlsplit(u).hostname not in ("127.0.0.1", "localhost")]  # fmt: skip
+    errors = tab.errors
+    context.close()
+    assert outside == [], "requests left the machine"
+    assert errors == []
+
+
+def test_type_words_and_boxes_appear(tab: Tab, pictures: dict[str, Path]) -> None:
+    assert tab.page.locator(".ovd-empty").is_visible()
+    tab.find(pictures["good"], "red, blue, unicorn")
+    assert sorted(tab.names()) == ["blue", "red"] and tab.boxes() == 2
+    assert "red × 1" in tab.page.locator(".ovd-summary").inner_text()
+    missing = tab.page.locator(".ovd-missing").inner_text()
+    assert "unicorn not found at 0.30 or more; best score 0.0" in missing
+    # The box lies where the rectangle is: 10, 20 to 50, 70 of 160 × 120.
+    frame, red = tab.page.locator(".ovd-picture").bounding_box(), None
+    for item in tab.page.locator(".ovd-boxes .item").all():
+        if item.get_attribute("aria-label").startswith("red"):
+            red = item.locator(".edge").bounding_box()
+    scale = frame["width"] / 160
+    assert red["x"] - frame["x"] == pytest.approx(10 * scale, abs=3)
+    assert red["y"] - frame["y"] == pytest.approx(20 * scale, abs=3)
+    assert red["width"] == pytest.approx(40 * scale, abs=5)
+    assert red["height"] == pytest.approx(50 * scale, abs=5)
+
+
+def test_an_example_fills_in_and_runs(tab: Tab) -> None:
+    tab.page.locator("#ovd-examples tr.tr-body").first.click()
+    tab.page.locator(".ovd-boxes .item").first.wait_for()
+    assert sorted(tab.names()) == ["blue", "red"]
+    assert tab.page.locator("#ovd-words textarea").input_value() == "red, blue, unicorn"
+
+
+def test_slider_and_toggles_work_without_asking_again(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], "red\nblue\nnothing in particular: background")
+    asked = tab.asked()
+    total = tab.boxes()
+    tab.slide(0.99)
+    assert tab.boxes() < total or total == 0
+    tab.slide(0.05)
+    assert tab.boxes() >= total and tab.page.locator(".ovd-level").inner_text() == "0.05"
+    tab.page.locator(".ovd-chip", has_text="blue").click()
+    assert "blue" not in tab.names() and "red" in tab.names()
+    assert tab.page.locator(".ovd-chip", has_text="blue").get_attribute("aria-pressed") == "false"
+    tab.page.locator(".ovd-reset").click()
+    assert "blue" in tab.names() and tab.page.locator(".ovd-level").inner_text() == "0.30"
+    assert tab.page.locator(".ovd-boxes .mask").count() > 0
+    tab.page.locator(".ovd-masks").uncheck()
+    assert tab.page.locator(".ovd-boxes .mask").count() == 0
+    tab.page.locator(".ovd-labels").uncheck()
+    assert tab.page.locator(".ovd-boxes .tag").count() == 0
+    assert tab.asked() == asked
+
+
+def test_the_slider_stays_where_the_person_put_it(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], "red")
+    tab.slide(0.8)
+    tab.page.locator("#ovd-words textarea").fill("blue")
+    tab.page.locator("#ovd-find").click()
+    tab.page.locator(".ovd-chip", has_text="blue").wait_for()
+    assert tab.page.locator(".ovd-level").inner_text() == "0.80"
+    assert "picture remembered" in tab.page.locator(".ovd-timing").inner_text()
+
+
+def test_markup_as_a_class_name_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], f"red: {EVIL}\n{EVIL}: red\n-{EVIL} b\nblue, blue")
+    assert EVIL in tab.page.locator(".ovd-result").inner_text()
+    assert tab.page.locator(".ovd img").count() == 1  # the picture
+    assert tab.page.locator("img[src='x']").count() == 0
+    assert tab.page.title() != "owned"
+    assert not any(urlsplit(u).path.endswith("/x") for u in tab.requests)
+
+
+def test_markup_in_an_error_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], EVIL * 3, wait=".ovd-alert:not([hidden])")
+    assert "<img src=x" in tab.page.locator(".ovd-alert").inner_text()
+    assert tab.page.locator("img[src='x']").count() == 0 and tab.page.title() != "owned"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (None, "red", "Choose a picture first"),
+        ("good", "", "Type at least one class name, e.g. mug"),
+        ("truncated", "red", "This picture cannot be used"),
+        ("vector", "red", "This picture cannot be used"),
+        ("bomb", "red", "6000x6000 pixels"),
+        ("defect", "red", "The log has the details under"),
+    ],
+)
+def test_mistakes_are_explained_and_the_next_try_works(
+    tab: Tab, pictures: dict[str, Path], name: str | None, words: str, message: str
+) -> None:
+    tab.find(pictures[name] if name else None, words, wait=".ovd-alert:not([hidden])")
+    assert message in tab.page.locator(".ovd-alert").inner_text()
+    if name:
+        tab.page.locator("#ovd-image button[aria-label='Clear'], #ovd-image button[title='Clear']").first.click()
+    tab.find(pictures["good"], "red")
+    assert tab.names() == ["red"] and tab.page.locator(".ovd-alert").is_hidden()
+
+
+def test_a_file_over_the_limit_is_refused_with_a_message(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["huge"]))
+    toast = tab.page.locator(".toast-body, [data-testid=toast-body]").first
+    toast.wait_for()
+    assert "10" in toast.inner_text()
+
+
+def test_hovering_a_row_lights_its_box_and_the_other_way_round(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], "red, blue")
+    row = tab.page.locator(".ovd-table tbody tr").first
+    index = row.get_attribute("data-i")
+    row.hover()
+    assert "on" in tab.page.locator(f".ovd-boxes .item[data-i='{index}']").get_attribute("class").split()
+    tab.page.locator(".ovd-boxes .item .edge").last.hover()
+    lit = tab.page.locator(".ovd-boxes .item").last.get_attribute("data-i")
+    assert "on" in tab.page.locator(f".ovd-table tr[data-i='{lit}']").get_attribute("class").split()
+
+
+def test_boxes_can_be_visited_with_the_keyboard(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], "red, blue")
+    assert tab.page.locator(".ovd-boxes .item[tabindex='0']").count() == 1
+    tab.page.locator(".ovd-boxes .item[tabindex='0']").focus()
+    first = tab.page.evaluate("document.activeElement.getAttribute('aria-label')")
+    tab.page.keyboard.press("ArrowRight")
+    second = tab.page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert {first.split(",")[0], second.split(",")[0]} == {"red", "blue"}
+    assert "score" in first and any(word in first for word in ("left", "right", "centre"))
+    tab.page.keyboard.press("Escape")
+    assert tab.page.locator(".ovd-boxes .item.on").count() == 0
+
+
+def test_columns_sort(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], "red, blue")
+    tab.page.locator("th button", has_text="Class").click()
+    assert tab.names() == ["blue", "red"]
+    tab.page.locator("th button", has_text="Class").click()
+    assert tab.names() == ["red", "blue"]
+    assert tab.page.locator("th", has_text="Class").get_attribute("aria-sort") == "descending"
+
+
+def test_downloads_hold_what_is_shown(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
+    tab.find(pictures["good"], "red, blue, =danger: green")
+    tab.page.locator(".ovd-chip", has_text="blue").click()
+    saved = {}
+    for kind in ("png", "json", "csv"):
+        with tab.page.expect_download() as download:
+            tab.page.locator(f"[data-save={kind}]").click()
+        saved[kind] = tmp_path / f"saved.{kind}"
+        download.value.save_as(saved[kind])
+    assert Image.open(saved["png"]).size == (160, 120)
+    data = json.loads(saved["json"].read_text())
+    names = {c["id"]: c["name"] for c in data["categories"]}
+    shown = [names[a["category_id"]] for a in data["annotations"]]
+    assert "red" in shown and "blue" not in shown
+    red = data["annotations"][shown.index("red")]
+    assert red["bbox"] == [10, 20, 40, 50] and red["segmentation"] and data["images"][0]["width"] == 160
+    rows = list(csv.DictReader(saved["csv"].read_text(encoding="utf-8-sig").splitlines()))
+    assert [r["class"].lstrip("'") for r in rows] == shown
+    assert all(not r["class"].startswith("=") for r in rows)
+
+
+def test_coco_download_loads_in_pycocotools(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
+    from pycocotools.coco import COCO
+
+    tab.find(pictures["good"], "red, blue")
+    with tab.page.expect_download() as download:
+        tab.page.locator("[data-save=json]").click()
+    download.value.save_as(tmp_path / "saved.json")
+    coco = COCO(str(tmp_path / "saved.json"))
+    red = next(a for a in coco.dataset["annotations"] if coco.cats[a["category_id"]]["name"] == "red")
+    mask = coco.annToMask(red)
+    assert mask.shape == (120, 160) and abs(int(mask.sum()) - 2000) < 150
+
+
+def test_the_model_card_is_on_the_page(tab: Tab) -> None:
+    tab.page.locator("#ovd-card button").first.click()
+    card = tab.page.locator("#ovd-card")
+    card.get_by_text("colour-fake").wait_for()
+    assert "0" * 64 in card.inner_text() and "Flat rectangles only." in card.inner_text()
+
+
+@pytest.mark.parametrize("tab", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
+def test_a_phone_needs_no_sideways_scrolling(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.page.set_viewport_size({"width": 400, "height": 800})
+    tab.find(pictures["good"], "red, blue, " + "w" * 100)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert tab.page.locator(".ovd-stage").bounding_box()["y"] < 800  # brought into view
