@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.engine.errors import UserError
 
@@ -44,7 +44,7 @@ class _HashingFile:
     """A file that knows the sha256 of what was written to it, independently of what reached the disk."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by finish()
+        self._file = open(path, "wb")
         self._sum = hashlib.sha256()
         self.size = 0
 
@@ -67,7 +67,7 @@ class _HashingFile:
         self._file.close()
 
 
-def _write(path: Path, produce: Callable[[_HashingFile], Any]) -> dict[str, Any]:
+def _write(path: Path, produce: Callable[[Any], Any]) -> dict[str, Any]:
     """Write and flush one file; returns its size and sha256."""
     file = _HashingFile(path)
     try:
@@ -112,11 +112,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         _flush_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") \
-            from error  # fmt: skip
+        text = f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        raise UserError(text) from error
 
 
-# --- weight files ------------------------------------------------------------------------------------------------------
+# --- weight files
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -135,10 +135,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
             aliases[name] = seen[place]
             continue
         seen[place] = name
-        copy = tensor.cpu().contiguous()
-        if copy.untyped_storage().nbytes() != copy.numel() * copy.element_size() or copy.data_ptr() == tensor.data_ptr():
-            copy = copy.clone()  # frees us of the storage that others may share
-        stored[name] = copy
+        stored[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)  # free of storage that others share
     extra = {_ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else {}
     return safetensors.torch.save(stored, metadata={**metadata, **extra})
 
@@ -170,9 +167,9 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or export it again") from error
     for name, original in json.loads(metadata.pop(_ALIASES, "{}")).items():
@@ -180,7 +177,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints
 
 
 def step_folders(root: Path) -> list[tuple[int, Path]]:
@@ -193,27 +190,30 @@ def step_folders(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+class _Damaged(UserError):
+    """A checkpoint that an older one can stand in for."""
+
+
 def verify(folder: Path) -> Checkpoint:
     """Check sizes and sums of a checkpoint.
 
     Raises:
-        UserError: Naming the file that is missing, torn or changed.
+        UserError: Naming the file that is missing, torn or changed; or if a newer version of the program wrote it.
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
-            raise UserError(f"{folder / META}: not a checkpoint description")
-        if meta.get("format") != FORMAT:
-            raise UserError(f"{folder / META}: format {meta.get('format')!r}; this version reads format {FORMAT}")
+        checkpoint = Checkpoint(folder, int(meta["step"]), meta)
+        if meta["format"] != FORMAT:  # not damaged: going back to an older one would throw work away
+            raise UserError(f"{folder}: has format {meta['format']!r}, this version of the program reads {FORMAT}")
         for name in (MODEL, STATE):
-            expected = meta["files"][name]
-            if (folder / name).stat().st_size != expected["bytes"]:
-                raise UserError(f"{folder / name}: is torn ({(folder / name).stat().st_size} of {expected['bytes']} bytes)")
+            expected, size = meta["files"][name], (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                raise _Damaged(f"{folder / name}: is torn ({size} of {expected['bytes']} bytes)")
             if sha256_of(folder / name) != expected["sha256"]:
-                raise UserError(f"{folder / name}: is damaged (sha256 differs from {META})")
-        return Checkpoint(folder, int(meta["step"]), meta)
+                raise _Damaged(f"{folder / name}: is damaged (its sha256 is not the one in {META})")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: is incomplete or damaged ({type(error).__name__}: {error})") from error
+        raise _Damaged(f"{folder}: is incomplete or damaged ({type(error).__name__}: {error})") from error
+    return checkpoint
 
 
 def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -233,7 +233,7 @@ def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
     for _, folder in reversed(folders):
         try:
             return verify(folder)
-        except UserError as error:
+        except _Damaged as error:
             warn(f"{error}; trying the checkpoint before it")
     if folders:
         raise UserError(f"{root}: none of the {len(folders)} checkpoints can be used; start again with --overwrite")
@@ -248,8 +248,10 @@ def check_free_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder}: a checkpoint needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; free some "
-                        "space, then continue with --resume")  # fmt: skip
+        raise UserError(
+            f"{folder}: a checkpoint needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; "
+            "older checkpoints are untouched: free some space, then continue with --resume"
+        )
 
 
 def save(
@@ -275,7 +277,7 @@ def save(
         if folder.is_dir():
             try:
                 return verify(folder)  # a run that was stopped right after it had saved
-            except UserError:
+            except _Damaged:
                 shutil.rmtree(folder)  # damaged: the run went back to an older one and is here again
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".step_*"):
@@ -297,8 +299,10 @@ def save(
         return checkpoint
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder}: the checkpoint could not be written ({error.strerror or error}); older checkpoints are "
-                        "untouched: free some space, then continue with --resume") from error  # fmt: skip
+        raise UserError(
+            f"{folder}: the checkpoint could not be written ({error.strerror or error}); older checkpoints are "
+            "untouched: free some space, then continue with --resume"
+        ) from error
 
 
 def _size(value: Any) -> int:
@@ -345,3 +349,20 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     except Exception as error:  # torch raises many types; the sum was right, so the file is not ours
         raise UserError(f"{checkpoint.folder / STATE}: cannot be read ({error})") from error
     return {**tensors, **state.pop("extra")}, state
+
+
+def load_model(model: nn.Module, state: dict[str, Any], *, untracked: tuple[str, ...], where: Path) -> None:
+    """Load a state dictionary that may lack the prefixes in ``untracked``, and nothing else.
+
+    Raises:
+        UserError: If names or shapes differ from the model's.
+    """
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{where}: does not fit this model ({error})") from error
+    missing = [name for name in result.missing_keys if not name.startswith(untracked)]
+    if missing or result.unexpected_keys:
+        raise UserError(
+            f"{where}: does not fit this model: missing {missing[:5]}, unexpected {result.unexpected_keys[:5]}"
+        )

@@ -137,7 +137,7 @@ def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
     Returns:
         (W·n, …), the same in every process, in order of rank; ``x`` itself for a single process.
     """
-    return x if world_size() == 1 else _Gather.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+    return x if world_size() == 1 else _Gather.apply(x)
 
 
 def seed_everything(seed: int) -> None:

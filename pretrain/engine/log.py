@@ -4,9 +4,11 @@ and on the screen a progress bar (terminal) or plain lines (anything else; no co
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,18 +34,32 @@ def format_line(step: int, total: int, values: dict[str, float]) -> str:
     return "  ".join(shown)
 
 
-def last_lines(path: Path, *, up_to_step: int) -> None:
-    """Drop lines of a ``.jsonl`` file that are torn, or of steps after a checkpoint, which will be made again."""
+def strict_json(value: Any) -> Any:
+    """Replace numbers that JSON does not know (NaN, infinity) by their names, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: strict_json(item) for key, item in value.items()}
+    return [strict_json(item) for item in value] if isinstance(value, list) else value
+
+
+def rewind(path: Path, *, step: int) -> str | None:
+    """Drop lines of a ``.jsonl`` file that are torn, or of steps after ``step``, which will be made again.
+
+    Returns:
+        The last line that stays.
+    """
     if not path.is_file():
-        return
-    kept = []
+        return None
+    kept: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= up_to_step:
+            if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the line that was being written when the run was killed
     write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    return kept[-1] if kept else None
 
 
 class RunLog:
@@ -61,9 +77,11 @@ class RunLog:
         self.total, self.speak = total, speak
         self._bar: Any = None
         self._board: Any = None
+        self.newest: dict[str, float] = {}  # metrics of the last line of an earlier part of the run
         if self.out is not None:
-            for name in ("metrics.jsonl", "events.jsonl"):
-                last_lines(self.out / name, up_to_step=start)
+            rewind(self.out / "events.jsonl", step=start)
+            line = rewind(self.out / "metrics.jsonl", step=start)
+            self.newest = {name: value for name, value in json.loads(line or "{}").items() if name != "step"}
             if importlib.util.find_spec("tensorboard") is not None:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -77,10 +95,13 @@ class RunLog:
         """Print one line (above the bar) and keep it in ``train.log``."""
         if not self.speak:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # ``… | head``: nobody reads any more, but the training is wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self.out is not None:
             self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
@@ -94,40 +115,44 @@ class RunLog:
             self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Write one line of metrics everywhere. Values that are not finite become ``null``: JSON has no NaN."""
+        """Write one line of metrics everywhere."""
         if not self.speak:
             return
         self.say(format_line(step, self.total, values))
-        if self.out is not None:
-            clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._append("metrics.jsonl", json.dumps({"step": step, **clean}))
+        self._append("metrics.jsonl", json.dumps(strict_json({"step": step, **values})))
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as error:
+                self._board = None
+                self.warn(f"TensorBoard: {error}; going on without")
 
     def event(self, step: int, kind: str, **details: Any) -> None:
         """Record something unusual in ``events.jsonl``."""
-        if self.out is not None:
-            self._append("events.jsonl", json.dumps({"step": step, "event": kind, **details}))
+        self._append("events.jsonl", json.dumps(strict_json({"step": step, "event": kind, **details})))
 
     def bad_image(self, index: int, path: str, reason: str) -> None:
         """Record an unreadable image in ``bad_images.jsonl``."""
         self.warn(f"unreadable image replaced by the next one: {reason}")
-        if self.out is not None:
-            self._append("bad_images.jsonl", json.dumps({"index": index, "path": path, "reason": reason}))
+        self._append("bad_images.jsonl", json.dumps({"index": index, "path": path, "reason": reason}))
 
     def close(self) -> None:
         """Finish the bar and the board."""
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # metrics.jsonl has everything that the board has
+                self._board.close()
 
     def _append(self, name: str, line: str) -> None:
-        assert self.out is not None
+        if self.out is None:
+            return
         try:
             with open(self.out / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.out / name}: {error.strerror}; checkpoints are untouched: free some space, "
-                            "then continue with --resume") from error  # fmt: skip
+            raise UserError(
+                f"cannot write {self.out / name}: {error.strerror}; checkpoints are untouched: free some space, then "
+                "continue with --resume"
+            ) from error

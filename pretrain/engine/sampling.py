@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which samples a step sees: a pure function of (seed, step), so that there is no sampler state to lose.
 
-Samples are numbered by *draw*: step ``s`` with global batch ``B`` uses draws ``s·B … s·B + B − 1``. Every ``len(source)``
-draws make an epoch, in which each index occurs once. Each draw seeds its own augmentation, so neither the number of
-workers nor of processes, nor an interruption, changes what a draw yields.
+Samples are numbered by *draw*: step ``s`` with global batch ``B`` uses draws ``s·B … s·B + B − 1``. Every
+``len(source)`` draws make an epoch, in which each index occurs once. Each draw seeds its own augmentation, so neither
+the number of workers nor of processes, nor an interruption, changes what a draw yields.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain.engine.distributed import preserved_rng
@@ -115,8 +116,8 @@ class Microbatches(Dataset[Fetched]):
     ) -> None:
         if batch_size % (accumulate * world_size):
             raise UserError(
-                f"loop.batch_size: {batch_size} is not divisible by accumulate × processes = {accumulate} × {world_size};"
-                f" use a multiple of {accumulate * world_size}"
+                f"loop.batch_size: {batch_size} is not divisible by accumulate × processes = {accumulate} × "
+                f"{world_size}; use a multiple of {accumulate * world_size}"
             )
         self.source, self.seed = source, seed
         self.order = Order(length=len(source), seed=seed)
@@ -202,3 +203,16 @@ def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: boo
         generator=torch.Generator(),  # of its own: the loader must not draw from the model's
     )
     return iter(loader)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move tensors, and objects with ``.to``, inside lists, tuples and dicts."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return value.to(device) if hasattr(value, "to") else value
