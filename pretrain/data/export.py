@@ -34,6 +34,7 @@ def coco_header(stickers: Stickers, source: SceneSource) -> dict[str, Any]:
             "labels": source.labels,
             "split_sha256": stickers.split_hash,
             "category_id": "index into nouns plus 1",
+            "licence": LICENCES[0]["name"],
         },
         "licenses": list(LICENCES),
         "categories": [

@@ -74,7 +74,8 @@ def _convert(image: Image.Image, alpha: bool) -> Image.Image:
     """RGB or RGBA of any mode; 16-bit greys are scaled, not clipped."""
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image).astype(np.float64)
-        scale = 1.0 if grey.max(initial=0.0) <= 255 else 255.0 / 65535.0
+        deep = image.mode.startswith("I;16") or grey.max(initial=0.0) > 255
+        scale = 255.0 / 65535.0 if deep else 1.0
         image = Image.fromarray(np.clip(np.floor(grey * scale + 0.5), 0, 255).astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if alpha:

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading pictures that people bring: every kind, every orientation, and what must be refused."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.data.folder import FolderSource, list_images, read_image
+from pretrain.engine.errors import BadImageError, UserError
+
+# A picture whose four quarters differ, so that any wrong turn shows.
+UPRIGHT = np.kron(
+    np.array([[[250, 0, 0], [0, 250, 0], [0, 0, 250]], [[250, 250, 0], [0, 250, 250], [250, 0, 250]]], np.uint8),
+    np.ones((8, 8, 1), np.uint8),
+)
+# What a camera stores for each EXIF orientation (TIFF 6.0 / EXIF 2.3, tag 274), given the upright picture.
+STORED = {
+    1: UPRIGHT,
+    2: UPRIGHT[:, ::-1],
+    3: UPRIGHT[::-1, ::-1],
+    4: UPRIGHT[::-1],
+    5: UPRIGHT.transpose(1, 0, 2),
+    6: np.rot90(UPRIGHT, 1),
+    7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(UPRIGHT, -1),
+}
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", sorted(STORED))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_come_upright(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}[kind]
+    data = encode(Image.fromarray(np.ascontiguousarray(STORED[orientation])), kind, exif=exif.tobytes(), **options)
+    image = read_image(data)
+    assert image.shape == UPRIGHT.shape
+    assert np.abs(image.astype(int) - UPRIGHT).max() <= (6 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
+def test_lossless_formats_come_exactly(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(read_image(encode(Image.fromarray(UPRIGHT), kind, **options)), UPRIGHT)
+
+
+def test_transparent_pixels_are_white() -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:2] = (200, 10, 10, 255)
+    image = read_image(encode(Image.fromarray(rgba), "PNG"))
+    assert (image[:2] == (200, 10, 10)).all() and (image[2:] == 255).all()
+    assert np.array_equal(read_image(encode(Image.fromarray(rgba), "PNG"), alpha=True), rgba)
+
+
+def test_half_transparent_pixels_are_mixed_with_white() -> None:
+    rgba = np.full((2, 2, 4), (0, 0, 0, 128), np.uint8)
+    assert np.abs(read_image(encode(Image.fromarray(rgba), "PNG")).astype(int) - 127).max() <= 1
+
+
+def test_palette_pictures_with_and_without_transparency() -> None:
+    palette = Image.fromarray(UPRIGHT).quantize(8)
+    assert np.abs(read_image(encode(palette, "PNG")).astype(int) - UPRIGHT).max() <= 6
+    index = palette.getpixel((0, 0))
+    image = read_image(encode(palette, "PNG", transparency=index))
+    assert (image[:8, :8] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_pictures_get_three_channels(mode: str) -> None:
+    grey = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert(mode)
+    assert read_image(encode(grey, "PNG")).tolist() == [[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]]
+
+
+def test_16_bit_greys_are_scaled_and_not_clipped() -> None:
+    grey = np.array([[0, 65535], [32768, 257]], np.uint16)
+    image = read_image(encode(Image.fromarray(grey), "PNG"))
+    assert image[..., 0].tolist() == [[0, 255], [128, 1]]
+
+
+def test_dark_16_bit_greys_are_scaled_too() -> None:
+    grey = np.full((2, 2), 255, np.uint16)  # 0.4 % of white
+    assert read_image(encode(Image.fromarray(grey), "PNG")).max() == 1
+
+
+def test_cmyk_jpeg_is_converted() -> None:
+    data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    red = read_image(data)[8, 8].astype(int)
+    assert red[0] > 200 and red[1] < 60 and red[2] < 60
+
+
+def test_path_bytes_and_file_give_the_same_picture(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(Image.fromarray(UPRIGHT), "PNG"))
+    with path.open("rb") as handle:
+        pictures = [read_image(path), read_image(str(path)), read_image(path.read_bytes()), read_image(handle)]
+    assert all(np.array_equal(picture, UPRIGHT) for picture in pictures)
+
+
+def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "really_a_png.jpg"
+    path.write_bytes(encode(Image.fromarray(UPRIGHT), "PNG"))
+    assert np.array_equal(read_image(path), UPRIGHT)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims width x height pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [6_000, 20_000, 2**31 - 1])
+def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
+    with pytest.raises(BadImageError, match="pixels"):
+        read_image(bomb(side, side))
+
+
+def test_the_pixel_limit_can_be_chosen() -> None:
+    data = encode(Image.fromarray(UPRIGHT), "PNG")
+    assert read_image(data, max_pixels=UPRIGHT.shape[0] * UPRIGHT.shape[1]).shape == UPRIGHT.shape
+    with pytest.raises(BadImageError, match="16|24"):
+        read_image(data, max_pixels=UPRIGHT.shape[0] * UPRIGHT.shape[1] - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("empty.png", b""),
+        ("text.jpg", b"hello"),
+        ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'),
+        ("page.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        ("anim.png", encode(Image.new("RGB", (8, 8)), "GIF")),
+        ("scan.png", encode(Image.new("RGB", (8, 8)), "TIFF")),
+        ("torn.jpg", encode(Image.fromarray(UPRIGHT), "JPEG")[:200]),
+        ("torn.png", encode(Image.fromarray(UPRIGHT), "PNG")[:60]),
+        ("torn.webp", encode(Image.fromarray(UPRIGHT), "WEBP")[:40]),
+        ("torn.bmp", encode(Image.fromarray(UPRIGHT), "BMP")[:100]),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(BadImageError) as caught:
+        read_image(path)
+    assert caught.value.path == path and name in str(caught.value)
+
+
+def test_a_folder_or_nothing_at_all_is_a_bad_image(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.png"):
+        with pytest.raises(BadImageError, match=path.name):
+            read_image(path)
+
+
+def test_the_error_crosses_process_borders(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError) as caught:
+        read_image(tmp_path / "missing.png")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301 - our own bytes
+
+
+def test_large_pictures_can_be_read_small() -> None:
+    big = np.kron(UPRIGHT, np.ones((20, 20, 1), np.uint8))
+    for kind in ("PNG", "JPEG"):
+        image = read_image(encode(Image.fromarray(big), kind), max_side=48)
+        assert image.shape == (32, 48, 3) and np.abs(image[4, 4].astype(int) - UPRIGHT[2, 2]).max() < 12
+
+
+def test_a_folder_is_searched_with_its_sub_folders_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a/z.jpg", "a/b/c.webp", "d.bmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(UPRIGHT).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)] == [
+        "a/b/c.webp",
+        "a/z.jpg",
+        "b.PNG",
+        "d.bmp",
+    ]
+
+
+def test_folder_pictures_are_samples(tmp_path: Path) -> None:
+    Image.fromarray(UPRIGHT).save(tmp_path / "a.png")
+    Image.fromarray(np.ascontiguousarray(UPRIGHT[:, :16])).save(tmp_path / "b.png")
+    raw = FolderSource(tmp_path)
+    assert len(raw) == 2 and np.array_equal(raw.sample(0, 5), UPRIGHT.transpose(2, 0, 1))
+    assert [tuple(t.shape) for t in raw.collate([raw.sample(0), raw.sample(1)])["image"]] == [(3, 16, 24), (3, 16, 16)]
+    square = FolderSource(tmp_path, size=12)
+    assert square.collate([square.sample(0), square.sample(1)])["image"].shape == (2, 3, 12, 12)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    for folder, message in ((tmp_path, "holds no picture"), (tmp_path / "none", "is not a folder")):
+        with pytest.raises(UserError, match=message):
+            FolderSource(folder)
