@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from ovd.evaluation.coco import Metrics
+    from ovd.data.splits import Split
+    from ovd.evaluation.coco import Metrics, Predict
     from ovd.evaluation.compare import Difference
+    from ovd.evaluation.predictor import Predictor
 
 DEFAULT_COUNT = 500  # validation scenes
-DEFAULT_SEED = 1000  # of the validation scenes that the tables are computed on
+DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
+DEFAULT_SCALE = 100.0  # ViLD's inverse temperature
 DEFAULT_SIZE = 256  # pixels, what the shipped configs train at
 
 EPILOG = """\
@@ -124,10 +127,8 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     """Run the detector of `--weights` over `--data`, keep its results, evaluate them."""
     from ovd.data.coco import check_ground_truth, read_json
     from ovd.data.splits import Split
-    from ovd.detector import Detector
+    from ovd.detector import find_weights
     from ovd.evaluation import coco
-    from ovd.evaluation.predictor import predictor_for
-    from ovd.vocabulary import Vocabulary
 
     data = DataSpec.parse(args.data)
     gt: dict[str, Any] | None = None
@@ -139,24 +140,16 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         shipped = Split.load("stickers")
         split = Split.load(args.split, categories=shipped.names) if args.split else shipped
     started = time.process_time()
-    detector = Detector.load(args.weights)
-    words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
-    if args.vocabulary in ("base", "novel"):
-        words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
-    elif args.vocabulary not in ("all", "known"):
-        vocabulary = Vocabulary.load(args.vocabulary, templates=detector.templates)
-    predict = predictor_for(
-        detector,
-        split,
-        vocabulary=vocabulary,
-        categories=words,
-        ensemble=args.ensemble,
-        scores=args.scores,
-        limit=args.limit,
-        masks=args.iou_types != ["bbox"],
-    )
+    run: dict[str, Any] = {"weights": str(args.weights), "data": args.data, "regions": args.regions}
+    folder = find_weights(args.weights)
+    predict: Predict | None = None
+    if _is_agnostic(folder):
+        propose: Predict | None = _proposals_of(folder, args.regions)
+        run["protocol"] = "class-agnostic detector: recall only"
+    else:
+        predictor = _named(args, split, run)
+        predict, propose = predictor, predictor.propose if args.agnostic == "proposals" else None
     progress = _Progress()
-    propose = predict.propose if args.agnostic == "proposals" else None
     if data.annotations is not None and gt is not None:
         results, proposals = coco.run_images(gt, Path(str(data.images)), predict, propose=propose, on_image=progress)
         sha = _file_sha256(str(data.annotations))
@@ -167,28 +160,77 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         gt, results, proposals = coco.run_source(source, predict, propose=propose, on_image=progress)
         sha = coco.content_sha256(gt)
     if args.out:
-        out = Path(args.out)
-        _write_json(out / "results.json", results)
-        if data.annotations is None:
-            _write_json(out / "annotations.json", gt)
-        if proposals is not None:
-            _write_json(out / "proposals.json", proposals)
+        generated = gt if data.annotations is None else None
+        for name, content in (("results", results), ("proposals", proposals), ("annotations", generated)):
+            if content is not None:
+                _write_json(Path(args.out) / f"{name}.json", content)
     metrics = coco.evaluate(gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals)
-    return _finish(
-        metrics,
-        args,
-        argv,
-        dataset_sha256=sha,
-        weights=str(args.weights),
-        weights_sha256=detector.card.get("sha256"),
-        data=args.data,
-        vocabulary=args.vocabulary,
-        words=len(predict.category_ids),
+    run["cpu_seconds"] = round(time.process_time() - started, 1)
+    return _finish(metrics, args, argv, dataset_sha256=sha, **run)
+
+
+def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predictor:
+    """The detector with its words; notes in `run` what a reader of the figures must know."""
+    from ovd.detector import Detector
+    from ovd.evaluation.predictor import predictor_for
+    from ovd.vocabulary import Vocabulary
+
+    detector = Detector.load(args.weights)
+    words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
+    if args.vocabulary in ("base", "novel"):
+        words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
+    elif args.vocabulary not in ("all", "known"):
+        vocabulary = Vocabulary.load(args.vocabulary, templates=detector.templates)
+    card = getattr(detector.model, "card", None)
+    if card is not None:
+        setattr(detector.model, "top", args.regions)  # noqa: B010  # of the network, which the protocol does not show
+    scale = args.scale or (float(card.model["head"]["scale"]) if card is not None else DEFAULT_SCALE)
+    predictor = predictor_for(
+        detector,
+        split,
+        vocabulary=vocabulary,
+        categories=words,
         ensemble=args.ensemble,
         scores=args.scores,
-        agnostic=args.agnostic,
-        cpu_seconds=round(time.process_time() - started, 1),
+        scale=scale,
+        limit=args.limit,
+        masks=args.iou_types != ["bbox"],
     )
+    run |= {
+        "weights_sha256": detector.card.get("sha256"),
+        "config_hash": getattr(card, "config_hash", None),
+        "vocabulary": args.vocabulary,
+        "words": len(predictor.category_ids),
+        "scores": args.scores,
+        "scale": scale if args.scores == "published" else None,
+        "ensemble": args.ensemble,
+        "agnostic": args.agnostic,
+    }
+    return predictor
+
+
+def _is_agnostic(folder: Path) -> bool:
+    """Whether the exported detector there knows no words; a folder without a card is left to the loader to explain."""
+    from ovd.data.coco import read_json
+
+    card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+    return bool(isinstance(card, dict) and card.get("model", {}).get("variant") == "agnostic")
+
+
+def _proposals_of(folder: Path, top: int) -> Predict:
+    from ovd.modeling.build import load_detector_model
+
+    model = load_detector_model(folder)
+
+    def propose(image: Any, image_id: Any) -> list[dict[str, Any]]:
+        boxes, scores = model.propose(image, top=top)
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        return [
+            {"image_id": image_id, "bbox": [float(v) for v in (*box[:2], *size)], "score": float(score)}
+            for box, size, score in zip(boxes, sizes, scores, strict=True)
+        ]
+
+    return propose
 
 
 class _Progress:
@@ -270,6 +312,8 @@ def _parser() -> argparse.ArgumentParser:
         help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",
         help="what AR is computed from: the regions by objectness (default), or the named results")  # fmt: skip
+    add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
+    add("--regions", type=_positive, default=300, help="regions per image that are named, best objectness first")
     add("--limit", type=_positive, default=300, help="detections per image (default 300)")
     add("--size", type=_positive, default=DEFAULT_SIZE, help=f"side of the generated scenes (default {DEFAULT_SIZE})")
     add("--annotations", metavar="GT.json", help="ground truth in COCO format")

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 from pycocotools.cocoeval import COCOeval
 
-from ovd.data.coco import GroundTruth, ImageId, check_ground_truth, check_results, to_rle
+from ovd.data.coco import GroundTruth, ImageId, Results, check_ground_truth, check_results, to_rle
 from ovd.data.splits import Split
 from ovd.evaluation.recall import class_agnostic_recall
 from pretrain.engine.errors import UserError
@@ -91,7 +91,7 @@ class Matches:
 
 def evaluate(
     gt: Mapping[str, Any],
-    results: list[dict[str, Any]],
+    results: list[dict[str, Any]] | None,
     split: Split | None = None,
     iou_types: Sequence[str] | None = None,
     *,
@@ -104,7 +104,7 @@ def evaluate(
     Args:
         gt: object with `images`, `annotations`, `categories`; not changed.
         results: list of detections (`image_id`, `category_id`, `score`, `bbox` x, y, w, h and/or `segmentation`); not
-            changed.
+            changed. None judges `proposals` alone: no AP.
         split: base and novel categories; None puts all in base. Objects and detections of other categories are left out
             before anything is counted.
         iou_types: `"bbox"`, `"segm"` or both; None takes boxes, and masks where both sides have them.
@@ -123,9 +123,13 @@ def evaluate(
     split = split or Split.everything(truth.categories)
     split.check_categories(truth.categories, where=where[0])
     known = set(split.names) - set(truth.categories)
-    checked = check_results(results, truth, outside=known, where=where[1])
+    checked = Results(detections=[])
+    if results is not None or proposals is None:
+        checked = check_results(results, truth, outside=known, where=where[1])
     warnings = [*truth.warnings, *checked.warnings]
-    if iou_types is None:
+    if iou_types is None and results is None:
+        iou_types = ("bbox",)
+    elif iou_types is None:
         iou_types, why = _kinds(truth, checked.detections)
         warnings += why
     boxes = None
@@ -142,7 +146,7 @@ def evaluate(
         "objects": sum(not a["iscrowd"] for a in annotations),
         "detections": len(detections),
         "objects_outside_split": len(truth.annotations) - len(annotations),
-        "detections_outside_split": len(results) - len(detections),
+        "detections_outside_split": len(results or ()) - len(detections),
     }
     if not counts["objects"]:
         warnings.append("no objects of the split's categories: every metric is n/a")
@@ -160,8 +164,9 @@ def evaluate(
     values: dict[str, float] = {}
     for kind in dict.fromkeys(iou_types):
         gts, dts = shaped(truth, annotations, detections, kind, where)
-        precision = np.stack([c.precision() for c in _categories(kind, gts, dts, split, max_dets).values()], axis=2)
-        for name, (t, area) in AVERAGES.items():
+        named = [] if results is None else [*_categories(kind, gts, dts, split, max_dets).values()]
+        precision = np.stack([c.precision() for c in named], axis=2) if named else np.zeros(0)
+        for name, (t, area) in AVERAGES.items() if named else ():
             for group, ids in split.groups.items():
                 columns = [n for n, i in enumerate(split.ids) if i in ids]
                 curves = precision[:, :, columns, area]
@@ -228,7 +233,7 @@ def match_table(
 
 def evaluate_source(
     source: SceneSource,
-    predict: Predict,
+    predict: Predict | None,
     split: Split | None = None,
     iou_types: Sequence[str] | None = None,
     *,
@@ -239,7 +244,7 @@ def evaluate_source(
 
     Args:
         source: scenes with all labels; scene `index` becomes image id `index + 1`.
-        predict: `(image uint8 (H, W, 3) RGB, image_id) -> COCO results of that image`.
+        predict: `(image uint8 (H, W, 3) RGB, image_id) -> COCO results of that image`; None judges `propose` alone.
         split: base and novel; None takes the shipped split of the source's nouns.
         iou_types: as `evaluate`.
         propose: class-agnostic proposals, from which AR is computed in place of `predict`'s results.
@@ -254,11 +259,11 @@ def evaluate_source(
 
 def run_source(
     source: SceneSource,
-    predict: Predict,
+    predict: Predict | None,
     *,
     propose: Predict | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]] | None]:
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
     """COCO ground truth of a scene source, the model's results, its proposals; arguments as `evaluate_source`."""
     from pretrain.data.export import coco_header
     from pretrain.data.stickers import coco_objects
@@ -266,30 +271,27 @@ def run_source(
     if source.labels != "all":
         raise UserError("this source hides the labels of novel objects (labels=base), so nothing can be said of them.")
     gt: dict[str, Any] = {**coco_header(source.stickers, source), "images": [], "annotations": []}
-    results: list[dict[str, Any]] = []
-    proposals: list[dict[str, Any]] | None = None if propose is None else []
+    collect = _Collect(predict, propose)
     for index in range(len(source)):
         scene = source.scene(index)
         image_id = index + 1
         image, objects = coco_objects(scene, image_id=image_id, first_annotation_id=len(gt["annotations"]) + 1)
         gt["images"].append(image)
         gt["annotations"] += objects
-        results += predict(scene.image, image_id)
-        if propose is not None and proposals is not None:
-            proposals += propose(scene.image, image_id)
+        collect(scene.image, image_id)
         if on_image is not None:
             on_image(image_id, len(source))
-    return gt, results, proposals
+    return gt, collect.results, collect.proposals
 
 
 def run_images(
     gt: Mapping[str, Any],
     folder: Path,
-    predict: Predict,
+    predict: Predict | None,
     *,
     propose: Predict | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
     """The model's results, and its proposals, on the pictures of a COCO file.
 
     Args:
@@ -303,8 +305,7 @@ def run_images(
     """
     from pretrain.data.folder import read_image
 
-    results: list[dict[str, Any]] = []
-    proposals: list[dict[str, Any]] | None = None if propose is None else []
+    collect = _Collect(predict, propose)
     for n, entry in enumerate(gt["images"]):
         if not isinstance(entry.get("file_name"), str):
             raise UserError(f"images[{n}]: 'file_name' is missing, so the picture cannot be found.")
@@ -315,12 +316,25 @@ def run_images(
                 f"{folder / entry['file_name']}: {image.shape[1]}×{image.shape[0]} px, but the annotations say "
                 f"{said[1]}×{said[0]}: boxes would be off. (Resized, or turned by its EXIF orientation?)"
             )
-        results += predict(image, entry["id"])
-        if propose is not None and proposals is not None:
-            proposals += propose(image, entry["id"])
+        collect(image, entry["id"])
         if on_image is not None:
             on_image(n + 1, len(gt["images"]))
-    return results, proposals
+    return collect.results, collect.proposals
+
+
+class _Collect:
+    """Results and proposals of one picture after another; None for what is not asked for."""
+
+    def __init__(self, predict: Predict | None, propose: Predict | None) -> None:
+        self.predict, self.propose = predict, propose
+        self.results: list[dict[str, Any]] | None = None if predict is None else []
+        self.proposals: list[dict[str, Any]] | None = None if propose is None else []
+
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> None:
+        if self.predict is not None and self.results is not None:
+            self.results += self.predict(image, image_id)
+        if self.propose is not None and self.proposals is not None:
+            self.proposals += self.propose(image, image_id)
 
 
 def content_sha256(content: Any) -> str:

@@ -42,6 +42,8 @@ class Predictor:
         category_ids: (C,) COCO id of each word, in the vocabulary's order.
         rows: (C, D) unit text embeddings.
         scores: `published`, or `calibrated` as the page shows them.
+        scale: inverse temperature of the published softmax: the one of training, never a fitted one, because fitting
+            sees novel labels.
         exponent: of the text head where there are two heads; a number or (C,).
         limit: detections per image.
         candidates: (region, class) pairs that enter NMS.
@@ -53,6 +55,7 @@ class Predictor:
     category_ids: tuple[int, ...]
     rows: Tensor
     scores: Scores = "published"
+    scale: float = 100.0
     exponent: float | Tensor = FIXED_TEXT_WEIGHT
     limit: int = 300
     candidates: int = 5000
@@ -94,8 +97,7 @@ class Predictor:
         if self.scores == "calibrated":
             objectness = regions.objectness.to(self.rows)
             return score_regions(*heads, objectness, self.rows, model.bank.to(self.rows), background, model.calibration)
-        scale = model.calibration.logit_scale
-        return vocabulary_probabilities(*heads, self.rows, background, scale=scale, exponent=self.exponent)
+        return vocabulary_probabilities(*heads, self.rows, background, scale=self.scale, exponent=self.exponent)
 
 
 def predictor_for(
@@ -106,6 +108,7 @@ def predictor_for(
     categories: Mapping[int, str] | None = None,
     ensemble: Ensemble = "fixed",
     scores: Scores = "published",
+    scale: float = 100.0,
     limit: int = 300,
     masks: bool = True,
 ) -> Predictor:
@@ -119,7 +122,7 @@ def predictor_for(
         categories: id -> name; those of the split when None.
         ensemble: `base-novel` weighs the two heads by group, which needs to know what is novel, as ViLD's evaluation
             does; `fixed` is one weight for all, as for typed words. Without a second head both are the same.
-        scores: see `Predictor`.
+        scores, scale: see `Predictor`.
         limit: detections per image.
         masks: write masks too.
 
@@ -144,7 +147,14 @@ def predictor_for(
         exponent = text_exponents(torch.tensor([split.group_of(i) == "base" for i in ids]))
     rows = detector.text.embed(vocabulary)
     return Predictor(
-        detector=detector, category_ids=ids, rows=rows, scores=scores, exponent=exponent, limit=limit, masks=masks
+        detector=detector,
+        category_ids=ids,
+        rows=rows,
+        scores=scores,
+        scale=scale,
+        exponent=exponent,
+        limit=limit,
+        masks=masks,
     )
 
 

@@ -60,6 +60,11 @@ def photos(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
     return tmp_path, tmp_path / "gt.json", gt
 
 
+def use_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights: make_detector()))
+    monkeypatch.setattr("ovd.detector.find_weights", lambda weights: Path("nowhere"))
+
+
 class Oracle:
     """Knows the scenes: answers with their labels, of some categories only."""
 
@@ -97,6 +102,14 @@ def test_proposals_of_a_source_are_what_recall_is_computed_from(source: SceneSou
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_proposals_alone_have_recall_and_no_precision(source: SceneSource) -> None:
+    oracle = Oracle(source, source.stickers.base | source.stickers.novel)
+    metrics = evaluate_source(source, None, propose=oracle)
+    assert metrics.values["bbox/AR100_novel@50"] == 1.0
+    assert not any("/AP" in key for key in metrics.values)
+    assert "no detections" not in " ".join(metrics.warnings)
+
+
 def test_ground_truth_of_a_source_holds_every_label_of_every_scene(source: SceneSource) -> None:
     gt, results, proposals = run_source(source, lambda image, image_id: [])
     assert (results, proposals) == ([], None)
@@ -114,7 +127,7 @@ def test_a_source_that_hides_novel_labels_is_refused() -> None:
 
 def test_detector_on_pictures_finds_boxes_and_masks_by_name(photos: tuple[Path, Path, dict[str, Any]]) -> None:
     folder, _, gt = photos
-    predict = predictor_for(make_detector(), SPLIT)
+    predict = predictor_for(make_detector(), SPLIT, scale=20.0)
     results, proposals = run_images(gt, folder, predict, propose=predict.propose)
     values = evaluate(gt, results, SPLIT, proposals=proposals).values
     for key in ("bbox/AP50_base", "bbox/AP50_novel", "bbox/AP", "segm/AP50", "bbox/AR100_novel"):
@@ -124,7 +137,7 @@ def test_detector_on_pictures_finds_boxes_and_masks_by_name(photos: tuple[Path, 
 
 def test_published_scores_are_one_softmax_over_words_and_background() -> None:
     detector = make_detector()
-    predict = predictor_for(detector, SPLIT)
+    predict = predictor_for(detector, SPLIT, scale=20.0)
     regions = detector.embed(picture()).regions
     score = predict.score(regions)
     logits = 20.0 * regions.text @ torch.cat([predict.rows, detector.model.background[None]]).T
@@ -148,7 +161,7 @@ def two_heads(regions: RegionSet) -> RegionSet:
 def test_base_novel_ensemble_weighs_the_heads_by_group() -> None:
     detector = make_detector()
     regions = two_heads(detector.embed(picture()).regions)
-    predict = predictor_for(detector, SPLIT, ensemble="base-novel")
+    predict = predictor_for(detector, SPLIT, ensemble="base-novel", scale=20.0)
     scale, rows = 20.0, predict.rows
     text = (scale * regions.text @ torch.cat([rows, detector.model.background[None]]).T).softmax(1)[:, :4]
     assert regions.image is not None
@@ -184,7 +197,7 @@ def test_command_runs_a_detector_on_coco_pictures_and_its_files_evaluate_to_the_
 ) -> None:
     folder, annotations, _ = photos
     SPLIT.save(folder / "split.json")
-    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights: make_detector()))
+    use_fake(monkeypatch)
     out = folder / "out"
     data = f"coco:{folder}:{annotations}"
     split = ["--split", str(folder / "split.json")]
@@ -202,7 +215,7 @@ def test_command_runs_a_detector_on_coco_pictures_and_its_files_evaluate_to_the_
 
 
 def test_command_runs_a_detector_on_sticker_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights: make_detector()))
+    use_fake(monkeypatch)
     out = tmp_path / "out"
     assert main(["--weights", "x", "--data", "stickers-val:3:5", "--size", "96", "--out", str(out)]) == 0
     run = json.loads((out / "metrics.json").read_text())
