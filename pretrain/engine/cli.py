@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -124,4 +125,5 @@ def _help(model: type[Section], prog: str, doc: str, default_config: str | None,
     }
     usage = f"usage: {prog} [--config FILE] [key=value ...] [flags]"
     lines = [f"  {left:<18} {right}" for left, right in rows.items()]
-    return "\n".join([usage, "", doc.strip(), "", *lines, "", describe(model)])
+    plain_doc = inspect.cleandoc(doc).replace("``", "`")  # a module's docstring will do
+    return "\n".join([usage, "", plain_doc, "", *lines, "", describe(model)])

@@ -77,8 +77,8 @@ class LoopConfig(Section):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto (CUDA when there is one, otherwise CPU), cpu, cuda, cuda:N or mps.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (CUDA when there is one, otherwise CPU), cpu, cuda or cuda:N.",
     )
     log_every: int = Field(default=20, ge=1, le=10**9, description="Steps between log lines.", json_schema_extra=FREE)
     save_every: int = Field(

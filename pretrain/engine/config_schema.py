@@ -253,7 +253,7 @@ def _groups(
         tags = inner.tags()
         if tags:
             below.append(
-                (path, [head, f"  {inner.discriminator}: {', '.join(tags)} chooses which of these keys there are:"])
+                (path, [head, f"  {inner.discriminator} chooses which of these keys there are: {', '.join(tags)}"])
             )
         for tag, variant in (tags or {"": inner.sections[0]}).items():
             shown = value if isinstance(value, variant) else None

@@ -157,7 +157,7 @@ def test_help_shows_every_key_with_type_default_and_meaning(capsys: pytest.Captu
         "Does a thing.",
         "  --resume           Go on from the newest good checkpoint",
         "  out                   path; required\n                        run folder",
-        "net: the network\n  kind: small, large chooses which of these keys there are:",
+        "net: the network\n  kind chooses which of these keys there are: small, large",
         "net with kind: large - A large network.",
         "  depth                 integer from 18 to 152; default 50\n                        layers",
         "folders[]: pictures\n  path                  path; required",
