@@ -87,7 +87,11 @@ class Predictor:
     def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
         """The same picture's regions as class-agnostic proposals, scored by objectness."""
         regions = self.detector.embed(image).regions
-        return [_result(regions, r, image_id, 0, float(regions.objectness[r])) for r in range(len(regions))]
+        proposals = [_result(regions, r, image_id, 0, float(regions.objectness[r])) for r in range(len(regions))]
+        if self.masks and regions.masks is not None:
+            for region, one in enumerate(proposals):
+                one["segmentation"] = region_rle(regions, region)
+        return proposals
 
     def score(self, regions: RegionSet) -> Tensor:
         """(R, C) scores of all regions."""
