@@ -202,7 +202,13 @@ def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: boo
         pin_memory=pin,
         generator=torch.Generator(),  # of its own: the loader must not draw from the model's
     )
-    return iter(loader)
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        # An error must not leave workers behind: they wait for a second SIGTERM, and the interpreter waits for them.
+        if workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
