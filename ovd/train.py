@@ -156,8 +156,10 @@ def build(config: TrainConfig) -> dict[str, Any]:
     """Everything a training needs: model, task, source, encoder and the pieces of the card."""
     import torch
 
+    from ovd.data.catalog import StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
     from ovd.modeling.build import build_model
+    from ovd.regions.images import SceneImages
     from ovd.regions.store import RegionStore
     from ovd.text import embed_vocabulary
     from ovd.vocabulary import Vocabulary
@@ -181,7 +183,9 @@ def build(config: TrainConfig) -> dict[str, Any]:
     store = None
     if config.model.variant in ("image", "vild", "ensemble"):
         store = RegionStore.open(Path(config.regions or ""))
-        store.require(encoder_fingerprint=encoder.fingerprint())
+        pictures = SceneImages(images.source).fingerprint() if isinstance(images, StickerImages) else None
+        # A store of other scenes would give every picture somebody else's regions, silently.
+        store.require(encoder_fingerprint=encoder.fingerprint(), source_fingerprint=pictures)
     source = DetectionSource(
         images=images,
         transform=TrainingTransform(
