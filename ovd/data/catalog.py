@@ -109,14 +109,13 @@ class CocoImages:
                 f"data.annotations: {annotations} has no images, annotations and categories; "
                 "a COCO instances file is needed"
             )
-        known = {c["id"] for c in data["categories"]}
-        ids = sorted((set(split.base) | set(split.novel)) & known)
-        if not ids:
-            raise UserError(f"data.split: no category of split {split.name!r} occurs in {annotations}")
+        # Ids that mean something else here (renumbered, another data set) would train wrong names without a word.
+        split.check_categories({c["id"]: c["name"] for c in data["categories"]}, where=str(annotations))
+        ids = list(split.ids)
         self.folder = images
         self.category_ids = tuple(ids)
         self.names = tuple(split.names[i] for i in ids)
-        self.novel = frozenset(ids.index(i) for i in split.novel if i in known)
+        self.novel = frozenset(ids.index(i) for i in split.novel)
         index = {category: i for i, category in enumerate(ids)}
         wanted = set(split.base) if labels == "base" else set(ids)
         self._annotations: dict[int, list[dict[str, Any]]] = {}
