@@ -207,8 +207,9 @@ class OpenVocabularyHeads(ROIHeads):
         foreground = (labels >= 0) & (labels < self.num_classes)
         if not bool(foreground.any()):
             return deltas.sum() * 0.0
+        # Detectron2 gives pictures without labels no gt_boxes; none of their regions is foreground.
+        target = cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in sampled])[foreground]
         source = cat([p.proposal_boxes.tensor for p in sampled])[foreground]
-        target = cat([p.gt_boxes.tensor for p in sampled])[foreground]
         wanted = self.box_transform.get_deltas(source, target)
         loss = F.smooth_l1_loss(deltas[foreground].float(), wanted, beta=self.box_beta, reduction="sum")
         return loss / max(len(labels), 1)  # normalised by all sampled regions, as Fast R-CNN does

@@ -130,6 +130,19 @@ def test_variants__have_their_losses_and_all_trained_parameters_get_gradients(
     assert without == []
 
 
+def test_training__a_picture_without_labels_is_background_only() -> None:
+    data = batch()
+    empty = Instances((SIDE, SIDE))
+    empty.gt_boxes = Boxes(torch.zeros(0, 4))
+    empty.gt_classes = torch.zeros(0, dtype=torch.long)
+    empty.gt_masks = BitMasks(torch.zeros(0, SIDE, SIDE, dtype=torch.bool))
+    model = make("vild").train()
+    mixed = model([data[0], {**data[1], "instances": empty}])
+    assert all(torch.isfinite(v) for v in mixed.values()) and float(mixed["loss_box"].detach()) > 0
+    alone = model([{**data[1], "instances": empty}])
+    assert float(alone["loss_box"].detach()) == 0.0 and float(alone["loss_mask"].detach()) == 0.0
+
+
 def gradient_reaches(model: OpenVocabularyRCNN, loss: str, prefix: str) -> bool:
     model.zero_grad()
     model(batch())[loss].backward()
