@@ -172,7 +172,10 @@ class PhraseTargets(Section):
         default=None, description="Phrase file with sampling weights; null: every phrase of the targets alike."
     )
     held_out: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the phrases that is kept out of training (by a hash of the text)."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the phrases that is kept out of training (by a hash of the text).",
     )
 
 
@@ -183,7 +186,9 @@ class PretrainConfig(Section):
     method: Annotated[ClipMethod | TextDistillMethod, Field(discriminator="name")] = Field(
         description="What is learnt, and how."
     )
-    data: Annotated[StickerPairs | PhraseTargets, Field(discriminator="kind")] = Field(description="What it is learnt from.")
+    data: Annotated[StickerPairs | PhraseTargets, Field(discriminator="kind")] = Field(
+        description="What it is learnt from."
+    )
     loop: LoopConfig = Field(description="Length, batch, checkpoints.")
     optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser and schedule.")
 

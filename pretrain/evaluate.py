@@ -202,7 +202,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--zero-shot", action="store_true", help="single stickers of the held-out style")
     parser.add_argument("--synonyms", action="store_true", help="words that occur in no caption")
     parser.add_argument("--pairs", type=Path, default=SYNONYMS, help="synonym pairs (default: the shipped ones)")
-    parser.add_argument("--make-pairs", type=Path, metavar="WORDNET", help="write --pairs anew from WordNet's folder first")
+    parser.add_argument(
+        "--make-pairs", type=Path, metavar="WORDNET", help="write --pairs anew from WordNet's folder first"
+    )
     parser.add_argument("--teacher", type=Path, help="target file: report the teacher on the same pairs")
     parser.add_argument("--per-class", type=int, default=4, help="pictures per class (default 4)")
     parser.add_argument("--seed", type=int, default=1000)
@@ -222,9 +224,7 @@ def main(argv: list[str]) -> int:
     if args.synonyms or both:
         report["synonyms"] = report_synonyms(encoder, stickers, pairs, args.teacher)
     if args.zero_shot or both:
-        report["zero_shot"] = report_zero_shot(
-            encoder, stickers, per_class=args.per_class, seed=args.seed, pairs=pairs
-        )
+        report["zero_shot"] = report_zero_shot(encoder, stickers, per_class=args.per_class, seed=args.seed, pairs=pairs)
     text = json.dumps(_rounded(report), indent=2)
     print(text)
     if args.out:

@@ -37,7 +37,9 @@ def load_teacher() -> SentenceTransformer:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--phrases", type=Path, required=True, action="append", help="phrase file (pretrain.data.phrases); repeatable")
+    parser.add_argument(
+        "--phrases", type=Path, required=True, action="append", help="phrase file (pretrain.data.phrases); repeatable"
+    )
     parser.add_argument("--out", type=Path, required=True, help="safetensors file, created or extended")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--save-every", type=int, default=8192)

@@ -210,7 +210,8 @@ def load_pairs(path: str | Path, nouns: Sequence[str]) -> list[SynonymPair]:
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         return [
-            SynonymPair(r["query"], tuple(index[a] for a in r["answers"]), r["relation"], bool(r["tagged"])) for r in rows
+            SynonymPair(r["query"], tuple(index[a] for a in r["answers"]), r["relation"], bool(r["tagged"]))
+            for r in rows
         ]
     except OSError as error:
         raise UserError(f"cannot read the synonym pairs {path}: {error.strerror}") from error

@@ -188,7 +188,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--wordnet", type=Path, required=True, help="folder of WordNet 3.0's files")
     parser.add_argument("--out", type=Path, required=True, help="text file, one phrase and weight per line")
     parser.add_argument("--captions", type=int, default=12_000, help="how many captions to draw")
-    parser.add_argument("--definitions", type=int, help="use so many definitions, of the most useful phrases (default: all)")
+    parser.add_argument(
+        "--definitions", type=int, help="use so many definitions, of the most useful phrases (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     stickers = Stickers.load()
@@ -198,7 +200,9 @@ def main(argv: list[str]) -> int:
         names = [stickers.nouns[i % len(stickers.nouns)], *rng.sample(stickers.nouns, rng.choice((0, 0, 0, 1, 2)))]
         captions.append((caption_for(names, rng), names[0] if len(names) == 1 else None))
     wordnet = WordNet.load(args.wordnet)
-    phrases = build_phrases(wordnet, stickers.nouns, stickers.supercategory, captions, definitions=args.definitions, seed=args.seed)
+    phrases = build_phrases(
+        wordnet, stickers.nouns, stickers.supercategory, captions, definitions=args.definitions, seed=args.seed
+    )
     write_phrases(args.out, phrases)
     print(f"{len(phrases)} phrases written to {args.out}")
     return 0

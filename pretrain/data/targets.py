@@ -64,9 +64,14 @@ class PhraseSource:
         defined = [i for i, p in enumerate(chosen) if p.definition]
         missing = [chosen[i].definition for i in defined if chosen[i].definition not in row]
         if missing:
-            raise UserError(f"{len(missing)} definitions have no target, such as {missing[0]!r}: embed the phrase file again")
+            raise UserError(
+                f"{len(missing)} definitions have no target, such as {missing[0]!r}: embed the phrase file again"
+            )
         if defined:
-            both = self.embeddings[defined].float() + targets.embeddings[[row[chosen[i].definition] for i in defined]].float()
+            both = (
+                self.embeddings[defined].float()
+                + targets.embeddings[[row[chosen[i].definition] for i in defined]].float()
+            )
             self.embeddings[defined] = F.normalize(both, dim=-1).half()
         self.cumulative = list(itertools.accumulate(p.weight for p in chosen))
 

@@ -11,6 +11,7 @@ many; and pictures are changed more than by a random crop, because there are few
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, device=device)
 
     area = uniform(*config.crop_scale)
-    aspect = uniform(-0.2, 0.2).exp()  # width to height, 0.82 to 1.22
+    stretch = min(0.2, -math.log(max(config.crop_scale[0], 1e-6)))  # width to height 0.82 to 1.22; none without a crop
+    aspect = uniform(-stretch, stretch).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # centre, in [-1, 1] coordinates
     mirror = torch.where(torch.rand(count, device=device) < config.flip, -1.0, 1.0)

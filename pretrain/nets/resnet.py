@@ -32,7 +32,9 @@ class ResNet(TorchvisionResNet):
         zero_init: Start every residual block as the identity (last norm's gain 0).
     """
 
-    def __init__(self, *, depth: int = 18, stem: Literal["small", "imagenet"] = "small", zero_init: bool = True) -> None:
+    def __init__(
+        self, *, depth: int = 18, stem: Literal["small", "imagenet"] = "small", zero_init: bool = True
+    ) -> None:
         block, layers = LAYERS[depth]
         super().__init__(block, layers, zero_init_residual=zero_init)  # type: ignore[arg-type]
         self.width = 512 * block.expansion

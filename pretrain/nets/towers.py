@@ -368,7 +368,9 @@ def copy_tower(target: JointEncoder, source: JointEncoder, *, which: str) -> Non
     """
     mine, theirs = getattr(target, which), getattr(source, which)
     if theirs is None or mine is None:
-        raise UserError(f"cannot take over the {which} tower: {'the source' if theirs is None else 'the target'} has none")
+        raise UserError(
+            f"cannot take over the {which} tower: {'the source' if theirs is None else 'the target'} has none"
+        )
     if isinstance(mine, ProjectedText) and not isinstance(theirs, ProjectedText):
         mine = mine.trunk
     _load_exactly(mine, theirs.state_dict(), f"the {which} tower taken over")
@@ -418,7 +420,9 @@ def _build_open_clip(settings: Mapping[str, Any]) -> JointEncoder:
     name = settings["name"]
     if "multimodal_cfg" in model_config:
         raise UserError(f"open_clip:{name}: captioning models (CoCa) are not supported; choose a CLIP model")
-    hf_name = model_config.get("text_cfg", {}).get("hf_tokenizer_name") or model_config.get("text_cfg", {}).get("hf_model_name")
+    hf_name = model_config.get("text_cfg", {}).get("hf_tokenizer_name") or model_config.get("text_cfg", {}).get(
+        "hf_model_name"
+    )
     try:
         model = CustomTextCLIP(**model_config)
     except (TypeError, RuntimeError, AssertionError) as error:
@@ -487,7 +491,9 @@ def _load_open_clip(rest: str) -> JointEncoder:
                 f"name it: open_clip:{name}:FILE"
             ) from error
     else:
-        raise UserError(f"open_clip has no weights {weights!r} for {name}; known: {', '.join(tags) or 'none'}; or name a file")
+        raise UserError(
+            f"open_clip has no weights {weights!r} for {name}; known: {', '.join(tags) or 'none'}; or name a file"
+        )
     encoder = _build_open_clip({"name": name, "model": model_config, "mean": list(mean), "std": list(std)})
     _load_exactly(encoder, _open_clip_tensors(path, encoder), path)
     return encoder
@@ -501,7 +507,9 @@ def _open_clip_tensors(path: Path, encoder: JointEncoder) -> dict[str, Tensor]:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a file that is none of its own
-            raise UserError(f"{path} cannot be read as weights ({type(error).__name__}); convert it to safetensors") from error
+            raise UserError(
+                f"{path} cannot be read as weights ({type(error).__name__}); convert it to safetensors"
+            ) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):

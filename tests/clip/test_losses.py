@@ -41,7 +41,9 @@ def test_contrastive_loss_equals_its_definition(labels: list[int] | None, scale:
         torch.tensor(scale),
         labels_N=None if labels is None else torch.tensor(labels),
     )
-    assert got.item() == pytest.approx(reference(image, text, scale, None if labels is None else np.array(labels)), rel=1e-5)
+    assert got.item() == pytest.approx(
+        reference(image, text, scale, None if labels is None else np.array(labels)), rel=1e-5
+    )
 
 
 def test_contrastive_accuracy_counts_every_caption_of_the_same_noun() -> None:

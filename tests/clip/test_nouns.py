@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from pretrain.data.nouns import WordNet, load_pairs, save_pairs, synonym_pairs
-from pretrain.data.phrases import PROMPTS, Phrase, build_phrases, read_phrases, read_targets, write_phrases, write_targets
+from pretrain.data.phrases import (
+    PROMPTS,
+    Phrase,
+    build_phrases,
+    read_phrases,
+    read_targets,
+    write_phrases,
+    write_targets,
+)
 from pretrain.data.targets import PhraseSource, held_out
 from pretrain.engine.errors import UserError
 
@@ -96,7 +104,10 @@ def test_first_sense_prefers_the_files_asked_for(wordnet: WordNet) -> None:
 
 
 def test_synonym_pairs_follow_the_rule(wordnet: WordNet) -> None:
-    pairs = {p.query: p for p in synonym_pairs(wordnet, ["dog", "bat", "car", "taxi"], ["animal", "animal", "vehicle", "vehicle"])}
+    pairs = {
+        p.query: p
+        for p in synonym_pairs(wordnet, ["dog", "bat", "car", "taxi"], ["animal", "animal", "vehicle", "vehicle"])
+    }
     assert pairs["puppy"].answers == (0,)
     assert (pairs["puppy"].relation, pairs["puppy"].tagged) == ("hyponym", True)
     assert (pairs["pup"].relation, pairs["pup"].tagged) == ("hyponym", False)
@@ -163,7 +174,9 @@ def test_common_and_drawable_words_weigh_more(wordnet: WordNet) -> None:
 def test_phrases_carry_the_definition_of_the_right_sense(wordnet: WordNet) -> None:
     found = {
         p.text: p
-        for p in build_phrases(wordnet, ["bat", "gadget"], ["sport", "tool"], [("a bat", "bat"), ("a bat and a gadget", None)])
+        for p in build_phrases(
+            wordnet, ["bat", "gadget"], ["sport", "tool"], [("a bat", "bat"), ("a bat and a gadget", None)]
+        )
     }
     assert found["bat"].definition == "bat: a stick for hitting balls"  # sport: not the animal
     assert found["a photo of a bat"].definition == found["a bat"].definition == found["bat"].definition
@@ -225,7 +238,9 @@ def test_draws_follow_the_weights_and_depend_on_nothing_else(tmp_path: Path) -> 
     assert set(draws) == {0, 1}
     assert np.mean(draws) == pytest.approx(0.75, abs=0.03)
     assert draws == [source.sample(99, draw) for draw in range(4000)]
-    assert draws != [PhraseSource(targets, phrases=phrases, tokenize=tokenize, seed=2).sample(0, d) for d in range(4000)]
+    assert draws != [
+        PhraseSource(targets, phrases=phrases, tokenize=tokenize, seed=2).sample(0, d) for d in range(4000)
+    ]
     batch = source.collate([1, 0])
     assert batch.tokens.tolist() == [[5], [3]]
     torch.testing.assert_close(batch.embeddings, targets.embeddings[[1, 0]].float())
@@ -245,7 +260,9 @@ def test_a_definition_is_added_to_the_target(tmp_path: Path) -> None:
 def test_held_out_phrases_are_never_drawn(tmp_path: Path) -> None:
     words = [f"word {i}" for i in range(400)]
     write_targets(tmp_path / "t.safetensors", words, embeddings(400))
-    source = PhraseSource(read_targets(tmp_path / "t.safetensors"), phrases=None, tokenize=tokenize, held_out_share=0.25)
+    source = PhraseSource(
+        read_targets(tmp_path / "t.safetensors"), phrases=None, tokenize=tokenize, held_out_share=0.25
+    )
     kept = [word for word in words if not held_out(word, 0.25)]
     assert len(source) == len(kept)
     assert 0.15 < 1 - len(kept) / 400 < 0.35

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP's and text distillation's step, observed: what learns, what stays, what is clamped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pretrain.config import AugmentConfig, CbowTower, ClipMethod, EncoderConfig, ResNetTower, ViTTower
+from pretrain.data.targets import PhraseBatch
+from pretrain.methods.clip import Clip, augment
+from pretrain.methods.text_distill import TextDistill
+from pretrain.nets.towers import JointEncoder, build_encoder
+
+PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, colour=0.0)
+TEXT = CbowTower(width=16, hidden=16, context_length=8)
+VIT = ViTTower(kind="vit", patch_size=8, width=32, layers=1, heads=2, image_size=16)
+
+
+def make(**changes: Any) -> JointEncoder:
+    torch.manual_seed(0)
+    return build_encoder(EncoderConfig(**{"embed_dim": 8, "image": VIT, "text": TEXT, **changes}))
+
+
+def colours(count: int, seed: int) -> dict[str, Any]:
+    """Plain pictures of four colours with their names: learnable in seconds."""
+    names = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (240, 240, 240)}
+    labels = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(seed))
+    palette = torch.tensor(list(names.values()), dtype=torch.uint8)
+    image = palette[labels][:, :, None, None].expand(count, 3, 16, 16).clone()
+    return {"image": image, "caption": [f"a {list(names)[int(i)]} square" for i in labels], "class_id": labels}
+
+
+def learn(task: torch.nn.Module, batches: list[Any], lr: float = 3e-3) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step, batch in enumerate(batches):
+        loss, _ = task(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        getattr(task, "after_step", lambda *_: None)(step, len(batches))
+        losses.append(loss.item())
+    return losses
+
+
+def test_clip_learns_to_match_pictures_with_words() -> None:
+    task = Clip(encoder=make())
+    losses = learn(task, [colours(16, seed) for seed in range(60)])
+    # With shared nouns the floor is the entropy of the targets, about log 4.
+    assert losses[-1] < losses[0] - 0.5
+    encoder = task.encoder.eval()
+    with torch.no_grad():
+        test = colours(32, 999)
+        image = F.normalize(encoder.encode_image(encoder.prepare(test["image"])), dim=-1)
+        words = ["a red square", "a green square", "a blue square", "a white square"]
+        text = F.normalize(encoder.encode_text(encoder.tokenize(words)), dim=-1)
+        assert ((image @ text.T).argmax(1) == test["class_id"]).float().mean() > 0.9
+
+
+def test_only_a_picture_s_own_caption_is_right_when_so_configured() -> None:
+    batch = colours(8, 0)
+    batch["class_id"][:] = 1
+    batch["caption"] = ["the same words"] * 8
+    shared = Clip(encoder=make(), augmentation=PLAIN)(batch)[1]["batch_top1"]
+    own = Clip(encoder=make(), same_noun_positive=False, augmentation=PLAIN)(batch)[1]["batch_top1"]
+    assert shared == 1.0
+    assert own < 1.0
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_frozen_text_tower_stays_and_leaves_the_checkpoint(projection: bool) -> None:
+    task = Clip(encoder=make(text_projection=projection), freeze_text=True).train()
+    before = {k: v.clone() for k, v in task.state_dict().items()}
+    learn(task, [colours(8, seed) for seed in range(3)])
+    changed = {k for k, v in task.state_dict().items() if not torch.equal(v, before[k])}
+    frozen = {k for k in before if k.startswith(task.untracked)}
+    assert frozen == {k for k in before if k.startswith("encoder.text.trunk." if projection else "encoder.text.")}
+    assert not changed & frozen
+    assert ("encoder.text.proj.weight" in changed) == projection
+    assert "encoder.visual.proj" in changed
+    trunk: Any = task.encoder.text.trunk if projection else task.encoder.text  # type: ignore[union-attr]
+    assert not trunk.training and task.encoder.visual.training  # type: ignore[union-attr]
+
+
+def test_both_towers_and_the_temperature_are_trained_otherwise() -> None:
+    task = Clip(encoder=make()).train()
+    before = {k: v.detach().clone() for k, v in task.named_parameters()}
+    learn(task, [colours(8, 0)])
+    changed = {k for k, v in task.named_parameters() if not torch.equal(v, before[k])}
+    assert {"encoder.logit_scale", "encoder.text.token_embedding.weight", "encoder.visual.conv1.weight"} <= changed
+    assert task.untracked == ()
+
+
+def test_the_temperature_is_clamped_after_the_step() -> None:
+    task = Clip(encoder=make())
+    with torch.no_grad():
+        task.encoder.logit_scale.fill_(8.0)
+    task.after_step(0, 10)
+    assert task.encoder.logit_scale.exp().item() == pytest.approx(100)
+
+
+def test_clip_needs_both_towers() -> None:
+    with pytest.raises(ValueError, match="image tower and a text tower"):
+        Clip(encoder=make(image=None))
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def picture() -> torch.Tensor:
+    ramp = torch.linspace(0.1, 0.6, 16)
+    return torch.stack([ramp.expand(16, 16), ramp[:, None].expand(16, 16), torch.full((16, 16), 0.3)])[None]
+
+
+def test_no_augmentation_changes_nothing() -> None:
+    torch.testing.assert_close(augment(picture(), PLAIN, 16), picture())
+
+
+def test_a_flip_mirrors_left_and_right() -> None:
+    flipped = augment(picture(), PLAIN.model_copy(update={"flip": 1.0}), 16)
+    torch.testing.assert_close(flipped, picture().flip(-1))
+
+
+def test_crops_show_a_part_and_stay_inside() -> None:
+    torch.manual_seed(0)
+    many = augment(picture().expand(64, 3, 16, 16), PLAIN.model_copy(update={"crop_scale": (0.3, 0.5)}), 16)
+    spread = many[:, 0].amax((1, 2)) - many[:, 0].amin((1, 2))
+    assert (spread < 0.8 * 0.5).all()  # less than the whole ramp
+    assert (spread > 0.3 * 0.5).all()
+    assert many[:, 0].min() >= 0.1 - 1e-4 and many[:, 0].max() <= 0.6 + 1e-4
+    assert len({round(float(v), 4) for v in many[:, 0].mean((1, 2))}) > 32  # drawn per picture
+
+
+def test_colours_change_per_picture_and_stay_in_range() -> None:
+    torch.manual_seed(0)
+    config = PLAIN.model_copy(update={"brightness": 0.5, "contrast": 0.5, "colour": 0.5})
+    many = augment(torch.rand(32, 3, 16, 16), config, 16)
+    assert many.min() >= 0 and many.max() <= 1
+    torch.manual_seed(1)
+    first = augment(picture().expand(2, 3, 16, 16), config, 16)
+    assert not torch.allclose(first[0], first[1])
+    torch.manual_seed(1)
+    torch.testing.assert_close(augment(picture().expand(2, 3, 16, 16), config, 16), first)
+
+
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_text_tower_learns_its_teacher() -> None:
+    encoder = make(image=None)
+    words = ["dog", "puppy", "car", "automobile", "red rose", "tulip", "hammer", "saw"]
+    teacher = F.normalize(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    batch = PhraseBatch(encoder.tokenize(words), teacher)
+    task = TextDistill(encoder=encoder)
+    losses = learn(task, [batch] * 200, lr=1e-2)
+    assert losses[-1] < 0.2 * losses[0]
+    got = F.normalize(encoder.encode_text(encoder.tokenize(words)), dim=-1)
+    assert ((got @ teacher.T).argmax(1) == torch.arange(8)).all()
+    assert not task.encoder.logit_scale.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"encoder": {"text": {"kind": "cbow"}}}, "encoder.image is missing"),
+        ({"encoder": {"image": {"kind": "resnet"}}}, "give encoder.text"),
+        ({"encoder": {"image": {"kind": "resnet"}, "text": {"kind": "cbow"}}, "freeze_text": True}, "random weights"),
+        ({"encoder": {"image": {"kind": "vit", "image_size": 60}}}, "not a multiple of patch_size"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClipMethod.model_validate({"name": "clip", **settings})
+
+
+def test_resnet_is_the_default_image_tower() -> None:
+    assert ClipMethod.model_validate({"name": "clip", "encoder": {"image": {"kind": "resnet"}, "text": TEXT}}).encoder.image == ResNetTower()
