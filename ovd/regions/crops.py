@@ -153,8 +153,8 @@ def embed_crops(
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for start in range(0, len(flat), batch_size):
             pixels = encoder.prepare(flat[start : start + batch_size].to(device))
-            if pixels.device.type == "cpu":
-                pixels = pixels.contiguous(memory_format=torch.channels_last)  # 1.3x faster convolutions
+            if precision == "bf16":  # 1.1x in a ResNet-18 on a CPU; fp32 is as much slower that way
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
             parts.append(encoder.encode_image(pixels).float().cpu())
     each_PKD = torch.cat(parts).view(count, scales, -1).clone()  # the clone is a normal, not an inference, tensor
     if normalise_each:
