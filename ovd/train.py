@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ovd.data.catalog import LabelledImages
+    from ovd.data.splits import Split
     from ovd.modeling.rcnn import OpenVocabularyRCNN
     from pretrain.nets.towers import JointEncoder
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 def labelled_images(data: DataConfig) -> LabelledImages:
     """The training pictures that a data section describes."""
     from ovd.data.catalog import CocoImages, StickerImages
-    from ovd.data.splits import Split
     from pretrain.data.stickers import Stickers
 
     if data.kind == "stickers":
@@ -42,9 +42,19 @@ def labelled_images(data: DataConfig) -> LabelledImages:
     return CocoImages(
         images=Path(data.images or ""),
         annotations=Path(data.annotations or ""),
-        split=Split.load(data.split),
+        split=load_split(data),
         labels=data.labels,
     )
+
+
+def load_split(data: DataConfig) -> Split:
+    """The split of COCO data; a split file may name categories, which the annotation file knows."""
+    from ovd.data.coco import check_ground_truth, read_json
+    from ovd.data.splits import Split
+
+    path = data.annotations or ""
+    categories = check_ground_truth(read_json(path), where=path).categories
+    return Split.load(data.split, categories=categories)
 
 
 def resolve_encoder(spec: str) -> JointEncoder:

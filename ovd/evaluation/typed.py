@@ -44,15 +44,25 @@ class TypedScene:
 def draw_words(
     classes: Sequence[int],
     *,
-    vocabulary: int,
+    words: Sequence[int],
+    others: Sequence[int],
     near: Mapping[int, frozenset[int]],
     absent: int,
     rng: np.random.Generator,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(present, absent) words for a picture with these classes; near-synonyms of what is there are never "absent"."""
+    """(present, absent) words for one picture.
+
+    Args:
+        classes: labelled classes that are typed.
+        words: what absent words are drawn from.
+        others: all classes in the picture; neither they nor near-synonyms of them are ever "absent".
+        near: near-synonyms of a class.
+        absent: how many absent words.
+        rng: of this picture.
+    """
     present = tuple(sorted(set(classes)))
-    taken = set(present).union(*(near.get(c, frozenset()) for c in present))
-    free = [c for c in range(vocabulary) if c not in taken]
+    taken = set(others).union(present, *(near.get(c, frozenset()) for c in [*others, *present]))
+    free = [c for c in words if c not in taken]
     return present, tuple(int(c) for c in rng.permutation(free)[:absent])
 
 

@@ -37,9 +37,8 @@ class Tower(nn.Module):
     """Pooled features of a region → (box features, joint embedding).
 
     Two bodies: ``conv_fc`` is the paper's head on an FPN (4 convolutions and 2 fully connected layers; the box
-        regressor reads
-    what the projection reads); ``res5`` is Detectron2's C4 head, whose last stage and projection can start as CLIP's
-    own.
+    regressor reads what the projection reads); ``res5`` is Detectron2's C4 head, whose last stage and projection can
+    start as CLIP's own.
     """
 
     def __init__(

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes with typed words: drawing the words, matching, ranking, and the calibration they lead to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, draw_words, run_typed
+from ovd.modeling.scoring import Calibration, RegionSet
+
+ROWS = torch.eye(6)  # six words, each its own axis
+BANK = torch.eye(6)[5:]
+
+
+def scene(
+    axes: list[int], *, present: tuple[int, ...], absent: tuple[int, ...], boxes: list[list[float]]
+) -> TypedScene:
+    """Regions that look exactly like the words ``axes``; the first len(present) boxes are the labels."""
+    count = len(axes)
+    regions = RegionSet(
+        boxes=torch.tensor(boxes),
+        objectness=torch.full((count,), 0.9),
+        text=torch.eye(6)[axes],
+        image=None,
+        masks=None,
+        size=(100, 100),
+    )
+    return TypedScene(
+        regions=regions,
+        boxes=torch.tensor(boxes[: len(present)]),
+        classes=torch.tensor(present),
+        present=present,
+        absent=absent,
+    )
+
+
+def outcome(scenes: list[TypedScene], calibration: Calibration | None = None) -> Outcome:
+    return run_typed(
+        scenes, rows_CD=ROWS, bank_BD=BANK, background_D=None, calibration=calibration or Calibration(logit_scale=10.0)
+    )
+
+
+A, B = [0.0, 0.0, 30.0, 30.0], [50.0, 50.0, 90.0, 90.0]
+
+
+def test_words__are_in_the_picture_or_neither_there_nor_nearly() -> None:
+    near = {1: frozenset({2})}
+    for seed in range(20):
+        present, absent = draw_words(
+            [1, 1], words=range(6), others=[1, 4], near=near, absent=9, rng=np.random.default_rng(seed)
+        )
+        assert present == (1,)
+        assert sorted(absent) == [0, 3, 5]
+
+
+def test_run__a_right_region_on_its_label_is_correct_and_absent_words_stay_low() -> None:
+    got = outcome([scene([0, 1], present=(0, 1), absent=(2, 3), boxes=[A, B])])
+    assert got.correct.tolist() == [True, True] and got.labels == 2
+    assert len(got.best_absent) == 2 and float(got.best_absent.max()) < 0.6 < float(got.score.min())
+
+
+def test_run__a_label_is_matched_once_and_a_wrong_word_is_wrong() -> None:
+    shifted = [2.0, 2.0, 32.0, 32.0]  # overlaps A by more than the NMS allows
+    got = outcome([scene([0, 0, 1], present=(0,), absent=(1,), boxes=[A, shifted, B])])
+    assert sorted(got.correct.tolist()) == [False, True]
+
+
+def test_average_precision__equals_a_hand_count() -> None:
+    score, correct = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
+    got = average_precision(Outcome(score=score, correct=correct, best_absent=np.zeros(0), labels=3))
+    assert got == pytest.approx((1 / 1 + 2 / 3) / 3)
+
+
+def test_average_precision__without_labels_or_detections_is_zero() -> None:
+    empty = Outcome(score=np.zeros(0), correct=np.zeros(0, dtype=bool), best_absent=np.zeros(0), labels=2)
+    assert average_precision(empty) == 0.0
+
+
+def test_ranking__uses_objectness_where_only_objectness_tells_right_from_wrong() -> None:
+    """The wrong region looks more like the word than the right one; objectness knows better."""
+    made = scene([0, 0], present=(0,), absent=(1,), boxes=[A, B])
+    text = torch.stack([torch.tensor([0.8, 0, 0, 0, 0, 0.6]), torch.eye(6)[0]])
+    made.regions.text = text
+    made.regions.objectness = torch.tensor([0.99, 0.01])
+    chosen = choose_ranking(
+        [made], rows_CD=ROWS, bank_BD=BANK, background_D=None, start=Calibration(), logit_scales=(5.0,)
+    )
+    assert chosen.objectness_weight > 0.0
