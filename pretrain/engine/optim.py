@@ -148,7 +148,10 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The L2 norm over all gradients together, a scalar tensor; 0 if there are none."""
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in _gradients(optimizer)]
+    norms = [
+        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))  # squares overflow fp16
+        for grad in _gradients(optimizer)
+    ]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
