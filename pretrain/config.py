@@ -44,7 +44,7 @@ class ViTTower(Section):
 
 
 class CbowTower(Section):
-    """Continuous bag of words: mean of token embeddings, one hidden layer (CLIP's other text tower; order plays no part)."""
+    """Continuous bag of words: mean of token embeddings, one hidden layer (CLIP's other text tower, blind to order)."""
 
     kind: Literal["cbow"] = Field(default="cbow", description="Bag of words.")
     width: int = Field(default=224, ge=8, le=2048, description="Length of a token embedding.")
@@ -83,7 +83,7 @@ class EncoderConfig(Section):
     text: TextTower | None = Field(default=None, description="Text tower; null: the encoder knows images only.")
     text_projection: bool = Field(
         default=False,
-        description="A further linear layer after the text tower, begun as the identity: what a frozen tower learns by.",
+        description="A further linear layer after the text tower, begun as the identity: how a frozen tower learns.",
     )
     image_mean: tuple[Unit, Unit, Unit] = Field(
         default=(0.5, 0.5, 0.5), description="Mean of the pixels (RGB, 0 to 1) that is subtracted."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m pretrain.evaluate --encoder DIR [--zero-shot] [--synonyms FILE] [--teacher FILE] [--out FILE]`.
+"""`python -m pretrain.evaluate --encoder DIR [--zero-shot] [--synonyms FILE] [--teacher FILE [--phrases FILE]] [--out FILE]`.
 
 Zero-shot: single stickers of the held-out style on held-out photos, all class names as vocabulary. Synonyms: words that
 occur in no caption, and which class name they are nearest to; with `--teacher`, the teacher's own figures on the same
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.nouns import SynonymPair, WordNet, load_pairs, save_pairs, synonym_pairs
-from pretrain.data.phrases import read_targets
+from pretrain.data.phrases import read_phrases, read_targets
 from pretrain.data.stickers import PairSource, Stickers
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.nets.towers import JointEncoder, load_encoder
@@ -91,7 +91,7 @@ def synonym_accuracy(pairs: Sequence[SynonymPair], query_PD: Tensor, class_CD: T
     """Share of the pairs whose query is nearest to a right class.
 
     Returns:
-        `top1`/`top5` over all pairs; `…_common` over queries whose sense WordNet's tagged texts contain; `…_synonym` and
+        `top1`/`top5` over all pairs; `…_common` over queries whose sense WordNet's tagged texts hold; `…_synonym` and
         `…_hyponym` by relation; `…_per_class`: the mean over classes, so that *tree* with its hundreds of hyponyms
         counts once.
     """
@@ -138,24 +138,72 @@ def teacher_lookup(path: Path) -> Callable[[Sequence[str]], Tensor]:
     return embed
 
 
+def taught_lookup(path: Path, phrases: Path) -> Callable[[Sequence[str]], Tensor]:
+    """What the text tower was asked to learn: the teacher's embedding of a phrase plus that of its definition."""
+    embed, meaning = teacher_lookup(path), {p.text: p.definition for p in read_phrases(phrases)}
+
+    def taught(words: Sequence[str]) -> Tensor:
+        rows = embed(words)
+        defined = [i for i, word in enumerate(words) if meaning.get(word)]
+        if defined:
+            rows[defined] = F.normalize(rows[defined] + embed([meaning[words[i]] for i in defined]), dim=-1)
+        return rows
+
+    return taught
+
+
+def keyword_pairs(stickers: Stickers) -> list[SynonymPair]:
+    """Emoji keywords (Unicode CLDR; no work of WordNet's) that belong to one noun and share no word with any noun.
+
+    They are associations ("ale": beer mug, "antarctica": penguin), harder than synonyms and by other hands.
+    """
+    index = {noun: i for i, noun in enumerate(stickers.nouns)}
+    found: dict[str, set[int]] = {}
+    for row in json.loads((stickers.root / "concepts.json").read_text(encoding="utf-8"))["concepts"]:
+        for keyword in row["keywords"] if row["noun"] in index else ():
+            found.setdefault(keyword.lower(), set()).add(index[row["noun"]])
+    words = {word for noun in stickers.nouns for word in noun.lower().split()}
+    words |= {word + "s" for word in words}
+    return [
+        SynonymPair(keyword, tuple(answers), "synonym", True)
+        for keyword, answers in sorted(found.items())
+        if len(answers) == 1 and len(keyword) > 2 and not words & set(keyword.split())
+    ]
+
+
 def report_synonyms(
-    encoder: JointEncoder, stickers: Stickers, pairs: Sequence[SynonymPair], teacher: Path | None
+    encoder: JointEncoder,
+    stickers: Stickers,
+    pairs: Sequence[SynonymPair],
+    teacher: Path | None = None,
+    phrases: Path | None = None,
 ) -> dict[str, Any]:
-    """Synonym accuracy of the text tower, the everyday examples, and the teacher beside it."""
-    queries, nouns = [p.query for p in pairs], list(stickers.nouns)
-    class_CD = embed_words(encoder, nouns)
-    report: dict[str, Any] = {"text": synonym_accuracy(pairs, embed_words(encoder, queries), class_CD)}
-    words = [w for w, _ in EVERYDAY]
-    nearest = (embed_words(encoder, words) @ class_CD.T).argmax(1)
-    report["everyday"] = {w: nouns[int(i)] for w, i in zip(words, nearest, strict=True)}
+    """Synonym accuracy of the text tower and the everyday examples; the teacher beside it, bare and with definitions."""
+    nouns = list(stickers.nouns)
+    embedders: dict[str, Callable[[Sequence[str]], Tensor]] = {"text": lambda words: embed_words(encoder, words)}
     if teacher is not None:
-        embed = teacher_lookup(teacher)
-        report["teacher"] = synonym_accuracy(pairs, embed(queries), embed(nouns))
-        report["of_teacher"] = {
-            key: report["text"][key] / value
-            for key, value in report["teacher"].items()
-            if key.startswith("top1") and value
-        }
+        embedders["teacher"] = teacher_lookup(teacher)
+        if phrases is not None:
+            embedders["teacher_with_definitions"] = taught_lookup(teacher, phrases)
+    words = [w for w, _ in EVERYDAY]
+    nearest = (embed_words(encoder, words) @ embed_words(encoder, nouns).T).argmax(1)
+    report: dict[str, Any] = {"everyday": {w: nouns[int(i)] for w, i in zip(words, nearest, strict=True)}}
+    keywords = keyword_pairs(stickers)
+    if teacher is not None:  # the teacher is known by phrase only
+        known = set(read_targets(teacher).phrases)
+        keywords = [pair for pair in keywords if pair.query in known]
+    for name, embed in embedders.items():
+        class_CD = embed(nouns)
+        report[name] = synonym_accuracy(pairs, embed([p.query for p in pairs]), class_CD)
+        if keywords:
+            figures = synonym_accuracy(keywords, embed([p.query for p in keywords]), class_CD)
+            report[name] |= {f"{key}_keywords": figures[key] for key in ("pairs", "top1", "top5")}
+        if name != "text":
+            report[f"share_of_{name}"] = {
+                key: report["text"][key] / value
+                for key, value in report[name].items()
+                if key.startswith("top1") and value
+            }
     return report
 
 
@@ -206,6 +254,7 @@ def main(argv: list[str]) -> int:
         "--make-pairs", type=Path, metavar="WORDNET", help="write --pairs anew from WordNet's folder first"
     )
     parser.add_argument("--teacher", type=Path, help="target file: report the teacher on the same pairs")
+    parser.add_argument("--phrases", type=Path, help="phrase file: report the teacher with its definitions, too")
     parser.add_argument("--per-class", type=int, default=4, help="pictures per class (default 4)")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--threads", type=int)
@@ -222,7 +271,7 @@ def main(argv: list[str]) -> int:
     both = not (args.zero_shot or args.synonyms)
     report: dict[str, Any] = {"encoder": encoder.fingerprint(), "classes": len(stickers.nouns)}
     if args.synonyms or both:
-        report["synonyms"] = report_synonyms(encoder, stickers, pairs, args.teacher)
+        report["synonyms"] = report_synonyms(encoder, stickers, pairs, args.teacher, args.phrases)
     if args.zero_shot or both:
         report["zero_shot"] = report_zero_shot(encoder, stickers, per_class=args.per_class, seed=args.seed, pairs=pairs)
     text = json.dumps(_rounded(report), indent=2)

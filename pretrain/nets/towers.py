@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image tower, text tower and the joint encoder they make; its folder format; open_clip models behind the same interface.
+"""Image tower, text tower, the joint encoder they make and its folder; open_clip models behind the same interface.
 
 Shapes: `N` images or texts, `T` tokens, `S` side of the input picture, `D` joint embedding.
 
@@ -125,7 +125,7 @@ class ProjectedText(nn.Module):
 
 
 class ClipTokenizer:
-    """CLIP's byte-pair tokenizer (open_clip's), lower case, whitespace squeezed: texts -> (N, T) int64, padded with 0."""
+    """CLIP's byte-pair tokenizer (open_clip's), lower case, spaces squeezed: texts -> (N, T) int64, padded with 0."""
 
     def __init__(self, context_length: int) -> None:
         from open_clip.tokenizer import SimpleTokenizer
@@ -349,7 +349,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def export_backbone(encoder: JointEncoder) -> dict[str, Tensor]:
-    """The ResNet's weights under torchvision's names (`conv1.weight`, `layer1.0.bn1.running_mean`, …), without the head.
+    """The ResNet's weights under torchvision's names (`conv1.weight`, `layer1.0.bn1.running_mean`), without the head.
 
     Raises:
         UserError: The image tower is no ResNet of ours.
@@ -412,7 +412,7 @@ OLD_TEXT = re.compile(r"^(text_projection|positional_embedding|token_embedding|t
 
 
 def _build_open_clip(settings: Mapping[str, Any]) -> JointEncoder:
-    """From open_clip's own model configuration: `{"name", "model": {embed_dim, vision_cfg, text_cfg, …}, "mean", "std"}`."""
+    """From open_clip's own configuration: `{"name", "model": {embed_dim, vision_cfg, text_cfg}, "mean", "std"}`."""
     import open_clip
     from open_clip.model import CustomTextCLIP
 

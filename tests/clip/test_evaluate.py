@@ -11,17 +11,28 @@ import torch
 from torch.nn import functional as F
 
 from pretrain.data.nouns import SynonymPair, load_pairs
-from pretrain.data.phrases import write_targets
+from pretrain.data.phrases import Phrase, write_phrases, write_targets
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
-from pretrain.evaluate import SYNONYMS, embed_words, synonym_accuracy, teacher_lookup, zero_shot
+from pretrain.evaluate import (
+    SYNONYMS,
+    embed_words,
+    keyword_pairs,
+    synonym_accuracy,
+    taught_lookup,
+    teacher_lookup,
+    zero_shot,
+)
 
 
 def test_a_perfect_encoder_scores_one_everywhere() -> None:
     labels = torch.tensor([0, 1, 2, 3, 2])
     report = zero_shot(torch.eye(4)[labels], labels, torch.eye(4), base=frozenset({0, 1}))
     assert {k: v for k, v in report.items() if k.startswith("top")} == {
-        f"top{k}_{group}{suffix}": 1.0 for k in (1, 5) for group in ("all", "base", "novel") for suffix in ("", "_merged")
+        f"top{k}_{group}{suffix}": 1.0
+        for k in (1, 5)
+        for group in ("all", "base", "novel")
+        for suffix in ("", "_merged")
     }
     assert (report["pictures_all"], report["pictures_base"], report["pictures_novel"]) == (5, 2, 3)
 
@@ -29,7 +40,9 @@ def test_a_perfect_encoder_scores_one_everywhere() -> None:
 def test_base_and_novel_and_near_synonyms_are_counted_apart() -> None:
     classes = torch.eye(8)
     labels = torch.tensor([0, 1, 2, 3])
-    seen = torch.eye(8)[[0, 7, 4, 3]] + 0.5 * torch.eye(8)[labels]  # 1 taken for 7, 2 taken for 4; the truth comes second
+    seen = (
+        torch.eye(8)[[0, 7, 4, 3]] + 0.5 * torch.eye(8)[labels]
+    )  # 1 taken for 7, 2 taken for 4; the truth comes second
     report = zero_shot(seen, labels, classes, base=frozenset({0, 1}), near_synonyms=[frozenset({2, 4})])
     assert report["top1_all"] == 0.5
     assert report["top1_base"] == 0.5
@@ -95,6 +108,22 @@ def test_the_teacher_answers_by_phrase_and_names_what_it_never_saw(tmp_path: Pat
     torch.testing.assert_close(embed(["cat", "dog"]), torch.eye(2)[[1, 0]])
     with pytest.raises(UserError, match="lacks 1 phrases, such as 'mouse'"):
         embed(["dog", "mouse"])
+
+
+def test_what_was_taught_adds_the_definition(tmp_path: Path) -> None:
+    write_targets(tmp_path / "t.safetensors", ["dog", "cat", "dog: a pet"], torch.eye(3).numpy())
+    write_phrases(tmp_path / "p.txt", [Phrase("dog", 1.0, "dog: a pet"), Phrase("cat")])
+    taught = taught_lookup(tmp_path / "t.safetensors", tmp_path / "p.txt")
+    torch.testing.assert_close(taught(["cat", "dog"]), torch.tensor([[0, 1, 0], [0.5**0.5, 0, 0.5**0.5]]))
+
+
+def test_keywords_name_one_class_and_no_word_of_any() -> None:
+    stickers = Stickers.load()
+    pairs = keyword_pairs(stickers)
+    found = {p.query: [stickers.nouns[a] for a in p.answers] for p in pairs}
+    assert len(pairs) > 300
+    assert found["aeroplane"] == ["airplane"]
+    assert "dogs" not in found and "pet" not in found  # a class in the plural; a keyword of several classes
 
 
 def test_shipped_synonyms_name_no_class_and_appear_in_no_caption() -> None:

@@ -178,4 +178,9 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 
 
 def test_resnet_is_the_default_image_tower() -> None:
-    assert ClipMethod.model_validate({"name": "clip", "encoder": {"image": {"kind": "resnet"}, "text": TEXT}}).encoder.image == ResNetTower()
+    assert (
+        ClipMethod.model_validate(
+            {"name": "clip", "encoder": {"image": {"kind": "resnet"}, "text": TEXT}}
+        ).encoder.image
+        == ResNetTower()
+    )

@@ -55,7 +55,14 @@ def test_text_tower_then_image_tower_then_figures(
     torch.testing.assert_close(trunk(tokens), text.encode_text(tokens))  # frozen
     assert (tmp_path / "clip" / "metrics.jsonl").exists()
     capsys.readouterr()
-    arguments = ["--encoder", str(tmp_path / "clip" / "exported"), "--per-class", "1", "--out", str(tmp_path / "report.json")]
+    arguments = [
+        "--encoder",
+        str(tmp_path / "clip" / "exported"),
+        "--per-class",
+        "1",
+        "--out",
+        str(tmp_path / "report.json"),
+    ]
     assert evaluate.main(arguments) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report == json.loads(capsys.readouterr().out)
