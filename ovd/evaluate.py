@@ -172,7 +172,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
 def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predictor:
     """The detector with its words; notes in `run` what a reader of the figures must know."""
     from ovd.detector import Detector
-    from ovd.evaluation.predictor import predictor_for
+    from ovd.evaluation.predictor import CropModel, predictor_for
     from ovd.vocabulary import Vocabulary
 
     detector = Detector.load(args.weights)
@@ -184,6 +184,14 @@ def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predi
     card = getattr(detector.model, "card", None)
     if card is not None:
         setattr(detector.model, "top", args.regions)  # noqa: B010  # of the network, which the protocol does not show
+    if args.embeddings == "crops":
+        from pretrain.nets.towers import JointEncoder
+
+        encoder = detector.text.encoder
+        if not isinstance(encoder, JointEncoder):
+            raise UserError(f"--embeddings crops: the encoder of {args.weights} has no image tower")
+        detector.model = CropModel(model=detector.model, encoder=encoder)
+        args.scale = args.scale or float(encoder.logit_scale.exp())  # the encoder's own temperature
     scale = args.scale or (float(card.model["head"]["scale"]) if card is not None else DEFAULT_SCALE)
     predictor = predictor_for(
         detector,
@@ -310,6 +318,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ensemble", choices=("fixed", "base-novel"), default="fixed", help="weights of two heads (ViLD-ensemble)")
     add("--scores", choices=("published", "calibrated"), default="published",
         help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
+    add("--embeddings", choices=("own", "crops"), default="own",
+        help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",
         help="what AR is computed from: the regions by objectness (default), or the named results")  # fmt: skip
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")

@@ -9,7 +9,7 @@ class) pairs. Scores on the page are others (calibrated, one class at a time); `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,10 +23,12 @@ from ovd.data.coco import ImageId
 from ovd.data.splits import Split
 from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, text_exponents
 from ovd.modeling.scoring import RegionSet, score_regions, vocabulary_probabilities
+from ovd.regions.crops import embed_regions
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from ovd.detector import Detector
+    from ovd.detector import Detector, RegionModel
+    from ovd.regions.crops import RegionEncoder
     from ovd.vocabulary import Vocabulary
 
 Scores = Literal["published", "calibrated"]
@@ -49,6 +51,7 @@ class Predictor:
         candidates: (region, class) pairs that enter NMS.
         nms: IoU of the per-class NMS.
         masks: write masks too.
+        objectness_weight: w of ``class^(1−w) · objectness^w``; ViLD uses none, CLIP on crops ½.
     """
 
     detector: Detector
@@ -61,6 +64,7 @@ class Predictor:
     candidates: int = 5000
     nms: float = 0.5
     masks: bool = True
+    objectness_weight: float = 0.0
 
     @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
@@ -95,6 +99,13 @@ class Predictor:
 
     def score(self, regions: RegionSet) -> Tensor:
         """(R, C) scores of all regions."""
+        score_RC = self._class_scores(regions)
+        if self.objectness_weight:
+            weight = self.objectness_weight
+            score_RC = score_RC ** (1 - weight) * regions.objectness.to(score_RC)[:, None].clamp(0, 1) ** weight
+        return score_RC
+
+    def _class_scores(self, regions: RegionSet) -> Tensor:
         model = self.detector.model
         background = None if model.background is None else model.background.to(self.rows)
         heads = regions.text.to(self.rows), None if regions.image is None else regions.image.to(self.rows)
@@ -102,6 +113,40 @@ class Predictor:
             objectness = regions.objectness.to(self.rows)
             return score_regions(*heads, objectness, self.rows, model.bank.to(self.rows), background, model.calibration)
         return vocabulary_probabilities(*heads, self.rows, background, scale=self.scale, exponent=self.exponent)
+
+
+class CropModel:
+    """A detector's boxes, named by the image encoder itself from their crops: "CLIP on cropped regions" (ViLD §3.2).
+
+    It knows no background, so a region of nothing is always something; `predictor_for` multiplies objectness in.
+
+    Args:
+        model: gives boxes, objectness and masks.
+        encoder: embeds the crops, 1x and 1.5x summed as for the distillation.
+    """
+
+    background: Tensor | None = None
+
+    def __init__(self, *, model: RegionModel, encoder: RegionEncoder) -> None:
+        self.model, self.encoder = model, encoder
+        self.bank, self.calibration = model.bank, model.calibration
+        self.top: int | None = getattr(model, "top", None)
+
+    @torch.inference_mode()
+    def regions(self, image: NDArray[np.uint8]) -> RegionSet:
+        """The model's regions with the encoder's embeddings; boxes under two pixels cannot be cropped."""
+        found = self.model.regions(image)
+        side = (found.boxes[:, 2:] - found.boxes[:, :2]).min(dim=1).values
+        keep = side >= 2
+        embedding = embed_regions(self.encoder, image, found.boxes[keep])
+        return replace(
+            found,
+            boxes=found.boxes[keep],
+            objectness=found.objectness[keep],
+            text=embedding,
+            image=None,
+            masks=None if found.masks is None else found.masks[keep],
+        )
 
 
 def predictor_for(
@@ -159,6 +204,7 @@ def predictor_for(
         exponent=exponent,
         limit=limit,
         masks=masks,
+        objectness_weight=0.5 if isinstance(detector.model, CropModel) else 0.0,
     )
 
 

@@ -88,3 +88,38 @@ def test_ranking__uses_objectness_where_only_objectness_tells_right_from_wrong()
         [made], rows_CD=ROWS, bank_BD=BANK, background_D=None, start=Calibration(), logit_scales=(5.0,)
     )
     assert chosen.objectness_weight > 0.0
+
+
+def test_crops__regions_are_named_by_the_encoder_and_slivers_are_left_out() -> None:
+    from ovd.evaluation.predictor import CropModel
+
+    class Colour:
+        """Embeds a crop by its mean colour."""
+
+        image_size, embed_dim, image_mean = 8, 3, (0.5, 0.5, 0.5)
+
+        def prepare(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float() / 255
+
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.mean(dim=(2, 3))
+
+        def parameters(self) -> list[torch.Tensor]:
+            return []
+
+    class Boxes:
+        bank, background, calibration = torch.zeros(0, 3), None, Calibration()
+
+        def regions(self, image: np.ndarray) -> RegionSet:
+            boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0], [60.0, 60.0, 61.0, 90.0], [60.0, 10.0, 90.0, 40.0]])
+            return RegionSet(
+                boxes=boxes, objectness=torch.tensor([0.9, 0.8, 0.7]), text=torch.zeros(3, 3), image=None, masks=None,
+                size=(100, 100),
+            )  # fmt: skip
+
+    image = np.zeros((100, 100, 3), dtype=np.uint8)
+    image[:, :50, 0] = 255
+    image[:, 50:, 2] = 255
+    got = CropModel(model=Boxes(), encoder=Colour()).regions(image)
+    assert got.objectness.tolist() == pytest.approx([0.9, 0.7])
+    torch.testing.assert_close(got.text, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), atol=1e-5, rtol=0)
