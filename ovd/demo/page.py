@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The web page: a picture and words in, boxes and masks out. Built on Gradio, served on this machine.
 
-Gradio is imported inside functions: `prepare_environment` has to run first, because Gradio reads its switches at import.
+Gradio is imported inside functions: `prepare_environment` has to run first, as Gradio reads its switches at import.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ THREADS = 8  # Gradio's default of 40 only makes two cores swap between requests
 CACHE = (600, 3600)  # every 10 minutes, uploads older than an hour are deleted
 TITLE = "Open-vocabulary detector"
 PLACEHOLDER = "dog, traffic light\nmug: cup, coffee mug\n-poster"
+CARD_ROWS = {
+    "name": "Weights",
+    "sha256": "SHA-256",
+    "purpose": "Made for",
+    "data": "Trained on",
+    "metrics": "Measured",
+}
 HELP = (
     "Separate names with commas, semicolons or lines. A colon adds other words for the same thing "
     "(`mug: cup, coffee mug`); a minus removes look-alikes (`-poster`)."
@@ -85,14 +92,7 @@ def _asset(name: str) -> str:
 def _card_text(card: dict[str, Any]) -> str:
     """Markdown of the model card panel. The values come from the weights folder, so they are escaped all the same."""
     rows = []
-    labels = {
-        "name": "Weights",
-        "sha256": "SHA-256",
-        "purpose": "Made for",
-        "data": "Trained on",
-        "metrics": "Measured",
-    }
-    for key, label in labels.items():
+    for key, label in CARD_ROWS.items():
         value = card.get(key)
         if isinstance(value, dict):
             value = " · ".join(f"{name} {number}" for name, number in value.items())
@@ -100,9 +100,8 @@ def _card_text(card: dict[str, Any]) -> str:
             text = html.escape(str(value)).replace("|", "\\|").replace("\n", " ")
             rows.append(f"| **{label}** | {f'`{text}`' if key == 'sha256' else text} |")
     table = "| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
-    return (
-        "\n\n".join(part for part in (table, str(card.get("text", ""))) if part) or "No card comes with these weights."
-    )
+    parts = [part for part in (table, str(card.get("text", ""))) if part]
+    return "\n\n".join(parts) or "No card comes with these weights."
 
 
 def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
@@ -226,7 +225,7 @@ def free_port(host: str, port: int) -> int:
         raise UserError(f"--port {port}: not allowed for this user; take one above 1023") from problem
     except OSError as problem:
         raise UserError(
-            f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there or take another: --port {port + 1}"
+            f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there, or try --port {port + 1}"
         ) from problem
 
 
