@@ -15,7 +15,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.engine.errors import UserError, run_cli
 
@@ -24,10 +24,20 @@ if TYPE_CHECKING:
 
     from ovd.detector import Detector
     from ovd.evaluation.typed import TypedScene
+    from ovd.modeling.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
 ABSENT_WORDS = 10
 FLOOR = 0.02
+
+
+def near_synonyms(stickers: Stickers) -> dict[int, frozenset[int]]:
+    """For each noun the nouns that a person could mean by it."""
+    near: dict[int, frozenset[int]] = {}
+    for group in stickers.near_synonyms:
+        for member in group:
+            near[member] = near.get(member, frozenset()) | frozenset(group) - {member}
+    return near
 
 
 def typed_scenes(
@@ -41,10 +51,7 @@ def typed_scenes(
     from pretrain.data.stickers import SceneSource
 
     source = SceneSource(stickers, split="val", seed=seed, size=size, length=count)
-    near: dict[int, frozenset[int]] = {}
-    for group in stickers.near_synonyms:
-        for member in group:
-            near[member] = near.get(member, frozenset()) | frozenset(group) - {member}
+    near = near_synonyms(stickers)
     scenes = []
     for index in range(count):
         scene = source.scene(index)
@@ -73,24 +80,42 @@ def typed_scenes(
 
 
 def measure(
-    scenes: list[TypedScene], rows: Tensor, bank: Tensor, background: Tensor | None, calibration: Any
+    scenes: list[TypedScene],
+    rows: Tensor,
+    bank: Tensor,
+    background: Tensor | None,
+    calibration: Calibration,
+    near: dict[int, frozenset[int]],
 ) -> dict[str, float]:
     """ECE, absent-word rate, precision and recall at the threshold, of a calibration on some scenes."""
     import numpy as np
 
-    from ovd.evaluation.calibration import reliability
-    from ovd.evaluation.typed import average_precision, run_typed
+    from ovd.evaluation.calibration import reliability, score_drift
+    from ovd.evaluation.typed import average_precision, distractor_scores, draw_words, run_typed
 
     outcome = run_typed(
         scenes, rows_CD=rows, bank_BD=bank, background_D=background, calibration=calibration, floor=FLOOR
     )
     shown = outcome.score >= calibration.threshold
+    distractors = [
+        draw_words(
+            scene.present, words=range(len(rows)), others=[], near=near, absent=80, rng=np.random.default_rng([7, i])
+        )[1]
+        for i, scene in enumerate(scenes)
+    ]
+    drift = score_drift(
+        *distractor_scores(
+            scenes, distractors, rows_CD=rows, bank_BD=bank, background_D=background, calibration=calibration
+        )
+    )
     return {
         "scenes": float(len(scenes)),
         "average_precision": average_precision(outcome),
         "ece": reliability(outcome.score, outcome.correct).ece,
         "absent_words_quiet": float(np.mean(outcome.best_absent < calibration.threshold)),
         "precision_at_threshold": float(outcome.correct[shown].mean()) if shown.any() else float("nan"),
+        "drift_80_words_within_0.05": drift.within,
+        "drift_80_words_mean": drift.mean,
         "recall_at_threshold": float(outcome.correct[shown].sum() / max(outcome.labels, 1)),
     }
 
@@ -143,6 +168,7 @@ def main(argv: list[str]) -> int:
         bank,
         background,
         fitted,
+        near_synonyms(stickers),
     )
     path = folder / "model.json"
     card = json.loads(path.read_text(encoding="utf-8"))

@@ -83,6 +83,40 @@ class Outcome:
     labels: int
 
 
+def _named(
+    scene: TypedScene,
+    words: Tensor,
+    *,
+    rows_CD: Tensor,
+    bank_BD: Tensor,
+    background_D: Tensor | None,
+    calibration: Calibration,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(score_RC, best score of each region, its word) of one scene."""
+    regions = scene.regions
+    score_RC = score_regions(
+        regions.text, regions.image, regions.objectness, rows_CD[words], bank_BD, background_D, calibration
+    )
+    best_R, word_R = score_RC.max(dim=1)
+    return score_RC, best_R, word_R
+
+
+def _matched(scene: TypedScene, words: Tensor, best_R: Tensor, word_R: Tensor, floor: float) -> list[tuple[int, bool]]:
+    """(region, right or wrong) of the detections after NMS, best first; every label is found once."""
+    keep = torch.nonzero(best_R >= floor)[:, 0]
+    boxes = scene.regions.boxes.float()
+    chosen = keep[batched_nms(boxes[keep], best_R[keep], word_R[keep], NMS_IOU)]
+    overlap = box_iou(boxes[chosen], scene.boxes.float())
+    free = torch.ones(len(scene.boxes), dtype=torch.bool)
+    found = []
+    for i, region in enumerate(chosen.tolist()):
+        fits = (scene.classes == words[word_R[region]]) & free & (overlap[i] >= MATCH_IOU)
+        if bool(fits.any()):
+            free[int((overlap[i] * fits).argmax())] = False
+        found.append((region, bool(fits.any())))
+    return found
+
+
 def run_typed(
     scenes: Sequence[TypedScene],
     *,
@@ -106,28 +140,54 @@ def run_typed(
     labels = 0
     for scene in scenes:
         words = torch.tensor(scene.present + scene.absent)
-        regions = scene.regions
-        score_RC = score_regions(
-            regions.text, regions.image, regions.objectness, rows_CD[words], bank_BD, background_D, calibration
+        score_RC, best_R, word_R = _named(
+            scene, words, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=calibration
         )
         best_absent.extend(score_RC[:, len(scene.present) :].max(dim=0).values.tolist())
-        best_R, word_R = score_RC.max(dim=1)
-        keep = torch.nonzero(best_R >= floor)[:, 0]
-        order = batched_nms(regions.boxes[keep].float(), best_R[keep], word_R[keep], NMS_IOU)
-        chosen = keep[order]
-        overlap = box_iou(regions.boxes[chosen].float(), scene.boxes.float())
-        free = torch.ones(len(scene.boxes), dtype=torch.bool)
         labels += len(scene.boxes)
-        for i, region in enumerate(chosen.tolist()):
-            fits = (scene.classes == words[word_R[region]]) & free & (overlap[i] >= MATCH_IOU)
-            hit = bool(fits.any())
-            if hit:
-                free[int((overlap[i] * fits).argmax())] = False
+        for region, hit in _matched(scene, words, best_R, word_R, floor):
             scores.append(float(best_R[region]))
             correct.append(hit)
     return Outcome(
         score=np.array(scores), correct=np.array(correct, dtype=bool), best_absent=np.array(best_absent), labels=labels
     )
+
+
+def distractor_scores(
+    scenes: Sequence[TypedScene],
+    distractors: Sequence[Sequence[int]],
+    *,
+    rows_CD: Tensor,
+    bank_BD: Tensor,
+    background_D: Tensor | None,
+    calibration: Calibration,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scores of the correct detections above the threshold before and after unrelated words are typed as well.
+
+    Args:
+        scenes: only their present words are typed at first.
+        distractors: for each scene the words that are added.
+        rows_CD, bank_BD, background_D, calibration: see :func:`run_typed`.
+
+    Returns:
+        (before, after), (N,) each; ``after`` is NaN where the region now goes by another word.
+    """
+    before: list[float] = []
+    after: list[float] = []
+    for scene, extra in zip(scenes, distractors, strict=True):
+        few, many = torch.tensor(scene.present), torch.tensor([*scene.present, *extra])
+        _, best_R, word_R = _named(
+            scene, few, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=calibration
+        )
+        _, later_R, later_word_R = _named(
+            scene, many, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=calibration
+        )
+        for region, hit in _matched(scene, few, best_R, word_R, calibration.threshold):
+            if hit:
+                before.append(float(best_R[region]))
+                same = int(many[later_word_R[region]]) == int(few[word_R[region]])
+                after.append(float(later_R[region]) if same else float("nan"))
+    return np.array(before), np.array(after)
 
 
 def average_precision(outcome: Outcome) -> float:

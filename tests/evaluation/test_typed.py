@@ -123,3 +123,16 @@ def test_crops__regions_are_named_by_the_encoder_and_slivers_are_left_out() -> N
     got = CropModel(model=Boxes(), encoder=Colour()).regions(image)
     assert got.objectness.tolist() == pytest.approx([0.9, 0.7])
     torch.testing.assert_close(got.text, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), atol=1e-5, rtol=0)
+
+
+def test_distractors__a_region_that_goes_by_another_word_is_gone_and_others_keep_their_score() -> None:
+    from ovd.evaluation.typed import distractor_scores
+
+    made = scene([0, 1], present=(0, 1), absent=(), boxes=[A, B])
+    made.regions.text = torch.stack([torch.eye(6)[0], torch.tensor([0.0, 0.7, 0.72, 0, 0, 0])])
+    calibration = Calibration(logit_scale=10.0, threshold=0.2)
+    kept = {"rows_CD": ROWS, "bank_BD": BANK, "background_D": None, "calibration": calibration}
+    before, after = distractor_scores([made], [(3, 4)], **kept)  # type: ignore[arg-type]
+    np.testing.assert_allclose(before, after)
+    before, after = distractor_scores([made], [(2, 3)], **kept)  # type: ignore[arg-type]
+    assert np.isnan(after).tolist() == [False, True]
