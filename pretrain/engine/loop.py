@@ -17,7 +17,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,31 +193,32 @@ class _Run:
             workers=self.loop.workers,
             pin=self.device.type == "cuda",
         )
-        while self.step < last:
-            begun = time.perf_counter()
-            parts = self._load(feed)
-            loaded = time.perf_counter()
-            values, norm = self._forward_backward(parts)
-            bad_loss, bad_images, asked = self._agree(values, parts, signals)
-            good = self._update(values, norm, bad_loss=bad_loss)
-            self.step += 1
-            self._tally(values if good else {}, data_time=loaded - begun, step_time=time.perf_counter() - loaded)
-            if not good:
-                self._report_skip(values, parts)
-            if bad_images:
-                self._report_bad_images(parts)
-            if self.check:
-                self._load(feed)
-                self.log.say(f"check: two batches and one step, loss {values['loss']:.4g}; nothing was written")
-                return FitReport(self.step, values, self.out)
-            self.log.advance(self.step)
-            if self.step % self.loop.log_every == 0 or self.step == last:
-                self._report(lr=values["lr"])
-            if self.step % self.loop.save_every == 0 or self.step == last or asked:
-                self._save()
-            if asked and self.step < last:
-                self.log.say(f"{signal.Signals(asked).name}: saved step {self.step}; continue with --resume")
-                raise Stopped(asked, self.step)
+        with closing(feed):
+            while self.step < last:
+                begun = time.perf_counter()
+                parts = self._load(feed)
+                loaded = time.perf_counter()
+                values, norm = self._forward_backward(parts)
+                bad_loss, bad_images, asked = self._agree(values, parts, signals)
+                good = self._update(values, norm, bad_loss=bad_loss)
+                self.step += 1
+                self._tally(values if good else {}, data_time=loaded - begun, step_time=time.perf_counter() - loaded)
+                if not good:
+                    self._report_skip(values, parts)
+                if bad_images:
+                    self._report_bad_images(parts)
+                if self.check:
+                    self._load(feed)
+                    self.log.say(f"check: two batches and one step, loss {values['loss']:.4g}; nothing was written")
+                    return FitReport(self.step, values, self.out)
+                self.log.advance(self.step)
+                if self.step % self.loop.log_every == 0 or self.step == last:
+                    self._report(lr=values["lr"])
+                if self.step % self.loop.save_every == 0 or self.step == last or asked:
+                    self._save()
+                if asked and self.step < last:
+                    self.log.say(f"{signal.Signals(asked).name}: saved step {self.step}; continue with --resume")
+                    raise Stopped(asked, self.step)
         return FitReport(self.step, self.metrics, self.out)
 
     def _load(self, feed: Iterator[Fetched]) -> list[Fetched]:

@@ -8,10 +8,11 @@ the number of workers nor of processes, nor an interruption, changes what a draw
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -182,8 +183,8 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, patient)
 
 
-def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: bool) -> Iterator[Fetched]:
-    """Yield micro-batches ``first … last − 1`` in order.
+def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: bool) -> Generator[Fetched, None, None]:
+    """Yield micro-batches ``first … last − 1`` in order; ``close()`` ends the loader processes.
 
     Args:
         data: The micro-batches.
@@ -202,6 +203,7 @@ def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: boo
         pin_memory=pin,
         generator=torch.Generator(),  # of its own: the loader must not draw from the model's
     )
+    others = set(multiprocessing.active_children())
     iterator = iter(loader)
     try:
         yield from iterator
@@ -209,6 +211,9 @@ def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: boo
         # An error must not leave workers behind: they wait for a second SIGTERM, and the interpreter waits for them.
         if workers:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()  # one that hangs in a sample
+            worker.join()
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -73,7 +73,7 @@ class Everything(nn.Module):
         with torch.no_grad():
             target = self.slow(batch) + self.teacher(batch)
             rows = (int(self.pointer) + torch.arange(len(batch))) % len(self.queue)
-        loss = (out.float() - target).pow(2).mean() + 0.1 * (out.float() @ self.queue.T).exp().mean()
+        loss = (out.float() - target).pow(2).mean() + 0.1 * (out.float() @ self.queue.clone().T).exp().mean()
         with torch.no_grad():
             self.queue[rows] = out.float()
             self.pointer.copy_((self.pointer + len(batch)) % len(self.queue))
