@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m pretrain.evaluate --encoder DIR [--zero-shot] [--synonyms FILE] [--teacher FILE [--phrases FILE]] [--out FILE]`.
+"""`python -m pretrain.evaluate --encoder DIR [--zero-shot] [--synonyms] [--teacher FILE] [--out FILE]`.
 
 Zero-shot: single stickers of the held-out style on held-out photos, all class names as vocabulary. Synonyms: words that
 occur in no caption, and which class name they are nearest to; with `--teacher`, the teacher's own figures on the same
@@ -178,7 +178,7 @@ def report_synonyms(
     teacher: Path | None = None,
     phrases: Path | None = None,
 ) -> dict[str, Any]:
-    """Synonym accuracy of the text tower and the everyday examples; the teacher beside it, bare and with definitions."""
+    """Synonym accuracy of the text tower, everyday examples; the teacher beside it, bare and with definitions."""
     nouns = list(stickers.nouns)
     embedders: dict[str, Callable[[Sequence[str]], Tensor]] = {"text": lambda words: embed_words(encoder, words)}
     if teacher is not None:

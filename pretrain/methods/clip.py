@@ -4,8 +4,8 @@
 Particular to it: two towers, linear projections into one space, symmetric InfoNCE over the global batch with a learnt
 temperature whose scale is clamped at 100 after each step (§2.3, §2.5).
 
-Three things differ from the paper, each by an option: the text tower may come from `text_distill` and stay frozen with a
-linear layer on top; captions of the same noun count as right together, because with a few hundred nouns a batch holds
+Three things differ from the paper, each by an option: the text tower may come from `text_distill` and stay frozen with
+a linear layer on top; captions of the same noun count as right together, because with a few hundred nouns a batch holds
 many; and pictures are changed more than by a random crop, because there are few drawings of a thing.
 """
 

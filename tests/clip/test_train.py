@@ -27,7 +27,8 @@ def text_run(tmp_path: Path) -> list[str]:
     write_targets(tmp_path / "targets.safetensors", WORDS, rows / np.linalg.norm(rows, axis=1, keepdims=True))
     write_phrases(tmp_path / "phrases.txt", [Phrase(word) for word in WORDS])
     return [
-        "--config", "pretrain/text.yaml", f"out={tmp_path / 'text'}", f"data.targets={tmp_path / 'targets.safetensors'}",
+        "--config", "pretrain/text.yaml", f"out={tmp_path / 'text'}",
+        f"data.targets={tmp_path / 'targets.safetensors'}",
         f"data.phrases={tmp_path / 'phrases.txt'}", "method.encoder.embed_dim=8", "method.encoder.text.width=8",
         "method.encoder.text.hidden=8", "loop.steps=4", "loop.batch_size=8", "loop.workers=0", "loop.log_every=2",
         "optim.warmup_steps=1",
@@ -36,7 +37,8 @@ def text_run(tmp_path: Path) -> list[str]:
 
 def clip_run(tmp_path: Path) -> list[str]:
     return [
-        "--config", "pretrain/clip.yaml", f"out={tmp_path / 'clip'}", f"method.text_weights={tmp_path / 'text' / 'exported'}",
+        "--config", "pretrain/clip.yaml", f"out={tmp_path / 'clip'}",
+        f"method.text_weights={tmp_path / 'text' / 'exported'}",
         "method.encoder.embed_dim=8", "method.encoder.image.image_size=32", "loop.steps=2", "loop.batch_size=4",
         "loop.workers=0", "data.length=1000", "optim.warmup_steps=1",
     ]  # fmt: skip
