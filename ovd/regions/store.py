@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ovd.regions.crops import Border, CropMode, RegionEncoder, Resample, crop_regions, embed_crops
 from ovd.regions.proposals import MIN_SIDE, Proposals, Proposer, select_proposals
@@ -595,9 +595,11 @@ def _write_shard(
             flush(every=False)
     flush(every=True)
 
+    # One key of metadata: safetensors writes several in random order. Its own file writer makes files private (0600).
+    data = save(tensors, metadata={"format": FORMAT})
+    digest, size = hashlib.sha256(data).hexdigest(), len(data)
     temporary = path / f".shard-{shard:05d}.safetensors.{uuid.uuid4().hex}.tmp"
-    save_file(tensors, temporary, metadata={"format": FORMAT})  # one key: safetensors writes several in random order
-    digest, size = _sha256(temporary), temporary.stat().st_size
+    temporary.write_bytes(data)
     _sync(temporary)
     os.replace(temporary, _shard_path(path, shard))
     _sync(path)
@@ -654,6 +656,9 @@ def _finish(path: Path) -> None:
     manifest["shards"] = records
     manifest["regions"] = sum(record["regions"] for record in records)
     _write_json(path / "manifest.json", manifest)
+    for pattern in ("shard-*.lease", ".shard-*.tmp"):  # of processes that were killed
+        for leftover in path.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def _is_whole(path: Path, shard: int, say: Callable[[str], None]) -> bool:

@@ -311,12 +311,13 @@ def test_an_unfinished_store_can_be_read_in_part(tmp_path: Path) -> None:
         store[1000 + 7 * 8]
 
 
-@pytest.mark.parametrize("point", ["save_file", "_sync", "os.replace", "_write_json"])
+@pytest.mark.parametrize("point", ["write_bytes", "_sync", "os.replace", "_write_json"])
 def test_dying_inside_a_write_costs_only_that_shard(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     root, calls = tmp_path / "s", 0
-    owner, name = (store_module.os, "replace") if point == "os.replace" else (store_module, point)
+    owner: Any = {"os.replace": store_module.os, "write_bytes": Path}.get(point, store_module)
+    name = point.removeprefix("os.")
     original = getattr(owner, name)
 
     def dies(*args: Any, **kwargs: Any) -> Any:
@@ -369,6 +370,15 @@ def test_kill_9_leaves_a_store_that_resumes_bit_for_bit(tmp_path: Path, whole: P
     assert list(root.glob("*.lease"))  # it died holding one
     report = write(root, lease_seconds=3600)  # ... which is taken over at once: its owner is dead
     assert report.complete and report.kept >= 2
+    assert content(root) == content(whole)
+
+
+def test_leftovers_of_killed_processes_are_gone_from_a_finished_store(tmp_path: Path, whole: Path) -> None:
+    root = tmp_path / "s"
+    shutil.copytree(whole, root)
+    foreign_lease(root, 1, age=0)  # killed after its last file, before it gave the lease back
+    (root / ".shard-00002.safetensors.0123.tmp").write_bytes(b"half")
+    write(root)
     assert content(root) == content(whole)
 
 
