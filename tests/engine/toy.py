@@ -133,7 +133,8 @@ def train(task: nn.Module, out: Path, source: Any = None, **options: Any) -> Fit
     loop_keys = {"steps": 8, "batch_size": 4, "log_every": 3, "save_every": 4, "workers": 0, "device": "cpu"} | options
     loop, optim = LoopConfig(**loop_keys), OptimConfig(**({"lr": 0.05, "warmup_steps": 2} | optim_keys))
     record = {"out": str(out), "loop": loop.model_dump(), "optim": optim.model_dump()}
-    return fit(task, source or Numbers(), loop=loop, optim=optim, out=out, record=record, **flags)
+    source = Numbers() if source is None else source
+    return fit(task, source, loop=loop, optim=optim, out=out, record=record, **flags)
 
 
 def content(folder: Path) -> dict[str, Any]:
