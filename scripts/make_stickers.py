@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build `datasets/stickers` from a folder of prepared material.
+"""Make the drawings, photos and split of `datasets/stickers` again from the packages that NOTICE.md names.
 
-    python scripts/make_stickers.py --source MATERIAL --out datasets/stickers
+The tables `concepts.json` and `sources.json` are written by hand and are the input. Needed only for this:
 
-MATERIAL holds `sprites/STYLE/HEXCODE.webp`, `concepts.json` and `backgrounds/ship/*.jpg`.
+    npm install --ignore-scripts @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/fxemoji@1.2.2 \
+        @iconify-json/emojione@1.2.3 @lobehub/fluent-emoji-3d@1.1.0
+    pip install resvg-py==0.5.0
+    apt-get download lomiri-wallpapers-16.04     (unpack with dpkg -x; brick, grass and gravel are in skimage.data)
+
+    python scripts/make_stickers.py --node-modules node_modules --photos PHOTOS --out /tmp/stickers
+    python scripts/make_stickers.py --check      (only: does splits.json follow from the table?)
+
+Another rasteriser or WebP version gives the same drawings with slightly other pixels. The shipped weights and the
+frozen scenes belong to the shipped files, so compare, and do not replace them.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
-import shutil
-import sys
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pretrain.data.stickers import data_root, split_hash
+from pretrain.engine.errors import UserError, run_cli
 
 TRAIN_STYLES = ("fluent-3d", "fxemoji", "noto", "twemoji")
 VAL_STYLES = ("emojione",)
@@ -24,25 +38,11 @@ VAL_BACKGROUNDS = (
     "skimage_gravel.jpg",
     "sunset_by_Aitzol_Berasategi.jpg",
 )
-MIN_STYLES = 4
-# Too rare to be a class, and too like one (lemon, whale, trumpet) to be pasted without a label.
-AMBIGUOUS = frozenset({"lime", "orca", "trombone"})
+SIDE, PHOTO_SIDE = 128, 1280
+WEBP_QUALITY, JPEG_QUALITY = 90, 88
 
 
-def read_rows(source: Path) -> list[dict]:
-    """Rows of the concept table, without the styles that are not shipped, in a canonical order."""
-    shipped = set(TRAIN_STYLES + VAL_STYLES)
-    table = json.loads((source / "concepts.json").read_text(encoding="utf-8"))["concepts"]
-    classes = {row["noun"] for row in table if len(row["styles"]) >= MIN_STYLES}
-    rows = []
-    for row in table:
-        if row["noun"] not in AMBIGUOUS:
-            styles = sorted(shipped & set(row["styles"]))
-            rows.append({**row, "styles": styles, "labelled": row["noun"] in classes})
-    return sorted(rows, key=lambda row: (row["noun"], row["hexcode"]))
-
-
-def make_splits(rows: list[dict]) -> dict:
+def make_splits(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The base/novel split: per supercategory, every fifth noun (starting at the third) is novel.
 
     Within a supercategory the nouns are ordered by (has no validation sprite, sha256 of the noun), so that
@@ -53,7 +53,7 @@ def make_splits(rows: list[dict]) -> dict:
         if row["labelled"]:
             supercategory.setdefault(row["noun"], row["supercategory"])
     nouns = sorted(supercategory)
-    validated = {r["noun"] for r in rows if r["labelled"] and set(r["styles"]) & set(VAL_STYLES)}
+    validated = {row["noun"] for row in rows if row["labelled"] and set(row["styles"]) & set(VAL_STYLES)}
     novel: list[str] = []
     for group in sorted(set(supercategory.values())):
         members = [noun for noun in nouns if supercategory[noun] == group]
@@ -68,49 +68,116 @@ def make_splits(rows: list[dict]) -> dict:
         "styles": {"train": list(TRAIN_STYLES), "val": list(VAL_STYLES)},
         "val_backgrounds": list(VAL_BACKGROUNDS),
     }
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return {"sha256": hashlib.sha256(canonical.encode("utf-8")).hexdigest(), **content}
+    return {"sha256": split_hash(content), **content}
 
 
-def build(source: Path, out: Path) -> dict:
-    """Copy the shipped sprites and photos and write the two tables; returns the split."""
-    rows = read_rows(source)
+def read_json(path: Path) -> Any:
+    """A JSON file, or a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def icon_svg(icons: dict[str, Any], name: str) -> str:
+    """The SVG of an icon of an Iconify collection; an alias is followed to what it stands for."""
+    while name in icons.get("aliases", {}):
+        name = icons["aliases"][name]["parent"]
+    icon = {**{key: icons[key] for key in ("left", "top", "width", "height") if key in icons}, **icons["icons"][name]}
+    box = " ".join(
+        str(icon.get(key, default)) for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{box}">{icon["body"]}</svg>'
+    )
+
+
+def draw(svg: str) -> Image.Image:
+    """An SVG, at most SIDE pixels wide and high, as RGBA."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise UserError("drawing needs the package resvg-py: pip install resvg-py==0.5.0") from error
+    image = Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, skip_system_fonts=True)))
+    ).convert("RGBA")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def build_sprites(rows: list[dict[str, Any]], sources: dict[str, dict[str, str]], modules: Path, out: Path) -> int:
+    """Draw every sprite of the table; returns how many."""
+    collections = {style: read_json(modules / "@iconify-json" / style / "icons.json") for style in sources}
+    count = 0
     for row in rows:
         for style in row["styles"]:
-            target = out / "sprites" / style / f"{row['hexcode']}.webp"
+            code = row["hexcode"]
+            if style in sources:
+                image = draw(icon_svg(collections[style], sources[style][code]))
+            else:
+                image = read_fluent(modules / "@lobehub" / "fluent-emoji-3d" / "assets", code)
+            target = out / "sprites" / style / f"{code}.webp"
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / "sprites" / style / target.name, target)
-    for photo in sorted((source / "backgrounds" / "ship").glob("*.jpg")):
-        target = out / "backgrounds" / ("val" if photo.name in VAL_BACKGROUNDS else "train") / photo.name
+            image.save(target, quality=WEBP_QUALITY, method=6)
+            count += 1
+    return count
+
+
+def read_fluent(assets: Path, code: str) -> Image.Image:
+    """A drawing of Fluent Emoji 3D, whose file name may or may not hold the variation selector."""
+    for name in (code.lower(), f"{code.lower()}-fe0f", code.lower().replace("-fe0f", "")):
+        path = assets / f"{name}.webp"
+        if path.exists():
+            with Image.open(path) as image:
+                return image.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    raise UserError(f"{assets} has no drawing {code}; is the package's version 1.1.0?")
+
+
+def build_photos(photos: Path, names: list[tuple[str, str]], out: Path) -> None:
+    """Reduce the photos named (split, file name), found anywhere below `photos`, to PHOTO_SIDE."""
+    for split, name in names:
+        stem = name.removeprefix("skimage_").removesuffix(".jpg")
+        found = [path for path in sorted(photos.rglob(f"{stem}.*")) if path.suffix.lower() in (".jpg", ".png")]
+        if not found:
+            raise UserError(f"{photos} holds no {stem}.jpg or {stem}.png")
+        with Image.open(found[0]) as image:
+            small = image.convert("RGB")
+        small.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
+        target = out / "backgrounds" / split / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(photo, target)
-    note = (
-        "one row per drawing: noun is the class (rows that share a noun are one class); styles are the folders of "
-        "sprites/ that hold HEXCODE.webp; labelled false: drawn only as an unlabelled distractor; keywords from "
-        "emojibase-data 17.0.0 (MIT, Unicode CLDR)"
-    )
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (out / "concepts.json").write_text(
-        f'{{"note": {json.dumps(note)},\n"concepts": [\n{lines}\n]}}\n', encoding="utf-8"
-    )
-    splits = make_splits(rows)
-    (out / "splits.json").write_text(json.dumps(splits, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return splits
+        small.save(target, quality=JPEG_QUALITY)
 
 
 def main(argv: list[str]) -> int:
-    """Parse the command line and build."""
+    """Parse the command line, then check or build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of prepared material")
-    parser.add_argument("--out", type=Path, required=True, help="data set folder to write")
+    parser.add_argument("--check", action="store_true", help="only compare splits.json with its rule")
+    parser.add_argument("--node-modules", type=Path, metavar="DIR", help="where npm installed the drawings")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of the photos and textures, any depth")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="empty folder to write")
     args = parser.parse_args(argv)
-    splits = build(args.source, args.out)
-    print(
-        f"{len(splits['nouns'])} nouns, {len(splits['base'])} base, {len(splits['novel'])} novel, "
-        f"{len(splits['validated'])} with a validation sprite, split {splits['sha256'][:12]}"
-    )
+    tables = data_root()
+    rows = read_json(tables / "concepts.json")["concepts"]
+    splits = make_splits(rows)
+    if args.check:
+        if read_json(tables / "splits.json") != splits:
+            raise UserError(f"{tables / 'splits.json'} does not follow from concepts.json")
+        print(f"split {splits['sha256'][:12]} follows from the table")
+        return 0
+    if not (args.node_modules and args.photos and args.out):
+        raise UserError("give --node-modules, --photos and --out, or --check")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"{args.out} is not an empty folder")
+    shipped = [(path.parent.name, path.name) for path in sorted((tables / "backgrounds").glob("*/*.jpg"))]
+    build_photos(args.photos, shipped, args.out)
+    count = build_sprites(rows, read_json(tables / "sources.json")["icons"], args.node_modules, args.out)
+    for name in ("concepts.json", "sources.json", "near_synonyms.json", "NOTICE.md"):
+        (args.out / name).write_bytes((tables / name).read_bytes())
+    (args.out / "splits.json").write_text(json.dumps(splits, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{args.out}: {count} drawings, {len(shipped)} photos, split {splits['sha256'][:12]}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(main)
