@@ -440,8 +440,6 @@ class Detector:
         Raises:
             UserError: unknown name, missing or damaged files.
         """
-        from ovd.modeling.build import load_detector_model
-
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -451,6 +449,8 @@ class Detector:
         if where.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device {device!r} asked for, but torch finds no CUDA; use device cpu or auto")
         folder = find_weights(weights)
+        from ovd.modeling.build import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
+
         model = load_detector_model(folder, device=str(where))
         encoder = _load_encoder_of(folder, model.card).to(where)
         return cls(model=model, encoder=encoder, card=read_model_card(folder), **options)

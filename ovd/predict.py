@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m ovd.predict PICTURE|FOLDER … --classes "dog, mug: cup" --out DIR``: boxes for many pictures.
+"""``python -m ovd.predict``: name what is in pictures and folders of pictures.
 
-Writes ``results.json`` (COCO results), ``images.json`` (which id is which file), and one drawing per picture. The same
-command again goes on where it was stopped. Pictures that cannot be read are listed in ``bad_images.jsonl`` and do not
-stop the rest; the exit status is then 1.
+    python -m ovd.predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
+    python -m ovd.predict photos/ --vocabulary words.txt --out found/ --threshold 0.4
+
+Writes into the output folder:
+
+    results.json     COCO results: image_id, category_id, bbox [x, y, w, h], score, segmentation (RLE)
+    images.json      images and categories with their ids, as a COCO annotation file without annotations
+    drawn/           the pictures with boxes and masks, without the metadata of the originals
+    failed.json      pictures that could not be read, and why (only when there are some)
+
+An interrupted run continues where it stopped when the same command is given again. Exit status: 0; 1 when some pictures
+could not be read (all others are done); 2 when nothing could be started.
 """
 
 from __future__ import annotations
@@ -11,8 +20,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,240 +33,318 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ovd.detector import Detections, Detector
+    from ovd.vocabulary import Vocabulary
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PARTS = "parts"
 
 
-def find_pictures(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
-    """(file, name in the output) of every picture; folders are searched, hidden files left out.
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    flags = argparse.ArgumentParser(
+        prog="python -m ovd.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
+    words = flags.add_mutually_exclusive_group(required=True)
+    words.add_argument("--classes", help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes')
+    words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
+    flags.add_argument("--out", type=Path, required=True, help="output folder")
+    flags.add_argument("--threshold", type=float, default=None, help="lowest score (default: the calibrated one)")
+    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    flags.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
+    flags.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
+    flags.add_argument("--overwrite", action="store_true", help="replace what another command wrote into the folder")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Parse, load, predict; returns the exit status."""
+    options = parser().parse_args(argv)
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
+    files = collect(options.pictures)
+    from ovd.vocabulary import Vocabulary
+
+    if options.vocabulary is not None:
+        vocabulary = Vocabulary.load(options.vocabulary)
+    else:
+        vocabulary = Vocabulary.parse(options.classes)
+    import torch
+
+    from ovd.detector import Detector
+
+    if options.threads:
+        torch.set_num_threads(max(1, options.threads))
+    detector = Detector.load(options.weights, device=options.device, cache_size=0)
+    failed = predict(
+        detector=detector,
+        files=files,
+        vocabulary=vocabulary,
+        out=options.out,
+        threshold=options.threshold,
+        draw=options.draw,
+        masks=options.masks,
+        overwrite=options.overwrite,
+    )
+    return 1 if failed else 0
+
+
+def collect(given: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Return (name, path) of every picture; the name is the path inside its folder, and unique.
 
     Raises:
-        UserError: a path does not exist, or nothing is found.
+        UserError: a path does not exist, or a folder holds no picture.
     """
-    found: list[tuple[Path, str]] = []
-    for item in paths:
-        path = Path(item)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found += [(p, p.relative_to(path).as_posix()) for p in inside if not p.name.startswith(".")]
-        elif path.is_file():
-            found.append((path, path.name))
+    from pretrain.data.folder import list_images
+
+    found: dict[str, Path] = {}
+    for place in given:
+        if place.is_dir():
+            inside = [(path.relative_to(place).as_posix(), path) for path in list_images(place)]
+        elif place.is_file():
+            inside = [(place.name, place)]
         else:
-            raise UserError(f"{path}: no such picture or folder")
-    if not found:
-        raise UserError(f"no picture found ({', '.join(SUFFIXES)}) in {', '.join(str(p) for p in paths)}")
-    names = [name for _, name in found]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise UserError(f"two pictures would both be called {twice[0]!r} in the output; run them one folder at a time")
-    return found
+            raise UserError(f"{place}: no such file or folder")
+        for name, path in inside:
+            if found.setdefault(name, path).resolve() != path.resolve():
+                raise UserError(f"two pictures would be called {name!r}: {found[name]} and {path}; run them separately")
+    return list(found.items())
 
 
-def draw(image: NDArray[np.uint8], detections: Detections) -> NDArray[np.uint8]:
-    """The picture with masks, boxes and labels; colours follow the names, sizes follow the picture.
+def predict(
+    *,
+    detector: Detector,
+    files: Sequence[tuple[str, Path]],
+    vocabulary: Vocabulary,
+    out: Path,
+    threshold: float | None = None,
+    draw: bool = True,
+    masks: bool = True,
+    overwrite: bool = False,
+) -> list[dict[str, str]]:
+    """Predict pictures into a folder; see the module for what is written.
 
     Args:
-        image: (H, W, 3) RGB.
-        detections: of this picture.
+        detector: the detector.
+        files: (name, path) pairs; ids are 1, 2, … in this order.
+        vocabulary: what to look for; category ids are 1, 2, … in the order of its names.
+        out: output folder.
+        threshold: lowest score; the calibrated default when None.
+        draw: write drawn pictures.
+        masks: write and draw masks.
+        overwrite: start anew where another job has written.
+
+    Returns:
+        One ``{"file_name", "reason"}`` per picture that could not be read.
+
+    Raises:
+        UserError: the folder belongs to another job, or cannot be written.
+    """
+    level = detector.threshold if threshold is None else threshold
+    names = [name for name, _ in files]
+    job = {
+        "files": hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
+        "vocabulary": vocabulary.hash,
+        "threshold": round(level, 6),
+        "weights": str(detector.card.get("sha256", "")),
+        "draw": draw,
+        "masks": masks,
+    }
+    try:
+        parts = _claim(out, job, overwrite)
+        failed: list[dict[str, str]] = []
+        for number, (name, path) in enumerate(files, 1):
+            part = parts / f"{number:08d}.json"
+            record = _finished(part)
+            if record is None:
+                record = _one(detector, vocabulary, number, name, path, out, level, draw, masks)
+                _write_json(part, record)
+            if "reason" in record:
+                failed.append({"file_name": name, "reason": record["reason"]})
+            said = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
+            print(f"[{number}/{len(files)}] {name}: {said}", flush=True)
+        _merge_parts(out, parts, names, vocabulary, failed)
+    except OSError as problem:
+        raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem
+    if failed:
+        print(f"{len(failed)} of {len(files)} pictures could not be used; see {out / 'failed.json'}", file=sys.stderr)
+    return failed
+
+
+def _claim(out: Path, job: dict[str, Any], overwrite: bool) -> Path:
+    """Make the folder ours, or find out that it already is; returns the folder of finished parts."""
+    parts = out / PARTS
+    stamp = out / "job.json"
+    if stamp.is_file() and not overwrite:
+        try:
+            other = json.loads(stamp.read_text(encoding="utf-8"))
+        except ValueError:
+            other = {}
+        changed = [key for key in job if other.get(key) != job[key]]
+        if changed:
+            raise UserError(
+                f"{out}: holds results of another command ({', '.join(changed)} differ). "
+                "Give another --out, or --overwrite to replace them"
+            )
+    elif out.exists() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out}: is not empty. Give another --out, or --overwrite to write into it")
+    parts.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for old in parts.glob("*.json"):
+            old.unlink()
+    _write_json(stamp, job)
+    return parts
+
+
+def _finished(part: Path) -> dict[str, Any] | None:
+    if not part.is_file():
+        return None
+    record = json.loads(part.read_text(encoding="utf-8"))  # written under another name and renamed: always whole
+    return record if isinstance(record, dict) else None
+
+
+def _one(
+    detector: Detector,
+    vocabulary: Vocabulary,
+    number: int,
+    name: str,
+    path: Path,
+    out: Path,
+    threshold: float,
+    draw: bool,
+    masks: bool,
+) -> dict[str, Any]:
+    from ovd.detector import to_rgb
+
+    try:
+        pixels = to_rgb(path)
+    except BadImageError as problem:
+        return {"file_name": name, "reason": problem.reason}
+    found = detector.embed(pixels).classify(vocabulary, threshold=threshold)
+    if draw:
+        _save_picture(out / "drawn" / f"{Path(name).with_suffix('')}.jpg", draw_detections(pixels, found, masks=masks))
+    counts: dict[str, int] = {}
+    for class_name in found.class_name:
+        counts[class_name] = counts.get(class_name, 0) + 1
+    summary = ", ".join(f"{class_name} × {count}" for class_name, count in counts.items()) or "nothing found"
+    height, width = found.size
+    return {
+        "file_name": name,
+        "width": width,
+        "height": height,
+        "results": found.to_coco(number, masks=masks),
+        "summary": summary,
+    }
+
+
+def _merge_parts(
+    out: Path, parts: Path, names: Sequence[str], vocabulary: Vocabulary, failed: list[dict[str, str]]
+) -> None:
+    images, results = [], []
+    for number in range(1, len(names) + 1):
+        record = _finished(parts / f"{number:08d}.json")
+        if record is not None and "reason" not in record:
+            images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
+            results.extend(record["results"])
+    categories = [{"id": i + 1, "name": class_name} for i, class_name in enumerate(vocabulary.names)]
+    _write_json(out / "results.json", results)
+    _write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
+    if failed:
+        _write_json(out / "failed.json", failed)
+    else:
+        (out / "failed.json").unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8", errors="surrogateescape")
+    os.replace(partial, path)
+
+
+def _save_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    Image.fromarray(pixels).save(partial, "JPEG", quality=92)  # from bare pixels: no EXIF, no position
+    os.replace(partial, path)
+
+
+def draw_detections(pixels: NDArray[np.uint8], found: Detections, *, masks: bool = True) -> NDArray[np.uint8]:
+    """Draw boxes, masks and labels onto a copy of the picture.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        found: its detections.
+        masks: fill the masks.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from ovd.colours import class_styles
+
+    height, width = pixels.shape[:2]
+    styles = class_styles(found.names)
+    canvas = pixels.copy()
+    if masks:
+        for i in reversed(range(len(found))):  # the best score is drawn last, on top
+            mask = found.mask_of(i)
+            if mask is not None:
+                colour = np.array(styles[found.class_id[i]].rgb, dtype=np.float32)
+                canvas[mask] = (canvas[mask] * 0.6 + colour * 0.4 + 0.5).astype(np.uint8)
+    image = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(image)
+    line = max(2, round(min(height, width) / 200))
+    size = max(11, round(min(height, width) / 32))
+    for i in reversed(range(len(found))):
+        style = styles[found.class_id[i]]
+        x1, y1, x2, y2 = (float(v) for v in found.xyxy[i])
+        corners = (round(x1), round(y1), max(round(x1), round(x2) - 1), max(round(y1), round(y2) - 1))
+        pen.rectangle(corners, outline="white", width=line + 2)
+        pen.rectangle(corners, outline=style.colour, width=line)
+        text = f"{found.class_name[i]} {found.confidence[i]:.2f}"
+        ink = Image.fromarray(text_coverage(text, size))
+        w, h = ink.width + 8, ink.height + 4
+        x = min(max(0, corners[0]), max(0, width - w))
+        y = corners[1] - h if corners[1] >= h else max(0, corners[1])
+        pen.rectangle((x, y, x + w, y + h), fill=style.colour)
+        pen.bitmap((x + 4, y + 2), ink, fill=style.ink)
+    return np.asarray(image)
+
+
+def text_coverage(text: str, size: int) -> NDArray[np.uint8]:
+    """Draw one line of text in any script.
+
+    OpenCV 5 carries a font with Latin, Cyrillic, Greek, CJK and more letters; with OpenCV 4 Pillow's own font is used,
+    which draws an empty box for what it lacks.
+
+    Args:
+        text: the line.
+        size: letter height in pixels.
+
+    Returns:
+        (h, w) uint8, 255 where the ink covers a pixel wholly.
     """
     import cv2
     import numpy as np
 
-    from ovd.colours import class_styles
-
-    canvas = np.ascontiguousarray(image.copy())
-    height, width = canvas.shape[:2]
-    line = max(1, round(min(height, width) / 240))
-    size = max(11, round(min(height, width) / 30))
-    styles = dict(zip(detections.names, class_styles(detections.names), strict=True))
-    for i in reversed(range(len(detections))):  # the best on top
-        style = styles[detections.class_name[i]]
-        mask = detections.mask_of(i)
-        if mask is not None:
-            canvas[mask] = (0.65 * canvas[mask] + 0.35 * np.array(style.rgb)).astype(np.uint8)
-        x1, y1, x2, y2 = (round(float(v)) for v in detections.xyxy[i])
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), (0, 0, 0), line + 2)  # a dark rim shows on any picture
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), style.rgb, line)
-    for i in reversed(range(len(detections))):
-        style = styles[detections.class_name[i]]
-        x1, y1 = (round(float(v)) for v in detections.xyxy[i][:2])
-        _label(
-            canvas, f"{detections.class_name[i]} {detections.confidence[i]:.2f}", (x1, y1), size, style.rgb, style.ink
-        )
-    return canvas
-
-
-def _label(
-    canvas: NDArray[np.uint8], text: str, at: tuple[int, int], size: int, fill: tuple[int, ...], ink: str
-) -> None:
-    """Text on a filled bar above ``at``, or below it at the upper edge of the picture."""
-    import cv2
-
-    colour = (0, 0, 0) if ink == "#000000" else (255, 255, 255)
-    x, y = max(at[0], 0), at[1]
-    top = y - size - 5 if y >= size + 5 else max(y, 0)
-    if hasattr(cv2, "FontFace"):  # OpenCV 5: its built-in Unicode face knows Greek, Cyrillic and Chinese
+    if hasattr(cv2, "FontFace"):
         face = cv2.FontFace("uni")
-        _, _, wide, _ = cv2.getTextSize((0, 0), text, (0, 0), face, size, 400)
-        x = max(0, min(x, canvas.shape[1] - wide - 6))
-        cv2.rectangle(canvas, (x, top), (x + wide + 6, top + size + 5), fill, -1)
-        cv2.putText(canvas, text, (x + 3, top + size), colour, face, size, 400)
-        return
-    scale = size / 22
-    (wide, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-    x = max(0, min(x, canvas.shape[1] - wide - 6))
-    cv2.rectangle(canvas, (x, top), (x + wide + 6, top + size + 5), fill, -1)
-    cv2.putText(canvas, text, (x + 3, top + size), cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1, cv2.LINE_AA)
+        x, y, w, h = cv2.getTextSize((1, 1), text, (0, 0), face, size, 600)
+        canvas = np.zeros((h, w, 3), dtype=np.uint8)
+        cv2.putText(canvas, text, (-x, -y), (255, 255, 255), face, size, 600)
+        return canvas[:, :, 0]
+    from PIL import Image, ImageDraw, ImageFont
 
-
-class Output:
-    """The output folder; ``results.jsonl`` is the record of what is done, one line per picture.
-
-    Args:
-        folder: new, empty, or of a run with the same settings.
-        settings: what decides the results; another run's folder is refused.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        self.lines = folder / "results.jsonl"
-        self.bad = folder / "bad_images.jsonl"
-        record = folder / "run.json"
-        text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        if record.is_file():
-            old = json.loads(record.read_text(encoding="utf-8"))
-            changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
-            if changed:
-                raise UserError(f"--out {folder} holds a run with other {', '.join(changed)}; choose another folder")
-        elif folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--out {folder} is not empty; choose another folder")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(text, encoding="utf-8")
-        self.done: dict[str, dict[str, Any]] = {}
-        for line in self._whole_lines(self.lines):
-            entry = json.loads(line)
-            self.done[entry["file"]] = entry
-        self.known_bad = {json.loads(line)["file"] for line in self._whole_lines(self.bad)}
-
-    @staticmethod
-    def _whole_lines(path: Path) -> list[str]:
-        """Lines that end; a half-written last line of a killed run is cut off, its picture is done again."""
-        if not path.is_file():
-            return []
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")
-        return whole.splitlines()
-
-    def add(self, name: str, size: tuple[int, int], rows: list[dict[str, Any]]) -> None:
-        """Record one picture."""
-        entry = {"file": name, "height": size[0], "width": size[1], "rows": rows}
-        with self.lines.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self.done[name] = entry
-
-    def add_bad(self, name: str, why: str) -> None:
-        """Record a picture that cannot be read, once."""
-        if name not in self.known_bad:
-            with self.bad.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"file": name, "error": why}, ensure_ascii=False) + "\n")
-            self.known_bad.add(name)
-
-    def finish(self, names: Sequence[str], classes: Sequence[str]) -> None:
-        """Write ``results.json`` and ``images.json`` whole; ids follow the order of ``names``, from 1."""
-        images, results = [], []
-        for image_id, name in enumerate(names, start=1):
-            entry = self.done.get(name)
-            if entry is None:
-                continue
-            images.append({"id": image_id, "file_name": name, "height": entry["height"], "width": entry["width"]})
-            results += [{**row, "image_id": image_id} for row in entry["rows"]]
-        categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
-        for path, content in (
-            (self.folder / "images.json", {"images": images, "categories": categories}),
-            (self.folder / "results.json", results),
-        ):
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-            partial.replace(path)
-
-
-def predict_folder(
-    detector: Detector, pictures: Sequence[tuple[Path, str]], out: Output, *, threshold: float | None, drawings: bool
-) -> int:
-    """Run every picture that is not done; returns how many could not be read."""
-    from PIL import Image
-
-    from ovd.detector import to_rgb
-
-    bad = 0
-    for path, name in pictures:
-        if name in out.done:
-            continue
-        try:
-            image = to_rgb(path)
-        except BadImageError as problem:
-            out.add_bad(name, str(problem))
-            print(f"warning: {problem}", file=sys.stderr)
-            bad += 1
-            continue
-        found = detector.detect(image, threshold)
-        if drawings:
-            target = out.folder / "drawings" / f"{name}.jpg"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw(image, found)).save(target, quality=92)  # pixels only: no EXIF, no place of the photo
-        out.add(name, found.size, found.to_coco(0))
-        counts = {word: found.class_name.count(word) for word in found.names if word in found.class_name}
-        shown = ", ".join(f"{count} {word}" for word, count in counts.items()) or "nothing found"
-        print(f"{name}: {shown}")
-    return bad
-
-
-def main(argv: list[str]) -> int:
-    """Entry point; 0, or 1 when some pictures could not be read."""
-    parser = argparse.ArgumentParser(prog="python -m ovd.predict", description=__doc__)
-    parser.add_argument(
-        "pictures", nargs="+", metavar="PICTURE|FOLDER", help="JPEG, PNG, WebP or BMP files, or folders"
-    )
-    words = parser.add_mutually_exclusive_group(required=True)
-    words.add_argument("--classes", help='"dog, mug: cup, coffee mug; -poster", as on the page')
-    words.add_argument("--vocabulary", metavar="FILE.json", help="a saved vocabulary")
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or that of a stopped run")
-    parser.add_argument("--weights", default="default", help="shipped weights by name, or an exported folder")
-    parser.add_argument("--threshold", type=float, help="lowest score (default: the checkpoint's)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--no-drawings", action="store_true", help="write the JSON files only")
-    args = parser.parse_args(argv)
-    if args.threshold is not None and not 0.0 <= args.threshold <= 1.0:
-        raise UserError(f"--threshold {args.threshold}: must be between 0 and 1")
-    pictures = find_pictures(args.pictures)
-
-    from ovd.detector import Detector
-    from ovd.vocabulary import Vocabulary
-
-    detector = Detector.load(args.weights, device=args.device)
-    given = Vocabulary.load(args.vocabulary, templates=detector.templates) if args.vocabulary else args.classes
-    vocabulary = detector.set_classes(given)
-    for notice in vocabulary.notices:
-        print(f"note: {notice}", file=sys.stderr)
-    settings = {
-        "classes": vocabulary.hash,
-        "weights": detector.card.get("sha256", str(args.weights)),
-        "threshold": detector.threshold if args.threshold is None else args.threshold,
-        "pictures": hashlib.sha256("\n".join(name for _, name in pictures).encode()).hexdigest(),
-    }
-    out = Output(Path(args.out), settings)
-    bad = predict_folder(detector, pictures, out, threshold=args.threshold, drawings=not args.no_drawings)
-    out.finish([name for _, name in pictures], vocabulary.names)
-    print(f"{len(out.done)} pictures, results in {out.folder / 'results.json'}")
-    if bad:
-        print(f"warning: {bad} pictures could not be read; see {out.bad}", file=sys.stderr)
-    return 1 if bad else 0
+    font = ImageFont.load_default(size)
+    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
+    image = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
+    ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=font)
+    return np.asarray(image)
 
 
 if __name__ == "__main__":

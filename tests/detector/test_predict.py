@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command for many pictures: outputs, going on after a stop, bad pictures, wrong input."""
+"""Predicting files and folders: what is written, resumed, refused."""
 
 from __future__ import annotations
 
@@ -10,139 +10,166 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovd.detector import Detector
-from ovd.predict import Output, draw, find_pictures, main, predict_folder
+from ovd.predict import collect, draw_detections, main, parser, predict, text_coverage
+from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
-from tests.detector.fakes import COLOURS, GREY, make_detector, picture
+from tests.detector.fakes import make_detector, picture
+
+WORDS = Vocabulary.parse("blue, red, unicorn")
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
-    (folder / "more").mkdir(parents=True)
-    Image.fromarray(picture([("red", 10, 20, 60, 70)])).save(folder / "a.png")
-    Image.fromarray(picture([("blue", 30, 30, 90, 80)])).save(folder / "more" / "b.png")
+    (folder / "sub").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x010F] = "secret camera"
+    Image.fromarray(picture()).save(folder / "a.png", exif=exif)
+    Image.fromarray(picture([("red", 5, 5, 60, 60)])).save(folder / "sub" / "a.png")
+    Image.fromarray(picture([("yellow", 5, 5, 60, 60)])).save(folder / "z.bmp")
     return folder
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Detector:
-    """`main` with a detector of colours in place of trained weights."""
+def run(photos: Path, out: Path, **options: object) -> tuple[list[dict[str, str]], int]:
+    detector = make_detector(cache_size=0)
+    arguments: dict[str, object] = {"vocabulary": WORDS, **options}
+    return predict(detector=detector, files=collect([photos]), out=out, **arguments), detector.runs  # type: ignore[arg-type]
+
+
+def test_results_are_coco_and_say_which_picture_and_class(photos: Path, tmp_path: Path) -> None:
+    from pycocotools.coco import COCO
+
+    out = tmp_path / "out"
+    failed, runs = run(photos, out)
+    assert failed == [] and runs == 3 and not (out / "failed.json").exists()
+    coco = COCO(str(out / "images.json"))
+    loaded = coco.loadRes(str(out / "results.json"))
+    rows = {
+        (coco.imgs[r["image_id"]]["file_name"], coco.cats[r["category_id"]]["name"]): r
+        for r in loaded.dataset["annotations"]
+    }
+    assert set(rows) == {("a.png", "red"), ("a.png", "blue"), ("sub/a.png", "red")}
+    assert rows[("a.png", "red")]["bbox"] == [10, 20, 40, 50]
+    assert loaded.annToMask(rows[("a.png", "red")]).sum() == 2000
+
+
+def test_drawn_pictures_show_boxes_and_carry_no_metadata(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out")
+    drawn = tmp_path / "out" / "drawn"
+    assert sorted(p.relative_to(drawn).as_posix() for p in drawn.rglob("*.jpg")) == ["a.jpg", "sub/a.jpg", "z.jpg"]
+    assert not Image.open(drawn / "a.jpg").getexif()
+    assert b"secret" not in (drawn / "a.jpg").read_bytes()
+    assert np.abs(np.asarray(Image.open(drawn / "a.jpg")).astype(int) - picture()).mean() > 1
+    assert np.abs(np.asarray(Image.open(drawn / "z.jpg")).astype(int) - picture([("yellow", 5, 5, 60, 60)])).max() < 40
+
+
+def test_a_bad_picture_is_listed_and_does_not_stop_the_rest(photos: Path, tmp_path: Path) -> None:
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    failed, runs = run(photos, tmp_path / "out")
+    assert [f["file_name"] for f in failed] == ["broken.jpg"] and runs == 3
+    assert json.loads((tmp_path / "out" / "failed.json").read_text()) == failed
+    assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 3
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_files(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "whole")
+    detector = make_detector(cache_size=0)
+    network, seen = detector.model.regions, []
+
+    def dies(image: np.ndarray) -> object:
+        seen.append(image)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return network(image)
+
+    detector.model.regions = dies  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        predict(detector=detector, files=collect([photos]), vocabulary=WORDS, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+    _, runs = run(photos, tmp_path / "out")
+    assert runs == 2
+    for name in ("results.json", "images.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"vocabulary": Vocabulary.parse("red")}, {"threshold": 0.5}, {"masks": False}])
+def test_a_folder_of_another_command_is_refused_unless_overwritten(
+    photos: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    run(photos, tmp_path / "out")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(UserError, match=f"{next(iter(change))} differ"):
+        run(photos, tmp_path / "out", **change)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    _, runs = run(photos, tmp_path / "out", overwrite=True, **change)
+    assert runs == 3
+
+
+def test_a_folder_with_other_things_in_it_is_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        run(photos, tmp_path / "out")
+
+
+def test_pictures_without_masks_or_drawings(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out", draw=False, masks=False)
+    assert not (tmp_path / "out" / "drawn").exists()
+    assert all("segmentation" not in row for row in json.loads((tmp_path / "out" / "results.json").read_text()))
+
+
+def test_two_pictures_of_one_name_and_missing_paths_are_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two pictures would be called 'a.png'"):
+        collect([photos, photos / "sub" / "a.png"])
+    assert len(collect([photos, photos / "a.png"])) == 3
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        collect([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no picture"):
+        collect([tmp_path / "empty"])
+
+
+def test_labels_are_drawn_in_every_script() -> None:
+    cv2 = pytest.importorskip("cv2")
+    if not hasattr(cv2, "FontFace"):
+        pytest.skip("OpenCV 4 has no font for other scripts")
+    unknown = text_coverage("??", 24)
+    for text in ("椅子", "стул", "καρέκλα", "silla ñ"):
+        drawn = text_coverage(text, 24)
+        assert drawn.max() == 255 and (drawn.shape != unknown.shape or (drawn != unknown).any())
+    assert (text_coverage("椅", 24).shape != text_coverage("子", 24).shape) or (
+        text_coverage("椅", 24) != text_coverage("子", 24)
+    ).any()
+
+
+def test_drawing_copes_with_boxes_at_and_over_the_border() -> None:
     detector = make_detector()
-    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights="default", **options: detector))
-    return detector
-
-
-def test_results_name_the_files_and_hold_boxes_in_pixels(photos: Path, tmp_path: Path, command: Detector) -> None:
-    out = tmp_path / "out"
-    assert main([str(photos), "--classes", "red, blue", "--out", str(out)]) == 0
-    images = json.loads((out / "images.json").read_text())
-    assert [i["file_name"] for i in images["images"]] == ["a.png", "more/b.png"]
-    results = json.loads((out / "results.json").read_text())
-    assert [(r["image_id"], r["category_id"]) for r in results] == [(1, 1), (2, 2)]
-    np.testing.assert_allclose(results[0]["bbox"], [10, 20, 50, 50], atol=1)
-    assert (out / "drawings" / "more" / "b.png.jpg").is_file()
-
-
-def test_a_second_call_runs_only_what_is_missing(photos: Path, tmp_path: Path, command: Detector) -> None:
-    out = tmp_path / "out"
-    arguments = [str(photos), "--classes", "red, blue", "--out", str(out), "--no-drawings"]
-    main(arguments)
-    whole = (out / "results.json").read_bytes()
-    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
-    (out / "results.jsonl").write_text(lines[0] + lines[1][:25])  # killed in the middle of the second line
-    (out / "results.json").unlink()
-    runs = command.model.runs  # type: ignore[attr-defined]
-    command._cache.clear()
-    main(arguments)
-    assert command.model.runs == runs + 1  # type: ignore[attr-defined]
-    assert (out / "results.json").read_bytes() == whole
-
-
-def test_a_folder_of_another_run_is_refused_and_named(photos: Path, tmp_path: Path, command: Detector) -> None:
-    out = tmp_path / "out"
-    main([str(photos), "--classes", "red", "--out", str(out)])
-    before = sorted(p.name for p in out.iterdir())
-    with pytest.raises(UserError, match="classes"):
-        main([str(photos), "--classes", "blue", "--out", str(out)])
-    assert sorted(p.name for p in out.iterdir()) == before
-
-
-def test_a_bad_picture_is_listed_once_and_the_rest_is_done(photos: Path, tmp_path: Path, command: Detector) -> None:
-    (photos / "torn.png").write_bytes((photos / "a.png").read_bytes()[:80])
-    out = tmp_path / "out"
-    for _ in range(2):
-        assert main([str(photos), "--classes", "red", "--out", str(out)]) == 1
-    bad = [json.loads(line) for line in (out / "bad_images.jsonl").read_text().splitlines()]
-    assert [entry["file"] for entry in bad] == ["torn.png"]
-    assert len(json.loads((out / "images.json").read_text())["images"]) == 2
+    found = detector.embed(picture([("red", 0, 0, 160, 120)])).classify("red")
+    found.xyxy[0] = [-5.0, -8.0, 170.0, 130.0]
+    pixels = picture()
+    drawn = draw_detections(pixels, found)
+    assert drawn.shape == pixels.shape and (pixels == picture()).all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.png", "--classes", "red"], "no such picture"),
-        (["{photos}", "--classes", " , "], "at least one class"),
-        (["{photos}", "--classes", "red", "--threshold", "7"], "between 0 and 1"),
+        (["--classes", "red", "--threshold", "2"], "between 0 and 1"),
+        (["--classes", " , "], "Type at least one class name"),
+        (["--vocabulary", "no-such-words.txt"], "no-such-words.txt"),
+        (["--classes", "red", "--weights", "no/such/weights"], "no/such/weights"),
     ],
 )
-def test_wrong_input_is_one_clear_message_and_writes_nothing(
-    photos: Path, tmp_path: Path, command: Detector, arguments: list[str], message: str
+def test_mistakes_on_the_command_line_are_user_errors_and_write_nothing(
+    photos: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    out = tmp_path / "out"
     with pytest.raises(UserError, match=message):
-        main([a.format(photos=photos) for a in arguments] + ["--out", str(out)])
-    assert not out.exists()
+        main([str(photos), "--out", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
 
 
-def test_two_pictures_of_one_name_are_refused(photos: Path, tmp_path: Path) -> None:
-    other = tmp_path / "a.png"
-    other.write_bytes((photos / "a.png").read_bytes())
-    with pytest.raises(UserError, match=r"'a\.png'"):
-        find_pictures([photos, other])
-
-
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no picture found"):
-        find_pictures([tmp_path])
-
-
-def test_drawings_show_box_label_and_mask_and_carry_no_exif(photos: Path, tmp_path: Path) -> None:
-    detector = make_detector()
-    detector.set_classes(["red"])
-    exif = Image.Exif()
-    exif[0x010E] = "secret place"
-    Image.open(photos / "a.png").save(photos / "a.png", exif=exif)
-    out = Output(tmp_path / "out", {})
-    predict_folder(detector, [(photos / "a.png", "a.png")], out, threshold=None, drawings=True)
-    drawn = Image.open(tmp_path / "out" / "drawings" / "a.png.jpg")
-    assert not drawn.getexif()
-    changed = np.abs(np.asarray(drawn).astype(int) - picture([("red", 10, 20, 60, 70)]).astype(int)).max(axis=2) > 40
-    rows, columns = np.nonzero(changed)
-    assert rows.min() >= 0 and columns.min() >= 6 and changed[20, 12:58].mean() > 0.9  # the upper edge of the box
-
-
-@pytest.mark.parametrize("name", ["椅子", "стул", "καρέκλα"])
-def test_labels_of_other_scripts_are_not_question_marks(name: str) -> None:
-    detector = make_detector()
-    image = picture([("red", 10, 60, 100, 150)])
-    detector.set_classes(["red"])
-    found = detector.detect(image)
-
-    def drawn(label: str) -> np.ndarray:
-        found.class_name, found.names = [label], (label,)
-        return draw(image, found)[35:60]
-
-    import cv2
-
-    if not hasattr(cv2, "FontFace"):
-        pytest.skip("this OpenCV has no Unicode face (version 5 has)")
-    from ovd.colours import class_styles
-
-    assert class_styles([name])  # any script has a colour
-    questions = drawn("?" * len(name))
-    assert np.count_nonzero((drawn(name) != questions).any(axis=2)) > 30
-
-
-def test_fakes__colours_are_told_apart() -> None:
-    assert GREY not in COLOURS.values()
+def test_words_are_given_in_one_way() -> None:
+    for arguments in (["x", "--out", "o"], ["x", "--out", "o", "--classes", "a", "--vocabulary", "b"]):
+        with pytest.raises(SystemExit) as caught:
+            parser().parse_args(arguments)
+        assert caught.value.code == 2
