@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The script that makes the data set again from packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from pretrain.data.stickers import data_root
+from pretrain.engine.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "scripts" / "make_stickers.py"
+    spec = importlib.util.spec_from_file_location("make_stickers", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_shipped_split_follows_from_the_shipped_table(script: ModuleType) -> None:
+    rows = json.loads((data_root() / "concepts.json").read_text(encoding="utf-8"))["concepts"]
+    assert script.make_splits(rows) == json.loads((data_root() / "splits.json").read_text(encoding="utf-8"))
+
+
+def test_the_order_of_the_table_does_not_change_the_split(script: ModuleType) -> None:
+    rows = json.loads((data_root() / "concepts.json").read_text(encoding="utf-8"))["concepts"]
+    assert script.make_splits(rows[::-1])["sha256"] == script.make_splits(rows)["sha256"]
+
+
+def test_every_vector_drawing_names_the_icon_it_came_from(script: ModuleType) -> None:
+    icons = json.loads((data_root() / "sources.json").read_text(encoding="utf-8"))["icons"]
+    for style, names in icons.items():
+        assert set(names) == {path.stem for path in (data_root() / "sprites" / style).iterdir()}
+
+
+def test_an_alias_is_drawn_as_the_icon_it_stands_for(script: ModuleType) -> None:
+    icons = {
+        "width": 36,
+        "height": 30,
+        "icons": {"dog": {"body": "<path/>", "height": 40}},
+        "aliases": {"puppy": {"parent": "hound"}, "hound": {"parent": "dog"}},
+    }
+    svg = script.icon_svg(icons, "puppy")
+    assert 'viewBox="0 0 36 40"' in svg and "<path/>" in svg
+
+
+def test_photos_are_found_at_any_depth_and_reduced(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    Image.new("RGB", (2560, 1000)).save(tmp_path / "in" / "deep" / "sunset.png")
+    script.build_photos(tmp_path / "in", [("val", "sunset.jpg")], tmp_path / "out")
+    with Image.open(tmp_path / "out" / "backgrounds" / "val" / "sunset.jpg") as image:
+        assert image.size == (1280, 500) and image.format == "JPEG"
+    with pytest.raises(UserError, match=r"brick\.jpg or brick\.png"):
+        script.build_photos(tmp_path / "in", [("train", "skimage_brick.jpg")], tmp_path / "out")
+
+
+def test_a_folder_with_something_in_it_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    arguments = ["--node-modules", str(tmp_path), "--photos", str(tmp_path), "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="not an empty folder"):
+        script.main(arguments)
