@@ -123,10 +123,17 @@ class ClipMethod(Section):
         description="Count every caption of the same main noun as right, in equal shares; false: only a picture's own "
         "caption, as in CLIP.",
     )
+    noun_negatives: bool = Field(
+        default=False,
+        description="When a picture chooses its caption, the names of all classes are there to choose from too; needs "
+        "same_noun_positive.",
+    )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the pictures.")
 
     @model_validator(mode="after")
     def _has_text(self) -> ClipMethod:
+        if self.noun_negatives and not self.same_noun_positive:
+            raise ValueError("noun_negatives needs same_noun_positive: a picture's own name would be a negative")
         if self.encoder.image is None:
             raise ValueError("encoder.image is missing: CLIP trains an image tower, for example image: {kind: resnet}")
         if self.encoder.text is None and self.text_weights is None:

@@ -14,7 +14,12 @@ from pretrain.engine.distributed import gather_with_grad, rank
 
 
 def clip_contrastive(
-    image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, labels_N: Tensor | None = None
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    *,
+    labels_N: Tensor | None = None,
+    names_CD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE over the global batch (CLIP, arXiv:2103.00020, figure 3).
 
@@ -27,6 +32,8 @@ def clip_contrastive(
         logit_scale: Logarithm of the inverse temperature, a scalar.
         labels_N: Integer labels; all pairs of an equal label count as right, in equal shares (supervised contrastive
             targets). None: only a picture's own caption is right, as in the paper.
+        names_CD: Embeddings of all C class names, the same on every process; needs ``labels_N``, which index them. They
+            stand beside the captions when a picture chooses among texts: C further negatives, one more positive.
 
     Returns:
         The loss, and the share of this process's pictures whose most similar caption is a right one (no gradient).
@@ -43,8 +50,13 @@ def clip_contrastive(
             right = by_image_NM.argmax(1) == own
         else:
             same = labels_N[:, None] == gather_with_grad(labels_N)[None, :]
-            target_NM = same.float() / same.sum(1, keepdim=True)
-            loss = (F.cross_entropy(by_image_NM, target_NM) + F.cross_entropy(by_text_NM, target_NM)) / 2
+            by_text = F.cross_entropy(by_text_NM, same.float() / same.sum(1, keepdim=True))
+            if names_CD is not None:
+                names = F.normalize(names_CD.float(), dim=-1)
+                by_image_NM = torch.cat([by_image_NM, scale * image @ names.T], dim=1)
+                same = torch.cat([same, labels_N[:, None] == torch.arange(len(names), device=same.device)], dim=1)
+            by_image = F.cross_entropy(by_image_NM, same.float() / same.sum(1, keepdim=True))
+            loss = (by_image + by_text) / 2
             right = same.gather(1, by_image_NM.argmax(1, keepdim=True)).squeeze(1)
         return loss, right.float().mean()
 

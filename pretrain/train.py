@@ -58,8 +58,14 @@ def build_task(cfg: PretrainConfig) -> nn.Module:
         )
     from pretrain.methods.clip import Clip
 
+    names = None
+    if method.noun_negatives:
+        from pretrain.data.stickers import Stickers
+
+        names = Stickers.load(cfg.data.root if isinstance(cfg.data, StickerPairs) else None).nouns
     return Clip(
         encoder=encoder,
+        names=names,
         freeze_text=method.freeze_text,
         same_noun_positive=method.same_noun_positive,
         augmentation=method.augment,

@@ -57,7 +57,16 @@ def stages() -> list[Stage]:
             name="teacher",
             result=RUNS / "teacher/done",
             commands=[
-                ["-m", "pretrain.data.phrases", "--wordnet", str(WORDNET), "--out", str(phrases)],
+                [
+                    "-m",
+                    "pretrain.data.phrases",
+                    "--wordnet",
+                    str(WORDNET),
+                    "--definitions",
+                    "16384",
+                    "--out",
+                    str(phrases),
+                ],
                 ["scripts/teacher_embeddings.py", "--phrases", str(phrases), "--out", str(targets)],
             ],
         ),

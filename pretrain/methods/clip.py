@@ -12,7 +12,7 @@ many; and pictures are changed more than by a random crop, because there are few
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,8 @@ class Clip(nn.Module):
         freeze_text: Do not train the text tower (a projection on top of it is trained still). A frozen tower is left
             out of checkpoints: whoever builds the task loads it.
         same_noun_positive: Captions of the same main noun count as right in equal shares.
+        names: The class names, in the order of ``class_id``; each is one more text for a picture to choose from. None:
+            the captions of the batch only.
         augmentation: Random changes of the pictures in training.
     """
 
@@ -75,13 +77,17 @@ class Clip(nn.Module):
         encoder: JointEncoder,
         freeze_text: bool = False,
         same_noun_positive: bool = True,
+        names: Sequence[str] | None = None,
         augmentation: AugmentConfig | None = None,
     ) -> None:
         super().__init__()
         if encoder.visual is None or encoder.text is None:
             raise ValueError("CLIP needs an encoder with an image tower and a text tower")
         self.encoder = encoder
+        if names is not None and not same_noun_positive:
+            raise ValueError("names need same_noun_positive: a picture's own name would be a negative")
         self.same_noun_positive = same_noun_positive
+        self.names = None if names is None else [f"a {name}" for name in names]
         self.augmentation = augmentation or AugmentConfig()
         self._frozen: tuple[nn.Module, ...] = ()  # a tuple: a second registration would double its parameters
         self.untracked: tuple[str, ...] = ()
@@ -109,7 +115,10 @@ class Clip(nn.Module):
         image = self.encoder.encode_image(self.encoder.normalise(pixels))
         text = self.encoder.encode_text(self.encoder.tokenize(batch["caption"]).to(device))
         labels = batch["class_id"].to(device) if self.same_noun_positive else None
-        loss, right = clip_contrastive(image, text, self.encoder.logit_scale, labels_N=labels)
+        names = None
+        if self.names is not None:
+            names = self.encoder.encode_text(self.encoder.tokenize(self.names).to(device))
+        loss, right = clip_contrastive(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
         return loss, {"batch_top1": right, "logit_scale": self.encoder.logit_scale.detach().exp()}
 
     def after_step(self, step: int, total: int) -> None:

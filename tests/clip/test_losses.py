@@ -30,6 +30,30 @@ def reference(image: np.ndarray, text: np.ndarray, scale: float, labels: np.ndar
     return total / (2 * len(image))
 
 
+def test_class_names_are_further_texts_for_pictures_only() -> None:
+    generator = np.random.default_rng(4)
+    image, text, names = (generator.normal(size=(n, 5)) for n in (4, 4, 3))
+    labels = np.array([0, 2, 0, 1])
+    got, right = clip_contrastive(
+        torch.tensor(image),
+        torch.tensor(text),
+        torch.tensor(1.5),
+        labels_N=torch.tensor(labels),
+        names_CD=torch.tensor(names),
+    )
+    image, text, names = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text, names))
+    keys, owners = np.vstack([text, names]), np.concatenate([labels, np.arange(3)])
+    total, hits = 0.0, 0
+    for i in range(4):
+        logits = math.exp(1.5) * keys @ image[i]
+        mine = owners == labels[i]
+        total -= float(np.mean(logits[mine])) - math.log(float(np.exp(logits).sum()))
+        hits += bool(mine[int(logits.argmax())])
+        other = math.exp(1.5) * image @ text[i]
+        total -= float(np.mean(other[labels == labels[i]])) - math.log(float(np.exp(other).sum()))
+    assert float(got) == pytest.approx(total / 8, rel=1e-5) and float(right) == pytest.approx(hits / 4)
+
+
 @pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 0, 1]])
 @pytest.mark.parametrize("scale", [0.0, math.log(1 / 0.07), math.log(100)])
 def test_contrastive_loss_equals_its_definition(labels: list[int] | None, scale: float) -> None:
