@@ -29,6 +29,12 @@ def _port(text: str) -> int:
     return value
 
 
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads (1 or more)")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     flags = argparse.ArgumentParser(prog="app.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -38,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    flags.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    flags.add_argument("--threads", type=_threads, default=None, help="CPU threads (default: all cores)")
     flags.add_argument("--share", action="store_true", help="public link; pictures then leave the machine")
     flags.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open a browser")
     return flags
@@ -81,7 +87,7 @@ def main(argv: list[str]) -> int:
         import torch
 
         if options.threads:
-            torch.set_num_threads(max(1, options.threads))
+            torch.set_num_threads(options.threads)
         from ovd.demo.answer import Answerer
         from ovd.detector import Detector
 
