@@ -58,7 +58,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": usable,
         "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.release()}",
@@ -133,14 +133,14 @@ def report(title: str, rows: Sequence[tuple[str, str, str]], figures: Mapping[st
     print(f"\n{title}")
     print(
         f"{host['cpu']}, {host['usable_cores']} of {host['cores']} cores, {host['threads']} threads, "
-        f"load {host['load_before']}, torch {host['torch']}, commit {host['commit']}, {host['date']}"
+        f"load {host['load']}, torch {host['torch']}, commit {host['commit']}, {host['date']}"
     )
     print(f"$ {host['command']}\n")
     first = max((len(row[0]) for row in rows), default=0)
     second = max((len(row[1]) for row in rows), default=0)
     for what, figure, aim in rows:
         print(f"{what:<{first}}  {figure:>{second}}  {aim}".rstrip())
-    if isinstance(host["load_before"], float) and host["load_before"] > 0.75 * host["usable_cores"] + 1:
+    if isinstance(host["load"], float) and host["load"] > 0.75 * host["usable_cores"] + 1:
         print("\nwarning: the machine is busy with something else; believe the ratios, not the times")
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
