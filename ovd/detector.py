@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -519,6 +520,9 @@ class Detector:
         return self.embed(image).classify(threshold=threshold, **options)
 
 
+_PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md
+
+
 def find_weights(weights: str | Path) -> Path:
     """Return the folder of a detector given by path or by its name in ``weights/manifest.json``.
 
@@ -529,7 +533,8 @@ def find_weights(weights: str | Path) -> Path:
 
     folder = Path(weights)
     if folder.is_dir():
-        return folder
+        exported = folder / "exported"  # the folder of a whole run was given
+        return exported if (exported / "model.json").is_file() and not (folder / "model.json").exists() else folder
     if isinstance(weights, Path) or "/" in str(weights):
         raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
     return weights_folder(str(weights))
@@ -557,7 +562,11 @@ def _load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
 
 
 def read_model_card(folder: Path) -> dict[str, Any]:
-    """Return what is known of a detector: ``name``, ``sha256`` and what its ``card.json`` says (data, AP, purpose)."""
+    """Return what is known of a detector.
+
+    ``name``, ``sha256`` of its weights file, ``text`` (its ``card.md``) and the keys of its ``card.json`` (``data``,
+    ``metrics``, ``purpose``), where there are such files.
+    """
     card: dict[str, Any] = {"name": folder.name}
     file = folder / "card.json"
     if file.is_file():
@@ -568,6 +577,11 @@ def read_model_card(folder: Path) -> dict[str, Any]:
         if not isinstance(stored, dict):
             raise UserError(f"{file}: must hold one JSON object")
         card.update(stored)
+    text = folder / "card.md"
+    if text.is_file():
+        card["text"] = text.read_text(encoding="utf-8")
+        if "purpose" not in card and (said := _PURPOSE.search(card["text"])):
+            card["purpose"] = " ".join(said.group(1).split())
     digest = hashlib.sha256()
     with (folder / "model.safetensors").open("rb") as stream:
         while block := stream.read(1 << 20):

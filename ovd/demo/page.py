@@ -12,6 +12,8 @@ import logging
 import os
 import socket
 import tempfile
+import time
+import urllib.request
 import uuid
 from dataclasses import dataclass
 from importlib import resources
@@ -64,6 +66,10 @@ def prepare_environment(folder: str | Path | None = None) -> Path:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
+    # Gradio talks to itself once when it starts; behind a proxy that request would be sent to the proxy and fail.
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [part for part in os.environ.get(name, "").split(",") if part]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", "::1"]))
     return target
 
 
@@ -96,12 +102,19 @@ def _card_text(card: dict[str, Any]) -> str:
         value = card.get(key)
         if isinstance(value, dict):
             value = " · ".join(f"{name} {number}" for name, number in value.items())
-        if value:
+        if value and not (key == "purpose" and card.get("text")):  # the card says it in its own words
             text = html.escape(str(value)).replace("|", "\\|").replace("\n", " ")
             rows.append(f"| **{label}** | {f'`{text}`' if key == 'sha256' else text} |")
     table = "| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
     parts = [part for part in (table, str(card.get("text", ""))) if part]
     return "\n\n".join(parts) or "No card comes with these weights."
+
+
+def _header(card: dict[str, Any]) -> str:
+    """HTML on top of the page; says which weights answer and what they are good for."""
+    purpose = str(card.get("purpose", ""))
+    said = f" {html.escape(purpose)}" if purpose else ""
+    return _asset("header.html").replace("@WEIGHTS@", f"<b>{html.escape(str(card.get('name', 'unnamed')))}</b>:{said}")
 
 
 def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
@@ -141,7 +154,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
 
     shown = shipped_examples() if examples is None else examples
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
-        gr.HTML(_asset("header.html"), padding=False, elem_id="ovd-header", js_on_load=None)
+        gr.HTML(_header(answerer.detector.card), padding=False, elem_id="ovd-header", js_on_load=None)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 picture = gr.Image(
@@ -188,7 +201,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
                     examples_per_page=8,
                     api_visibility="private",
                 )
-        with gr.Accordion("About these weights", open=False, elem_id="ovd-card"):
+        with gr.Accordion("About these weights", open=True, elem_id="ovd-card"):
             gr.Markdown(_card_text(answerer.detector.card), sanitize_html=True)
         level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
         result = gr.JSON(visible=False, label="result")
@@ -270,10 +283,31 @@ def launch_page(page: gr.Blocks, *, host: str, port: int, share: bool = False, o
             pwa=False,
             mcp_server=False,
             run_history=False,
+            # Skips Gradio's own look at the page, which gives up after three seconds and calls a busy machine a proxy
+            # problem; `_wait_until_served` looks instead.
+            _frontend=False,
             footer_links=["api"],
             theme=theme,
             head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media
         )
     except OSError as problem:
         raise UserError(f"cannot serve on {host}:{port}: {problem}") from problem
+    _wait_until_served(str(url))
     return str(url)
+
+
+def _wait_until_served(url: str, *, seconds: float = 120.0) -> None:
+    """Return when the page answers with status 200."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with opener.open(url, timeout=max(1.0, end - time.monotonic())) as answer:
+                if answer.status == 200:
+                    return
+                problem = f"status {answer.status}"
+        except OSError as error:
+            problem = str(error)
+        if time.monotonic() > end:
+            raise UserError(f"the page at {url} did not answer within {seconds:.0f} seconds ({problem})")
+        time.sleep(0.1)

@@ -164,6 +164,8 @@ function drawLists() {
   for (const c of missing.slice(0, MOST_MISSING)) {
     const line = make("li");
     line.append(make("b", {}, c.name), ` not found at ${two(level)} or more; best score ${two(c.best)}`);
+    const weaker = answer.detections.some((d) => d.class === c.id);
+    if (weaker) line.append(" ", make("button", { type: "button", class: "ovd-show", "data-id": c.id, "aria-label": `Show the best guess for ${c.name}` }, "show it"));
     list.append(line);
   }
   if (missing.length > MOST_MISSING) list.append(make("li", {}, `and ${missing.length - MOST_MISSING} more classes not found`));
@@ -308,6 +310,17 @@ one(".ovd-chips").addEventListener("click", (event) => {
   hidden.has(name) ? hidden.delete(name) : hidden.add(name);
   redraw();
   one(`.ovd-chip[data-id="${chip.dataset.id}"]`)?.focus();
+});
+one(".ovd-missing").addEventListener("click", (event) => {
+  const id = event.target.closest(".ovd-show")?.dataset.id;
+  if (id === undefined) return;
+  const best = Math.max(...answer.detections.filter((d) => d.class === Number(id)).map((d) => d.score));
+  level = Math.max(answer.floor, Math.floor(best * 100) / 100);
+  slider.value = level;
+  moved = true;
+  hidden.delete(answer.classes[Number(id)].name);
+  redraw();
+  slider.focus();
 });
 one("thead").addEventListener("click", (event) => {
   const key = event.target.closest("button")?.dataset.sort;

@@ -99,6 +99,8 @@ def test_slider_and_toggles_work_without_asking_again(tab: Tab, pictures: dict[s
     assert total == 2
     tab.slide(0.97)
     assert tab.boxes() == 1 and "not found at 0.97" in tab.page.locator(".ovd-missing").inner_text()
+    tab.page.locator(".ovd-show").click()
+    assert tab.boxes() == 2 and tab.page.locator(".ovd-level").inner_text() == "0.92"
     tab.slide(0.05)
     assert tab.boxes() == 2 and tab.page.locator(".ovd-level").inner_text() == "0.05"
     tab.page.locator(".ovd-chip", has_text="blue").click()
@@ -236,9 +238,9 @@ def test_coco_download_loads_in_pycocotools(tab: Tab, pictures: dict[str, Path],
 
 
 def test_the_model_card_is_on_the_page(tab: Tab) -> None:
-    tab.page.locator("#ovd-card button").first.click()
     card = tab.page.locator("#ovd-card")
     card.get_by_text("colour-fake").wait_for()
+    assert "Tests only." in tab.page.locator("#ovd-header").inner_text()
     assert "0" * 64 in card.inner_text() and "Flat rectangles only." in card.inner_text()
 
 

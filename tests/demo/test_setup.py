@@ -74,9 +74,12 @@ def test_environment_switches_off_every_call_home(tmp_path: Path, monkeypatch: p
     )
     for name in (*names, "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "True")  # so that the values of before come back
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "example.org")
     folder = prepare_environment(tmp_path / "uploads")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
+    assert os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost,::1"
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_OFFLINE"] == "1"
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovd.detector import Regions, find_weights, paste_mask, to_rgb
+from ovd.detector import Regions, find_weights, paste_mask, read_model_card, to_rgb
 from ovd.modeling.scoring import RegionSet
 from pretrain.engine.errors import BadImageError, UserError
 from tests.detector.fakes import make_detector, picture
@@ -293,3 +294,23 @@ def test_unknown_weights_are_a_user_error(name: str) -> None:
     pytest.importorskip("ovd.weights")
     with pytest.raises(UserError, match=f"{name}|manifest.json"):
         find_weights(name)
+
+
+def test_the_card_of_a_detector_is_read_from_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert read_model_card(tmp_path) == {"name": tmp_path.name, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    (tmp_path / "card.md").write_text("# x\n\n**What it is for.** Drawings.\nNot photos.\n\n**Data.** None.\n")
+    (tmp_path / "card.json").write_text('{"metrics": {"AP50": 0.3}}')
+    card = read_model_card(tmp_path)
+    assert card["purpose"] == "Drawings. Not photos." and card["metrics"] == {"AP50": 0.3}
+    (tmp_path / "card.json").write_text("[")
+    with pytest.raises(UserError, match="card.json"):
+        read_model_card(tmp_path)
+
+
+def test_the_folder_of_a_run_stands_for_what_it_exported(tmp_path: Path) -> None:
+    pytest.importorskip("ovd.weights")
+    assert find_weights(tmp_path) == tmp_path
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.json").write_text("{}")
+    assert find_weights(str(tmp_path)) == tmp_path / "exported"

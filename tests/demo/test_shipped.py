@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page as a person starts it: ``python app.py`` with the shipped weights and the shipped examples."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovd.weights import read_manifest
+from pretrain.engine.errors import UserError
+from tests.demo.conftest import start
+from tests.demo.test_page import Tab
+
+
+def _shipped() -> bool:
+    try:
+        return "vild-sticker" in read_manifest()
+    except UserError:
+        return False
+
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not _shipped(), reason="no shipped detector in weights/")]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("app") / "log.txt"
+    process, url = start([sys.executable, "app.py", "--port", "0"], log)
+    yield url
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
+    tab = Tab(browser.new_page(), url)
+    tab.page.locator("#ovd-examples tr.tr-body").first.click()
+    tab.page.locator(".ovd-result:not([hidden])").wait_for()
+    tab.slide(0.05)
+    assert tab.boxes() >= 1
+    assert "vild-sticker" in tab.page.locator("#ovd-header").inner_text()
+    assert tab.page.locator(".ovd-alert").is_hidden() and tab.errors == []
+    tab.page.close()
+
+
+def test_the_detector_finds_what_is_in_the_shipped_examples() -> None:
+    from ovd import Detector
+    from ovd.demo.page import shipped_examples
+
+    detector = Detector.load("default")
+    found = [len(detector.embed(Path(e.picture)).classify(e.classes, threshold=0.05)) for e in shipped_examples()]
+    assert sum(count > 0 for count in found) >= len(found) - 1, found
