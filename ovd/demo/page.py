@@ -96,7 +96,7 @@ def _asset(name: str) -> str:
 
 
 def _card_text(card: dict[str, Any]) -> str:
-    """Markdown of the model card panel. The values come from the weights folder, so they are escaped all the same."""
+    """Markdown table of the model card panel. The values come from the weights folder, so they are escaped all the same."""
     rows = []
     for key, label in CARD_ROWS.items():
         value = card.get(key)
@@ -106,8 +106,7 @@ def _card_text(card: dict[str, Any]) -> str:
             text = html.escape(str(value)).replace("|", "\\|").replace("\n", " ")
             rows.append(f"| **{label}** | {f'`{text}`' if key == 'sha256' else text} |")
     table = "| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
-    parts = [part for part in (table, str(card.get("text", ""))) if part]
-    return "\n\n".join(parts) or "No card comes with these weights."
+    return table or "No card comes with these weights."
 
 
 def _header(card: dict[str, Any]) -> str:
@@ -202,7 +201,9 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
                     api_visibility="private",
                 )
         with gr.Accordion("About these weights", open=True, elem_id="ovd-card"):
-            gr.Markdown(_card_text(answerer.detector.card), sanitize_html=True)
+            gr.Markdown(_card_text(answerer.detector.card), sanitize_html=True, elem_classes="ovd-facts")
+            if text := str(answerer.detector.card.get("text", "")):
+                gr.Markdown(text, sanitize_html=True)
         level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
         result = gr.JSON(visible=False, label="result")
         gr.Button(visible=False).click(
