@@ -207,7 +207,7 @@ def choose_ranking(
     bank_BD: Tensor,
     background_D: Tensor | None,
     start: Calibration,
-    logit_scales: Sequence[float] = (10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
+    logit_scales: Sequence[float] = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
     objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
 ) -> Calibration:
     """The temperature and objectness exponent with the best pooled average precision, before the sigmoid is fitted."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ovd.modeling.scoring import Calibration
 
@@ -27,15 +28,21 @@ def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[fl
         return 1.0, 0.0
     x = torch.stack([torch.logit(raw.double(), eps=1e-6), torch.ones(len(raw), dtype=torch.float64)], dim=1)
     weight = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    ridge = 1e-6 * torch.eye(2, dtype=torch.float64)
+    ridge = 1e-4 * torch.eye(2, dtype=torch.float64)  # where right and wrong separate, the likelihood has no maximum
+
+    def cost(w: Tensor) -> Tensor:
+        logits = x @ w
+        return (F.softplus(logits) - target * logits).sum() + 0.5 * w @ ridge @ w
+
     for _ in range(iterations):
         p = (x @ weight).sigmoid()
-        gradient = x.T @ (p - target)
+        gradient = x.T @ (p - target) + ridge @ weight
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge
         step = torch.linalg.solve(hessian, gradient)
-        weight = weight - step.clamp(
-            -2.0, 2.0
-        )  # a bounded step keeps Newton from leaving for infinity on separable scores
+        # Far from the optimum Newton's step overshoots and would swing for ever: halve it until the likelihood gains.
+        while cost(weight - step) > cost(weight) and float(step.abs().max()) > 1e-10:
+            step = step / 2
+        weight = weight - step
         if float(step.abs().max()) < 1e-9:
             break
     return float(weight[0]), float(weight[1])

@@ -172,6 +172,21 @@ def test_platt__recovers_slope_and_offset_of_simulated_detections() -> None:
     assert slope == pytest.approx(0.6, abs=0.03) and offset == pytest.approx(-1.2, abs=0.05)
 
 
+def test_platt__converges_from_far_away_where_scores_are_tiny_and_hits_are_rare() -> None:
+    """Objectness times a flat softmax gives scores of a few per cent; plain Newton swings between two points there."""
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.rand(1800, generator=generator, dtype=torch.float64) * 0.07 + 1e-4
+    chance = (1.3 * torch.logit(raw) + 3.7).sigmoid() * 0.2
+    right = torch.rand(1800, generator=generator, dtype=torch.float64) < chance
+    slope, offset = fit_platt(raw, right)
+    fitted = (slope * torch.logit(raw) + offset).sigmoid()
+    assert slope > 0
+    # At the maximum of the likelihood the mean score equals the share of hits, over all and weighted by the feature.
+    assert float(fitted.mean()) == pytest.approx(float(right.double().mean()), rel=1e-3)
+    feature = torch.logit(raw)
+    assert float((fitted * feature).mean()) == pytest.approx(float((right.double() * feature).mean()), rel=1e-3)
+
+
 @pytest.mark.parametrize("right", [torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)])
 def test_platt__leaves_scores_alone_when_nothing_can_be_learned(right: torch.Tensor) -> None:
     assert fit_platt(torch.rand(5), right) == (1.0, 0.0)
