@@ -17,20 +17,23 @@ from pretrain.data.stickers import SceneSource, Stickers
 
 SEED = 4242  # the tables use 0, calibration 1000 and 2000
 SIZE = (384, 512)
-# Scene number and words: nouns that detector training labelled, nouns it never did, and other words for them.
+# Scene number and words: nouns that detector training labelled, nouns it never did (apple, chick, dice, tractor, car),
+# other words for them, and things that are not there. Chosen among the first 160 scenes because the shipped weights find
+# something in them.
 EXAMPLES = (
-    (17, "handbag, gear, automobile, teacup, unicorn"),
-    (14, "cheese, bread, telescope, mushroom"),
-    (7, "aeroplane, turtle, shoe, ticket"),
-    (15, "sheep, owl, rooster, scroll"),
-    (13, "dolphin, door, chocolate, flower: blossom"),
-    (0, "kimono, bird, hibiscus, guitar"),
+    (8, "apple, chick, piano, unicorn"),
+    (72, "peach, sunflower, automobile, dog"),
+    (137, "dice, fox, padlock, guitar"),
+    (108, "baseball, bento box, taxi, croissant"),
+    (33, "popcorn, tumbler glass, tractor, necktie"),
+    (86, "stop sign, watermelon, hibiscus, spider"),
 )
 NOTICE = """\
 # Example pictures
 
 Drawn by `scripts/make_examples.py` from the shipped Sticker Scenes (validation split): stickers of EmojiOne (CC-BY-4.0)
-on the held-out photos. Authors and licences: `datasets/stickers/NOTICE.md`.
+on the held-out photos. They are not a sample to judge the weights by: they were chosen because the shipped weights find
+something in them. Authors and licences: `datasets/stickers/NOTICE.md`.
 """
 
 

@@ -70,7 +70,7 @@ class Answerer:
         cached = self.detector.runs == known
         embedded = time.perf_counter()
         default = self.detector.threshold
-        floor = min(FLOOR, default / 2)
+        floor = min(FLOOR, default / 4)
         found = regions.classify(vocabulary, threshold=floor if threshold is None else threshold)
         classified = time.perf_counter()
         result = describe(found, default=default, floor=floor)

@@ -96,7 +96,7 @@ def _asset(name: str) -> str:
 
 
 def _card_text(card: dict[str, Any]) -> str:
-    """Markdown table of the model card panel. The values come from the weights folder, so they are escaped all the same."""
+    """Markdown table of the model card panel; values come from the weights folder and are escaped all the same."""
     rows = []
     for key, label in CARD_ROWS.items():
         value = card.get(key)

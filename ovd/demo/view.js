@@ -43,7 +43,9 @@ function swatch(entry) {
 const nameOf = (d) => answer.classes[d.class].name;
 const isShown = (d) => d.score >= level && !hidden.has(nameOf(d));
 const shown = () => answer.detections.map((d, i) => i).filter((i) => isShown(answer.detections[i]));
-const two = (x) => x.toFixed(2);
+// Weights whose scores are all small get a finer slider and one more digit.
+const fine = () => answer !== null && answer.threshold < 0.1;
+const two = (x) => x.toFixed(fine() ? 3 : 2);
 
 function place(d) {
   const x = (d.box[0] + d.box[2]) / 2 / answer.size[0], y = (d.box[1] + d.box[3]) / 2 / answer.size[1];
@@ -315,7 +317,7 @@ one(".ovd-missing").addEventListener("click", (event) => {
   const id = event.target.closest(".ovd-show")?.dataset.id;
   if (id === undefined) return;
   const best = Math.max(...answer.detections.filter((d) => d.class === Number(id)).map((d) => d.score));
-  level = Math.max(answer.floor, Math.floor(best * 100) / 100);
+  level = Math.max(answer.floor, Math.floor(best / slider.step) * slider.step);
   slider.value = level;
   moved = true;
   hidden.delete(answer.classes[Number(id)].name);
@@ -371,7 +373,9 @@ function show(data) {
   chosen = null;
   one(".ovd-empty").hidden = true;
   one(".ovd-result").hidden = false;
+  slider.step = fine() ? 0.001 : 0.01;
   slider.min = answer.floor;
+  slider.max = fine() ? Math.max(10 * answer.threshold, 0.1) : 0.99;
   if (!moved) level = answer.threshold;
   slider.value = level;
   if (!samePicture) {
