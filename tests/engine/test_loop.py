@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -84,7 +85,7 @@ def test_a_terminal_gets_a_bar_and_plain_lines(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_log_does_not_need_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = __import__("importlib.util").util.find_spec
+    original = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else original(name))
     train(Mean(), tmp_path / "run", DOUBLE)
     assert lines(tmp_path / "run" / "metrics.jsonl")
