@@ -232,7 +232,7 @@ def lvis_split(categories: list[dict[str, Any]], *, name: str = "lvis") -> Split
 
 
 def stickers_split() -> Split:
-    """The shipped Sticker Scenes: 553 nouns; category id = class index + 1, because COCO tools count from 1."""
+    """The shipped Sticker Scenes: 552 nouns; category id = class index + 1, because COCO tools count from 1."""
     from pretrain.data.stickers import Stickers  # a room below; imported late to keep this module light
 
     data = Stickers.load()
