@@ -18,8 +18,8 @@ from pretrain.data.stickers import SceneSource, Stickers
 SEED = 4242  # the tables use 0, calibration 1000 and 2000
 SIZE = (384, 512)
 # Scene number and words: nouns that detector training labelled, nouns it never did (apple, chick, dice, tractor, car),
-# other words for them, and things that are not there. Chosen among the first 160 scenes because the shipped weights find
-# something in them.
+# other words for them, and things that are not there. Chosen among the first 160 scenes because the shipped weights
+# find something in them.
 EXAMPLES = (
     (8, "apple, chick, piano, unicorn"),
     (72, "peach, sunflower, automobile, dog"),
