@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,9 +174,7 @@ def main(argv: list[str]) -> int:
     path = folder / "model.json"
     card = json.loads(path.read_text(encoding="utf-8"))
     card["calibration"] = asdict(fitted)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
     text = json.dumps({"calibration": asdict(fitted), "other_scenes": report}, indent=1)
     print(text)
     if args.report:

@@ -38,6 +38,7 @@ from ovd.text import TextEmbedder, TextEncoder
 from ovd.vocabulary import TEMPLATES_STICKER, Vocabulary
 from pretrain.data.folder import MAX_PIXELS, read_image
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import sha256_of
 
 if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections
@@ -582,9 +583,5 @@ def read_model_card(folder: Path) -> dict[str, Any]:
         card["text"] = text.read_text(encoding="utf-8")
         if "purpose" not in card and (said := _PURPOSE.search(card["text"])):
             card["purpose"] = " ".join(said.group(1).split())
-    digest = hashlib.sha256()
-    with (folder / "model.safetensors").open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    card["sha256"] = digest.hexdigest()
+    card["sha256"] = sha256_of(folder / "model.safetensors")
     return card

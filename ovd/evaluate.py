@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import sha256_of, write_atomically
 
 if TYPE_CHECKING:
     from ovd.data.splits import Split
@@ -79,7 +79,7 @@ def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         extra["compare"] = {"file": args.compare, "kind": kind} | {
             g: report.json_safe(asdict(d)) for g, d in differences.items()
         }
-    return _finish(metrics, args, argv, dataset_sha256=_file_sha256(args.annotations), **extra)
+    return _finish(metrics, args, argv, dataset_sha256=sha256_of(args.annotations), **extra)
 
 
 def _differences(
@@ -152,7 +152,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     progress = _Progress()
     if data.annotations is not None and gt is not None:
         results, proposals = coco.run_images(gt, Path(str(data.images)), predict, propose=propose, on_image=progress)
-        sha = _file_sha256(str(data.annotations))
+        sha = sha256_of(data.annotations)
     else:
         from pretrain.data.stickers import SceneSource, Stickers
 
@@ -253,13 +253,7 @@ class _Progress:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        partial.replace(path)
-    except OSError as err:
-        raise UserError(f"cannot write {path}: {err.strerror}.") from err
+    write_atomically(path, json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _finish(
@@ -280,14 +274,6 @@ def _finish(
             raise UserError(f"cannot write to {args.out}: {err.strerror}.") from err
         print("written: " + ", ".join(shlex.quote(str(p)) for p in paths))
     return metrics
-
-
-def _file_sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _positive(text: str) -> int:

@@ -17,7 +17,7 @@ from pretrain.engine.config import config_hash
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ovd.data.catalog import LabelledImages
     from ovd.data.splits import Split
@@ -76,7 +76,7 @@ def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config:
     """
     import torch
 
-    from ovd.modeling.backbone import load_resnet, to_detectron2, verify_conversion
+    from ovd.modeling.backbone import load_converted, load_resnet, to_detectron2, verify_conversion
     from pretrain.engine.checkpoint import load_weights
     from pretrain.nets.towers import ResNetImage, export_backbone
 
@@ -103,28 +103,13 @@ def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config:
         for name, tower in (("tower", heads.tower), ("image_tower", heads.image_tower)):
             if tower is None:
                 continue
-            load_resnet_stage(tower.body, last)
+            load_converted(tower.body, last, source=f"encoder {config.encoder}, last stage")
             if tower.projection is not None:
                 with torch.no_grad():
                     tower.projection.weight.copy_(encoder.visual.proj.weight)
                     tower.projection.bias.zero_()
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
-
-
-def load_resnet_stage(body: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load one stage's blocks; every tensor must be found.
-
-    Raises:
-        UserError: when one is missing.
-    """
-    wanted = [k for k in body.state_dict() if not k.endswith("num_batches_tracked")]
-    missing = [k for k in wanted if k not in state]
-    if missing:
-        raise UserError(
-            f"the encoder's last stage does not fit the tower: missing {missing[:3]}; set model.encoder_start=false"
-        )
-    body.load_state_dict({k: state[k] for k in wanted}, strict=False)
 
 
 def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[str], list[str]]:
@@ -155,13 +140,6 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[s
     return loaded, [k for k in own if k not in loaded]
 
 
-def make_task(model: OpenVocabularyRCNN, pretrained: list[str], lr_scale: float) -> nn.Module:
-    """The loop's task around a detector."""
-    from ovd.modeling.task import DetectionTask
-
-    return DetectionTask(model=model, pretrained_prefixes=tuple(pretrained), pretrained_lr_scale=lr_scale)
-
-
 def build(config: TrainConfig) -> dict[str, Any]:
     """Everything a training needs: model, task, source, encoder and the pieces of the card."""
     import torch
@@ -169,6 +147,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
     from ovd.data.catalog import StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
     from ovd.modeling.build import build_model
+    from ovd.modeling.task import DetectionTask
     from ovd.regions.images import SceneImages
     from ovd.regions.store import RegionStore
     from ovd.text import embed_vocabulary
@@ -216,7 +195,9 @@ def build(config: TrainConfig) -> dict[str, Any]:
         "rows": rows,
         "novel": novel,
         "model": model,
-        "task": make_task(model, prefixes, config.pretrained_lr_scale),
+        "task": DetectionTask(
+            model=model, pretrained_prefixes=tuple(prefixes), pretrained_lr_scale=config.pretrained_lr_scale
+        ),
         "source": source,
         "mean": mean,
         "std": std,

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
+from pretrain.engine.files import sha256_of
 
 MANIFEST = "manifest.json"
 DEFAULT = "vild-sticker"
@@ -233,15 +234,6 @@ def _write(entries: Iterable[Weights], root: Path) -> None:
     fresh = root / (MANIFEST + ".new")
     fresh.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     os.replace(fresh, root / MANIFEST)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def main(argv: list[str]) -> int:

@@ -128,14 +128,22 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load converted weights; every parameter of ``resnet`` must be found.
+    """Load a torchvision-named state; every parameter of ``resnet`` must be found.
+
+    Raises:
+        UserError: see :func:`load_converted`.
+    """
+    load_converted(resnet, to_detectron2(state), source=source)
+
+
+def load_converted(module: nn.Module, converted: Mapping[str, Tensor], *, source: str) -> None:
+    """Load tensors that have Detectron2's names already; every parameter of ``module`` must be found.
 
     Raises:
         UserError: with counts and the first names, when something of the network is missing or has another shape. A
             network is never left partly random.
     """
-    converted = to_detectron2(state)
-    wanted = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}
+    wanted = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
     missing = [k for k in wanted if k not in converted]
     misshapen = [k for k in wanted if k in converted and converted[k].shape != wanted[k].shape]
     if missing or misshapen:
@@ -143,7 +151,7 @@ def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) 
             f"{source}: {len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} backbone tensors match; "
             f"missing {missing[:3]}, other shape {misshapen[:3]}. Does model.backbone (depth, stem) fit the checkpoint?"
         )
-    resnet.load_state_dict({k: converted[k] for k in wanted}, strict=False)
+    module.load_state_dict({k: converted[k] for k in wanted}, strict=False)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from safetensors.torch import save
 from ovd.regions.crops import Border, CropMode, RegionEncoder, Resample, crop_regions, embed_crops
 from ovd.regions.proposals import MIN_SIDE, Proposals, Proposer, select_proposals
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.files import sha256_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -303,7 +304,7 @@ class RegionStore:
             if side is None or not file.is_file():
                 problems.append(f"{file.name}: missing or unfinished")
                 continue
-            if _sha256(file) != side["sha256"] or (record is not None and record["sha256"] != side["sha256"]):
+            if sha256_of(file) != side["sha256"] or (record is not None and record["sha256"] != side["sha256"]):
                 problems.append(f"{file.name}: damaged (its sha256 differs)")
                 continue
             tensors = _map_shard(file)
@@ -666,7 +667,7 @@ def _is_whole(path: Path, shard: int, say: Callable[[str], None]) -> bool:
     if side is None:
         return False
     file = _shard_path(path, shard)
-    if file.is_file() and file.stat().st_size == side["bytes"] and _sha256(file) == side["sha256"]:
+    if file.is_file() and file.stat().st_size == side["bytes"] and sha256_of(file) == side["sha256"]:
         return True
     say(f"warning: {file.name} is damaged and will be written again")
     (path / f"shard-{shard:05d}.json").unlink(missing_ok=True)
@@ -898,14 +899,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _human(count: int) -> str:

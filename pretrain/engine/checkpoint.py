@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import flush_folder, sha256_of, write_atomically
 
 FORMAT = 1
 MODEL, STATE, META = "model.safetensors", "state.pt", "meta.json"
@@ -75,45 +76,6 @@ def _write(path: Path, produce: Callable[[Any], Any]) -> dict[str, Any]:
         return file.finish()
     finally:
         file.close()
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    total = hashlib.sha256()
-    while block := file.read(1 << 20):
-        total.update(block)
-    return total.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content so that a reader sees the old or the new content, never a part.
-
-    Raises:
-        UserError: If the disk is full or not writable; the old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, lambda file: file.write(data))
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        text = f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        raise UserError(text) from error
 
 
 # --- weight files
@@ -290,9 +252,9 @@ def save(
         }
         text = json.dumps({"format": FORMAT, "step": step, "files": files, **meta}, indent=1)
         _write(temporary / META, lambda file: file.write(text.encode()))
-        _flush_folder(temporary)
+        flush_folder(temporary)
         os.replace(temporary, folder)
-        _flush_folder(root)
+        flush_folder(root)
         checkpoint = verify(folder)
         _point_last(root.parent / "last", folder)
         _prune(root, newest_step=step, keep=keep)
