@@ -74,6 +74,7 @@ class StickerImages:
         self.source = SceneSource(stickers, split=split, seed=seed, size=size, length=length, labels=labels)
         self.names = tuple(stickers.nouns)
         self.novel = frozenset(stickers.novel)
+        self.split_hash = stickers.split_hash
 
     def __len__(self) -> int:
         return len(self.source)
@@ -174,16 +175,7 @@ def _decode_mask(annotation: dict[str, Any], box: np.ndarray, height: int, width
     return mask
 
 
-def register_stickers(
-    name: str,
-    *,
-    stickers: Stickers,
-    split: Literal["train", "val"],
-    seed: int,
-    length: int,
-    size: int,
-    labels: Literal["base", "all"],
-) -> None:
+def register_stickers(name: str, images: StickerImages) -> None:
     """Register labelled scenes in Detectron2's ``DatasetCatalog`` and ``MetadataCatalog``.
 
     Records carry ``scene`` (the index) instead of ``file_name``; ``annotations`` hold absolute boxes and RLE masks, so
@@ -194,12 +186,10 @@ def register_stickers(
 
     from pretrain.data.stickers import scene_record
 
-    source = SceneSource(stickers, split=split, seed=seed, size=size, length=length, labels=labels)
-
     def records() -> list[dict[str, Any]]:
         out = []
-        for index in range(len(source)):
-            scene = source.scene(index)
+        for index in range(len(images)):
+            scene = images.source.scene(index)
             record = scene_record(scene, index)
             out.append(
                 {
@@ -225,5 +215,5 @@ def register_stickers(
 
     DatasetCatalog.register(name, records)
     MetadataCatalog.get(name).set(
-        thing_classes=list(stickers.nouns), novel_classes=sorted(stickers.novel), split_hash=stickers.split_hash
+        thing_classes=list(images.names), novel_classes=sorted(images.novel), split_hash=images.split_hash
     )
