@@ -57,11 +57,22 @@ class HeadConfig(Section):
     norm: Literal["FrozenBN", "BN", "SyncBN", "GN", ""] = Field(
         "FrozenBN", description="normalisation inside the tower"
     )
+    detail: int | None = Field(
+        None,
+        ge=16,
+        le=1024,
+        multiple_of=8,
+        description="channels of a stride-8 map made of res3 and res4 that boxes and masks are read from (kind c4); "
+        "null: boxes from what the embedding is read from, masks from res3",
+    )
+    detail_resolution: int = Field(7, ge=2, le=28, description="RoIAlign output side for boxes on the detail map")
+    detail_fc: int = Field(256, ge=16, le=4096, description="units of the box head's hidden layer on the detail map")
     mask: bool = Field(True, description="train and run a mask head")
     mask_resolution: int = Field(14, ge=4, description="RoIAlign output side for masks; the mask is twice as large")
     mask_dims: tuple[int, ...] = Field(
         (64, 64, 64), description="convolutions of the mask head; the last is the up-sampling one"
     )
+    mask_norm: Literal["", "BN", "SyncBN", "GN"] = Field("", description="normalisation inside the mask head")
     scale: float = Field(100.0, gt=0, description="inverse temperature of the text classifier (ViLD: 100)")
     distill_weight: float = Field(
         0.5, ge=0, description="w of the L1 distillation, in units of the L1 norm (ViLD R50: .5)"
@@ -89,6 +100,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"proposals.anchor_sizes has {len(self.proposals.anchor_sizes)} levels, the backbone gives {levels}"
             )
+        if self.head.detail is not None and self.backbone.kind != "c4":
+            raise ValueError("head.detail belongs to backbone.kind c4; a pyramid has finer levels already")
         return self
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ovd.config import ModelConfig
 from ovd.modeling.backbone import build_fpn, build_resnet, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.rcnn import OpenVocabularyHeads, OpenVocabularyRCNN, Tower
+from ovd.modeling.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN, Tower
 from ovd.modeling.scoring import Calibration, RegionSet
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -73,6 +73,11 @@ def build_model(
         strides[extra] = strides[names[-1]] * 2
         channels = dict.fromkeys([*names, extra], bb.fpn_channels)
         rpn_in, box_in, mask_in = [*names, extra], names, names
+
+    detail: DetailMap | None = None
+    if head.detail is not None:
+        detail = DetailMap(fine_channels=channels["res3"], coarse_channels=channels["res4"], channels=head.detail)
+        strides["detail"], channels["detail"], mask_in = strides["res3"], head.detail, ["detail"]
 
     proposals = config.proposals
     anchors = DefaultAnchorGenerator(
@@ -128,7 +133,9 @@ def build_model(
     heads = OpenVocabularyHeads(
         variant=config.variant,
         classifier=classifier,
-        tower=tower(None if config.variant == "agnostic" else embed_dim),
+        tower=None
+        if config.variant == "agnostic" and detail is not None
+        else tower(None if config.variant == "agnostic" else embed_dim),
         image_tower=tower(embed_dim) if config.variant == "ensemble" else None,
         box_in_features=box_in,
         box_pooler=pooler(box_in, head.resolution),
@@ -138,10 +145,16 @@ def build_model(
             ShapeSpec(channels=channels[mask_in[0]], height=head.mask_resolution, width=head.mask_resolution),
             num_classes=1,
             conv_dims=list(head.mask_dims),
+            conv_norm=head.mask_norm,
         )
         if head.mask
         else None,
         distill_weight=head.distill_weight,
+        detail=detail,
+        detail_pooler=pooler(["detail"], head.detail_resolution) if detail is not None else None,
+        detail_head=DetailBoxHead(channels=channels["detail"], resolution=head.detail_resolution, hidden=head.detail_fc)
+        if detail is not None
+        else None,
         num_classes=classifier.num_classes if classifier is not None else 1,
         batch_size_per_image=head.batch_per_image,
         positive_fraction=head.positive_fraction,

@@ -75,6 +75,47 @@ class Tower(nn.Module):
         return flat, self.projection(features.mean(dim=(2, 3)) if self.kind == "res5" else flat)
 
 
+class DetailMap(nn.Module):
+    """One map of stride 8 from res3 and res4 of a C4 backbone, for boxes and masks.
+
+    CLIP's last stage sees a region as 2x2 cells, which says what is there and hardly where it ends. Lateral 1x1
+    convolutions, sum after up-sampling, 3x3 convolution, as in FPN (Lin et al., arXiv:1612.03144, section 3).
+    """
+
+    def __init__(self, *, fine_channels: int, coarse_channels: int, channels: int) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(fine_channels, channels, 1)
+        self.coarse = nn.Conv2d(coarse_channels, channels, 1)
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        for convolution in (self.fine, self.coarse, self.smooth):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)  # FPN's reference initialisation
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """(N, fine_channels, H, W) and (N, coarse_channels, about H/2, about W/2) to (N, channels, H, W)."""
+        coarse = F.interpolate(self.coarse(coarse), scale_factor=2.0, mode="nearest")
+        return self.smooth(self.fine(fine) + coarse[..., : fine.shape[-2], : fine.shape[-1]])
+
+
+class DetailBoxHead(nn.Module):
+    """Regions pooled from the detail map, (R, channels, S, S), to a hidden layer that the box regressor reads."""
+
+    def __init__(self, *, channels: int, resolution: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(channels // 8, channels),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(channels * resolution**2, hidden),
+            nn.ReLU(inplace=True),
+        )
+        self.width = hidden
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.layers(pooled)
+
+
 class RegionOutputs(NamedTuple):
     """What the heads say of each proposal, unnormalised."""
 
@@ -86,10 +127,12 @@ class RegionOutputs(NamedTuple):
 class OpenVocabularyHeads(ROIHeads):
     """Box, mask and embedding heads of all variants.
 
+    With a detail map boxes and masks read that and the towers embed only.
+
     ======== ================================ ==================
     variant  towers                           losses
     ======== ================================ ==================
-    agnostic one                              box, mask
+    agnostic one, or none with a detail map   box, mask
     text     one                              + text
     image    one                              + distillation
     vild     one, shared                      + both
@@ -102,7 +145,7 @@ class OpenVocabularyHeads(ROIHeads):
         *,
         variant: Variant,
         classifier: EmbeddingClassifier | None,
-        tower: Tower,
+        tower: Tower | None,
         image_tower: Tower | None,
         box_in_features: list[str],
         box_pooler: ROIPooler,
@@ -110,6 +153,9 @@ class OpenVocabularyHeads(ROIHeads):
         mask_pooler: ROIPooler | None,
         mask_head: MaskRCNNConvUpsampleHead | None,
         distill_weight: float,
+        detail: DetailMap | None = None,
+        detail_pooler: ROIPooler | None = None,
+        detail_head: DetailBoxHead | None = None,
         box_beta: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -118,13 +164,17 @@ class OpenVocabularyHeads(ROIHeads):
             raise ValueError("exactly the ensemble has a second tower")
         if (classifier is None) == (variant in ("text", "vild", "ensemble")):
             raise ValueError(f"variant {variant!r} {'needs a' if classifier is None else 'has no'} text classifier")
+        if (tower is None) != (variant == "agnostic" and detail_head is not None):
+            raise ValueError("exactly the agnostic variant with a detail map has no tower: nothing would read it")
         self.variant = variant
         self.classifier = classifier
         self.tower = tower
         self.image_tower = image_tower
         self.box_in_features, self.box_pooler = box_in_features, box_pooler
         self.mask_in_features, self.mask_pooler, self.mask_head = mask_in_features, mask_pooler, mask_head
-        self.box_regressor = nn.Linear(tower.box_features, 4)
+        self.detail, self.detail_pooler, self.detail_head = detail, detail_pooler, detail_head
+        width = detail_head.width if detail_head is not None else tower.box_features if tower is not None else 0
+        self.box_regressor = nn.Linear(width, 4)
         nn.init.normal_(self.box_regressor.weight, std=0.001)  # Fast R-CNN section 3.3
         nn.init.zeros_(self.box_regressor.bias)
         self.box_transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
@@ -136,18 +186,37 @@ class OpenVocabularyHeads(ROIHeads):
         """Whether training needs offline regions with their image embeddings."""
         return self.variant in ("image", "vild", "ensemble")
 
-    def outputs(self, features: dict[str, Tensor], boxes: list[Boxes]) -> RegionOutputs:
-        """Run the towers on all boxes of the batch, in order."""
+    def prepare(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The backbone's features and, where there is one, the detail map; once per batch."""
+        if self.detail is None:
+            return features
+        return {**features, "detail": self.detail(features["res3"], features["res4"])}
+
+    def embed(
+        self, features: dict[str, Tensor], boxes: list[Boxes]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(box features of the tower, text embedding, image embedding) of all boxes of the batch, in order."""
+        if self.tower is None:
+            return None, None, None
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
         flat, embedding = self.tower(pooled)
-        deltas = self.box_regressor(flat)
         if self.variant == "agnostic":
-            return RegionOutputs(deltas, None, None)
-        if self.variant == "image":
-            return RegionOutputs(deltas, embedding, embedding)
+            return flat, None, None
         if self.image_tower is not None:
-            return RegionOutputs(deltas, embedding, self.image_tower(pooled)[1])
-        return RegionOutputs(deltas, embedding, embedding if self.variant == "vild" else None)
+            return flat, embedding, self.image_tower(pooled)[1]
+        return flat, embedding, embedding if self.variant in ("image", "vild") else None
+
+    def regress(self, features: dict[str, Tensor], boxes: list[Boxes], flat: Tensor | None) -> Tensor:
+        """(R, 4) box deltas, from the detail map where there is one, else from the tower's features ``flat``."""
+        if self.detail_head is None or self.detail_pooler is None:
+            assert flat is not None
+            return self.box_regressor(flat)
+        return self.box_regressor(self.detail_head(self.detail_pooler([features["detail"]], boxes)))
+
+    def outputs(self, features: dict[str, Tensor], boxes: list[Boxes]) -> RegionOutputs:
+        """Run all heads but the masks' on all boxes of the batch, in order."""
+        flat, text, image = self.embed(features, boxes)
+        return RegionOutputs(self.regress(features, boxes, flat), text, image)
 
     def losses(
         self,
@@ -159,7 +228,7 @@ class OpenVocabularyHeads(ROIHeads):
         """Losses of one batch.
 
         Args:
-            features: backbone outputs.
+            features: what :meth:`prepare` gives.
             proposals: of the RPN.
             targets: labels, ``gt_boxes``, ``gt_classes``, ``gt_masks``.
             regions: offline proposals with ``proposal_boxes`` and ``embedding``, moved with the image; for distilling
@@ -174,12 +243,14 @@ class OpenVocabularyHeads(ROIHeads):
         if use_regions and self.variant != "ensemble":
             # One pass over sampled and offline regions, so that batch statistics are shared (released code: "vanilla").
             offline = [r.proposal_boxes for r in regions or []]
-            out = self.outputs(features, [Boxes.cat([a, b]) for a, b in zip(boxes, offline, strict=True)])
-            own = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(
-                out.deltas.device
+            flat, text, image = self.embed(features, [Boxes.cat([a, b]) for a, b in zip(boxes, offline, strict=True)])
+            assert flat is not None  # who distils has a tower
+            own = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(flat.device)
+            out = RegionOutputs(
+                self.regress(features, boxes, flat[own]),
+                text[own] if text is not None else None,
+                image[~own] if image is not None else None,
             )
-            image = out.image[~own] if out.image is not None else None
-            out = RegionOutputs(out.deltas[own], out.text[own] if out.text is not None else None, image)
         else:
             out = self.outputs(features, boxes)
             if use_regions:
@@ -256,7 +327,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         images = self.preprocess_image(batched_inputs)
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         regions = [x["regions"].to(self.device) for x in batched_inputs] if "regions" in batched_inputs[0] else None
-        features = self.backbone(images.tensor)
+        features = self.roi_heads.prepare(self.backbone(images.tensor))
         # Detectron2's RPN and samplers insist on a place for their scalars; the loop logs the losses itself.
         with EventStorage():
             proposals, losses = self.proposal_generator(images, features, targets)
@@ -275,7 +346,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             refine: False returns the RPN's own boxes (offline proposals), without embeddings or masks.
         """
         images: ImageList = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
+        features = self.roi_heads.prepare(self.backbone(images.tensor))
         proposals, _ = self.proposal_generator(images, features, None)
         proposals = [p[:top] for p in proposals]
         # Detectron2 gives logits; only their sigmoid is a probability.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
+from torch import nn
 
 from ovd.config import ModelConfig
 from ovd.data.catalog import Labelled
@@ -28,6 +29,7 @@ FPN = {
     "head": {"resolution": 7, "conv_dims": (32, 32), "fc_dims": (64, 64), "norm": "", "mask_dims": (16, 16)},
 }
 C4 = {"proposals": {"anchor_sizes": ((24.0, 48.0),)}, "head": {"mask_dims": (16, 16)}}
+DETAIL = {**C4, "head": {"mask_dims": (32, 32), "mask_norm": "GN", "detail": 16, "detail_fc": 32}}
 
 
 def make(variant: str, kind: dict[str, Any] = C4, novel: tuple[int, ...] = ()) -> OpenVocabularyRCNN:
@@ -107,7 +109,7 @@ def test_backbone__names_follow_detectron2() -> None:
     assert set(names) == {"stem.conv1.weight", "res4.1.conv2.norm.bias", "res3.0.shortcut.norm.weight"}
 
 
-@pytest.mark.parametrize("kind", [C4, FPN], ids=["c4", "fpn"])
+@pytest.mark.parametrize("kind", [C4, DETAIL, FPN], ids=["c4", "detail", "fpn"])
 @pytest.mark.parametrize(
     ("variant", "wanted"),
     [
@@ -206,8 +208,8 @@ def test_inference__is_sorted_inside_the_picture_and_unit_norm() -> None:
     assert result.masks.shape[1:] == (28, 28) and 0 <= float(result.masks.min()) and float(result.masks.max()) <= 1
 
 
-def card_for(variant: str) -> DetectorCard:
-    config = ModelConfig.model_validate({"variant": variant, **C4})
+def card_for(variant: str, kind: dict[str, Any] = C4) -> DetectorCard:
+    config = ModelConfig.model_validate({"variant": variant, **kind})
     return DetectorCard(
         model=config.model_dump(mode="json"),
         embed_dim=D,
@@ -225,10 +227,41 @@ def card_for(variant: str) -> DetectorCard:
     )
 
 
-@pytest.mark.parametrize("variant", ["vild", "ensemble"])
-def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant: str) -> None:
-    model = make(variant).eval()
-    save_detector(tmp_path, model, card_for(variant), bank=torch.randn(2, D), half=False)
+def test_detail__boxes_and_masks_read_the_fine_map_and_embeddings_do_not() -> None:
+    torch.manual_seed(0)
+    model = make("vild", DETAIL)
+    heads = model.roi_heads
+    features = {
+        "res3": torch.randn(1, 128, 12, 11, requires_grad=True),  # an odd side: res4 is rounded up
+        "res4": torch.randn(1, 256, 6, 6, requires_grad=True),
+    }
+    boxes = [Boxes(torch.tensor([[8.0, 8.0, 60.0, 70.0]]))]
+    prepared = heads.prepare(features)
+    assert prepared["detail"].shape == (1, 16, 12, 11)
+    nn.init.normal_(heads.box_regressor.weight)
+
+    def sources(output: torch.Tensor) -> tuple[bool, bool]:
+        fine, coarse = torch.autograd.grad(
+            output.square().sum(), [features["res3"], features["res4"]], allow_unused=True, retain_graph=True
+        )
+        return (fine is not None and bool(fine.any()), coarse is not None and bool(coarse.any()))
+
+    flat, text, _ = heads.embed(prepared, boxes)
+    assert sources(heads.regress(prepared, boxes, flat)) == (True, True)
+    assert text is not None and sources(text) == (False, True)
+
+
+def test_detail__is_refused_with_a_pyramid() -> None:
+    with pytest.raises(ValueError, match=r"head\.detail belongs to backbone\.kind c4"):
+        ModelConfig.model_validate({**FPN, "head": {"detail": 16}})
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("vild", C4), ("ensemble", C4), ("vild", DETAIL)], ids=["vild", "ensemble", "detail"]
+)
+def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant: str, kind: dict[str, Any]) -> None:
+    model = make(variant, kind).eval()
+    save_detector(tmp_path, model, card_for(variant, kind), bank=torch.randn(2, D), half=False)
     loaded = load_detector_model(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     got = loaded.regions(image)
