@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a self-supervised run healthy? Measures of the last forward pass, and alarms that name a cause and a remedy.
+
+A loss does not tell: that of a collapsed BYOL or SimSiam is the best there is. Nor does one measure: SimSiam without
+stop-gradient keeps the spread of its channels (batch norm sees to that) while the rank falls to a tenth. And the rank
+has no threshold of its own: a healthy MoCo v2 has a lower one than some collapsed runs. So an alarm compares a run with
+itself: it fires on the fall from the run's highest value.
+
+Shapes: `N` samples of this process, `D` projection, `K` prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.engine import distributed
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def effective_rank(x_ND: Tensor) -> Tensor:
+    """Exponential of the entropy of the singular values (RankMe, Garrido et al., arXiv:2210.02885, eq. 1).
+
+    Not centred: around its mean, the noise of a constant projection would have full rank. Between 1 and min(N, D).
+    """
+    singular = torch.linalg.svdvals(x_ND.detach().float())
+    share = singular / singular.sum().clamp(min=1e-12)
+    return torch.special.entr(share).sum().exp()
+
+
+def channel_spread(x_ND: Tensor) -> Tensor:
+    """Standard deviation per channel of the unit vectors, times √D: 1 spread over the sphere, 0 collapsed.
+
+    SimSiam (arXiv:2011.10566), §4.1.
+    """
+    unit = F.normalize(x_ND.detach().float(), dim=1)
+    return unit.std(0, correction=0).mean() * math.sqrt(unit.shape[1])
+
+
+def mean_cosine(x_ND: Tensor) -> Tensor:
+    """Mean cosine between different samples: about 0 spread over the sphere, 1 collapsed."""
+    unit = F.normalize(x_ND.detach().float(), dim=1)
+    count = len(unit)
+    return (unit.sum(0).square().sum() - unit.square().sum()) / max(1, count * (count - 1))
+
+
+def prototype_use(scores_NK: Tensor) -> Tensor:
+    """How many prototypes are somebody's nearest: perplexity of the choices, over the number that could be chosen."""
+    count, prototypes = scores_NK.shape
+    share = torch.bincount(scores_NK.detach().argmax(1), minlength=prototypes).float() / count
+    return torch.special.entr(share).sum().exp() / min(count, prototypes)
+
+
+def queue_margin(positive_N: Tensor, negative_N: Tensor) -> Tensor:
+    """Cosine with the own key minus the mean cosine with the negatives."""
+    return (positive_N.detach().float() - negative_N.detach().float()).mean()
+
+
+def diagonal(a_ND: Tensor, b_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the correlation between two views' channels: the mean on the diagonal, the root mean square off it."""
+    a, b = a_ND.detach().float(), b_ND.detach().float()
+    a, b = ((v - v.mean(0)) / v.std(0, correction=0).clamp(min=1e-6) for v in (a, b))
+    correlation_DD = a.T @ b / len(a)
+    on, size = correlation_DD.diagonal(), len(correlation_DD)
+    off = correlation_DD.square().sum() - on.square().sum()
+    return on.mean(), (off.clamp(min=0) / max(1, size * (size - 1))).sqrt()
+
+
+def ema_distance(online: Tensor, target: Tensor) -> Tensor:
+    """Length of the difference between two flat parameter vectors, over the length of the first."""
+    online, target = online.detach().float(), target.detach().float()
+    return (online - target).norm() / online.norm().clamp(min=1e-12)
+
+
+def panel(health: Mapping[str, Tensor]) -> dict[str, float]:
+    """The measures that a method's ``health()`` allows.
+
+    Args:
+        health: "projection" (N, D); if the method has them: "projection_b" (N, D) of the other view, "scores" (N, K)
+            to prototypes, "positive" and "negative" (N,) cosines, "online_parameters" and "target_parameters", flat.
+
+    Returns:
+        Values by name, each beginning with ``health/``.
+    """
+    z = health["projection"]
+    found = {"rank": effective_rank(z), "spread": channel_spread(z), "cosine": mean_cosine(z)}
+    if "projection_b" in health:
+        found["on_diagonal"], found["off_diagonal"] = diagonal(z, health["projection_b"])
+    if "scores" in health:
+        found["prototype_use"] = prototype_use(health["scores"])
+    if "positive" in health and "negative" in health:
+        found["queue_margin"] = queue_margin(health["positive"], health["negative"])
+    if "online_parameters" in health and "target_parameters" in health:
+        found["ema_distance"] = ema_distance(health["online_parameters"], health["target_parameters"])
+    return {f"health/{name}": float(value) for name, value in found.items()}
+
+
+# --- alarms ----------------------------------------------------------------------------------------------------------
+
+
+class Alarm(NamedTuple):
+    """One way to fail. ``ill(value, best)`` compares with the run's best value so far (``best`` of highest/lowest)."""
+
+    value: str
+    ill: Callable[[float, float], bool]
+    cause: str
+    remedy: str
+    settled: bool = False  # only after a tenth of the run: at the beginning this is how it has to be
+
+
+EPS = 1e-9
+ALARMS = (
+    Alarm(
+        "health/rank",
+        lambda value, best: value < 0.2 * best,
+        "the projections fall together into few directions; without negatives that is what a missing stop-gradient or "
+        "predictor does, or a learning rate that is too high",
+        "see that the target branch is detached and the predictor trained; lower optim.lr or lengthen "
+        "optim.warmup_steps; look at the kNN probe: if it has fallen as well, the run is lost",
+    ),
+    Alarm(
+        "health/spread",
+        lambda value, best: value < 0.2,
+        "the projection is nearly the same for every picture",
+        "lower optim.lr, raise the target's momentum, see that the head's norm layers are there; swav: epsilon .03",
+        settled=True,
+    ),
+    Alarm(
+        "health/off_diagonal",
+        lambda value, best: value > 0.6,
+        "the projection's channels repeat each other; Barlow Twins without its off-diagonal term looks like this",
+        "raise lambd (barlow_twins); otherwise lower optim.lr",
+        settled=True,
+    ),
+    Alarm(
+        "health/prototype_use",
+        lambda value, best: value < 0.1,
+        "nearly all pictures choose the same few prototypes",
+        "epsilon .03, freeze the prototypes for longer, take fewer prototypes, see that the batch (with the queue) has "
+        "several samples for each prototype",
+        settled=True,
+    ),
+    Alarm(
+        "health/loss_over_ln_k",
+        lambda value, best: value > 0.94,
+        "the loss is stuck at ln K: every code is uniform, so there is nothing to predict",
+        "epsilon .03, freeze the prototypes for longer, fewer prototypes or crops, a lower optim.lr",
+        settled=True,
+    ),
+    Alarm(
+        "health/queue_margin",
+        lambda value, best: value < 0.02,
+        "a picture's own key is no nearer than the negatives",
+        "see that queue and keys are of the same encoder; raise momentum; lower optim.lr; weaken the views",
+        settled=True,
+    ),
+    Alarm(
+        "health/ema_distance",
+        lambda value, best: value < EPS,
+        "the target network equals the online network",
+        "see that the momentum is not 0 and that after_step is called once per optimiser step",
+        settled=True,
+    ),
+    Alarm(
+        "probe/knn",
+        lambda value, best: value < 0.7 * best,
+        "the features have become worse at telling classes apart while the loss went on",
+        "take the checkpoint from before the fall; then as for a falling rank",
+    ),
+)
+PATIENCE = 3  # measurements in a row: a single bad batch is no collapse
+
+
+class Watched(nn.Module):
+    """A task with its health panel. To the loop it is the task itself.
+
+    The loop asks for ``report()`` before each log line; the measures are means over the processes. What alarms compare
+    with is kept in buffers, so that a resumed run raises the same alarms.
+
+    Args:
+        task: A task with ``health() -> dict[str, Tensor]`` (see ``panel``).
+        probe: Called with the task's backbone every ``probe_every`` steps, in every process; returns values by name.
+        probe_every: Steps between probes; 0: never.
+    """
+
+    def __init__(
+        self, task: nn.Module, *, probe: Callable[[nn.Module], dict[str, float]] | None = None, probe_every: int = 0
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.probe, self.probe_every = probe, probe_every
+        self.untracked = tuple(f"task.{prefix}" for prefix in getattr(task, "untracked", ()))
+        self.find_unused_parameters = bool(getattr(task, "find_unused_parameters", False))
+        if getattr(task, "param_groups", None) is not None:
+            self.param_groups = task.param_groups
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # share of the run that is done
+        self.register_buffer("best", torch.full((len(ALARMS),), -math.inf, dtype=torch.float64))
+        self.register_buffer("ill_for", torch.zeros(len(ALARMS), dtype=torch.int64))  # measurements in a row
+        self.register_buffer("probed", torch.full((2,), math.nan, dtype=torch.float64))  # kNN, seconds; NaN: reported
+        self._loss = math.nan
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The online backbone."""
+        return self.task.backbone  # type: ignore[return-value]
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.task(batch)
+        self._loss = loss.detach()
+        return loss, metrics
+
+    def after_step(self, step: int, total: int) -> None:
+        """The task's own, then the probe when it is due."""
+        own = getattr(self.task, "after_step", None)
+        if own is not None:
+            own(step, total)
+        self.progress.fill_((step + 1) / total)
+        if self.probe is not None and self.probe_every and (step + 1) % self.probe_every == 0:
+            found = self.probe(self.backbone)
+            self.probed.copy_(torch.tensor([found["knn"], found["seconds"]]))
+
+    def report(self) -> tuple[dict[str, float], list[str]]:
+        """Values for the log line, and new alarms. Every process must call it."""
+        health = self.task.health()  # type: ignore[operator]
+        values = panel(health)
+        if "scores" in health:
+            values["health/loss_over_ln_k"] = float(self._loss) / math.log(health["scores"].shape[1])
+        names = sorted(values)
+        sums = distributed.all_sum([values[name] for name in names])
+        values = {name: total / distributed.world_size() for name, total in zip(names, sums, strict=True)}
+        if not self.probed.isnan().all():
+            values |= {"probe/knn": float(self.probed[0]), "probe/seconds": float(self.probed[1])}
+            self.probed.fill_(math.nan)
+        return values, self._judge(values)
+
+    def _judge(self, values: Mapping[str, float]) -> list[str]:
+        texts = []
+        for number, alarm in enumerate(ALARMS):
+            if alarm.value not in values or (alarm.settled and self.progress < 0.1):
+                continue
+            value, best = values[alarm.value], float(self.best[number])
+            ill = not math.isfinite(value) or alarm.ill(value, best)
+            patience = 1 if alarm.value.startswith("probe/") else PATIENCE
+            self.ill_for[number] = self.ill_for[number] + 1 if ill else 0
+            if int(self.ill_for[number]) == patience:
+                since = f", after at most {best:.3g} in this run" if best > value else ""
+                texts.append(f"{alarm.value} is {value:.3g}{since}: {alarm.cause}. What to do: {alarm.remedy}")
+            if math.isfinite(value):
+                self.best[number] = max(best, value)
+        return texts
