@@ -6,6 +6,8 @@ copies, pointers) are its buffers and submodules; buffers are changed in place. 
 
 * ``after_step(step, total)``: called after each optimiser step that changed weights, ``step`` from 0 (EMA, clamps);
 * ``param_groups(optim) -> list[dict]``: see ``pretrain.engine.optim``;
+* ``report() -> (values, warnings)``: called in every process before each log line; the values, the same in every
+  process, stand in that line as they are, and the warnings are printed and recorded as events;
 * ``untracked: tuple[str, ...]``: prefixes of state that checkpoints leave out, because the caller rebuilds it (a frozen
   teacher);
 * ``find_unused_parameters: bool``: for DistributedDataParallel.
@@ -135,6 +137,7 @@ class _Run:
         self.model: nn.Module = self.task
         self.untracked: tuple[str, ...] = tuple(getattr(task, "untracked", ()))
         self.after_step: Any = getattr(task, "after_step", None)
+        self.task_report: Any = getattr(task, "report", None)
         self.optimizer = build_optimizer(self.task, optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loop.precision == "fp16")
         self.buffers = [b for name, b in self.task.named_buffers() if not name.startswith(self.untracked)]
@@ -335,6 +338,11 @@ class _Run:
         seconds = sum(times.values())
         times |= {"per_second": self.loop.batch_size / seconds, "eta": seconds * (self.loop.steps - self.step)}
         self.metrics = {**{name: total / good / self.world for name, total in totals.items()}, "lr": lr}
+        values, warnings = self.task_report() if self.task_report is not None else ({}, [])
+        self.metrics |= values
+        for text in warnings:
+            self.log.warn(f"step {self.step}: {text}")
+            self.log.event(self.step, "alarm", text=text)
         self.log.metrics(self.step, {**self.metrics, **times})
         self.window = {}
 
