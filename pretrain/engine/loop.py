@@ -5,6 +5,8 @@ A *task* is an ``nn.Module`` with ``forward(batch) -> (loss, metrics)``. What it
 copies, pointers) are its buffers and submodules; buffers are changed in place. It may also have
 
 * ``after_step(step, total)``: called after each optimiser step that changed weights, ``step`` from 0 (EMA, clamps);
+* ``after_backward(step)``: called once per step when the gradients are complete; it may drop some (``grad = None``), and
+  the optimiser passes over those parameters;
 * ``param_groups(optim) -> list[dict]``: see ``pretrain.engine.optim``;
 * ``report() -> (values, warnings)``: called in every process before each log line; the values, the same in every
   process, stand in that line as they are, and the warnings are printed and recorded as events;
@@ -137,6 +139,7 @@ class _Run:
         self.model: nn.Module = self.task
         self.untracked: tuple[str, ...] = tuple(getattr(task, "untracked", ()))
         self.after_step: Any = getattr(task, "after_step", None)
+        self.after_backward: Any = getattr(task, "after_backward", None)
         self.task_report: Any = getattr(task, "report", None)
         self.optimizer = build_optimizer(self.task, optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loop.precision == "fp16")
@@ -249,6 +252,8 @@ class _Run:
                 self.scaler.scale(loss / len(parts)).backward()
             for name, value in {**metrics, "loss": loss}.items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value) / len(parts)
+        if self.after_backward is not None:
+            self.after_backward(self.step)
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.optimizer)
         return {**{name: float(value) for name, value in sums.items()}, "lr": lr, "grad_norm": float(norm)}, norm
