@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss functions as pure functions of tensors, computed in float32 whatever the autocast.
+"""Loss functions as pure functions of tensors, computed in float32 whatever the autocast (float64 stays float64).
 
-Shapes: `N` samples of this process, `M` = processes x N, `D` embedding.
+Embeddings may have any length: where a loss wants unit vectors it normalises them itself. Losses over the global batch
+gather it with an exact gradient, so that gradients averaged over processes are those of one process on all samples.
+
+Shapes: `N` samples of this process, `M` = processes x N, `D` embedding, `K` queue or prototypes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.engine.distributed import gather_with_grad, rank
+from pretrain.engine.distributed import gather_with_grad, rank, world_size
 
 
 def clip_contrastive(
@@ -84,3 +89,163 @@ def embedding_distillation(
             divergence = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), log_target=True, reduction="batchmean")
             loss = loss + similarity_weight * divergence
         return loss, cosine.detach()
+
+
+def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
+    """NT-Xent (SimCLR, arXiv:2002.05709, eq. 1 and algorithm 1), the mean over the 2M anchors of the global batch.
+
+    An anchor's candidates are all 2M views of all processes but itself. The authors' code sums the two halves instead,
+    which is twice this mean.
+
+    Args:
+        z_a: (N, D) embeddings of the first views, of any length, this process's part.
+        z_b: (N, D) of the second views, in the same order.
+        temperature: .1 on ImageNet, .5 on CIFAR-10 (appendices B.7 and B.9).
+    """
+    with _exact(z_a):
+        a, b = _unit(z_a), _unit(z_b)
+        n = len(a)
+        candidates = torch.cat([gather_with_grad(a), gather_with_grad(b)])
+        m = len(candidates) // 2
+        own = torch.arange(n, device=a.device) + rank() * n
+        similarity = torch.cat([a, b]) @ candidates.T / temperature
+        itself = F.one_hot(torch.cat([own, own + m]), 2 * m).bool()
+        return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), torch.cat([own + m, own]))
+
+
+def moco_infonce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
+    """InfoNCE against a queue (MoCo, arXiv:1911.05722, eq. 1): the mean over the queries of this process.
+
+    Args:
+        q: (N, D) queries, of any length.
+        k: (N, D) their positive keys; no gradient flows into them.
+        queue: (K, D) unit rows, the negatives; they are copied, so that they may be overwritten before the backward pass.
+        temperature: .07 (v1), .2 (v2).
+    """
+    with _exact(q):
+        query, key = _unit(q), _unit(k.detach())
+        negatives = queue.detach().to(query.dtype, copy=True)
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.T], dim=1) / temperature
+        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """-cos(p, z), the mean over the rows (SimSiam, arXiv:2011.10566, eq. 1). Whether z has a gradient is the caller's."""
+    with _exact(p):
+        return -(_unit(p) * _unit(z)).sum(1).mean()
+
+
+def byol_regression(p: Tensor, z: Tensor) -> Tensor:
+    """2 - 2 cos(p, z), the mean over the rows, of one direction (BYOL, arXiv:2006.07733, eq. 2); in [0, 4]."""
+    return 2 + 2 * negative_cosine(p, z)
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+    """Soft codes that use all prototypes alike (SwAV, arXiv:2006.09882, eq. 3 and appendix A).
+
+    Alternates between equal columns (prototypes) and equal rows (samples) over the global batch, in logarithms, so that
+    no temperature overflows. Ends with the rows.
+
+    Args:
+        scores: (N, K) similarities, this process's part.
+        epsilon: Smoothness, .05; smaller is harder.
+        iterations: 3.
+
+    Returns:
+        (N, K) codes whose rows sum to 1.
+    """
+    with _exact(scores):
+        log_q = _wide(scores) / epsilon
+        for _ in range(iterations):
+            log_q = log_q - _global_logsumexp(log_q)
+            log_q = log_q - log_q.logsumexp(1, keepdim=True)
+        return log_q.softmax(1)
+
+
+def swav_loss(
+    scores_per_crop: Sequence[Tensor],
+    *,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    big_crops: int = 2,
+    queue_scores: Sequence[Tensor] | None = None,
+    codes: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Swapped prediction (SwAV, arXiv:2006.09882, eq. 2 and section 3.2): each big crop's code from all other crops.
+
+    Args:
+        scores_per_crop: Per crop (N, K) cosines to the prototypes; the big crops first.
+        temperature: .1.
+        epsilon, iterations: Of `sinkhorn`.
+        big_crops: How many of the crops give codes.
+        queue_scores: Per big crop (Q, K) scores of earlier samples: they take part in the assignment and are dropped.
+        codes: Per big crop (N, K) rows that sum to 1, instead of Sinkhorn's; without gradient.
+
+    Returns:
+        The mean over big crops and other crops of the cross-entropy; ln K when every prototype is alike.
+    """
+    with _exact(scores_per_crop[0]):
+        scores = [_wide(crop) for crop in scores_per_crop]
+        total = scores[0].new_zeros(())
+        for big in range(big_crops):
+            if codes is not None:
+                code = codes[big].detach().to(scores[big].dtype)
+            else:
+                assigned = scores[big].detach()
+                if queue_scores is not None:
+                    assigned = torch.cat([queue_scores[big].detach().to(assigned.dtype), assigned])
+                code = sinkhorn(assigned, epsilon=epsilon, iterations=iterations)[-len(scores[big]) :]
+            others = [F.cross_entropy(crop / temperature, code) for i, crop in enumerate(scores) if i != big]
+            total = total + torch.stack(others).mean()
+        return total / big_crops
+
+
+def barlow_twins(z_a: Tensor, z_b: Tensor, *, lambd: float, gradient_scale: float = 1.0) -> Tensor:
+    """Redundancy reduction (Barlow Twins, arXiv:2103.03230, eq. 1 and 2) on the correlation of the global batch.
+
+    The features are standardised with the mean and the biased variance of the global batch (batch norm without affine,
+    epsilon 1e-5, as in the authors' code).
+
+    Args:
+        z_a: (N, D) embeddings of the first views, this process's part.
+        z_b: (N, D) of the second views.
+        lambd: Weight of the off-diagonal terms; .0051.
+        gradient_scale: Factor on the gradient only. 1 / processes gives what the authors' code has: its all-reduce has no
+            gradient of its own, and the learning rate of its biases was tuned to that.
+
+    Returns:
+        sum_i (1 - C_ii)^2 + lambd * sum_{i != j} C_ij^2, the same on every process.
+    """
+    with _exact(z_a):
+        a, b = (_standardised(gather_with_grad(_wide(z))) for z in (z_a, z_b))
+        correlation = a.T @ b / len(a)
+        diagonal = correlation.diagonal()
+        on = (diagonal - 1).square().sum()
+        off = correlation.square().sum() - diagonal.square().sum()
+        loss = on + lambd * off
+        return loss if gradient_scale == 1.0 else gradient_scale * loss + (1 - gradient_scale) * loss.detach()
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32, or float64 where it came so."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_wide(x), dim=-1)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def _global_logsumexp(x: Tensor) -> Tensor:
+    """(N, K) -> (1, K) log of the sum of exponentials over the rows of all processes."""
+    own = x.logsumexp(0, keepdim=True)
+    return own if world_size() == 1 else gather_with_grad(own).logsumexp(0, keepdim=True)
