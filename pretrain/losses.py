@@ -119,7 +119,7 @@ def moco_infonce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> 
     Args:
         q: (N, D) queries, of any length.
         k: (N, D) their positive keys; no gradient flows into them.
-        queue: (K, D) unit rows, the negatives; they are copied, so that they may be overwritten before the backward pass.
+        queue: (K, D) unit rows, the negatives; copied, so that they may be overwritten before the backward pass.
         temperature: .07 (v1), .2 (v2).
     """
     with _exact(q):
@@ -130,7 +130,7 @@ def moco_infonce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> 
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """-cos(p, z), the mean over the rows (SimSiam, arXiv:2011.10566, eq. 1). Whether z has a gradient is the caller's."""
+    """-cos(p, z), the mean over the rows (SimSiam, arXiv:2011.10566, eq. 1); the caller decides on z's gradient."""
     with _exact(p):
         return -(_unit(p) * _unit(z)).sum(1).mean()
 
@@ -212,8 +212,8 @@ def barlow_twins(z_a: Tensor, z_b: Tensor, *, lambd: float, gradient_scale: floa
         z_a: (N, D) embeddings of the first views, this process's part.
         z_b: (N, D) of the second views.
         lambd: Weight of the off-diagonal terms; .0051.
-        gradient_scale: Factor on the gradient only. 1 / processes gives what the authors' code has: its all-reduce has no
-            gradient of its own, and the learning rate of its biases was tuned to that.
+        gradient_scale: Factor on the gradient only. 1 / processes gives what the authors' code has: its all-reduce has
+            no gradient of its own, and the learning rate of its biases was tuned to that.
 
     Returns:
         sum_i (1 - C_ii)^2 + lambd * sum_{i != j} C_ij^2, the same on every process.
