@@ -189,6 +189,11 @@ class Watched(nn.Module):
         probe_every: Steps between probes; 0: never.
     """
 
+    progress: Tensor
+    best: Tensor
+    ill_for: Tensor
+    probed: Tensor
+
     def __init__(
         self, task: nn.Module, *, probe: Callable[[nn.Module], dict[str, float]] | None = None, probe_every: int = 0
     ) -> None:
@@ -197,12 +202,14 @@ class Watched(nn.Module):
         self.probe, self.probe_every = probe, probe_every
         self.untracked = tuple(f"task.{prefix}" for prefix in getattr(task, "untracked", ()))
         self.find_unused_parameters = bool(getattr(task, "find_unused_parameters", False))
-        if getattr(task, "param_groups", None) is not None:
-            self.param_groups = task.param_groups
+        for hook in ("param_groups", "after_backward"):
+            if getattr(task, hook, None) is not None:
+                setattr(self, hook, getattr(task, hook))
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # share of the run that is done
         self.register_buffer("best", torch.full((len(ALARMS),), -math.inf, dtype=torch.float64))
         self.register_buffer("ill_for", torch.zeros(len(ALARMS), dtype=torch.int64))  # measurements in a row
-        self.register_buffer("probed", torch.full((2,), math.nan, dtype=torch.float64))  # kNN, seconds; NaN: reported
+        self.register_buffer("probed", torch.full((), -1.0, dtype=torch.float64))  # newest kNN; -1: reported already
+        self._seconds = 0.0  # that it took; a measured time is no part of what a resumed run repeats
         self._loss = math.nan
 
     @property
@@ -223,7 +230,8 @@ class Watched(nn.Module):
         self.progress.fill_((step + 1) / total)
         if self.probe is not None and self.probe_every and (step + 1) % self.probe_every == 0:
             found = self.probe(self.backbone)
-            self.probed.copy_(torch.tensor([found["knn"], found["seconds"]]))
+            self.probed.fill_(found["knn"])
+            self._seconds = found["seconds"]
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Values for the log line, and new alarms. Every process must call it."""
@@ -234,9 +242,9 @@ class Watched(nn.Module):
         names = sorted(values)
         sums = distributed.all_sum([values[name] for name in names])
         values = {name: total / distributed.world_size() for name, total in zip(names, sums, strict=True)}
-        if not self.probed.isnan().all():
-            values |= {"probe/knn": float(self.probed[0]), "probe/seconds": float(self.probed[1])}
-            self.probed.fill_(math.nan)
+        if self.probed >= 0:
+            values |= {"probe/knn": float(self.probed), "probe/seconds": self._seconds}
+            self.probed.fill_(-1.0)
         return values, self._judge(values)
 
     def _judge(self, values: Mapping[str, float]) -> list[str]:

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A slow copy of a network: exponential moving average of the parameters, never of the buffers.
+
+The copy runs in training mode with batch statistics of its own, as in the references of MoCo and BYOL; so its running
+statistics are its own, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def slow_copy(module: ModuleT) -> ModuleT:
+    """A copy that no gradient reaches."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, *, momentum: float) -> None:
+    """``target = momentum · target + (1 − momentum) · online``, parameter by parameter; buffers stay."""
+    slow = list(target.parameters())
+    fast = list(online.parameters())
+    if len(slow) != len(fast):
+        raise ValueError(f"{len(slow)} parameters of the target, {len(fast)} of the online network")
+    torch._foreach_lerp_(slow, fast, 1 - momentum)
+
+
+def cosine_momentum(step: int, total: int, *, base: float) -> float:
+    """BYOL's schedule (arXiv:2006.07733, §3.3): ``base`` at step 0, rising to 1 at ``total`` along a cosine."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2
+
+
+def flat_parameters(module: nn.Module) -> Tensor:
+    """All parameters as one detached vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The health panel measures what it says, and its alarms fire on broken runs and stay silent on healthy ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain import health
+from pretrain.health import Watched
+from tests.engine.toy import Everything, content, differences, train
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def test_effective_rank_of_known_spectra() -> None:
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 5)))
+    assert float(health.effective_rank(torch.from_numpy(q))) == pytest.approx(5, rel=1e-4)
+    x = np.random.default_rng(1).normal(size=(30, 12))
+    share = np.linalg.svd(x, compute_uv=False)
+    share /= share.sum()
+    assert float(health.effective_rank(torch.from_numpy(x))) == pytest.approx(
+        np.exp(-(share * np.log(share)).sum()), rel=1e-4
+    )
+    assert float(health.effective_rank(torch.zeros(4, 3))) == pytest.approx(1)
+
+
+def test_a_constant_projection_has_rank_one_although_its_noise_has_full_rank() -> None:
+    constant = 100 + normal(64, 16) * 1e-3
+    assert float(health.effective_rank(constant)) < 1.1
+    assert float(health.effective_rank(constant - constant.mean(0))) > 14
+
+
+def test_spread_and_cosine_against_brute_force() -> None:
+    x = normal(50, 8) + 0.5
+    unit = x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
+    cosines = [unit[i] @ unit[j] for i in range(50) for j in range(50) if i != j]
+    assert float(health.mean_cosine(x)) == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert float(health.channel_spread(x)) == pytest.approx(unit.std(0).mean() * math.sqrt(8), rel=1e-5)
+    assert float(health.channel_spread(normal(5000, 64))) == pytest.approx(1, abs=0.02)
+    assert float(health.channel_spread(torch.ones(10, 4))) == pytest.approx(0, abs=1e-6)
+
+
+def test_prototype_use_counts_choices() -> None:
+    assert float(health.prototype_use(torch.eye(6))) == pytest.approx(1)
+    same = torch.zeros(12, 6)
+    same[:, 2] = 1
+    assert float(health.prototype_use(same)) == pytest.approx(1 / 6)
+    assert float(health.prototype_use(torch.eye(100)[:8])) == pytest.approx(1), "eight samples can choose eight at most"
+
+
+def test_diagonal_against_numpy() -> None:
+    a, b = normal(200, 5), normal(200, 5, seed=1)
+    b[:, :2] = a[:, :2]
+    c = np.corrcoef(a.T.numpy(), b.T.numpy())[:5, 5:]
+    on, off = health.diagonal(a, b)
+    assert float(on) == pytest.approx(np.diag(c).mean(), abs=1e-5)
+    assert float(off) == pytest.approx(np.sqrt((c**2).sum() - (np.diag(c) ** 2).sum()) / np.sqrt(20), abs=1e-5)
+
+
+def test_margin_and_distance() -> None:
+    assert float(health.queue_margin(torch.tensor([0.9, 0.7]), torch.tensor([0.1, 0.3]))) == pytest.approx(0.6)
+    assert float(health.ema_distance(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))) == pytest.approx(0.2)
+
+
+class Scripted(nn.Module):
+    """A task whose health at each step is written down beforehand."""
+
+    def __init__(self, script: list[dict[str, Tensor]], loss: list[float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.script, self.loss, self.step = script, loss, -1
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        self.step += 1
+        return self.weight * 0 + self.loss[self.step], {}
+
+    def health(self) -> dict[str, Tensor]:
+        return self.script[self.step]
+
+
+def alarms(script: list[dict[str, Tensor]], *, loss: list[float] | None = None) -> list[str]:
+    """Every alarm of a run of that many steps, one measurement a step."""
+    watched = Watched(Scripted(script, loss or [1.0] * len(script)))
+    found = []
+    for step in range(len(script)):
+        watched(None)
+        watched.after_step(step, len(script))
+        found += watched.report()[1]
+    return found
+
+
+def spread(rank: int, count: int = 64, width: int = 64) -> Tensor:
+    """Vectors in `rank` directions, each channel with the spread that batch norm would give it."""
+    x = normal(count, rank) @ normal(rank, width, seed=7)
+    return x / x.std(0)
+
+
+def test_a_falling_rank_alarms_although_the_spread_stays() -> None:
+    healthy, fallen = spread(60), spread(4)
+    assert float(health.channel_spread(fallen)) > 0.8
+    found = alarms([{"projection": healthy}] * 3 + [{"projection": fallen}] * 6)
+    assert len(found) == 1, "once, not at every measurement"
+    assert "health/rank" in found[0] and "stop-gradient" in found[0] and "What to do" in found[0]
+
+
+def test_a_low_rank_from_the_beginning_is_no_alarm() -> None:
+    assert alarms([{"projection": spread(9)}] * 20) == []
+
+
+def test_one_bad_batch_is_no_alarm() -> None:
+    assert alarms(([{"projection": spread(60)}] * 4 + [{"projection": spread(3)}]) * 4) == []
+
+
+def test_a_constant_projection_alarms() -> None:
+    found = alarms([{"projection": 5 + 0.01 * normal(32, 8)}] * 20)
+    assert any("health/spread" in text and "same for every picture" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "healthy"),
+    [
+        ("off_diagonal", {"projection_b": normal(64, 1).expand(64, 64)}, {"projection_b": spread(60)}),
+        ("prototype_use", {"scores": torch.eye(30)[:1].expand(64, 30)}, {"scores": normal(64, 30)}),
+        (
+            "queue_margin",
+            {"positive": torch.zeros(4), "negative": torch.zeros(4)},
+            {"positive": torch.ones(4), "negative": torch.zeros(4)},
+        ),
+        (
+            "ema_distance",
+            {"online_parameters": torch.ones(3), "target_parameters": torch.ones(3)},
+            {"online_parameters": torch.ones(3), "target_parameters": torch.zeros(3)},
+        ),
+    ],
+)
+def test_each_alarm_fires_on_its_own_fault_only(
+    name: str, broken: dict[str, Tensor], healthy: dict[str, Tensor]
+) -> None:
+    flat = normal(64, 1).expand(64, 64) if name == "off_diagonal" else spread(60)
+    found = alarms([{"projection": flat, **broken}] * 20)
+    assert [text for text in found if f"health/{name} " in text], found
+    assert alarms([{"projection": spread(60), **healthy}] * 20) == []
+
+
+def test_a_loss_stuck_at_ln_k_alarms_after_the_beginning() -> None:
+    script = [{"projection": spread(60), "scores": normal(64, 50)}] * 40
+    found = alarms(script, loss=[0.97 * math.log(50)] * 40)
+    assert len(found) == 1 and "stuck at ln K" in found[0]
+    assert alarms(script, loss=[math.log(50)] * 5 + [0.6 * math.log(50)] * 35) == [], "every run begins like that"
+
+
+class WithHealth(Everything):
+    """The loop tests' task of every kind of state, with a panel."""
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, metrics = super().forward(batch)
+        self.seen = batch.detach() @ torch.eye(6)[:, :3]
+        return loss, metrics
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net
+
+    def health(self) -> dict[str, Tensor]:
+        return {"projection": self.seen}
+
+
+def test_the_panel_stands_in_every_log_line_and_changes_nothing(tmp_path: Path) -> None:
+    bare = train(WithHealth(), tmp_path / "bare", steps=6, log_every=2)
+    train(Watched(WithHealth()), tmp_path / "watched", steps=6, log_every=2)
+    lines = [json.loads(line) for line in (tmp_path / "watched/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all({"health/rank", "health/spread", "health/cosine"} <= set(line) for line in lines)
+    assert lines[-1]["loss"] == bare.metrics["loss"]
+
+
+def test_alarms_reach_log_and_events(tmp_path: Path) -> None:
+    class Constant(WithHealth):
+        def health(self) -> dict[str, Tensor]:
+            return {"projection": torch.ones(4, 3)}
+
+    train(Watched(Constant()), tmp_path, steps=8, log_every=1)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["alarm"]
+    assert "health/spread" in (tmp_path / "train.log").read_text()
+
+
+def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 8, "log_every": 2, "save_every": 3, "keep": 10}
+
+    def task() -> Watched:
+        return Watched(WithHealth(), probe=lambda backbone: {"knn": 0.5, "seconds": 0.0}, probe_every=3)
+
+    train(task(), tmp_path / "whole", **options)
+    train(task(), tmp_path / "parts", **options)
+    for folder in (tmp_path / "parts/checkpoints").glob("step_*"):
+        if not folder.name.endswith("3"):
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    train(task(), tmp_path / "parts", resume=True, **options)
+    assert differences(*(content(next((tmp_path / name / "checkpoints").glob("step_*8"))) for name in ("whole", "parts"))) == []
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k not in ("data_time", "step_time", "per_second", "eta")} for line in
+         (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "parts")
+    ]  # fmt: skip
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0] if "probe/knn" in line] == [4, 6]
