@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ovd.detector import Detections, Detector, Regions
+    from ovd.examples import Crop, Example
     from ovd.vocabulary import Vocabulary
 
-__all__ = ["Detections", "Detector", "Regions", "Vocabulary"]
+__all__ = ["Crop", "Detections", "Detector", "Example", "Regions", "Vocabulary"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from ovd import detector
 
         return getattr(detector, name)
+    if name in ("Crop", "Example"):
+        from ovd import examples
+
+        return getattr(examples, name)
     if name == "Vocabulary":
         from ovd.vocabulary import Vocabulary
 

@@ -6,9 +6,10 @@
     detector = Detector.load("default")
     detector.set_classes(["dog", "mug: cup, coffee mug", "-poster"])
     detections = detector.detect("desk.jpg")
+    detections = detector.find("desk.jpg", "lamp", examples={"my mug": "mug.png"})     # by word and by example
 
 A picture is run through the network once (`Detector.embed`); asking it for other words is a matrix product and NMS
-(`Regions.classify`). A class's score does not depend on the other words typed.
+(`Regions.classify`). A class's score does not depend on the other words typed or the other examples shown.
 
 Shapes: R regions, C classes, D joint embedding, n detections, M mask side.
 """
@@ -23,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
-from ovd.modeling.scoring import Calibration, RegionSet, score_regions
+from ovd.examples import ExampleEmbedder, Question, parse_examples
+from ovd.modeling.scoring import Calibration, RegionSet, score_examples, score_regions
 from ovd.text import TextEmbedder, TextEncoder
 from ovd.vocabulary import TEMPLATES_STICKER, Vocabulary
 from pretrain.data.folder import MAX_PIXELS, read_image
@@ -43,7 +45,9 @@ from pretrain.engine.files import sha256_of
 if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections
 
+    from ovd.examples import ExamplesLike
     from ovd.modeling.build import DetectorCard
+    from ovd.regions.crops import RegionEncoder
     from pretrain.nets.towers import JointEncoder
 
     ImageLike = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
@@ -55,7 +59,11 @@ MASK_THRESHOLD = 0.5
 
 
 class RegionModel(Protocol):
-    """What the detector needs of a network; `ovd.modeling.build.load_detector_model` returns one."""
+    """What the detector needs of a network; `ovd.modeling.build.load_detector_model` returns one.
+
+    A network whose regions live in another image space than its text encoder's (a DETR pretrained on patches) also has
+    ``example_encoder``, a `ovd.regions.crops.RegionEncoder` into that space; examples are then embedded with it.
+    """
 
     background: Tensor | None
     bank: Tensor
@@ -304,27 +312,41 @@ class Regions:
         return len(self.regions)
 
     @torch.inference_mode()
-    def scores(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    def scores(self, question: Question | Vocabulary) -> tuple[Tensor, Tensor]:
         """Score all regions.
 
         Returns:
-            (R, C) scores of the classes to look for, and (R, N) of the negative words.
+            (R, C) scores of the classes to look for, and (R, N) of the negative words and examples.
         """
-        model = self.detector.model
-        rows = self.detector.text.embed(vocabulary).to(self.regions.text.device)
-        negative = torch.tensor([c.negative for c in vocabulary.classes], device=rows.device)
-        bank = torch.cat([model.bank.to(rows), rows[negative]])
-        background = None if model.background is None else model.background.to(rows)
-        shared = (self.regions.text, self.regions.image, self.regions.objectness)
-        wanted = score_regions(*shared, rows[~negative], bank, background, model.calibration)
+        asked = Question(question) if isinstance(question, Vocabulary) else question
+        model, found = self.detector.model, self.regions
+        words, shown = self.detector.rows(asked, device=found.text.device)
+        negative = torch.tensor([c.negative for c in asked.words.classes], dtype=torch.bool, device=words.device)
+        avoided = torch.tensor([e.negative for e in asked.examples], dtype=torch.bool, device=words.device)
+        own = model.bank.to(words)
+        bank = torch.cat([own, words[negative], shown[avoided]])
+        background = None if model.background is None else model.background.to(words)
+        calibration = model.calibration
+
+        def said(rows: Tensor, against: Tensor) -> Tensor:
+            return score_regions(found.text, found.image, found.objectness, rows, against, background, calibration)
+
+        def seen(rows: Tensor, against: Tensor) -> Tensor:
+            return score_examples(found, rows, against, background, calibration)
+
+        column_RK = torch.cat([said(words[~negative], bank), seen(shown[~avoided], bank)], dim=1)
         # Negative words are scored against the checkpoint's bank only: they do not compete with one another.
-        against = score_regions(*shared, rows[negative], model.bank.to(rows), background, model.calibration)
-        return wanted.cpu(), against.cpu()
+        against_RN = torch.cat([said(words[negative], own), seen(shown[avoided], own)], dim=1)
+        if not asked.examples:
+            return column_RK.cpu(), against_RN.cpu()
+        owner = torch.tensor(asked.columns, device=column_RK.device).expand(len(column_RK), -1)
+        score_RC = column_RK.new_zeros(len(column_RK), len(asked.names)).scatter_reduce(1, owner, column_RK, "amax")
+        return score_RC.cpu(), against_RN.cpu()
 
     @torch.inference_mode()
     def classify(
         self,
-        vocabulary: Vocabulary | str | Iterable[str] | None = None,
+        vocabulary: Question | Vocabulary | str | Iterable[str] | None = None,
         *,
         threshold: float | None = None,
         limit: int = MAX_DETECTIONS,
@@ -332,12 +354,12 @@ class Regions:
         nms_iou: float = NMS_IOU,
         cross_class_iou: float | None = CROSS_CLASS_IOU,
     ) -> Detections:
-        """Name the regions with the words given; the network is not run.
+        """Name the regions with the words and examples given; the network is not run.
 
-        A region that looks more like a negative word than like a class is left out.
+        A region that looks more like a negative word or example than like a class is left out.
 
         Args:
-            vocabulary: words; those of `Detector.set_classes` when None.
+            vocabulary: words, or words and examples (`Detector.question`); those of `Detector.set_classes` when None.
             threshold: lowest score listed; the checkpoint's calibrated default when None.
             limit: at most so many detections, best first.
             one_class_per_region: show each region under its best class only; False lists every class above the
@@ -348,12 +370,12 @@ class Regions:
         Raises:
             UserError: no words, or a threshold outside [0, 1].
         """
-        words = self.detector.resolve(vocabulary)
-        level = self.detector.model.calibration.threshold if threshold is None else float(threshold)
+        asked = vocabulary if isinstance(vocabulary, Question) else Question(self.detector.resolve(vocabulary))
+        level = self.detector.threshold_of(asked) if threshold is None else float(threshold)
         if not 0.0 <= level <= 1.0:
             raise UserError(f"threshold must be between 0 and 1, not {threshold}")
-        score_RC, against_RN = self.scores(words)
-        names = words.names
+        score_RC, against_RN = self.scores(asked)
+        names = asked.names
         best_C = score_RC.max(dim=0).values if len(score_RC) else torch.zeros(len(names))
         if against_RN.shape[1]:
             beaten = score_RC < against_RN.max(dim=1, keepdim=True).values
@@ -384,7 +406,7 @@ class Regions:
             threshold=level,
             region=chosen.numpy().astype(np.int64),
             box_masks=None if self.regions.masks is None else self.regions.masks.cpu()[chosen],
-            notices=words.notices,
+            notices=asked.notices,
         )
 
 
@@ -403,7 +425,7 @@ class Detector:
 
     Args:
         model: the network.
-        encoder: the text encoder the network was trained against.
+        encoder: the encoder the network was trained against; examples need its image tower.
         templates: prompt templates for words given as text.
         cache_size: pictures whose regions are remembered (about 1.5 MB each for 300 regions).
         text_cache: folder for embeddings of whole vocabularies, or None.
@@ -422,6 +444,7 @@ class Detector:
     ) -> None:
         self.model = model
         self.text = TextEmbedder(encoder=encoder, cache_dir=text_cache)
+        self.examples = _example_embedder(model, encoder)
         self.templates = tuple(templates)
         self.card = dict(card or {})
         self.vocabulary: Vocabulary | None = None
@@ -461,6 +484,53 @@ class Detector:
     def threshold(self) -> float:
         """The checkpoint's default threshold."""
         return self.model.calibration.threshold
+
+    def threshold_of(self, question: Question) -> float:
+        """The default threshold of a question: of words, of examples, or the higher of both where both are asked."""
+        calibration = self.model.calibration
+        levels = [calibration.threshold] if question.words.positives else []
+        levels += [calibration.example_threshold] if question.shown else []
+        return max(levels)
+
+    def question(
+        self,
+        classes: Vocabulary | str | Iterable[str] | None = None,
+        examples: ExamplesLike | None = None,
+        *,
+        picture: NDArray[np.uint8] | None = None,
+    ) -> Question:
+        """Words and examples as one list of classes, for `Regions.classify`.
+
+        Args:
+            classes: words as for `set_classes`; None: those of `set_classes`, or with examples no words.
+            examples: see `ovd.examples.parse_examples`.
+            picture: (H, W, 3) uint8 RGB, what boxes among the examples lie on.
+
+        Raises:
+            UserError: neither a word nor an example to look for, or an example that cannot be used.
+        """
+        shown = parse_examples(examples, picture=picture) if examples is not None else ()
+        if not any(not e.negative for e in shown):
+            return Question(self.resolve(classes), shown)
+        if classes is None or not isinstance(classes, Vocabulary):
+            classes = Vocabulary.parse(classes or (), templates=self.templates, alone=False)
+        return Question(classes, shown)
+
+    def rows(self, question: Question, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Embeddings of a question: (C, D) of all its words and (E, D) of all its examples, negative ones included.
+
+        Raises:
+            UserError: examples, but no image encoder.
+        """
+        words = self.text.embed(question.words).to(device)
+        if not question.examples:
+            return words, words[:0]
+        if self.examples is None:
+            raise UserError(
+                "these weights cannot search by example: their encoder has no image tower. Ask with words, or load "
+                "a detector that was trained against an image-text encoder"
+            )
+        return words, self.examples.embed(question.examples).to(device)
 
     def resolve(self, vocabulary: Vocabulary | str | Iterable[str] | None) -> Vocabulary:
         """Return a `Vocabulary` for words in any form; the one of `set_classes` for None."""
@@ -519,6 +589,43 @@ class Detector:
         """
         self.resolve(None)
         return self.embed(image).classify(threshold=threshold, **options)
+
+
+    def find(
+        self,
+        image: ImageLike,
+        classes: Vocabulary | str | Iterable[str] | None = None,
+        *,
+        examples: ExamplesLike | None = None,
+        threshold: float | None = None,
+        **options: Any,
+    ) -> Detections:
+        """Find words, things shown by crops, or both in one picture.
+
+        Args:
+            image: see `to_rgb`.
+            classes: words as for `set_classes`; None: those of `set_classes`, or with examples no words.
+            examples: ``[crop, …]``, ``{"my mug": [crop, crop]}`` and more, see `ovd.examples.parse_examples`; a box
+                of four numbers lies on ``image``.
+            threshold: lowest score; the checkpoint's calibrated default when None.
+            options: see `Regions.classify`.
+
+        Raises:
+            UserError: nothing to look for, or a picture or an example that cannot be used.
+        """
+        pixels = to_rgb(image)
+        question = self.question(classes, examples, picture=pixels)  # first: a mistake should not cost a run
+        return self.embed(pixels).classify(question, threshold=threshold, **options)
+
+
+def _example_embedder(model: RegionModel, encoder: TextEncoder) -> ExampleEmbedder | None:
+    """The image side of a detector: the model's own, or its encoder's, or None where there is neither."""
+    own = getattr(model, "example_encoder", None)
+    if own is not None:
+        return ExampleEmbedder(encoder=own)
+    if not hasattr(encoder, "encode_image") or getattr(encoder, "visual", encoder) is None:
+        return None
+    return ExampleEmbedder(encoder=cast("RegionEncoder", encoder))
 
 
 _PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md

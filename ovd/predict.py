@@ -3,6 +3,7 @@
 
     python -m ovd.predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
     python -m ovd.predict photos/ --vocabulary words.txt --out found/ --threshold 0.4
+    python -m ovd.predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
 
 Writes into the output folder:
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ovd.detector import Detections, Detector
+    from ovd.examples import Question
     from ovd.vocabulary import Vocabulary
 
 PARTS = "parts"
@@ -44,9 +46,17 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m ovd.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
-    words = flags.add_mutually_exclusive_group(required=True)
+    words = flags.add_mutually_exclusive_group()
     words.add_argument("--classes", help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes')
     words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
+    flags.add_argument(
+        "--example",
+        action="append",
+        default=[],
+        metavar="[NAME=]CROP",
+        help="a picture of the thing to find, may be given often, also beside words; crops of one NAME are averaged, "
+        "the file's name is the default, -NAME=CROP excludes",
+    )
     flags.add_argument("--out", type=Path, required=True, help="output folder")
     flags.add_argument("--threshold", type=float, default=None, help="lowest score (default: the calibrated one)")
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
@@ -63,13 +73,20 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
+    if options.vocabulary is None and options.classes is None and not options.example:
+        raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
     files = collect(options.pictures)
     from ovd.vocabulary import Vocabulary
 
     if options.vocabulary is not None:
-        vocabulary = Vocabulary.load(options.vocabulary)
+        words: Vocabulary | str | None = Vocabulary.load(options.vocabulary)
     else:
-        vocabulary = Vocabulary.parse(options.classes)
+        words = options.classes
+    from ovd.examples import parse_examples
+
+    examples = parse_examples([named_example(text) for text in options.example])
+    if not any(not e.negative for e in examples):
+        words = Vocabulary.parse(words or "") if isinstance(words, str) or words is None else words
     import torch
 
     from ovd.detector import Detector
@@ -80,7 +97,7 @@ def main(argv: list[str]) -> int:
     failed = predict(
         detector=detector,
         files=files,
-        vocabulary=vocabulary,
+        vocabulary=detector.question(words, examples),
         out=options.out,
         threshold=options.threshold,
         draw=options.draw,
@@ -88,6 +105,19 @@ def main(argv: list[str]) -> int:
         overwrite=options.overwrite,
     )
     return 1 if failed else 0
+
+
+def named_example(text: str) -> tuple[str, Path]:
+    """``NAME=CROP`` or ``CROP`` → (name, path); a file whose own name has an equals sign needs a NAME in front.
+
+    Raises:
+        UserError: no such file.
+    """
+    name, equals, file = text.partition("=")
+    path = Path(file if equals else text)
+    if not path.is_file():
+        raise UserError(f"--example {text}: no such file {str(path)!r}; expected NAME=CROP or CROP, e.g. mug=mug.png")
+    return (name if name.strip() else path.stem), path
 
 
 def collect(given: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -116,7 +146,7 @@ def predict(
     *,
     detector: Detector,
     files: Sequence[tuple[str, Path]],
-    vocabulary: Vocabulary,
+    vocabulary: Question | Vocabulary,
     out: Path,
     threshold: float | None = None,
     draw: bool = True,
@@ -128,7 +158,7 @@ def predict(
     Args:
         detector: the detector.
         files: (name, path) pairs; ids are 1, 2, … in this order.
-        vocabulary: what to look for; category ids are 1, 2, … in the order of its names.
+        vocabulary: words, or words and examples; category ids are 1, 2, … in the order of its names.
         out: output folder.
         threshold: lowest score; the calibrated default when None.
         draw: write drawn pictures.
@@ -141,11 +171,14 @@ def predict(
     Raises:
         UserError: the folder belongs to another job, or cannot be written.
     """
-    level = detector.threshold if threshold is None else threshold
+    from ovd.examples import Question
+
+    question = vocabulary if isinstance(vocabulary, Question) else Question(vocabulary)
+    level = detector.threshold_of(question) if threshold is None else threshold
     names = [name for name, _ in files]
     job = {
         "files": hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
-        "vocabulary": vocabulary.hash,
+        "vocabulary": question.hash,
         "threshold": round(level, 6),
         "weights": str(detector.card.get("sha256", "")),
         "draw": draw,
@@ -158,13 +191,13 @@ def predict(
             part = parts / f"{number:08d}.json"
             record = _finished(part)
             if record is None:
-                record = _one(detector, vocabulary, number, name, path, out, level, draw, masks)
+                record = _one(detector, question, number, name, path, out, level, draw, masks)
                 _write_json(part, record)
             if "reason" in record:
                 failed.append({"file_name": name, "reason": record["reason"]})
             said = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
             print(f"[{number}/{len(files)}] {name}: {said}", flush=True)
-        _merge_parts(out, parts, names, vocabulary, failed)
+        _merge_parts(out, parts, names, question, failed)
     except OSError as problem:
         raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem
     if failed:
@@ -206,7 +239,7 @@ def _finished(part: Path) -> dict[str, Any] | None:
 
 def _one(
     detector: Detector,
-    vocabulary: Vocabulary,
+    question: Question,
     number: int,
     name: str,
     path: Path,
@@ -221,7 +254,7 @@ def _one(
         pixels = to_rgb(path)
     except BadImageError as problem:
         return {"file_name": name, "reason": problem.reason}
-    found = detector.embed(pixels).classify(vocabulary, threshold=threshold)
+    found = detector.embed(pixels).classify(question, threshold=threshold)
     if draw:
         _save_picture(out / "drawn" / f"{Path(name).with_suffix('')}.jpg", draw_detections(pixels, found, masks=masks))
     counts: dict[str, int] = {}
@@ -239,7 +272,7 @@ def _one(
 
 
 def _merge_parts(
-    out: Path, parts: Path, names: Sequence[str], vocabulary: Vocabulary, failed: list[dict[str, str]]
+    out: Path, parts: Path, names: Sequence[str], question: Question, failed: list[dict[str, str]]
 ) -> None:
     images, results = [], []
     for number in range(1, len(names) + 1):
@@ -247,7 +280,7 @@ def _merge_parts(
         if record is not None and "reason" not in record:
             images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
             results.extend(record["results"])
-    categories = [{"id": i + 1, "name": class_name} for i, class_name in enumerate(vocabulary.names)]
+    categories = [{"id": i + 1, "name": class_name} for i, class_name in enumerate(question.names)]
     _write_json(out / "results.json", results)
     _write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
     if failed:

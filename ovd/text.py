@@ -84,6 +84,8 @@ class TextEmbedder:
         Returns:
             (C, D) float32 unit rows.
         """
+        if not vocabulary.classes:
+            return torch.zeros(0, self.encoder.embed_dim)
         cached = self._read(vocabulary)
         if cached is not None:
             return cached

@@ -157,6 +157,13 @@ def _clean(phrase: str) -> str:
     return text
 
 
+def split_name(raw: str) -> tuple[str, bool]:
+    """(clean name, whether a minus stood in front of it)."""
+    stripped = raw.strip()
+    negative = stripped.startswith(_MINUS)
+    return _clean(stripped.lstrip("".join(_MINUS)) if negative else stripped), negative
+
+
 @dataclass(frozen=True, slots=True)
 class VocabularyClass:
     """One class: its name, other words that mean the same, and whether it is a negative word."""
@@ -181,6 +188,7 @@ class Vocabulary:
         this_is: put "This is " in front of prompts beginning with "a" or "the".
         parity: articles as in ViLD's code.
         notices: what parsing changed (merged duplicates …); not part of the identity.
+        alone: at least one class must be without a minus; False where examples stand beside the words.
     """
 
     classes: tuple[VocabularyClass, ...]
@@ -188,9 +196,10 @@ class Vocabulary:
     this_is: bool = False
     parity: bool = False
     notices: tuple[str, ...] = field(default=(), compare=False)
+    alone: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
-        if not any(not c.negative for c in self.classes):
+        if self.alone and not any(not c.negative for c in self.classes):
             if self.classes:
                 raise UserError("Every word starts with a minus. Type at least one class name without one, e.g. mug")
             raise UserError("Type at least one class name, e.g. mug")
@@ -207,6 +216,7 @@ class Vocabulary:
         templates: Sequence[str] = TEMPLATES_STICKER,
         this_is: bool = False,
         parity: bool = False,
+        alone: bool = True,
     ) -> Vocabulary:
         """Read typed class names.
 
@@ -215,6 +225,7 @@ class Vocabulary:
             templates: prompt templates.
             this_is: see `fill_template`.
             parity: see `article_for`.
+            alone: False where examples stand beside the words: there may then be no word, or negative ones only.
 
         Raises:
             UserError: no class, too many, a name too long, or a line with two colons.
@@ -231,7 +242,7 @@ class Vocabulary:
                 head, colon, tail = item.partition(":")
                 entries.append((head, _split_synonyms(item, tail) if colon else []))
         classes, notices = _merge(entries)
-        return cls(tuple(classes), tuple(templates), this_is, parity, tuple(notices))
+        return cls(tuple(classes), tuple(templates), this_is, parity, tuple(notices), alone)
 
     @property
     def positives(self) -> tuple[VocabularyClass, ...]:
@@ -354,9 +365,7 @@ def _merge(entries: Iterable[tuple[str, list[str]]]) -> tuple[list[VocabularyCla
     repeated: list[str] = []
     notices: list[str] = []
     for raw, raw_synonyms in entries:
-        stripped = raw.strip()
-        negative = stripped.startswith(_MINUS)
-        name = _clean(stripped.lstrip("".join(_MINUS)) if negative else stripped)
+        name, negative = split_name(raw)
         synonyms = [s for s in map(_clean, raw_synonyms) if s]
         if not name:
             if synonyms:

@@ -31,6 +31,8 @@ class Calibration:
         bank_limit: bank words with a cosine above it to the typed class are its near-synonyms and do not compete with
             it.
         threshold: default of the page and of ``detect``.
+        example_*: the same for classes that are shown by crops, see :meth:`of_examples`. Two image embeddings are
+            closer than an image and its word, so a crop's cosines need another temperature and sigmoid.
     """
 
     logit_scale: float = 100.0
@@ -40,6 +42,33 @@ class Calibration:
     offset: float = 0.0
     bank_limit: float = 0.7
     threshold: float = 0.3
+    example_logit_scale: float = 100.0
+    example_objectness_weight: float = 0.0
+    example_slope: float = 1.0
+    example_offset: float = 0.0
+    example_threshold: float = 0.5
+
+    def of_examples(self) -> Calibration:
+        """What turns an example's cosines into scores."""
+        return replace(
+            self,
+            logit_scale=self.example_logit_scale,
+            objectness_weight=self.example_objectness_weight,
+            slope=self.example_slope,
+            offset=self.example_offset,
+            threshold=self.example_threshold,
+        )
+
+    def with_examples(self, fitted: Calibration) -> Calibration:
+        """This calibration with the example values of one that was fitted on examples; undoes `of_examples`."""
+        return replace(
+            self,
+            example_logit_scale=fitted.logit_scale,
+            example_objectness_weight=fitted.objectness_weight,
+            example_slope=fitted.slope,
+            example_offset=fitted.offset,
+            example_threshold=fitted.threshold,
+        )
 
     def uncalibrated(self) -> Calibration:
         """The same scores before the sigmoid is applied."""
@@ -130,6 +159,26 @@ def score_regions(
     if (calibration.slope, calibration.offset) != (1.0, 0.0):
         score = (calibration.slope * torch.logit(score, eps=1e-6) + calibration.offset).sigmoid()
     return score
+
+
+def score_examples(
+    regions: RegionSet, examples_ED: Tensor, bank_BD: Tensor, background_D: Tensor | None, calibration: Calibration
+) -> Tensor:
+    """(R, E) scores in [0, 1] of classes shown by crops; column e depends on example e alone.
+
+    Examples are compared in the image space: with the image head where there is one (it has no background of its own),
+    else with the one head that was distilled from image embeddings.
+
+    Args:
+        regions: of one picture.
+        examples_ED: unit rows, image embeddings.
+        bank_BD: unit rows of the checkpoint's bank and of negative words and examples.
+        background_D: unit learned background, or None.
+        calibration: the checkpoint's; its example values are used.
+    """
+    own = regions.text if regions.image is None else regions.image
+    background = background_D if regions.image is None else None
+    return score_regions(own, None, regions.objectness, examples_ED, bank_BD, background, calibration.of_examples())
 
 
 def vocabulary_probabilities(

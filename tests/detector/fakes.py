@@ -26,11 +26,18 @@ FILLER = {"a", "an", "the", "photo", "picture", "of", "sticker", "in", "scene", 
 
 
 class WordEncoder(nn.Module):
-    """Text encoder: the sum of a fixed random vector per word, fillers left out. Counts the texts it encodes."""
+    """Text encoder: the sum of a fixed random vector per word, fillers left out. Counts the texts it encodes.
+
+    Its image side names each pixel's colour and sums the words, so a crop of a red rectangle is embedded as "red".
+    """
+
+    image_size = 16
+    image_mean = (0.5, 0.5, 0.5)
 
     def __init__(self) -> None:
         super().__init__()
         self.embed_dim = DIM
+        self.seen = 0  # crops that were encoded
         self.encoded: list[str] = []
         self._texts: list[str] = []
 
@@ -55,6 +62,17 @@ class WordEncoder(nn.Module):
             total += F.normalize(torch.randn(DIM, generator=torch.Generator().manual_seed(seed)), dim=0)
         return total
 
+    def prepare(self, images: Tensor) -> Tensor:
+        return images.float()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        self.seen += len(pixels)
+        names = [*COLOURS, "grey"]
+        palette = torch.tensor([*COLOURS.values(), GREY], dtype=torch.float32)
+        nearest = (pixels.permute(0, 2, 3, 1)[..., None, :] - palette).norm(dim=-1).argmin(dim=-1)
+        share = F.one_hot(nearest, len(names)).float().mean(dim=(1, 2))
+        return share @ torch.stack([self.word(name) for name in names])
+
     def word(self, text: str) -> Tensor:
         return F.normalize(self._vector(text), dim=0)
 
@@ -68,7 +86,9 @@ class ColourModel:
         self.with_masks = masks
         self.bank = torch.stack([encoder.word(f"bank{i}") for i in range(12)])
         self.background = encoder.word("background")
-        self.calibration = Calibration(logit_scale=20.0, threshold=threshold)
+        self.calibration = Calibration(
+            logit_scale=20.0, threshold=threshold, example_logit_scale=20.0, example_threshold=threshold
+        )
 
     def regions(self, image: np.ndarray) -> RegionSet:
         self.runs += 1

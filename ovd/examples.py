@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking with pictures: crops and boxes that show what to look for, alone or beside words.
+
+    detector.find("desk.jpg", examples={"my mug": ["mug1.png", "mug2.png"], "-poster": "poster.png"})
+    detector.find("desk.jpg", "lamp, chair", examples=[(120, 40, 210, 160)])       # a box on that picture
+
+An example is embedded as the regions were that taught the detector (ViLD section 3.2: the crop at 1x and 1.5x through
+the image encoder), so region and example live in one space and their cosine is the likeness. Several crops of one name
+are embedded alone and averaged.
+
+Shapes: E examples, V crops of one example, D joint embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovd.regions.crops import RegionEncoder, embed_regions
+from ovd.vocabulary import Vocabulary, split_name
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from ovd.detector import ImageLike
+
+    Box = Sequence[float] | NDArray[Any]
+    CropLike = ImageLike | Box | "Crop"
+    ExamplesLike = Mapping[str, CropLike | Sequence[CropLike]] | Iterable[CropLike | tuple[str, CropLike] | "Example"]
+
+MIN_SIDE = 8  # pixels; below it a crop is a smear of its surroundings
+MAX_EXAMPLES = 100
+MAX_CROPS = 50  # of one example
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """A thing shown: a part of a picture, with its surroundings where there are any.
+
+    Attributes:
+        pixels: (H, W, 3) uint8 RGB, the whole picture.
+        box: x1, y1, x2, y2 in its pixels, inside it; None: the picture is the crop.
+    """
+
+    pixels: NDArray[np.uint8]
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """The box, or the border of the picture."""
+        height, width = self.pixels.shape[:2]
+        return self.box or (0.0, 0.0, float(width), float(height))
+
+    @property
+    def hash(self) -> str:
+        """sha256 over pixels and box."""
+        head = f"{self.pixels.shape} {self.corners}".encode()
+        return hashlib.sha256(head + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A class that is shown and not said.
+
+    Attributes:
+        name: what its boxes are called.
+        crops: one or more pictures of it.
+        negative: regions that look more like it than like a class are left out.
+    """
+
+    name: str
+    crops: tuple[Crop, ...]
+    negative: bool = False
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the crops, in their order."""
+        return hashlib.sha256("".join(crop.hash for crop in self.crops).encode()).hexdigest()
+
+
+def parse_examples(given: ExamplesLike, *, picture: NDArray[np.uint8] | None = None) -> tuple[Example, ...]:
+    """Read examples in any form.
+
+    Args:
+        given: a mapping of names to one crop or several, or a list of crops, (name, crop) pairs and `Example`s. A crop
+            is a picture (path, bytes, Pillow image, uint8 array), a box of four numbers on ``picture``, or a `Crop`.
+            Crops without a name are separate things, "example 1", "example 2", …; a name with a minus is a negative
+            example; crops of one name belong together.
+        picture: (H, W, 3) uint8 RGB, what boxes without a picture lie on.
+
+    Raises:
+        UserError: an empty crop, a box that is too small or outside, something that is no picture; it names the
+            example.
+    """
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(given, Mapping):
+        for name, crops in given.items():
+            pairs.extend((str(name), crop) for crop in (crops if _is_several(crops) else [crops]))
+    elif isinstance(given, (str, bytes, Path, Image.Image, np.ndarray, Crop)):
+        pairs.append(("", given))
+    else:
+        for item in given:
+            if isinstance(item, Example):
+                pairs.extend((("-" if item.negative else "") + item.name, crop) for crop in item.crops)
+            elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+                pairs.append((item[0], item[1]))
+            else:
+                pairs.append(("", item))
+    merged: dict[tuple[str, bool], tuple[str, list[Crop]]] = {}
+    for number, (raw, crop) in enumerate(pairs, 1):
+        name, negative = split_name(raw)
+        name = name or f"example {number}"
+        stored = merged.setdefault((name.casefold(), negative), (name, []))[1]
+        stored.append(read_crop(crop, name=name, picture=picture))
+        if len(stored) > MAX_CROPS:
+            raise UserError(f"example {name!r} has more than {MAX_CROPS} crops; choose the best few")
+    if len(merged) > MAX_EXAMPLES:
+        raise UserError(f"{len(merged)} examples; at most {MAX_EXAMPLES} are allowed")
+    for folded, negative in merged:
+        if negative and (folded, False) in merged:
+            raise UserError(f"example {merged[folded, True][0]!r} is given both as a class and with a minus")
+    return tuple(Example(name, tuple(crops), negative) for (_, negative), (name, crops) in merged.items())
+
+
+def _is_several(crops: Any) -> bool:
+    """Whether the value of a mapping is a list of crops, rather than one picture or one box."""
+    return isinstance(crops, (list, tuple)) and not _is_box(crops)
+
+
+def _is_box(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.shape == (4,)
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
+
+
+def read_crop(crop: Any, *, name: str, picture: NDArray[np.uint8] | None = None) -> Crop:
+    """One crop in any form, checked; see `parse_examples`."""
+    from ovd.detector import to_rgb
+
+    if isinstance(crop, Crop):
+        pixels, box = crop.pixels, crop.box
+    elif _is_box(crop):
+        if picture is None:
+            raise UserError(f"example {name!r}: a box needs the picture it lies on; give Crop(pixels, box)")
+        pixels, box = picture, tuple(float(v) for v in crop)  # type: ignore[assignment]
+    else:
+        pixels, box = crop, None
+    if isinstance(pixels, np.ndarray) and 0 in pixels.shape:
+        raise UserError(f"example {name!r}: the crop is empty ({'×'.join(map(str, pixels.shape[1::-1]))} pixels)")
+    try:
+        pixels = to_rgb(pixels)
+    except UserError as problem:
+        raise UserError(f"example {name!r}: {problem}") from problem
+    height, width = pixels.shape[:2]
+    if box is not None:
+        if not np.isfinite(box).all():
+            raise UserError(f"example {name!r}: the box has NaN or infinite coordinates")
+        # What hangs out of the picture shows nothing; the rest is the crop.
+        box = (max(0.0, box[0]), max(0.0, box[1]), min(float(width), box[2]), min(float(height), box[3]))
+        if box[2] <= box[0] or box[3] <= box[1]:
+            raise UserError(f"example {name!r}: the box is empty or outside the picture of {width}×{height} pixels")
+    found = Crop(pixels, box)
+    x1, y1, x2, y2 = found.corners
+    if min(x2 - x1, y2 - y1) < MIN_SIDE:
+        raise UserError(
+            f"example {name!r} is {x2 - x1:.0f}×{y2 - y1:.0f} pixels; "
+            f"at least {MIN_SIDE}×{MIN_SIDE} are needed to tell what it shows"
+        )
+    return found
+
+
+class ExampleEmbedder:
+    """Embeds examples with an image encoder and remembers the crops seen last.
+
+    Args:
+        encoder: image encoder in eval mode; that of the space the detector's regions live in.
+        keep: crops remembered; the least recently used one goes first.
+    """
+
+    def __init__(self, *, encoder: RegionEncoder, keep: int = 256) -> None:
+        self.encoder = encoder
+        self._keep = keep
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def embed(self, examples: Sequence[Example]) -> Tensor:
+        """(E, D) float32 unit rows: the mean of an example's unit crop embeddings, normalised again."""
+        if not examples:
+            return torch.zeros(0, self.encoder.embed_dim)
+        with self._lock:
+            rows = [torch.stack([self._crop(crop) for crop in e.crops]).mean(0) for e in examples]
+        return F.normalize(torch.stack(rows), dim=1)
+
+    def _crop(self, crop: Crop) -> Tensor:
+        key = crop.hash
+        if key not in self._memory:
+            self._memory[key] = embed_regions(self.encoder, crop.pixels, np.array([crop.corners]))[0]
+        self._memory.move_to_end(key)
+        while len(self._memory) > self._keep:
+            self._memory.popitem(last=False)
+        return self._memory[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Words and examples in one list of classes: words first, then the examples whose name is no word.
+
+    A word and an example of the same name are one class; its score is the better of the two.
+    """
+
+    words: Vocabulary
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes; the index is the ``class_id`` of detections."""
+        words = self.words.names
+        known = {name.casefold() for name in words}
+        return words + tuple(e.name for e in self.shown if e.name.casefold() not in known)
+
+    @property
+    def shown(self) -> tuple[Example, ...]:
+        """The examples to look for."""
+        return tuple(e for e in self.examples if not e.negative)
+
+    @property
+    def columns(self) -> list[int]:
+        """The class of each score column: the words to look for, then the examples to look for."""
+        number = {name.casefold(): i for i, name in enumerate(self.names)}
+        return [number[name.casefold()] for name in (*self.words.names, *(e.name for e in self.shown))]
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What parsing changed, and what a mixed class means."""
+        words = {name.casefold() for name in self.words.names}
+        both = [e.name for e in self.shown if e.name.casefold() in words]
+        said = (f"Asked by word and by example, the better score counts: {', '.join(both[:5])}",) if both else ()
+        return self.words.notices + said
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over words, names and crops; the vocabulary's own hash where there are no examples."""
+        if not self.examples:
+            return self.words.hash
+        record = [self.words.hash, *([e.name, e.negative, e.hash] for e in self.examples)]
+        return hashlib.sha256(json.dumps(record, ensure_ascii=True).encode("ascii")).hexdigest()[:16]

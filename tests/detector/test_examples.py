@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searching by crop: what is found, how words and crops mix, what a score depends on, which mistakes are explained."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from ovd.detector import Detector
+from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
+from ovd.modeling.scoring import Calibration, RegionSet, score_examples, score_regions
+from ovd.predict import main, named_example, predict
+from ovd.vocabulary import TEMPLATES_STICKER
+from pretrain.engine.errors import UserError
+from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture
+
+RED = np.full((30, 40, 3), COLOURS["red"], dtype=np.uint8)
+BLUE = np.full((30, 40, 3), COLOURS["blue"], dtype=np.uint8)
+SCENE = [("red", 10, 20, 50, 70), ("blue", 80, 30, 150, 110)]
+
+
+def found_by(examples: Any, classes: str | None = None, **options: Any) -> dict[str, list[float]]:
+    found = make_detector().find(picture(SCENE), classes, examples=examples, **options)
+    return dict(zip(found.class_name, found.xyxy.tolist(), strict=True))
+
+
+def test_a_crop_from_elsewhere_finds_what_looks_like_it() -> None:
+    assert found_by({"thing": RED}) == {"thing": [10, 20, 50, 70]}
+    assert found_by([BLUE]) == {"example 1": [80, 30, 150, 110]}
+
+
+def test_a_box_on_the_picture_itself_is_an_example() -> None:
+    assert found_by([(80, 30, 150, 110)]) == {"example 1": [80, 30, 150, 110]}
+    assert found_by({"mine": (10.0, 20.0, 50.0, 70.0)}) == {"mine": [10, 20, 50, 70]}
+
+
+def test_a_box_on_another_picture_is_an_example() -> None:
+    other = picture([("blue", 5, 5, 60, 60)])
+    assert found_by({"b": Crop(other, (5, 5, 60, 60))}) == {"b": [80, 30, 150, 110]}
+
+
+def test_words_and_crops_are_one_list_of_classes() -> None:
+    detector = make_detector()
+    found = detector.find(picture(SCENE), "red, unicorn", examples={"my thing": BLUE})
+    assert found.names == ("red", "unicorn", "my thing")
+    assert dict(zip(found.class_name, found.class_id.tolist(), strict=True)) == {"red": 0, "my thing": 2}
+    assert [name for name, _ in found.not_found] == ["unicorn"]
+
+
+def test_a_word_and_a_crop_of_one_name_are_one_class_and_the_better_score_counts() -> None:
+    detector = make_detector()
+    question = detector.question("Red, blue", {"red": BLUE})
+    found = detector.embed(picture(SCENE)).classify(question, threshold=0.0)
+    assert found.names == ("Red", "blue")
+    assert any("Red" in n or "red" in n for n in found.notices)
+    regions = detector.embed(picture(SCENE))
+    mixed, _ = regions.scores(question)
+    word, _ = regions.scores(detector.question("red"))
+    crop, _ = regions.scores(detector.question(None, {"x": BLUE}))
+    torch.testing.assert_close(mixed[:, 0], torch.maximum(word[:, 0], crop[:, 0]))
+
+
+def test_a_score_depends_on_no_other_word_and_no_other_example() -> None:
+    detector = make_detector()
+    regions = detector.embed(picture(SCENE))
+    alone, _ = regions.scores(detector.question(None, {"a": RED}))
+    many, _ = regions.scores(detector.question("green, yellow, blue", {"b": BLUE, "a": RED}))
+    torch.testing.assert_close(many[:, 4], alone[:, 0])
+
+
+def test_negative_examples_and_negative_words_take_regions_away() -> None:
+    assert set(found_by({"a": RED, "b": BLUE})) == {"a", "b"}
+    # A class of its own that is a little like both; the negative example claims the blue one.
+    both = np.concatenate([RED, BLUE], axis=1)
+    assert found_by({"both": both}, threshold=0.01) and [80, 30, 150, 110] not in found_by(
+        {"both": both, "-no": BLUE}, threshold=0.01
+    ).values()
+    assert [80, 30, 150, 110] not in found_by({"both": both}, "-blue", threshold=0.01).values()
+
+
+def test_several_crops_of_one_name_are_embedded_alone_and_averaged() -> None:
+    encoder = WordEncoder()
+    embedder = ExampleEmbedder(encoder=encoder)
+    (pair,) = parse_examples([("x", RED), ("X", BLUE)])
+    assert pair.name == "x" and len(pair.crops) == 2
+    expected = F.normalize(encoder.word("red") + encoder.word("blue"), dim=0)
+    torch.testing.assert_close(embedder.embed([pair])[0], expected)
+
+
+def test_a_box_is_embedded_with_its_surroundings_as_the_regions_were() -> None:
+    encoder = WordEncoder()
+    crop = Crop(picture([("red", 40, 40, 80, 80)]), (40, 40, 80, 80))
+    row = ExampleEmbedder(encoder=encoder).embed([Example("x", (crop,))])[0]
+    # 1x shows red alone, 1.5x shows 1/2.25 red on grey (ViLD: the sum of both, normalised).
+    wide = encoder.word("red") / 2.25 + encoder.word("grey") * (1 - 1 / 2.25)
+    expected = F.normalize(encoder.word("red") + wide, dim=0)
+    assert float(row @ expected) > 0.999
+    assert float(row @ encoder.word("red")) < 0.95
+
+
+def test_crops_are_remembered() -> None:
+    detector = make_detector()
+    for _ in range(3):
+        detector.find(picture(SCENE), examples={"a": RED.copy()})
+    assert detector.text.encoder.seen == 2 and detector.model.runs == 1  # type: ignore[attr-defined]
+
+
+def test_paths_bytes_and_pillow_pictures_are_crops(tmp_path: Path) -> None:
+    Image.fromarray(RED).save(tmp_path / "red.png")
+    buffer = io.BytesIO()
+    Image.fromarray(RED).save(buffer, "PNG")
+    for given in (tmp_path / "red.png", str(tmp_path / "red.png"), buffer.getvalue(), Image.fromarray(RED)):
+        assert found_by({"r": given}) == {"r": [10, 20, 50, 70]}
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ({"mug": np.zeros((0, 5, 3), np.uint8)}, "'mug': the crop is empty"),
+        ({"mug": RED[:4]}, "'mug' is 40×4 pixels; at least 8×8"),
+        ({"mug": (10, 10, 13, 60)}, "'mug' is 3×50 pixels"),
+        ({"mug": (155, 10, 190, 60)}, "'mug' is 5×50 pixels"),
+        ({"mug": (200, 10, 260, 60)}, "outside the picture of 160×120"),
+        ({"mug": (50, 60, 10, 20)}, "empty or outside"),
+        ({"mug": (float("nan"), 1, 20, 20)}, "NaN"),
+        ({"mug": b"no picture"}, "'mug'"),
+        ({"mug": RED.astype(np.float32)}, "'mug': picture arrays must be uint8"),
+        ({"mug": 7}, "'mug': a picture must be"),
+        ({"mug": [], "-cup": RED}, "Type at least one class"),
+        ({"mug": RED, "-mug": BLUE}, "both as a class and with a minus"),
+        ([], "no classes yet"),
+        ({f"e{i}": RED for i in range(101)}, "at most 100"),
+    ],
+)
+def test_mistakes_name_the_example(examples: Any, message: str) -> None:
+    detector = make_detector()
+    if message.startswith("Type"):
+        with pytest.raises(UserError, match=message):
+            detector.find(picture(), "", examples=examples)
+        return
+    with pytest.raises(UserError) as caught:
+        detector.find(picture(), examples=examples)
+    assert message in str(caught.value)
+    assert detector.runs == 0, "a mistake should not cost a run of the network"
+
+
+def test_a_box_without_a_picture_is_refused() -> None:
+    with pytest.raises(UserError, match="needs the picture it lies on"):
+        parse_examples([(1, 2, 30, 40)])
+
+
+def test_weights_without_an_image_tower_say_so() -> None:
+    class Words(WordEncoder):
+        visual = None
+
+    encoder = Words()
+    detector = Detector(model=ColourModel(encoder), encoder=encoder)
+    with pytest.raises(UserError, match="cannot search by example"):
+        detector.find(picture(), examples=[RED])
+    assert detector.find(picture(SCENE), "red").class_name == ["red"]
+
+
+def test_a_model_may_bring_its_own_image_space() -> None:
+    class Negated(WordEncoder):
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+            return super().encode_image(pixels) * torch.tensor([-1.0])
+
+    encoder = WordEncoder()
+    model = ColourModel(encoder)
+    model.example_encoder = Negated()  # type: ignore[attr-defined]
+    detector = Detector(model=model, encoder=encoder)
+    assert [10, 20, 50, 70] not in detector.find(picture(SCENE), examples={"r": RED}, threshold=0.1).xyxy.tolist()
+
+
+def test_the_image_head_answers_examples_where_there_are_two_heads() -> None:
+    unit = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    regions = RegionSet(boxes=torch.zeros(2, 4), objectness=torch.tensor([0.5, 1.0]), text=unit[:2], image=unit[2:4],
+                        masks=None, size=(1, 1))  # fmt: skip
+    calibration = Calibration(example_logit_scale=7.0, example_objectness_weight=1.0, example_slope=2.0)
+    got = score_examples(regions, unit[4:5], unit[5:6], unit[0], calibration)
+    odds = 7.0 * (unit[2:4] @ unit[4] - unit[2:4] @ unit[5])
+    raw = odds.sigmoid() * regions.objectness
+    torch.testing.assert_close(got[:, 0], (2.0 * torch.logit(raw)).sigmoid())
+
+
+def test_a_calibration_of_examples_leaves_the_words_alone() -> None:
+    words = Calibration(logit_scale=5.0, slope=2.0, threshold=0.2)
+    fitted = Calibration(logit_scale=9.0, objectness_weight=0.5, slope=3.0, offset=-1.0, threshold=0.4)
+    both = words.with_examples(fitted)
+    assert (both.logit_scale, both.slope, both.threshold) == (5.0, 2.0, 0.2)
+    assert both.of_examples().threshold == 0.4 and both.of_examples().slope == 3.0
+
+
+def test_thresholds_follow_what_is_asked() -> None:
+    encoder = WordEncoder()
+    model = ColourModel(encoder, threshold=0.3)
+    model.calibration = model.calibration.with_examples(Calibration(logit_scale=20.0, threshold=0.6))
+    detector = Detector(model=model, encoder=encoder)
+    assert detector.threshold_of(detector.question("red")) == 0.3
+    assert detector.threshold_of(detector.question(None, {"a": RED})) == 0.6
+    assert detector.threshold_of(detector.question("red", {"a": RED})) == 0.6
+    assert detector.find(picture(SCENE), examples={"a": RED}).threshold == 0.6
+
+
+def test_hashes_tell_examples_apart() -> None:
+    detector = make_detector()
+    hashes = {
+        detector.question(*asked).hash
+        for asked in [("red", None), ("red", {"a": RED}), ("red", {"a": BLUE}), ("red", {"b": RED}), (None, {"a": RED})]
+    }
+    assert len(hashes) == 5
+    assert detector.question("red").hash == detector.resolve("red").hash
+
+
+# ---- python -m ovd.predict --example ------------------------------------------------------------------------------
+
+
+def test_predict_finds_by_example_and_knows_another_example_from_it(tmp_path: Path) -> None:
+    Image.fromarray(picture(SCENE)).save(tmp_path / "scene.png")
+    files = [("scene.png", tmp_path / "scene.png")]
+    detector = make_detector(cache_size=0)
+    question = detector.question("red", {"my mug": BLUE})
+    assert predict(detector=detector, files=files, vocabulary=question, out=tmp_path / "out") == []
+    images = json.loads((tmp_path / "out" / "images.json").read_text())
+    names = {c["id"]: c["name"] for c in images["categories"]}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {names[r["category_id"]]: r["bbox"] for r in results} == {"red": [10, 20, 40, 50],
+                                                                     "my mug": [80, 30, 70, 80]}  # fmt: skip
+    with pytest.raises(UserError, match="vocabulary differ"):
+        other = detector.question("red", {"my mug": RED})
+        predict(detector=detector, files=files, vocabulary=other, out=tmp_path / "out")
+
+
+def test_named_examples(tmp_path: Path) -> None:
+    crop = tmp_path / "mug.png"
+    Image.fromarray(RED).save(crop)
+    assert named_example(f"my mug={crop}") == ("my mug", crop)
+    assert named_example(str(crop)) == ("mug", crop)
+    assert named_example(f"-poster={crop}") == ("-poster", crop)
+    with pytest.raises(UserError, match="no such file"):
+        named_example("my mug=nowhere.png")
+
+
+def test_predict_explains_that_there_is_nothing_to_look_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--example CROP"):
+        main([str(tmp_path), "--out", str(tmp_path / "out")])
+    crop = tmp_path / "mug.png"
+    Image.fromarray(RED).save(crop)
+    with pytest.raises(UserError, match="Type at least one class"):
+        main([str(crop), "--example", f"-poster={crop}", "--out", str(tmp_path / "out")])
+
+
+def test_a_vocabulary_beside_examples_keeps_its_templates() -> None:
+    assert make_detector().question("-poster", {"a": RED}).words.templates == TEMPLATES_STICKER
