@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
 from pretrain.losses import swav_loss
@@ -151,6 +152,10 @@ class SwAV(nn.Module):
     @torch.no_grad()
     def _normalise(self) -> None:
         self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
+
+    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """One group: the reference decays and rescales biases and norms as well."""
+        return [{"params": list(self.parameters()), "weight_decay": optim.weight_decay}]
 
     def health(self) -> dict[str, Tensor]:
         """What the panel needs of the last forward."""
