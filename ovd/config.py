@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.engine.config import LoopConfig, OptimConfig, Section
+from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fits
 
 
 class BackboneConfig(Section):
@@ -171,4 +171,5 @@ class TrainConfig(Section):
                 f"variant {self.model.variant!r} distils from offline regions: set regions=FOLDER, "
                 "which python -m ovd.embed writes"
             )
+        warm_up_fits(self.loop, self.optim)
         return self

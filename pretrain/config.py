@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section
+from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, warm_up_fits
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 
@@ -204,4 +204,5 @@ class PretrainConfig(Section):
         wanted = {"clip": "sticker_pairs", "text_distill": "phrase_targets"}[self.method.name]
         if self.data.kind != wanted:
             raise ValueError(f"method {self.method.name} learns from data of kind {wanted}, not {self.data.kind}")
+        warm_up_fits(self.loop, self.optim)
         return self

@@ -134,8 +134,13 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or export it again") from error
-    for name, original in json.loads(metadata.pop(_ALIASES, "{}")).items():
-        tensors[name] = tensors[original]
+    try:
+        for name, original in json.loads(metadata.pop(_ALIASES, "{}")).items():
+            tensors[name] = tensors[original]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its metadata {_ALIASES!r} is not a table of names of its tensors ({error!r}); export it again"
+        ) from error
     return tensors, metadata
 
 

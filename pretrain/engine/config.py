@@ -147,6 +147,19 @@ class OptimConfig(Section):
         return self
 
 
+def warm_up_fits(loop: LoopConfig, optim: OptimConfig) -> None:
+    """For the validator of a configuration that has both sections.
+
+    Raises:
+        ValueError: If the warm-up is not over before the last step, so that ``optim.lr`` would never be reached.
+    """
+    if optim.warmup_steps >= loop.steps:
+        raise ValueError(
+            f"optim.warmup_steps {optim.warmup_steps} must be less than loop.steps {loop.steps}: the learning rate "
+            "would never be reached; for a short trial set optim.warmup_steps=0"
+        )
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -353,4 +366,5 @@ __all__ = [
     "plain",
     "training_keys",
     "undocumented",
+    "warm_up_fits",
 ]

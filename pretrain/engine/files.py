@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from pathlib import Path
 
 from pretrain.engine.errors import UserError
@@ -34,7 +35,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         UserError: If the disk is full or not writable; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines may share a folder, and numbers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

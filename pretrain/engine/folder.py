@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from pretrain.engine import checkpoint, distributed
-from pretrain.engine.config import changed_keys
+from pretrain.engine.config import changed_keys, dump_config
 from pretrain.engine.errors import UserError
 
 RUN_FILES = (
@@ -30,7 +31,9 @@ RUN_FILES = (
     "checkpoints",
     "tensorboard",
     "last",
+    "exported",  # of the run that is overwritten: weights of other steps than the checkpoints beside them
 )
+LOCK = ".lock"
 
 
 def as_json(record: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def find_start(
         raise UserError("--resume and --overwrite contradict each other; give one of them")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a folder for out")
-    used = out.is_dir() and any(out.iterdir())
+    used = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
     if used and not (resume or overwrite):
         raise UserError(f"{out}: is not empty; give --resume to continue, --overwrite to begin again, or another out=")
     if not resume:
@@ -85,6 +88,54 @@ def find_start(
             f"(they are in {out / 'config.yaml'}), or train into another folder"
         )
     return found
+
+
+class FolderLock:
+    """One training per run folder.
+
+    A POSIX record lock on ``out/.lock``: the kernel drops it when its process ends, however that ends, so that a killed
+    run leaves nothing to clean up; loader processes, which are forked, do not inherit it. The file stays, because
+    removing it could remove somebody else's. Only one process of a run takes it (``torchrun``: process 0).
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / LOCK
+        self.note: str | None = None  # why there is no lock although nothing speaks against the run
+        self._descriptor: int | None = None
+
+    def take(self) -> str | None:
+        """Take the lock, without waiting.
+
+        Returns:
+            ``None``, or what to tell the user when another process holds it or the folder cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            return f"cannot write {self.path}: {error.strerror or error}; choose another folder for out"
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            if not isinstance(error, (BlockingIOError, PermissionError)):
+                self.note = f"{self.path}: this file system has no locks ({error.strerror}); start one training here only"
+                return None
+            return (
+                f"{self.path.parent}: another training writes here ({owner or 'unknown process'}); wait for it or end "
+                "it, or give another out="
+            )
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._descriptor = descriptor
+        return None
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens when it is not held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def prepare(out: Path, record: dict[str, Any], *, device: torch.device, overwrite: bool) -> None:
@@ -107,8 +158,7 @@ def prepare(out: Path, record: dict[str, Any], *, device: torch.device, overwrit
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
-    text = yaml.safe_dump(as_json(record), sort_keys=False, allow_unicode=True)
-    checkpoint.write_atomically(out / "config.yaml", text.encode())
+    checkpoint.write_atomically(out / "config.yaml", dump_config(as_json(record)).encode())
     checkpoint.write_atomically(out / "env.json", json.dumps(env, indent=1).encode())
 
 

@@ -94,8 +94,12 @@ def fit(
                 out, record, free_keys=free_keys, resume=resume, overwrite=overwrite, warn=notes.append
             )
         run = _Run(task, source, loop=loop, optim=optim, out=out, record=record, check=check)
+        lock = folder.FolderLock(out)
         with Signals() as signals:
             try:
+                if not check:
+                    take(lock)
+                    notes += [lock.note] if lock.note else []
                 run.begin(found, notes, overwrite=overwrite)
                 return run.train(signals)
             except RuntimeError as error:
@@ -105,9 +109,21 @@ def fit(
                 raise better from error
             finally:
                 run.log.close()
+                lock.release()
     finally:
         if joined:
             distributed.teardown()
+
+
+def take(lock: folder.FolderLock) -> None:
+    """Process 0 takes the lock of the run folder; every process learns whether it could.
+
+    Raises:
+        UserError: In every process, when another training writes there.
+    """
+    refusal = distributed.all_objects(lock.take() if distributed.rank() == 0 else None)[0]
+    if refusal is not None:
+        raise UserError(refusal)
 
 
 class _Run:

@@ -46,7 +46,7 @@ def stop_in_step(task: Everything, step: int, accumulate: int = 1) -> Everything
 def test_a_run_folder_has_everything_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = train(Everything(), tmp_path / "run", steps=8, log_every=3, save_every=4)
     run = tmp_path / "run"
-    names = {path.name for path in run.iterdir()} - {"tensorboard"}
+    names = {path.name for path in run.iterdir()} - {"tensorboard", ".lock"}
     assert names == {"config.yaml", "env.json", "metrics.jsonl", "train.log", "checkpoints", "last"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_4", "step_8"}
     assert yaml.safe_load((run / "config.yaml").read_text())["loop"]["steps"] == 8

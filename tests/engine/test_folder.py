@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder: one training at a time, nothing stale after --overwrite, nothing lost by --resume."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from ovd.config import TrainConfig
+from pretrain.config import PretrainConfig
+from pretrain.engine.checkpoint import load_weights
+from pretrain.engine.config import load_config, plain
+from pretrain.engine.errors import ConfigError, UserError
+from pretrain.engine.folder import FolderLock, prepare
+from tests.engine.processes import REPOSITORY
+from tests.engine.toy import Mean, Numbers, train
+
+HOLDER = """
+import sys
+from pathlib import Path
+from pretrain.engine.folder import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+assert lock.take() is None
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_training_of_one_folder_is_refused_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
+    train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for how in ("resume", "overwrite"):
+            with pytest.raises(UserError, match=f"another training writes here .process {other.pid} on "):
+                train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, **{how: True})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, check=True)  # writes nothing, so it may
+        other.kill()
+    assert train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, resume=True).step == 4
+
+
+def test_a_lock_ends_with_its_run(tmp_path: Path) -> None:
+    train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=2, warmup_steps=0)
+    code = HOLDER.replace("sys.stdin.read()", "")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "held\n", done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refusal = FolderLock(tmp_path / "file" / "run").take()
+    assert refusal is not None and "choose another folder for out" in refusal
+
+
+def test_overwriting_removes_the_old_export_and_resuming_keeps_it(tmp_path: Path) -> None:
+    train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, save_every=2)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.safetensors").write_bytes(b"old")
+    (tmp_path / "notes.txt").write_text("mine")
+    train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, save_every=2, resume=True)
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == b"old"
+    train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, save_every=2, overwrite=True)
+    assert not (tmp_path / "exported").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(TrainConfig, "vild.yaml"), (PretrainConfig, "pretrain/clip.yaml")], ids=["ovd", "pretrain"]
+)
+def test_the_recorded_config_is_read_back_to_the_same_configuration(tmp_path: Path, model: type, name: str) -> None:
+    config = load_config(model, REPOSITORY / "configs" / name)
+    prepare(tmp_path, plain(config), device=torch.device("cpu"), overwrite=False)
+    assert load_config(model, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(TrainConfig, "vild.yaml"), (PretrainConfig, "pretrain/clip.yaml")], ids=["ovd", "pretrain"]
+)
+def test_a_warm_up_longer_than_the_run_is_refused(model: type, name: str) -> None:
+    path = REPOSITORY / "configs" / name
+    with pytest.raises(ConfigError, match="optim.warmup_steps 7 must be less than loop.steps 7"):
+        load_config(model, path, ["loop.steps=7", "optim.warmup_steps=7"])
+    assert load_config(model, path, ["loop.steps=7", "optim.warmup_steps=6"]).loop.steps == 7
+
+
+@pytest.mark.parametrize("aliases", ['{"b": "absent"}', "[1]", "{", '{"b": ["a"]}'])
+def test_alias_metadata_that_makes_no_sense_is_a_user_error(tmp_path: Path, aliases: str) -> None:
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"aliases": aliases})
+    with pytest.raises(UserError, match=r"w\.safetensors: its metadata 'aliases' is not a table of names"):
+        load_weights(path)
