@@ -575,7 +575,7 @@ class StickerCrops:
     """Every drawing of one style alone on a photo: the zero-shot test of an image encoder.
 
     A sample is (image uint8 (3, S, S), noun, class id). The sticker fills 70 to 95 % of the frame, upright or nearly
-    so, with nothing else in it. Photos are the held-out ones.
+    so, with nothing else in it.
 
     Args:
         stickers: the loaded data set.
@@ -583,13 +583,21 @@ class StickerCrops:
         size: S.
         views: pictures per drawing, each with its own photo, place and light.
         seed: of photos, places and lights.
+        photos: "val" for the held-out ones, "train" for those of training.
 
     Raises:
         UserError: unknown style or value out of range.
     """
 
     def __init__(
-        self, stickers: Stickers, *, style: str = "emojione", size: int = 64, views: int = 1, seed: int = 0
+        self,
+        stickers: Stickers,
+        *,
+        style: str = "emojione",
+        size: int = 64,
+        views: int = 1,
+        seed: int = 0,
+        photos: Split = "val",
     ) -> None:
         if style not in stickers.drawings:
             raise UserError(f"style is {style!r}; the data set has {', '.join(sorted(stickers.drawings))}.")
@@ -597,7 +605,8 @@ class StickerCrops:
             raise UserError(f"size is {size} and views is {views}; size must be 16 to 1024, views at least 1.")
         self.stickers, self.style, self.size, self.views, self.seed = stickers, style, size, views, seed
         self.drawings = [(label, code) for label, codes in sorted(stickers.drawings[style].items()) for code in codes]
-        self.backgrounds = Backgrounds.of(stickers, "val", None)
+        self.photos = photos
+        self.backgrounds = Backgrounds.of(stickers, photos, None)
 
     def __len__(self) -> int:
         return len(self.drawings) * self.views
@@ -612,7 +621,7 @@ class StickerCrops:
         if not 0 <= index < len(self):
             raise IndexError(f"crop {index} of {len(self)}")
         label, code = self.drawings[index % len(self.drawings)]
-        dice = Dice(self.seed, SPLIT_KEY["val"], _CROP, index)
+        dice = Dice(self.seed, SPLIT_KEY[self.photos], _CROP, index)
         sprite = self.stickers.sprite(self.style, code)
         stage = Stage(self.backgrounds.crop(self.size, self.size, dice, plain=0.0))
         fill = self.size * dice.uniform(0.70, 0.95)

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sets of pictures to learn from: a folder, ImageNet's layout, CIFAR-10, tar shards, Sticker Scenes.
+
+Each has `__len__`, `image(index)` → uint8 (H, W, 3) RGB, and `label(index)` → class number, −1 for none. All of them
+can be sent to loader workers.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pretrain.config_views import CifarImages, FolderImages, ImagesConfig, ShardImages, StickerScenes, StickerSingles
+from pretrain.data.folder import EXTENSIONS, U8, list_images, read_image
+from pretrain.data.stickers import SceneSource, Split, StickerCrops, Stickers
+from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.files import write_atomically
+
+NO_LABEL = -1
+CIFAR_SIDE = 32
+CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2  # a label, then the red, green and blue plane
+MAX_SHARDS = 1_000_000
+
+
+class ImageSet(Protocol):
+    """Pictures by number."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> U8:
+        """uint8 (H, W, 3) RGB. ``BadImageError`` if it cannot be read."""
+
+    def label(self, index: int) -> int:
+        """Class number, or −1."""
+
+
+def build_images(config: ImagesConfig) -> ImageSet:
+    """The pictures a config section describes.
+
+    Raises:
+        UserError: They are not there, or there is none.
+    """
+    builders: Mapping[type, Callable[..., ImageSet]] = {
+        FolderImages: lambda c: FolderSet(c.root, classes=c.classes),
+        CifarImages: lambda c: CifarSet(c.root, split=c.split),
+        ShardImages: lambda c: ShardSet(c.pattern),
+        StickerScenes: lambda c: SceneSet(
+            SceneSource(Stickers.load(c.root), split=c.split, seed=c.seed, size=c.size, length=c.length)
+        ),
+        StickerSingles: lambda c: SingleSet(
+            Stickers.load(c.root), split=c.split, size=c.size, views=c.views, seed=c.seed
+        ),
+    }
+    return builders[type(config)](config)
+
+
+class FolderSet:
+    """Pictures below a folder, sorted by path.
+
+    Args:
+        root: The folder.
+        classes: The folders directly below it are classes, numbered by name, as in ImageNet's layout.
+
+    Raises:
+        UserError: No folder, no picture, or a picture outside of a class folder.
+    """
+
+    def __init__(self, root: Path, *, classes: bool = False) -> None:
+        paths = list_images(root)
+        self.root, self.names = root, [path.relative_to(root).as_posix() for path in paths]
+        self.classes: tuple[str, ...] = ()
+        self._labels: np.ndarray | None = None
+        if classes:
+            loose = next((name for name in self.names if "/" not in name), None)
+            if loose is not None:
+                raise UserError(
+                    f"{root / loose} is in no class folder; move it into one, or set classes: false to ignore classes"
+                )
+            owners = [name.split("/", 1)[0] for name in self.names]
+            self.classes = tuple(sorted(set(owners)))
+            number = {name: i for i, name in enumerate(self.classes)}
+            self._labels = np.array([number[owner] for owner in owners], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> U8:
+        """Decode one file."""
+        return read_image(self.root / self.names[index])
+
+    def label(self, index: int) -> int:
+        """Number of its folder in ``classes``; −1 without classes."""
+        return NO_LABEL if self._labels is None else int(self._labels[index])
+
+
+class CifarSet:
+    """CIFAR-10 in its binary version; the version for Python is a pickle, which can run code and is not read.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+
+    def __init__(self, root: Path, *, split: str = "train") -> None:
+        folder = root / "cifar-10-batches-bin" if (root / "cifar-10-batches-bin").is_dir() else root
+        wanted = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if missing:
+            pickled = [folder, root / "cifar-10-batches-py"]
+            if any((place / name).is_file() for place in pickled for name in ("data_batch_1", "test_batch")):
+                raise UserError(
+                    f"{root} holds CIFAR-10's version for Python, which is a pickle and is not read: a pickle can run "
+                    f"code; fetch the binary version (cifar-10-binary.tar.gz, with {wanted[0]})"
+                )
+            raise UserError(
+                f"{folder / missing[0]} is missing; root must hold CIFAR-10's binary version ({', '.join(wanted)})"
+            )
+        parts = []
+        for name in wanted:
+            path = folder / name
+            size = path.stat().st_size
+            if size == 0 or size % CIFAR_RECORD:
+                raise UserError(f"{path} has {size} bytes, no multiple of {CIFAR_RECORD}; fetch it again")
+            parts.append(np.fromfile(path, np.uint8).reshape(-1, CIFAR_RECORD))
+        self._rows = np.concatenate(parts)
+        if self._rows[:, 0].max() > 9:
+            raise UserError(f"{folder} has labels above 9, so it is not CIFAR-10; fetch cifar-10-binary.tar.gz")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image(self, index: int) -> U8:
+        """(32, 32, 3)."""
+        return np.ascontiguousarray(self._rows[index, 1:].reshape(3, CIFAR_SIDE, CIFAR_SIDE).transpose(1, 2, 0))
+
+    def label(self, index: int) -> int:
+        """0 to 9."""
+        return int(self._rows[index, 0])
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``a-{00..02}.tar`` → a-00.tar, a-01.tar, a-02.tar; ``{x,y}`` → x and y; several groups multiply.
+
+    Raises:
+        UserError: A range that runs backwards or gives more than a million names.
+    """
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if span:
+        first, last = int(span[1]), int(span[2])
+        if not 0 <= last - first < MAX_SHARDS:
+            raise UserError(f"{pattern}: {{{found[1]}}} must run upwards and give at most {MAX_SHARDS:,} names")
+        width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 1
+        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    else:
+        choices = found[1].split(",")
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+
+
+class ShardSet:
+    """Pictures in uncompressed tar files: ``KEY.jpg`` (or another picture) and, if there is one, ``KEY.cls``.
+
+    The place of every picture is noted once, in ``NAME.tar.index.json`` beside the shard (or only in memory, when its
+    folder cannot be written); after that a picture is one read at a known position. Nothing is extracted.
+
+    Args:
+        pattern: Path with ``{000..146}``, ``{a,b}`` or wildcards.
+
+    Raises:
+        UserError: No such file, no tar file, a compressed one, or no picture in it.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.paths: list[Path] = []
+        for name in expand_braces(pattern):
+            matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+            for match in matches:
+                if not Path(match).is_file():
+                    raise UserError(f"{match} does not exist; data.pattern {pattern} names it")
+                self.paths.append(Path(match))
+        if not self.paths:
+            raise UserError(f"data.pattern {pattern} matches no file")
+        keys: list[str] = []
+        rows: list[tuple[int, int, int, int]] = []
+        for number, path in enumerate(self.paths):
+            for key, start, size, label in _index_of(path):
+                keys.append(key)
+                rows.append((number, start, size, label))
+        if not rows:
+            raise UserError(f"{pattern}: no picture ({', '.join(EXTENSIONS)}) in {len(self.paths)} tar files")
+        self._keys, self._rows = np.array(keys), np.array(rows, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image(self, index: int) -> U8:
+        """Read and decode one member."""
+        number, start, size, _ = (int(value) for value in self._rows[index])
+        name = f"{self.paths[number]}/{self._keys[index]}"
+        try:
+            with self.paths[number].open("rb") as shard:
+                shard.seek(start)
+                content = shard.read(size)
+            return read_image(content)
+        except BadImageError as error:
+            raise BadImageError(name, error.reason) from error
+        except OSError as error:
+            raise BadImageError(name, f"cannot be read: {error.strerror}") from error
+
+    def label(self, index: int) -> int:
+        """The number in ``KEY.cls``; −1 without."""
+        return int(self._rows[index, 3])
+
+
+def _index_of(path: Path) -> list[tuple[str, int, int, int]]:
+    """(name, first byte, bytes, label) of each picture of a shard, from its index file or by reading the headers."""
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns]
+    beside = path.with_name(path.name + ".index.json")
+    try:
+        kept = json.loads(beside.read_text(encoding="utf-8"))
+        if kept["format"] == "shard-index/1" and kept["shard"] == stamp:
+            return [(str(key), int(start), int(size), int(label)) for key, start, size, label in kept["pictures"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or of another file: make it again
+    pictures, labels = [], {}
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                if not member.isfile():
+                    continue
+                # webdataset: what comes before the first dot of the file name is the key of a sample
+                parent, _, base = member.name.rpartition("/")
+                key, _, extension = base.partition(".")
+                key = f"{parent}/{key}"
+                if f".{extension.lower()}".endswith(EXTENSIONS):
+                    pictures.append((key, member.name, member.offset_data, member.size))
+                elif extension.lower() == "cls":
+                    content = shard.extractfile(member)
+                    labels[key] = _label(content.read(32) if content else b"", path, member.name)
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{path} cannot be read as an uncompressed tar file ({error}); unpack a compressed one first: pictures are "
+            "read at their position"
+        ) from error
+    found = [(name, start, size, labels.get(key, NO_LABEL)) for key, name, start, size in pictures]
+    if os.access(path.parent, os.W_OK):
+        content = json.dumps({"format": "shard-index/1", "shard": stamp, "pictures": found})
+        write_atomically(beside, content.encode("utf-8"))
+    return found
+
+
+def _label(content: bytes, path: Path, name: str) -> int:
+    try:
+        return int(content)
+    except ValueError as error:
+        raise UserError(f"{path}/{name} holds {content[:20]!r}, but a .cls file holds a class number") from error
+
+
+class SceneSet:
+    """The pictures of sticker scenes, without labels."""
+
+    def __init__(self, source: SceneSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> U8:
+        """Compose one scene."""
+        return self.source.scene(index).image
+
+    def label(self, index: int) -> int:
+        """−1: a scene shows several things."""
+        return NO_LABEL
+
+
+class SingleSet:
+    """Single stickers with their class.
+
+    Args:
+        stickers: The data set.
+        split: "train": the training styles on training photos; "val": the held-out style on held-out photos.
+        size: Side of a picture.
+        views: Pictures of each drawing.
+        seed: Of photos, places and lights.
+    """
+
+    def __init__(self, stickers: Stickers, *, split: Split, size: int, views: int, seed: int) -> None:
+        self.classes = stickers.nouns
+        self._styles = [  # each style with a seed of its own: a class must not be on one photo in all of them
+            StickerCrops(stickers, style=style, size=size, views=views, seed=seed + (number << 32), photos=split)
+            for number, style in enumerate(stickers.styles[split])
+        ]
+        self._ends = np.cumsum([len(style) for style in self._styles])
+        self._labels = np.concatenate([style.class_ids for style in self._styles])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def image(self, index: int) -> U8:
+        """Compose one picture."""
+        style = int(np.searchsorted(self._ends, index, side="right"))
+        first = 0 if style == 0 else int(self._ends[style - 1])
+        return np.ascontiguousarray(self._styles[style].sample(index - first)[0].transpose(1, 2, 0))
+
+    def label(self, index: int) -> int:
+        """Class id of the sticker."""
+        return int(self._labels[index])
