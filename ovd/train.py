@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.config import DataConfig, TrainConfig
 from pretrain.engine.cli import command_line
-from pretrain.engine.config import config_hash
+from pretrain.engine.config import config_hash, free_keys, plain
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
     """Everything a training needs: model, task, source, encoder and the pieces of the card."""
     import torch
 
-    from ovd.data.catalog import StickerImages
+    from ovd.data.catalog import CocoImages, StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
     from ovd.modeling.build import build_model
     from ovd.modeling.task import DetectionTask
@@ -152,8 +152,9 @@ def build(config: TrainConfig) -> dict[str, Any]:
     from ovd.regions.store import RegionStore
     from ovd.text import embed_vocabulary
     from ovd.vocabulary import Vocabulary
+    from pretrain.engine.distributed import seed_everything
 
-    torch.manual_seed(config.loop.seed)
+    seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
     encoder = resolve_encoder(config.encoder)
     images = labelled_images(config.data)
     rows = embed_vocabulary(Vocabulary.parse(list(images.names)), encoder)
@@ -174,7 +175,11 @@ def build(config: TrainConfig) -> dict[str, Any]:
         store = RegionStore.open(Path(config.regions or ""))
         pictures = SceneImages(images.source).fingerprint() if isinstance(images, StickerImages) else None
         # A store of other scenes would give every picture somebody else's regions, silently.
-        store.require(encoder_fingerprint=encoder.fingerprint(), source_fingerprint=pictures)
+        store.require(
+            encoder_fingerprint=encoder.fingerprint(),
+            source_fingerprint=pictures,
+            image_ids=images.image_ids if isinstance(images, CocoImages) else range(len(images)),
+        )
     source = DetectionSource(
         images=images,
         transform=TrainingTransform(
@@ -248,10 +253,11 @@ def main(argv: list[str]) -> int:
         loop=config.loop,
         optim=config.optim,
         out=out,
-        record=config.model_dump(mode="json"),
+        record=plain(config),
         resume=options.resume,
         overwrite=options.overwrite,
         check=options.check,
+        free_keys=free_keys(TrainConfig),
     )
     if not options.check and is_main():
         export(config, parts, out / "exported")

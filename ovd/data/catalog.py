@@ -140,6 +140,11 @@ class CocoImages:
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def image_ids(self) -> list[int]:
+        """Ids of the pictures that training draws from, in order."""
+        return [image["id"] for image in self._images]
+
     def load(self, index: int) -> Labelled:
         """Decode image ``index``.
 
