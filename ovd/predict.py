@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import BadImageError, UserError, run_cli
+from pretrain.engine.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +118,7 @@ def named_example(text: str) -> tuple[str, Path]:
     path = Path(file if equals else text)
     if not path.is_file():
         raise UserError(f"--example {text}: no such file {str(path)!r}; expected NAME=CROP or CROP, e.g. mug=mug.png")
-    return (name if name.strip() else path.stem), path
+    return (name if equals and name.strip() else path.stem), path
 
 
 def collect(given: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -290,18 +291,16 @@ def _merge_parts(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8", errors="surrogateescape")
-    os.replace(partial, path)
+    # File names of a disk may be no UTF-8; they come back as the bytes they were.
+    write_atomically(path, json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape"))
 
 
 def _save_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    Image.fromarray(pixels).save(partial, "JPEG", quality=92)  # from bare pixels: no EXIF, no position
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92)  # from bare pixels: no EXIF, no position
+    write_atomically(path, buffer.getvalue())
 
 
 def draw_detections(pixels: NDArray[np.uint8], found: Detections, *, masks: bool = True) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
-from pretrain.engine.files import sha256_of
+from pretrain.engine.files import sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 DEFAULT = "vild-sticker"
@@ -231,9 +231,7 @@ def _write(entries: Iterable[Weights], root: Path) -> None:
         }
         for entry in sorted(entries, key=lambda entry: entry.name)
     ]
-    fresh = root / (MANIFEST + ".new")
-    fresh.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, root / MANIFEST)
+    write_atomically(root / MANIFEST, (json.dumps(raw, indent=2) + "\n").encode())
 
 
 def main(argv: list[str]) -> int:

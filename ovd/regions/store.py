@@ -872,6 +872,8 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _write_text(file: Path, text: str) -> None:
+    # Not `write_atomically`, which makes every OSError a refusal: here FileNotFoundError has a meaning of its own, that
+    # another process took the shard over and swept this temporary file away (`write_regions`).
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
