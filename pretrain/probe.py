@@ -12,39 +12,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.config_views import CifarImages, FolderImages, StickerSingles, ViewConfig
+from pretrain.data.images import ImageSet, build_images
+from pretrain.data.render import U8, Dice
+from pretrain.data.views import crop_box, resized
 from pretrain.engine import distributed
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import write_atomically
 from pretrain.engine.optim import LARS, lr_at
-from pretrain.engine.sampling import derive_seed
-
-U8 = NDArray[np.uint8]
-
-
-class Images(Protocol):
-    """Labelled pictures, as ``pretrain.data.views.build_images`` makes them."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> U8: ...
-
-    def label(self, index: int) -> int: ...
 
 
 class Normalise(NamedTuple):
@@ -76,23 +66,13 @@ def centre(picture: U8, size: int) -> U8:
     return picture[top : top + size, left : left + size]
 
 
-def random_crop(picture: U8, size: int, seed: int) -> U8:
+def random_crop(picture: U8, size: int, *key: int) -> U8:
     """The training view of the linear protocol: a crop of area .08 to 1, ratio 3/4 to 4/3, flipped half of the time."""
-    rng = np.random.default_rng(seed)
-    height, width = picture.shape[:2]
-    for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < wide <= width and 0 < tall <= height:
-            break
-    else:
-        wide, tall = width, height
-    top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
-    crop = cv2.resize(
-        picture[top : top + tall, left : left + wide], (size, size), interpolation=cv2.INTER_LINEAR
-    )
-    return np.asarray(crop[:, ::-1] if rng.random() < 0.5 else crop, np.uint8)
+    dice = Dice(*key)
+    view = ViewConfig(size=size, crop_scale=(0.08, 1.0))
+    top, left, tall, wide = crop_box(*picture.shape[:2], view, dice)
+    crop = resized(picture[top : top + tall, left : left + wide], size, "bilinear")
+    return np.ascontiguousarray(crop[:, ::-1]) if dice.chance(view.flip) else crop
 
 
 @contextmanager
@@ -114,7 +94,7 @@ def _device(module: nn.Module) -> torch.device:
 
 def features(
     backbone: nn.Module,
-    images: Images,
+    images: ImageSet,
     indices: Sequence[int],
     normalise: Normalise,
     *,
@@ -145,7 +125,7 @@ def features(
     return torch.stack(parts, dim=1).flatten(0, 1)[: len(indices)]  # rank r had every W-th from r on
 
 
-def labels(images: Images, indices: Sequence[int]) -> Tensor:
+def labels(images: ImageSet, indices: Sequence[int]) -> Tensor:
     """Labels (len(indices),).
 
     Raises:
@@ -153,7 +133,7 @@ def labels(images: Images, indices: Sequence[int]) -> Tensor:
     """
     found = torch.tensor([images.label(i) for i in indices], dtype=torch.int64)
     if len(found) == 0 or int(found.min()) < 0:
-        raise UserError("the probe needs labelled pictures: give a folder with one subfolder per class, or sticker_singles")
+        raise UserError("the probe needs labelled pictures: sticker_singles, or a folder with a subfolder per class")
     return found
 
 
@@ -190,26 +170,34 @@ class Recipe(NamedTuple):
     optimizer: str = "sgd"
     nesterov: bool = False
     milestones: tuple[float, ...] = ()  # shares of the run; empty: cosine
+    batch: int = 256
 
 
 PROTOCOLS = {
-    "simclr": Recipe(0.1, 90, nesterov=True),  # arXiv:2002.05709, appendix B.6
+    "simclr": Recipe(0.1, 90, nesterov=True, batch=4096),  # arXiv:2002.05709, appendix B.6
     "moco": Recipe(30.0, 100, milestones=(0.6, 0.8)),  # arXiv:1911.05722, §4.1
-    "byol": Recipe(0.2, 80, nesterov=True),  # arXiv:2006.07733, appendix D.1 (there the best of five learning rates)
+    "byol": Recipe(
+        0.2, 80, nesterov=True, batch=1024
+    ),  # arXiv:2006.07733, appendix D.1 (there the best of five learning rates)
     "swav": Recipe(0.3, 100, weight_decay=1e-6),  # arXiv:2006.09882, appendix; the reference's eval_linear.py
-    "simsiam": Recipe(0.1, 90, optimizer="lars"),  # the reference's README; the paper's appendix A has .02
+    "simsiam": Recipe(0.1, 90, optimizer="lars", batch=4096),  # the reference's README; the paper's appendix A has .02
     "barlow_twins": Recipe(0.3, 100, weight_decay=1e-6),  # arXiv:2103.03230, §4.1
 }
 
 
+LARGE = 100_000  # pictures; with fewer, LARS and batches of 4,096 have too few steps to get anywhere
+SMALL = "swav"
+PROTOCOL_OF = {"moco_v1": "moco", "moco_v2": "moco", "byol_gn": "byol", **{name: name for name in PROTOCOLS}}
+
+
 def linear(
     backbone: nn.Module,
-    train: Images,
+    train: ImageSet,
     normalise: Normalise,
     *,
     classes: int,
     protocol: Recipe,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     epochs: int | None = None,
     augment: bool = True,
     seed: int = 0,
@@ -218,6 +206,7 @@ def linear(
     """Train a linear layer on the frozen backbone.
 
     Args:
+        batch_size: Instead of the protocol's; the learning rate follows it.
         augment: Fresh random crops and flips in every epoch, as the papers do; otherwise the features of the evaluation
             view are computed once: far quicker, and a little worse.
         epochs: Instead of the protocol's.
@@ -233,7 +222,7 @@ def linear(
     with torch.no_grad():
         head.weight.copy_(0.01 * noise)
         head.bias.zero_()
-    batch_size = min(batch_size, len(train))
+    batch_size = min(batch_size or protocol.batch, len(train))
     epochs = epochs or protocol.epochs
     steps = len(train) // batch_size
     lr = protocol.lr * batch_size / 256
@@ -259,7 +248,7 @@ def linear(
                 x = features(
                     backbone, train, chosen, normalise,
                     view=lambda picture, i, epoch=epoch: random_crop(  # type: ignore[misc]
-                        picture, normalise.size, derive_seed(seed, epoch, i)
+                        picture, normalise.size, seed, epoch, i
                     ),
                 )  # fmt: skip
             else:
@@ -280,8 +269,8 @@ def few_labels(
 ) -> Tensor:
     """Scores (N, C) of a logistic regression on ``shots`` examples per class (fewer where a class has fewer).
 
-    On unit features with ``decay`` · |W|² / 2 beside the mean cross-entropy, solved to the end by L-BFGS: no step size or
-    epochs that would have to be chosen on labels that a few-shot setting does not have.
+    On unit features with ``decay`` · |W|² / 2 beside the mean cross-entropy, solved to the end by L-BFGS: no step size
+    or epochs that would have to be chosen on labels that a few-shot setting does not have.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels_M)))
     chosen = torch.cat([order[labels_M.cpu()[order] == c][:shots] for c in range(classes)])
@@ -323,8 +312,8 @@ class Probe:
 
     def __init__(
         self,
-        train: Images,
-        test: Images,
+        train: ImageSet,
+        test: ImageSet,
         normalise: Normalise,
         *,
         seconds: float,
@@ -336,18 +325,17 @@ class Probe:
     ) -> None:
         self.normalise, self.seconds, self.k, self.temperature = normalise, seconds, k, temperature
         self.batch = batch
-        self.parts: list[tuple[bool, Images, list[int]]] = []
+        self.parts: list[tuple[bool, ImageSet, list[int]]] = []
         rng = np.random.default_rng(0)
-        chosen = [
-            [(source, rng.permutation(len(source))[: min(count, len(source))][i::pieces].tolist()) for i in range(pieces)]
-            for source, count, pieces in ((train, bank, -(-bank // batch)), (test, queries, -(-bank // batch)))
-        ]
-        for (source, some), (other, asked) in zip(*chosen, strict=True):
-            self.parts += [(True, source, some), (False, other, asked)]
+        some = rng.permutation(len(train))[:bank].tolist()
+        asked = rng.permutation(len(test))[:queries].tolist()
+        pieces = -(-len(some) // batch)
+        for i in range(pieces):
+            self.parts += [(True, train, some[i::pieces]), (False, test, asked[i::pieces])]
         self._kept: dict[tuple[bool, int], U8] = {}
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
-        """"knn" accuracy, "seconds" it took, "bank" and "queries" used."""
+        """ "knn" accuracy, "seconds" it took, "bank" and "queries" used."""
         begun = time.perf_counter()
         rows: dict[bool, list[Tensor]] = {True: [], False: []}
         names: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -374,7 +362,7 @@ class Probe:
 class _Kept:
     """Evaluation views, made once."""
 
-    def __init__(self, source: Images, is_bank: bool, kept: dict[tuple[bool, int], U8], size: int) -> None:
+    def __init__(self, source: ImageSet, is_bank: bool, kept: dict[tuple[bool, int], U8], size: int) -> None:
         self.source, self.is_bank, self.kept, self.size = source, is_bank, kept, size
 
     def __len__(self) -> int:
@@ -388,3 +376,199 @@ class _Kept:
 
     def label(self, index: int) -> int:
         return self.source.label(index)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def open_data(text: str, *, size: int | None, views: int = 2) -> tuple[ImageSet, ImageSet, int]:
+    """Training pictures, test pictures, and the side that suits them.
+
+    Args:
+        text: "sticker_singles"; "cifar:ROOT"; or a folder with `train/CLASS/…` and `val/CLASS/…` (ImageNet's layout).
+        size: Another side.
+        views: Pictures of each sticker.
+
+    Raises:
+        UserError: There is no such data, or the two halves have different classes.
+    """
+    kind, _, root = text.partition(":")
+    if text == "sticker_singles":
+        stickers = StickerSingles(kind="sticker_singles", size=size or 64, views=views)
+        held_out = stickers.model_copy(update={"split": "val"})
+        return build_images(stickers), build_images(held_out), stickers.size
+    if kind == "cifar" and root:
+        cifar = CifarImages(kind="cifar", root=Path(root))
+        return build_images(cifar), build_images(cifar.model_copy(update={"split": "test"})), size or 32
+    folders = [Path(text) / name for name in ("train", "val")]
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise UserError(
+            f"--data {text}: {missing} is not a folder; give sticker_singles, cifar:ROOT, or a folder with "
+            "train/CLASS/ and val/CLASS/"
+        )
+    train_set, test_set = (build_images(FolderImages(root=folder, classes=True)) for folder in folders)
+    ours, theirs = train_set.classes, test_set.classes  # type: ignore[attr-defined]
+    if ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))
+        raise UserError(f"{text}: train and val have different classes, for example {odd[0]!r}; give both the same")
+    return train_set, test_set, size or 224
+
+
+def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The online backbone of a run, or an exported one, with what it was made by ("method", "mean", "std").
+
+    Raises:
+        UserError: There is none.
+    """
+    from pretrain.nets.backbones import load_backbone
+
+    if run is not None:
+        folder = run / "exported"
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist; the run has not ended: continue it with --resume")
+    if folder is None:
+        raise ValueError("a run or a folder is needed")
+    return load_backbone(folder)
+
+
+class Few:
+    """The first pictures of a fixed shuffle: a smaller set of the same kind."""
+
+    def __init__(self, images: ImageSet, count: int, seed: int) -> None:
+        self.images = images
+        self.chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def image(self, index: int) -> U8:
+        return self.images.image(int(self.chosen[index]))
+
+    def label(self, index: int) -> int:
+        return self.images.label(int(self.chosen[index]))
+
+
+def evaluate(
+    backbone: nn.Module,
+    train: ImageSet,
+    test: ImageSet,
+    normalise: Normalise,
+    *,
+    measures: Sequence[str],
+    k: int,
+    temperature: float,
+    recipe: str,
+    epochs: int | None,
+    shots: Sequence[int],
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The chosen measures as one report."""
+    x_test = features(backbone, test, range(len(test)), normalise)
+    y_test, y_train = labels(test, range(len(test))), labels(train, range(len(train)))
+    classes = int(max(y_train.max(), y_test.max())) + 1
+    report: dict[str, Any] = {"train": len(train), "test": len(test), "classes": classes, "width": x_test.shape[1]}
+    x_train = features(backbone, train, range(len(train)), normalise) if {"knn", "few"} & set(measures) else None
+    if x_train is not None and "knn" in measures:
+        scores = knn(x_test, x_train, y_train, classes=classes, k=k, temperature=temperature)
+        report["knn"] = {"top1": accuracy(scores, y_test), "k": min(k, len(train)), "temperature": temperature}
+    for name in ("linear", "linear_cached"):
+        if name in measures:
+            begun = time.perf_counter()
+            head = linear(
+                backbone, train, normalise, classes=classes, protocol=PROTOCOLS[recipe], epochs=epochs,
+                augment=name == "linear", seed=seed, say=say,
+            )  # fmt: skip
+            with torch.no_grad():
+                top1 = accuracy(head(x_test), y_test)
+            report[name] = {
+                "top1": top1, "protocol": recipe, "epochs": epochs or PROTOCOLS[recipe].epochs,
+                "seconds": time.perf_counter() - begun,
+            }  # fmt: skip
+    if x_train is not None and "few" in measures:
+        report["few"] = []
+        for count in shots:
+            found = [
+                accuracy(few_labels(x_train, y_train, x_test, classes=classes, shots=count, seed=seed + i), y_test)
+                for i in range(5)
+            ]
+            mean, std = float(np.mean(found)), float(np.std(found))
+            report["few"].append({"shots": count, "top1": mean, "std": std, "draws": len(found)})
+    return report
+
+
+def main(argv: list[str]) -> int:
+    """Probe one backbone and print, or write, one JSON report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.probe", description="How good are a backbone's frozen features?"
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="folder of a run of pretrain.train")
+    which.add_argument("--backbone", type=Path, help="backbone folder (a run's exported/)")
+    parser.add_argument(
+        "--data", default="sticker_singles", help="sticker_singles, cifar:ROOT, or a folder with train/ and val/"
+    )
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        choices=["knn", "linear", "linear_cached", "few"],
+        default=["knn", "linear_cached"],
+        help="linear: fresh crops every epoch, as in the papers; linear_cached: features computed once",
+    )
+    parser.add_argument("--k", type=int, default=200, help="neighbours (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the neighbours' vote (default .1)")
+    parser.add_argument(
+        "--protocol",
+        choices=sorted(PROTOCOLS),
+        help=f"linear protocol; default: the method's, {SMALL} below {LARGE:,} pictures",
+    )
+    parser.add_argument("--epochs", type=int, help="of the linear classifier, instead of the protocol's")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5], help="labels per class (default 1 5)")
+    parser.add_argument("--size", type=int, help="side of a picture; default 64 for stickers, 32 for CIFAR, else 224")
+    parser.add_argument("--limit", type=int, help="at most that many training and test pictures each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="write the report here as JSON")
+    args = parser.parse_args(argv)
+    for name in ("k", "epochs", "size", "limit", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if args.temperature <= 0 or min(args.shots) < 1:
+        raise UserError("--temperature and --shots must be above 0")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    joined = distributed.setup()
+    try:
+        backbone, info = open_backbone(args.run, args.backbone)
+        backbone = backbone.to(distributed.pick_device(args.device))
+        train, test, side = open_data(args.data, size=args.size)
+        if args.limit:
+            train, test = Few(train, args.limit, args.seed), Few(test, args.limit, args.seed)
+        method = str(info.get("method"))
+        recipe = args.protocol or (PROTOCOL_OF.get(method, SMALL) if len(train) >= LARGE else SMALL)
+        report = {
+            "backbone": str(args.run or args.backbone),
+            "method": method,
+            "data": args.data,
+            "size": side,
+            **evaluate(
+                backbone, train, test, Normalise(side, info["mean"], info["std"]), measures=args.measures, k=args.k,
+                temperature=args.temperature, recipe=recipe, epochs=args.epochs, shots=args.shots, seed=args.seed,
+                say=lambda text: print(text, file=sys.stderr),
+            ),
+        }  # fmt: skip
+    finally:
+        if joined:
+            distributed.teardown()
+    if distributed.is_main():
+        text = json.dumps(report, indent=2)
+        print(text)
+        if args.out:
+            write_atomically(args.out, (text + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

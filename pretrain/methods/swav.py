@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """SwAV (Caron et al., arXiv:2006.09882): predict from one view to which prototypes another view was assigned.
 
-Particular to it: the assignment ("code") comes from Sinkhorn-Knopp over the global batch, so that all prototypes are used
-alike (§3.1), and carries no gradient; several small crops predict the codes of the big ones, which alone give codes
-(§3.2), with one forward pass per resolution; the prototypes are unit vectors in every forward, and stay as they are for
-the first steps; a queue of earlier embeddings lets small batches use many prototypes (appendix A).
+Particular to it: the assignment ("code") comes from Sinkhorn-Knopp over the global batch, so that all prototypes are
+used alike (§3.1), and carries no gradient; several small crops predict the codes of the big ones, which alone give
+codes (§3.2), with one forward pass per resolution; the prototypes are unit vectors in every forward, and stay as they
+are for the first steps; a queue of earlier embeddings lets small batches use many prototypes (appendix A).
 
 Shapes: `N` samples of this process, `V` crops, `D` embedding, `K` prototypes, `Q` queue.
 """
@@ -94,7 +94,8 @@ class SwAV(nn.Module):
         """
         crops = augmented(batch, self.augment)
         features = [  # one pass per resolution
-            self.backbone(torch.cat(list(same))) for _, same in itertools.groupby(crops, key=lambda crop: crop.shape[-1])
+            self.backbone(torch.cat(list(same)))
+            for _, same in itertools.groupby(crops, key=lambda crop: crop.shape[-1])
         ]
         projection = self.projector(torch.cat(features))  # one pass of the head over all crops
         with torch.autocast(projection.device.type, enabled=False):

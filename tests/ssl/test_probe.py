@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probe against brute force in numpy; what it must leave alone; what it says when it cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain import probe
+from pretrain.engine.errors import UserError
+from pretrain.probe import Normalise, Probe, Recipe
+
+
+class Blobs:
+    """Pictures of a class colour with noise; separable, but not by every pixel."""
+
+    def __init__(self, count: int, *, seed: int, classes: int = 4, side: int = 8) -> None:
+        self.count, self.seed, self.classes, self.side = count, seed, classes, side
+        self.seen: list[int] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image(self, index: int) -> np.ndarray:
+        self.seen.append(index)
+        rng = np.random.default_rng([self.seed, index])
+        colour = np.random.default_rng(self.label(index)).integers(40, 216, 3)
+        return np.clip(colour + rng.normal(0, 25, (self.side, self.side, 3)), 0, 255).astype(np.uint8)
+
+    def label(self, index: int) -> int:
+        return index % self.classes
+
+
+PLAIN = Normalise(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.07), (20, 0.5), (500, 0.1)])
+def test_knn_is_the_weighted_vote_by_brute_force(k: int, temperature: float) -> None:
+    rng = np.random.default_rng(k)
+    query, bank, labels = rng.normal(size=(30, 5)), rng.normal(size=(60, 5)), rng.integers(0, 4, 60)
+    expected = np.zeros((30, 4))
+    for i, q in enumerate(query):
+        cosine = np.array([q @ b / np.linalg.norm(q) / np.linalg.norm(b) for b in bank])
+        for j in np.argsort(-cosine)[: min(k, 60)]:
+            expected[i, labels[j]] += np.exp(cosine[j] / temperature)
+    found = probe.knn(
+        torch.from_numpy(query),
+        torch.from_numpy(bank),
+        torch.from_numpy(labels),
+        classes=4,
+        k=k,
+        temperature=temperature,
+    ).numpy()
+    found, expected = (x / x.sum(1, keepdims=True) for x in (found, expected))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_near_neighbour_outvotes_many_far_ones() -> None:
+    bank = torch.tensor([[1.0, 0.0]] + [[0.0, 1.0]] * 5)
+    labels = torch.tensor([0, 1, 1, 1, 1, 1])
+    query = torch.tensor([[1.0, 0.2]])
+    assert int(probe.knn(query, bank, labels, classes=2, k=6, temperature=0.1).argmax()) == 0
+    assert int(probe.knn(query, bank, labels, classes=2, k=6, temperature=100.0).argmax()) == 1
+
+
+def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> None:
+    net, images = network().train(), Blobs(20, seed=1)
+    net[3].eval()  # a mode of its own must survive
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    rng = torch.get_rng_state()
+    found = probe.features(net, images, range(20), PLAIN, batch=6)
+    assert [m.training for m in net] == [True, True, True, False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not found.requires_grad
+    pixels = torch.from_numpy(np.stack([images.image(i) for i in range(20)])).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(found, net.eval()((pixels - 0.5) / 0.25).detach())
+
+
+def test_the_evaluation_view_is_the_centre_of_the_resized_picture() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)
+    found = probe.centre(picture, 56)
+    whole = cv2.resize(picture, (91, 64), interpolation=cv2.INTER_AREA)
+    assert found.shape == (56, 56, 3) and np.array_equal(found, whole[4:60, 17:73])
+    exact = picture[:56, :56]
+    assert probe.centre(exact, 56) is exact
+
+
+def test_low_shot_solves_the_regularised_regression() -> None:
+    """At the solution the objective's gradient is zero; computed here by hand in float64."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(12, 3)), np.arange(12) % 3
+    rows = torch.from_numpy(x).float()
+    eye = torch.eye(3)  # scores of the unit vectors and of zero give the weights back
+    args: dict[str, Any] = {"classes": 3, "shots": 4, "seed": 0, "decay": 0.01}
+    bias = probe.few_labels(rows, torch.from_numpy(y), torch.zeros(1, 3), **args).double().numpy()
+    weight = (probe.few_labels(rows, torch.from_numpy(y), eye, **args).double().numpy() - bias).T
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    logits = unit @ weight.T + bias
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gradient = (p - np.eye(3)[y]).T @ unit / 12 + 0.01 * weight
+    assert np.abs(gradient).max() < 1e-3 and np.abs(weight).max() > 0.5
+
+
+def test_low_shot_sees_only_so_many_labels_per_class() -> None:
+    x, y = torch.eye(40), torch.arange(40) % 4
+    scores = probe.few_labels(x, y, x, classes=4, shots=2, seed=5)
+    told = (scores - scores.mean(0)).abs().max(1).values > 1e-2
+    assert int(told.sum()) == 8
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize(
+    "recipe", [Recipe(0.5, 12), Recipe(200.0, 30, optimizer="lars"), Recipe(3.0, 10, milestones=(0.6,))]
+)
+def test_the_linear_probe_learns_what_the_features_tell(recipe: Recipe, augment: bool) -> None:
+    train, test = Blobs(96, seed=1), Blobs(48, seed=2)
+    net = network()
+    head = probe.linear(
+        net, train, PLAIN, classes=4, protocol=recipe, batch_size=32, augment=augment, say=lambda text: None
+    )
+    found = probe.features(net, test, range(48), PLAIN)
+    got = probe.accuracy(head(found), probe.labels(test, range(48)))
+    untrained = probe.accuracy(nn.Linear(16, 4)(found), probe.labels(test, range(48)))
+    assert got > max(0.6, untrained + 0.2)
+    assert all(p.grad is None for p in net.parameters()), "the backbone is frozen"
+
+
+def test_the_papers_protocols() -> None:
+    assert probe.PROTOCOLS["moco"] == Recipe(30.0, 100, milestones=(0.6, 0.8))
+    assert set(probe.PROTOCOL_OF.values()) == set(probe.PROTOCOLS)
+
+
+def test_training_crops_differ_between_epochs_and_repeat_by_seed() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    crops = [probe.random_crop(picture, 16, 0, epoch, 7) for epoch in (0, 1, 0)]
+    assert np.array_equal(crops[0], crops[2]) and not np.array_equal(crops[0], crops[1])
+
+
+def test_a_probe_in_training_decodes_once_and_agrees_with_the_whole_measure() -> None:
+    train, test, net = Blobs(60, seed=1), Blobs(24, seed=2), network()
+    watch = Probe(train, test, PLAIN, seconds=60, bank=60, queries=24, k=5, batch=16)
+    first, second = watch(net), watch(net)
+    assert sorted(train.seen) == list(range(60)) and sorted(test.seen) == list(range(24))
+    assert (first["bank"], first["queries"]) == (60, 24) and first["knn"] == second["knn"]
+    scores = probe.knn(
+        probe.features(net, test, range(24), PLAIN), probe.features(net, train, range(60), PLAIN),
+        probe.labels(train, range(60)), classes=4, k=5,
+    )  # fmt: skip
+    assert first["knn"] == pytest.approx(probe.accuracy(scores, probe.labels(test, range(24))))
+
+
+def test_a_probe_out_of_time_is_smaller_and_still_has_both_halves() -> None:
+    watch = Probe(Blobs(60, seed=1), Blobs(24, seed=2), PLAIN, seconds=0, bank=60, queries=24, k=5, batch=10)
+    found = watch(network())
+    assert (found["bank"], found["queries"]) == (10, 4)
+
+
+def test_pictures_without_labels_are_refused() -> None:
+    class Unlabelled(Blobs):
+        def label(self, index: int) -> int:
+            return -1
+
+    with pytest.raises(UserError, match="labelled pictures"):
+        probe.labels(Unlabelled(4, seed=0, side=8), range(4))
+
+
+def folder_of(root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
+    images = Blobs(100, seed=4)
+    for split, names in splits.items():
+        for number, name in enumerate(names):
+            (root / split / name).mkdir(parents=True)
+            for i in range(3):
+                cv2.imwrite(str(root / split / name / f"{i}.png"), images.image(number + 4 * i))
+    return root
+
+
+def test_folders_with_other_classes_in_val_are_refused(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "c")})
+    with pytest.raises(UserError, match="different classes, for example 'b'"):
+        probe.open_data(str(root), size=None)
+    with pytest.raises(UserError, match=r"train.*is not a folder; give sticker_singles"):
+        probe.open_data(str(tmp_path / "nowhere"), size=None)
+
+
+def test_the_command_writes_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
+    net = network()
+    monkeypatch.setattr(
+        probe, "open_backbone", lambda run, folder: (net, {"method": "byol", "mean": PLAIN.mean, "std": PLAIN.std})
+    )
+    command = ["--backbone", "x", "--data", str(root), "--size", "8", "--k", "3", "--epochs", "2", "--shots", "1"]
+    assert probe.main([*command, "--measures", "knn", "linear", "few", "--out", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    assert report["knn"]["k"] == 3 and report["knn"]["temperature"] == 0.1 and report["classes"] == 2
+    assert report["linear"]["protocol"] == "swav" and report["few"][0]["shots"] == 1
+
+
+def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:
+    """Two processes, each computing half."""
+    import socket
+    import subprocess
+    import sys
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ssl.test_probe", str(tmp_path)],
+            env={"PATH": "/usr/bin:/bin", "RANK": str(n), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), outputs
+    expected = probe.features(network(), Blobs(13, seed=1), range(13), PLAIN)
+    for n in range(2):
+        found = torch.load(tmp_path / f"{n}.pt", weights_only=True)
+        torch.testing.assert_close(found["features"], expected)
+        assert found["seen"] == list(range(n, 13, 2)) + ([0] if n else [])
+
+
+def _one_process(folder: Path) -> None:
+    from pretrain.engine import distributed
+
+    distributed.setup()
+    images = Blobs(13, seed=1)
+    found: Tensor = probe.features(network(), images, range(13), PLAIN)
+    torch.save({"features": found, "seen": images.seen}, folder / f"{distributed.rank()}.pt")
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    import sys
+
+    _one_process(Path(sys.argv[1]))
