@@ -25,7 +25,7 @@ def clip_contrastive(
     *,
     labels_N: Tensor | None = None,
     names_CD: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Symmetric InfoNCE over the global batch (CLIP, arXiv:2103.00020, figure 3).
 
     Each process compares its own N rows with all M columns. Under gradient averaging over processes that is exactly the
@@ -39,14 +39,23 @@ def clip_contrastive(
             targets). None: only a picture's own caption is right, as in the paper.
         names_CD: Embeddings of all C class names, the same on every process; needs ``labels_N``, which index them. They
             stand beside the captions when a picture chooses among texts: C further negatives, one more positive.
-
-    Returns:
-        The loss, and the share of this process's pictures whose most similar caption is a right one (no gradient).
     """
-    with torch.autocast(device_type=image_ND.device.type, enabled=False):
-        image, text = F.normalize(image_ND.float(), dim=-1), F.normalize(text_ND.float(), dim=-1)
+    return clip_contrastive_top1(image_ND, text_ND, logit_scale, labels_N=labels_N, names_CD=names_CD)[0]
+
+
+def clip_contrastive_top1(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    *,
+    labels_N: Tensor | None = None,
+    names_CD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`clip_contrastive`, and the share of this process's pictures whose most similar text is right (no gradient)."""
+    with _exact(image_ND):
+        image, text = _unit(image_ND), _unit(text_ND)
         all_image, all_text = gather_with_grad(image), gather_with_grad(text)
-        scale = logit_scale.float().exp()
+        scale = _wide(logit_scale).exp()
         by_image_NM = scale * image @ all_text.T
         by_text_NM = scale * text @ all_image.T
         own = torch.arange(len(image), device=image.device) + rank() * len(image)
@@ -55,12 +64,11 @@ def clip_contrastive(
             right = by_image_NM.argmax(1) == own
         else:
             same = labels_N[:, None] == gather_with_grad(labels_N)[None, :]
-            by_text = F.cross_entropy(by_text_NM, same.float() / same.sum(1, keepdim=True))
+            by_text = F.cross_entropy(by_text_NM, _shares(same, by_text_NM))
             if names_CD is not None:
-                names = F.normalize(names_CD.float(), dim=-1)
-                by_image_NM = torch.cat([by_image_NM, scale * image @ names.T], dim=1)
-                same = torch.cat([same, labels_N[:, None] == torch.arange(len(names), device=same.device)], dim=1)
-            by_image = F.cross_entropy(by_image_NM, same.float() / same.sum(1, keepdim=True))
+                by_image_NM = torch.cat([by_image_NM, scale * image @ _unit(names_CD).T], dim=1)
+                same = torch.cat([same, labels_N[:, None] == torch.arange(len(names_CD), device=same.device)], dim=1)
+            by_image = F.cross_entropy(by_image_NM, _shares(same, by_image_NM))
             loss = (by_image + by_text) / 2
             right = same.gather(1, by_image_NM.argmax(1, keepdim=True)).squeeze(1)
         return loss, right.float().mean()
@@ -77,8 +85,8 @@ def embedding_distillation(
     Returns:
         The loss, and the mean cosine (no gradient).
     """
-    with torch.autocast(device_type=student_ND.device.type, enabled=False):
-        student, teacher = F.normalize(student_ND.float(), dim=-1), F.normalize(teacher_ND.float(), dim=-1)
+    with _exact(student_ND):
+        student, teacher = _unit(student_ND), _unit(teacher_ND)
         cosine = (student * teacher).sum(-1).mean()
         loss = 1 - cosine
         if similarity_weight and len(student) > 2:
@@ -239,6 +247,12 @@ def _wide(x: Tensor) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(_wide(x), dim=-1)
+
+
+def _shares(right: Tensor, like: Tensor) -> Tensor:
+    """Booleans (N, M) -> targets whose rows share 1 equally."""
+    right = right.to(like.dtype)
+    return right / right.sum(1, keepdim=True)
 
 
 def _standardised(x: Tensor) -> Tensor:

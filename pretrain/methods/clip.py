@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import AugmentConfig
-from pretrain.losses import clip_contrastive
+from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.towers import JointEncoder, ProjectedText
 
 
@@ -118,7 +118,7 @@ class Clip(nn.Module):
         names = None
         if self.names is not None:
             names = self.encoder.encode_text(self.encoder.tokenize(self.names).to(device))
-        loss, right = clip_contrastive(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
+        loss, right = clip_contrastive_top1(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
         return loss, {"batch_top1": right, "logit_scale": self.encoder.logit_scale.detach().exp()}
 
     def after_step(self, step: int, total: int) -> None:
