@@ -17,6 +17,7 @@ from fvcore.transforms.transform import CropTransform, HFlipTransform, NoOpTrans
 
 from ovd.data.catalog import Labelled, LabelledImages
 from ovd.regions.store import RegionStore
+from pretrain.engine.sampling import derive_seed
 
 
 class TrainingTransform:
@@ -177,6 +178,7 @@ class DetectionSource:
         out = map_sample(
             labelled, transform=self.transform, rng=rng, offline=offline, regions_per_image=self.regions_per_image
         )
+        out["seed"] = derive_seed(self.seed, draw, 1) % 2**62  # of which anchors and proposals are learned from
         if self.agnostic:
             out["instances"].gt_classes = torch.zeros_like(out["instances"].gt_classes)
         return out

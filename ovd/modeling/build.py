@@ -16,7 +16,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from ovd.config import ModelConfig
 from ovd.modeling.backbone import build_fpn, build_resnet, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN, Tower
+from ovd.modeling.sampling import SeededRPN
 from ovd.modeling.scoring import Calibration, RegionSet
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -85,7 +86,7 @@ def build_model(
         aspect_ratios=[list(proposals.aspect_ratios)],
         strides=[strides[name] for name in rpn_in],
     )
-    rpn = RPN(
+    rpn = SeededRPN(
         in_features=rpn_in,
         head=StandardRPNHead(
             in_channels=channels[rpn_in[0]],

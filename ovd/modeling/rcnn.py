@@ -18,7 +18,7 @@ from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import ROIHeads, select_foreground_proposals
+from detectron2.modeling.roi_heads import select_foreground_proposals
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead, mask_rcnn_loss
 from detectron2.structures import Boxes, ImageList, Instances
@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from ovd.modeling.backbone import RegionBlock, stage, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.distill import l1_distillation
+from ovd.modeling.sampling import SeededROIHeads
+from pretrain.engine.distributed import shares
 
 Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]
 
@@ -124,7 +126,7 @@ class RegionOutputs(NamedTuple):
     image: Tensor | None
 
 
-class OpenVocabularyHeads(ROIHeads):
+class OpenVocabularyHeads(SeededROIHeads):
     """Box, mask and embedding heads of all variants.
 
     With a detail map boxes and masks read that and the towers embed only.
@@ -270,7 +272,11 @@ class OpenVocabularyHeads(ROIHeads):
             losses["loss_distill"] = self.distill_weight * l1_distillation(out.image, target)
         if self.mask_head is not None:
             losses["loss_mask"] = self._mask_loss(features, sampled)
-        return losses
+        # These are means over what this process sampled; weighted like this, their mean is that over all processes.
+        foreground = sum(int(((p.gt_classes >= 0) & (p.gt_classes < self.num_classes)).sum()) for p in sampled)
+        of_sampled, of_regions, of_masks = shares([sum(counts), sum(map(len, regions or [])), foreground])
+        weights = {"loss_distill": of_regions, "loss_mask": of_masks}
+        return {name: weights.get(name, of_sampled) * loss for name, loss in losses.items()}
 
     def _box_loss(self, sampled: list[Instances], deltas: Tensor) -> Tensor:
         labels = cat([p.gt_classes for p in sampled])
@@ -328,6 +334,9 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         regions = [x["regions"].to(self.device) for x in batched_inputs] if "regions" in batched_inputs[0] else None
         features = self.roi_heads.prepare(self.backbone(images.tensor))
+        seeds = [x["seed"] for x in batched_inputs] if "seed" in batched_inputs[0] else None
+        self.proposal_generator.seeds = seeds
+        self.roi_heads.seeds = [seed + 1 for seed in seeds] if seeds else None  # not the draws of the anchors again
         # Detectron2's RPN and samplers insist on a place for their scalars; the loop logs the losses itself.
         with EventStorage():
             proposals, losses = self.proposal_generator(images, features, targets)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,19 @@ def all_sum(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return [float(value) for value in tensor]
+
+
+def shares(counts: Sequence[float]) -> list[float]:
+    """Weights that make the average over the processes of local means the mean over all.
+
+    Args:
+        counts: Of each mean of this process, over how many items it was taken; the same means in every process.
+
+    Returns:
+        For each, ``count · W / (sum of the counts of all processes)``: 1 in one process, and where nobody has any item.
+    """
+    totals = all_sum([float(count) for count in counts])
+    return [count * world_size() / total if total else 1.0 for count, total in zip(counts, totals, strict=True)]
 
 
 def all_objects(value: Any) -> list[Any]:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which anchors and proposals a detector learns from, as a function of the sample alone.
+
+Detectron2 draws them from torch's global generator, picture after picture, so that the draw of a picture depends on how
+many stand before it in its process: two processes would train another network than one. Here every picture brings the
+seed of its own draws. With it, losses and gradients of W processes equal those of one on the same global batch (up to
+rounding), when its pictures are padded to the same size: a batch is padded to its largest picture, and process 1 does
+not know the pictures of process 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from detectron2.modeling.proposal_generator.rpn import RPN
+from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+
+@contextmanager
+def drawing(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators start from ``seed``; afterwards they go on as if nothing had been drawn.
+
+    None leaves them alone: a picture without a seed draws from where they are.
+    """
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class SeededRPN(RPN):
+    """Detectron2's RPN; ``seeds`` are those of the pictures of the coming batch, or None."""
+
+    seeds: Sequence[int] | None = None
+
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As Detectron2's, one picture at a time."""
+        labels, boxes = [], []
+        for n, one in enumerate(gt_instances):
+            with drawing(self.seeds[n] if self.seeds else None, anchors[0].device):
+                label, box = super().label_and_sample_anchors(anchors, [one])
+            labels += label
+            boxes += box
+        return labels, boxes
+
+
+class SeededROIHeads(ROIHeads):
+    """Detectron2's region heads; ``seeds`` as in :class:`SeededRPN`."""
+
+    seeds: Sequence[int] | None = None
+
+    @torch.no_grad()
+    def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
+        """As Detectron2's, one picture at a time."""
+        sampled = []
+        for n, (proposal, target) in enumerate(zip(proposals, targets, strict=True)):
+            with drawing(self.seeds[n] if self.seeds else None, proposal.proposal_boxes.device):
+                sampled += super().label_and_sample_proposals([proposal], [target])
+        return sampled
