@@ -2,8 +2,7 @@
 """``make weights``: rebuild the shipped weights from nothing, stage by stage.
 
 A stage whose result exists is skipped; a training that was stopped goes on with ``--resume``. The CPU time of every
-stage, over all of its attempts, stands in ``runs/weights.json``. Stages: teacher, text, clip, proposals, regions, vild,
-calibrate, ship. Only the first needs the ``rebuild`` extra and Debian's ``wordnet-base``.
+stage, over all of its attempts, stands in ``runs/weights.json``. ``--help`` names the stages. Only the first needs the ``rebuild`` extra and Debian's ``wordnet-base``.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def training(name: str, module: str, config: str, folder: str) -> Stage:
 def stages() -> list[Stage]:
     """All stages in order."""
     phrases, targets = RUNS / "teacher/phrases.txt", RUNS / "teacher/targets.safetensors"
-    calibrated = RUNS / "vild/calibration.json"
+    calibrated, metrics = RUNS / "vild/calibration.json", RUNS / "vild/evaluation/metrics.json"
     return [
         Stage(
             name="teacher",
@@ -71,11 +70,12 @@ def stages() -> list[Stage]:
             ],
         ),
         training("text", "pretrain.train", "pretrain/text.yaml", "text"),
+        training("clip-start", "pretrain.train", "pretrain/clip_start.yaml", "clip_start"),
         training("clip", "pretrain.train", "pretrain/clip.yaml", "clip"),
         Stage(
             name="ship-clip",
             result=RUNS / "clip/shipped",
-            commands=[["-m", "ovd.weights", "add", str(RUNS / "clip/exported"), "clip-sticker"]],
+            commands=[["scripts/ship_weights.py", "clip", str(RUNS / "clip/exported"), "clip-sticker"]],
         ),
         training("proposals", "ovd.train", "mask_rcnn.yaml", "mask_rcnn"),
         Stage(
@@ -90,9 +90,27 @@ def stages() -> list[Stage]:
             commands=[["-m", "ovd.calibrate", "--weights", str(RUNS / "vild/exported"), "--report", str(calibrated)]],
         ),
         Stage(
+            name="measure",
+            result=metrics,
+            commands=[
+                [
+                    "-m",
+                    "ovd.evaluate",
+                    "--weights",
+                    str(RUNS / "vild/exported"),
+                    "--data",
+                    "stickers-val:200",
+                    "--out",
+                    str(metrics.parent),
+                ]
+            ],
+        ),
+        Stage(
             name="ship-vild",
             result=RUNS / "vild/shipped",
-            commands=[["-m", "ovd.weights", "add", str(RUNS / "vild/exported"), "vild-sticker"]],
+            commands=[
+                ["scripts/ship_weights.py", "detector", str(RUNS / "vild/exported"), "vild-sticker", str(metrics)]
+            ],
         ),
     ]
 

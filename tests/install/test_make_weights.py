@@ -5,22 +5,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from ovd.weights import weights_folder
+from pretrain.config import CbowTower, EncoderConfig
+from pretrain.engine.errors import UserError
+from pretrain.nets.towers import build_encoder, load_encoder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_weights.py"
 
 
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_weights", SCRIPT)
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "make_weights", module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = load("make_weights", monkeypatch)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return module
@@ -67,6 +79,62 @@ def test_a_training_with_a_checkpoint_is_resumed(
     (tmp_path / "runs/t/last").write_text("step_5")
     assert script.main([]) == 0
     assert (tmp_path / "log.txt").read_text() == "--resume"
+
+
+def test_both_passes_of_clip_are_trained_before_it_is_shipped_and_the_detector_after_it(script: ModuleType) -> None:
+    names = [stage.name for stage in script.stages()]
+    assert names == [
+        "teacher", "text", "clip-start", "clip", "ship-clip", "proposals", "regions", "vild", "calibrate", "measure",
+        "ship-vild",
+    ]  # fmt: skip
+
+
+def test_each_stage_finds_what_the_stages_before_it_made(script: ModuleType) -> None:
+    configs = SCRIPT.parents[1] / "configs"
+    made = {"runs/teacher"}
+    for stage in script.stages():
+        for command in stage.commands:
+            if "--config" in command:
+                text = (configs / command[command.index("--config") + 1]).read_text(encoding="utf-8")
+                assert set(re.findall(r"^(?!out:).*(runs/\w+)", text, flags=re.MULTILINE)) <= made, stage.name
+        made.add(str(stage.result.parent if stage.run is None else stage.run))
+
+
+def test_a_shipped_encoder_is_half_as_large_and_keeps_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ship = load("ship_weights", monkeypatch)
+    monkeypatch.setenv("OVD_WEIGHTS", str(tmp_path / "weights"))
+    torch.manual_seed(0)
+    text = CbowTower(width=8, hidden=8)
+    exported = build_encoder(EncoderConfig(embed_dim=12, text=text)).save(tmp_path / "exported")
+    ship.main(["clip", str(exported), "small"])
+    (tmp_path / "weights/small/card.md").write_text("# small")
+    ship.main(["clip", str(exported), "small"])
+    shipped = weights_folder("small", tmp_path / "weights")
+    assert (shipped / "card.md").read_text() == "# small"
+    assert (shipped / "model.safetensors").stat().st_size < 0.51 * (exported / "model.safetensors").stat().st_size
+    tokens = load_encoder(shipped).tokenize(["a dog"])
+    ours, theirs = (load_encoder(folder).encode_text(tokens) for folder in (shipped, exported))
+    assert float(torch.cosine_similarity(ours, theirs).detach()) > 0.9999
+
+
+def test_a_shipped_detector_carries_a_card_with_its_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ship = load("ship_weights", monkeypatch)
+    monkeypatch.setenv("OVD_WEIGHTS", str(tmp_path / "weights"))
+    exported, metrics = tmp_path / "exported", tmp_path / "metrics.json"
+    exported.mkdir()
+    (exported / "model.safetensors").write_bytes(b"weights")
+    model = {"config_hash": "abc", "classes": ["cat", "dog", "cup"], "novel": [1], "encoder": "clip-sticker"}
+    (exported / "model.json").write_text(json.dumps(model))
+    values = {"bbox/AP50_base": 0.25, "bbox/AP50_novel": 0.1234, "bbox/AR100_novel@50": 0.9}
+    run = {"config_hash": "abc", "data": "stickers-val:200", "words": 3}
+    metrics.write_text(json.dumps({"metrics": values, "run": run | {"config_hash": "of another detector"}}))
+    with pytest.raises(UserError, match="evaluate this one"):
+        ship.main(["detector", str(exported), "tiny", str(metrics)])
+    metrics.write_text(json.dumps({"metrics": values, "run": run}))
+    ship.main(["detector", str(exported), "tiny", str(metrics)])
+    card = json.loads((weights_folder("tiny", tmp_path / "weights") / "card.json").read_text())
+    assert card["metrics"] == {"box AP50, base": 0.25, "box AP50, novel": 0.123, "AR100 at IoU .5, novel": 0.9}
+    assert "labels of 2 base nouns" in card["data"] and "1 nouns were never labelled" in card["data"]
 
 
 def test_every_config_of_the_real_stages_exists(script: ModuleType) -> None:
