@@ -3,7 +3,8 @@
 
 `small`: 3x3 convolution with stride 2, then the usual 3x3 max pool with stride 2; `imagenet`: the 7x7 convolution of
 He et al. (arXiv:1512.03385, table 1). Both divide the side by 4, so that `layer1` … `layer4` stand at strides 4, 8, 16,
-32 and the checkpoint becomes a detector's backbone without any change of geometry.
+32 and the checkpoint becomes a detector's backbone without any change of geometry. `cifar`: a 3x3 convolution alone,
+for pictures of 32 pixels (SimCLR, appendix B.9); it keeps the side and suits no detector.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ class ResNet(TorchvisionResNet):
 
     Args:
         depth: 18, 34, 50 or 101.
-        stem: "small" (3x3) or "imagenet" (7x7).
+        stem: "small" (3x3), "imagenet" (7x7) or "cifar" (3x3, stride 1, no pooling).
         zero_init: Start every residual block as the identity (last norm's gain 0).
     """
 
     def __init__(
-        self, *, depth: int = 18, stem: Literal["small", "imagenet"] = "small", zero_init: bool = True
+        self, *, depth: int = 18, stem: Literal["small", "imagenet", "cifar"] = "small", zero_init: bool = True
     ) -> None:
         block, layers = LAYERS[depth]
         super().__init__(block, layers, zero_init_residual=zero_init)
         self.width = 512 * block.expansion
-        if stem == "small":
-            self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        if stem != "imagenet":
+            self.conv1 = nn.Conv2d(3, 64, 3, stride=2 if stem == "small" else 1, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if stem == "cifar":
+            self.maxpool = nn.Identity()
         self.fc = nn.Identity()
 
     def stages(self, pixels: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the self-supervised methods: what each is made of and its own constants. Imports no torch.
+
+Defaults are the papers' (ImageNet, ResNet-50); `configs/pretrain/NAME.yaml` has what suits small pictures and a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pretrain.config_views import ViewConfig, expand_views
+from pretrain.engine.config import Section
+
+OURS = ("resnet18", "resnet34", "resnet50", "resnet101")
+DETECTRON2 = ("detectron2:R18", "detectron2:R34", "detectron2:R50", "detectron2:R101")
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(gt=0, le=10)]
+Width = Annotated[int, Field(ge=2, le=65536)]
+
+
+class BackboneConfig(Section):
+    """The network that is pretrained."""
+
+    name: str = Field(
+        default="resnet50",
+        description="resnet18, 34, 50, 101; torchvision:NAME; timm:NAME; detectron2:R50 (our resnet50).",
+    )
+    stem: Literal["small", "imagenet", "cifar"] = Field(
+        default="imagenet", description="First layers of our ResNets: small suits 64 pixels, cifar 32."
+    )
+    norm: Literal["bn", "gn_ws"] = Field(
+        default="bn", description="bn: batch norm; gn_ws: group norm and weight standardisation."
+    )
+    zero_init: bool = Field(default=True, description="Start every residual block of our ResNets as the identity.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        library, _, model = name.rpartition(":")
+        if name in OURS + DETECTRON2 or (library in ("torchvision", "timm") and model):
+            return name
+        known = ", ".join(OURS + DETECTRON2)
+        raise ValueError(f"unknown backbone {name!r}; known are {known}, torchvision:NAME and timm:NAME")
+
+
+class _Method(Section):
+    """What all self-supervised methods have."""
+
+    backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network to pretrain.")
+    views: tuple[ViewConfig, ...] = Field(description="Random views of a picture, in order.")
+
+    @model_validator(mode="after")
+    def _two_views(self) -> _Method:
+        if len(expand_views(self.views)) < 2:
+            raise ValueError("views: at least two are needed; give two entries, or one with count: 2")
+        return self
+
+
+class SimCLRMethod(_Method):
+    """SimCLR: two views of a picture find each other among all views of the batch (arXiv:2002.05709)."""
+
+    name: Literal["simclr"] = Field(description="Method.")
+    hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
+    dim: Width = Field(default=128, description="Length of the projection.")
+    temperature: Temperature = Field(default=0.1, description="Of the softmax: .1 on ImageNet, .5 on CIFAR-10.")
+    lr_rule: Literal["none", "linear", "sqrt"] = Field(
+        default="none",
+        description="optim.lr is multiplied: linear by batch / 256 (.3 in the paper), sqrt by the root of the batch "
+        "(.075); none: taken as it is.",
+    )
+
+
+class MoCoMethod(_Method):
+    """MoCo: a query finds its key among a queue of earlier keys of a slow encoder (arXiv:1911.05722, 2003.04297)."""
+
+    name: Literal["moco_v1", "moco_v2"] = Field(description="Method; v2 has an MLP head.")
+    dim: Width = Field(default=128, description="Length of queries and keys.")
+    hidden: Width = Field(default=2048, description="Units of the hidden layer of v2's head.")
+    queue: int = Field(default=65536, ge=1, le=10**7, description="Keys in the queue; any number.")
+    momentum: Unit = Field(default=0.999, description="Of the slow encoder.")
+    temperature: Temperature = Field(default=0.07, description="Of the softmax: .07 in v1, .2 in v2.")
+    symmetric: bool = Field(default=False, description="Each view is query once and key once.")
+    bn_splits: int = Field(
+        default=8,
+        ge=1,
+        le=64,
+        description="On one process: groups that batch norm treats as separate GPUs would; 1 is ordinary batch norm.",
+    )
+
+
+class SimSiamMethod(_Method):
+    """SimSiam: predict the other view's projection, whose gradient is stopped (arXiv:2011.10566)."""
+
+    name: Literal["simsiam"] = Field(description="Method.")
+    dim: Width = Field(default=2048, description="Length of projection and prediction.")
+    layers: Literal[2, 3] = Field(default=3, description="Layers of the projector; 2 on CIFAR-10.")
+    hidden: Width = Field(default=512, description="Units of the predictor's bottleneck, a quarter of dim.")
+    constant_predictor_lr: bool = Field(default=True, description="The predictor's learning rate does not decay.")
+
+
+class BarlowTwinsMethod(_Method):
+    """Barlow Twins: the correlation of two views' features becomes the identity (arXiv:2103.03230)."""
+
+    name: Literal["barlow_twins"] = Field(description="Method.")
+    dims: tuple[Width, ...] = Field(default=(8192, 8192, 8192), description="Layers of the projector.")
+    lambd: float = Field(default=0.0051, ge=0, le=10, description="Weight of the off-diagonal terms.")
+    bias_lr_ratio: float = Field(
+        default=0.024,
+        gt=0,
+        le=10,
+        description="Learning rate of biases and norms beside that of the weights: .0048 / .2 in the authors' code.",
+    )
+    gradient_scale: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="1: the true gradient; 1 / processes is what the authors' code has on several GPUs, and what "
+        "its learning rate for biases was tuned to.",
+    )
+
+
+class ByolMethod(_Method):
+    """BYOL: predict what a slow copy says of the other view (arXiv:2006.07733); without batch statistics as byol_gn."""
+
+    name: Literal["byol", "byol_gn"] = Field(
+        description="Method; byol_gn has group norm and weight standardisation everywhere (arXiv:2010.10241)."
+    )
+    hidden: Width = Field(default=4096, description="Units of the hidden layer of projector and predictor.")
+    dim: Width = Field(default=256, description="Length of projection and prediction.")
+    momentum: Unit = Field(default=0.99, description="Of the slow copy at the first step; it rises to 1 at the last.")
+
+    @model_validator(mode="after")
+    def _norm_fits(self) -> ByolMethod:
+        wanted = "gn_ws" if self.name == "byol_gn" else "bn"
+        if self.backbone.norm != wanted:
+            raise ValueError(f"method {self.name} needs backbone.norm: {wanted}, not {self.backbone.norm}")
+        if len(expand_views(self.views)) != 2:
+            raise ValueError(f"views: {self.name} compares two views, not {len(expand_views(self.views))}")
+        return self
+
+
+class SwAVMethod(_Method):
+    """SwAV: predict from one crop which prototypes another was assigned to (arXiv:2006.09882)."""
+
+    name: Literal["swav"] = Field(description="Method.")
+    hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
+    dim: Width = Field(default=128, description="Length of an embedding.")
+    prototypes: Width = Field(default=3000, description="Number of prototypes.")
+    big_crops: int = Field(default=2, ge=2, le=16, description="How many views, the first ones, give codes.")
+    temperature: Temperature = Field(default=0.1, description="Of the softmax over prototypes.")
+    epsilon: float = Field(default=0.05, gt=0, le=10, description="Softness of the codes; .03 when a run is stuck.")
+    iterations: int = Field(default=3, ge=1, le=100, description="Of Sinkhorn-Knopp.")
+    freeze_steps: int = Field(default=0, ge=0, le=10**9, description="Steps before the prototypes begin to learn.")
+    queue_length: int = Field(
+        default=0, ge=0, le=10**7, description="Earlier embeddings that take part in the assignment, for small batches."
+    )
+    queue_start: int = Field(default=0, ge=0, le=10**9, description="Steps before the queue begins to fill.")
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> SwAVMethod:
+        sizes = [view.size for view in expand_views(self.views)]
+        if self.big_crops > len(sizes) or len(set(sizes[: self.big_crops])) > 1:
+            raise ValueError(f"views: the first {self.big_crops} (big_crops) must be of one size, got {sizes}")
+        return self

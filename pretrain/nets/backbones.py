@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones by name, and the folder an exported one lives in.
+
+    backbone = build_backbone(BackboneConfig(name="resnet18"))        # (N, 3, H, W) -> (N, backbone.width)
+    backbone, info = load_backbone("runs/simsiam/exported")
+
+Ours (`resnet18` … `resnet101`) have torchvision's parameter names; `detectron2:R50` is the same network under the name
+that Detectron2's configs use (its stride stands in the 3x3 convolutions); `pretrain.export` renames the parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config_ssl import OURS, BackboneConfig
+from pretrain.engine.checkpoint import load_weights, save_weights
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
+from pretrain.nets.resnet import ResNet
+from pretrain.nets.standardised import without_batch_norm
+
+FORMAT = "backbone/1"
+
+
+class Pooled(nn.Module):
+    """A network of another library without its classifier, as (N, 3, H, W) to (N, width)."""
+
+    def __init__(self, network: nn.Module, width: int) -> None:
+        super().__init__()
+        self.network, self.width = network, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def build_backbone(config: BackboneConfig) -> nn.Module:
+    """The named network with fresh weights, drawn from torch's generator; its output length is `.width`.
+
+    Raises:
+        UserError: Nobody knows the name.
+    """
+    library, _, name = config.name.rpartition(":")
+    if config.name in OURS or library == "detectron2":
+        depth = int(name.removeprefix("resnet").removeprefix("R"))
+        backbone: nn.Module = ResNet(depth=depth, stem=config.stem, zero_init=config.zero_init)  # type: ignore[arg-type]
+    elif library == "torchvision":
+        backbone = _torchvision(name)
+    else:
+        backbone = _timm(name)
+    return without_batch_norm(backbone) if config.norm == "gn_ws" else backbone
+
+
+def _torchvision(name: str) -> nn.Module:
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        raise UserError(f"method.backbone.name: torchvision has no model {name!r}{_near(name, list_models())}")
+    network = get_model(name, weights=None)
+    for head in ("fc", "classifier", "heads", "head"):  # torchvision's four names for the classifier
+        layer = getattr(network, head, None)
+        if layer is not None:
+            linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+            if linears:
+                setattr(network, head, nn.Flatten(1))
+                return Pooled(network, linears[0].in_features)
+    raise UserError(f"method.backbone.name: torchvision's {name!r} has no classifier to take off; take another model")
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    return Pooled(network, int(network.num_features))
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def save_backbone(
+    folder: str | Path,
+    backbone: nn.Module,
+    *,
+    config: BackboneConfig,
+    method: str,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Path:
+    """Write `config.json` and `model.safetensors`.
+
+    Args:
+        folder: Created if it is missing.
+        backbone: From `build_backbone(config)`.
+        config: What it was built from.
+        method: Name of the method that trained it.
+        size: Side of the pictures it was trained on, pixels.
+        mean, std: Of RGB in [0, 1], what its input was normalised with.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
+    save_weights(folder / "model.safetensors", tensors, {"format": FORMAT})
+    info = {
+        "format": FORMAT, "backbone": config.model_dump(mode="json"), "method": method, "size": size,
+        "mean": list(mean), "std": list(std),
+    }  # fmt: skip
+    write_atomically(folder / "config.json", (json.dumps(info, indent=2) + "\n").encode())
+    return folder
+
+
+def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(backbone in eval mode, what `save_backbone` was told).
+
+    Raises:
+        UserError: Something is missing, is of another format or does not fit; never falls back to random weights.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a backbone folder is what pretrain.train exports") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise UserError(f"{path}: not a backbone of format {FORMAT}; export it again with this version")
+    backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]))
+    tensors, _ = load_weights(folder / "model.safetensors")
+    try:
+        backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{folder / 'model.safetensors'}: does not fit its config.json: {reason}") from error
+    return backbone.eval(), info
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Memory of the parameters, as float32."""
+    return sum(p.numel() for p in module.parameters()) * torch.float32.itemsize
