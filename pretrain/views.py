@@ -232,7 +232,7 @@ def apply_opencv(images: Tensor, drawn: Parameters, config: ViewConfig) -> Tenso
 
 
 def _grey(picture: U8) -> U8:
-    return cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
+    return cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
 def _jitter(picture: U8, order: list[int], hue_at: int, factors: list[float], hue: float) -> U8:
@@ -241,15 +241,15 @@ def _jitter(picture: U8, order: list[int], hue_at: int, factors: list[float], hu
             picture = _shift_hue(picture, hue)
         factor = factors[kind]
         if kind == 0:
-            picture = cv2.convertScaleAbs(picture, alpha=factor)  # type: ignore[assignment]
+            picture = cv2.convertScaleAbs(picture, alpha=factor)
         elif kind == 1:
             red, green, blue, _ = cv2.mean(picture)
             mean = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
             table = np.clip(np.arange(256) * factor + (1 - factor) * mean + 0.5, 0, 255).astype(np.uint8)
-            picture = cv2.LUT(picture, table)  # type: ignore[assignment]
+            picture = cv2.LUT(picture, table)
         else:
             matrix = factor * np.eye(3) + (1 - factor) * np.array([LUMA] * 3)
-            picture = cv2.transform(picture, matrix)  # type: ignore[assignment]
+            picture = cv2.transform(picture, matrix)
     return _shift_hue(picture, hue) if hue_at == len(order) else picture
 
 
@@ -258,4 +258,4 @@ def _shift_hue(picture: U8, turns: float) -> U8:
         return picture
     hsv = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(round(turns * 256) % 256)  # a full circle is 256: the overflow is meant
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)  # type: ignore[return-value]
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)

@@ -255,8 +255,8 @@ def _index_of(path: Path) -> list[tuple[str, int, int, int]]:
         ) from error
     found = [(name, start, size, labels.get(key, NO_LABEL)) for key, name, start, size in pictures]
     if os.access(path.parent, os.W_OK):
-        content = json.dumps({"format": "shard-index/1", "shard": stamp, "pictures": found})
-        write_atomically(beside, content.encode("utf-8"))
+        text = json.dumps({"format": "shard-index/1", "shard": stamp, "pictures": found})
+        write_atomically(beside, text.encode("utf-8"))
     return found
 
 

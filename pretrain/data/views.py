@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,14 +49,15 @@ def resized(picture: U8, size: int, interpolation: str) -> U8:
     """(H, W, 3) uint8 → (size, size, 3), antialiased like torchvision and PIL (which differ by at most 1 of 255)."""
     height, width = picture.shape[:2]
     if interpolation == "bilinear" and height <= size and width <= size:  # enlarging needs no antialiasing
-        return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
+        return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
     # OpenCV has no antialiased bilinear filter, and its bicubic one has another coefficient (-.75; here -.5).
     pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
     small = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True, align_corners=False)
     return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
 
 
-class Views(NamedTuple):
+@dataclass(frozen=True)
+class Views:
     """One sample: V crops (S, S, 3) uint8, and where they come from."""
 
     crops: list[U8]
@@ -87,10 +89,11 @@ class ViewSource:
             BadImageError: It cannot be read.
         """
         picture = self.images.image(index)
+        height, width = picture.shape[:2]
         dice = Dice(self.seed, index, draw)
         crops = []
         for view in self.views:
-            top, left, tall, wide = crop_box(*picture.shape[:2], view, dice)
+            top, left, tall, wide = crop_box(height, width, view, dice)
             crop = resized(picture[top : top + tall, left : left + wide], view.size, view.interpolation)
             crops.append(crop[:, ::-1] if dice.chance(view.flip) else crop)
         return Views(crops, index, self.images.label(index))

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures from folders, CIFAR-10, tar shards and Sticker Scenes, and what is said when they are not there."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import TypeAdapter
+
+from pretrain.config_views import (
+    CifarImages,
+    FolderImages,
+    ImagesConfig,
+    ShardImages,
+    StickerScenes,
+    StickerSingles,
+    ViewConfig,
+)
+from pretrain.data.images import CIFAR_RECORD, ShardSet, build_images, expand_braces
+from pretrain.data.stickers import SceneSource, StickerCrops, Stickers
+from pretrain.data.views import ViewSource
+from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.sampling import Microbatches
+
+
+def encoded(value: int, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 8), (value, 0, 255 - value)).save(stream, kind)
+    return stream.getvalue()
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_searched_to_any_depth_by_extension_in_the_order_of_the_paths(tmp_path: Path) -> None:
+    for name, value in (("b/deep/2.PNG", 20), ("a.png", 10), ("c/3.jpeg", 30)):
+        write(tmp_path / name, encoded(value, "JPEG" if "jpeg" in name else "PNG"))
+    write(tmp_path / "notes.txt", b"no picture")
+    images = build_images(FolderImages(root=tmp_path))
+    assert len(images) == 3
+    assert [abs(int(images.image(i)[0, 0, 0]) - v) < 3 for i, v in enumerate((10, 20, 30))] == [True] * 3
+    assert images.image(0).shape == (8, 12, 3) and images.image(0).dtype == np.uint8
+    assert [images.label(i) for i in range(3)] == [-1] * 3
+
+
+def test_in_imagenets_layout_the_first_folder_is_the_class(tmp_path: Path) -> None:
+    for name in ("zebra/1.png", "ant/x/2.png", "ant/1.png"):
+        write(tmp_path / name, encoded(5))
+    images: Any = build_images(FolderImages(root=tmp_path, classes=True))
+    assert images.classes == ("ant", "zebra")
+    assert [images.label(i) for i in range(3)] == [0, 0, 1]
+    write(tmp_path / "loose.png", encoded(5))
+    with pytest.raises(UserError, match=r"loose\.png is in no class folder.*classes: false"):
+        build_images(FolderImages(root=tmp_path, classes=True))
+
+
+def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no picture"):
+        build_images(FolderImages(root=tmp_path))
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        build_images(FolderImages(root=tmp_path / "nowhere"))
+
+
+def test_an_unreadable_file_is_named_and_its_neighbour_takes_its_place(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", b"not a picture")
+    write(tmp_path / "1.png", encoded(50))
+    images = build_images(FolderImages(root=tmp_path))
+    with pytest.raises(BadImageError) as caught:
+        images.image(0)
+    assert caught.value.path == tmp_path / "0.png"
+    source = ViewSource(images, [ViewConfig(size=8)], 0)
+    fetched = Microbatches(source, seed=0, batch_size=2, accumulate=1, rank=0, world_size=1)[0]
+    assert fetched.batch["index"].tolist() == [1, 1]
+    assert [(index, Path(path).name) for index, path, _ in fetched.bad] == [(0, "0.png")]
+
+
+# --- CIFAR -----------------------------------------------------------------------------------------------------------
+
+
+def cifar(folder: Path, per_file: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (6 * per_file, CIFAR_RECORD), dtype=np.uint8)
+    rows[:, 0] %= 10
+    for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        write(folder / f"{name}.bin", rows[k * per_file : (k + 1) * per_file].tobytes())
+    return rows
+
+
+@pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])
+def test_cifars_binary_version_is_read_plane_by_plane(tmp_path: Path, inside: str) -> None:
+    rows = cifar(tmp_path / inside)
+    train, test = (build_images(CifarImages(kind="cifar", root=tmp_path, split=s)) for s in ("train", "test"))  # type: ignore[arg-type]
+    assert (len(train), len(test)) == (15, 3)
+    assert train.label(7) == rows[7, 0] and test.label(2) == rows[17, 0]
+    picture = train.image(7)
+    assert picture.shape == (32, 32, 3)
+    assert picture[3, 5].tolist() == [rows[7, 1 + plane * 1024 + 3 * 32 + 5] for plane in range(3)]
+
+
+def test_cifars_pickles_are_not_read_and_the_binary_version_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "cifar-10-batches-py" / "data_batch_1", pickle.dumps({b"data": [1]}))
+    for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        with pytest.raises(UserError, match=r"pickle.*cifar-10-binary\.tar\.gz"):
+            build_images(CifarImages(kind="cifar", root=root))
+
+
+def test_missing_cut_off_and_other_cifar_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data_batch_1\.bin is missing"):
+        build_images(CifarImages(kind="cifar", root=tmp_path))
+    cifar(tmp_path)
+    write(tmp_path / "data_batch_3.bin", b"x" * 5000)
+    with pytest.raises(UserError, match=r"data_batch_3\.bin has 5000 bytes"):
+        build_images(CifarImages(kind="cifar", root=tmp_path))
+    write(tmp_path / "data_batch_3.bin", bytes([77]) * CIFAR_RECORD)
+    with pytest.raises(UserError, match="labels above 9"):
+        build_images(CifarImages(kind="cifar", root=tmp_path))
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    shard(tmp_path / "s-00.tar", {"a.png": encoded(1), "a.cls": b"4", "b.png": encoded(2), "b.json": b"{}"})
+    shard(tmp_path / "s-01.tar", {"d/c.cls": b"9\n", "d/c.png": encoded(3), "d/c.txt": b"a caption"})
+    return str(tmp_path / "s-{00..01}.tar")
+
+
+def test_shards_hold_pictures_with_the_class_of_the_same_key(shards: str) -> None:
+    images = build_images(ShardImages(kind="shards", pattern=shards))
+    assert [int(images.image(i)[0, 0, 0]) for i in range(len(images))] == [1, 2, 3]
+    assert [images.label(i) for i in range(3)] == [4, -1, 9]
+    wild = build_images(ShardImages(kind="shards", pattern=shards.replace("{00..01}", "*")))
+    assert len(wild) == 3
+
+
+def test_the_index_is_made_once_and_again_when_the_shard_changes(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ShardSet(shards)
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", never)
+        again = ShardSet(shards)
+    assert [again.label(i) for i in range(3)] == [4, -1, 9] and int(again.image(2)[0, 0, 0]) == 3
+    path = shard(tmp_path / "s-00.tar", {"new.png": encoded(200)})
+    os.utime(path, ns=(1, 1))
+    changed = ShardSet(shards)
+    assert len(changed) == 2 and int(changed.image(0)[0, 0, 0]) == 200
+    (tmp_path / "s-00.tar.index.json").write_text("[]", encoding="utf-8")
+    assert len(ShardSet(shards)) == 2
+
+
+def test_a_read_only_folder_needs_no_index_file(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert len(ShardSet(shards)) == 3
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_damaged_member_is_named_with_its_shard(tmp_path: Path) -> None:
+    path = shard(tmp_path / "s.tar", {"ok.png": encoded(1), "bad.png": b"nothing"})
+    images = ShardSet(str(path))
+    with pytest.raises(BadImageError) as caught:
+        images.image(1)
+    assert caught.value.path == path / "bad.png"
+    assert "ok" not in str(caught.value)
+
+
+def test_a_set_of_shards_can_be_sent_to_another_process(shards: str) -> None:
+    copy = pickle.loads(pickle.dumps(ShardSet(shards)))  # noqa: S301 - our own bytes
+    assert int(copy.image(1)[0, 0, 0]) == 2
+
+
+def test_shards_that_are_missing_compressed_empty_or_wrongly_labelled_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"s-1\.tar does not exist"):
+        ShardSet(str(tmp_path / "s-{1..2}.tar"))
+    with pytest.raises(UserError, match="matches no file"):
+        ShardSet(str(tmp_path / "*.tar"))
+    plain = shard(tmp_path / "x.tar", {"a.txt": b"x"})
+    with pytest.raises(UserError, match="no picture"):
+        ShardSet(str(plain))
+    write(tmp_path / "x.tar.gz", gzip.compress(plain.read_bytes()))
+    with pytest.raises(UserError, match=r"x\.tar\.gz cannot be read as an uncompressed tar"):
+        ShardSet(str(tmp_path / "x.tar.gz"))
+    named = shard(tmp_path / "y.tar", {"a.png": encoded(1), "a.cls": b"dog"})
+    with pytest.raises(UserError, match=r"a\.cls holds b'dog'"):
+        ShardSet(str(named))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{08..11}.tar", ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]),
+        ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
+        ("{x,y}/{0..1}.tar", ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]),
+    ],
+)
+def test_braces_are_expanded_as_a_shell_does(pattern: str, expected: list[str]) -> None:
+    assert expand_braces(pattern) == expected
+
+
+@pytest.mark.parametrize("pattern", ["{5..1}.tar", "{0..99999999}.tar"])
+def test_ranges_without_sense_are_refused(pattern: str) -> None:
+    with pytest.raises(UserError, match="must run upwards"):
+        expand_braces(pattern)
+
+
+# --- stickers --------------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_pictures_without_labels() -> None:
+    images = build_images(StickerScenes(kind="sticker_scenes", length=5, size=96, seed=3))
+    assert len(images) == 5 and images.label(2) == -1
+    expected = SceneSource(Stickers.load(), split="train", seed=3, size=96, length=5).scene(2).image
+    assert np.array_equal(images.image(2), expected)
+
+
+def test_singles_are_every_drawing_of_the_splits_styles_with_its_class() -> None:
+    stickers = Stickers.load()
+    train: Any = build_images(StickerSingles(kind="sticker_singles", size=32))
+    held_out: Any = build_images(StickerSingles(kind="sticker_singles", split="val", size=32))
+    drawings = {style: sum(len(codes) for codes in found.values()) for style, found in stickers.drawings.items()}
+    assert len(train) == sum(drawings[style] for style in stickers.styles["train"])
+    assert len(held_out) == sum(drawings[style] for style in stickers.styles["val"])
+    assert not set(stickers.styles["train"]) & set(stickers.styles["val"])
+    names = {train.label(i) for i in range(len(train))}
+    assert {held_out.label(i) for i in range(len(held_out))} <= names <= set(range(len(stickers.nouns)))
+    assert train.image(700).shape == (32, 32, 3)
+    assert np.array_equal(train.image(700), train.image(700))
+
+
+def test_the_held_out_singles_are_those_of_the_zero_shot_test() -> None:
+    crops = StickerCrops(Stickers.load(), size=32)
+    held_out = build_images(StickerSingles(kind="sticker_singles", split="val", size=32))
+    for index in (0, 99):
+        picture, _, label = crops.sample(index)
+        assert np.array_equal(held_out.image(index), picture.transpose(1, 2, 0)) and held_out.label(index) == label
+
+
+def test_training_singles_are_on_training_photos_and_no_class_has_one_photo_in_all_styles() -> None:
+    stickers = Stickers.load()
+    train: Any = build_images(StickerSingles(kind="sticker_singles", size=32))
+    assert {path.parent.name for style in train._styles for path in style.backgrounds.paths} == {"train"}
+    corners = []  # the sticker fills at most 95 %, so a corner shows the photo
+    for style in range(len(stickers.styles["train"])):
+        first = 0 if style == 0 else int(train._ends[style - 1])
+        corners.append(np.concatenate([train.image(first)[0, 0], train.image(first)[-1, -1]]).tolist())
+    assert len({tuple(corner) for corner in corners}) == len(corners)
+
+
+def test_the_kind_of_a_section_chooses_the_set() -> None:
+    found: Any = TypeAdapter(ImagesConfig).validate_python({"kind": "sticker_singles", "split": "val"})
+    assert isinstance(found, StickerSingles)
