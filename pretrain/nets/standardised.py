@@ -2,8 +2,8 @@
 """Group norm (arXiv:1803.08494) with weight standardisation (arXiv:1903.10520) in place of batch norm.
 
 BYOL's second paper (Richemond et al., arXiv:2010.10241) shows with it that batch statistics are not what keeps BYOL
-from collapsing. `without_batch_norm` turns any network into such a one; `folded` turns the standardised weights of a trained
-one into plain convolutions, which every other library can read.
+from collapsing. `without_batch_norm` turns any network into such a one; `folded` turns the standardised weights of a
+trained one into plain convolutions, which every other library can read.
 """
 
 from __future__ import annotations

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoCo (He et al., arXiv:1911.05722; v2: Chen et al., arXiv:2003.04297): a query finds its key among a queue of keys.
+
+Particular to it: negatives come from a queue of earlier keys, so their number does not hang on the batch (§3.1); keys
+come from a slow copy of the encoder, moved *before* the keys are computed, by the weights of the previous step
+(algorithm 1); batch norm must not let a query recognise its key by shared statistics, so the keys of all processes are
+shuffled among them (§3.3), and one process alone normalises in groups, as several GPUs would ("split batch norm").
+The queue and its pointer are part of every checkpoint; any length and any batch go, it wraps.
+
+Shapes: `N` samples of this process, `M` = processes x N, `D` embedding, `K` queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.engine.config import OptimConfig
+from pretrain.engine.distributed import gather_with_grad, rank, world_size
+from pretrain.losses import moco_infonce
+from pretrain.methods.common import augmented
+from pretrain.nets.ema import ema_update, flat_parameters, slow_copy
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over groups of the batch, as if each were on its own GPU; running statistics are the groups' mean.
+
+    A batch that does not divide is normalised as a whole.
+    """
+
+    splits = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if not self.training or n % self.splits or n == self.splits:
+            return super().forward(x)
+        mean, variance = (buffer.repeat(self.splits) for buffer in (self.running_mean, self.running_var))
+        grouped = F.batch_norm(
+            x.view(self.splits, n // self.splits, c, h, w).transpose(0, 1).reshape(-1, self.splits * c, h, w),
+            mean,
+            variance,
+            self.weight.repeat(self.splits),
+            self.bias.repeat(self.splits),
+            True,
+            self.momentum or 0.1,
+            self.eps,
+        )
+        self.running_mean.copy_(mean.view(self.splits, c).mean(0))
+        self.running_var.copy_(variance.view(self.splits, c).mean(0))
+        self.num_batches_tracked.add_(1)
+        return grouped.view(-1, self.splits, c, h, w).transpose(0, 1).reshape(n, c, h, w)
+
+
+def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
+    """Let the batch norms of a network normalise in groups; same parameters, same names. Returns the module."""
+    if splits > 1:
+        for layer in module.modules():
+            if type(layer) is nn.BatchNorm2d:
+                layer.__class__ = SplitBatchNorm2d
+                layer.splits = splits
+    return module
+
+
+class MoCo(nn.Module):
+    """One step: query view and key view in, InfoNCE against the queue out.
+
+    Args:
+        backbone: (N, 3, H, W) → (N, width), the query encoder.
+        projector: (N, width) → (N, D).
+        augment: One function per view: query, key.
+        dim: D.
+        queue: K.
+        momentum: Of the slow encoder.
+        temperature: Of the softmax.
+        symmetric: Each view is query once and key once; the mean of both losses.
+    """
+
+    queue: Tensor
+    queue_pointer: Tensor
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        projector: nn.Module,
+        augment: Sequence[Callable[[Tensor], Tensor]],
+        dim: int,
+        queue: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.07,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(augment) != 2:
+            raise ValueError(f"MoCo compares two views, not {len(augment)}")
+        self.backbone, self.projector = backbone, projector
+        self.key_backbone, self.key_projector = slow_copy(backbone), slow_copy(projector)
+        self.augment, self.momentum, self.temperature, self.symmetric = augment, momentum, temperature, symmetric
+        self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
+        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
+        self._moved = False  # within one optimiser step the slow encoder moves once, however many passes it takes
+        self._last: dict[str, Tensor] = {}
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics.
+
+        Args:
+            batch: "views", two of (N, 3, S, S) uint8: query and key.
+        """
+        a, b = augmented(batch, self.augment)
+        if self.training:
+            self._move_keys()
+        loss, keys = self._one_direction(a, b)
+        if self.symmetric:
+            other, more = self._one_direction(b, a)
+            loss, keys = (loss + other) / 2, torch.cat([keys, more])
+        if self.training:
+            self._enqueue(gather_with_grad(keys))
+        return loss, {}
+
+    def _one_direction(self, query_view: Tensor, key_view: Tensor) -> tuple[Tensor, Tensor]:
+        query = self.projector(self.backbone(query_view))
+        key = self._keys(key_view)
+        loss = moco_infonce(query, key, self.queue, temperature=self.temperature)
+        with torch.no_grad():
+            unit = F.normalize(query.detach().float(), dim=1)
+            self._last = {
+                "projection": query.detach(),
+                "positive": (unit * key).sum(1),
+                "negative": (unit @ self.queue.T).mean(1),
+            }
+        return loss, key
+
+    @torch.no_grad()
+    def _keys(self, view: Tensor) -> Tensor:
+        """(N, D) unit keys; the pictures of all processes change places before the encoder, their keys back after it."""
+        count, processes = len(view), world_size()
+        if processes == 1:
+            return F.normalize(self.key_projector(self.key_backbone(view)).float(), dim=1)
+        order = torch.randperm(count * processes, device=view.device)
+        dist.broadcast(order, src=0)  # one order for all: the first process's
+        mine = slice(rank() * count, (rank() + 1) * count)
+        shuffled = gather_with_grad(view)[order[mine]]
+        keys = F.normalize(self.key_projector(self.key_backbone(shuffled)).float(), dim=1)
+        return gather_with_grad(keys)[order.argsort()[mine]]
+
+    @torch.no_grad()
+    def _move_keys(self) -> None:
+        if not self._moved:
+            ema_update(self.key_backbone, self.backbone, momentum=self.momentum)
+            ema_update(self.key_projector, self.projector, momentum=self.momentum)
+            self._moved = True
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor) -> None:
+        """Write the keys of all processes, in order, over the oldest ones."""
+        length = len(self.queue)
+        keys = keys[-length:].to(self.queue.dtype)
+        rows = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % length
+        self.queue[rows] = keys
+        self.queue_pointer.copy_((self.queue_pointer + len(keys)) % length)
+
+    def after_step(self, step: int, total: int) -> None:
+        """The next forward pass belongs to the next step."""
+        self._moved = False
+
+    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """One group: weight decay on everything, biases and norms too (the authors' code)."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": optim.weight_decay}]
+
+    def health(self) -> dict[str, Tensor]:
+        """What the panel needs of the last forward."""
+        online = torch.cat([flat_parameters(self.backbone), flat_parameters(self.projector)])
+        slow = torch.cat([flat_parameters(self.key_backbone), flat_parameters(self.key_projector)])
+        return {**self._last, "online_parameters": online, "target_parameters": slow}
