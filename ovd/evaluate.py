@@ -56,19 +56,23 @@ def main(argv: list[str]) -> int:
 
 def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     """For anybody's results: `--annotations`, `--predictions`, `--split`."""
-    from ovd.data.coco import check_ground_truth, read_json
-    from ovd.data.splits import Split
+    from ovd.data.coco import read_json
+    from ovd.data.lvis import split_of
     from ovd.evaluation import coco, report
+    from ovd.evaluation.lvis import evaluate_lvis
 
     gt, results = read_json(args.annotations), read_json(args.predictions)
     proposals = read_json(args.proposals) if args.proposals else None
     where = (args.annotations, args.predictions)
     split = None
     if args.split:
-        split = Split.load(args.split, categories=check_ground_truth(gt, where=where[0]).categories)
-    metrics = coco.evaluate(
-        gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals, where=where
-    )
+        split = split_of(args.split, gt, where=where[0])
+    if _federated(args, gt):
+        metrics = evaluate_lvis(gt, results, split, args.iou_types, proposals=proposals, where=where)
+    else:
+        metrics = coco.evaluate(
+            gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals, where=where
+        )
     extra: dict[str, Any] = {}
     if args.compare:
         differences, kind = _differences(args, gt, results, metrics)
@@ -80,6 +84,22 @@ def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
             g: report.json_safe(asdict(d)) for g, d in differences.items()
         }
     return _finish(metrics, args, argv, dataset_sha256=sha256_of(args.annotations), **extra)
+
+
+def _federated(args: argparse.Namespace, gt: Any) -> bool:
+    """Whether LVIS's protocol is meant: said so, or the file says what was looked at in each image.
+
+    Raises:
+        UserError: options that mean nothing in it.
+    """
+    from ovd.data.lvis import is_lvis
+
+    chosen = args.protocol == "lvis" or (args.protocol == "auto" and is_lvis(gt))
+    if chosen and args.compare:
+        raise UserError("--compare resamples COCO's matches; with LVIS's protocol it is not available.")
+    if chosen:
+        print("LVIS protocol: federated labels, 300 detections per image over all categories", file=sys.stderr)
+    return chosen
 
 
 def _differences(
@@ -127,15 +147,21 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     """Run the detector of `--weights` over `--data`, keep its results, evaluate them."""
     from ovd.data.coco import check_ground_truth, read_json
     from ovd.data.splits import Split
+    from ovd.data.lvis import is_lvis, split_of
     from ovd.detector import find_weights
     from ovd.evaluation import coco
+    from ovd.evaluation.lvis import evaluate_lvis
 
     data = DataSpec.parse(args.data)
     gt: dict[str, Any] | None = None
     if data.annotations is not None:
         gt = read_json(data.annotations)
         categories = check_ground_truth(gt, where=str(data.annotations)).categories
-        split = Split.load(args.split, categories=categories) if args.split else Split.everything(categories)
+        split = Split.everything(categories)
+        if args.split:
+            split = split_of(args.split, gt, where=str(data.annotations))
+        elif is_lvis(gt):
+            split = split_of("lvis", gt, where=str(data.annotations))
     else:
         shipped = Split.load("stickers")
         split = Split.load(args.split, categories=shipped.names) if args.split else shipped
@@ -164,7 +190,10 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         for name, content in (("results", results), ("proposals", proposals), ("annotations", generated)):
             if content is not None:
                 _write_json(Path(args.out) / f"{name}.json", content)
-    metrics = coco.evaluate(gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals)
+    if _federated(args, gt):
+        metrics = evaluate_lvis(gt, results, split, args.iou_types, proposals=proposals)
+    else:
+        metrics = coco.evaluate(gt, results, split, args.iou_types, max_dets=args.max_dets, proposals=proposals)
     run["cpu_seconds"] = round(time.process_time() - started, 1)
     return _finish(metrics, args, argv, dataset_sha256=sha, **run)
 
@@ -316,7 +345,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictions", metavar="RESULTS.json", help="detections in COCO's results format")
     add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")
     add("--compare", metavar="OTHER.json", help="other results on the same annotations: is the AP50 difference clear?")
-    add("--split", metavar="FILE|ovcoco|stickers", help="base and novel categories; default: all are base")
+    add("--split", metavar="FILE|ovcoco|lvis|stickers",
+        help="base and novel categories; lvis: novel = rare, and the default of its files; else all are base")  # fmt: skip
+    add("--protocol", choices=("auto", "coco", "lvis"), default="auto",
+        help="auto: LVIS's for files that say what was looked at in each image (neg_category_ids), else COCO's")  # fmt: skip
     add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
     add("--max-dets", type=_positive, default=100, help="detections per image and category for AP (default 100)")
     add("--out", metavar="DIR", help="write metrics.json and per_class.csv here")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ovd.data.lvis import picture_file
 from ovd.data.splits import Split
 from pretrain.data.folder import read_image
 from pretrain.data.stickers import SceneSource, Stickers
@@ -152,7 +153,7 @@ class CocoImages:
             BadImageError: it cannot be read.
         """
         info = self._images[index]
-        image = read_image(self.folder / info["file_name"])
+        image = read_image(self.folder / picture_file(info))
         height, width = image.shape[:2]
         annotations = self._annotations[info["id"]]
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32)

@@ -154,7 +154,7 @@ class Split:
             return stickers_split()
         path = Path(spec)
         if not path.is_file():
-            raise UserError(f"no split file {path}; give a JSON file, or one of: ovcoco, stickers.")
+            raise UserError(f"no split file {path}; give a JSON file, or one of: ovcoco, lvis, stickers.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as err:

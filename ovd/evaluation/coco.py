@@ -29,6 +29,7 @@ from pycocotools import mask as mask_tools
 from pycocotools.cocoeval import COCOeval
 
 from ovd.data.coco import GroundTruth, ImageId, Results, check_ground_truth, check_results, to_rle
+from ovd.data.lvis import Federated, picture_file
 from ovd.data.splits import Split
 from ovd.evaluation.recall import class_agnostic_recall
 from pretrain.engine.errors import UserError
@@ -43,6 +44,8 @@ AVERAGES: dict[str, tuple[int | None, int]] = {
     "AP": (None, 0), "AP50": (0, 0), "AP75": (5, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3),
 }  # fmt: skip
 RECALL_CAPS = (100, 300)
+LVIS_DETECTIONS = 300
+"""Per image, over all categories (`lvis/results.py`); COCO caps per image and category."""
 
 Predict = Callable[[NDArray[np.uint8], ImageId], list[dict[str, Any]]]
 
@@ -98,6 +101,7 @@ def evaluate(
     max_dets: int = 100,
     proposals: list[dict[str, Any]] | None = None,
     where: tuple[str, str] = ("annotations", "predictions"),
+    federated: Federated | None = None,
 ) -> Metrics:
     """Evaluate COCO-format results.
 
@@ -111,6 +115,7 @@ def evaluate(
         max_dets: per image and category, for AP (COCO: 100).
         proposals: class-agnostic boxes with scores, from which AR is computed in place of `results`.
         where: names of the two inputs, for messages.
+        federated: what was looked at in each image; see `ovd.evaluation.lvis`, which passes it.
 
     Returns:
         Metrics. For masks, an object's size is that of its mask, also when the detection carries a box (as Detectron2
@@ -141,13 +146,20 @@ def evaluate(
     evaluated = set(split.ids)
     annotations = [a for a in truth.annotations if a["category_id"] in evaluated]
     detections = [d for d in checked.detections if d["category_id"] in evaluated]
+    unjudged = 0
+    if federated is not None:
+        best = [d for d in _best_of_each_image(checked.detections) if d["category_id"] in evaluated]
+        detections = [d for d in best if d["category_id"] in federated.judged[d["image_id"]]]
+        unjudged = len(best) - len(detections)
     counts = {
         "images": len(truth.sizes),
         "objects": sum(not a["iscrowd"] for a in annotations),
         "detections": len(detections),
         "objects_outside_split": len(truth.annotations) - len(annotations),
-        "detections_outside_split": len(results or ()) - len(detections),
+        "detections_outside_split": len(results or ()) - sum(d["category_id"] in evaluated for d in checked.detections),
     }
+    if federated is not None:
+        counts["detections_not_judged"] = unjudged
     if not counts["objects"]:
         warnings.append("no objects of the split's categories: every metric is n/a")
     if detections and len(silent := truth.sizes.keys() - {d["image_id"] for d in detections}):
@@ -164,7 +176,7 @@ def evaluate(
     values: dict[str, float] = {}
     for kind in dict.fromkeys(iou_types):
         gts, dts = shaped(truth, annotations, detections, kind, where)
-        named = [] if results is None else [*_categories(kind, gts, dts, split, max_dets).values()]
+        named = [] if results is None else [*_categories(kind, gts, dts, split, max_dets, federated).values()]
         precision = np.stack([c.precision() for c in named], axis=2) if named else np.zeros(0)
         for name, (t, area) in AVERAGES.items() if named else ():
             for group, ids in split.groups.items():
@@ -295,7 +307,7 @@ def run_images(
     """The model's results, and its proposals, on the pictures of a COCO file.
 
     Args:
-        gt: ground truth; every image needs `file_name`.
+        gt: ground truth; every image needs `file_name`, or LVIS's `coco_url`.
         folder: what `file_name` is relative to.
 
     Other arguments as `evaluate_source`.
@@ -307,13 +319,12 @@ def run_images(
 
     collect = _Collect(predict, propose)
     for n, entry in enumerate(gt["images"]):
-        if not isinstance(entry.get("file_name"), str):
-            raise UserError(f"images[{n}]: 'file_name' is missing, so the picture cannot be found.")
-        image = read_image(folder / entry["file_name"])
+        name = picture_file(entry, where=f"images[{n}]")
+        image = read_image(folder / name)
         said = (entry.get("height"), entry.get("width"))
         if None not in said and image.shape[:2] != said:
             raise UserError(
-                f"{folder / entry['file_name']}: {image.shape[1]}×{image.shape[0]} px, but the annotations say "
+                f"{folder / name}: {image.shape[1]}×{image.shape[0]} px, but the annotations say "
                 f"{said[1]}×{said[0]}: boxes would be off. (Resized, or turned by its EXIF orientation?)"
             )
         collect(image, entry["id"])
@@ -403,9 +414,16 @@ class _Category(COCOeval):
     """pycocotools on one category and the images that hold it: of hundreds of categories, most cells are empty."""
 
     def __init__(
-        self, kind: str, gts: list[dict[str, Any]], dts: list[dict[str, Any]], category_id: int, max_dets: int
+        self,
+        kind: str,
+        gts: list[dict[str, Any]],
+        dts: list[dict[str, Any]],
+        category_id: int,
+        max_dets: int,
+        incomplete: frozenset[ImageId] = frozenset(),
     ) -> None:
         super().__init__(None, None, kind)
+        self.incomplete = incomplete  # images where objects of the category may be unlabelled
         self.mine_gt, self.mine_dt = gts, dts
         self.params.imgIds = sorted({a["image_id"] for a in self.mine_gt} | {d["image_id"] for d in self.mine_dt})
         self.params.catIds = [category_id]
@@ -419,6 +437,13 @@ class _Category(COCOeval):
             self._dts[d["image_id"], d["category_id"]].append(d)
 
     def evaluateImg(self, imgId: Any, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
+        """As COCO's; where the labels are incomplete, a detection that matches nothing counts neither way."""
+        entry = self._evaluate_image(imgId, catId, aRng, maxDet)
+        if entry is not None and imgId in self.incomplete:
+            entry["dtIgnore"] = np.logical_or(entry["dtIgnore"], entry["dtMatches"] == 0)
+        return entry
+
+    def _evaluate_image(self, imgId: Any, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
         """The short way for images without an object of the category, which are the most: nothing can match."""
         if self._gts.get((imgId, catId)):
             return super().evaluateImg(imgId, catId, aRng, maxDet)
@@ -471,10 +496,25 @@ class _Category(COCOeval):
 
 
 def _categories(
-    kind: str, gts: list[dict[str, Any]], dts: list[dict[str, Any]], split: Split, max_dets: int
+    kind: str,
+    gts: list[dict[str, Any]],
+    dts: list[dict[str, Any]],
+    split: Split,
+    max_dets: int,
+    federated: Federated | None = None,
 ) -> dict[int, _Category]:
     by_gt, by_dt = _by(gts, "category_id"), _by(dts, "category_id")
-    return {i: _Category(kind, by_gt[i], by_dt[i], i, max_dets) for i in split.ids}
+    incomplete: defaultdict[int, set[ImageId]] = defaultdict(set)
+    for image_id, categories in federated.incomplete.items() if federated is not None else ():
+        for category in categories:
+            incomplete[category].add(image_id)
+    return {i: _Category(kind, by_gt[i], by_dt[i], i, max_dets, frozenset(incomplete[i])) for i in split.ids}
+
+
+def _best_of_each_image(detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The `LVIS_DETECTIONS` best of each image; of equal scores the first."""
+    images = _by(detections, "image_id").values()
+    return [d for image in images for d in sorted(image, key=lambda d: -d["score"])[:LVIS_DETECTIONS]]
 
 
 def _key(kind: str, name: str, group: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ovd.data.lvis import FREQUENCIES
 from ovd.evaluation.coco import AVERAGES, RECALL_CAPS, Metrics
 from ovd.evaluation.compare import Difference
 
@@ -44,6 +45,9 @@ def table(metrics: Metrics) -> str:
         for group in split.groups:
             cells = "".join(f"{percent(value(metrics, kind, c, group)):>{width}}" for c in COLUMNS)
             lines.append(f"{group:8}" + cells)
+        by_frequency = {label: metrics.values.get(f"{kind}/AP{letter}") for letter, label in FREQUENCIES.items()}
+        if None not in by_frequency.values():
+            lines.append("AP by frequency: " + ", ".join(f"{k} {percent(v or 0.0)}" for k, v in by_frequency.items()))
     lines += ["", "AP per category; AR class-agnostic (@50: at IoU .5). All in percent; n/a: nothing to average."]
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ovd.data.lvis import picture_file
 from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import UserError
 
@@ -96,7 +97,7 @@ class CocoImages:
         self.root = Path(root)
         try:
             data = json.loads(Path(annotations).read_text(encoding="utf-8"))
-            self._names = {int(entry["id"]): str(entry["file_name"]) for entry in data["images"]}
+            self._names = {int(entry["id"]): picture_file(entry, where=str(annotations)) for entry in data["images"]}
             self._boxes: dict[int, list[list[float]]] = {}
             for entry in data.get("annotations", ()):
                 if not entry.get("iscrowd"):
