@@ -138,7 +138,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:
-        """(N, D) unit keys; the pictures of all processes change places before the encoder, their keys back after it."""
+        """(N, D) unit keys; pictures of all processes change places before the encoder, their keys back after it."""
         count, processes = len(view), world_size()
         if processes == 1:
             return F.normalize(self.key_projector(self.key_backbone(view)).float(), dim=1)
