@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.config_ssl import SwAVMethod
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
 from pretrain.losses import swav_loss
 from pretrain.methods.common import augmented
+from pretrain.nets.backbones import build_backbone
+from pretrain.nets.heads import mlp
 
 
 class SwAV(nn.Module):
@@ -93,6 +96,12 @@ class SwAV(nn.Module):
             batch: "views", V of (N, 3, S, S) uint8, those of one size next to each other, the big crops first.
         """
         crops = augmented(batch, self.augment)
+        assigned = world_size() * len(crops[0]) + self.queue_length
+        if assigned < len(self.prototypes):
+            raise UserError(
+                f"method.prototypes: {len(self.prototypes)} cannot be used alike by {assigned} samples (batch of one pass "
+                "over all processes, and queue); take fewer, or a larger loop.batch_size or method.queue_length"
+            )
         features = [  # one pass per resolution
             self.backbone(torch.cat(list(same)))
             for _, same in itertools.groupby(crops, key=lambda crop: crop.shape[-1])
@@ -161,3 +170,23 @@ class SwAV(nn.Module):
     def health(self) -> dict[str, Tensor]:
         """What the panel needs of the last forward."""
         return self._last
+
+
+def build_swav(config: SwAVMethod, *, augment: Sequence[Callable[[Tensor], Tensor]]) -> SwAV:
+    """The configured task."""
+    backbone = build_backbone(config.backbone)
+    dims = (int(backbone.width), config.hidden, config.dim)  # type: ignore[arg-type]
+    return SwAV(
+        backbone=backbone,
+        projector=mlp(dims, norm=config.backbone.norm, bias=True, last_bias=True),
+        augment=augment,
+        dim=config.dim,
+        prototypes=config.prototypes,
+        big_crops=config.big_crops,
+        temperature=config.temperature,
+        epsilon=config.epsilon,
+        iterations=config.iterations,
+        freeze_steps=config.freeze_steps,
+        queue_length=config.queue_length,
+        queue_start=config.queue_start,
+    )
