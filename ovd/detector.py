@@ -37,7 +37,7 @@ from torchvision.ops import batched_nms
 from ovd.examples import ExampleEmbedder, Question, parse_examples
 from ovd.modeling.scoring import Calibration, RegionSet, score_examples, score_regions
 from ovd.text import TextEmbedder, TextEncoder
-from ovd.vocabulary import TEMPLATES_STICKER, Vocabulary
+from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from pretrain.data.folder import MAX_PIXELS, read_image
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import sha256_of
@@ -324,19 +324,22 @@ class Regions:
         negative = torch.tensor([c.negative for c in asked.words.classes], dtype=torch.bool, device=words.device)
         avoided = torch.tensor([e.negative for e in asked.examples], dtype=torch.bool, device=words.device)
         own = model.bank.to(words)
-        bank = torch.cat([own, words[negative], shown[avoided]])
+        bank = torch.cat([own, words[negative]])
         background = None if model.background is None else model.background.to(words)
         calibration = model.calibration
 
         def said(rows: Tensor, against: Tensor) -> Tensor:
             return score_regions(found.text, found.image, found.objectness, rows, against, background, calibration)
 
-        def seen(rows: Tensor, against: Tensor) -> Tensor:
-            return score_examples(found, rows, against, background, calibration)
+        def seen(rows: Tensor, against: Tensor, avoided: Tensor) -> Tensor:
+            if not len(rows):
+                return rows.new_zeros(len(found), 0)
+            return score_examples(found, rows, against, avoided, calibration)
 
-        column_RK = torch.cat([said(words[~negative], bank), seen(shown[~avoided], bank)], dim=1)
+        unwanted = shown[avoided]
+        column_RK = torch.cat([said(words[~negative], bank), seen(shown[~avoided], bank, unwanted)], dim=1)
         # Negative words are scored against the checkpoint's bank only: they do not compete with one another.
-        against_RN = torch.cat([said(words[negative], own), seen(shown[avoided], own)], dim=1)
+        against_RN = torch.cat([said(words[negative], own), seen(unwanted, own, unwanted[:0])], dim=1)
         if not asked.examples:
             return column_RK.cpu(), against_RN.cpu()
         owner = torch.tensor(asked.columns, device=column_RK.device).expand(len(column_RK), -1)
@@ -478,7 +481,8 @@ class Detector:
 
         model = load_detector_model(folder, device=str(where))
         encoder = _load_encoder_of(folder, model.card).to(where)
-        return cls(model=model, encoder=encoder, card=read_model_card(folder), **options)
+        templates = TEMPLATE_SETS[model.card.templates]  # words are asked for as the classes were trained
+        return cls(model=model, encoder=encoder, templates=templates, card=read_model_card(folder), **options)
 
     @property
     def threshold(self) -> float:

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="[NAME=]CROP",
         help="a picture of the thing to find, may be given often, also beside words; crops of one NAME are averaged, "
-        "the file's name is the default, -NAME=CROP excludes",
+        "the file's name is the default; --example=-NAME=CROP excludes",
     )
     flags.add_argument("--out", type=Path, required=True, help="output folder")
     flags.add_argument("--threshold", type=float, default=None, help="lowest score (default: the calibrated one)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -20,12 +21,16 @@ from PIL import Image
 
 from ovd.colours import class_styles
 from ovd.detector import Detections, Detector, to_rgb
+from ovd.examples import Crop
 from pretrain.engine.errors import BadImageError, UserError
 
 SCHEMA = 1
 FLOOR = 0.05  # lowest score sent; the slider's left end
 MAX_FILE_BYTES = 10_000_000
+MAX_CROPS_SENT = 20
+MAX_CROP_BYTES = 2_000_000  # of one crop; the page sends at most 384 × 384 pixels
 PREVIEW_SIDE = 1600  # pixels; what is shown and saved as PNG
+_DATA_URL = re.compile(r"data:image/(png|jpeg|webp|bmp);base64,")
 
 
 class Answerer:
@@ -42,14 +47,22 @@ class Answerer:
         self._keep = previews
 
     def answer(
-        self, image: str | Path | None, classes: str, threshold: float | None = None, *, preview: bool = False
+        self,
+        image: str | Path | None,
+        classes: str,
+        threshold: float | None = None,
+        *,
+        examples: Any = None,
+        preview: bool = False,
     ) -> dict[str, Any]:
-        """Find the typed classes.
+        """Find the typed classes, and what looks like the examples.
 
         Args:
             image: picture file.
             classes: words in the grammar of `ovd.vocabulary`.
             threshold: lowest score to send; the floor when None.
+            examples: None or a list of ``{"name", "image", "box"}`` as a program or the page sent it, see
+                `decode_examples`.
             preview: add the upright picture, at most `PREVIEW_SIDE` long, as a data URL without metadata.
 
         Returns:
@@ -62,22 +75,26 @@ class Answerer:
         if not image:
             raise UserError("Choose a picture first: drop one here, paste it, or click an example")
         # Words first: a typing mistake should not cost a run of the network.
-        vocabulary = self.detector.resolve(classes)
+        question = self.detector.question(classes, decode_examples(examples))
         pixels = _read(Path(image))
         read = time.perf_counter()
         known = self.detector.runs
         regions = self.detector.embed(pixels)
         cached = self.detector.runs == known
         embedded = time.perf_counter()
-        default = self.detector.threshold
+        default = self.detector.threshold_of(question)
         floor = min(FLOOR, default / 4)
-        found = regions.classify(vocabulary, threshold=floor if threshold is None else threshold)
+        found = regions.classify(question, threshold=floor if threshold is None else threshold)
         classified = time.perf_counter()
         result = describe(found, default=default, floor=floor)
-        result["negatives"] = [c.name for c in vocabulary.negatives]
-        result["vocabulary"] = vocabulary.hash
-        for row, entry in zip(result["classes"], vocabulary.positives, strict=True):
-            row["synonyms"] = list(entry.synonyms)
+        avoided = [*question.words.negatives, *(e for e in question.examples if e.negative)]
+        result["negatives"] = [c.name for c in avoided]
+        result["vocabulary"] = question.hash
+        synonyms = {c.name.casefold(): list(c.synonyms) for c in question.words.positives}
+        crops = {e.name.casefold(): len(e.crops) for e in question.shown}
+        for row in result["classes"]:
+            row["synonyms"] = synonyms.get(row["name"].casefold(), [])
+            row["crops"] = crops.get(row["name"].casefold(), 0)
         result["model"] = {key: self.detector.card.get(key) for key in ("name", "sha256")}
         result["regions"] = len(regions)
         result["cached"] = cached
@@ -98,6 +115,45 @@ class Answerer:
             while len(self._previews) > self._keep:
                 self._previews.popitem(last=False)
         return found
+
+
+def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
+    """Read examples that came as JSON.
+
+    Args:
+        given: None, or a list of ``{"name": "my mug", "image": "data:image/png;base64,…", "box": [x1, y1, x2, y2]}``;
+            without ``name`` it is "example N", without ``box`` the picture is the crop.
+
+    Raises:
+        UserError: something else, or a picture that is too large or cannot be read.
+    """
+    if given is None or given == []:
+        return None
+    if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
+        raise UserError('examples must be a list like [{"name": "my mug", "image": "data:image/png;base64,…"}]')
+    if len(given) > MAX_CROPS_SENT:
+        raise UserError(f"{len(given)} crops; at most {MAX_CROPS_SENT} are allowed in one question")
+    found = []
+    for number, row in enumerate(given, 1):
+        name = str(row.get("name") or "").strip() or f"example {number}"
+        match = _DATA_URL.match(text) if isinstance(text := row.get("image"), str) else None
+        if match is None:
+            raise UserError(f"example {name!r}: image must be a data URL of a PNG, JPEG, WebP or BMP picture")
+        if len(text) > MAX_CROP_BYTES * 4 // 3:
+            raise UserError(f"example {name!r}: the crop has more than {MAX_CROP_BYTES // 1_000_000} MB; shrink it")
+        try:
+            pixels = to_rgb(base64.b64decode(text[match.end() :], validate=True))
+        except ValueError as problem:
+            raise UserError(f"example {name!r}: the data URL is no base64 text") from problem
+        except BadImageError as problem:
+            raise UserError(f"example {name!r} cannot be used: {problem.reason}") from problem
+        box = row.get("box")
+        if box is not None and not (
+            isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+        ):
+            raise UserError(f"example {name!r}: box must be [x1, y1, x2, y2] in pixels of its picture, or left out")
+        found.append((name, Crop(pixels, None if box is None else (box[0], box[1], box[2], box[3]))))
+    return found
 
 
 def _ms(seconds: float) -> float:

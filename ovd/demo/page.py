@@ -128,10 +128,10 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
     """
     import gradio as gr
 
-    def find(image: str | None, classes: str) -> dict[str, Any]:
+    def find(image: str | None, classes: str, examples: Any = None) -> dict[str, Any]:
         """For the page: errors are part of the answer, drawn as text by the page itself."""
         try:
-            return answerer.answer(image, classes or "", preview=True)
+            return answerer.answer(image, classes or "", examples=examples, preview=True)
         except UserError as problem:
             return {"error": str(problem)}
         except Exception:
@@ -139,10 +139,12 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             log.exception("request %s failed", ticket)
             return {"error": f"Something went wrong inside. The log has the details under {ticket}."}
 
-    def detect(image: str | None, classes: str, threshold: float | None = None) -> dict[str, Any]:
-        """Find the named classes in one picture."""
+    def detect(
+        image: str | None, classes: str, threshold: float | None = None, examples: Any = None
+    ) -> dict[str, Any]:
+        """Find the named classes in one picture, and what looks like the examples."""
         try:
-            return answerer.answer(image, classes or "", threshold)
+            return answerer.answer(image, classes or "", threshold, examples=examples)
         except UserError as problem:
             raise gr.Error(html.escape(str(problem), quote=False), print_exception=False) from problem
         except Exception as problem:
@@ -172,6 +174,14 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
                     info=HELP,
                     elem_id="ovd-words",
                 )
+                shown_things = gr.HTML(
+                    None,
+                    html_template=_asset("ask.html"),
+                    css_template=_asset("ask.css"),
+                    js_on_load=_asset("ask.js"),
+                    apply_default_css=False,
+                    elem_id="ovd-ask",
+                )
                 button = gr.Button("Find", variant="primary", elem_id="ovd-find")
                 picks = gr.Column(visible=bool(shown), elem_id="ovd-examples")
             with gr.Column(scale=3, min_width=320):
@@ -184,7 +194,8 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
                     elem_id="ovd-view",
                 )
         shared = {"concurrency_limit": 1, "concurrency_id": "model"}
-        run = {"fn": find, "inputs": [picture, words], "outputs": view, "api_visibility": "private", **shared}
+        asked = [picture, words, shown_things]
+        run = {"fn": find, "inputs": asked, "outputs": view, "api_visibility": "private", **shared}
         button.click(**run, api_name="find", show_progress="minimal")
         words.submit(**run, api_name="find_submit", show_progress="minimal")
         if shown:
@@ -205,14 +216,16 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             if text := str(answerer.detector.card.get("text", "")):
                 gr.Markdown(text, sanitize_html=True)
         level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
+        crops = gr.JSON(value=None, visible=False, label="examples")
         result = gr.JSON(visible=False, label="result")
         gr.Button(visible=False).click(
             fn=detect,
-            inputs=[picture, words, level],
+            inputs=[picture, words, level, crops],
             outputs=result,
             api_name="detect",
             api_description="Find the named classes in one picture. classes: names separated by commas, semicolons or "
-            "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all.",
+            "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: null or a "
+            "list of {name, image, box}: pictures of what to look for.",
             **shared,
         )
     page.queue(max_size=QUEUE, default_concurrency_limit=1)

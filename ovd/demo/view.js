@@ -176,6 +176,8 @@ function drawLists() {
   notices.replaceChildren(...answer.notices.map((text) => make("li", {}, text)));
   const pooled = answer.classes.filter((c) => c.synonyms.length).slice(0, 8);
   for (const c of pooled) notices.append(make("li", {}, `${c.name} also stands for: ${c.synonyms.slice(0, 12).join(", ")}`));
+  const several = answer.classes.filter((c) => c.crops > 1).slice(0, 8);
+  for (const c of several) notices.append(make("li", {}, `${c.name} is the mean of ${c.crops} crops`));
   if (answer.negatives.length) notices.append(make("li", {}, `Left out what looks more like: ${answer.negatives.slice(0, 20).join(", ")}`));
 
   const parts = found.filter((c) => counts.has(c.id)).slice(0, 8).map((c) => `${c.name} × ${counts.get(c.id)}`);

@@ -19,6 +19,10 @@ from torch.nn import functional as F
 from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
 
+CENTRE_PRIOR = 10.0
+"""Regions' worth of zero in the mean of a picture's regions, see `score_examples`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """How a checkpoint's cosines become scores; fitted per checkpoint and stored with it.
@@ -162,23 +166,32 @@ def score_regions(
 
 
 def score_examples(
-    regions: RegionSet, examples_ED: Tensor, bank_BD: Tensor, background_D: Tensor | None, calibration: Calibration
+    regions: RegionSet, examples_ED: Tensor, words_BD: Tensor, avoided_ND: Tensor, calibration: Calibration
 ) -> Tensor:
-    """(R, E) scores in [0, 1] of classes shown by crops; column e depends on example e alone.
+    """(R, E) scores in [0, 1] of classes shown by crops; column e depends on the picture and example e alone.
 
-    Examples are compared in the image space: with the image head where there is one (it has no background of its own),
-    else with the one head that was distilled from image embeddings.
+    Image embeddings share a large common part (what all crops look like) that says nothing about the thing, and they
+    lie apart from the texts. So each modality is centred before cosines are taken: images on the mean of the picture's
+    own regions, texts on the mean of the bank. That nearly doubled the average precision of one crop on Sticker Scenes.
+    Then an example competes as a word does, with the bank, the negative words and the negative examples.
 
     Args:
-        regions: of one picture.
+        regions: of one picture. Their image head is used where there is one, else the one head that was distilled from
+            image embeddings.
         examples_ED: unit rows, image embeddings.
-        bank_BD: unit rows of the checkpoint's bank and of negative words and examples.
-        background_D: unit learned background, or None.
+        words_BD: unit rows of the checkpoint's bank and of negative words.
+        avoided_ND: unit rows of negative examples.
         calibration: the checkpoint's; its example values are used.
     """
-    own = regions.text if regions.image is None else regions.image
-    background = background_D if regions.image is None else None
-    return score_regions(own, None, regions.objectness, examples_ED, bank_BD, background, calibration.of_examples())
+    own_RD = regions.text if regions.image is None else regions.image
+    # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
+    common_D = own_RD.sum(dim=0) / (len(own_RD) + CENTRE_PRIOR)
+    region_RD, example_ED, avoided_ND = (F.normalize(x - common_D, dim=1) for x in (own_RD, examples_ED, avoided_ND))
+    word_BD = F.normalize(words_BD - words_BD.mean(dim=0), dim=1) if len(words_BD) > 1 else words_BD
+    against_BD = torch.cat([word_BD, avoided_ND])
+    return score_regions(
+        region_RD, None, regions.objectness, example_ED, against_BD, None, calibration.of_examples()
+    )
 
 
 def vocabulary_probabilities(

@@ -16,7 +16,7 @@ from PIL import Image
 from ovd.colours import DASHES, PALETTE, class_styles
 from ovd.demo.answer import FLOOR, PREVIEW_SIDE, Answerer, data_url
 from pretrain.engine.errors import UserError
-from tests.detector.fakes import make_detector, picture
+from tests.detector.fakes import COLOURS, make_detector, picture
 
 
 @pytest.fixture
@@ -114,3 +114,53 @@ def test_label_ink_is_readable_on_every_colour() -> None:
     for style in class_styles([f"class {i}" for i in range(10)]):
         light, dark = sorted((luminance(style.colour), luminance(style.ink)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, style
+
+
+# ---- questions by example ----------------------------------------------------------------------------------------
+
+
+def crop_row(colour: str, **more: object) -> dict[str, object]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), COLOURS[colour]).save(buffer, "PNG")
+    return {"image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), **more}
+
+
+def test_examples_are_classes_beside_the_words(answerer: Answerer, pictures: dict[str, Path]) -> None:
+    rows = [crop_row("blue", name="my thing"), crop_row("green"), crop_row("yellow", name="-sun")]
+    answer = answerer.answer(pictures["good"], "red, -pink", examples=rows)
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    assert [(c["name"], c["crops"]) for c in answer["classes"]] == [("red", 0), ("my thing", 1), ("example 2", 1)]
+    assert answer["negatives"] == ["pink", "sun"]
+    by_name = {answer["classes"][d["class"]]["name"]: d["box"] for d in answer["detections"] if d["score"] > 0.5}
+    assert by_name == {"red": [10, 20, 50, 70], "my thing": [80, 30, 150, 110]}
+    assert answer["vocabulary"] != answerer.answer(pictures["good"], "red, -pink")["vocabulary"]
+
+
+def test_examples_need_no_words_and_no_examples_need_words(answerer: Answerer, pictures: dict[str, Path]) -> None:
+    found = answerer.answer(pictures["good"], "", examples=[crop_row("red", box=[0, 0, 30, 30], name="r")])
+    assert [c["name"] for c in found["classes"]] == ["r"] and len(found["detections"]) >= 1
+    with pytest.raises(UserError, match="Type at least one class"):
+        answerer.answer(pictures["good"], "", examples=[])
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ("red", "must be a list"),
+        ([1], "must be a list"),
+        ([{"name": "x"}], "'x': image must be a data URL"),
+        ([{"image": "data:image/svg+xml;base64,AAAA"}], "'example 1': image must be a data URL"),
+        ([{"image": "data:image/png;base64,%%%"}], "no base64"),
+        ([{"image": "data:image/png;base64,AAAA"}], "'example 1' cannot be used"),
+        ([{"image": "data:image/png;base64," + "A" * 3_000_000}], "more than 2 MB"),
+        ([crop_row("red", box=[1, 2])], "box must be"),
+        ([crop_row("red", box=[1, 2, 4, 30])], "3×28 pixels"),
+        ([crop_row("red")] * 21, "at most 20"),
+    ],
+)
+def test_bad_examples_are_explained(
+    answerer: Answerer, pictures: dict[str, Path], examples: object, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        answerer.answer(pictures["good"], "red", examples=examples)
+    assert message in str(caught.value) and answerer.detector.runs == 0

@@ -244,6 +244,65 @@ def test_the_model_card_is_on_the_page(tab: Tab) -> None:
     assert "0" * 64 in card.inner_text() and "Flat rectangles only." in card.inner_text()
 
 
+def drag(tab: Tab, x1: float, y1: float, x2: float, y2: float) -> None:
+    """Drag a box, in pixels of the 160 × 120 picture."""
+    tab.page.locator(".ovd-sheet").wait_for()
+    at = tab.page.locator(".ovd-sheet").bounding_box()
+    scale = at["width"] / 160
+    tab.page.mouse.move(at["x"] + x1 * scale, at["y"] + y1 * scale)
+    tab.page.mouse.down()
+    tab.page.mouse.move(at["x"] + x2 * scale, at["y"] + y2 * scale, steps=4)
+    tab.page.mouse.up()
+
+
+def test_draw_a_box_and_what_looks_like_it_is_found_here_and_in_the_next_picture(
+    tab: Tab, pictures: dict[str, Path]
+) -> None:
+    upload = tab.page.locator("#ovd-image input[type=file]")
+    upload.set_input_files(str(pictures["good"]))
+    drag(tab, 12, 22, 15, 60)
+    assert "3×38 pixels" in tab.page.locator(".ovd-ask-note").inner_text()
+    drag(tab, 83, 33, 147, 107)  # inside the blue rectangle
+    tab.page.locator(".ovd-crops li").wait_for()
+    tab.page.locator("#ovd-find").click()  # without a word
+    tab.page.locator(".ovd-result:not([hidden])").wait_for()
+    assert tab.names() == ["example 1"] and tab.boxes() == 1
+    tab.page.locator(".ovd-crops input").fill("my thing")
+    tab.page.locator("#ovd-words textarea").fill("red, unicorn")
+    tab.page.locator("#ovd-find").click()
+    tab.page.locator(".ovd-chip", has_text="red").wait_for()
+    assert sorted(tab.names()) == ["my thing", "red"]
+    frame = tab.page.locator(".ovd-picture").bounding_box()
+    item = next(i for i in tab.page.locator(".ovd-boxes .item").all() if "my thing" in i.get_attribute("aria-label"))
+    blue = item.locator(".edge").bounding_box()
+    assert (blue["x"] - frame["x"]) * 160 / frame["width"] == pytest.approx(80, abs=2)
+    # The crop is still there for another picture, and gone when it is taken away.
+    tab.page.get_by_label("Remove Image").click()
+    tab.find(pictures["green"], "")
+    tab.page.locator(".ovd-missing", has_text="my thing").wait_for()
+    tab.page.get_by_label("Take away my thing").click()
+    tab.page.locator("#ovd-find").click()
+    tab.page.locator(".ovd-alert", has_text="Type at least one class").wait_for()
+
+
+def test_an_uploaded_crop_is_named_by_its_file_and_markup_in_names_is_text(
+    tab: Tab, pictures: dict[str, Path], tmp_path: Path
+) -> None:
+    crop = tmp_path / "sky.png"
+    Image.new("RGB", (40, 40), (40, 70, 220)).save(crop)
+    chooser = tab.page.locator(".ovd-crop-file")
+    chooser.set_input_files([str(crop), str(pictures["vector"])])
+    tab.page.locator(".ovd-ask-note", has_text="vector.svg cannot be read").wait_for()
+    assert tab.page.locator(".ovd-crops input").input_value() == "sky"
+    tab.page.locator(".ovd-crops input").fill(EVIL)
+    tab.find(pictures["good"], "red")
+    assert EVIL in tab.names() and tab.page.title() != "owned"
+    # A click on a ready example asks that question alone.
+    tab.page.locator("#ovd-examples tr.tr-body").first.click()
+    tab.page.locator(".ovd-missing", has_text="unicorn").wait_for()
+    assert tab.page.locator(".ovd-crops li").count() == 0 and sorted(tab.names()) == ["blue", "red"]
+
+
 @pytest.mark.parametrize("tab", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
 def test_a_phone_needs_no_sideways_scrolling(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.page.set_viewport_size({"width": 400, "height": 800})

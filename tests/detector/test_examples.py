@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from ovd.detector import Detector
 from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
-from ovd.modeling.scoring import Calibration, RegionSet, score_examples, score_regions
+from ovd.modeling.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
 from ovd.predict import main, named_example, predict
 from ovd.vocabulary import TEMPLATES_STICKER
 from pretrain.engine.errors import UserError
@@ -180,15 +181,43 @@ def test_a_model_may_bring_its_own_image_space() -> None:
     assert [10, 20, 50, 70] not in detector.find(picture(SCENE), examples={"r": RED}, threshold=0.1).xyxy.tolist()
 
 
-def test_the_image_head_answers_examples_where_there_are_two_heads() -> None:
-    unit = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    regions = RegionSet(boxes=torch.zeros(2, 4), objectness=torch.tensor([0.5, 1.0]), text=unit[:2], image=unit[2:4],
-                        masks=None, size=(1, 1))  # fmt: skip
-    calibration = Calibration(example_logit_scale=7.0, example_objectness_weight=1.0, example_slope=2.0)
-    got = score_examples(regions, unit[4:5], unit[5:6], unit[0], calibration)
-    odds = 7.0 * (unit[2:4] @ unit[4] - unit[2:4] @ unit[5])
-    raw = odds.sigmoid() * regions.objectness
-    torch.testing.assert_close(got[:, 0], (2.0 * torch.logit(raw)).sigmoid())
+def test_an_example_is_scored_as_derived_by_hand() -> None:
+    """The image head where there are two; images centred on the picture's regions, words on their own mean."""
+    unit = F.normalize(torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    regions = RegionSet(boxes=torch.zeros(2, 4), objectness=torch.tensor([0.5, 1.0]).double(), text=unit[:2],
+                        image=unit[2:4], masks=None, size=(1, 1))  # fmt: skip
+    calibration = Calibration(
+        bank_limit=1.0, example_logit_scale=7.0, example_objectness_weight=1.0, example_slope=2.0, example_offset=-1.0
+    )
+    got = score_examples(regions, unit[4:5], unit[5:8], unit[8:], calibration)
+    mean = (unit[2] + unit[3]) / (2 + CENTRE_PRIOR)
+    for r in range(2):
+        z = (unit[2 + r] - mean) / (unit[2 + r] - mean).norm()
+        likeness = 7.0 * float(z @ (unit[4] - mean) / (unit[4] - mean).norm())
+        rivals = [float(z @ (w - unit[5:8].mean(0)) / (w - unit[5:8].mean(0)).norm()) for w in unit[5:8]]
+        rivals.append(float(z @ (unit[8] - mean) / (unit[8] - mean).norm()))
+        p = math.exp(likeness) / (math.exp(likeness) + sum(math.exp(7.0 * v) for v in rivals)) * (0.5, 1.0)[r]
+        assert float(got[r, 0]) == pytest.approx(1 / (1 + math.exp(1.0) * ((1 - p) / p) ** 2), rel=1e-6)
+
+
+def test_what_all_regions_share_does_not_count_as_likeness() -> None:
+    common = torch.zeros(8).index_fill(0, torch.tensor([0]), 3.0)
+    parts = torch.eye(8)[1:]
+    regions = RegionSet(boxes=torch.zeros(7, 4), objectness=torch.ones(7), text=F.normalize(parts + common, dim=1),
+                        image=None, masks=None, size=(1, 1))  # fmt: skip
+    example = F.normalize(parts[:1] + common, dim=1)
+    many = RegionSet(**{**vars(regions), "boxes": torch.zeros(140, 4), "objectness": torch.ones(140),
+                        "text": regions.text.repeat(20, 1)})  # fmt: skip
+    bank = F.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    score = score_examples(many, example, bank, bank[:0], Calibration(example_logit_scale=10.0))[:7, 0]
+    assert float(regions.text[0] @ example[0] - regions.text[1] @ example[0]) < 0.11
+    assert float(score[0]) > 0.9 and float(score[1:].max()) < 0.2
+
+
+def test_a_picture_without_regions_has_no_scores() -> None:
+    empty = RegionSet(boxes=torch.zeros(0, 4), objectness=torch.zeros(0), text=torch.zeros(0, 8), image=None,
+                      masks=None, size=(1, 1))  # fmt: skip
+    assert score_examples(empty, torch.eye(8)[:2], torch.eye(8), torch.eye(8)[:0], Calibration()).shape == (0, 2)
 
 
 def test_a_calibration_of_examples_leaves_the_words_alone() -> None:
@@ -255,7 +284,7 @@ def test_predict_explains_that_there_is_nothing_to_look_for(tmp_path: Path) -> N
     crop = tmp_path / "mug.png"
     Image.fromarray(RED).save(crop)
     with pytest.raises(UserError, match="Type at least one class"):
-        main([str(crop), "--example", f"-poster={crop}", "--out", str(tmp_path / "out")])
+        main([str(crop), f"--example=-poster={crop}", "--out", str(tmp_path / "out")])
 
 
 def test_a_vocabulary_beside_examples_keeps_its_templates() -> None:
