@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m pretrain.export SOURCE --to torchvision|detectron2|open_clip --out FOLDER``: hand a backbone over.
+
+SOURCE is the ``exported/`` folder of a run of pretrain.train, an encoder folder (CLIP), or a checkpoint of an official
+repository (MoCo, SwAV, SimSiam, Barlow Twins, BYOL ports, DINO; ``open_clip:MODEL:WEIGHTS`` for CLIP). Heads are dropped.
+
+FOLDER gets ``model.safetensors`` under the target's names and ``settings.json`` with what the target must be told
+(pixel mean and std, channel order, stem, norm). For Detectron2 there is ``detectron2.yaml`` too.
+
+Before anything is written the target library's own network is built, loaded, and compared with the source on real
+pictures: a feature that differs by more than 1e-5 of the largest, or a tensor that has no place, ends the export with
+status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pretrain.nets.checkpoints import Stem
+    from pretrain.nets.towers import JointEncoder
+
+Target = Literal["torchvision", "detectron2", "open_clip"]
+TOLERANCE = 1e-5  # of the largest feature of a stage
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, used by all official codes
+PICTURES = 4  # that the two networks are compared on
+SIDE = 128  # pixels of the comparison: four cells at stride 32
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A ResNet to hand over.
+
+    Attributes:
+        network: in eval mode; has `stages` (pretrain.nets.resnet.ResNet).
+        depth, stem: of the network.
+        groups: groups of its group norms by channels; None with batch norm.
+        mean, std: RGB in [0, 1], what its input is normalised with.
+        report: where it was found.
+    """
+
+    network: nn.Module
+    depth: int
+    stem: Stem
+    groups: Callable[[int], int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    report: str
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Torchvision's names, without counters."""
+        return {k: v for k, v in self.network.state_dict().items() if not k.endswith("num_batches_tracked")}
+
+
+def read_source(spec: str, *, stem: Stem | None = None) -> Source:
+    """A ResNet from a backbone folder, an encoder folder or a checkpoint file.
+
+    Raises:
+        UserError: no ResNet of torchvision's kind is there, whole.
+    """
+    from pretrain.nets.checkpoints import find_resnet, read_tensors
+    from pretrain.nets.resnet import ResNet
+
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "exported" if not (path / "config.json").exists() and (path / "exported").is_dir() else path
+        return _read_folder(path)
+    found = find_resnet(read_tensors(path), source=spec, stem=stem)
+    network = ResNet(depth=found.depth, stem=found.stem)
+    network.load_state_dict(found.state, strict=False)  # all there: find_resnet refuses anything less
+    return Source(network=network.eval(), depth=found.depth, stem=found.stem, groups=None, mean=IMAGENET_MEAN,
+                  std=IMAGENET_STD, report=found.report)  # fmt: skip
+
+
+def _read_folder(folder: Path) -> Source:
+    from torch import nn
+
+    from pretrain.nets.backbones import FORMAT, load_backbone
+    from pretrain.nets.resnet import ResNet
+    from pretrain.nets.standardised import folded
+    from pretrain.nets.towers import ResNetImage, load_encoder
+
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError) as problem:
+        raise UserError(f"{folder}: no backbone or encoder folder (config.json: {problem})") from problem
+    if kind == FORMAT:
+        network, info = load_backbone(folder)
+        mean, std, name = tuple(info["mean"]), tuple(info["std"]), f"{info['method']}, {info['backbone']['name']}"
+        stem = info["backbone"]["stem"]
+    else:
+        encoder = load_encoder(folder)
+        if not isinstance(encoder.visual, ResNetImage):
+            raise UserError(
+                f"{folder}: its image tower is {type(encoder.visual).__name__}, no ResNet; use --to open_clip"
+            )
+        network, name = encoder.visual.backbone, f"image tower of {folder.name}"
+        mean, std = encoder.image_mean, encoder.image_std
+        stem = "imagenet" if network.conv1.kernel_size == (7, 7) else "small"
+    inner = getattr(network, "network", network)  # torchvision's own ResNets hang one step lower
+    if not hasattr(inner, "layer4") or not hasattr(inner, "conv1"):
+        raise UserError(f"{folder}: {name} is no ResNet of torchvision's names and has no counterpart in the target")
+    if not isinstance(inner, ResNet):
+        state, stem = inner.state_dict(), "imagenet"
+        from pretrain.nets.checkpoints import find_resnet
+
+        found = find_resnet(state, source=str(folder), stem=stem)
+        inner = ResNet(depth=found.depth, stem="imagenet")
+        inner.load_state_dict(found.state, strict=False)
+    plain = folded(inner).eval()
+    norms = [m for m in plain.modules() if isinstance(m, nn.GroupNorm)]
+    by_channels = {m.num_channels: m.num_groups for m in norms}
+    depth = _depth_of(plain)
+    return Source(network=plain, depth=depth, stem=stem, groups=by_channels.__getitem__ if norms else None,
+                  mean=mean, std=std, report=f"{name}: ResNet-{depth}, {stem} stem")  # fmt: skip
+
+
+def _depth_of(network: nn.Module) -> int:
+    from pretrain.nets.resnet import LAYERS
+
+    layers = [len(cast(Any, getattr(network, f"layer{n}"))) for n in (1, 2, 3, 4)]
+    wide = hasattr(cast(Any, network).layer1[0], "conv3")
+    return next(d for d, (block, known) in LAYERS.items() if known == layers and (block.expansion == 4) == wide)
+
+
+def torchvision_network(source: Source) -> nn.Module:
+    """Torchvision's own ResNet with the source's tensors; returns pooled features."""
+    from torch import nn
+    from torchvision.models import get_model
+
+    norm = {"norm_layer": _group_norm(source)} if source.groups else {}
+    network = get_model(f"resnet{source.depth}", weights=None, **norm)
+    network.fc = nn.Identity()
+    if source.stem != "imagenet":
+        network.conv1 = nn.Conv2d(3, 64, 3, stride=2 if source.stem == "small" else 1, padding=1, bias=False)
+    if source.stem == "cifar":
+        network.maxpool = nn.Identity()
+    _load_whole(network, source.state)
+    return network.eval()
+
+
+def detectron2_network(source: Source) -> nn.Module:
+    """Detectron2's own ResNet with the source's tensors; returns ``res2`` … ``res5``.
+
+    Raises:
+        UserError: Detectron2 is not installed, or the network has no counterpart (a stem without Detectron2's stride 4).
+    """
+    if source.stem == "cifar":
+        raise UserError(
+            "a cifar stem has stride 1; Detectron2's ResNets begin with stride 4. Pretrain with stem: small or imagenet"
+        )
+    try:
+        from detectron2.layers import Conv2d, get_norm
+        from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+    except ImportError as problem:
+        raise UserError("--to detectron2 compares with Detectron2 itself, which is not installed; see docs/install.md") \
+            from problem  # fmt: skip
+    from pretrain.nets.checkpoints import to_detectron2
+    from pretrain.nets.resnet import LAYERS
+
+    norm: Any = _group_norm(source) if source.groups else "BN"
+    stem = BasicStem(3, 64, norm=norm)
+    if source.stem == "small":
+        stem.conv1 = Conv2d(3, 64, kernel_size=3, stride=2, padding=1, bias=False, norm=get_norm(norm, 64))
+    stages, channels = [], 64
+    block, layers = LAYERS[source.depth]
+    for index, blocks in enumerate(layers):
+        width, strides = 64 * 2**index, [1 if index == 0 else 2] + [1] * (blocks - 1)
+        more: dict[str, Any] = {}
+        if block.expansion == 4:
+            more = {"bottleneck_channels": width, "stride_in_1x1": False}
+        kind = BottleneckBlock if more else BasicBlock
+        stages.append(
+            ResNet.make_stage(kind, blocks, in_channels=channels, out_channels=width * block.expansion,
+                              stride_per_block=strides, norm=norm, **more)
+        )  # fmt: skip
+        channels = width * block.expansion
+    network = ResNet(stem, stages, out_features=["res2", "res3", "res4", "res5"])
+    _load_whole(network, to_detectron2(source.state))
+    return network.eval()
+
+
+def _group_norm(source: Source) -> Callable[[int], nn.Module]:
+    from torch import nn
+
+    groups = source.groups
+    assert groups is not None
+    return lambda channels: nn.GroupNorm(groups(channels), channels)
+
+
+def _load_whole(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load; every tensor must have a place and every place a tensor, counters aside."""
+    wanted = {k for k in network.state_dict() if not k.endswith("num_batches_tracked")}
+    missing, surplus = sorted(wanted - set(state)), sorted(set(state) - wanted)
+    if missing or surplus:
+        raise UserError(
+            f"the names do not fit the target network: {len(missing)} missing {missing[:3]}, "
+            f"{len(surplus)} without a place {surplus[:3]}"
+        )
+    try:
+        network.load_state_dict(dict(state), strict=False)
+    except RuntimeError as problem:
+        raise UserError(f"the shapes do not fit the target network: {str(problem).splitlines()[-1].strip()}") from problem
+
+
+def require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, target: str) -> float:
+    """Largest difference of the features, relative to the largest feature of each.
+
+    Raises:
+        UserError: more than `TOLERANCE`, or not finite.
+    """
+    worst = 0.0
+    for name, feature in ours.items():
+        other = theirs[name]
+        if feature.shape != other.shape:
+            raise UserError(f"{target}: {name} has shape {tuple(other.shape)}, the source {tuple(feature.shape)}")
+        difference = float((feature - other).abs().max() / feature.abs().max().clamp_min(1e-12))
+        if not difference <= TOLERANCE:  # NaN too
+            raise UserError(
+                f"{target}: {name} differs from the source by {difference:.1e} of its largest feature, more than "
+                f"{TOLERANCE:.0e}. Nothing was written"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def real_pictures(given: Path | None, *, count: int = PICTURES, side: int = SIDE) -> Tensor:
+    """(N, 3, side, side) uint8: pictures of a folder, or Sticker Scenes."""
+    import cv2
+    import numpy as np
+    import torch
+
+    if given is None:
+        from pretrain.data.stickers import SceneSource, Stickers
+
+        source = SceneSource(Stickers.load(), split="val", seed=4000, size=side, length=count)
+        pictures = [source.scene(i).image for i in range(count)]
+    else:
+        from pretrain.data.folder import list_images, read_image
+
+        files = list_images(given) if given.is_dir() else [given]
+        pictures = [cv2.resize(read_image(f), (side, side), interpolation=cv2.INTER_AREA) for f in files[:count]]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Path, pictures: Tensor) -> dict[str, Any]:
+    """Build the target network, compare, write; returns the settings written.
+
+    Args:
+        source: from `read_source`.
+        to: the target library.
+        out: folder to write.
+        pictures: (N, 3, H, W) uint8 that the networks are compared on.
+
+    Raises:
+        UserError: the target's network says something else than the source; nothing is written then.
+    """
+    import torch
+
+    from pretrain.engine.checkpoint import save_weights
+    from pretrain.nets.checkpoints import to_detectron2
+
+    network = torchvision_network(source) if to == "torchvision" else detectron2_network(source)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (source.mean, source.std))
+    with torch.no_grad():
+        ours = cast(Any, source.network).stages((pictures / 255 - mean) / std)
+        if to == "torchvision":
+            pooled = network((pictures / 255 - mean) / std)
+            worst = require_same({"pooled features": ours["layer4"].mean(dim=(2, 3))}, {"pooled features": pooled}, target=to)
+        else:
+            # Detectron2 subtracts and divides pixels in 0…255.
+            theirs = network((pictures.float() - 255 * mean) / (255 * std))
+            worst = require_same({f"res{n + 1}": ours[f"layer{n}"] for n in (1, 2, 3, 4)}, theirs, target=to)
+    settings: dict[str, Any] = {
+        "format": f"export-{to}/1",
+        "depth": source.depth,
+        "stem": source.stem,
+        "norm": "BN" if source.groups is None else "GN, groups: " + str(source.groups(64)),
+        "channels": "RGB",
+        "source": source.report,
+        "largest_difference": worst,
+    }
+    if to == "torchvision":
+        state = source.state
+        settings |= {"mean": list(source.mean), "std": list(source.std), "pixels": "0 to 1"}
+    else:
+        state = to_detectron2(source.state)
+        settings |= {"pixels": "0 to 255", "yaml": "detectron2.yaml"}
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().contiguous() for k, v in state.items()}
+    save_weights(out / "model.safetensors", tensors, {"format": settings["format"]})
+    if to == "detectron2":
+        write_atomically(out / "detectron2.yaml", detectron2_yaml(source).encode())
+    write_atomically(out / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
+    return settings
+
+
+def detectron2_yaml(source: Source) -> str:
+    """The keys of Detectron2's configuration that this backbone needs, with the reason of each."""
+    mean, std = ([round(255 * v, 4) for v in values] for values in (source.mean, source.std))
+    norm = "SyncBN" if source.groups is None else "GN"
+    lines = [
+        "# Trained with RGB pictures; Detectron2's own default is BGR.",
+        "INPUT:",
+        "  FORMAT: RGB",
+        "MODEL:",
+        f"  PIXEL_MEAN: {mean}",
+        f"  PIXEL_STD: {std}",
+        "  RESNETS:",
+        f"    DEPTH: {source.depth}",
+        *(["    RES2_OUT_CHANNELS: 64"] if source.depth < 50 else []),
+        "    STRIDE_IN_1X1: false  # torchvision's place of the stride: the 3x3 convolution",
+        f"    NORM: {norm}  # trains on; FrozenBN with self-supervised statistics loses 1 to 2 AP",
+        "  BACKBONE:",
+        "    FREEZE_AT: 0  # self-supervised low layers are not ImageNet's: let them learn",
+        *(["  FPN:", "    NORM: SyncBN"] if source.groups is None else []),
+        "TEST:",
+        "  PRECISE_BN:",
+        "    ENABLED: true",
+    ]
+    if source.stem == "small":
+        lines.insert(0, "# The stem is 3x3 with stride 2, not Detectron2's 7x7: set stem.conv1 in code (docs/export.md).")
+    if source.groups is not None:
+        lines.insert(0, f"# GroupNorm has {source.groups(64)} groups, Detectron2's GN 32: give `norm` as a callable.")
+    return "\n".join(lines) + "\n"
+
+
+def export_open_clip(encoder: JointEncoder, *, out: Path, pictures: Tensor) -> dict[str, Any]:
+    """Write an encoder that has open_clip's architecture as a folder that open_clip reads (``local-dir:FOLDER``).
+
+    Raises:
+        UserError: an encoder of another architecture, or open_clip reads something else from the folder.
+    """
+    import shutil
+
+    import open_clip
+    import torch
+
+    from pretrain.engine.checkpoint import save_weights
+
+    config = encoder.config.get("open_clip")
+    if config is None:
+        raise UserError(
+            "only encoders with open_clip's architecture can be read by open_clip; this one has towers of its own. "
+            "Use it through pretrain.nets.towers.load_encoder, or export its ResNet --to torchvision or detectron2"
+        )
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    save_weights(partial / "open_clip_model.safetensors", tensors, {"format": "pt"})
+    record = {
+        "model_cfg": {**config["model"], "custom_text": True},
+        "preprocess_cfg": {"mean": list(config["mean"]), "std": list(config["std"])},
+    }
+    write_atomically(partial / "open_clip_config.json", (json.dumps(record, indent=2) + "\n").encode())
+    try:
+        other = open_clip.create_model(f"local-dir:{partial.resolve()}").eval()
+        with torch.no_grad():
+            pixels = encoder.prepare(pictures)
+            tokens = encoder.tokenize(["a dog", "a drawing of a red mug"])
+            ours = {"image": encoder.encode_image(pixels), "text": encoder.encode_text(tokens)}
+            theirs = {"image": other.encode_image(pixels), "text": other.encode_text(tokens)}
+        worst = require_same(ours, theirs, target="open_clip")
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(partial.iterdir()):
+            file.replace(out / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {"format": "export-open_clip/1", "largest_difference": worst}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    flags = argparse.ArgumentParser(
+        prog="python -m pretrain.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("source", help="folder of a run, encoder folder, checkpoint file, or open_clip:MODEL:WEIGHTS")
+    flags.add_argument("--to", required=True, choices=("torchvision", "detectron2", "open_clip"))
+    flags.add_argument("--out", required=True, type=Path, help="folder to write; must be new or empty")
+    flags.add_argument("--pictures", type=Path, help="pictures to compare the networks on (default: Sticker Scenes)")
+    flags.add_argument("--stem", choices=("small", "cifar"), help="what a foreign checkpoint's 3x3 stem is")
+    return flags
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    options = parser().parse_args(argv)
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UserError(f"--out {options.out}: exists and is not empty; give a new folder")
+    pictures = real_pictures(options.pictures)
+    if options.to == "open_clip":
+        from pretrain.nets.towers import load_encoder
+
+        settings = export_open_clip(load_encoder(options.source), out=options.out, pictures=pictures)
+    else:
+        if options.source.startswith("open_clip:"):
+            raise UserError(f"{options.source}: open_clip's image towers are no torchvision ResNets; use --to open_clip")
+        source = read_source(options.source, stem=options.stem)
+        print(source.report)
+        settings = export(source, to=options.to, out=options.out, pictures=pictures)
+    print(f"written to {options.out}; largest relative feature difference {settings['largest_difference']:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

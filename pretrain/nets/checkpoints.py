@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones out of other people's checkpoints: recognised by their keys, read without running code, never in part.
+
+The official repositories wrap the same torchvision ResNet in different names:
+
+============== =============================================================================
+MoCo v1, v2    ``state_dict`` → ``module.encoder_q.…`` (the query encoder is the trained one)
+MoCo v3        ``state_dict`` → ``module.base_encoder.…``
+SimSiam        ``state_dict`` → ``module.encoder.…``
+SwAV           ``module.…`` in the file itself, heads beside it
+Barlow Twins   plain names, or ``model`` → ``module.backbone.…`` in a whole checkpoint
+DINO           ``teacher`` → ``backbone.…``, or plain names
+BYOL ports     ``online_network.…``, ``online_encoder.net.…``, ``backbone.…``
+============== =============================================================================
+
+CLIP's modified ResNet has three stem convolutions and attention pooling: it is recognised, and refused as a torchvision
+network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from pretrain.engine.checkpoint import load_weights
+from pretrain.engine.errors import UserError
+from pretrain.nets.resnet import LAYERS, ResNet
+
+Stem = Literal["small", "imagenet", "cifar"]
+
+CONTAINERS = ("state_dict", "model", "teacher", "student", "online_network_state_dict", "model_state_dict")
+"""Keys under which a checkpoint may keep the network, first found wins; DINO evaluates the teacher."""
+
+PREFIXES = (
+    "encoder_q.", "base_encoder.", "online_network.encoder.", "online_network.", "online_encoder.net.",
+    "online_encoder.", "encoder.", "backbone.", "visual.backbone.", "visual.", "",
+)  # fmt: skip
+"""Where the backbone may hang. Key encoders, targets and momentum copies are not in the list: they are not exported."""
+
+_RENAMES = (
+    (re.compile(r"^layer(\d)\."), lambda m: f"res{int(m[1]) + 1}."),
+    (re.compile(r"downsample\.0\."), lambda m: "shortcut."),
+    (re.compile(r"downsample\.1\."), lambda m: "shortcut.norm."),
+    (re.compile(r"(^|\.)bn(\d)\."), lambda m: f"{m[1]}conv{m[2]}.norm."),
+)
+
+
+def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision ResNet names → Detectron2 names (``layer1.0.bn2`` → ``res2.0.conv2.norm``); heads are left out."""
+    converted = {}
+    for key, value in state.items():
+        if key.startswith("fc.") or key.endswith("num_batches_tracked"):
+            continue
+        name = key
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        converted[name if name.startswith("res") else f"stem.{name}"] = value
+    return converted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A ResNet found in a checkpoint.
+
+    Attributes:
+        state: tensors under torchvision's names, without a head.
+        depth, stem: of the network.
+        prefix: what stood in front of the names.
+        missing: tensors of the network that the file lacks.
+        unexpected: tensors of the file that the network has no place for, heads and other networks among them.
+    """
+
+    state: dict[str, Tensor]
+    depth: int
+    stem: Stem
+    prefix: str
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    @property
+    def report(self) -> str:
+        """Counts and first names, one line."""
+        rest = ""
+        if self.unexpected:
+            more = ", …" if len(self.unexpected) > 4 else ""
+            rest = f" ({', '.join(self.unexpected[:4])}{more})"
+        return (
+            f"ResNet-{self.depth}, {self.stem} stem, found under {self.prefix or 'no prefix'!r}: {len(self.state)} "
+            f"tensors matched, {len(self.missing)} missing, {len(self.unexpected)} left out{rest}"
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, or of a torch checkpoint opened with ``weights_only=True``.
+
+    Raises:
+        UserError: no such file, one that would run code when opened, or one without a table of tensors.
+    """
+    if path.suffix == ".safetensors":
+        return load_weights(path)[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        # Several repositories store their command line beside the weights; a Namespace holds values and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises many kinds for a file that is none of its own
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise UserError(
+            f"{path}: cannot be read as weights only ({reason}). A TorchScript archive or a checkpoint with Python "
+            "objects has to be converted to safetensors where it came from"
+        ) from problem
+    for name in CONTAINERS:
+        inner = loaded.get(name) if isinstance(loaded, Mapping) else None
+        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+            loaded = inner
+            break
+    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no table of tensors, neither itself nor under {', '.join(CONTAINERS)}")
+    return tensors
+
+
+def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None = None) -> Found:
+    """Find a torchvision-named ResNet by its keys.
+
+    Args:
+        tensors: any names, see the module.
+        source: for messages.
+        stem: what a 3×3 first convolution means, ``small`` (stride 2 and a max pool) or ``cifar`` (stride 1, no pool);
+            None: it is refused, as its stride cannot be seen.
+
+    Raises:
+        UserError: too little matches (anything of the network is missing or has another shape), or it is CLIP's
+            modified ResNet. Nothing is ever filled with random numbers.
+    """
+    plain = {key.removeprefix("module."): value for key, value in tensors.items()}
+    best: Found | None = None
+    for prefix in PREFIXES:
+        inner = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
+        # lucidrains' BYOL numbers the children of a torchvision network.
+        inner = {_numbered(k): v for k, v in inner.items()}
+        found = _match(inner, plain, prefix, stem)
+        if found is not None and (best is None or len(found.state) > len(best.state)):
+            best = found
+    if best is None:
+        names = ", ".join(list(plain)[:3])
+        raise UserError(f"{source}: no ResNet-18, 34, 50 or 101 of torchvision's names in it; its keys begin {names}")
+    head = best.prefix
+    if f"{head}attnpool.positional_embedding" in plain or f"{head}conv3.weight" in plain:
+        raise UserError(
+            f"{source}: this is CLIP's modified ResNet (three stem convolutions, attention pooling), no torchvision "
+            "ResNet. Use --to open_clip"
+        )
+    if best.missing:
+        raise UserError(
+            f"{source}: too little matches. {best.report}; missing: {', '.join(best.missing[:4])}. Nothing is written, "
+            "as the rest would be random"
+        )
+    return best
+
+
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def _numbered(key: str) -> str:
+    first, dot, rest = key.partition(".")
+    return f"{_CHILDREN[first]}{dot}{rest}" if first in _CHILDREN and dot else key
+
+
+def _match(inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str, stem: Stem | None) -> Found | None:
+    """What of the tensors under a prefix is a ResNet; None when not even its first and last stage show."""
+    first = inner.get("conv1.weight")
+    blocks = [len({k.split(".")[1] for k in inner if k.startswith(f"layer{n}.")}) for n in (1, 2, 3, 4)]
+    if first is None or first.ndim != 4 or not any(blocks):
+        return None
+    wide = "layer1.0.conv3.weight" in inner
+    same = [d for d, (block, layers) in LAYERS.items() if layers == blocks and (block.expansion == 4) == wide]
+    # Not all blocks there: compare with the depth that is nearest, so that the report can say what is missing.
+    near = min(
+        (d for d, (block, _) in LAYERS.items() if (block.expansion == 4) == wide),
+        key=lambda d: sum(abs(a - b) for a, b in zip(LAYERS[d][1], blocks, strict=True)),
+    )
+    depth = same[0] if same else near
+    kernel = first.shape[-1]
+    kind = "imagenet" if kernel == 7 else stem
+    with torch.device("meta"):
+        wanted = ResNet(depth=depth, stem=cast("Stem", kind or "small")).state_dict()
+    wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
+    fits = {k: inner[k] for k, v in wanted.items() if k in inner and inner[k].shape == v.shape}
+    if kind is None:
+        fits.pop("conv1.weight", None)  # a 3×3 stem of unknown stride is no match
+    left = [k for k in whole if not (k.startswith(prefix) and _numbered(k.removeprefix(prefix)) in fits)]
+    return Found(
+        state={k: v.float().contiguous() for k, v in fits.items()},
+        depth=depth,
+        stem=cast("Stem", kind or "small"),
+        prefix=prefix,
+        missing=tuple(k for k in wanted if k not in fits),
+        unexpected=tuple(k for k in left if not k.endswith("num_batches_tracked")),
+    )
