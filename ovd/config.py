@@ -146,11 +146,19 @@ class TrainConfig(Section):
     encoder: str = Field(
         "clip-sticker", description="image-text encoder: a name under weights/, a folder, or open_clip:MODEL:TAG"
     )
+    templates: Literal["sticker", "vild63", "name"] = Field(
+        "sticker",
+        description="prompts of the class names: four short ones, ViLD's 63, or the bare name; the detector keeps them",
+    )
     weights: str | None = Field(
         None, description="start from this exported detector (folder); null: from the encoder's backbone"
     )
     backbone_weights: str | None = Field(
         None, description="a torchvision-named ResNet safetensors file; null: the encoder's own"
+    )
+    backbone_start: Literal["encoder", "scratch"] = Field(
+        "encoder",
+        description="where the backbone comes from without backbone_weights: the encoder's ResNet, or random weights",
     )
     regions: str | None = Field(
         None, description="store of offline regions written by ovd.embed, for distilling variants"

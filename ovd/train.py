@@ -48,13 +48,12 @@ def labelled_images(data: DataConfig) -> LabelledImages:
 
 
 def load_split(data: DataConfig) -> Split:
-    """The split of COCO data; a split file may name categories, which the annotation file knows."""
-    from ovd.data.coco import check_ground_truth, read_json
-    from ovd.data.splits import Split
+    """The split of COCO or LVIS data; a split file may name categories, which the annotation file knows."""
+    from ovd.data.coco import read_json
+    from ovd.data.lvis import split_of
 
     path = data.annotations or ""
-    categories = check_ground_truth(read_json(path), where=path).categories
-    return Split.load(data.split, categories=categories)
+    return split_of(data.split, read_json(path), where=path)
 
 
 def resolve_encoder(spec: str) -> JointEncoder:
@@ -87,10 +86,12 @@ def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config:
         state, _ = load_weights(Path(config.backbone_weights))
         load_resnet(resnet, state, source=config.backbone_weights)
         return prefixes
+    if config.backbone_start == "scratch":
+        return []
     if not isinstance(encoder.visual, ResNetImage):
         raise UserError(
             f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
-            "set backbone_weights=FILE (a torchvision-named ResNet)"
+            "set backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch"
         )
     state = export_backbone(encoder)
     load_resnet(resnet, state, source=f"encoder {config.encoder}")
@@ -151,13 +152,14 @@ def build(config: TrainConfig) -> dict[str, Any]:
     from ovd.regions.images import SceneImages
     from ovd.regions.store import RegionStore
     from ovd.text import embed_vocabulary
-    from ovd.vocabulary import Vocabulary
+    from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
     from pretrain.engine.distributed import seed_everything
 
     seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
     encoder = resolve_encoder(config.encoder)
     images = labelled_images(config.data)
-    rows = embed_vocabulary(Vocabulary.parse(list(images.names)), encoder)
+    vocabulary = Vocabulary.parse(list(images.names), templates=TEMPLATE_SETS[config.templates])
+    rows = embed_vocabulary(vocabulary, encoder)
     novel = images.novel if config.data.labels == "base" else frozenset()
     trainable = torch.ones(len(images.names), dtype=torch.bool)
     trainable[sorted(novel)] = False
@@ -235,6 +237,7 @@ def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
         bank=tuple(names[i] for i in bank),
         calibration=asdict(Calibration(logit_scale=config.model.head.scale)),
         config_hash=config_hash(config),
+        templates=config.templates,
     )
     save_detector(folder, parts["model"], card, bank=parts["rows"][torch.tensor(bank)])
 

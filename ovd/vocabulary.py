@@ -104,7 +104,13 @@ TEMPLATES_STICKER: tuple[str, ...] = (
     "a photo of {article} {}",
     "a picture of {article} {}",
 )
-TEMPLATE_SETS: dict[str, tuple[str, ...]] = {"vild63": TEMPLATES_63, "sticker": TEMPLATES_STICKER, "name": ("{}",)}
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    # As ViLD's code fills them: "This is " in front of what begins with a or the (58 of the 63).
+    "vild63": tuple(f"This is {t}" if t.startswith(("a", "the")) else t for t in TEMPLATES_63),
+    "sticker": TEMPLATES_STICKER,
+    "name": ("{}",),
+}
+"""By the name that a detector's configuration and card give."""
 
 _SILENT_H = re.compile(r"(hour|honest|honou?r|heir)")
 _YOU_OR_WON = re.compile(r"(uni(?!n|m)|us[aeiu]|ut[ei]|u\b|ufo|usb|ukulele|ura[nl]|eu|ewe|ewer|one\b|one-|once)")

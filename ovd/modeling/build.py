@@ -27,6 +27,7 @@ from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN, Tower
 from ovd.modeling.sampling import SeededRPN
 from ovd.modeling.scoring import Calibration, RegionSet
+from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 
@@ -187,6 +188,7 @@ class DetectorCard:
         bank: words of the fixed bank of competitors.
         calibration: fields of :class:`Calibration`.
         config_hash: of the training configuration.
+        templates: name of the prompts that the classes were embedded with.
     """
 
     model: dict[str, Any]
@@ -203,6 +205,7 @@ class DetectorCard:
     calibration: dict[str, float]
     config_hash: str
     format: int = FORMAT
+    templates: str = "sticker"  # cards that do not say are older than the choice
 
 
 def save_detector(
@@ -237,7 +240,10 @@ def read_card(folder: Path) -> DetectorCard:
         raise UserError(f"{path}: not a detector card of format {FORMAT}; export the model again with this version")
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return DetectorCard(**values)
+        card = DetectorCard(**values)
+        if card.templates not in TEMPLATE_SETS:
+            raise TypeError(f"unknown templates {card.templates!r}")
+        return card
     except TypeError as error:
         raise UserError(f"{path}: {error}; export the model again with this version") from error
 
