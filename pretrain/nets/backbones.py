@@ -1,163 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones by name, (N, 3, H, W) → (N, width) with `.width`, and the folder in which a pretrained one is kept.
+"""Backbones by name, and the folder an exported one lives in.
 
-A folder holds `config.json` (format "backbone/1": how to build it, the method, the pixels' mean and deviation) and
-`model.safetensors`.
+    backbone = build_backbone(BackboneConfig(name="resnet18"))        # (N, 3, H, W) -> (N, backbone.width)
+    backbone, info = load_backbone("runs/simsiam/exported")
+
+Ours (`resnet18` … `resnet101`) have torchvision's parameter names; `detectron2:R50` is the same network under the name
+that Detectron2's configs use (its stride stands in the 3x3 convolutions); `pretrain.export` renames the parameters.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
-from pretrain.config_ssl import BackboneConfig
-from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.config_ssl import OURS, BackboneConfig
+from pretrain.engine.checkpoint import load_weights, save_weights
+from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
-from pretrain.nets.norms import without_batch_statistics
-from pretrain.nets.resnet import LAYERS, ResNet
+from pretrain.nets.resnet import ResNet
+from pretrain.nets.standardised import without_batch_norm
 
 FORMAT = "backbone/1"
-DETECTRON2 = {f"R{depth}": depth for depth in LAYERS}
-NOT_POOLED = ("googlenet", "inception_v3", "squeezenet1_0", "squeezenet1_1")  # more outputs than one, or no last layer
+
+
+class Pooled(nn.Module):
+    """A network of another library without its classifier, as (N, 3, H, W) to (N, width)."""
+
+    def __init__(self, network: nn.Module, width: int) -> None:
+        super().__init__()
+        self.network, self.width = network, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
 
 
 def build_backbone(config: BackboneConfig) -> nn.Module:
-    """A new network with random weights.
+    """The named network with fresh weights, drawn from torch's generator; its output length is `.width`.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: Nobody knows the name.
     """
-    kind, _, name = config.name.rpartition(":")
-    if kind == "torchvision":
-        net = _torchvision(name)
-    elif kind == "timm":
-        net = _timm(name)
-    elif kind == "detectron2":
-        if name not in DETECTRON2:
-            raise UserError(f"method.backbone.name: detectron2:{name} is none of {', '.join(DETECTRON2)}")
-        net = ResNet(depth=DETECTRON2[name], stem=config.stem, zero_init=False)
-        for module in net.modules():
-            if type(module).__name__ == "Bottleneck":  # the stride where He et al. had it
-                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    library, _, name = config.name.rpartition(":")
+    if config.name in OURS or library == "detectron2":
+        depth = int(name.removeprefix("resnet").removeprefix("R"))
+        backbone: nn.Module = ResNet(depth=depth, stem=config.stem, zero_init=config.zero_init)  # type: ignore[arg-type]
+    elif library == "torchvision":
+        backbone = _torchvision(name)
     else:
-        net = ResNet(depth=int(name.removeprefix("resnet")), stem=config.stem, zero_init=False)
-    for gain in last_gains(net):
-        nn.init.constant_(gain, 0.0 if config.zero_init else 1.0)
-    return without_batch_statistics(net) if config.norm == "gn_ws" else net
-
-
-def last_gains(net: nn.Module) -> list[nn.Parameter]:
-    """The gain of the last norm of every residual block of a ResNet of torchvision or timm; empty for other kinds."""
-    blocks = [module for module in net.modules() if type(module).__name__ in ("BasicBlock", "Bottleneck")]
-    norms = [getattr(block, "bn3", getattr(block, "bn2", None)) for block in blocks]
-    return [norm.weight for norm in norms if norm is not None and getattr(norm, "weight", None) is not None]
+        backbone = _timm(name)
+    return without_batch_norm(backbone) if config.norm == "gn_ws" else backbone
 
 
 def _torchvision(name: str) -> nn.Module:
-    from torchvision import models
+    from torchvision.models import get_model, list_models
 
-    names = [known for known in models.list_models(module=models) if known not in NOT_POOLED]
-    if name not in names:
-        raise UserError(
-            f"method.backbone.name: torchvision has no classifier '{name}'{did_you_mean(name, names)}; "
-            "torchvision.models.list_models() has the names"
-        )
-    net: nn.Module = models.get_model(name, weights=None)
-    where, last = [(path, module) for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent, _, attribute = where.rpartition(".")
-    setattr(net.get_submodule(parent), attribute, nn.Identity())
-    net.width = last.in_features  # type: ignore[assignment]
-    return net
+    if name not in list_models():
+        raise UserError(f"method.backbone.name: torchvision has no model {name!r}{_near(name, list_models())}")
+    network = get_model(name, weights=None)
+    for head in ("fc", "classifier", "heads", "head"):  # torchvision's four names for the classifier
+        layer = getattr(network, head, None)
+        if layer is not None:
+            linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+            if linears:
+                setattr(network, head, nn.Flatten(1))
+                return Pooled(network, linears[0].in_features)
+    raise UserError(f"method.backbone.name: torchvision's {name!r} has no classifier to take off; take another model")
 
 
 def _timm(name: str) -> nn.Module:
     import timm
 
-    names = timm.list_models()
-    if name not in names:
-        raise UserError(
-            f"method.backbone.name: timm {timm.__version__} has no model '{name}'{did_you_mean(name, names)}; "
-            "timm.list_models() has the names"
-        )
-    net: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    net.width = getattr(net, "head_hidden_size", None) or net.num_features  # type: ignore[assignment]
-    return net
+    if not timm.is_model(name):
+        raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    return Pooled(network, int(network.num_features))
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def save_backbone(
-    folder: Path,
+    folder: str | Path,
     backbone: nn.Module,
     *,
     config: BackboneConfig,
     method: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Path:
-    """Write a backbone folder.
+    """Write `config.json` and `model.safetensors`.
 
     Args:
-        folder: Where; it is created.
-        backbone: The network, without head.
+        folder: Created if it is missing.
+        backbone: From `build_backbone(config)`.
         config: What it was built from.
         method: Name of the method that trained it.
-        mean: Of the pixels (RGB, 0 to 1) that was subtracted; None: 0.
-        std: Standard deviation that was divided by; None: 1.
+        size: Side of the pictures it was trained on, pixels.
+        mean, std: Of RGB in [0, 1], what its input was normalised with.
     """
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in backbone.state_dict().items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
+    save_weights(folder / "model.safetensors", tensors, {"format": FORMAT})
     info = {
-        "format": FORMAT,
-        "backbone": config.model_dump(mode="json"),
-        "width": int(backbone.width),  # type: ignore[arg-type]
-        "method": method,
-        "mean": list(mean) if mean is not None else [0.0, 0.0, 0.0],
-        "std": list(std) if std is not None else [1.0, 1.0, 1.0],
-    }
-    write_atomically(folder / "model.safetensors", save(tensors))
-    write_atomically(folder / "config.json", (json.dumps(info, indent=1) + "\n").encode())
+        "format": FORMAT, "backbone": config.model_dump(mode="json"), "method": method, "size": size,
+        "mean": list(mean), "std": list(std),
+    }  # fmt: skip
+    write_atomically(folder / "config.json", (json.dumps(info, indent=2) + "\n").encode())
     return folder
 
 
-def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a backbone folder: the network in eval mode, and its `config.json`.
+def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(backbone in eval mode, what `save_backbone` was told).
 
     Raises:
-        UserError: It is none, or its parts do not belong together.
+        UserError: Something is missing, is of another format or does not fit; never falls back to random weights.
     """
     folder = Path(folder)
-    where = folder / "config.json"
+    path = folder / "config.json"
     try:
-        info = json.loads(where.read_text(encoding="utf-8"))
-        if not isinstance(info, dict) or info.get("format") != FORMAT:
-            raise UserError(f"{where}: is not of format {FORMAT}; give the exported/ folder of a self-supervised run")
-        config = BackboneConfig.model_validate(info.get("backbone"))
+        info = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{where}: {error.strerror}; give the exported/ folder of a self-supervised run") from error
-    except (ValueError, ValidationError) as error:
-        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]}); export the backbone again") from error
-    net = build_backbone(config)
-    weights = folder / "model.safetensors"
+        raise UserError(f"{path}: {error.strerror}; a backbone folder is what pretrain.train exports") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise UserError(f"{path}: not a backbone of format {FORMAT}; export it again with this version")
+    backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]))
+    tensors, _ = load_weights(folder / "model.safetensors")
     try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights}: cannot be read ({error}); export the backbone again") from error
-    wanted = net.state_dict()
-    wrong = [
-        name
-        for name in sorted(wanted.keys() | tensors.keys())
-        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{weights}: {len(wrong)} of {len(wanted)} tensors do not fit {config.name}, for example {wrong[0]}; "
-            "export the backbone again"
-        )
-    net.load_state_dict(tensors)
-    return net.eval(), info
+        backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{folder / 'model.safetensors'}: does not fit its config.json: {reason}") from error
+    return backbone.eval(), info
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Memory of the parameters, as float32."""
+    return sum(p.numel() for p in module.parameters()) * torch.float32.itemsize

@@ -44,12 +44,10 @@ class ResNet(TorchvisionResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if stem == "cifar":
             self.maxpool = nn.Identity()
-        if stem == "cifar":
-            self.maxpool = nn.Identity()  # type: ignore[assignment]
         self.fc = nn.Identity()
 
     def stages(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Feature maps `layer1` … `layer4` at strides 4, 8, 16, 32 (1, 2, 4, 8 with the cifar stem)."""
+        """Feature maps `layer1` … `layer4` at strides 4, 8, 16, 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(pixels))))
         found = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):
