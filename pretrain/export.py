@@ -107,7 +107,7 @@ def _read_folder(folder: Path) -> Source:
             )
         network, name = encoder.visual.backbone, f"image tower of {folder.name}"
         mean, std = encoder.image_mean, encoder.image_std
-        stem = "imagenet" if network.conv1.kernel_size == (7, 7) else "small"
+        stem = "imagenet" if network.conv1.kernel_size == (7, 7) else "small" if network.conv1.stride == (2, 2) else "cifar"
     inner = getattr(network, "network", network)  # torchvision's own ResNets hang one step lower
     if not hasattr(inner, "layer4") or not hasattr(inner, "conv1"):
         raise UserError(f"{folder}: {name} is no ResNet of torchvision's names and has no counterpart in the target")
