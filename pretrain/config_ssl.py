@@ -120,3 +120,56 @@ class BarlowTwinsMethod(_Method):
         description="1: the true gradient; 1 / processes is what the authors' code has on several GPUs, and what "
         "its learning rate for biases was tuned to.",
     )
+
+
+class ByolMethod(_Method):
+    """BYOL: predict what a slow copy says of another view (arXiv:2006.07733; without batch statistics 2010.10241)."""
+
+    name: Literal["byol", "byol_gn"] = Field(description="Method; byol_gn has no batch statistics anywhere.")
+    hidden: Width = Field(default=4096, description="Units of the hidden layers of projector and predictor.")
+    dim: Width = Field(default=256, description="Length of projection and prediction.")
+    momentum: Unit = Field(default=0.99, description="Of the slow copy at the first step; it rises to 1 at the last.")
+
+    @model_validator(mode="after")
+    def _norm(self) -> ByolMethod:
+        wanted = "gn_ws" if self.name == "byol_gn" else "bn"
+        if self.backbone.norm != wanted:
+            raise ValueError(f"{self.name} goes with backbone.norm: {wanted}, not {self.backbone.norm}")
+        return self
+
+
+class SwavMethod(_Method):
+    """SwAV: predict from one view to which prototypes another was assigned (arXiv:2006.09882)."""
+
+    name: Literal["swav"] = Field(description="Method.")
+    hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
+    dim: Width = Field(default=128, description="Length of the projection and of a prototype.")
+    prototypes: Width = Field(default=3000, description="How many.")
+    big_crops: int = Field(default=2, ge=2, le=16, description="Views that give codes; they come first in views.")
+    temperature: Temperature = Field(default=0.1, description="Of the softmax over prototypes.")
+    epsilon: float = Field(default=0.05, gt=0, le=10, description="Sharpness of the codes; smaller is sharper.")
+    iterations: int = Field(default=3, ge=1, le=100, description="Of Sinkhorn-Knopp.")
+    freeze_steps: int = Field(default=313, ge=0, le=10**7, description="Steps before the prototypes begin to learn.")
+    queue_length: int = Field(
+        default=0, ge=0, le=10**7, description="Earlier embeddings per big crop that take part in the assignment."
+    )
+    queue_start: int = Field(default=0, ge=0, le=10**7, description="Steps before the queue begins to fill.")
+
+    @model_validator(mode="after")
+    def _big_crops_are_there(self) -> SwavMethod:
+        if self.big_crops > len(expand_views(self.views)):
+            raise ValueError(f"big_crops {self.big_crops}: views has only {len(expand_views(self.views))}")
+        return self
+
+
+class WatchConfig(Section):
+    """What is measured while a self-supervised method trains; the panel stands in every log line."""
+
+    probe_every: int = Field(
+        default=0, ge=0, le=10**9, description="Steps between kNN probes on single stickers; 0: none."
+    )
+    probe_seconds: float = Field(default=20.0, gt=0, le=86400, description="Time budget of one probe.")
+
+
+SSL_METHODS = (SimCLRMethod, MoCoMethod, SimSiamMethod, BarlowTwinsMethod, ByolMethod, SwavMethod)
+SslMethod = SimCLRMethod | MoCoMethod | SimSiamMethod | BarlowTwinsMethod | ByolMethod | SwavMethod
