@@ -129,6 +129,13 @@ class ClipMethod(Section):
         "same_noun_positive.",
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the pictures.")
+    chunk: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**6,
+        description="Encode so many pictures at a time, twice, with the exact gradient of the whole batch: memory for "
+        "time (batch norm then sees pieces of this size); null: all at once.",
+    )
 
     @model_validator(mode="after")
     def _has_text(self) -> ClipMethod:

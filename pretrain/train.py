@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.config import ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
 from pretrain.engine.cli import command_line
-from pretrain.engine.config import config_hash, plain
+from pretrain.engine.config import config_hash, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def build_task(cfg: PretrainConfig) -> nn.Module:
         freeze_text=method.freeze_text,
         same_noun_positive=method.same_noun_positive,
         augmentation=method.augment,
+        chunk=method.chunk,
     )
 
 
@@ -121,6 +122,7 @@ def main(argv: list[str]) -> int:
         optim=cfg.optim,
         out=cfg.out,
         record=plain(cfg),
+        at_default=keys_at_default(cfg),
         resume=options.resume,
         overwrite=options.overwrite,
         check=options.check,

@@ -318,17 +318,44 @@ def training_keys(cfg: Section) -> dict[str, Any]:
     return {key: value for key, value in _flatten(plain(cfg)) if not _covered(key, free)}
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Iterable[str] = FREE_BY_DEFAULT) -> list[str]:
+def keys_at_default(cfg: Section) -> frozenset[str]:
+    """Dotted keys, down to plain values, that have what they would have if nobody had set them."""
+    return frozenset(_at_default(cfg, "", None))
+
+
+def _at_default(cfg: Section, prefix: str, standard: Any) -> Iterator[str]:
+    for name, info in type(cfg).model_fields.items():
+        value, default = getattr(cfg, name), None
+        if type(standard) is type(cfg):  # the section's own default wins over those of its class, as in load_config
+            default = getattr(standard, name)
+        elif not info.is_required():
+            default = default_of(info)
+        elif not isinstance(value, Section):
+            continue
+        if isinstance(value, Section):
+            yield from _at_default(value, f"{prefix}{name}.", default)
+        elif value == default:
+            yield from (key for key, _ in _flatten(plain_value({name: value}), prefix))
+
+
+def changed_keys(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    ignore: Iterable[str] = FREE_BY_DEFAULT,
+    at_default: Iterable[str] = (),
+) -> list[str]:
     """Dotted keys whose values differ between two plain configurations, sorted.
 
     Args:
         old: The recorded configuration (``plain``).
         new: That of this run.
         ignore: Dotted keys, or sections, that do not count. A command with more of them passes ``free_keys(model)``.
+        at_default: Keys of ``new`` that ``old`` may lack, because it is older than they are and they have their default
+            (``keys_at_default``).
     """
     ignored, absent = tuple(ignore), object()
     before, after = dict(_flatten(plain_value(old))), dict(_flatten(plain_value(new)))
-    keys = sorted({*before, *after})
+    keys = sorted({*before, *after} - (set(at_default) - set(before)))
     return [k for k in keys if not _covered(k, ignored) and before.get(k, absent) != after.get(k, absent)]
 
 
@@ -362,6 +389,7 @@ __all__ = [
     "dump_config",
     "find_config",
     "free_keys",
+    "keys_at_default",
     "load_config",
     "plain",
     "training_keys",

@@ -47,6 +47,7 @@ def find_start(
     record: dict[str, Any],
     *,
     free_keys: Iterable[str],
+    at_default: Iterable[str] = (),
     resume: bool,
     overwrite: bool,
     warn: Callable[[str], None],
@@ -57,6 +58,7 @@ def find_start(
         out: The folder.
         record: Configuration of this run.
         free_keys: Dotted keys that may differ from the recorded configuration.
+        at_default: Dotted keys that the recorded configuration may lack.
         resume: Whether to continue a run that is there.
         overwrite: Whether to replace a run that is there.
         warn: Told about what was passed over.
@@ -81,7 +83,7 @@ def find_start(
         if used:
             warn(f"{out}: has no checkpoint yet; beginning at step 0")
         return None
-    changed = changed_keys(found.meta.get("config", {}), as_json(record), free_keys)
+    changed = changed_keys(found.meta.get("config", {}), as_json(record), free_keys, at_default)
     if changed:
         raise UserError(
             f"{out}: cannot resume, the config has changed in {', '.join(changed)}; put the old values back "

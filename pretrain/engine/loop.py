@@ -60,6 +60,7 @@ def fit(
     overwrite: bool = False,
     check: bool = False,
     free_keys: Iterable[str] = FREE_BY_DEFAULT,
+    at_default: Iterable[str] = (),
 ) -> FitReport:
     """Train ``task`` for ``loop.steps`` steps.
 
@@ -74,6 +75,7 @@ def fit(
         overwrite: Delete an earlier run in ``out`` first.
         check: Only load two batches and make one step; write nothing.
         free_keys: Dotted keys of ``record`` that may differ on resume (``config.free_keys(model)``).
+        at_default: Those that an older run need not have recorded (``config.keys_at_default(cfg)``).
 
     Returns:
         Steps, last metrics and folder.
@@ -91,7 +93,13 @@ def fit(
         found = None
         if not check:
             found = folder.find_start(
-                out, record, free_keys=free_keys, resume=resume, overwrite=overwrite, warn=notes.append
+                out,
+                record,
+                free_keys=free_keys,
+                at_default=at_default,
+                resume=resume,
+                overwrite=overwrite,
+                warn=notes.append,
             )
         run = _Run(task, source, loop=loop, optim=optim, out=out, record=record, check=check)
         lock = folder.FolderLock(out)

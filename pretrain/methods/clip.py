@@ -6,13 +6,14 @@ temperature whose scale is clamped at 100 after each step (§2.3, §2.5).
 
 Three things differ from the paper, each by an option: the text tower may come from `text_distill` and stay frozen with
 a linear layer on top; captions of the same noun count as right together, because with a few hundred nouns a batch holds
-many; and pictures are changed more than by a random crop, because there are few drawings of a thing.
+many; and pictures are changed more than by a random crop, because there are few drawings of a thing. A batch that is
+too large for memory is encoded in pieces, at the price of a second forward pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from pretrain.config import AugmentConfig
 from pretrain.losses import clip_contrastive_top1
+from pretrain.nets.chunked import encode_in_chunks
 from pretrain.nets.towers import JointEncoder, ProjectedText
 
 
@@ -69,6 +71,7 @@ class Clip(nn.Module):
         names: The class names, in the order of ``class_id``; each is one more text for a picture to choose from. None:
             the captions of the batch only.
         augmentation: Random changes of the pictures in training.
+        chunk: Encode so many pictures or texts at a time (`encode_in_chunks`); None: all at once.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Clip(nn.Module):
         same_noun_positive: bool = True,
         names: Sequence[str] | None = None,
         augmentation: AugmentConfig | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         if encoder.visual is None or encoder.text is None:
@@ -89,6 +93,7 @@ class Clip(nn.Module):
         self.same_noun_positive = same_noun_positive
         self.names = None if names is None else [f"a {name}" for name in names]
         self.augmentation = augmentation or AugmentConfig()
+        self.chunk = chunk
         self._frozen: tuple[nn.Module, ...] = ()  # a tuple: a second registration would double its parameters
         self.untracked: tuple[str, ...] = ()
         if freeze_text:
@@ -112,14 +117,19 @@ class Clip(nn.Module):
         """
         images, device = batch["image"], self.encoder.logit_scale.device
         pixels = augment(images.to(device).float() / 255, self.augmentation, self.encoder.image_size)
-        image = self.encoder.encode_image(self.encoder.normalise(pixels))
-        text = self.encoder.encode_text(self.encoder.tokenize(batch["caption"]).to(device))
+        image = self._encode(self.encoder.encode_image, self.encoder.normalise(pixels))
+        text = self._encode(self.encoder.encode_text, self.encoder.tokenize(batch["caption"]).to(device))
         labels = batch["class_id"].to(device) if self.same_noun_positive else None
         names = None
         if self.names is not None:
-            names = self.encoder.encode_text(self.encoder.tokenize(self.names).to(device))
+            names = self._encode(self.encoder.encode_text, self.encoder.tokenize(self.names).to(device))
         loss, right = clip_contrastive_top1(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
         return loss, {"batch_top1": right, "logit_scale": self.encoder.logit_scale.detach().exp()}
+
+    def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        if self.chunk is None:
+            return encode(inputs)
+        return encode_in_chunks(encode, inputs, chunk=self.chunk, module=self.encoder)
 
     def after_step(self, step: int, total: int) -> None:
         """Clamp the temperature, after the optimiser's step so that the next forward pass sees it."""

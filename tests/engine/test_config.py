@@ -20,6 +20,7 @@ from pretrain.engine.config import (
     config_hash,
     dump_config,
     free_keys,
+    keys_at_default,
     load_config,
     plain,
     training_keys,
@@ -544,6 +545,19 @@ def test_changed_keys_names_the_training_keys_that_differ() -> None:
 def test_changed_keys_takes_tuples_and_lists_for_the_same() -> None:
     assert changed_keys({"a": (1, 2), "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1.0}}) == []
     assert changed_keys({"a": {}}, {"a": {"b": 1}}) == ["a", "a.b"]
+
+
+def test_a_section_s_own_default_wins_over_that_of_its_class() -> None:
+    class Inner(Section):
+        size: int = Field(default=1, description="Size.")
+        name: str = Field(description="Name.")
+
+    class Outer(Section):
+        own: Inner = Field(default=Inner(size=2, name="a"), description="With a default.")
+        given: Inner = Field(description="Without.")
+
+    assert keys_at_default(Outer(given=Inner(name="b"))) == {"own.size", "own.name", "given.size"}
+    assert keys_at_default(Outer(own=Inner(name="a"), given=Inner(size=2, name="b"))) == {"own.name"}
 
 
 def test_one_source_says_which_keys_are_free() -> None:

@@ -13,10 +13,10 @@ import torch
 
 from ovd.config import TrainConfig
 from pretrain.config import PretrainConfig
-from pretrain.engine.checkpoint import load_weights
-from pretrain.engine.config import load_config, plain
+from pretrain.engine.checkpoint import load_weights, newest
+from pretrain.engine.config import changed_keys, keys_at_default, load_config, plain
 from pretrain.engine.errors import ConfigError, UserError
-from pretrain.engine.folder import FolderLock, prepare
+from pretrain.engine.folder import FolderLock, find_start, prepare
 from tests.engine.processes import REPOSITORY
 from tests.engine.toy import Mean, Numbers, train
 
@@ -88,6 +88,30 @@ def test_a_warm_up_longer_than_the_run_is_refused(model: type, name: str) -> Non
     with pytest.raises(ConfigError, match="optim.warmup_steps 7 must be less than loop.steps 7"):
         load_config(model, path, ["loop.steps=7", "optim.warmup_steps=7"])
     assert load_config(model, path, ["loop.steps=7", "optim.warmup_steps=6"]).loop.steps == 7
+
+
+def test_a_key_that_is_younger_than_a_run_keeps_its_default_or_stops_the_resume(tmp_path: Path) -> None:
+    train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=2, warmup_steps=0)
+    recorded = newest(tmp_path / "checkpoints", warn=print).meta["config"]  # type: ignore[union-attr]
+    now = {**recorded, "method": {"chunk": 64}}
+    options = {"free_keys": {"out"}, "resume": True, "overwrite": False, "warn": print}
+    found = find_start(tmp_path, now, at_default={"method.chunk"}, **options)  # type: ignore[arg-type]
+    assert found is not None and found.meta["config"] == recorded
+    with pytest.raises(UserError, match=r"cannot resume, the config has changed in method\.chunk"):
+        find_start(tmp_path, now, **options)  # type: ignore[arg-type]
+    changed = {**recorded, "loop": {**recorded["loop"], "seed": 7}}
+    with pytest.raises(UserError, match=r"changed in loop\.seed"):  # a recorded value is compared, default or not
+        find_start(tmp_path, changed, at_default={"loop.seed"}, **options)  # type: ignore[arg-type]
+
+
+def test_a_clip_run_from_before_chunks_goes_on() -> None:
+    path = REPOSITORY / "configs" / "pretrain" / "clip.yaml"
+    config = load_config(PretrainConfig, path)
+    recorded = plain(config)
+    assert recorded["method"].pop("chunk") is None
+    assert changed_keys(recorded, plain(config), at_default=keys_at_default(config)) == []
+    chunked = load_config(PretrainConfig, path, ["method.chunk=32"])
+    assert changed_keys(recorded, plain(chunked), at_default=keys_at_default(chunked)) == ["method.chunk"]
 
 
 @pytest.mark.parametrize("aliases", ['{"b": "absent"}', "[1]", "{", '{"b": ["a"]}'])

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode a batch piece by piece, so that one piece's activations are in memory at a time, with the exact gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextlib.contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put every buffer back to what it was: batch norm normalises as ever, and its running statistics stay."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def encode_in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, *, chunk: int, module: nn.Module) -> Tensor:
+    """``encode(inputs)``, computed in two passes per piece (gradient caching, arXiv:2101.06983).
+
+    The forward pass keeps the embeddings only. When the loss's gradient with respect to them is there, the backward
+    pass encodes one piece after another again, this time with activations, and frees them before the next. A loss over
+    the whole batch thus needs the activations of one piece, for one more forward pass.
+
+    Random numbers are replayed, so that dropout is the same in both passes. Batch norm in training mode uses the
+    statistics of a piece, in both passes: with it, the loss is that of a network with smaller norm batches (as on
+    several processes without synchronised batch norm), not that of the whole batch. Its running statistics move once
+    per piece, in the forward pass only.
+
+    Args:
+        encode: (n, …) → (n, D), each row by itself; runs twice.
+        inputs: (N, …).
+        chunk: Rows of a piece; the last may have fewer.
+        module: What ``encode`` runs, for its buffers.
+
+    Returns:
+        (N, D).
+    """
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), buffers_kept(module)
+
+    pieces = [checkpoint(encode, piece, use_reentrant=False, context_fn=contexts) for piece in inputs.split(chunk)]
+    return torch.cat(pieces)
