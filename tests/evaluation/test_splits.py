@@ -98,7 +98,7 @@ def test_file_that_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_file_names_the_built_in_splits() -> None:
-    with pytest.raises(UserError, match="ovcoco, stickers"):
+    with pytest.raises(UserError, match="ovcoco, lvis, stickers"):
         Split.load("ovcocoo")
 
 
