@@ -19,12 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.config_ssl import ByolMethod
 from pretrain.losses import byol_regression
 from pretrain.methods.common import augmented
-from pretrain.nets.backbones import build_backbone
 from pretrain.nets.ema import cosine_momentum, ema_update, flat_parameters, slow_copy
-from pretrain.nets.heads import mlp
 
 
 class BYOL(nn.Module):
@@ -82,16 +79,3 @@ class BYOL(nn.Module):
         online = torch.cat([flat_parameters(self.backbone), flat_parameters(self.projector)])
         target = torch.cat([flat_parameters(self.target_backbone), flat_parameters(self.target_projector)])
         return {**self._last, "online_parameters": online, "target_parameters": target}
-
-
-def build_byol(config: ByolMethod, *, augment: Sequence[Callable[[Tensor], Tensor]]) -> BYOL:
-    """The configured task. Heads as in the reference: a bias before the norm, none at the end."""
-    backbone = build_backbone(config.backbone)
-    norm = config.backbone.norm
-    return BYOL(
-        backbone=backbone,
-        projector=mlp((backbone.width, config.hidden, config.dim), norm=norm, bias=True),  # type: ignore[arg-type]
-        predictor=mlp((config.dim, config.hidden, config.dim), norm=norm, bias=True),
-        augment=augment,
-        momentum=config.momentum,
-    )

@@ -19,14 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config_ssl import SwAVMethod
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
 from pretrain.losses import swav_loss
 from pretrain.methods.common import augmented
-from pretrain.nets.backbones import build_backbone
-from pretrain.nets.heads import mlp
 
 
 class SwAV(nn.Module):
@@ -170,23 +167,3 @@ class SwAV(nn.Module):
     def health(self) -> dict[str, Tensor]:
         """What the panel needs of the last forward."""
         return self._last
-
-
-def build_swav(config: SwAVMethod, *, augment: Sequence[Callable[[Tensor], Tensor]]) -> SwAV:
-    """The configured task."""
-    backbone = build_backbone(config.backbone)
-    dims = (int(backbone.width), config.hidden, config.dim)  # type: ignore[arg-type]
-    return SwAV(
-        backbone=backbone,
-        projector=mlp(dims, norm=config.backbone.norm, bias=True, last_bias=True),
-        augment=augment,
-        dim=config.dim,
-        prototypes=config.prototypes,
-        big_crops=config.big_crops,
-        temperature=config.temperature,
-        epsilon=config.epsilon,
-        iterations=config.iterations,
-        freeze_steps=config.freeze_steps,
-        queue_length=config.queue_length,
-        queue_start=config.queue_start,
-    )

@@ -9,8 +9,9 @@ from torch import nn
 from pretrain.config_ssl import BackboneConfig, ByolMethod
 from pretrain.config_views import ViewConfig
 from pretrain.engine.optim import LARS, default_groups
-from pretrain.methods.byol import BYOL, build_byol
+from pretrain.methods.byol import BYOL
 from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, folded
+from pretrain.recipes import build_method
 from tests.ssl.small import Views, as_float
 
 
@@ -23,7 +24,9 @@ def task() -> BYOL:
         hidden=32,
         dim=16,
     )
-    return build_byol(config, augment=(as_float, as_float))
+    made = build_method(config, batch_size=8, device=torch.device("cpu"))
+    assert isinstance(made, BYOL)
+    return made
 
 
 def test_no_module_of_either_network_has_batch_statistics() -> None:
