@@ -96,8 +96,8 @@ class SwAV(nn.Module):
         assigned = world_size() * len(crops[0]) + self.queue_length
         if assigned < len(self.prototypes):
             raise UserError(
-                f"method.prototypes: {len(self.prototypes)} cannot be used alike by {assigned} samples (batch of one pass "
-                "over all processes, and queue); take fewer, or a larger loop.batch_size or method.queue_length"
+                f"method.prototypes: {len(self.prototypes)} cannot be used alike by {assigned} samples (batch of one "
+                "pass over all processes, and queue); take fewer, or a larger loop.batch_size or method.queue_length"
             )
         features = [  # one pass per resolution
             self.backbone(torch.cat(list(same)))
