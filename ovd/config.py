@@ -154,7 +154,9 @@ class TrainConfig(Section):
         None, description="start from this exported detector (folder); null: from the encoder's backbone"
     )
     backbone_weights: str | None = Field(
-        None, description="a torchvision-named ResNet safetensors file; null: the encoder's own"
+        None,
+        description="backbone to start from: exported/ of pretrain.train, a folder of pretrain.export, or a safetensors "
+        "file of torchvision's names; null: see backbone_start",
     )
     backbone_start: Literal["encoder", "scratch"] = Field(
         "encoder",

@@ -7,7 +7,9 @@ The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from pretrain.engine.config import config_hash, free_keys, plain
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ovd.data.catalog import LabelledImages
     from ovd.data.splits import Split
@@ -66,6 +68,50 @@ def resolve_encoder(spec: str) -> JointEncoder:
     return load_encoder(weights_folder(spec))
 
 
+def backbone_tensors(
+    spec: str, *, stem: str
+) -> tuple[Mapping[str, Tensor], tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    """(torchvision-named tensors, (mean, std) of RGB in [0, 1] where they are known) of ``backbone_weights``.
+
+    Args:
+        spec: the ``exported/`` folder of a run of pretrain.train, a folder written by ``pretrain.export --to
+            torchvision``, an encoder folder, or a safetensors file of torchvision's names.
+        stem: of ``model.backbone``.
+
+    Raises:
+        UserError: another stem, or group norms, which Detectron2's ResNets have with other groups.
+    """
+    from pretrain.engine.checkpoint import load_weights
+
+    path = Path(spec)
+    if not path.is_dir():
+        return load_weights(path)[0], None
+    if (path / "settings.json").is_file():
+        try:
+            settings = json.loads((path / "settings.json").read_text(encoding="utf-8"))
+            kind, found, norm = settings["format"], settings["stem"], settings["norm"]
+            look = tuple(settings["mean"]), tuple(settings["std"])
+        except (ValueError, KeyError, TypeError) as problem:
+            raise UserError(
+                f"backbone_weights={spec}: not written by pretrain.export --to torchvision ({problem!r}); give the "
+                "exported/ folder of the pretraining itself"
+            ) from problem
+        if kind != "export-torchvision/1":
+            raise UserError(f"backbone_weights={spec}: has format {kind}; export it --to torchvision")
+        tensors = load_weights(path / "model.safetensors")[0]
+    else:
+        from pretrain.export import read_source
+
+        source = read_source(spec)
+        tensors, found, norm = source.state, source.stem, "BN" if source.groups is None else "GN"
+        look = source.mean, source.std
+    if norm != "BN":
+        raise UserError(f"backbone_weights={spec}: its norms are {norm}; a detector's backbone has batch norms here")
+    if found != stem:
+        raise UserError(f"backbone_weights={spec}: its stem is {found}; set model.backbone.stem={found}")
+    return tensors, look
+
+
 def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig) -> list[str]:
     """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
 
@@ -76,15 +122,21 @@ def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config:
     import torch
 
     from ovd.modeling.backbone import load_converted, load_resnet, to_detectron2, verify_conversion
-    from pretrain.engine.checkpoint import load_weights
     from pretrain.nets.towers import ResNetImage, export_backbone
 
     bb = config.model.backbone
     resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
     prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
     if config.backbone_weights is not None:
-        state, _ = load_weights(Path(config.backbone_weights))
+        state = backbone_tensors(config.backbone_weights, stem=bb.stem)[0]
         load_resnet(resnet, state, source=config.backbone_weights)
+        if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
+            last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
+            for name, tower in (("tower", model.roi_heads.tower), ("image_tower", model.roi_heads.image_tower)):
+                if tower is not None:
+                    load_converted(tower.body, last, source=f"{config.backbone_weights}, last stage")
+                    prefixes.append(f"roi_heads.{name}.body.")
+        print(f"backbone from {config.backbone_weights}")
         return prefixes
     if config.backbone_start == "scratch":
         return []
@@ -163,8 +215,10 @@ def build(config: TrainConfig) -> dict[str, Any]:
     novel = images.novel if config.data.labels == "base" else frozenset()
     trainable = torch.ones(len(images.names), dtype=torch.bool)
     trainable[sorted(novel)] = False
-    mean = [255.0 * m for m in encoder.image_mean]
-    std = [255.0 * s for s in encoder.image_std]
+    look = encoder.image_mean, encoder.image_std
+    if config.backbone_weights is not None:  # a backbone sees pictures as it was trained to
+        look = backbone_tensors(config.backbone_weights, stem=config.model.backbone.stem)[1] or look
+    mean, std = ([255.0 * v for v in values] for values in look)
     model = build_model(
         config.model, embed_dim=encoder.embed_dim, rows=rows, trainable=trainable, pixel_mean=mean, pixel_std=std
     )
@@ -244,6 +298,10 @@ def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
+    from ovd import train_detr
+
+    if train_detr.is_transformer(argv):
+        return train_detr.main(argv)
     config, options = command_line(TrainConfig, argv, prog="python -m ovd.train", doc=__doc__ or "")
     from pretrain.engine.distributed import is_main
     from pretrain.engine.loop import fit
