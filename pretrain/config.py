@@ -8,6 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pretrain.config_ssl import (
+    BarlowTwinsMethod,
+    ByolMethod,
+    MoCoMethod,
+    SimCLRMethod,
+    SimSiamMethod,
+    SwavMethod,
+    WatchConfig,
+)
+from pretrain.config_views import CifarImages, FolderImages, ShardImages, StickerScenes, StickerSingles
 from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, warm_up_fits
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -193,23 +203,39 @@ class PhraseTargets(Section):
     )
 
 
+Method = Annotated[
+    ClipMethod
+    | TextDistillMethod
+    | SimCLRMethod
+    | MoCoMethod
+    | SimSiamMethod
+    | BarlowTwinsMethod
+    | ByolMethod
+    | SwavMethod,
+    Field(discriminator="name"),
+]
+Data = Annotated[
+    StickerPairs | PhraseTargets | FolderImages | CifarImages | ShardImages | StickerScenes | StickerSingles,
+    Field(discriminator="kind"),
+]
+IMAGES = ("folder", "cifar", "shards", "sticker_scenes", "sticker_singles")
+
+
 class PretrainConfig(Section):
     """One pretraining run."""
 
     out: Path = Field(description="Folder of the run; it is created.", json_schema_extra=FREE)
-    method: Annotated[ClipMethod | TextDistillMethod, Field(discriminator="name")] = Field(
-        description="What is learnt, and how."
-    )
-    data: Annotated[StickerPairs | PhraseTargets, Field(discriminator="kind")] = Field(
-        description="What it is learnt from."
-    )
+    method: Method = Field(description="What is learnt, and how.")
+    data: Data = Field(description="What it is learnt from.")
+    watch: WatchConfig = Field(default=WatchConfig(), description="What is measured meanwhile (without labels).")
     loop: LoopConfig = Field(description="Length, batch, checkpoints.")
     optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser and schedule.")
 
     @model_validator(mode="after")
     def _data_fits(self) -> PretrainConfig:
-        wanted = {"clip": "sticker_pairs", "text_distill": "phrase_targets"}[self.method.name]
-        if self.data.kind != wanted:
-            raise ValueError(f"method {self.method.name} learns from data of kind {wanted}, not {self.data.kind}")
+        wanted = {"clip": ("sticker_pairs",), "text_distill": ("phrase_targets",)}.get(self.method.name, IMAGES)
+        if self.data.kind not in wanted:
+            kinds = " or ".join(wanted)
+            raise ValueError(f"method {self.method.name} learns from data of kind {kinds}, not {self.data.kind}")
         warm_up_fits(self.loop, self.optim)
         return self

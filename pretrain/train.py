@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pretrain.config import ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
 from pretrain.engine.cli import command_line
@@ -14,10 +14,14 @@ from pretrain.engine.errors import UserError, run_cli
 if TYPE_CHECKING:
     from torch import nn
 
+    from pretrain.engine.config import OptimConfig
     from pretrain.engine.sampling import Source
     from pretrain.nets.towers import JointEncoder
 
-DOC = "Pretrain an encoder: a text tower from teacher embeddings, or CLIP from captioned pictures."
+DOC = (
+    "Pretrain: a text tower from teacher embeddings, CLIP from captioned pictures, or a backbone from pictures alone "
+    "(SimCLR, MoCo, BYOL, SwAV, SimSiam, Barlow Twins)."
+)
 
 
 def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
@@ -106,20 +110,24 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
 
 
 def main(argv: list[str]) -> int:
-    """Train, then write `exported/` (an encoder folder) into the run's folder."""
+    """Train, then write `exported/` (an encoder folder, or a backbone folder) into the run's folder."""
     cfg, options = command_line(PretrainConfig, argv, prog="python -m pretrain.train", doc=DOC)
 
     from pretrain.engine import distributed
     from pretrain.engine.loop import fit
 
     distributed.seed_everything(cfg.loop.seed)  # the first weights; the loop seeds everything later
-    task = build_task(cfg)
-    encoder: JointEncoder = task.encoder  # type: ignore[assignment]
+    optim = cfg.optim
+    if isinstance(cfg.method, ClipMethod | TextDistillMethod):
+        task = build_task(cfg)
+        source = build_source(cfg, cast("JointEncoder", task.encoder))
+    else:
+        task, source, optim = build_self_supervised(cfg)
     report = fit(
         task,
-        build_source(cfg, encoder),
+        source,
         loop=cfg.loop,
-        optim=cfg.optim,
+        optim=optim,
         out=cfg.out,
         record=plain(cfg),
         at_default=keys_at_default(cfg),
@@ -128,9 +136,40 @@ def main(argv: list[str]) -> int:
         check=options.check,
     )
     if not options.check and distributed.is_main():
-        folder = encoder.eval().save(cfg.out / "exported")
-        print(f"{folder}: encoder after {report.step} steps, config {config_hash(cfg)}, {encoder.fingerprint()[:12]}")
+        print(f"{export(cfg, task)} after {report.step} steps, config {config_hash(cfg)}")
     return 0
+
+
+def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, OptimConfig]:
+    """The watched method, the views it learns from, and the optimiser with the method's learning-rate rule."""
+    from pretrain.data.images import build_images
+    from pretrain.data.views import ViewSource
+    from pretrain.engine.distributed import pick_device
+    from pretrain.recipes import build_method, method_optim, watched
+
+    if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(cfg.data, StickerPairs | PhraseTargets):
+        raise TypeError(f"{cfg.method.name} is not self-supervised")
+    method, batch_size = cfg.method, cfg.loop.batch_size
+    task = build_method(method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device))
+    source = ViewSource(build_images(cfg.data), method.views, cfg.loop.seed)
+    return watched(task, method, cfg.watch), source, method_optim(method, cfg.optim, batch_size=batch_size)
+
+
+def export(cfg: PretrainConfig, task: nn.Module) -> str:
+    """Write `exported/`; returns a line that says what it is."""
+    folder = cfg.out / "exported"
+    if isinstance(cfg.method, ClipMethod | TextDistillMethod):
+        encoder = cast("JointEncoder", task.encoder).eval()
+        encoder.save(folder)
+        return f"{folder}: encoder {encoder.fingerprint()[:12]}"
+    from pretrain.nets.backbones import save_backbone
+    from pretrain.recipes import input_of
+
+    size, mean, std = input_of(cfg.method)
+    backbone = cast("nn.Module", task.backbone)
+    method = cfg.method
+    save_backbone(folder, backbone, config=method.backbone, method=method.name, size=size, mean=mean, std=std)
+    return f"{folder}: backbone {method.backbone.name} by {method.name}"
 
 
 if __name__ == "__main__":
