@@ -15,6 +15,14 @@ class NovelLabelError(RuntimeError):
     """A label reached the loss whose class must never be seen in training: the data set's split leaks."""
 
 
+def cosine_logits(regions_RD: Tensor, rows: Tensor, *, scale: float) -> Tensor:
+    """(R, C) of ``scale · cos``; rows are unit vectors, (C, D) for all regions or (R, C, D) for each its own."""
+    region = F.normalize(regions_RD.float(), dim=1)
+    if rows.ndim == 3:
+        return scale * torch.einsum("rd,rcd->rc", region, rows)
+    return scale * region @ rows.T
+
+
 class EmbeddingClassifier(nn.Module):
     """``logit = scale · cos(region, row)`` over frozen class rows, with a learned background row in the last column.
 
@@ -53,10 +61,8 @@ class EmbeddingClassifier(nn.Module):
     def forward(self, regions_RD: Tensor) -> Tensor:
         """Logits (R, C+1), background last; float32 whatever the autocast state."""
         with torch.autocast(regions_RD.device.type, enabled=False):
-            region = F.normalize(regions_RD.float(), dim=1)
             background = F.normalize(self.background.float(), dim=0)
-            weight = torch.cat([self.rows, background[None]])
-            logits = self.scale * region @ weight.T
+            logits = cosine_logits(regions_RD, torch.cat([self.rows, background[None]]), scale=self.scale)
             if self.training and not bool(self.trainable.all()):
                 logits = logits.masked_fill(~F.pad(self.trainable, (0, 1), value=True), float("-inf"))
             return logits

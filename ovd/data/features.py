@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of a frozen backbone, computed once and read from memory-mapped files by every later step and run.
+
+A frozen backbone gives the same features in every epoch as long as the picture does not change. Arrays lie in a folder
+named by a hash of everything that determines them; ``meta.json`` is written last, so that a half-written cache is never
+read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from numpy.typing import NDArray
+
+from ovd.data.mapper import DetectionSource
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
+
+META = "meta.json"
+MOST = 100  # objects per picture that a cache holds (COCO has up to 93)
+
+
+class FeatureCache:
+    """Arrays by name, one row per picture (or per picture and flip).
+
+    Args:
+        arrays: memory-mapped.
+    """
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.arrays = dict(arrays)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def row(self, index: int) -> dict[str, NDArray[Any]]:
+        """Copies of one row of every array."""
+        return {name: np.array(array[index]) for name, array in self.arrays.items()}
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        key: Mapping[str, Any],
+        count: int,
+        compute: Callable[[list[int]], dict[str, NDArray[Any]]],
+        batch: int = 16,
+    ) -> FeatureCache:
+        """Read a cache, or compute it first.
+
+        Args:
+            folder: where caches lie.
+            key: everything that determines the content.
+            count: rows.
+            compute: rows of some indices; each array (n, …), the same shapes in every call.
+            batch: rows per call.
+
+        Raises:
+            UserError: pictures of different shapes, or a disk that is full.
+        """
+        name = hashlib.sha256(json.dumps([dict(key), count], sort_keys=True).encode()).hexdigest()[:16]
+        target = folder / name
+        if not (target / META).is_file():
+            cls._write(target, key=key, count=count, compute=compute, batch=batch)
+        names = json.loads((target / META).read_text(encoding="utf-8"))["arrays"]
+        return cls({n: np.load(target / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names})
+
+    @staticmethod
+    def _write(
+        target: Path,
+        *,
+        key: Mapping[str, Any],
+        count: int,
+        compute: Callable[[list[int]], dict[str, NDArray[Any]]],
+        batch: int,
+    ) -> None:
+        fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
+        try:
+            fresh.mkdir(parents=True)
+            arrays: dict[str, NDArray[Any]] = {}
+            for first in range(0, count, batch):
+                indices = list(range(first, min(first + batch, count)))
+                for name, rows in compute(indices).items():
+                    if name not in arrays:
+                        arrays[name] = np.lib.format.open_memmap(
+                            fresh / f"{name}.npy", mode="w+", dtype=rows.dtype, shape=(count, *rows.shape[1:])
+                        )
+                    if arrays[name].shape[1:] != rows.shape[1:]:
+                        raise UserError(
+                            f"cache: pictures {indices[0]} to {indices[-1]} give {name} of shape {rows.shape[1:]}, others "
+                            f"{arrays[name].shape[1:]}; a cache needs pictures of one size: set cache=null"
+                        )
+                    arrays[name][indices] = rows
+                if (first // batch) % 32 == 0:
+                    print(f"cache: features of {indices[-1] + 1} of {count}", file=sys.stderr, flush=True)
+            for array in arrays.values():
+                array.flush()  # type: ignore[attr-defined]
+            record = {"arrays": sorted(arrays), "key": dict(key), "count": count}
+            write_atomically(fresh / META, json.dumps(record, sort_keys=True).encode())
+            if target.exists():
+                shutil.rmtree(target)
+            fresh.rename(target)
+        except OSError as error:
+            raise UserError(f"cache {target}: {error.strerror or error}; free some space or set cache=FOLDER") from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def pad_objects(instances: Instances) -> dict[str, NDArray[Any]]:
+    """Boxes and classes of one picture in arrays of fixed shape.
+
+    Raises:
+        UserError: more than `MOST` objects.
+    """
+    if len(instances) > MOST:
+        raise UserError(f"cache: a picture has {len(instances)} objects, at most {MOST} are cached; set cache=null")
+    boxes, classes = np.zeros((MOST, 4), dtype=np.float32), np.zeros(MOST, dtype=np.int64)
+    boxes[: len(instances)] = instances.gt_boxes.tensor.numpy()
+    classes[: len(instances)] = instances.gt_classes.numpy()
+    return {
+        "boxes": boxes, "classes": classes, "objects": np.array(len(instances)), "size": np.array(instances.image_size)
+    }  # fmt: skip
+
+
+class CachedDetection:
+    """`DetectionSource` over cached features: a sample is drawn as there, its picture is not decoded.
+
+    Args:
+        source: whose pictures, labels and flips; its transform must not crop or scale.
+        caches: rows without and with a flip; one cache when nothing is flipped.
+        features: names of the feature maps.
+    """
+
+    def __init__(self, *, source: DetectionSource, caches: list[FeatureCache], features: tuple[str, ...]) -> None:
+        self.source, self.caches, self.features = source, caches, features
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample(self, index: int, draw: int) -> dict[str, Any]:
+        """Features, labels and size of picture ``index``; pure function of (index, draw)."""
+        rng = np.random.default_rng([self.source.seed, draw])
+        flipped = len(self.caches) > 1 and bool(rng.random() < self.source.transform.flip)
+        row = self.caches[int(flipped)].row(index)
+        size, count = (int(row["size"][0]), int(row["size"][1])), int(row["objects"])
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.from_numpy(row["boxes"][:count]))
+        instances.gt_classes = torch.from_numpy(row["classes"][:count])
+        return {
+            "features": {name: torch.from_numpy(row[name]) for name in self.features},
+            "size": size,
+            "instances": instances,
+        }
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A list, as Detectron2's models take."""
+        return samples
+
+
+class CachedPatches:
+    """`PatchSource` over cached features of pictures and embeddings of their patches.
+
+    Args:
+        cache: one row per picture: the maps, ``size``, ``patch_boxes`` (V, M, 4), ``patch_embeddings`` (V, M, D).
+        features: names of the feature maps.
+    """
+
+    def __init__(self, *, cache: FeatureCache, features: tuple[str, ...]) -> None:
+        self.cache, self.features = cache, features
+        self.variants = cache.arrays["patch_boxes"].shape[1]
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def sample(self, index: int, draw: int) -> dict[str, Any]:
+        """As `PatchSource.sample`, with ``features`` and ``embeddings`` in place of pictures and patches."""
+        row = self.cache.row(index)
+        variant = (draw // len(self)) % self.variants
+        return {
+            "features": {name: torch.from_numpy(row[name]) for name in self.features},
+            "size": (int(row["size"][0]), int(row["size"][1])),
+            "boxes": torch.from_numpy(row["patch_boxes"][variant]),
+            "embeddings": torch.from_numpy(row["patch_embeddings"][variant]),
+        }
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A list, as Detectron2's models take."""
+        return samples

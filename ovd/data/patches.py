@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random query patches: which boxes of an unlabelled picture UP-DETR is asked to find again.
+
+A set of patches is a pure function of (seed, picture, variant). They are cut from the picture as it is stored, before
+any resize, and their boxes follow the resize.
+
+Shapes: ``M`` patches, ``K`` crops of a patch (scales), ``S`` their side; boxes are (M, 4) x1, y1, x2, y2 in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovd.data.mapper import TrainingTransform, move_boxes
+from ovd.regions.crops import crop_regions
+from pretrain.config_views import ViewConfig
+from pretrain.data.images import ImageSet
+from pretrain.engine.errors import BadImageError
+from pretrain.engine.sampling import derive_seed
+from pretrain.views import ViewAugment
+
+Sampler = Literal["official", "log_uniform", "prior"]
+SMALLEST = 16  # pictures with a side up to this are skipped (released code)
+TRIES = 40  # draws for one patch before an overlapping one is accepted
+
+# SimCLR-like changes of the released code: p .8 jitter .4/.4/.4/.1, p .2 grey, p .5 blur; no flip.
+JITTER: dict[str, Any] = {
+    "crop_scale": (1.0, 1.0), "flip": 0.0, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey_p": 0.2,
+    "blur_p": 0.5, "blur_sigma": (0.1, 2.0), "solarise_p": 0.0, "normalise": None,
+}  # fmt: skip
+
+
+def official_boxes(width: int, height: int, rng: np.random.Generator, *, count: int, min_side: int) -> NDArray[Any]:
+    """The released sampler: both sides uniform from ``min_side`` to the whole picture, then a uniform place.
+
+    Its patches are large (median area 19 % of the picture), often long, and a third overlaps another by half.
+    """
+    boxes = np.zeros((count, 4), dtype=np.float32)
+    for box in boxes:
+        w, h = int(rng.integers(min_side, max(width - min_side, min_side) + 1)), 0
+        h = int(rng.integers(min_side, max(height - min_side, min_side) + 1))
+        w, h = min(w, width), min(h, height)
+        x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        box[:] = x, y, x + w, y + h
+    return boxes
+
+
+def log_uniform_boxes(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    *,
+    count: int,
+    min_side: int,
+    scale: tuple[float, float],
+    max_aspect: float,
+    max_iou: float,
+    start: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Sizes even over scales, bounded aspect, and no near duplicates.
+
+    Args:
+        width, height: of the picture.
+        rng: of this picture.
+        count: boxes in all.
+        min_side: pixels.
+        scale: range of the square root of area(box) / area(picture), drawn log-uniformly.
+        max_aspect: of the longer to the shorter side, drawn log-uniformly.
+        max_iou: a box overlapping an earlier one more is drawn again, at most `TRIES` times.
+        start: boxes that are there already.
+    """
+    boxes = np.zeros((0, 4), dtype=np.float32) if start is None else start[:count].astype(np.float32)
+    side = math.sqrt(width * height)
+    while len(boxes) < count:
+        candidate = np.zeros(4, dtype=np.float32)
+        for _ in range(TRIES):
+            size = side * math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
+            stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(max_aspect))
+            w = min(max(round(size * stretch), min_side), width)
+            h = min(max(round(size / stretch), min_side), height)
+            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            candidate[:] = x, y, x + w, y + h
+            if len(boxes) == 0 or float(_iou(candidate, boxes).max()) <= max_iou:
+                break
+        boxes = np.concatenate([boxes, candidate[None]])
+    return boxes
+
+
+def prior_boxes(
+    image: NDArray[np.uint8], rng: np.random.Generator, *, count: int, min_side: int, max_aspect: float, max_iou: float
+) -> NDArray[Any]:
+    """Boxes around things that stand out: up to ``count`` components of a colour-contrast map, jittered.
+
+    Contrast of each place against its surroundings at three scales, cut at several heights; the components are what a
+    selective search would find first. Their order is drawn, better ones more often first.
+    """
+    height, width = image.shape[:2]
+    factor = 128 / max(height, width)
+    small = cv2.resize(image, (max(8, round(width * factor)), max(8, round(height * factor))), interpolation=cv2.INTER_AREA)
+    colour = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
+    side = max(small.shape[:2])
+    contrast = np.zeros(small.shape[:2], dtype=np.float32)
+    for share in (0.1, 0.25, 0.6):
+        around = cv2.blur(colour, (max(3, int(side * share)) | 1,) * 2, borderType=cv2.BORDER_REFLECT)
+        contrast += np.linalg.norm(cv2.GaussianBlur(colour, (0, 0), 1.0) - around, axis=2)
+    found: list[tuple[float, NDArray[Any]]] = []
+    for cut in (0.5, 0.65, 0.8, 0.9):
+        binary = (contrast > np.quantile(contrast, cut)).astype(np.uint8)
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(binary)
+        for number, (x, y, w, h, area) in enumerate(stats.tolist()):
+            if number == 0 or w / factor < min_side or h / factor < min_side or w * h > 0.6 * small.shape[0] * small.shape[1]:
+                continue
+            if max(w / h, h / w) > max_aspect:
+                continue
+            value = float(contrast[labels == number].mean()) * area / (w * h)
+            found.append((value, np.array([x, y, x + w, y + h], dtype=np.float64) / factor))
+    found.sort(key=lambda one: one[0] * math.exp(rng.normal(0, 0.5)), reverse=True)
+    boxes = np.zeros((0, 4), dtype=np.float32)
+    for _, box in found:
+        sides = np.tile(box[2:] - box[:2], 2)
+        box = box + rng.uniform(-0.1, 0.1, 4) * sides
+        box = np.round(np.clip(box, 0, [width, height, width, height])).astype(np.float32)
+        if min(box[2:] - box[:2]) < min_side or (len(boxes) and _iou(box, boxes).max() > max_iou):
+            continue
+        boxes = np.concatenate([boxes, box[None]])
+        if len(boxes) == count:
+            break
+    return boxes
+
+
+def _iou(box: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
+    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
+    inner = np.clip(high - low, 0, None).prod(1)
+    areas = (others[:, 2:] - others[:, :2]).prod(1)
+    return inner / ((box[2:] - box[:2]).prod() + areas - inner)
+
+
+class PatchSource:
+    """The training loop's sample source: a picture and the patches to find in it.
+
+    Args:
+        images: unlabelled pictures.
+        transform: resize of the picture (no flip: a patch must look as it does in the picture).
+        seed: of the patches.
+        sampler, count, min_side, scale, max_aspect, max_iou: see the functions above.
+        size: S.
+        crop_scales: (1,) cuts the patch itself; (1, 1.5) with its surroundings, as the joint space's regions are cut.
+        jitter: change colours of the patch, never of the picture.
+        variants: different sets of patches per picture, one per epoch in turn.
+    """
+
+    def __init__(
+        self,
+        *,
+        images: ImageSet,
+        transform: TrainingTransform,
+        seed: int,
+        sampler: Sampler = "log_uniform",
+        count: int = 10,
+        size: int = 64,
+        min_side: int = 8,
+        scale: tuple[float, float] = (0.08, 0.6),
+        max_aspect: float = 3.0,
+        max_iou: float = 0.5,
+        crop_scales: tuple[float, ...] = (1.0,),
+        jitter: bool = False,
+        variants: int = 1,
+    ) -> None:
+        self.images, self.transform, self.seed, self.sampler = images, transform, seed, sampler
+        self.count, self.size, self.min_side, self.scale = count, size, min_side, scale
+        self.max_aspect, self.max_iou, self.crop_scales = max_aspect, max_iou, crop_scales
+        self.variants = variants
+        self.augment = ViewAugment(ViewConfig(size=size, **JITTER)) if jitter else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def boxes(self, image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
+        """(M, 4) boxes in pixels of ``image``."""
+        height, width = image.shape[:2]
+        if self.sampler == "official":
+            return official_boxes(width, height, rng, count=self.count, min_side=self.min_side)
+        start = None
+        if self.sampler == "prior":
+            start = prior_boxes(
+                image, rng, count=self.count, min_side=self.min_side, max_aspect=self.max_aspect, max_iou=self.max_iou
+            )
+        return log_uniform_boxes(
+            width,
+            height,
+            rng,
+            count=self.count,
+            min_side=self.min_side,
+            scale=self.scale,
+            max_aspect=self.max_aspect,
+            max_iou=self.max_iou,
+            start=start,
+        )
+
+    def variant(self, index: int, variant: int, *, draw: int = 0) -> dict[str, Any]:
+        """Picture ``index`` with its set of patches number ``variant``.
+
+        Returns:
+            ``image`` (3, H, W) uint8 after the resize, ``boxes`` (M, 4) float32 in its pixels, ``patches``
+            (M, K, 3, S, S) uint8 cut from the stored picture, ``size`` (H, W).
+
+        Raises:
+            BadImageError: unreadable, or too small to cut patches from.
+        """
+        image = self.images.image(index)
+        height, width = image.shape[:2]
+        if min(height, width) <= SMALLEST:
+            raise BadImageError(f"picture {index}", f"{width}x{height} pixels; patches need more than {SMALLEST}")
+        rng = np.random.default_rng([self.seed, index, variant])
+        boxes = self.boxes(image, rng)
+        patches = crop_regions(image, boxes, size=self.size, scales=self.crop_scales)
+        if self.augment is not None:
+            patches = self._jittered(patches, seed=derive_seed(self.seed, index, variant))
+        transforms = self.transform.draw(height, width, np.random.default_rng([self.seed, draw]))
+        resized = transforms.apply_image(image)
+        moved, _ = move_boxes(boxes, transforms, resized.shape[:2])
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))),
+            "boxes": torch.from_numpy(moved),
+            "patches": patches,
+            "size": (resized.shape[0], resized.shape[1]),
+        }
+
+    def _jittered(self, patches: Tensor, *, seed: int) -> Tensor:
+        assert self.augment is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            changed = self.augment(patches.flatten(0, 1))
+        return (changed.clamp(0, 1) * 255).round().to(torch.uint8).view_as(patches)
+
+    def sample(self, index: int, draw: int) -> dict[str, Any]:
+        """Sample of picture ``index``; the set of patches changes from epoch to epoch."""
+        return self.variant(index, (draw // len(self)) % self.variants, draw=draw)
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A list, as Detectron2's models take."""
+        return samples

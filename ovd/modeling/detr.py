@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DETR as a Detectron2 meta-architecture: the original, and a conditional form that learns from little data.
+
+``arch: detr`` is Carion et al. (arXiv 2005.12872): 6+6 layers, sine places, auxiliary losses, Hungarian matching; its
+parameter names are those of the released DETR and UP-DETR checkpoints. ``arch: conditional`` adds conditional attention
+(2108.06152), anchors that are refined (2201.12329) and denoising queries (2203.01305).
+
+What a query means is told in two parts: *is there something* (one logit, which knows no class) and *what it is like*,
+an embedding that is compared with texts, patches or crops by the classifier that ViLD uses. "Matched?" of UP-DETR is
+the first, its vocabulary of patches the second, so neither is thrown away when words replace the patches.
+
+Shapes: ``N`` images, ``S`` tokens, ``Q`` queries, ``d`` width, ``L`` layers, ``T`` targets (padded), ``D`` embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovd.config_detr import DetrLossConfig
+from ovd.modeling.classifier import EmbeddingClassifier, cosine_logits
+from ovd.modeling.matcher import (
+    Matches,
+    box_cost,
+    group_mask,
+    groups_of,
+    match,
+    object_cost,
+    overlaps,
+    to_centres,
+    to_corners,
+)
+from ovd.modeling.transformer import MLP, ConditionalDecoder, Encoder, PlainDecoder, sine_code, token_positions
+from pretrain.engine import distributed
+
+PRIOR = 0.01  # of an object before training (focal loss, arXiv 1708.02002 §3.3)
+
+
+class Memory(NamedTuple):
+    """Encoded tokens of a batch.
+
+    Attributes:
+        tokens: (N, S, d).
+        place: (N, S, d) sine codes.
+        padding: (N, S) bool, True for padding; None where there is none.
+        sizes: (height, width) of each network input.
+    """
+
+    tokens: Tensor
+    place: Tensor
+    padding: Tensor | None
+    sizes: list[tuple[int, int]]
+
+
+class Decoded(NamedTuple):
+    """States (L, N, Q, d) and centre boxes (L, N, Q, 4) in [0, 1] after each decoder layer."""
+
+    states: Tensor
+    boxes: Tensor
+
+
+class Targets(NamedTuple):
+    """What should be found; rows beyond ``counts[n]`` are padding.
+
+    Attributes:
+        boxes: (N, T, 4) centre boxes in [0, 1].
+        labels: (N, T) int64.
+        counts: objects of each image.
+        groups: (N, T) int64 group of queries that may explain each, or None.
+        embeddings: (N, T, D) what the query's embedding should be, or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    counts: list[int]
+    groups: Tensor | None = None
+    embeddings: Tensor | None = None
+
+
+class Extra(NamedTuple):
+    """Queries beside the free ones: content (N, P, d), anchor logits (N, P, 4)."""
+
+    content: Tensor
+    anchors: Tensor
+
+
+class Detr(nn.Module):
+    """The detector.
+
+    Args:
+        arch: ``detr`` or ``conditional``.
+        backbone: maps pixels to a dict of feature maps.
+        features: (name, channels, stride) of the maps that are joined at the first one's resolution.
+        frozen: the backbone gets no gradient and stays in eval mode.
+        width, heads, ffn, encoder_layers, decoder_layers, queries, dropout, pre_norm: of the transformer.
+        embed_dim: D.
+        classifier: text rows; None for ``closed`` and agnostic models.
+        closed_classes: C of a linear classification layer with a "nothing" column, as in DETR; None: object logit and
+            embedding.
+        normalise_condition: conditions are unit vectors times √D (the joint space) instead of raw features.
+        denoising, box_noise, label_noise: groups of denoising queries and their noise.
+        conditioned: classes that a second set of queries is conditioned on in training.
+        scale: inverse temperature of patch vocabularies.
+        loss: weights.
+        pixel_mean, pixel_std: RGB in 0…255.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        arch: Literal["conditional", "detr"],
+        backbone: nn.Module,
+        features: Sequence[tuple[str, int, int]],
+        frozen: bool,
+        width: int,
+        heads: int,
+        ffn: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        queries: int,
+        dropout: float,
+        pre_norm: bool,
+        embed_dim: int,
+        classifier: EmbeddingClassifier | None,
+        closed_classes: int | None,
+        normalise_condition: bool,
+        denoising: int,
+        box_noise: float,
+        label_noise: float,
+        conditioned: int,
+        scale: float,
+        loss: DetrLossConfig,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.arch, self.frozen, self.queries, self.loss_weights = arch, frozen, queries, loss
+        self.features = tuple(features)
+        self.width, self.embed_dim, self.normalise_condition, self.scale = width, embed_dim, normalise_condition, scale
+        self.denoising, self.box_noise, self.label_noise = denoising, box_noise, label_noise
+        self.conditioned = conditioned
+        self.backbone = backbone
+        if frozen:
+            backbone.requires_grad_(False)
+        channels = sum(c for _, c, _ in self.features)
+        self.input_proj = nn.Conv2d(channels, width, kernel_size=1)
+        parts: dict[str, Any] = {
+            "width": width, "heads": heads, "ffn": ffn, "dropout": dropout, "pre_norm": pre_norm
+        }  # fmt: skip
+        self.transformer = nn.ModuleDict(
+            {
+                "encoder": Encoder(layers=encoder_layers, **parts),
+                "decoder": (ConditionalDecoder if arch == "conditional" else PlainDecoder)(
+                    layers=decoder_layers, **parts
+                ),
+            }
+        )
+        for parameter in self.transformer.parameters():
+            if parameter.ndim > 1 and arch == "detr":
+                nn.init.xavier_uniform_(parameter)
+        self.query_embed = nn.Embedding(queries, width)
+        self.bbox_embed = MLP(width, width, width, 4)
+        if arch == "conditional":
+            spread = torch.cat([torch.rand(queries, 2) * 0.9 + 0.05, torch.full((queries, 2), 0.25)], dim=1)
+            self.query_anchor = nn.Parameter(torch.logit(spread))
+            nn.init.zeros_(self.bbox_embed.layers[-1].weight)
+            nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+            nn.init.normal_(self.query_embed.weight, std=0.02)
+        self.class_embed = self.object_embed = None
+        if closed_classes is not None:
+            self.class_embed = nn.Linear(width, closed_classes + 1)
+        else:
+            self.object_embed = nn.Linear(width, 1)
+            if loss.object_kind == "focal":
+                nn.init.constant_(self.object_embed.bias, float(torch.logit(torch.tensor(PRIOR))))
+        self.feature_align = MLP(width, width, embed_dim)
+        self.patch2query = nn.Linear(embed_dim, width)
+        self.classifier = classifier
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Detr:
+        """A frozen backbone stays in eval mode: freezing weights alone leaves batch statistics moving."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    # --- pictures to tokens
+
+    def maps(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Feature maps of (N, 3, H, W) RGB pixels in 0…255; without a graph where the backbone is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            out = self.backbone((pixels.float() - self.pixel_mean) / self.pixel_std)
+        return {name: out[name] for name, _, _ in self.features}
+
+    def joined(self, maps: dict[str, Tensor]) -> Tensor:
+        """(N, C, h, w): all maps at the first one's resolution."""
+        first = maps[self.features[0][0]]
+        rest = [
+            F.interpolate(maps[name].to(first.dtype), first.shape[-2:], mode="bilinear", align_corners=False)
+            for name, _, _ in self.features[1:]
+        ]
+        return torch.cat([first, *rest], dim=1) if rest else first
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """(N, C) average of each map of (N, 3, S, S) patches in 0…255, joined: UP-DETR's patch feature."""
+        maps = self.maps(pixels)
+        return torch.cat([maps[name].mean(dim=(2, 3)) for name, _, _ in self.features], dim=1)
+
+    def memory(self, batch: list[dict[str, Any]]) -> Memory:
+        """Encode a batch of dicts with ``image`` (3, H, W) in 0…255, or ``features`` (name → map) and ``size``."""
+        stride = self.features[0][2]
+        if "features" in batch[0]:
+            maps = {
+                name: torch.stack([x["features"][name] for x in batch]).to(self.device, torch.float32)
+                for name, _, _ in self.features
+            }
+            sizes = [tuple(x["size"]) for x in batch]
+        else:
+            images = ImageList.from_tensors([x["image"].to(self.device) for x in batch])
+            maps, sizes = self.maps(images.tensor), [(int(h), int(w)) for h, w in images.image_sizes]
+        x = self.input_proj(self.joined(maps)).flatten(2).transpose(1, 2)
+        height, width = maps[self.features[0][0]].shape[-2:]
+        valid = torch.zeros(len(batch), height, width, dtype=torch.bool, device=self.device)
+        for cells, (h, w) in zip(valid, sizes, strict=True):
+            cells[: -(-h // stride), : -(-w // stride)] = True  # rounded up: the smallest picture has a token
+        centred = self.arch == "conditional"
+        place = sine_code(token_positions(valid, centred=centred), self.width // 2).flatten(1, 2).to(x.dtype)
+        padding = None if bool(valid.all()) else ~valid.flatten(1)
+        return Memory(self.transformer["encoder"](x, place=place, padding=padding), place, padding, sizes)
+
+    # --- queries to boxes
+
+    def condition(self, embeddings: Tensor) -> Tensor:
+        """(…, D) embeddings of words, patches or crops → (…, d), what is added to a query."""
+        if self.normalise_condition:
+            embeddings = F.normalize(embeddings.float(), dim=-1) * self.embed_dim**0.5
+        return self.patch2query(embeddings)
+
+    def decode(
+        self,
+        memory: Memory,
+        *,
+        added: Tensor | None = None,
+        order: Tensor | None = None,
+        extra: Extra | None = None,
+        mask: Tensor | None = None,
+    ) -> Decoded:
+        """Run the decoder.
+
+        Args:
+            memory: of `memory`.
+            added: (N, Q, d) added to the queries (conditions).
+            order: (Q,) permutation of the queries, or None.
+            extra: queries that stand before the free ones (conditional only).
+            mask: (P + Q, P + Q) bool, True where a query must not see another.
+        """
+        count = len(memory.tokens)
+        order = torch.arange(self.queries, device=self.device) if order is None else order
+        query = self.query_embed.weight[order].expand(count, -1, -1)
+        if added is not None:
+            query = query + added
+        tokens, place, padding, _ = memory
+        decoder = self.transformer["decoder"]
+        if self.arch == "detr":
+            states = decoder(tokens, query_place=query, place=place, mask=mask, padding=padding)
+            return Decoded(states, self.bbox_embed(states).float().sigmoid())
+        anchors = self.query_anchor[order].expand(count, -1, -1)
+        if extra is not None:
+            query, anchors = torch.cat([extra.content, query], dim=1), torch.cat([extra.anchors, anchors], dim=1)
+        states, boxes = decoder(
+            tokens, content=query, anchors=anchors, place=place, mask=mask, padding=padding, box_head=self.bbox_embed
+        )
+        return Decoded(states, boxes)
+
+    # --- training
+
+    def forward(self, batch: list[dict[str, Any]]) -> Any:
+        """In training the dict of losses; in eval mode Detectron2's ``[{"instances": Instances}, …]``."""
+        if not self.training:
+            return self.detect(batch)
+        memory = self.memory(batch)
+        targets = self.targets([x["instances"] for x in batch])
+        extra, blocks = self._denoising(targets)
+        size = 0 if extra is None else extra.content.shape[1]
+        mask = None
+        if extra is not None:
+            owner = torch.cat([blocks, blocks.new_full((self.queries,), -1)])
+            # Denoising groups see themselves and the free queries; free queries must not see the answers.
+            mask = (owner[:, None] != owner[None]) & (owner[None] >= 0)
+        out = self.decode(memory, extra=extra, mask=mask)
+        free = Decoded(out.states[:, :, size:], out.boxes[:, :, size:])
+        losses = self.losses(free, targets)
+        if size:
+            matches, counted = self._denoising_matches(targets, size, len(out.states))
+            taught = Decoded(out.states[:, :, :size], out.boxes[:, :, :size])
+            groups = size // max(targets.counts)
+            for name, value in self.losses(taught, targets, matches=matches, counted=counted, share=groups).items():
+                losses[f"{name}_dn"] = value
+        if self.conditioned:
+            for name, value in self._conditioned(memory, targets).items():
+                losses[f"{name}_words"] = value
+        return losses
+
+    def targets(self, instances: Sequence[Instances]) -> Targets:
+        """Pad the labels of a batch; boxes become shares of each picture's own size."""
+        counts = [len(i) for i in instances]
+        most = max(1, *counts)
+        boxes = torch.full((len(counts), most, 4), 0.5, device=self.device)
+        labels = torch.zeros(len(counts), most, dtype=torch.int64, device=self.device)
+        for n, one in enumerate(instances):
+            height, width = one.image_size
+            corners = one.gt_boxes.tensor.to(self.device).float()
+            boxes[n, : counts[n]] = to_centres(corners / corners.new_tensor([width, height, width, height]))
+            labels[n, : counts[n]] = one.gt_classes.to(self.device)
+        return Targets(boxes, labels, counts)
+
+    def losses(
+        self,
+        out: Decoded,
+        targets: Targets,
+        *,
+        group: Tensor | None = None,
+        matches: Matches | None = None,
+        counted: Tensor | None = None,
+        share: int = 1,
+    ) -> dict[str, Tensor]:
+        """Matching and losses of all layers at once, each summed over the layers.
+
+        Args:
+            out: decoder output.
+            targets: what should be found; with ``embeddings`` the pretext's losses are added.
+            group: (Q,) groups of queries, where targets have groups.
+            matches: known matches instead of the assignment.
+            counted: (N, Q) bool, queries that the object loss counts; None: all.
+            share: queries per target that the normaliser counts.
+        """
+        w, states = self.loss_weights, out.states
+        layers = len(states)
+        number = max(distributed.all_sum([float(sum(targets.counts))])[0] / distributed.world_size(), 1.0) * share
+        logits = self.class_embed(states).float() if self.class_embed is not None else None
+        found = self.object_embed(states)[..., 0].float() if self.object_embed is not None else None
+        by_word = self.classifier is not None and targets.embeddings is None and group is None
+        if matches is None:
+            cost = box_cost(out.boxes, targets.boxes, l1=w.l1, giou=w.giou)
+            if found is not None:
+                cost = cost + w.object * object_cost(found, kind=w.object_kind)
+            if logits is not None:
+                cost = cost - w.object * _probability_of(logits, targets.labels)
+            elif by_word and w.classes:
+                assert self.classifier is not None
+                with torch.no_grad():
+                    said = self.classifier(self.feature_align(states).flatten(0, 2)).unflatten(0, states.shape[:3])
+                    cost = cost - w.classes * _probability_of(said, targets.labels)
+            matches = match(cost, targets.counts, query_group_Q=group, target_group_NT=targets.groups)
+        index = (matches.layer, matches.image, matches.query)
+        goal = (matches.image, matches.target)
+        losses = {}
+        if found is not None:
+            hit = torch.zeros_like(found)
+            hit[index] = 1.0
+            losses["loss_object"] = w.object * _object_loss(
+                found, hit, counted, number, kind=w.object_kind, no_object_weight=w.no_object_weight
+            )
+        if logits is not None:
+            nothing = logits.shape[-1] - 1
+            label = torch.full(logits.shape[:-1], nothing, device=logits.device)
+            label[index] = targets.labels[goal]
+            weight = torch.where(label == nothing, w.no_object_weight, 1.0)
+            nll = F.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none").view_as(weight)
+            losses["loss_class"] = w.object * ((nll * weight).sum((1, 2)) / weight.sum((1, 2))).sum()
+        box, wanted = out.boxes[index].float(), targets.boxes[goal]
+        losses["loss_l1"] = w.l1 * (box - wanted).abs().sum() / number
+        losses["loss_giou"] = w.giou * (1 - overlaps(to_corners(box), to_corners(wanted))[1]).sum() / number
+        if by_word:
+            assert self.classifier is not None
+            said = self.classifier(self.feature_align(states[index]))
+            mean = self.classifier.loss(said, targets.labels[goal])
+            losses["loss_text"] = w.classes * mean * len(matches.image) / number
+        if targets.embeddings is not None and (w.reconstruction or w.contrast):
+            likeness = F.normalize(targets.embeddings.float(), dim=-1)
+            z = self.feature_align(states[index]).float()
+            if w.reconstruction:  # normalised MSE, summed over channels: ‖a − b‖² = 2 − 2cos
+                cosine = (F.normalize(z, dim=-1) * likeness[goal]).sum(-1)
+                losses["loss_reconstruction"] = w.reconstruction * (2 - 2 * cosine).sum() / number
+            if w.contrast:
+                among = cosine_logits(z, likeness[matches.image], scale=self.scale)
+                blank = torch.arange(likeness.shape[1], device=z.device) >= among.new_tensor(targets.counts)[:, None]
+                among = among.masked_fill(blank[matches.image], float("-inf"))
+                nll = F.cross_entropy(among, matches.target, reduction="sum")
+                losses["loss_contrast"] = w.contrast * nll / number
+        return losses if layers else {}
+
+    def _denoising(self, targets: Targets) -> tuple[Extra | None, Tensor]:
+        """Noised copies of the targets as queries, and the group of each; None without denoising or targets."""
+        most = max(targets.counts)
+        if not self.denoising or not most:
+            return None, torch.zeros(0, dtype=torch.int64, device=self.device)
+        boxes = targets.boxes[:, :most].repeat(1, self.denoising, 1)
+        half = boxes[..., 2:] / 2
+        noise = (torch.rand_like(boxes) * 2 - 1) * self.box_noise
+        centre = boxes[..., :2] + noise[..., :2] * half
+        sides = boxes[..., 2:] * (1 + noise[..., 2:])
+        noised = torch.cat([centre, sides], dim=-1).clamp(1e-3, 1 - 1e-3)
+        content = torch.zeros(*boxes.shape[:2], self.width, device=self.device)
+        if self.classifier is not None and self.classifier.rows.shape[1] == self.embed_dim:
+            labels = targets.labels[:, :most].repeat(1, self.denoising)
+            seen = self.classifier.trainable.nonzero()[:, 0]
+            other = seen[torch.randint(len(seen), labels.shape, device=self.device)]
+            labels = torch.where(torch.rand(labels.shape, device=self.device) < self.label_noise, other, labels)
+            content = self.condition(self.classifier.rows[labels])
+        blocks = torch.arange(self.denoising, device=self.device).repeat_interleave(most)
+        return Extra(content, torch.logit(noised)), blocks
+
+    def _denoising_matches(self, targets: Targets, size: int, layers: int) -> tuple[Matches, Tensor]:
+        most = max(targets.counts)
+        place = torch.arange(size, device=self.device) % most
+        counted = place[None] < torch.tensor(targets.counts, device=self.device)[:, None]
+        image, query = counted.nonzero().unbind(1)
+        layer = torch.arange(layers, device=self.device).repeat_interleave(len(image))
+        image, query = image.repeat(layers), query.repeat(layers)
+        return Matches(layer, image, query, place[query]), counted
+
+    def _conditioned(self, memory: Memory, targets: Targets) -> dict[str, Tensor]:
+        """Losses of queries that are told what to look for: the words of some classes, present and absent."""
+        assert self.classifier is not None
+        seen = self.classifier.trainable.nonzero()[:, 0]
+        group = groups_of(self.queries, self.conditioned).to(self.device)
+        rows, groups, keep = [], torch.full_like(targets.labels, -1), []
+        for n, count in enumerate(targets.counts):
+            present = targets.labels[n, :count].unique()
+            present = present[torch.randperm(len(present), device=self.device)][: self.conditioned]
+            absent = seen[torch.randperm(len(seen), device=self.device)]
+            absent = absent[~torch.isin(absent, present)][: self.conditioned - len(present)]
+            asked = torch.cat([present, absent])
+            asked = asked.repeat(-(-self.conditioned // max(1, len(asked))))[: self.conditioned]
+            rows.append(self.classifier.rows[asked])
+            hit = targets.labels[n, :count, None] == asked[None]
+            keep.append(hit.any(1))
+            groups[n, :count] = torch.where(hit.any(1), hit.float().argmax(1), -1)
+        sub = _subset(targets, keep, groups)
+        added = self.condition(torch.stack(rows))[:, group]
+        out = self.decode(memory, added=added, mask=group_mask(group))
+        return self.losses(out, sub, group=group)
+
+    # --- inference
+
+    @torch.no_grad()
+    def found(
+        self, batch: list[dict[str, Any]], *, conditions_NMD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
+        """The last layer's answer: centre boxes (N, Q, 4), object logits (N, Q) and unit embeddings (N, Q, D).
+
+        Args:
+            batch: see `memory`.
+            conditions_NMD: M embeddings per picture, each asked of its share of the queries; None: free queries.
+        """
+        memory = self.memory(batch)
+        added = mask = None
+        if conditions_NMD is not None:
+            group = groups_of(self.queries, conditions_NMD.shape[1]).to(self.device)
+            added, mask = self.condition(conditions_NMD)[:, group], group_mask(group)
+        out = self.decode(memory, added=added, mask=mask)
+        state = out.states[-1]
+        if self.object_embed is not None:
+            score = self.object_embed(state)[..., 0].float()
+        else:
+            assert self.class_embed is not None
+            said = self.class_embed(state).float()
+            score = said[..., :-1].logsumexp(-1) - said[..., -1]
+        return out.boxes[-1], score, F.normalize(self.feature_align(state).float(), dim=-1), memory.sizes
+
+    @torch.no_grad()
+    def detect(self, batch: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """Each query's best trained class, in pixels of ``height`` × ``width`` where the dict has them."""
+        boxes, logit, z, sizes = self.found(batch)
+        results = []
+        for n, one in enumerate(batch):
+            height, width = int(one.get("height", sizes[n][0])), int(one.get("width", sizes[n][1]))
+            instances = Instances((height, width))
+            corners = Boxes(to_corners(boxes[n]) * boxes.new_tensor([width, height, width, height]))
+            corners.clip((height, width))
+            score, label = logit[n].sigmoid(), torch.zeros(len(corners), dtype=torch.int64, device=z.device)
+            if self.classifier is not None:
+                said = self.classifier(z[n])[:, :-1].masked_fill(~self.classifier.trainable, float("-inf"))
+                best = said.softmax(-1).max(-1)
+                score, label = score * best.values, best.indices
+            instances.pred_boxes, instances.scores, instances.pred_classes = corners, score, label
+            results.append({"instances": instances})
+        return results
+
+
+def _probability_of(logits: Tensor, labels_NT: Tensor) -> Tensor:
+    """(L, N, Q, T) softmax probability of each target's label."""
+    probability = logits.softmax(-1)
+    wanted = labels_NT[None, :, None].expand(len(logits), -1, logits.shape[2], -1)
+    return probability.gather(-1, wanted)
+
+
+def _object_loss(
+    logits: Tensor, hit: Tensor, counted: Tensor | None, number: float, *, kind: str, no_object_weight: float
+) -> Tensor:
+    """Focal loss over boxes (α .25, γ 2), or cross-entropy over the sum of weights as DETR's, summed over layers."""
+    each = F.binary_cross_entropy_with_logits(logits, hit, reduction="none")
+    on = torch.ones_like(hit) if counted is None else counted.to(hit).expand_as(hit)
+    if kind == "weighted":
+        weight = torch.where(hit > 0, 1.0, no_object_weight) * on
+        return ((each * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)).sum()
+    p = logits.sigmoid()
+    wrong = torch.where(hit > 0, 1 - p, p)
+    return (torch.where(hit > 0, 0.25, 0.75) * wrong**2 * each * on).sum() / number
+
+
+def _subset(targets: Targets, keep: list[Tensor], groups: Tensor) -> Targets:
+    """The targets of each image for which ``keep`` is True, moved to the front."""
+    counts = [int(k.sum()) for k in keep]
+    boxes, labels, own = targets.boxes.clone(), targets.labels.clone(), groups.clone()
+    for n, (k, count) in enumerate(zip(keep, counts, strict=True)):
+        size = len(k)
+        boxes[n, :count], labels[n, :count] = targets.boxes[n, :size][k], targets.labels[n, :size][k]
+        own[n, :count] = groups[n, :size][k]
+    return Targets(boxes, labels, counts, own)

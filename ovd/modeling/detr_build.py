@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Assembling, starting, saving and loading detection transformers, and the region model that page and commands use."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovd.config_detr import DetrConfig
+from ovd.modeling.backbone import build_resnet, stage_channels, to_detectron2
+from ovd.modeling.build import STRIDES, DetectorCard, RegionModel, read_card
+from ovd.modeling.classifier import EmbeddingClassifier
+from ovd.modeling.detr import Detr
+from ovd.modeling.matcher import to_corners
+from ovd.modeling.scoring import Calibration, RegionSet
+from pretrain.engine.checkpoint import load_weights
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from ovd.regions.crops import RegionEncoder
+
+OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoints
+DROPPED = ("class_embed.", "classifier.")  # what fine-tuning starts anew, as UP-DETR's paper does
+OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
+
+
+def feature_channels(config: DetrConfig) -> int:
+    """Channels of the joined feature maps: the width of a patch's feature in the backbone's own space."""
+    bb = config.backbone
+    return sum(stage_channels(depth=bb.depth, index=int(name[3:])) for name in bb.features)
+
+
+def build_detr(
+    config: DetrConfig,
+    *,
+    embed_dim: int,
+    rows: Tensor | None,
+    trainable: Tensor | None,
+    classes: int,
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+) -> Detr:
+    """A transformer with random weights.
+
+    Args:
+        config: architecture.
+        embed_dim: D of the encoder; used with ``embed_space: clip``, else D is the backbone's own.
+        rows: (C, D) text embeddings for variant ``text``.
+        trainable: (C,) bool, False for novel classes.
+        classes: C for variant ``closed``.
+        pixel_mean, pixel_std: RGB in 0…255.
+    """
+    bb = config.backbone
+    if config.variant == "text" and rows is None:
+        raise ValueError("variant 'text' needs the text embeddings of its vocabulary")
+    backbone = build_resnet(depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=bb.features, freeze_at=0)
+    return Detr(
+        arch=config.arch,
+        backbone=backbone,
+        features=[(name, stage_channels(depth=bb.depth, index=int(name[3:])), STRIDES[name]) for name in bb.features],
+        frozen=bb.frozen,
+        width=config.width,
+        heads=config.heads,
+        ffn=config.ffn,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        queries=config.queries,
+        dropout=config.dropout,
+        pre_norm=config.pre_norm,
+        embed_dim=embed_dim if config.embed_space == "clip" else feature_channels(config),
+        classifier=EmbeddingClassifier(rows=rows, trainable=trainable, scale=config.scale)
+        if config.variant == "text" and rows is not None
+        else None,
+        closed_classes=classes if config.variant == "closed" else None,
+        normalise_condition=config.embed_space == "clip",
+        denoising=config.denoising,
+        box_noise=config.box_noise,
+        label_noise=config.label_noise,
+        conditioned=config.conditioned,
+        scale=config.scale,
+        loss=config.loss,
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+    )
+
+
+def tie_to_input(model: Detr) -> bool:
+    """Start ``patch2query`` as the tokens' own projection, so that a patch already points at look-alike tokens.
+
+    Returns:
+        Whether the two map the same space; otherwise nothing is changed.
+    """
+    if model.normalise_condition or model.patch2query.in_features != model.input_proj.in_channels:
+        return False
+    with torch.no_grad():
+        model.patch2query.weight.copy_(model.input_proj.weight[:, :, 0, 0])
+        model.patch2query.bias.copy_(model.input_proj.bias)
+    return True
+
+
+# --- starting from other weights
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a start took from a checkpoint; names are those of our parameters.
+
+    Attributes:
+        matched: copied.
+        missing: ours, not in the checkpoint; they keep their start.
+        unexpected: the checkpoint's, not ours.
+        dropped: left out on purpose (classification layers).
+        other_shape: in both, but of another shape; they keep their start.
+        queries: what happened to the query embeddings, or "" when they fitted.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    dropped: tuple[str, ...]
+    other_shape: tuple[str, ...]
+    queries: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} tensors loaded"]
+        for name in ("missing", "unexpected", "dropped", "other_shape"):
+            keys = getattr(self, name)
+            if keys:
+                parts.append(f"{name.replace('_', ' ')} {len(keys)}: {', '.join(keys[:6])}{' …' if len(keys) > 6 else ''}")
+        return "; ".join(parts) + (f"; {self.queries}" if self.queries else "")
+
+
+def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a released DETR or UP-DETR checkpoint → ours: only the backbone's differ."""
+    body = {k.removeprefix(OFFICIAL_BACKBONE): v for k, v in state.items() if k.startswith(OFFICIAL_BACKBONE)}
+    out = {k.removeprefix("module."): v for k, v in state.items() if not k.startswith(OFFICIAL_BACKBONE)}
+    out.update({f"backbone.{k}": v for k, v in to_detectron2(body).items()})
+    return out
+
+
+def read_official(path: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.pth`` file under our names; nothing in it is executed.
+
+    Released training checkpoints also hold an ``argparse.Namespace``, which is allowed and ignored.
+
+    Raises:
+        UserError: no such file, or one that holds anything but tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"weights={path}: not found; give an exported folder or a .pth file") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"weights={path}: not a checkpoint of tensors ({str(error).splitlines()[0]}); files that would run code are "
+            "not read: save only the tensors in it, {'model': model.state_dict()}"
+        ) from error
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"weights={path}: has no state dict of tensors, plain or under 'model'")
+    return official_names(state)
+
+
+def read_start(path: Path) -> dict[str, Tensor]:
+    """Tensors of an exported folder, or of a released ``.pth`` file.
+
+    Raises:
+        UserError: neither.
+    """
+    if path.suffix in (".pth", ".pt"):
+        return read_official(path)
+    folder = path / "exported" if (path / "exported" / "model.json").is_file() else path
+    if "arch" not in read_card(folder).model:
+        raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
+    tensors, _ = load_weights(folder / "model.safetensors")
+    return {
+        k.removeprefix("model."): v.float() if v.is_floating_point() else v
+        for k, v in tensors.items()
+        if k.startswith("model.")
+    }
+
+
+def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> Report:
+    """Copy what fits; classification layers start anew, query embeddings are kept and cut to the number of queries.
+
+    Args:
+        model: to be started.
+        state: under our names.
+        source: for messages.
+        backbone: take the backbone too.
+
+    Raises:
+        UserError: nothing of the transformer fits, so this is another architecture.
+    """
+    own = model.state_dict()
+    copied: dict[str, Tensor] = {}
+    other, queries = [], ""
+    for key, value in own.items():
+        if key.startswith(DROPPED) or key not in state or (key.startswith("backbone.") and not backbone):
+            continue
+        given = state[key]
+        if given.shape == value.shape:
+            copied[key] = given
+        elif key in ("query_embed.weight", "query_anchor") and given.shape[1:] == value.shape[1:]:
+            kept = min(len(given), len(value))
+            copied[key] = torch.cat([given[:kept].to(value), value[kept:]])
+            queries = (
+                f"query embeddings: the first {kept} of {len(given)} are kept"
+                + (f", the other {len(value) - kept} start anew" if len(value) > kept else "")
+            )  # fmt: skip
+        else:
+            other.append(key)
+    transformer = [k for k in own if k.startswith("transformer.")]
+    if not any(k in copied for k in transformer):
+        raise UserError(
+            f"weights={source}: none of the {len(transformer)} transformer tensors fit; "
+            "model.arch, width and ffn must be those it was trained with"
+        )
+    left = {k for k in own if k.startswith("backbone.")} if not backbone else set()
+    model.load_state_dict({**own, **copied})
+    return Report(
+        matched=tuple(copied),
+        missing=tuple(k for k in own if k not in state and not k.startswith(DROPPED) and k not in left),
+        unexpected=tuple(k for k in state if k not in own and not k.startswith(DROPPED)),
+        dropped=tuple(k for k in state if k.startswith(DROPPED)),
+        other_shape=tuple(other),
+        queries=queries,
+    )
+
+
+# --- inference
+
+
+class PatchEncoder:
+    """The transformer's own image space as the encoder of a person's crops (`ovd.regions.crops.RegionEncoder`).
+
+    Args:
+        model: its backbone embeds.
+        side: pixels.
+    """
+
+    def __init__(self, *, model: Detr, side: int) -> None:
+        self.model, self.image_size, self.embed_dim = model, side, model.embed_dim
+        mean = model.pixel_mean.flatten() / 255
+        self.image_mean = (float(mean[0]), float(mean[1]), float(mean[2]))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, h, w) → float (N, 3, S, S), still in 0…255: the model normalises."""
+        pixels = images.to(self.model.device).float()
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True).clamp(0, 255)
+        return pixels
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) → (N, D)."""
+        return self.model.pooled(pixels)
+
+
+class DetrRegions(RegionModel):
+    """A loaded transformer behind the interface of `ovd.detector.RegionModel`.
+
+    Objectness and word are told apart by the model, so scores are their geometric mean.
+
+    Args:
+        model: in eval mode.
+        card: its card.
+        bank: (B, D) unit embeddings of the bank words.
+        top: regions kept per picture.
+    """
+
+    objectness_weight = OBJECTNESS
+
+    def __init__(self, *, model: Detr, card: DetectorCard, bank: Tensor, top: int = 150) -> None:
+        self.detr, self.card, self.top = model, card, top
+        self.bank = F.normalize(bank, dim=1) if len(bank) else bank
+        self.calibration = Calibration(**card.calibration)
+        self.background: Tensor | None = None
+        self.example_encoder: RegionEncoder | None = None
+        if not model.normalise_condition:
+            self.example_encoder = PatchEncoder(model=model, side=64)
+
+    @torch.no_grad()
+    def _found(
+        self, image: np.ndarray, conditions_MD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Corner boxes in pixels of the picture, objectness and embeddings of all queries, in the queries' order."""
+        inputs, _, _ = self._input(image)
+        conditions = None if conditions_MD is None else conditions_MD[None].to(self.detr.device)
+        boxes, logit, z, _ = self.detr.found([inputs], conditions_NMD=conditions)
+        height, width = image.shape[:2]
+        scale = boxes.new_tensor([width, height, width, height])
+        return to_corners(boxes[0]).clamp(0, 1) * scale, logit[0].sigmoid(), z[0]
+
+    def regions(self, image: np.ndarray) -> RegionSet:
+        """Regions of one RGB picture (H, W, 3) uint8, best objectness first."""
+        if self.detr.classifier is None:
+            raise UserError(
+                "this transformer knows no words (it was pretrained on patches, or on a closed list of classes); "
+                "train it with model.variant=text"
+            )
+        boxes, objectness, z = self._found(image)
+        order = objectness.argsort(descending=True)[: self.top]
+        return RegionSet(
+            boxes=boxes[order].cpu(),
+            objectness=objectness[order].cpu(),
+            text=z[order].cpu(),
+            image=None,
+            masks=None,
+            size=(image.shape[0], image.shape[1]),
+        )
+
+    def propose(self, image: np.ndarray, *, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """((P, 4) float32 boxes in original pixels, (P,) objectness): class-agnostic proposals, best first."""
+        boxes, objectness, _ = self._found(image)
+        order = objectness.argsort(descending=True)[:top]
+        return boxes[order].cpu().numpy(), objectness[order].cpu().numpy()
+
+    def ask(self, image: np.ndarray, rows_CD: Tensor, *, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ask with words, crops or means of both: queries that were told what to look for.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            rows_CD: embeddings in the model's space.
+            at_once: classes per pass; at most as many as queries. Training used ``model.conditioned``.
+
+        Returns:
+            Boxes (K, 4) in pixels, scores (K,) and class numbers (K,), in no order.
+        """
+        found = []
+        count = min(at_once, self.detr.queries)
+        for first in range(0, len(rows_CD), count):
+            rows = rows_CD[first : first + count]
+            # The last chunk asks its first words twice rather than giving each more queries than in training.
+            padded = rows[torch.arange(count) % len(rows)]
+            boxes, score, _ = self._found(image, padded)
+            group = torch.arange(self.detr.queries, device=score.device) * count // self.detr.queries
+            real = group < len(rows)
+            found.append((boxes[real].cpu(), score[real].cpu(), group[real].cpu() + first))
+        boxes, scores, owner = zip(*found, strict=True)
+        return torch.cat(boxes), torch.cat(scores), torch.cat(owner)
+
+
+def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
+    """(model in eval mode, card, (B, D) bank) of an exported transformer.
+
+    Raises:
+        UserError: missing file or tensors that do not fit the card.
+    """
+    card = read_card(folder)
+    tensors, _ = load_weights(folder / "model.safetensors")
+    config = DetrConfig.model_validate({k: v for k, v in card.model.items() if k != "head"})
+    trainable = torch.ones(len(card.classes), dtype=torch.bool)
+    trainable[list(card.novel)] = False
+    model = build_detr(
+        config,
+        embed_dim=card.embed_dim,
+        rows=torch.ones(len(card.classes), card.embed_dim) if config.variant == "text" else None,
+        trainable=trainable,
+        classes=len(card.classes),
+        pixel_mean=card.pixel_mean,
+        pixel_std=card.pixel_std,
+    )
+    state = {
+        k.removeprefix("model."): v.float() if v.is_floating_point() else v
+        for k, v in tensors.items()
+        if k.startswith("model.")
+    }
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return model.eval(), card, tensors["bank"].float()
+
+
+def load_detr_regions(folder: Path, *, top: int, device: str) -> DetrRegions:
+    """Load an exported transformer for inference.
+
+    Raises:
+        UserError: see `load_detr`.
+    """
+    model, card, bank = load_detr(folder)
+    return DetrRegions(model=model.to(device), card=card, bank=bank, top=top)
