@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m ovd.scale``: predict or embed more pictures than one machine holds, on a Ray cluster.
+
+    python -m ovd.scale predict s3://bucket/photos --classes "dog, mug: cup" --out s3://bucket/found --workers 16
+    python -m ovd.scale embed --workers 16 --config embed.yaml out=/shared/regions
+
+``predict`` streams the files through Ray Data and writes Parquet, one row per detection. ``embed`` runs ``ovd.embed`` on
+every worker; they share the store's folder, whose leases keep them apart, and one that dies is started again where the
+others are. Both need the optional extra ``scale`` (``ray[data]``); on one machine ``ovd.predict`` and ``ovd.embed`` do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pretrain.engine.errors import BadImageError, UserError, run_cli
+
+if TYPE_CHECKING:
+    from ovd.embed import EmbedConfig
+
+COLUMNS = ("path", "class_name", "score", "x", "y", "width", "height", "mask", "error")
+
+
+class PredictPictures:
+    """What a worker does: loads the detector once, then turns batches of files into rows of detections.
+
+    Args:
+        weights: as for :meth:`ovd.Detector.load`.
+        classes: the words, as typed.
+        threshold: lowest score; None takes the calibrated default.
+        masks: fill the column ``mask``.
+        device: as for :meth:`ovd.Detector.load`.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str,
+        classes: str,
+        threshold: float | None = None,
+        masks: bool = False,
+        device: str = "auto",
+    ) -> None:
+        from ovd.detector import Detector
+
+        self.detector = Detector.load(weights, device=device, cache_size=0)
+        self.question = self.detector.question(classes)
+        self.threshold = self.detector.threshold_of(self.question) if threshold is None else threshold
+        self.masks = masks
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Predict some files.
+
+        Args:
+            batch: ``path`` and ``bytes`` of each, as ``ray.data.read_binary_files`` gives them.
+
+        Returns:
+            The columns ``path, class_name, score, x, y, width, height`` (pixels of the upright picture), ``mask`` (the
+            counts of COCO's run-length code, or "") and ``error``: a file that is no picture has one row that says so
+            there, and "" for its class.
+        """
+        rows: list[tuple[Any, ...]] = []
+        for path, content in zip(batch["path"], batch["bytes"], strict=True):
+            rows += self._rows(str(path), bytes(content))
+        return {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
+
+    def _rows(self, path: str, content: bytes) -> list[tuple[Any, ...]]:
+        from ovd.detector import to_rgb
+
+        try:
+            pixels = to_rgb(content)
+        except BadImageError as problem:
+            return [(path, "", 0.0, 0.0, 0.0, 0.0, 0.0, "", problem.reason)]
+        found = self.detector.embed(pixels).classify(self.question, threshold=self.threshold)
+        return [
+            (path, name, entry["score"], *entry["bbox"], entry.get("segmentation", {}).get("counts", ""), "")
+            for name, entry in zip(found.class_name, found.to_coco(0, masks=self.masks), strict=True)
+        ]
+
+
+def ray_or_explain() -> Any:
+    """The ray package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(
+            f"python -m ovd.scale needs Ray ({error}): pip install 'wordbox[scale]'; on one machine use ovd.predict "
+            "and ovd.embed, which need nothing more"
+        ) from error
+    return ray
+
+
+def predict(paths: Sequence[str], out: str, *, workers: int, gpus: float, batch_size: int, **options: Any) -> None:
+    """Stream files through ``workers`` copies of `PredictPictures` into Parquet files under ``out``.
+
+    Args:
+        paths: files and folders, local (then on every machine) or of a store that pyarrow knows (``s3://`` …).
+        out: folder, of the same kinds.
+        workers: processes, each with a detector.
+        gpus: GPUs per worker; may be a fraction, 0 runs on CPUs.
+        batch_size: files handed to a worker at a time.
+        options: of `PredictPictures`.
+    """
+    ray = ray_or_explain()
+    files = ray.data.read_binary_files(list(paths), include_paths=True)
+    found = files.map_batches(
+        PredictPictures,
+        fn_constructor_kwargs={**options, "device": "cuda" if gpus else "cpu"},
+        batch_size=batch_size,
+        concurrency=workers,
+        num_gpus=gpus,
+    )
+    found.write_parquet(out)
+
+
+def embed(config: EmbedConfig, *, workers: int, gpus: float) -> None:
+    """Run ``ovd.embed`` in ``workers`` Ray tasks on one store; a task whose machine dies is run again.
+
+    Args:
+        config: as for ``ovd.embed``; ``out`` is a folder that every machine sees.
+        workers: tasks.
+        gpus: GPUs per task.
+    """
+    from ovd.embed import run
+
+    ray = ray_or_explain()
+    if not ray.is_initialized():
+        ray.init()
+    task = ray.remote(num_gpus=gpus, max_retries=3)(run)
+    ray.get([task.remote(config) for _ in range(workers)])
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--workers", type=int, default=2, help="processes over the whole cluster (default 2)")
+    shared.add_argument("--gpus", type=float, default=0.0, help="GPUs per worker, also a fraction (default 0)")
+    parser = argparse.ArgumentParser(
+        prog="python -m ovd.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("predict", parents=[shared], help="pictures to a table of detections")
+    one.add_argument("paths", nargs="+", help="files and folders, local or s3:// and the like")
+    one.add_argument("--classes", required=True, help='"dog, mug: cup, -poster"')
+    one.add_argument("--out", required=True, help="folder for Parquet files")
+    one.add_argument("--threshold", type=float, help="lowest score (default: the calibrated one)")
+    one.add_argument("--weights", default="default", help="name of shipped weights, or a folder on every machine")
+    one.add_argument("--masks", action="store_true", help="also masks, as COCO run lengths")
+    one.add_argument("--batch-size", type=int, default=16, help="files per call of a worker (default 16)")
+    commands.add_parser("embed", parents=[shared], help="ovd.embed on every worker; takes its --config and key=value")
+    args, rest = parser.parse_known_args(argv)
+    if args.workers < 1 or args.gpus < 0:
+        raise UserError("--workers must be at least 1 and --gpus at least 0")
+    if args.command == "embed":
+        from ovd.embed import EmbedConfig
+        from pretrain.engine.cli import command_line
+
+        config, _ = command_line(EmbedConfig, rest, prog="python -m ovd.scale embed", doc=__doc__ or "", flags=())
+        embed(config, workers=args.workers, gpus=args.gpus)
+        return 0
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; see python -m ovd.scale predict --help")
+    predict(
+        args.paths,
+        args.out,
+        workers=args.workers,
+        gpus=args.gpus,
+        batch_size=args.batch_size,
+        weights=args.weights,
+        classes=args.classes,
+        threshold=args.threshold,
+        masks=args.masks,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
