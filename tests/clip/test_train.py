@@ -37,7 +37,7 @@ def text_run(tmp_path: Path) -> list[str]:
 
 def clip_run(tmp_path: Path) -> list[str]:
     return [
-        "--config", "pretrain/clip.yaml", f"out={tmp_path / 'clip'}",
+        "--config", "pretrain/clip_start.yaml", f"out={tmp_path / 'clip'}",
         f"method.text_weights={tmp_path / 'text' / 'exported'}",
         "method.encoder.embed_dim=8", "method.encoder.image.image_size=32", "loop.steps=2", "loop.batch_size=4",
         "loop.workers=0", "data.length=1000", "optim.warmup_steps=1",
