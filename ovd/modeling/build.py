@@ -342,5 +342,10 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu") ->
     Raises:
         UserError: see :func:`load_model`.
     """
-    model, card, bank = load_model(Path(folder))
+    folder = Path(folder)
+    if "arch" in read_card(folder).model:  # a transformer, which is built from parts of this file
+        from ovd.modeling.detr_build import load_detr_regions
+
+        return load_detr_regions(folder, top=top, device=device)
+    model, card, bank = load_model(folder)
     return RegionModel(model=model.to(device), card=card, bank=bank, top=top)
