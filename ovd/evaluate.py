@@ -146,8 +146,8 @@ class DataSpec:
 def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     """Run the detector of `--weights` over `--data`, keep its results, evaluate them."""
     from ovd.data.coco import check_ground_truth, read_json
-    from ovd.data.splits import Split
     from ovd.data.lvis import is_lvis, split_of
+    from ovd.data.splits import Split
     from ovd.detector import find_weights
     from ovd.evaluation import coco
     from ovd.evaluation.lvis import evaluate_lvis
@@ -346,9 +346,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")
     add("--compare", metavar="OTHER.json", help="other results on the same annotations: is the AP50 difference clear?")
     add("--split", metavar="FILE|ovcoco|lvis|stickers",
-        help="base and novel categories; lvis: novel = rare, and the default of its files; else all are base")  # fmt: skip
+        help="base and novel categories; lvis: novel = rare, the default for its files; else all are base")  # fmt: skip
     add("--protocol", choices=("auto", "coco", "lvis"), default="auto",
-        help="auto: LVIS's for files that say what was looked at in each image (neg_category_ids), else COCO's")  # fmt: skip
+        help="auto: LVIS's for files whose images have neg_category_ids, else COCO's")  # fmt: skip
     add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
     add("--max-dets", type=_positive, default=100, help="detections per image and category for AP (default 100)")
     add("--out", metavar="DIR", help="write metrics.json and per_class.csv here")

@@ -4,9 +4,9 @@
     python -m ovd.scale predict s3://bucket/photos --classes "dog, mug: cup" --out s3://bucket/found --workers 16
     python -m ovd.scale embed --workers 16 --config embed.yaml out=/shared/regions
 
-``predict`` streams the files through Ray Data and writes Parquet, one row per detection. ``embed`` runs ``ovd.embed`` on
-every worker; they share the store's folder, whose leases keep them apart, and one that dies is started again where the
-others are. Both need the optional extra ``scale`` (``ray[data]``); on one machine ``ovd.predict`` and ``ovd.embed`` do.
+``predict`` streams the files through Ray Data and writes Parquet, one row per detection. ``embed`` runs ``ovd.embed``
+on every worker; they share the store's folder, whose leases keep them apart, and one that dies is started again.
+Both need the optional extra ``scale`` (``ray[data]``); on one machine ``ovd.predict`` and ``ovd.embed`` do.
 """
 
 from __future__ import annotations

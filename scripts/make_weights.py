@@ -2,7 +2,8 @@
 """``make weights``: rebuild the shipped weights from nothing, stage by stage.
 
 A stage whose result exists is skipped; a training that was stopped goes on with ``--resume``. The CPU time of every
-stage, over all of its attempts, stands in ``runs/weights.json``. ``--help`` names the stages. Only the first needs the ``rebuild`` extra and Debian's ``wordnet-base``.
+stage, over all of its attempts, stands in ``runs/weights.json``. ``--help`` names the stages. Only
+the first needs the ``rebuild`` extra and Debian's ``wordnet-base``.
 """
 
 from __future__ import annotations

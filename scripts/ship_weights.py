@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two shipping stages of ``make weights``: put what was trained under ``weights/``, with cards that fit it.
 
-    python scripts/ship_weights.py clip EXPORTED NAME              as float16, with the card.md of the weights it replaces
-    python scripts/ship_weights.py detector EXPORTED NAME METRICS  with a card.json made of ovd.evaluate's metrics.json
+python scripts/ship_weights.py clip EXPORTED NAME              as float16, with the card.md of what it replaces
+python scripts/ship_weights.py detector EXPORTED NAME METRICS  with a card.json made of ovd.evaluate's metrics.json
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ship_clip(exported: Path, name: str) -> None:
         folder = load_encoder(exported).save(Path(temporary) / name, half=True)
         if old.is_file():
             shutil.copy(old, folder / "card.md")
-            print(f"{old}: kept; its figures are of the weights before, so measure (pretrain.evaluate) and correct them")
+            print(f"{old}: kept; its figures are of the old weights: measure (pretrain.evaluate), then correct them")
         added = add_weights(folder, name)
     print(f"{added.name}: {added.bytes / 1e6:.1f} MB, {added.sha256[:12]}")
 
@@ -64,7 +64,8 @@ def detector_card(name: str, model: dict[str, Any], measured: dict[str, Any]) ->
     novel, classes = len(model["novel"]), len(model["classes"])
     return {
         "name": name,
-        "purpose": "Demonstrations and tests: finds drawn stickers pasted on photos. It is no detector for photographs.",
+        "purpose": "Demonstrations and tests: finds drawn stickers pasted on photos. "
+        "It is no detector for photographs.",
         "data": f"Sticker Scenes with labels of {classes - novel} base nouns; regions named by {model['encoder']}. "
         f"{novel} nouns were never labelled.",
         "metrics": {label: round(measured["metrics"][key], 3) for label, key in FIGURES.items()},

@@ -100,4 +100,6 @@ class Federated:
 def is_lvis(content: Any) -> bool:
     """Whether an annotation file is federated: whether its images say what was looked at."""
     images = content.get("images") if isinstance(content, Mapping) else None
-    return bool(images) and isinstance(images, list) and isinstance(images[0], Mapping) and "neg_category_ids" in images[0]
+    return (
+        bool(images) and isinstance(images, list) and isinstance(images[0], Mapping) and "neg_category_ids" in images[0]
+    )

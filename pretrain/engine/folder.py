@@ -122,7 +122,9 @@ class FolderLock:
             owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)
             if not isinstance(error, (BlockingIOError, PermissionError)):
-                self.note = f"{self.path}: this file system has no locks ({error.strerror}); start one training here only"
+                self.note = (
+                    f"{self.path}: this file system has no locks ({error.strerror}); start one training here only"
+                )
                 return None
             return (
                 f"{self.path.parent}: another training writes here ({owner or 'unknown process'}); wait for it or end "

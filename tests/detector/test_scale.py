@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction and embedding on a Ray cluster: the worker without Ray, and both commands with it where it is installed."""
+"""Prediction and embedding on a Ray cluster: the worker without Ray, both commands with it where it is installed."""
 
 from __future__ import annotations
 

@@ -117,7 +117,9 @@ def test_a_shipped_encoder_is_half_as_large_and_keeps_its_card(tmp_path: Path, m
     assert float(torch.cosine_similarity(ours, theirs).detach()) > 0.9999
 
 
-def test_a_shipped_detector_carries_a_card_with_its_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_detector_carries_a_card_with_its_own_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ship = load("ship_weights", monkeypatch)
     monkeypatch.setenv("OVD_WEIGHTS", str(tmp_path / "weights"))
     exported, metrics = tmp_path / "exported", tmp_path / "metrics.json"
