@@ -105,13 +105,14 @@ def panel(health: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class Alarm(NamedTuple):
-    """One way to fail. ``ill(value, best)`` compares with the run's best value so far (``best`` of highest/lowest)."""
+    """One way to fail; ``ill`` is given the value and the run's highest so far."""
 
     value: str
     ill: Callable[[float, float], bool]
     cause: str
     remedy: str
     settled: bool = False  # only after a tenth of the run: at the beginning this is how it has to be
+    falls: bool = False  # compared with the run's highest
 
 
 EPS = 1e-9
@@ -123,6 +124,7 @@ ALARMS = (
         "predictor does, or a learning rate that is too high",
         "see that the target branch is detached and the predictor trained; lower optim.lr or lengthen "
         "optim.warmup_steps; look at the kNN probe: if it has fallen as well, the run is lost",
+        falls=True,
     ),
     Alarm(
         "health/spread",
@@ -172,6 +174,7 @@ ALARMS = (
         lambda value, best: value < 0.7 * best,
         "the features have become worse at telling classes apart while the loss went on",
         "take the checkpoint from before the fall; then as for a falling rank",
+        falls=True,
     ),
 )
 PATIENCE = 3  # measurements in a row: a single bad batch is no collapse
@@ -257,7 +260,7 @@ class Watched(nn.Module):
             patience = 1 if alarm.value.startswith("probe/") else PATIENCE
             self.ill_for[number] = self.ill_for[number] + 1 if ill else 0
             if int(self.ill_for[number]) == patience:
-                since = f", after at most {best:.3g} in this run" if best > value else ""
+                since = f", after {best:.3g} in this run" if alarm.falls else ""
                 texts.append(f"{alarm.value} is {value:.3g}{since}: {alarm.cause}. What to do: {alarm.remedy}")
             if math.isfinite(value):
                 self.best[number] = max(best, value)

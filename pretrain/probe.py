@@ -416,20 +416,40 @@ def open_data(text: str, *, size: int | None, views: int = 2) -> tuple[ImageSet,
 
 
 def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The online backbone of a run, or an exported one, with what it was made by ("method", "mean", "std").
+    """The online backbone of a run (exported, or of its newest checkpoint), or an exported one.
+
+    Returns:
+        It, and what is known of it: "method", "size", "mean", "std", and "step" of a checkpoint.
 
     Raises:
         UserError: There is none.
     """
-    from pretrain.nets.backbones import load_backbone
+    from pretrain.nets.backbones import build_backbone, load_backbone
 
-    if run is not None:
-        folder = run / "exported"
-        if not folder.is_dir():
-            raise UserError(f"{folder} does not exist; the run has not ended: continue it with --resume")
-    if folder is None:
+    if folder is None and run is None:
         raise ValueError("a run or a folder is needed")
-    return load_backbone(folder)
+    if folder is not None:
+        return load_backbone(folder)
+    assert run is not None
+    if (run / "exported").is_dir():
+        return load_backbone(run / "exported")
+    from pretrain.config import ClipMethod, PretrainConfig, TextDistillMethod
+    from pretrain.engine.checkpoint import load_model, load_state, newest
+    from pretrain.engine.config import load_config
+    from pretrain.recipes import input_of
+
+    found = newest(run / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    if found is None:
+        raise UserError(f"{run}: no exported backbone and no checkpoint; give the folder of a run (its out=)")
+    method = load_config(PretrainConfig, run / "config.yaml").method
+    if isinstance(method, ClipMethod | TextDistillMethod):
+        raise UserError(f"{run}: a run of {method.name}; measure it with python -m pretrain.evaluate --encoder")
+    state, prefix = load_state(found)[0], "task.backbone."
+    backbone = build_backbone(method.backbone)
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    load_model(backbone, own, untracked=(), where=found.folder)
+    size, mean, std = input_of(method)
+    return backbone, {"method": method.name, "size": size, "mean": mean, "std": std, "step": found.step}
 
 
 class Few:
@@ -525,7 +545,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--epochs", type=int, help="of the linear classifier, instead of the protocol's")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5], help="labels per class (default 1 5)")
-    parser.add_argument("--size", type=int, help="side of a picture; default 64 for stickers, 32 for CIFAR, else 224")
+    parser.add_argument("--size", type=int, help="side of a picture; default: what it was trained on")
     parser.add_argument("--limit", type=int, help="at most that many training and test pictures each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -543,7 +563,7 @@ def main(argv: list[str]) -> int:
     try:
         backbone, info = open_backbone(args.run, args.backbone)
         backbone = backbone.to(distributed.pick_device(args.device))
-        train, test, side = open_data(args.data, size=args.size)
+        train, test, side = open_data(args.data, size=args.size or info.get("size"))
         if args.limit:
             train, test = Few(train, args.limit, args.seed), Few(test, args.limit, args.seed)
         method = str(info.get("method"))
@@ -551,6 +571,7 @@ def main(argv: list[str]) -> int:
         report = {
             "backbone": str(args.run or args.backbone),
             "method": method,
+            "step": info.get("step"),
             "data": args.data,
             "size": side,
             **evaluate(
