@@ -70,7 +70,7 @@ def random_crop(picture: U8, size: int, *key: int) -> U8:
     """The training view of the linear protocol: a crop of area .08 to 1, ratio 3/4 to 4/3, flipped half of the time."""
     dice = Dice(*key)
     view = ViewConfig(size=size, crop_scale=(0.08, 1.0))
-    top, left, tall, wide = crop_box(*picture.shape[:2], view, dice)
+    top, left, tall, wide = crop_box(picture.shape[0], picture.shape[1], view, dice)
     crop = resized(picture[top : top + tall, left : left + wide], size, "bilinear")
     return np.ascontiguousarray(crop[:, ::-1]) if dice.chance(view.flip) else crop
 

@@ -25,8 +25,8 @@ def slow_copy(module: ModuleT) -> ModuleT:
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, *, momentum: float) -> None:
     """``target = momentum · target + (1 − momentum) · online``, parameter by parameter; buffers stay."""
-    slow = list(target.parameters())
-    fast = list(online.parameters())
+    slow: list[Tensor] = list(target.parameters())
+    fast: list[Tensor] = list(online.parameters())
     if len(slow) != len(fast):
         raise ValueError(f"{len(slow)} parameters of the target, {len(fast)} of the online network")
     torch._foreach_lerp_(slow, fast, 1 - momentum)
