@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pretrain.config_views import ViewConfig
 
 METHODS = ("simclr", "moco_v2", "byol", "swav", "simsiam", "barlow_twins")
-HIDDEN, DIM, QUEUE, PROTOTYPES = 512, 128, 4096, 300  # of both libraries, for every method
+HIDDEN, DIM, QUEUE, PROTOTYPES = 512, 128, 4096, 16  # of both libraries, for every method
 Data = Callable[[], list["torch.Tensor"]]
 
 
