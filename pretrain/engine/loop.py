@@ -37,6 +37,7 @@ from pretrain.engine.log import RunLog
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
 
+COUNT = " steps"  # behind a metric's name in the window
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -134,6 +135,15 @@ def take(lock: folder.FolderLock) -> None:
         raise UserError(refusal)
 
 
+def with_counts(window: dict[str, float]) -> dict[str, float]:
+    """The window of a checkpoint; an older one counted all steps and all good ones, instead of each metric's."""
+    if "steps" not in window:
+        return window
+    sums = {name: value for name, value in window.items() if name not in ("steps", "good")}
+    counts = {name: window["steps" if name in ("data_time", "step_time") else "good"] for name in sums}
+    return sums | {f"{name}{COUNT}": count for name, count in counts.items() if count}
+
+
 class _Run:
     """The state of one run. Read ``train`` first."""
 
@@ -172,7 +182,7 @@ class _Run:
         self.step = 0  # finished steps
         self.skipped = 0  # non-finite steps in a row
         self.bad_draws = 0  # replaced images, over all processes
-        self.window: dict[str, float] = {}  # sums since the last log line
+        self.window: dict[str, float] = {}  # sums since the last log line, and how many steps are in each (COUNT)
         self.listed: set[int] = set()  # indices in bad_images.jsonl
         self.metrics: dict[str, float] = {}  # of the last log line
         self.log = RunLog(out=None, total=loop.steps, start=0, speak=False)
@@ -188,7 +198,7 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.skipped, self.bad_draws = state["step"], state["skipped"], state["bad_draws"]
             own = state["ranks"][self.rank] if len(state["ranks"]) == self.world else None
-            self.window = own["window"] if own else {}
+            self.window = with_counts(own["window"]) if own else {}
         distributed.barrier()  # all have read before one writes
         main, out = self.rank == 0, None if self.check else self.out
         if main and out is not None:
@@ -265,6 +275,7 @@ class _Run:
         lr = set_lr(self.optimizer, self.step, self.optim, total=self.loop.steps)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Any] = {}
+        counts: dict[str, int] = {}
         for number, part in enumerate(parts):
             with ExitStack() as stack:
                 if isinstance(self.model, DistributedDataParallel) and number < len(parts) - 1:
@@ -275,12 +286,14 @@ class _Run:
                     loss, metrics = self.model(to_device(part.batch, self.device))
                 self.scaler.scale(loss / len(parts)).backward()
             for name, value in {**metrics, "loss": loss}.items():
-                sums[name] = sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value) / len(parts)
+                sums[name] = sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+                counts[name] = counts.get(name, 0) + 1  # a pass need not have every metric
         if self.after_backward is not None:
             self.after_backward(self.step)
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.optimizer)
-        return {**{name: float(value) for name, value in sums.items()}, "lr": lr, "grad_norm": float(norm)}, norm
+        means = {name: float(value) / counts[name] for name, value in sums.items()}
+        return {**means, "lr": lr, "grad_norm": float(norm)}, norm
 
     def _agree(self, values: dict[str, float], parts: list[Fetched], signals: Signals) -> tuple[bool, int, int]:
         """What all processes must know before the update: a bad loss anywhere, new bad images, a signal."""
@@ -355,18 +368,22 @@ class _Run:
             )
 
     def _tally(self, values: dict[str, float], **times: float) -> None:
-        for name, value in {**values, **times, "steps": 1.0, "good": float(bool(values))}.items():
+        for name, value in {**values, **times}.items():
             self.window[name] = self.window.get(name, 0.0) + value
+            self.window[f"{name}{COUNT}"] = self.window.get(f"{name}{COUNT}", 0.0) + 1.0
 
     def _report(self, *, lr: float) -> None:
-        """Log the means since the last line, over all processes, and start a new window."""
-        steps, good = self.window.pop("steps"), max(1.0, self.window.pop("good"))
-        names = sorted(self.window, key=lambda name: (name != "loss", name))
-        totals = dict(zip(names, distributed.all_sum([self.window[name] for name in names]), strict=True))
-        times = {name: totals.pop(name) / steps / self.world for name in ("data_time", "step_time")}
+        """Log the means since the last line, over all processes, and start a new window.
+
+        A metric is averaged over the steps that had it; which steps those are must be the same in every process.
+        """
+        names = sorted((n for n in self.window if not n.endswith(COUNT)), key=lambda name: (name != "loss", name))
+        sums = distributed.all_sum([self.window[name] for n in names for name in (n, f"{n}{COUNT}")])
+        means = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names)}
+        times = {name: means.pop(name) for name in ("data_time", "step_time")}
         seconds = sum(times.values())
         times |= {"per_second": self.loop.batch_size / seconds, "eta": seconds * (self.loop.steps - self.step)}
-        self.metrics = {**{name: total / good / self.world for name, total in totals.items()}, "lr": lr}
+        self.metrics = {**means, "lr": lr}
         values, warnings = self.task_report() if self.task_report is not None else ({}, [])
         self.metrics |= values
         for text in warnings:

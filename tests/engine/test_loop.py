@@ -21,7 +21,7 @@ from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.distributed import seed_everything
 from pretrain.engine.errors import UserError
 from pretrain.engine.log import RunLog, format_duration, rewind
-from pretrain.engine.loop import Stopped
+from pretrain.engine.loop import Stopped, with_counts
 from tests.engine.toy import Everything, Mean, Numbers, content, differences, train
 
 DOUBLE = Numbers(dtype=torch.float64)
@@ -101,6 +101,39 @@ def test_torn_and_future_lines_are_dropped_on_resume(tmp_path: Path) -> None:
 
 def test_durations_read_like_a_clock() -> None:
     assert [format_duration(s) for s in (0, 59.6, 3661, 360000)] == ["0:00:00", "0:01:00", "1:01:01", "100:00:00"]
+
+
+class Sometimes(Mean):
+    """Has a metric in every third forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        self.calls += 1
+        loss, _ = super().forward(batch)
+        return loss, {"always": 1.0} | ({"rare": float(self.calls)} if self.calls % 3 == 0 else {})
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [3.0, 7.5]), (2, [6.0, 15.0])])
+def test_a_metric_of_some_steps_is_averaged_over_those(tmp_path: Path, accumulate: int, expected: list[float]) -> None:
+    source = Numbers(dtype=torch.float64)
+    train(Sometimes(), tmp_path, source, steps=10, log_every=5, accumulate=accumulate)
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row["rare"] for row in rows] == expected
+    assert [row["always"] for row in rows] == [1.0, 1.0]
+
+
+def test_a_line_whose_steps_had_no_such_metric_does_not_have_it(tmp_path: Path) -> None:
+    train(Sometimes(), tmp_path, Numbers(dtype=torch.float64), steps=4, log_every=2)
+    assert ["rare" in row for row in lines(tmp_path / "metrics.jsonl")] == [False, True]
+
+
+def test_the_window_of_an_older_checkpoint_gives_the_means_it_would_have() -> None:
+    old = {"loss": 6.0, "data_time": 8.0, "steps": 4.0, "good": 3.0}
+    expected = {"loss": 6.0, "loss steps": 3.0, "data_time": 8.0, "data_time steps": 4.0}
+    assert with_counts(old) == expected == with_counts(expected)
 
 
 # --- exact resume
