@@ -20,7 +20,7 @@ function say(text, wrong = false) {
 }
 
 function send() {
-  props.value = crops.length ? crops.map(({ name, image, box }) => ({ name, image, box })) : null;
+  props.value = crops.map(({ name, image, box }) => ({ name, image, box })); // null would leave the old value in place
 }
 
 function hint() {
