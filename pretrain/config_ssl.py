@@ -54,8 +54,10 @@ class _Method(Section):
 
     @model_validator(mode="after")
     def _two_views(self) -> _Method:
-        if len(expand_views(self.views)) < 2:
-            raise ValueError("views: at least two are needed; give two entries, or one with count: 2")
+        count = len(expand_views(self.views))
+        if count < 2 or (count > 2 and not isinstance(self, SwavMethod)):
+            wanted = "at least two" if isinstance(self, SwavMethod) else "two"
+            raise ValueError(f"views: {wanted} are compared, not {count}; give two entries, or one with count: 2")
         return self
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,19 @@ def _task(
             raise UserError(
                 f"method.queue: {config.queue} is less than the {keys} keys of one step (loop.batch_size); take more"
             )
+        splits = config.bn_splits if world_size() == 1 else 1
+        if batch_size % splits or batch_size < 2 * splits:
+            fitting = max(n for n in range(1, splits + 1) if batch_size % n == 0 and batch_size >= 2 * n)
+            raise UserError(
+                f"method.bn_splits: {batch_size} pictures (of one pass) do not make {splits} equal groups of two or more; "
+                f"set method.bn_splits={fitting}, or another loop.batch_size"
+            )
         if config.name == "moco_v1":
             projector = mlp([width, config.dim], last_bias=True)
         else:
             projector = mlp([width, config.hidden, config.dim], norm="none", bias=True, last_bias=True)
         return MoCo(
-            backbone=split_batch_norm(backbone, config.bn_splits if world_size() == 1 else 1),
+            backbone=split_batch_norm(backbone, splits),
             projector=projector,
             augment=augment,
             dim=config.dim,
@@ -181,7 +189,8 @@ def refuse_too_wide(config: SslMethod, device: torch.device) -> None:
 def _free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):  # not every system says
-        return float("inf")
+    try:  # free pages alone would not do: the page cache makes room when asked
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024.0 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # not Linux: all that the machine has
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

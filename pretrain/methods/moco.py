@@ -4,7 +4,8 @@
 Particular to it: negatives come from a queue of earlier keys, so their number does not hang on the batch (§3.1); keys
 come from a slow copy of the encoder, moved *before* the keys are computed, by the weights of the previous step
 (algorithm 1); batch norm must not let a query recognise its key by shared statistics, so the keys of all processes are
-shuffled among them (§3.3), and one process alone normalises in groups, as several GPUs would ("split batch norm").
+shuffled among them (§3.3). One process alone normalises in groups, as several GPUs would ("split batch norm" of the
+authors' CIFAR notebook), and shuffles as well: a query's group and its key's must differ.
 The queue and its pointer are part of every checkpoint; any length and any batch go, it wraps.
 
 Shapes: `N` samples of this process, `M` = processes x N, `D` embedding, `K` queue.
@@ -30,15 +31,17 @@ from pretrain.nets.ema import ema_update, flat_parameters, slow_copy
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over groups of the batch, as if each were on its own GPU; running statistics are the groups' mean.
 
-    A batch that does not divide is normalised as a whole.
+    In eval mode it is plain batch norm.
     """
 
     splits = 8
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        if not self.training or n % self.splits or n == self.splits:
+        if not self.training:
             return super().forward(x)
+        if n % self.splits:
+            raise ValueError(f"{n} samples cannot be normalised in {self.splits} equal groups")
         mean, variance = (buffer.repeat(self.splits) for buffer in (self.running_mean, self.running_var))
         grouped = F.batch_norm(
             x.view(self.splits, n // self.splits, c, h, w).transpose(0, 1).reshape(-1, self.splits * c, h, w),
@@ -77,7 +80,7 @@ class MoCo(nn.Module):
         queue: K.
         momentum: Of the slow encoder.
         temperature: Of the softmax.
-        symmetric: Each view is query once and key once; the mean of both losses.
+        symmetric: Each view is query once and key once; the sum of both losses, as in the authors' CIFAR notebook.
     """
 
     queue: Tensor
@@ -103,7 +106,6 @@ class MoCo(nn.Module):
         self.augment, self.momentum, self.temperature, self.symmetric = augment, momentum, temperature, symmetric
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
-        self._moved = False  # within one optimiser step the slow encoder moves once, however many passes it takes
         self._last: dict[str, Tensor] = {}
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,12 +115,10 @@ class MoCo(nn.Module):
             batch: "views", two of (N, 3, S, S) uint8: query and key.
         """
         a, b = augmented(batch, self.augment)
-        if self.training:
-            self._move_keys()
         loss, keys = self._one_direction(a, b)
         if self.symmetric:
             other, more = self._one_direction(b, a)
-            loss, keys = (loss + other) / 2, torch.cat([keys, more])
+            loss, keys = loss + other, torch.cat([keys, more])
         if self.training:
             self._enqueue(gather_with_grad(keys))
         return loss, {}
@@ -132,29 +132,24 @@ class MoCo(nn.Module):
             self._last = {
                 "projection": query.detach(),
                 "positive": (unit * key).sum(1),
-                "negative": (unit @ self.queue.T).mean(1),
+                "negative": unit @ self.queue.mean(0),  # the mean cosine with all of them
             }
         return loss, key
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:
-        """(N, D) unit keys; pictures of all processes change places before the encoder, their keys back after it."""
+        """(N, D) unit keys; pictures of all processes change places before the encoder, their keys back after it.
+
+        For plain batch norm on one process the order makes no difference, for split batch norm it does.
+        """
         count, processes = len(view), world_size()
-        if processes == 1:
-            return F.normalize(self.key_projector(self.key_backbone(view)).float(), dim=1)
         order = torch.randperm(count * processes, device=view.device)
-        dist.broadcast(order, src=0)  # one order for all: the first process's
+        if processes > 1:
+            dist.broadcast(order, src=0)  # one order for all: the first process's
         mine = slice(rank() * count, (rank() + 1) * count)
         shuffled = gather_with_grad(view)[order[mine]]
         keys = F.normalize(self.key_projector(self.key_backbone(shuffled)).float(), dim=1)
         return gather_with_grad(keys)[order.argsort()[mine]]
-
-    @torch.no_grad()
-    def _move_keys(self) -> None:
-        if not self._moved:
-            ema_update(self.key_backbone, self.backbone, momentum=self.momentum)
-            ema_update(self.key_projector, self.projector, momentum=self.momentum)
-            self._moved = True
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:
@@ -166,8 +161,9 @@ class MoCo(nn.Module):
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % length)
 
     def after_step(self, step: int, total: int) -> None:
-        """The next forward pass belongs to the next step."""
-        self._moved = False
+        """Move the slow encoder, for the next forward pass: once per step, before keys, by this step's weights."""
+        ema_update(self.key_backbone, self.backbone, momentum=self.momentum)
+        ema_update(self.key_projector, self.projector, momentum=self.momentum)
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
         """One group: weight decay on everything, biases and norms too (the authors' code)."""
