@@ -6,6 +6,8 @@ exponent by average precision, then slope and offset by likelihood, then the def
 stays below in 95 % of the pictures. No novel label is looked at. Everything is measured once more on other scenes (seed
 2000) with base and novel words, and written to ``model.json``. The drawing style is the held-out one in both: scores
 fitted on the training styles would promise too much.
+
+Then the same is done once more with every word replaced by one crop in a training style: what a crop's score means.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import write_atomically
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ovd.detector import Detector
-    from ovd.evaluation.typed import TypedScene
+    from ovd.evaluation.typed import Outcome, TypedScene
     from ovd.modeling.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
@@ -121,6 +123,52 @@ def measure(
     }
 
 
+def quiet_threshold(outcome: Outcome) -> float:
+    """The score that absent classes stay below in 95 % of cases, rounded up to two digits so that the promise holds."""
+    import torch
+
+    from ovd.modeling.calibration import absent_class_threshold
+
+    quantile = absent_class_threshold(torch.from_numpy(outcome.best_absent))
+    return min(0.99, float(torch.tensor(quantile * 100).ceil()) / 100)
+
+
+def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene]) -> Calibration:
+    """What turns an example's cosines into scores: the words' fit with one crop, of another style, for each word.
+
+    Returns:
+        The values in the plain fields, for `Calibration.with_examples`.
+    """
+    import torch
+
+    from ovd.evaluation.examples import example_rows, sticker_crops
+    from ovd.evaluation.typed import choose_ranking, run_typed
+    from ovd.modeling.calibration import with_fit
+    from ovd.modeling.scoring import Calibration, centred_on_picture, centred_texts
+
+    asked = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
+    crops = sticker_crops(stickers, count=1, classes=asked)
+    rows = torch.zeros(len(stickers.nouns), detector.model.bank.shape[1])
+    rows[list(crops)] = example_rows(detector, crops)
+    shown = []
+    for scene in scenes:
+        regions, (moved,) = centred_on_picture(scene.regions, rows)
+        shown.append(
+            replace(
+                scene,
+                regions=regions,
+                rows=moved,
+                present=tuple(c for c in scene.present if c in crops),
+                absent=tuple(c for c in scene.absent if c in crops),
+            )
+        )
+    data: dict[str, Any] = {"rows_CD": rows, "bank_BD": centred_texts(detector.model.bank), "background_D": None}
+    chosen = choose_ranking(shown, start=Calibration(), **data)
+    outcome = run_typed(shown, calibration=chosen, floor=1e-4, **data)
+    fitted = with_fit(chosen, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    return replace(fitted, threshold=quiet_threshold(run_typed(shown, calibration=fitted, floor=0.0, **data)))
+
+
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ovd.calibrate", description=__doc__)
@@ -140,8 +188,8 @@ def main(argv: list[str]) -> int:
     import torch
 
     from ovd.detector import Detector
-    from ovd.evaluation.typed import Outcome, choose_ranking, run_typed
-    from ovd.modeling.calibration import absent_class_threshold, with_fit
+    from ovd.evaluation.typed import choose_ranking, run_typed
+    from ovd.modeling.calibration import with_fit
     from ovd.modeling.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
@@ -160,9 +208,9 @@ def main(argv: list[str]) -> int:
     outcome = outcome_of(chosen, 1e-4)
     fitted = with_fit(chosen, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
     outcome = outcome_of(fitted, 0.0)
-    # A cleaner threshold than the quantile's eight digits; rounded up, so that the promise holds.
-    quantile = absent_class_threshold(torch.from_numpy(outcome.best_absent))
-    fitted = replace(fitted, threshold=min(0.99, float(torch.tensor(quantile * 100).ceil()) / 100))
+    fitted = replace(fitted, threshold=quiet_threshold(outcome))
+    if detector.examples is not None:
+        fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
     report = measure(
         typed_scenes(detector, stickers, seed=2000, count=args.scenes, size=args.size, base_only=False),
         rows,

@@ -594,7 +594,6 @@ class Detector:
         self.resolve(None)
         return self.embed(image).classify(threshold=threshold, **options)
 
-
     def find(
         self,
         image: ImageLike,

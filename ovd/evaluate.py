@@ -32,6 +32,7 @@ examples:
   python -m ovd.evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
   python -m ovd.evaluate --annotations gt.json --predictions results.json          (no split: every category counts)
   python -m ovd.evaluate --weights default --data stickers-val:500
+  python -m ovd.evaluate --weights default --data stickers-val:500 --examples 1   (crops in place of words)
   python -m ovd.evaluate --weights default --data coco:images/:gt.json --split ovcoco
 
 A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]}.
@@ -221,6 +222,23 @@ def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predi
             raise UserError(f"--embeddings crops: the encoder of {args.weights} has no image tower")
         detector.model = CropModel(model=detector.model, encoder=encoder)
         args.scale = args.scale or float(encoder.logit_scale.exp())  # the encoder's own temperature
+    if args.examples:
+        from ovd.evaluation.examples import example_predictor
+        from pretrain.data.stickers import Stickers
+
+        if not args.data.startswith("stickers-val"):
+            raise UserError("--examples takes its crops from the stickers: give --data stickers-val[:COUNT[:SEED]]")
+        if vocabulary is not None or args.embeddings == "crops":
+            raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
+        run |= {
+            "weights_sha256": detector.card.get("sha256"),
+            "config_hash": getattr(card, "config_hash", None),
+            "examples": args.examples,
+            "scores": "calibrated",
+        }
+        masks = args.iou_types != ["bbox"]
+        known = words if words is not None else {i: split.names[i] for i in split.ids}
+        return example_predictor(detector, Stickers.load(), known, count=args.examples, limit=args.limit, masks=masks)
     scale = args.scale or (float(card.model["head"]["scale"]) if card is not None else DEFAULT_SCALE)
     predictor = predictor_for(
         detector,
@@ -337,6 +355,8 @@ def _parser() -> argparse.ArgumentParser:
         help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",
         help="what AR is computed from: the regions by objectness (default), or the named results")  # fmt: skip
+    add("--examples", type=_positive, metavar="N",
+        help="show every class by N crops in another drawing style instead of naming it (stickers-val)")  # fmt: skip
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
     add("--regions", type=_positive, default=300, help="regions per image that are named, best objectness first")
     add("--limit", type=_positive, default=300, help="detections per image (default 300)")

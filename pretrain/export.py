@@ -2,7 +2,8 @@
 """``python -m pretrain.export SOURCE --to torchvision|detectron2|open_clip --out FOLDER``: hand a backbone over.
 
 SOURCE is the ``exported/`` folder of a run of pretrain.train, an encoder folder (CLIP), or a checkpoint of an official
-repository (MoCo, SwAV, SimSiam, Barlow Twins, BYOL ports, DINO; ``open_clip:MODEL:WEIGHTS`` for CLIP). Heads are dropped.
+repository (MoCo, SwAV, SimSiam, Barlow Twins, BYOL ports, DINO; ``open_clip:MODEL:WEIGHTS`` for CLIP). Heads are
+dropped.
 
 FOLDER gets ``model.safetensors`` under the target's names and ``settings.json`` with what the target must be told
 (pixel mean and std, channel order, stem, norm). For Detectron2 there is ``detectron2.yaml`` too.
@@ -107,7 +108,8 @@ def _read_folder(folder: Path) -> Source:
             )
         network, name = encoder.visual.backbone, f"image tower of {folder.name}"
         mean, std = encoder.image_mean, encoder.image_std
-        stem = "imagenet" if network.conv1.kernel_size == (7, 7) else "small" if network.conv1.stride == (2, 2) else "cifar"
+        by_stem = {((7, 7), (2, 2)): "imagenet", ((3, 3), (2, 2)): "small", ((3, 3), (1, 1)): "cifar"}
+        stem = by_stem[network.conv1.kernel_size, network.conv1.stride]
     inner = getattr(network, "network", network)  # torchvision's own ResNets hang one step lower
     if not hasattr(inner, "layer4") or not hasattr(inner, "conv1"):
         raise UserError(f"{folder}: {name} is no ResNet of torchvision's names and has no counterpart in the target")
@@ -154,7 +156,7 @@ def detectron2_network(source: Source) -> nn.Module:
     """Detectron2's own ResNet with the source's tensors; returns ``res2`` … ``res5``.
 
     Raises:
-        UserError: Detectron2 is not installed, or the network has no counterpart (a stem without Detectron2's stride 4).
+        UserError: Detectron2 is not installed, or the network has no counterpart (a stem without stride 4).
     """
     if source.stem == "cifar":
         raise UserError(
@@ -164,8 +166,9 @@ def detectron2_network(source: Source) -> nn.Module:
         from detectron2.layers import Conv2d, get_norm
         from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
     except ImportError as problem:
-        raise UserError("--to detectron2 compares with Detectron2 itself, which is not installed; see docs/install.md") \
-            from problem  # fmt: skip
+        raise UserError(
+            "--to detectron2 compares with Detectron2, which is not installed; see docs/install.md"
+        ) from problem
     from pretrain.nets.checkpoints import to_detectron2
     from pretrain.nets.resnet import LAYERS
 
@@ -211,7 +214,9 @@ def _load_whole(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     try:
         network.load_state_dict(dict(state), strict=False)
     except RuntimeError as problem:
-        raise UserError(f"the shapes do not fit the target network: {str(problem).splitlines()[-1].strip()}") from problem
+        raise UserError(
+            f"the shapes do not fit the target network: {str(problem).splitlines()[-1].strip()}"
+        ) from problem
 
 
 def require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, target: str) -> float:
@@ -277,7 +282,7 @@ def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Pat
         ours = cast(Any, source.network).stages((pictures / 255 - mean) / std)
         if to == "torchvision":
             pooled = network((pictures / 255 - mean) / std)
-            worst = require_same({"pooled features": ours["layer4"].mean(dim=(2, 3))}, {"pooled features": pooled}, target=to)
+            worst = require_same({"pooled": ours["layer4"].mean(dim=(2, 3))}, {"pooled": pooled}, target=to)
         else:
             # Detectron2 subtracts and divides pixels in 0…255.
             theirs = network((pictures.float() - 255 * mean) / (255 * std))
@@ -330,7 +335,9 @@ def detectron2_yaml(source: Source) -> str:
         "    ENABLED: true",
     ]
     if source.stem == "small":
-        lines.insert(0, "# The stem is 3x3 with stride 2, not Detectron2's 7x7: set stem.conv1 in code (docs/export.md).")
+        lines.insert(
+            0, "# The stem is 3x3 with stride 2, not Detectron2's 7x7: set stem.conv1 in code (docs/export.md)."
+        )
     if source.groups is not None:
         lines.insert(0, f"# GroupNorm has {source.groups(64)} groups, Detectron2's GN 32: give `norm` as a callable.")
     return "\n".join(lines) + "\n"
@@ -405,7 +412,9 @@ def main(argv: Sequence[str]) -> int:
         settings = export_open_clip(load_encoder(options.source), out=options.out, pictures=pictures)
     else:
         if options.source.startswith("open_clip:"):
-            raise UserError(f"{options.source}: open_clip's image towers are no torchvision ResNets; use --to open_clip")
+            raise UserError(
+                f"{options.source}: open_clip's image towers are no torchvision ResNets; use --to open_clip"
+            )
         source = read_source(options.source, stem=options.stem)
         print(source.report)
         settings = export(source, to=options.to, out=options.out, pictures=pictures)

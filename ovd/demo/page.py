@@ -139,9 +139,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             log.exception("request %s failed", ticket)
             return {"error": f"Something went wrong inside. The log has the details under {ticket}."}
 
-    def detect(
-        image: str | None, classes: str, threshold: float | None = None, examples: Any = None
-    ) -> dict[str, Any]:
+    def detect(image: str | None, classes: str, threshold: float | None = None, examples: Any = None) -> dict[str, Any]:
         """Find the named classes in one picture, and what looks like the examples."""
         try:
             return answerer.answer(image, classes or "", threshold, examples=examples)
@@ -224,8 +222,8 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             outputs=result,
             api_name="detect",
             api_description="Find the named classes in one picture. classes: names separated by commas, semicolons or "
-            "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: null or a "
-            "list of {name, image, box}: pictures of what to look for.",
+            "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: "
+            "null or a list of {name, image, box}: pictures of what to look for.",
             **shared,
         )
     page.queue(max_size=QUEUE, default_concurrency_limit=1)

@@ -32,6 +32,7 @@ class TypedScene:
         classes: (n,) index into the vocabulary.
         present: indices of the typed words that are in the picture.
         absent: indices of the typed words that are not, near-synonyms of what is there excluded.
+        rows: (C, D) unit rows of the vocabulary in this picture, where they differ from picture to picture.
     """
 
     regions: RegionSet
@@ -39,6 +40,7 @@ class TypedScene:
     classes: Tensor
     present: tuple[int, ...]
     absent: tuple[int, ...]
+    rows: Tensor | None = None
 
 
 def draw_words(
@@ -94,8 +96,9 @@ def _named(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(score_RC, best score of each region, its word) of one scene."""
     regions = scene.regions
+    rows = rows_CD if scene.rows is None else scene.rows
     score_RC = score_regions(
-        regions.text, regions.image, regions.objectness, rows_CD[words], bank_BD, background_D, calibration
+        regions.text, regions.image, regions.objectness, rows[words], bank_BD, background_D, calibration
     )
     best_R, word_R = score_RC.max(dim=1)
     return score_RC, best_R, word_R

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -15,18 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.engine.errors import UserError
+from pretrain.nets.checkpoints import to_detectron2 as to_detectron2
 from pretrain.nets.grid import conv3x3_on_2x2
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks of res2…res5 (He et al. 2015, table 1)."""
-
-_RENAMES = (
-    (re.compile(r"^layer(\d)\."), lambda m: f"res{int(m[1]) + 1}."),
-    (re.compile(r"downsample\.0\."), lambda m: "shortcut."),
-    (re.compile(r"downsample\.1\."), lambda m: "shortcut.norm."),
-    (re.compile(r"(^|\.)bn(\d)\."), lambda m: f"{m[1]}conv{m[2]}.norm."),
-)
-
 
 class SmallStem(CNNBlockBase):
     """3×3 stride-2 convolution and a max pool: stride 4 like the ImageNet stem, for small pictures."""
@@ -110,21 +102,6 @@ def build_fpn(bottom_up: ResNet, *, in_features: tuple[str, ...], channels: int,
         f"p{in_features[-1].removeprefix('res')}"  # Detectron2 assumes p5; a shallower pyramid ends earlier
     )
     return FPN(bottom_up, list(in_features), channels, norm=norm, top_block=extra)
-
-
-def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Torchvision ResNet names → Detectron2 names (``layer1.0.bn2`` → ``res2.0.conv2.norm``); heads are left out."""
-    converted = {}
-    for key, value in state.items():
-        if key.startswith("fc.") or key.endswith("num_batches_tracked"):
-            continue
-        name = key
-        for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)
-        if not name.startswith("res"):
-            name = f"stem.{name}"
-        converted[name] = value
-    return converted
 
 
 def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
-
 CENTRE_PRIOR = 10.0
 """Regions' worth of zero in the mean of a picture's regions, see `score_examples`."""
 
@@ -46,8 +45,8 @@ class Calibration:
     offset: float = 0.0
     bank_limit: float = 0.7
     threshold: float = 0.3
-    example_logit_scale: float = 100.0
-    example_objectness_weight: float = 0.0
+    example_logit_scale: float = 20.0
+    example_objectness_weight: float = 0.5
     example_slope: float = 1.0
     example_offset: float = 0.0
     example_threshold: float = 0.5
@@ -183,15 +182,23 @@ def score_examples(
         avoided_ND: unit rows of negative examples.
         calibration: the checkpoint's; its example values are used.
     """
+    own, (example_ED, avoided_ND) = centred_on_picture(regions, examples_ED, avoided_ND)
+    against_BD = torch.cat([centred_texts(words_BD), avoided_ND])
+    return score_regions(own.text, None, own.objectness, example_ED, against_BD, None, calibration.of_examples())
+
+
+def centred_on_picture(regions: RegionSet, *images_ED: Tensor) -> tuple[RegionSet, list[Tensor]]:
+    """The regions with one head, minus what the picture's regions share, and other image embeddings likewise."""
     own_RD = regions.text if regions.image is None else regions.image
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
     common_D = own_RD.sum(dim=0) / (len(own_RD) + CENTRE_PRIOR)
-    region_RD, example_ED, avoided_ND = (F.normalize(x - common_D, dim=1) for x in (own_RD, examples_ED, avoided_ND))
-    word_BD = F.normalize(words_BD - words_BD.mean(dim=0), dim=1) if len(words_BD) > 1 else words_BD
-    against_BD = torch.cat([word_BD, avoided_ND])
-    return score_regions(
-        region_RD, None, regions.objectness, example_ED, against_BD, None, calibration.of_examples()
-    )
+    moved = [F.normalize(x - common_D, dim=1) for x in (own_RD, *images_ED)]
+    return replace(regions, text=moved[0], image=None), moved[1:]
+
+
+def centred_texts(words_BD: Tensor) -> Tensor:
+    """Unit rows minus their mean, normalised again; a single word stays as it is."""
+    return F.normalize(words_BD - words_BD.mean(dim=0), dim=1) if len(words_BD) > 1 else words_BD
 
 
 def vocabulary_probabilities(

@@ -81,9 +81,10 @@ def test_negative_examples_and_negative_words_take_regions_away() -> None:
     assert set(found_by({"a": RED, "b": BLUE})) == {"a", "b"}
     # A class of its own that is a little like both; the negative example claims the blue one.
     both = np.concatenate([RED, BLUE], axis=1)
-    assert found_by({"both": both}, threshold=0.01) and [80, 30, 150, 110] not in found_by(
-        {"both": both, "-no": BLUE}, threshold=0.01
-    ).values()
+    assert (
+        found_by({"both": both}, threshold=0.01)
+        and [80, 30, 150, 110] not in found_by({"both": both, "-no": BLUE}, threshold=0.01).values()
+    )
     assert [80, 30, 150, 110] not in found_by({"both": both}, "-blue", threshold=0.01).values()
 
 

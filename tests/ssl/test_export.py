@@ -169,7 +169,7 @@ CHECKPOINTS: dict[str, Any] = {
         "arch": "resnet18",
         "state_dict": {
             **prefixed(body(), "module.encoder_q."), **prefixed(HEAD, "module.encoder_q.fc."),
-            **prefixed(other(), "module.encoder_k."), "module.queue": torch.ones(4, 8), "module.queue_ptr": torch.zeros(1),
+            **prefixed(other(), "module.encoder_k."), "module.queue": torch.ones(4, 8),
         },
     },
     "moco_v3": lambda: {"state_dict": {**prefixed(body(), "module.base_encoder."),
@@ -183,7 +183,8 @@ CHECKPOINTS: dict[str, Any] = {
                      "teacher": {**prefixed(body(), "backbone."), **prefixed(HEAD, "head.")}},
     "byol": lambda: {"state_dict": {**prefixed(numbered(body()), "online_encoder.net."),
                                     **prefixed(numbered(other()), "target_encoder.net.")}},
-    "byol_network": lambda: {"state_dict": {**prefixed(body(), "online_network."), **prefixed(other(), "target_network.")}},
+    "byol_network": lambda: {"state_dict": {**prefixed(body(), "online_network."),
+                                            **prefixed(other(), "target_network.")}},
     "plain": body,
 }  # fmt: skip
 
@@ -218,7 +219,10 @@ def test_a_wide_network_is_refused() -> None:
 
 def test_clips_modified_resnet_is_told_apart() -> None:
     state = prefixed(resnet50().state_dict(), "visual.")
-    state |= {"visual.conv3.weight": torch.ones(64, 32, 3, 3), "visual.attnpool.positional_embedding": torch.ones(50, 8)}
+    state |= {
+        "visual.conv3.weight": torch.ones(64, 32, 3, 3),
+        "visual.attnpool.positional_embedding": torch.ones(50, 8),
+    }
     state["visual.conv1.weight"] = torch.ones(32, 3, 3, 3)
     with pytest.raises(UserError, match="CLIP's modified ResNet.*--to open_clip"):
         find_resnet(state, source="RN50.pt")
@@ -247,8 +251,9 @@ def test_a_checkpoint_with_code_in_it_is_not_opened(tmp_path: Path) -> None:
 
 def test_renaming() -> None:
     one = torch.zeros(1)
-    names = ["conv1.weight", "bn1.bias", "layer1.0.conv2.weight", "layer4.2.bn3.running_mean", "layer2.0.downsample.0.weight",
-             "layer2.0.downsample.1.bias", "fc.weight", "bn1.num_batches_tracked"]  # fmt: skip
+    names = ["conv1.weight", "bn1.bias", "layer1.0.conv2.weight", "layer4.2.bn3.running_mean",
+             "layer2.0.downsample.0.weight", "layer2.0.downsample.1.bias", "fc.weight",
+             "bn1.num_batches_tracked"]  # fmt: skip
     assert list(to_detectron2(dict.fromkeys(names, one))) == [
         "stem.conv1.weight", "stem.conv1.norm.bias", "res2.0.conv2.weight", "res5.2.conv3.norm.running_mean",
         "res3.0.shortcut.weight", "res3.0.shortcut.norm.bias",
@@ -260,6 +265,7 @@ def test_renaming() -> None:
 
 def test_an_open_clip_encoder_is_read_back_by_open_clip(tmp_path: Path, pictures: Tensor) -> None:
     import open_clip
+
     from pretrain.export import export_open_clip
     from pretrain.nets.towers import _build_open_clip
 
