@@ -426,11 +426,10 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
     """
     from pretrain.nets.backbones import build_backbone, load_backbone
 
-    if folder is None and run is None:
-        raise ValueError("a run or a folder is needed")
     if folder is not None:
         return load_backbone(folder)
-    assert run is not None
+    if run is None:
+        raise ValueError("a run or a folder is needed")
     if (run / "exported").is_dir():
         return load_backbone(run / "exported")
     from pretrain.config import ClipMethod, PretrainConfig, TextDistillMethod

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from pretrain import probe
+from pretrain.config import PretrainConfig
+from pretrain.engine.config import plain
 from pretrain.engine.errors import UserError
+from pretrain.engine.loop import fit
+from pretrain.health import Watched
 from pretrain.probe import Normalise, Probe, Recipe
+from pretrain.recipes import build_method
+from tests.ssl.small import Views
 
 
 class Blobs:
@@ -211,6 +217,37 @@ def test_the_command_writes_its_report(
     assert report == json.loads(capsys.readouterr().out)
     assert report["knn"]["k"] == 3 and report["knn"]["temperature"] == 0.1 and report["classes"] == 2
     assert report["linear"]["protocol"] == "swav" and report["few"][0]["shots"] == 1
+
+
+def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tmp_path: Path) -> None:
+    cfg = PretrainConfig.model_validate(
+        {
+            "out": tmp_path / "run",
+            "method": {
+                "name": "byol",
+                "backbone": {"name": "resnet18", "stem": "small"},
+                "views": [{"size": 16, "count": 2}],
+                "hidden": 8,
+                "dim": 4,
+            },
+            "data": {"kind": "folder", "root": tmp_path},
+            "loop": {"steps": 2, "batch_size": 4, "workers": 0, "device": "cpu"},
+            "optim": {"name": "sgd", "lr": 0.5},
+        }
+    )
+    task = Watched(build_method(cfg.method, batch_size=4, device=torch.device("cpu")))  # type: ignore[arg-type]
+    fit(task, Views((16, 16)), loop=cfg.loop, optim=cfg.optim, out=cfg.out, record=plain(cfg))
+    found, info = probe.open_backbone(cfg.out, None)
+    assert info["method"] == "byol" and info["size"] == 16 and info["step"] == 2
+    pixels = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(found.eval()(pixels), task.backbone.eval()(pixels))
+    target = task.task.target_backbone.eval()(pixels)  # type: ignore[operator,union-attr]
+    assert not torch.allclose(found(pixels), target, atol=1e-4), "the online network, not its slow copy"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no exported backbone and no checkpoint"):
+        probe.open_backbone(tmp_path, None)
 
 
 def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:
