@@ -103,8 +103,8 @@ class ViewSource:
         """A batch.
 
         Returns:
-            "views": V uint8 tensors (N, 3, S, S), channels last in memory (no copy from what OpenCV and PIL make, and
-            the faster layout for convolutions); "index" (N,) int64; "label" (N,) int64, −1 where there is none.
+            "views": V uint8 tensors (N, 3, S, S), channels last in memory (no copy of what OpenCV and PIL make);
+            "index" (N,) int64; "label" (N,) int64, −1 where there is none.
         """
         stacked: list[Tensor] = [
             torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
