@@ -83,7 +83,7 @@ class ViewAugment:
         self.config, self.backend = config, backend
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) uint8 RGB → (N, 3, S, S) float32, contiguous: an fp32 ResNet on a CPU is slower on channels-last.
+        """(N, 3, S, S) uint8 RGB → (N, 3, S, S) float32, contiguous: channels-last slows an fp32 ResNet on a CPU.
 
         Raises:
             ValueError: Not uint8, or not (N, 3, S, S).
