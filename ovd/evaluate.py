@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ovd.data.splits import Split
     from ovd.evaluation.coco import Metrics, Predict
     from ovd.evaluation.compare import Difference
-    from ovd.evaluation.predictor import Predictor
+    from ovd.evaluation.predictor import AskingPredictor, Predictor
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
@@ -173,6 +173,12 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     if _is_agnostic(folder):
         propose: Predict | None = _proposals_of(folder, args.regions)
         run["protocol"] = "class-agnostic detector: recall only"
+    elif _model_of(folder).get("variant") == "closed":
+        predict, propose = _closed(folder, split, args.limit), _proposals_of(folder, args.regions)
+        run["protocol"] = "detector of a closed list of classes"
+    elif args.queries == "words":
+        asking = _asking(args, split, run)
+        predict, propose = asking, asking.propose if args.agnostic == "proposals" else None
     else:
         predictor = _named(args, split, run)
         predict, propose = predictor, predictor.propose if args.agnostic == "proposals" else None
@@ -264,12 +270,43 @@ def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predi
     return predictor
 
 
-def _is_agnostic(folder: Path) -> bool:
-    """Whether the exported detector there knows no words; a folder without a card is left to the loader to explain."""
+def _asking(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> AskingPredictor:
+    """A transformer that is told the words as queries."""
+    from ovd.evaluation.predictor import AskingPredictor
+    from ovd.modeling.detr_build import DetrRegions
+
+    named = _named(args, split, run)
+    model = named.detector.model
+    conditioned = int(model.card.model.get("conditioned", 0)) if isinstance(model, DetrRegions) else 0
+    if not isinstance(model, DetrRegions) or not conditioned:
+        raise UserError(
+            "--queries words: this detector's queries were not trained to take words; train configs/ov_detr.yaml"
+        )
+    run["queries"], run["words_at_once"] = "words", conditioned
+    return AskingPredictor(
+        model=model, category_ids=named.category_ids, rows=named.rows, at_once=conditioned, limit=args.limit
+    )
+
+
+def _closed(folder: Path, split: Split, limit: int) -> Predict:
+    from ovd.evaluation.predictor import ClosedPredictor
+    from ovd.modeling.detr_build import load_detr_regions
+
+    return ClosedPredictor.of(load_detr_regions(folder, top=limit, device="cpu"), split, limit=limit)
+
+
+def _model_of(folder: Path) -> dict[str, Any]:
+    """The model section of an exported detector's card; empty where there is none, which the loader explains."""
     from ovd.data.coco import read_json
 
     card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
-    return bool(isinstance(card, dict) and card.get("model", {}).get("variant") == "agnostic")
+    model = card.get("model", {}) if isinstance(card, dict) else {}
+    return model if isinstance(model, dict) else {}
+
+
+def _is_agnostic(folder: Path) -> bool:
+    """Whether the exported detector there knows no words."""
+    return bool(_model_of(folder).get("variant") == "agnostic")
 
 
 def _proposals_of(folder: Path, top: int) -> Predict:
@@ -353,6 +390,8 @@ def _parser() -> argparse.ArgumentParser:
         help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
     add("--embeddings", choices=("own", "crops"), default="own",
         help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
+    add("--queries", choices=("free", "words"), default="free",
+        help="of an open-vocabulary transformer: free (as the page), or told the words, some at a time")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",
         help="what AR is computed from: the regions by objectness (default), or the named results")  # fmt: skip
     add("--examples", type=_positive, metavar="N",

@@ -21,6 +21,7 @@ from pretrain.engine.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ovd.config import DataConfig
     from ovd.data.catalog import Labelled, LabelledImages
     from ovd.data.mapper import DetectionSource
     from ovd.data.patches import PatchSource
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 CROP_SCALES = (1.0, 1.5)  # of the joint space's regions (ViLD §3.2)
 CACHE_BATCH = 16
+EVERY = "all"  # data.split of annotations whose categories are all to be learned
 
 
 def is_transformer(argv: Sequence[str]) -> bool:
@@ -83,6 +85,23 @@ class FirstImages:
         return self.images.load(index)
 
 
+def every_category(data: DataConfig) -> LabelledImages:
+    """COCO annotations with all their categories, none of them novel.
+
+    Raises:
+        UserError: no COCO annotations, or unreadable ones.
+    """
+    from ovd.data.catalog import CocoImages
+    from ovd.data.coco import check_ground_truth, read_json
+    from ovd.data.splits import Split
+
+    if data.kind != "coco":
+        raise UserError("data.split=all belongs to data.kind coco; stickers have labels=all")
+    path = data.annotations or ""
+    split = Split.everything(check_ground_truth(read_json(path), where=path).categories)
+    return CocoImages(images=Path(data.images or ""), annotations=Path(path), split=split, labels=data.labels)
+
+
 def build(config: DetrTrainConfig) -> dict[str, Any]:
     """Everything a training needs: model, task, source, encoder and the pieces of the card."""
     import torch
@@ -101,7 +120,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     rows = trainable = None
     novel: frozenset[int] = frozenset()
     if config.pretext is None:
-        images = labelled_images(config.data)
+        images = every_category(config.data) if config.data.split == EVERY else labelled_images(config.data)
         novel = images.novel if config.data.labels == "base" else frozenset()
         rows = embed_vocabulary(Vocabulary.parse(list(images.names)), encoder)
         trainable = torch.ones(len(images.names), dtype=torch.bool)
@@ -292,7 +311,7 @@ def _maps(model: Detr, images: list[Any], precision: str) -> dict[str, Any]:
     if len({tuple(image.shape) for image in images}) > 1:
         raise UserError("cache: the pictures have different sizes after the resize; set cache=null")
     with torch.no_grad():
-        maps = model.maps(torch.stack(images).to(model.device))
+        maps = model.maps(model.normalised(torch.stack(images)))
     dtype = torch.float16 if precision == "float16" else torch.float32
     return {name: value.to(dtype).cpu().numpy() for name, value in maps.items()}
 

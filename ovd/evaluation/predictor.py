@@ -8,7 +8,7 @@ class) pairs. Scores on the page are others (calibrated, one class at a time); `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.detector import Detector, RegionModel
+    from ovd.modeling.detr_build import DetrRegions
     from ovd.regions.crops import RegionEncoder
     from ovd.vocabulary import Vocabulary
 
@@ -126,6 +127,7 @@ class CropModel:
     """
 
     background: Tensor | None = None
+    objectness_weight = 0.5
 
     def __init__(self, *, model: RegionModel, encoder: RegionEncoder) -> None:
         self.model, self.encoder = model, encoder
@@ -147,6 +149,86 @@ class CropModel:
             image=None,
             masks=None if found.masks is None else found.masks[keep],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingPredictor:
+    """A transformer whose queries are told the words, some at a time (OV-DETR's inference); NMS as `Predictor`.
+
+    Attributes:
+        model: has ``ask``.
+        category_ids: (C,) COCO id of each word.
+        rows: (C, D) embeddings of the words, or of crops.
+        at_once: words per pass, as in training.
+        limit: detections per image.
+        nms: IoU of the per-class NMS.
+    """
+
+    model: DetrRegions
+    category_ids: tuple[int, ...]
+    rows: Tensor
+    at_once: int
+    limit: int = 300
+    nms: float = 0.5
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+        """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
+        boxes, scores, owner = self.model.ask(image, self.rows, at_once=self.at_once)
+        kept = batched_nms(boxes.float(), scores.float(), owner, self.nms)[: self.limit]
+        return [
+            _coco_result(boxes[k].tolist(), image_id, self.category_ids[int(owner[k])], float(scores[k]))
+            for k in kept.tolist()
+        ]
+
+    @torch.inference_mode()
+    def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+        """The free queries' boxes, scored by objectness."""
+        boxes, scores = self.model.propose(image, top=self.model.top)
+        return [
+            _coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedPredictor:
+    """A detector of a closed list of classes: each query is its most likely class.
+
+    Attributes:
+        model: has ``labels``.
+        category_ids: (C,) COCO id of each class, in the model's order; -1: not evaluated.
+        limit: detections per image.
+    """
+
+    model: DetrRegions
+    category_ids: tuple[int, ...]
+    limit: int = 300
+
+    @classmethod
+    def of(cls, model: DetrRegions, split: Split, *, limit: int) -> ClosedPredictor:
+        """Classes are told by their names.
+
+        Raises:
+            UserError: none of them is a category of the split.
+        """
+        by_name = {split.names[i].casefold(): i for i in split.ids}
+        ids = tuple(by_name.get(name.casefold(), -1) for name in model.card.classes)
+        if all(i < 0 for i in ids):
+            raise UserError(
+                f"this detector knows {', '.join(model.card.classes[:5])} …; none is a category of split {split.name!r}"
+            )
+        return cls(model=model, category_ids=ids, limit=limit)
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+        """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
+        boxes, scores, classes = self.model.labels(image)
+        order = scores.argsort(descending=True).tolist()
+        named = [k for k in order if self.category_ids[int(classes[k])] >= 0][: self.limit]
+        return [
+            _coco_result(boxes[k].tolist(), image_id, self.category_ids[int(classes[k])], float(scores[k]))
+            for k in named
+        ]
 
 
 def predictor_for(
@@ -204,7 +286,8 @@ def predictor_for(
         exponent=exponent,
         limit=limit,
         masks=masks,
-        objectness_weight=0.5 if isinstance(detector.model, CropModel) else 0.0,
+        # A model whose embeddings do not say that a region is nothing says it by its objectness.
+        objectness_weight=float(getattr(detector.model, "objectness_weight", 0.0)),
     )
 
 
@@ -220,7 +303,11 @@ def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
 
 
 def _result(regions: RegionSet, region: int, image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
-    x1, y1, x2, y2 = (float(v) for v in regions.boxes[region])
+    return _coco_result(regions.boxes[region].tolist(), image_id, category_id, score)
+
+
+def _coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
+    x1, y1, x2, y2 = corners
     # Six significant digits keep the order of scores as small as softmax over a thousand words makes them.
     box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
     return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.6g}")}

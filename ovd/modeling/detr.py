@@ -89,6 +89,24 @@ class Extra(NamedTuple):
     anchors: Tensor
 
 
+class Found(NamedTuple):
+    """The last layer's answer.
+
+    Attributes:
+        boxes: (N, Q, 4) centre boxes in [0, 1].
+        logits: (N, Q) of an object.
+        embeddings: (N, Q, D) unit rows.
+        classes: (N, Q, C+1) logits of a closed list, nothing last; None where classes are embeddings.
+        sizes: (height, width) of each network input.
+    """
+
+    boxes: Tensor
+    logits: Tensor
+    embeddings: Tensor
+    classes: Tensor | None
+    sizes: list[tuple[int, int]]
+
+
 class Detr(nn.Module):
     """The detector.
 
@@ -201,10 +219,14 @@ class Detr(nn.Module):
 
     # --- pictures to tokens
 
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """RGB pixels in 0…255 → what the backbone was trained on."""
+        return (pixels.to(self.device, torch.float32) - self.pixel_mean) / self.pixel_std
+
     def maps(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Feature maps of (N, 3, H, W) RGB pixels in 0…255; without a graph where the backbone is frozen."""
+        """Feature maps of (N, 3, H, W) normalised pixels; without a graph where the backbone is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out = self.backbone((pixels.float() - self.pixel_mean) / self.pixel_std)
+            out = self.backbone(pixels)
         return {name: out[name] for name, _, _ in self.features}
 
     def joined(self, maps: dict[str, Tensor]) -> Tensor:
@@ -218,7 +240,7 @@ class Detr(nn.Module):
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """(N, C) average of each map of (N, 3, S, S) patches in 0…255, joined: UP-DETR's patch feature."""
-        maps = self.maps(pixels)
+        maps = self.maps(self.normalised(pixels))
         return torch.cat([maps[name].mean(dim=(2, 3)) for name, _, _ in self.features], dim=1)
 
     def memory(self, batch: list[dict[str, Any]]) -> Memory:
@@ -231,7 +253,7 @@ class Detr(nn.Module):
             }
             sizes = [tuple(x["size"]) for x in batch]
         else:
-            images = ImageList.from_tensors([x["image"].to(self.device) for x in batch])
+            images = ImageList.from_tensors([self.normalised(x["image"]) for x in batch])  # padding is 0 after that
             maps, sizes = self.maps(images.tensor), [(int(h), int(w)) for h, w in images.image_sizes]
         x = self.input_proj(self.joined(maps)).flatten(2).transpose(1, 2)
         height, width = maps[self.features[0][0]].shape[-2:]
@@ -460,10 +482,8 @@ class Detr(nn.Module):
     # --- inference
 
     @torch.no_grad()
-    def found(
-        self, batch: list[dict[str, Any]], *, conditions_NMD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
-        """The last layer's answer: centre boxes (N, Q, 4), object logits (N, Q) and unit embeddings (N, Q, D).
+    def found(self, batch: list[dict[str, Any]], *, conditions_NMD: Tensor | None = None) -> Found:
+        """The last layer's answer.
 
         Args:
             batch: see `memory`.
@@ -477,27 +497,31 @@ class Detr(nn.Module):
         out = self.decode(memory, added=added, mask=mask)
         state = out.states[-1]
         if self.object_embed is not None:
-            score = self.object_embed(state)[..., 0].float()
+            logits, classes = self.object_embed(state)[..., 0].float(), None
         else:
             assert self.class_embed is not None
-            said = self.class_embed(state).float()
-            score = said[..., :-1].logsumexp(-1) - said[..., -1]
-        return out.boxes[-1], score, F.normalize(self.feature_align(state).float(), dim=-1), memory.sizes
+            classes = self.class_embed(state).float()
+            logits = classes[..., :-1].logsumexp(-1) - classes[..., -1]
+        z = F.normalize(self.feature_align(state).float(), dim=-1)
+        return Found(out.boxes[-1], logits, z, classes, memory.sizes)
 
     @torch.no_grad()
     def detect(self, batch: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """Each query's best trained class, in pixels of ``height`` × ``width`` where the dict has them."""
-        boxes, logit, z, sizes = self.found(batch)
+        found = self.found(batch)
         results = []
         for n, one in enumerate(batch):
-            height, width = int(one.get("height", sizes[n][0])), int(one.get("width", sizes[n][1]))
+            height, width = int(one.get("height", found.sizes[n][0])), int(one.get("width", found.sizes[n][1]))
             instances = Instances((height, width))
-            corners = Boxes(to_corners(boxes[n]) * boxes.new_tensor([width, height, width, height]))
+            corners = Boxes(to_corners(found.boxes[n]) * found.boxes.new_tensor([width, height, width, height]))
             corners.clip((height, width))
-            score, label = logit[n].sigmoid(), torch.zeros(len(corners), dtype=torch.int64, device=z.device)
-            if self.classifier is not None:
-                said = self.classifier(z[n])[:, :-1].masked_fill(~self.classifier.trainable, float("-inf"))
-                best = said.softmax(-1).max(-1)
+            score = found.logits[n].sigmoid()
+            label = torch.zeros(len(score), dtype=torch.int64, device=score.device)
+            if found.classes is not None:
+                score, label = found.classes[n].softmax(-1)[:, :-1].max(-1)
+            elif self.classifier is not None:
+                said = self.classifier(found.embeddings[n])[:, :-1]
+                best = said.masked_fill(~self.classifier.trainable, float("-inf")).softmax(-1).max(-1)
                 score, label = score * best.values, best.indices
             instances.pred_boxes, instances.scores, instances.pred_classes = corners, score, label
             results.append({"instances": instances})

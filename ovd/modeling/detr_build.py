@@ -297,10 +297,10 @@ class DetrRegions(RegionModel):
         """Corner boxes in pixels of the picture, objectness and embeddings of all queries, in the queries' order."""
         inputs, _, _ = self._input(image)
         conditions = None if conditions_MD is None else conditions_MD[None].to(self.detr.device)
-        boxes, logit, z, _ = self.detr.found([inputs], conditions_NMD=conditions)
+        found = self.detr.found([inputs], conditions_NMD=conditions)
         height, width = image.shape[:2]
-        scale = boxes.new_tensor([width, height, width, height])
-        return to_corners(boxes[0]).clamp(0, 1) * scale, logit[0].sigmoid(), z[0]
+        scale = found.boxes.new_tensor([width, height, width, height])
+        return to_corners(found.boxes[0]).clamp(0, 1) * scale, found.logits[0].sigmoid(), found.embeddings[0]
 
     def regions(self, image: np.ndarray) -> RegionSet:
         """Regions of one RGB picture (H, W, 3) uint8, best objectness first."""
@@ -319,6 +319,22 @@ class DetrRegions(RegionModel):
             masks=None,
             size=(image.shape[0], image.shape[1]),
         )
+
+    @torch.no_grad()
+    def labels(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (Q, 4) in pixels, scores (Q,) and best classes (Q,) of a model of a closed list of classes.
+
+        Raises:
+            UserError: this model is none.
+        """
+        inputs, _, _ = self._input(image)
+        found = self.detr.found([inputs])
+        if found.classes is None:
+            raise UserError("this transformer has no closed list of classes; ask it with words")
+        height, width = image.shape[:2]
+        scale = found.boxes.new_tensor([width, height, width, height])
+        score, label = found.classes[0].softmax(-1)[:, :-1].max(-1)
+        return (to_corners(found.boxes[0]).clamp(0, 1) * scale).cpu(), score.cpu(), label.cpu()
 
     def propose(self, image: np.ndarray, *, top: int) -> tuple[np.ndarray, np.ndarray]:
         """((P, 4) float32 boxes in original pixels, (P,) objectness): class-agnostic proposals, best first."""

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformer small enough for tests, on a backbone of one convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from ovd.config_detr import DetrLossConfig
+from ovd.modeling.classifier import EmbeddingClassifier
+from ovd.modeling.detr import Detr
+
+C, D, STRIDE, CHANNELS = 5, 12, 16, 8
+
+
+class OneConv(nn.Module):
+    """res4 at stride 16, with a batch norm whose statistics must not move when it is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, STRIDE, stride=STRIDE, bias=False)
+        self.norm = nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        below, right = -x.shape[-2] % STRIDE, -x.shape[-1] % STRIDE
+        return {"res4": self.norm(self.conv(nn.functional.pad(x, (0, right, 0, below))))}
+
+
+def make(
+    arch: Any = "conditional", *, variant: str = "text", novel: tuple[int, ...] = (), seed: int = 0, **changes: Any
+) -> Detr:
+    """One with variant text, closed or agnostic (whose space is the backbone's)."""
+    torch.manual_seed(seed)
+    trainable = torch.ones(C, dtype=torch.bool)
+    trainable[list(novel)] = False
+    given: dict[str, Any] = {
+        "arch": arch,
+        "backbone": OneConv(),
+        "features": [("res4", CHANNELS, STRIDE)],
+        "frozen": True,
+        "width": 16,
+        "heads": 2,
+        "ffn": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "queries": 6,
+        "dropout": 0.0,
+        "pre_norm": True,
+        "embed_dim": CHANNELS if variant == "agnostic" else D,
+        "classifier": EmbeddingClassifier(rows=torch.randn(C, D), trainable=trainable, scale=10.0)
+        if variant == "text"
+        else None,
+        "closed_classes": C if variant == "closed" else None,
+        "normalise_condition": variant == "text",
+        "denoising": 0,
+        "box_noise": 0.4,
+        "label_noise": 0.2,
+        "conditioned": 0,
+        "scale": 10.0,
+        "loss": DetrLossConfig(),
+        "pixel_mean": [127.5] * 3,
+        "pixel_std": [64.0] * 3,
+        **changes,
+    }
+    return Detr(**given)
+
+
+def picture(height: int, width: int, boxes: list[list[float]], labels: list[int], *, seed: int = 0) -> dict[str, Any]:
+    """A labelled training sample of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    instances.gt_classes = torch.tensor(labels, dtype=torch.int64)
+    pixels = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    return {"image": pixels, "instances": instances}
+
+
+def patch_batch(count: int, patches: int, *, side: int = 64, seed: int = 0) -> list[dict[str, Any]]:
+    """Samples of the pretext, of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        low = torch.rand(patches, 2, generator=generator) * side / 2
+        size = 8 + torch.rand(patches, 2, generator=generator) * side / 3
+        samples.append(
+            {
+                "image": torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8),
+                "boxes": torch.cat([low, low + size], dim=1),
+                "patches": torch.randint(0, 256, (patches, 1, 3, 16, 16), generator=generator, dtype=torch.uint8),
+                "size": (side, side),
+            }
+        )
+    return samples

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer as a detector: losses, padding, denoising, conditions, official checkpoints, export."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.ops import generalized_box_iou
+
+from ovd.config_detr import DetrConfig, DetrLossConfig
+from ovd.modeling.build import DetectorCard, load_detector_model, save_detector
+from ovd.modeling.classifier import NovelLabelError
+from ovd.modeling.detr import Decoded, Detr, Targets
+from ovd.modeling.detr_build import build_detr, read_start, start_detr
+from ovd.modeling.matcher import Matches, match, to_corners
+from ovd.modeling.scoring import Calibration
+from ovd.modeling.task import DetectionTask
+from pretrain.engine.config import OptimConfig
+from pretrain.engine.errors import UserError
+from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm
+from tests.updetr.small import STRIDE, C, D, make, picture
+
+TWO = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
+
+
+@pytest.mark.parametrize("arch", ["detr", "conditional"])
+@pytest.mark.parametrize("variant", ["text", "closed"])
+def test_training__empty_targets_tiny_pictures_and_padding_are_finite(arch: str, variant: str) -> None:
+    model = make(arch, variant=variant, denoising=2 if arch == "conditional" else 0).train()
+    batches = [
+        [picture(64, 96, TWO, [1, 2]), picture(1, 3, [], []), picture(64, 40, [], [])],
+        [picture(8, 8, [], [])],
+    ]
+    for batch in batches:
+        model.zero_grad()
+        losses = model(batch)
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(v) for v in losses.values())
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert gradients and all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("arch", ["detr", "conditional"])
+def test_padding__a_picture_gives_the_same_boxes_alone_and_beside_a_larger_one(arch: str) -> None:
+    model = make(arch).eval()
+    small, large = picture(48, 32, [], []), picture(96, 128, [], [], seed=1)
+    alone, beside = model.found([small]), model.found([small, large])
+    torch.testing.assert_close(beside.boxes[0], alone.boxes[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(beside.logits[0], alone.logits[0], atol=1e-5, rtol=1e-4)
+
+
+def crafted(layers: int = 3) -> tuple[Decoded, Targets]:
+    torch.manual_seed(1)
+    out = Decoded(torch.randn(layers, 2, 6, 16), torch.rand(layers, 2, 6, 4) * 0.4 + 0.2)
+    return out, Targets(torch.rand(2, 3, 4) * 0.4 + 0.2, torch.tensor([[1, 2, 0], [3, 0, 0]]), [3, 1])
+
+
+def test_losses__equal_a_plain_loop_over_layers_and_pictures() -> None:
+    model = make("conditional").train()
+    assert model.object_embed is not None and model.classifier is not None
+    out, targets = crafted()
+    total = {"loss_object": 0.0, "loss_l1": 0.0, "loss_giou": 0.0, "loss_text": 0.0}
+    number = 4
+    for states, boxes in zip(out.states, out.boxes, strict=True):
+        for n, count in enumerate(targets.counts):
+            p = model.object_embed(states[n])[:, 0].sigmoid()
+            text = model.classifier(model.feature_align(states[n]))
+            want, label = targets.boxes[n, :count], targets.labels[n, :count]
+            object_part = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
+            cost = (
+                5 * torch.cdist(boxes[n], want, p=1)
+                - 2 * generalized_box_iou(to_corners(boxes[n]), to_corners(want))
+                + 2 * object_part[:, None]
+                - text.softmax(-1)[:, label]
+            )
+            found = match(cost[None, None], [count])
+            q, t = found.query, found.target
+            hit = torch.zeros(6)
+            hit[q] = 1
+            focal = torch.where(hit > 0, 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log())
+            total["loss_object"] += 2 * float(focal.sum()) / number
+            total["loss_l1"] += 5 * float((boxes[n][q] - want[t]).abs().sum()) / number
+            giou = generalized_box_iou(to_corners(boxes[n][q]), to_corners(want[t])).diagonal()
+            total["loss_giou"] += 2 * float((1 - giou).sum()) / number
+            total["loss_text"] += float(F.cross_entropy(text[q], label[t], reduction="sum")) / number
+    got = model.losses(out, targets)
+    assert set(got) == set(total)
+    for name, value in total.items():
+        assert float(got[name]) == pytest.approx(value, rel=1e-4), name
+
+
+def test_losses__weighted_cross_entropy_is_detrs() -> None:
+    model = make("detr", variant="closed", loss=DetrLossConfig(object=1.0, object_kind="weighted")).train()
+    assert model.class_embed is not None
+    out, targets = crafted(layers=1)
+    matches = Matches(*torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [4, 1, 0, 5], [0, 1, 2, 0]]))
+    logits = model.class_embed(out.states[0])
+    label = torch.full((2, 6), C)
+    label[0, 4], label[0, 1], label[0, 0], label[1, 5] = 1, 2, 0, 3
+    weight = torch.ones(C + 1)
+    weight[-1] = 0.1
+    expected = F.cross_entropy(logits.flatten(0, 1), label.flatten(), weight=weight)
+    got = model.losses(out, targets, matches=matches)["loss_class"]
+    torch.testing.assert_close(got, expected)
+
+
+def test_losses__a_novel_label_is_an_error_not_a_lesson() -> None:
+    with pytest.raises(NovelLabelError):
+        make("conditional", novel=(2,)).train()([picture(64, 64, TWO, [1, 2])])
+
+
+def test_denoising__free_queries_do_not_see_the_answers() -> None:
+    torch.manual_seed(0)
+    model = make("conditional", denoising=2).train()
+    batch = [picture(64, 64, TWO, [1, 2])]
+    with_answers = {}
+    for groups in (2, 0):
+        model.denoising = groups
+        with_answers[groups] = model(batch)
+    for name, value in with_answers[0].items():
+        torch.testing.assert_close(with_answers[2][name], value)
+    assert {f"{n}_dn" for n in with_answers[0]} <= set(with_answers[2])
+
+
+def test_denoising__padded_places_count_nowhere() -> None:
+    model = make("conditional", denoising=1, box_noise=0.0, label_noise=0.0).train()
+    alone = model([picture(64, 64, TWO[:1], [1])])
+    extra = picture(64, 64, [], [])
+    beside = model([picture(64, 64, TWO[:1], [1]), extra])
+    for name in ("loss_l1_dn", "loss_giou_dn", "loss_object_dn", "loss_text_dn"):
+        torch.testing.assert_close(beside[name], alone[name])
+
+
+def test_frozen_backbone__keeps_weights_and_statistics_and_builds_no_graph() -> None:
+    model = make("conditional").train()
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    sum(model([picture(64, 64, TWO, [1, 2])]).values()).backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
+    assert not model.maps(torch.randn(1, 3, 32, 32))["res4"].requires_grad
+    free = make("conditional", frozen=False).train()
+    sum(free([picture(64, 64, TWO, [1, 2])]).values()).backward()
+    assert all(p.grad is not None for p in free.backbone.parameters())
+
+
+def test_clipping__really_limits_the_norm_over_all_parameters() -> None:
+    model = make("conditional", frozen=False).train()
+    task = DetectionTask(model=model, pretrained_prefixes=("backbone.",), pretrained_lr_scale=0.1)
+    optimizer = build_optimizer(task, OptimConfig(name="sgd", lr=1.0, momentum=0.0))
+    task([picture(64, 64, TWO, [1, 2])])[0].backward()
+    everything = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    norm = gradient_norm(optimizer)
+    torch.testing.assert_close(norm, everything.norm())
+    assert norm > 0.1
+    clip_gradients(optimizer, norm=norm, max_norm=0.1)
+    clipped = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert float(clipped.norm()) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["detr", "conditional"])
+def test_conditions__groups_do_not_see_each_other_and_words_are_trained(arch: str) -> None:
+    model = make(arch, conditioned=3).train()
+    losses = model([picture(64, 64, TWO, [1, 2]), picture(64, 64, [], [])])
+    words = {k: v for k, v in losses.items() if k.endswith("_words")}
+    assert set(words) == {"loss_object_words", "loss_l1_words", "loss_giou_words"}
+    sum(words.values()).backward()
+    gradient = model.patch2query.weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+    model.eval()
+    conditions = torch.randn(1, 3, D)
+    first = model.found([picture(64, 64, [], [])], conditions_NMD=conditions)
+    conditions[0, 0] = torch.randn(D)
+    second = model.found([picture(64, 64, [], [])], conditions_NMD=conditions)
+    torch.testing.assert_close(first.boxes[0, 2:], second.boxes[0, 2:])
+    assert not torch.allclose(first.boxes[0, :2], second.boxes[0, :2])
+
+
+# --- official checkpoints: names written down here, not taken from the code
+
+ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+PAPER: dict[str, Any] = {
+    "arch": "detr", "variant": "closed", "width": 32, "heads": 4, "ffn": 64, "encoder_layers": 6, "decoder_layers": 6,
+    "queries": 100, "pre_norm": True, "embed_space": "ssl",
+    "backbone": {"depth": 18, "stem": "imagenet", "features": ["res5"]},
+}  # fmt: skip
+
+
+def official_transformer() -> set[str]:
+    names = set()
+    for stack, attentions, norms in (("encoder", ["self_attn"], 2), ("decoder", ["self_attn", "multihead_attn"], 3)):
+        for i in range(6):
+            layer = f"transformer.{stack}.layers.{i}"
+            names |= {f"{layer}.{a}.{k}" for a in attentions for k in ATTENTION}
+            names |= {f"{layer}.linear{n}.{k}" for n in (1, 2) for k in ("weight", "bias")}
+            names |= {f"{layer}.norm{n}.{k}" for n in range(1, norms + 1) for k in ("weight", "bias")}
+        names |= {f"transformer.{stack}.norm.{k}" for k in ("weight", "bias")}
+    heads = ["class_embed", "input_proj", "patch2query", *(f"bbox_embed.layers.{i}" for i in range(3))]
+    heads += [f"feature_align.layers.{i}" for i in range(2)]
+    return names | {f"{h}.{k}" for h in heads for k in ("weight", "bias")} | {"query_embed.weight"}
+
+
+def paper_model(**changes: Any) -> Detr:
+    torch.manual_seed(len(changes))
+    return build_detr(
+        DetrConfig.model_validate({**PAPER, **changes}),
+        embed_dim=0, rows=None, trainable=None, classes=4, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3,
+    )  # fmt: skip
+
+
+def test_official__names_of_the_transformer_are_those_of_the_released_checkpoints() -> None:
+    own = {k for k in paper_model().state_dict() if not k.startswith("backbone.")}
+    assert own == official_transformer()
+
+
+def test_official__a_checkpoint_with_a_namespace_loads_and_every_key_is_accounted_for(tmp_path: Path) -> None:
+    from torchvision.models import resnet18
+
+    model = paper_model()
+    released = {k: torch.randn_like(v) for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+    body = resnet18(weights=None).state_dict()
+    released |= {f"backbone.0.body.{k}": v for k, v in body.items() if "num_batches" not in k and not k.startswith("fc.")}
+    released["bbox_attention.weight"] = torch.zeros(2)
+    file = tmp_path / "up-detr.pth"
+    torch.save({"model": released, "args": argparse.Namespace(lr=1e-4), "epoch": 60}, file)
+    report = start_detr(model, read_start(file), source=str(file))
+    assert report.unexpected == ("bbox_attention.weight",)
+    assert set(report.dropped) == {"class_embed.weight", "class_embed.bias"}
+    assert not report.missing and not report.other_shape and not report.queries
+    own = model.state_dict()
+    for name in official_transformer() - {"class_embed.weight", "class_embed.bias"}:
+        assert torch.equal(own[name], released[name]), name
+    assert torch.equal(own["backbone.res3.0.conv1.weight"], body["layer2.0.conv1.weight"])
+    assert not torch.equal(own["class_embed.weight"], released["class_embed.weight"])
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return print, ("this must not run",)
+
+
+def test_official__a_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.pth"
+    torch.save({"model": {}, "args": _Code()}, file)
+    with pytest.raises(UserError, match="would run code"):
+        read_start(file)
+    file.write_bytes(pickle.dumps([1]))
+    with pytest.raises(UserError):
+        read_start(file)
+    with pytest.raises(UserError, match="not found"):
+        read_start(tmp_path / "absent.pth")
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("queries", "said"), [(4, "first 4 of 6"), (9, "the other 3 start anew")])
+def test_start__keeps_query_embeddings_and_says_what_happened_to_them(queries: int, said: str) -> None:
+    source, target = make("conditional", variant="agnostic"), make("conditional", queries=queries, seed=1)
+    fresh = target.query_embed.weight.detach().clone()
+    rows = target.classifier.rows.clone() if target.classifier is not None else None
+    report = start_detr(target, source.state_dict(), source="there", backbone=False)
+    assert said in report.queries and said in str(report)
+    kept = min(queries, 6)
+    assert torch.equal(target.query_embed.weight[:kept], source.query_embed.weight[:kept])
+    assert torch.equal(target.query_embed.weight[kept:], fresh[kept:])
+    assert torch.equal(target.query_anchor[:kept], source.query_anchor[:kept])
+    assert target.object_embed is not None and source.object_embed is not None
+    assert torch.equal(target.object_embed.weight, source.object_embed.weight)  # "matched?" survives
+    assert target.classifier is not None and torch.equal(target.classifier.rows, rows)
+    assert "feature_align.layers.1.weight" in report.other_shape  # another space
+
+
+def test_start__another_architecture_is_refused() -> None:
+    with pytest.raises(UserError, match="none of the"):
+        start_detr(make("conditional", width=32), make("conditional").state_dict(), source="there")
+
+
+# --- behind the detector's interface
+
+SMALL: dict[str, Any] = {
+    "arch": "conditional", "width": 16, "heads": 2, "ffn": 16, "encoder_layers": 1, "decoder_layers": 1, "queries": 8,
+    "conditioned": 4, "backbone": {"features": ["res3"]},
+}  # fmt: skip
+
+
+def exported(folder: Path, **changes: Any) -> Detr:
+    config = DetrConfig.model_validate({**SMALL, **changes})
+    torch.manual_seed(0)
+    rows = F.normalize(torch.randn(C, D))
+    model = build_detr(
+        config, embed_dim=D, rows=rows, trainable=None, classes=C, pixel_mean=[127.5] * 3, pixel_std=[64.0] * 3
+    ).eval()
+    card = DetectorCard(
+        model={**config.model_dump(mode="json"), "head": {"scale": config.scale}},
+        embed_dim=D,
+        pixel_mean=(127.5,) * 3,
+        pixel_std=(64.0,) * 3,
+        encoder="none",
+        encoder_fingerprint="0",
+        short_side=64,
+        long_side=128,
+        classes=tuple("abcde") if config.variant != "agnostic" else (),
+        novel=(),
+        bank=("a", "b") if config.variant == "text" else (),
+        calibration=asdict(Calibration(objectness_weight=1.0)),
+        config_hash="0",
+    )
+    save_detector(folder, model, card, bank=rows[:2], half=False)  # type: ignore[arg-type]
+    return model
+
+
+def test_region_model__an_exported_transformer_answers_in_pixels_of_the_original_picture(tmp_path: Path) -> None:
+    model = exported(tmp_path)
+    loaded = load_detector_model(tmp_path, top=5)
+    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    regions = loaded.regions(image)
+    assert len(regions) == 5 and regions.size == (128, 192) and regions.text.shape == (5, D)
+    assert (regions.objectness[:-1] >= regions.objectness[1:]).all()
+    small = F.interpolate(
+        torch.from_numpy(image).permute(2, 0, 1)[None].float(), (64, 96), mode="bilinear", antialias=True
+    )[0]
+    found = model.found([{"image": small}])
+    best = int(found.logits[0].argmax())
+    expected = (to_corners(found.boxes[0, best]).clamp(0, 1) * torch.tensor([192, 128, 192, 128])).tolist()
+    assert regions.boxes[0].tolist() == pytest.approx(expected, abs=1e-2)
+    boxes, scores = loaded.propose(image, top=3)
+    assert boxes.shape == (3, 4) and scores[0] == pytest.approx(float(regions.objectness[0]))
+
+
+def test_region_model__asks_for_words_in_chunks_and_gives_each_word_its_queries(tmp_path: Path) -> None:
+    exported(tmp_path)
+    loaded: Any = load_detector_model(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    rows = torch.randn(6, D)
+    boxes, scores, owner = loaded.ask(image, rows, at_once=4)
+    assert owner.bincount().tolist() == [2] * 6 and boxes.shape == (12, 4) and scores.shape == (12,)
+    again = loaded.ask(image, rows[4:5], at_once=4)
+    torch.testing.assert_close(boxes[owner == 4], again[0])
+
+
+def test_region_model__a_pretrained_transformer_proposes_but_knows_no_words(tmp_path: Path) -> None:
+    exported(tmp_path, variant="agnostic", embed_space="ssl", conditioned=0)
+    loaded: Any = load_detector_model(tmp_path)
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    assert loaded.propose(image, top=4)[0].shape == (4, 4)
+    with pytest.raises(UserError, match="knows no words"):
+        loaded.regions(image)
+    encoder = loaded.example_encoder
+    crop = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert encoder.encode_image(encoder.prepare(crop)).shape == (2, encoder.embed_dim)
+
+
+def test_forward__in_eval_mode_gives_detectron2_instances() -> None:
+    model = make("conditional").eval()
+    found = model([{**picture(64, 96, [], []), "height": 128, "width": 192}])[0]["instances"]
+    assert found.image_size == (128, 192) and len(found) == 6
+    assert float(found.pred_boxes.tensor.max()) > 96 or STRIDE > 96
+    assert ((found.scores >= 0) & (found.scores <= 1)).all()

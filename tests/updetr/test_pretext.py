@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random query patch detection: patches, queries, losses; one test for each bug known of published code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovd.data.mapper import TrainingTransform
+from ovd.data.patches import PatchSource
+from ovd.modeling.detr import Decoded
+from ovd.modeling.matcher import to_centres
+from ovd.modeling.updetr import PatchPretext
+from ovd.regions.crops import crop_regions
+from pretrain.engine.errors import BadImageError
+from tests.updetr.small import CHANNELS, make, patch_batch
+
+
+class Pictures:
+    """Photos of noise with a bright thing in them."""
+
+    def __init__(self, height: int = 120, width: int = 200, count: int = 3) -> None:
+        self.height, self.width, self.count = height, width, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image(self, index: int) -> np.ndarray:
+        picture = np.random.default_rng(index).integers(0, 60, (self.height, self.width, 3), dtype=np.uint8)
+        picture[self.height // 4 : self.height // 2, self.width // 2 : self.width // 2 + 40] = (250, 40, 40)
+        return picture
+
+    def label(self, index: int) -> int:
+        return -1
+
+
+def source(**changes: Any) -> PatchSource:
+    given: dict[str, Any] = {
+        "images": Pictures(),
+        "transform": TrainingTransform(short_side=60, long_side=200, flip=0.0),
+        "seed": 7,
+        "count": 6,
+        "size": 16,
+        "variants": 3,
+    }
+    return PatchSource(**{**given, **changes})
+
+
+def task(patches: int = 3, *, arch: str = "conditional", queries: int = 6, **changes: Any) -> PatchPretext:
+    model = make(arch, variant="agnostic", queries=queries)
+    return PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), **changes).train()
+
+
+# --- patches
+
+
+@pytest.mark.parametrize("sampler", ["official", "log_uniform", "prior"])
+def test_patches__are_a_pure_function_of_seed_picture_and_variant(sampler: Any) -> None:
+    first, again = source(sampler=sampler), source(sampler=sampler)
+    one = first.variant(1, 0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    two = again.variant(1, 0)
+    assert torch.equal(one["boxes"], two["boxes"]) and torch.equal(one["patches"], two["patches"])
+    assert not torch.equal(one["boxes"], first.variant(1, 1)["boxes"])
+    assert not torch.equal(one["boxes"], first.variant(2, 0)["boxes"])
+    assert not torch.equal(one["boxes"], source(sampler=sampler, seed=8).variant(1, 0)["boxes"])
+    assert torch.equal(first.sample(1, 4)["boxes"], first.variant(1, 1)["boxes"])  # draw 4 of 3 pictures: second epoch
+
+
+@pytest.mark.parametrize("sampler", ["official", "log_uniform", "prior"])
+def test_patches__lie_in_the_picture_and_are_not_too_small(sampler: Any) -> None:
+    patches = source(sampler=sampler, min_side=8)
+    for index in range(3):
+        boxes = patches.boxes(patches.images.image(index), np.random.default_rng(index))
+        assert boxes.shape == (6, 4)
+        assert (boxes >= 0).all() and (boxes[:, 2] <= 200).all() and (boxes[:, 3] <= 120).all()
+        assert (boxes[:, 2:] - boxes[:, :2] >= 8).all()
+
+
+def test_patches__log_uniform_reaches_small_ones_and_avoids_near_duplicates() -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn(sampler: Any) -> tuple[float, float]:
+        patches = source(sampler=sampler, count=8, max_iou=0.5)
+        small = doubles = 0
+        image = patches.images.image(0)
+        for _ in range(60):
+            boxes = torch.from_numpy(patches.boxes(image, rng))
+            sides = boxes[:, 2:] - boxes[:, :2]
+            small += int((sides.prod(1).sqrt() < 0.2 * (120 * 200) ** 0.5).sum())
+            low, high = torch.maximum(boxes[:, None, :2], boxes[None, :, :2]), torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+            inner = (high - low).clamp(min=0).prod(-1)
+            iou = inner / (sides.prod(1)[:, None] + sides.prod(1)[None] - inner)
+            doubles += int(((iou > 0.5).sum() - 8) / 2)
+        return small / 480, doubles / 480
+
+    ours, official = drawn("log_uniform"), drawn("official")
+    assert ours[0] > 0.3 > official[0]
+    assert ours[1] < 0.02 < official[1]
+
+
+def test_patches__a_region_prior_finds_the_thing_that_stands_out() -> None:
+    patches = source(sampler="prior", count=4)
+    thing = np.array([100, 30, 140, 60], dtype=np.float32)
+    hits = 0
+    for seed in range(10):
+        boxes = patches.boxes(patches.images.image(0), np.random.default_rng(seed))
+        low, high = np.maximum(boxes[:, :2], thing[:2]), np.minimum(boxes[:, 2:], thing[2:])
+        inner = np.clip(high - low, 0, None).prod(1)
+        hits += bool((inner / ((boxes[:, 2:] - boxes[:, :2]).prod(1) + 1200 - inner) > 0.4).any())
+    assert hits >= 8
+
+
+def test_patches__are_cut_from_the_stored_picture_and_their_boxes_follow_the_resize() -> None:
+    patches = source()
+    stored = patches.images.image(2)
+    one = patches.variant(2, 0)
+    assert one["image"].shape == (3, 60, 100)  # half the side
+    boxes = patches.boxes(stored, np.random.default_rng([7, 2, 0]))
+    torch.testing.assert_close(one["boxes"], torch.from_numpy(boxes) / 2)
+    assert torch.equal(one["patches"], crop_regions(stored, boxes, size=16, scales=(1.0,)))
+
+
+def test_patches__jitter_changes_patches_only_and_is_deterministic() -> None:
+    plain, jittered = source(), source(jitter=True)
+    one, two = plain.variant(0, 0), jittered.variant(0, 0)
+    assert torch.equal(one["image"], two["image"]) and torch.equal(one["boxes"], two["boxes"])
+    assert not torch.equal(one["patches"], two["patches"])
+    before = torch.get_rng_state()
+    assert torch.equal(two["patches"], source(jitter=True).variant(0, 0)["patches"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_patches__a_picture_too_small_for_them_is_replaced_by_the_loop() -> None:
+    with pytest.raises(BadImageError, match="more than 16"):
+        source(images=Pictures(height=16)).variant(0, 0)
+
+
+# --- queries
+
+
+@pytest.mark.parametrize("arch", ["detr", "conditional"])
+@pytest.mark.parametrize(("queries", "patches"), [(6, 1), (6, 3), (7, 3), (24, 6), (5, 5)])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_pretext__any_number_of_patches_and_queries_is_finite(
+    arch: str, queries: int, patches: int, grouped: bool
+) -> None:
+    pretext = task(arch=arch, queries=queries, grouped=grouped)
+    loss, parts = pretext(patch_batch(2, patches))
+    loss.backward()
+    assert set(parts) == {"loss_object", "loss_l1", "loss_giou", "loss_reconstruction"}
+    assert all(torch.isfinite(v) for v in parts.values())
+    gradients = [p.grad for p in pretext.parameters() if p.grad is not None]
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+def test_queries__each_patch_goes_to_its_own_contiguous_share() -> None:
+    pretext = task(mask_queries=0.0)
+    embeddings = torch.randn(2, 3, CHANNELS)
+    group = torch.tensor([0, 0, 1, 1, 2, 2])
+    added = pretext.conditions(embeddings, group)
+    expected = pretext.detr[0].patch2query(embeddings).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(added, expected)
+
+
+def test_queries__a_tenth_gets_no_patch_in_training_and_none_of_them_in_eval() -> None:
+    pretext = task(mask_queries=0.1)
+    embeddings, group = torch.randn(40, 3, CHANNELS), torch.tensor([0, 0, 1, 1, 2, 2]).repeat_interleave(20)
+    torch.manual_seed(0)
+    masked = (pretext.conditions(embeddings, group) == 0).all(-1)  # per query and picture, not per patch
+    assert 0.08 < float(masked.float().mean()) < 0.12
+    assert not (masked.view(40, 3, 40).all(-1)).any()
+    pretext.eval()
+    assert not (pretext.conditions(embeddings, group) == 0).all(-1).any()
+
+
+def test_eval__is_deterministic_and_train_is_not() -> None:
+    pretext, batch = task(mask_queries=0.5, shuffle=True), patch_batch(2, 3)
+    assert not torch.equal(pretext.predict(batch)[0].boxes, pretext.predict(batch)[0].boxes)
+    pretext.eval()
+    assert torch.equal(pretext.predict(batch)[0].boxes, pretext.predict(batch)[0].boxes)
+
+
+@pytest.mark.parametrize("arch", ["detr", "conditional"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_attention_mask__hides_other_patches(arch: str, mask: bool) -> None:
+    pretext = task(arch=arch, attention_mask=mask, mask_queries=0.0)
+    batch = patch_batch(1, 3)
+    first = pretext.predict(batch)[0].states
+    batch[0]["patches"][0] = 255 - batch[0]["patches"][0]
+    second = pretext.predict(batch)[0].states
+    assert not torch.allclose(first[:, :, :2], second[:, :, :2])
+    assert torch.allclose(first[:, :, 2:], second[:, :, 2:], atol=1e-5) == mask
+
+
+def test_shuffle__is_one_permutation_of_the_object_queries() -> None:
+    pretext = task(patches=1, shuffle=True, mask_queries=0.0, arch="detr")
+    batch = patch_batch(2, 1)
+    torch.manual_seed(3)
+    shuffled = pretext.predict(batch)[0].boxes
+    torch.manual_seed(3)
+    order = torch.randperm(6)
+    pretext.shuffle = False
+    plain = pretext.predict(batch)[0].boxes
+    assert not torch.allclose(shuffled, plain)
+    torch.testing.assert_close(shuffled, plain[:, :, order])  # with one patch and no mask queries are exchangeable
+
+
+# --- losses
+
+
+def test_reconstruction__is_the_squared_distance_of_unit_vectors_over_boxes_summed_over_channels() -> None:
+    pretext = task(mask_queries=0.0)
+    batch = patch_batch(2, 3)
+    out, targets, group = pretext.predict(batch)
+    model = pretext.detr[0]
+    from ovd.modeling.matcher import box_cost, match, object_cost
+
+    assert model.object_embed is not None and targets.embeddings is not None
+    cost = box_cost(out.boxes, targets.boxes, l1=5, giou=2) + 2 * object_cost(
+        model.object_embed(out.states)[..., 0], kind="focal"
+    )
+    found = match(cost, targets.counts, query_group_Q=group, target_group_NT=targets.groups)
+    total = 0.0
+    for layer, n, q, t in zip(*(c.tolist() for c in found), strict=True):
+        z = F.normalize(model.feature_align(out.states[layer, n, q]), dim=0)
+        p = F.normalize(targets.embeddings[n, t], dim=0)
+        total += float(((z - p) ** 2).sum())
+    got = model.losses(out, targets, group=group)["loss_reconstruction"]
+    assert float(got) == pytest.approx(total / 6, rel=1e-4)
+
+
+def test_reconstruction__target_gets_no_gradient_and_follows_the_box_that_was_matched() -> None:
+    pretext = task(grouped=False, mask_queries=0.0)
+    out, targets, _ = pretext.predict(patch_batch(1, 3))
+    assert targets.groups is None and targets.embeddings is not None and not targets.embeddings.requires_grad
+    grouped = task(mask_queries=0.0)
+    assert grouped.predict(patch_batch(1, 3))[1].groups is not None
+
+
+def test_contrast__classifies_among_the_patches_of_the_picture() -> None:
+    from ovd.config_detr import DetrLossConfig
+
+    model = make("conditional", variant="agnostic", loss=DetrLossConfig(contrast=1.0))
+    pretext = PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0])).train()
+    loss, parts = pretext(patch_batch(2, 3))
+    loss.backward()
+    assert float(parts["loss_contrast"]) > 0
+    perfect = model.feature_align
+    assert perfect.layers[-1].weight.grad is not None
+
+
+def test_measure__a_perfect_answer_scores_one_and_a_constant_box_what_it_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretext = task()
+    batch = patch_batch(2, 3)
+    real = pretext.predict
+
+    def answer(make_boxes: Any) -> Any:
+        def predict(batch: list[dict[str, Any]]) -> Any:
+            out, targets, group = real(batch)
+            return Decoded(out.states, make_boxes(out.boxes, targets.boxes, group)), targets, group
+
+        return predict
+
+    monkeypatch.setattr(pretext, "predict", answer(lambda own, true, group: true[:, group].expand_as(own)))
+    assert pretext.measure([batch, batch]) == {"patch_miou": pytest.approx(1.0), "patch_recall50": 1.0}
+    assert pretext.training  # as it was
+    middle = torch.tensor([0.5, 0.5, 0.3, 0.3])
+    monkeypatch.setattr(pretext, "predict", answer(lambda own, true, group: middle.expand_as(own)))
+    true = torch.stack([x["boxes"] for x in batch]) / 64
+    assert pretext.measure([batch])["patch_miou"] == pytest.approx(_mean_iou(to_centres(true), middle), rel=1e-4)
+
+
+def _mean_iou(boxes: Tensor, constant: Tensor) -> float:
+    total = []
+    for x, y, w, h in boxes.reshape(-1, 4).tolist():
+        cx, cy, cw, ch = constant.tolist()
+        wide = max(0.0, min(x + w / 2, cx + cw / 2) - max(x - w / 2, cx - cw / 2))
+        tall = max(0.0, min(y + h / 2, cy + ch / 2) - max(y - h / 2, cy - ch / 2))
+        total.append(wide * tall / (w * h + cw * ch - wide * tall))
+    return sum(total) / len(total)
+
+
+def test_report__measures_once_per_interval() -> None:
+    pretext = task(held_out=[patch_batch(1, 3)], evaluate_every=10)
+    assert "patch_miou" in pretext.report()[0]
+    pretext.after_step(4, 100)
+    assert pretext.report() == ({}, [])
+    pretext.after_step(9, 100)
+    assert "patch_miou" in pretext.report()[0]
+
+
+def test_pretext__learns_to_find_patches_on_easy_pictures() -> None:
+    """Pictures of four flat colours: the patch's colour says where it is."""
+    torch.manual_seed(0)
+    pretext = task(queries=4, mask_queries=0.0)
+    colours = torch.randint(0, 256, (16, 4, 3), generator=torch.Generator().manual_seed(0))
+    samples = []
+    for quarter in colours:
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        for k in range(4):
+            y, x = 32 * (k // 2), 32 * (k % 2)
+            image[:, y : y + 32, x : x + 32] = quarter[k][:, None, None]
+        corner = torch.tensor([[0, 0], [32, 0], [0, 32], [32, 32]], dtype=torch.float32)
+        patch = quarter[[0, 1, 2, 3], :, None, None].expand(-1, -1, 16, 16).to(torch.uint8)[:, None]
+        samples.append(
+            {"image": image, "boxes": torch.cat([corner, corner + 32], 1), "patches": patch, "size": (64, 64)}
+        )
+    for one in samples:  # a patch is asked of another share of the queries in each picture
+        order = torch.randperm(4)
+        one["boxes"], one["patches"] = one["boxes"][order], one["patches"][order]
+    optimizer = torch.optim.AdamW([p for p in pretext.parameters() if p.requires_grad], lr=3e-3)
+    before = pretext.measure([samples])["patch_miou"]
+    for _ in range(80):
+        optimizer.zero_grad()
+        pretext(samples)[0].backward()
+        optimizer.step()
+    after = pretext.measure([samples])["patch_miou"]
+    assert after > before + 0.2, (before, after)
