@@ -77,8 +77,8 @@ def _task(
         if batch_size % splits or batch_size < 2 * splits:
             fitting = max(n for n in range(1, splits + 1) if batch_size % n == 0 and batch_size >= 2 * n)
             raise UserError(
-                f"method.bn_splits: {batch_size} pictures (of one pass) do not make {splits} equal groups of two or more; "
-                f"set method.bn_splits={fitting}, or another loop.batch_size"
+                f"method.bn_splits: {batch_size} pictures (of one pass) do not make {splits} equal groups of two or "
+                f"more; set method.bn_splits={fitting}, or another loop.batch_size"
             )
         if config.name == "moco_v1":
             projector = mlp([width, config.dim], last_bias=True)

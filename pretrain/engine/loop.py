@@ -5,8 +5,8 @@ A *task* is an ``nn.Module`` with ``forward(batch) -> (loss, metrics)``. What it
 copies, pointers) are its buffers and submodules; buffers are changed in place. It may also have
 
 * ``after_step(step, total)``: called after each optimiser step that changed weights, ``step`` from 0 (EMA, clamps);
-* ``after_backward(step)``: called once per step when the gradients are complete; it may drop some (``grad = None``), and
-  the optimiser passes over those parameters;
+* ``after_backward(step)``: called once per step when the gradients are complete; it may drop some (``grad = None``),
+  and the optimiser passes over those parameters;
 * ``param_groups(optim) -> list[dict]``: see ``pretrain.engine.optim``;
 * ``report() -> (values, warnings)``: called in every process before each log line; the values, the same in every
   process, stand in that line as they are, and the warnings are printed and recorded as events;

@@ -25,12 +25,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXACT = {"steps": 3, "batch_size": 8, "accumulate": 1, "name": "sgd", "lr": 0.1, "save_every": 100, "log_every": 1}
 
 
-def launch(name: str, folder: Path, *, world: int) -> None:
-    """Run ``name`` in ``world`` processes and fail with their output if one fails."""
+def launch(name: str, folder: Path, *, world: int, module: str = "tests.engine.processes") -> None:
+    """Run ``name`` of ``module`` in ``world`` processes and fail with their output if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.engine.processes", name, str(folder)]
+    command = [sys.executable, "-m", module, name, str(folder)]
     started = [
         subprocess.Popen(
             command,

@@ -113,8 +113,9 @@ def test_the_slow_encoder_moves_once_per_optimiser_step_under_accumulation(tmp_p
             moved.append((step, not torch.equal(old, self.key_projector.weight)))  # type: ignore[arg-type]
 
     task = Counting(
-        backbone=backbone(), projector=nn.Linear(WIDTH, DIM), augment=(as_float, as_float), dim=DIM, queue=20, momentum=0.5
-    )
+        backbone=backbone(), projector=nn.Linear(WIDTH, DIM), augment=(as_float, as_float), dim=DIM, queue=20,
+        momentum=0.5,
+    )  # fmt: skip
     weights = []
     task.key_backbone.register_forward_pre_hook(lambda *_: weights.append(task.key_projector.weight.clone()))  # type: ignore[union-attr, operator]
     train(task, tmp_path, VIEWS, steps=3, batch_size=8, accumulate=2, name="sgd")

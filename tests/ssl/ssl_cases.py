@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method at the smallest size; ``python -m tests.ssl.ssl_cases run FOLDER`` is the body of one of two processes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from pretrain.config import Method
+from pretrain.config_ssl import BackboneConfig, SslMethod
+from pretrain.engine import distributed
+from pretrain.health import Watched
+from pretrain.nets.standardised import without_batch_norm
+from pretrain.recipes import build_method
+from tests.engine.toy import train
+from tests.ssl.small import WIDTH, Views, backbone
+
+VIEWS = Views((8, 8))
+NET = {"name": "resnet18", "stem": "small", "zero_init": False}
+CASES: dict[str, dict[str, Any]] = {
+    "simclr": {"hidden": 16, "dim": 8},
+    "moco_v1": {"dim": 8, "queue": 20, "bn_splits": 2, "momentum": 0.9},
+    "moco_v2": {"dim": 8, "hidden": 16, "queue": 20, "bn_splits": 2, "momentum": 0.9, "symmetric": True},
+    "byol": {"hidden": 16, "dim": 8},
+    "byol_gn": {"hidden": 16, "dim": 8, "backbone": {**NET, "norm": "gn_ws"}},
+    "swav": {"hidden": 16, "dim": 8, "prototypes": 5, "freeze_steps": 1, "queue_length": 12},
+    "simsiam": {"dim": 16, "hidden": 8},
+    "barlow_twins": {"dims": (16, 16)},
+}
+METHODS = sorted(CASES)
+
+
+def section(name: str, **changes: Any) -> SslMethod:
+    """The section of a method, small unless said otherwise."""
+    common = {"name": name, "backbone": NET, "views": [{"size": 8, "count": 2}]}
+    return TypeAdapter(Method).validate_python({**common, **CASES[name], **changes})
+
+
+def small_method(name: str) -> nn.Module:
+    """The assembled method, with a network of one convolution in place of a ResNet."""
+    torch.manual_seed(0)
+    with mock.patch("pretrain.recipes.build_backbone", _net):
+        return build_method(section(name), batch_size=8, device=torch.device("cpu"))
+
+
+def _net(config: BackboneConfig) -> nn.Module:
+    made = backbone()
+    made.width = WIDTH  # type: ignore[assignment]
+    return without_batch_norm(made) if config.norm == "gn_ws" else made
+
+
+def main() -> None:
+    """Each method in one piece; then again from the checkpoint in its middle, in a folder of its own."""
+    distributed.setup()
+    folder = Path(sys.argv[2])
+    options: dict[str, Any] = {
+        "steps": 4, "batch_size": 8, "log_every": 3, "save_every": 2, "name": "sgd", "warmup_steps": 0,
+    }  # fmt: skip
+    for name in METHODS:
+        whole, pieces = folder / f"{name}_whole", folder / f"{name}_pieces"
+        train(Watched(small_method(name)), whole, VIEWS, **options)
+        if distributed.is_main():
+            shutil.copytree(whole / "checkpoints" / "step_2", pieces / "checkpoints" / "step_2")
+        distributed.barrier()
+        distributed.seed_everything(999)
+        train(Watched(small_method(name)), pieces, VIEWS, resume=True, **options)
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    main()
