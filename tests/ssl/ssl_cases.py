@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method at the smallest size; ``python -m tests.ssl.ssl_cases run FOLDER`` is the body of one of two processes."""
+"""Every method at the smallest size. ``python -m tests.ssl.ssl_cases run FOLDER``: what one of two processes does."""
 
 from __future__ import annotations
 
