@@ -44,7 +44,9 @@ from pretrain.health import Watched  # noqa: E402
 from pretrain.views import ViewAugment  # noqa: E402
 
 SIZE, CLASSES, WIDTH = 32, 60, 128
-VIEW = ViewConfig(size=SIZE, crop_scale=(0.3, 1.0), jitter=(0.3, 0.3, 0.2, 0.03), blur_p=0.0, grey_p=0.0, solarise_p=0.0)
+VIEW = ViewConfig(
+    size=SIZE, crop_scale=(0.3, 1.0), jitter=(0.3, 0.3, 0.2, 0.03), blur_p=0.0, grey_p=0.0, solarise_p=0.0
+)
 NORMALISE = probe.Normalise(SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
