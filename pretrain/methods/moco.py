@@ -42,7 +42,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         if n % self.splits:
             raise ValueError(f"{n} samples cannot be normalised in {self.splits} equal groups")
-        mean, variance = (buffer.repeat(self.splits) for buffer in (self.running_mean, self.running_var))
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            raise ValueError("split batch norm needs running statistics")
+        mean, variance = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
         grouped = F.batch_norm(
             x.view(self.splits, n // self.splits, c, h, w).transpose(0, 1).reshape(-1, self.splits * c, h, w),
             mean,
@@ -65,7 +67,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
         for layer in module.modules():
             if type(layer) is nn.BatchNorm2d:
                 layer.__class__ = SplitBatchNorm2d
-                layer.splits = splits
+                layer.splits = splits  # type: ignore[assignment]
     return module
 
 
