@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     if not getattr(args, needs) or getattr(args, unwanted):
         given = "--weights" if args.weights else "--predictions"
         raise UserError(f"{given} needs --{needs}, and goes without --{unwanted}; see python -m ovd.evaluate --help.")
+    if args.examples and not (args.weights and args.data.startswith("stickers-val")):
+        raise UserError("--examples takes its crops from the stickers: give --weights and --data stickers-val[:COUNT]")
     if args.weights:
         evaluate_model(args, argv)
     else:
@@ -232,8 +234,6 @@ def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predi
         from ovd.evaluation.examples import example_predictor
         from pretrain.data.stickers import Stickers
 
-        if not args.data.startswith("stickers-val"):
-            raise UserError("--examples takes its crops from the stickers: give --data stickers-val[:COUNT[:SEED]]")
         if vocabulary is not None or args.embeddings == "crops":
             raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
         run |= {
