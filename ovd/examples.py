@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from ovd.detector import ImageLike
 
     Box = Sequence[float] | NDArray[Any]
-    CropLike = ImageLike | Box | "Crop"
-    ExamplesLike = Mapping[str, CropLike | Sequence[CropLike]] | Iterable[CropLike | tuple[str, CropLike] | "Example"]
+    CropLike: TypeAlias = "ImageLike | Box | Crop"
+    ExamplesLike: TypeAlias = (
+        "Mapping[str, CropLike | Sequence[CropLike]] | Iterable[CropLike | tuple[str, CropLike] | Example]"
+    )
 
 MIN_SIDE = 8  # pixels; below it a crop is a smear of its surroundings
 MAX_EXAMPLES = 100

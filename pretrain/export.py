@@ -92,6 +92,7 @@ def _read_folder(folder: Path) -> Source:
     from pretrain.nets.standardised import folded
     from pretrain.nets.towers import ResNetImage, load_encoder
 
+    stem: Stem
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format")
     except (OSError, ValueError, AttributeError) as problem:
@@ -108,7 +109,7 @@ def _read_folder(folder: Path) -> Source:
             )
         network, name = encoder.visual.backbone, f"image tower of {folder.name}"
         mean, std = encoder.image_mean, encoder.image_std
-        by_stem = {((7, 7), (2, 2)): "imagenet", ((3, 3), (2, 2)): "small", ((3, 3), (1, 1)): "cifar"}
+        by_stem: dict[Any, Stem] = {((7, 7), (2, 2)): "imagenet", ((3, 3), (2, 2)): "small", ((3, 3), (1, 1)): "cifar"}
         stem = by_stem[network.conv1.kernel_size, network.conv1.stride]
     inner = getattr(network, "network", network)  # torchvision's own ResNets hang one step lower
     if not hasattr(inner, "layer4") or not hasattr(inner, "conv1"):
@@ -117,7 +118,7 @@ def _read_folder(folder: Path) -> Source:
         state, stem = inner.state_dict(), "imagenet"
         from pretrain.nets.checkpoints import find_resnet
 
-        found = find_resnet(state, source=str(folder), stem=stem)
+        found = find_resnet(state, source=str(folder))
         inner = ResNet(depth=found.depth, stem="imagenet")
         inner.load_state_dict(found.state, strict=False)
     plain = folded(inner).eval()

@@ -87,8 +87,8 @@ class Answerer:
         found = regions.classify(question, threshold=floor if threshold is None else threshold)
         classified = time.perf_counter()
         result = describe(found, default=default, floor=floor)
-        avoided = [*question.words.negatives, *(e for e in question.examples if e.negative)]
-        result["negatives"] = [c.name for c in avoided]
+        result["negatives"] = [c.name for c in question.words.negatives]
+        result["negatives"] += [e.name for e in question.examples if e.negative]
         result["vocabulary"] = question.hash
         synonyms = {c.name.casefold(): list(c.synonyms) for c in question.words.positives}
         crops = {e.name.casefold(): len(e.crops) for e in question.shown}

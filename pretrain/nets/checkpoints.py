@@ -24,7 +24,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -190,9 +190,9 @@ def _match(inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str
     )
     depth = same[0] if same else near
     kernel = first.shape[-1]
-    kind = "imagenet" if kernel == 7 else stem
+    kind: Stem | None = "imagenet" if kernel == 7 else stem
     with torch.device("meta"):
-        wanted = ResNet(depth=depth, stem=cast("Stem", kind or "small")).state_dict()
+        wanted = ResNet(depth=depth, stem=kind or "small").state_dict()
     wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
     fits = {k: inner[k] for k, v in wanted.items() if k in inner and inner[k].shape == v.shape}
     if kind is None:
@@ -201,7 +201,7 @@ def _match(inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str
     return Found(
         state={k: v.float().contiguous() for k, v in fits.items()},
         depth=depth,
-        stem=cast("Stem", kind or "small"),
+        stem=kind or "small",
         prefix=prefix,
         missing=tuple(k for k in wanted if k not in fits),
         unexpected=tuple(k for k in left if not k.endswith("num_batches_tracked")),
