@@ -140,14 +140,8 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     if config.pretext is not None and config.weights is None and tie_to_input(model):
         print("patch2query starts as input_proj: both map the backbone's channels")
     if config.weights is not None:
-        # A frozen backbone is the one the configuration names; one that was trained comes with its transformer.
-        official = config.weights.endswith((".pth", ".pt"))
-        report = start_detr(
-            model,
-            read_start(Path(config.weights)),
-            source=config.weights,
-            backbone=official or not config.model.backbone.frozen,
-        )
+        state, own_backbone = read_start(Path(config.weights))
+        report = start_detr(model, state, source=config.weights, backbone=own_backbone)
         print(f"weights={config.weights}: {report}")
     parts: dict[str, Any] = {
         "encoder": encoder, "images": images, "rows": rows, "novel": novel, "model": model, "mean": mean, "std": std

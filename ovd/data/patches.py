@@ -111,8 +111,9 @@ def prior_boxes(
         around = cv2.blur(colour, (max(3, int(side * share)) | 1,) * 2, borderType=cv2.BORDER_REFLECT)
         contrast += np.linalg.norm(cv2.GaussianBlur(colour, (0, 0), 1.0) - around, axis=2)
     found: list[tuple[float, NDArray[Any]]] = []
-    for cut in (0.5, 0.65, 0.8, 0.9):
-        binary = (contrast > np.quantile(contrast, cut)).astype(np.uint8)
+    most = float(contrast.max())
+    for cut in (*np.quantile(contrast, (0.5, 0.7, 0.85)), 0.35 * most, 0.5 * most, 0.65 * most):
+        binary = (contrast > cut).astype(np.uint8)
         _, labels, stats, _ = cv2.connectedComponentsWithStats(binary)
         for number, (x, y, w, h, area) in enumerate(stats.tolist()):
             if number == 0 or w / factor < min_side or h / factor < min_side or w * h > 0.6 * small.shape[0] * small.shape[1]:

@@ -35,7 +35,15 @@ from ovd.modeling.matcher import (
     to_centres,
     to_corners,
 )
-from ovd.modeling.transformer import MLP, ConditionalDecoder, Encoder, PlainDecoder, sine_code, token_positions
+from ovd.modeling.transformer import (
+    MLP,
+    START,
+    ConditionalDecoder,
+    Encoder,
+    PlainDecoder,
+    sine_code,
+    token_positions,
+)
 from pretrain.engine import distributed
 
 PRIOR = 0.01  # of an object before training (focal loss, arXiv 1708.02002 §3.3)
@@ -187,7 +195,7 @@ class Detr(nn.Module):
         self.query_embed = nn.Embedding(queries, width)
         self.bbox_embed = MLP(width, width, width, 4)
         if arch == "conditional":
-            spread = torch.cat([torch.rand(queries, 2) * 0.9 + 0.05, torch.full((queries, 2), 0.25)], dim=1)
+            spread = torch.cat([torch.rand(queries, 2) * 0.9 + 0.05, torch.full((queries, 2), START)], dim=1)
             self.query_anchor = nn.Parameter(torch.logit(spread))
             nn.init.zeros_(self.bbox_embed.layers[-1].weight)
             nn.init.zeros_(self.bbox_embed.layers[-1].bias)

@@ -171,23 +171,28 @@ def read_official(path: Path) -> dict[str, Tensor]:
     return official_names(state)
 
 
-def read_start(path: Path) -> dict[str, Tensor]:
-    """Tensors of an exported folder, or of a released ``.pth`` file.
+def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Tensors of an exported folder, or of a released ``.pth`` file, and whether they bring a backbone of their own.
+
+    A frozen backbone is the one the configuration names, in full precision; one that was trained belongs to its
+    transformer.
 
     Raises:
         UserError: neither.
     """
     if path.suffix in (".pth", ".pt"):
-        return read_official(path)
+        return read_official(path), True
     folder = path / "exported" if (path / "exported" / "model.json").is_file() else path
-    if "arch" not in read_card(folder).model:
+    card = read_card(folder)
+    if "arch" not in card.model:
         raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
     tensors, _ = load_weights(folder / "model.safetensors")
-    return {
+    state = {
         k.removeprefix("model."): v.float() if v.is_floating_point() else v
         for k, v in tensors.items()
         if k.startswith("model.")
     }
+    return state, not card.model["backbone"]["frozen"]
 
 
 def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> Report:
@@ -200,7 +205,7 @@ def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbon
         backbone: take the backbone too.
 
     Raises:
-        UserError: nothing of the transformer fits, so this is another architecture.
+        UserError: less than half of the transformer fits, so this is another architecture.
     """
     own = model.state_dict()
     copied: dict[str, Tensor] = {}
@@ -221,9 +226,10 @@ def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbon
         else:
             other.append(key)
     transformer = [k for k in own if k.startswith("transformer.")]
-    if not any(k in copied for k in transformer):
+    fitting = sum(k in copied for k in transformer)
+    if 2 * fitting < len(transformer):  # a bias or two always fit
         raise UserError(
-            f"weights={source}: none of the {len(transformer)} transformer tensors fit; "
+            f"weights={source}: {fitting} of {len(transformer)} transformer tensors fit; "
             "model.arch, width and ffn must be those it was trained with"
         )
     left = {k for k in own if k.startswith("backbone.")} if not backbone else set()

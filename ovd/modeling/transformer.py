@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+START = 0.25  # side of the anchors before training; there the place is scaled by one
+
+
 def sine_code(positions: Tensor, width: int, *, temperature: float = 10_000.0) -> Tensor:
     """(…, k) coordinates in [0, 1] → (…, k · width) sines and cosines, DETR's with scale 2π."""
     step = torch.arange(width, device=positions.device, dtype=torch.float32)
@@ -115,7 +118,8 @@ class ConditionalDecoderLayer(_Residual):
     """Conditional DETR's: the cross-attention's weight is a content term plus a place term, per head.
 
     Projections of queries and tokens start equal (an orthogonal matrix each for content and place), so that a query
-    looks at its anchor, and at tokens like its content, from the first step.
+    looks at its anchor, and at tokens like its content, from the first step. Values carry their place too, so that a
+    query knows where it has looked; in the paper it can only guess that from the zero padding of the backbone.
     """
 
     def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool) -> None:
@@ -156,7 +160,7 @@ class ConditionalDecoderLayer(_Residual):
         key = per_head(self.key_content(memory), self.key_place(place))
         allowed = None if padding is None else ~padding[:, None, None]
         y = F.scaled_dot_product_attention(
-            query, key, per_head(self.value(memory)), attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0
+            query, key, per_head(self.value(memory + place)), attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0
         )
         x = self.after(x, self.out(y.transpose(1, 2).flatten(2)), self.norm2)
         y = self.linear2(self.drop(F.relu(self.linear1(self.before(x, self.norm3)))))
@@ -222,6 +226,8 @@ class ConditionalDecoder(nn.Module):
         self.width = width
         nn.init.zeros_(self.place_scale.layers[-1].weight)  # the scale starts as one
         nn.init.ones_(self.place_scale.layers[-1].bias)
+        nn.init.zeros_(self.size_head.layers[-1].weight)
+        nn.init.constant_(self.size_head.layers[-1].bias, math.log(START / (1 - START)))
 
     def forward(
         self,
@@ -250,7 +256,7 @@ class ConditionalDecoder(nn.Module):
                 x, memory, query_place=query_place, anchor_code=anchor_code, place=place, mask=mask, padding=padding
             )
             state = self.norm(x)
-            refined = logit + box_head(state).float()
+            refined = logit + box_head(state + query_place).float()  # a change is told from what it changes
             states.append(state)
             boxes.append(refined.sigmoid())
             logit = refined.detach()

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What UP-DETR's pretraining is worth: AP50 against the number of labelled pictures, and against iterations.
+
+    python benchmarks/claims/updetr.py                                             Sticker Scenes, base classes
+    python benchmarks/claims/updetr.py --coco IMAGES ANNOTATIONS                   photos with COCO annotations
+    python benchmarks/claims/updetr.py --cases grouped ungrouped no_mask single no_reconstruction unfrozen
+                                                                                    ablations, at a tenth of the labels
+
+Every run is the product's own: configs/updetr.yaml, then configs/detr.yaml from random weights or from the pretrained
+ones, with the same seed, pictures and number of steps. Runs that are finished are not repeated. The pretext runs once
+per case (seed 0), training once per seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+for place in (ROOT, ROOT / "benchmarks"):
+    if str(place) not in sys.path:
+        sys.path.insert(0, str(place))
+
+from _common import machine  # noqa: E402
+
+from ovd.config_detr import DetrTrainConfig  # noqa: E402
+from pretrain.engine.config import load_config  # noqa: E402
+
+CASES: dict[str, list[str]] = {  # of the pretext
+    "grouped": [],
+    "ungrouped": ["pretext.grouped=false"],
+    "no_mask": ["pretext.attention_mask=false"],
+    "single": ["pretext.patches.count=1"],
+    "no_reconstruction": ["model.loss.reconstruction=0"],
+    "unfrozen": ["model.backbone.frozen=false", "cache=null"],
+}
+MAIN_FRACTIONS = (0.05, 0.1, 0.25, 1.0)
+ABLATION_FRACTION = 0.1
+BEST = 100  # detections per picture that are judged
+
+
+def pretrain_once(case: str, options: argparse.Namespace) -> Path:
+    """The exported transformer of a case's pretext."""
+    from ovd.train_detr import main
+
+    out = options.out / "pretext" / case
+    if not (out / "exported" / "model.json").is_file():
+        images = []
+        if options.coco:
+            images = [f"pretext.images={{kind: folder, root: {options.coco[0]}}}", "pretext.held_out=null"]
+        main(
+            [
+                "--config", "updetr.yaml", f"out={out}", f"cache={options.out / 'features'}",
+                f"loop.steps={options.pretext_steps}", "loop.threads=1", "loop.save_every=1000", "--resume",
+                *images, *CASES[case],
+            ]
+        )  # fmt: skip
+    return out / "exported"
+
+
+def fine_tune(name: str, start: Path | None, fraction: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """AP50 along one training, by steps."""
+    record = options.out / "runs" / f"{name}_{fraction}_{seed}.json"
+    if record.is_file():
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
+    from ovd import train_detr
+    from pretrain.engine.loop import fit
+
+    data = [f"data.length={options.pictures}"]
+    if options.coco:
+        data = [
+            "data.kind=coco", f"data.images={options.coco[0]}", f"data.annotations={options.coco[1]}",
+            "data.split=all", "data.labels=all",
+        ]  # fmt: skip
+    config = load_config(
+        DetrTrainConfig,
+        "detr.yaml",
+        [
+            f"out={options.out / 'unused'}", f"cache={options.out / 'features'}", f"loop.seed={seed}",
+            f"loop.steps={options.steps}", "loop.threads=1", "loop.save_every=1000000000",
+            f"loop.log_every={options.every}", *data, *([f"weights={start}"] if start else []),
+        ],
+    )  # fmt: skip
+    train, held = pictures_of(config, options)
+    config = config.model_copy(update={"images_limit": max(1, round(fraction * train))})
+    parts = train_detr.build(config)
+    truth = held_out(config, parts, held, options)
+    curve = judged(parts["task"], parts["model"], truth)
+    begun = time.perf_counter()
+    out = options.out / "runs" / f"{name}_{fraction}_{seed}"
+    fit(parts["task"], parts["source"], loop=config.loop, optim=config.optim, out=out, record={"seed": seed}, overwrite=True)
+    found = {
+        "curve": curve, "seconds": time.perf_counter() - begun, "pictures": config.images_limit
+    }  # fmt: skip
+    record.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def pictures_of(config: DetrTrainConfig, options: argparse.Namespace) -> tuple[int, list[int]]:
+    """How many pictures may be trained on, and which of a COCO file are held out (the last fifth)."""
+    if not options.coco:
+        return int(options.pictures), []
+    from ovd.train_detr import every_category
+
+    count = len(every_category(config.data))
+    first = round(0.8 * count)
+    return first, list(range(first, count))
+
+
+def held_out(
+    config: DetrTrainConfig, parts: Mapping[str, Any], held: list[int], options: argparse.Namespace
+) -> list[list[dict[str, Any]]]:
+    """Batches of labelled pictures that no training sees, as cached features."""
+    from ovd.data.catalog import StickerImages
+    from ovd.data.mapper import DetectionSource, TrainingTransform
+    from ovd.train_detr import cached_detection
+    from pretrain.data.stickers import Stickers
+
+    images = parts["images"]
+    plain = config.model_copy(update={"data": config.data.model_copy(update={"flip": 0.0, "seed": 0})})
+    if not options.coco:
+        count = options.held_out
+        images = StickerImages(
+            stickers=Stickers.load(), split="val", seed=0, length=count, size=config.data.size, labels="base"
+        )
+        plain = plain.model_copy(update={"data": plain.data.model_copy(update={"length": count, "split": "val"})})
+        held = list(range(count))
+    transform = TrainingTransform(short_side=config.data.short_side, long_side=config.data.long_side, flip=0.0)
+    source = DetectionSource(images=getattr(images, "images", images), transform=transform, seed=0)
+    cached = cached_detection(plain, parts["model"], source)
+    samples = [cached.sample(index, 0) for index in held]
+    return [samples[i : i + 32] for i in range(0, len(samples), 32)]
+
+
+def judged(task: Any, model: Any, batches: list[list[dict[str, Any]]]) -> list[dict[str, float]]:
+    """Let a task's log lines carry AP50 of the held-out pictures; returns the list that fills with them."""
+    curve: list[dict[str, float]] = []
+    steps = 0
+
+    def after_step(step: int, total: int) -> None:
+        nonlocal steps
+        steps = step + 1
+
+    def report() -> tuple[dict[str, float], list[str]]:
+        found = average_precision(model, batches)
+        curve.append({"step": steps, **found})
+        return found, []
+
+    task.after_step, task.report = after_step, report
+    return curve
+
+
+def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+    """AP50 over classes, and of boxes whatever their class, in network pixels."""
+    import torch
+
+    from ovd.evaluation.coco import evaluate
+    from ovd.modeling.matcher import to_corners
+
+    training = model.training
+    model.eval()
+    gt: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    results: list[dict[str, Any]] = []
+    seen = model.classifier.trainable
+    gt["categories"] = [{"id": i + 1, "name": str(i)} for i in range(len(seen)) if bool(seen[i])]
+    number = 0
+    for batch in batches:
+        found = model.found(list(batch))
+        said = model.classifier(found.embeddings.flatten(0, 1))[:, :-1].masked_fill(~seen, float("-inf"))
+        word = said.softmax(-1).unflatten(0, found.logits.shape)
+        score = (word * found.logits.sigmoid()[..., None]).sqrt()
+        for n, one in enumerate(batch):
+            number += 1
+            height, width = one["size"]
+            gt["images"].append({"id": number, "height": height, "width": width})
+            for box, label in zip(one["instances"].gt_boxes.tensor.tolist(), one["instances"].gt_classes.tolist(), strict=True):
+                size = box[2] - box[0], box[3] - box[1]
+                gt["annotations"].append(
+                    {
+                        "id": len(gt["annotations"]) + 1, "image_id": number, "category_id": label + 1, "iscrowd": 0,
+                        "bbox": [box[0], box[1], *size], "area": size[0] * size[1],
+                    }
+                )  # fmt: skip
+            corners = to_corners(found.boxes[n]).clamp(0, 1) * torch.tensor([width, height, width, height])
+            best = score[n].flatten().topk(BEST)
+            for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                query, label = divmod(place, len(seen))
+                results.append(_result(number, label + 1, corners[query].tolist(), value))
+    model.train(training)
+    named = evaluate(gt, results, None, ["bbox"]).values["bbox/AP50"]
+    alone = {**gt, "categories": [{"id": 1, "name": "thing"}]}
+    alone["annotations"] = [{**a, "category_id": 1} for a in gt["annotations"]]
+    boxes: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in results:  # a box once, with its best score
+        key = (one["image_id"], *one["bbox"])
+        if key not in boxes or boxes[key]["score"] < one["score"]:
+            boxes[key] = {**one, "category_id": 1}
+    any_class = evaluate(alone, list(boxes.values()), None, ["bbox"]).values["bbox/AP50"]
+    return {"ap50": float(named), "ap50_any_class": float(any_class)}
+
+
+def _result(image: int, label: int, corners: Sequence[float], score: float) -> dict[str, Any]:
+    x1, y1, x2, y2 = corners
+    return {
+        "image_id": image, "category_id": label, "bbox": [x1, y1, max(x2 - x1, 0.01), max(y2 - y1, 0.01)],
+        "score": score,
+    }  # fmt: skip
+
+
+def steps_to(curve: Sequence[Mapping[str, float]], value: float, measure: str) -> float | None:
+    """The first step at which a curve reaches a value."""
+    return next((point["step"] for point in curve if point[measure] >= value), None)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what is not there yet; print the table; write ``updetr.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coco", nargs=2, metavar=("IMAGES", "ANNOTATIONS"), help="photos instead of stickers")
+    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=["grouped"])
+    parser.add_argument("--fractions", type=float, nargs="+", help="of the labelled pictures")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pretext-steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--every", type=int, default=250, help="steps between measurements")
+    parser.add_argument("--pictures", type=int, default=4000, help="labelled scenes")
+    parser.add_argument("--held-out", type=int, default=200, help="validation scenes")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "claims" / "updetr")
+    options = parser.parse_args(argv)
+    (options.out / "runs").mkdir(parents=True, exist_ok=True)
+    main_only = options.cases == ["grouped"]
+    fractions = options.fractions or (MAIN_FRACTIONS if main_only else (ABLATION_FRACTION,))
+    starts: dict[str, Path | None] = {"random": None}
+    starts |= {case: pretrain_once(case, options) for case in options.cases}
+    found: dict[str, Any] = {}
+    print(f"{'start':<18} {'labels':>7} {'AP50':>15} {'any class':>15} {'steps to random':>16}")
+    for fraction in fractions:
+        goal = 0.0
+        for name, start in starts.items():
+            runs = [fine_tune(name, start, fraction, seed, options) for seed in options.seeds]
+            last = {m: [100 * run["curve"][-1][m] for run in runs] for m in ("ap50", "ap50_any_class")}
+            mean = {m: statistics.mean(v) for m, v in last.items()}
+            spread = {m: statistics.stdev(v) if len(v) > 1 else 0.0 for m, v in last.items()}
+            if name == "random":
+                goal = mean["ap50_any_class"] / 100
+            reached = [steps_to(run["curve"], goal, "ap50_any_class") for run in runs]
+            known = [step for step in reached if step is not None]
+            said = f"{statistics.mean(known):.0f}" if len(known) == len(reached) else "not reached"
+            print(
+                f"{name:<18} {runs[0]['pictures']:>7} {mean['ap50']:>8.2f} ± {spread['ap50']:<4.2f} "
+                f"{mean['ap50_any_class']:>8.2f} ± {spread['ap50_any_class']:<4.2f} {said:>16}",
+                flush=True,
+            )
+            found[f"{name}/{fraction}"] = {"last": last, "curves": [run["curve"] for run in runs], "steps": reached}
+    settings = {k: str(v) for k, v in vars(options).items()}
+    text = json.dumps({"machine": machine(), "settings": settings, "found": found}, indent=1)
+    (options.out / f"updetr_{'main' if main_only else 'ablation'}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
