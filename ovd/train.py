@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.config import DataConfig, TrainConfig
 from pretrain.engine.cli import command_line
-from pretrain.engine.config import config_hash, free_keys, plain
+from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -315,6 +315,7 @@ def main(argv: list[str]) -> int:
         optim=config.optim,
         out=out,
         record=plain(config),
+        at_default=keys_at_default(config),
         resume=options.resume,
         overwrite=options.overwrite,
         check=options.check,
