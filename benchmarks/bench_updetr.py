@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from _common import milliseconds, parser, ratio, report, set_threads, show_ratio, take_turns
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ovd.modeling.matcher import Matches
@@ -47,8 +46,6 @@ def main() -> None:
     flags.add_argument("--forward-only", action="store_true", help="losses only, no backward pass")
     options = flags.parse_args()
     set_threads(options.threads)
-
-    import torch
 
     import ovd.modeling.detr as detr_module
     from ovd.config_detr import DetrTrainConfig

@@ -23,7 +23,9 @@ class DetrBackboneConfig(Section):
     stem: Literal["small", "imagenet"] = Field("small", description="3x3 stem of our encoders, or ImageNet's 7x7 one")
     norm: Literal["FrozenBN", "BN", "SyncBN"] = Field("FrozenBN", description="normalisation inside the ResNet")
     features: tuple[Literal["res3", "res4", "res5"], ...] = Field(
-        ("res4", "res5"), min_length=1, description="stages that are joined at the first one's resolution (paper: [res5])"
+        ("res4", "res5"),
+        min_length=1,
+        description="stages that are joined at the first one's resolution (paper: [res5])",
     )
     frozen: bool = Field(True, description="no gradient, eval mode; false: trained with pretrained_lr_scale")
 
@@ -70,10 +72,14 @@ class DetrConfig(Section):
     label_noise: float = Field(0.2, ge=0, le=1, description="share of denoising labels that are another class")
     scale: float = Field(40.0, gt=0, le=200, description="inverse temperature of the classes' softmax")
     embed_space: Literal["ssl", "clip"] = Field(
-        "clip", description="what queries are conditioned on and embedded into: backbone features, or the encoder's space"
+        "clip",
+        description="what queries are conditioned on and embedded into: backbone features, or the encoder's space",
     )
     conditioned: int = Field(
-        0, ge=0, le=200, description="classes that queries are conditioned on per step, by word or crop; 0: free queries"
+        0,
+        ge=0,
+        le=200,
+        description="classes that queries are conditioned on per step, by word or crop; 0: free queries",
     )
     loss: DetrLossConfig = Field(DetrLossConfig(), description="losses")
 
@@ -94,7 +100,8 @@ class PatchConfig(Section):
     """Random query patches."""
 
     sampler: Literal["official", "log_uniform", "prior"] = Field(
-        "log_uniform", description="official: uniform sides; log_uniform: even over scales; prior: around likely objects"
+        "log_uniform",
+        description="official: uniform sides; log_uniform: even over scales; prior: around likely objects",
     )
     count: int = Field(10, ge=1, le=500, description="patches per picture, M; 1 is the single-query form")
     size: int = Field(64, ge=16, le=512, description="patches are resized to this side (paper: 128)")
@@ -118,7 +125,11 @@ class PretextConfig(Section):
     )
     held_out_count: int = Field(128, ge=1, le=100_000, description="how many of them")
     evaluate_every: int = Field(
-        200, ge=1, le=10**9, description="steps between measurements (at log lines)", json_schema_extra={"resume": "free"}
+        200,
+        ge=1,
+        le=10**9,
+        description="steps between measurements (at log lines)",
+        json_schema_extra={"resume": "free"},
     )
     patches: PatchConfig = Field(PatchConfig(), description="query patches")
     grouped: bool = Field(True, description="match a patch among its own queries; false: the official matching")
@@ -172,7 +183,9 @@ class DetrTrainConfig(Section):
             raise ValueError("words live in the encoder's space: variant text needs model.embed_space clip")
         if self.cache is not None:
             if not self.model.backbone.frozen:
-                raise ValueError("cached features are those of a frozen backbone: set model.backbone.frozen or cache=null")
+                raise ValueError(
+                    "cached features are those of a frozen backbone: set model.backbone.frozen or cache=null"
+                )
             if self.data.crop is not None or self.data.scale != (1.0, 1.0):
                 raise ValueError("cached features allow flips only: unset data.crop and data.scale, or cache=null")
         if self.model.conditioned and self.pretext is not None:

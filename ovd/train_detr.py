@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``python -m ovd.train`` does with a configuration of a detection transformer: UP-DETR's pretext, or training.
 
-    python -m ovd.train --config updetr.yaml                                   patches, no labels
-    python -m ovd.train --config detr.yaml weights=runs/updetr/exported       fine-tune on labels
+python -m ovd.train --config updetr.yaml                                   patches, no labels
+python -m ovd.train --config detr.yaml weights=runs/updetr/exported       fine-tune on labels
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def is_transformer(argv: Sequence[str]) -> bool:
     if any(word.startswith(("model.arch=", "--model.arch")) for word in words):
         return True
     given = [w.partition("=")[2] for w in words if w.startswith("--config=")]
-    given += [b for a, b in zip(words, words[1:], strict=False) if a == "--config"]
+    given += [b for a, b in itertools.pairwise(words) if a == "--config"]
     if not given:
         return False
     try:
@@ -125,6 +126,11 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
         rows = embed_vocabulary(Vocabulary.parse(list(images.names)), encoder)
         trainable = torch.ones(len(images.names), dtype=torch.bool)
         trainable[sorted(novel)] = False
+        if config.model.conditioned > int(trainable.sum()):
+            raise UserError(
+                f"model.conditioned: {config.model.conditioned} classes are asked of each picture, but only "
+                f"{int(trainable.sum())} can be trained; set model.conditioned to at most that"
+            )
         if config.images_limit is not None:
             images = FirstImages(images, config.images_limit)
     model = build_detr(
@@ -351,9 +357,7 @@ def cached_patches(
         "space": space,
     }
     model.eval()
-    cache = FeatureCache.open(
-        Path(config.cache or ""), key=key, count=len(source), compute=compute, batch=CACHE_BATCH
-    )
+    cache = FeatureCache.open(Path(config.cache or ""), key=key, count=len(source), compute=compute, batch=CACHE_BATCH)
     return CachedPatches(cache=cache, features=config.model.backbone.features)
 
 

@@ -95,7 +95,15 @@ def fine_tune(name: str, start: Path | None, fraction: float, seed: int, options
     curve = judged(parts["task"], parts["model"], truth)
     begun = time.perf_counter()
     out = options.out / "runs" / f"{name}_{fraction}_{seed}"
-    fit(parts["task"], parts["source"], loop=config.loop, optim=config.optim, out=out, record={"seed": seed}, overwrite=True)
+    fit(
+        parts["task"],
+        parts["source"],
+        loop=config.loop,
+        optim=config.optim,
+        out=out,
+        record={"seed": seed},
+        overwrite=True,
+    )
     found = {
         "curve": curve, "seconds": time.perf_counter() - begun, "pictures": config.images_limit
     }  # fmt: skip
@@ -180,7 +188,9 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
             number += 1
             height, width = one["size"]
             gt["images"].append({"id": number, "height": height, "width": width})
-            for box, label in zip(one["instances"].gt_boxes.tensor.tolist(), one["instances"].gt_classes.tolist(), strict=True):
+            for box, label in zip(
+                one["instances"].gt_boxes.tensor.tolist(), one["instances"].gt_classes.tolist(), strict=True
+            ):
                 size = box[2] - box[0], box[3] - box[1]
                 gt["annotations"].append(
                     {

@@ -98,8 +98,8 @@ class FeatureCache:
                         )
                     if arrays[name].shape[1:] != rows.shape[1:]:
                         raise UserError(
-                            f"cache: pictures {indices[0]} to {indices[-1]} give {name} of shape {rows.shape[1:]}, others "
-                            f"{arrays[name].shape[1:]}; a cache needs pictures of one size: set cache=null"
+                            f"cache: pictures {indices[0]} to {indices[-1]} give {name} of shape {rows.shape[1:]}, "
+                            f"others {arrays[name].shape[1:]}; a cache needs pictures of one size: set cache=null"
                         )
                     arrays[name][indices] = rows
                 if (first // batch) % 32 == 0:
@@ -108,11 +108,14 @@ class FeatureCache:
                 array.flush()  # type: ignore[attr-defined]
             record = {"arrays": sorted(arrays), "key": dict(key), "count": count}
             write_atomically(fresh / META, json.dumps(record, sort_keys=True).encode())
-            if target.exists():
-                shutil.rmtree(target)
+            if (target / META).is_file():
+                return  # another process was faster; its arrays are the same
+            shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
         except OSError as error:
-            raise UserError(f"cache {target}: {error.strerror or error}; free some space or set cache=FOLDER") from error
+            raise UserError(
+                f"cache {target}: {error.strerror or error}; free some space or set cache=FOLDER"
+            ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 

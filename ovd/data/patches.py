@@ -103,7 +103,9 @@ def prior_boxes(
     """
     height, width = image.shape[:2]
     factor = 128 / max(height, width)
-    small = cv2.resize(image, (max(8, round(width * factor)), max(8, round(height * factor))), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(
+        image, (max(8, round(width * factor)), max(8, round(height * factor))), interpolation=cv2.INTER_AREA
+    )
     colour = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
     side = max(small.shape[:2])
     contrast = np.zeros(small.shape[:2], dtype=np.float32)
@@ -116,7 +118,12 @@ def prior_boxes(
         binary = (contrast > cut).astype(np.uint8)
         _, labels, stats, _ = cv2.connectedComponentsWithStats(binary)
         for number, (x, y, w, h, area) in enumerate(stats.tolist()):
-            if number == 0 or w / factor < min_side or h / factor < min_side or w * h > 0.6 * small.shape[0] * small.shape[1]:
+            if (
+                number == 0
+                or w / factor < min_side
+                or h / factor < min_side
+                or w * h > 0.6 * small.shape[0] * small.shape[1]
+            ):
                 continue
             if max(w / h, h / w) > max_aspect:
                 continue

@@ -477,7 +477,6 @@ class Detr(nn.Module):
             absent = seen[torch.randperm(len(seen), device=self.device)]
             absent = absent[~torch.isin(absent, present)][: self.conditioned - len(present)]
             asked = torch.cat([present, absent])
-            asked = asked.repeat(-(-self.conditioned // max(1, len(asked))))[: self.conditioned]
             rows.append(self.classifier.rows[asked])
             hit = targets.labels[n, :count, None] == asked[None]
             keep.append(hit.any(1))

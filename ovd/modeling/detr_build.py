@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -135,7 +135,9 @@ class Report:
         for name in ("missing", "unexpected", "dropped", "other_shape"):
             keys = getattr(self, name)
             if keys:
-                parts.append(f"{name.replace('_', ' ')} {len(keys)}: {', '.join(keys[:6])}{' …' if len(keys) > 6 else ''}")
+                parts.append(
+                    f"{name.replace('_', ' ')} {len(keys)}: {', '.join(keys[:6])}{' …' if len(keys) > 6 else ''}"
+                )
         return "; ".join(parts) + (f"; {self.queries}" if self.queries else "")
 
 
@@ -162,8 +164,8 @@ def read_official(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights={path}: not found; give an exported folder or a .pth file") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"weights={path}: not a checkpoint of tensors ({str(error).splitlines()[0]}); files that would run code are "
-            "not read: save only the tensors in it, {'model': model.state_dict()}"
+            f"weights={path}: not a checkpoint of tensors ({str(error).splitlines()[0]}); files that would run code "
+            "are not read: save only the tensors in it, {'model': model.state_dict()}"
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -297,9 +299,7 @@ class DetrRegions(RegionModel):
             self.example_encoder = PatchEncoder(model=model, side=64)
 
     @torch.no_grad()
-    def _found(
-        self, image: np.ndarray, conditions_MD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _found(self, image: np.ndarray, conditions_MD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Corner boxes in pixels of the picture, objectness and embeddings of all queries, in the queries' order."""
         inputs, _, _ = self._input(image)
         conditions = None if conditions_MD is None else conditions_MD[None].to(self.detr.device)

@@ -112,7 +112,9 @@ def match(
         blocks = [(slice(None), range(count))]
         if groups_Q is not None and groups_NT is not None:
             own = groups_NT[image, :count]
-            blocks = [((groups_Q == g).nonzero()[0], (own == g).nonzero()[0].tolist()) for g in sorted(set(own.tolist()))]
+            blocks = [
+                ((groups_Q == g).nonzero()[0], (own == g).nonzero()[0].tolist()) for g in sorted(set(own.tolist()))
+            ]
         for layer in range(layers):
             for rows, targets in blocks:
                 block = cost[layer, image, rows][:, list(targets)]

@@ -10,12 +10,12 @@ Shapes: ``N`` images, ``S`` tokens of a feature map, ``Q`` queries, ``d`` width,
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 
 START = 0.25  # side of the anchors before training; there the place is scaled by one
 
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -101,7 +101,14 @@ class PlainDecoderLayer(_Residual):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, memory: Tensor, *, query_place: Tensor, place: Tensor, mask: Tensor | None, padding: Tensor | None
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        query_place: Tensor,
+        place: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
     ) -> Tensor:
         y = self.before(x, self.norm1)
         q = y + query_place
@@ -160,7 +167,11 @@ class ConditionalDecoderLayer(_Residual):
         key = per_head(self.key_content(memory), self.key_place(place))
         allowed = None if padding is None else ~padding[:, None, None]
         y = F.scaled_dot_product_attention(
-            query, key, per_head(self.value(memory + place)), attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0
+            query,
+            key,
+            per_head(self.value(memory + place)),
+            attn_mask=allowed,
+            dropout_p=self.dropout if self.training else 0.0,
         )
         x = self.after(x, self.out(y.transpose(1, 2).flatten(2)), self.norm2)
         y = self.linear2(self.drop(F.relu(self.linear1(self.before(x, self.norm3)))))

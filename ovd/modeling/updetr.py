@@ -14,7 +14,7 @@ Shapes: ``N`` images, ``M`` patches, ``Q`` queries, ``K`` crops of a patch, ``D`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,6 @@ class PatchPretext(DetectionTask):
         pretrained_lr_scale: float = 0.1,
     ) -> None:
         super().__init__(model=model, pretrained_prefixes=("backbone.",), pretrained_lr_scale=pretrained_lr_scale)
-        self.detr = (model,)  # typed, and registered once
         self.embed = embed
         self.grouped, self.attention_mask, self.shuffle, self.mask_queries = (
             grouped, attention_mask, shuffle, mask_queries
@@ -65,16 +64,21 @@ class PatchPretext(DetectionTask):
         self.untracked = ("model.backbone.",) if model.frozen else ()
         self._steps, self._measured = 0, -1
 
+    @property
+    def detr(self) -> Detr:
+        """The transformer."""
+        return cast(Detr, self.model)
+
     def forward(self, batch: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
         """(sum of the losses, each of them)."""
         out, targets, group = self.predict(batch)
-        losses = self.detr[0].losses(out, targets, group=group if self.grouped else None)
+        losses = self.detr.losses(out, targets, group=group if self.grouped else None)
         total = torch.stack(list(losses.values())).sum()
         return total, {name: value.detach() for name, value in losses.items()}
 
     def predict(self, batch: list[dict[str, Any]]) -> tuple[Decoded, Targets, Tensor]:
         """Decoder output, the patches as targets, and the (Q,) group of each query."""
-        model = self.detr[0]
+        model = self.detr
         embeddings = self.embeddings(batch)
         memory = model.memory(batch)
         patches = embeddings.shape[1]
@@ -97,7 +101,7 @@ class PatchPretext(DetectionTask):
 
     def embeddings(self, batch: list[dict[str, Any]]) -> Tensor:
         """(N, M, D) of the patches, cached or computed, never with a gradient."""
-        device = self.detr[0].device
+        device = self.detr.device
         if "embeddings" in batch[0]:
             return torch.stack([x["embeddings"] for x in batch]).to(device, torch.float32)
         with torch.no_grad():
@@ -106,7 +110,7 @@ class PatchPretext(DetectionTask):
 
     def conditions(self, embeddings: Tensor, group: Tensor) -> Tensor:
         """(N, Q, d) what is added to each query: its patch, or nothing for the masked ones (training only)."""
-        added = self.detr[0].condition(embeddings)[:, group]
+        added = self.detr.condition(embeddings)[:, group]
         if self.training and self.mask_queries:
             keep = torch.rand(added.shape[:2], device=added.device) >= self.mask_queries
             added = added * keep[..., None]
@@ -137,7 +141,7 @@ class PatchPretext(DetectionTask):
     def localised(self, batch: list[dict[str, Any]]) -> Tensor:
         """(N · M,) IoU of the answers."""
         out, targets, group = self.predict(batch)
-        model = self.detr[0]
+        model = self.detr
         assert model.object_embed is not None
         score = model.object_embed(out.states[-1])[..., 0]
         patches = targets.boxes.shape[1]

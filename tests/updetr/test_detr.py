@@ -67,7 +67,10 @@ def test_losses__equal_a_plain_loop_over_layers_and_pictures() -> None:
     model = make("conditional").train()
     assert model.object_embed is not None and model.classifier is not None
     out, targets = crafted()
-    out, total = Decoded(out.states, out.boxes), {"loss_object": 0.0, "loss_l1": 0.0, "loss_giou": 0.0, "loss_text": 0.0}
+    out, total = (
+        Decoded(out.states, out.boxes),
+        {"loss_object": 0.0, "loss_l1": 0.0, "loss_giou": 0.0, "loss_text": 0.0},
+    )
     number = 4
     model.requires_grad_(False)
     for states, boxes in zip(out.states, out.boxes, strict=True):
@@ -227,7 +230,9 @@ def test_official__a_checkpoint_with_a_namespace_loads_and_every_key_is_accounte
     model = paper_model()
     released = {k: torch.randn_like(v) for k, v in model.state_dict().items() if not k.startswith("backbone.")}
     body = resnet18(weights=None).state_dict()
-    released |= {f"backbone.0.body.{k}": v for k, v in body.items() if "num_batches" not in k and not k.startswith("fc.")}
+    released |= {
+        f"backbone.0.body.{k}": v for k, v in body.items() if "num_batches" not in k and not k.startswith("fc.")
+    }
     released["bbox_attention.weight"] = torch.zeros(2)
     file = tmp_path / "up-detr.pth"
     torch.save({"model": released, "args": argparse.Namespace(lr=1e-4), "epoch": 60}, file)

@@ -84,7 +84,12 @@ def test_match__moves_costs_to_the_cpu_once_for_all_layers_and_images(monkeypatc
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "cpu", counting)
-    match(torch.randn(6, 4, 10, 3), [3, 1, 2, 3], query_group_Q=groups_of(10, 3), target_group_NT=torch.tensor([[0, 1, 2]] * 4))
+    match(
+        torch.randn(6, 4, 10, 3),
+        [3, 1, 2, 3],
+        query_group_Q=groups_of(10, 3),
+        target_group_NT=torch.tensor([[0, 1, 2]] * 4),
+    )
     assert len(calls) == 1
 
 

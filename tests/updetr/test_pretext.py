@@ -94,7 +94,10 @@ def test_patches__log_uniform_reaches_small_ones_and_avoids_near_duplicates() ->
             boxes = torch.from_numpy(patches.boxes(image, rng))
             sides = boxes[:, 2:] - boxes[:, :2]
             small += int((sides.prod(1).sqrt() < 0.2 * (120 * 200) ** 0.5).sum())
-            low, high = torch.maximum(boxes[:, None, :2], boxes[None, :, :2]), torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+            low, high = (
+                torch.maximum(boxes[:, None, :2], boxes[None, :, :2]),
+                torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:]),
+            )
             inner = (high - low).clamp(min=0).prod(-1)
             iou = inner / (sides.prod(1)[:, None] + sides.prod(1)[None] - inner)
             doubles += int(((iou > 0.5).sum() - 8) / 2)
@@ -165,7 +168,7 @@ def test_queries__each_patch_goes_to_its_own_contiguous_share() -> None:
     embeddings = torch.randn(2, 3, CHANNELS)
     group = torch.tensor([0, 0, 1, 1, 2, 2])
     added = pretext.conditions(embeddings, group)
-    expected = pretext.detr[0].patch2query(embeddings).repeat_interleave(2, dim=1)
+    expected = pretext.detr.patch2query(embeddings).repeat_interleave(2, dim=1)
     torch.testing.assert_close(added, expected)
 
 
@@ -219,7 +222,7 @@ def test_reconstruction__is_the_squared_distance_of_unit_vectors_over_boxes_summ
     pretext = task(mask_queries=0.0)
     batch = patch_batch(2, 3)
     out, targets, group = pretext.predict(batch)
-    model = pretext.detr[0]
+    model = pretext.detr
     from ovd.modeling.matcher import box_cost, match, object_cost
 
     assert model.object_embed is not None and targets.embeddings is not None
@@ -238,7 +241,7 @@ def test_reconstruction__is_the_squared_distance_of_unit_vectors_over_boxes_summ
 
 def test_reconstruction__target_gets_no_gradient_and_follows_the_box_that_was_matched() -> None:
     pretext = task(grouped=False, mask_queries=0.0)
-    out, targets, _ = pretext.predict(patch_batch(1, 3))
+    _, targets, _ = pretext.predict(patch_batch(1, 3))
     assert targets.groups is None and targets.embeddings is not None and not targets.embeddings.requires_grad
     grouped = task(mask_queries=0.0)
     assert grouped.predict(patch_batch(1, 3))[1].groups is not None
@@ -256,7 +259,9 @@ def test_contrast__classifies_among_the_patches_of_the_picture() -> None:
     assert perfect.layers[-1].weight.grad is not None
 
 
-def test_measure__a_perfect_answer_scores_one_and_a_constant_box_what_it_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure__a_perfect_answer_scores_one_and_a_constant_box_what_it_overlaps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretext = task()
     batch = patch_batch(2, 3)
     real = pretext.predict

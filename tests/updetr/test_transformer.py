@@ -49,7 +49,8 @@ def test_plain_decoder_layer__places_go_to_queries_and_keys_but_not_to_values() 
     x, tokens, here, there = torch.randn(4, 1, 5, 16).unbind(0)
     same = tokens[:, :1].expand(-1, 5, -1)  # equal tokens have equal values: where one looks changes nothing
     first, second = (
-        layer(x, same, query_place=here, place=place, mask=None, padding=None) for place in (there, torch.zeros(1, 5, 16))
+        layer(x, same, query_place=here, place=place, mask=None, padding=None)
+        for place in (there, torch.zeros(1, 5, 16))
     )
     torch.testing.assert_close(first, second)
     other = layer(x, tokens, query_place=here, place=there, mask=None, padding=None)
@@ -94,7 +95,13 @@ def test_conditional_decoder__boxes_start_at_the_anchors_and_refine_them_without
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     anchors = torch.logit(torch.rand(1, 5, 4) * 0.8 + 0.1).requires_grad_()
-    given = {"content": torch.randn(1, 5, 16), "anchors": anchors, "place": torch.randn(1, 9, 16), "mask": None, "padding": None}
+    given = {
+        "content": torch.randn(1, 5, 16),
+        "anchors": anchors,
+        "place": torch.randn(1, 9, 16),
+        "mask": None,
+        "padding": None,
+    }
     states, boxes = decoder(torch.randn(1, 9, 16), box_head=head, **given)
     assert states.shape == (3, 1, 5, 16)
     torch.testing.assert_close(boxes, anchors.sigmoid().expand(3, -1, -1, -1))

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands: dispatch, configurations, a cache that changes nothing, exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ovd.config_detr import DetrTrainConfig
+from ovd.data.features import CachedPatches, FeatureCache
+from ovd.modeling.updetr import PatchPretext
+from ovd.train_detr import is_transformer
+from pretrain.engine.config import LoopConfig, OptimConfig, load_config
+from pretrain.engine.errors import ConfigError, UserError
+from pretrain.engine.loop import fit
+from tests.updetr.small import make, patch_batch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pretext(**changes: Any) -> PatchPretext:
+    model = make("conditional", variant="agnostic")
+    return PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), **changes)
+
+
+class Samples:
+    """A source of fixed samples."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int, draw: int) -> dict[str, Any]:
+        return self.samples[index]
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return samples
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        (["--config", "updetr.yaml"], True),
+        (["--config=detr.yaml", "loop.steps=3"], True),
+        (["--config", "ov_detr"], True),
+        (["--config", "paper/detr_voc.yaml"], True),
+        (["--config", "vild.yaml"], False),
+        (["--config", "no_such.yaml"], False),
+        (["model.arch=detr"], True),
+        ([], False),
+    ],
+)
+def test_command__a_configuration_with_an_arch_trains_a_transformer(argv: list[str], answer: bool) -> None:
+    assert is_transformer(argv) is answer
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["updetr", "detr", "ov_detr", "paper/updetr", "paper/detr", "paper/detr_300", "paper/detr_voc"],
+)
+def test_configs__are_valid(name: str) -> None:
+    load_config(DetrTrainConfig, ROOT / "configs" / f"{name}.yaml")
+
+
+def test_configs__hold_the_published_recipe() -> None:
+    up = load_config(DetrTrainConfig, ROOT / "configs/paper/updetr.yaml")
+    assert up.pretext is not None
+    assert (up.pretext.patches.count, up.model.queries, up.pretext.grouped, up.pretext.shuffle) == (
+        10,
+        100,
+        False,
+        False,
+    )
+    assert up.loop.steps == 60 * 1_281_167 // 256 and up.optim.milestones == (round(40 * 1_281_167 / 256),)
+    fine = load_config(DetrTrainConfig, ROOT / "configs/paper/detr.yaml")
+    assert fine.optim.lr * fine.pretrained_lr_scale == pytest.approx(5e-5)
+    assert fine.model.model_dump(exclude={"variant", "backbone", "loss"}) == up.model.model_dump(
+        exclude={"variant", "backbone", "loss"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["pretext.patches.count=60"], "at least as many model.queries"),
+        (["model.backbone.frozen=false"], "frozen backbone"),
+        (["data.scale=[0.5, 1.0]"], "flips only"),
+        (["model.variant=text", "pretext=null"], "embed_space clip"),
+        (["model.arch=detr", "model.denoising=1"], "start from anchors"),
+        (["model.heads=3"], "not divisible"),
+    ],
+)
+def test_configs__what_cannot_be_is_said(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(DetrTrainConfig, ROOT / "configs/updetr.yaml", overrides)
+
+
+def test_cache__features_and_embeddings_give_the_same_losses_and_the_same_boxes(tmp_path: Path) -> None:
+    task = pretext(mask_queries=0.0)
+    model = task.detr
+    batch = patch_batch(4, 3)
+    calls: list[list[int]] = []
+
+    def compute(indices: list[int]) -> dict[str, Any]:
+        calls.append(indices)
+        samples = [batch[i] for i in indices]
+        with torch.no_grad():
+            maps = model.maps(model.normalised(torch.stack([s["image"] for s in samples])))
+            z = task.embeddings(samples)
+        return {
+            **{name: value.numpy() for name, value in maps.items()},
+            "size": np.array([s["size"] for s in samples]),
+            "patch_boxes": np.stack([s["boxes"].numpy() for s in samples])[:, None],
+            "patch_embeddings": z.numpy()[:, None],
+        }
+
+    task.train()
+    given: dict[str, Any] = {"key": {"what": "test"}, "count": 4, "compute": compute, "batch": 3}
+    first = FeatureCache.open(tmp_path, **given)
+    again = FeatureCache.open(tmp_path, **given)
+    assert calls == [[0, 1, 2], [3]]  # computed once
+    assert len(again) == 4 and len(first) == 4
+    source = CachedPatches(cache=again, features=("res4",))
+    cached = [source.sample(i, 0) for i in range(4)]
+    plain, quick = task(batch), task(cached)
+    assert float(quick[0]) == pytest.approx(float(plain[0]), abs=1e-5)
+    for name, value in plain[1].items():
+        assert float(quick[1][name]) == pytest.approx(float(value), abs=1e-5)
+    FeatureCache.open(tmp_path, **{**given, "key": {"what": "other"}})
+    assert len(calls) == 4
+
+
+def test_cache__pictures_of_several_sizes_are_refused_and_leave_nothing_behind(tmp_path: Path) -> None:
+    def compute(indices: list[int]) -> dict[str, Any]:
+        return {"res4": np.zeros((len(indices), 2, 3 + indices[0], 3), dtype=np.float32)}
+
+    with pytest.raises(UserError, match="one size"):
+        FeatureCache.open(tmp_path, key={}, count=4, compute=compute, batch=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def run(out: Path, steps: int, *, resume: bool = False) -> PatchPretext:
+    torch.manual_seed(5)
+    task = pretext(mask_queries=0.3, shuffle=True, held_out=[patch_batch(2, 3, seed=9)], evaluate_every=2)
+    fit(
+        task,
+        Samples(patch_batch(5, 3)),
+        loop=LoopConfig(
+            steps=steps, batch_size=2, workers=0, log_every=2, save_every=3, device="cpu", clip_norm=0.1, threads=1
+        ),
+        optim=OptimConfig(lr=1e-3, schedule="constant"),
+        out=out,
+        record={"steps": "any"},
+        resume=resume,
+    )
+    return task
+
+
+def test_resume__a_pretext_that_was_interrupted_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 3)
+    resumed = run(tmp_path / "parts", 6, resume=True)
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert all("patch_miou" in line for line in lines)
