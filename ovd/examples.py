@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -109,7 +109,9 @@ def parse_examples(given: ExamplesLike, *, picture: NDArray[np.uint8] | None = N
     pairs: list[tuple[str, Any]] = []
     if isinstance(given, Mapping):
         for name, crops in given.items():
-            pairs.extend((str(name), crop) for crop in (crops if _is_several(crops) else [crops]))
+            pairs.extend(
+                (str(name), crop) for crop in (list(cast("Iterable[Any]", crops)) if _is_several(crops) else [crops])
+            )
     elif isinstance(given, (str, bytes, Path, Image.Image, np.ndarray, Crop)):
         pairs.append(("", given))
     else:

@@ -215,7 +215,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
     novel = images.novel if config.data.labels == "base" else frozenset()
     trainable = torch.ones(len(images.names), dtype=torch.bool)
     trainable[sorted(novel)] = False
-    look = encoder.image_mean, encoder.image_std
+    look: tuple[tuple[float, ...], tuple[float, ...]] = encoder.image_mean, encoder.image_std
     if config.backbone_weights is not None:  # a backbone sees pictures as it was trained to
         look = backbone_tensors(config.backbone_weights, stem=config.model.backbone.stem)[1] or look
     mean, std = ([255.0 * v for v in values] for values in look)

@@ -32,16 +32,19 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
     """
     from pretrain.nets.towers import build_encoder, copy_tower, load_encoder, read_config
 
-    config = cfg.method.encoder
-    if not isinstance(cfg.method, ClipMethod):
-        return build_encoder(config)
-    if config.text is None and cfg.method.text_weights is not None:
-        theirs = load_encoder(cfg.method.text_weights).config.get("encoder") or {}
+    method = cfg.method
+    if isinstance(method, TextDistillMethod):
+        return build_encoder(method.encoder)
+    if not isinstance(method, ClipMethod):
+        raise TypeError(f"{method.name} trains a backbone, not an encoder")
+    config = method.encoder
+    if config.text is None and method.text_weights is not None:
+        theirs = load_encoder(method.text_weights).config.get("encoder") or {}
         if not theirs.get("text"):
-            raise UserError(f"method.text_weights: {cfg.method.text_weights} has no text tower of ours to take over")
+            raise UserError(f"method.text_weights: {method.text_weights} has no text tower of ours to take over")
         config = type(config).model_validate({**config.model_dump(), "text": theirs["text"]})
     encoder = build_encoder(config)
-    for which, path in (("text", cfg.method.text_weights), ("visual", cfg.method.image_weights)):
+    for which, path in (("text", method.text_weights), ("visual", method.image_weights)):
         if path is not None:
             read_config(path)
             copy_tower(encoder, load_encoder(path), which=which)
@@ -49,7 +52,7 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
 
 
 def build_task(cfg: PretrainConfig) -> nn.Module:
-    """The module that `fit` trains; its `encoder` is what is exported."""
+    """The module that `fit` trains for CLIP and text distillation; its `encoder` is what is exported."""
     encoder = build_encoder_for(cfg)
     method = cfg.method
     if isinstance(method, TextDistillMethod):
@@ -60,6 +63,8 @@ def build_task(cfg: PretrainConfig) -> nn.Module:
             similarity_weight=method.similarity_weight,
             similarity_temperature=method.similarity_temperature,
         )
+    if not isinstance(method, ClipMethod):
+        raise TypeError(f"{method.name} has a recipe of its own: build_self_supervised")
     from pretrain.methods.clip import Clip
 
     names = None

@@ -91,6 +91,7 @@ class DetailMap(nn.Module):
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         for convolution in (self.fine, self.coarse, self.smooth):
             nn.init.kaiming_uniform_(convolution.weight, a=1)  # FPN's reference initialisation
+            assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     library, _, name = config.name.rpartition(":")
     if config.name in OURS or library == "detectron2":
         depth = int(name.removeprefix("resnet").removeprefix("R"))
-        backbone: nn.Module = ResNet(depth=depth, stem=config.stem, zero_init=config.zero_init)  # type: ignore[arg-type]
+        backbone: nn.Module = ResNet(depth=depth, stem=config.stem, zero_init=config.zero_init)
     elif library == "torchvision":
         backbone = _torchvision(name)
     else:
@@ -79,7 +79,7 @@ def _timm(name: str) -> nn.Module:
     if not timm.is_model(name):
         raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
     network = timm.create_model(name, pretrained=False, num_classes=0)
-    return Pooled(network, int(network.num_features))
+    return Pooled(network, cast(int, network.num_features))
 
 
 def _near(name: str, known: Sequence[str]) -> str:

@@ -65,8 +65,8 @@ def folded(module: nn.Module) -> nn.Module:
     """A copy in which standardised layers are plain ones with the standardised weights: the same function."""
     plain = copy.deepcopy(module)
     for layer in plain.modules():
-        for special, ordinary in ((StandardisedConv2d, nn.Conv2d), (StandardisedLinear, nn.Linear)):
-            if isinstance(layer, special):
-                layer.weight.copy_(standardised(layer.weight))
-                layer.__class__ = ordinary
+        if isinstance(layer, StandardisedConv2d | StandardisedLinear):
+            layer.weight.copy_(standardised(layer.weight))
+            ordinary: type[nn.Module] = nn.Conv2d if isinstance(layer, StandardisedConv2d) else nn.Linear
+            layer.__class__ = ordinary  # type: ignore[assignment]
     return plain
