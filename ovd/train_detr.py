@@ -444,8 +444,11 @@ def export(config: DetrTrainConfig, parts: dict[str, Any], folder: Path) -> None
     bank = [i for i in range(len(names)) if i not in images.novel] if images is not None else []
     variant = "agnostic" if images is None else config.model.variant
     worded = variant == "text"
+    head: dict[str, Any] = {"scale": config.model.scale}  # what commands read of any detector's card
+    if config.pretext is not None:
+        head |= {"patches": config.pretext.patches.count, "patch_size": config.pretext.patches.size}
     card = DetectorCard(
-        model={**config.model.model_dump(mode="json"), "variant": variant, "head": {"scale": config.model.scale}},
+        model={**config.model.model_dump(mode="json"), "variant": variant, "head": head},
         embed_dim=encoder.embed_dim,
         pixel_mean=tuple(parts["mean"]),
         pixel_std=tuple(parts["std"]),
@@ -456,7 +459,9 @@ def export(config: DetrTrainConfig, parts: dict[str, Any], folder: Path) -> None
         classes=names if variant != "agnostic" else (),
         novel=tuple(sorted(parts["novel"])) if worded else (),
         bank=tuple(names[i] for i in bank) if worded else (),
-        calibration=asdict(Calibration(logit_scale=config.model.scale, objectness_weight=1.0)),
+        calibration=asdict(
+            Calibration(logit_scale=config.model.scale, objectness_weight=1.0, example_objectness_weight=1.0)
+        ),
         config_hash=config_hash(config),
     )
     rows = parts["rows"][torch.tensor(bank)] if worded else torch.zeros(0, encoder.embed_dim)

@@ -22,6 +22,7 @@ from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr import Detr
 from ovd.modeling.matcher import to_corners
 from ovd.modeling.scoring import Calibration, RegionSet
+from ovd.regions.crops import crop_regions
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
 
@@ -294,9 +295,11 @@ class DetrRegions(RegionModel):
         self.bank = F.normalize(bank, dim=1) if len(bank) else bank
         self.calibration = Calibration(**card.calibration)
         self.background: Tensor | None = None
+        head = card.model.get("head", {})
+        self.patches, self.patch_size = int(head.get("patches", 1)), int(head.get("patch_size", 64))
         self.example_encoder: RegionEncoder | None = None
         if not model.normalise_condition:
-            self.example_encoder = PatchEncoder(model=model, side=64)
+            self.example_encoder = PatchEncoder(model=model, side=self.patch_size)
 
     @torch.no_grad()
     def _found(self, image: np.ndarray, conditions_MD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,6 +374,32 @@ class DetrRegions(RegionModel):
             found.append((boxes[real].cpu(), score[real].cpu(), group[real].cpu() + first))
         boxes, scores, owner = zip(*found, strict=True)
         return torch.cat(boxes), torch.cat(scores), torch.cat(owner)
+
+    @torch.no_grad()
+    def locate(self, image: np.ndarray, crops: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+        """Find what crops show, by the pretext alone: each crop is a query patch.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            crops: likewise, one per thing; from this picture or another.
+
+        Returns:
+            As `ask`: boxes in pixels, scores and the number of each one's crop.
+
+        Raises:
+            UserError: a model whose patches were embedded by the image-text encoder; `ask` takes those embeddings.
+        """
+        if self.detr.normalise_condition:
+            raise UserError("this transformer's patches live in the image-text encoder's space: embed crops with it")
+        whole = [np.array([[0.0, 0.0, crop.shape[1], crop.shape[0]]]) for crop in crops]
+        patches = [
+            crop_regions(crop, box, size=self.patch_size, scales=(1.0,))[0]
+            for crop, box in zip(crops, whole, strict=True)
+        ]
+        return self.ask(image, self.detr.pooled(torch.cat(patches).to(self.detr.device)), at_once=self.patches)
+
+
+# --- loading
 
 
 def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:

@@ -359,6 +359,8 @@ def test_region_model__a_pretrained_transformer_proposes_but_knows_no_words(tmp_
     assert loaded.propose(image, top=4)[0].shape == (4, 4)
     with pytest.raises(UserError, match="knows no words"):
         loaded.regions(image)
+    boxes, _, owner = loaded.locate(image, [np.full((20, 30, 3), 200, np.uint8), np.zeros((9, 9, 3), np.uint8)])
+    assert boxes.shape == (16, 4) and owner.bincount().tolist() == [8, 8]
     encoder = loaded.example_encoder
     crop = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert encoder.encode_image(encoder.prepare(crop)).shape == (2, encoder.embed_dim)
