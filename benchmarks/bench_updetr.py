@@ -59,7 +59,7 @@ def main() -> None:
     for name, file in (("pretraining", "updetr.yaml"), ("training", "detr.yaml")):
         small = ["cache=null", f"loop.batch_size={options.batch}", "loop.accumulate=1", "out=unused"]
         if name == "pretraining":
-            small += ["pretext.held_out=null", f"pretext.images.length={options.batch}", "pretext.mask_queries=0"]
+            small += ["pretext.held_out_count=0", f"pretext.images.length={options.batch}", "pretext.mask_queries=0"]
         else:
             small += [f"data.length={options.batch}", "model.denoising=0"]
         parts = build(load_config(DetrTrainConfig, file, small))

@@ -119,11 +119,11 @@ class PretextConfig(Section):
     images: ImagesConfig = Field(
         StickerScenes(kind="sticker_scenes", size=256, length=4000, seed=11), description="unlabelled pictures"
     )
-    held_out: ImagesConfig | None = Field(
+    held_out: ImagesConfig = Field(
         StickerScenes(kind="sticker_scenes", split="val", size=256, length=128, seed=11),
-        description="pictures on which localisation is measured; null: none",
+        description="pictures on which localisation is measured",
     )
-    held_out_count: int = Field(128, ge=1, le=100_000, description="how many of them")
+    held_out_count: int = Field(128, ge=0, le=100_000, description="how many of them; 0: nothing is measured")
     evaluate_every: int = Field(
         200,
         ge=1,

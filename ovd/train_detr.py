@@ -202,7 +202,7 @@ def pretext_parts(config: DetrTrainConfig, model: Detr, encoder: JointEncoder) -
             config, model, embed, train, pretext.images, variants=pretext.patches.variants, space=space
         )
     held_out: list[list[dict[str, Any]]] = []
-    if pretext.held_out is not None:
+    if pretext.held_out_count:
         other = patch_source(config, pretext.held_out, seed=config.loop.seed + 1, count=pretext.held_out_count)
         held: Source = other
         if config.cache is not None:

@@ -53,7 +53,7 @@ def pretrain_once(case: str, options: argparse.Namespace) -> Path:
     if not (out / "exported" / "model.json").is_file():
         images = []
         if options.coco:
-            images = [f"pretext.images={{kind: folder, root: {options.coco[0]}}}", "pretext.held_out=null"]
+            images = [f"pretext.images={{kind: folder, root: {options.coco[0]}}}", "pretext.held_out_count=0"]
         main(
             [
                 "--config", "updetr.yaml", f"out={out}", f"cache={options.out / 'features'}",
