@@ -155,8 +155,8 @@ class TrainConfig(Section):
     )
     backbone_weights: str | None = Field(
         None,
-        description="backbone to start from: exported/ of pretrain.train, a folder of pretrain.export, or a safetensors "
-        "file of torchvision's names; null: see backbone_start",
+        description="backbone to start from: exported/ of pretrain.train, a folder of pretrain.export, or a "
+        "safetensors file of torchvision's names; null: see backbone_start",
     )
     backbone_start: Literal["encoder", "scratch"] = Field(
         "encoder",

@@ -20,6 +20,7 @@ from pretrain.nets.grid import conv3x3_on_2x2
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks of res2…res5 (He et al. 2015, table 1)."""
 
+
 class SmallStem(CNNBlockBase):
     """3×3 stride-2 convolution and a max pool: stride 4 like the ImageNet stem, for small pictures."""
 

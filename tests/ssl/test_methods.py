@@ -68,9 +68,7 @@ def test_simclr_passes_both_views_together() -> None:
 @pytest.mark.parametrize(
     "task",
     [
-        SimSiam(
-            backbone=backbone(), projector=head(WIDTH), predictor=head(DIM, seed=2), augment=(as_float, as_float)
-        ),
+        SimSiam(backbone=backbone(), projector=head(WIDTH), predictor=head(DIM, seed=2), augment=(as_float, as_float)),
         BarlowTwins(backbone=backbone(), projector=head(WIDTH), augment=(as_float, as_float)),
     ],
     ids=["simsiam", "barlow_twins"],
