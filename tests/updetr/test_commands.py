@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands end to end on shipped weights: patches, then labels, then evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ovd import evaluate, train
+
+SMALL = ["loop.batch_size=4", "optim.warmup_steps=0", "loop.log_every=1", "loop.threads=1", "loop.workers=0"]
+
+
+@pytest.mark.slow
+def test_commands__pretrain_fine_tune_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = f"cache={tmp_path / 'features'}"
+    patches = [
+        "pretext.images.length=8", "pretext.held_out_count=4", "pretext.patches.variants=2", "pretext.patches.count=5",
+        "pretext.evaluate_every=1",
+    ]  # fmt: skip
+    up = tmp_path / "up"
+    assert train.main(["--config", "updetr.yaml", f"out={up}", cache, "loop.steps=3", *SMALL, *patches]) == 0
+    lines = [json.loads(line) for line in (up / "metrics.jsonl").read_text().splitlines()]
+    assert {"patch_miou", "patch_recall50", "loss_reconstruction"} <= set(lines[-1])
+    assert "patch2query starts as input_proj" in capsys.readouterr().out
+
+    fine = tmp_path / "fine"
+    labels = ["data.length=8", f"weights={up / 'exported'}", "model.queries=40", "model.conditioned=10"]
+    assert train.main(["--config", "detr.yaml", f"out={fine}", cache, "loop.steps=2", *SMALL, *labels]) == 0
+    said = capsys.readouterr().out
+    assert "the first 40 of 50 are kept" in said and "tensors loaded" in said
+    lines = [json.loads(line) for line in (fine / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss_text", "loss_l1_dn", "loss_object_words"} <= set(lines[-1])
+
+    for queries in ("free", "words"):
+        out = tmp_path / queries
+        command = ["--weights", str(fine), "--data", "stickers-val:2", "--queries", queries, "--out", str(out)]
+        assert evaluate.main(command) == 0
+        assert json.loads((out / "results.json").read_text())
+    assert evaluate.main(["--weights", str(up), "--data", "stickers-val:2"]) == 0
