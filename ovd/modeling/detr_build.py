@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from ovd.modeling.scoring import Calibration, RegionSet
 from ovd.regions.crops import crop_regions
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
+from pretrain.nets.checkpoints import read_tensors
 
 if TYPE_CHECKING:
     from ovd.regions.crops import RegionEncoder
@@ -153,25 +152,10 @@ def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_official(path: Path) -> dict[str, Tensor]:
     """Tensors of a ``.pth`` file under our names; nothing in it is executed.
 
-    Released training checkpoints also hold an ``argparse.Namespace``, which is allowed and ignored.
-
     Raises:
         UserError: no such file, or one that holds anything but tensors and plain values.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"weights={path}: not found; give an exported folder or a .pth file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"weights={path}: not a checkpoint of tensors ({str(error).splitlines()[0]}); files that would run code "
-            "are not read: save only the tensors in it, {'model': model.state_dict()}"
-        ) from error
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"weights={path}: has no state dict of tensors, plain or under 'model'")
-    return official_names(state)
+    return official_names(read_tensors(path))
 
 
 def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
