@@ -78,7 +78,7 @@ def test_configs__hold_the_published_recipe() -> None:
         False,
         False,
     )
-    assert up.loop.steps == 60 * 1_281_167 // 256 and up.optim.milestones == (round(40 * 1_281_167 / 256),)
+    assert up.loop.steps == round(60 * 1_281_167 / 256) and up.optim.milestones == (round(40 * 1_281_167 / 256),)
     fine = load_config(DetrTrainConfig, ROOT / "configs/paper/detr.yaml")
     assert fine.optim.lr * fine.pretrained_lr_scale == pytest.approx(5e-5)
     assert fine.model.model_dump(exclude={"variant", "backbone", "loss"}) == up.model.model_dump(
