@@ -44,8 +44,11 @@ class Labelled:
 class LabelledImages(Protocol):
     """A data set of labelled pictures."""
 
-    names: tuple[str, ...]
-    novel: frozenset[int]
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def novel(self) -> frozenset[int]: ...
 
     def __len__(self) -> int: ...
 

@@ -197,8 +197,8 @@ class Detr(nn.Module):
         if arch == "conditional":
             spread = torch.cat([torch.rand(queries, 2) * 0.9 + 0.05, torch.full((queries, 2), START)], dim=1)
             self.query_anchor = nn.Parameter(torch.logit(spread))
-            nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-            nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+            nn.init.zeros_(self.bbox_embed.last.weight)
+            nn.init.zeros_(self.bbox_embed.last.bias)
             nn.init.normal_(self.query_embed.weight, std=0.02)
         self.class_embed = self.object_embed = None
         if closed_classes is not None:

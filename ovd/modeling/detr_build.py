@@ -101,6 +101,7 @@ def tie_to_input(model: Detr) -> bool:
     """
     if model.normalise_condition or model.patch2query.in_features != model.input_proj.in_channels:
         return False
+    assert model.input_proj.bias is not None
     with torch.no_grad():
         model.patch2query.weight.copy_(model.input_proj.weight[:, :, 0, 0])
         model.patch2query.bias.copy_(model.input_proj.bias)
@@ -356,8 +357,8 @@ class DetrRegions(RegionModel):
             group = torch.arange(self.detr.queries, device=score.device) * count // self.detr.queries
             real = group < len(rows)
             found.append((boxes[real].cpu(), score[real].cpu(), group[real].cpu() + first))
-        boxes, scores, owner = zip(*found, strict=True)
-        return torch.cat(boxes), torch.cat(scores), torch.cat(owner)
+        all_boxes, scores, owner = zip(*found, strict=True)
+        return torch.cat(all_boxes), torch.cat(scores), torch.cat(owner)
 
     @torch.no_grad()
     def locate(self, image: np.ndarray, crops: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:

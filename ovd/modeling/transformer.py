@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,11 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The output layer."""
+        return cast(nn.Linear, self.layers[-1])
 
 
 class _Residual(nn.Module):
@@ -235,10 +241,10 @@ class ConditionalDecoder(nn.Module):
         self.place_scale = MLP(width, width, width)
         self.size_head = MLP(width, width, 2)
         self.width = width
-        nn.init.zeros_(self.place_scale.layers[-1].weight)  # the scale starts as one
-        nn.init.ones_(self.place_scale.layers[-1].bias)
-        nn.init.zeros_(self.size_head.layers[-1].weight)
-        nn.init.constant_(self.size_head.layers[-1].bias, math.log(START / (1 - START)))
+        nn.init.zeros_(self.place_scale.last.weight)  # the scale starts as one
+        nn.init.ones_(self.place_scale.last.bias)
+        nn.init.zeros_(self.size_head.last.weight)
+        nn.init.constant_(self.size_head.last.bias, math.log(START / (1 - START)))
 
     def forward(
         self,
