@@ -110,7 +110,14 @@ def stages() -> list[Stage]:
             name="ship-vild",
             result=RUNS / "vild/shipped",
             commands=[
-                ["scripts/ship_weights.py", "detector", str(RUNS / "vild/exported"), "vild-sticker", str(metrics)]
+                [
+                    "scripts/ship_weights.py",
+                    "detector",
+                    str(RUNS / "vild/exported"),
+                    "vild-sticker",
+                    str(metrics),
+                    str(calibrated),
+                ]
             ],
         ),
     ]

@@ -2,7 +2,8 @@
 """The two shipping stages of ``make weights``: put what was trained under ``weights/``, with cards that fit it.
 
 python scripts/ship_weights.py clip EXPORTED NAME              as float16, with the card.md of what it replaces
-python scripts/ship_weights.py detector EXPORTED NAME METRICS  with a card.json made of ovd.evaluate's metrics.json
+python scripts/ship_weights.py detector EXPORTED NAME METRICS CALIBRATION
+    with a card.json made of ovd.evaluate's metrics.json and of ovd.calibrate's report
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ def ship_clip(exported: Path, name: str) -> None:
     print(f"{added.name}: {added.bytes / 1e6:.1f} MB, {added.sha256[:12]}")
 
 
-def detector_card(name: str, model: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+def detector_card(
+    name: str, model: dict[str, Any], measured: dict[str, Any], calibrated: dict[str, Any]
+) -> dict[str, Any]:
     """What the page says of a detector.
 
     Args:
         name: of the weights.
         model: content of ``model.json``.
         measured: content of the ``metrics.json`` of an evaluation.
+        calibrated: content of the report of its calibration.
 
     Raises:
         UserError: a figure is missing, or was measured on another detector.
@@ -61,6 +65,9 @@ def detector_card(name: str, model: dict[str, Any], measured: dict[str, Any]) ->
     missing = [key for key in FIGURES.values() if measured.get("metrics", {}).get(key) is None]
     if missing:
         raise UserError(f"the metrics have no {', '.join(missing)}: evaluate on Sticker Scenes with all words")
+    if calibrated.get("calibration") != model["calibration"]:
+        raise UserError("the calibration's report is of other values than stand in model.json: calibrate this one")
+    typed = calibrated["other_scenes"]
     novel, classes = len(model["novel"]), len(model["classes"])
     return {
         "name": name,
@@ -70,12 +77,16 @@ def detector_card(name: str, model: dict[str, Any], measured: dict[str, Any]) ->
         f"{novel} nouns were never labelled.",
         "metrics": {label: round(measured["metrics"][key], 3) for label, key in FIGURES.items()},
         "protocol": f"{run['data']}, held-out style and photos, all {run['words']} names as vocabulary",
+        "text": f"With few words typed, {typed['precision_at_threshold']:.0%} of the boxes shown at the default threshold "
+        f"are right, and {typed['recall_at_threshold']:.0%} of the objects asked for are shown. Expected calibration "
+        f"error {typed['ece']:.3f}; a word that is not in the picture stays below the threshold in "
+        f"{typed['absent_words_quiet']:.1%} of cases.",
     }
 
 
-def ship_detector(exported: Path, name: str, metrics: Path) -> None:
+def ship_detector(exported: Path, name: str, metrics: Path, calibration: Path) -> None:
     """Ship an exported detector with its card."""
-    card = detector_card(name, read_json(exported / "model.json"), read_json(metrics))
+    card = detector_card(name, read_json(exported / "model.json"), read_json(metrics), read_json(calibration))
     write_atomically(exported / "card.json", (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
     added = add_weights(exported, name)
     print(f"{added.name}: {added.bytes / 1e6:.1f} MB, {added.sha256[:12]}")
@@ -91,11 +102,12 @@ def main(argv: list[str]) -> int:
         one.add_argument("name")
         if kind == "detector":
             one.add_argument("metrics", type=Path)
+            one.add_argument("calibration", type=Path)
     args = parser.parse_args(argv)
     if args.kind == "clip":
         ship_clip(args.exported, args.name)
     else:
-        ship_detector(args.exported, args.name, args.metrics)
+        ship_detector(args.exported, args.name, args.metrics, args.calibration)
     return 0
 
 

@@ -125,17 +125,27 @@ def test_a_shipped_detector_carries_a_card_with_its_own_figures(
     exported, metrics = tmp_path / "exported", tmp_path / "metrics.json"
     exported.mkdir()
     (exported / "model.safetensors").write_bytes(b"weights")
+    calibration, report = {"threshold": 0.24}, tmp_path / "calibration.json"
     model = {"config_hash": "abc", "classes": ["cat", "dog", "cup"], "novel": [1], "encoder": "clip-sticker"}
+    model["calibration"] = calibration
     (exported / "model.json").write_text(json.dumps(model))
     values = {"bbox/AP50_base": 0.25, "bbox/AP50_novel": 0.1234, "bbox/AR100_novel@50": 0.9}
     run = {"config_hash": "abc", "data": "stickers-val:200", "words": 3}
+    typed = {"precision_at_threshold": 0.56, "recall_at_threshold": 0.29, "ece": 0.019, "absent_words_quiet": 0.956}
+    report.write_text(json.dumps({"calibration": calibration, "other_scenes": typed}))
+    command = ["detector", str(exported), "tiny", str(metrics), str(report)]
     metrics.write_text(json.dumps({"metrics": values, "run": run | {"config_hash": "of another detector"}}))
     with pytest.raises(UserError, match="evaluate this one"):
-        ship.main(["detector", str(exported), "tiny", str(metrics)])
+        ship.main(command)
     metrics.write_text(json.dumps({"metrics": values, "run": run}))
-    ship.main(["detector", str(exported), "tiny", str(metrics)])
+    report.write_text(json.dumps({"calibration": {"threshold": 0.5}, "other_scenes": typed}))
+    with pytest.raises(UserError, match="calibrate this one"):
+        ship.main(command)
+    report.write_text(json.dumps({"calibration": calibration, "other_scenes": typed}))
+    ship.main(command)
     card = json.loads((weights_folder("tiny", tmp_path / "weights") / "card.json").read_text())
     assert card["metrics"] == {"box AP50, base": 0.25, "box AP50, novel": 0.123, "AR100 at IoU .5, novel": 0.9}
+    assert "56% of the boxes" in card["text"] and "29% of the objects" in card["text"] and "95.6%" in card["text"]
     assert "labels of 2 base nouns" in card["data"] and "1 nouns were never labelled" in card["data"]
 
 
