@@ -17,16 +17,16 @@ from pretrain.data.stickers import SceneSource, Stickers
 
 SEED = 4242  # the tables use 0, calibration 1000 and 2000
 SIZE = (384, 512)
-# Scene number and words: nouns that detector training labelled, nouns it never did (apple, chick, dice, tractor, car),
-# other words for them, and things that are not there. Chosen among the first 160 scenes because the shipped weights
-# find something in them.
+# Scene number and words: nouns that detector training labelled, nouns it never did (joystick, glass of milk, tractor,
+# snowman, palm tree, grapes), other words for them (wild boar, motorbike), and things that are not there. Chosen among
+# the first 160 scenes because the shipped weights find something in them.
 EXAMPLES = (
-    (8, "apple, chick, piano, unicorn"),
-    (72, "peach, sunflower, automobile, dog"),
-    (137, "dice, fox, padlock, guitar"),
-    (108, "baseball, bento box, taxi, croissant"),
-    (33, "popcorn, tumbler glass, tractor, necktie"),
-    (86, "stop sign, watermelon, hibiscus, spider"),
+    (127, "wild boar, bow and arrow, cow, tumbler glass, giraffe"),
+    (79, "tomato, tractor, snowman, dog"),
+    (134, "noodle bowl, violin, glass of milk, unicorn"),
+    (98, "octopus, joystick, headphone, piano"),
+    (102, "motorbike, grapes, umbrella, kangaroo"),
+    (63, "beer mug, hot dog, palm tree, sheep"),
 )
 NOTICE = """\
 # Example pictures

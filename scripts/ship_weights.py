@@ -77,9 +77,9 @@ def detector_card(
         f"{novel} nouns were never labelled.",
         "metrics": {label: round(measured["metrics"][key], 3) for label, key in FIGURES.items()},
         "protocol": f"{run['data']}, held-out style and photos, all {run['words']} names as vocabulary",
-        "text": f"With few words typed, {typed['precision_at_threshold']:.0%} of the boxes shown at the default threshold "
-        f"are right, and {typed['recall_at_threshold']:.0%} of the objects asked for are shown. Expected calibration "
-        f"error {typed['ece']:.3f}; a word that is not in the picture stays below the threshold in "
+        "text": f"With few words typed, {typed['precision_at_threshold']:.0%} of the boxes shown at the default "
+        f"threshold are right, and {typed['recall_at_threshold']:.0%} of the objects asked for are shown. Expected "
+        f"calibration error {typed['ece']:.3f}; a word that is not in the picture stays below the threshold in "
         f"{typed['absent_words_quiet']:.1%} of cases.",
     }
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
+from ovd.detector import NMS_IOU
 from ovd.modeling.scoring import Calibration, RegionSet, score_regions
 
-NMS_IOU = 0.5
 MATCH_IOU = 0.5
 
 
