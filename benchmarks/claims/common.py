@@ -4,8 +4,9 @@
 A run is the product's own: `pretrain.engine.loop.fit` on a `Watched` task, so its log lines and alarms are what a user
 would see. Small on purpose: 32-pixel pictures of single stickers, 60 classes, a network of four convolutions, one core.
 
-kNN: bank = the training pictures, queries = the same drawings on photos, at places and in light that no training
-picture has; k = 20, temperature .1.
+kNN: bank = the training pictures, queries = the same things in a drawing style, on photos and in light that no training
+picture has; k = 20, temperature .1. (With the same drawings as queries an untrained network is hard to beat: it knows
+them by their colours.)
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ class Arrays:
 
 def stickers(folder: Path, *, views: int = 10) -> tuple[Arrays, Arrays]:
     """Training pictures and queries, drawn once and kept in `folder`."""
-    path = folder / f"stickers_{SIZE}_{CLASSES}_{views}.npz"
+    path = folder / f"stickers_{SIZE}_{CLASSES}_{views}_held_out_style.npz"
     if not path.is_file():
         data = Stickers.load()
         found: dict[str, list[Any]] = {"train": [], "train_y": [], "test": [], "test_y": []}
         for half, photos, count in (("train", "train", views), ("test", "val", 2)):
-            for style in data.styles["train"]:
+            for style in data.styles[photos]:  # type: ignore[index]
                 crops = StickerCrops(data, style=style, size=SIZE, views=count, photos=photos)  # type: ignore[arg-type]
                 for i in np.flatnonzero(crops.class_ids % (len(data.nouns) // CLASSES) == 0):
                     label = int(crops.class_ids[i]) // (len(data.nouns) // CLASSES)
