@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,7 @@ def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
         UserError: missing file or tensors that do not fit the card.
     """
     card = read_card(folder)
-    tensors, _ = load_weights(folder / "model.safetensors")
+    state, bank = exported_tensors(folder)
     config = ModelConfig.model_validate(card.model)
     trainable = torch.ones(len(card.classes), dtype=torch.bool)
     trainable[list(card.novel)] = False
@@ -268,18 +268,33 @@ def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
         pixel_mean=card.pixel_mean,
         pixel_std=card.pixel_std,
     )
+    load_exported(model, state, folder)
+    return model.eval(), card, bank
+
+
+def exported_tensors(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """(state dict, (B, D) bank embeddings) of an exported detector, in full precision."""
+    tensors, _ = load_weights(folder / "model.safetensors")
     state = {
         k.removeprefix("model."): v.float() if v.is_floating_point() else v
         for k, v in tensors.items()
         if k.startswith("model.")
     }
+    return state, tensors["bank"].float()
+
+
+def load_exported(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Load an exported state dict whole.
+
+    Raises:
+        UserError: it does not fit the card that the model was built from.
+    """
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
             f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}"
         ) from error
-    return model.eval(), card, tensors["bank"].float()
 
 
 class RegionModel:

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from ovd.config_detr import DetrConfig
 from ovd.modeling.backbone import build_resnet, stage_channels, to_detectron2
-from ovd.modeling.build import STRIDES, DetectorCard, RegionModel, read_card
+from ovd.modeling.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr import Detr
 from ovd.modeling.matcher import to_corners
 from ovd.modeling.scoring import Calibration, RegionSet
 from ovd.regions.crops import crop_regions
-from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
 from pretrain.nets.checkpoints import read_tensors
 
@@ -174,13 +173,7 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
     card = read_card(folder)
     if "arch" not in card.model:
         raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
-    tensors, _ = load_weights(folder / "model.safetensors")
-    state = {
-        k.removeprefix("model."): v.float() if v.is_floating_point() else v
-        for k, v in tensors.items()
-        if k.startswith("model.")
-    }
-    return state, not card.model["backbone"]["frozen"]
+    return exported_tensors(folder)[0], not card.model["backbone"]["frozen"]
 
 
 def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> Report:
@@ -394,7 +387,7 @@ def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
         UserError: missing file or tensors that do not fit the card.
     """
     card = read_card(folder)
-    tensors, _ = load_weights(folder / "model.safetensors")
+    state, bank = exported_tensors(folder)
     config = DetrConfig.model_validate({k: v for k, v in card.model.items() if k != "head"})
     trainable = torch.ones(len(card.classes), dtype=torch.bool)
     trainable[list(card.novel)] = False
@@ -407,18 +400,8 @@ def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
         pixel_mean=card.pixel_mean,
         pixel_std=card.pixel_std,
     )
-    state = {
-        k.removeprefix("model."): v.float() if v.is_floating_point() else v
-        for k, v in tensors.items()
-        if k.startswith("model.")
-    }
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}"
-        ) from error
-    return model.eval(), card, tensors["bank"].float()
+    load_exported(model, state, folder)
+    return model.eval(), card, bank
 
 
 def load_detr_regions(folder: Path, *, top: int, device: str) -> DetrRegions:
