@@ -112,8 +112,27 @@ def backbone_tensors(
     return tensors, look
 
 
-def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig) -> list[str]:
+def start_towers(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Load the body of each tower of kind c4 from the last stage of a torchvision-named ResNet; returns their names."""
+    from ovd.modeling.backbone import load_converted, to_detectron2
+
+    last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
+    names = [name for name in ("tower", "image_tower") if getattr(model.roi_heads, name) is not None]
+    for name in names:
+        load_converted(getattr(model.roi_heads, name).body, last, source=f"{source}, last stage")
+    return names
+
+
+def start_from_encoder(
+    model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, own: Mapping[str, Tensor] | None
+) -> list[str]:
     """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
+
+    Args:
+        model: what is loaded into.
+        encoder: gives the backbone where ``own`` is None.
+        config: of the training.
+        own: torchvision-named tensors of ``backbone_weights``.
 
     Raises:
         UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not
@@ -121,21 +140,17 @@ def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config:
     """
     import torch
 
-    from ovd.modeling.backbone import load_converted, load_resnet, to_detectron2, verify_conversion
+    from ovd.modeling.backbone import load_resnet, verify_conversion
     from pretrain.nets.towers import ResNetImage, export_backbone
 
     bb = config.model.backbone
     resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
     prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
-    if config.backbone_weights is not None:
-        state = backbone_tensors(config.backbone_weights, stem=bb.stem)[0]
-        load_resnet(resnet, state, source=config.backbone_weights)
+    if own is not None:
+        source = str(config.backbone_weights)
+        load_resnet(resnet, own, source=source)
         if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
-            last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
-            for name, tower in (("tower", model.roi_heads.tower), ("image_tower", model.roi_heads.image_tower)):
-                if tower is not None:
-                    load_converted(tower.body, last, source=f"{config.backbone_weights}, last stage")
-                    prefixes.append(f"roi_heads.{name}.body.")
+            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, own, source=source)]
         print(f"backbone from {config.backbone_weights}")
         return prefixes
     if config.backbone_start == "scratch":
@@ -151,16 +166,12 @@ def start_from_encoder(model: OpenVocabularyRCNN, encoder: JointEncoder, config:
     difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
-        last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
-        heads = model.roi_heads
-        for name, tower in (("tower", heads.tower), ("image_tower", heads.image_tower)):
-            if tower is None:
-                continue
-            load_converted(tower.body, last, source=f"encoder {config.encoder}, last stage")
-            if tower.projection is not None:
+        for name in start_towers(model, state, source=f"encoder {config.encoder}"):
+            projection = getattr(model.roi_heads, name).projection
+            if projection is not None:
                 with torch.no_grad():
-                    tower.projection.weight.copy_(encoder.visual.proj.weight)
-                    tower.projection.bias.zero_()
+                    projection.weight.copy_(encoder.visual.proj.weight)
+                    projection.bias.zero_()
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
 
@@ -216,13 +227,15 @@ def build(config: TrainConfig) -> dict[str, Any]:
     trainable = torch.ones(len(images.names), dtype=torch.bool)
     trainable[sorted(novel)] = False
     look: tuple[tuple[float, ...], tuple[float, ...]] = encoder.image_mean, encoder.image_std
-    if config.backbone_weights is not None:  # a backbone sees pictures as it was trained to
-        look = backbone_tensors(config.backbone_weights, stem=config.model.backbone.stem)[1] or look
+    own: Mapping[str, Tensor] | None = None
+    if config.backbone_weights is not None:
+        own, trained_on = backbone_tensors(config.backbone_weights, stem=config.model.backbone.stem)
+        look = trained_on or look  # a backbone sees pictures as it was trained to
     mean, std = ([255.0 * v for v in values] for values in look)
     model = build_model(
         config.model, embed_dim=encoder.embed_dim, rows=rows, trainable=trainable, pixel_mean=mean, pixel_std=std
     )
-    prefixes = start_from_encoder(model, encoder, config)
+    prefixes = start_from_encoder(model, encoder, config, own)
     if config.weights is not None:
         loaded, left = start_from_detector(model, Path(config.weights))
         print(f"weights={config.weights}: {len(loaded)} tensors loaded, {len(left)} keep their start")

@@ -173,5 +173,4 @@ class WatchConfig(Section):
     probe_seconds: float = Field(default=20.0, gt=0, le=86400, description="Time budget of one probe.")
 
 
-SSL_METHODS = (SimCLRMethod, MoCoMethod, SimSiamMethod, BarlowTwinsMethod, ByolMethod, SwavMethod)
 SslMethod = SimCLRMethod | MoCoMethod | SimSiamMethod | BarlowTwinsMethod | ByolMethod | SwavMethod
