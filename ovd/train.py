@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ovd.config import DataConfig, TrainConfig
+from ovd.config_detr import DetrTrainConfig
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ovd.data.splits import Split
     from ovd.modeling.rcnn import OpenVocabularyRCNN
     from pretrain.nets.towers import JointEncoder
+
+
+ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig)
 
 
 def labelled_images(data: DataConfig) -> LabelledImages:
@@ -314,8 +318,24 @@ def main(argv: list[str]) -> int:
     from ovd import train_detr
 
     if train_detr.is_transformer(argv):
-        return train_detr.main(argv)
-    config, options = command_line(TrainConfig, argv, prog="python -m ovd.train", doc=__doc__ or "")
+        doc = train_detr.__doc__ or ""
+        return _run(
+            DetrTrainConfig, argv, doc=doc, build=train_detr.build, export=train_detr.export, kind="transformer"
+        )
+    return _run(TrainConfig, argv, doc=__doc__ or "", build=build, export=export, kind="detector")
+
+
+def _run(
+    model: type[ConfigT],
+    argv: list[str],
+    *,
+    doc: str,
+    build: Callable[[ConfigT], dict[str, Any]],
+    export: Callable[[ConfigT, dict[str, Any], Path], None],
+    kind: str,
+) -> int:
+    """Read the configuration, build, train, export; returns the exit status."""
+    config, options = command_line(model, argv, prog="python -m ovd.train", doc=doc)
     from pretrain.engine.distributed import is_main
     from pretrain.engine.loop import fit
 
@@ -332,11 +352,11 @@ def main(argv: list[str]) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         check=options.check,
-        free_keys=free_keys(TrainConfig),
+        free_keys=free_keys(model),
     )
     if not options.check and is_main():
         export(config, parts, out / "exported")
-        print(f"step {report.step}: detector exported to {out / 'exported'}")
+        print(f"step {report.step}: {kind} exported to {out / 'exported'}")
     return 0
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.config_detr import DetrTrainConfig
-from pretrain.engine.cli import command_line
-from pretrain.engine.config import config_hash, find_config, free_keys, plain
+from pretrain.engine.config import config_hash, find_config
 from pretrain.engine.config_yaml import read_chain
 from pretrain.engine.errors import ConfigError, UserError
 
@@ -466,29 +465,3 @@ def export(config: DetrTrainConfig, parts: dict[str, Any], folder: Path) -> None
     )
     rows = parts["rows"][torch.tensor(bank)] if worded else torch.zeros(0, encoder.embed_dim)
     save_detector(folder, parts["model"], card, bank=rows)
-
-
-def main(argv: list[str]) -> int:
-    """Train, export; returns the exit status."""
-    config, options = command_line(DetrTrainConfig, argv, prog="python -m ovd.train", doc=__doc__ or "")
-    from pretrain.engine.distributed import is_main
-    from pretrain.engine.loop import fit
-
-    parts = build(config)
-    out = Path(config.out)
-    report = fit(
-        parts["task"],
-        parts["source"],
-        loop=config.loop,
-        optim=config.optim,
-        out=out,
-        record=plain(config),
-        resume=options.resume,
-        overwrite=options.overwrite,
-        check=options.check,
-        free_keys=free_keys(DetrTrainConfig),
-    )
-    if not options.check and is_main():
-        export(config, parts, out / "exported")
-        print(f"step {report.step}: transformer exported to {out / 'exported'}")
-    return 0

@@ -47,7 +47,7 @@ BEST = 100  # detections per picture that are judged
 
 def pretrain_once(case: str, options: argparse.Namespace) -> Path:
     """The exported transformer of a case's pretext."""
-    from ovd.train_detr import main
+    from ovd.train import main
 
     out = options.out / "pretext" / case
     if not (out / "exported" / "model.json").is_file():
