@@ -3,10 +3,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ssl_table.py            # hours; interrupted, it goes on where it was
 
-The configurations are configs/pretrain/*.yaml with views of half the side (32 pixels), so that a run takes minutes on one
-core. "Equal views": the same number of steps and pictures. "Equal time": as many steps as the CPU time of the quickest
-method at equal views allows, counted from each method's own CPU time per step. Transfer: the class-agnostic Mask R-CNN of
-configs/mask_rcnn.yaml from that backbone, every layer trained, on a short schedule that is the same for all.
+The configurations are configs/pretrain/*.yaml with views of half the side (32 pixels), so that a run takes minutes on
+one core. "Equal views": the same number of steps and pictures. "Equal time": as many steps as the CPU time of the
+quickest method at equal views allows, counted from each method's own CPU time per step. Transfer: the class-agnostic
+Mask R-CNN of configs/mask_rcnn.yaml from that backbone, every layer trained, on a short schedule, the same for all.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
 
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        mean: Sequence[float] = (0.485, 0.456, 0.406)  # ImageNet's, as the configurations have it
+        std: Sequence[float] = (0.229, 0.224, 0.225)
         if backbone is None:
             network = build_backbone(BackboneConfig(name="resnet18", stem="small")).eval()
         else:
@@ -182,10 +183,8 @@ def row(method: str, found: dict[str, Any]) -> str:
     probe, transfer = found["probe"], found.get("transfer")
     seen = f"{found['steps']} | {found['cpu_seconds']:.0f}" if "steps" in found else "0 | 0"
     moved = f"{100 * transfer['AP']:.1f} | {100 * transfer['AP50']:.1f}" if transfer else "– | –"
-    return (
-        f"| {method} | {seen} | {100 * probe['knn']['top1']:.1f} | {100 * probe['linear_cached']['top1']:.1f} | {moved} "
-        f"| {found.get('config_hash', '')} |"
-    )
+    scores = f"{100 * probe['knn']['top1']:.1f} | {100 * probe['linear_cached']['top1']:.1f}"
+    return f"| {method} | {seen} | {scores} | {moved} | {found.get('config_hash', '')} |"
 
 
 def main(argv: Sequence[str]) -> None:
