@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CROP_SCALES = (1.0, 1.5)  # of the joint space's regions (ViLD §3.2)
 CACHE_BATCH = 16
+START_SAMPLES = 32  # pictures whose features tell where the projections start
 EVERY = "all"  # data.split of annotations whose categories are all to be learned
 
 
@@ -107,7 +108,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     import torch
 
     from ovd.modeling.backbone import load_resnet
-    from ovd.modeling.detr_build import build_detr, read_start, start_detr, tie_to_input
+    from ovd.modeling.detr_build import build_detr, read_start, start_detr
     from ovd.text import embed_vocabulary
     from ovd.train import labelled_images, resolve_encoder
     from ovd.vocabulary import Vocabulary
@@ -142,8 +143,6 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
         pixel_std=std,
     )
     load_resnet(model.backbone, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
-    if config.pretext is not None and config.weights is None and tie_to_input(model):
-        print("patch2query starts as input_proj: both map the backbone's channels")
     if config.weights is not None:
         state, own_backbone = read_start(Path(config.weights))
         report = start_detr(model, state, source=config.weights, backbone=own_backbone)
@@ -152,9 +151,38 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
         "encoder": encoder, "images": images, "rows": rows, "novel": novel, "model": model, "mean": mean, "std": std
     }  # fmt: skip
     if config.pretext is not None:
-        return {**parts, **pretext_parts(config, model, encoder)}
-    assert images is not None
-    return {**parts, **training_parts(config, model, images)}
+        parts |= pretext_parts(config, model, encoder)
+    else:
+        assert images is not None
+        parts |= training_parts(config, model, images)
+    if config.weights is None and config.model.arch == "conditional":  # the original starts as its authors had it
+        print(start_inputs(config, parts))
+    return parts
+
+
+def start_inputs(config: DetrTrainConfig, parts: Mapping[str, Any]) -> str:
+    """Start the projections of tokens and patches from the first samples; returns what was done, for the log."""
+    import torch
+
+    from ovd.modeling.detr_build import start_projections
+    from ovd.modeling.updetr import PatchPretext
+    from pretrain.nets.towers import ResNetImage
+
+    model, task, source, encoder = parts["model"], parts["task"], parts["source"], parts["encoder"]
+    was = model.training
+    model.eval()
+    embeddings = projection = None
+    with torch.no_grad():
+        batch = [source.sample(index, 0) for index in range(min(START_SAMPLES, len(source)))]
+        # One by one: pictures may differ in size, and padding is no token.
+        tokens = torch.cat([model.joined(model.maps_of([one])[0])[0].flatten(1).T for one in batch])
+        if isinstance(task, PatchPretext):
+            embeddings = task.embeddings(batch).flatten(0, 1)
+            if config.backbone_weights is None and isinstance(encoder.visual, ResNetImage):
+                if config.model.embed_space == "clip" and config.model.backbone.features[-1] == "res5":
+                    projection = encoder.visual.proj.weight.to(model.device)
+    model.train(was)
+    return start_projections(model, tokens_SC=tokens, embeddings_PD=embeddings, projection_DC=projection)
 
 
 def read_backbone(

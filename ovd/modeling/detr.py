@@ -251,18 +251,21 @@ class Detr(nn.Module):
         maps = self.maps(self.normalised(pixels))
         return torch.cat([maps[name].mean(dim=(2, 3)) for name, _, _ in self.features], dim=1)
 
-    def memory(self, batch: list[dict[str, Any]]) -> Memory:
-        """Encode a batch of dicts with ``image`` (3, H, W) in 0…255, or ``features`` (name → map) and ``size``."""
-        stride = self.features[0][2]
+    def maps_of(self, batch: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+        """Feature maps of a batch (see `memory`), computed or cached, and (height, width) of each network input."""
         if "features" in batch[0]:
             maps = {
                 name: torch.stack([x["features"][name] for x in batch]).to(self.device, torch.float32)
                 for name, _, _ in self.features
             }
-            sizes = [tuple(x["size"]) for x in batch]
-        else:
-            images = ImageList.from_tensors([self.normalised(x["image"]) for x in batch])  # padding is 0 after that
-            maps, sizes = self.maps(images.tensor), [(int(h), int(w)) for h, w in images.image_sizes]
+            return maps, [(int(x["size"][0]), int(x["size"][1])) for x in batch]
+        images = ImageList.from_tensors([self.normalised(x["image"]) for x in batch])  # padding is 0 after that
+        return self.maps(images.tensor), [(int(h), int(w)) for h, w in images.image_sizes]
+
+    def memory(self, batch: list[dict[str, Any]]) -> Memory:
+        """Encode a batch of dicts with ``image`` (3, H, W) in 0…255, or ``features`` (name → map) and ``size``."""
+        stride = self.features[0][2]
+        maps, sizes = self.maps_of(batch)
         x = self.input_proj(self.joined(maps)).flatten(2).transpose(1, 2)
         height, width = maps[self.features[0][0]].shape[-2:]
         valid = torch.zeros(len(batch), height, width, dtype=torch.bool, device=self.device)

@@ -92,19 +92,47 @@ def build_detr(
     )
 
 
-def tie_to_input(model: Detr) -> bool:
-    """Start ``patch2query`` as the tokens' own projection, so that a patch already points at look-alike tokens.
+@torch.no_grad()
+def start_projections(
+    model: Detr, *, tokens_SC: Tensor, embeddings_PD: Tensor | None = None, projection_DC: Tensor | None = None
+) -> str:
+    """Start ``input_proj`` and ``patch2query`` so that a patch's query already points at look-alike tokens.
+
+    Features of a trained network share a large part that says nothing; what tells one place from another is the rest,
+    and pooled patches have another shared part than tokens have. So both projections begin as the same matrix, and
+    their biases take off the mean of what they are fed. (On Sticker Scenes the most similar token lies within the patch
+    for 33 % of the patches by the raw features, for 50 % by centred ones; in the joint space 14 and 45 %; a patch
+    covers 14 % of its picture.)
+
+    Args:
+        model: with random weights.
+        tokens_SC: joined features of some places of some pictures.
+        embeddings_PD: of some patches; None: only ``input_proj`` is started.
+        projection_DC: the linear map from the pooled last feature map to the joint space, where embeddings lie there.
 
     Returns:
-        Whether the two map the same space; otherwise nothing is changed.
+        What was done, for the log.
     """
-    if model.normalise_condition or model.patch2query.in_features != model.input_proj.in_channels:
-        return False
+    weight = model.input_proj.weight[:, :, 0, 0]
     assert model.input_proj.bias is not None
-    with torch.no_grad():
-        model.patch2query.weight.copy_(model.input_proj.weight[:, :, 0, 0])
-        model.patch2query.bias.copy_(model.input_proj.bias)
-    return True
+    model.input_proj.bias.copy_(-weight @ tokens_SC.mean(0))
+    said = "input_proj starts centred on the tokens"
+    if embeddings_PD is None:
+        return said
+    own = not model.normalise_condition and model.patch2query.in_features == model.input_proj.in_channels
+    if own:
+        model.patch2query.weight.copy_(weight)
+    elif projection_DC is not None:
+        # Back from the joint space to the channels it was projected from, as far as that goes, then as the tokens.
+        back = torch.linalg.pinv(projection_DC.double()).to(weight)
+        model.patch2query.weight.copy_(weight[:, -len(back) :] @ back)
+    else:
+        return said + "; patch2query at random: its space is not the tokens'"
+    model.patch2query.bias.zero_()
+    found, wanted = model.condition(embeddings_PD), tokens_SC @ weight.T
+    model.patch2query.weight.mul_(wanted.std(0).norm() / found.std(0).norm().clamp(min=1e-6))
+    model.patch2query.bias.copy_(-model.condition(embeddings_PD).mean(0))
+    return said + ", patch2query as the same map, centred on the patches"
 
 
 # --- starting from other weights

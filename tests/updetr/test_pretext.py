@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ovd.data.mapper import TrainingTransform
 from ovd.data.patches import PatchSource
 from ovd.modeling.detr import Decoded
-from ovd.modeling.detr_build import tie_to_input
+from ovd.modeling.detr_build import start_projections
 from ovd.modeling.matcher import to_centres
 from ovd.modeling.updetr import PatchPretext
 from ovd.regions.crops import crop_regions
@@ -316,7 +316,8 @@ def test_pretext__learns_to_find_patches_on_easy_pictures() -> None:
         boxes = torch.cat([corner, corner + 32], 1)[order]
         samples.append({"features": {"res4": grid}, "size": (64, 64), "boxes": boxes, "embeddings": look[order]})
     pretext = task(queries=8, mask_queries=0.0, width=32)
-    assert tie_to_input(pretext.detr)
+    tokens = torch.cat([one["features"]["res4"].flatten(1).T for one in samples])
+    start_projections(pretext.detr, tokens_SC=tokens, embeddings_PD=torch.cat([one["embeddings"] for one in samples]))
     optimizer = torch.optim.AdamW([p for p in pretext.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
