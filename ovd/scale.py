@@ -21,6 +21,10 @@ from pretrain.engine.errors import BadImageError, UserError, run_cli
 if TYPE_CHECKING:
     from ovd.embed import EmbedConfig
 
+# Workers hold their share of the CPUs to the end. With whole ones, as many workers as CPUs would leave nothing to read
+# and write files with, and Ray would wait for ever.
+CPUS_OF_WORKER, CPUS_OF_FILES = 0.9, 0.05
+
 COLUMNS = ("path", "class_name", "score", "x", "y", "width", "height", "mask", "error")
 
 
@@ -110,15 +114,17 @@ def predict(paths: Sequence[str], out: str, *, workers: int, gpus: float, batch_
         options: of `PredictPictures`.
     """
     ray = ray_or_explain()
-    files = ray.data.read_binary_files(list(paths), include_paths=True)
+    aside = {"num_cpus": CPUS_OF_FILES}
+    files = ray.data.read_binary_files(list(paths), include_paths=True, ray_remote_args=aside)
     found = files.map_batches(
         PredictPictures,
         fn_constructor_kwargs={**options, "device": "cuda" if gpus else "cpu"},
         batch_size=batch_size,
-        concurrency=workers,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=CPUS_OF_WORKER,
         num_gpus=gpus,
     )
-    found.write_parquet(out)
+    found.write_parquet(out, ray_remote_args=aside)
 
 
 def embed(config: EmbedConfig, *, workers: int, gpus: float) -> None:

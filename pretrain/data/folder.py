@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pretrain.engine.errors import BadImageError, UserError
 
@@ -61,6 +61,8 @@ def read_image(
         raise
     except FileNotFoundError as error:
         raise BadImageError(name, "does not exist") from error
+    except UnidentifiedImageError as error:  # whose own text shows the address of a buffer
+        raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: it is none of them") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
     if max_side is not None and max(converted.size) > max_side:
