@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.classifier import EmbeddingClassifier, cosine_logits
+from ovd.modeling.condition import ConditionEncoder
+from ovd.modeling.distill import squared_distillation
 from ovd.modeling.matcher import (
     Matches,
     box_cost,
@@ -128,7 +130,7 @@ class Detr(nn.Module):
         classifier: text rows; None for ``closed`` and agnostic models.
         closed_classes: C of a linear classification layer with a "nothing" column, as in DETR; None: object logit and
             embedding.
-        normalise_condition: conditions are unit vectors times √D (the joint space) instead of raw features.
+        unit_conditions: of `ConditionEncoder`: conditions come from the joint space.
         denoising, box_noise, label_noise: groups of denoising queries and their noise.
         conditioned: classes that a second set of queries is conditioned on in training.
         scale: inverse temperature of patch vocabularies.
@@ -157,7 +159,7 @@ class Detr(nn.Module):
         embed_dim: int,
         classifier: EmbeddingClassifier | None,
         closed_classes: int | None,
-        normalise_condition: bool,
+        unit_conditions: bool,
         denoising: int,
         box_noise: float,
         label_noise: float,
@@ -170,7 +172,7 @@ class Detr(nn.Module):
         super().__init__()
         self.arch, self.frozen, self.queries, self.loss_weights = arch, frozen, queries, loss
         self.features = tuple(features)
-        self.width, self.embed_dim, self.normalise_condition, self.scale = width, embed_dim, normalise_condition, scale
+        self.width, self.embed_dim, self.scale = width, embed_dim, scale
         self.denoising, self.box_noise, self.label_noise = denoising, box_noise, label_noise
         self.conditioned = conditioned
         self.backbone = backbone
@@ -208,7 +210,7 @@ class Detr(nn.Module):
             if loss.object_kind == "focal":
                 nn.init.constant_(self.object_embed.bias, float(torch.logit(torch.tensor(PRIOR))))
         self.feature_align = MLP(width, width, embed_dim)
-        self.patch2query = nn.Linear(embed_dim, width)
+        self.patch2query = ConditionEncoder(embed_dim, width, unit=unit_conditions)
         self.classifier = classifier
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
@@ -277,12 +279,6 @@ class Detr(nn.Module):
         return Memory(self.transformer["encoder"](x, place=place, padding=padding), place, padding, sizes)
 
     # --- queries to boxes
-
-    def condition(self, embeddings: Tensor) -> Tensor:
-        """(…, D) embeddings of words, patches or crops → (…, d), what is added to a query."""
-        if self.normalise_condition:
-            embeddings = F.normalize(embeddings.float(), dim=-1) * self.embed_dim**0.5
-        return self.patch2query(embeddings)
 
     def decode(
         self,
@@ -427,9 +423,8 @@ class Detr(nn.Module):
         if targets.embeddings is not None and (w.reconstruction or w.contrast):
             likeness = F.normalize(targets.embeddings.float(), dim=-1)
             z = self.feature_align(states[index]).float()
-            if w.reconstruction:  # normalised MSE, summed over channels: ‖a − b‖² = 2 − 2cos
-                cosine = (F.normalize(z, dim=-1) * likeness[goal]).sum(-1)
-                losses["loss_reconstruction"] = w.reconstruction * (2 - 2 * cosine).sum() / number
+            if w.reconstruction:
+                losses["loss_reconstruction"] = w.reconstruction * squared_distillation(z, likeness[goal]) / number
             if w.contrast:
                 among = cosine_logits(z, likeness[matches.image], scale=self.scale)
                 blank = torch.arange(likeness.shape[1], device=z.device) >= among.new_tensor(targets.counts)[:, None]
@@ -455,7 +450,7 @@ class Detr(nn.Module):
             seen = self.classifier.trainable.nonzero()[:, 0]
             other = seen[torch.randint(len(seen), labels.shape, device=self.device)]
             labels = torch.where(torch.rand(labels.shape, device=self.device) < self.label_noise, other, labels)
-            content = self.condition(self.classifier.rows[labels])
+            content = self.patch2query(self.classifier.rows[labels])
         blocks = torch.arange(self.denoising, device=self.device).repeat_interleave(most)
         return Extra(content, torch.logit(noised)), blocks
 
@@ -485,7 +480,7 @@ class Detr(nn.Module):
             keep.append(hit.any(1))
             groups[n, :count] = torch.where(hit.any(1), hit.float().argmax(1), -1)
         sub = _subset(targets, keep, groups)
-        added = self.condition(torch.stack(rows))[:, group]
+        added = self.patch2query(torch.stack(rows))[:, group]
         out = self.decode(memory, added=added, mask=group_mask(group))
         return self.losses(out, sub, group=group)
 
@@ -503,7 +498,7 @@ class Detr(nn.Module):
         added = mask = None
         if conditions_NMD is not None:
             group = groups_of(self.queries, conditions_NMD.shape[1]).to(self.device)
-            added, mask = self.condition(conditions_NMD)[:, group], group_mask(group)
+            added, mask = self.patch2query(conditions_NMD)[:, group], group_mask(group)
         out = self.decode(memory, added=added, mask=mask)
         state = out.states[-1]
         if self.object_embed is not None:

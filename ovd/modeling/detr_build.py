@@ -80,7 +80,7 @@ def build_detr(
         if config.variant == "text" and rows is not None
         else None,
         closed_classes=classes if config.variant == "closed" else None,
-        normalise_condition=config.embed_space == "clip",
+        unit_conditions=config.embed_space == "clip",
         denoising=config.denoising,
         box_noise=config.box_noise,
         label_noise=config.label_noise,
@@ -119,7 +119,7 @@ def start_projections(
     said = "input_proj starts centred on the tokens"
     if embeddings_PD is None:
         return said
-    own = not model.normalise_condition and model.patch2query.in_features == model.input_proj.in_channels
+    own = not model.patch2query.unit and model.patch2query.in_features == model.input_proj.in_channels
     if own:
         model.patch2query.weight.copy_(weight)
     elif projection_DC is not None:
@@ -129,9 +129,9 @@ def start_projections(
     else:
         return said + "; patch2query at random: its space is not the tokens'"
     model.patch2query.bias.zero_()
-    found, wanted = model.condition(embeddings_PD), tokens_SC @ weight.T
+    found, wanted = model.patch2query(embeddings_PD), tokens_SC @ weight.T
     model.patch2query.weight.mul_(wanted.std(0).norm() / found.std(0).norm().clamp(min=1e-6))
-    model.patch2query.bias.copy_(-model.condition(embeddings_PD).mean(0))
+    model.patch2query.bias.copy_(-model.patch2query(embeddings_PD).mean(0))
     return said + ", patch2query as the same map, centred on the patches"
 
 
@@ -304,7 +304,7 @@ class DetrRegions(RegionModel):
         head = card.model.get("head", {})
         self.patches, self.patch_size = int(head.get("patches", 1)), int(head.get("patch_size", 64))
         self.example_encoder: RegionEncoder | None = None
-        if not model.normalise_condition:
+        if not model.patch2query.unit:
             self.example_encoder = PatchEncoder(model=model, side=self.patch_size)
 
     @torch.no_grad()
@@ -395,7 +395,7 @@ class DetrRegions(RegionModel):
         Raises:
             UserError: a model whose patches were embedded by the image-text encoder; `ask` takes those embeddings.
         """
-        if self.detr.normalise_condition:
+        if self.detr.patch2query.unit:
             raise UserError("this transformer's patches live in the image-text encoder's space: embed crops with it")
         whole = [np.array([[0.0, 0.0, crop.shape[1], crop.shape[0]]]) for crop in crops]
         patches = [

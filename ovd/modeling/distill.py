@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViLD-image: pull a detector's region embeddings towards an image encoder's embeddings of the same crops."""
+"""Pull a detector's region embeddings towards a frozen encoder's embeddings of the same crops.
+
+ViLD-image does it with an L1 norm, UP-DETR's reconstruction with a squared distance; both between unit vectors.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +32,12 @@ def l1_distillation(regions_RD: Tensor, targets_RD: Tensor, valid_R: Tensor | No
         if valid_R is not None:
             distance_R = distance_R[valid_R]
         return distance_R.mean() if len(distance_R) else regions_RD.float().sum() * 0.0
+
+
+def squared_distillation(regions_RD: Tensor, targets_RD: Tensor) -> Tensor:
+    """Sum over regions of ``‖normalise(target) − normalise(region)‖²`` = 2 − 2cos (UP-DETR's reconstruction), float32.
+
+    Summed over channels, as the paper has it: between 0 and 4 for each region. The caller divides by the boxes.
+    """
+    with torch.autocast(regions_RD.device.type, enabled=False):
+        return (2 - 2 * F.cosine_similarity(regions_RD.float(), targets_RD.detach().float(), dim=-1)).sum()

@@ -110,7 +110,7 @@ class PatchPretext(DetectionTask):
 
     def conditions(self, embeddings: Tensor, group: Tensor) -> Tensor:
         """(N, Q, d) what is added to each query: its patch, or nothing for the masked ones (training only)."""
-        added = self.detr.condition(embeddings)[:, group]
+        added = self.detr.patch2query(embeddings)[:, group]
         if self.training and self.mask_queries:
             keep = torch.rand(added.shape[:2], device=added.device) >= self.mask_queries
             added = added * keep[..., None]

@@ -54,7 +54,7 @@ def make(
         if variant == "text"
         else None,
         "closed_classes": C if variant == "closed" else None,
-        "normalise_condition": variant == "text",
+        "unit_conditions": variant == "text",
         "denoising": 0,
         "box_noise": 0.4,
         "label_noise": 0.2,

@@ -24,7 +24,7 @@ def test_commands__pretrain_fine_tune_and_evaluate(tmp_path: Path, capsys: pytes
     assert train.main(["--config", "updetr.yaml", f"out={up}", cache, "loop.steps=3", *SMALL, *patches]) == 0
     lines = [json.loads(line) for line in (up / "metrics.jsonl").read_text().splitlines()]
     assert {"patch_miou", "patch_recall50", "loss_reconstruction"} <= set(lines[-1])
-    assert "patch2query starts as input_proj" in capsys.readouterr().out
+    assert "patch2query as the same map, centred on the patches" in capsys.readouterr().out
 
     fine = tmp_path / "fine"
     labels = ["data.length=8", f"weights={up / 'exported'}", "model.queries=40", "model.conditioned=10"]

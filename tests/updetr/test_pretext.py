@@ -325,3 +325,55 @@ def test_pretext__learns_to_find_patches_on_easy_pictures() -> None:
         torch.nn.utils.clip_grad_norm_(pretext.parameters(), 1.0)
         optimizer.step()
     assert pretext.measure([samples])["patch_miou"] > 0.4
+
+
+# --- where the projections start
+
+
+def shifted(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Distinct looks under a large part shared by all of them, once as tokens and once as patches, shared otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    look = torch.randn(count, CHANNELS, generator=generator)
+    return look + 30 * torch.randn(CHANNELS, generator=generator), 2 * look + 30 * torch.randn(
+        CHANNELS, generator=generator
+    )
+
+
+def projected(model: Any, tokens: Tensor) -> Tensor:
+    return model.input_proj(tokens[..., None, None])[..., 0, 0]
+
+
+def test_start__a_patch_points_at_its_own_look_whatever_all_of_them_share() -> None:
+    model = make(variant="agnostic")
+    tokens, patches = shifted(50, seed=1)
+    said = start_projections(model, tokens_SC=tokens, embeddings_PD=patches)
+    with torch.no_grad():
+        key, query = projected(model, tokens), model.patch2query(patches)
+    assert "the same map" in said
+    assert key.mean(0).abs().max() < 1e-3 and query.mean(0).abs().max() < 1e-3
+    alike = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
+    assert bool((alike.argmax(1) == torch.arange(50)).all())
+    raw = F.normalize(patches, dim=1) @ F.normalize(tokens, dim=1).T
+    assert float((raw.argmax(1) == torch.arange(50)).float().mean()) < 0.5  # what it is for
+
+
+def test_start__the_way_back_from_the_joint_space() -> None:
+    model = make(variant="text", width=32)  # 12 dimensions of 8 channels: the projection loses nothing
+    tokens, _ = shifted(50, seed=2)
+    projection = torch.randn(12, CHANNELS, generator=torch.Generator().manual_seed(3))
+    start_projections(
+        model, tokens_SC=tokens, embeddings_PD=(tokens - tokens.mean(0)) @ projection.T, projection_DC=projection
+    )
+    with torch.no_grad():
+        key = projected(model, tokens)
+        query = model.patch2query((tokens - tokens.mean(0)) @ projection.T)
+    alike = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
+    assert float((alike.argmax(1) == torch.arange(50)).float().mean()) > 0.9
+    assert float(query.std(0).norm()) == pytest.approx(float(key.std(0).norm()), rel=1e-3)
+
+
+def test_start__a_patch_of_another_space_keeps_its_random_projection() -> None:
+    model = make(variant="text")
+    before = model.patch2query.weight.clone()
+    said = start_projections(model, tokens_SC=shifted(9, 1)[0], embeddings_PD=torch.randn(9, 12))
+    assert "at random" in said and torch.equal(model.patch2query.weight, before)
