@@ -36,7 +36,6 @@ SCRATCH = "random"  # the row of an untrained network
 VIEWS, TIME = "views", "time"
 SIZE = 32
 BATCH = 128
-WITHOUT_TRANSFER = {"byol_gn": "its group norms have no counterpart in the detector's ResNet"}
 
 
 def recipe(method: str, *, steps: int, seed: int, out: Path) -> PretrainConfig:
@@ -115,15 +114,16 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
     return remember(folder / "probe.json", measure)
 
 
-def transferred(folder: Path, backbone: Path | None, options: argparse.Namespace) -> dict[str, Any]:
+def transferred(method: str, folder: Path, backbone: Path | None, options: argparse.Namespace) -> dict[str, Any]:
     """AP of any thing's box and mask by the sticker Mask R-CNN after a short training from that backbone."""
 
     def measure() -> dict[str, Any]:
         run = folder / "detector"
         start = "backbone_start=scratch" if backbone is None else f"backbone_weights={backbone}"
+        norm = "GN16" if method == "byol_gn" else "BN"
         seconds = command(
-            "ovd.train", "--config", "mask_rcnn.yaml", f"out={run}", start, "model.backbone.norm=BN",
-            "model.backbone.freeze_at=0", "model.head.norm=BN", "pretrained_lr_scale=1.0",
+            "ovd.train", "--config", "mask_rcnn.yaml", f"out={run}", start, f"model.backbone.norm={norm}",
+            "model.backbone.freeze_at=0", "pretrained_lr_scale=1.0",
             f"loop.steps={options.detector_steps}", f"loop.batch_size={options.detector_batch}", "loop.threads=1",
             f"loop.seed={options.seed}", "loop.workers=0", "loop.device=cpu", "loop.save_every=1000000000",
             f"optim.warmup_steps={options.detector_steps // 8}", "--overwrite",
@@ -158,8 +158,8 @@ def one(method: str, column: str, options: argparse.Namespace, *, steps: int) ->
         found = pretrain(method, folder, steps=steps, seed=options.seed)
         backbone = folder / "run" / "exported"
     found["probe"] = probed(folder, backbone, seed=options.seed, views=options.probe_views)
-    if method not in WITHOUT_TRANSFER and column in options.transfer:
-        found["transfer"] = transferred(folder, backbone, options)
+    if column in options.transfer:
+        found["transfer"] = transferred(method, folder, backbone, options)
     return found
 
 

@@ -17,7 +17,10 @@ class BackboneConfig(Section):
     stem: Literal["small", "imagenet"] = Field(
         "small", description="3x3 stem of our encoders, or the 7x7 one of ImageNet networks"
     )
-    norm: Literal["FrozenBN", "BN", "SyncBN", "GN"] = Field("FrozenBN", description="normalisation inside the ResNet")
+    norm: Literal["FrozenBN", "BN", "SyncBN", "GN", "GN16"] = Field(
+        "FrozenBN",
+        description="normalisation inside the ResNet; GN: 32 groups; GN16: 16, as pretrain's byol_gn has them",
+    )
     freeze_at: int = Field(0, ge=0, le=5, description="freeze up to this stage: 1 stem, 2 res2, ...; 0 nothing")
     kind: Literal["c4", "fpn"] = Field(
         "c4", description="c4: regions from res4, head is res5; fpn: the paper's pyramid and head"
@@ -54,8 +57,8 @@ class HeadConfig(Section):
     )
     conv_dims: tuple[int, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn tower")
     fc_dims: tuple[int, ...] = Field((1024, 1024), description="fully connected layers of the fpn tower")
-    norm: Literal["FrozenBN", "BN", "SyncBN", "GN", ""] = Field(
-        "FrozenBN", description="normalisation inside the tower"
+    norm: Literal["FrozenBN", "BN", "SyncBN", "GN", "GN16", ""] = Field(
+        "FrozenBN", description="normalisation inside the tower; names as in model.backbone.norm"
     )
     detail: int | None = Field(
         None,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig)
+BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
 
 
 def labelled_images(data: DataConfig) -> LabelledImages:
@@ -73,7 +74,7 @@ def resolve_encoder(spec: str) -> JointEncoder:
 
 
 def backbone_tensors(
-    spec: str, *, stem: str
+    spec: str, *, stem: str, norms: Mapping[str, str]
 ) -> tuple[Mapping[str, Tensor], tuple[tuple[float, ...], tuple[float, ...]] | None]:
     """(torchvision-named tensors, (mean, std) of RGB in [0, 1] where they are known) of ``backbone_weights``.
 
@@ -81,19 +82,21 @@ def backbone_tensors(
         spec: the ``exported/`` folder of a run of pretrain.train, a folder written by ``pretrain.export --to
             torchvision``, an encoder folder, or a safetensors file of torchvision's names.
         stem: of ``model.backbone``.
+        norms: key of the configuration → its value, of every part that takes over the tensors.
 
     Raises:
-        UserError: another stem, or group norms, which Detectron2's ResNets have with other groups.
+        UserError: another stem, or another kind of norm, whose tensors would load and be silently wrong.
     """
     from pretrain.engine.checkpoint import load_weights
 
-    path = Path(spec)
+    path, look = Path(spec), None
     if not path.is_dir():
-        return load_weights(path)[0], None
-    if (path / "settings.json").is_file():
+        tensors = load_weights(path)[0]
+        found, groups = stem, not any(name.endswith("running_var") for name in tensors)
+    elif (path / "settings.json").is_file():
         try:
             settings = json.loads((path / "settings.json").read_text(encoding="utf-8"))
-            kind, found, norm = settings["format"], settings["stem"], settings["norm"]
+            kind, found, groups = settings["format"], settings["stem"], settings["norm"] != "BN"
             look = tuple(settings["mean"]), tuple(settings["std"])
         except (ValueError, KeyError, TypeError) as problem:
             raise UserError(
@@ -107,10 +110,13 @@ def backbone_tensors(
         from pretrain.export import read_source
 
         source = read_source(spec)
-        tensors, found, norm = source.state, source.stem, "BN" if source.groups is None else "GN"
+        tensors, found, groups = source.state, source.stem, source.groups is not None
         look = source.mean, source.std
-    if norm != "BN":
-        raise UserError(f"backbone_weights={spec}: its norms are {norm}; a detector's backbone has batch norms here")
+    for key, norm in norms.items():
+        fitting = ("GN16",) if groups else BATCH_NORMS
+        if norm not in fitting:
+            has, wanted = f"{'group' if groups else 'batch'} norms", " or ".join(fitting)
+            raise UserError(f"backbone_weights={spec}: it has {has}; set {key}={wanted} instead of {norm}")
     if found != stem:
         raise UserError(f"backbone_weights={spec}: its stem is {found}; set model.backbone.stem={found}")
     return tensors, look
@@ -233,7 +239,11 @@ def build(config: TrainConfig) -> dict[str, Any]:
     look: tuple[tuple[float, ...], tuple[float, ...]] = encoder.image_mean, encoder.image_std
     own: Mapping[str, Tensor] | None = None
     if config.backbone_weights is not None:
-        own, trained_on = backbone_tensors(config.backbone_weights, stem=config.model.backbone.stem)
+        bb = config.model.backbone
+        norms: dict[str, str] = {"model.backbone.norm": bb.norm}
+        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose towers start from the last stage
+            norms["model.head.norm"] = config.model.head.norm
+        own, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
         look = trained_on or look  # a backbone sees pictures as it was trained to
     mean, std = ([255.0 * v for v in values] for values in look)
     model = build_model(

@@ -198,7 +198,8 @@ def read_backbone(
 
     look: tuple[tuple[float, ...], tuple[float, ...]] | None = (encoder.image_mean, encoder.image_std)
     if config.backbone_weights is not None:
-        state, own = backbone_tensors(config.backbone_weights, stem=config.model.backbone.stem)
+        bb = config.model.backbone
+        state, own = backbone_tensors(config.backbone_weights, stem=bb.stem, norms={"model.backbone.norm": bb.norm})
         look = own or look
     elif isinstance(encoder.visual, ResNetImage):
         state = export_backbone(encoder)

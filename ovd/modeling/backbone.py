@@ -16,15 +16,24 @@ from torch.nn import functional as F
 from pretrain.engine.errors import UserError
 from pretrain.nets.checkpoints import to_detectron2 as to_detectron2
 from pretrain.nets.grid import conv3x3_on_2x2
+from pretrain.nets.standardised import group_norm
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks of res2…res5 (He et al. 2015, table 1)."""
 
 
+Norm = str | Callable[[int], nn.Module]
+
+
+def norm_of(name: str) -> Norm:
+    """What Detectron2's ``get_norm`` takes: its own names, and ``GN16``, the group norm of pretrain/."""
+    return group_norm if name == "GN16" else name
+
+
 class SmallStem(CNNBlockBase):
     """3×3 stride-2 convolution and a max pool: stride 4 like the ImageNet stem, for small pictures."""
 
-    def __init__(self, *, out_channels: int, norm: str) -> None:
+    def __init__(self, *, out_channels: int, norm: Norm) -> None:
         super().__init__(3, out_channels, 4)
         self.conv1 = Conv2d(
             3, out_channels, kernel_size=3, stride=2, padding=1, bias=False, norm=get_norm(norm, out_channels)
@@ -49,7 +58,7 @@ class RegionBlock(BasicBlock):
         return conv(x)
 
 
-def stage(*, depth: int, index: int, norm: str, block: type[BasicBlock] = BasicBlock) -> list[CNNBlockBase]:
+def stage(*, depth: int, index: int, norm: Norm, block: type[BasicBlock] = BasicBlock) -> list[CNNBlockBase]:
     """Blocks of res``index`` (2…5) with torchvision's stride placement (in the 3×3 convolution)."""
     if depth not in STAGE_BLOCKS:
         raise ValueError(f"depth {depth}: known are {sorted(STAGE_BLOCKS)}")
@@ -86,13 +95,14 @@ def build_resnet(
     Args:
         depth: 18, 34, 50 or 101.
         stem: ``small`` (3×3) or ``imagenet`` (7×7); both have stride 4.
-        norm: Detectron2's name of a norm: ``FrozenBN``, ``BN``, ``SyncBN``, ``GN``.
+        norm: Detectron2's name of a norm (``FrozenBN``, ``BN``, ``SyncBN``, ``GN``), or ``GN16``.
         out_features: stages whose output is returned.
         freeze_at: stages up to this one are frozen, 1 is the stem, 2 is res2; 0 freezes nothing.
     """
-    first = SmallStem(out_channels=64, norm=norm) if stem == "small" else BasicStem(3, 64, norm=norm)
+    made = norm_of(norm)
+    first = SmallStem(out_channels=64, norm=made) if stem == "small" else BasicStem(3, 64, norm=made)
     last = max(int(name.removeprefix("res")) for name in out_features)
-    stages = [stage(depth=depth, index=index, norm=norm) for index in range(2, last + 1)]
+    stages = [stage(depth=depth, index=index, norm=made) for index in range(2, last + 1)]
     return ResNet(first, stages, out_features=list(out_features), freeze_at=freeze_at)
 
 

@@ -26,7 +26,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd.modeling.backbone import RegionBlock, stage, stage_channels
+from ovd.modeling.backbone import RegionBlock, norm_of, stage, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.distill import l1_distillation
 from ovd.modeling.sampling import SeededROIHeads
@@ -59,13 +59,15 @@ class Tower(nn.Module):
         self.kind = kind
         self.body: nn.Module
         if kind == "res5":
-            self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm, block=RegionBlock))
+            self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm_of(norm), block=RegionBlock))
             channels = stage_channels(depth=depth, index=5)
             self.box_features = channels * (resolution // 2) ** 2
             embed_features = channels
         else:
             shape = ShapeSpec(channels=in_channels, height=resolution, width=resolution)
-            self.body = FastRCNNConvFCHead(shape, conv_dims=list(conv_dims), fc_dims=list(fc_dims), conv_norm=norm)
+            self.body = FastRCNNConvFCHead(
+                shape, conv_dims=list(conv_dims), fc_dims=list(fc_dims), conv_norm=norm_of(norm)
+            )
             self.box_features = embed_features = fc_dims[-1]
         self.projection = nn.Linear(embed_features, embed_dim) if embed_dim is not None else None
 

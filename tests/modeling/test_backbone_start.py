@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``backbone_weights=``: a detector starts from what pretrain/ exported, with the same features, or says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ovd import train
+from ovd.config import TrainConfig
+from ovd.modeling.backbone import build_resnet, load_resnet, verify_conversion
+from pretrain.config_ssl import BackboneConfig
+from pretrain.engine.config import load_config
+from pretrain.engine.errors import UserError
+from pretrain.export import export, read_source
+from pretrain.nets.backbones import build_backbone, save_backbone
+
+PIXELS = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def exported(folder: Path, *, norm: str) -> tuple[Path, nn.Module]:
+    """A backbone with statistics and weights that are not those of a start."""
+    torch.manual_seed(1)
+    config = BackboneConfig(name="resnet18", stem="small", norm=norm, zero_init=False)  # type: ignore[arg-type]
+    network = build_backbone(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        network.train()(PIXELS)
+    save_backbone(
+        folder, network.eval(), config=config, method="byol_gn" if norm == "gn_ws" else "byol", size=64,
+        mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4),
+    )  # fmt: skip
+    return folder, network
+
+
+@pytest.mark.parametrize(("norm", "detector_norm"), [("bn", "FrozenBN"), ("bn", "BN"), ("gn_ws", "GN16")])
+@pytest.mark.parametrize("through_export", [False, True])
+def test_the_detectors_features_are_the_pretrainings(
+    tmp_path: Path, norm: str, detector_norm: str, through_export: bool
+) -> None:
+    folder, network = exported(tmp_path / "run", norm=norm)
+    if through_export:
+        export(read_source(str(folder)), to="torchvision", out=tmp_path / "out", pictures=PIXELS)
+        folder = tmp_path / "out"
+    tensors, look = train.backbone_tensors(str(folder), stem="small", norms={"model.backbone.norm": detector_norm})
+    assert look == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    stages = ("res2", "res3", "res4", "res5")
+    resnet = build_resnet(depth=18, stem="small", norm=detector_norm, out_features=stages, freeze_at=0).eval()
+    load_resnet(resnet, tensors, source="test")
+    source: Any = read_source(str(folder if not through_export else tmp_path / "run")).network
+    assert verify_conversion(source.stages, resnet, PIXELS) < 1e-5
+    with torch.no_grad():  # and of the network itself: standardised weights were folded
+        torch.testing.assert_close(resnet(PIXELS)["res5"].mean((2, 3)), network(PIXELS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "detector_norm", "message"),
+    [
+        ("bn", "GN", "it has batch norms; set model.head.norm=FrozenBN or BN or SyncBN instead of GN"),
+        ("bn", "GN16", "it has batch norms"),
+        ("gn_ws", "FrozenBN", "it has group norms; set model.head.norm=GN16 instead of FrozenBN"),
+        ("gn_ws", "GN", "it has group norms"),  # 32 groups: the tensors would fit
+    ],
+)
+def test_norms_of_another_kind_are_refused(tmp_path: Path, norm: str, detector_norm: str, message: str) -> None:
+    folder, _ = exported(tmp_path, norm=norm)
+    with pytest.raises(UserError, match=message):
+        train.backbone_tensors(str(folder), stem="small", norms={"model.head.norm": detector_norm})
+
+
+def test_another_stem_is_refused(tmp_path: Path) -> None:
+    folder, _ = exported(tmp_path, norm="bn")
+    with pytest.raises(UserError, match=r"its stem is small; set model\.backbone\.stem=small"):
+        train.backbone_tensors(str(folder), stem="imagenet", norms={})
+
+
+@pytest.mark.parametrize(("norm", "detector_norm"), [("bn", "BN"), ("gn_ws", "GN16")])
+def test_a_training_starts_from_it_tower_included(tmp_path: Path, norm: str, detector_norm: str) -> None:
+    folder, _ = exported(tmp_path / "run", norm=norm)
+    config = load_config(
+        TrainConfig,
+        "mask_rcnn.yaml",
+        ["model.variant=text", f"backbone_weights={folder}", f"model.backbone.norm={detector_norm}",
+         f"model.head.norm={detector_norm}", "model.backbone.freeze_at=0", "data.length=2", "data.size=96",
+         f"out={tmp_path / 'detector'}"],
+    )  # fmt: skip
+    parts = train.build(config)
+    model: Any = parts["model"]
+    own: Any = read_source(str(folder)).network
+    assert torch.equal(model.backbone.stem.conv1.weight, own.conv1.weight)
+    assert torch.equal(model.roi_heads.tower.body[0].conv1.weight, own.layer4[0].conv1.weight)
+    assert parts["mean"] == pytest.approx([102.0, 127.5, 153.0])  # colours as the backbone was trained on
+    loss, _ = parts["task"].train()([parts["source"].sample(0, 0), parts["source"].sample(1, 0)])
+    loss.backward()
+    assert bool(torch.isfinite(loss)) and model.backbone.stem.conv1.weight.grad is not None
