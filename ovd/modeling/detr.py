@@ -15,7 +15,7 @@ Shapes: ``N`` images, ``S`` tokens, ``Q`` queries, ``d`` width, ``L`` layers, ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from detectron2.structures import Boxes, ImageList, Instances
@@ -44,6 +44,7 @@ from ovd.modeling.transformer import (
     Encoder,
     PlainDecoder,
     sine_code,
+    start_as_identity,
     token_positions,
 )
 from pretrain.engine import distributed
@@ -191,9 +192,13 @@ class Detr(nn.Module):
                 ),
             }
         )
-        for parameter in self.transformer.parameters():
-            if parameter.ndim > 1 and arch == "detr":
-                nn.init.xavier_uniform_(parameter)
+        if arch == "detr":
+            for parameter in self.transformer.parameters():
+                if parameter.ndim > 1:
+                    nn.init.xavier_uniform_(parameter)
+        elif pre_norm:
+            for part in self.transformer.values():
+                start_as_identity(cast(nn.ModuleList, part.layers))
         self.query_embed = nn.Embedding(queries, width)
         self.bbox_embed = MLP(width, width, width, 4)
         if arch == "conditional":

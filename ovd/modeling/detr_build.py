@@ -115,6 +115,7 @@ def start_projections(
     """
     weight = model.input_proj.weight[:, :, 0, 0]
     assert model.input_proj.bias is not None
+    weight.div_((tokens_SC @ weight.T).std(0).mean().clamp(min=1e-6))
     model.input_proj.bias.copy_(-weight @ tokens_SC.mean(0))
     said = "input_proj starts centred on the tokens"
     if embeddings_PD is None:
