@@ -277,7 +277,8 @@ def test_measure__a_perfect_answer_scores_one_and_a_constant_box_what_it_overlap
         return predict
 
     monkeypatch.setattr(pretext, "predict", answer(lambda own, true, group: true[:, group].expand_as(own)))
-    assert pretext.measure([batch, batch]) == {"patch_miou": pytest.approx(1.0), "patch_recall50": 1.0}
+    found = pretext.measure([batch, batch])
+    assert found["patch_miou"] == pytest.approx(1.0) and found["patch_recall50"] == 1.0
     assert pretext.training  # as it was
     middle = torch.tensor([0.5, 0.5, 0.3, 0.3])
     monkeypatch.setattr(pretext, "predict", answer(lambda own, true, group: middle.expand_as(own)))
@@ -293,6 +294,26 @@ def _mean_iou(boxes: Tensor, constant: Tensor) -> float:
         tall = max(0.0, min(y + h / 2, cy + ch / 2) - max(y - h / 2, cy - ch / 2))
         total.append(wide * tall / (w * h + cw * ch - wide * tall))
     return sum(total) / len(total)
+
+
+def test_measure__a_patch_whose_look_alike_lies_elsewhere_counts_as_missed() -> None:
+    pretext = task(patches=2)
+    grid = torch.zeros(CHANNELS, 4, 4)
+    grid[0, 0, 0], grid[1, 3, 2] = 1.0, 1.0  # two cells that stand out, among others that say nothing
+    batch = [
+        {
+            "features": {"res4": grid}, "size": (64, 64), "embeddings": torch.eye(CHANNELS)[:2],
+            "boxes": torch.tensor([[0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 16.0, 32.0]]),
+        }
+    ]  # fmt: skip
+    with torch.no_grad():
+        pretext.detr.input_proj.weight.copy_(torch.eye(16, CHANNELS)[:, :, None, None])
+        pretext.detr.input_proj.bias.zero_()
+        pretext.detr.patch2query.weight.copy_(torch.eye(16, CHANNELS))
+        pretext.detr.patch2query.bias.zero_()
+    inside, area = pretext.look_alike(batch)
+    assert inside.tolist() == [True, False]
+    assert area.tolist() == [1 / 16, 1 / 8]
 
 
 def test_report__measures_once_per_interval() -> None:
@@ -324,7 +345,9 @@ def test_pretext__learns_to_find_patches_on_easy_pictures() -> None:
         pretext(samples)[0].backward()
         torch.nn.utils.clip_grad_norm_(pretext.parameters(), 1.0)
         optimizer.step()
-    assert pretext.measure([samples])["patch_miou"] > 0.4
+    found = pretext.measure([samples])
+    assert found["patch_miou"] > 0.4
+    assert found["patch_look_alike"] == 1.0 and found["patch_area"] == 0.25
 
 
 # --- where the projections start
