@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ovd.evaluation.coco import Metrics, Predict
     from ovd.evaluation.compare import Difference
     from ovd.evaluation.predictor import AskingPredictor, Predictor
+    from ovd.examples import Crop
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
@@ -48,8 +49,8 @@ def main(argv: list[str]) -> int:
     if not getattr(args, needs) or getattr(args, unwanted):
         given = "--weights" if args.weights else "--predictions"
         raise UserError(f"{given} needs --{needs}, and goes without --{unwanted}; see python -m ovd.evaluate --help.")
-    if args.examples and not (args.weights and args.data.startswith("stickers-val")):
-        raise UserError("--examples takes its crops from the stickers: give --weights and --data stickers-val[:COUNT]")
+    if args.examples and not args.weights:
+        raise UserError("--examples shows crops to a detector: give --weights and --data")
     if args.weights:
         evaluate_model(args, argv)
     else:
@@ -153,10 +154,12 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     from ovd.data.splits import Split
     from ovd.detector import find_weights
     from ovd.evaluation import coco
+    from ovd.evaluation.examples import coco_crops
     from ovd.evaluation.lvis import evaluate_lvis
 
     data = DataSpec.parse(args.data)
     gt: dict[str, Any] | None = None
+    shown: dict[int, list[Crop]] | None = None
     if data.annotations is not None:
         gt = read_json(data.annotations)
         categories = check_ground_truth(gt, where=str(data.annotations)).categories
@@ -165,6 +168,8 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
             split = split_of(args.split, gt, where=str(data.annotations))
         elif is_lvis(gt):
             split = split_of("lvis", gt, where=str(data.annotations))
+        if args.examples:
+            shown, gt = coco_crops(gt, Path(str(data.images)), count=args.examples)
     else:
         shipped = Split.load("stickers")
         split = Split.load(args.split, categories=shipped.names) if args.split else shipped
@@ -182,12 +187,12 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         asking = _asking(args, split, run)
         predict, propose = asking, asking.propose if args.agnostic == "proposals" else None
     else:
-        predictor = _named(args, split, run)
+        predictor = _named(args, split, run, shown)
         predict, propose = predictor, predictor.propose if args.agnostic == "proposals" else None
     progress = _Progress()
     if data.annotations is not None and gt is not None:
         results, proposals = coco.run_images(gt, Path(str(data.images)), predict, propose=propose, on_image=progress)
-        sha = sha256_of(data.annotations)
+        sha = coco.content_sha256(gt) if args.examples else sha256_of(data.annotations)
     else:
         from pretrain.data.stickers import SceneSource, Stickers
 
@@ -207,8 +212,10 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     return _finish(metrics, args, argv, dataset_sha256=sha, **run)
 
 
-def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predictor:
-    """The detector with its words; notes in `run` what a reader of the figures must know."""
+def _named(
+    args: argparse.Namespace, split: Split, run: dict[str, Any], shown: Mapping[int, Sequence[Crop]] | None = None
+) -> Predictor:
+    """The detector with its words, or crops (`shown`); notes in `run` what a reader of the figures must know."""
     from ovd.detector import Detector
     from ovd.evaluation.predictor import CropModel, predictor_for
     from ovd.vocabulary import Vocabulary
@@ -231,20 +238,22 @@ def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predi
         detector.model = CropModel(model=detector.model, encoder=encoder)
         args.scale = args.scale or float(encoder.logit_scale.exp())  # the encoder's own temperature
     if args.examples:
-        from ovd.evaluation.examples import example_predictor
+        from ovd.evaluation.examples import example_predictor, shown_stickers
         from pretrain.data.stickers import Stickers
 
         if vocabulary is not None or args.embeddings == "crops":
             raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
+        known = words if words is not None else {i: split.names[i] for i in split.ids}
+        if shown is None:
+            shown = shown_stickers(Stickers.load(), known, count=args.examples)
+        shown = {category: crops for category, crops in shown.items() if category in known}
         run |= {
             "weights_sha256": detector.card.get("sha256"),
             "config_hash": getattr(card, "config_hash", None),
             "examples": args.examples,
             "scores": "calibrated",
         }
-        masks = args.iou_types != ["bbox"]
-        known = words if words is not None else {i: split.names[i] for i in split.ids}
-        return example_predictor(detector, Stickers.load(), known, count=args.examples, limit=args.limit, masks=masks)
+        return example_predictor(detector, shown, limit=args.limit, masks=args.iou_types != ["bbox"])
     scale = args.scale or (float(card.model["head"]["scale"]) if card is not None else DEFAULT_SCALE)
     predictor = predictor_for(
         detector,
@@ -395,7 +404,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--agnostic", choices=("proposals", "results"), default="proposals",
         help="what AR is computed from: the regions by objectness (default), or the named results")  # fmt: skip
     add("--examples", type=_positive, metavar="N",
-        help="show every class by N crops in another drawing style instead of naming it (stickers-val)")  # fmt: skip
+        help="show every class by N crops instead of naming it: stickers in another drawing style; with coco: boxes "
+        "of the first pictures, which are then not evaluated")  # fmt: skip
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
     add("--regions", type=_positive, default=300, help="regions per image that are named, best objectness first")
     add("--limit", type=_positive, default=300, help="detections per image (default 300)")

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One-shot detection: every class is shown by crops in place of its name, in another drawing style than the scenes'.
+"""One-shot detection: every class is shown by crops in place of its name.
 
-The crops are single stickers of the training styles on held-out photos; the scenes are the validation scenes, whose
-style and photos no training saw. A class's first crop is the same whether one or three are given.
+Of Sticker Scenes the crops are single stickers of the training styles on held-out photos; the scenes are the validation
+scenes, whose style and photos no training saw. Of COCO annotations they are boxes of the first pictures, which then are
+not evaluated. A class's first crop is the same whether one or three are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ovd.data.lvis import picture_file
 from ovd.detector import Detector
 from ovd.evaluation.predictor import Predictor
-from ovd.examples import Crop, Example
+from ovd.examples import MIN_SIDE, Crop, Example
 from ovd.modeling.scoring import RegionSet, score_examples
+from pretrain.data.folder import read_image
 from pretrain.data.stickers import StickerCrops, Stickers
 from pretrain.engine.errors import UserError
 
@@ -25,7 +29,7 @@ CROP_SIDE = 96  # pixels, about the size of a sticker in a scene
 SEED = 5000  # of the crops' photos and places; no scene has it
 
 
-def sticker_crops(stickers: Stickers, *, count: int, classes: frozenset[int]) -> dict[int, list[NDArray[np.uint8]]]:
+def sticker_crops(stickers: Stickers, *, count: int, classes: frozenset[int]) -> dict[int, list[Crop]]:
     """``count`` crops of each class, each in a style of its own as far as there are styles.
 
     Args:
@@ -40,19 +44,66 @@ def sticker_crops(stickers: Stickers, *, count: int, classes: frozenset[int]) ->
         for index, label in enumerate(source.class_ids.tolist()):
             if label in classes:
                 places.setdefault(label, {}).setdefault(style, []).append(index)
-    found: dict[int, list[NDArray[np.uint8]]] = {}
+    found: dict[int, list[Crop]] = {}
     for label, drawn in places.items():
         order = sorted(drawn)
         order = order[label % len(order) :] + order[: label % len(order)]  # one crop: all styles equally often
         # Each style once, then each once more with another photo.
         picks = [(style, drawn[style][turn]) for turn in range(count) for style in order if turn < len(drawn[style])]
         found[label] = [
-            np.ascontiguousarray(sources[style].sample(index)[0].transpose(1, 2, 0)) for style, index in picks[:count]
+            Crop(np.ascontiguousarray(sources[style].sample(index)[0].transpose(1, 2, 0)))
+            for style, index in picks[:count]
         ]
     return found
 
 
-def example_rows(detector: Detector, crops: Mapping[int, list[NDArray[np.uint8]]]) -> Tensor:
+def coco_crops(gt: Mapping[str, Any], folder: Path, *, count: int) -> tuple[dict[int, list[Crop]], dict[str, Any]]:
+    """``count`` boxes of each category, and the annotations without the pictures that they are from.
+
+    Pictures are taken in the file's order; each gives a category its largest box that is no crowd, with what is around
+    it.
+
+    Args:
+        gt: COCO annotations, checked.
+        folder: of the pictures.
+        count: crops per category.
+
+    Raises:
+        UserError: a category has boxes in too few pictures, or nothing is left to be evaluated.
+    """
+    boxes: dict[Any, dict[int, dict[str, Any]]] = {}
+    for one in gt["annotations"]:
+        if not one.get("iscrowd") and min(one["bbox"][2:]) >= MIN_SIDE:
+            largest = boxes.setdefault(one["image_id"], {})
+            best = largest.get(one["category_id"])
+            if best is None or one["bbox"][2] * one["bbox"][3] > best["bbox"][2] * best["bbox"][3]:
+                largest[one["category_id"]] = one
+    found: dict[int, list[Crop]] = {category["id"]: [] for category in gt["categories"]}
+    used = set()
+    for n, entry in enumerate(gt["images"]):
+        wanted = {c: one for c, one in boxes.get(entry["id"], {}).items() if c in found and len(found[c]) < count}
+        if not wanted:
+            continue
+        used.add(entry["id"])
+        pixels = read_image(folder / picture_file(entry, where=f"images[{n}]"))
+        for category, one in wanted.items():
+            x, y, w, h = (float(v) for v in one["bbox"])
+            found[category].append(Crop(pixels, (x, y, x + w, y + h)))
+    few = next((c["name"] for c in gt["categories"] if len(found[c["id"]]) < count), None)
+    if few is not None:
+        raise UserError(
+            f"--examples {count}: {few!r} has boxes of {MIN_SIDE} pixels in too few pictures; ask for fewer"
+        )
+    rest = [entry for entry in gt["images"] if entry["id"] not in used]
+    if not rest:
+        raise UserError(
+            f"--examples {count}: every picture is needed for the crops; give more pictures, or ask for fewer"
+        )
+    kept = [one for one in gt["annotations"] if one["image_id"] not in used]
+    return found, {**gt, "images": rest, "annotations": kept}
+
+
+def example_rows(detector: Detector, crops: Mapping[int, Sequence[Crop]]) -> Tensor:
     """(C, D) unit rows of the classes, in the mapping's order.
 
     Raises:
@@ -60,7 +111,7 @@ def example_rows(detector: Detector, crops: Mapping[int, list[NDArray[np.uint8]]
     """
     if detector.examples is None:
         raise UserError("these weights cannot search by example: their encoder has no image tower")
-    return detector.examples.embed([Example(str(c), tuple(Crop(p) for p in given)) for c, given in crops.items()])
+    return detector.examples.embed([Example(str(c), tuple(given)) for c, given in crops.items()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,32 +123,29 @@ class ExamplePredictor(Predictor):
         return score_examples(regions, self.rows, model.bank.to(self.rows), self.rows[:0], model.calibration)
 
 
-def example_predictor(
-    detector: Detector,
-    stickers: Stickers,
-    names: Mapping[int, str],
-    *,
-    count: int,
-    limit: int = 300,
-    masks: bool = True,
-) -> ExamplePredictor:
-    """A predictor whose classes are shown by ``count`` crops each.
-
-    Args:
-        detector: loaded.
-        stickers: where the crops come from.
-        names: COCO id → noun of the classes that are asked for.
-        count: crops per class.
-        limit: detections per image.
-        masks: write masks too.
-    """
+def shown_stickers(stickers: Stickers, names: Mapping[int, str], *, count: int) -> dict[int, list[Crop]]:
+    """COCO id → crops, of the nouns that are asked for (COCO id → noun)."""
     number = {noun: index for index, noun in enumerate(stickers.nouns)}
     id_of = {number[noun]: category for category, noun in names.items()}
     crops = sticker_crops(stickers, count=count, classes=frozenset(id_of))
+    return {id_of[label]: given for label, given in crops.items()}
+
+
+def example_predictor(
+    detector: Detector, shown: Mapping[int, Sequence[Crop]], *, limit: int = 300, masks: bool = True
+) -> ExamplePredictor:
+    """A predictor whose classes are shown by crops.
+
+    Args:
+        detector: loaded.
+        shown: COCO id → crops, of the classes that are asked for.
+        limit: detections per image.
+        masks: write masks too.
+    """
     return ExamplePredictor(
         detector=detector,
-        category_ids=tuple(id_of[label] for label in crops),
-        rows=example_rows(detector, crops),
+        category_ids=tuple(shown),
+        rows=example_rows(detector, shown),
         scores="calibrated",
         limit=limit,
         masks=masks,

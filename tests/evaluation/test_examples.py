@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ovd.evaluate import main
-from ovd.evaluation.examples import CROP_SIDE, ExamplePredictor, sticker_crops
+from ovd.evaluation.examples import CROP_SIDE, ExamplePredictor, coco_crops, sticker_crops
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import COLOURS, make_detector, picture
@@ -21,9 +25,10 @@ def test_crops_are_fixed_and_the_first_one_stays_when_more_are_given() -> None:
     assert set(one) == set(three) == wanted
     for label in wanted:
         assert len(one[label]) == 1 and len(three[label]) == 3
-        assert one[label][0].shape == (CROP_SIDE, CROP_SIDE, 3) and one[label][0].dtype == np.uint8
-        assert np.array_equal(one[label][0], three[label][0])
-        assert not np.array_equal(three[label][0], three[label][1])
+        first, again, other = one[label][0].pixels, three[label][0].pixels, three[label][1].pixels
+        assert first.shape == (CROP_SIDE, CROP_SIDE, 3) and first.dtype == np.uint8
+        assert np.array_equal(first, again)
+        assert not np.array_equal(again, other)
 
 
 def test_a_predictor_of_examples_gives_the_scores_that_a_person_sees() -> None:
@@ -41,6 +46,48 @@ def test_a_predictor_of_examples_gives_the_scores_that_a_person_sees() -> None:
     torch.testing.assert_close(predictor.score(regions.regions), seen)
 
 
-def test_examples_need_the_stickers() -> None:
-    with pytest.raises(UserError, match="stickers-val"):
-        main(["--weights", "default", "--data", "coco:nowhere:nothing.json", "--examples", "1"])
+def cells(tmp_path: Path) -> dict[str, Any]:
+    """Four pictures: reds in three of them, blues in two, a speck and a crowd that no one should be shown."""
+    boxes = {
+        1: [("red", [0, 0, 20, 20]), ("red", [20, 10, 30, 30])],
+        2: [("blue", [5, 5, 4, 40]), ("red", [0, 0, 60, 60])],
+        3: [("blue", [10, 10, 20, 20])],
+        4: [("blue", [0, 0, 30, 30]), ("red", [30, 30, 20, 20])],
+    }
+    ids = {"red": 7, "blue": 9}
+    for n in boxes:
+        Image.fromarray(np.full((60, 60, 3), 10 * n, dtype=np.uint8)).save(tmp_path / f"{n}.png")
+    annotations = [
+        {"image_id": n, "category_id": ids[name], "bbox": box, "iscrowd": int(box[2] == 60)}
+        for n, given in boxes.items()
+        for name, box in given
+    ]
+    return {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 60, "height": 60} for n in boxes],
+        "annotations": [{"id": k + 1, "area": 1, **one} for k, one in enumerate(annotations)],
+        "categories": [{"id": i, "name": name} for name, i in ids.items()],
+    }
+
+
+def test_crops_of_annotations_are_the_largest_of_the_first_pictures_which_are_then_left_out(tmp_path: Path) -> None:
+    gt = cells(tmp_path)
+    shown, rest = coco_crops(gt, tmp_path, count=1)
+    assert shown[7][0].box == (20, 10, 50, 40) and int(shown[7][0].pixels[0, 0, 0]) == 10
+    assert shown[9][0].box == (10, 10, 30, 30) and int(shown[9][0].pixels[0, 0, 0]) == 30  # not the speck of picture 2
+    assert [image["id"] for image in rest["images"]] == [2, 4]
+    assert {one["image_id"] for one in rest["annotations"]} == {2, 4} and len(gt["images"]) == 4
+
+
+def test_too_few_annotations_for_the_crops_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--examples 3: 'red' has boxes of 8 pixels in too few pictures; ask for fewer"):
+        coco_crops(cells(tmp_path), tmp_path, count=3)
+    gt = cells(tmp_path)
+    gt["images"] = [image for image in gt["images"] if image["id"] == 4]
+    gt["annotations"] = [one for one in gt["annotations"] if one["image_id"] == 4]
+    with pytest.raises(UserError, match="every picture is needed for the crops"):
+        coco_crops(gt, tmp_path, count=1)
+
+
+def test_examples_need_a_detector(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--examples shows crops to a detector"):
+        main(["--predictions", "r.json", "--annotations", "gt.json", "--examples", "1"])
