@@ -51,6 +51,10 @@ class _Method(Section):
 
     backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network to pretrain.")
     views: tuple[ViewConfig, ...] = Field(description="Random views of a picture, in order.")
+    compile: bool = Field(
+        default=False,
+        description="Compile the backbone with torch.compile: needs a C++ compiler, and a minute or two at the start.",
+    )
 
     @model_validator(mode="after")
     def _two_views(self) -> _Method:

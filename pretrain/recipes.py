@@ -57,6 +57,10 @@ def build_method(config: SslMethod, *, batch_size: int, device: torch.device) ->
     shares_norm = not isinstance(config, MoCoMethod)  # MoCo shuffles instead (§3.3)
     if shares_norm and device.type == "cuda" and world_size() > 1:
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    if config.compile:
+        for part in task.modules():  # the momentum copy too
+            if isinstance(part, type(backbone)):
+                part.compile()  # in place: parameters keep their names, so a checkpoint fits either way
     return task
 
 

@@ -48,6 +48,31 @@ def linears(module: nn.Module) -> list[nn.Linear]:
 # --- recipes
 
 
+@pytest.mark.parametrize("name", ["byol", "moco_v2", "swav"])
+def test_a_compiled_backbone_gives_the_same_loss_and_keeps_its_names(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    compile_in_place = nn.Module.compile
+
+    def traced(module: nn.Module) -> None:  # traced as ever, but run by torch: the test needs no C++ compiler
+        compiled.append(module)
+        compile_in_place(module, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    plain, quick = built(name), built(name, compile=True)
+    assert len(compiled) == (1 if name == "swav" else 2)  # the momentum copy too
+    assert list(plain.state_dict()) == list(quick.state_dict())
+    losses = []
+    for task in (plain, quick):
+        torch.manual_seed(1)
+        loss, _ = task(VIEWS.batch(8))
+        loss.backward()
+        losses.append((loss.item(), task.backbone.conv1.weight.grad))
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+    torch.testing.assert_close(losses[1][1], losses[0][1], rtol=1e-3, atol=1e-6)
+
+
 def test_simclr_ends_with_a_gain_without_shift_and_has_no_biases() -> None:
     task = built("simclr", hidden=2048, dim=128)
     first, norm, relu, second, last = task.projector
