@@ -334,6 +334,24 @@ def augmentations(size: int, batch: int, rounds: int, *, compiled: bool) -> dict
     return {name: batch / statistics.median(values) for name, values in seconds.items()}
 
 
+def compiled_steps(size: int, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a forward and backward pass of the backbone, plain and compiled (``method.compile``), in turns."""
+    import torch
+
+    from pretrain.config_ssl import BackboneConfig
+    from pretrain.nets.backbones import build_backbone
+
+    pixels = torch.randn(batch, 3, size, size)
+
+    def step(network: torch.nn.Module) -> None:
+        network.zero_grad()
+        network(pixels).square().mean().backward()
+
+    plain, quick = (build_backbone(BackboneConfig(name="resnet18", stem="small")) for _ in range(2))
+    quick.compile()
+    return take_turns({"plain": partial(step, plain), "compiled": partial(step, quick)}, rounds=rounds, warmup=2)
+
+
 def main() -> None:
     """Per method: memory, then data and whole step of both libraries in turns."""
     flags = parser(__doc__ or "")
@@ -343,7 +361,7 @@ def main() -> None:
     flags.add_argument("--batch", type=int, default=32, help="samples per step (default 32)")
     flags.add_argument("--data-only", action="store_true", help="leave out the whole step and memory")
     flags.add_argument(
-        "--compile", action="store_true", help="measure the compiled colour changes too (takes a minute)"
+        "--compile", action="store_true", help="measure compiled colour changes and backbone too (takes minutes)"
     )
     options = flags.parse_args()
     set_threads(options.threads)
@@ -397,6 +415,10 @@ def main() -> None:
     rows += [
         (f"colours alone, {name}", f"{rate:,.0f} views/s", "") for name, rate in figures["views_per_second"].items()
     ]
+    if options.compile:
+        seconds = compiled_steps(options.size, options.batch, 2 * rounds)
+        figures["compiled"] = {"seconds": seconds, "gain": ratio(seconds["plain"], seconds["compiled"])}
+        rows.append(("backbone step, compiled over plain, speed", show_ratio(figures["compiled"]["gain"]), ""))
     title = (
         f"Self-supervised training, ResNet-18 at {options.size} px, batch {options.batch}, JPEGs of {options.picture}"
     )
