@@ -57,7 +57,8 @@ def pretrain_once(case: str, options: argparse.Namespace) -> Path:
         main(
             [
                 "--config", "updetr.yaml", f"out={out}", f"cache={options.out / 'features'}",
-                f"loop.steps={options.pretext_steps}", "loop.threads=1", "loop.save_every=1000", "--resume",
+                f"loop.steps={options.pretext_steps}", "loop.threads=1", "loop.save_every=500", "--resume",
+                "model.embed_space=clip", "model.loss.contrast=0.5",  # the space of detr.yaml: its heads carry over
                 *images, *CASES[case],
             ]
         )  # fmt: skip
@@ -236,7 +237,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=["grouped"])
     parser.add_argument("--fractions", type=float, nargs="+", help="of the labelled pictures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pretext-steps", type=int, default=5000)
+    parser.add_argument("--pretext-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=250, help="steps between measurements")
     parser.add_argument("--pictures", type=int, default=4000, help="labelled scenes")
