@@ -172,7 +172,7 @@ def everything(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str
         cost[method] = found["cpu_seconds"] / found["steps"]
         yield method, VIEWS, found
     budget = min(cost.values()) * options.steps
-    for method in METHODS:
+    for method in options.methods:
         steps = max(1, round(budget / cost[method]))
         column = VIEWS if steps == options.steps else TIME  # the quickest one's run stands in both tables
         yield method, TIME, one(method, column, options, steps=steps)
@@ -196,6 +196,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--scenes", type=int, default=100, help="validation scenes for AP")
     parser.add_argument("--probe-views", type=int, default=4, help="pictures of each sticker in the probe's bank")
     parser.add_argument("--transfer", nargs="*", choices=[VIEWS, TIME], default=[VIEWS])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the rows at equal time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ssl_table")
     options = parser.parse_args(argv)
