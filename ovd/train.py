@@ -195,6 +195,7 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[s
         UserError: nothing of backbone or RPN fits, so this is another architecture.
     """
     from ovd.modeling.build import load_model
+    from pretrain.engine.checkpoint import load_some
 
     other, _, _ = load_model(folder)
     own, source = model.state_dict(), other.state_dict()
@@ -210,7 +211,7 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[s
             f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
             f"such as {lacking[0]}"
         )
-    model.load_state_dict({k: source[k] for k in loaded}, strict=False)
+    load_some(model, {k: source[k] for k in loaded})
     return loaded, [k for k in own if k not in loaded]
 
 

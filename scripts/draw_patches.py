@@ -28,7 +28,7 @@ from ovd.modeling.matcher import overlaps, to_corners
 from ovd.modeling.transformer import ConditionalDecoderLayer
 from ovd.modeling.updetr import PatchPretext
 from ovd.train_detr import build, patch_source
-from pretrain.engine.checkpoint import load_state, newest, verify
+from pretrain.engine.checkpoint import load_model, load_state, newest, verify
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import UserError, run_cli
 
@@ -103,7 +103,7 @@ def load_task(task: PatchPretext, checkpoint: Path | None) -> int:
         return 0
     found = verify(checkpoint)
     state, _ = load_state(found)
-    task.load_state_dict(state, strict=False)
+    load_model(task, state, untracked=task.untracked, where=checkpoint)
     return found.step
 
 

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.engine.checkpoint import load_some
 from pretrain.engine.errors import UserError
 from pretrain.nets.checkpoints import to_detectron2 as to_detectron2
 from pretrain.nets.grid import conv3x3_on_2x2
@@ -139,7 +140,7 @@ def load_converted(module: nn.Module, converted: Mapping[str, Tensor], *, source
             f"{source}: {len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} backbone tensors match; "
             f"missing {missing[:3]}, other shape {misshapen[:3]}. Does model.backbone (depth, stem) fit the checkpoint?"
         )
-    module.load_state_dict({k: converted[k] for k in wanted}, strict=False)
+    load_some(module, {k: converted[k] for k in wanted})
 
 
 @torch.no_grad()

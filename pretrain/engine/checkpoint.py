@@ -324,12 +324,24 @@ def load_model(model: nn.Module, state: dict[str, Any], *, untracked: tuple[str,
     Raises:
         UserError: If names or shapes differ from the model's.
     """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state and not name.startswith(untracked)]
+    unexpected = [name for name in state if name not in own]
+    if missing or unexpected:
+        raise UserError(f"{where}: does not fit this model: missing {missing[:5]}, unexpected {unexpected[:5]}")
     try:
-        result = model.load_state_dict(state, strict=False)
+        load_some(model, state)
     except RuntimeError as error:
         raise UserError(f"{where}: does not fit this model ({error})") from error
-    missing = [name for name in result.missing_keys if not name.startswith(untracked)]
-    if missing or result.unexpected_keys:
-        raise UserError(
-            f"{where}: does not fit this model: missing {missing[:5]}, unexpected {result.unexpected_keys[:5]}"
-        )
+
+
+def load_some(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load the tensors that there are; all others stay as they are.
+
+    ``load_state_dict(strict=False)`` does not promise that: Detectron2's frozen batch norm takes a dictionary without
+    its statistics for an old file, and sets them to zero and one.
+
+    Raises:
+        RuntimeError: A tensor has another shape, or no counterpart.
+    """
+    model.load_state_dict({**model.state_dict(), **state})
