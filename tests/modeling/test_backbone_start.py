@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from ovd import train
 from ovd.config import TrainConfig
-from ovd.modeling.backbone import build_resnet, load_resnet, verify_conversion
+from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
 from pretrain.config_ssl import BackboneConfig
+from pretrain.engine.checkpoint import load_model, load_some
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import UserError
 from pretrain.export import export, read_source
@@ -98,3 +100,44 @@ def test_a_training_starts_from_it_tower_included(tmp_path: Path, norm: str, det
     loss, _ = parts["task"].train()([parts["source"].sample(0, 0), parts["source"].sample(1, 0)])
     loss.backward()
     assert bool(torch.isfinite(loss)) and model.backbone.stem.conv1.weight.grad is not None
+
+
+# --- what is not loaded stays as it was
+
+
+def test_frozen_norms_keep_their_statistics_when_other_tensors_are_loaded() -> None:
+    """Detectron2 takes a dictionary without them for an old file, and sets them to zero and one."""
+    model = nn.ModuleDict({"frozen": FrozenBatchNorm2d(3), "learned": nn.Linear(2, 2)})
+    statistics = torch.tensor([4.0, 5.0, 6.0])
+    model["frozen"].running_var.copy_(statistics)
+    new = {"learned.weight": torch.ones(2, 2), "learned.bias": torch.ones(2)}
+    load_some(model, new)
+    assert torch.equal(model["frozen"].running_var, statistics) and bool((model["learned"].weight == 1).all())
+    load_model(model, {k: 2 * v for k, v in new.items()}, untracked=("frozen.",), where=Path("run"))
+    assert torch.equal(model["frozen"].running_var, statistics) and bool((model["learned"].weight == 2).all())
+
+
+def test_vild_starts_from_the_proposal_detector_and_its_tower_from_clip(tmp_path: Path) -> None:
+    small = ["data.length=2", "data.size=96", f"out={tmp_path}"]
+    first = load_config(TrainConfig, "mask_rcnn.yaml", small)
+    parts = train.build(first)
+    train.export(first, parts, tmp_path / "exported")
+    second = load_config(TrainConfig, "vild_text.yaml", [*small, f"weights={tmp_path / 'exported'}"])
+    parts = train.build(second)
+    model: Any = parts["model"]
+    visual: Any = parts["encoder"].visual
+    expected = {
+        name.removeprefix("res5."): value
+        for name, value in to_detectron2(visual.backbone.state_dict()).items()
+        if name.startswith("res5.")
+    }
+    found = model.roi_heads.tower.body.state_dict()
+    assert len(expected) > 20 and {name for name in found if "num_batches" not in name} <= set(expected)
+    for name, value in found.items():
+        if "num_batches" not in name:
+            assert torch.equal(value, expected[name]), name
+    # As a whole: a region of CLIP's own features is embedded as CLIP embeds the picture.
+    pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        _, embedded = model.eval().roi_heads.tower(visual.backbone.stages(pixels)["layer3"])
+        torch.testing.assert_close(embedded, visual(pixels), rtol=1e-3, atol=1e-3)
