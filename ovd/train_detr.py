@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ovd.config_detr import DetrTrainConfig
 from pretrain.engine.config import config_hash, find_config
 from pretrain.engine.config_yaml import read_chain
-from pretrain.engine.errors import ConfigError, UserError
+from pretrain.engine.errors import BadImageError, ConfigError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,7 +173,14 @@ def start_inputs(config: DetrTrainConfig, parts: Mapping[str, Any]) -> str:
     model.eval()
     embeddings = projection = None
     with torch.no_grad():
-        batch = [source.sample(index, 0) for index in range(min(START_SAMPLES, len(source)))]
+        batch = []
+        for index in range(min(START_SAMPLES, len(source))):
+            try:
+                batch.append(source.sample(index, 0))
+            except BadImageError:  # the loop lists it, and stops if there are too many
+                continue
+        if not batch:
+            return f"input_proj starts at random: none of the first {START_SAMPLES} pictures can be read"
         # One by one: pictures may differ in size, and padding is no token.
         tokens = torch.cat([model.joined(model.maps_of([one])[0])[0].flatten(1).T for one in batch])
         if isinstance(task, PatchPretext):

@@ -115,6 +115,8 @@ def start_projections(
     """
     weight = model.input_proj.weight[:, :, 0, 0]
     assert model.input_proj.bias is not None
+    if len(tokens_SC) < 2 or (embeddings_PD is not None and len(embeddings_PD) < 2):
+        return "input_proj starts at random: a single place tells no deviation"
     weight.div_((tokens_SC @ weight.T).std(0).mean().clamp(min=1e-6))
     model.input_proj.bias.copy_(-weight @ tokens_SC.mean(0))
     said = "input_proj starts centred on the tokens"

@@ -400,3 +400,10 @@ def test_start__a_patch_of_another_space_keeps_its_random_projection() -> None:
     before = model.patch2query.weight.clone()
     said = start_projections(model, tokens_SC=shifted(9, 1)[0], embeddings_PD=torch.randn(9, 12))
     assert "at random" in said and torch.equal(model.patch2query.weight, before)
+
+
+def test_start__one_place_changes_nothing_and_gives_no_nan() -> None:
+    model = make(variant="agnostic")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert "at random" in start_projections(model, tokens_SC=torch.randn(1, CHANNELS))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
