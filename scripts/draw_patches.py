@@ -71,10 +71,7 @@ def answers(task: PatchPretext, batch: list[dict[str, Any]]) -> tuple[Tensor, Te
     layer = cast(ConditionalDecoderLayer, model.transformer["decoder"].layers[-1])  # type: ignore[index]
     with attention_of(layer) as seen:
         out, targets, group = task.predict(batch)
-    assert model.object_embed is not None
-    score = model.object_embed(out.states[-1])[..., 0]
-    own = group[None, :, None] == torch.arange(targets.boxes.shape[1])
-    best = score[..., None].masked_fill(~own, float("-inf")).argmax(dim=1)
+    best = task.answering(out, group, targets.boxes.shape[1])
     boxes = to_corners(out.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4)))
     iou = overlaps(boxes, to_corners(targets.boxes))[0]
     look = weights(seen, layer.heads)

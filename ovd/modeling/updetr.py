@@ -173,11 +173,13 @@ class PatchPretext(DetectionTask):
     def localised(self, batch: list[dict[str, Any]]) -> Tensor:
         """(N · M,) IoU of the answers."""
         out, targets, group = self.predict(batch)
-        model = self.detr
-        assert model.object_embed is not None
-        score = model.object_embed(out.states[-1])[..., 0]
-        patches = targets.boxes.shape[1]
-        own = group[None, :, None] == torch.arange(patches, device=group.device)
-        best = score[..., None].masked_fill(~own, float("-inf")).argmax(dim=1)  # (N, M)
+        best = self.answering(out, group, targets.boxes.shape[1])
         boxes = out.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4))
         return overlaps(to_corners(boxes), to_corners(targets.boxes))[0].flatten()
+
+    def answering(self, out: Decoded, group: Tensor, patches: int) -> Tensor:
+        """(N, M) the query that answers for each patch: the most certain one of its own, in the last layer."""
+        assert self.detr.object_embed is not None
+        score = self.detr.object_embed(out.states[-1])[..., 0]
+        own = group[None, :, None] == torch.arange(patches, device=group.device)
+        return score[..., None].masked_fill(~own, float("-inf")).argmax(dim=1)
