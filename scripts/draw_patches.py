@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw where UP-DETR's queries look and what they box, before, during and after the pretext.
 
-python scripts/draw_patches.py --run runs/updetr --during runs/updetr/checkpoints/000000500 --out docs/images
+python scripts/draw_patches.py --run runs/updetr --during runs/updetr/checkpoints/step_500 --out docs/images
 
 Each row is a held-out picture with one patch of it (white). Per column: the attention of the most certain query of
 that patch in the last decoder layer, mean over heads (bright), and the box it answers with (orange; IoU beside it).
