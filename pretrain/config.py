@@ -111,6 +111,11 @@ class AugmentConfig(Section):
     brightness: Unit = Field(default=0.2, description="Largest change of brightness, as a factor.")
     contrast: Unit = Field(default=0.2, description="Largest change of contrast, as a factor.")
     colour: Unit = Field(default=0.1, description="Largest change of each colour channel, as a factor.")
+    hue: Unit = Field(default=0.0, description="Probability that all colours are turned by one random angle.")
+    grey: Unit = Field(default=0.0, description="Probability that a picture loses its colours.")
+    random_filter: Unit = Field(
+        default=0.0, description="Probability of a mixture with a random 3x3 filter of itself (arXiv:2007.13003)."
+    )
 
 
 class ClipMethod(Section):

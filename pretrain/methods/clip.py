@@ -24,6 +24,7 @@ from pretrain.config import AugmentConfig
 from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
 from pretrain.nets.towers import JointEncoder, ProjectedText
+from pretrain.views import LUMA
 
 
 def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
@@ -57,7 +58,51 @@ def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
     )
     contrast = 1 + uniform(-config.contrast, config.contrast, 1, 1, 1)
     mean = pixels.mean((1, 2, 3), keepdim=True)
-    return (((pixels - mean) * contrast + mean) * gain).clamp(0, 1)
+    pixels = (((pixels - mean) * contrast + mean) * gain).clamp(0, 1)
+    return _other_look(pixels, config)
+
+
+def _other_look(pixels: Tensor, config: AugmentConfig) -> Tensor:
+    """Changes that keep shapes and take colours and textures away: what a drawing style never seen may differ in.
+
+    Without one of them no random number is drawn for it, so that older runs go on alike.
+
+    Args:
+        pixels: (N, 3, h, w) in [0, 1].
+        config: Probabilities.
+
+    Returns:
+        (N, 3, h, w) in [0, 1].
+    """
+    count, device = len(pixels), pixels.device
+
+    def some(probability: float) -> Tensor:
+        return (torch.rand(count, device=device) < probability).view(-1, 1, 1, 1)
+
+    if config.hue:
+        angle = 2 * math.pi * torch.rand(count, device=device)
+        turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(angle), pixels).clamp(0, 1)
+        pixels = torch.where(some(config.hue), turned, pixels)
+    if config.grey:
+        weights = torch.tensor(LUMA, device=device).view(1, 3, 1, 1)
+        pixels = torch.where(some(config.grey), (pixels * weights).sum(1, keepdim=True), pixels)
+    if config.random_filter:
+        # a kernel per picture; variance 1 / (3 · 3²) keeps the size of a picture's contrasts (RandConv, §3.1)
+        kernel = torch.randn(count * 3, 3, 3, 3, device=device) / math.sqrt(27)
+        stack = F.pad((pixels - 0.5).flatten(0, 1)[None], (1, 1, 1, 1), mode="replicate")
+        filtered = F.conv2d(stack, kernel, groups=count).view_as(pixels) + 0.5
+        share = torch.rand(count, 1, 1, 1, device=device)
+        mixed = (share * pixels + (1 - share) * filtered).clamp(0, 1)
+        pixels = torch.where(some(config.random_filter), mixed, pixels)
+    return pixels
+
+
+def grey_axis_rotation(angle: Tensor) -> Tensor:
+    """(N,) radians → (N, 3, 3): turns RGB around the axis r = g = b (Rodrigues); grey stays grey."""
+    cosine, sine = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    third = torch.full((3, 3), 1 / 3, device=angle.device)
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=angle.device) / math.sqrt(3)
+    return cosine * (torch.eye(3, device=angle.device) - third) + third + sine * cross
 
 
 class Clip(nn.Module):
