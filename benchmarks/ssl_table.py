@@ -135,16 +135,14 @@ def transferred(method: str, folder: Path, backbone: Path | None, options: argpa
 
 def judged(weights: Path, scenes: int) -> dict[str, float]:
     """Class-agnostic box AP of a detector on validation scenes: every thing is one category."""
-    from ovd.evaluate import _proposals_of
     from ovd.evaluation import coco
+    from ovd.evaluation.predictor import proposal_predictor
     from pretrain.data.stickers import SceneSource, Stickers
 
     source = SceneSource(Stickers.load(), split="val", seed=0, size=256, length=scenes)
-    gt, _, proposals = coco.run_source(source, None, propose=_proposals_of(weights, 100))
-    one = {**gt, "categories": [{"id": 1, "name": "thing"}]}
-    one["annotations"] = [{**a, "category_id": 1} for a in gt["annotations"]]
-    results = [{**p, "category_id": 1} for p in proposals or []]
-    values = coco.evaluate(one, results, None, ["bbox"], proposals=proposals).values
+    gt, _, proposals = coco.run_source(source, None, propose=proposal_predictor(weights, top=100))
+    things, found = coco.as_one_category(gt, proposals or [])
+    values = coco.evaluate(things, found, None, ["bbox"], proposals=proposals).values
     return {key: float(values[f"bbox/{key}"]) for key in ("AP", "AP50", "AP75", "AR100", "AR100@50")}
 
 

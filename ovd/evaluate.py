@@ -156,6 +156,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     from ovd.evaluation import coco
     from ovd.evaluation.examples import coco_crops
     from ovd.evaluation.lvis import evaluate_lvis
+    from ovd.evaluation.predictor import proposal_predictor
 
     data = DataSpec.parse(args.data)
     gt: dict[str, Any] | None = None
@@ -178,10 +179,10 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     folder = find_weights(args.weights)
     predict: Predict | None = None
     if _is_agnostic(folder):
-        propose: Predict | None = _proposals_of(folder, args.regions)
+        propose: Predict | None = proposal_predictor(folder, top=args.regions)
         run["protocol"] = "class-agnostic detector: recall only"
     elif _model_of(folder).get("variant") == "closed":
-        predict, propose = _closed(folder, split, args.limit), _proposals_of(folder, args.regions)
+        predict, propose = _closed(folder, split, args.limit), proposal_predictor(folder, top=args.regions)
         run["protocol"] = "detector of a closed list of classes"
     elif args.queries == "words":
         asking = _asking(args, split, run)
@@ -316,22 +317,6 @@ def _model_of(folder: Path) -> dict[str, Any]:
 def _is_agnostic(folder: Path) -> bool:
     """Whether the exported detector there knows no words."""
     return bool(_model_of(folder).get("variant") == "agnostic")
-
-
-def _proposals_of(folder: Path, top: int) -> Predict:
-    from ovd.modeling.build import load_detector_model
-
-    model = load_detector_model(folder)
-
-    def propose(image: Any, image_id: Any) -> list[dict[str, Any]]:
-        boxes, scores = model.propose(image, top=top)
-        sizes = boxes[:, 2:] - boxes[:, :2]
-        return [
-            {"image_id": image_id, "bbox": [float(v) for v in (*box[:2], *size)], "score": float(score)}
-            for box, size, score in zip(boxes, sizes, scores, strict=True)
-        ]
-
-    return propose
 
 
 class _Progress:

@@ -170,7 +170,7 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
     """AP50 over classes, and of boxes whatever their class, in network pixels."""
     import torch
 
-    from ovd.evaluation.coco import evaluate
+    from ovd.evaluation.coco import as_one_category, evaluate
     from ovd.modeling.matcher import to_corners
 
     training = model.training
@@ -206,14 +206,7 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
                 results.append(_result(number, label + 1, corners[query].tolist(), value))
     model.train(training)
     named = evaluate(gt, results, None, ["bbox"]).values["bbox/AP50"]
-    alone = {**gt, "categories": [{"id": 1, "name": "thing"}]}
-    alone["annotations"] = [{**a, "category_id": 1} for a in gt["annotations"]]
-    boxes: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for one in results:  # a box once, with its best score
-        key = (one["image_id"], *one["bbox"])
-        if key not in boxes or boxes[key]["score"] < one["score"]:
-            boxes[key] = {**one, "category_id": 1}
-    any_class = evaluate(alone, list(boxes.values()), None, ["bbox"]).values["bbox/AP50"]
+    any_class = evaluate(*as_one_category(gt, results), None, ["bbox"]).values["bbox/AP50"]
     return {"ap50": float(named), "ap50_any_class": float(any_class)}
 
 

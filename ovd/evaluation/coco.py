@@ -18,7 +18,7 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -392,6 +392,25 @@ def shaped(
             )
         dts.append(_detection(d, n, segmentation=d["segmentation"], area=float(mask_tools.area(d["segmentation"]))))
     return gts, dts
+
+
+def as_one_category(
+    gt: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ground truth and results for AP of any thing: every object and every detection is of category 1, "thing".
+
+    Args:
+        gt: COCO ground truth.
+        detections: COCO results or proposals. A box that comes under several categories counts once, with its best
+            score.
+    """
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in detections:
+        key = (one["image_id"], *one["bbox"])
+        if key not in best or best[key]["score"] < one["score"]:
+            best[key] = {**one, "category_id": 1}
+    objects = [{**a, "category_id": 1} for a in gt["annotations"]]
+    return {**gt, "categories": [{"id": 1, "name": "thing"}], "annotations": objects}, list(best.values())
 
 
 def _kinds(truth: GroundTruth, detections: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.detector import Detector, RegionModel
+    from ovd.evaluation.coco import Predict
     from ovd.modeling.detr_build import DetrRegions
     from ovd.regions.crops import RegionEncoder
     from ovd.vocabulary import Vocabulary
@@ -289,6 +291,31 @@ def predictor_for(
         # A model whose embeddings do not say that a region is nothing says it by its objectness.
         objectness_weight=float(getattr(detector.model, "objectness_weight", 0.0)),
     )
+
+
+def proposal_predictor(folder: Path, *, top: int) -> Predict:
+    """The proposals of an exported detector, without classes: what `run_source` and `run_images` take as ``propose``.
+
+    Args:
+        folder: an exported detector of any kind, class-agnostic ones too.
+        top: how many, the best first.
+
+    Raises:
+        UserError: see :func:`ovd.modeling.build.load_model`.
+    """
+    from ovd.modeling.build import load_detector_model
+
+    model = load_detector_model(folder)
+
+    def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+        boxes, scores = model.propose(image, top=top)
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        return [
+            {"image_id": image_id, "bbox": [float(v) for v in (*box[:2], *size)], "score": float(score)}
+            for box, size, score in zip(boxes, sizes, scores, strict=True)
+        ]
+
+    return propose
 
 
 def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:

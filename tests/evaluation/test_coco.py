@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ovd.data.splits import Split
-from ovd.evaluation.coco import evaluate, match_table
+from ovd.evaluation.coco import as_one_category, evaluate, match_table
 from tests.evaluation.cases import official, random_case, rectangle
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
@@ -184,6 +184,20 @@ def test_no_objects_give_not_a_number_and_a_warning() -> None:
 def test_no_images_at_all() -> None:
     gt = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cup"}]}
     assert all(math.isnan(v) for v in evaluate(gt, []).values.values())
+
+
+def test_one_category_is_pycocotools_without_categories() -> None:
+    gt, results = random_case(3)
+    metrics = evaluate(*as_one_category(gt, results), None, ("bbox",))
+    assert stats_of(metrics.values, "bbox") == list(official(gt, results, "bbox", use_categories=False).stats[:6])
+
+
+def test_a_box_of_two_categories_is_one_thing() -> None:
+    gt, results = tiny([[0, 0, 20, 20]], [([0, 0, 20, 20], 0.4)])
+    twice = [*results, {**results[0], "category_id": 9, "score": 0.9}]
+    things, found = as_one_category(gt, twice)
+    assert [one["score"] for one in found] == [0.9]
+    assert evaluate(things, found, None, ("bbox",)).values["bbox/AP"] == pytest.approx(1.0)
 
 
 def test_an_image_missing_from_the_results_counts_as_missed_and_is_said() -> None:
