@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from pretrain.config import AugmentConfig, CbowTower, ClipMethod, EncoderConfig, ResNetTower, ViTTower
 from pretrain.data.targets import PhraseBatch
-from pretrain.methods.clip import Clip, augment
+from pretrain.methods.clip import Clip, augment, grey_axis_rotation
 from pretrain.methods.text_distill import TextDistill
 from pretrain.nets.towers import JointEncoder, build_encoder
 
@@ -145,6 +146,35 @@ def test_colours_change_per_picture_and_stay_in_range() -> None:
     assert not torch.allclose(first[0], first[1])
     torch.manual_seed(1)
     torch.testing.assert_close(augment(picture().expand(2, 3, 16, 16), config, 16), first)
+
+
+def test_colours_turn_around_grey() -> None:
+    turn = grey_axis_rotation(torch.tensor([2 * math.pi / 3, 0.7]))
+    torch.testing.assert_close(turn[0] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]))  # red becomes green
+    torch.testing.assert_close(turn[1] @ torch.full((3,), 0.4), torch.full((3,), 0.4))
+    torch.testing.assert_close(turn[1] @ turn[1].T, torch.eye(3))
+
+
+def test_another_hue_keeps_the_brightness_and_grey_has_no_hue() -> None:
+    torch.manual_seed(0)
+    many = picture().expand(32, 3, 16, 16)
+    turned = augment(many, PLAIN.model_copy(update={"hue": 1.0}), 16)
+    inside = ((turned > 0) & (turned < 1)).all(1)  # where nothing was clipped
+    torch.testing.assert_close(turned.mean(1)[inside], many.mean(1)[inside])
+    assert (turned - many).abs().amax((1, 2, 3)).median() > 0.1
+    grey = augment(many, PLAIN.model_copy(update={"grey": 1.0}), 16)
+    torch.testing.assert_close(grey[:, 0], grey[:, 2])
+    some = augment(torch.rand(400, 3, 4, 4), PLAIN.model_copy(update={"grey": 0.3}), 4)
+    assert (some.std(1).amax((1, 2)) < 1e-6).float().mean().item() == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_random_filter_is_drawn_per_picture_and_keeps_plain_areas_plain() -> None:
+    torch.manual_seed(0)
+    config = PLAIN.model_copy(update={"random_filter": 1.0})
+    plain = augment(torch.full((2, 3, 16, 16), 0.3), config, 16)
+    torch.testing.assert_close(plain, plain[..., :1, :1].expand_as(plain))  # also at the border
+    assert not torch.allclose(plain[0], plain[1])
+    assert plain.min() >= 0 and plain.max() <= 1
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------
