@@ -17,7 +17,6 @@ Shapes: R regions, C classes, D joint embedding, n detections, M mask side.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -40,7 +39,7 @@ from ovd.text import TextEmbedder, TextEncoder
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from pretrain.data.folder import MAX_PIXELS, read_image
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import sha256_of
+from pretrain.engine.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections
@@ -683,10 +682,7 @@ def read_model_card(folder: Path) -> dict[str, Any]:
     card: dict[str, Any] = {"name": folder.name}
     file = folder / "card.json"
     if file.is_file():
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as problem:
-            raise UserError(f"{file}: cannot be read as JSON ({problem})") from problem
+        stored = read_json(file)
         if not isinstance(stored, dict):
             raise UserError(f"{file}: must hold one JSON object")
         card.update(stored)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import sha256_of, write_atomically
+from pretrain.engine.files import read_json, sha256_of, write_atomically
 
 if TYPE_CHECKING:
     from ovd.data.splits import Split
@@ -60,7 +60,6 @@ def main(argv: list[str]) -> int:
 
 def evaluate_files(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     """For anybody's results: `--annotations`, `--predictions`, `--split`."""
-    from ovd.data.coco import read_json
     from ovd.data.lvis import split_of
     from ovd.evaluation import coco, report
     from ovd.evaluation.lvis import evaluate_lvis
@@ -109,7 +108,6 @@ def _federated(args: argparse.Namespace, gt: Any) -> bool:
 def _differences(
     args: argparse.Namespace, gt: Any, results: Any, metrics: Metrics
 ) -> tuple[dict[str, Difference], str]:
-    from ovd.data.coco import read_json
     from ovd.evaluation.coco import match_table
     from ovd.evaluation.compare import bootstrap
 
@@ -149,7 +147,7 @@ class DataSpec:
 
 def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     """Run the detector of `--weights` over `--data`, keep its results, evaluate them."""
-    from ovd.data.coco import check_ground_truth, read_json
+    from ovd.data.coco import check_ground_truth
     from ovd.data.lvis import is_lvis, split_of
     from ovd.data.splits import Split
     from ovd.detector import find_weights
@@ -307,7 +305,6 @@ def _closed(folder: Path, split: Split, limit: int) -> Predict:
 
 def _model_of(folder: Path) -> dict[str, Any]:
     """The model section of an exported detector's card; empty where there is none, which the loader explains."""
-    from ovd.data.coco import read_json
 
     card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
     model = card.get("model", {}) if isinstance(card, dict) else {}

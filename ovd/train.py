@@ -18,6 +18,7 @@ from ovd.config_detr import DetrTrainConfig
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,7 +57,6 @@ def labelled_images(data: DataConfig) -> LabelledImages:
 
 def load_split(data: DataConfig) -> Split:
     """The split of COCO or LVIS data; a split file may name categories, which the annotation file knows."""
-    from ovd.data.coco import read_json
     from ovd.data.lvis import split_of
 
     path = data.annotations or ""

@@ -17,6 +17,7 @@ from ovd.config_detr import DetrTrainConfig
 from pretrain.engine.config import config_hash, find_config
 from pretrain.engine.config_yaml import read_chain
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
+from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ def every_category(data: DataConfig) -> LabelledImages:
         UserError: no COCO annotations, or unreadable ones.
     """
     from ovd.data.catalog import CocoImages
-    from ovd.data.coco import check_ground_truth, read_json
+    from ovd.data.coco import check_ground_truth
     from ovd.data.splits import Split
 
     if data.kind != "coco":

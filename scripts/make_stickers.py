@@ -28,6 +28,7 @@ from PIL import Image
 
 from pretrain.data.stickers import data_root, split_hash
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import read_json
 
 TRAIN_STYLES = ("fluent-3d", "fxemoji", "noto", "twemoji")
 VAL_STYLES = ("emojione",)
@@ -69,14 +70,6 @@ def make_splits(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "val_backgrounds": list(VAL_BACKGROUNDS),
     }
     return {"sha256": split_hash(content), **content}
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or a `UserError` that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def icon_svg(icons: dict[str, Any], name: str) -> str:

@@ -16,10 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ovd.data.coco import read_json
 from ovd.weights import add_weights, weights_root
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import read_json, write_atomically
 
 FIGURES = {
     "box AP50, base": "bbox/AP50_base",

@@ -7,7 +7,6 @@ training may see is decided here, once, by ``labels``.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +19,7 @@ from ovd.data.splits import Split
 from pretrain.data.folder import read_image
 from pretrain.data.stickers import SceneSource, Stickers
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,7 @@ class CocoImages:
     """
 
     def __init__(self, *, images: Path, annotations: Path, split: Split, labels: Literal["base", "all"]) -> None:
-        try:
-            data = json.loads(annotations.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"data.annotations: {annotations} not found") from None
-        except ValueError as error:
-            raise UserError(f"data.annotations: {annotations} is not JSON ({error})") from error
+        data = read_json(annotations, hint="data.annotations must be a COCO instances file")
         if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= set(data):
             raise UserError(
                 f"data.annotations: {annotations} has no images, annotations and categories; "

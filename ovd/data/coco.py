@@ -7,11 +7,9 @@ counted and reported as a warning. Inputs are never changed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as mask_tools
@@ -55,29 +53,6 @@ class Results:
     def has_masks(self) -> bool:
         """Whether every detection has a mask (true for no detections)."""
         return all("segmentation" in d for d in self.detections)
-
-
-def read_json(path: str | Path) -> Any:
-    """Content of a JSON file.
-
-    Raises:
-        UserError: missing, a folder, unreadable, not UTF-8, or not JSON (with line and column).
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no file {path}.") from None
-    except UnicodeDecodeError as err:
-        raise UserError(f"{path}: not a text file in UTF-8 (byte {err.start}). Is it packed?") from err
-    except OSError as err:
-        raise UserError(f"cannot read {path}: {err.strerror}.") from err
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as err:
-        raise UserError(f"{path}: not JSON: {err.msg} at line {err.lineno}, column {err.colno}.") from err
-    except (RecursionError, ValueError) as err:
-        raise UserError(f"{path}: not JSON: {err}.") from err
 
 
 def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
 
 # COCO's 80 categories with their official, non-contiguous ids.
 COCO_NAMES: dict[int, str] = {
@@ -155,11 +156,7 @@ class Split:
         path = Path(spec)
         if not path.is_file():
             raise UserError(f"no split file {path}; give a JSON file, or one of: ovcoco, lvis, stickers.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as err:
-            raise UserError(f"{path}: not JSON ({err}).") from err
-        return cls.from_dict(content, categories=categories, where=str(path))
+        return cls.from_dict(read_json(path), categories=categories, where=str(path))
 
     @classmethod
     def from_dict(cls, content: Any, *, categories: Mapping[int, str] | None = None, where: str = "split") -> Split:

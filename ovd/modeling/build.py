@@ -30,6 +30,7 @@ from ovd.modeling.scoring import Calibration, RegionSet
 from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
 
 FORMAT = 1
 """Version of ``model.json``."""
@@ -228,14 +229,8 @@ def read_card(folder: Path) -> DetectorCard:
         UserError: no detector there, or a card this version cannot read.
     """
     path = folder / "model.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: not found; a detector is a folder with model.json and model.safetensors, as ovd.train exports it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    hint = "a detector is a folder with model.json and model.safetensors, as ovd.train exports it"
+    raw = read_json(path, hint=hint)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path}: not a detector card of format {FORMAT}; export the model again with this version")
     try:

@@ -19,6 +19,7 @@ import numpy as np
 from ovd.data.lvis import picture_file
 from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,15 +97,13 @@ class CocoImages:
     def __init__(self, annotations: str | os.PathLike[str], root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         try:
-            data = json.loads(Path(annotations).read_text(encoding="utf-8"))
+            data = read_json(annotations)
             self._names = {int(entry["id"]): picture_file(entry, where=str(annotations)) for entry in data["images"]}
             self._boxes: dict[int, list[list[float]]] = {}
             for entry in data.get("annotations", ()):
                 if not entry.get("iscrowd"):
                     x, y, w, h = map(float, entry["bbox"])
                     self._boxes.setdefault(int(entry["image_id"]), []).append([x, y, x + w, y + h])
-        except OSError as error:
-            raise UserError(f"{annotations}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{annotations}: not a COCO annotation file ({error!r})") from error
         if not self._names:

@@ -33,6 +33,7 @@ from pretrain.data.captions import caption_for
 from pretrain.data.folder import list_images, read_image
 from pretrain.data.render import U8, Dice, Patch, Sprite, Stage, extent
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
 
 Split = Literal["train", "val"]
 Labels = Literal["all", "base"]
@@ -40,6 +41,7 @@ Labels = Literal["all", "base"]
 SPLIT_KEY: Mapping[str, int] = {"train": 0, "val": 1}
 _SCENE, _PAIR, _ORDER, _CROP, _SHAPE = range(5)  # last part of a random key: what is being drawn
 
+WHERE = "set OVD_DATA to the data set folder"
 SHAPES = 96  # abstract distractor shapes per split
 
 
@@ -85,8 +87,8 @@ class Stickers:
             UserError: a missing or damaged file, by name.
         """
         folder = Path(root) if root is not None else data_root()
-        split = _read_json(folder / "splits.json")
-        rows = _read_json(folder / "concepts.json")["concepts"]
+        split = read_json(folder / "splits.json", hint=WHERE)
+        rows = read_json(folder / "concepts.json", hint=WHERE)["concepts"]
         content = {key: value for key, value in split.items() if key != "sha256"}
         if split.get("sha256") != split_hash(content):
             raise UserError(f"{folder / 'splits.json'} was changed: its hash is {split_hash(content)}, "
@@ -106,7 +108,7 @@ class Stickers:
                 else:
                     unlabelled[style] += (row["hexcode"],)
         groups_file = folder / "near_synonyms.json"
-        groups = _read_json(groups_file)["groups"] if groups_file.exists() else []
+        groups = read_json(groups_file)["groups"] if groups_file.exists() else []
         return cls(
             root=folder,
             nouns=nouns,
@@ -154,15 +156,6 @@ def split_hash(content: Mapping[str, Any]) -> str:
     """sha256 of the canonical JSON of a split file's content (without its own hash)."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); set OVD_DATA to the data set folder.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 class Backgrounds:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 from pretrain.engine.errors import UserError
 
@@ -18,6 +20,33 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
+    """Content of a JSON file.
+
+    Args:
+        path: The file.
+        hint: What the file is or how to get it, as a sentence without its end; closes every message.
+
+    Raises:
+        UserError: Missing, a folder, unreadable, not UTF-8, or not JSON (with line and column).
+    """
+    path = Path(path)
+    closing = f"; {hint}" if hint else ""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{closing}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}). Is it packed{closing}?") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}){closing}.") from error
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}: not JSON: {where}{closing}.") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not JSON: {error}{closing}.") from error
 
 
 def flush_folder(folder: Path) -> None:

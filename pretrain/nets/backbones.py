@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pretrain.config_ssl import OURS, BackboneConfig
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import read_json, write_atomically
 from pretrain.nets.resnet import ResNet
 from pretrain.nets.standardised import without_batch_norm
 
@@ -127,12 +127,7 @@ def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     folder = Path(folder)
     path = folder / "config.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a backbone folder is what pretrain.train exports") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    info = read_json(path, hint="a backbone folder is what pretrain.train exports")
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(f"{path}: not a backbone of format {FORMAT}; export it again with this version")
     backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]))

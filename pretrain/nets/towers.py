@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
 from pretrain.nets.resnet import ResNet
 
 FORMAT = "joint-encoder/1"
@@ -337,12 +338,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         UserError: It is unreadable or of another format.
     """
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"{path}: expected format {FORMAT!r}; was it written by another version?")
     return config
@@ -452,12 +448,7 @@ def _load_open_clip(rest: str) -> JointEncoder:
 
     name, _, weights = rest.partition(":")
     if name.endswith(".json"):
-        try:
-            model_config = json.loads(Path(name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the model configuration {name}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{name} is not JSON: {error}") from error
+        model_config = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
         model_config = model_config.get("model_cfg", model_config)
         tags: list[str] = []
     else:

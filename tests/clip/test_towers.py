@@ -295,7 +295,7 @@ def test_an_open_clip_model_can_be_saved_as_a_folder(tiny: tuple[Path, Any], tmp
         ("open_clip:ViT-B-32", "names no weights"),
         ("open_clip:ViT-B-32:laion99z", "no weights 'laion99z'.*openai"),
         ("open_clip:ViT-B-32:nowhere.safetensors", "no weights file"),
-        ("open_clip:nowhere.json:x.pt", "cannot read the model configuration"),
+        ("open_clip:nowhere.json:x.pt", "nowhere.json: no such file; open_clip:MODEL.json:WEIGHTS needs"),
     ],
 )
 def test_unknown_open_clip_names_are_explained(spec: str, message: str) -> None:

@@ -285,7 +285,7 @@ def test_export__boxes_follow_the_original_size() -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model.json").unlink(), "not found; a detector is a folder"),
+        (lambda f: (f / "model.json").unlink(), "no such file; a detector is a folder"),
         (lambda f: (f / "model.json").write_text("{"), "JSON"),
         (lambda f: (f / "model.json").write_text('{"format": 99}'), "format"),
     ],
