@@ -18,7 +18,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python benchmarks/bench_x.py` puts only benchmarks/ there
@@ -145,6 +148,14 @@ def report(title: str, rows: Sequence[tuple[str, str, str]], figures: Mapping[st
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({"title": title, "machine": host, **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def pictures(size: int | tuple[int, int], count: int) -> list[np.ndarray]:
+    """Validation scenes of Sticker Scenes, (H, W) or the side of a square."""
+    from pretrain.data.stickers import SceneSource, Stickers
+
+    source = SceneSource(Stickers.load(), split="val", seed=0, size=size, length=count)
+    return [source.scene(i).image for i in range(count)]
 
 
 def _commit() -> str:

@@ -15,11 +15,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _common import milliseconds, parser, ratio, report, set_threads, show_ratio, take_turns
+from _common import milliseconds, parser, pictures, ratio, report, set_threads, show_ratio, take_turns
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ovd.modeling.build import RegionModel
 
 NAMES = ("ViLD", "transformer")
@@ -54,14 +52,6 @@ def load(name: str, weights: str, transformer: Path | None) -> RegionModel:
     return DetrRegions(model=model.eval(), card=card, bank=torch.zeros(0, shipped.embed_dim))
 
 
-def pictures(side: int, count: int = 8) -> list[np.ndarray]:
-    """Square validation scenes."""
-    from pretrain.data.stickers import SceneSource, Stickers
-
-    source = SceneSource(Stickers.load(), split="val", seed=0, size=side, length=count)
-    return [source.scene(i).image for i in range(count)]
-
-
 def peak(name: str) -> float:
     """Peak memory in MiB of this command run again for one detector alone."""
     command = [sys.executable, *sys.argv, "--alone", name]
@@ -79,7 +69,7 @@ def main() -> None:
     set_threads(options.threads)
     if options.alone is not None:
         model = load(options.alone, options.weights, options.transformer)
-        for image in pictures(max(options.sizes), count=3):
+        for image in pictures(max(options.sizes), 3):
             model.regions(image)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
@@ -94,7 +84,7 @@ def main() -> None:
             model.card = replace(model.card, short_side=side, long_side=side)
         turns = {}
         for name, model in models.items():
-            images = cycle(pictures(side))
+            images = cycle(pictures(side, 8))
             turns[name] = lambda model=model, images=images: model.regions(next(images))
         seconds = take_turns(turns, rounds=options.rounds or 20, warmup=3)
         for name in NAMES:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice, product
 from typing import TYPE_CHECKING
 
-from _common import ROOT, milliseconds, parser, ratio, report, set_threads, show_ratio, take_turns
+from _common import ROOT, milliseconds, parser, pictures, ratio, report, set_threads, show_ratio, take_turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,14 +63,6 @@ def words(count: int) -> list[str]:
     return list(islice(dict.fromkeys(made), count))
 
 
-def pictures(count: int) -> list[np.ndarray]:
-    """Validation scenes of 640x480."""
-    from pretrain.data.stickers import SceneSource, Stickers
-
-    source = SceneSource(Stickers.load(), split="val", seed=0, size=(480, 640), length=count)
-    return [source.scene(i).image for i in range(count)]
-
-
 class Turn:
     """Detects in the next picture with one vocabulary; the pictures are more than a detector remembers."""
 
@@ -96,7 +88,7 @@ def main() -> None:
 
     starts = [] if options.no_start else [cold_start(options.weights, options.threads) for _ in range(3)]
     detector = Detector.load(options.weights, device="cpu", cache_size=0)
-    images = pictures(12)
+    images = pictures((480, 640), 12)
     all_words = words(max(COUNTS))
     vocabularies: dict[int, Vocabulary] = {}
     encoding: dict[int, float] = {}

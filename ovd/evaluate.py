@@ -305,7 +305,6 @@ def _closed(folder: Path, split: Split, limit: int) -> Predict:
 
 def _model_of(folder: Path) -> dict[str, Any]:
     """The model section of an exported detector's card; empty where there is none, which the loader explains."""
-
     card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
     model = card.get("model", {}) if isinstance(card, dict) else {}
     return model if isinstance(model, dict) else {}

@@ -24,7 +24,7 @@ from pretrain.config import AugmentConfig
 from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
 from pretrain.nets.towers import JointEncoder, ProjectedText
-from pretrain.views import LUMA
+from pretrain.views import luma
 
 
 def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
@@ -84,8 +84,7 @@ def _other_look(pixels: Tensor, config: AugmentConfig) -> Tensor:
         turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(angle), pixels).clamp(0, 1)
         pixels = torch.where(some(config.hue), turned, pixels)
     if config.grey:
-        weights = torch.tensor(LUMA, device=device).view(1, 3, 1, 1)
-        pixels = torch.where(some(config.grey), (pixels * weights).sum(1, keepdim=True), pixels)
+        pixels = torch.where(some(config.grey), luma(pixels), pixels)
     if config.random_filter:
         # a kernel per picture; variance 1 / (3 · 3²) keeps the size of a picture's contrasts (RandConv, §3.1)
         kernel = torch.randn(count * 3, 3, 3, 3, device=device) / math.sqrt(27)
