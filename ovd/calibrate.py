@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> int:
         near_synonyms(stickers),
     )
     path = folder / "model.json"
-    card = json.loads(path.read_text(encoding="utf-8"))
+    card = read_json(path)
     card["calibration"] = asdict(fitted)
     write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
     text = json.dumps({"calibration": asdict(fitted), "other_scenes": report}, indent=1)

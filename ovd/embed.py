@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import FREE, Section
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from ovd.regions.proposals import Proposer
@@ -154,7 +155,7 @@ def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tup
 
 def detector_fingerprint(folder: Path) -> str:
     """sha256 over what decides a detector's boxes: its weights, architecture and input size, not its calibration."""
-    card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    card = read_json(folder / "model.json")
     decisive = {key: card.get(key) for key in ("model", "pixel_mean", "pixel_std", "short_side", "long_side")}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     with open(folder / "model.safetensors", "rb") as stream:

@@ -26,6 +26,7 @@ from pretrain.data.nouns import SynonymPair, WordNet, load_pairs, save_pairs, sy
 from pretrain.data.phrases import read_phrases, read_targets
 from pretrain.data.stickers import PairSource, Stickers
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import read_json
 from pretrain.nets.towers import JointEncoder, load_encoder
 
 SYNONYMS = Path(__file__).parent / "data" / "synonyms.json"
@@ -159,7 +160,7 @@ def keyword_pairs(stickers: Stickers) -> list[SynonymPair]:
     """
     index = {noun: i for i, noun in enumerate(stickers.nouns)}
     found: dict[str, set[int]] = {}
-    for row in json.loads((stickers.root / "concepts.json").read_text(encoding="utf-8"))["concepts"]:
+    for row in read_json(stickers.root / "concepts.json")["concepts"]:
         for keyword in row["keywords"] if row["noun"] in index else ():
             found.setdefault(keyword.lower(), set()).add(index[row["noun"]])
     words = {word for noun in stickers.nouns for word in noun.lower().split()}

@@ -7,7 +7,6 @@ Gradio is imported inside functions: `prepare_environment` has to run first, as 
 from __future__ import annotations
 
 import html
-import json
 import logging
 import os
 import socket
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -87,7 +87,7 @@ def shipped_examples(folder: Path | None = None) -> list[Example]:
     index = root / "examples.json"
     if not index.is_file():
         return []
-    rows = json.loads(index.read_text(encoding="utf-8"))
+    rows = read_json(index)
     return [Example(root / row["picture"], row["classes"]) for row in rows if (root / row["picture"]).is_file()]
 
 
