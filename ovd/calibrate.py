@@ -72,7 +72,7 @@ def typed_scenes(
         )
         scenes.append(
             TypedScene(
-                regions=detector.model.regions(scene.image),
+                regions=detector.embed(scene.image).regions,
                 boxes=torch.from_numpy(scene.boxes[known]),
                 classes=torch.from_numpy(scene.classes[known]),
                 present=present,
@@ -177,6 +177,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--scenes", type=int, default=150, help="scenes for the fit, and again for the report")
     parser.add_argument("--size", type=int, default=256, help="side of the scenes in pixels")
+    parser.add_argument(
+        "--second-look",
+        type=int,
+        metavar="N",
+        help="regions of a picture that the image encoder sees as crops too, from now on (default: as in model.json)",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the figures there too")
     args = parser.parse_args(argv)
     folder = Path(args.weights)
@@ -184,6 +190,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
     if args.scenes < 10:
         raise UserError(f"--scenes {args.scenes}: at least 10 are needed to fit anything")
+
+    if args.second_look is not None and args.second_look < 0:
+        raise UserError(f"--second-look {args.second_look}: 0 (none) or more regions")
 
     import torch
 
@@ -193,7 +202,7 @@ def main(argv: list[str]) -> int:
     from ovd.modeling.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
-    detector = Detector.load(folder)
+    detector = Detector.load(folder, cache_size=0, second_look=args.second_look)
     stickers = Stickers.load()
     rows = detector.text.embed(detector.resolve(list(stickers.nouns)))
     bank, background = detector.model.bank, detector.model.background
@@ -221,9 +230,10 @@ def main(argv: list[str]) -> int:
     )
     path = folder / "model.json"
     card = read_json(path)
-    card["calibration"] = asdict(fitted)
+    card |= {"calibration": asdict(fitted), "second_look": detector.second_look}
     write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
-    text = json.dumps({"calibration": asdict(fitted), "other_scenes": report}, indent=1)
+    found = {"second_look": detector.second_look, "calibration": asdict(fitted), "other_scenes": report}
+    text = json.dumps(found, indent=1)
     print(text)
     if args.report:
         args.report.write_text(text + "\n", encoding="utf-8")

@@ -219,7 +219,10 @@ def _named(
     from ovd.evaluation.predictor import CropModel, predictor_for
     from ovd.vocabulary import Vocabulary
 
-    detector = Detector.load(args.weights)
+    crops = args.embeddings == "crops"
+    if crops and args.second_look:
+        raise UserError("--embeddings crops sees the crops of all regions; leave --second-look out")
+    detector = Detector.load(args.weights, second_look=0 if crops else args.second_look)
     words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
     if args.vocabulary in ("base", "novel"):
         words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
@@ -228,7 +231,7 @@ def _named(
     card = getattr(detector.model, "card", None)
     if card is not None:
         setattr(detector.model, "top", args.regions)  # noqa: B010  # of the network, which the protocol does not show
-    if args.embeddings == "crops":
+    if crops:
         from pretrain.nets.towers import JointEncoder
 
         encoder = detector.text.encoder
@@ -240,7 +243,7 @@ def _named(
         from ovd.evaluation.examples import example_predictor, shown_stickers
         from pretrain.data.stickers import Stickers
 
-        if vocabulary is not None or args.embeddings == "crops":
+        if vocabulary is not None or crops:
             raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
         known = words if words is not None else {i: split.names[i] for i in split.ids}
         if shown is None:
@@ -249,6 +252,7 @@ def _named(
         run |= {
             "weights_sha256": detector.card.get("sha256"),
             "config_hash": getattr(card, "config_hash", None),
+            "second_look": detector.second_look,
             "examples": args.examples,
             "scores": "calibrated",
         }
@@ -268,6 +272,7 @@ def _named(
     run |= {
         "weights_sha256": detector.card.get("sha256"),
         "config_hash": getattr(card, "config_hash", None),
+        "second_look": detector.second_look,
         "vocabulary": args.vocabulary,
         "words": len(predictor.category_ids),
         "scores": args.scores,
@@ -350,6 +355,13 @@ def _finish(
     return metrics
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -380,6 +392,9 @@ def _parser() -> argparse.ArgumentParser:
         help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
     add("--embeddings", choices=("own", "crops"), default="own",
         help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
+    add("--second-look", type=_count, metavar="N",
+        help="regions per image that the image encoder sees as crops too; 0: the region head alone (default: as the "
+        "detector was calibrated)")  # fmt: skip
     add("--queries", choices=("free", "words"), default="free",
         help="of an open-vocabulary transformer: free (as the page), or told the words, some at a time")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",

@@ -190,6 +190,8 @@ class DetectorCard:
         calibration: fields of :class:`Calibration`.
         config_hash: of the training configuration.
         templates: name of the prompts that the classes were embedded with.
+        second_look: regions of a picture that the image encoder sees too, as the calibration was fitted
+            (`ovd.modeling.second_look`).
     """
 
     model: dict[str, Any]
@@ -207,6 +209,7 @@ class DetectorCard:
     config_hash: str
     format: int = FORMAT
     templates: str = "sticker"  # cards that do not say are older than the choice
+    second_look: int = 0
 
 
 def save_detector(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional as F
 
-from ovd.detector import Regions, find_weights, paste_mask, read_model_card, to_rgb
+from ovd.detector import Detector, Regions, find_weights, paste_mask, read_model_card, to_rgb
 from ovd.modeling.scoring import RegionSet
+from ovd.modeling.second_look import look_again
+from ovd.regions.crops import embed_regions
 from pretrain.engine.errors import BadImageError, UserError
-from tests.detector.fakes import make_detector, picture
+from tests.detector.fakes import ColourModel, WordEncoder, make_detector, picture
 
 
 def test_typed_classes_are_found_in_original_pixels() -> None:
@@ -314,3 +318,69 @@ def test_the_folder_of_a_run_stands_for_what_it_exported(tmp_path: Path) -> None
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.json").write_text("{}")
     assert find_weights(str(tmp_path)) == tmp_path / "exported"
+
+
+# -- the second look -------------------------------------------------------------------------------------------------
+
+
+class _Grey(ColourModel):
+    """Boxes of `ColourModel`, but its own embeddings say nothing of the colours."""
+
+    def regions(self, image: np.ndarray) -> RegionSet:
+        found = super().regions(image)
+        rising = torch.linspace(0.3, 0.9, len(found))  # the last, the whole picture, is the likeliest
+        return replace(found, text=self.encoder.word("fog").expand(len(found), -1), objectness=rising)
+
+
+def test_second_look_names_regions_by_their_crops() -> None:
+    encoder = WordEncoder()
+    detector = Detector(model=_Grey(encoder), encoder=encoder, second_look=300)
+    blind = Detector(model=_Grey(encoder), encoder=encoder)
+    assert len(blind.find(picture(), ["red", "blue"], threshold=0.3)) == 0
+    found = detector.find(picture(), ["red", "blue"], threshold=0.3)
+    by_box = {tuple(box): name for box, name in zip(found.xyxy.tolist(), found.class_name, strict=True)}
+    assert by_box[10, 20, 50, 70] == "red" and by_box[80, 30, 150, 110] == "blue"
+    seen = encoder.seen
+    detector.find(picture(), ["yellow"])  # the same picture: other words, no other look
+    assert encoder.seen == seen
+
+
+def test_second_look_is_for_the_likeliest_regions_only() -> None:
+    encoder = WordEncoder()
+    detector = Detector(model=_Grey(encoder), encoder=encoder, second_look=1)
+    found = detector.embed(picture()).regions
+    fog = encoder.word("fog")
+    looked = (found.text @ fog - 1).abs() > 1e-4
+    assert looked.tolist() == [False] * (len(found) - 1) + [True]
+    crop = embed_regions(encoder, picture(), found.boxes[-1:])[0]
+    torch.testing.assert_close(found.text[-1], F.normalize(0.3 * fog + 0.7 * crop, dim=0))
+    assert encoder.seen == 4  # one region at two scales, twice
+
+
+def test_second_look_changes_the_image_head_where_there_is_one() -> None:
+    encoder = WordEncoder()
+    found = _Grey(encoder).regions(picture())
+    two = replace(found, image=encoder.word("mist").expand(len(found), -1))
+    again = look_again(two, picture(), encoder, count=1)
+    assert torch.equal(again.text, two.text)
+    assert again.image is not None and not torch.equal(again.image[-1], two.text[-1])
+    assert two.image is not None and torch.equal(again.image[:-1], two.image[:-1])
+
+
+def test_second_look_leaves_slivers_and_empty_pictures_alone() -> None:
+    encoder = WordEncoder()
+    found = _Grey(encoder).regions(picture())
+    thin = replace(found, boxes=torch.tensor([[3.0, 3.0, 4.5, 60.0]]).expand(len(found), -1))
+    assert look_again(thin, picture(), encoder, count=50) is thin
+    none = RegionSet(
+        boxes=torch.zeros(0, 4), objectness=torch.zeros(0), text=torch.zeros(0, 64), image=None, masks=None, size=(9, 9)
+    )
+    assert len(look_again(none, picture(), encoder, count=50)) == 0
+    assert encoder.seen == 0
+
+
+def test_second_look_needs_an_image_tower() -> None:
+    encoder = WordEncoder()
+    encoder.visual = None  # as `JointEncoder` has it without an image tower
+    with pytest.raises(UserError, match="image tower"):
+        Detector(model=ColourModel(encoder), encoder=encoder, second_look=5)

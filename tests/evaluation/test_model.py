@@ -61,7 +61,7 @@ def photos(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
 
 
 def use_fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights: make_detector()))
+    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights, **_: make_detector()))
     monkeypatch.setattr("ovd.detector.find_weights", lambda weights: Path("nowhere"))
 
 
