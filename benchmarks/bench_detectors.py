@@ -28,16 +28,16 @@ def load(name: str, weights: str, transformer: Path | None) -> RegionModel:
     import torch
 
     from ovd.config_detr import DetrTrainConfig
-    from ovd.detector import find_weights
     from ovd.modeling.build import load_detector_model, read_card
     from ovd.modeling.detr_build import DetrRegions, build_detr
+    from ovd.weights import detector_folder
     from pretrain.engine.config import load_config
 
     if name == "ViLD":
-        return load_detector_model(find_weights(weights))
+        return load_detector_model(detector_folder(weights))
     if transformer is not None:
         return load_detector_model(transformer)
-    shipped = read_card(find_weights(weights))
+    shipped = read_card(detector_folder(weights))
     config = load_config(DetrTrainConfig, "ov_detr.yaml")
     model = build_detr(
         config.model,

@@ -3,28 +3,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ovd.detector import Detections, Detector, Regions
+    from ovd.detections import Detections
+    from ovd.detector import Detector, Regions
     from ovd.examples import Crop, Example
     from ovd.vocabulary import Vocabulary
 
+_HOMES = {
+    "Crop": "ovd.examples",
+    "Detections": "ovd.detections",
+    "Detector": "ovd.detector",
+    "Example": "ovd.examples",
+    "Regions": "ovd.detector",
+    "Vocabulary": "ovd.vocabulary",
+}
 __all__ = ["Crop", "Detections", "Detector", "Example", "Regions", "Vocabulary"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are first used: ``python -m ovd.NAME --help`` must not wait for torch."""
-    if name in ("Detections", "Detector", "Regions"):
-        from ovd import detector
-
-        return getattr(detector, name)
-    if name in ("Crop", "Example"):
-        from ovd import examples
-
-        return getattr(examples, name)
-    if name == "Vocabulary":
-        from ovd.vocabulary import Vocabulary
-
-        return Vocabulary
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

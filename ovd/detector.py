@@ -17,7 +17,6 @@ Shapes: R regions, C classes, D joint embedding, n detections, M mask side.
 from __future__ import annotations
 
 import hashlib
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -28,36 +27,30 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
+from ovd.detections import Detections
 from ovd.examples import ExampleEmbedder, Question, parse_examples
 from ovd.modeling.scoring import Calibration, RegionSet, score_examples, score_regions
 from ovd.modeling.second_look import look_again
+from ovd.pictures import ImageLike, to_rgb
 from ovd.text import TextEmbedder, TextEncoder
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
-from pretrain.data.folder import MAX_PIXELS, read_image
+from ovd.weights import detector_folder, read_model_card, weights_folder
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json, sha256_of
 
 if TYPE_CHECKING:
-    from supervision import Detections as SupervisionDetections
-
     from ovd.examples import ExamplesLike
     from ovd.modeling.build import DetectorCard
     from ovd.regions.crops import RegionEncoder
     from pretrain.nets.towers import JointEncoder
-
-    ImageLike = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 
 # Class-aware NMS. Detectron2 and ViLD take .5, which AP rewards and leaves a box and its half side by side on the page:
 # of the shown boxes .59 are right with .3 and .52 with .5 (80 validation scenes of seed 3000).
 NMS_IOU = 0.3
 CROSS_CLASS_IOU = 0.85  # two classes on (nearly) the same box are two names for one thing: the better one is shown
 MAX_DETECTIONS = 300  # LVIS protocol
-MASK_THRESHOLD = 0.5
 
 
 class RegionModel(Protocol):
@@ -73,227 +66,6 @@ class RegionModel(Protocol):
 
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """Return the regions of a uint8 (H, W, 3) RGB picture, embedded and in original pixels."""
-
-
-def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold: float = MASK_THRESHOLD) -> Tensor:
-    """Draw one mask from the frame of its box onto the picture.
-
-    Bilinear, with cell centres at (i + ½) / M of the box; a pixel is set when the value at its centre is at least
-    ``threshold`` and its centre is inside the box.
-
-    Args:
-        mask_MM: (M, M) probabilities.
-        box: (4,) x1, y1, x2, y2 in pixels.
-        size: (height, width) of the picture.
-        threshold: in (0, 1).
-
-    Returns:
-        (height, width) bool.
-    """
-    height, width = size
-    canvas = torch.zeros(height, width, dtype=torch.bool)
-    x1, y1, x2, y2 = (float(v) for v in box)
-    if not (x2 > x1 and y2 > y1):
-        return canvas
-    # First and last pixel whose centre (index + ½) lies in the box.
-    left, right = max(0, int(np.ceil(x1 - 0.5))), min(width, int(np.floor(x2 - 0.5)) + 1)
-    top, bottom = max(0, int(np.ceil(y1 - 0.5))), min(height, int(np.floor(y2 - 0.5)) + 1)
-    if left >= right or top >= bottom:
-        return canvas
-    u = (torch.arange(left, right, dtype=torch.float32) + 0.5 - x1) / (x2 - x1) * 2 - 1
-    v = (torch.arange(top, bottom, dtype=torch.float32) + 0.5 - y1) / (y2 - y1) * 2 - 1
-    grid = torch.stack([u.expand(len(v), -1), v[:, None].expand(-1, len(u))], dim=-1)
-    # Border padding: the outer half cell belongs to the mask, it must not fade to zero inside the box.
-    values = F.grid_sample(mask_MM[None, None].float(), grid[None], align_corners=False, padding_mode="border")[0, 0]
-    canvas[top:bottom, left:right] = values >= threshold
-    return canvas
-
-
-def to_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Read any picture into an upright (H, W, 3) uint8 RGB array.
-
-    Args:
-        image: path, encoded bytes, Pillow image, or array: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8.
-        max_pixels: larger pictures are refused before they are decoded.
-
-    Raises:
-        UserError: unsupported type, shape, format, size, or a damaged file (`BadImageError` for files).
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise UserError(f"picture arrays must be uint8, 0 to 255, not {image.dtype}")
-        if image.ndim == 2:
-            image = np.repeat(image[:, :, None], 3, axis=2)
-        if image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
-            raise UserError(f"picture arrays must be (H, W), (H, W, 3) or (H, W, 4), not {image.shape}")
-        if image.shape[0] * image.shape[1] > max_pixels:
-            raise UserError(f"picture has {image.shape[1]}×{image.shape[0]} pixels; at most {max_pixels:,} are allowed")
-        if image.shape[2] == 4:
-            alpha = image[:, :, 3:].astype(np.uint16)
-            image = ((image[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-        return np.ascontiguousarray(image)
-    if isinstance(image, (str, Path)):
-        return read_image(Path(image), max_pixels=max_pixels)
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return read_image(bytes(image), max_pixels=max_pixels)
-    if isinstance(image, Image.Image):
-        if image.width * image.height > max_pixels:
-            raise UserError(f"picture has {image.width}×{image.height} pixels; at most {max_pixels:,} are allowed")
-        if image.mode[0] in "IF":
-            raise UserError(f"pictures of mode {image.mode} have no fixed white: convert to 8 bits first")
-        upright = ImageOps.exif_transpose(image)
-        transparent = upright.has_transparency_data
-        return to_rgb(np.array(upright.convert("RGBA" if transparent else "RGB")), max_pixels=max_pixels)
-    raise UserError(f"a picture must be a path, bytes, a Pillow image or an array, not {type(image).__name__}")
-
-
-@dataclass(kw_only=True)
-class Detections:
-    """What was found in one picture, best score first.
-
-    Attributes:
-        xyxy: (n, 4) float32 corners in pixels of the original picture.
-        confidence: (n,) float32 in [0, 1].
-        class_id: (n,) int64, index into ``names``.
-        class_name: n names.
-        size: (height, width) of the picture.
-        names: the C classes asked for.
-        best: (C,) float32, best score of each class over all regions, shown or not.
-        threshold: the score from which detections are listed.
-        region: (n,) int64, index of the region in `Regions`.
-        box_masks: (n, M, M) float32 mask probabilities in the frame of each box, or None.
-        notices: what parsing the class names changed.
-    """
-
-    xyxy: NDArray[np.float32]
-    confidence: NDArray[np.float32]
-    class_id: NDArray[np.int64]
-    class_name: list[str]
-    size: tuple[int, int]
-    names: tuple[str, ...]
-    best: NDArray[np.float32]
-    threshold: float
-    region: NDArray[np.int64]
-    box_masks: Tensor | None = None
-    notices: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.confidence)
-
-    def mask_of(self, index: int) -> NDArray[np.bool_] | None:
-        """The (H, W) bool mask of one detection, or None when the model has no masks."""
-        if self.box_masks is None:
-            return None
-        return paste_mask(self.box_masks[index], torch.from_numpy(self.xyxy[index]), self.size).numpy()
-
-    @property
-    def mask(self) -> NDArray[np.bool_] | None:
-        """(n, H, W) bool masks, drawn when asked for: n × H × W bytes. `mask_of` draws one at a time."""
-        if self.box_masks is None:
-            return None
-        masks = np.zeros((len(self), *self.size), dtype=bool)
-        for i in range(len(self)):
-            masks[i] = self.mask_of(i)
-        return masks
-
-    @property
-    def not_found(self) -> list[tuple[str, float]]:
-        """(class, best score) of every class without a detection at the threshold, in the order typed."""
-        found = set(self.class_id.tolist())
-        return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in found]
-
-    def above(self, threshold: float) -> Detections:
-        """The detections with at least this score; equals asking again with a higher threshold."""
-        keep = np.flatnonzero(self.confidence >= threshold)
-        return Detections(
-            xyxy=self.xyxy[keep],
-            confidence=self.confidence[keep],
-            class_id=self.class_id[keep],
-            class_name=[self.class_name[i] for i in keep],
-            size=self.size,
-            names=self.names,
-            best=self.best,
-            threshold=max(threshold, self.threshold),
-            region=self.region[keep],
-            box_masks=None if self.box_masks is None else self.box_masks[torch.from_numpy(keep)],
-            notices=self.notices,
-        )
-
-    def to_supervision(self) -> SupervisionDetections:
-        """Convert to `supervision.Detections`, with ``data["class_name"]``.
-
-        Raises:
-            UserError: the package is not installed.
-        """
-        try:
-            from supervision import Detections as Target
-        except ImportError as problem:
-            raise UserError("to_supervision needs the package: pip install supervision") from problem
-        return Target(
-            xyxy=self.xyxy.copy(),
-            mask=self.mask,
-            confidence=self.confidence.copy(),
-            class_id=self.class_id.astype(int),
-            data={"class_name": np.array(self.class_name, dtype=object if not self.class_name else None)},
-        )
-
-    def to_coco(
-        self, image_id: int, *, category_ids: Sequence[int] | None = None, masks: bool = True
-    ) -> list[dict[str, Any]]:
-        """Return rows of a COCO results file.
-
-        Args:
-            image_id: id of the picture.
-            category_ids: id of each class; ``class_id`` + 1 when None.
-            masks: add ``segmentation`` as compressed RLE.
-        """
-        rows = []
-        for i in range(len(self)):
-            x1, y1, x2, y2 = (float(v) for v in self.xyxy[i])
-            class_id = int(self.class_id[i])
-            row: dict[str, Any] = {
-                "image_id": int(image_id),
-                "category_id": class_id + 1 if category_ids is None else int(category_ids[class_id]),
-                "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
-                "score": round(float(self.confidence[i]), 5),
-            }
-            if masks and (mask := self.mask_of(i)) is not None:
-                row["segmentation"] = _rle(mask)
-            rows.append(row)
-        return rows
-
-    def polygons(self, index: int, *, side: int = 112) -> list[list[float]]:
-        """Outline of one mask as closed polygons [x1, y1, x2, y2, …] in pixels, for drawing; [] without masks.
-
-        Args:
-            index: which detection.
-            side: resolution at which the outline is followed, in cells over the box.
-        """
-        if self.box_masks is None:
-            return []
-        import cv2
-
-        x1, y1, x2, y2 = (float(v) for v in self.xyxy[index])
-        fine = F.interpolate(self.box_masks[index][None, None].float(), size=(side, side), mode="bilinear")[0, 0]
-        binary = np.pad((fine >= MASK_THRESHOLD).numpy().astype(np.uint8), 1)
-        contours, _ = cv2.findContours(binary, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        result = []
-        for contour in contours:
-            if cv2.contourArea(contour) < 0.004 * side * side:  # crumbs below half a per cent of the box
-                continue
-            points = cv2.approxPolyDP(contour, 0.6, True)[:, 0].astype(np.float64)
-            if len(points) < 3:
-                continue
-            points = (points - 1 + 0.5) / side * (x2 - x1, y2 - y1) + (x1, y1)
-            result.append([round(float(v), 1) for v in points.reshape(-1)])
-        return result
-
-
-def _rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    from pycocotools import mask as coco_mask
-
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 @dataclass(kw_only=True)
@@ -493,7 +265,7 @@ class Detector:
             raise UserError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:0") from problem
         if where.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device {device!r} asked for, but torch finds no CUDA; use device cpu or auto")
-        folder = find_weights(weights)
+        folder = detector_folder(weights)
         from ovd.modeling.build import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
         model = load_detector_model(folder, device=str(where))
@@ -655,29 +427,8 @@ def _example_embedder(model: RegionModel, image_encoder: RegionEncoder | None) -
     return None if own is None else ExampleEmbedder(encoder=own)
 
 
-_PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md
-
-
-def find_weights(weights: str | Path) -> Path:
-    """Return the folder of a detector given by path or by its name in ``weights/manifest.json``.
-
-    Raises:
-        UserError: no such folder or name, or files that do not have the hash of the manifest.
-    """
-    from ovd.weights import weights_folder
-
-    folder = Path(weights)
-    if folder.is_dir():
-        exported = folder / "exported"  # the folder of a whole run was given
-        return exported if (exported / "model.json").is_file() and not (folder / "model.json").exists() else folder
-    if isinstance(weights, Path) or "/" in str(weights):
-        raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
-    return weights_folder(str(weights))
-
-
 def _load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
     """Load the encoder a detector was trained against, and make sure that it is that one."""
-    from ovd.weights import weights_folder
     from pretrain.nets.towers import load_encoder
 
     spec = card.encoder
@@ -694,25 +445,3 @@ def _load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
             f"({card.encoder_fingerprint[:12]}, found {encoder.fingerprint()[:12]}); words would mean nothing to it"
         )
     return encoder
-
-
-def read_model_card(folder: Path) -> dict[str, Any]:
-    """Return what is known of a detector.
-
-    ``name``, ``sha256`` of its weights file, ``text`` (its ``card.md``) and the keys of its ``card.json`` (``data``,
-    ``metrics``, ``purpose``), where there are such files.
-    """
-    card: dict[str, Any] = {"name": folder.name}
-    file = folder / "card.json"
-    if file.is_file():
-        stored = read_json(file)
-        if not isinstance(stored, dict):
-            raise UserError(f"{file}: must hold one JSON object")
-        card.update(stored)
-    text = folder / "card.md"
-    if text.is_file():
-        card["text"] = text.read_text(encoding="utf-8")
-        if "purpose" not in card and (said := _PURPOSE.search(card["text"])):
-            card["purpose"] = " ".join(said.group(1).split())
-    card["sha256"] = sha256_of(folder / "model.safetensors")
-    return card

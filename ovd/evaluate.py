@@ -150,11 +150,11 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     from ovd.data.coco import check_ground_truth
     from ovd.data.lvis import is_lvis, split_of
     from ovd.data.splits import Split
-    from ovd.detector import find_weights
     from ovd.evaluation import coco
     from ovd.evaluation.examples import coco_crops
     from ovd.evaluation.lvis import evaluate_lvis
     from ovd.evaluation.predictor import proposal_predictor
+    from ovd.weights import detector_folder
 
     data = DataSpec.parse(args.data)
     gt: dict[str, Any] | None = None
@@ -174,7 +174,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         split = Split.load(args.split, categories=shipped.names) if args.split else shipped
     started = time.process_time()
     run: dict[str, Any] = {"weights": str(args.weights), "data": args.data, "regions": args.regions}
-    folder = find_weights(args.weights)
+    folder = detector_folder(args.weights)
     predict: Predict | None = None
     if _is_agnostic(folder):
         propose: Predict | None = proposal_predictor(folder, top=args.regions)

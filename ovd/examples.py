@@ -29,13 +29,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.pictures import ImageLike, to_rgb
 from ovd.regions.crops import RegionEncoder, embed_regions
 from ovd.vocabulary import Vocabulary, split_name
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from ovd.detector import ImageLike
-
     Box = Sequence[float] | NDArray[Any]
     CropLike: TypeAlias = "ImageLike | Box | Crop"
     ExamplesLike: TypeAlias = (
@@ -151,7 +150,6 @@ def _is_box(value: Any) -> bool:
 
 def read_crop(crop: Any, *, name: str, picture: NDArray[np.uint8] | None = None) -> Crop:
     """One crop in any form, checked; see `parse_examples`."""
-    from ovd.detector import to_rgb
 
     if isinstance(crop, Crop):
         pixels, box = crop.pixels, crop.box

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ovd.detector import Detections, Detector
+    from ovd.detections import Detections
+    from ovd.detector import Detector
     from ovd.examples import Question
     from ovd.vocabulary import Vocabulary
 
@@ -249,7 +250,7 @@ def _one(
     draw: bool,
     masks: bool,
 ) -> dict[str, Any]:
-    from ovd.detector import to_rgb
+    from ovd.pictures import to_rgb
 
     try:
         pixels = to_rgb(path)

@@ -72,7 +72,7 @@ class PredictPictures:
         return {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
 
     def _rows(self, path: str, content: bytes) -> list[tuple[Any, ...]]:
-        from ovd.detector import to_rgb
+        from ovd.pictures import to_rgb
 
         try:
             pixels = to_rgb(content)

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
-from pretrain.engine.files import sha256_of, write_atomically
+from pretrain.engine.files import read_json, sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 DEFAULT = "vild-sticker"
@@ -30,6 +31,7 @@ ALIASES = {"default": DEFAULT}
 # What a weights folder may hold: data only, nothing that runs when it is read.
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".txt", ".md", ".csv"})
 CARD = "card.md"
+_PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,43 @@ def weights_folder(name: str = "default", root: Path | None = None) -> Path:
             "Restore them with `git checkout -- weights`, or make them anew with `make weights`"
         )
     return weights.folder
+
+
+def detector_folder(weights: str | Path) -> Path:
+    """Return the folder of a detector given by path or by its name in ``weights/manifest.json``.
+
+    Raises:
+        UserError: no such folder or name, or files that do not have the hash of the manifest.
+    """
+    folder = Path(weights)
+    if folder.is_dir():
+        exported = folder / "exported"  # the folder of a whole run was given
+        return exported if (exported / "model.json").is_file() and not (folder / "model.json").exists() else folder
+    if isinstance(weights, Path) or "/" in str(weights):
+        raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
+    return weights_folder(str(weights))
+
+
+def read_model_card(folder: Path) -> dict[str, Any]:
+    """Return what is known of a detector.
+
+    ``name``, ``sha256`` of its weights file, ``text`` (its ``card.md``) and the keys of its ``card.json`` (``data``,
+    ``metrics``, ``purpose``), where there are such files.
+    """
+    card: dict[str, Any] = {"name": folder.name}
+    file = folder / "card.json"
+    if file.is_file():
+        stored = read_json(file)
+        if not isinstance(stored, dict):
+            raise UserError(f"{file}: must hold one JSON object")
+        card.update(stored)
+    text = folder / "card.md"
+    if text.is_file():
+        card["text"] = text.read_text(encoding="utf-8")
+        if "purpose" not in card and (said := _PURPOSE.search(card["text"])):
+            card["purpose"] = " ".join(said.group(1).split())
+    card["sha256"] = sha256_of(folder / "model.safetensors")
+    return card
 
 
 def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovd.colours import class_styles
-from ovd.detector import Detections, Detector, to_rgb
+from ovd.detections import Detections
+from ovd.detector import Detector
 from ovd.examples import Crop
+from ovd.pictures import to_rgb
 from pretrain.engine.errors import BadImageError, UserError
 
 SCHEMA = 1

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools import mask as mask_tools
 from torch import Tensor
 from torchvision.ops import batched_nms
 
 from ovd.data.coco import ImageId
 from ovd.data.splits import Split
+from ovd.detections import encode_mask, paste_mask
 from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, text_exponents
 from ovd.modeling.scoring import RegionSet, score_regions, vocabulary_probabilities
 from ovd.regions.crops import embed_regions
@@ -320,13 +320,9 @@ def proposal_predictor(folder: Path, *, top: int) -> Predict:
 
 def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
     """Compressed run lengths, as JSON holds them, of one region's mask at the size of the picture."""
-    from ovd.detector import paste_mask
-
     if regions.masks is None:
         raise ValueError("these regions have no masks")
-    mask = paste_mask(regions.masks[index], regions.boxes[index], regions.size).numpy()
-    rle = mask_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
+    return encode_mask(paste_mask(regions.masks[index], regions.boxes[index], regions.size).numpy())
 
 
 def _result(regions: RegionSet, region: int, image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from ovd.detector import Detector, Regions, find_weights, paste_mask, read_model_card, to_rgb
+from ovd.detections import paste_mask
+from ovd.detector import Detector, Regions
 from ovd.modeling.scoring import RegionSet
 from ovd.modeling.second_look import look_again
+from ovd.pictures import to_rgb
 from ovd.regions.crops import embed_regions
+from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import BadImageError, UserError
 from tests.detector.fakes import ColourModel, WordEncoder, make_detector, picture
 
@@ -297,7 +300,7 @@ def test_what_is_no_allowed_picture_file_is_refused(tmp_path: Path, content: byt
 def test_unknown_weights_are_a_user_error(name: str) -> None:
     pytest.importorskip("ovd.weights")
     with pytest.raises(UserError, match=f"{name}|manifest.json"):
-        find_weights(name)
+        detector_folder(name)
 
 
 def test_the_card_of_a_detector_is_read_from_its_folder(tmp_path: Path) -> None:
@@ -314,10 +317,10 @@ def test_the_card_of_a_detector_is_read_from_its_folder(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_run_stands_for_what_it_exported(tmp_path: Path) -> None:
     pytest.importorskip("ovd.weights")
-    assert find_weights(tmp_path) == tmp_path
+    assert detector_folder(tmp_path) == tmp_path
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.json").write_text("{}")
-    assert find_weights(str(tmp_path)) == tmp_path / "exported"
+    assert detector_folder(str(tmp_path)) == tmp_path / "exported"
 
 
 # -- the second look -------------------------------------------------------------------------------------------------

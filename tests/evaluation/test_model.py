@@ -62,7 +62,7 @@ def photos(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
 
 def use_fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights, **_: make_detector()))
-    monkeypatch.setattr("ovd.detector.find_weights", lambda weights: Path("nowhere"))
+    monkeypatch.setattr("ovd.weights.detector_folder", lambda weights: Path("nowhere"))
 
 
 class Oracle:

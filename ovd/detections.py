@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a detector found in one picture, and its forms: masks, polygons, COCO results, supervision.
+
+Shapes: C classes, n detections, M mask side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from supervision import Detections as SupervisionDetections
+
+MASK_THRESHOLD = 0.5
+
+
+def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold: float = MASK_THRESHOLD) -> Tensor:
+    """Draw one mask from the frame of its box onto the picture.
+
+    Bilinear, with cell centres at (i + ½) / M of the box; a pixel is set when the value at its centre is at least
+    ``threshold`` and its centre is inside the box.
+
+    Args:
+        mask_MM: (M, M) probabilities.
+        box: (4,) x1, y1, x2, y2 in pixels.
+        size: (height, width) of the picture.
+        threshold: in (0, 1).
+
+    Returns:
+        (height, width) bool.
+    """
+    height, width = size
+    canvas = torch.zeros(height, width, dtype=torch.bool)
+    x1, y1, x2, y2 = (float(v) for v in box)
+    if not (x2 > x1 and y2 > y1):
+        return canvas
+    # First and last pixel whose centre (index + ½) lies in the box.
+    left, right = max(0, int(np.ceil(x1 - 0.5))), min(width, int(np.floor(x2 - 0.5)) + 1)
+    top, bottom = max(0, int(np.ceil(y1 - 0.5))), min(height, int(np.floor(y2 - 0.5)) + 1)
+    if left >= right or top >= bottom:
+        return canvas
+    u = (torch.arange(left, right, dtype=torch.float32) + 0.5 - x1) / (x2 - x1) * 2 - 1
+    v = (torch.arange(top, bottom, dtype=torch.float32) + 0.5 - y1) / (y2 - y1) * 2 - 1
+    grid = torch.stack([u.expand(len(v), -1), v[:, None].expand(-1, len(u))], dim=-1)
+    # Border padding: the outer half cell belongs to the mask, it must not fade to zero inside the box.
+    values = F.grid_sample(mask_MM[None, None].float(), grid[None], align_corners=False, padding_mode="border")[0, 0]
+    canvas[top:bottom, left:right] = values >= threshold
+    return canvas
+
+
+@dataclass(kw_only=True)
+class Detections:
+    """What was found in one picture, best score first.
+
+    Attributes:
+        xyxy: (n, 4) float32 corners in pixels of the original picture.
+        confidence: (n,) float32 in [0, 1].
+        class_id: (n,) int64, index into ``names``.
+        class_name: n names.
+        size: (height, width) of the picture.
+        names: the C classes asked for.
+        best: (C,) float32, best score of each class over all regions, shown or not.
+        threshold: the score from which detections are listed.
+        region: (n,) int64, index of the region in `Regions`.
+        box_masks: (n, M, M) float32 mask probabilities in the frame of each box, or None.
+        notices: what parsing the class names changed.
+    """
+
+    xyxy: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+    class_id: NDArray[np.int64]
+    class_name: list[str]
+    size: tuple[int, int]
+    names: tuple[str, ...]
+    best: NDArray[np.float32]
+    threshold: float
+    region: NDArray[np.int64]
+    box_masks: Tensor | None = None
+    notices: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    def mask_of(self, index: int) -> NDArray[np.bool_] | None:
+        """The (H, W) bool mask of one detection, or None when the model has no masks."""
+        if self.box_masks is None:
+            return None
+        return paste_mask(self.box_masks[index], torch.from_numpy(self.xyxy[index]), self.size).numpy()
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """(n, H, W) bool masks, drawn when asked for: n × H × W bytes. `mask_of` draws one at a time."""
+        if self.box_masks is None:
+            return None
+        masks = np.zeros((len(self), *self.size), dtype=bool)
+        for i in range(len(self)):
+            masks[i] = self.mask_of(i)
+        return masks
+
+    @property
+    def not_found(self) -> list[tuple[str, float]]:
+        """(class, best score) of every class without a detection at the threshold, in the order typed."""
+        found = set(self.class_id.tolist())
+        return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in found]
+
+    def above(self, threshold: float) -> Detections:
+        """The detections with at least this score; equals asking again with a higher threshold."""
+        keep = np.flatnonzero(self.confidence >= threshold)
+        return Detections(
+            xyxy=self.xyxy[keep],
+            confidence=self.confidence[keep],
+            class_id=self.class_id[keep],
+            class_name=[self.class_name[i] for i in keep],
+            size=self.size,
+            names=self.names,
+            best=self.best,
+            threshold=max(threshold, self.threshold),
+            region=self.region[keep],
+            box_masks=None if self.box_masks is None else self.box_masks[torch.from_numpy(keep)],
+            notices=self.notices,
+        )
+
+    def to_supervision(self) -> SupervisionDetections:
+        """Convert to `supervision.Detections`, with ``data["class_name"]``.
+
+        Raises:
+            UserError: the package is not installed.
+        """
+        try:
+            from supervision import Detections as Target
+        except ImportError as problem:
+            raise UserError("to_supervision needs the package: pip install supervision") from problem
+        return Target(
+            xyxy=self.xyxy.copy(),
+            mask=self.mask,
+            confidence=self.confidence.copy(),
+            class_id=self.class_id.astype(int),
+            data={"class_name": np.array(self.class_name, dtype=object if not self.class_name else None)},
+        )
+
+    def to_coco(
+        self, image_id: int, *, category_ids: Sequence[int] | None = None, masks: bool = True
+    ) -> list[dict[str, Any]]:
+        """Return rows of a COCO results file.
+
+        Args:
+            image_id: id of the picture.
+            category_ids: id of each class; ``class_id`` + 1 when None.
+            masks: add ``segmentation`` as compressed RLE.
+        """
+        rows = []
+        for i in range(len(self)):
+            x1, y1, x2, y2 = (float(v) for v in self.xyxy[i])
+            class_id = int(self.class_id[i])
+            row: dict[str, Any] = {
+                "image_id": int(image_id),
+                "category_id": class_id + 1 if category_ids is None else int(category_ids[class_id]),
+                "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(float(self.confidence[i]), 5),
+            }
+            if masks and (mask := self.mask_of(i)) is not None:
+                row["segmentation"] = encode_mask(mask)
+            rows.append(row)
+        return rows
+
+    def polygons(self, index: int, *, side: int = 112) -> list[list[float]]:
+        """Outline of one mask as closed polygons [x1, y1, x2, y2, …] in pixels, for drawing; [] without masks.
+
+        Args:
+            index: which detection.
+            side: resolution at which the outline is followed, in cells over the box.
+        """
+        if self.box_masks is None:
+            return []
+        import cv2
+
+        x1, y1, x2, y2 = (float(v) for v in self.xyxy[index])
+        fine = F.interpolate(self.box_masks[index][None, None].float(), size=(side, side), mode="bilinear")[0, 0]
+        binary = np.pad((fine >= MASK_THRESHOLD).numpy().astype(np.uint8), 1)
+        contours, _ = cv2.findContours(binary, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        result = []
+        for contour in contours:
+            if cv2.contourArea(contour) < 0.004 * side * side:  # crumbs below half a per cent of the box
+                continue
+            points = cv2.approxPolyDP(contour, 0.6, True)[:, 0].astype(np.float64)
+            if len(points) < 3:
+                continue
+            points = (points - 1 + 0.5) / side * (x2 - x1, y2 - y1) + (x1, y1)
+            result.append([round(float(v), 1) for v in points.reshape(-1)])
+        return result
+
+
+def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """COCO's compressed run lengths of an (H, W) mask, as JSON holds them: ``size`` and ``counts``."""
+    from pycocotools import mask as coco_mask
+
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures in any form a person has them in -> upright (H, W, 3) uint8 RGB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pretrain.data.folder import MAX_PIXELS, read_image
+from pretrain.engine.errors import UserError
+
+ImageLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
+
+
+def to_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read any picture into an upright (H, W, 3) uint8 RGB array.
+
+    Args:
+        image: path, encoded bytes, Pillow image, or array: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        UserError: unsupported type, shape, format, size, or a damaged file (`BadImageError` for files).
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise UserError(f"picture arrays must be uint8, 0 to 255, not {image.dtype}")
+        if image.ndim == 2:
+            image = np.repeat(image[:, :, None], 3, axis=2)
+        if image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
+            raise UserError(f"picture arrays must be (H, W), (H, W, 3) or (H, W, 4), not {image.shape}")
+        if image.shape[0] * image.shape[1] > max_pixels:
+            raise UserError(f"picture has {image.shape[1]}×{image.shape[0]} pixels; at most {max_pixels:,} are allowed")
+        if image.shape[2] == 4:
+            alpha = image[:, :, 3:].astype(np.uint16)
+            image = ((image[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return np.ascontiguousarray(image)
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image), max_pixels=max_pixels)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return read_image(bytes(image), max_pixels=max_pixels)
+    if isinstance(image, Image.Image):
+        if image.width * image.height > max_pixels:
+            raise UserError(f"picture has {image.width}×{image.height} pixels; at most {max_pixels:,} are allowed")
+        if image.mode[0] in "IF":
+            raise UserError(f"pictures of mode {image.mode} have no fixed white: convert to 8 bits first")
+        upright = ImageOps.exif_transpose(image)
+        transparent = upright.has_transparency_data
+        return to_rgb(np.array(upright.convert("RGBA" if transparent else "RGB")), max_pixels=max_pixels)
+    raise UserError(f"a picture must be a path, bytes, a Pillow image or an array, not {type(image).__name__}")
