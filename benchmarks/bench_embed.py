@@ -22,7 +22,9 @@ def main() -> None:
     import torch
 
     from ovd.regions.crops import crop_regions, embed_crops
-    from ovd.regions.store import Identity, RegionStore, StoreSettings, write_regions
+    from ovd.regions.layout import Identity, StoreSettings
+    from ovd.regions.store import RegionStore
+    from ovd.regions.writer import write_regions
     from pretrain.config import EncoderConfig, ResNetTower
     from pretrain.nets.towers import build_encoder
 

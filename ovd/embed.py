@@ -25,8 +25,8 @@ from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
+    from ovd.regions.layout import ImageSource
     from ovd.regions.proposals import Proposer
-    from ovd.regions.store import ImageSource
 
 GROUND_TRUTH = "ground-truth"
 
@@ -168,7 +168,8 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
     """Write the store in this process, or, with ``check``, only try two pictures and print the estimate."""
     import torch
 
-    from ovd.regions.store import Identity, StoreSettings, plan_line, remove_store, write_regions
+    from ovd.regions.layout import Identity, StoreSettings
+    from ovd.regions.writer import plan_line, remove_store, write_regions
     from ovd.train import resolve_encoder
 
     if config.threads is not None:
@@ -253,7 +254,7 @@ def main(argv: list[str]) -> int:
         run(config, check=options.check, overwrite=options.overwrite)
         return 0
     if options.overwrite:
-        from ovd.regions.store import remove_store
+        from ovd.regions.writer import remove_store
 
         remove_store(config.out)
     shared = [argument for argument in argv if argument != "--overwrite"]

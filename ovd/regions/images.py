@@ -24,7 +24,7 @@ from pretrain.engine.files import read_json
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ovd.regions.store import ImageId
+    from ovd.regions.layout import ImageId
     from pretrain.data.stickers import SceneSource
 
 

@@ -24,8 +24,10 @@ from ovd.modeling.build import build_model
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.modeling.task import DetectionTask
 from ovd.regions.images import SceneImages
+from ovd.regions.layout import Identity, StoreSettings
 from ovd.regions.proposals import GroundTruthProposer
-from ovd.regions.store import Identity, RegionStore, StoreSettings, write_regions
+from ovd.regions.store import RegionStore
+from ovd.regions.writer import write_regions
 from pretrain.data.stickers import Stickers
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.config import LoopConfig, OptimConfig

@@ -20,18 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-from ovd.regions import store as store_module
+from ovd.regions import writer
 from ovd.regions.crops import embed_regions
+from ovd.regions.layout import Identity, StoreSettings
 from ovd.regions.proposals import GroundTruthProposer, select_proposals
-from ovd.regions.store import (
-    Identity,
-    RegionStore,
-    StoreSettings,
-    WriteReport,
-    estimate,
-    remove_store,
-    write_regions,
-)
+from ovd.regions.store import RegionStore
+from ovd.regions.writer import WriteReport, estimate, remove_store, write_regions
 from pretrain.engine.errors import BadImageError, UserError
 from tests.regions.fakes import NoisePictures, RandomProposer, TinyEncoder
 
@@ -311,12 +305,12 @@ def test_an_unfinished_store_can_be_read_in_part(tmp_path: Path) -> None:
         store[1000 + 7 * 8]
 
 
-@pytest.mark.parametrize("point", ["write_bytes", "_sync", "os.replace", "_write_json"])
+@pytest.mark.parametrize("point", ["write_bytes", "sync", "os.replace", "write_json"])
 def test_dying_inside_a_write_costs_only_that_shard(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     root, calls = tmp_path / "s", 0
-    owner: Any = {"os.replace": store_module.os, "write_bytes": Path}.get(point, store_module)
+    owner: Any = {"os.replace": writer.os, "write_bytes": Path}.get(point, writer)
     name = point.removeprefix("os.")
     original = getattr(owner, name)
 
@@ -529,9 +523,7 @@ def test_size_and_time_are_told_before_the_first_shard(tmp_path: Path) -> None:
 
 
 def test_a_small_disk_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        store_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 60_000_000)
-    )
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 60_000_000))
     source = NoisePictures(14)
     with pytest.raises(UserError, match=r"are needed but only 60.0 MB are free"):
         write(tmp_path / "s", source=source)

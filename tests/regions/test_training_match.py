@@ -11,8 +11,10 @@ import torch
 
 from ovd.config import TrainConfig
 from ovd.embed import EmbedConfig
+from ovd.regions.layout import Identity, StoreSettings
 from ovd.regions.proposals import GroundTruthProposer
-from ovd.regions.store import Identity, RegionStore, StoreSettings, write_regions
+from ovd.regions.store import RegionStore
+from ovd.regions.writer import write_regions
 from pretrain.engine.config import load_config
 from tests.regions.fakes import TinyEncoder
 

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of region embeddings: what it is made from and which files it has.
+
+`ovd.regions.writer` writes it, with any number of processes; `ovd.regions.store` reads it by picture id.
+
+Layout of a store::
+
+    manifest.json            what it was made from, and, once complete, the sha256 of every shard
+    images-HASH.json         picture ids, in order; picture i is row i % R of shard i // R
+    shard-00000.safetensors  embeddings (n, P, D) f16 · boxes (n, P, 4) f32 · scores (n, P) f32 · valid (n,) i64
+    shard-00000.json         sha256 and counts; it exists only when the shard is whole
+
+A shard is the unit of work. Its bytes depend only on the manifest and its own pictures (no batch crosses a shard), so a
+store that was killed and resumed, or shared between processes, equals one written in one go. Files are written under a
+temporary name, flushed and renamed; ``kill -9`` at any time costs the shard in work and nothing else. A lease file,
+created exclusively, keeps two processes off the same shard. Leases only save work: should two processes ever hold the
+same shard, both write the same bytes.
+
+Shape legend: ``P`` proposals per picture (padded with zeros beyond ``valid``), ``D`` embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ovd.regions.crops import Border, CropMode, Resample
+from ovd.regions.proposals import MIN_SIDE
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FORMAT = "ovd-regions/1"
+
+ImageId = int | str
+
+
+class ImageSource(Protocol):
+    """The pictures of a store, in a fixed order. See ``ovd.regions.images``."""
+
+    ids: Sequence[ImageId]
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """uint8 RGB ``(H, W, 3)`` of the picture ``ids[index]``; raises `BadImageError` when it cannot be read."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the pictures do."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """Everything besides weights and pictures that decides the content of a store.
+
+    Attributes:
+        proposals_per_image: ``P``; better scored proposals first.
+        crop_size: side of a crop in pixels: the encoder's.
+        scales: crops per box, their embeddings are summed (ViLD: 1x and 1.5x).
+        crop_mode: ``squash``, ``center`` or ``pad``, see `ovd.regions.crops.crop_regions`.
+        border: ``clamp`` or ``fill``.
+        resample: ``bilinear`` or ``bicubic``.
+        normalise_each: normalise each crop's embedding before the sum too.
+        precision: ``fp32`` or ``bf16`` for the encoder's forward.
+        min_side: smaller boxes are dropped, in pixels.
+        images_per_shard: pictures in a shard.
+    """
+
+    proposals_per_image: int
+    crop_size: int
+    scales: tuple[float, ...] = (1.0, 1.5)
+    crop_mode: CropMode = "squash"
+    border: Border = "clamp"
+    resample: Resample = "bilinear"
+    normalise_each: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    min_side: float = MIN_SIDE
+    images_per_shard: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a store is made from. Two stores with equal identities hold the same bytes.
+
+    Attributes:
+        encoder: fingerprint of the image encoder.
+        dim: ``D`` of its embeddings.
+        proposals: fingerprint of the proposal model, or ``ground-truth``.
+        source: fingerprint of the pictures.
+        settings: see `StoreSettings`.
+        notes: free text for people (paths, names); never compared.
+    """
+
+    encoder: str
+    dim: int
+    proposals: str
+    source: str
+    settings: StoreSettings
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def ids_path(path: Path, manifest: dict[str, Any]) -> Path:
+    """The list of picture ids."""
+    # The hash in the name keeps a second process with other pictures from writing over the list of the first.
+    return path / f"images-{manifest['images']['sha256'][:12]}.json"
+
+
+def shard_path(path: Path, shard: int) -> Path:
+    """The tensors of a shard."""
+    return path / f"shard-{shard:05d}.safetensors"
+
+
+def shard_count(manifest: dict[str, Any]) -> int:
+    """How many shards a store has when it is whole."""
+    return -(-int(manifest["images"]["count"]) // int(manifest["settings"]["images_per_shard"]))
+
+
+def rows_of(manifest: dict[str, Any], shard: int) -> range:
+    """Positions of the pictures in a shard."""
+    size = int(manifest["settings"]["images_per_shard"])
+    return range(shard * size, min((shard + 1) * size, int(manifest["images"]["count"])))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the store in a folder.
+
+    Raises:
+        UserError: there is none, or it is of another format.
+    """
+    file = path / "manifest.json"
+    text = read_text(file)
+    if text is None:
+        raise UserError(f"{path}: no region store here (no manifest.json): make one with `python -m ovd.embed`")
+    try:
+        manifest = json.loads(text)
+        known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    except ValueError:
+        known = False
+    if not known:
+        raise UserError(f"{file}: not a manifest of format {FORMAT}: make the store again with `python -m ovd.embed`")
+    return dict(manifest)
+
+
+def read_ids(path: Path, manifest: dict[str, Any]) -> list[ImageId]:
+    """Picture ids in order.
+
+    Raises:
+        UserError: the list is missing or damaged.
+    """
+    file = ids_path(path, manifest)
+    text = read_text(file)
+    if text is None or hashlib.sha256(text.encode()).hexdigest() != manifest["images"]["sha256"]:
+        raise UserError(f"{file}: missing or damaged: make the store again with `python -m ovd.embed`")
+    return list(json.loads(text))
+
+
+def sidecar(path: Path, shard: int) -> dict[str, Any] | None:
+    """What is written beside a shard once it is whole, or None."""
+    text = read_text(path / f"shard-{shard:05d}.json")
+    return None if text is None else dict(json.loads(text))
+
+
+def refuse_differences(path: Path, manifest: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compare a manifest with what the caller has; a wanted None is not compared.
+
+    Raises:
+        UserError: naming every difference.
+    """
+    problems = []
+    for key, value in wanted.items():
+        if value is None:
+            continue
+        present = manifest.get(key)
+        if isinstance(value, dict):
+            present = present if isinstance(present, dict) else {}
+            for k, v in value.items():
+                if present.get(k) != v:
+                    problems.append(f"{key}.{k}: it has {present.get(k)!r}, you have {v!r}")
+        elif present != value:
+            problems.append(f"{key}: it has {present!r}, you have {value!r}")
+    if problems:
+        raise UserError(
+            f"{path}: this region store was made from something else:\n  "
+            + "\n  ".join(problems)
+            + "\nUse what it was made from, or write a new store with `python -m ovd.embed` and another `out`."
+        )
+
+
+def as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON (tuples become lists), so that comparisons are fair."""
+    return dict(json.loads(json.dumps(value)))
+
+
+def read_text(file: Path) -> str | None:
+    """A file's text, or None when it has just gone."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """`write_text` of JSON."""
+    write_text(file, json.dumps(value, indent=1))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write under a temporary name, flush, rename."""
+    # Not `write_atomically`, which makes every OSError a refusal: here FileNotFoundError has a meaning of its own, that
+    # another process took the shard over and swept this temporary file away (`write_regions`).
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, file)
+    sync(file.parent)
+
+
+def write_text_once(file: Path, text: str) -> None:
+    """Like `write_text`, but the first writer wins."""
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        return
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
