@@ -61,6 +61,12 @@ def detector_card(
             f"the metrics are of config {run.get('config_hash')}, the detector of {model['config_hash']}: "
             "evaluate this one"
         )
+    looks = model.get("second_look", 0)
+    if run.get("second_look", 0) != looks:
+        raise UserError(
+            f"the metrics are of a second look at {run.get('second_look', 0)} regions, the detector's is at {looks}: "
+            "evaluate this one"
+        )
     missing = [key for key in FIGURES.values() if measured.get("metrics", {}).get(key) is None]
     if missing:
         raise UserError(f"the metrics have no {', '.join(missing)}: evaluate on Sticker Scenes with all words")
@@ -75,7 +81,8 @@ def detector_card(
         "data": f"Sticker Scenes with labels of {classes - novel} base nouns; regions named by {model['encoder']}. "
         f"{novel} nouns were never labelled.",
         "metrics": {label: round(measured["metrics"][key], 3) for label, key in FIGURES.items()},
-        "protocol": f"{run['data']}, held-out style and photos, all {run['words']} names as vocabulary",
+        "protocol": f"{run['data']}, held-out style and photos, all {run['words']} names as vocabulary"
+        + (f"; the image encoder sees the best {looks} regions of a picture again" if looks else ""),
         "text": f"With few words typed, {typed['precision_at_threshold']:.0%} of the boxes shown at the default "
         f"threshold are right, and {typed['recall_at_threshold']:.0%} of the objects asked for are shown. Expected "
         f"calibration error {typed['ece']:.3f}; a word that is not in the picture stays below the threshold in "
