@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from ovd.regions.crops import Border, CropMode, Resample
 from ovd.regions.proposals import MIN_SIDE
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import flush_to_disk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -218,29 +219,20 @@ def write_text(file: Path, text: str) -> None:
     # another process took the shard over and swept this temporary file away (`write_regions`).
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+    flush_to_disk(temporary)
     os.replace(temporary, file)
-    sync(file.parent)
+    flush_to_disk(file.parent)
 
 
 def write_text_once(file: Path, text: str) -> None:
     """Like `write_text`, but the first writer wins."""
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+    flush_to_disk(temporary)
     try:
         os.link(temporary, file)
     except FileExistsError:
         return
     finally:
         temporary.unlink(missing_ok=True)
-    sync(file.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush_to_disk(file.parent)

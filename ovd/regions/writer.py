@@ -33,7 +33,6 @@ from ovd.regions.layout import (
     shard_count,
     shard_path,
     sidecar,
-    sync,
     write_json,
     write_text,
     write_text_once,
@@ -41,7 +40,7 @@ from ovd.regions.layout import (
 from ovd.regions.lease import lease
 from ovd.regions.proposals import Proposals, Proposer, select_proposals
 from pretrain.engine.errors import BadImageError, UserError
-from pretrain.engine.files import sha256_of
+from pretrain.engine.files import flush_to_disk, sha256_of
 
 BAD_IMAGE_SHARE = 0.01
 """Share of unreadable pictures above which writing stops."""
@@ -327,9 +326,9 @@ def _write_shard(
     digest, size = hashlib.sha256(data).hexdigest(), len(data)
     temporary = path / f".shard-{shard:05d}.safetensors.{uuid.uuid4().hex}.tmp"
     temporary.write_bytes(data)
-    sync(temporary)
+    flush_to_disk(temporary)
     os.replace(temporary, shard_path(path, shard))
-    sync(path)
+    flush_to_disk(path)
     counts = {"images": len(rows), "regions": int(tensors["valid"].sum())}
     write_json(path / f"shard-{shard:05d}.json", {"sha256": digest, "bytes": size, **counts, "bad_images": bad})
     return len(bad)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import flush_folder, sha256_of, write_atomically
+from pretrain.engine.files import flush_to_disk, sha256_of, write_atomically
 
 FORMAT = 1
 MODEL, STATE, META = "model.safetensors", "state.pt", "meta.json"
@@ -257,9 +257,9 @@ def save(
         }
         text = json.dumps({"format": FORMAT, "step": step, "files": files, **meta}, indent=1)
         _write(temporary / META, lambda file: file.write(text.encode()))
-        flush_folder(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, folder)
-        flush_folder(root)
+        flush_to_disk(root)
         checkpoint = verify(folder)
         _point_last(root.parent / "last", folder)
         _prune(root, newest_step=step, keep=keep)

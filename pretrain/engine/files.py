@@ -49,9 +49,9 @@ def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
         raise UserError(f"{path}: not JSON: {error}{closing}.") from error
 
 
-def flush_folder(folder: Path) -> None:
-    """Make renames and new files in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_to_disk(path: Path) -> None:
+    """Make a file's content, or the renames and new files of a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -72,7 +72,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        flush_to_disk(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         text = f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"

@@ -305,7 +305,7 @@ def test_an_unfinished_store_can_be_read_in_part(tmp_path: Path) -> None:
         store[1000 + 7 * 8]
 
 
-@pytest.mark.parametrize("point", ["write_bytes", "sync", "os.replace", "write_json"])
+@pytest.mark.parametrize("point", ["write_bytes", "flush_to_disk", "os.replace", "write_json"])
 def test_dying_inside_a_write_costs_only_that_shard(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
