@@ -382,6 +382,17 @@ def test_second_look_leaves_slivers_and_empty_pictures_alone() -> None:
     assert encoder.seen == 0
 
 
+def test_second_look_at_a_large_picture_sees_the_same_things() -> None:
+    encoder = WordEncoder()
+    small = picture()
+    large = np.repeat(np.repeat(small, 25, axis=0), 25, axis=1)  # 4000×3000
+    found = _Grey(encoder).regions(small)
+    far = replace(found, boxes=found.boxes * 25, size=large.shape[:2])
+    near, again = look_again(found, small, encoder, count=50), look_again(far, large, encoder, count=50)
+    assert torch.equal(again.boxes, far.boxes)
+    assert (F.cosine_similarity(near.text, again.text) > 0.99).all()
+
+
 def test_second_look_needs_an_image_tower() -> None:
     encoder = WordEncoder()
     encoder.visual = None  # as `JointEncoder` has it without an image tower
