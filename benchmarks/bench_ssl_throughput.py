@@ -4,6 +4,9 @@
 Both libraries train the same backbone with heads of the same sizes on the same JPEG files, batch, views and optimiser,
 in fp32, with the pictures prepared in the training process. "data" is decoding to network input; "whole" is that and
 the optimiser step. Memory is what two whole steps need beyond the imports, network included.
+
+`--curves STEPS` compares what is learnt instead: both libraries train from the same backbone with each of three seeds,
+each on its own views, and the loss of the last quarter is shown in the same terms.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
 
 METHODS = ("simclr", "moco_v2", "byol", "swav", "simsiam", "barlow_twins")
 HIDDEN, DIM, QUEUE, PROTOTYPES = 512, 128, 4096, 16  # of both libraries, for every method
+SEEDS = (0, 1, 2)  # of the curves
+CURVE_PICTURES = 256
 Data = Callable[[], list["torch.Tensor"]]
+Step = Callable[[list["torch.Tensor"]], "torch.Tensor"]  # one optimiser step on prepared views; returns the loss
 
 
 def write_pictures(folder: Path, *, count: int, height: int, width: int) -> None:
@@ -66,27 +72,27 @@ def small_size(size: int) -> int:
     return max(16, round(size * 96 / 224 / 8) * 8)
 
 
-def backbone() -> nn.Module:
+def backbone(seed: int = 0) -> nn.Module:
     """The network that both train."""
     import torch
 
     from pretrain.config_ssl import BackboneConfig
     from pretrain.nets.backbones import build_backbone
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return build_backbone(BackboneConfig(name="resnet18", stem="small"))
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def our_data(folder: Path, method: str, size: int, batch: int) -> Data:
+def our_data(folder: Path, method: str, size: int, batch: int, seed: int = 0) -> Data:
     """Files to network input, as the trainer does it."""
     from pretrain.config_views import FolderImages, expand_views
     from pretrain.data.views import ViewSource, build_images
     from pretrain.views import ViewAugment
 
-    source = ViewSource(build_images(FolderImages(root=folder)), views_of(method, size), seed=0)
+    source = ViewSource(build_images(FolderImages(root=folder)), views_of(method, size), seed=seed)
     augment = [ViewAugment(view) for view in expand_views(views_of(method, size))]
     draw = 0
 
@@ -100,7 +106,7 @@ def our_data(folder: Path, method: str, size: int, batch: int) -> Data:
     return make
 
 
-def our_step(method: str) -> Callable[[list[torch.Tensor]], None]:
+def our_step(method: str, seed: int = 0) -> Step:
     """One optimiser step on prepared views."""
     import torch
 
@@ -112,7 +118,7 @@ def our_step(method: str) -> Callable[[list[torch.Tensor]], None]:
     from pretrain.methods.swav import SwAV
     from pretrain.nets.heads import mlp
 
-    net = backbone()
+    net = backbone(seed)
     width = int(net.width)  # type: ignore[arg-type]
 
     def same(view: torch.Tensor) -> torch.Tensor:  # "data" has augmented already
@@ -139,7 +145,7 @@ def our_step(method: str) -> Callable[[list[torch.Tensor]], None]:
     task.train()
     count = 0
 
-    def step(views: list[torch.Tensor]) -> None:
+    def step(views: list[torch.Tensor]) -> torch.Tensor:
         nonlocal count
         loss, _ = task({"views": views})
         optimiser.zero_grad()
@@ -148,6 +154,7 @@ def our_step(method: str) -> Callable[[list[torch.Tensor]], None]:
         if hasattr(task, "after_step"):
             task.after_step(count, 10**6)
         count += 1
+        return loss.detach()
 
     return step
 
@@ -155,13 +162,20 @@ def our_step(method: str) -> Callable[[list[torch.Tensor]], None]:
 # --- lightly's -------------------------------------------------------------------------------------------------------
 
 
-def their_data(folder: Path, method: str, size: int, batch: int) -> Data:
+def their_data(folder: Path, method: str, size: int, batch: int, seed: int = 0) -> Data:
     """Files to network input through lightly's transform of the method and torch's collate."""
+    import random
+
+    import numpy as np
+    import torch
     from lightly import transforms as T
     from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
     from PIL import Image
     from torch.utils.data import default_collate
 
+    random.seed(seed)  # its views draw from all three generators
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     if method == "simclr":
         transform: Any = T.SimCLRTransform(input_size=size)
     elif method in ("moco_v2", "simsiam"):
@@ -185,15 +199,18 @@ def their_data(folder: Path, method: str, size: int, batch: int) -> Data:
     return make
 
 
-def their_step(method: str) -> Callable[[list[torch.Tensor]], None]:
-    """One optimiser step with lightly's heads, losses and momentum update, put together as its examples do."""
+def their_step(method: str, seed: int = 0) -> Step:
+    """One optimiser step with lightly's heads, losses and momentum update, put together as its examples do.
+
+    The loss it returns is in our terms: BYOL's is the sum of 2 - 2cos over both directions, lightly's the mean of -cos.
+    """
     import torch
     from lightly import loss as losses
     from lightly.models import modules as M
     from lightly.models.utils import deactivate_requires_grad, update_momentum
     from torch.nn import functional as F
 
-    net = backbone()
+    net = backbone(seed)
     width = int(net.width)  # type: ignore[arg-type]
     cosine = losses.NegativeCosineSimilarity()
     slow: list[tuple[nn.Module, nn.Module]] = []
@@ -243,7 +260,7 @@ def their_step(method: str) -> Callable[[list[torch.Tensor]], None]:
             return 0.5 * (cosine(predictor(a), b.detach()) + cosine(predictor(b), a.detach()))
 
     elif method == "barlow_twins":
-        head, criterion = M.BarlowTwinsProjectionHead(width, HIDDEN, DIM), losses.BarlowTwinsLoss()
+        head, criterion = M.BarlowTwinsProjectionHead(width, HIDDEN, DIM), losses.BarlowTwinsLoss(lambda_param=0.0051)
         parts.append(head)
 
         def compute(views: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -261,26 +278,27 @@ def their_step(method: str) -> Callable[[list[torch.Tensor]], None]:
 
     optimiser = torch.optim.SGD([p for part in parts for p in part.parameters()], lr=0.01, momentum=0.9)
 
-    def step(views: list[torch.Tensor]) -> None:
+    def step(views: list[torch.Tensor]) -> torch.Tensor:
         for module, other in slow:
             update_momentum(module, other, m=0.99)
         loss = compute(views)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        return 4 + 4 * loss.detach() if method == "byol" else loss.detach()
 
     return step
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
-LIBRARIES: dict[str, tuple[Callable[..., Data], Callable[[str], Callable[[list[Any]], None]]]] = {
+LIBRARIES: dict[str, tuple[Callable[..., Data], Callable[..., Step]]] = {
     "ours": (our_data, our_step),
     "lightly": (their_data, their_step),
 }
 
 
-def whole(data: Data, step: Callable[[list[torch.Tensor]], None]) -> None:
+def whole(data: Data, step: Step) -> None:
     """Prepare a batch and learn from it."""
     step(data())
 
@@ -352,6 +370,35 @@ def compiled_steps(size: int, batch: int, rounds: int) -> dict[str, list[float]]
     return take_turns({"plain": partial(step, plain), "compiled": partial(step, quick)}, rounds=rounds, warmup=2)
 
 
+def curves(methods: Sequence[str], libraries: Sequence[str], size: int, batch: int, steps: int) -> dict[str, Any]:
+    """Loss of every step, by method, library and seed."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pictures(folder, count=CURVE_PICTURES, height=2 * size, width=2 * size)
+        for method in methods:
+            found[method] = {library: {} for library in libraries}
+            for seed in SEEDS:
+                for library in libraries:
+                    build_data, build_step = LIBRARIES[library]
+                    data, step = build_data(folder, method, size, batch, seed), build_step(method, seed)
+                    found[method][library][seed] = [float(step(data())) for _ in range(steps)]
+            print(f"{method}: done", flush=True)
+    return found
+
+
+def curve_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """First step's and last quarter's loss of each library, mean and spread over the seeds."""
+    rows = []
+    for method, by_library in found.items():
+        for library, by_seed in by_library.items():
+            first = [losses[0] for losses in by_seed.values()]
+            last = [statistics.mean(losses[-max(1, len(losses) // 4) :]) for losses in by_seed.values()]
+            shown = " to ".join(f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in (first, last))
+            rows.append((f"{method}, {library}, loss of the first step to the last quarter", shown, ""))
+    return rows
+
+
 def main() -> None:
     """Per method: memory, then data and whole step of both libraries in turns."""
     flags = parser(__doc__ or "")
@@ -363,6 +410,7 @@ def main() -> None:
     flags.add_argument(
         "--compile", action="store_true", help="measure compiled colour changes and backbone too (takes minutes)"
     )
+    flags.add_argument("--curves", type=int, metavar="STEPS", help="compare what is learnt in so many steps, not speed")
     options = flags.parse_args()
     set_threads(options.threads)
     methods = options.methods.split(",")
@@ -378,6 +426,12 @@ def main() -> None:
         libraries, version = ["ours"], None
         print("lightly is not installed: only ours is measured; pip install 'wordbox[benchmark]' adds it")
 
+    title = f"Self-supervised training, ResNet-18 at {options.size} px, batch {options.batch}"
+    if options.curves:
+        found = curves(methods, libraries, options.size, options.batch, options.curves)
+        title = f"{title}, {options.curves} steps, seeds {', '.join(map(str, SEEDS))}"
+        report(f"{title}, lightly {version}" if version else title, curve_rows(found), {"loss": found}, options.json)
+        return
     rows: list[tuple[str, str, str]] = []
     figures: dict[str, Any] = {"lightly": version}
     with tempfile.TemporaryDirectory() as name:
@@ -419,9 +473,7 @@ def main() -> None:
         seconds = compiled_steps(options.size, options.batch, 2 * rounds)
         figures["compiled"] = {"seconds": seconds, "gain": ratio(seconds["plain"], seconds["compiled"])}
         rows.append(("backbone step, compiled over plain, speed", show_ratio(figures["compiled"]["gain"]), ""))
-    title = (
-        f"Self-supervised training, ResNet-18 at {options.size} px, batch {options.batch}, JPEGs of {options.picture}"
-    )
+    title = f"{title}, JPEGs of {options.picture}"
     report(f"{title}, lightly {version}" if version else title, rows, figures, options.json)
 
 
