@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,17 @@ def test_command_line_reports_a_user_error_without_traceback(root: Path) -> None
     assert done.returncode == 2
     assert done.stderr.startswith("error: no weights named 'nothing'")
     assert "Traceback" not in done.stderr
+
+
+def test_the_readme_and_the_results_tell_the_figures_of_the_shipped_card() -> None:
+    """Weights shipped anew leave stale figures behind in prose; the card is written by the program that measured."""
+    repository = Path(__file__).resolve().parents[2]
+    card = json.loads((repository / "weights/vild-sticker/card.json").read_text(encoding="utf-8"))
+    readme, results = (
+        " ".join((repository / name).read_text(encoding="utf-8").split()) for name in ("README.md", "docs/results.md")
+    )
+    base, novel = (f"{100 * card['metrics'][f'box AP50, {group}']:.1f}" for group in ("base", "novel"))
+    assert f"({base} and {novel} by the published protocol)" in readme
+    assert re.search(rf"shipped \| [\d.]+ \| {base} \| {novel} \|", results)
+    right, shown = re.findall(r"(\d+)% of the", card["text"])
+    assert f"{right} of 100 shown boxes are right and {shown} of 100 objects are shown" in readme
