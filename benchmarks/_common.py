@@ -152,7 +152,8 @@ def report(title: str, rows: Sequence[tuple[str, str, str]], figures: Mapping[st
 
 def pictures(size: int | tuple[int, int], count: int) -> list[np.ndarray]:
     """Validation scenes of Sticker Scenes, (H, W) or the side of a square."""
-    from pretrain.data.stickers import SceneSource, Stickers
+    from pretrain.data.scenes import SceneSource
+    from pretrain.data.stickers import Stickers
 
     source = SceneSource(Stickers.load(), split="val", seed=0, size=size, length=count)
     return [source.scene(i).image for i in range(count)]

@@ -19,7 +19,8 @@ def main() -> None:
     import torch
 
     from pretrain.config import CbowTower, EncoderConfig, ResNetTower
-    from pretrain.data.stickers import PairSource, Stickers
+    from pretrain.data.pairs import PairSource
+    from pretrain.data.stickers import Stickers
     from pretrain.methods.clip import Clip
     from pretrain.nets.towers import build_encoder
 

@@ -42,7 +42,8 @@ def write_pictures(folder: Path, *, count: int, height: int, width: int) -> None
     """Sticker scenes as JPEG files of quality 90."""
     from PIL import Image
 
-    from pretrain.data.stickers import SceneSource, Stickers
+    from pretrain.data.scenes import SceneSource
+    from pretrain.data.stickers import Stickers
 
     source = SceneSource(Stickers.load(), split="train", seed=0, size=(height, width), length=count)
     for index in range(count):

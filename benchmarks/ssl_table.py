@@ -137,7 +137,8 @@ def judged(weights: Path, scenes: int) -> dict[str, float]:
     """Class-agnostic box AP of a detector on validation scenes: every thing is one category."""
     from ovd.evaluation import coco
     from ovd.evaluation.predictor import proposal_predictor
-    from pretrain.data.stickers import SceneSource, Stickers
+    from pretrain.data.scenes import SceneSource
+    from pretrain.data.stickers import Stickers
 
     source = SceneSource(Stickers.load(), split="val", seed=0, size=256, length=scenes)
     gt, _, proposals = coco.run_source(source, None, propose=proposal_predictor(weights, top=100))

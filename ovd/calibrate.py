@@ -51,7 +51,7 @@ def typed_scenes(
     import torch
 
     from ovd.evaluation.typed import TypedScene, draw_words
-    from pretrain.data.stickers import SceneSource
+    from pretrain.data.scenes import SceneSource
 
     source = SceneSource(stickers, split="val", seed=seed, size=size, length=count)
     near = near_synonyms(stickers)

@@ -122,7 +122,8 @@ def make_images(config: PicturesConfig) -> ImageSource:
         return CocoImages(config.annotations or "", config.images or "")
     if config.kind == "folder":
         return FolderImages(config.images or "")
-    from pretrain.data.stickers import SceneSource, Stickers
+    from pretrain.data.scenes import SceneSource
+    from pretrain.data.stickers import Stickers
 
     return SceneImages(
         SceneSource(Stickers.load(), split=config.split, seed=config.seed, size=config.size, length=config.length)

@@ -193,7 +193,8 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         results, proposals = coco.run_images(gt, Path(str(data.images)), predict, propose=propose, on_image=progress)
         sha = coco.content_sha256(gt) if args.examples else sha256_of(data.annotations)
     else:
-        from pretrain.data.stickers import SceneSource, Stickers
+        from pretrain.data.scenes import SceneSource
+        from pretrain.data.stickers import Stickers
 
         source = SceneSource(Stickers.load(), split="val", seed=data.seed, size=args.size, length=data.count)
         gt, results, proposals = coco.run_source(source, predict, propose=propose, on_image=progress)

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.nouns import SynonymPair, WordNet, load_pairs, save_pairs, synonym_pairs
+from pretrain.data.pairs import PairSource
 from pretrain.data.phrases import read_phrases, read_targets
-from pretrain.data.stickers import PairSource, Stickers
+from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
 from pretrain.nets.towers import JointEncoder, load_encoder

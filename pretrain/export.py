@@ -248,7 +248,8 @@ def real_pictures(given: Path | None, *, count: int = PICTURES, side: int = SIDE
     import torch
 
     if given is None:
-        from pretrain.data.stickers import SceneSource, Stickers
+        from pretrain.data.scenes import SceneSource
+        from pretrain.data.stickers import Stickers
 
         source = SceneSource(Stickers.load(), split="val", seed=4000, size=side, length=count)
         pictures = [source.scene(i).image for i in range(count)]

@@ -89,7 +89,8 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
         UserError: The data are missing or do not fit the encoder.
     """
     if isinstance(cfg.data, StickerPairs):
-        from pretrain.data.stickers import PairSource, Stickers
+        from pretrain.data.pairs import PairSource
+        from pretrain.data.stickers import Stickers
 
         stickers = Stickers.load(cfg.data.root)
         size = encoder.image_size

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pretrain.data.stickers import PairSource, SceneSource, Stickers
+from pretrain.data.pairs import PairSource
+from pretrain.data.scenes import SceneSource
+from pretrain.data.stickers import Stickers
 
 BASE, NOVEL, DISTRACTOR = "#7CFF6B", "#FF5A5A", "#7FB2FF"
 COLOURS = 256  # a palette keeps a sheet below 300 kB

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from pretrain.data.stickers import SceneSource, Stickers
+from pretrain.data.scenes import SceneSource
+from pretrain.data.stickers import Stickers
 
 SEED = 4242  # the tables use 0, calibration 1000 and 2000
 SIZE = (384, 512)

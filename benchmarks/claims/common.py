@@ -36,7 +36,8 @@ from _common import machine  # noqa: E402
 
 from pretrain import probe  # noqa: E402
 from pretrain.config_views import ViewConfig  # noqa: E402
-from pretrain.data.stickers import StickerCrops, Stickers  # noqa: E402
+from pretrain.data.pairs import StickerCrops  # noqa: E402
+from pretrain.data.stickers import Stickers  # noqa: E402
 from pretrain.data.views import ViewSource  # noqa: E402
 from pretrain.engine import distributed  # noqa: E402
 from pretrain.engine.config import LoopConfig, OptimConfig  # noqa: E402

@@ -17,7 +17,8 @@ from pycocotools import mask as coco_mask
 from ovd.data.lvis import picture_file
 from ovd.data.splits import Split
 from pretrain.data.folder import read_image
-from pretrain.data.stickers import SceneSource, Stickers
+from pretrain.data.scenes import SceneSource
+from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -61,7 +62,7 @@ class StickerImages:
     Args:
         stickers: the loaded sprites.
         split: ``train`` or ``val``.
-        seed, length, size: of :class:`~pretrain.data.stickers.SceneSource`.
+        seed, length, size: of :class:`~pretrain.data.scenes.SceneSource`.
         labels: ``base`` leaves out the annotations (never the pixels) of novel nouns.
     """
 
@@ -188,7 +189,7 @@ def register_stickers(name: str, images: StickerImages) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.structures import BoxMode
 
-    from pretrain.data.stickers import scene_record
+    from pretrain.data.scenes import scene_record
 
     def records() -> list[dict[str, Any]]:
         out = []

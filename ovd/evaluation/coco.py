@@ -35,7 +35,7 @@ from ovd.evaluation.recall import class_agnostic_recall
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from pretrain.data.stickers import SceneSource
+    from pretrain.data.scenes import SceneSource
 
 SHAPE = {"bbox": "bbox", "segm": "segmentation"}
 # name -> (index of the IoU threshold or None for the mean of ten, index of COCO's area range: all, small, medium,
@@ -278,7 +278,7 @@ def run_source(
 ) -> tuple[dict[str, Any], list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
     """COCO ground truth of a scene source, the model's results, its proposals; arguments as `evaluate_source`."""
     from pretrain.data.export import coco_header
-    from pretrain.data.stickers import coco_objects
+    from pretrain.data.scenes import coco_objects
 
     if source.labels != "all":
         raise UserError("this source hides the labels of novel objects (labels=base), so nothing can be said of them.")

@@ -22,7 +22,8 @@ from ovd.evaluation.predictor import Predictor
 from ovd.examples import MIN_SIDE, Crop, Example
 from ovd.modeling.scoring import RegionSet, score_examples
 from pretrain.data.folder import read_image
-from pretrain.data.stickers import StickerCrops, Stickers
+from pretrain.data.pairs import StickerCrops
+from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 
 CROP_SIDE = 96  # pixels, about the size of a sticker in a scene

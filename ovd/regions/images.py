@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ovd.regions.layout import ImageId
-    from pretrain.data.stickers import SceneSource
+    from pretrain.data.scenes import SceneSource
 
 
 class SceneImages:

@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from pretrain.data.stickers import SceneSource, Stickers, coco_objects
+from pretrain.data.scenes import SceneSource, coco_objects
+from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 
 JPEG_QUALITY = 95

@@ -20,7 +20,9 @@ import numpy as np
 
 from pretrain.config_views import CifarImages, FolderImages, ImagesConfig, ShardImages, StickerScenes, StickerSingles
 from pretrain.data.folder import EXTENSIONS, U8, list_images, read_image
-from pretrain.data.stickers import SceneSource, Split, StickerCrops, Stickers
+from pretrain.data.pairs import StickerCrops
+from pretrain.data.scenes import SceneSource
+from pretrain.data.stickers import Split, Stickers
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import write_atomically
 

@@ -14,7 +14,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pretrain.data.export import export, main
-from pretrain.data.stickers import SceneSource, Stickers
+from pretrain.data.scenes import SceneSource
+from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 
 

@@ -17,17 +17,9 @@ import pytest
 from PIL import Image
 
 from pretrain.data import captions, render
-from pretrain.data.stickers import (
-    ImageView,
-    PairSource,
-    Scene,
-    SceneSource,
-    StickerCrops,
-    Stickers,
-    data_root,
-    scene_record,
-    split_hash,
-)
+from pretrain.data.pairs import PairSource, StickerCrops
+from pretrain.data.scenes import ImageView, Scene, SceneSource, scene_record
+from pretrain.data.stickers import Stickers, data_root, split_hash
 from pretrain.engine.errors import UserError
 
 FIELDS = ("image", "boxes", "masks", "classes", "visible", "truncated", "distractors")
@@ -252,7 +244,7 @@ def test_a_split_opens_only_its_own_drawings_and_photos(split: str, monkeypatch:
 def test_every_class_comes_equally_often(stickers: Stickers) -> None:
     classes = stickers.drawable("val")
     scenes = source(stickers, split="val", length=1000)
-    slots = [scenes._class_at(slot, 0) for slot in range(3 * len(classes))]
+    slots = [scenes.class_at(slot, 0) for slot in range(3 * len(classes))]
     assert set(Counter(slots).values()) == {3}
 
 

@@ -20,7 +20,8 @@ from ovd.evaluation.coco import evaluate, evaluate_source, run_images, run_sourc
 from ovd.evaluation.predictor import predictor_for
 from ovd.modeling.scoring import RegionSet
 from ovd.vocabulary import Vocabulary
-from pretrain.data.stickers import Scene, SceneSource, Stickers, coco_objects
+from pretrain.data.scenes import Scene, SceneSource, coco_objects
+from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
 

@@ -19,7 +19,8 @@ from ovd.regions.crops import embed_regions
 from ovd.regions.images import CocoImages, FolderImages, SceneImages
 from ovd.regions.store import RegionStore
 from pretrain.config import EncoderConfig, ResNetTower
-from pretrain.data.stickers import SceneSource, Stickers
+from pretrain.data.scenes import SceneSource
+from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.nets.towers import JointEncoder, build_encoder, load_encoder
 

@@ -25,7 +25,9 @@ from pretrain.config_views import (
     ViewConfig,
 )
 from pretrain.data.images import CIFAR_RECORD, ShardSet, build_images, expand_braces
-from pretrain.data.stickers import SceneSource, StickerCrops, Stickers
+from pretrain.data.pairs import StickerCrops
+from pretrain.data.scenes import SceneSource
+from pretrain.data.stickers import Stickers
 from pretrain.data.views import ViewSource
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.sampling import Microbatches
