@@ -28,8 +28,9 @@ def load(name: str, weights: str, transformer: Path | None) -> RegionModel:
     import torch
 
     from ovd.config_detr import DetrTrainConfig
-    from ovd.modeling.build import load_detector_model, read_card
+    from ovd.modeling.build import read_card
     from ovd.modeling.detr_build import DetrRegions, build_detr
+    from ovd.modeling.load import load_detector_model
     from ovd.weights import detector_folder
     from pretrain.engine.config import load_config
 

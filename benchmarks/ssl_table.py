@@ -91,7 +91,7 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
     def measure() -> dict[str, Any]:
         import torch
 
-        from pretrain import probe
+        from pretrain import probes
         from pretrain.config_ssl import BackboneConfig
         from pretrain.export import read_source
         from pretrain.nets.backbones import build_backbone
@@ -105,10 +105,10 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
         else:
             source = read_source(str(backbone))
             network, mean, std = source.network, source.mean, source.std
-        train, test, side = probe.open_data("sticker_singles", size=SIZE, views=views)
-        return probe.evaluate(
-            network, train, test, probe.Normalise(side, mean, std), measures=["knn", "linear_cached"], k=20,
-            temperature=0.1, recipe=probe.SMALL, epochs=None, shots=[1], seed=seed, say=print,
+        train, test, side = probes.open_data("sticker_singles", size=SIZE, views=views)
+        return probes.evaluate(
+            network, train, test, probes.Normalise(side, mean, std), measures=["knn", "linear_cached"], k=20,
+            temperature=0.1, recipe=probes.SMALL, epochs=None, shots=[1], seed=seed, say=print,
         )  # fmt: skip
 
     return remember(folder / "probe.json", measure)

@@ -54,7 +54,7 @@ MAX_DETECTIONS = 300  # LVIS protocol
 
 
 class RegionModel(Protocol):
-    """What the detector needs of a network; `ovd.modeling.build.load_detector_model` returns one.
+    """What the detector needs of a network; `ovd.modeling.load.load_detector_model` returns one.
 
     A network whose regions live in another image space than its text encoder's (a DETR pretrained on patches) also has
     ``example_encoder``, a `ovd.regions.crops.RegionEncoder` into that space; examples are then embedded with it.
@@ -266,7 +266,7 @@ class Detector:
         if where.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device {device!r} asked for, but torch finds no CUDA; use device cpu or auto")
         folder = detector_folder(weights)
-        from ovd.modeling.build import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
+        from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
         model = load_detector_model(folder, device=str(where))
         encoder = _load_encoder_of(folder, model.card).to(where)

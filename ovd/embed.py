@@ -148,7 +148,7 @@ def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tup
         from ovd.weights import weights_folder
 
         folder = weights_folder(spec)
-    from ovd.modeling.build import load_detector_model
+    from ovd.modeling.load import load_detector_model
 
     model = load_detector_model(folder, device=device)
     return model, detector_fingerprint(folder)
@@ -171,7 +171,7 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
 
     from ovd.regions.layout import Identity, StoreSettings
     from ovd.regions.writer import plan_line, remove_store, write_regions
-    from ovd.train import resolve_encoder
+    from ovd.training_inputs import resolve_encoder
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -111,7 +111,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     from ovd.modeling.backbone import load_resnet
     from ovd.modeling.detr_build import build_detr, read_start, start_detr
     from ovd.text import embed_vocabulary
-    from ovd.train import labelled_images, resolve_encoder
+    from ovd.training_inputs import labelled_images, resolve_encoder
     from ovd.vocabulary import Vocabulary
     from pretrain.engine.distributed import seed_everything
 
@@ -201,7 +201,7 @@ def read_backbone(
     Raises:
         UserError: no ResNet there.
     """
-    from ovd.train import backbone_tensors
+    from ovd.training_inputs import backbone_tensors
     from pretrain.nets.towers import ResNetImage, export_backbone
 
     look: tuple[tuple[float, ...], tuple[float, ...]] | None = (encoder.image_mean, encoder.image_std)

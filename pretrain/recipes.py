@@ -153,7 +153,7 @@ def watched(task: nn.Module, config: SslMethod, watch: WatchConfig) -> Watched:
     """The task with its health panel and, where it is asked for, a kNN probe on single stickers."""
     if not watch.probe_every:
         return Watched(task)
-    from pretrain.probe import Normalise, Probe, open_data
+    from pretrain.probes import Normalise, Probe, open_data
 
     size, mean, std = input_of(config)
     train, test, _ = open_data("sticker_singles", size=size)

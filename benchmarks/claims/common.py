@@ -34,7 +34,7 @@ for place in (ROOT, ROOT / "benchmarks"):
 
 from _common import machine  # noqa: E402
 
-from pretrain import probe  # noqa: E402
+from pretrain import probes  # noqa: E402
 from pretrain.config_views import ViewConfig  # noqa: E402
 from pretrain.data.pairs import StickerCrops  # noqa: E402
 from pretrain.data.stickers import Stickers  # noqa: E402
@@ -49,7 +49,7 @@ SIZE, CLASSES, WIDTH = 32, 60, 128
 VIEW = ViewConfig(
     size=SIZE, crop_scale=(0.3, 1.0), jitter=(0.3, 0.3, 0.2, 0.03), blur_p=0.0, grey_p=0.0, solarise_p=0.0
 )
-NORMALISE = probe.Normalise(SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALISE = probes.Normalise(SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Arrays:
@@ -163,10 +163,10 @@ def knn(backbone: nn.Module, data: tuple[Arrays, Arrays]) -> float:
     """Accuracy of the weighted vote, k = 20, temperature .1."""
     train, test = data
     with torch.random.fork_rng(devices=[]):
-        bank = probe.features(backbone, train, range(len(train)), NORMALISE)  # type: ignore[arg-type]
-        query = probe.features(backbone, test, range(len(test)), NORMALISE)  # type: ignore[arg-type]
-    scores = probe.knn(query, bank, torch.from_numpy(train.labels), classes=CLASSES, k=20, temperature=0.1)
-    return probe.accuracy(scores, torch.from_numpy(test.labels))
+        bank = probes.features(backbone, train, range(len(train)), NORMALISE)  # type: ignore[arg-type]
+        query = probes.features(backbone, test, range(len(test)), NORMALISE)  # type: ignore[arg-type]
+    scores = probes.knn(query, bank, torch.from_numpy(train.labels), classes=CLASSES, k=20, temperature=0.1)
+    return probes.accuracy(scores, torch.from_numpy(test.labels))
 
 
 def flags(doc: str | None) -> argparse.ArgumentParser:

@@ -303,7 +303,7 @@ def proposal_predictor(folder: Path, *, top: int) -> Predict:
     Raises:
         UserError: see :func:`ovd.modeling.build.load_model`.
     """
-    from ovd.modeling.build import load_detector_model
+    from ovd.modeling.load import load_detector_model
 
     model = load_detector_model(folder)
 

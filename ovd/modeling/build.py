@@ -347,18 +347,3 @@ class RegionModel:
         raw = self.model.regions([inputs], top=top, masks=False)[0]
         scale = raw.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
         return (raw.boxes * scale).cpu().numpy(), raw.objectness.cpu().numpy()
-
-
-def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu") -> RegionModel:
-    """Load an exported detector for inference.
-
-    Raises:
-        UserError: see :func:`load_model`.
-    """
-    folder = Path(folder)
-    if "arch" in read_card(folder).model:  # a transformer, which is built from parts of this file
-        from ovd.modeling.detr_build import load_detr_regions
-
-        return load_detr_regions(folder, top=top, device=device)
-    model, card, bank = load_model(folder)
-    return RegionModel(model=model.to(device), card=card, bank=bank, top=top)

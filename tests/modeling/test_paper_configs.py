@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ovd import embed, train
+from ovd import embed, train, training_inputs
 from ovd.config import TrainConfig
 from ovd.data.lvis import split_of
 from ovd.data.splits import COCO_NAMES
@@ -129,7 +129,7 @@ def test_novel_categories_are_never_labelled(world: Path, name: str) -> None:
     config = load_config(TrainConfig, PAPER / f"vild_{name}.yaml")
     images = world if name == "lvis" else world / "train2017"
     data = config.data.model_copy(update={"images": str(images), "annotations": str(world / f"{name}.json")})
-    labelled = train.labelled_images(data)
+    labelled = training_inputs.labelled_images(data)
     split = split_of(config.data.split, content, where=name)
     assert {labelled.names[i] for i in labelled.novel} == {split.names[i] for i in split.novel}
     classes = {int(c) for n in range(len(labelled)) for c in labelled.load(n).classes}

@@ -16,8 +16,9 @@ from ovd.config import ModelConfig
 from ovd.data.catalog import Labelled
 from ovd.data.mapper import DetectionSource, TrainingTransform, map_sample
 from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
-from ovd.modeling.build import DetectorCard, build_model, load_detector_model, save_detector
+from ovd.modeling.build import DetectorCard, build_model, save_detector
 from ovd.modeling.classifier import NovelLabelError
+from ovd.modeling.load import load_detector_model
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from pretrain.engine.errors import UserError
 from pretrain.nets.resnet import ResNet

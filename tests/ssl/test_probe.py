@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain import probe
+from pretrain import probe, probes
 from pretrain.config import PretrainConfig
 from pretrain.engine.config import plain
 from pretrain.engine.errors import UserError
 from pretrain.engine.loop import fit
 from pretrain.health import Watched
-from pretrain.probe import Normalise, Probe, Recipe
+from pretrain.probes import Normalise, Probe, Recipe
 from pretrain.recipes import build_method
 from tests.ssl.small import Views
 
@@ -63,7 +63,7 @@ def test_knn_is_the_weighted_vote_by_brute_force(k: int, temperature: float) -> 
         cosine = np.array([q @ b / np.linalg.norm(q) / np.linalg.norm(b) for b in bank])
         for j in np.argsort(-cosine)[: min(k, 60)]:
             expected[i, labels[j]] += np.exp(cosine[j] / temperature)
-    found = probe.knn(
+    found = probes.knn(
         torch.from_numpy(query),
         torch.from_numpy(bank),
         torch.from_numpy(labels),
@@ -79,8 +79,8 @@ def test_a_near_neighbour_outvotes_many_far_ones() -> None:
     bank = torch.tensor([[1.0, 0.0]] + [[0.0, 1.0]] * 5)
     labels = torch.tensor([0, 1, 1, 1, 1, 1])
     query = torch.tensor([[1.0, 0.2]])
-    assert int(probe.knn(query, bank, labels, classes=2, k=6, temperature=0.1).argmax()) == 0
-    assert int(probe.knn(query, bank, labels, classes=2, k=6, temperature=100.0).argmax()) == 1
+    assert int(probes.knn(query, bank, labels, classes=2, k=6, temperature=0.1).argmax()) == 0
+    assert int(probes.knn(query, bank, labels, classes=2, k=6, temperature=100.0).argmax()) == 1
 
 
 def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> None:
@@ -88,7 +88,7 @@ def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> N
     net[3].eval()  # a mode of its own must survive
     before = {name: value.clone() for name, value in net.state_dict().items()}
     rng = torch.get_rng_state()
-    found = probe.features(net, images, range(20), PLAIN, batch=6)
+    found = probes.features(net, images, range(20), PLAIN, batch=6)
     assert [m.training for m in net] == [True, True, True, False, True, True]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
@@ -99,11 +99,11 @@ def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> N
 
 def test_the_evaluation_view_is_the_centre_of_the_resized_picture() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)
-    found = probe.centre(picture, 56)
+    found = probes.centre(picture, 56)
     whole = cv2.resize(picture, (91, 64), interpolation=cv2.INTER_AREA)
     assert found.shape == (56, 56, 3) and np.array_equal(found, whole[4:60, 17:73])
     exact = picture[:56, :56]
-    assert probe.centre(exact, 56) is exact
+    assert probes.centre(exact, 56) is exact
 
 
 def test_low_shot_solves_the_regularised_regression() -> None:
@@ -113,8 +113,8 @@ def test_low_shot_solves_the_regularised_regression() -> None:
     rows = torch.from_numpy(x).float()
     eye = torch.eye(3)  # scores of the unit vectors and of zero give the weights back
     args: dict[str, Any] = {"classes": 3, "shots": 4, "seed": 0, "decay": 0.01}
-    bias = probe.few_labels(rows, torch.from_numpy(y), torch.zeros(1, 3), **args).double().numpy()
-    weight = (probe.few_labels(rows, torch.from_numpy(y), eye, **args).double().numpy() - bias).T
+    bias = probes.few_labels(rows, torch.from_numpy(y), torch.zeros(1, 3), **args).double().numpy()
+    weight = (probes.few_labels(rows, torch.from_numpy(y), eye, **args).double().numpy() - bias).T
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     logits = unit @ weight.T + bias
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -124,7 +124,7 @@ def test_low_shot_solves_the_regularised_regression() -> None:
 
 def test_low_shot_sees_only_so_many_labels_per_class() -> None:
     x, y = torch.eye(40), torch.arange(40) % 4
-    scores = probe.few_labels(x, y, x, classes=4, shots=2, seed=5)
+    scores = probes.few_labels(x, y, x, classes=4, shots=2, seed=5)
     told = (scores - scores.mean(0)).abs().max(1).values > 1e-2
     assert int(told.sum()) == 8
 
@@ -136,24 +136,24 @@ def test_low_shot_sees_only_so_many_labels_per_class() -> None:
 def test_the_linear_probe_learns_what_the_features_tell(recipe: Recipe, augment: bool) -> None:
     train, test = Blobs(96, seed=1), Blobs(48, seed=2)
     net = network()
-    head = probe.linear(
+    head = probes.linear(
         net, train, PLAIN, classes=4, protocol=recipe, batch_size=32, augment=augment, say=lambda text: None
     )
-    found = probe.features(net, test, range(48), PLAIN)
-    got = probe.accuracy(head(found), probe.labels(test, range(48)))
-    untrained = probe.accuracy(nn.Linear(16, 4)(found), probe.labels(test, range(48)))
+    found = probes.features(net, test, range(48), PLAIN)
+    got = probes.accuracy(head(found), probes.labels(test, range(48)))
+    untrained = probes.accuracy(nn.Linear(16, 4)(found), probes.labels(test, range(48)))
     assert got > max(0.6, untrained + 0.2)
     assert all(p.grad is None for p in net.parameters()), "the backbone is frozen"
 
 
 def test_the_papers_protocols() -> None:
-    assert probe.PROTOCOLS["moco"] == Recipe(30.0, 100, milestones=(0.6, 0.8))
-    assert set(probe.PROTOCOL_OF.values()) == set(probe.PROTOCOLS)
+    assert probes.PROTOCOLS["moco"] == Recipe(30.0, 100, milestones=(0.6, 0.8))
+    assert set(probes.PROTOCOL_OF.values()) == set(probes.PROTOCOLS)
 
 
 def test_training_crops_differ_between_epochs_and_repeat_by_seed() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    crops = [probe.random_crop(picture, 16, 0, epoch, 7) for epoch in (0, 1, 0)]
+    crops = [probes.random_crop(picture, 16, 0, epoch, 7) for epoch in (0, 1, 0)]
     assert np.array_equal(crops[0], crops[2]) and not np.array_equal(crops[0], crops[1])
 
 
@@ -163,11 +163,11 @@ def test_a_probe_in_training_decodes_once_and_agrees_with_the_whole_measure() ->
     first, second = watch(net), watch(net)
     assert sorted(train.seen) == list(range(60)) and sorted(test.seen) == list(range(24))
     assert (first["bank"], first["queries"]) == (60, 24) and first["knn"] == second["knn"]
-    scores = probe.knn(
-        probe.features(net, test, range(24), PLAIN), probe.features(net, train, range(60), PLAIN),
-        probe.labels(train, range(60)), classes=4, k=5,
+    scores = probes.knn(
+        probes.features(net, test, range(24), PLAIN), probes.features(net, train, range(60), PLAIN),
+        probes.labels(train, range(60)), classes=4, k=5,
     )  # fmt: skip
-    assert first["knn"] == pytest.approx(probe.accuracy(scores, probe.labels(test, range(24))))
+    assert first["knn"] == pytest.approx(probes.accuracy(scores, probes.labels(test, range(24))))
 
 
 def test_a_probe_out_of_time_is_smaller_and_still_has_both_halves() -> None:
@@ -182,7 +182,7 @@ def test_pictures_without_labels_are_refused() -> None:
             return -1
 
     with pytest.raises(UserError, match="labelled pictures"):
-        probe.labels(Unlabelled(4, seed=0, side=8), range(4))
+        probes.labels(Unlabelled(4, seed=0, side=8), range(4))
 
 
 def folder_of(root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
@@ -198,9 +198,9 @@ def folder_of(root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
 def test_folders_with_other_classes_in_val_are_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "c")})
     with pytest.raises(UserError, match="different classes, for example 'b'"):
-        probe.open_data(str(root), size=None)
+        probes.open_data(str(root), size=None)
     with pytest.raises(UserError, match=r"train.*is not a folder; give sticker_singles"):
-        probe.open_data(str(tmp_path / "nowhere"), size=None)
+        probes.open_data(str(tmp_path / "nowhere"), size=None)
 
 
 def test_the_command_writes_its_report(
@@ -270,7 +270,7 @@ def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:
     ]  # fmt: skip
     outputs = [process.communicate(timeout=200)[0] for process in started]
     assert all(process.returncode == 0 for process in started), outputs
-    expected = probe.features(network(), Blobs(13, seed=1), range(13), PLAIN)
+    expected = probes.features(network(), Blobs(13, seed=1), range(13), PLAIN)
     for n in range(2):
         found = torch.load(tmp_path / f"{n}.pt", weights_only=True)
         torch.testing.assert_close(found["features"], expected)
@@ -282,7 +282,7 @@ def _one_process(folder: Path) -> None:
 
     distributed.setup()
     images = Blobs(13, seed=1)
-    found: Tensor = probe.features(network(), images, range(13), PLAIN)
+    found: Tensor = probes.features(network(), images, range(13), PLAIN)
     torch.save({"features": found, "seen": images.seen}, folder / f"{distributed.rank()}.pt")
     distributed.teardown()
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou
 
 from ovd.config_detr import DetrConfig, DetrLossConfig
-from ovd.modeling.build import DetectorCard, load_detector_model, save_detector
+from ovd.modeling.build import DetectorCard, save_detector
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr import Decoded, Detr, Targets
 from ovd.modeling.detr_build import build_detr, read_start, start_detr
+from ovd.modeling.load import load_detector_model
 from ovd.modeling.matcher import Matches, match, to_corners
 from ovd.modeling.scoring import Calibration
 from ovd.modeling.task import DetectionTask

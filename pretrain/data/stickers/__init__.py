@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ SHAPES = 96  # abstract distractor shapes per split
 def data_root() -> Path:
     """The data set folder: `$OVD_DATA`, or `datasets/stickers` of this repository."""
     chosen = os.environ.get("OVD_DATA")
-    return Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "datasets" / "stickers"
+    return Path(chosen) if chosen else Path(__file__).resolve().parents[3] / "datasets" / "stickers"
 
 
 @dataclass
@@ -267,16 +266,3 @@ class StickerSource:
         if dice.chance(jpeg):
             image = render.jpeg_noise(image, 40 + dice.below(56))
         return image
-
-
-def main(argv: list[str]) -> int:
-    """The export command; see `pretrain.data.export`."""
-    from pretrain.data.export import main as export_main
-
-    return export_main(argv)
-
-
-if __name__ == "__main__":
-    from pretrain.engine.errors import run_cli
-
-    run_cli(main, sys.argv[1:])

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported detector of any kind, ready for pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ovd.modeling.build import RegionModel, load_model, read_card
+from ovd.modeling.detr_build import load_detr_regions
+
+
+def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu") -> RegionModel:
+    """Load an exported detector for inference.
+
+    Args:
+        folder: as ``python -m ovd.train`` exports it.
+        top: regions kept per picture.
+        device: where it runs.
+
+    Raises:
+        UserError: see :func:`ovd.modeling.build.load_model`.
+    """
+    folder = Path(folder)
+    if "arch" in read_card(folder).model:  # a transformer
+        return load_detr_regions(folder, top=top, device=device)
+    model, card, bank = load_model(folder)
+    return RegionModel(model=model.to(device), card=card, bank=bank, top=top)

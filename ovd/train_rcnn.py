@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``python -m ovd.train`` does with the configuration of a Mask R-CNN: class-agnostic proposals, or ViLD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovd.config import TrainConfig
+from ovd.training_inputs import backbone_tensors, labelled_images, resolve_encoder
+from pretrain.engine.config import config_hash
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ovd.modeling.rcnn import OpenVocabularyRCNN
+    from pretrain.nets.towers import JointEncoder
+
+
+def start_towers(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Load the body of each tower of kind c4 from the last stage of a torchvision-named ResNet; returns their names."""
+    from ovd.modeling.backbone import load_converted, to_detectron2
+
+    last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
+    names = [name for name in ("tower", "image_tower") if getattr(model.roi_heads, name) is not None]
+    for name in names:
+        load_converted(getattr(model.roi_heads, name).body, last, source=f"{source}, last stage")
+    return names
+
+
+def start_from_encoder(
+    model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, own: Mapping[str, Tensor] | None
+) -> list[str]:
+    """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
+
+    Args:
+        model: what is loaded into.
+        encoder: gives the backbone where ``own`` is None.
+        config: of the training.
+        own: torchvision-named tensors of ``backbone_weights``.
+
+    Raises:
+        UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not
+            exact.
+    """
+    import torch
+
+    from ovd.modeling.backbone import load_resnet, verify_conversion
+    from pretrain.nets.towers import ResNetImage, export_backbone
+
+    bb = config.model.backbone
+    resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
+    prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
+    if own is not None:
+        source = str(config.backbone_weights)
+        load_resnet(resnet, own, source=source)
+        if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
+            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, own, source=source)]
+        print(f"backbone from {config.backbone_weights}")
+        return prefixes
+    if config.backbone_start == "scratch":
+        return []
+    if not isinstance(encoder.visual, ResNetImage):
+        raise UserError(
+            f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
+            "set backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch"
+        )
+    state = export_backbone(encoder)
+    load_resnet(resnet, state, source=f"encoder {config.encoder}")
+    pixels = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
+    print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
+    if bb.kind == "c4" and config.model.encoder_start:
+        for name in start_towers(model, state, source=f"encoder {config.encoder}"):
+            projection = getattr(model.roi_heads, name).projection
+            if projection is not None:
+                with torch.no_grad():
+                    projection.weight.copy_(encoder.visual.proj.weight)
+                    projection.bias.zero_()
+            prefixes.append(f"roi_heads.{name}.")
+    return prefixes
+
+
+def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[str], list[str]]:
+    """Copy every tensor of an exported detector that fits; returns (loaded, left at their start) names.
+
+    The class rows stay the new vocabulary's. A second tower (ensemble) starts from the first one's body.
+
+    Raises:
+        UserError: nothing of backbone or RPN fits, so this is another architecture.
+    """
+    from ovd.modeling.build import load_model
+    from pretrain.engine.checkpoint import load_some
+
+    other, _, _ = load_model(folder)
+    own, source = model.state_dict(), other.state_dict()
+    for key in list(source):
+        if key.startswith("roi_heads.tower.body."):
+            source.setdefault(key.replace("roi_heads.tower.", "roi_heads.image_tower."), source[key])
+    skip = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
+    loaded = [k for k in own if k in source and source[k].shape == own[k].shape and k not in skip]
+    needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
+    lacking = [k for k in needed if k not in loaded]
+    if lacking:
+        raise UserError(
+            f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
+            f"such as {lacking[0]}"
+        )
+    load_some(model, {k: source[k] for k in loaded})
+    return loaded, [k for k in own if k not in loaded]
+
+
+def build(config: TrainConfig) -> dict[str, Any]:
+    """Everything a training needs: model, task, source, encoder and the pieces of the card."""
+    import torch
+
+    from ovd.data.catalog import CocoImages, StickerImages
+    from ovd.data.mapper import DetectionSource, TrainingTransform
+    from ovd.modeling.build import build_model
+    from ovd.modeling.task import DetectionTask
+    from ovd.regions.images import SceneImages
+    from ovd.regions.store import RegionStore
+    from ovd.text import embed_vocabulary
+    from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
+    from pretrain.engine.distributed import seed_everything
+
+    seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
+    encoder = resolve_encoder(config.encoder)
+    images = labelled_images(config.data)
+    vocabulary = Vocabulary.parse(list(images.names), templates=TEMPLATE_SETS[config.templates])
+    rows = embed_vocabulary(vocabulary, encoder)
+    novel = images.novel if config.data.labels == "base" else frozenset()
+    trainable = torch.ones(len(images.names), dtype=torch.bool)
+    trainable[sorted(novel)] = False
+    look: tuple[tuple[float, ...], tuple[float, ...]] = encoder.image_mean, encoder.image_std
+    own: Mapping[str, Tensor] | None = None
+    if config.backbone_weights is not None:
+        bb = config.model.backbone
+        norms: dict[str, str] = {"model.backbone.norm": bb.norm}
+        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose towers start from the last stage
+            norms["model.head.norm"] = config.model.head.norm
+        own, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
+        look = trained_on or look  # a backbone sees pictures as it was trained to
+    mean, std = ([255.0 * v for v in values] for values in look)
+    model = build_model(
+        config.model, embed_dim=encoder.embed_dim, rows=rows, trainable=trainable, pixel_mean=mean, pixel_std=std
+    )
+    prefixes = start_from_encoder(model, encoder, config, own)
+    if config.weights is not None:
+        loaded, left = start_from_detector(model, Path(config.weights))
+        print(f"weights={config.weights}: {len(loaded)} tensors loaded, {len(left)} keep their start")
+    store = None
+    if config.model.variant in ("image", "vild", "ensemble"):
+        store = RegionStore.open(Path(config.regions or ""))
+        pictures = SceneImages(images.source).fingerprint() if isinstance(images, StickerImages) else None
+        # A store of other scenes would give every picture somebody else's regions, silently.
+        store.require(
+            encoder_fingerprint=encoder.fingerprint(),
+            source_fingerprint=pictures,
+            image_ids=images.image_ids if isinstance(images, CocoImages) else range(len(images)),
+        )
+    source = DetectionSource(
+        images=images,
+        transform=TrainingTransform(
+            short_side=config.data.short_side,
+            long_side=config.data.long_side,
+            scale=config.data.scale,
+            crop=config.data.crop,
+            flip=config.data.flip,
+        ),
+        seed=config.loop.seed,
+        store=store,
+        regions_per_image=config.regions_per_image,
+        agnostic=config.model.variant in ("agnostic", "image"),
+    )
+    return {
+        "encoder": encoder,
+        "images": images,
+        "rows": rows,
+        "novel": novel,
+        "model": model,
+        "task": DetectionTask(
+            model=model, pretrained_prefixes=tuple(prefixes), pretrained_lr_scale=config.pretrained_lr_scale
+        ),
+        "source": source,
+        "mean": mean,
+        "std": std,
+    }
+
+
+def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
+    """Write the trained detector with its card; scores are uncalibrated until ``python -m ovd.calibrate``."""
+    from dataclasses import asdict
+
+    import torch
+
+    from ovd.modeling.build import DetectorCard, save_detector
+    from ovd.modeling.scoring import Calibration
+
+    names = parts["images"].names
+    bank = [i for i in range(len(names)) if i not in parts["images"].novel]
+    has_rows = parts["model"].roi_heads.classifier is not None
+    card = DetectorCard(
+        model=config.model.model_dump(mode="json"),
+        embed_dim=parts["encoder"].embed_dim,
+        pixel_mean=tuple(parts["mean"]),
+        pixel_std=tuple(parts["std"]),
+        encoder=config.encoder,
+        encoder_fingerprint=parts["encoder"].fingerprint(),
+        short_side=config.data.short_side,
+        long_side=config.data.long_side,
+        classes=names if has_rows else (),
+        novel=tuple(sorted(parts["novel"])) if has_rows else (),
+        bank=tuple(names[i] for i in bank),
+        calibration=asdict(Calibration(logit_scale=config.model.head.scale)),
+        config_hash=config_hash(config),
+        templates=config.templates,
+    )
+    save_detector(folder, parts["model"], card, bank=parts["rows"][torch.tensor(bank)])

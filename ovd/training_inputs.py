@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every training of a detector reads: labelled pictures, the image-text encoder, a backbone's tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovd.config import DataConfig
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ovd.data.catalog import LabelledImages
+    from ovd.data.splits import Split
+    from pretrain.nets.towers import JointEncoder
+
+BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
+
+
+def labelled_images(data: DataConfig) -> LabelledImages:
+    """The training pictures that a data section describes."""
+    from ovd.data.catalog import CocoImages, StickerImages
+    from pretrain.data.stickers import Stickers
+
+    if data.kind == "stickers":
+        return StickerImages(
+            stickers=Stickers.load(),
+            split="train",
+            seed=data.seed,
+            length=data.length,
+            size=data.size,
+            labels=data.labels,
+        )
+    return CocoImages(
+        images=Path(data.images or ""),
+        annotations=Path(data.annotations or ""),
+        split=load_split(data),
+        labels=data.labels,
+    )
+
+
+def load_split(data: DataConfig) -> Split:
+    """The split of COCO or LVIS data; a split file may name categories, which the annotation file knows."""
+    from ovd.data.lvis import split_of
+
+    path = data.annotations or ""
+    return split_of(data.split, read_json(path), where=path)
+
+
+def resolve_encoder(spec: str) -> JointEncoder:
+    """An encoder by its name under ``weights/``, its folder, or ``open_clip:MODEL:TAG``."""
+    from ovd.weights import weights_folder
+    from pretrain.nets.towers import load_encoder
+
+    if spec.startswith("open_clip:") or Path(spec).exists():
+        return load_encoder(spec)
+    return load_encoder(weights_folder(spec))
+
+
+def backbone_tensors(
+    spec: str, *, stem: str, norms: Mapping[str, str]
+) -> tuple[Mapping[str, Tensor], tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    """(torchvision-named tensors, (mean, std) of RGB in [0, 1] where they are known) of ``backbone_weights``.
+
+    Args:
+        spec: the ``exported/`` folder of a run of pretrain.train, a folder written by ``pretrain.export --to
+            torchvision``, an encoder folder, or a safetensors file of torchvision's names.
+        stem: of ``model.backbone``.
+        norms: key of the configuration → its value, of every part that takes over the tensors.
+
+    Raises:
+        UserError: another stem, or another kind of norm, whose tensors would load and be silently wrong.
+    """
+    from pretrain.engine.checkpoint import load_weights
+
+    path, look = Path(spec), None
+    if not path.is_dir():
+        tensors = load_weights(path)[0]
+        found, groups = stem, not any(name.endswith("running_var") for name in tensors)
+    elif (path / "settings.json").is_file():
+        try:
+            settings = json.loads((path / "settings.json").read_text(encoding="utf-8"))
+            kind, found, groups = settings["format"], settings["stem"], settings["norm"] != "BN"
+            look = tuple(settings["mean"]), tuple(settings["std"])
+        except (ValueError, KeyError, TypeError) as problem:
+            raise UserError(
+                f"backbone_weights={spec}: not written by pretrain.export --to torchvision ({problem!r}); give the "
+                "exported/ folder of the pretraining itself"
+            ) from problem
+        if kind != "export-torchvision/1":
+            raise UserError(f"backbone_weights={spec}: has format {kind}; export it --to torchvision")
+        tensors = load_weights(path / "model.safetensors")[0]
+    else:
+        from pretrain.export import read_source
+
+        source = read_source(spec)
+        tensors, found, groups = source.state, source.stem, source.groups is not None
+        look = source.mean, source.std
+    for key, norm in norms.items():
+        fitting = ("GN16",) if groups else BATCH_NORMS
+        if norm not in fitting:
+            has, wanted = f"{'group' if groups else 'batch'} norms", " or ".join(fitting)
+            raise UserError(f"backbone_weights={spec}: it has {has}; set {key}={wanted} instead of {norm}")
+    if found != stem:
+        raise UserError(f"backbone_weights={spec}: its stem is {found}; set model.backbone.stem={found}")
+    return tensors, look

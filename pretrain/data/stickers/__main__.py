@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m pretrain.data.stickers``: scenes as a COCO data set, see `pretrain.data.export`."""
+
+from __future__ import annotations
+
+import sys
+
+from pretrain.data.export import main
+from pretrain.engine.errors import run_cli
+
+run_cli(main, sys.argv[1:])
