@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,30 @@ def test_file_starts_with_its_licence_and_names_no_path_of_one_machine(file: str
 @pytest.mark.parametrize("file", PRODUCT)
 def test_floors_import_only_downwards(file: str) -> None:
     assert climbs((ROOT / file).read_text(encoding="utf-8"), file) == []
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Names that import one another in a circle, the first one again at the end; [] when there is none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Imports inside functions count: they hide a circle, they do not undo it."""
+    modules = {module_name(file): file for file in PRODUCT}
+    imports = {
+        name: (imported_modules((ROOT / file).read_text(encoding="utf-8"), file) & modules.keys()) - {name}
+        for name, file in modules.items()
+    }
+    assert circle(imports) == []
+
+
+def test_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == {"b", "c"}
 
 
 @pytest.mark.parametrize("file", [file for file in PRODUCT if not DETECTRON2_FILES.fullmatch(file)])
