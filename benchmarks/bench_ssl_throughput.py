@@ -428,10 +428,11 @@ def main() -> None:
         print("lightly is not installed: only ours is measured; pip install 'wordbox[benchmark]' adds it")
 
     title = f"Self-supervised training, ResNet-18 at {options.size} px, batch {options.batch}"
+    beside = f", lightly {version}" if version else ""
     if options.curves:
         found = curves(methods, libraries, options.size, options.batch, options.curves)
-        title = f"{title}, {options.curves} steps, seeds {', '.join(map(str, SEEDS))}"
-        report(f"{title}, lightly {version}" if version else title, curve_rows(found), {"loss": found}, options.json)
+        title = f"{title}, {options.curves} steps, seeds {', '.join(map(str, SEEDS))}{beside}"
+        report(title, curve_rows(found), {"loss": found}, options.json)
         return
     rows: list[tuple[str, str, str]] = []
     figures: dict[str, Any] = {"lightly": version}
@@ -474,8 +475,7 @@ def main() -> None:
         seconds = compiled_steps(options.size, options.batch, 2 * rounds)
         figures["compiled"] = {"seconds": seconds, "gain": ratio(seconds["plain"], seconds["compiled"])}
         rows.append(("backbone step, compiled over plain, speed", show_ratio(figures["compiled"]["gain"]), ""))
-    title = f"{title}, JPEGs of {options.picture}"
-    report(f"{title}, lightly {version}" if version else title, rows, figures, options.json)
+    report(f"{title}, JPEGs of {options.picture}{beside}", rows, figures, options.json)
 
 
 if __name__ == "__main__":

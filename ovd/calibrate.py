@@ -191,9 +191,6 @@ def main(argv: list[str]) -> int:
     if args.scenes < 10:
         raise UserError(f"--scenes {args.scenes}: at least 10 are needed to fit anything")
 
-    if args.second_look is not None and args.second_look < 0:
-        raise UserError(f"--second-look {args.second_look}: 0 (none) or more regions")
-
     import torch
 
     from ovd.detector import Detector

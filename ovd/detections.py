@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.data.rle import encode_mask
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -198,11 +199,3 @@ class Detections:
             points = (points - 1 + 0.5) / side * (x2 - x1, y2 - y1) + (x1, y1)
             result.append([round(float(v), 1) for v in points.reshape(-1)])
         return result
-
-
-def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO's compressed run lengths of an (H, W) mask, as JSON holds them: ``size`` and ``counts``."""
-    from pycocotools import mask as coco_mask
-
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -212,7 +212,7 @@ class Detector:
         card: what is known of the weights (name, sha256, data, AP …).
 
     Raises:
-        UserError: a second look, but an encoder without an image tower.
+        UserError: a second look at fewer than 0 regions, or with an encoder without an image tower.
     """
 
     def __init__(
@@ -229,11 +229,13 @@ class Detector:
         self.model = model
         self.text = TextEmbedder(encoder=encoder, cache_dir=text_cache)
         image_encoder = _image_tower(encoder)
+        if second_look < 0:
+            raise UserError(f"second_look is {second_look}: 0 (none) or more regions")
         if second_look and image_encoder is None:
             raise UserError("a second look needs an encoder with an image tower; this one knows texts only (0: none)")
         self.examples = _example_embedder(model, image_encoder)
         self.second_look = second_look
-        self._image_encoder = image_encoder
+        self._second_encoder = image_encoder if second_look else None
         self.templates = tuple(templates)
         self.card = dict(card or {})
         self.vocabulary: Vocabulary | None = None
@@ -365,8 +367,8 @@ class Detector:
             if found is None:
                 with torch.inference_mode():
                     found = self.model.regions(pixels)
-                    if self.second_look and self._image_encoder is not None:
-                        found = look_again(found, pixels, self._image_encoder, count=self.second_look)
+                    if self._second_encoder is not None:
+                        found = look_again(found, pixels, self._second_encoder, count=self.second_look)
                 self.runs += 1
                 if self._cache_size:
                     self._cache[key] = found

@@ -230,6 +230,11 @@ def _named(
     elif args.vocabulary not in ("all", "known"):
         vocabulary = Vocabulary.load(args.vocabulary, templates=detector.templates)
     card = getattr(detector.model, "card", None)
+    run |= {
+        "weights_sha256": detector.card.get("sha256"),
+        "config_hash": getattr(card, "config_hash", None),
+        "second_look": detector.second_look,
+    }
     if card is not None:
         setattr(detector.model, "top", args.regions)  # noqa: B010  # of the network, which the protocol does not show
     if crops:
@@ -250,13 +255,7 @@ def _named(
         if shown is None:
             shown = shown_stickers(Stickers.load(), known, count=args.examples)
         shown = {category: crops for category, crops in shown.items() if category in known}
-        run |= {
-            "weights_sha256": detector.card.get("sha256"),
-            "config_hash": getattr(card, "config_hash", None),
-            "second_look": detector.second_look,
-            "examples": args.examples,
-            "scores": "calibrated",
-        }
+        run |= {"examples": args.examples, "scores": "calibrated"}
         return example_predictor(detector, shown, limit=args.limit, masks=args.iou_types != ["bbox"])
     scale = args.scale or (float(card.model["head"]["scale"]) if card is not None else DEFAULT_SCALE)
     predictor = predictor_for(
@@ -271,9 +270,6 @@ def _named(
         masks=args.iou_types != ["bbox"],
     )
     run |= {
-        "weights_sha256": detector.card.get("sha256"),
-        "config_hash": getattr(card, "config_hash", None),
-        "second_look": detector.second_look,
         "vocabulary": args.vocabulary,
         "words": len(predictor.category_ids),
         "scores": args.scores,

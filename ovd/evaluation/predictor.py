@@ -21,10 +21,12 @@ from torchvision.ops import batched_nms
 
 from ovd.data.coco import ImageId
 from ovd.data.splits import Split
-from ovd.detections import encode_mask, paste_mask
+from ovd.detections import paste_mask
 from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, text_exponents
 from ovd.modeling.scoring import RegionSet, score_regions, vocabulary_probabilities
 from ovd.regions.crops import embed_regions
+from ovd.regions.proposals import large_enough
+from pretrain.data.rle import encode_mask
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,8 +142,7 @@ class CropModel:
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """The model's regions with the encoder's embeddings; boxes under two pixels cannot be cropped."""
         found = self.model.regions(image)
-        side = (found.boxes[:, 2:] - found.boxes[:, :2]).min(dim=1).values
-        keep = side >= 2
+        keep = large_enough(found.boxes)
         embedding = embed_regions(self.encoder, image, found.boxes[keep])
         return replace(
             found,

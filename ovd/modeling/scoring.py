@@ -101,6 +101,11 @@ class RegionSet:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    @property
+    def distilled(self) -> Tensor:
+        """(R, D) of the head that was distilled from image embeddings: the image head, or the one head of both."""
+        return self.text if self.image is None else self.image
+
 
 def competitor_mask(classes_CD: Tensor, bank_BD: Tensor, *, limit: float) -> Tensor:
     """(C, B) bool: True where a bank word competes with a class, False for its near-synonyms."""
@@ -189,7 +194,7 @@ def score_examples(
 
 def centred_on_picture(regions: RegionSet, *images_ED: Tensor) -> tuple[RegionSet, list[Tensor]]:
     """The regions with one head, minus what the picture's regions share, and other image embeddings likewise."""
-    own_RD = regions.text if regions.image is None else regions.image
+    own_RD = regions.distilled
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
     common_D = own_RD.sum(dim=0) / (len(own_RD) + CENTRE_PRIOR)
     moved = [F.normalize(x - common_D, dim=1) for x in (own_RD, *images_ED)]

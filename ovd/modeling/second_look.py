@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ovd.modeling.scoring import RegionSet
 from ovd.regions.crops import embed_regions
-from ovd.regions.proposals import MIN_SIDE
+from ovd.regions.proposals import large_enough, resize_boxes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,19 +54,18 @@ def look_again(found: RegionSet, image: NDArray[np.uint8], encoder: RegionEncode
         UserError: the encoder returns NaN, infinity or a zero vector.
     """
     order = found.objectness.argsort(descending=True, stable=True)[:count]
-    side = (found.boxes[order, 2:] - found.boxes[order, :2]).min(dim=1).values
-    chosen = order[side >= MIN_SIDE]
+    chosen = order[large_enough(found.boxes[order])]
     if not len(chosen):
         return found
     height, width = image.shape[:2]
     shrink = LONG_SIDE / max(height, width)
     boxes = found.boxes[chosen]
     if shrink < 1:
-        size = max(1, round(width * shrink)), max(1, round(height * shrink))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        boxes = boxes * boxes.new_tensor([size[0] / width, size[1] / height] * 2)
+        smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
+        image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
+        boxes = resize_boxes(boxes, (height, width), smaller)
     seen = embed_regions(encoder, image, boxes)
-    own = found.text if found.image is None else found.image
+    own = found.distilled
     mixed = own.clone()
     mixed[chosen] = F.normalize((1 - ENCODER_SHARE) * own[chosen] + ENCODER_SHARE * seen.to(own), dim=1)
     return replace(found, text=mixed) if found.image is None else replace(found, image=mixed)

@@ -119,6 +119,16 @@ def shard_path(path: Path, shard: int) -> Path:
     return path / f"shard-{shard:05d}.safetensors"
 
 
+def sidecar_path(path: Path, shard: int) -> Path:
+    """Hash and counts of a shard."""
+    return path / f"shard-{shard:05d}.json"
+
+
+def manifest_path(path: Path) -> Path:
+    """What a store was made from."""
+    return path / "manifest.json"
+
+
 def shard_count(manifest: dict[str, Any]) -> int:
     """How many shards a store has when it is whole."""
     return -(-int(manifest["images"]["count"]) // int(manifest["settings"]["images_per_shard"]))
@@ -136,7 +146,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is of another format.
     """
-    file = path / "manifest.json"
+    file = manifest_path(path)
     text = read_text(file)
     if text is None:
         raise UserError(f"{path}: no region store here (no manifest.json): make one with `python -m ovd.embed`")
@@ -165,7 +175,7 @@ def read_ids(path: Path, manifest: dict[str, Any]) -> list[ImageId]:
 
 def sidecar(path: Path, shard: int) -> dict[str, Any] | None:
     """What is written beside a shard once it is whole, or None."""
-    text = read_text(path / f"shard-{shard:05d}.json")
+    text = read_text(sidecar_path(path, shard))
     return None if text is None else dict(json.loads(text))
 
 

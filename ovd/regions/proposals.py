@@ -83,6 +83,11 @@ def select_proposals(
     return Proposals(np.ascontiguousarray(box_P4[order]), np.ascontiguousarray(score_P[order]))
 
 
+def large_enough(boxes: torch.Tensor, *, min_side: float = MIN_SIDE) -> torch.Tensor:
+    """(P,) bool: which of ``(P, 4)`` boxes have both sides of at least ``min_side`` pixels."""
+    return ((boxes[:, 2:] - boxes[:, :2]) >= min_side).all(dim=1)
+
+
 def flip_boxes(boxes: torch.Tensor, width: float) -> torch.Tensor:
     """Mirror ``(P, 4)`` boxes with a picture of ``width`` pixels that is flipped left to right."""
     x1, y1, x2, y2 = boxes.unbind(-1)
@@ -107,7 +112,7 @@ def crop_boxes(
     x1, y1, x2, y2 = window
     moved = boxes - boxes.new_tensor([x1, y1, x1, y1])
     moved = torch.minimum(moved.clamp(min=0), boxes.new_tensor([x2 - x1, y2 - y1, x2 - x1, y2 - y1]))
-    return moved, ((moved[:, 2:] - moved[:, :2]) >= min_side).all(dim=1)
+    return moved, large_enough(moved, min_side=min_side)
 
 
 def _array(value: object) -> NDArray[np.float32]:

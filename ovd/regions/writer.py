@@ -26,6 +26,7 @@ from ovd.regions.layout import (
     StoreSettings,
     as_json,
     ids_path,
+    manifest_path,
     read_ids,
     read_manifest,
     refuse_differences,
@@ -33,6 +34,7 @@ from ovd.regions.layout import (
     shard_count,
     shard_path,
     sidecar,
+    sidecar_path,
     write_json,
     write_text,
     write_text_once,
@@ -71,7 +73,7 @@ def estimate(source_length: int, *, identity: Identity, root: Path | None = None
     settings = identity.settings
     per_image = _bytes_per_image(settings.proposals_per_image, identity.dim)
     done = 0
-    if root is not None and (root / "manifest.json").is_file():
+    if root is not None and manifest_path(root).is_file():
         manifest = read_manifest(root)
         for shard in range(shard_count(manifest)):
             if sidecar(root, shard) is not None:
@@ -227,7 +229,7 @@ def remove_store(root: str | os.PathLike[str]) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     read_manifest(path)
-    (path / "manifest.json").unlink()  # first, so that half a removal is no store
+    manifest_path(path).unlink()  # first, so that half a removal is no store
     for pattern in ("shard-*", "images-*.json", ".*.tmp"):
         for file in path.glob(pattern):
             file.unlink(missing_ok=True)
@@ -330,7 +332,7 @@ def _write_shard(
     os.replace(temporary, shard_path(path, shard))
     flush_to_disk(path)
     counts = {"images": len(rows), "regions": int(tensors["valid"].sum())}
-    write_json(path / f"shard-{shard:05d}.json", {"sha256": digest, "bytes": size, **counts, "bad_images": bad})
+    write_json(sidecar_path(path, shard), {"sha256": digest, "bytes": size, **counts, "bad_images": bad})
     return len(bad)
 
 
@@ -353,7 +355,7 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> dict[str,
         "dtype": "float16",
         "notes": as_json(dict(identity.notes)),
     }
-    target = path / "manifest.json"
+    target = manifest_path(path)
     if not target.is_file():
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file: choose another `out`")
@@ -381,7 +383,7 @@ def _finish(path: Path) -> None:
         records.append({key: side[key] for key in ("sha256", "bytes", "images", "regions")})
     manifest["shards"] = records
     manifest["regions"] = sum(record["regions"] for record in records)
-    write_json(path / "manifest.json", manifest)
+    write_json(manifest_path(path), manifest)
     for pattern in ("shard-*.lease", ".shard-*.tmp"):  # of processes that were killed
         for leftover in path.glob(pattern):
             leftover.unlink(missing_ok=True)
@@ -395,7 +397,7 @@ def _is_whole(path: Path, shard: int, say: Callable[[str], None]) -> bool:
     if file.is_file() and file.stat().st_size == side["bytes"] and sha256_of(file) == side["sha256"]:
         return True
     say(f"warning: {file.name} is damaged and will be written again")
-    (path / f"shard-{shard:05d}.json").unlink(missing_ok=True)
+    sidecar_path(path, shard).unlink(missing_ok=True)
     return False
 
 

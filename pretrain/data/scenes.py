@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pretrain.data import render
 from pretrain.data.captions import caption_for
 from pretrain.data.render import U8, Dice, Patch, Stage, extent
+from pretrain.data.rle import encode_mask
 from pretrain.data.stickers import SCENE, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
 
@@ -188,12 +189,9 @@ def coco_objects(
     Category ids are class ids plus 1, because COCO tools count from 1. Masks are compressed RLE with text counts; the
     area is that of the mask and the box is its extent.
     """
-    from pycocotools import mask as rle
-
     height, width = scene.image.shape[:2]
     objects = []
     for k, (mask, box) in enumerate(zip(scene.masks, scene.boxes, strict=True)):
-        code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
         x0, y0, x1, y1 = (float(side) for side in box)
         objects.append(
             {
@@ -202,7 +200,7 @@ def coco_objects(
                 "category_id": int(scene.classes[k]) + 1,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": int(np.count_nonzero(mask)),
-                "segmentation": {"size": [height, width], "counts": code["counts"].decode("ascii")},
+                "segmentation": encode_mask(mask),
                 "iscrowd": 0,
                 "visible": round(float(scene.visible[k]), 4),
                 "truncated": bool(scene.truncated[k]),

@@ -393,6 +393,12 @@ def test_second_look_at_a_large_picture_sees_the_same_things() -> None:
     assert (F.cosine_similarity(near.text, again.text) > 0.99).all()
 
 
+def test_second_look_is_at_no_negative_number_of_regions() -> None:
+    encoder = WordEncoder()
+    with pytest.raises(UserError, match="second_look is -1"):
+        Detector(model=ColourModel(encoder), encoder=encoder, second_look=-1)
+
+
 def test_second_look_needs_an_image_tower() -> None:
     encoder = WordEncoder()
     encoder.visual = None  # as `JointEncoder` has it without an image tower

@@ -8,4 +8,5 @@ import sys
 from pretrain.data.export import main
 from pretrain.engine.errors import run_cli
 
-run_cli(main, sys.argv[1:])
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
