@@ -118,6 +118,7 @@ class DataConfig(Section):
     seed: int = Field(0, ge=0, description="seed of the scenes (stickers)")
     length: int = Field(4000, ge=1, description="number of different scenes (stickers)")
     size: int = Field(256, ge=64, le=2048, description="side of a scene in pixels (stickers)")
+    extra_styles: bool = Field(False, description="scenes in the further training styles too (stickers)")
     images: str | None = Field(None, description="folder of pictures (coco)")
     annotations: str | None = Field(None, description="COCO instances file (coco)")
     split: str = Field("stickers", description="base/novel split: stickers, ovcoco or a split file")

@@ -41,6 +41,7 @@ class PicturesConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the scenes (stickers).")
     length: int = Field(4000, ge=1, description="How many scenes (stickers); a training may use fewer.")
     size: int = Field(256, ge=64, le=2048, description="Side of a scene in pixels (stickers).")
+    extra_styles: bool = Field(False, description="Scenes in the further training styles too (stickers).")
     images: str | None = Field(None, description="Folder of pictures (coco, folder).")
     annotations: str | None = Field(None, description="COCO annotation file; only its list of images is read (coco).")
 
@@ -125,8 +126,9 @@ def make_images(config: PicturesConfig) -> ImageSource:
     from pretrain.data.scenes import SceneSource
     from pretrain.data.stickers import Stickers
 
+    stickers = Stickers.load(extra_styles=config.extra_styles)
     return SceneImages(
-        SceneSource(Stickers.load(), split=config.split, seed=config.seed, size=config.size, length=config.length)
+        SceneSource(stickers, split=config.split, seed=config.seed, size=config.size, length=config.length)
     )
 
 

@@ -29,7 +29,7 @@ def labelled_images(data: DataConfig) -> LabelledImages:
 
     if data.kind == "stickers":
         return StickerImages(
-            stickers=Stickers.load(),
+            stickers=Stickers.load(extra_styles=data.extra_styles),
             split="train",
             seed=data.seed,
             length=data.length,

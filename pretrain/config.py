@@ -190,6 +190,9 @@ class StickerPairs(Section):
     kind: Literal["sticker_pairs"] = Field(description="Captioned sticker pictures.")
     root: Path | None = Field(default=None, description="Folder of the stickers; null: the shipped ones.")
     length: int = Field(default=1_000_000, ge=1, le=10**9, description="Different pictures in one pass.")
+    extra_styles: bool = Field(
+        default=False, description="Draw in the further training styles too (extra_styles.json)."
+    )
 
 
 class PhraseTargets(Section):

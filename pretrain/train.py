@@ -92,7 +92,7 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
         from pretrain.data.pairs import PairSource
         from pretrain.data.stickers import Stickers
 
-        stickers = Stickers.load(cfg.data.root)
+        stickers = Stickers.load(cfg.data.root, extra_styles=cfg.data.extra_styles)
         size = encoder.image_size
         return PairSource(stickers, split="train", size=size, seed=cfg.loop.seed, length=cfg.data.length)
     if not isinstance(cfg.data, PhraseTargets):

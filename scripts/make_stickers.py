@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the drawings, photos and split of `datasets/stickers` again from the packages that NOTICE.md names.
 
-The tables `concepts.json` and `sources.json` are written by hand and are the input. Needed only for this:
+The tables `concepts.json`, `sources.json` and `extra_styles.json` are written by hand and are the input. Needed only
+for this:
 
     npm install --ignore-scripts @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/fxemoji@1.2.2 \
-        @iconify-json/emojione@1.2.3 @lobehub/fluent-emoji-3d@1.1.0
+        @iconify-json/emojione@1.2.3 @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/noto-v1@1.2.5 \
+        @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/streamline-emojis@1.2.4
     pip install resvg-py==0.5.0
     apt-get download lomiri-wallpapers-16.04     (unpack with dpkg -x; brick, grass and gravel are in skimage.data)
+    apt-get download openclipart-svg             (unpack with dpkg -x; CLIPART is its usr/share/openclipart/svg)
 
-    python scripts/make_stickers.py --node-modules node_modules --photos PHOTOS --out /tmp/stickers
+    python scripts/make_stickers.py --node-modules node_modules --photos PHOTOS --clipart CLIPART --out /tmp/stickers
     python scripts/make_stickers.py --check      (only: does splits.json follow from the table?)
 
 Another rasteriser or WebP version gives the same drawings with slightly other pixels. The shipped weights and the
@@ -26,7 +29,7 @@ from typing import Any
 
 from PIL import Image
 
-from pretrain.data.stickers import data_root, split_hash
+from pretrain.data.stickers import EXTRA_TABLE, content_hash, data_root
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
 
@@ -39,6 +42,8 @@ VAL_BACKGROUNDS = (
     "skimage_gravel.jpg",
     "sunset_by_Aitzol_Berasategi.jpg",
 )
+EXTRA_PACKAGES = {"noto-v1": "noto-v1", "fluent-flat": "fluent-emoji-flat", "streamline": "streamline-emojis"}
+CLIPART = "openclipart"  # the one style that is drawn from loose files
 SIDE, PHOTO_SIDE = 128, 1280
 WEBP_QUALITY, JPEG_QUALITY = 90, 88
 
@@ -69,7 +74,7 @@ def make_splits(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "styles": {"train": list(TRAIN_STYLES), "val": list(VAL_STYLES)},
         "val_backgrounds": list(VAL_BACKGROUNDS),
     }
-    return {"sha256": split_hash(content), **content}
+    return {"sha256": content_hash(content), **content}
 
 
 def icon_svg(icons: dict[str, Any], name: str) -> str:
@@ -110,11 +115,39 @@ def build_sprites(rows: list[dict[str, Any]], sources: dict[str, dict[str, str]]
                 image = draw(icon_svg(collections[style], sources[style][code]))
             else:
                 image = read_fluent(modules / "@lobehub" / "fluent-emoji-3d" / "assets", code)
-            target = out / "sprites" / style / f"{code}.webp"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            image.save(target, quality=WEBP_QUALITY, method=6)
+            save_sprite(image, out, style, code)
             count += 1
     return count
+
+
+def save_sprite(image: Image.Image, out: Path, style: str, name: str) -> None:
+    """Write a drawing to its place below the folder `out`."""
+    target = out / "sprites" / style / f"{name}.webp"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image.save(target, quality=WEBP_QUALITY, method=6)
+
+
+def build_extra(styles: dict[str, dict[str, dict[str, str]]], modules: Path, clipart: Path, out: Path) -> int:
+    """Draw every sprite of the further training styles; returns how many."""
+    for style, table in styles.items():
+        icons = {}
+        if style != CLIPART:
+            icons = read_json(modules / "@iconify-json" / EXTRA_PACKAGES[style] / "icons.json")
+        for name, entry in table.items():
+            if style == CLIPART:
+                image = read_clipart(clipart / entry["icon"])
+            else:
+                image = draw(icon_svg(icons, entry["icon"]))
+            save_sprite(image, out, style, name)
+    return sum(map(len, styles.values()))
+
+
+def read_clipart(path: Path) -> Image.Image:
+    """A drawing of the Open Clip Art Library, without the empty page around it."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; is --clipart usr/share/openclipart/svg of the package?")
+    image = draw(path.read_text(encoding="utf-8", errors="ignore"))
+    return image.crop(image.getchannel("A").getbbox())
 
 
 def read_fluent(assets: Path, code: str) -> Image.Image:
@@ -148,6 +181,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only compare splits.json with its rule")
     parser.add_argument("--node-modules", type=Path, metavar="DIR", help="where npm installed the drawings")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of the photos and textures, any depth")
+    parser.add_argument("--clipart", type=Path, metavar="DIR", help="the clip art package's svg folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="empty folder to write")
     args = parser.parse_args(argv)
     tables = data_root()
@@ -158,14 +192,15 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{tables / 'splits.json'} does not follow from concepts.json")
         print(f"split {splits['sha256'][:12]} follows from the table")
         return 0
-    if not (args.node_modules and args.photos and args.out):
-        raise UserError("give --node-modules, --photos and --out, or --check")
+    if not (args.node_modules and args.photos and args.clipart and args.out):
+        raise UserError("give --node-modules, --photos, --clipart and --out, or --check")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} is not an empty folder")
     shipped = [(path.parent.name, path.name) for path in sorted((tables / "backgrounds").glob("*/*.jpg"))]
     build_photos(args.photos, shipped, args.out)
     count = build_sprites(rows, read_json(tables / "sources.json")["icons"], args.node_modules, args.out)
-    for name in ("concepts.json", "sources.json", "near_synonyms.json", "NOTICE.md"):
+    count += build_extra(read_json(tables / EXTRA_TABLE)["styles"], args.node_modules, args.clipart, args.out)
+    for name in ("concepts.json", "sources.json", EXTRA_TABLE, "near_synonyms.json", "NOTICE.md"):
         (args.out / name).write_bytes((tables / name).read_bytes())
     (args.out / "splits.json").write_text(json.dumps(splits, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{args.out}: {count} drawings, {len(shipped)} photos, split {splits['sha256'][:12]}")

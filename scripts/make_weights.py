@@ -74,6 +74,7 @@ def stages() -> list[Stage]:
         training("text", "pretrain.train", "pretrain/text.yaml", "text"),
         training("clip-start", "pretrain.train", "pretrain/clip_start.yaml", "clip_start"),
         training("clip-names", "pretrain.train", "pretrain/clip_names.yaml", "clip_names"),
+        training("clip-hues", "pretrain.train", "pretrain/clip_hues.yaml", "clip_hues"),
         training("clip", "pretrain.train", "pretrain/clip.yaml", "clip"),
         Stage(
             name="ship-clip",

@@ -52,7 +52,8 @@ class SceneImages:
     def fingerprint(self) -> str:
         """sha256 over the parameters and the first scene."""
         of = self.source
-        text = json.dumps(["stickers", of.split, of.seed, list(of.size), of.stickers.split_hash])
+        data = [of.stickers.split_hash, *filter(None, [of.stickers.extra_hash])]  # older stores know no extra styles
+        text = json.dumps(["stickers", of.split, of.seed, list(of.size), *data])
         return hashlib.sha256(text.encode() + np.ascontiguousarray(self.image(0)).tobytes()).hexdigest()
 
 

@@ -161,7 +161,10 @@ class Clip(nn.Module):
         """
         images, device = batch["image"], self.encoder.logit_scale.device
         pixels = augment(images.to(device).float() / 255, self.augmentation, self.encoder.image_size)
-        image = self._encode(self.encoder.encode_image, self.encoder.normalise(pixels))
+        pixels = self.encoder.normalise(pixels)
+        if torch.is_autocast_enabled(device.type):  # on a CPU with bf16 units a fifth faster; in fp32 it is slower
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        image = self._encode(self.encoder.encode_image, pixels)
         text = self._encode(self.encoder.encode_text, self.encoder.tokenize(batch["caption"]).to(device))
         labels = batch["class_id"].to(device) if self.same_noun_positive else None
         names = None

@@ -41,6 +41,21 @@ def test_every_vector_drawing_names_the_icon_it_came_from(script: ModuleType) ->
         assert set(names) == {path.stem for path in (data_root() / "sprites" / style).iterdir()}
 
 
+def test_every_further_drawing_is_in_the_table_and_its_noun_is_a_class(script: ModuleType) -> None:
+    styles = json.loads((data_root() / "extra_styles.json").read_text(encoding="utf-8"))["styles"]
+    nouns = set(json.loads((data_root() / "splits.json").read_text(encoding="utf-8"))["nouns"])
+    assert set(styles) == {*script.EXTRA_PACKAGES, script.CLIPART}
+    for style, table in styles.items():
+        assert set(table) == {path.stem for path in (data_root() / "sprites" / style).iterdir()}
+        assert {entry["noun"] for entry in table.values()} <= nouns
+
+
+def test_missing_clip_art_is_named(script: ModuleType, tmp_path: Path) -> None:
+    styles = {"openclipart": {"dog-1": {"noun": "dog", "icon": "animals/dog.svg"}}}
+    with pytest.raises(UserError, match=r"animals/dog\.svg is missing"):
+        script.build_extra(styles, tmp_path, tmp_path, tmp_path / "out")
+
+
 def test_an_alias_is_drawn_as_the_icon_it_stands_for(script: ModuleType) -> None:
     icons = {
         "width": 36,
@@ -64,6 +79,7 @@ def test_photos_are_found_at_any_depth_and_reduced(script: ModuleType, tmp_path:
 
 def test_a_folder_with_something_in_it_is_refused(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    arguments = ["--node-modules", str(tmp_path), "--photos", str(tmp_path), "--out", str(tmp_path)]
+    here = str(tmp_path)
+    arguments = ["--node-modules", here, "--photos", here, "--clipart", here, "--out", here]
     with pytest.raises(UserError, match="not an empty folder"):
         script.main(arguments)

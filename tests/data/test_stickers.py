@@ -19,7 +19,7 @@ from PIL import Image
 from pretrain.data import captions, render
 from pretrain.data.pairs import PairSource, StickerCrops
 from pretrain.data.scenes import ImageView, Scene, SceneSource, scene_record
-from pretrain.data.stickers import Stickers, data_root, split_hash
+from pretrain.data.stickers import PAIR, Stickers, content_hash, data_root
 from pretrain.engine.errors import UserError
 
 FIELDS = ("image", "boxes", "masks", "classes", "visible", "truncated", "distractors")
@@ -83,7 +83,8 @@ def test_a_changed_split_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_hash_of_a_split_does_not_depend_on_the_order_of_its_keys() -> None:
-    assert split_hash({"a": [1], "b": "ñ"}) == split_hash({"b": "ñ", "a": [1]}) != split_hash({"a": [2], "b": "ñ"})
+    assert content_hash({"a": [1], "b": "ñ"}) == content_hash({"b": "ñ", "a": [1]})
+    assert content_hash({"a": [1], "b": "ñ"}) != content_hash({"a": [2], "b": "ñ"})
 
 
 def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:
@@ -239,6 +240,43 @@ def test_a_split_opens_only_its_own_drawings_and_photos(split: str, monkeypatch:
     parts = {path.relative_to(fresh.root).parts[:2] for path in opened}
     assert {part[1] for part in parts if part[0] == "backgrounds"} == {split}
     assert {part[1] for part in parts if part[0] == "sprites"} == set(fresh.styles[split])
+
+
+def test_extra_styles_are_for_training_only_and_leave_validation_alone(stickers: Stickers) -> None:
+    more = Stickers.load(extra_styles=True)
+    added = set(more.styles["train"]) - set(stickers.styles["train"])
+    assert added == {"noto-v1", "fluent-flat", "streamline", "openclipart"}
+    assert more.styles["val"] == stickers.styles["val"] and not added & set(more.styles["val"])
+    assert more.drawable("train") == stickers.drawable("train") and more.split_hash == stickers.split_hash
+    assert more.extra_hash and not stickers.extra_hash
+    for index in range(3):
+        pictures = [PairSource(data, split="val").sample(index, 0)[0] for data in (stickers, more)]
+        scenes = [source(data, split="val").scene(index).image for data in (stickers, more)]
+        assert np.array_equal(*pictures) and np.array_equal(*scenes)
+
+
+def test_extra_styles_are_drawn_in_training_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Stickers.load(extra_styles=True)
+    drawn: set[str] = set()
+    real = data.sprite
+    monkeypatch.setattr(data, "sprite", lambda style, code: drawn.add(style) or real(style, code))
+    pairs = PairSource(data, split="train")
+    guitar = next(
+        index for index in range(len(pairs.classes)) if pairs.class_at(index, PAIR) == data.nouns.index("guitar")
+    )
+    for draw in range(60):
+        pairs.sample(guitar, draw)
+    assert drawn == set(data.styles["train"])
+
+
+def test_an_extra_style_with_an_unknown_noun_is_refused(tmp_path: Path) -> None:
+    for name in ("splits.json", "concepts.json"):
+        (tmp_path / name).write_bytes((data_root() / name).read_bytes())
+    with pytest.raises(UserError, match=r"extra_styles\.json"):
+        Stickers.load(tmp_path, extra_styles=True)
+    (tmp_path / "extra_styles.json").write_text('{"styles": {"pop": {"1F4A3": {"noun": "boom", "icon": "boom"}}}}')
+    with pytest.raises(UserError, match=r"pop/1F4A3 is a 'boom', which is no class"):
+        Stickers.load(tmp_path, extra_styles=True)
 
 
 def test_every_class_comes_equally_often(stickers: Stickers) -> None:

@@ -35,6 +35,7 @@ SPLIT_KEY: Mapping[str, int] = {"train": 0, "val": 1}
 SCENE, PAIR, ORDER, CROP, SHAPE = range(5)  # last part of a random key: what is being drawn
 
 WHERE = "set OVD_DATA to the data set folder"
+EXTRA_TABLE = "extra_styles.json"
 SHAPES = 96  # abstract distractor shapes per split
 
 
@@ -57,6 +58,7 @@ class Stickers:
         near_synonyms: groups of ids that a person could call by one name.
         styles: drawing styles by split.
         split_hash: sha256 of the split file's content.
+        extra_hash: sha256 of the table of further training styles; empty when they are left out.
     """
 
     root: Path
@@ -70,11 +72,16 @@ class Stickers:
     split_hash: str
     drawings: Mapping[str, Mapping[int, tuple[str, ...]]]  # style -> class id -> hexcodes
     unlabelled: Mapping[str, tuple[str, ...]]  # style -> hexcodes of distractors
+    extra_hash: str = ""
     _sprites: dict[tuple[str, str], Sprite] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def load(cls, root: Path | str | None = None) -> Stickers:
+    def load(cls, root: Path | str | None = None, *, extra_styles: bool = False) -> Stickers:
         """Read the tables of `root` (default: `data_root()`).
+
+        Args:
+            root: the data set folder.
+            extra_styles: train on the styles of `extra_styles.json` too. Validation stays as it is.
 
         Raises:
             UserError: a missing or damaged file, by name.
@@ -83,15 +90,15 @@ class Stickers:
         split = read_json(folder / "splits.json", hint=WHERE)
         rows = read_json(folder / "concepts.json", hint=WHERE)["concepts"]
         content = {key: value for key, value in split.items() if key != "sha256"}
-        if split.get("sha256") != split_hash(content):
-            raise UserError(f"{folder / 'splits.json'} was changed: its hash is {split_hash(content)}, "
+        if split.get("sha256") != content_hash(content):
+            raise UserError(f"{folder / 'splits.json'} was changed: its hash is {content_hash(content)}, "
                             f"not {split.get('sha256')}. Restore the file from the repository.")  # fmt: skip
         nouns = tuple(split["nouns"])
         number = {noun: index for index, noun in enumerate(nouns)}
         drawings: dict[str, dict[int, tuple[str, ...]]] = {}
         unlabelled: dict[str, tuple[str, ...]] = {}
-        for styles in split["styles"].values():
-            for style in styles:
+        for listed in split["styles"].values():
+            for style in listed:
                 drawings[style], unlabelled[style] = {}, ()
         for row in rows:
             for style in row["styles"]:
@@ -100,6 +107,11 @@ class Stickers:
                     drawings[style][number[row["noun"]]] = (*known, row["hexcode"])
                 else:
                     unlabelled[style] += (row["hexcode"],)
+        styles = {name: tuple(listed) for name, listed in split["styles"].items()}
+        extra = extra_drawings(folder, number) if extra_styles else {}
+        for style, drawn in extra.items():
+            drawings[style], unlabelled[style] = drawn, ()
+            styles["train"] += (style,)
         groups_file = folder / "near_synonyms.json"
         groups = read_json(groups_file)["groups"] if groups_file.exists() else []
         return cls(
@@ -110,10 +122,11 @@ class Stickers:
             novel=frozenset(number[noun] for noun in split["novel"]),
             validated=frozenset(number[noun] for noun in split["validated"]),
             near_synonyms=tuple(frozenset(number[noun] for noun in group) for group in groups),
-            styles={name: tuple(styles) for name, styles in split["styles"].items()},
+            styles=styles,
             split_hash=split["sha256"],
             drawings=drawings,
             unlabelled=unlabelled,
+            extra_hash=content_hash(read_json(folder / EXTRA_TABLE)) if extra_styles else "",
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,8 +158,25 @@ class Stickers:
         return self.sprite(style, dice.choice(self.drawings[style][class_id]))
 
 
-def split_hash(content: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of a split file's content (without its own hash)."""
+def extra_drawings(folder: Path, number: Mapping[str, int]) -> dict[str, dict[int, tuple[str, ...]]]:
+    """Style → class id → file names of the further training styles; ``number`` gives a noun's class id.
+
+    Raises:
+        UserError: no table, or a noun that is no class.
+    """
+    drawings: dict[str, dict[int, tuple[str, ...]]] = {}
+    for style, table in read_json(folder / EXTRA_TABLE, hint=WHERE)["styles"].items():
+        drawings[style] = {}
+        for name, entry in table.items():
+            if entry["noun"] not in number:
+                raise UserError(f"{folder / EXTRA_TABLE}: {style}/{name} is a {entry['noun']!r}, which is no class.")
+            class_id = number[entry["noun"]]
+            drawings[style][class_id] = (*drawings[style].get(class_id, ()), name)
+    return drawings
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of a table (a split file without its own hash)."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
