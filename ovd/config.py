@@ -121,7 +121,9 @@ class DataConfig(Section):
     extra_styles: bool = Field(False, description="scenes in the further training styles too (stickers)")
     images: str | None = Field(None, description="folder of pictures (coco)")
     annotations: str | None = Field(None, description="COCO instances file (coco)")
-    split: str = Field("stickers", description="base/novel split: stickers, ovcoco or a split file")
+    split: str = Field(
+        "stickers", description="base/novel split: stickers, ovcoco, lvis, all (every category is base) or a split file"
+    )
     short_side: int = Field(
         256, ge=32, le=4096, description="pictures are resized to this short side before the network"
     )
@@ -136,6 +138,8 @@ class DataConfig(Section):
     def _coco_files(self) -> DataConfig:
         if self.kind == "coco" and not (self.images and self.annotations):
             raise ValueError("data.kind coco needs data.images and data.annotations")
+        if self.kind == "stickers" and self.split != "stickers":
+            raise ValueError("data.split belongs to data.kind coco; stickers have a split of their own, and labels=all")
         return self
 
 

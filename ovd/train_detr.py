@@ -17,12 +17,10 @@ from ovd.config_detr import DetrTrainConfig
 from pretrain.engine.config import config_hash, find_config
 from pretrain.engine.config_yaml import read_chain
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
-from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ovd.config import DataConfig
     from ovd.data.catalog import Labelled, LabelledImages
     from ovd.data.mapper import DetectionSource
     from ovd.data.patches import PatchSource
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 CROP_SCALES = (1.0, 1.5)  # of the joint space's regions (ViLD §3.2)
 CACHE_BATCH = 16
 START_SAMPLES = 32  # pictures whose features tell where the projections start
-EVERY = "all"  # data.split of annotations whose categories are all to be learned
 
 
 def is_transformer(argv: Sequence[str]) -> bool:
@@ -87,23 +84,6 @@ class FirstImages:
         return self.images.load(index)
 
 
-def every_category(data: DataConfig) -> LabelledImages:
-    """COCO annotations with all their categories, none of them novel.
-
-    Raises:
-        UserError: no COCO annotations, or unreadable ones.
-    """
-    from ovd.data.catalog import CocoImages
-    from ovd.data.coco import check_ground_truth
-    from ovd.data.splits import Split
-
-    if data.kind != "coco":
-        raise UserError("data.split=all belongs to data.kind coco; stickers have labels=all")
-    path = data.annotations or ""
-    split = Split.everything(check_ground_truth(read_json(path), where=path).categories)
-    return CocoImages(images=Path(data.images or ""), annotations=Path(path), split=split, labels=data.labels)
-
-
 def build(config: DetrTrainConfig) -> dict[str, Any]:
     """Everything a training needs: model, task, source, encoder and the pieces of the card."""
     import torch
@@ -122,7 +102,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     rows = trainable = None
     novel: frozenset[int] = frozenset()
     if config.pretext is None:
-        images = every_category(config.data) if config.data.split == EVERY else labelled_images(config.data)
+        images = labelled_images(config.data)
         novel = images.novel if config.data.labels == "base" else frozenset()
         rows = embed_vocabulary(Vocabulary.parse(list(images.names)), encoder)
         trainable = torch.ones(len(images.names), dtype=torch.bool)

@@ -38,10 +38,11 @@ def picture_file(image: Mapping[str, Any], *, where: str = "images") -> str:
 
 
 def split_of(spec: str, content: Any, *, where: str) -> Split:
-    """The split that ``spec`` names for an annotation file: ``lvis``, ``ovcoco``, ``stickers`` or a split file.
+    """The split that ``spec`` names for an annotation file.
 
     Args:
-        spec: see :meth:`Split.load`; ``lvis`` reads the groups off the file's own frequencies.
+        spec: see :meth:`Split.load`; besides, ``lvis`` reads the groups off the file's own frequencies, and ``all``
+            makes every category a base one.
         content: of the annotation file.
         where: its name, for messages.
 
@@ -51,6 +52,8 @@ def split_of(spec: str, content: Any, *, where: str) -> Split:
     categories = check_ground_truth(content, where=where).categories
     if spec == "lvis":
         return lvis_split(content["categories"])
+    if spec == "all":
+        return Split.everything(categories)
     return Split.load(spec, categories=categories)
 
 

@@ -155,7 +155,7 @@ class Split:
             return stickers_split()
         path = Path(spec)
         if not path.is_file():
-            raise UserError(f"no split file {path}; give a JSON file, or one of: ovcoco, lvis, stickers.")
+            raise UserError(f"no split file {path}; give a JSON file, or one of: all, ovcoco, lvis, stickers.")
         return cls.from_dict(read_json(path), categories=categories, where=str(path))
 
     @classmethod

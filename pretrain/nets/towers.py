@@ -472,14 +472,16 @@ def _load_open_clip(rest: str) -> JointEncoder:
 
         pretrained = get_pretrained_cfg(name, weights)
         mean, std = pretrained.get("mean") or mean, pretrained.get("std") or std
+        model_for_file = name
         if pretrained.get("quick_gelu"):  # openai's weights were trained with it; open_clip's plain names are not
             model_config["quick_gelu"] = True
+            model_for_file = f"{name.removesuffix('-quickgelu')}-quickgelu"  # a file does not say
         try:
             path = Path(download_pretrained(pretrained))
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the weights {name}:{weights} could not be fetched ({error}). Fetch the file on another machine and "
-                f"name it: open_clip:{name}:FILE"
+                f"name it: open_clip:{model_for_file}:FILE"
             ) from error
     else:
         raise UserError(

@@ -123,6 +123,34 @@ def test_each_stage_takes_a_step_on_a_small_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_steps_for_own_photos_fit_together_and_take_a_step_with_every_category(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = PAPER.parent / "photos"
+    proposer = load_config(TrainConfig, configs / "mask_rcnn.yaml")
+    store = load_config(EmbedConfig, configs / "embed.yaml")
+    vild = load_config(TrainConfig, configs / "vild.yaml")
+    assert vild.weights == store.proposer == f"{proposer.out}/exported" and vild.regions == store.out
+    assert proposer.encoder == store.encoder == vild.encoder and vild.data == proposer.data
+    assert (store.pictures.images, store.pictures.annotations) == (vild.data.images, vild.data.annotations)
+
+    encoder = f"encoder=open_clip:{world / 'tiny.json'}:{world / 'tiny.safetensors'}"
+    data = [f"images={world / 'train2017'}", f"annotations={world / 'coco.json'}"]
+    common = [encoder, f"out={tmp_path / 'run'}", *(f"data.{part}" for part in data), *SMALLER]
+    common += ["backbone_weights=null", "backbone_start=scratch", "model.head.norm=''", "model.head.mask_norm=''"]
+    assert train.main(["--config", str(configs / "mask_rcnn.yaml"), "--check", *common]) == 0
+    embedded = ["proposer=ground-truth", "device=cpu", f"out={tmp_path / 'regions'}", encoder]
+    config = ["--config", str(configs / "embed.yaml"), *embedded, *(f"pictures.{part}" for part in data)]
+    assert embed.main(config) == 0
+    more = [f"regions={tmp_path / 'regions'}", "weights=null"]
+    assert train.main(["--config", str(configs / "vild.yaml"), *common, *more, "--check"]) == 0
+    assert capsys.readouterr().out.count("check: two batches and one step, loss ") == 2
+    labelled = training_inputs.labelled_images(
+        vild.data.model_copy(update={"images": str(world / "train2017"), "annotations": str(world / "coco.json")})
+    )
+    assert not labelled.novel and {"person", "cat"} <= set(labelled.names)
+
+
 @pytest.mark.parametrize("name", ["lvis", "coco"])
 def test_novel_categories_are_never_labelled(world: Path, name: str) -> None:
     content = json.loads((world / f"{name}.json").read_text())
