@@ -105,6 +105,13 @@ class ModelConfig(Section):
             )
         if self.head.detail is not None and self.backbone.kind != "c4":
             raise ValueError("head.detail belongs to backbone.kind c4; a pyramid has finer levels already")
+        if self.head.mask_norm == "GN" and any(width % 32 for width in self.head.mask_dims):
+            raise ValueError(
+                f"head.mask_norm GN has 32 groups; all of {list(self.head.mask_dims)} must be multiples of 32"
+            )
+        whole, used = ["res2", "res3", "res4", "res5"], list(self.backbone.fpn_levels)
+        if self.backbone.kind == "fpn" and used not in [whole[a:b] for a in range(4) for b in range(a + 1, 5)]:
+            raise ValueError(f"backbone.fpn_levels {used}: levels must be neighbours, in rising order")
         return self
 
 

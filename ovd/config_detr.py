@@ -112,6 +112,12 @@ class PatchConfig(Section):
     jitter: bool = Field(False, description="colour jitter, grey and blur on the patch only (paper: true)")
     variants: int = Field(4, ge=1, le=10_000, description="different sets of patches per picture; all are cached")
 
+    @model_validator(mode="after")
+    def _scales(self) -> PatchConfig:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"pretext.patches.scale {list(self.scale)}: expected 0 < smallest <= largest <= 1")
+        return self
+
 
 class PretextConfig(Section):
     """Random query patch detection (UP-DETR)."""

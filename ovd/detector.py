@@ -38,6 +38,7 @@ from ovd.pictures import ImageLike, to_rgb
 from ovd.text import TextEmbedder, TextEncoder
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from ovd.weights import detector_folder, read_model_card, weights_folder
+from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Regions:
     Attributes:
         regions: boxes, objectness, embeddings and masks, see `RegionSet`.
         key: sha256 of the pixels.
-        default: the words and thresholds to use when `classify` is called without words.
+        detector: whose words and threshold serve when `classify` is called without.
     """
 
     regions: RegionSet
@@ -259,14 +260,7 @@ class Detector:
         Raises:
             UserError: unknown name, missing or damaged files.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            where = torch.device(device)
-        except RuntimeError as problem:
-            raise UserError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:0") from problem
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device {device!r} asked for, but torch finds no CUDA; use device cpu or auto")
+        where = pick_device(device)
         folder = detector_folder(weights)
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 

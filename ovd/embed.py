@@ -174,12 +174,14 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
     from ovd.regions.layout import Identity, StoreSettings
     from ovd.regions.writer import plan_line, remove_store, write_regions
     from ovd.training_inputs import resolve_encoder
+    from pretrain.engine.distributed import pick_device
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     images = make_images(config.pictures)
-    encoder = resolve_encoder(config.encoder).to(config.device)
-    proposer, proposals = make_proposer(config.proposer, images, device=config.device)
+    device = pick_device(config.device)
+    encoder = resolve_encoder(config.encoder).to(device)
+    proposer, proposals = make_proposer(config.proposer, images, device=str(device))
     identity = Identity(
         encoder=encoder.fingerprint(),
         dim=encoder.embed_dim,

@@ -183,7 +183,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         predict, propose = _closed(folder, split, args.limit), proposal_predictor(folder, top=args.regions)
         run["protocol"] = "detector of a closed list of classes"
     elif args.queries == "words":
-        asking = _asking(args, split, run)
+        asking = _asking(args, split, run, shown)
         predict, propose = asking, asking.propose if args.agnostic == "proposals" else None
     else:
         predictor = _named(args, split, run, shown)
@@ -280,12 +280,14 @@ def _named(
     return predictor
 
 
-def _asking(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> AskingPredictor:
+def _asking(
+    args: argparse.Namespace, split: Split, run: dict[str, Any], shown: Mapping[int, Sequence[Crop]] | None
+) -> AskingPredictor:
     """A transformer that is told the words as queries."""
     from ovd.evaluation.predictor import AskingPredictor
     from ovd.modeling.detr_build import DetrRegions
 
-    named = _named(args, split, run)
+    named = _named(args, split, run, shown)
     model = named.detector.model
     conditioned = int(model.card.model.get("conditioned", 0)) if isinstance(model, DetrRegions) else 0
     if not isinstance(model, DetrRegions) or not conditioned:

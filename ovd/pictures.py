@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pretrain.data.folder import MAX_PIXELS, read_image
+from pretrain.data.folder import MAX_PIXELS, read_image, upright
 from pretrain.engine.errors import UserError
 
 ImageLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
@@ -48,7 +48,7 @@ def to_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint
             raise UserError(f"picture has {image.width}×{image.height} pixels; at most {max_pixels:,} are allowed")
         if image.mode[0] in "IF":
             raise UserError(f"pictures of mode {image.mode} have no fixed white: convert to 8 bits first")
-        upright = ImageOps.exif_transpose(image)
-        transparent = upright.has_transparency_data
-        return to_rgb(np.array(upright.convert("RGBA" if transparent else "RGB")), max_pixels=max_pixels)
+        turned = upright(image)
+        transparent = turned.has_transparency_data
+        return to_rgb(np.array(turned.convert("RGBA" if transparent else "RGB")), max_pixels=max_pixels)
     raise UserError(f"a picture must be a path, bytes, a Pillow image or an array, not {type(image).__name__}")

@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,17 +79,15 @@ def main(argv: list[str]) -> int:
     if options.vocabulary is None and options.classes is None and not options.example:
         raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
     files = collect(options.pictures)
+    from ovd.examples import parse_examples
     from ovd.vocabulary import Vocabulary
 
-    if options.vocabulary is not None:
-        words: Vocabulary | str | None = Vocabulary.load(options.vocabulary)
-    else:
-        words = options.classes
-    from ovd.examples import parse_examples
-
     examples = parse_examples([named_example(text) for text in options.example])
-    if not any(not e.negative for e in examples):
-        words = Vocabulary.parse(words or "") if isinstance(words, str) or words is None else words
+    # Mistakes in words are told before the network is loaded; what is asked is read again, with the network's prompts.
+    if options.vocabulary is not None:
+        Vocabulary.load(options.vocabulary)
+    elif not any(not e.negative for e in examples):
+        Vocabulary.parse(options.classes or "")
     import torch
 
     from ovd.detector import Detector
@@ -96,6 +95,9 @@ def main(argv: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(max(1, options.threads))
     detector = Detector.load(options.weights, device=options.device, cache_size=0)
+    words: Vocabulary | str | None = options.classes
+    if options.vocabulary is not None:
+        words = Vocabulary.load(options.vocabulary, templates=detector.templates)
     failed = predict(
         detector=detector,
         files=files,
@@ -178,6 +180,7 @@ def predict(
     question = vocabulary if isinstance(vocabulary, Question) else Question(vocabulary)
     level = detector.threshold_of(question) if threshold is None else threshold
     names = [name for name, _ in files]
+    drawn = drawn_names(names)
     job = {
         "files": hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
         "vocabulary": question.hash,
@@ -193,7 +196,8 @@ def predict(
             part = parts / f"{number:08d}.json"
             record = _finished(part)
             if record is None:
-                record = _one(detector, question, number, name, path, out, level, draw, masks)
+                target = out / "drawn" / drawn[number - 1] if draw else None
+                record = _one(detector, question, number, name, path, target, level, masks)
                 _write_json(part, record)
             if "reason" in record:
                 failed.append({"file_name": name, "reason": record["reason"]})
@@ -205,6 +209,15 @@ def predict(
     if failed:
         print(f"{len(failed)} of {len(files)} pictures could not be used; see {out / 'failed.json'}", file=sys.stderr)
     return failed
+
+
+def drawn_names(names: Sequence[str]) -> list[str]:
+    """Names of the drawn pictures: ``cat.png`` gives ``cat.jpg``, and ``cat.png.jpg`` where there is another cat."""
+    stems = Counter(str(Path(name).with_suffix("")) for name in names)
+    return [
+        f"{Path(name).with_suffix('')}.jpg" if stems[str(Path(name).with_suffix(""))] == 1 else f"{name}.jpg"
+        for name in names
+    ]
 
 
 def _claim(out: Path, job: dict[str, Any], overwrite: bool) -> Path:
@@ -245,9 +258,8 @@ def _one(
     number: int,
     name: str,
     path: Path,
-    out: Path,
+    target: Path | None,
     threshold: float,
-    draw: bool,
     masks: bool,
 ) -> dict[str, Any]:
     from ovd.pictures import to_rgb
@@ -257,8 +269,8 @@ def _one(
     except BadImageError as problem:
         return {"file_name": name, "reason": problem.reason}
     found = detector.embed(pixels).classify(question, threshold=threshold)
-    if draw:
-        _save_picture(out / "drawn" / f"{Path(name).with_suffix('')}.jpg", draw_detections(pixels, found, masks=masks))
+    if target is not None:
+        _save_picture(target, draw_detections(pixels, found, masks=masks))
     counts: dict[str, int] = {}
     for class_name in found.class_name:
         counts[class_name] = counts.get(class_name, 0) + 1

@@ -104,7 +104,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     if config.pretext is None:
         images = labelled_images(config.data)
         novel = images.novel if config.data.labels == "base" else frozenset()
-        rows = embed_vocabulary(Vocabulary.parse(list(images.names)), encoder)
+        rows = embed_vocabulary(Vocabulary.of(images.names), encoder)
         trainable = torch.ones(len(images.names), dtype=torch.bool)
         trainable[sorted(novel)] = False
         if config.model.conditioned > int(trainable.sum()):

@@ -89,7 +89,7 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[s
     The class rows stay the new vocabulary's. A second tower (ensemble) starts from the first one's body.
 
     Raises:
-        UserError: nothing of backbone or RPN fits, so this is another architecture.
+        UserError: another architecture.
     """
     from ovd.modeling.build import load_model
     from pretrain.engine.checkpoint import load_some
@@ -129,7 +129,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
     seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
     encoder = resolve_encoder(config.encoder)
     images = labelled_images(config.data)
-    vocabulary = Vocabulary.parse(list(images.names), templates=TEMPLATE_SETS[config.templates])
+    vocabulary = Vocabulary.of(images.names, templates=TEMPLATE_SETS[config.templates])
     rows = embed_vocabulary(vocabulary, encoder)
     novel = images.novel if config.data.labels == "base" else frozenset()
     trainable = torch.ones(len(images.names), dtype=torch.bool)

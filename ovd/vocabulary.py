@@ -215,6 +215,11 @@ class Vocabulary:
             raise UserError("every template needs {} where the class name goes")
 
     @classmethod
+    def of(cls, names: Iterable[str], *, templates: Sequence[str] = TEMPLATES_STICKER) -> Vocabulary:
+        """One class for each name of a data set, as it stands: nothing is merged, a colon is part of the name."""
+        return cls(tuple(VocabularyClass(name) for name in names), templates=tuple(templates))
+
+    @classmethod
     def parse(
         cls,
         text: str | Iterable[str],

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the self-supervised methods: what each is made of and its own constants. Imports no torch.
 
-Defaults are the papers' (ImageNet, ResNet-50); `configs/pretrain/NAME.yaml` has what suits small pictures and a CPU.
+Defaults of the methods' own constants are the papers' (ImageNet, ResNet-50); `configs/paper/NAME.yaml` has each whole
+recipe, and `configs/pretrain/NAME.yaml` what suits small pictures and a CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class BackboneConfig(Section):
     norm: Literal["bn", "gn_ws"] = Field(
         default="bn", description="bn: batch norm; gn_ws: group norm and weight standardisation."
     )
-    zero_init: bool = Field(default=True, description="Start every residual block of our ResNets as the identity.")
+    zero_init: bool = Field(
+        default=True,
+        description="Start every residual block of our ResNets as the identity; the papers of MoCo, BYOL, SwAV do not.",
+    )
 
     @field_validator("name")
     @classmethod
@@ -87,7 +91,7 @@ class MoCoMethod(_Method):
     hidden: Width = Field(default=2048, description="Units of the hidden layer of v2's head.")
     queue: int = Field(default=65536, ge=1, le=10**7, description="Keys in the queue; any number.")
     momentum: Unit = Field(default=0.999, description="Of the slow encoder.")
-    temperature: Temperature = Field(default=0.07, description="Of the softmax: .07 in v1, .2 in v2.")
+    temperature: Temperature = Field(description="Of the softmax: .07 in v1, .2 in v2.")
     symmetric: bool = Field(default=False, description="Each view is query once and key once.")
     bn_splits: int = Field(
         default=8,
@@ -134,7 +138,7 @@ class ByolMethod(_Method):
     name: Literal["byol", "byol_gn"] = Field(description="Method; byol_gn has no batch statistics anywhere.")
     hidden: Width = Field(default=4096, description="Units of the hidden layers of projector and predictor.")
     dim: Width = Field(default=256, description="Length of projection and prediction.")
-    momentum: Unit = Field(default=0.99, description="Of the slow copy at the first step; it rises to 1 at the last.")
+    momentum: Unit = Field(default=0.996, description="Of the slow copy at the first step; it rises to 1 at the last.")
 
     @model_validator(mode="after")
     def _norm(self) -> ByolMethod:

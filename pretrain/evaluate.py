@@ -27,7 +27,7 @@ from pretrain.data.pairs import PairSource
 from pretrain.data.phrases import read_phrases, read_targets
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import read_json
+from pretrain.engine.files import read_json, write_atomically
 from pretrain.nets.towers import JointEncoder, load_encoder
 
 SYNONYMS = Path(__file__).parent / "data" / "synonyms.json"
@@ -279,7 +279,7 @@ def main(argv: list[str]) -> int:
     text = json.dumps(_rounded(report), indent=2)
     print(text)
     if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        write_atomically(args.out, (text + "\n").encode())
     return 0
 
 

@@ -119,8 +119,14 @@ def _read_folder(folder: Path) -> Source:
         from pretrain.nets.checkpoints import find_resnet
 
         found = find_resnet(state, source=str(folder))
+        if found.unexpected:
+            raise UserError(
+                f"{folder}: {name} is no plain ResNet ({found.report}) and has no counterpart in the target"
+            )
+        theirs = inner
         inner = ResNet(depth=found.depth, stem="imagenet")
         inner.load_state_dict(found.state, strict=False)
+        require_same_function(theirs, inner, name=name)
     plain = folded(inner).eval()
     norms = [m for m in plain.modules() if isinstance(m, nn.GroupNorm)]
     by_channels = {m.num_channels: m.num_groups for m in norms}
@@ -239,6 +245,20 @@ def require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, ta
             )
         worst = max(worst, difference)
     return worst
+
+
+def require_same_function(given: nn.Module, rebuilt: nn.Module, *, name: str) -> None:
+    """Compare a library's network with our ResNet of the same tensors: some differ in what has no tensors.
+
+    Raises:
+        UserError: they are different functions.
+    """
+    import torch
+
+    pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pooled = [network.eval()(pixels).flatten(1) for network in (given, rebuilt)]
+    require_same({"pooled": pooled[0]}, {"pooled": pooled[1]}, target=f"our ResNet in place of {name}")
 
 
 def real_pictures(given: Path | None, *, count: int = PICTURES, side: int = SIDE) -> Tensor:

@@ -27,8 +27,11 @@ from pretrain.engine import distributed
 def effective_rank(x_ND: Tensor) -> Tensor:
     """Exponential of the entropy of the singular values (RankMe, Garrido et al., arXiv:2210.02885, eq. 1).
 
-    Not centred: around its mean, the noise of a constant projection would have full rank. Between 1 and min(N, D).
+    Not centred: around its mean, the noise of a constant projection would have full rank. Between 1 and min(N, D); not
+    a number where the features are not finite.
     """
+    if not bool(torch.isfinite(x_ND).all()):
+        return torch.full((), math.nan, device=x_ND.device)
     singular = torch.linalg.svdvals(x_ND.detach().float())
     share = singular / singular.sum().clamp(min=1e-12)
     return torch.special.entr(share).sum().exp()

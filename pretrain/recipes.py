@@ -56,7 +56,9 @@ def build_method(config: SslMethod, *, batch_size: int, device: torch.device) ->
     task = _task(config, backbone, [ViewAugment(view) for view in expand_views(config.views)], batch_size)
     shares_norm = not isinstance(config, MoCoMethod)  # MoCo shuffles instead (§3.3)
     if shares_norm and device.type == "cuda" and world_size() > 1:
-        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        from timm.layers import convert_sync_batchnorm  # torch's own drops the activations inside timm's batch norms
+
+        task = convert_sync_batchnorm(task)
     if config.compile:
         for part in task.modules():  # the momentum copy too
             if isinstance(part, type(backbone)):

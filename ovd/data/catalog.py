@@ -19,7 +19,7 @@ from ovd.data.splits import Split
 from pretrain.data.folder import read_image
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import read_json
 
 
@@ -154,6 +154,12 @@ class CocoImages:
         info = self._images[index]
         image = read_image(self.folder / picture_file(info))
         height, width = image.shape[:2]
+        stated = info.get("height", height), info.get("width", width)
+        if stated != (height, width):
+            raise BadImageError(
+                self.folder / picture_file(info),
+                f"is {width} × {height} pixels upright, the annotations say {stated[1]} × {stated[0]}",
+            )
         annotations = self._annotations[info["id"]]
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32)
         boxes[:, 2:] += boxes[:, :2]

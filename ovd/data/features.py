@@ -154,6 +154,7 @@ class CachedDetection:
     def sample(self, index: int, draw: int) -> dict[str, Any]:
         """Features, labels and size of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.source.seed, draw])
+        rng.random()  # the scale, which the transform draws first
         flipped = len(self.caches) > 1 and bool(rng.random() < self.source.transform.flip)
         row = self.caches[int(flipped)].row(index)
         size, count = (int(row["size"][0]), int(row["size"][1])), int(row["objects"])

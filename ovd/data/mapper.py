@@ -148,7 +148,7 @@ class DetectionSource:
         seed: with the draw number it seeds each sample's augmentation.
         store: offline regions, or None.
         regions_per_image: drawn from the store per sample.
-        vocabulary_size: 1 makes every label class 0 (class-agnostic training).
+        agnostic: every label is class 0.
     """
 
     def __init__(

@@ -159,6 +159,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
                 picture = gr.Image(
                     label="Picture",
                     type="filepath",
+                    image_mode=None,  # the file as it is: to_rgb knows transparency and 16 bits, the default does not
                     sources=["upload", "clipboard"],
                     height=260,
                     buttons=[],

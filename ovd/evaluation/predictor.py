@@ -263,12 +263,11 @@ def predictor_for(
     Raises:
         UserError: a word that names no category.
     """
-    from ovd.vocabulary import Vocabulary, VocabularyClass
+    from ovd.vocabulary import Vocabulary
 
     names = {i: split.names[i] for i in split.ids} if categories is None else dict(categories)
     if vocabulary is None:
-        words = tuple(VocabularyClass(name) for name in names.values())
-        vocabulary, ids = Vocabulary(words, templates=detector.templates), tuple(names)
+        vocabulary, ids = Vocabulary.of(names.values(), templates=detector.templates), tuple(names)
     else:
         by_name = {name.casefold(): i for i, name in names.items()}
         if unknown := [n for n in vocabulary.names if n.casefold() not in by_name]:

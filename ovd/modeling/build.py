@@ -253,6 +253,8 @@ def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
         UserError: missing file or tensors that do not fit the card.
     """
     card = read_card(folder)
+    if "arch" in card.model:
+        raise UserError(f"{folder}: a detection transformer, where a Mask R-CNN is needed (mask_rcnn.yaml, vild.yaml)")
     state, bank = exported_tensors(folder)
     config = ModelConfig.model_validate(card.model)
     trainable = torch.ones(len(card.classes), dtype=torch.bool)
@@ -312,7 +314,7 @@ class RegionModel:
         self.bank = F.normalize(bank, dim=1) if len(bank) else bank
         self.calibration = Calibration(**card.calibration)
         classifier = model.roi_heads.classifier
-        self.background = F.normalize(classifier.background.detach(), dim=0) if classifier is not None else None
+        self.background = F.normalize(classifier.background.detach().cpu(), dim=0) if classifier else None
 
     def _input(self, image: np.ndarray) -> tuple[dict[str, Tensor], float, float]:
         height, width = image.shape[:2]

@@ -16,11 +16,15 @@ class NovelLabelError(RuntimeError):
 
 
 def cosine_logits(regions_RD: Tensor, rows: Tensor, *, scale: float) -> Tensor:
-    """(R, C) of ``scale · cos``; rows are unit vectors, (C, D) for all regions or (R, C, D) for each its own."""
-    region = F.normalize(regions_RD.float(), dim=1)
-    if rows.ndim == 3:
-        return scale * torch.einsum("rd,rcd->rc", region, rows)
-    return scale * region @ rows.T
+    """(R, C) of ``scale · cos``; rows are unit vectors, (C, D) for all regions or (R, C, D) for each its own.
+
+    float32 whatever the autocast state: at a scale of 100 a logit of bfloat16 moves in steps of a half.
+    """
+    with torch.autocast(regions_RD.device.type, enabled=False):
+        region, rows = F.normalize(regions_RD.float(), dim=1), rows.float()
+        if rows.ndim == 3:
+            return scale * torch.einsum("rd,rcd->rc", region, rows)
+        return scale * region @ rows.T
 
 
 class EmbeddingClassifier(nn.Module):
@@ -60,12 +64,11 @@ class EmbeddingClassifier(nn.Module):
 
     def forward(self, regions_RD: Tensor) -> Tensor:
         """Logits (R, C+1), background last; float32 whatever the autocast state."""
-        with torch.autocast(regions_RD.device.type, enabled=False):
-            background = F.normalize(self.background.float(), dim=0)
-            logits = cosine_logits(regions_RD, torch.cat([self.rows, background[None]]), scale=self.scale)
-            if self.training and not bool(self.trainable.all()):
-                logits = logits.masked_fill(~F.pad(self.trainable, (0, 1), value=True), float("-inf"))
-            return logits
+        background = F.normalize(self.background.float(), dim=0)
+        logits = cosine_logits(regions_RD, torch.cat([self.rows, background[None]]), scale=self.scale)
+        if self.training and not bool(self.trainable.all()):
+            logits = logits.masked_fill(~F.pad(self.trainable, (0, 1), value=True), float("-inf"))
+        return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean softmax cross-entropy over regions (0 for none).

@@ -338,13 +338,16 @@ class Detr(nn.Module):
             mask = (owner[:, None] != owner[None]) & (owner[None] >= 0)
         out = self.decode(memory, extra=extra, mask=mask)
         free = Decoded(out.states[:, :, size:], out.boxes[:, :, size:])
-        losses = self.losses(free, targets)
+        number = self.mean_targets(targets)  # once: a process without targets has no second loss to meet the others for
+        losses = self.losses(free, targets, number=number)
         if size:
             matches, counted = self._denoising_matches(targets, size, len(out.states))
             taught = Decoded(out.states[:, :, :size], out.boxes[:, :, :size])
-            groups = size // max(targets.counts)
-            for name, value in self.losses(taught, targets, matches=matches, counted=counted, share=groups).items():
-                losses[f"{name}_dn"] = value
+            number *= size // max(targets.counts)
+            extras = self.losses(taught, targets, matches=matches, counted=counted, number=number)
+            losses |= {f"{name}_dn": value for name, value in extras.items()}
+        elif self.denoising:  # every process logs the same losses
+            losses |= {f"{name}_dn": value * 0 for name, value in losses.items()}
         if self.conditioned:
             for name, value in self._conditioned(memory, targets).items():
                 losses[f"{name}_words"] = value
@@ -363,6 +366,10 @@ class Detr(nn.Module):
             labels[n, : counts[n]] = one.gt_classes.to(self.device)
         return Targets(boxes, labels, counts)
 
+    def mean_targets(self, targets: Targets) -> float:
+        """Targets per process, at least 1; every process must call it alike."""
+        return max(distributed.all_sum([float(sum(targets.counts))])[0] / distributed.world_size(), 1.0)
+
     def losses(
         self,
         out: Decoded,
@@ -371,7 +378,7 @@ class Detr(nn.Module):
         group: Tensor | None = None,
         matches: Matches | None = None,
         counted: Tensor | None = None,
-        share: int = 1,
+        number: float | None = None,
     ) -> dict[str, Tensor]:
         """Matching and losses of all layers at once, each summed over the layers.
 
@@ -381,11 +388,11 @@ class Detr(nn.Module):
             group: (Q,) groups of queries, where targets have groups.
             matches: known matches instead of the assignment.
             counted: (N, Q) bool, queries that the object loss counts; None: all.
-            share: queries per target that the normaliser counts.
+            number: what sums are divided by; None: `mean_targets`, for which all processes must meet.
         """
         w, states = self.loss_weights, out.states
         layers = len(states)
-        number = max(distributed.all_sum([float(sum(targets.counts))])[0] / distributed.world_size(), 1.0) * share
+        number = self.mean_targets(targets) if number is None else number
         logits = self.class_embed(states).float() if self.class_embed is not None else None
         found = self.object_embed(states)[..., 0].float() if self.object_embed is not None else None
         by_word = self.classifier is not None and targets.embeddings is None and group is None

@@ -61,7 +61,7 @@ class Tower(nn.Module):
         if kind == "res5":
             self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm_of(norm), block=RegionBlock))
             channels = stage_channels(depth=depth, index=5)
-            self.box_features = channels * (resolution // 2) ** 2
+            self.box_features = channels * (-(-resolution // 2)) ** 2  # a stride of 2 rounds up
             embed_features = channels
         else:
             shape = ShapeSpec(channels=in_channels, height=resolution, width=resolution)
@@ -192,10 +192,15 @@ class OpenVocabularyHeads(SeededROIHeads):
         return self.variant in ("image", "vild", "ensemble")
 
     def prepare(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The backbone's features and, where there is one, the detail map; once per batch."""
-        if self.detail is None:
-            return features
-        return {**features, "detail": self.detail(features["res3"], features["res4"])}
+        """The backbone's features and, where there is one, the detail map; once per batch.
+
+        In float32 also under autocast: Detectron2's RoIAlign rounds boxes to the type of the map it reads, and half a
+        pixel of bfloat16 is more than its bilinear reading is exact to.
+        """
+        maps = features
+        if self.detail is not None:
+            maps = {**features, "detail": self.detail(features["res3"], features["res4"])}
+        return {name: values.float() for name, values in maps.items()}
 
     def embed(
         self, features: dict[str, Tensor], boxes: list[Boxes]

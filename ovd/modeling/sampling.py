@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.proposal_generator.rpn import RPN
 from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.structures import Boxes, Instances
@@ -51,6 +52,30 @@ class SeededRPN(RPN):
             labels += label
             boxes += box
         return labels, boxes
+
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """As Detectron2's, but boxes that are not finite are dropped in training too, where Detectron2 raises.
+
+        The losses of such a batch are not finite either, and the training loop knows what to do with that.
+        """
+        with torch.no_grad():
+            boxes = self._decode_proposals(anchors, pred_anchor_deltas)
+            return find_top_rpn_proposals(
+                boxes,
+                pred_objectness_logits,
+                image_sizes,
+                self.nms_thresh,
+                self.pre_nms_topk[self.training],
+                self.post_nms_topk[self.training],
+                self.min_box_size,
+                False,
+            )
 
 
 class SeededROIHeads(ROIHeads):

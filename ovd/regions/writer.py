@@ -168,11 +168,7 @@ def write_regions(
                     # Our lease went stale, and the process that took it over swept our temporary file away.
                     say(f"shard {shard} was taken over by another process")
                     continue
-                if bad > max(1, int(BAD_IMAGE_SHARE * len(source.ids))):
-                    raise UserError(
-                        f"{path}: {bad} of {len(source.ids)} pictures cannot be read, more than "
-                        f"{BAD_IMAGE_SHARE:.0%}; they are listed in the shard-*.json files"
-                    )
+                _refuse_many_bad(path, bad, len(source.ids))
                 written += 1
                 progress = True
                 done.add(shard)
@@ -185,8 +181,18 @@ def write_regions(
             time.sleep(min(1.0, lease_seconds / 4))
     complete = len(done) == shards
     if complete:
+        _refuse_many_bad(path, bad, len(source.ids))
         _finish(path)
     return WriteReport(written=written, kept=kept, bad_images=bad, complete=complete)
+
+
+def _refuse_many_bad(path: Path, bad: int, pictures: int) -> None:
+    """Stop when more pictures than a few are unreadable, also where an earlier run met them."""
+    if bad > max(1, int(BAD_IMAGE_SHARE * pictures)):
+        raise UserError(
+            f"{path}: {bad} of {pictures} pictures cannot be read, more than {BAD_IMAGE_SHARE:.0%}; they are listed in "
+            "the shard-*.json files"
+        )
 
 
 def plan_line(

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pretrain.engine.errors import BadImageError, UserError
 
@@ -18,6 +18,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 25_000_000  # checked on the header, before anything is decoded
 U8 = NDArray[np.uint8]
+TURNS = {  # EXIF orientation -> how a picture is stood upright (Exif 2.3, tag 274)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(
@@ -55,8 +64,7 @@ def read_image(
                 if max_side is not None and image.format == "JPEG":
                     image.draft("RGB", (max_side, max_side))
                 image.load()
-                upright = ImageOps.exif_transpose(image)
-                converted = _convert(upright, alpha)
+                converted = _convert(upright(image), alpha)
     except BadImageError:
         raise
     except FileNotFoundError as error:
@@ -70,6 +78,18 @@ def read_image(
         side = (max(1, round(converted.width * factor)), max(1, round(converted.height * factor)))
         converted = converted.resize(side, Image.Resampling.BOX)
     return np.array(converted)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says it is to be seen.
+
+    Pillow's own `exif_transpose` also writes the EXIF block anew, and fails when any other tag in it is odd.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's parser raises many kinds for a damaged block; the picture itself is fine
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _convert(image: Image.Image, alpha: bool) -> Image.Image:

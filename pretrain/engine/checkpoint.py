@@ -318,6 +318,15 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**tensors, **state.pop("extra")}, state
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over shapes and bytes, in the order of the names; a prefix of all names changes nothing."""
+    total = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
 def load_model(model: nn.Module, state: dict[str, Any], *, untracked: tuple[str, ...], where: Path) -> None:
     """Load a state dictionary that may lack the prefixes in ``untracked``, and nothing else.
 

@@ -117,7 +117,10 @@ class OptimConfig(Section):
     name: Literal["adamw", "sgd", "lars"] = Field(default="adamw", description="Optimiser.")
     lr: float = Field(default=1e-3, gt=0, le=1000, description="Peak learning rate, reached after the warm-up.")
     weight_decay: float = Field(
-        default=0.0, ge=0, le=10, description="Weight decay; biases and norm parameters (at most 1-D) get none."
+        default=0.0,
+        ge=0,
+        le=10,
+        description="Weight decay; biases and norm parameters (at most 1-D) get none, but in MoCo, SimSiam and SwAV.",
     )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd and lars.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(

@@ -90,6 +90,12 @@ def pick_device(name: str) -> torch.device:
             raise UserError(f"device: {name!r} was asked for, but torch finds no CUDA device; use device=cpu or auto")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"device: {device} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device: {name!r} was asked for, but torch finds no Metal device; use device=cpu or auto")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f"device: {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
     return device
 
 

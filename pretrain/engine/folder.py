@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,20 @@ def find_start(
             f"(they are in {out / 'config.yaml'}), or train into another folder"
         )
     return found
+
+
+def refuse_other_inputs(found: checkpoint.Checkpoint, inputs: Mapping[str, int | str]) -> None:
+    """A run goes on only with the samples and the frozen weights it began with.
+
+    Raises:
+        UserError: what is another one, by name. Checkpoints of older versions, which do not say, are taken.
+    """
+    for what, began in found.meta.get("inputs", {}).items():
+        if inputs.get(what) != began:
+            raise UserError(
+                f"{found.folder}: cannot resume, the {what} are others now ({inputs.get(what)}) than when it began "
+                f"({began}); put the old ones back, or train into another folder"
+            )
 
 
 class FolderLock:

@@ -172,6 +172,11 @@ class _Run:
         self.task = task.to(self.device).train()
         self.model: nn.Module = self.task
         self.untracked: tuple[str, ...] = tuple(getattr(task, "untracked", ()))
+        # What a run is made from beside its configuration; a resumed one must find the same again.
+        self.inputs: dict[str, int | str] = {"samples": len(source)}
+        rebuilt = {name: value for name, value in task.state_dict().items() if name.startswith(self.untracked)}
+        if self.untracked and rebuilt:
+            self.inputs["frozen weights"] = checkpoint.digest(rebuilt)
         self.after_step: Any = getattr(task, "after_step", None)
         self.after_backward: Any = getattr(task, "after_backward", None)
         self.task_report: Any = getattr(task, "report", None)
@@ -192,6 +197,7 @@ class _Run:
         distributed.seed_everything(derive_seed(self.loop.seed, self.rank))
         own: dict[str, Any] | None = None
         if found is not None:
+            folder.refuse_other_inputs(found, self.inputs)
             model, state = checkpoint.load_state(found)
             checkpoint.load_model(self.task, model, untracked=self.untracked, where=found.folder)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -410,7 +416,12 @@ class _Run:
                     "scaler": self.scaler.state_dict(),
                     "ranks": ranks,
                 },
-                meta={"config": folder.as_json(self.record), "processes": self.world, "torch": torch.__version__},
+                meta={
+                    "config": folder.as_json(self.record),
+                    "inputs": self.inputs,
+                    "processes": self.world,
+                    "torch": torch.__version__,
+                },
                 keep=self.loop.keep,
             )
         distributed.barrier()

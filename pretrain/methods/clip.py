@@ -160,7 +160,8 @@ class Clip(nn.Module):
             batch: "image" (N, 3, h, w) uint8, "caption" list of N texts, "class_id" (N,) int64.
         """
         images, device = batch["image"], self.encoder.logit_scale.device
-        pixels = augment(images.to(device).float() / 255, self.augmentation, self.encoder.image_size)
+        with torch.autocast(device.type, enabled=False):
+            pixels = augment(images.to(device).float() / 255, self.augmentation, self.encoder.image_size)
         pixels = self.encoder.normalise(pixels)
         if torch.is_autocast_enabled(device.type):  # on a CPU with bf16 units a fifth faster; in fp32 it is slower
             pixels = pixels.contiguous(memory_format=torch.channels_last)

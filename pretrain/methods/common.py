@@ -20,4 +20,5 @@ def augmented(batch: Mapping[str, Any], augment: Sequence[Callable[[Tensor], Ten
     views = batch["views"]
     if len(views) != len(augment):
         raise ValueError(f"the batch has {len(views)} views, the method {len(augment)} augmentations")
-    return [function(view) for function, view in zip(augment, views, strict=True)]
+    with torch.autocast(views[0].device.type, enabled=False):  # pixels stay exact; only the networks are autocast
+        return [function(view) for function, view in zip(augment, views, strict=True)]

@@ -27,6 +27,7 @@ from pretrain.nets.resnet import ResNet
 from pretrain.nets.standardised import without_batch_norm
 
 FORMAT = "backbone/1"
+UNPLAIN = ("inception_v3", "googlenet", "maxvit_t")  # answer twice in training, or pool inside the classifier
 
 
 class Pooled(nn.Module):
@@ -62,6 +63,8 @@ def _torchvision(name: str) -> nn.Module:
 
     if name not in list_models():
         raise UserError(f"method.backbone.name: torchvision has no model {name!r}{_near(name, list_models())}")
+    if name in UNPLAIN:
+        raise UserError(f"method.backbone.name: torchvision's {name!r} returns no plain features; take another model")
     network = get_model(name, weights=None)
     for head in ("fc", "classifier", "heads", "head"):  # torchvision's four names for the classifier
         layer = getattr(network, head, None)
@@ -79,7 +82,10 @@ def _timm(name: str) -> nn.Module:
     if not timm.is_model(name):
         raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
     network = timm.create_model(name, pretrained=False, num_classes=0)
-    return Pooled(network, cast(int, network.num_features))
+    width = (
+        getattr(network, "head_hidden_size", None) or network.num_features
+    )  # some have a layer behind their features
+    return Pooled(network, cast(int, width))
 
 
 def _near(name: str, known: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPSILON = 1e-5  # added to the variance of a weight, as batch norm adds it to that of a feature
-GROUPS = 16  # wanted groups of a norm; Richemond et al. use 16
+GROUPS = 16  # wanted groups of a norm: Richemond et al.'s from memory, not compared with the paper (docs/deviations.md)
 
 
 def standardised(weight: Tensor) -> Tensor:
@@ -52,7 +52,8 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
             norm = group_norm(child.num_features)
             if child.affine:  # keeps a zero-initialised gain
                 norm.load_state_dict({"weight": child.weight, "bias": child.bias})
-            setattr(module, name, norm)
+            inside = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]  # timm's BatchNormAct2d
+            setattr(module, name, nn.Sequential(norm, *inside) if inside else norm)
         elif type(child) is nn.Conv2d:
             child.__class__ = StandardisedConv2d  # same parameters, same names
         else:

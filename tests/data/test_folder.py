@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import struct
+import struct
 import zlib
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -211,3 +212,11 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     for folder, message in ((tmp_path, "holds no picture"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(UserError, match=message):
             FolderSource(folder)
+
+
+def test_an_odd_exif_tag_does_not_lose_the_picture() -> None:
+    width_as_text = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")  # Pillow reads such a block and cannot write it again
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + width_as_text + turned + struct.pack("<I", 0)
+    data = encode(Image.fromarray(np.ascontiguousarray(STORED[6])), "JPEG", quality=100, exif=exif)
+    assert read_image(data).shape == UPRIGHT.shape

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovd.predict import collect, draw_detections, main, parser, predict, text_coverage
+from ovd.predict import collect, draw_detections, drawn_names, main, parser, predict, text_coverage
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
@@ -174,3 +174,9 @@ def test_words_are_given_in_one_way() -> None:
     assert caught.value.code == 2
     with pytest.raises(UserError, match="nothing to look for: give --classes"):
         main(["x", "--out", "o"])
+
+
+def test_pictures_of_one_name_and_two_kinds_are_drawn_to_two_files() -> None:
+    assert drawn_names(["cat.png", "dog.png", "cat.jpg", "sub/cat.jpg"]) == [
+        "cat.png.jpg", "dog.jpg", "cat.jpg.jpg", "sub/cat.jpg"
+    ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ovd.modeling.calibration import absent_class_threshold, fit_platt
-from ovd.modeling.classifier import EmbeddingClassifier, NovelLabelError
+from ovd.modeling.classifier import EmbeddingClassifier, NovelLabelError, cosine_logits
 from ovd.modeling.distill import l1_distillation
 from ovd.modeling.ensemble import geometric_ensemble, text_exponents
 from ovd.modeling.scoring import Calibration, score_regions, vocabulary_probabilities
@@ -207,3 +207,13 @@ def test_grid_convolution__equals_the_library_in_value_and_gradients() -> None:
         torch.autograd.grad(ours, (x, weight), seed), torch.autograd.grad(theirs, (x, weight), seed), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["shared rows", "rows of each"])
+def test_cosine_logits__are_float32_under_autocast(each: bool) -> None:
+    regions, rows = torch.randn(5, 8), F.normalize(torch.randn(3, 8), dim=1)
+    given = rows.expand(5, 3, 8) if each else rows
+    exact = cosine_logits(regions, given, scale=100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        said = cosine_logits(regions, given, scale=100.0)
+    assert said.dtype == torch.float32 and torch.equal(said, exact)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.layers import ROIAlign
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
@@ -363,3 +364,52 @@ def test_source__sample_is_a_function_of_index_and_draw() -> None:
     a, b, c = source.sample(0, 5), source.sample(0, 5), source.sample(0, 6)
     torch.testing.assert_close(a["image"], b["image"])
     assert a["image"].shape != c["image"].shape
+
+
+@pytest.mark.parametrize("kind", [C4, DETAIL, FPN], ids=["c4", "detail", "fpn"])
+def test_autocast__regions_are_read_at_exact_boxes_and_losses_are_float32(
+    kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("vild", kind).train()
+    seen: list[torch.dtype] = []
+    real = ROIAlign.forward
+
+    def spy(self: ROIAlign, maps: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+        seen.append(maps.dtype)  # Detectron2 rounds the boxes to this
+        return real(self, maps, rois)
+
+    monkeypatch.setattr(ROIAlign, "forward", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(batch(label=1))
+    assert seen and set(seen) == {torch.float32}
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+
+
+def test_training__a_batch_that_is_not_finite_has_such_a_loss_and_raises_nothing() -> None:
+    data = batch(label=1)
+    data[0]["image"] = data[0]["image"].float() * float("nan")
+    losses = make("vild").train()(data)
+    assert not bool(torch.isfinite(sum(losses.values())))
+
+
+def test_tower__an_odd_resolution_is_halved_upwards() -> None:
+    model = make("vild", {**C4, "head": {**C4.get("head", {}), "resolution": 7}}).train()
+    assert all(torch.isfinite(value) for value in model(batch(label=1)).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": {"mask_norm": "GN", "mask_dims": [48, 48]}}, "needs multiples"),
+        (
+            {
+                "backbone": {"kind": "fpn", "fpn_levels": ["res2", "res4"]},
+                "proposals": {"anchor_sizes": [[8.0], [16.0], [32.0]]},
+            },
+            "must be neighbours",
+        ),
+    ],
+)
+def test_config__what_detectron2_would_fail_at_is_refused_first(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.model_validate({**C4, **change})

@@ -10,7 +10,7 @@ from pretrain.config_ssl import BackboneConfig, ByolMethod
 from pretrain.config_views import ViewConfig
 from pretrain.engine.optim import LARS, default_groups
 from pretrain.methods.byol import BYOL
-from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, folded
+from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, folded, without_batch_norm
 from pretrain.recipes import build_method
 from tests.ssl.small import Views, as_float
 
@@ -65,3 +65,13 @@ def test_folding_gives_plain_convolutions_with_the_same_features_after_training(
     pixels = as_float(views.batch(3)["views"][0])
     torch.testing.assert_close(plain(pixels), made.backbone(pixels), rtol=1e-5, atol=1e-5)
     assert list(plain.state_dict()) == list(made.backbone.state_dict())
+
+
+def test_activations_inside_a_norm_stay() -> None:
+    from timm.layers import BatchNormAct2d
+
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), BatchNormAct2d(16))
+    out = without_batch_norm(network)(torch.randn(2, 3, 8, 8))
+    assert float(out.min()) == 0.0 and not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()
+    )

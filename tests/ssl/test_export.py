@@ -304,3 +304,13 @@ def test_towers_of_our_own_have_no_place_in_open_clip(tmp_path: Path, pictures: 
 
     with pytest.raises(UserError, match="towers of its own"):
         export_open_clip(make(), out=tmp_path / "out", pictures=pictures)
+
+
+@pytest.mark.parametrize("model", ["seresnet18", "resnetaa50"])
+def test_a_network_that_only_looks_like_a_resnet_is_refused(tmp_path: Path, model: str) -> None:
+    config = BackboneConfig(name=f"timm:{model}")
+    save_backbone(
+        tmp_path / "it", build_backbone(config), config=config, method="x", size=64, mean=[0.5] * 3, std=[0.2] * 3
+    )
+    with pytest.raises(UserError, match="no plain ResNet|differs from the source"):
+        read_source(tmp_path / "it")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain import health
-from pretrain.health import Watched
+from pretrain.health import Watched, effective_rank
 from tests.engine.toy import Everything, content, differences, train
 
 
@@ -221,3 +221,8 @@ def untimed(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("data_time", "step_time", "per_second", "eta")
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def test_a_projection_that_is_not_finite_has_no_rank_and_raises_nothing() -> None:
+    assert math.isnan(float(effective_rank(torch.full((4, 3), math.nan))))
+    assert float(effective_rank(torch.eye(3))) == pytest.approx(3.0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.engine.config import OptimConfig
+from pretrain.engine.errors import UserError
 from pretrain.methods.moco import MoCo, SplitBatchNorm2d, split_batch_norm
 from tests.engine.toy import train
 from tests.ssl.small import DIM, WIDTH, Views, as_float, backbone
@@ -186,3 +187,11 @@ def test_decay_is_on_all_trained_parameters_as_in_the_authors_code() -> None:
     names = {name for name, p in task.named_parameters() if any(p is q for q in group["params"])}
     assert names == {name for name, _ in task.named_parameters() if not name.startswith("key_")}
     assert group["weight_decay"] == 1e-4
+
+
+def test_a_batch_norm_that_cannot_be_split_is_refused() -> None:
+    from timm.layers import BatchNormAct2d
+
+    with pytest.raises(UserError, match="BatchNormAct2d cannot be split"):
+        split_batch_norm(nn.Sequential(BatchNormAct2d(4)), 2)
+    split_batch_norm(split_batch_norm(nn.Sequential(nn.BatchNorm2d(4)), 2), 2)

@@ -143,6 +143,19 @@ def test_denoising__padded_places_count_nowhere() -> None:
         torch.testing.assert_close(beside[name], alone[name])
 
 
+def test_denoising__a_process_without_objects_has_the_same_losses_and_meets_the_others_as_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    met: list[int] = []
+    monkeypatch.setattr("ovd.modeling.detr.distributed.all_sum", lambda values: met.append(1) or values)
+    model = make("conditional", denoising=2).train()
+    some, meetings = model([picture(64, 96, TWO, [1, 2])]), len(met)
+    none = model([picture(64, 96, [], [])])
+    assert set(none) == set(some) and any(name.endswith("_dn") for name in none)
+    assert len(met) == 2 * meetings
+    assert all(float(value) == 0.0 for name, value in none.items() if name.endswith("_dn"))
+
+
 def test_frozen_backbone__keeps_weights_and_statistics_and_builds_no_graph() -> None:
     model = make("conditional").train()
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
