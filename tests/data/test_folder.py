@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import struct
-import struct
 import zlib
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path

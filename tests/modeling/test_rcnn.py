@@ -400,7 +400,7 @@ def test_tower__an_odd_resolution_is_halved_upwards() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head": {"mask_norm": "GN", "mask_dims": [48, 48]}}, "needs multiples"),
+        ({"head": {"mask_norm": "GN", "mask_dims": [48, 48]}}, "multiples of 32"),
         (
             {
                 "backbone": {"kind": "fpn", "fpn_levels": ["res2", "res4"]},
