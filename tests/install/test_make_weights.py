@@ -84,7 +84,7 @@ def test_a_training_with_a_checkpoint_is_resumed(
 def test_all_passes_of_clip_are_trained_before_it_is_shipped_and_the_detector_after_it(script: ModuleType) -> None:
     names = [stage.name for stage in script.stages()]
     assert names == [
-        "teacher", "text", "clip-start", "clip-names", "clip", "ship-clip", "proposals", "regions", "vild",
+        "teacher", "text", "clip-start", "clip-names", "clip-hues", "clip", "ship-clip", "proposals", "regions", "vild",
         "calibrate", "measure", "ship-vild",
     ]  # fmt: skip
 

@@ -26,8 +26,16 @@ VIEWS = Views((8, 8))
 NET = {"name": "resnet18", "stem": "small", "zero_init": False}
 CASES: dict[str, dict[str, Any]] = {
     "simclr": {"hidden": 16, "dim": 8},
-    "moco_v1": {"dim": 8, "queue": 20, "bn_splits": 2, "momentum": 0.9},
-    "moco_v2": {"dim": 8, "hidden": 16, "queue": 20, "bn_splits": 2, "momentum": 0.9, "symmetric": True},
+    "moco_v1": {"dim": 8, "queue": 20, "bn_splits": 2, "momentum": 0.9, "temperature": 0.07},
+    "moco_v2": {
+        "dim": 8,
+        "hidden": 16,
+        "queue": 20,
+        "bn_splits": 2,
+        "momentum": 0.9,
+        "temperature": 0.2,
+        "symmetric": True,
+    },
     "byol": {"hidden": 16, "dim": 8},
     "byol_gn": {"hidden": 16, "dim": 8, "backbone": {**NET, "norm": "gn_ws"}},
     "swav": {"hidden": 16, "dim": 8, "prototypes": 5, "freeze_steps": 1, "queue_length": 12},
