@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ovd.detector import Detector
+    from ovd.evaluation.calibration import Reliability
     from ovd.evaluation.typed import Outcome, TypedScene
     from ovd.modeling.scoring import Calibration
     from pretrain.data.stickers import Stickers
@@ -89,8 +90,8 @@ def measure(
     background: Tensor | None,
     calibration: Calibration,
     near: dict[int, frozenset[int]],
-) -> dict[str, float]:
-    """ECE, absent-word rate, precision and recall at the threshold, of a calibration on some scenes."""
+) -> tuple[dict[str, float], Reliability]:
+    """Figures of a calibration on some scenes (ECE, absent words, precision and recall), and its reliability."""
     import numpy as np
 
     from ovd.evaluation.calibration import reliability, score_drift
@@ -111,16 +112,17 @@ def measure(
             scenes, distractors, rows_CD=rows, bank_BD=bank, background_D=background, calibration=calibration
         )
     )
+    curve = reliability(outcome.score, outcome.correct)
     return {
         "scenes": float(len(scenes)),
         "average_precision": average_precision(outcome),
-        "ece": reliability(outcome.score, outcome.correct).ece,
+        "ece": curve.ece,
         "absent_words_quiet": float(np.mean(outcome.best_absent < calibration.threshold)),
         "precision_at_threshold": float(outcome.correct[shown].mean()) if shown.any() else float("nan"),
         "drift_80_words_within_0.05": drift.within,
         "drift_80_words_mean": drift.mean,
         "recall_at_threshold": float(outcome.correct[shown].sum() / max(outcome.labels, 1)),
-    }
+    }, curve
 
 
 def quiet_threshold(outcome: Outcome) -> float:
@@ -184,6 +186,7 @@ def main(argv: list[str]) -> int:
         help="regions of a picture that the image encoder sees as crops too, from now on (default: as in model.json)",
     )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the figures there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw score against share correct")
     args = parser.parse_args(argv)
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
@@ -194,6 +197,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from ovd.detector import Detector
+    from ovd.evaluation.calibration import reliability_svg
     from ovd.evaluation.typed import choose_ranking, run_typed
     from ovd.modeling.calibration import with_fit
     from ovd.modeling.scoring import Calibration
@@ -217,7 +221,7 @@ def main(argv: list[str]) -> int:
     fitted = replace(fitted, threshold=quiet_threshold(outcome))
     if detector.examples is not None:
         fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
-    report = measure(
+    report, curve = measure(
         typed_scenes(detector, stickers, seed=2000, count=args.scenes, size=args.size, base_only=False),
         rows,
         bank,
@@ -232,6 +236,9 @@ def main(argv: list[str]) -> int:
     found = {"second_look": detector.second_look, "calibration": asdict(fitted), "other_scenes": report}
     text = json.dumps(found, indent=1)
     print(text)
+    if args.plot:
+        caption = "typed words, scenes that were not fitted on"
+        write_atomically(args.plot, reliability_svg(curve, title=f"Scores of {folder}", caption=caption).encode())
     if args.report:
         args.report.write_text(text + "\n", encoding="utf-8")
     return 0

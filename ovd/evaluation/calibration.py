@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do scores mean something? Reliability, dependence on the words typed, and false alarms for absent classes.
+"""Do scores mean something? Reliability, and dependence on the words typed.
 
 Pure functions of arrays; `N` detections or pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from ovd.evaluation.coco import Matches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +68,6 @@ def reliability(score: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> Reli
     return Reliability(edges=edges, count=count, confidence=confidence, accuracy=accuracy)
 
 
-def pooled(matches: Mapping[int, Matches], *, minimum: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(N,) scores and (N,) correctness of the detections of all categories; those on crowds are left out.
-
-    Args:
-        matches: from `match_table`.
-        minimum: lowest score taken. The many near-zero detections that AP needs make any ECE over all of them look
-            small, so name the minimum beside the figure; the threshold of the page is a good one.
-    """
-    parts = [(m.score, m.correct, (m.score >= minimum) & ~m.ignored) for m in matches.values()]
-    empty: list[Any] = [np.zeros(0)]
-    score = np.concatenate([s[keep] for s, _, keep in parts] or empty)
-    return score, np.concatenate([c[keep] for _, c, keep in parts] or empty).astype(bool)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Drift:
     """How scores of correct detections moved when unrelated words were added.
@@ -123,37 +105,6 @@ def score_drift(before: ArrayLike, after: ArrayLike, *, limit: float = 0.05) -> 
     # A change of exactly the limit is within it; float noise must not decide.
     within = float(np.mean(moved <= limit + 1e-9))
     return Drift(count=moved.size, mean=float(moved.mean()), largest=float(moved.max()), within=within, limit=limit)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """A share of cases with its 95 % interval (Wilson 1927)."""
-
-    count: int
-    share: float
-    low: float
-    high: float
-
-
-def share_of(hits: int, count: int) -> Rate:
-    """`hits` of `count` as a rate; NaN for no cases."""
-    if count == 0:
-        return Rate(count=0, share=float("nan"), low=float("nan"), high=float("nan"))
-    z, p = 1.959963984540054, hits / count  # 97.5 % quantile of the normal distribution
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return Rate(count=count, share=p, low=max(0.0, float(centre - half)), high=min(1.0, float(centre + half)))
-
-
-def silent_rate(best: ArrayLike, threshold: float) -> Rate:
-    """In how many pictures a class that is absent stays silent.
-
-    Args:
-        best: (N,) highest score of an absent class in each picture; NaN or −inf where it has no detection at all.
-        threshold: scores from here on are shown.
-    """
-    best_N = np.nan_to_num(np.asarray(best, dtype=np.float64), nan=-np.inf)
-    return share_of(int(np.sum(best_N < threshold)), best_N.size)
 
 
 def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: str = "") -> str:
@@ -194,18 +145,3 @@ def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: 
     for n, line in enumerate([figures, caption] if caption else [figures]):
         parts.append(f'<text x="{left}" y="{top + side + 58 + 16 * n}" fill="{dark}">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def summary(curve: Reliability, drift: Drift | None = None, absent: Rate | None = None) -> dict[str, float]:
-    """Flat figures for `metrics.json`: `calibration/ece`, `…/mce`, `…/drift_*`, `…/silent_*`."""
-    values: dict[str, float] = {"calibration/ece": curve.ece, "calibration/mce": curve.mce}
-    if drift is not None:
-        values |= {f"calibration/drift_{k}": getattr(drift, k) for k in ("mean", "largest", "within")}
-    if absent is not None:
-        values |= {f"calibration/silent_{k}": getattr(absent, k) for k in ("share", "low", "high")}
-    return values
-
-
-def separated(matches: Mapping[int, Matches], categories: Sequence[int]) -> dict[int, Matches]:
-    """The matches of some categories only, such as a split's novel ones."""
-    return {i: matches[i] for i in categories}

@@ -88,20 +88,6 @@ def write(
     return json_path, csv_path
 
 
-def markdown_row(name: str, metrics: Metrics, *, kind: str = "bbox", cells: Sequence[str] = ()) -> str:
-    """A row of `docs/results.md`: name, AP50 novel/base/all, AP novel, AR100 at IoU .5 novel/base, then `cells`."""
-    keys = [
-        ("AP50", "novel"),
-        ("AP50", "base"),
-        ("AP50", "all"),
-        ("AP", "novel"),
-        ("AR100@50", "novel"),
-        ("AR100@50", "base"),
-    ]
-    numbers = [percent(value(metrics, kind, column, group)) for column, group in keys]
-    return "| " + " | ".join([name, *numbers, *cells]) + " |"
-
-
 def difference_line(d: Difference) -> str:
     """`31.2 -> 34.0: +2.8 [+1.1, +4.6]`, in percent; says so when the interval holds zero."""
     if math.isnan(d.difference):

@@ -88,31 +88,10 @@ def large_enough(boxes: torch.Tensor, *, min_side: float = MIN_SIDE) -> torch.Te
     return ((boxes[:, 2:] - boxes[:, :2]) >= min_side).all(dim=1)
 
 
-def flip_boxes(boxes: torch.Tensor, width: float) -> torch.Tensor:
-    """Mirror ``(P, 4)`` boxes with a picture of ``width`` pixels that is flipped left to right."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
-
-
 def resize_boxes(boxes: torch.Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> torch.Tensor:
     """Scale ``(P, 4)`` boxes with a picture resized from ``old_hw`` to ``new_hw`` (height, width)."""
     sy, sx = new_hw[0] / old_hw[0], new_hw[1] / old_hw[1]
     return boxes * boxes.new_tensor([sx, sy, sx, sy])
-
-
-def crop_boxes(
-    boxes: torch.Tensor, window: tuple[float, float, float, float], *, min_side: float = MIN_SIDE
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move ``(P, 4)`` boxes with a picture cropped to ``window`` (xyxy).
-
-    Returns:
-        The clipped boxes ``(P, 4)`` in the crop's pixels and a bool mask ``(P,)`` of those that still show something. A
-        box that is partly cut keeps the embedding of the whole box, as in ViLD; one that is gone must leave the loss.
-    """
-    x1, y1, x2, y2 = window
-    moved = boxes - boxes.new_tensor([x1, y1, x1, y1])
-    moved = torch.minimum(moved.clamp(min=0), boxes.new_tensor([x2 - x1, y2 - y1, x2 - x1, y2 - y1]))
-    return moved, large_enough(moved, min_side=min_side)
 
 
 def _array(value: object) -> NDArray[np.float32]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reliability, drift and false alarms."""
+"""Reliability and drift."""
 
 from __future__ import annotations
 
@@ -9,18 +9,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from ovd.evaluation.calibration import (
-    pooled,
-    reliability,
-    reliability_svg,
-    score_drift,
-    separated,
-    share_of,
-    silent_rate,
-    summary,
-)
-from ovd.evaluation.coco import match_table
-from tests.evaluation.cases import random_case
+from ovd.evaluation.calibration import reliability, reliability_svg, score_drift
 
 
 def test_error_of_hand_made_bins() -> None:
@@ -79,36 +68,6 @@ def test_drift_counts_what_moved_and_a_lost_detection_as_score_zero() -> None:
         score_drift([0.5], [0.5, 0.5])
 
 
-def test_silent_rate_counts_pictures_below_the_threshold() -> None:
-    rate = silent_rate([0.1, 0.3, 0.5, math.nan, -math.inf], 0.3)  # a score at the threshold is shown
-    assert (rate.count, rate.share) == (5, 0.6)
-    assert rate.low < 0.6 < rate.high
-
-
-@pytest.mark.parametrize(
-    "hits, count, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (95, 100, 0.8882, 0.9785)]
-)
-def test_interval_equals_tabulated_wilson_values(hits: int, count: int, low: float, high: float) -> None:
-    rate = share_of(hits, count)
-    assert (rate.low, rate.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
-
-
-def test_no_cases_have_no_rate() -> None:
-    assert math.isnan(share_of(0, 0).share)
-
-
-def test_pooled_matches_leave_out_crowds_and_low_scores() -> None:
-    gt, results = random_case(6, images=12)
-    table = match_table(gt, results)
-    score, correct = pooled(table)
-    ignored = sum(int(m.ignored.sum()) for m in table.values())
-    assert ignored > 0
-    assert len(score) == len(correct) == len(results) - ignored
-    assert pooled(table, minimum=0.5)[0].min() >= 0.5
-    one = next(iter(table))
-    assert len(pooled(separated(table, [one]))[0]) == int((~table[one].ignored).sum())
-
-
 def test_diagram_is_well_formed_and_escapes_its_title() -> None:
     rng = np.random.default_rng(0)
     score = rng.random(100)
@@ -117,11 +76,3 @@ def test_diagram_is_well_formed_and_escapes_its_title() -> None:
     bars = list(root.iter("{http://www.w3.org/2000/svg}rect"))
     assert len(bars) == 1 + 15
     assert "<script" not in svg
-
-
-def test_summary_has_flat_stable_keys() -> None:
-    values = summary(reliability([0.5], [1]), score_drift([0.5], [0.5]), silent_rate([0.1], 0.5))
-    assert set(values) == {
-        "calibration/ece", "calibration/mce", "calibration/drift_mean", "calibration/drift_largest",
-        "calibration/drift_within", "calibration/silent_share", "calibration/silent_low", "calibration/silent_high",
-    }  # fmt: skip
