@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ovd.calibrate``: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from ovd import calibrate
+from ovd.weights import detector_folder
+from pretrain.engine.errors import UserError
+
+
+def test_a_calibration_is_written_into_the_card_with_figures_and_a_diagram(tmp_path: Path) -> None:
+    folder, report, plot = tmp_path / "detector", tmp_path / "report.json", tmp_path / "curve.svg"
+    shutil.copytree(detector_folder("default"), folder)
+    before = json.loads((folder / "model.json").read_text())
+    arguments = ["--weights", str(folder), "--second-look", "0", "--scenes", "10", "--size", "128"]
+    assert calibrate.main([*arguments, "--report", str(report), "--plot", str(plot)]) == 0
+    after, said = json.loads((folder / "model.json").read_text()), json.loads(report.read_text())
+    assert after["calibration"] == said["calibration"] != before["calibration"]
+    assert after["second_look"] == said["second_look"] == 0
+    changed = {key for key in after if after[key] != before.get(key)}
+    assert changed <= {"calibration", "second_look"}
+    figures = said["other_scenes"]
+    assert figures["scenes"] == 10 and 0 <= figures["ece"] <= 1 and 0 < figures["average_precision"] < 1
+    assert 0 < said["calibration"]["threshold"] < 1
+    assert ET.parse(plot).getroot().tag.endswith("svg")
+
+
+def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model\.json there"):
+        calibrate.main(["--weights", str(tmp_path)])
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="at least 10 are needed"):
+        calibrate.main(["--weights", str(tmp_path), "--scenes", "3"])
