@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "ovd" / "demo" / "examples"
-SIZE = {"width": 1280, "height": 900}
+SCHEMES: tuple[tuple[str, Literal["light", "dark"]], ...] = (("page.png", "light"), ("page-dark.png", "dark"))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -29,8 +30,8 @@ def photograph(url: str, out: Path, number: int) -> None:
         sys.exit("error: no Chromium on this machine (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for name, scheme in (("page.png", "light"), ("page-dark.png", "dark")):
-            page = browser.new_page(viewport=SIZE, color_scheme=scheme)
+        for name, scheme in SCHEMES:
+            page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
             page.goto(url)
             page.locator("#ovd-image input[type=file]").set_input_files(str(EXAMPLES / example["picture"]))
             page.locator("#ovd-image img").first.wait_for()
