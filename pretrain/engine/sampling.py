@@ -207,6 +207,11 @@ def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: boo
     iterator = iter(loader)
     try:
         yield from iterator
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        # A worker that dies while a batch is being handed over closes its socket; torch notices only a moment later.
+        if not workers or str(error).startswith("Caught"):  # of the source itself
+            raise
+        raise RuntimeError(f"a DataLoader worker died while it handed a batch over ({error!r})") from error
     finally:
         # An error must not leave workers behind: they wait for a second SIGTERM, and the interpreter waits for them.
         if workers:

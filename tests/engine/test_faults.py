@@ -258,6 +258,18 @@ def test_a_killed_loader_process_is_explained(tmp_path: Path) -> None:
         train(Everything(), tmp_path / "run", source, workers=1)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "socket")])
+def test_a_loader_that_dies_while_it_hands_a_batch_over_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def die(self: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", die)
+    with pytest.raises(UserError, match="a data loading process died or hung"):
+        train(Everything(), tmp_path / "run", Numbers(), workers=1)
+
+
 def test_a_defect_in_a_source_keeps_its_traceback(tmp_path: Path) -> None:
     source = Numbers()
 
