@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -356,8 +357,13 @@ def _write_slowly(root: Path, pause: float) -> None:
 def test_kill_9_leaves_a_store_that_resumes_bit_for_bit(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     process = start_writer(root, 0.1)
+    assert process.pid
     deadline = time.monotonic() + 60
-    while not (root / "shard-00001.json").exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:  # stopped while one looks: between two shards it holds no lease for a moment
+        os.kill(process.pid, signal.SIGSTOP)
+        if (root / "shard-00001.json").exists() and list(root.glob("*.lease")):
+            break
+        os.kill(process.pid, signal.SIGCONT)
         time.sleep(0.01)
     process.kill()
     process.join()
