@@ -243,12 +243,16 @@ def check_disk(folder: Path | None = None, free: int | None = None) -> Finding:
     return Finding("ok", "disk", detail)
 
 
+def find_chromium(which: Callable[[str], str | None] = shutil.which) -> str | None:
+    """The path of a Chromium on this machine."""
+    return next(filter(None, map(which, CHROMIUM)), None)
+
+
 def check_chromium(which: Callable[[str], str | None] = shutil.which) -> Finding:
     """A browser for the tests marked ``browser``; nothing else needs one."""
-    for name in CHROMIUM:
-        path = which(name)
-        if path:
-            return Finding("ok", "Chromium", f"{path} (for the browser tests)")
+    path = find_chromium(which)
+    if path:
+        return Finding("ok", "Chromium", f"{path} (for the browser tests)")
     remedy = "only the browser tests need it; on Debian: apt-get install chromium"
     return Finding("note", "Chromium", "not found", remedy)
 

@@ -213,11 +213,9 @@ def predict(
 
 def drawn_names(names: Sequence[str]) -> list[str]:
     """Names of the drawn pictures: ``cat.png`` gives ``cat.jpg``, and ``cat.png.jpg`` where there is another cat."""
-    stems = Counter(str(Path(name).with_suffix("")) for name in names)
-    return [
-        f"{Path(name).with_suffix('')}.jpg" if stems[str(Path(name).with_suffix(""))] == 1 else f"{name}.jpg"
-        for name in names
-    ]
+    stems = [str(Path(name).with_suffix("")) for name in names]
+    count = Counter(stems)
+    return [f"{stem if count[stem] == 1 else name}.jpg" for name, stem in zip(names, stems, strict=True)]
 
 
 def _claim(out: Path, job: dict[str, Any], overwrite: bool) -> Path:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
+
+from ovd.doctor import find_chromium
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "ovd" / "demo" / "examples"
@@ -25,7 +26,7 @@ def photograph(url: str, out: Path, number: int) -> None:
     from playwright.sync_api import sync_playwright
 
     example = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))[number]
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = find_chromium()
     if chromium is None:
         sys.exit("error: no Chromium on this machine (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:

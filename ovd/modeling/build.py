@@ -211,6 +211,11 @@ class DetectorCard:
     templates: str = "sticker"  # cards that do not say are older than the choice
     second_look: int = 0
 
+    @property
+    def is_transformer(self) -> bool:
+        """Whether `model` describes a detection transformer, not a Mask R-CNN."""
+        return "arch" in self.model
+
 
 def save_detector(
     folder: Path, model: OpenVocabularyRCNN, card: DetectorCard, *, bank: Tensor, half: bool = True
@@ -253,7 +258,7 @@ def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
         UserError: missing file or tensors that do not fit the card.
     """
     card = read_card(folder)
-    if "arch" in card.model:
+    if card.is_transformer:
         raise UserError(f"{folder}: a detection transformer, where a Mask R-CNN is needed (mask_rcnn.yaml, vild.yaml)")
     state, bank = exported_tensors(folder)
     config = ModelConfig.model_validate(card.model)

@@ -202,7 +202,7 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
         return read_official(path), True
     folder = path / "exported" if (path / "exported" / "model.json").is_file() else path
     card = read_card(folder)
-    if "arch" not in card.model:
+    if not card.is_transformer:
         raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
     return exported_tensors(folder)[0], not card.model["backbone"]["frozen"]
 

@@ -21,7 +21,7 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu") ->
         UserError: see :func:`ovd.modeling.build.load_model`.
     """
     folder = Path(folder)
-    if "arch" in read_card(folder).model:  # a transformer
+    if read_card(folder).is_transformer:
         return load_detr_regions(folder, top=top, device=device)
     model, card, bank = load_model(folder)
     return RegionModel(model=model.to(device), card=card, bank=bank, top=top)

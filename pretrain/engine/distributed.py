@@ -88,9 +88,9 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"device: {name!r} was asked for, but torch finds no CUDA device; use device=cpu or auto")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index is not None and device.index >= torch.cuda.device_count():
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        device = torch.device("cuda", index)
+        if index >= torch.cuda.device_count():
             raise UserError(f"device: {device} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device: {name!r} was asked for, but torch finds no Metal device; use device=cpu or auto")

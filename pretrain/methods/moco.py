@@ -66,14 +66,14 @@ def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
     """Let the batch norms of a network normalise in groups; same parameters, same names. Returns the module."""
     if splits > 1:
         for layer in module.modules():
-            if isinstance(layer, nn.BatchNorm2d) and type(layer) not in (nn.BatchNorm2d, SplitBatchNorm2d):
+            if type(layer) is nn.BatchNorm2d:
+                layer.__class__ = SplitBatchNorm2d
+                layer.splits = splits  # type: ignore[assignment]
+            elif isinstance(layer, nn.BatchNorm2d) and type(layer) is not SplitBatchNorm2d:
                 raise UserError(
                     f"method.bn_splits: the backbone's {type(layer).__name__} cannot be split; take another backbone, "
                     "or bn_splits: 1 (on one process the keys then give themselves away)"
                 )
-            if type(layer) is nn.BatchNorm2d:
-                layer.__class__ = SplitBatchNorm2d
-                layer.splits = splits  # type: ignore[assignment]
     return module
 
 

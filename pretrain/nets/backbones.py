@@ -82,9 +82,8 @@ def _timm(name: str) -> nn.Module:
     if not timm.is_model(name):
         raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
     network = timm.create_model(name, pretrained=False, num_classes=0)
-    width = (
-        getattr(network, "head_hidden_size", None) or network.num_features
-    )  # some have a layer behind their features
+    # `num_features` is what comes before a layer that some networks have behind their features.
+    width = getattr(network, "head_hidden_size", None) or network.num_features
     return Pooled(network, cast(int, width))
 
 

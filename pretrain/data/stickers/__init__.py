@@ -108,8 +108,8 @@ class Stickers:
                 else:
                     unlabelled[style] += (row["hexcode"],)
         styles = {name: tuple(listed) for name, listed in split["styles"].items()}
-        extra = extra_drawings(folder, number) if extra_styles else {}
-        for style, drawn in extra.items():
+        extra = read_json(folder / EXTRA_TABLE, hint=WHERE) if extra_styles else {"styles": {}}
+        for style, drawn in extra_drawings(extra, number, where=folder / EXTRA_TABLE).items():
             drawings[style], unlabelled[style] = drawn, ()
             styles["train"] += (style,)
         groups_file = folder / "near_synonyms.json"
@@ -126,7 +126,7 @@ class Stickers:
             split_hash=split["sha256"],
             drawings=drawings,
             unlabelled=unlabelled,
-            extra_hash=content_hash(read_json(folder / EXTRA_TABLE)) if extra_styles else "",
+            extra_hash=content_hash(extra) if extra_styles else "",
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,18 +158,25 @@ class Stickers:
         return self.sprite(style, dice.choice(self.drawings[style][class_id]))
 
 
-def extra_drawings(folder: Path, number: Mapping[str, int]) -> dict[str, dict[int, tuple[str, ...]]]:
-    """Style → class id → file names of the further training styles; ``number`` gives a noun's class id.
+def extra_drawings(
+    content: Mapping[str, Any], number: Mapping[str, int], *, where: Path
+) -> dict[str, dict[int, tuple[str, ...]]]:
+    """Style → class id → file names of the further training styles.
+
+    Args:
+        content: of the table.
+        number: noun → class id.
+        where: the table's file, for messages.
 
     Raises:
-        UserError: no table, or a noun that is no class.
+        UserError: a noun that is no class.
     """
     drawings: dict[str, dict[int, tuple[str, ...]]] = {}
-    for style, table in read_json(folder / EXTRA_TABLE, hint=WHERE)["styles"].items():
+    for style, table in content["styles"].items():
         drawings[style] = {}
         for name, entry in table.items():
             if entry["noun"] not in number:
-                raise UserError(f"{folder / EXTRA_TABLE}: {style}/{name} is a {entry['noun']!r}, which is no class.")
+                raise UserError(f"{where}: {style}/{name} is a {entry['noun']!r}, which is no class.")
             class_id = number[entry["noun"]]
             drawings[style][class_id] = (*drawings[style].get(class_id, ()), name)
     return drawings
