@@ -81,6 +81,11 @@ class DetrConfig(Section):
         le=200,
         description="classes that queries are conditioned on per step, by word or crop; 0: free queries",
     )
+    region_tower: bool = Field(
+        False,
+        description="embed each free query by what the backbone's res4 shows inside its box, read by a last stage that "
+        "starts as the encoder's, as ViLD's regions are; false: by the query's own state",
+    )
     loss: DetrLossConfig = Field(DetrLossConfig(), description="losses")
 
     @model_validator(mode="after")
@@ -93,6 +98,8 @@ class DetrConfig(Section):
             raise ValueError(f"conditioned {self.conditioned} groups need at least as many queries, not {self.queries}")
         if self.conditioned and (self.variant != "text" or self.embed_space != "clip"):
             raise ValueError("queries conditioned on words need variant text and embed_space clip")
+        if self.region_tower and (self.variant != "text" or "res4" not in self.backbone.features):
+            raise ValueError("region_tower reads res4 for words: it needs variant text and res4 in backbone.features")
         return self
 
 
@@ -175,7 +182,9 @@ class DetrTrainConfig(Section):
     cache_precision: Literal["float16", "float32"] = Field("float16", description="how features are cached")
     loop: LoopConfig = Field(..., description="training loop")
     optim: OptimConfig = Field(..., description="optimiser")
-    pretrained_lr_scale: float = Field(0.1, gt=0, le=10, description="learning-rate factor of an unfrozen backbone")
+    pretrained_lr_scale: float = Field(
+        0.1, gt=0, le=10, description="learning-rate factor of an unfrozen backbone and of region_tower"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> DetrTrainConfig:

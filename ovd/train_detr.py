@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ovd.data.patches import PatchSource
     from ovd.modeling.detr import Detr
     from ovd.modeling.task import DetectionTask
+    from ovd.modeling.tower import Tower
     from pretrain.engine.sampling import Source
     from pretrain.nets.towers import JointEncoder
 
@@ -124,6 +125,8 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
         pixel_std=std,
     )
     load_resnet(model.backbone, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
+    if model.region_tower is not None:
+        print(start_region_tower(config, model.region_tower, encoder, backbone))
     if config.weights is not None:
         state, own_backbone = read_start(Path(config.weights))
         report = start_detr(model, state, source=config.weights, backbone=own_backbone)
@@ -139,6 +142,21 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     if config.weights is None and config.model.arch == "conditional":  # the original starts as its authors had it
         print(start_inputs(config, parts))
     return parts
+
+
+def start_region_tower(
+    config: DetrTrainConfig, tower: Tower, encoder: JointEncoder, backbone: Mapping[str, Tensor]
+) -> str:
+    """Start the region tower as the backbone's last stage and the encoder's projection; returns what was done."""
+    from ovd.modeling.tower import start_body, start_projection
+    from pretrain.nets.towers import ResNetImage
+
+    start_body(tower, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
+    if config.backbone_weights is not None:
+        return "region_tower starts as the backbone's last stage, its projection at random"
+    assert isinstance(encoder.visual, ResNetImage)  # read_backbone refuses others
+    start_projection(tower, encoder.visual.proj.weight)
+    return f"region_tower starts as the last stage and projection of encoder {config.encoder}"
 
 
 def start_inputs(config: DetrTrainConfig, parts: Mapping[str, Any]) -> str:
@@ -395,7 +413,7 @@ def training_parts(config: DetrTrainConfig, model: Detr, images: LabelledImages)
         agnostic=config.model.variant == "agnostic",
     )
     task: DetectionTask = DetectionTask(
-        model=model, pretrained_prefixes=("backbone.",), pretrained_lr_scale=config.pretrained_lr_scale
+        model=model, pretrained_prefixes=("backbone.", "region_tower."), pretrained_lr_scale=config.pretrained_lr_scale
     )
     setattr(task, "find_unused_parameters", True)  # noqa: B010  # conditions and embeddings rest in some configurations
     if config.model.backbone.frozen:

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
 def start_towers(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
     """Load the body of each tower of kind c4 from the last stage of a torchvision-named ResNet; returns their names."""
-    from ovd.modeling.backbone import load_converted, to_detectron2
+    from ovd.modeling.tower import start_body
 
-    last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
     names = [name for name in ("tower", "image_tower") if getattr(model.roi_heads, name) is not None]
     for name in names:
-        load_converted(getattr(model.roi_heads, name).body, last, source=f"{source}, last stage")
+        start_body(getattr(model.roi_heads, name), state, source=source)
     return names
 
 
@@ -48,6 +47,7 @@ def start_from_encoder(
     import torch
 
     from ovd.modeling.backbone import load_resnet, verify_conversion
+    from ovd.modeling.tower import start_projection
     from pretrain.nets.towers import ResNetImage, export_backbone
 
     bb = config.model.backbone
@@ -74,11 +74,9 @@ def start_from_encoder(
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
         for name in start_towers(model, state, source=f"encoder {config.encoder}"):
-            projection = getattr(model.roi_heads, name).projection
-            if projection is not None:
-                with torch.no_grad():
-                    projection.weight.copy_(encoder.visual.proj.weight)
-                    projection.bias.zero_()
+            tower = getattr(model.roi_heads, name)
+            if tower.projection is not None:
+                start_projection(tower, encoder.visual.proj.weight)
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
 

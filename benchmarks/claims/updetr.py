@@ -167,7 +167,7 @@ def judged(task: Any, model: Any, batches: list[list[dict[str, Any]]]) -> list[d
 
 
 def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    """AP50 over classes, and of boxes whatever their class, in network pixels."""
+    """AP50 over classes, and of boxes whatever their class by objectness alone, in network pixels."""
     import torch
 
     from ovd.evaluation.coco import as_one_category, evaluate
@@ -177,6 +177,7 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
     model.eval()
     gt: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
     results: list[dict[str, Any]] = []
+    things: list[dict[str, Any]] = []
     seen = model.classifier.trainable
     gt["categories"] = [{"id": i + 1, "name": str(i)} for i in range(len(seen)) if bool(seen[i])]
     number = 0
@@ -200,13 +201,15 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
                     }
                 )  # fmt: skip
             corners = to_corners(found.boxes[n]).clamp(0, 1) * torch.tensor([width, height, width, height])
-            best = score[n].flatten().topk(BEST)
+            for box, value in zip(corners.tolist(), found.logits[n].sigmoid().tolist(), strict=True):
+                things.append(_result(number, 1, box, value))
+            best = score[n].flatten().topk(min(BEST, score[n].numel()))
             for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 query, label = divmod(place, len(seen))
                 results.append(_result(number, label + 1, corners[query].tolist(), value))
     model.train(training)
     named = evaluate(gt, results, None, ["bbox"]).values["bbox/AP50"]
-    any_class = evaluate(*as_one_category(gt, results), None, ["bbox"]).values["bbox/AP50"]
+    any_class = evaluate(*as_one_category(gt, things), None, ["bbox"]).values["bbox/AP50"]
     return {"ap50": float(named), "ap50_any_class": float(any_class)}
 
 

@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from ovd.config import ModelConfig
 from ovd.modeling.backbone import build_fpn, build_resnet, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN, Tower
+from ovd.modeling.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN
 from ovd.modeling.sampling import SeededRPN
 from ovd.modeling.scoring import Calibration, RegionSet
+from ovd.modeling.tower import Tower
 from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError

@@ -9,6 +9,11 @@ What a query means is told in two parts: *is there something* (one logit, which 
 an embedding that is compared with texts, patches or crops by the classifier that ViLD uses. "Matched?" of UP-DETR is
 the first, its vocabulary of patches the second, so neither is thrown away when words replace the patches.
 
+The embedding is read from the query's state, or, with a region tower, from the backbone's map inside the query's box,
+by the network that reads ViLD's regions. It then starts as the image encoder's own last stage, and what that knows of
+words nobody labelled need not pass through a narrow transformer that learned from labels (CORA, arXiv 2303.13076,
+classifies its anchors like this).
+
 Shapes: ``N`` images, ``S`` tokens, ``Q`` queries, ``d`` width, ``L`` layers, ``T`` targets (padded), ``D`` embedding.
 """
 
@@ -18,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from detectron2.layers import ROIAlign
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +43,7 @@ from ovd.modeling.matcher import (
     to_centres,
     to_corners,
 )
+from ovd.modeling.tower import Tower
 from ovd.modeling.transformer import (
     MLP,
     START,
@@ -50,6 +57,7 @@ from ovd.modeling.transformer import (
 from pretrain.engine import distributed
 
 PRIOR = 0.01  # of an object before training (focal loss, arXiv 1708.02002 §3.3)
+REGION_MAP = "res4"  # what a region tower reads
 
 
 class Memory(NamedTuple):
@@ -60,12 +68,14 @@ class Memory(NamedTuple):
         place: (N, S, d) sine codes.
         padding: (N, S) bool, True for padding; None where there is none.
         sizes: (height, width) of each network input.
+        maps: the backbone's feature maps they were made of.
     """
 
     tokens: Tensor
     place: Tensor
     padding: Tensor | None
     sizes: list[tuple[int, int]]
+    maps: dict[str, Tensor]
 
 
 class Decoded(NamedTuple):
@@ -134,6 +144,8 @@ class Detr(nn.Module):
         unit_conditions: of `ConditionEncoder`: conditions come from the joint space.
         denoising, box_noise, label_noise: groups of denoising queries and their noise.
         conditioned: classes that a second set of queries is conditioned on in training.
+        region_tower: embeds free queries from res4 inside their boxes; None: from their states.
+        region_resolution: side of the map it reads.
         scale: inverse temperature of patch vocabularies.
         loss: weights.
         pixel_mean, pixel_std: RGB in 0…255.
@@ -165,6 +177,8 @@ class Detr(nn.Module):
         box_noise: float,
         label_noise: float,
         conditioned: int,
+        region_tower: Tower | None,
+        region_resolution: int,
         scale: float,
         loss: DetrLossConfig,
         pixel_mean: Sequence[float],
@@ -217,6 +231,11 @@ class Detr(nn.Module):
         self.feature_align = MLP(width, width, embed_dim)
         self.patch2query = ConditionEncoder(embed_dim, width, unit=unit_conditions)
         self.classifier = classifier
+        self.region_tower = region_tower
+        self.region_pooler: ROIAlign | None = None
+        if region_tower is not None:
+            stride = next(s for name, _, s in self.features if name == REGION_MAP)
+            self.region_pooler = ROIAlign(region_resolution, 1.0 / stride, sampling_ratio=2, aligned=True)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -262,7 +281,8 @@ class Detr(nn.Module):
         """Feature maps of a batch (see `memory`), computed or cached, and (height, width) of each network input."""
         if "features" in batch[0]:
             maps = {
-                name: torch.stack([x["features"][name] for x in batch]).to(self.device, torch.float32)
+                # Converted before they are stacked: half floats under the autocast of a CPU are an error of torch.
+                name: torch.stack([x["features"][name].to(self.device, torch.float32) for x in batch])
                 for name, _, _ in self.features
             }
             return maps, [(int(x["size"][0]), int(x["size"][1])) for x in batch]
@@ -281,7 +301,22 @@ class Detr(nn.Module):
         centred = self.arch == "conditional"
         place = sine_code(token_positions(valid, centred=centred), self.width // 2).flatten(1, 2).to(x.dtype)
         padding = None if bool(valid.all()) else ~valid.flatten(1)
-        return Memory(self.transformer["encoder"](x, place=place, padding=padding), place, padding, sizes)
+        return Memory(self.transformer["encoder"](x, place=place, padding=padding), place, padding, sizes, maps)
+
+    def region_embeddings(self, memory: Memory, boxes: Tensor) -> Tensor:
+        """What the backbone's map shows inside (N, K, 4) centre boxes, by the region tower: (N, K, D), unnormalised.
+
+        Boxes get no gradient. In float32 also under autocast, for the reason in `OpenVocabularyHeads.prepare`.
+        """
+        assert self.region_pooler is not None and self.region_tower is not None
+        size = boxes.new_tensor([[w, h, w, h] for h, w in memory.sizes])
+        corners = to_corners(boxes.detach().float()).clamp(0, 1) * size[:, None]
+        owner = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
+        places = torch.cat([owner.to(corners), corners], dim=-1).flatten(0, 1)
+        pooled = self.region_pooler(memory.maps[REGION_MAP].float(), places)
+        z = self.region_tower(pooled)[1]
+        assert z is not None
+        return z.unflatten(0, boxes.shape[:2])
 
     # --- queries to boxes
 
@@ -308,7 +343,7 @@ class Detr(nn.Module):
         query = self.query_embed.weight[order].expand(count, -1, -1)
         if added is not None:
             query = query + added
-        tokens, place, padding, _ = memory
+        tokens, place, padding, _, _ = memory
         decoder = self.transformer["decoder"]
         if self.arch == "detr":
             states = decoder(tokens, query_place=query, place=place, mask=mask, padding=padding)
@@ -343,11 +378,13 @@ class Detr(nn.Module):
         if size:
             matches, counted = self._denoising_matches(targets, size, len(out.states))
             taught = Decoded(out.states[:, :, :size], out.boxes[:, :, :size])
-            number *= size // max(targets.counts)
-            extras = self.losses(taught, targets, matches=matches, counted=counted, number=number)
+            copies = size // max(targets.counts)
+            extras = self.losses(taught, targets, matches=matches, counted=counted, number=number * copies)
             losses |= {f"{name}_dn": value for name, value in extras.items()}
         elif self.denoising:  # every process logs the same losses
             losses |= {f"{name}_dn": value * 0 for name, value in losses.items()}
+        if self.region_tower is not None:
+            losses["loss_text"] = self._region_loss(memory, targets, number)
         if self.conditioned:
             for name, value in self._conditioned(memory, targets).items():
                 losses[f"{name}_words"] = value
@@ -396,6 +433,7 @@ class Detr(nn.Module):
         logits = self.class_embed(states).float() if self.class_embed is not None else None
         found = self.object_embed(states)[..., 0].float() if self.object_embed is not None else None
         by_word = self.classifier is not None and targets.embeddings is None and group is None
+        by_word = by_word and self.region_tower is None  # which has a loss of its own
         if matches is None:
             cost = box_cost(out.boxes, targets.boxes, l1=w.l1, giou=w.giou)
             if found is not None:
@@ -451,11 +489,7 @@ class Detr(nn.Module):
         if not self.denoising or not most:
             return None, torch.zeros(0, dtype=torch.int64, device=self.device)
         boxes = targets.boxes[:, :most].repeat(1, self.denoising, 1)
-        half = boxes[..., 2:] / 2
-        noise = (torch.rand_like(boxes) * 2 - 1) * self.box_noise
-        centre = boxes[..., :2] + noise[..., :2] * half
-        sides = boxes[..., 2:] * (1 + noise[..., 2:])
-        noised = torch.cat([centre, sides], dim=-1).clamp(1e-3, 1 - 1e-3)
+        noised = self._noised(boxes)
         content = torch.zeros(*boxes.shape[:2], self.width, device=self.device)
         if self.classifier is not None and self.classifier.rows.shape[1] == self.embed_dim:
             labels = targets.labels[:, :most].repeat(1, self.denoising)
@@ -465,6 +499,25 @@ class Detr(nn.Module):
             content = self.patch2query(self.classifier.rows[labels])
         blocks = torch.arange(self.denoising, device=self.device).repeat_interleave(most)
         return Extra(content, torch.logit(noised)), blocks
+
+    def _noised(self, boxes: Tensor) -> Tensor:
+        """Centre boxes moved by up to ``box_noise`` half sides, their sides changed by up to that share."""
+        half = boxes[..., 2:] / 2
+        noise = (torch.rand_like(boxes) * 2 - 1) * self.box_noise
+        centre = boxes[..., :2] + noise[..., :2] * half
+        sides = boxes[..., 2:] * (1 + noise[..., 2:])
+        return torch.cat([centre, sides], dim=-1).clamp(1e-3, 1 - 1e-3)
+
+    def _region_loss(self, memory: Memory, targets: Targets, number: float) -> Tensor:
+        """Words of the labelled boxes and of a noised copy of each, as found boxes will be; per target."""
+        assert self.classifier is not None
+        boxes = torch.cat([targets.boxes, self._noised(targets.boxes)], dim=1)
+        count = torch.tensor(targets.counts, device=self.device)[:, None]
+        real = (torch.arange(targets.boxes.shape[1], device=self.device)[None] < count).repeat(1, 2)
+        z = self.region_embeddings(memory, boxes)
+        labels = targets.labels.repeat(1, 2)[real]
+        mean = self.classifier.loss(self.classifier(z[real]), labels)
+        return self.loss_weights.classes * mean * len(labels) / (2 * number)
 
     def _denoising_matches(self, targets: Targets, size: int, layers: int) -> tuple[Matches, Tensor]:
         most = max(targets.counts)
@@ -519,7 +572,9 @@ class Detr(nn.Module):
             assert self.class_embed is not None
             classes = self.class_embed(state).float()
             logits = classes[..., :-1].logsumexp(-1) - classes[..., -1]
-        z = F.normalize(self.feature_align(state).float(), dim=-1)
+        own = self.region_tower is None or conditions_NMD is not None
+        z = self.feature_align(state) if own else self.region_embeddings(memory, out.boxes[-1])
+        z = F.normalize(z.float(), dim=-1)
         return Found(out.boxes[-1], logits, z, classes, memory.sizes)
 
     @torch.no_grad()

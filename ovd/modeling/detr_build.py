@@ -20,6 +20,7 @@ from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr import Detr
 from ovd.modeling.matcher import to_corners
 from ovd.modeling.scoring import Calibration, RegionSet
+from ovd.modeling.tower import Tower
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import UserError
 from pretrain.nets.checkpoints import read_tensors
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoints
 DROPPED = ("class_embed.", "classifier.")  # what fine-tuning starts anew, as UP-DETR's paper does
+REGION_RESOLUTION = 4  # side of the map a region tower reads: the encoder's own res4 at 64 pixels
 OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
 
 
@@ -85,6 +87,19 @@ def build_detr(
         box_noise=config.box_noise,
         label_noise=config.label_noise,
         conditioned=config.conditioned,
+        region_tower=Tower(
+            kind="res5",
+            in_channels=stage_channels(depth=bb.depth, index=4),
+            resolution=REGION_RESOLUTION,
+            embed_dim=embed_dim,
+            depth=bb.depth,
+            norm=bb.norm,
+            conv_dims=(),
+            fc_dims=(),
+        )
+        if config.region_tower
+        else None,
+        region_resolution=REGION_RESOLUTION,
         scale=config.scale,
         loss=config.loss,
         pixel_mean=pixel_mean,

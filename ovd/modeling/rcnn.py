@@ -14,69 +14,24 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from detectron2.layers import ShapeSpec, cat
+from detectron2.layers import cat
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import select_foreground_proposals
-from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead, mask_rcnn_loss
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd.modeling.backbone import RegionBlock, norm_of, stage, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.distill import l1_distillation
 from ovd.modeling.sampling import SeededROIHeads
+from ovd.modeling.tower import Tower
 from pretrain.engine.distributed import shares
 
 Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]
-
-
-class Tower(nn.Module):
-    """Pooled features of a region → (box features, joint embedding).
-
-    Two bodies: ``conv_fc`` is the paper's head on an FPN (4 convolutions and 2 fully connected layers; the box
-    regressor reads what the projection reads); ``res5`` is Detectron2's C4 head, whose last stage and projection can
-    start as CLIP's own.
-    """
-
-    def __init__(
-        self,
-        *,
-        kind: Literal["conv_fc", "res5"],
-        in_channels: int,
-        resolution: int,
-        embed_dim: int | None,
-        depth: int,
-        norm: str,
-        conv_dims: tuple[int, ...],
-        fc_dims: tuple[int, ...],
-    ) -> None:
-        super().__init__()
-        self.kind = kind
-        self.body: nn.Module
-        if kind == "res5":
-            self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm_of(norm), block=RegionBlock))
-            channels = stage_channels(depth=depth, index=5)
-            self.box_features = channels * (-(-resolution // 2)) ** 2  # a stride of 2 rounds up
-            embed_features = channels
-        else:
-            shape = ShapeSpec(channels=in_channels, height=resolution, width=resolution)
-            self.body = FastRCNNConvFCHead(
-                shape, conv_dims=list(conv_dims), fc_dims=list(fc_dims), conv_norm=norm_of(norm)
-            )
-            self.box_features = embed_features = fc_dims[-1]
-        self.projection = nn.Linear(embed_features, embed_dim) if embed_dim is not None else None
-
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
-        features = self.body(pooled)
-        flat = features.flatten(1)
-        if self.projection is None:
-            return flat, None
-        return flat, self.projection(features.mean(dim=(2, 3)) if self.kind == "res5" else flat)
 
 
 class DetailMap(nn.Module):

@@ -104,7 +104,7 @@ class PatchPretext(DetectionTask):
         """(N, M, D) of the patches, cached or computed, never with a gradient."""
         device = self.detr.device
         if "embeddings" in batch[0]:
-            return torch.stack([x["embeddings"] for x in batch]).to(device, torch.float32)
+            return torch.stack([x["embeddings"].to(device, torch.float32) for x in batch])
         with torch.no_grad():
             patches = torch.stack([x["patches"] for x in batch]).to(device)
             return self.embed(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]).float()

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import generalized_box_iou, roi_align
 
 from ovd.config_detr import DetrConfig, DetrLossConfig
+from ovd.modeling.backbone import load_resnet
 from ovd.modeling.build import DetectorCard, save_detector
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr import Decoded, Detr, Targets
@@ -23,10 +24,13 @@ from ovd.modeling.load import load_detector_model
 from ovd.modeling.matcher import Matches, match, to_corners
 from ovd.modeling.scoring import Calibration
 from ovd.modeling.task import DetectionTask
+from ovd.modeling.tower import Tower, start_body, start_projection
+from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm
-from tests.updetr.small import STRIDE, C, D, make, picture
+from pretrain.nets.towers import ResNetImage, build_encoder, export_backbone
+from tests.updetr.small import CHANNELS, STRIDE, C, D, make, picture
 
 TWO = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
 
@@ -385,3 +389,106 @@ def test_forward__in_eval_mode_gives_detectron2_instances() -> None:
     assert found.image_size == (128, 192) and len(found) == 6
     assert float(found.pred_boxes.tensor.max()) > 96 or STRIDE > 96
     assert ((found.scores >= 0) & (found.scores <= 1)).all()
+
+
+# --- the region tower
+
+
+def region_tower(seed: int = 3) -> Tower:
+    torch.manual_seed(seed)
+    return Tower(
+        kind="conv_fc",
+        in_channels=CHANNELS,
+        resolution=4,
+        embed_dim=D,
+        depth=18,
+        norm="",
+        conv_dims=(8,),
+        fc_dims=(16,),
+    )
+
+
+def test_region_tower__embeds_what_lies_in_the_box_of_its_own_picture() -> None:
+    model = make(region_tower=region_tower()).eval()
+    small, large = picture(48, 32, [], []), picture(96, 128, [], [], seed=1)
+    memory = model.memory([small, large])
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5]], [[0.5, 0.25, 1.0, 0.5]]])
+    found = model.region_embeddings(memory, boxes)
+    maps = memory.maps["res4"]
+    corners = torch.tensor(
+        [[0.0, 8, 12, 24, 36], [1.0, 0, 0, 128, 48]]
+    )  # shares of each picture, not of the padded batch
+    pooled = roi_align(maps, corners, 4, spatial_scale=1 / STRIDE, sampling_ratio=2, aligned=True)
+    assert model.region_tower is not None
+    torch.testing.assert_close(found[:, 0], model.region_tower(pooled)[1])
+
+
+def test_region_tower__names_free_queries_at_their_boxes_and_leaves_boxes_and_conditions_alone() -> None:
+    plain, model = make().eval(), make(region_tower=region_tower()).eval()
+    batch = [picture(64, 96, TWO, [1, 2])]
+    free, other = model.found(batch), plain.found(batch)
+    torch.testing.assert_close(free.boxes, other.boxes)
+    expected = F.normalize(model.region_embeddings(model.memory(batch), free.boxes), dim=-1)
+    torch.testing.assert_close(free.embeddings, expected)
+    rows = torch.randn(1, 2, D)
+    told = model.found(batch, conditions_NMD=rows)
+    torch.testing.assert_close(told.embeddings, plain.found(batch, conditions_NMD=rows).embeddings)
+
+
+def test_region_tower__its_loss_is_the_text_loss_of_labelled_boxes_and_moves_no_box() -> None:
+    model = make(region_tower=region_tower(), box_noise=0.0, novel=(4,)).train()
+    batch = [picture(64, 96, TWO, [1, 2]), picture(64, 64, [], []), picture(48, 64, TWO[:1], [0], seed=2)]
+    losses = model(batch)
+    model.zero_grad()
+    losses["loss_text"].backward()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert moved <= {"region_tower", "classifier"} and "region_tower" in moved
+    memory, targets = model.memory(batch), model.targets([x["instances"] for x in batch])
+    z = model.region_embeddings(memory, targets.boxes)
+    z = torch.stack([z[0, 0], z[0, 1], z[2, 0]])
+    assert model.classifier is not None
+    expected = F.cross_entropy(model.classifier(z), torch.tensor([1, 2, 0]))  # noise 0: the copy is the box itself
+    assert float(losses["loss_text"]) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(NovelLabelError):
+        model([picture(64, 96, TWO, [1, 4])])
+
+
+def test_region_tower__starts_as_the_last_stage_and_survives_export(tmp_path: Path) -> None:
+    encoder = build_encoder(EncoderConfig(embed_dim=D, image=ResNetTower(image_size=64)))
+    changes = {"region_tower": True, "backbone": {"features": ["res4", "res5"]}}
+    model = exported(tmp_path / "random", **changes)
+    assert model.region_tower is not None
+    assert isinstance(encoder.visual, ResNetImage)
+    state = export_backbone(encoder)
+    load_resnet(model.backbone, state, source="the encoder")
+    start_body(model.region_tower, state, source="the encoder")
+    start_projection(model.region_tower, encoder.visual.proj.weight)
+    model.eval()
+    encoder.eval()
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    memory = model.memory([{"image": pixels[0]}])
+    whole = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+    # The whole of a picture of 64 pixels is the encoder's own res4, but for how RoIAlign reads between its cells.
+    said = F.normalize(model.region_embeddings(memory, whole)[0, 0], dim=0)
+    res4 = memory.maps["res4"]
+    pooled = roi_align(
+        res4, [torch.tensor([[0.0, 0, 64, 64]])], 4, spatial_scale=1 / 16, sampling_ratio=2, aligned=True
+    )
+    features = model.region_tower.body(res4).mean(dim=(2, 3))
+    own = F.normalize(encoder.visual.proj(features)[0], dim=0)
+    torch.testing.assert_close(
+        own, F.normalize(encoder.encode_image(model.normalised(pixels))[0], dim=0), atol=1e-4, rtol=0
+    )
+    near = F.normalize(model.region_tower(pooled)[1][0], dim=0)
+    torch.testing.assert_close(said, near)
+    loaded = load_detector_model(tmp_path / "random", top=5)
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    assert loaded.regions(image).text.shape == (5, D)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"variant": "closed"}, {"backbone": {"features": ["res5"]}}, {"variant": "agnostic", "conditioned": 0}]
+)
+def test_region_tower__needs_words_and_its_map(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="region_tower reads res4 for words"):
+        DetrConfig.model_validate({"arch": "conditional", "region_tower": True, **changes})

@@ -137,6 +137,29 @@ def test_cache__features_and_embeddings_give_the_same_losses_and_the_same_boxes(
     assert len(calls) == 4
 
 
+def test_cache__half_features_train_under_bfloat16_autocast() -> None:
+    task = pretext().train()
+    batch = patch_batch(2, 3)
+    with torch.no_grad():
+        maps = task.detr.maps(task.detr.normalised(torch.stack([s["image"] for s in batch])))
+        z = task.embeddings(batch)
+    cached = [
+        {
+            "features": {name: value[n].half() for name, value in maps.items()},
+            "size": one["size"],
+            "boxes": one["boxes"],
+            "embeddings": z[n].half(),
+        }
+        for n, one in enumerate(batch)
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, parts = task(cached)
+    loss.backward()
+    assert all(torch.isfinite(value) for value in parts.values())
+    for name, value in task(cached)[1].items():
+        assert float(parts[name]) == pytest.approx(float(value), rel=0.1, abs=0.05), name
+
+
 def test_cache__pictures_of_several_sizes_are_refused_and_leave_nothing_behind(tmp_path: Path) -> None:
     def compute(indices: list[int]) -> dict[str, Any]:
         return {"res4": np.zeros((len(indices), 2, 3 + indices[0], 3), dtype=np.float32)}
