@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     sheets = {
         "scenes_train.png": scene_sheet(SceneSource(stickers, split="train", seed=7, size=240), 4, 2),
         "scenes_val.png": scene_sheet(SceneSource(stickers, split="val", seed=7, size=240), 4, 2),
-        "pairs.png": pair_sheet(PairSource(Stickers.load(extra_styles=True), split="train", seed=9), 10, 3),
+        "pairs.png": pair_sheet(PairSource(Stickers.load(extra_styles=True), split="train", seed=10), 10, 3),
     }
     for name, sheet in sheets.items():
         palette = sheet.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, kmeans=3)
