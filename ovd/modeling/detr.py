@@ -303,20 +303,18 @@ class Detr(nn.Module):
         padding = None if bool(valid.all()) else ~valid.flatten(1)
         return Memory(self.transformer["encoder"](x, place=place, padding=padding), place, padding, sizes, maps)
 
-    def region_embeddings(self, memory: Memory, boxes: Tensor) -> Tensor:
-        """What the backbone's map shows inside (N, K, 4) centre boxes, by the region tower: (N, K, D), unnormalised.
+    def region_embeddings(self, memory: Memory, image: Tensor, boxes: Tensor) -> Tensor:
+        """What the backbone's map shows inside (K, 4) centre boxes of images (K,): (K, D), unnormalised.
 
         Boxes get no gradient. In float32 also under autocast, for the reason in `OpenVocabularyHeads.prepare`.
         """
         assert self.region_pooler is not None and self.region_tower is not None
         size = boxes.new_tensor([[w, h, w, h] for h, w in memory.sizes])
-        corners = to_corners(boxes.detach().float()).clamp(0, 1) * size[:, None]
-        owner = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
-        places = torch.cat([owner.to(corners), corners], dim=-1).flatten(0, 1)
-        pooled = self.region_pooler(memory.maps[REGION_MAP].float(), places)
-        z = self.region_tower(pooled)[1]
+        corners = to_corners(boxes.detach().float()).clamp(0, 1) * size[image]
+        places = torch.cat([image[:, None].to(corners), corners], dim=1)
+        z = self.region_tower(self.region_pooler(memory.maps[REGION_MAP].float(), places))[1]
         assert z is not None
-        return z.unflatten(0, boxes.shape[:2])
+        return z
 
     # --- queries to boxes
 
@@ -509,15 +507,13 @@ class Detr(nn.Module):
         return torch.cat([centre, sides], dim=-1).clamp(1e-3, 1 - 1e-3)
 
     def _region_loss(self, memory: Memory, targets: Targets, number: float) -> Tensor:
-        """Words of the labelled boxes and of a noised copy of each, as found boxes will be; per target."""
+        """Words of the labelled boxes, moved a little as found boxes will be; per target."""
         assert self.classifier is not None
-        boxes = torch.cat([targets.boxes, self._noised(targets.boxes)], dim=1)
         count = torch.tensor(targets.counts, device=self.device)[:, None]
-        real = (torch.arange(targets.boxes.shape[1], device=self.device)[None] < count).repeat(1, 2)
-        z = self.region_embeddings(memory, boxes)
-        labels = targets.labels.repeat(1, 2)[real]
-        mean = self.classifier.loss(self.classifier(z[real]), labels)
-        return self.loss_weights.classes * mean * len(labels) / (2 * number)
+        real = torch.arange(targets.boxes.shape[1], device=self.device)[None] < count
+        z = self.region_embeddings(memory, real.nonzero()[:, 0], self._noised(targets.boxes[real]))
+        labels = targets.labels[real]
+        return self.loss_weights.classes * self.classifier.loss(self.classifier(z), labels) * len(labels) / number
 
     def _denoising_matches(self, targets: Targets, size: int, layers: int) -> tuple[Matches, Tensor]:
         most = max(targets.counts)
@@ -573,7 +569,11 @@ class Detr(nn.Module):
             classes = self.class_embed(state).float()
             logits = classes[..., :-1].logsumexp(-1) - classes[..., -1]
         own = self.region_tower is None or conditions_NMD is not None
-        z = self.feature_align(state) if own else self.region_embeddings(memory, out.boxes[-1])
+        if own:
+            z = self.feature_align(state)
+        else:
+            image = torch.arange(len(state), device=self.device).repeat_interleave(state.shape[1])
+            z = self.region_embeddings(memory, image, out.boxes[-1].flatten(0, 1)).unflatten(0, state.shape[:2])
         z = F.normalize(z.float(), dim=-1)
         return Found(out.boxes[-1], logits, z, classes, memory.sizes)
 

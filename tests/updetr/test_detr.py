@@ -412,15 +412,15 @@ def test_region_tower__embeds_what_lies_in_the_box_of_its_own_picture() -> None:
     model = make(region_tower=region_tower()).eval()
     small, large = picture(48, 32, [], []), picture(96, 128, [], [], seed=1)
     memory = model.memory([small, large])
-    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5]], [[0.5, 0.25, 1.0, 0.5]]])
-    found = model.region_embeddings(memory, boxes)
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.25, 1.0, 0.5]])
+    found = model.region_embeddings(memory, torch.arange(2), boxes)
     maps = memory.maps["res4"]
     corners = torch.tensor(
         [[0.0, 8, 12, 24, 36], [1.0, 0, 0, 128, 48]]
     )  # shares of each picture, not of the padded batch
     pooled = roi_align(maps, corners, 4, spatial_scale=1 / STRIDE, sampling_ratio=2, aligned=True)
     assert model.region_tower is not None
-    torch.testing.assert_close(found[:, 0], model.region_tower(pooled)[1])
+    torch.testing.assert_close(found, model.region_tower(pooled)[1])
 
 
 def test_region_tower__names_free_queries_at_their_boxes_and_leaves_boxes_and_conditions_alone() -> None:
@@ -428,8 +428,8 @@ def test_region_tower__names_free_queries_at_their_boxes_and_leaves_boxes_and_co
     batch = [picture(64, 96, TWO, [1, 2])]
     free, other = model.found(batch), plain.found(batch)
     torch.testing.assert_close(free.boxes, other.boxes)
-    expected = F.normalize(model.region_embeddings(model.memory(batch), free.boxes), dim=-1)
-    torch.testing.assert_close(free.embeddings, expected)
+    expected = model.region_embeddings(model.memory(batch), torch.zeros(6, dtype=torch.int64), free.boxes[0])
+    torch.testing.assert_close(free.embeddings[0], F.normalize(expected, dim=-1))
     rows = torch.randn(1, 2, D)
     told = model.found(batch, conditions_NMD=rows)
     torch.testing.assert_close(told.embeddings, plain.found(batch, conditions_NMD=rows).embeddings)
@@ -444,10 +444,10 @@ def test_region_tower__its_loss_is_the_text_loss_of_labelled_boxes_and_moves_no_
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert moved <= {"region_tower", "classifier"} and "region_tower" in moved
     memory, targets = model.memory(batch), model.targets([x["instances"] for x in batch])
-    z = model.region_embeddings(memory, targets.boxes)
-    z = torch.stack([z[0, 0], z[0, 1], z[2, 0]])
+    boxes = torch.stack([targets.boxes[0, 0], targets.boxes[0, 1], targets.boxes[2, 0]])
+    z = model.region_embeddings(memory, torch.tensor([0, 0, 2]), boxes)
     assert model.classifier is not None
-    expected = F.cross_entropy(model.classifier(z), torch.tensor([1, 2, 0]))  # noise 0: the copy is the box itself
+    expected = F.cross_entropy(model.classifier(z), torch.tensor([1, 2, 0]))  # noise 0: the boxes themselves
     assert float(losses["loss_text"]) == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(NovelLabelError):
         model([picture(64, 96, TWO, [1, 4])])
@@ -467,9 +467,9 @@ def test_region_tower__starts_as_the_last_stage_and_survives_export(tmp_path: Pa
     encoder.eval()
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     memory = model.memory([{"image": pixels[0]}])
-    whole = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+    whole = torch.tensor([[0.5, 0.5, 1.0, 1.0]])
     # The whole of a picture of 64 pixels is the encoder's own res4, but for how RoIAlign reads between its cells.
-    said = F.normalize(model.region_embeddings(memory, whole)[0, 0], dim=0)
+    said = F.normalize(model.region_embeddings(memory, torch.zeros(1, dtype=torch.int64), whole)[0], dim=0)
     res4 = memory.maps["res4"]
     pooled = roi_align(
         res4, [torch.tensor([[0.0, 0, 64, 64]])], 4, spatial_scale=1 / 16, sampling_ratio=2, aligned=True
