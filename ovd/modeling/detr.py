@@ -45,7 +45,9 @@ from ovd.modeling.matcher import (
 )
 from ovd.modeling.tower import Tower
 from ovd.modeling.transformer import (
+    DETR_TEMPERATURE,
     MLP,
+    PLACE_TEMPERATURE,
     START,
     ConditionalDecoder,
     Encoder,
@@ -299,7 +301,9 @@ class Detr(nn.Module):
         for cells, (h, w) in zip(valid, sizes, strict=True):
             cells[: -(-h // stride), : -(-w // stride)] = True  # rounded up: the smallest picture has a token
         centred = self.arch == "conditional"
-        place = sine_code(token_positions(valid, centred=centred), self.width // 2).flatten(1, 2).to(x.dtype)
+        temperature = PLACE_TEMPERATURE if centred else DETR_TEMPERATURE
+        place = sine_code(token_positions(valid, centred=centred), self.width // 2, temperature=temperature)
+        place = place.flatten(1, 2).to(x.dtype)
         padding = None if bool(valid.all()) else ~valid.flatten(1)
         return Memory(self.transformer["encoder"](x, place=place, padding=padding), place, padding, sizes, maps)
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from ovd.modeling.transformer import ConditionalDecoder, EncoderLayer, PlainDecoderLayer, sine_code, token_positions
+from ovd.modeling.transformer import (
+    DETR_TEMPERATURE,
+    PLACE_TEMPERATURE,
+    ConditionalDecoder,
+    EncoderLayer,
+    PlainDecoderLayer,
+    sine_code,
+    token_positions,
+)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -58,7 +66,7 @@ def test_plain_decoder_layer__places_go_to_queries_and_keys_but_not_to_values() 
 
 
 def test_sine_code__is_detrs() -> None:
-    code = sine_code(torch.tensor([[0.3, 0.8]]), 6)
+    code = sine_code(torch.tensor([[0.3, 0.8]]), 6, temperature=DETR_TEMPERATURE)
     expected = []
     for position in (0.3, 0.8):
         for i in range(6):
@@ -76,16 +84,22 @@ def test_token_positions__count_the_valid_part_only() -> None:
     torch.testing.assert_close(token_positions(valid, centred=True)[0, :2, 0, 0], torch.tensor([0.25, 0.75]))
 
 
-def test_conditional_decoder__a_query_first_looks_at_its_anchor() -> None:
+@pytest.mark.parametrize("cell", [0, 100, 136, 255])
+def test_conditional_decoder__a_query_first_looks_around_its_anchor(cell: int) -> None:
     torch.manual_seed(0)
-    decoder = ConditionalDecoder(layers=1, width=32, heads=1, ffn=8, dropout=0.0, pre_norm=True)
+    width, heads, side = 128, 4, 16
+    decoder = ConditionalDecoder(layers=1, width=width, heads=heads, ffn=8, dropout=0.0, pre_norm=True)
     layer = decoder.layers[0]
-    place = sine_code(token_positions(torch.ones(1, 6, 6, dtype=torch.bool), centred=True), 16).flatten(1, 2)
-    for cell in (0, 8, 21, 35):
-        row, column = divmod(cell, 6)
-        anchor = sine_code(torch.tensor([[(row + 0.5) / 6, (column + 0.5) / 6]]), 16)
-        likeness = (layer.query_place(anchor)[0] * layer.key_place(place)[0]).sum(-1)
-        assert int(likeness.argmax()) == cell
+    positions = token_positions(torch.ones(1, side, side, dtype=torch.bool), centred=True).flatten(1, 2)
+    place = sine_code(positions, width // 2, temperature=PLACE_TEMPERATURE)
+    anchor = place[:, cell]
+    query, key = (p(c).unflatten(-1, (heads, -1)) for p, c in ((layer.query_place, anchor), (layer.key_place, place)))
+    logits = torch.einsum("nhd,nshd->nhs", query, key)[0]
+    assert int(logits.sum(0).argmax()) == cell
+    # Content and place share the head's width, so that is what the logits are divided by the root of.
+    attention = (logits / (2 * width / heads) ** 0.5).softmax(-1)
+    spread = (attention @ (positions[0] - positions[0, cell]).square().mean(-1)).sqrt()
+    assert float(spread.max()) < 0.14, "all but even: a spread of .29 from the middle"
 
 
 def test_conditional_decoder__boxes_start_at_the_anchors_and_refine_them_without_passing_gradients_back() -> None:
