@@ -24,12 +24,11 @@ CONTENT_GAIN = (
     2.5  # of a query's and a token's content: look-alike tokens stand out before training, by about 3 in logits
 )
 DETR_TEMPERATURE = 10_000.0  # arXiv 2005.12872 §A.4; its finest sine still needs a whole picture for one turn
-# Conditional DETR's place has to say *where*. With DETR's temperature a query's attention before training spreads over
-# the picture as if it were even (standard deviation .28 of a side; even is .29), with these over .09, around an anchor
-# of side `START`. Loss of GIoU after 300 steps of configs/detr.yaml without a region tower: 4.03 with DETR's
-# temperature and a gain of 1, 3.69 with 20 (DAB-DETR, arXiv 2201.12329 §4.4) and 3, 3.38 with these.
+# Conditional DETR's place has to say *where*. With DETR's temperature and a gain of one a query's attention before
+# training spreads over the picture as if it were even (standard deviation .28 of a side; even is .29). With these the
+# first layer looks everywhere, where a patch is sought, and later ones around the anchor (.09, for a side of `START`).
 PLACE_TEMPERATURE = 5.0
-PLACE_GAIN = 5.0
+PLACE_GAINS = (1.0, 5.0)  # of the first layer, of the others
 
 
 def sine_code(positions: Tensor, width: int, *, temperature: float) -> Tensor:
@@ -164,7 +163,9 @@ class ConditionalDecoderLayer(_DecoderLayer):
     knows where it has looked; in the paper it can only guess that from the backbone's zero padding.
     """
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(
+        self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool, place_gain: float = PLACE_GAINS[0]
+    ) -> None:
         super().__init__(width=width, heads=heads, ffn=ffn, dropout=dropout, pre_norm=pre_norm)
         self.heads, self.dropout = heads, dropout
         self.query_content, self.query_place = nn.Linear(width, width), nn.Linear(width, width)
@@ -172,7 +173,7 @@ class ConditionalDecoderLayer(_DecoderLayer):
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         for query, key, gain in (
             (self.query_content, self.key_content, CONTENT_GAIN),
-            (self.query_place, self.key_place, PLACE_GAIN),
+            (self.query_place, self.key_place, place_gain),
         ):
             nn.init.orthogonal_(query.weight, gain=gain)
             nn.init.zeros_(query.bias)
@@ -267,8 +268,15 @@ class ConditionalDecoder(nn.Module):
     def __init__(self, *, layers: int, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            ConditionalDecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout, pre_norm=pre_norm)
-            for _ in range(layers)
+            ConditionalDecoderLayer(
+                width=width,
+                heads=heads,
+                ffn=ffn,
+                dropout=dropout,
+                pre_norm=pre_norm,
+                place_gain=PLACE_GAINS[min(number, 1)],
+            )
+            for number in range(layers)
         )
         self.norm = nn.LayerNorm(width)
         self.anchor_head = MLP(2 * width, width, width)

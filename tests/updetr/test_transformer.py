@@ -85,21 +85,24 @@ def test_token_positions__count_the_valid_part_only() -> None:
 
 
 @pytest.mark.parametrize("cell", [0, 100, 136, 255])
-def test_conditional_decoder__a_query_first_looks_around_its_anchor(cell: int) -> None:
+def test_conditional_decoder__first_looks_everywhere_then_around_its_anchor(cell: int) -> None:
     torch.manual_seed(0)
     width, heads, side = 128, 4, 16
-    decoder = ConditionalDecoder(layers=1, width=width, heads=heads, ffn=8, dropout=0.0, pre_norm=True)
-    layer = decoder.layers[0]
+    decoder = ConditionalDecoder(layers=2, width=width, heads=heads, ffn=8, dropout=0.0, pre_norm=True)
     positions = token_positions(torch.ones(1, side, side, dtype=torch.bool), centred=True).flatten(1, 2)
     place = sine_code(positions, width // 2, temperature=PLACE_TEMPERATURE)
     anchor = place[:, cell]
-    query, key = (p(c).unflatten(-1, (heads, -1)) for p, c in ((layer.query_place, anchor), (layer.key_place, place)))
-    logits = torch.einsum("nhd,nshd->nhs", query, key)[0]
-    assert int(logits.sum(0).argmax()) == cell
-    # Content and place share the head's width, so that is what the logits are divided by the root of.
-    attention = (logits / (2 * width / heads) ** 0.5).softmax(-1)
-    spread = (attention @ (positions[0] - positions[0, cell]).square().mean(-1)).sqrt()
-    assert float(spread.max()) < 0.14, "all but even: a spread of .29 from the middle"
+    square = (positions[0] - positions[0, cell]).square().mean(-1)
+    spreads = []
+    for layer in decoder.layers:
+        query = layer.query_place(anchor).unflatten(-1, (heads, -1))
+        logits = torch.einsum("nhd,nshd->nhs", query, layer.key_place(place).unflatten(-1, (heads, -1)))[0]
+        assert int(logits.sum(0).argmax()) == cell
+        # Content and place share the head's width, so that is what the logits are divided by the root of.
+        attention = (logits / (2 * width / heads) ** 0.5).softmax(-1)
+        spreads.append(float((attention @ square).sqrt().max()))
+    even = float(square.mean().sqrt())
+    assert spreads[0] > 0.75 * even and spreads[1] < 0.5 * even
 
 
 def test_conditional_decoder__boxes_start_at_the_anchors_and_refine_them_without_passing_gradients_back() -> None:
