@@ -56,13 +56,17 @@ def main() -> None:
 
     rows: list[tuple[str, str, str]] = []
     figures: dict[str, Any] = {}
-    for name, file in (("pretraining", "updetr.yaml"), ("training", "detr.yaml")):
+    for name, file, changes in (
+        ("pretraining", "updetr.yaml", []),
+        ("training", "detr.yaml", []),
+        ("training without the region tower", "detr.yaml", ["model.region_tower=false"]),
+    ):
         small = ["cache=null", f"loop.batch_size={options.batch}", "loop.accumulate=1", "out=unused"]
         if name == "pretraining":
             small += ["pretext.held_out_count=0", f"pretext.images.length={options.batch}", "pretext.mask_queries=0"]
         else:
-            small += [f"data.length={options.batch}", "model.denoising=0"]
-        parts = build(load_config(DetrTrainConfig, file, small))
+            small += [f"data.length={options.batch}", "model.denoising=0", "model.box_noise=0"]
+        parts = build(load_config(DetrTrainConfig, file, small + changes))
         task: DetectionTask = parts["task"].train()
         model = parts["model"]
         source = parts["source"]
