@@ -222,11 +222,12 @@ def experiment(
                 f"{', '.join(found['alarms']) or 'none'}",
                 flush=True,
             )
-    _draw(folder / f"{name}.svg", results, plot)
+    draw(folder / f"{name}.svg", results, plot)
     return results
 
 
-def _draw(path: Path, results: dict[str, list[dict[str, Any]]], plot: Callable[[Any, Any], None]) -> None:
+def draw(path: Path, results: Any, plot: Callable[[Any, Any], None]) -> None:
+    """An SVG of what ``plot(axes, results)`` draws."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-for place in (ROOT, ROOT / "benchmarks"):
+for place in (ROOT, ROOT / "benchmarks", ROOT / "benchmarks" / "claims"):
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
 
 from _common import machine  # noqa: E402
+from common import draw  # noqa: E402
 
 from ovd.config_detr import DetrTrainConfig  # noqa: E402
 from pretrain.engine.config import load_config  # noqa: E402
@@ -226,8 +227,26 @@ def steps_to(curve: Sequence[Mapping[str, float]], value: float, measure: str) -
     return next((point["step"] for point in curve if point[measure] >= value), None)
 
 
+def curves(axes: Any, found: Mapping[str, Any]) -> None:
+    """AP50 of boxes whatever their class over the steps: mean over the seeds, and their spread."""
+    for name, entry in found.items():
+        steps = [point["step"] for point in entry["curves"][0]]
+        values = [[100 * point["ap50_any_class"] for point in curve] for curve in entry["curves"]]
+        means = [statistics.mean(column) for column in zip(*values, strict=True)]
+        spreads = [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*values, strict=True)]
+        case, _, fraction = name.partition("/")
+        start = {"grouped": "UP-DETR"}.get(case, case)
+        axes.errorbar(
+            steps, means, yerr=spreads, marker="o", capsize=3, linestyle="--" if case == "random" else "-",
+            label=f"{start}, {float(fraction):.0%} of the labels",
+        )  # fmt: skip
+    axes.set_xlabel("steps of training on labels")
+    axes.set_ylabel("AP50, any class")
+    axes.legend(fontsize=8)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Run what is not there yet; print the table; write ``updetr.json``."""
+    """Run what is not there yet; print the table; write ``updetr_main.json`` (or ``_ablation``) and the plot of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coco", nargs=2, metavar=("IMAGES", "ANNOTATIONS"), help="photos instead of stickers")
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=["grouped"])
@@ -267,7 +286,9 @@ def main(argv: Sequence[str]) -> None:
             found[f"{name}/{fraction}"] = {"last": last, "curves": [run["curve"] for run in runs], "steps": reached}
     settings = {k: str(v) for k, v in vars(options).items()}
     text = json.dumps({"machine": machine(), "settings": settings, "found": found}, indent=1)
-    (options.out / f"updetr_{'main' if main_only else 'ablation'}.json").write_text(text + "\n")
+    kind = f"updetr_{'main' if main_only else 'ablation'}"
+    (options.out / f"{kind}.json").write_text(text + "\n")
+    draw(options.out / f"{kind}.svg", found, curves)
 
 
 if __name__ == "__main__":
