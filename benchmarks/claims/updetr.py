@@ -22,16 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-for place in (ROOT, ROOT / "benchmarks", ROOT / "benchmarks" / "claims"):
-    if str(place) not in sys.path:
-        sys.path.insert(0, str(place))
+from common import ROOT, draw, machine, mean_and_spread
 
-from _common import machine  # noqa: E402
-from common import draw  # noqa: E402
-
-from ovd.config_detr import DetrTrainConfig  # noqa: E402
-from pretrain.engine.config import load_config  # noqa: E402
+from ovd.config_detr import DetrTrainConfig
+from pretrain.engine.config import load_config
 
 CASES: dict[str, list[str]] = {  # of the pretext
     "grouped": [],
@@ -231,9 +225,8 @@ def curves(axes: Any, found: Mapping[str, Any]) -> None:
     """AP50 of boxes whatever their class over the steps: mean over the seeds, and their spread."""
     for name, entry in found.items():
         steps = [point["step"] for point in entry["curves"][0]]
-        values = [[100 * point["ap50_any_class"] for point in curve] for curve in entry["curves"]]
-        means = [statistics.mean(column) for column in zip(*values, strict=True)]
-        spreads = [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*values, strict=True)]
+        found_at = [mean_and_spread(points, "ap50_any_class") for points in zip(*entry["curves"], strict=True)]
+        means, spreads = ([100 * value for value in column] for column in zip(*found_at, strict=True))
         case, _, fraction = name.partition("/")
         start = {"grouped": "UP-DETR"}.get(case, case)
         axes.errorbar(
@@ -271,16 +264,16 @@ def main(argv: Sequence[str]) -> None:
         for name, start in starts.items():
             runs = [fine_tune(name, start, fraction, seed, options) for seed in options.seeds]
             last = {m: [100 * run["curve"][-1][m] for run in runs] for m in ("ap50", "ap50_any_class")}
-            mean = {m: statistics.mean(v) for m, v in last.items()}
-            spread = {m: statistics.stdev(v) if len(v) > 1 else 0.0 for m, v in last.items()}
+            ends = [run["curve"][-1] for run in runs]
+            (named, named_spread), (thing, thing_spread) = (mean_and_spread(ends, m) for m in last)
             if name == "random":
-                goal = mean["ap50_any_class"] / 100
+                goal = thing
             reached = [steps_to(run["curve"], goal, "ap50_any_class") for run in runs]
             known = [step for step in reached if step is not None]
             said = f"{statistics.mean(known):.0f}" if len(known) == len(reached) else "not reached"
             print(
-                f"{name:<18} {runs[0]['pictures']:>7} {mean['ap50']:>8.2f} ± {spread['ap50']:<4.2f} "
-                f"{mean['ap50_any_class']:>8.2f} ± {spread['ap50_any_class']:<4.2f} {said:>16}",
+                f"{name:<18} {runs[0]['pictures']:>7} {100 * named:>8.2f} ± {100 * named_spread:<4.2f} "
+                f"{100 * thing:>8.2f} ± {100 * thing_spread:<4.2f} {said:>16}",
                 flush=True,
             )
             found[f"{name}/{fraction}"] = {"last": last, "curves": [run["curve"] for run in runs], "steps": reached}

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from detectron2.layers import ROIAlign
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import roi_align
 
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.classifier import EmbeddingClassifier, cosine_logits
@@ -104,6 +104,12 @@ class Targets(NamedTuple):
     groups: Tensor | None = None
     embeddings: Tensor | None = None
 
+    @property
+    def real(self) -> Tensor:
+        """(N, T) bool, False for padding."""
+        number = torch.arange(self.boxes.shape[1], device=self.boxes.device)
+        return number < torch.tensor(self.counts, device=number.device)[:, None]
+
 
 class Extra(NamedTuple):
     """Queries beside the free ones: content (N, P, d), anchor logits (N, P, 4)."""
@@ -147,7 +153,6 @@ class Detr(nn.Module):
         denoising, box_noise, label_noise: groups of denoising queries and their noise.
         conditioned: classes that a second set of queries is conditioned on in training.
         region_tower: embeds free queries from res4 inside their boxes; None: from their states.
-        region_resolution: side of the map it reads.
         scale: inverse temperature of patch vocabularies.
         loss: weights.
         pixel_mean, pixel_std: RGB in 0…255.
@@ -180,7 +185,6 @@ class Detr(nn.Module):
         label_noise: float,
         conditioned: int,
         region_tower: Tower | None,
-        region_resolution: int,
         scale: float,
         loss: DetrLossConfig,
         pixel_mean: Sequence[float],
@@ -234,10 +238,6 @@ class Detr(nn.Module):
         self.patch2query = ConditionEncoder(embed_dim, width, unit=unit_conditions)
         self.classifier = classifier
         self.region_tower = region_tower
-        self.region_pooler: ROIAlign | None = None
-        if region_tower is not None:
-            stride = next(s for name, _, s in self.features if name == REGION_MAP)
-            self.region_pooler = ROIAlign(region_resolution, 1.0 / stride, sampling_ratio=2, aligned=True)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -282,14 +282,15 @@ class Detr(nn.Module):
     def maps_of(self, batch: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
         """Feature maps of a batch (see `memory`), computed or cached, and (height, width) of each network input."""
         if "features" in batch[0]:
-            maps = {
-                # Converted before they are stacked: half floats under the autocast of a CPU are an error of torch.
-                name: torch.stack([x["features"][name].to(self.device, torch.float32) for x in batch])
-                for name, _, _ in self.features
-            }
+            maps = {name: self.stacked([x["features"][name] for x in batch]) for name, _, _ in self.features}
             return maps, [(int(x["size"][0]), int(x["size"][1])) for x in batch]
         images = ImageList.from_tensors([self.normalised(x["image"]) for x in batch])  # padding is 0 after that
         return self.maps(images.tensor), [(int(h), int(w)) for h, w in images.image_sizes]
+
+    def stacked(self, cached: list[Tensor]) -> Tensor:
+        """What a cache keeps of each picture, in float32 where the model is."""
+        with torch.autocast(self.device.type, enabled=False):  # under a CPU's, torch cannot stack half floats
+            return torch.stack(cached).to(self.device, torch.float32)
 
     def memory(self, batch: list[dict[str, Any]]) -> Memory:
         """Encode a batch of dicts with ``image`` (3, H, W) in 0…255, or ``features`` (name → map) and ``size``."""
@@ -312,11 +313,15 @@ class Detr(nn.Module):
 
         Boxes get no gradient. In float32 also under autocast, for the reason in `OpenVocabularyHeads.prepare`.
         """
-        assert self.region_pooler is not None and self.region_tower is not None
+        assert self.region_tower is not None
         size = boxes.new_tensor([[w, h, w, h] for h, w in memory.sizes])
         corners = to_corners(boxes.detach().float()).clamp(0, 1) * size[image]
         places = torch.cat([image[:, None].to(corners), corners], dim=1)
-        z = self.region_tower(self.region_pooler(memory.maps[REGION_MAP].float(), places))[1]
+        stride = next(s for name, _, s in self.features if name == REGION_MAP)
+        pooled = roi_align(
+            memory.maps[REGION_MAP].float(), places, self.region_tower.resolution, 1.0 / stride, 2, aligned=True
+        )
+        z = self.region_tower(pooled)[1]
         assert z is not None
         return z
 
@@ -434,8 +439,8 @@ class Detr(nn.Module):
         number = self.mean_targets(targets) if number is None else number
         logits = self.class_embed(states).float() if self.class_embed is not None else None
         found = self.object_embed(states)[..., 0].float() if self.object_embed is not None else None
-        by_word = self.classifier is not None and targets.embeddings is None and group is None
-        by_word = by_word and self.region_tower is None  # which has a loss of its own
+        by_state = self.region_tower is None  # a tower has a loss of its own
+        by_word = self.classifier is not None and by_state and targets.embeddings is None and group is None
         if matches is None:
             cost = box_cost(out.boxes, targets.boxes, l1=w.l1, giou=w.giou)
             if found is not None:
@@ -479,8 +484,7 @@ class Detr(nn.Module):
                 losses["loss_reconstruction"] = w.reconstruction * squared_distillation(z, likeness[goal]) / number
             if w.contrast:
                 among = cosine_logits(z, likeness[matches.image], scale=self.scale)
-                blank = torch.arange(likeness.shape[1], device=z.device) >= among.new_tensor(targets.counts)[:, None]
-                among = among.masked_fill(blank[matches.image], float("-inf"))
+                among = among.masked_fill(~targets.real[matches.image], float("-inf"))
                 nll = F.cross_entropy(among, matches.target, reduction="sum")
                 losses["loss_contrast"] = w.contrast * nll / number
         return losses if layers else {}
@@ -513,8 +517,7 @@ class Detr(nn.Module):
     def _region_loss(self, memory: Memory, targets: Targets, number: float) -> Tensor:
         """Words of the labelled boxes, moved a little as found boxes will be; per target."""
         assert self.classifier is not None
-        count = torch.tensor(targets.counts, device=self.device)[:, None]
-        real = torch.arange(targets.boxes.shape[1], device=self.device)[None] < count
+        real = targets.real
         z = self.region_embeddings(memory, real.nonzero()[:, 0], self._noised(targets.boxes[real]))
         labels = targets.labels[real]
         return self.loss_weights.classes * self.classifier.loss(self.classifier(z), labels) * len(labels) / number
@@ -522,7 +525,7 @@ class Detr(nn.Module):
     def _denoising_matches(self, targets: Targets, size: int, layers: int) -> tuple[Matches, Tensor]:
         most = max(targets.counts)
         place = torch.arange(size, device=self.device) % most
-        counted = place[None] < torch.tensor(targets.counts, device=self.device)[:, None]
+        counted = targets.real[:, place]
         image, query = counted.nonzero().unbind(1)
         layer = torch.arange(layers, device=self.device).repeat_interleave(len(image))
         image, query = image.repeat(layers), query.repeat(layers)
@@ -572,8 +575,7 @@ class Detr(nn.Module):
             assert self.class_embed is not None
             classes = self.class_embed(state).float()
             logits = classes[..., :-1].logsumexp(-1) - classes[..., -1]
-        own = self.region_tower is None or conditions_NMD is not None
-        if own:
+        if self.region_tower is None or conditions_NMD is not None:
             z = self.feature_align(state)
         else:
             image = torch.arange(len(state), device=self.device).repeat_interleave(state.shape[1])

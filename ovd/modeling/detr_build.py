@@ -99,7 +99,6 @@ def build_detr(
         )
         if config.region_tower
         else None,
-        region_resolution=REGION_RESOLUTION,
         scale=config.scale,
         loss=config.loss,
         pixel_mean=pixel_mean,

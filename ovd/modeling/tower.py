@@ -38,7 +38,7 @@ class Tower(nn.Module):
         fc_dims: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.resolution = kind, resolution
         self.body: nn.Module
         if kind == "res5":
             self.body = nn.Sequential(*stage(depth=depth, index=5, norm=norm_of(norm), block=RegionBlock))

@@ -163,9 +163,7 @@ class ConditionalDecoderLayer(_DecoderLayer):
     knows where it has looked; in the paper it can only guess that from the backbone's zero padding.
     """
 
-    def __init__(
-        self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool, place_gain: float = PLACE_GAINS[0]
-    ) -> None:
+    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool, place_gain: float) -> None:
         super().__init__(width=width, heads=heads, ffn=ffn, dropout=dropout, pre_norm=pre_norm)
         self.heads, self.dropout = heads, dropout
         self.query_content, self.query_place = nn.Linear(width, width), nn.Linear(width, width)

@@ -102,11 +102,10 @@ class PatchPretext(DetectionTask):
 
     def embeddings(self, batch: list[dict[str, Any]]) -> Tensor:
         """(N, M, D) of the patches, cached or computed, never with a gradient."""
-        device = self.detr.device
         if "embeddings" in batch[0]:
-            return torch.stack([x["embeddings"].to(device, torch.float32) for x in batch])
+            return self.detr.stacked([x["embeddings"] for x in batch])
         with torch.no_grad():
-            patches = torch.stack([x["patches"] for x in batch]).to(device)
+            patches = torch.stack([x["patches"] for x in batch]).to(self.detr.device)
             return self.embed(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]).float()
 
     def conditions(self, embeddings: Tensor, group: Tensor) -> Tensor:

@@ -61,7 +61,6 @@ def make(
         "label_noise": 0.2,
         "conditioned": 0,
         "region_tower": None,
-        "region_resolution": 4,
         "scale": 10.0,
         "loss": DetrLossConfig(),
         "pixel_mean": [127.5] * 3,
