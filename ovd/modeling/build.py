@@ -17,13 +17,13 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
-from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.config import ModelConfig
 from ovd.modeling.backbone import build_fpn, build_resnet, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
+from ovd.modeling.mask_head import MaskHead
 from ovd.modeling.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN
 from ovd.modeling.sampling import SeededRPN
 from ovd.modeling.scoring import Calibration, RegionSet
@@ -145,7 +145,7 @@ def build_model(
         box_pooler=pooler(box_in, head.resolution),
         mask_in_features=mask_in,
         mask_pooler=pooler(mask_in, head.mask_resolution) if head.mask else None,
-        mask_head=MaskRCNNConvUpsampleHead(
+        mask_head=MaskHead(
             ShapeSpec(channels=channels[mask_in[0]], height=head.mask_resolution, width=head.mask_resolution),
             num_classes=1,
             conv_dims=list(head.mask_dims),

@@ -19,7 +19,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import select_foreground_proposals
-from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead, mask_rcnn_loss
+from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.distill import l1_distillation
+from ovd.modeling.mask_head import MaskHead
 from ovd.modeling.sampling import SeededROIHeads
 from ovd.modeling.tower import Tower
 from pretrain.engine.distributed import shares
@@ -111,7 +112,7 @@ class OpenVocabularyHeads(SeededROIHeads):
         box_pooler: ROIPooler,
         mask_in_features: list[str],
         mask_pooler: ROIPooler | None,
-        mask_head: MaskRCNNConvUpsampleHead | None,
+        mask_head: MaskHead | None,
         distill_weight: float,
         detail: DetailMap | None = None,
         detail_pooler: ROIPooler | None = None,

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detectron2.layers import ROIAlign
+from detectron2.layers import ROIAlign, ShapeSpec
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
@@ -20,6 +21,7 @@ from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, veri
 from ovd.modeling.build import DetectorCard, build_model, save_detector
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.load import load_detector_model
+from ovd.modeling.mask_head import MaskHead
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from pretrain.engine.errors import UserError
 from pretrain.nets.resnet import ResNet
@@ -251,6 +253,28 @@ def test_detail__boxes_and_masks_read_the_fine_map_and_embeddings_do_not() -> No
     flat, text, _ = heads.embed(prepared, boxes)
     assert sources(heads.regress(prepared, boxes, flat)) == (True, True)
     assert text is not None and sources(text) == (False, True)
+
+
+@pytest.mark.parametrize("regions", [0, 3])
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("dims", [[8, 8, 6], [6]])
+def test_masks__logits_and_gradients_are_those_of_detectron2(regions: int, classes: int, dims: list[int]) -> None:
+    kind: dict[str, Any] = {"num_classes": classes, "conv_dims": dims, "conv_norm": "BN" if regions else ""}
+    ours, theirs = (c(ShapeSpec(channels=5, height=7, width=4), **kind) for c in (MaskHead, MaskRCNNConvUpsampleHead))
+    theirs.load_state_dict(ours.state_dict())
+    for head in (ours, theirs):
+        head.double()
+    torch.nn.init.normal_(ours.predictor.bias)
+    theirs.predictor.bias.data.copy_(ours.predictor.bias)
+    pooled = torch.randn(regions, 5, 7, 4, dtype=torch.float64)
+    found, expected = ours.layers(pooled), theirs.layers(pooled)
+    assert found.shape == (regions, classes, 14, 8)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(found)
+    for logits in (found, expected):
+        (logits * weight).sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_detail__is_refused_with_a_pyramid() -> None:
