@@ -196,12 +196,17 @@ def test_absent_threshold__is_the_quantile_of_the_best_scores() -> None:
     assert absent_class_threshold(torch.arange(101) / 100.0) == pytest.approx(0.95)
 
 
-def test_grid_convolution__equals_the_library_in_value_and_gradients() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("count", [0, 3])
+def test_grid_convolution__equals_the_library_in_value_gradients_and_layout(
+    layout: torch.memory_format, count: int
+) -> None:
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 2, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(count, 5, 2, 2, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     weight = torch.randn(7, 5, 3, 3, dtype=torch.float64, requires_grad=True)
     ours, theirs = conv3x3_on_2x2(x, weight), F.conv2d(x, weight, padding=1)
     torch.testing.assert_close(ours, theirs)
+    assert ours.is_contiguous(memory_format=layout)
     seed = torch.randn_like(ours)
     for a, b in zip(
         torch.autograd.grad(ours, (x, weight), seed), torch.autograd.grad(theirs, (x, weight), seed), strict=True
