@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from _common import parser, percentile, report, set_threads, take_turns
@@ -48,7 +49,7 @@ def main() -> None:
     share = statistics.median(a / b for a, b in zip(seconds["crop"], seconds["fp32"], strict=True))
 
     class Pictures:
-        ids = range(256)
+        ids: Sequence[int | str] = range(256)
 
         def image(self, index: int) -> np.ndarray:
             return picture

@@ -144,6 +144,7 @@ def our_step(method: str, seed: int = 0) -> Step:
         task = SwAV(backbone=net, projector=two, augment=[same] * 8, dim=DIM, prototypes=PROTOTYPES)
     optimiser = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     task.train()
+    after_step: Any = getattr(task, "after_step", None)
     count = 0
 
     def step(views: list[torch.Tensor]) -> torch.Tensor:
@@ -152,8 +153,8 @@ def our_step(method: str, seed: int = 0) -> Step:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if hasattr(task, "after_step"):
-            task.after_step(count, 10**6)
+        if after_step is not None:
+            after_step(count, 10**6)
         count += 1
         return loss.detach()
 

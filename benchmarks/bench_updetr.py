@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from _common import milliseconds, parser, ratio, report, set_threads, show_ratio, take_turns
@@ -87,10 +88,10 @@ def main() -> None:
                 detr_module.match = match
 
         ways: dict[str, Callable[[], object]] = {
-            "plain": lambda step=step, pictures=pictures: step(pictures, plain_match),
-            "cached": lambda step=step, cached=cached: step(cached, match),
+            "plain": partial(step, pictures, plain_match),
+            "cached": partial(step, cached, match),
         }
-        difference = abs(float(ways["plain"]()) - float(ways["cached"]()))  # type: ignore[arg-type]
+        difference = abs(step(pictures, plain_match) - step(cached, match))
         seconds = take_turns(ways, rounds=options.rounds or 8)
         speedup = ratio(seconds["plain"], seconds["cached"])
         each = milliseconds(seconds["cached"])

@@ -75,7 +75,7 @@ def stickers(folder: Path, *, views: int = 10) -> tuple[Arrays, Arrays]:
         data = Stickers.load()
         found: dict[str, list[Any]] = {"train": [], "train_y": [], "test": [], "test_y": []}
         for half, photos, count in (("train", "train", views), ("test", "val", 2)):
-            for style in data.styles[photos]:  # type: ignore[index]
+            for style in data.styles[photos]:
                 crops = StickerCrops(data, style=style, size=SIZE, views=count, photos=photos)  # type: ignore[arg-type]
                 for i in np.flatnonzero(crops.class_ids % (len(data.nouns) // CLASSES) == 0):
                     label = int(crops.class_ids[i]) // (len(data.nouns) // CLASSES)
@@ -83,7 +83,8 @@ def stickers(folder: Path, *, views: int = 10) -> tuple[Arrays, Arrays]:
                         found[half].append(crops.sample(int(i))[0].transpose(1, 2, 0))
                         found[f"{half}_y"].append(label)
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **{name: np.stack(rows) for name, rows in found.items()})
+        arrays: dict[str, Any] = {name: np.stack(rows) for name, rows in found.items()}
+        np.savez(path, **arrays)
     with np.load(path) as file:
         return Arrays(file["train"], file["train_y"]), Arrays(file["test"], file["test_y"])
 
@@ -125,7 +126,7 @@ def run(
     with contextlib.redirect_stdout(io.StringIO()):  # the run's train.log has it
         report = fit(
             Watched(task),
-            ViewSource(data[0], views, seed),  # type: ignore[arg-type]
+            ViewSource(data[0], views, seed),
             loop=LoopConfig(
                 steps=steps,
                 batch_size=batch,
@@ -163,8 +164,8 @@ def knn(backbone: nn.Module, data: tuple[Arrays, Arrays]) -> float:
     """Accuracy of the weighted vote, k = 20, temperature .1."""
     train, test = data
     with torch.random.fork_rng(devices=[]):
-        bank = probes.features(backbone, train, range(len(train)), NORMALISE)  # type: ignore[arg-type]
-        query = probes.features(backbone, test, range(len(test)), NORMALISE)  # type: ignore[arg-type]
+        bank = probes.features(backbone, train, range(len(train)), NORMALISE)
+        query = probes.features(backbone, test, range(len(test)), NORMALISE)
     scores = probes.knn(query, bank, torch.from_numpy(train.labels), classes=CLASSES, k=20, temperature=0.1)
     return probes.accuracy(scores, torch.from_numpy(test.labels))
 

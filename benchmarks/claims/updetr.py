@@ -111,9 +111,9 @@ def pictures_of(config: DetrTrainConfig, options: argparse.Namespace) -> tuple[i
     """How many pictures may be trained on, and which of a COCO file are held out (the last fifth)."""
     if not options.coco:
         return int(options.pictures), []
-    from ovd.train_detr import every_category
+    from ovd.training_inputs import labelled_images
 
-    count = len(every_category(config.data))
+    count = len(labelled_images(config.data))
     first = round(0.8 * count)
     return first, list(range(first, count))
 
