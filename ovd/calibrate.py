@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
     from ovd.modeling.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
-    detector = Detector.load(folder, cache_size=0, second_look=args.second_look)
+    detector = Detector.load(folder, cache_size=0, second_look=args.second_look, masks=False)
     stickers = Stickers.load()
     rows = detector.text.embed(detector.resolve(list(stickers.nouns)))
     bank, background = detector.model.bank, detector.model.background

@@ -247,7 +247,13 @@ class Detector:
 
     @classmethod
     def load(
-        cls, weights: str | Path = "default", *, device: str = "auto", second_look: int | None = None, **options: Any
+        cls,
+        weights: str | Path = "default",
+        *,
+        device: str = "auto",
+        second_look: int | None = None,
+        masks: bool = True,
+        **options: Any,
     ) -> Detector:
         """Load a trained detector.
 
@@ -255,6 +261,7 @@ class Detector:
             weights: name in ``weights/manifest.json`` ("default") or a folder written by ``python -m ovd.train``.
             device: "auto", "cpu", "cuda" or "cuda:N".
             second_look: see the constructor; None: as many regions as the scores were calibrated for.
+            masks: False finds boxes only, in less time.
             options: ``cache_size``, ``text_cache`` of the constructor.
 
         Raises:
@@ -264,7 +271,7 @@ class Detector:
         folder = detector_folder(weights)
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
-        model = load_detector_model(folder, device=str(where))
+        model = load_detector_model(folder, device=str(where), masks=masks)
         encoder = _load_encoder_of(folder, model.card).to(where)
         templates = TEMPLATE_SETS[model.card.templates]  # words are asked for as the classes were trained
         looks = model.card.second_look if second_look is None else second_look

@@ -223,7 +223,9 @@ def _named(
     crops = args.embeddings == "crops"
     if crops and args.second_look:
         raise UserError("--embeddings crops sees the crops of all regions; leave --second-look out")
-    detector = Detector.load(args.weights, second_look=0 if crops else args.second_look)
+    detector = Detector.load(
+        args.weights, second_look=0 if crops else args.second_look, masks=args.iou_types != ["bbox"]
+    )
     words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
     if args.vocabulary in ("base", "novel"):
         words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
@@ -256,7 +258,7 @@ def _named(
             shown = shown_stickers(Stickers.load(), known, count=args.examples)
         shown = {category: crops for category, crops in shown.items() if category in known}
         run |= {"examples": args.examples, "scores": "calibrated"}
-        return example_predictor(detector, shown, limit=args.limit, masks=args.iou_types != ["bbox"])
+        return example_predictor(detector, shown, limit=args.limit)
     scale = args.scale or (float(card.model["head"]["scale"]) if card is not None else DEFAULT_SCALE)
     predictor = predictor_for(
         detector,
@@ -267,7 +269,6 @@ def _named(
         scores=args.scores,
         scale=scale,
         limit=args.limit,
-        masks=args.iou_types != ["bbox"],
     )
     run |= {
         "vocabulary": args.vocabulary,

@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
 
     if options.threads:
         torch.set_num_threads(max(1, options.threads))
-    detector = Detector.load(options.weights, device=options.device, cache_size=0)
+    detector = Detector.load(options.weights, device=options.device, masks=options.masks, cache_size=0)
     words: Vocabulary | str | None = options.classes
     if options.vocabulary is not None:
         words = Vocabulary.load(options.vocabulary, templates=detector.templates)

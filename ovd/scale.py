@@ -50,7 +50,7 @@ class PredictPictures:
     ) -> None:
         from ovd.detector import Detector
 
-        self.detector = Detector.load(weights, device=device, cache_size=0)
+        self.detector = Detector.load(weights, device=device, masks=masks, cache_size=0)
         self.question = self.detector.question(classes)
         self.threshold = self.detector.threshold_of(self.question) if threshold is None else threshold
         self.masks = masks

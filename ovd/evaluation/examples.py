@@ -132,16 +132,13 @@ def shown_stickers(stickers: Stickers, names: Mapping[int, str], *, count: int) 
     return {id_of[label]: given for label, given in crops.items()}
 
 
-def example_predictor(
-    detector: Detector, shown: Mapping[int, Sequence[Crop]], *, limit: int = 300, masks: bool = True
-) -> ExamplePredictor:
+def example_predictor(detector: Detector, shown: Mapping[int, Sequence[Crop]], *, limit: int = 300) -> ExamplePredictor:
     """A predictor whose classes are shown by crops.
 
     Args:
         detector: loaded.
         shown: COCO id → crops, of the classes that are asked for.
         limit: detections per image.
-        masks: write masks too.
     """
     return ExamplePredictor(
         detector=detector,
@@ -149,5 +146,4 @@ def example_predictor(
         rows=example_rows(detector, shown),
         scores="calibrated",
         limit=limit,
-        masks=masks,
     )

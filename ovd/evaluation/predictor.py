@@ -55,7 +55,6 @@ class Predictor:
         limit: detections per image.
         candidates: (region, class) pairs that enter NMS.
         nms: IoU of the per-class NMS.
-        masks: write masks too.
         objectness_weight: w of ``class^(1−w) · objectness^w``; ViLD uses none, CLIP on crops ½.
     """
 
@@ -68,7 +67,6 @@ class Predictor:
     limit: int = 300
     candidates: int = 5000
     nms: float = 0.5
-    masks: bool = True
     objectness_weight: float = 0.0
 
     @torch.inference_mode()
@@ -85,7 +83,7 @@ class Predictor:
         for k in kept.tolist():
             region = int(region_K[k])
             one = _result(regions, region, image_id, self.category_ids[int(class_K[k])], float(score_K[k]))
-            if self.masks and regions.masks is not None:
+            if regions.masks is not None:
                 if region not in segmentations:
                     segmentations[region] = region_rle(regions, region)
                 one["segmentation"] = segmentations[region]
@@ -97,7 +95,7 @@ class Predictor:
         """The same picture's regions as class-agnostic proposals, scored by objectness."""
         regions = self.detector.embed(image).regions
         proposals = [_result(regions, r, image_id, 0, float(regions.objectness[r])) for r in range(len(regions))]
-        if self.masks and regions.masks is not None:
+        if regions.masks is not None:
             for region, one in enumerate(proposals):
                 one["segmentation"] = region_rle(regions, region)
         return proposals
@@ -244,7 +242,6 @@ def predictor_for(
     scores: Scores = "published",
     scale: float = 100.0,
     limit: int = 300,
-    masks: bool = True,
 ) -> Predictor:
     """A predictor whose words are the names of a split's categories.
 
@@ -258,7 +255,6 @@ def predictor_for(
             does; `fixed` is one weight for all, as for typed words. Without a second head both are the same.
         scores, scale: see `Predictor`.
         limit: detections per image.
-        masks: write masks too.
 
     Raises:
         UserError: a word that names no category.
@@ -287,7 +283,6 @@ def predictor_for(
         scale=scale,
         exponent=exponent,
         limit=limit,
-        masks=masks,
         # A model whose embeddings do not say that a region is nothing says it by its objectness.
         objectness_weight=float(getattr(detector.model, "objectness_weight", 0.0)),
     )

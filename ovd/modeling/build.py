@@ -311,12 +311,15 @@ class RegionModel:
         card: its card.
         bank: (B, D) unit embeddings of the bank words.
         top: regions kept per picture.
+        masks: whether regions have masks, if the model has a mask head.
     """
 
-    def __init__(self, *, model: OpenVocabularyRCNN, card: DetectorCard, bank: Tensor, top: int = 150) -> None:
+    def __init__(
+        self, *, model: OpenVocabularyRCNN, card: DetectorCard, bank: Tensor, top: int = 150, masks: bool = True
+    ) -> None:
         self.model = model
         self.card = card
-        self.top = top
+        self.top, self.masks = top, masks
         self.bank = F.normalize(bank, dim=1) if len(bank) else bank
         self.calibration = Calibration(**card.calibration)
         classifier = model.roi_heads.classifier
@@ -335,7 +338,7 @@ class RegionModel:
     def regions(self, image: np.ndarray) -> RegionSet:
         """Regions of one RGB picture (H, W, 3) uint8; see :class:`RegionSet`."""
         inputs, scale_x, scale_y = self._input(image)
-        raw = self.model.regions([inputs], top=self.top)[0]
+        raw = self.model.regions([inputs], top=self.top, masks=self.masks)[0]
         if raw.text is None:
             raise UserError("this detector is class-agnostic (variant agnostic): it proposes boxes but knows no words")
         boxes = raw.boxes * raw.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])

@@ -9,13 +9,14 @@ from ovd.modeling.build import RegionModel, load_model, read_card
 from ovd.modeling.detr_build import load_detr_regions
 
 
-def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu") -> RegionModel:
+def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:
     """Load an exported detector for inference.
 
     Args:
         folder: as ``python -m ovd.train`` exports it.
         top: regions kept per picture.
         device: where it runs.
+        masks: False leaves the mask head out (a transformer has none).
 
     Raises:
         UserError: see :func:`ovd.modeling.build.load_model`.
@@ -24,4 +25,4 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu") ->
     if read_card(folder).is_transformer:
         return load_detr_regions(folder, top=top, device=device)
     model, card, bank = load_model(folder)
-    return RegionModel(model=model.to(device), card=card, bank=bank, top=top)
+    return RegionModel(model=model.to(device), card=card, bank=bank, top=top, masks=masks)

@@ -37,7 +37,7 @@ def test_a_predictor_of_examples_gives_the_scores_that_a_person_sees() -> None:
     assert detector.examples is not None
     question = detector.question(None, {"b": crop})
     rows = detector.examples.embed(question.examples)
-    predictor = ExamplePredictor(detector=detector, category_ids=(5,), rows=rows, scores="calibrated", masks=False)
+    predictor = ExamplePredictor(detector=detector, category_ids=(5,), rows=rows, scores="calibrated")
     best = predictor(picture(), 1)[0]
     regions = detector.embed(picture())
     seen, _ = regions.scores(question)

@@ -297,6 +297,17 @@ def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant:
     assert loaded.calibration.threshold == 0.25 and loaded.bank.shape == (2, D)
 
 
+def test_export__without_masks_the_mask_head_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_detector(tmp_path, make("vild", C4).eval(), card_for("vild", C4), bank=torch.randn(2, D), half=False)
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    with_masks = load_detector_model(tmp_path).regions(image)
+    monkeypatch.setattr(MaskHead, "layers", None)  # cannot be called
+    bare = load_detector_model(tmp_path, masks=False).regions(image)
+    assert with_masks.masks is not None and bare.masks is None
+    torch.testing.assert_close(bare.boxes, with_masks.boxes)
+    torch.testing.assert_close(bare.text, with_masks.text)
+
+
 def test_export__boxes_follow_the_original_size() -> None:
     model = make("vild").eval()
     from ovd.modeling.build import RegionModel
