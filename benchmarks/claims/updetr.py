@@ -201,6 +201,8 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
             best = score[n].flatten().topk(min(BEST, score[n].numel()))
             for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 query, label = divmod(place, len(seen))
+                if not seen[label]:  # its score is zero: fewer pairs than are judged
+                    continue
                 results.append(_result(number, label + 1, corners[query].tolist(), value))
     model.train(training)
     named = evaluate(gt, results, None, ["bbox"]).values["bbox/AP50"]
