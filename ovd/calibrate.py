@@ -185,6 +185,7 @@ def main(argv: list[str]) -> int:
         metavar="N",
         help="regions of a picture that the image encoder sees as crops too, from now on (default: as in model.json)",
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the figures there too")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw score against share correct")
     args = parser.parse_args(argv)
@@ -203,7 +204,7 @@ def main(argv: list[str]) -> int:
     from ovd.modeling.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
-    detector = Detector.load(folder, cache_size=0, second_look=args.second_look, masks=False)
+    detector = Detector.load(folder, device=args.device, cache_size=0, second_look=args.second_look, masks=False)
     stickers = Stickers.load()
     rows = detector.text.embed(detector.resolve(list(stickers.nouns)))
     bank, background = detector.model.bank, detector.model.background

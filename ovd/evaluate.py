@@ -155,6 +155,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     from ovd.evaluation.lvis import evaluate_lvis
     from ovd.evaluation.predictor import proposal_predictor
     from ovd.weights import detector_folder
+    from pretrain.engine.distributed import pick_device
 
     data = DataSpec.parse(args.data)
     gt: dict[str, Any] | None = None
@@ -176,11 +177,13 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     run: dict[str, Any] = {"weights": str(args.weights), "data": args.data, "regions": args.regions}
     folder = detector_folder(args.weights)
     predict: Predict | None = None
+    device = str(pick_device(args.device))
     if _is_agnostic(folder):
-        propose: Predict | None = proposal_predictor(folder, top=args.regions)
+        propose: Predict | None = proposal_predictor(folder, top=args.regions, device=device)
         run["protocol"] = "class-agnostic detector: recall only"
     elif _model_of(folder).get("variant") == "closed":
-        predict, propose = _closed(folder, split, args.limit), proposal_predictor(folder, top=args.regions)
+        predict = _closed(folder, split, args.limit, device)
+        propose = proposal_predictor(folder, top=args.regions, device=device)
         run["protocol"] = "detector of a closed list of classes"
     elif args.queries == "words":
         asking = _asking(args, split, run, shown)
@@ -224,7 +227,10 @@ def _named(
     if crops and args.second_look:
         raise UserError("--embeddings crops sees the crops of all regions; leave --second-look out")
     detector = Detector.load(
-        args.weights, second_look=0 if crops else args.second_look, masks=args.iou_types != ["bbox"]
+        args.weights,
+        device=args.device,
+        second_look=0 if crops else args.second_look,
+        masks=args.iou_types != ["bbox"],
     )
     words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
     if args.vocabulary in ("base", "novel"):
@@ -301,11 +307,11 @@ def _asking(
     )
 
 
-def _closed(folder: Path, split: Split, limit: int) -> Predict:
+def _closed(folder: Path, split: Split, limit: int, device: str) -> Predict:
     from ovd.evaluation.predictor import ClosedPredictor
     from ovd.modeling.detr_build import load_detr_regions
 
-    return ClosedPredictor.of(load_detr_regions(folder, top=limit, device="cpu"), split, limit=limit)
+    return ClosedPredictor.of(load_detr_regions(folder, top=limit, device=device), split, limit=limit)
 
 
 def _model_of(folder: Path) -> dict[str, Any]:
@@ -383,6 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
+    add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
     add("--data", metavar="SPEC", help="what to run it on: stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json")
     add("--vocabulary", metavar="all|base|novel|known|FILE", default="all",
         help="words the detector is asked for: all of the split (default), one group only (another, easier protocol), "

@@ -288,19 +288,20 @@ def predictor_for(
     )
 
 
-def proposal_predictor(folder: Path, *, top: int) -> Predict:
+def proposal_predictor(folder: Path, *, top: int, device: str = "cpu") -> Predict:
     """The proposals of an exported detector, without classes: what `run_source` and `run_images` take as ``propose``.
 
     Args:
         folder: an exported detector of any kind, class-agnostic ones too.
         top: how many, the best first.
+        device: where it runs.
 
     Raises:
         UserError: see :func:`ovd.modeling.build.load_model`.
     """
     from ovd.modeling.load import load_detector_model
 
-    model = load_detector_model(folder)
+    model = load_detector_model(folder, device=device)
 
     def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
         boxes, scores = model.propose(image, top=top)

@@ -229,6 +229,12 @@ def test_command_runs_a_detector_on_sticker_scenes(tmp_path: Path, monkeypatch: 
     assert gt["info"]["seed"] == 5
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake(monkeypatch)
+    with pytest.raises(UserError, match="device: 'tpu' is not a device name; use auto, cpu or cuda"):
+        main(["--weights", "x", "--data", "stickers-val:3", "--device", "tpu"])
+
+
 def test_a_picture_of_another_size_than_annotated_is_refused(photos: tuple[Path, Path, dict[str, Any]]) -> None:
     folder, _, gt = photos
     gt["images"][1]["width"] = 120
