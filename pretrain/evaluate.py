@@ -26,6 +26,7 @@ from pretrain.data.nouns import SynonymPair, WordNet, load_pairs, save_pairs, sy
 from pretrain.data.pairs import PairSource
 from pretrain.data.phrases import read_phrases, read_targets
 from pretrain.data.stickers import Stickers
+from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.nets.towers import JointEncoder, load_encoder
@@ -40,10 +41,10 @@ def embed_words(encoder: JointEncoder, words: Sequence[str], templates: Sequence
     """(C, D) unit rows: the mean over templates of unit embeddings, normalised again (ViLD §3.2)."""
     total: Tensor | float = 0.0
     for template in templates:
-        rows = [
-            F.normalize(encoder.encode_text(encoder.tokenize([template.format(w) for w in words[i : i + 512]])), dim=-1)
-            for i in range(0, len(words), 512)
-        ]
+        rows = []
+        for i in range(0, len(words), 512):
+            tokens = encoder.tokenize([template.format(w) for w in words[i : i + 512]]).to(_device(encoder))
+            rows.append(F.normalize(encoder.encode_text(tokens), dim=-1).cpu())
         total = total + torch.cat(rows)
     return F.normalize(torch.as_tensor(total), dim=-1)
 
@@ -54,9 +55,14 @@ def embed_crops(encoder: JointEncoder, source: PairSource, count: int, batch: in
     images, labels = [], []
     for start in range(0, count, batch):
         found = source.collate([source.sample(i, i) for i in range(start, min(start + batch, count))])
-        images.append(F.normalize(encoder.encode_image(encoder.prepare(found["image"])), dim=-1))
+        pixels = encoder.prepare(found["image"].to(_device(encoder)))
+        images.append(F.normalize(encoder.encode_image(pixels), dim=-1).cpu())
         labels.append(found["class_id"])
     return torch.cat(images), torch.cat(labels)
+
+
+def _device(encoder: JointEncoder) -> torch.device:
+    return next(encoder.parameters()).device
 
 
 def zero_shot(
@@ -259,6 +265,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--phrases", type=Path, help="phrase file: report the teacher with its definitions, too")
     parser.add_argument("--per-class", type=int, default=4, help="pictures per class (default 4)")
     parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--device", default="auto", help="where the encoder runs: auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     args = parser.parse_args(argv)
@@ -269,7 +276,7 @@ def main(argv: list[str]) -> int:
         pairs = synonym_pairs(WordNet.load(args.make_pairs), stickers.nouns, stickers.supercategory)
         save_pairs(args.pairs, pairs, stickers.nouns)
     pairs = load_pairs(args.pairs, stickers.nouns)
-    encoder = load_encoder(args.encoder)
+    encoder = load_encoder(args.encoder).to(pick_device(args.device))
     both = not (args.zero_shot or args.synonyms)
     report: dict[str, Any] = {"encoder": encoder.fingerprint(), "classes": len(stickers.nouns)}
     if args.synonyms or both:

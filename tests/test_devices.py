@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes on a GPU, pretended: nothing that is trained or served mixes tensors of two devices."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ovd.data.splits import Split
+from ovd.detector import Detector
+from ovd.evaluation.predictor import predictor_for
+from ovd.modeling.build import DetectorCard, RegionModel
+from ovd.modeling.detr_build import DetrRegions
+from ovd.modeling.scoring import Calibration
+from ovd.regions.crops import embed_regions
+from pretrain.config import CbowTower, EncoderConfig, ResNetTower
+from pretrain.evaluate import embed_words
+from pretrain.health import Watched
+from pretrain.methods.clip import Clip
+from pretrain.nets.towers import build_encoder
+from pretrain.recipes import build_method
+from tests.modeling import test_rcnn as rcnn
+from tests.pretend_cuda import Mixed, pretend_cuda, to_cuda
+from tests.ssl.ssl_cases import METHODS, section
+from tests.updetr import small as detr
+from tests.updetr.test_detr import region_tower
+from tests.updetr.test_pretext import task as pretext_task
+
+NAMES = tuple("abcde")
+
+
+def picture(side: int = 96) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def card(variant: str, classes: tuple[str, ...] = NAMES) -> DetectorCard:
+    return DetectorCard(
+        model={"variant": variant, "head": {"scale": 10.0}}, embed_dim=rcnn.D, pixel_mean=(127.5,) * 3,
+        pixel_std=(64.0,) * 3, encoder="toy", encoder_fingerprint="0", short_side=96, long_side=192,
+        classes=classes, novel=(), bank=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
+    )  # fmt: skip
+
+
+# --- the pretence: what a GPU refuses, and what it allows
+
+
+def test_pretence__refuses_what_a_gpu_refuses() -> None:
+    with pretend_cuda():
+        on = torch.ones(3, device="cuda:0")
+        with pytest.raises(Mixed, match=r"aten\.add"):
+            on + torch.ones(3)
+        with pytest.raises(Mixed):
+            torch.cat([on, torch.ones(3)])
+        with pytest.raises(Mixed):
+            nn.Linear(3, 2)(on)
+        with pytest.raises(Mixed):
+            torch.ones(3)[torch.zeros(1, dtype=torch.long, device="cuda:0")]
+        with pytest.raises(RuntimeError, match="numpy"):
+            on.numpy()
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(3, device="cuda:0", generator=torch.Generator())
+
+
+def test_pretence__allows_what_a_gpu_allows_and_computes_it() -> None:
+    with pretend_cuda():
+        on = torch.tensor([1.0, 2.0, 3.0], device="cuda:0")
+        assert on.device.type == "cuda" and (on * 2 + torch.tensor(1.0)).tolist() == [3.0, 5.0, 7.0]
+        assert on[torch.tensor([2, 0])].cpu().numpy().tolist() == [3.0, 1.0]
+        on[0] = 7
+        on.add_(1)
+        assert float(on.max()) == 8.0 and (on > 3.5).nonzero().tolist() == [[0], [2]]
+        on.copy_(torch.zeros(3))
+        assert on.sum().item() == 0.0 and torch.ones(2).to(on).device.type == "cuda"
+        assert to_cuda(nn.Linear(3, 2))(on).device.type == "cuda"
+
+
+# --- pretraining
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_self_supervised__steps_and_panel_stay_on_the_gpu(name: str) -> None:
+    task = Watched(build_method(section(name), batch_size=8, device=torch.device("cpu")))
+    with pretend_cuda():
+        to_cuda(task).train()
+        for step in range(3):  # queues fill, prototypes thaw
+            views = [torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8).to("cuda:0") for _ in range(2)]
+            loss, _ = task({"views": views})
+            task.after_step(step, 10)
+            assert loss.device.type == "cuda" and bool(torch.isfinite(loss))
+        assert all(np.isfinite(value) for value in task.report()[0].values())
+
+
+def test_clip__trains_on_the_gpu_from_pictures_and_captions_of_the_loader() -> None:
+    text = CbowTower(width=16, hidden=16, context_length=8)
+    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32), text=text))
+    with pretend_cuda():
+        task = to_cuda(Clip(encoder=encoder, names=["dog", "cat", "mug", "bee"])).train()
+        image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8).to("cuda:0")
+        words = {"caption": ["a dog", "a cat", "a mug", "a dog"], "class_id": torch.arange(4).to("cuda:0")}
+        loss, _ = task({"image": image, **words})
+        assert loss.device.type == "cuda"
+
+
+def test_clip__is_evaluated_on_the_gpu() -> None:
+    text = CbowTower(width=16, hidden=16, context_length=8)
+    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32), text=text)).eval()
+    plain = embed_words(encoder, ["dog", "cat"], ("a {}", "{}"))
+    with pretend_cuda():
+        torch.testing.assert_close(embed_words(to_cuda(encoder), ["dog", "cat"], ("a {}", "{}")), plain)
+
+
+# --- detection
+
+
+@pytest.mark.parametrize("kind", [rcnn.C4, rcnn.FPN, rcnn.DETAIL], ids=["c4", "fpn", "detail"])
+@pytest.mark.parametrize("variant", ["agnostic", "text", "image", "vild", "ensemble"])
+def test_vild__losses_and_regions_are_computed_on_the_gpu(variant: str, kind: dict[str, Any]) -> None:
+    model = rcnn.make(variant, kind, novel=(3,))
+    with pretend_cuda():
+        to_cuda(model).train()
+        losses = model(rcnn.batch(label=0 if variant in ("agnostic", "image") else 1))
+        assert all(value.device.type == "cuda" for value in losses.values())
+        found = model.eval()([{"image": torch.from_numpy(picture()).permute(2, 0, 1)}])[0]
+        assert found.boxes.device.type == "cuda"
+
+
+@pytest.mark.parametrize("tower", [False, True])
+@pytest.mark.parametrize("options", [{}, {"denoising": 2}, {"denoising": 1, "conditioned": 2}])
+def test_transformer__losses_and_detections_are_computed_on_the_gpu(options: dict[str, Any], tower: bool) -> None:
+    model = detr.make(novel=(4,), region_tower=region_tower() if tower else None, **options)
+    batch = [detr.picture(64, 96, [[8, 8, 40, 40], [50, 20, 90, 60]], [0, 2]), detr.picture(64, 64, [], [])]
+    with pretend_cuda():
+        to_cuda(model).train()
+        assert all(value.device.type == "cuda" for value in model(batch).values())
+        assert model.eval()(batch)[0]["instances"].scores.device.type == "cuda"
+
+
+@pytest.mark.parametrize("arch", ["detr", "conditional"])
+def test_transformer__of_a_closed_list_trains_on_the_gpu(arch: str) -> None:
+    model = detr.make(arch, variant="closed")
+    with pretend_cuda():
+        to_cuda(model).train()
+        losses = model([detr.picture(64, 96, [[8, 8, 40, 40]], [3])])
+        assert all(value.device.type == "cuda" for value in losses.values())
+
+
+def test_pretext__finds_patches_on_the_gpu() -> None:
+    task = pretext_task()
+    with pretend_cuda():
+        to_cuda(task).train()
+        loss, _ = task(detr.patch_batch(2, 3))
+        assert loss.device.type == "cuda"
+
+
+# --- a person's questions
+
+
+def small_detector(second_look: int) -> Detector:
+    torch.manual_seed(0)
+    text = CbowTower(width=16, hidden=16, context_length=8)
+    encoder = build_encoder(EncoderConfig(embed_dim=rcnn.D, image=ResNetTower(image_size=32), text=text)).eval()
+    model = RegionModel(model=rcnn.make("vild").eval(), card=card("vild"), bank=torch.randn(4, rcnn.D))
+    return Detector(model=model, encoder=encoder, second_look=second_look)
+
+
+@pytest.mark.parametrize("second_look", [0, 5])
+def test_detector__words_and_crops_are_answered_beside_a_gpu(second_look: int) -> None:
+    detector = small_detector(second_look)
+    plain = detector.find(picture(), "dog, -cat", examples={"this": picture(24)}, threshold=0.0)
+    detector = small_detector(second_look)
+    with pretend_cuda():
+        to_cuda(detector.model.model)  # type: ignore[attr-defined]
+        to_cuda(detector.text.encoder)  # type: ignore[arg-type]
+        found = detector.find(picture(), "dog, -cat", examples={"this": picture(24)}, threshold=0.0)
+    assert found.class_name == plain.class_name
+    np.testing.assert_allclose(found.xyxy, plain.xyxy, atol=1e-3)
+
+
+@pytest.mark.parametrize("scores", ["published", "calibrated"])
+def test_evaluation__names_regions_of_a_gpu(scores: Any) -> None:
+    detector = small_detector(3)
+    split = Split.everything({i + 1: name for i, name in enumerate(NAMES)})
+    with pretend_cuda():
+        to_cuda(detector.model.model)  # type: ignore[attr-defined]
+        to_cuda(detector.text.encoder)  # type: ignore[arg-type]
+        predict = predictor_for(detector, split, scores=scores, limit=5)
+        assert len(predict(picture(), 1)) == 5 and predict.propose(picture(), 1)
+
+
+def test_regions_of_a_store_are_embedded_on_a_gpu() -> None:
+    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32))).eval()
+    boxes = np.array([[4.0, 4.0, 40.0, 40.0], [20.0, 10.0, 90.0, 80.0]])
+    plain = embed_regions(encoder, picture(), boxes)
+    with pretend_cuda():
+        torch.testing.assert_close(embed_regions(to_cuda(encoder), picture(), boxes), plain)  # type: ignore[arg-type]
+
+
+def test_transformer__answers_words_and_crops_beside_a_gpu() -> None:
+    model = detr.make(region_tower=region_tower(), conditioned=2).eval()
+    regions = DetrRegions(model=model, card=card("text"), bank=torch.randn(4, detr.D))
+    with pretend_cuda():
+        to_cuda(model)
+        assert len(regions.regions(picture())) == model.queries
+        assert regions.propose(picture(), top=3)[0].shape == (3, 4)
+        assert regions.ask(picture(), torch.randn(3, detr.D), at_once=2)[0].device.type == "cpu"
