@@ -81,17 +81,21 @@ def test_synonyms_are_counted_by_kind_and_by_class() -> None:
     assert report["top5"] == 1.0
 
 
-class Echo:
+class Echo(torch.nn.Module):
     """A text encoder that knows one number per text: its length."""
 
     embed_dim = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = torch.nn.Parameter(torch.tensor(5.0))
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         return torch.tensor([[len(t)] for t in texts])
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         angle = tokens[:, 0] / 10
-        return 5 * torch.stack([angle.cos(), angle.sin()], 1)
+        return self.length * torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def test_words_are_the_normalised_mean_over_templates() -> None:
