@@ -94,7 +94,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     from ovd.text import embed_vocabulary
     from ovd.training_inputs import labelled_images, resolve_encoder
     from ovd.vocabulary import Vocabulary
-    from pretrain.engine.distributed import seed_everything
+    from pretrain.engine.distributed import pick_device, seed_everything
 
     seed_everything(config.loop.seed)
     encoder = resolve_encoder(config.encoder)
@@ -131,6 +131,10 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
         state, own_backbone = read_start(Path(config.weights))
         report = start_detr(model, state, source=config.weights, backbone=own_backbone)
         print(f"weights={config.weights}: {report}")
+    # Before the loop does it: what is cached or embedded ahead of the first step is computed there too.
+    device = pick_device(config.loop.device)
+    model.to(device)
+    encoder.to(device)
     parts: dict[str, Any] = {
         "encoder": encoder, "images": images, "rows": rows, "novel": novel, "model": model, "mean": mean, "std": std
     }  # fmt: skip

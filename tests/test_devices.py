@@ -15,7 +15,7 @@ from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
 from ovd.modeling.build import DetectorCard, RegionModel
-from ovd.modeling.detr_build import DetrRegions
+from ovd.modeling.detr_build import DetrRegions, start_projections
 from ovd.modeling.scoring import Calibration
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
@@ -150,11 +150,15 @@ def test_transformer__of_a_closed_list_trains_on_the_gpu(arch: str) -> None:
 
 
 def test_pretext__finds_patches_on_the_gpu() -> None:
-    task = pretext_task()
+    task, batch = pretext_task(), detr.patch_batch(2, 3)
     with pretend_cuda():
         to_cuda(task).train()
-        loss, _ = task(detr.patch_batch(2, 3))
+        loss, _ = task(batch)
         assert loss.device.type == "cuda"
+        assert 0 <= task.measure([batch])["patch_miou"] <= 1
+        maps = task.detr.maps_of(batch)[0]["res4"]
+        tokens, patches = maps.flatten(2).transpose(1, 2).flatten(0, 1), task.embeddings(batch).flatten(0, 1)
+        assert "the same map" in start_projections(task.detr, tokens_SC=tokens, embeddings_PD=patches)
 
 
 # --- a person's questions
