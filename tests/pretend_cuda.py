@@ -43,6 +43,7 @@ class OnCuda(torch.Tensor):
             dtype=real.dtype,
             device=CUDA,
             requires_grad=real.requires_grad,
+            dispatch_sizes_strides_policy="sizes",  # asked of ``inner``: ``unsqueeze_`` changes them
         )
 
     def __init__(self, real: Tensor) -> None:
@@ -82,8 +83,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     generator = kwargs.get("generator")
     if cuda and generator is not None and generator.device.type == "cpu":
         raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator but found 'cpu'")
-    known = {id(x.inner): x for x in here}
     out = func(*_unwrapped(args), **_unwrapped(kwargs))
+    known = {id(x.inner): x for x in here}  # what is written in place stays the same object
     return tree_map(lambda x: known.get(id(x), OnCuda(x)) if cuda and isinstance(x, Tensor) else x, out)
 
 

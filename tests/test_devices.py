@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,18 @@ import pytest
 import torch
 from torch import nn
 
+from ovd.calibrate import typed_scenes
 from ovd.data.splits import Split
 from ovd.detector import Detector
-from ovd.evaluation.predictor import predictor_for
+from ovd.evaluation.predictor import CropModel, predictor_for
+from ovd.evaluation.typed import run_typed
 from ovd.modeling.build import DetectorCard, RegionModel
 from ovd.modeling.detr_build import DetrRegions, start_projections
 from ovd.modeling.scoring import Calibration
 from ovd.regions.crops import embed_regions
+from pretrain import probes
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
+from pretrain.data.stickers import Stickers
 from pretrain.evaluate import embed_words
 from pretrain.health import Watched
 from pretrain.methods.clip import Clip
@@ -26,6 +31,7 @@ from pretrain.nets.towers import build_encoder
 from pretrain.recipes import build_method
 from tests.modeling import test_rcnn as rcnn
 from tests.pretend_cuda import Mixed, pretend_cuda, to_cuda
+from tests.ssl.small import backbone
 from tests.ssl.ssl_cases import METHODS, section
 from tests.updetr import small as detr
 from tests.updetr.test_detr import region_tower
@@ -104,6 +110,15 @@ def test_clip__trains_on_the_gpu_from_pictures_and_captions_of_the_loader() -> N
         words = {"caption": ["a dog", "a cat", "a mug", "a dog"], "class_id": torch.arange(4).to("cuda:0")}
         loss, _ = task({"image": image, **words})
         assert loss.device.type == "cuda"
+
+
+def test_probe__neighbours_are_found_on_the_gpu() -> None:
+    pictures = SimpleNamespace(image=lambda index: picture(16) // (1 + index % 2))
+    normalise = probes.Normalise(16, (0.5,) * 3, (0.25,) * 3)
+    with pretend_cuda():
+        rows = probes.features(to_cuda(backbone()), pictures, range(6), normalise)  # type: ignore[arg-type]
+        scores = probes.knn(rows, rows, torch.arange(6) % 2, classes=2, k=3)
+        assert scores.device.type == "cuda" and probes.accuracy(scores, torch.arange(6) % 2) == 1.0
 
 
 def test_clip__is_evaluated_on_the_gpu() -> None:
@@ -194,6 +209,19 @@ def test_evaluation__names_regions_of_a_gpu(scores: Any) -> None:
         to_cuda(detector.text.encoder)  # type: ignore[arg-type]
         predict = predictor_for(detector, split, scores=scores, limit=5)
         assert len(predict(picture(), 1)) == 5 and predict.propose(picture(), 1)
+        detector.model = CropModel(model=detector.model, encoder=detector.text.encoder)  # type: ignore[arg-type]
+        assert len(predictor_for(detector, split, scores=scores, limit=5)(picture(32), 1)) == 5
+
+
+def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:
+    detector, stickers = small_detector(3), Stickers.load()
+    rows = torch.randn(len(stickers.nouns), rcnn.D)
+    with pretend_cuda():
+        to_cuda(detector.model.model)  # type: ignore[attr-defined]
+        to_cuda(detector.text.encoder)  # type: ignore[arg-type]
+        scenes = typed_scenes(detector, stickers, seed=1, count=2, size=96, base_only=True)
+        bank, background = detector.model.bank, detector.model.background
+        run_typed(scenes, rows_CD=rows, bank_BD=bank, background_D=background, calibration=Calibration(), floor=0.0)
 
 
 def test_regions_of_a_store_are_embedded_on_a_gpu() -> None:
