@@ -124,6 +124,8 @@ def pretend_cuda() -> Iterator[None]:
         with (
             torch.backends.cudnn.flags(enabled=False),
             mock.patch("torch.cuda._lazy_init"),
+            mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+            mock.patch("torch.cuda.is_bf16_supported", return_value=True),
             mock.patch.multiple(torch.inference_mode, __enter__=_enter_no_grad, __exit__=_exit_no_grad),
             _Mode(),
         ):

@@ -24,6 +24,7 @@ from ovd.regions.crops import embed_regions
 from pretrain import probes
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
 from pretrain.data.stickers import Stickers
+from pretrain.engine.loop import PRECISIONS
 from pretrain.evaluate import embed_words
 from pretrain.health import Watched
 from pretrain.methods.clip import Clip
@@ -50,6 +51,11 @@ def card(variant: str, classes: tuple[str, ...] = NAMES) -> DetectorCard:
         pixel_std=(64.0,) * 3, encoder="toy", encoder_fingerprint="0", short_side=96, long_side=192,
         classes=classes, novel=(), bank=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
     )  # fmt: skip
+
+
+def precision(name: str) -> torch.autocast:
+    """Autocast as the loop sets it on a GPU."""
+    return torch.autocast("cuda", PRECISIONS[name], enabled=name != "fp32")
 
 
 # --- the pretence: what a GPU refuses, and what it allows
@@ -83,21 +89,25 @@ def test_pretence__allows_what_a_gpu_allows_and_computes_it() -> None:
         on.copy_(torch.zeros(3))
         assert on.sum().item() == 0.0 and torch.ones(2).to(on).device.type == "cuda"
         assert to_cuda(nn.Linear(3, 2))(on).device.type == "cuda"
+        with precision("fp16"):
+            assert (torch.ones(2, 3, device="cuda:0") @ on.view(3, 1)).dtype == torch.float16
 
 
 # --- pretraining
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_self_supervised__steps_and_panel_stay_on_the_gpu(name: str) -> None:
+def test_self_supervised__steps_and_panel_stay_on_the_gpu(name: str, kind: str) -> None:
     task = Watched(build_method(section(name), batch_size=8, device=torch.device("cpu")))
     with pretend_cuda():
         to_cuda(task).train()
         for step in range(3):  # queues fill, prototypes thaw
             views = [torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8).to("cuda:0") for _ in range(2)]
-            loss, _ = task({"views": views})
+            with precision(kind):
+                loss, _ = task({"views": views})
             task.after_step(step, 10)
-            assert loss.device.type == "cuda" and bool(torch.isfinite(loss))
+            assert loss.device.type == "cuda" and loss.dtype == torch.float32 and bool(torch.isfinite(loss))
         assert all(np.isfinite(value) for value in task.report()[0].values())
 
 
@@ -138,8 +148,9 @@ def test_vild__losses_and_regions_are_computed_on_the_gpu(variant: str, kind: di
     model = rcnn.make(variant, kind, novel=(3,))
     with pretend_cuda():
         to_cuda(model).train()
-        losses = model(rcnn.batch(label=0 if variant in ("agnostic", "image") else 1))
-        assert all(value.device.type == "cuda" for value in losses.values())
+        with precision("bf16"):
+            losses = model(rcnn.batch(label=0 if variant in ("agnostic", "image") else 1))
+        assert all(value.device.type == "cuda" and value.dtype == torch.float32 for value in losses.values())
         found = model.eval()([{"image": torch.from_numpy(picture()).permute(2, 0, 1)}])[0]
         assert found.boxes.device.type == "cuda"
 
@@ -151,7 +162,10 @@ def test_transformer__losses_and_detections_are_computed_on_the_gpu(options: dic
     batch = [detr.picture(64, 96, [[8, 8, 40, 40], [50, 20, 90, 60]], [0, 2]), detr.picture(64, 64, [], [])]
     with pretend_cuda():
         to_cuda(model).train()
-        assert all(value.device.type == "cuda" for value in model(batch).values())
+        for kind in ("fp32", "bf16", "fp16"):
+            with precision(kind):
+                losses = model(batch)
+            assert all(value.device.type == "cuda" and value.dtype == torch.float32 for value in losses.values())
         assert model.eval()(batch)[0]["instances"].scores.device.type == "cuda"
 
 
@@ -168,8 +182,9 @@ def test_pretext__finds_patches_on_the_gpu() -> None:
     task, batch = pretext_task(), detr.patch_batch(2, 3)
     with pretend_cuda():
         to_cuda(task).train()
-        loss, _ = task(batch)
-        assert loss.device.type == "cuda"
+        with precision("bf16"):
+            loss, _ = task(batch)
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
         assert 0 <= task.measure([batch])["patch_miou"] <= 1
         maps = task.detr.maps_of(batch)[0]["res4"]
         tokens, patches = maps.flatten(2).transpose(1, 2).flatten(0, 1), task.embeddings(batch).flatten(0, 1)
