@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovd.vocabulary import Vocabulary
+from pretrain.engine.distributed import device_of
 
 
 class TextEncoder(Protocol):
@@ -50,7 +51,7 @@ def embed_phrases(phrases: list[str], encoder: TextEncoder, *, batch_size: int =
     """
     if not phrases:
         return torch.zeros(0, encoder.embed_dim)
-    device = next((p.device for p in getattr(encoder, "parameters", lambda: iter(()))()), torch.device("cpu"))
+    device = device_of(encoder)
     rows = []
     for start in range(0, len(phrases), batch_size):
         tokens = encoder.tokenize(phrases[start : start + batch_size]).to(device)

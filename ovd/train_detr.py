@@ -190,7 +190,7 @@ def start_inputs(config: DetrTrainConfig, parts: Mapping[str, Any]) -> str:
             embeddings = task.embeddings(batch).flatten(0, 1)
             if config.backbone_weights is None and isinstance(encoder.visual, ResNetImage):
                 if config.model.embed_space == "clip" and config.model.backbone.features[-1] == "res5":
-                    projection = encoder.visual.proj.weight.to(model.device)
+                    projection = encoder.visual.proj.weight
     model.train(was)
     return start_projections(model, tokens_SC=tokens, embeddings_PD=embeddings, projection_DC=projection)
 

@@ -26,7 +26,7 @@ from pretrain.data.nouns import SynonymPair, WordNet, load_pairs, save_pairs, sy
 from pretrain.data.pairs import PairSource
 from pretrain.data.phrases import read_phrases, read_targets
 from pretrain.data.stickers import Stickers
-from pretrain.engine.distributed import pick_device
+from pretrain.engine.distributed import device_of, pick_device
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.nets.towers import JointEncoder, load_encoder
@@ -43,7 +43,7 @@ def embed_words(encoder: JointEncoder, words: Sequence[str], templates: Sequence
     for template in templates:
         rows = []
         for i in range(0, len(words), 512):
-            tokens = encoder.tokenize([template.format(w) for w in words[i : i + 512]]).to(_device(encoder))
+            tokens = encoder.tokenize([template.format(w) for w in words[i : i + 512]]).to(device_of(encoder))
             rows.append(F.normalize(encoder.encode_text(tokens), dim=-1).cpu())
         total = total + torch.cat(rows)
     return F.normalize(torch.as_tensor(total), dim=-1)
@@ -55,14 +55,10 @@ def embed_crops(encoder: JointEncoder, source: PairSource, count: int, batch: in
     images, labels = [], []
     for start in range(0, count, batch):
         found = source.collate([source.sample(i, i) for i in range(start, min(start + batch, count))])
-        pixels = encoder.prepare(found["image"].to(_device(encoder)))
+        pixels = encoder.prepare(found["image"].to(device_of(encoder)))
         images.append(F.normalize(encoder.encode_image(pixels), dim=-1).cpu())
         labels.append(found["class_id"])
     return torch.cat(images), torch.cat(labels)
-
-
-def _device(encoder: JointEncoder) -> torch.device:
-    return next(encoder.parameters()).device
 
 
 def zero_shot(

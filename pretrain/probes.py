@@ -83,10 +83,6 @@ def frozen(backbone: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
 def features(
     backbone: nn.Module,
     images: ImageSet,
@@ -101,7 +97,7 @@ def features(
     Args:
         view: (picture, index) → picture of the right size; None: the evaluation view.
     """
-    world, device = distributed.world_size(), _device(backbone)
+    world, device = distributed.world_size(), distributed.device_of(backbone)
     mine = list(indices)[distributed.rank() :: world]
     share = -(-len(indices) // world)
     mine += list(indices)[: share - len(mine)]  # equal shares; what is too much is cut off below
@@ -209,7 +205,7 @@ def linear(
     Returns:
         The trained layer.
     """
-    indices, device = list(range(len(train))), _device(backbone)
+    indices, device = list(range(len(train))), distributed.device_of(backbone)
     target = labels(train, indices).to(device)
     fixed = features(backbone, train, indices if not augment else indices[:1], normalise)
     head = nn.Linear(fixed.shape[1], classes).to(device)

@@ -96,7 +96,7 @@ def _refuse_mixtures(func: Any, args: tuple[Any, ...], leaves: list[Tensor], her
     if func in BETWEEN_DEVICES or not here:
         return
     if func in INDEXED and isinstance(args[0], OnCuda):  # a GPU takes indices from the CPU
-        leaves = [args[0], *args[2:3]] if len(args) > 2 else [args[0]]
+        leaves = [args[0], *args[2:3]]
     # A number in a tensor without dimensions may come from anywhere.
     away = [x for x in leaves if not isinstance(x, OnCuda) and x.dim()]
     if away:

@@ -28,7 +28,7 @@ from pretrain.engine.loop import PRECISIONS
 from pretrain.evaluate import embed_words
 from pretrain.health import Watched
 from pretrain.methods.clip import Clip
-from pretrain.nets.towers import build_encoder
+from pretrain.nets.towers import JointEncoder, build_encoder
 from pretrain.recipes import build_method
 from tests.modeling import test_rcnn as rcnn
 from tests.pretend_cuda import Mixed, pretend_cuda, to_cuda
@@ -51,6 +51,11 @@ def card(variant: str, classes: tuple[str, ...] = NAMES) -> DetectorCard:
         pixel_std=(64.0,) * 3, encoder="toy", encoder_fingerprint="0", short_side=96, long_side=192,
         classes=classes, novel=(), bank=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
     )  # fmt: skip
+
+
+def small_encoder(dim: int = 8) -> JointEncoder:
+    text = CbowTower(width=16, hidden=16, context_length=8)
+    return build_encoder(EncoderConfig(embed_dim=dim, image=ResNetTower(image_size=32), text=text))
 
 
 def precision(name: str) -> torch.autocast:
@@ -112,8 +117,7 @@ def test_self_supervised__steps_and_panel_stay_on_the_gpu(name: str, kind: str) 
 
 
 def test_clip__trains_on_the_gpu_from_pictures_and_captions_of_the_loader() -> None:
-    text = CbowTower(width=16, hidden=16, context_length=8)
-    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32), text=text))
+    encoder = small_encoder()
     with pretend_cuda():
         task = to_cuda(Clip(encoder=encoder, names=["dog", "cat", "mug", "bee"])).train()
         image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8).to("cuda:0")
@@ -132,8 +136,7 @@ def test_probe__neighbours_are_found_on_the_gpu() -> None:
 
 
 def test_clip__is_evaluated_on_the_gpu() -> None:
-    text = CbowTower(width=16, hidden=16, context_length=8)
-    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32), text=text)).eval()
+    encoder = small_encoder().eval()
     plain = embed_words(encoder, ["dog", "cat"], ("a {}", "{}"))
     with pretend_cuda():
         torch.testing.assert_close(embed_words(to_cuda(encoder), ["dog", "cat"], ("a {}", "{}")), plain)
@@ -196,10 +199,14 @@ def test_pretext__finds_patches_on_the_gpu() -> None:
 
 def small_detector(second_look: int) -> Detector:
     torch.manual_seed(0)
-    text = CbowTower(width=16, hidden=16, context_length=8)
-    encoder = build_encoder(EncoderConfig(embed_dim=rcnn.D, image=ResNetTower(image_size=32), text=text)).eval()
+    encoder = small_encoder(rcnn.D).eval()
     model = RegionModel(model=rcnn.make("vild").eval(), card=card("vild"), bank=torch.randn(4, rcnn.D))
     return Detector(model=model, encoder=encoder, second_look=second_look)
+
+
+def move(detector: Detector) -> None:
+    to_cuda(detector.model.model)  # type: ignore[attr-defined]
+    to_cuda(detector.text.encoder)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("second_look", [0, 5])
@@ -208,8 +215,7 @@ def test_detector__words_and_crops_are_answered_beside_a_gpu(second_look: int) -
     plain = detector.find(picture(), "dog, -cat", examples={"this": picture(24)}, threshold=0.0)
     detector = small_detector(second_look)
     with pretend_cuda():
-        to_cuda(detector.model.model)  # type: ignore[attr-defined]
-        to_cuda(detector.text.encoder)  # type: ignore[arg-type]
+        move(detector)
         found = detector.find(picture(), "dog, -cat", examples={"this": picture(24)}, threshold=0.0)
     assert found.class_name == plain.class_name
     np.testing.assert_allclose(found.xyxy, plain.xyxy, atol=1e-3)
@@ -220,8 +226,7 @@ def test_evaluation__names_regions_of_a_gpu(scores: Any) -> None:
     detector = small_detector(3)
     split = Split.everything({i + 1: name for i, name in enumerate(NAMES)})
     with pretend_cuda():
-        to_cuda(detector.model.model)  # type: ignore[attr-defined]
-        to_cuda(detector.text.encoder)  # type: ignore[arg-type]
+        move(detector)
         predict = predictor_for(detector, split, scores=scores, limit=5)
         assert len(predict(picture(), 1)) == 5 and predict.propose(picture(), 1)
         detector.model = CropModel(model=detector.model, encoder=detector.text.encoder)  # type: ignore[arg-type]
@@ -232,15 +237,14 @@ def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:
     detector, stickers = small_detector(3), Stickers.load()
     rows = torch.randn(len(stickers.nouns), rcnn.D)
     with pretend_cuda():
-        to_cuda(detector.model.model)  # type: ignore[attr-defined]
-        to_cuda(detector.text.encoder)  # type: ignore[arg-type]
+        move(detector)
         scenes = typed_scenes(detector, stickers, seed=1, count=2, size=96, base_only=True)
         bank, background = detector.model.bank, detector.model.background
         run_typed(scenes, rows_CD=rows, bank_BD=bank, background_D=background, calibration=Calibration(), floor=0.0)
 
 
 def test_regions_of_a_store_are_embedded_on_a_gpu() -> None:
-    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32))).eval()
+    encoder = small_encoder().eval()
     boxes = np.array([[4.0, 4.0, 40.0, 40.0], [20.0, 10.0, 90.0, 80.0]])
     plain = embed_regions(encoder, picture(), boxes)
     with pretend_cuda():

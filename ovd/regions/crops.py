@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def embed_crops(
         return torch.zeros(0, encoder.embed_dim)
     flat = crops.flatten(0, 1)
     parts = []
-    device = _device_of(encoder)
+    device = device_of(encoder)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for start in range(0, len(flat), batch_size):
             pixels = encoder.prepare(flat[start : start + batch_size].to(device))
@@ -248,10 +249,3 @@ def _cut(
     out = Image.new("RGB", (size, size), colour)
     out.paste(canvas.resize(inner, filter_, box=box), ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return np.asarray(out)
-
-
-def _device_of(encoder: RegionEncoder) -> torch.device:
-    if isinstance(encoder, torch.nn.Module):
-        for parameter in encoder.parameters():
-            return parameter.device
-    return torch.device("cpu")

@@ -99,6 +99,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def device_of(module: object) -> torch.device:
+    """Where a network's parameters are; the CPU for what has none."""
+    parameters = module.parameters() if isinstance(module, torch.nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
 def all_sum(values: list[float]) -> list[float]:
     """Sum a few numbers over the processes, element by element."""
     if world_size() == 1:
