@@ -108,12 +108,14 @@ class PatchConfig(Section):
 
     sampler: Literal["official", "log_uniform", "prior"] = Field(
         "log_uniform",
-        description="official: uniform sides; log_uniform: even over scales; prior: around likely objects",
+        description="official: uniform sides; log_uniform: even over scales; prior: likely things (selective search)",
     )
     count: int = Field(10, ge=1, le=500, description="patches per picture, M; 1 is the single-query form")
     size: int = Field(64, ge=16, le=512, description="patches are resized to this side (paper: 128)")
     min_side: int = Field(8, ge=2, le=256, description="smallest side in pixels of the original picture (official: 8)")
-    scale: tuple[float, float] = Field((0.08, 0.6), description="square root of area against the picture (log_uniform)")
+    scale: tuple[float, float] = Field(
+        (0.08, 0.6), description="square root of area against the picture (log_uniform, prior)"
+    )
     max_aspect: float = Field(3.0, ge=1, le=20, description="longest against shortest side (log_uniform, prior)")
     max_iou: float = Field(0.5, gt=0, le=1, description="a patch that overlaps an earlier one more is drawn again")
     jitter: bool = Field(False, description="colour jitter, grey and blur on the patch only (paper: true)")

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.data.mapper import TrainingTransform, move_boxes
+from ovd.data.selective_search import likely_boxes
 from ovd.regions.crops import crop_regions
 from pretrain.config_views import ViewConfig
 from pretrain.data.images import ImageSet
@@ -94,44 +94,25 @@ def log_uniform_boxes(
 
 
 def prior_boxes(
-    image: NDArray[np.uint8], rng: np.random.Generator, *, count: int, min_side: int, max_aspect: float, max_iou: float
+    image: NDArray[np.uint8],
+    rng: np.random.Generator,
+    *,
+    count: int,
+    min_side: int,
+    scale: tuple[float, float],
+    max_aspect: float,
+    max_iou: float,
 ) -> NDArray[Any]:
-    """Boxes around things that stand out: up to ``count`` components of a colour-contrast map, jittered.
+    """Boxes around likely things: up to ``count`` of a selective search, jittered.
 
-    Contrast of each place against its surroundings at three scales, cut at several heights; the components are what a
-    selective search would find first. Their order is drawn, better ones more often first.
+    Their order is drawn, what stands out more often first. They are things more often than random patches are, as
+    DETReg's targets (arXiv 2106.04550); unlike those they are asked for by their patch.
     """
     height, width = image.shape[:2]
-    factor = 128 / max(height, width)
-    small = cv2.resize(
-        image, (max(8, round(width * factor)), max(8, round(height * factor))), interpolation=cv2.INTER_AREA
-    )
-    colour = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
-    side = max(small.shape[:2])
-    contrast = np.zeros(small.shape[:2], dtype=np.float32)
-    for share in (0.1, 0.25, 0.6):
-        around = cv2.blur(colour, (max(3, int(side * share)) | 1,) * 2, borderType=cv2.BORDER_REFLECT)
-        contrast += np.linalg.norm(cv2.GaussianBlur(colour, (0, 0), 1.0) - around, axis=2)
-    found: list[tuple[float, NDArray[Any]]] = []
-    most = float(contrast.max())
-    for cut in (*np.quantile(contrast, (0.5, 0.7, 0.85)), 0.35 * most, 0.5 * most, 0.65 * most):
-        binary = (contrast > cut).astype(np.uint8)
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(binary)
-        for number, (x, y, w, h, area) in enumerate(stats.tolist()):
-            if (
-                number == 0
-                or w / factor < min_side
-                or h / factor < min_side
-                or w * h > 0.6 * small.shape[0] * small.shape[1]
-            ):
-                continue
-            if max(w / h, h / w) > max_aspect:
-                continue
-            value = float(contrast[labels == number].mean()) * area / (w * h)
-            found.append((value, np.array([x, y, x + w, y + h], dtype=np.float64) / factor))
-    found.sort(key=lambda one: one[0] * math.exp(rng.normal(0, 0.5)), reverse=True)
+    candidates, values = likely_boxes(image, scale=scale, max_aspect=max_aspect)
+    order = np.argsort(-values * np.exp(rng.normal(0, 0.5, len(values))), kind="stable")
     boxes = np.zeros((0, 4), dtype=np.float32)
-    for _, box in found:
+    for box in candidates[order]:
         sides = np.tile(box[2:] - box[:2], 2)
         box = box + rng.uniform(-0.1, 0.1, 4) * sides
         box = np.round(np.clip(box, 0, [width, height, width, height])).astype(np.float32)
@@ -198,7 +179,13 @@ class PatchSource:
         start = None
         if self.sampler == "prior":
             start = prior_boxes(
-                image, rng, count=self.count, min_side=self.min_side, max_aspect=self.max_aspect, max_iou=self.max_iou
+                image,
+                rng,
+                count=self.count,
+                min_side=self.min_side,
+                scale=self.scale,
+                max_aspect=self.max_aspect,
+                max_iou=self.max_iou,
             )
         return log_uniform_boxes(
             width,

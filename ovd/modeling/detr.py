@@ -371,25 +371,10 @@ class Detr(nn.Module):
             return self.detect(batch)
         memory = self.memory(batch)
         targets = self.targets([x["instances"] for x in batch])
-        extra, blocks = self._denoising(targets)
-        size = 0 if extra is None else extra.content.shape[1]
-        mask = None
-        if extra is not None:
-            owner = torch.cat([blocks, blocks.new_full((self.queries,), -1)])
-            # Denoising groups see themselves and the free queries; free queries must not see the answers.
-            mask = (owner[:, None] != owner[None]) & (owner[None] >= 0)
-        out = self.decode(memory, extra=extra, mask=mask)
-        free = Decoded(out.states[:, :, size:], out.boxes[:, :, size:])
+        free, taught = self.decode_taught(memory, targets)
         number = self.mean_targets(targets)  # once: a process without targets has no second loss to meet the others for
         losses = self.losses(free, targets, number=number)
-        if size:
-            matches, counted = self._denoising_matches(targets, size, len(out.states))
-            taught = Decoded(out.states[:, :, :size], out.boxes[:, :, :size])
-            copies = size // max(targets.counts)
-            extras = self.losses(taught, targets, matches=matches, counted=counted, number=number * copies)
-            losses |= {f"{name}_dn": value for name, value in extras.items()}
-        elif self.denoising:  # every process logs the same losses
-            losses |= {f"{name}_dn": value * 0 for name, value in losses.items()}
+        losses |= self.denoising_losses(taught, targets, number=number, like=losses)
         if self.region_tower is not None:
             losses["loss_text"] = self._region_loss(memory, targets, number)
         if self.conditioned:
@@ -489,6 +474,45 @@ class Detr(nn.Module):
                 losses["loss_contrast"] = w.contrast * nll / number
         return losses if layers else {}
 
+    def decode_taught(
+        self,
+        memory: Memory,
+        targets: Targets,
+        *,
+        added: Tensor | None = None,
+        order: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Decoded, Decoded | None]:
+        """`decode`, and the answers of the denoising queries beside it; None without them, or without targets.
+
+        Denoising groups see themselves and the free queries; free queries must not see the answers.
+        """
+        extra, blocks = self._denoising(targets)
+        if extra is None:
+            return self.decode(memory, added=added, order=order, mask=mask), None
+        size = extra.content.shape[1]
+        owner = torch.cat([blocks, blocks.new_full((self.queries,), -1)])
+        hidden = (owner[:, None] != owner[None]) & (owner[None] >= 0)
+        if mask is not None:
+            hidden[size:, size:] = mask
+        out = self.decode(memory, added=added, order=order, extra=extra, mask=hidden)
+        return (
+            Decoded(out.states[:, :, size:], out.boxes[:, :, size:]),
+            Decoded(out.states[:, :, :size], out.boxes[:, :, :size]),
+        )
+
+    def denoising_losses(
+        self, taught: Decoded | None, targets: Targets, *, number: float, like: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Losses of the denoising queries, as ``…_dn``; zeros named as in ``like`` for a process without targets."""
+        if taught is None:
+            return {f"{name}_dn": value * 0 for name, value in like.items()} if self.denoising else {}
+        size = taught.boxes.shape[2]
+        matches, counted = self._denoising_matches(targets, size, len(taught.boxes))
+        copies = size // max(targets.counts)
+        found = self.losses(taught, targets, matches=matches, counted=counted, number=number * copies)
+        return {f"{name}_dn": value for name, value in found.items()}
+
     def _denoising(self, targets: Targets) -> tuple[Extra | None, Tensor]:
         """Noised copies of the targets as queries, and the group of each; None without denoising or targets."""
         most = max(targets.counts)
@@ -497,7 +521,9 @@ class Detr(nn.Module):
         boxes = targets.boxes[:, :most].repeat(1, self.denoising, 1)
         noised = self._noised(boxes)
         content = torch.zeros(*boxes.shape[:2], self.width, device=self.device)
-        if self.classifier is not None and self.classifier.rows.shape[1] == self.embed_dim:
+        if targets.embeddings is not None:
+            content = self.patch2query(targets.embeddings.repeat(1, self.denoising, 1))
+        elif self.classifier is not None and self.classifier.rows.shape[1] == self.embed_dim:
             labels = targets.labels[:, :most].repeat(1, self.denoising)
             seen = self.classifier.trainable.nonzero()[:, 0]
             other = seen[torch.randint(len(seen), labels.shape, device=self.device)]

@@ -72,22 +72,26 @@ class PatchPretext(DetectionTask):
 
     def forward(self, batch: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
         """(sum of the losses, each of them)."""
-        out, targets, group = self.predict(batch)
-        losses = self.detr.losses(out, targets, group=group if self.grouped else None)
+        out, taught, targets, group = self._decoded(batch)
+        number = self.detr.mean_targets(targets)
+        losses = self.detr.losses(out, targets, group=group if self.grouped else None, number=number)
+        # Denoising queries carry their patch's embedding, so what they are like is no question.
+        boxes_only = targets._replace(embeddings=None, groups=None)
+        losses |= self.detr.denoising_losses(taught, boxes_only, number=number, like=losses)
         total = torch.stack(list(losses.values())).sum()
         return total, {name: value.detach() for name, value in losses.items()}
 
     def predict(self, batch: list[dict[str, Any]]) -> tuple[Decoded, Targets, Tensor]:
         """Decoder output, the patches as targets, and the (Q,) group of each query."""
+        out, _, targets, group = self._decoded(batch)
+        return out, targets, group
+
+    def _decoded(self, batch: list[dict[str, Any]]) -> tuple[Decoded, Decoded | None, Targets, Tensor]:
+        """`predict`, with the denoising queries' output second: None outside of training."""
         model = self.detr
         embeddings = self.embeddings(batch)
         memory = model.memory(batch)
         patches = embeddings.shape[1]
-        group = groups_of(model.queries, patches).to(model.device)
-        added = self.conditions(embeddings, group)
-        order = torch.randperm(model.queries, device=model.device) if self.shuffle and self.training else None
-        mask = group_mask(group) if self.attention_mask and patches > 1 else None
-        out = model.decode(memory, added=added, order=order, mask=mask)
         boxes = torch.stack([x["boxes"] for x in batch]).to(model.device)
         size = torch.tensor([[w, h, w, h] for h, w in memory.sizes], device=model.device, dtype=boxes.dtype)
         number = torch.arange(patches, device=model.device).expand(len(batch), -1)
@@ -98,7 +102,15 @@ class PatchPretext(DetectionTask):
             number if self.grouped else None,
             embeddings,
         )
-        return out, targets, group
+        group = groups_of(model.queries, patches).to(model.device)
+        asked: dict[str, Any] = {
+            "added": self.conditions(embeddings, group),
+            "order": torch.randperm(model.queries, device=model.device) if self.shuffle and self.training else None,
+            "mask": group_mask(group) if self.attention_mask and patches > 1 else None,
+        }
+        if self.training:
+            return *model.decode_taught(memory, targets, **asked), targets, group
+        return model.decode(memory, **asked), None, targets, group
 
     def embeddings(self, batch: list[dict[str, Any]]) -> Tensor:
         """(N, M, D) of the patches, cached or computed, never with a gradient."""

@@ -123,6 +123,15 @@ def test_patches__a_region_prior_finds_the_thing_that_stands_out() -> None:
     assert hits >= 8
 
 
+def test_patches__a_region_prior_keeps_to_the_scale_that_is_asked_for() -> None:
+    """Specks that stand out are no patches: the transformer's cells are larger than they are."""
+    patches = source(sampler="prior", count=12, scale=(0.15, 0.5), max_aspect=2.0, max_iou=0.7)
+    boxes = np.concatenate([patches.boxes(patches.images.image(i), np.random.default_rng(i)) for i in range(3)])
+    sides = boxes[:, 2:] - boxes[:, :2]
+    share = np.sqrt(sides.prod(1) / (120 * 200))
+    assert share.min() > 0.15 * 0.8 and share.max() < 0.5 * 1.2  # each border moves by a tenth
+
+
 def test_patches__are_cut_from_the_stored_picture_and_their_boxes_follow_the_resize() -> None:
     patches = source()
     stored = patches.images.image(2)
@@ -216,6 +225,35 @@ def test_shuffle__is_one_permutation_of_the_object_queries() -> None:
     plain = pretext.predict(batch)[0].boxes
     assert not torch.allclose(shuffled, plain)
     torch.testing.assert_close(shuffled, plain[:, :, order])  # with one patch and no mask queries are exchangeable
+
+
+def test_denoising__a_patch_with_a_noised_box_asks_for_the_box_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = make("conditional", variant="agnostic", denoising=2)
+    pretext = PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), mask_queries=0.0).train()
+    batch = patch_batch(2, 3)
+    loss, parts = pretext(batch)
+    taught = {name for name in parts if name.endswith("_dn")}
+    assert taught == {"loss_object_dn", "loss_l1_dn", "loss_giou_dn"}  # what they are like, they were told
+    assert float(loss.detach()) == pytest.approx(sum(float(v) for v in parts.values()), rel=1e-5)
+    pretext.eval()
+    free = pretext.predict(batch)[0]
+    model.denoising = 0
+    torch.testing.assert_close(pretext.predict(batch)[0].boxes, free.boxes)
+    plain = pretext.train()(batch)[1]
+    for name, value in plain.items():  # free queries do not see the answers
+        torch.testing.assert_close(parts[name], value)
+
+
+def test_denoising__content_is_the_patch_and_the_anchor_its_noised_box() -> None:
+    model = make("conditional", variant="agnostic", denoising=2, box_noise=0.0)
+    pretext = PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), mask_queries=0.0).train()
+    _, targets, _ = pretext.predict(patch_batch(2, 3))
+    extra, blocks = model._denoising(targets)
+    assert extra is not None and targets.embeddings is not None
+    torch.testing.assert_close(extra.content, model.patch2query(targets.embeddings).repeat(1, 2, 1))
+    torch.testing.assert_close(extra.anchors.sigmoid(), targets.boxes.repeat(1, 2, 1))
+    assert blocks.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 # --- losses
