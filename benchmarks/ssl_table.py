@@ -157,7 +157,7 @@ def one(method: str, column: str, options: argparse.Namespace, *, steps: int) ->
         found = pretrain(method, folder, steps=steps, seed=options.seed)
         backbone = folder / "run" / "exported"
     found["probe"] = probed(folder, backbone, seed=options.seed, views=options.probe_views)
-    if column in options.transfer:
+    if column in options.transfer or (method == SCRATCH and options.transfer):  # it stands beside both columns
         found["transfer"] = transferred(method, folder, backbone, options)
     return found
 

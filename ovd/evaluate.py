@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ovd.data.splits import Split
     from ovd.evaluation.coco import Metrics, Predict
     from ovd.evaluation.compare import Difference
-    from ovd.evaluation.predictor import AskingPredictor, Predictor
+    from ovd.evaluation.predictor import AskingPredictor, ClosedPredictor, Predictor
     from ovd.examples import Crop
 
 DEFAULT_COUNT = 500  # validation scenes
@@ -153,7 +153,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     from ovd.evaluation import coco
     from ovd.evaluation.examples import coco_crops
     from ovd.evaluation.lvis import evaluate_lvis
-    from ovd.evaluation.predictor import proposal_predictor
+    from ovd.evaluation.predictor import proposal_predictor, proposals_of
     from ovd.weights import detector_folder
     from pretrain.engine.distributed import pick_device
 
@@ -182,12 +182,13 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         propose: Predict | None = proposal_predictor(folder, top=args.regions, device=device)
         run["protocol"] = "class-agnostic detector: recall only"
     elif _model_of(folder).get("variant") == "closed":
-        predict = _closed(folder, split, args.limit, device)
-        propose = proposal_predictor(folder, top=args.regions, device=device)
+        closed = _closed(folder, split, args.limit, device)
+        predict, propose = closed, proposals_of(closed.model, top=args.regions)
         run["protocol"] = "detector of a closed list of classes"
     elif args.queries == "words":
         asking = _asking(args, split, run, shown)
-        predict, propose = asking, asking.propose if args.agnostic == "proposals" else None
+        predict = asking
+        propose = proposals_of(asking.model, top=args.regions) if args.agnostic == "proposals" else None
     else:
         predictor = _named(args, split, run, shown)
         predict, propose = predictor, predictor.propose if args.agnostic == "proposals" else None
@@ -307,7 +308,7 @@ def _asking(
     )
 
 
-def _closed(folder: Path, split: Split, limit: int, device: str) -> Predict:
+def _closed(folder: Path, split: Split, limit: int, device: str) -> ClosedPredictor:
     from ovd.evaluation.predictor import ClosedPredictor
     from ovd.modeling.detr_build import load_detr_regions
 

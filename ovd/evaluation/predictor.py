@@ -32,6 +32,7 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     from ovd.detector import Detector, RegionModel
     from ovd.evaluation.coco import Predict
+    from ovd.modeling.build import RegionModel as LoadedModel
     from ovd.modeling.detr_build import DetrRegions
     from ovd.regions.crops import RegionEncoder
     from ovd.vocabulary import Vocabulary
@@ -182,14 +183,6 @@ class AskingPredictor:
             for k in kept.tolist()
         ]
 
-    @torch.inference_mode()
-    def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
-        """The free queries' boxes, scored by objectness."""
-        boxes, scores = self.model.propose(image, top=self.model.top)
-        return [
-            _coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-        ]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedPredictor:
@@ -289,10 +282,10 @@ def predictor_for(
 
 
 def proposal_predictor(folder: Path, *, top: int, device: str = "cpu") -> Predict:
-    """The proposals of an exported detector, without classes: what `run_source` and `run_images` take as ``propose``.
+    """`proposals_of` an exported detector of any kind, class-agnostic ones too.
 
     Args:
-        folder: an exported detector of any kind, class-agnostic ones too.
+        folder: of the detector.
         top: how many, the best first.
         device: where it runs.
 
@@ -301,14 +294,16 @@ def proposal_predictor(folder: Path, *, top: int, device: str = "cpu") -> Predic
     """
     from ovd.modeling.load import load_detector_model
 
-    model = load_detector_model(folder, device=device)
+    return proposals_of(load_detector_model(folder, device=device), top=top)
+
+
+def proposals_of(model: LoadedModel, *, top: int) -> Predict:
+    """A model's proposals without classes: what `run_source` and `run_images` take as ``propose``."""
 
     def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
         boxes, scores = model.propose(image, top=top)
-        sizes = boxes[:, 2:] - boxes[:, :2]
         return [
-            {"image_id": image_id, "bbox": [float(v) for v in (*box[:2], *size)], "score": float(score)}
-            for box, size, score in zip(boxes, sizes, scores, strict=True)
+            _coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
         ]
 
     return propose
