@@ -28,7 +28,10 @@ from ovd.config_detr import DetrTrainConfig
 from pretrain.engine.config import load_config
 
 CASES: dict[str, list[str]] = {  # of the pretext
-    "grouped": [],
+    "grouped": [],  # configs/updetr.yaml as it is
+    "random_patches": ["pretext.patches.sampler=log_uniform"],
+    "no_denoising": ["model.denoising=0"],
+    "as_in_paper": ["pretext.patches.sampler=log_uniform", "model.denoising=0"],
     "ungrouped": ["pretext.grouped=false"],
     "no_mask": ["pretext.attention_mask=false"],
     "single": ["pretext.patches.count=1"],
