@@ -75,9 +75,10 @@ def _segments(lab: NDArray[np.uint8]) -> NDArray[Any]:
             row, column = np.unravel_index(int(cell.argmin()), cell.shape)
             number += 1
             seeds[y + row, x + column] = number
-    lines = cv2.watershed(np.ascontiguousarray(lab), seeds)
-    # Dividing lines are one pixel wide: they go to a neighbour.
-    return np.where(lines > 0, lines, cv2.dilate(np.maximum(lines, 0).astype(np.float32), np.ones((3, 3)))).astype(int)
+    found = np.maximum(cv2.watershed(np.ascontiguousarray(lab), seeds), 0).astype(np.float32)
+    while not found.all():  # dividing lines and the border are a pixel wide, mostly: they go to a neighbour
+        found = np.where(found > 0, found, cv2.dilate(found, np.ones((3, 3))))
+    return found.astype(int)
 
 
 def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, Box, NDArray[Any]]]:
