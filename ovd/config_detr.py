@@ -69,7 +69,9 @@ class DetrConfig(Section):
     pre_norm: bool = Field(True, description="layer norm before instead of after each part (UP-DETR: true)")
     denoising: int = Field(0, ge=0, le=20, description="groups of denoising queries (conditional); 0: none")
     box_noise: float = Field(0.4, ge=0, le=1, description="of denoising boxes, in half sides")
-    label_noise: float = Field(0.2, ge=0, le=1, description="share of denoising labels that are another class")
+    label_noise: float = Field(
+        0.2, ge=0, le=1, description="share of denoising labels that are another class; in the pretext: without a patch"
+    )
     scale: float = Field(40.0, gt=0, le=200, description="inverse temperature of the classes' softmax")
     embed_space: Literal["ssl", "clip"] = Field(
         "clip",

@@ -523,6 +523,8 @@ class Detr(nn.Module):
         content = torch.zeros(*boxes.shape[:2], self.width, device=self.device)
         if targets.embeddings is not None:
             content = self.patch2query(targets.embeddings.repeat(1, self.denoising, 1))
+            told = torch.rand(content.shape[:2], device=self.device) >= self.label_noise
+            content = content * told[..., None]  # otherwise only the anchor says which thing is meant, as in training
         elif self.classifier is not None and self.classifier.rows.shape[1] == self.embed_dim:
             labels = targets.labels[:, :most].repeat(1, self.denoising)
             seen = self.classifier.trainable.nonzero()[:, 0]

@@ -246,7 +246,7 @@ def test_denoising__a_patch_with_a_noised_box_asks_for_the_box_and_nothing_else(
 
 
 def test_denoising__content_is_the_patch_and_the_anchor_its_noised_box() -> None:
-    model = make("conditional", variant="agnostic", denoising=2, box_noise=0.0)
+    model = make("conditional", variant="agnostic", denoising=2, box_noise=0.0, label_noise=0.0)
     pretext = PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), mask_queries=0.0).train()
     _, targets, _ = pretext.predict(patch_batch(2, 3))
     extra, blocks = model._denoising(targets)
@@ -254,6 +254,14 @@ def test_denoising__content_is_the_patch_and_the_anchor_its_noised_box() -> None
     torch.testing.assert_close(extra.content, model.patch2query(targets.embeddings).repeat(1, 2, 1))
     torch.testing.assert_close(extra.anchors.sigmoid(), targets.boxes.repeat(1, 2, 1))
     assert blocks.tolist() == [0, 0, 0, 1, 1, 1]
+    torch.manual_seed(0)
+    model.label_noise = 0.25  # share of them that is told the box only
+    many = targets._replace(
+        boxes=targets.boxes.repeat(1, 100, 1), embeddings=targets.embeddings.repeat(1, 100, 1), counts=[300, 300]
+    )
+    told = model._denoising(many)[0]
+    assert told is not None
+    assert 0.2 < float((told.content == 0).all(-1).float().mean()) < 0.3
 
 
 # --- losses
