@@ -181,8 +181,10 @@ def test_transformer__of_a_closed_list_trains_on_the_gpu(arch: str) -> None:
         assert all(value.device.type == "cuda" for value in losses.values())
 
 
-def test_pretext__finds_patches_on_the_gpu() -> None:
+@pytest.mark.parametrize("denoising", [0, 2])
+def test_pretext__finds_patches_on_the_gpu(denoising: int) -> None:
     task, batch = pretext_task(), detr.patch_batch(2, 3)
+    task.detr.denoising = denoising
     with pretend_cuda():
         to_cuda(task).train()
         with precision("bf16"):
