@@ -90,7 +90,7 @@ def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, B
     sums = np.stack([np.bincount(flat, colours[:, c], count) for c in range(3)], 1)
     bins = colours.astype(int) * BINS // 256 + np.arange(3) * BINS
     histogram = np.stack([np.bincount(flat * 3 * BINS + bins[:, c], minlength=count * 3 * BINS) for c in range(3)])
-    histograms = list(histogram.sum(0).reshape(count, 3 * BINS).astype(float))
+    shares = list(histogram.sum(0).reshape(count, 3 * BINS) / np.maximum(areas, 1)[:, None] / 3)
     rows, columns = np.indices(segments.shape)
     low = np.full((count, 2), 10**6)
     high = np.zeros((count, 2), dtype=int)
@@ -110,7 +110,7 @@ def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, B
     def likeness(i: int, j: int) -> float:
         """Colour, size and fill of the paper, each from 0 to 1."""
         x1, y1, x2, y2 = _around(box[i], box[j])
-        colour = float(np.minimum(histograms[i] / area[i], histograms[j] / area[j]).sum()) / 3
+        colour = float(np.minimum(shares[i], shares[j]).sum())
         return colour + 1 - (area[i] + area[j]) / whole + 1 - ((x2 - x1) * (y2 - y1) - area[i] - area[j]) / whole
 
     alive = [bool(a) for a in area]
@@ -124,7 +124,7 @@ def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, B
         new = len(area)
         area.append(area[i] + area[j])
         total.append(total[i] + total[j])
-        histograms.append(histograms[i] + histograms[j])
+        shares.append((area[i] * shares[i] + area[j] * shares[j]) / area[new])
         box.append(_around(box[i], box[j]))
         neighbours.append({k for k in neighbours[i] | neighbours[j] if alive[k]})
         alive.append(True)
