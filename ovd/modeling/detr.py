@@ -584,13 +584,17 @@ class Detr(nn.Module):
 
     @torch.no_grad()
     def found(self, batch: list[dict[str, Any]], *, conditions_NMD: Tensor | None = None) -> Found:
+        """`answer` of a batch (see `memory`)."""
+        return self.answer(self.memory(batch), conditions_NMD=conditions_NMD)
+
+    @torch.no_grad()
+    def answer(self, memory: Memory, *, conditions_NMD: Tensor | None = None) -> Found:
         """The last layer's answer.
 
         Args:
-            batch: see `memory`.
+            memory: of `memory`; it serves any number of questions.
             conditions_NMD: M embeddings per picture, each asked of its share of the queries; None: free queries.
         """
-        memory = self.memory(batch)
         added = mask = None
         if conditions_NMD is not None:
             group = groups_of(self.queries, conditions_NMD.shape[1]).to(self.device)

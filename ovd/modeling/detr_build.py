@@ -17,7 +17,7 @@ from ovd.config_detr import DetrConfig
 from ovd.modeling.backbone import build_resnet, stage_channels, to_detectron2
 from ovd.modeling.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.detr import Detr
+from ovd.modeling.detr import Detr, Memory
 from ovd.modeling.matcher import to_corners
 from ovd.modeling.scoring import Calibration, RegionSet
 from ovd.modeling.tower import Tower
@@ -325,11 +325,17 @@ class DetrRegions(RegionModel):
             self.example_encoder = PatchEncoder(model=model, side=self.patch_size)
 
     @torch.no_grad()
-    def _found(self, image: np.ndarray, conditions_MD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Corner boxes in pixels of the picture, objectness and embeddings of all queries, in the queries' order."""
+    def _memory(self, image: np.ndarray) -> Memory:
         inputs, _, _ = self._input(image)
+        return self.detr.memory([inputs])
+
+    @torch.no_grad()
+    def _found(
+        self, image: np.ndarray, memory: Memory, conditions_MD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Corner boxes in pixels of the picture, objectness and embeddings of all queries, in the queries' order."""
         conditions = None if conditions_MD is None else conditions_MD[None].to(self.detr.device)
-        found = self.detr.found([inputs], conditions_NMD=conditions)
+        found = self.detr.answer(memory, conditions_NMD=conditions)
         height, width = image.shape[:2]
         scale = found.boxes.new_tensor([width, height, width, height])
         return to_corners(found.boxes[0]).clamp(0, 1) * scale, found.logits[0].sigmoid(), found.embeddings[0]
@@ -341,7 +347,7 @@ class DetrRegions(RegionModel):
                 "this transformer knows no words (it was pretrained on patches, or on a closed list of classes); "
                 "train it with model.variant=text"
             )
-        boxes, objectness, z = self._found(image)
+        boxes, objectness, z = self._found(image, self._memory(image))
         order = objectness.argsort(descending=True)[: self.top]
         return RegionSet(
             boxes=boxes[order].cpu(),
@@ -370,7 +376,7 @@ class DetrRegions(RegionModel):
 
     def propose(self, image: np.ndarray, *, top: int) -> tuple[np.ndarray, np.ndarray]:
         """((P, 4) float32 boxes in original pixels, (P,) objectness): class-agnostic proposals, best first."""
-        boxes, objectness, _ = self._found(image)
+        boxes, objectness, _ = self._found(image, self._memory(image))
         order = objectness.argsort(descending=True)[:top]
         return boxes[order].cpu().numpy(), objectness[order].cpu().numpy()
 
@@ -386,12 +392,12 @@ class DetrRegions(RegionModel):
             Boxes (K, 4) in pixels, scores (K,) and class numbers (K,), in no order.
         """
         found = []
-        count = min(at_once, self.detr.queries)
+        count, memory = min(at_once, self.detr.queries), self._memory(image)  # the picture is read once for all words
         for first in range(0, len(rows_CD), count):
             rows = rows_CD[first : first + count]
             # The last chunk asks its first words twice rather than giving each more queries than in training.
             padded = rows[torch.arange(count) % len(rows)]
-            boxes, score, _ = self._found(image, padded)
+            boxes, score, _ = self._found(image, memory, padded)
             group = torch.arange(self.detr.queries, device=score.device) * count // self.detr.queries
             real = group < len(rows)
             found.append((boxes[real].cpu(), score[real].cpu(), group[real].cpu() + first))

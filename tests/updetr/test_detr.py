@@ -358,12 +358,18 @@ def test_region_model__an_exported_transformer_answers_in_pixels_of_the_original
     assert boxes.shape == (3, 4) and scores[0] == pytest.approx(float(regions.objectness[0]))
 
 
-def test_region_model__asks_for_words_in_chunks_and_gives_each_word_its_queries(tmp_path: Path) -> None:
+def test_region_model__asks_for_words_in_chunks_and_gives_each_word_its_queries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exported(tmp_path)
     loaded: Any = load_detector_model(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     rows = torch.randn(6, D)
+    read: list[int] = []
+    memory = loaded.detr.memory
+    monkeypatch.setattr(loaded.detr, "memory", lambda batch: read.append(1) or memory(batch))
     boxes, scores, owner = loaded.ask(image, rows, at_once=4)
+    assert len(read) == 1  # the backbone and the encoder see the picture once, however many words are asked
     assert owner.bincount().tolist() == [2] * 6 and boxes.shape == (12, 4) and scores.shape == (12,)
     again = loaded.ask(image, rows[4:5], at_once=4)
     torch.testing.assert_close(boxes[owner == 4], again[0])
