@@ -5,8 +5,8 @@ Particular to it: the backbone is frozen; embeddings of M patches are added to t
 them; queries of different patches do not see each other; a tenth of the queries gets no patch; beside the box, the
 embedding of the patch is reconstructed, so that finding does not unlearn recognising.
 
-Denoising queries (`Detr.denoising`) are told a patch and its noised box, or the box alone: they keep the anchors'
-meaning, which a query that searches the whole picture for its patch has no use for, and fine-tuning has.
+Denoising queries (`Detr.denoising`) are told a patch and its noised box, or the box alone, so that an anchor keeps some
+meaning: a query that searches the whole picture for its patch has no use for it, and fine-tuning has.
 
 By default a patch is matched among its own queries only. The released code lets any query explain any patch
 (``grouped=False``); at the size of a CPU it then learns to ignore the patches.
