@@ -31,6 +31,7 @@ ALIASES = {"default": DEFAULT}
 # What a weights folder may hold: data only, nothing that runs when it is read.
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".txt", ".md", ".csv"})
 CARD = "card.md"
+EXPORTED = "exported"  # folder of a run with the trained model
 _PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md
 
 
@@ -185,7 +186,7 @@ def detector_folder(weights: str | Path) -> Path:
     """
     folder = Path(weights)
     if folder.is_dir():
-        exported = folder / "exported"  # the folder of a whole run was given
+        exported = folder / EXPORTED  # the folder of a whole run was given
         return exported if (exported / "model.json").is_file() and not (folder / "model.json").exists() else folder
     if isinstance(weights, Path) or "/" in str(weights):
         raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
@@ -198,7 +199,8 @@ def read_model_card(folder: Path) -> dict[str, Any]:
     ``name``, ``sha256`` of its weights file, ``text`` (its ``card.md``) and the keys of its ``card.json`` (``data``,
     ``metrics``, ``purpose``), where there are such files.
     """
-    card: dict[str, Any] = {"name": folder.name}
+    where = folder.resolve()
+    card: dict[str, Any] = {"name": where.parent.name if where.name == EXPORTED else where.name}  # the run's name
     file = folder / "card.json"
     if file.is_file():
         stored = read_json(file)

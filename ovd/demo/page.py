@@ -112,8 +112,8 @@ def _card_text(card: dict[str, Any]) -> str:
 def _header(card: dict[str, Any]) -> str:
     """HTML on top of the page; says which weights answer and what they are good for."""
     purpose = str(card.get("purpose", ""))
-    said = f" {html.escape(purpose)}" if purpose else ""
-    return _asset("header.html").replace("@WEIGHTS@", f"<b>{html.escape(str(card.get('name', 'unnamed')))}</b>:{said}")
+    said = f": {html.escape(purpose)}" if purpose else ""
+    return _asset("header.html").replace("@WEIGHTS@", f"<b>{html.escape(str(card.get('name', 'unnamed')))}</b>{said}")
 
 
 def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:

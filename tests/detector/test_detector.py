@@ -306,6 +306,10 @@ def test_unknown_weights_are_a_user_error(name: str) -> None:
 def test_the_card_of_a_detector_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert read_model_card(tmp_path) == {"name": tmp_path.name, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    run = tmp_path / "cells" / "exported"
+    run.mkdir(parents=True)
+    (run / "model.safetensors").write_bytes(b"weights")
+    assert read_model_card(run)["name"] == "cells"  # the run's name; all of them are exported
     (tmp_path / "card.md").write_text("# x\n\n**What it is for.** Drawings.\nNot photos.\n\n**Data.** None.\n")
     (tmp_path / "card.json").write_text('{"metrics": {"AP50": 0.3}}')
     card = read_model_card(tmp_path)
