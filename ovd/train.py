@@ -17,6 +17,7 @@ from ovd.config_detr import DetrTrainConfig
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import free_keys, keys_at_default, plain
 from pretrain.engine.errors import run_cli
+from pretrain.engine.files import EXPORTED
 
 ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig)
 
@@ -63,8 +64,8 @@ def _run(
         free_keys=free_keys(model),
     )
     if not options.check and is_main():
-        export(config, parts, out / "exported")
-        print(f"step {report.step}: {kind} exported to {out / 'exported'}")
+        export(config, parts, out / EXPORTED)
+        print(f"step {report.step}: {kind} exported to {out / EXPORTED}")
     return 0
 
 

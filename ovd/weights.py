@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
-from pretrain.engine.files import read_json, sha256_of, write_atomically
+from pretrain.engine.files import EXPORTED, read_json, sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 DEFAULT = "vild-sticker"
@@ -31,7 +31,6 @@ ALIASES = {"default": DEFAULT}
 # What a weights folder may hold: data only, nothing that runs when it is read.
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".txt", ".md", ".csv"})
 CARD = "card.md"
-EXPORTED = "exported"  # folder of a run with the trained model
 _PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md
 
 

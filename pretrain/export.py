@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import EXPORTED, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,7 +75,7 @@ def read_source(spec: str, *, stem: Stem | None = None) -> Source:
 
     path = Path(spec)
     if path.is_dir():
-        path = path / "exported" if not (path / "config.json").exists() and (path / "exported").is_dir() else path
+        path = path / EXPORTED if not (path / "config.json").exists() and (path / EXPORTED).is_dir() else path
         return _read_folder(path)
     found = find_resnet(read_tensors(path), source=spec, stem=stem)
     network = ResNet(depth=found.depth, stem=found.stem)

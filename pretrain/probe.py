@@ -21,7 +21,7 @@ from torch import nn
 
 from pretrain.engine import distributed
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import EXPORTED, write_atomically
 from pretrain.probes import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL, Few, Normalise, evaluate, open_data
 
 
@@ -40,8 +40,8 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
         return load_backbone(folder)
     if run is None:
         raise ValueError("a run or a folder is needed")
-    if (run / "exported").is_dir():
-        return load_backbone(run / "exported")
+    if (run / EXPORTED).is_dir():
+        return load_backbone(run / EXPORTED)
     from pretrain.config import ClipMethod, PretrainConfig, TextDistillMethod
     from pretrain.engine.checkpoint import load_model, load_state, newest
     from pretrain.engine.config import load_config

@@ -10,6 +10,7 @@ from pretrain.config import ClipMethod, PhraseTargets, PretrainConfig, StickerPa
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import EXPORTED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +164,7 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, Optim
 
 def export(cfg: PretrainConfig, task: nn.Module) -> str:
     """Write `exported/`; returns a line that says what it is."""
-    folder = cfg.out / "exported"
+    folder = cfg.out / EXPORTED
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
         encoder = cast("JointEncoder", task.encoder).eval()
         encoder.save(folder)

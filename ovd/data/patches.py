@@ -176,28 +176,12 @@ class PatchSource:
         height, width = image.shape[:2]
         if self.sampler == "official":
             return official_boxes(width, height, rng, count=self.count, min_side=self.min_side)
-        start = None
-        if self.sampler == "prior":
-            start = prior_boxes(
-                image,
-                rng,
-                count=self.count,
-                min_side=self.min_side,
-                scale=self.scale,
-                max_aspect=self.max_aspect,
-                max_iou=self.max_iou,
-            )
-        return log_uniform_boxes(
-            width,
-            height,
-            rng,
-            count=self.count,
-            min_side=self.min_side,
-            scale=self.scale,
-            max_aspect=self.max_aspect,
-            max_iou=self.max_iou,
-            start=start,
-        )
+        limits: dict[str, Any] = {
+            "count": self.count, "min_side": self.min_side, "scale": self.scale, "max_aspect": self.max_aspect,
+            "max_iou": self.max_iou,
+        }  # fmt: skip
+        start = prior_boxes(image, rng, **limits) if self.sampler == "prior" else None
+        return log_uniform_boxes(width, height, rng, **limits, start=start)
 
     def variant(self, index: int, variant: int, *, draw: int = 0) -> dict[str, Any]:
         """Picture ``index`` with its set of patches number ``variant``.

@@ -483,7 +483,7 @@ class Detr(nn.Module):
         order: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Decoded, Decoded | None]:
-        """`decode`, and the answers of the denoising queries beside it; None without them, or without targets.
+        """`decode`, and the answers of the denoising queries beside it; None outside of training or without targets.
 
         Denoising groups see themselves and the free queries; free queries must not see the answers.
         """
@@ -514,9 +514,9 @@ class Detr(nn.Module):
         return {f"{name}_dn": value for name, value in found.items()}
 
     def _denoising(self, targets: Targets) -> tuple[Extra | None, Tensor]:
-        """Noised copies of the targets as queries, and the group of each; None without denoising or targets."""
+        """Noised copies of the targets as queries, and the group of each; in training only, None without targets."""
         most = max(targets.counts)
-        if not self.denoising or not most:
+        if not (self.training and self.denoising and most):
             return None, torch.zeros(0, dtype=torch.int64, device=self.device)
         boxes = targets.boxes[:, :most].repeat(1, self.denoising, 1)
         noised = self._noised(boxes)

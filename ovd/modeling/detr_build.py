@@ -23,6 +23,7 @@ from ovd.modeling.scoring import Calibration, RegionSet
 from ovd.modeling.tower import Tower
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import EXPORTED
 from pretrain.nets.checkpoints import read_tensors
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
     """
     if path.suffix in (".pth", ".pt"):
         return read_official(path), True
-    folder = path / "exported" if (path / "exported" / "model.json").is_file() else path
+    folder = path / EXPORTED if (path / EXPORTED / "model.json").is_file() else path
     card = read_card(folder)
     if not card.is_transformer:
         raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")

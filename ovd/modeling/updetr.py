@@ -106,14 +106,11 @@ class PatchPretext(DetectionTask):
             embeddings,
         )
         group = groups_of(model.queries, patches).to(model.device)
-        asked: dict[str, Any] = {
-            "added": self.conditions(embeddings, group),
-            "order": torch.randperm(model.queries, device=model.device) if self.shuffle and self.training else None,
-            "mask": group_mask(group) if self.attention_mask and patches > 1 else None,
-        }
-        if self.training:
-            return *model.decode_taught(memory, targets, **asked), targets, group
-        return model.decode(memory, **asked), None, targets, group
+        added = self.conditions(embeddings, group)
+        order = torch.randperm(model.queries, device=model.device) if self.shuffle and self.training else None
+        mask = group_mask(group) if self.attention_mask and patches > 1 else None
+        out, taught = model.decode_taught(memory, targets, added=added, order=order, mask=mask)
+        return out, taught, targets, group
 
     def embeddings(self, batch: list[dict[str, Any]]) -> Tensor:
         """(N, M, D) of the patches, cached or computed, never with a gradient."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from pretrain.engine.errors import UserError
 
+EXPORTED = "exported"  # folder of a run with what it hands over
+
 
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file, in hex."""
