@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ovd.data.splits import Split
     from ovd.evaluation.coco import Metrics, Predict
     from ovd.evaluation.compare import Difference
-    from ovd.evaluation.predictor import AskingPredictor, ClosedPredictor, Predictor
+    from ovd.evaluation.predictor import ClosedPredictor, Predictor
     from ovd.examples import Crop
 
 DEFAULT_COUNT = 500  # validation scenes
@@ -185,12 +185,10 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         closed = _closed(folder, split, args.limit, device)
         predict, propose = closed, proposals_of(closed.model, top=args.regions)
         run["protocol"] = "detector of a closed list of classes"
-    elif args.queries == "words":
-        asking = _asking(args, split, run, shown)
-        predict = asking
-        propose = proposals_of(asking.model, top=args.regions) if args.agnostic == "proposals" else None
     else:
         predictor = _named(args, split, run, shown)
+        if args.queries == "words":
+            _tell(predictor, run)
         predict, propose = predictor, predictor.propose if args.agnostic == "proposals" else None
     progress = _Progress()
     if data.annotations is not None and gt is not None:
@@ -288,24 +286,23 @@ def _named(
     return predictor
 
 
-def _asking(
-    args: argparse.Namespace, split: Split, run: dict[str, Any], shown: Mapping[int, Sequence[Crop]] | None
-) -> AskingPredictor:
-    """A transformer that is told the words as queries."""
-    from ovd.evaluation.predictor import AskingPredictor
+def _tell(predictor: Predictor, run: dict[str, Any]) -> None:
+    """Let the predictor's transformer be told its words as queries.
+
+    Raises:
+        UserError: its queries were not trained for that.
+    """
+    from ovd.evaluation.predictor import ToldModel
     from ovd.modeling.detr_build import DetrRegions
 
-    named = _named(args, split, run, shown)
-    model = named.detector.model
+    model = predictor.detector.model
     conditioned = int(model.card.model.get("conditioned", 0)) if isinstance(model, DetrRegions) else 0
     if not isinstance(model, DetrRegions) or not conditioned:
         raise UserError(
             "--queries words: this detector's queries were not trained to take words; train configs/ov_detr.yaml"
         )
     run["queries"], run["words_at_once"] = "words", conditioned
-    return AskingPredictor(
-        model=model, category_ids=named.category_ids, rows=named.rows, at_once=conditioned, limit=args.limit
-    )
+    predictor.detector.model = ToldModel(model=model, rows=predictor.rows, at_once=conditioned)
 
 
 def _closed(folder: Path, split: Split, limit: int, device: str) -> ClosedPredictor:

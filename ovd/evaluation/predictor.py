@@ -153,35 +153,24 @@ class CropModel:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class AskingPredictor:
-    """A transformer whose queries are told the words, some at a time (OV-DETR's inference); NMS as `Predictor`.
+class ToldModel:
+    """A transformer whose queries are told the words that are looked for, some at a time (OV-DETR's inference).
 
-    Attributes:
-        model: has ``ask``.
-        category_ids: (C,) COCO id of each word.
+    Args:
+        model: trained with ``model.conditioned``.
         rows: (C, D) embeddings of the words, or of crops.
         at_once: words per pass, as in training.
-        limit: detections per image.
-        nms: IoU of the per-class NMS.
     """
 
-    model: DetrRegions
-    category_ids: tuple[int, ...]
-    rows: Tensor
-    at_once: int
-    limit: int = 300
-    nms: float = 0.5
+    def __init__(self, *, model: DetrRegions, rows: Tensor, at_once: int) -> None:
+        self.model, self.rows, self.at_once = model, rows, at_once
+        self.bank, self.calibration, self.background = model.bank, model.calibration, model.background
+        self.objectness_weight = model.objectness_weight
 
     @torch.inference_mode()
-    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
-        """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
-        boxes, scores, owner = self.model.ask(image, self.rows, at_once=self.at_once)
-        kept = batched_nms(boxes.float(), scores.float(), owner, self.nms)[: self.limit]
-        return [
-            _coco_result(boxes[k].tolist(), image_id, self.category_ids[int(owner[k])], float(scores[k]))
-            for k in kept.tolist()
-        ]
+    def regions(self, image: NDArray[np.uint8]) -> RegionSet:
+        """Regions that the told queries found."""
+        return self.model.told_regions(image, self.rows, at_once=self.at_once)
 
 
 @dataclass(frozen=True, kw_only=True)

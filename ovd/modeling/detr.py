@@ -79,6 +79,16 @@ class Memory(NamedTuple):
     sizes: list[tuple[int, int]]
     maps: dict[str, Tensor]
 
+    def repeated(self, times: int) -> Memory:
+        """One picture's memory as a batch of ``times``, without copies: for so many questions at once."""
+
+        def grown(x: Tensor) -> Tensor:
+            return x.expand(times, *x.shape[1:])
+
+        padding = None if self.padding is None else grown(self.padding)
+        maps = {name: grown(x) for name, x in self.maps.items()}
+        return Memory(grown(self.tokens), grown(self.place), padding, self.sizes * times, maps)
+
 
 class Decoded(NamedTuple):
     """States (L, N, Q, d) and centre boxes (L, N, Q, 4) in [0, 1] after each decoder layer."""

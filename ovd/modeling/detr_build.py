@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import nms
 
 from ovd.config_detr import DetrConfig
 from ovd.modeling.backbone import build_resnet, stage_channels, to_detectron2
 from ovd.modeling.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr import Detr, Memory
-from ovd.modeling.matcher import to_corners
+from ovd.modeling.matcher import groups_of, to_corners
 from ovd.modeling.scoring import Calibration, RegionSet
 from ovd.modeling.tower import Tower
 from ovd.regions.crops import crop_regions
@@ -33,6 +34,8 @@ OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoin
 DROPPED = ("class_embed.", "classifier.")  # what fine-tuning starts anew, as UP-DETR's paper does
 REGION_RESOLUTION = 4  # side of the map a region tower reads: the encoder's own res4 at 64 pixels
 OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
+PASSES = 8  # sets of words that go through the decoder at once
+TOLD_OVERLAP = 0.7  # IoU above which the boxes of two told words are one region
 
 
 def feature_channels(config: DetrConfig) -> int:
@@ -330,16 +333,16 @@ class DetrRegions(RegionModel):
         inputs, _, _ = self._input(image)
         return self.detr.memory([inputs])
 
-    @torch.no_grad()
-    def _found(
-        self, image: np.ndarray, memory: Memory, conditions_MD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Corner boxes in pixels of the picture, objectness and embeddings of all queries, in the queries' order."""
-        conditions = None if conditions_MD is None else conditions_MD[None].to(self.detr.device)
-        found = self.detr.answer(memory, conditions_NMD=conditions)
+    def _in_pixels(self, boxes: Tensor, image: np.ndarray) -> Tensor:
+        """Centre boxes (K, 4) in [0, 1] → corners in pixels of the picture."""
         height, width = image.shape[:2]
-        scale = found.boxes.new_tensor([width, height, width, height])
-        return to_corners(found.boxes[0]).clamp(0, 1) * scale, found.logits[0].sigmoid(), found.embeddings[0]
+        return to_corners(boxes).clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+
+    @torch.no_grad()
+    def _found(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Corner boxes in pixels of the picture, objectness and embeddings of all free queries, in their order."""
+        found = self.detr.answer(self._memory(image))
+        return self._in_pixels(found.boxes[0], image), found.logits[0].sigmoid(), found.embeddings[0]
 
     def regions(self, image: np.ndarray) -> RegionSet:
         """Regions of one RGB picture (H, W, 3) uint8, best objectness first."""
@@ -348,7 +351,7 @@ class DetrRegions(RegionModel):
                 "this transformer knows no words (it was pretrained on patches, or on a closed list of classes); "
                 "train it with model.variant=text"
             )
-        boxes, objectness, z = self._found(image, self._memory(image))
+        boxes, objectness, z = self._found(image)
         order = objectness.argsort(descending=True)[: self.top]
         return RegionSet(
             boxes=boxes[order].cpu(),
@@ -370,14 +373,12 @@ class DetrRegions(RegionModel):
         found = self.detr.found([inputs])
         if found.classes is None:
             raise UserError("this transformer has no closed list of classes; ask it with words")
-        height, width = image.shape[:2]
-        scale = found.boxes.new_tensor([width, height, width, height])
         score, label = found.classes[0].softmax(-1)[:, :-1].max(-1)
-        return (to_corners(found.boxes[0]).clamp(0, 1) * scale).cpu(), score.cpu(), label.cpu()
+        return self._in_pixels(found.boxes[0], image).cpu(), score.cpu(), label.cpu()
 
     def propose(self, image: np.ndarray, *, top: int) -> tuple[np.ndarray, np.ndarray]:
         """((P, 4) float32 boxes in original pixels, (P,) objectness): class-agnostic proposals, best first."""
-        boxes, objectness, _ = self._found(image, self._memory(image))
+        boxes, objectness, _ = self._found(image)
         order = objectness.argsort(descending=True)[:top]
         return boxes[order].cpu().numpy(), objectness[order].cpu().numpy()
 
@@ -387,23 +388,61 @@ class DetrRegions(RegionModel):
         Args:
             image: (H, W, 3) uint8 RGB.
             rows_CD: embeddings in the model's space.
-            at_once: classes per pass; at most as many as queries. Training used ``model.conditioned``.
+            at_once: classes that share the queries; at most as many as queries. Training used ``model.conditioned``.
 
         Returns:
             Boxes (K, 4) in pixels, scores (K,) and class numbers (K,), in no order.
         """
-        found = []
-        count, memory = min(at_once, self.detr.queries), self._memory(image)  # the picture is read once for all words
-        for first in range(0, len(rows_CD), count):
-            rows = rows_CD[first : first + count]
-            # The last chunk asks its first words twice rather than giving each more queries than in training.
-            padded = rows[torch.arange(count) % len(rows)]
-            boxes, score, _ = self._found(image, memory, padded)
-            group = torch.arange(self.detr.queries, device=score.device) * count // self.detr.queries
-            real = group < len(rows)
-            found.append((boxes[real].cpu(), score[real].cpu(), group[real].cpu() + first))
-        all_boxes, scores, owner = zip(*found, strict=True)
-        return torch.cat(all_boxes), torch.cat(scores), torch.cat(owner)
+        shares, score, owner = self._asked(self._memory(image), rows_CD, at_once=at_once)
+        return self._in_pixels(shares, image).cpu(), score.cpu(), owner.cpu()
+
+    def told_regions(self, image: np.ndarray, rows_CD: Tensor, *, at_once: int) -> RegionSet:
+        """Regions that are found by queries which were told what to look for, best certainty first.
+
+        Certainties of different words say little beside each other, so words only help to *find*: what a region is, is
+        read inside its box, as for free queries. Without a region tower a region is what its query was told.
+
+        Args:
+            image, rows_CD, at_once: as `ask`.
+
+        Returns:
+            At most as many regions as there are queries (and as ``top``), no two of which overlap by `TOLD_OVERLAP`.
+        """
+        memory = self._memory(image)
+        shares, score, owner = self._asked(memory, rows_CD, at_once=at_once)
+        boxes = self._in_pixels(shares, image)
+        kept = nms(boxes.float(), score, TOLD_OVERLAP)[: min(self.top, self.detr.queries)]
+        if self.detr.region_tower is None:
+            z = rows_CD.to(boxes)[owner[kept]]
+        else:
+            with torch.no_grad():
+                z = self.detr.region_embeddings(memory, torch.zeros_like(kept), shares[kept])
+        return RegionSet(
+            boxes=boxes[kept].cpu(),
+            objectness=score[kept].cpu(),
+            text=F.normalize(z.float(), dim=1).cpu(),
+            image=None,
+            masks=None,
+            size=(image.shape[0], image.shape[1]),
+        )
+
+    @torch.no_grad()
+    def _asked(self, memory: Memory, rows_CD: Tensor, *, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Centre boxes (K, 4) in [0, 1], scores (K,) and class numbers (K,) of told queries."""
+        count = min(at_once, self.detr.queries)
+        passes = -(-len(rows_CD) // count)
+        # The last pass asks its first words twice rather than giving each more queries than in training.
+        asked, last = torch.arange(passes * count), (passes - 1) * count
+        asked[last:] = last + torch.arange(count) % (len(rows_CD) - last)
+        group = groups_of(self.detr.queries, count)
+        boxes, scores = [], []
+        for conditions in rows_CD[asked].to(self.detr.device).unflatten(0, (passes, count)).split(PASSES):
+            found = self.detr.answer(memory.repeated(len(conditions)), conditions_NMD=conditions)
+            boxes.append(found.boxes)
+            scores.append(found.logits.sigmoid())
+        owner = (torch.arange(passes)[:, None] * count + group).flatten().to(self.detr.device)
+        real = owner < len(rows_CD)
+        return torch.cat(boxes).flatten(0, 1)[real], torch.cat(scores).flatten()[real], owner[real]
 
     @torch.no_grad()
     def locate(self, image: np.ndarray, crops: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou, roi_align
+from torchvision.ops import generalized_box_iou, nms, roi_align
 
 from ovd.config_detr import DetrConfig, DetrLossConfig
+from ovd.modeling import detr_build
 from ovd.modeling.backbone import load_resnet
 from ovd.modeling.build import DetectorCard, save_detector
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr import Decoded, Detr, Targets
 from ovd.modeling.detr_build import build_detr, read_start, start_detr
 from ovd.modeling.load import load_detector_model
-from ovd.modeling.matcher import Matches, match, to_corners
+from ovd.modeling.matcher import Matches, match, to_centres, to_corners
 from ovd.modeling.scoring import Calibration
 from ovd.modeling.task import DetectionTask
 from ovd.modeling.tower import Tower, start_body, start_projection
@@ -373,6 +374,29 @@ def test_region_model__asks_for_words_in_chunks_and_gives_each_word_its_queries(
     assert owner.bincount().tolist() == [2] * 6 and boxes.shape == (12, 4) and scores.shape == (12,)
     again = loaded.ask(image, rows[4:5], at_once=4)
     torch.testing.assert_close(boxes[owner == 4], again[0])
+    monkeypatch.setattr(detr_build, "PASSES", 1)
+    torch.testing.assert_close(loaded.ask(image, rows, at_once=4), (boxes, scores, owner))
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_region_model__told_words_find_regions_that_are_named_by_what_they_show(tmp_path: Path, tower: bool) -> None:
+    exported(tmp_path, region_tower=tower, backbone={"features": ["res4"]})
+    loaded: Any = load_detector_model(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    rows = F.normalize(torch.randn(6, D), dim=1)
+    boxes, scores, owner = loaded.ask(image, rows, at_once=4)
+    told = loaded.told_regions(image, rows, at_once=4)
+    kept = nms(boxes, scores, detr_build.TOLD_OVERLAP)[:8]  # as many as there are queries
+    assert told.size == (128, 192) and len(told) == len(kept) < len(boxes)
+    torch.testing.assert_close(told.boxes, boxes[kept])
+    torch.testing.assert_close(told.objectness, scores[kept])
+    expected = rows[owner[kept]]
+    if tower:
+        shares = to_centres(told.boxes / torch.tensor([192.0, 128, 192, 128]))
+        memory = loaded._memory(image)
+        expected = F.normalize(loaded.detr.region_embeddings(memory, torch.zeros_like(kept), shares), dim=1)
+    torch.testing.assert_close(told.text, expected, atol=1e-5, rtol=1e-4)
+    assert len(load_detector_model(tmp_path, top=2).told_regions(image, rows, at_once=4)) == 2
 
 
 def test_region_model__a_pretrained_transformer_proposes_but_knows_no_words(tmp_path: Path) -> None:
