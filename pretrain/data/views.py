@@ -51,9 +51,10 @@ def resized(picture: U8, size: int, interpolation: str) -> U8:
     if interpolation == "bilinear" and height <= size and width <= size:  # enlarging needs no antialiasing
         return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
     # OpenCV has no antialiased bilinear filter, and its bicubic one has another coefficient (-.75; here -.5).
-    pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+    # The batch axis comes first: only then has it the stride that makes torch see channels last, compute and answer so.
+    pixels = torch.from_numpy(np.ascontiguousarray(picture)[None]).permute(0, 3, 1, 2)
     small = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True, align_corners=False)
-    return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(small.permute(0, 2, 3, 1)[0].numpy())
 
 
 @dataclass(frozen=True)
