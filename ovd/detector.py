@@ -54,7 +54,7 @@ CROSS_CLASS_IOU = 0.85  # two classes on (nearly) the same box are two names for
 MAX_DETECTIONS = 300  # LVIS protocol
 
 
-class RegionModel(Protocol):
+class RegionFinder(Protocol):
     """What the detector needs of a network; `ovd.modeling.load.load_detector_model` returns one.
 
     A network whose regions live in another image space than its text encoder's (a DETR pretrained on patches) also has
@@ -219,7 +219,7 @@ class Detector:
     def __init__(
         self,
         *,
-        model: RegionModel,
+        model: RegionFinder,
         encoder: TextEncoder,
         templates: Sequence[str] = TEMPLATES_STICKER,
         cache_size: int = 8,
@@ -424,7 +424,7 @@ def _image_tower(encoder: TextEncoder) -> RegionEncoder | None:
     return cast("RegionEncoder", encoder)
 
 
-def _example_embedder(model: RegionModel, image_encoder: RegionEncoder | None) -> ExampleEmbedder | None:
+def _example_embedder(model: RegionFinder, image_encoder: RegionEncoder | None) -> ExampleEmbedder | None:
     """The image side of a detector: the model's own, or its encoder's, or None where there is neither."""
     own = getattr(model, "example_encoder", None) or image_encoder
     return None if own is None else ExampleEmbedder(encoder=own)

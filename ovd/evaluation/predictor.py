@@ -30,9 +30,9 @@ from pretrain.data.rle import encode_mask
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from ovd.detector import Detector, RegionModel
+    from ovd.detector import Detector, RegionFinder
     from ovd.evaluation.coco import Predict
-    from ovd.modeling.build import RegionModel as LoadedModel
+    from ovd.modeling.build import RegionModel
     from ovd.modeling.detr_build import DetrRegions
     from ovd.regions.crops import RegionEncoder
     from ovd.vocabulary import Vocabulary
@@ -132,7 +132,7 @@ class CropModel:
     background: Tensor | None = None
     objectness_weight = 0.5
 
-    def __init__(self, *, model: RegionModel, encoder: RegionEncoder) -> None:
+    def __init__(self, *, model: RegionFinder, encoder: RegionEncoder) -> None:
         self.model, self.encoder = model, encoder
         self.bank, self.calibration = model.bank, model.calibration
         self.top: int | None = getattr(model, "top", None)
@@ -286,7 +286,7 @@ def proposal_predictor(folder: Path, *, top: int, device: str = "cpu") -> Predic
     return proposals_of(load_detector_model(folder, device=device), top=top)
 
 
-def proposals_of(model: LoadedModel, *, top: int) -> Predict:
+def proposals_of(model: RegionModel, *, top: int) -> Predict:
     """A model's proposals without classes: what `run_source` and `run_images` take as ``propose``."""
 
     def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:

@@ -304,7 +304,7 @@ class PatchEncoder:
 
 
 class DetrRegions(RegionModel):
-    """A loaded transformer behind the interface of `ovd.detector.RegionModel`.
+    """A loaded transformer behind the interface of `ovd.detector.RegionFinder`.
 
     Objectness and word are told apart by the model, so scores are their geometric mean.
 
