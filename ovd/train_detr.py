@@ -90,7 +90,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     import torch
 
     from ovd.modeling.backbone import load_resnet
-    from ovd.modeling.detr_build import build_detr, read_start, start_detr
+    from ovd.modeling.detr_build import build_detr, read_start, refuse_other_attention, start_detr
     from ovd.text import embed_vocabulary
     from ovd.training_inputs import labelled_images, resolve_encoder
     from ovd.vocabulary import Vocabulary
@@ -129,6 +129,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
         print(start_region_tower(config, model.region_tower, encoder, backbone))
     if config.weights is not None:
         state, own_backbone = read_start(Path(config.weights))
+        refuse_other_attention(Path(config.weights), state, config.model)
         report = start_detr(model, state, source=config.weights, backbone=own_backbone)
         print(f"weights={config.weights}: {report}")
     # Before the loop does it: what is cached or embedded ahead of the first step is computed there too.
@@ -227,7 +228,9 @@ def read_backbone(
 
 def pretext_parts(config: DetrTrainConfig, model: Detr, encoder: JointEncoder) -> dict[str, Any]:
     """Task and source of the pretext."""
+    from ovd.data.features import Readable
     from ovd.modeling.updetr import PatchPretext
+    from pretrain.engine.distributed import world_size
 
     pretext = config.pretext
     assert pretext is not None
@@ -241,12 +244,15 @@ def pretext_parts(config: DetrTrainConfig, model: Detr, encoder: JointEncoder) -
         )
     held_out: list[list[dict[str, Any]]] = []
     if pretext.held_out_count:
-        other = patch_source(config, pretext.held_out, seed=config.loop.seed + 1, count=pretext.held_out_count)
+        other = patch_source(
+            config, pretext.held_out, seed=config.loop.seed + 1, count=pretext.held_out_count, augmented=False
+        )
         held: Source = other
         if config.cache is not None:
             held = cached_patches(config, model, embed, other, pretext.held_out, variants=1, space=space)
-        batch = [held.sample(index, 0) for index in range(len(held))]
-        size = config.loop.batch_size
+        readable = Readable(len(held))
+        batch = [readable(index, lambda index: held.sample(index, 0)) for index in range(len(held))]
+        size = max(1, config.loop.batch_size // (world_size() * config.loop.accumulate))  # as in a training step
         held_out = [batch[i : i + size] for i in range(0, len(batch), size)]
     task = PatchPretext(
         model=model,
@@ -292,8 +298,10 @@ class _First:
         return -1
 
 
-def patch_source(config: DetrTrainConfig, images: Any, *, seed: int, count: int | None = None) -> PatchSource:
-    """Patches of the pictures that a section describes."""
+def patch_source(
+    config: DetrTrainConfig, images: Any, *, seed: int, count: int | None = None, augmented: bool = True
+) -> PatchSource:
+    """Patches of the pictures that a section describes; held-out ones are measured in one size and as they are."""
     from ovd.data.mapper import TrainingTransform
     from ovd.data.patches import PatchSource
     from pretrain.data.images import build_images
@@ -304,7 +312,11 @@ def patch_source(config: DetrTrainConfig, images: Any, *, seed: int, count: int 
     return PatchSource(
         images=pictures if count is None else _First(pictures, count),
         transform=TrainingTransform(
-            short_side=data.short_side, long_side=data.long_side, scale=data.scale, crop=None, flip=0.0
+            short_side=data.short_side,
+            long_side=data.long_side,
+            scale=data.scale if augmented else (1.0, 1.0),
+            crop=None,
+            flip=0.0,
         ),
         seed=seed,
         sampler=patches.sampler,
@@ -315,7 +327,7 @@ def patch_source(config: DetrTrainConfig, images: Any, *, seed: int, count: int 
         max_aspect=patches.max_aspect,
         max_iou=patches.max_iou,
         crop_scales=CROP_SCALES if config.model.embed_space == "clip" else (1.0,),
-        jitter=patches.jitter,
+        jitter=patches.jitter and augmented,
         variants=patches.variants,
     )
 
@@ -367,14 +379,18 @@ def cached_patches(
     """The same samples from cached features and embeddings."""
     import numpy as np
 
-    from ovd.data.features import CachedPatches, FeatureCache
+    from ovd.data.features import CachedPatches, FeatureCache, Readable, files_of
 
     assert config.pretext is not None
+    readable = Readable(len(source))
+
+    def variants_of(index: int) -> list[dict[str, Any]]:
+        return [source.variant(index, v) for v in range(variants)]
 
     def compute(indices: list[int]) -> dict[str, Any]:
         import torch
 
-        samples = [[source.variant(index, v) for v in range(variants)] for index in indices]
+        samples = [readable(index, variants_of) for index in indices]
         patches = torch.stack([one["patches"] for group in samples for one in group])  # (n·V, M, K, 3, S, S)
         with torch.no_grad():
             z = embed(patches.flatten(0, 1).to(model.device)).cpu()
@@ -387,9 +403,11 @@ def cached_patches(
         }
 
     patches = config.pretext.patches.model_dump(mode="json") | {"variants": variants}
+    described = images.model_dump(mode="json")
     key = {
         **fingerprint(config, model),
-        "images": images.model_dump(mode="json"),
+        "images": described,
+        "files": files_of(described),
         "patches": patches,
         "seed": source.seed,
         "space": space,
@@ -431,13 +449,14 @@ def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSour
 
     import numpy as np
 
-    from ovd.data.features import CachedDetection, FeatureCache, pad_objects
+    from ovd.data.features import CachedDetection, FeatureCache, Readable, files_of, pad_objects
     from ovd.data.mapper import TrainingTransform, map_sample
 
     images = source.images
     whole = images.images if isinstance(images, FirstImages) else images  # fractions share one cache
     data = config.data
     described = data.model_dump(mode="json", exclude={"flip"})
+    readable, files = Readable(len(whole)), files_of(described)
     caches = []
     model.eval()
     for flip in (0.0, 1.0) if data.flip else (0.0,):
@@ -447,7 +466,7 @@ def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSour
             rng = np.random.default_rng(0)
             samples = []
             for index in indices:
-                labelled = whole.load(index)
+                labelled = readable(index, whole.load)
                 # Masks are not learned here; empty ones would drop their boxes, so none are passed on.
                 full = np.ones((len(labelled.boxes), *labelled.image.shape[:2]), dtype=bool)
                 samples.append(
@@ -461,7 +480,7 @@ def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSour
                 **{name: np.stack([one[name] for one in labels]) for name in labels[0]},
             }
 
-        key = {**fingerprint(config, model), "data": described, "flip": flip, "agnostic": False}
+        key = {**fingerprint(config, model), "data": described, "files": files, "flip": flip, "agnostic": False}
         caches.append(
             FeatureCache.open(Path(config.cache or ""), key=key, count=len(whole), compute=compute, batch=CACHE_BATCH)
         )

@@ -15,7 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
 from ovd.data.mapper import DetectionSource
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import write_atomically
 
 META = "meta.json"
+BAD_SHARE = 0.01  # of pictures that may be unreadable, as in the training loop; one always may
+Sample = TypeVar("Sample")
 MOST = 100  # objects per picture that a cache holds (COCO has up to 93)
 
 
@@ -118,6 +120,68 @@ class FeatureCache:
             ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What tells that files changed which settings name: for a cache's key beside the settings.
+
+    Args:
+        settings: of a data section, as JSON.
+
+    Returns:
+        A digest per setting that is a path: of a file's content; of the names, sizes and times of change in a folder.
+    """
+    found = {}
+    for name, value in settings.items():
+        for number, part in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(part, str) and part and (place := Path(part)).exists():
+                found[f"{name}.{number}"] = _digest(place)
+    return found
+
+
+def _digest(place: Path) -> str:
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*")):
+        if path.is_file():
+            about = path.stat()
+            digest.update(f"{path.relative_to(place)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+class Readable:
+    """Takes the next picture for one that cannot be read, as the training loop does, and says so once.
+
+    Args:
+        count: pictures.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.bad: set[int] = set()
+
+    def __call__(self, index: int, load: Callable[[int], Sample]) -> Sample:
+        """``load(index)``, or of the first picture after it that can be read.
+
+        Raises:
+            BadImageError: more than `BAD_SHARE` of the pictures cannot be.
+        """
+        for step in range(self.count):
+            other = (index + step) % self.count
+            if other in self.bad:
+                continue
+            try:
+                return load(other)
+            except BadImageError as error:
+                self.bad.add(other)
+                if len(self.bad) > max(1, BAD_SHARE * self.count):
+                    raise BadImageError(
+                        error.path, f"{error.reason}; with it {len(self.bad)} of {self.count} pictures cannot be read"
+                    ) from error
+                print(f"warning: unreadable image replaced by the next one: {error}", file=sys.stderr, flush=True)
+        raise UserError("cache: no picture can be read")
 
 
 def pad_objects(instances: Instances) -> dict[str, NDArray[Any]]:

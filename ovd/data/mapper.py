@@ -46,6 +46,8 @@ class TrainingTransform:
         """The transforms of one sample of a (height, width) picture."""
         factor = min(self.short_side / min(height, width), self.long_side / max(height, width))
         factor *= rng.uniform(*self.scale)
+        if self.crop is None:  # what is not cropped never grows beyond the long side, whatever was drawn
+            factor = min(factor, self.long_side / max(height, width))
         new_height, new_width = max(1, round(height * factor)), max(1, round(width * factor))
         steps: list[Transform] = [
             ResizeTransform(height, width, new_height, new_width)

@@ -462,8 +462,10 @@ class Detr(nn.Module):
             label = torch.full(logits.shape[:-1], nothing, device=logits.device)
             label[index] = targets.labels[goal]
             weight = torch.where(label == nothing, w.no_object_weight, 1.0)
+            if counted is not None:
+                weight = weight * counted
             nll = F.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none").view_as(weight)
-            losses["loss_class"] = w.object * ((nll * weight).sum((1, 2)) / weight.sum((1, 2))).sum()
+            losses["loss_class"] = w.object * ((nll * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)).sum()
         box, wanted = out.boxes[index].float(), targets.boxes[goal]
         losses["loss_l1"] = w.l1 * (box - wanted).abs().sum() / number
         losses["loss_giou"] = w.giou * (1 - overlaps(to_corners(box), to_corners(wanted))[1]).sum() / number

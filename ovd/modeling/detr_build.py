@@ -225,6 +225,28 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
     return exported_tensors(folder)[0], not card.model["backbone"]["frozen"]
 
 
+def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: DetrConfig) -> None:
+    """Refuse weights whose shapes fit but which compute something else here.
+
+    Args:
+        path: of `read_start`.
+        state: what it read.
+        config: of the model that is to start from them.
+
+    Raises:
+        UserError: another number of heads, or norms in another place.
+    """
+    pre_norm = "transformer.encoder.norm.weight" in state  # only where norms come first is there one at the end
+    if pre_norm != config.pre_norm:
+        raise UserError(f"weights={path}: trained with model.pre_norm={str(pre_norm).lower()}; set it so here")
+    if path.suffix in (".pth", ".pt"):
+        return  # a released file does not say how many heads it has: the papers' 8
+    card = read_card(path / EXPORTED if (path / EXPORTED / "model.json").is_file() else path)
+    heads = int(card.model["heads"])
+    if heads != config.heads:
+        raise UserError(f"weights={path}: trained with model.heads={heads}, not {config.heads}; set it so here")
+
+
 def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> Report:
     """Copy what fits; classification layers start anew, query embeddings are kept and cut to the number of queries.
 

@@ -20,7 +20,7 @@ from ovd.modeling.backbone import load_resnet
 from ovd.modeling.build import DetectorCard, save_detector
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr import Decoded, Detr, Targets
-from ovd.modeling.detr_build import build_detr, read_start, start_detr
+from ovd.modeling.detr_build import build_detr, read_start, refuse_other_attention, start_detr
 from ovd.modeling.load import load_detector_model
 from ovd.modeling.matcher import Matches, match, to_centres, to_corners
 from ovd.modeling.scoring import Calibration
@@ -139,12 +139,14 @@ def test_denoising__free_queries_do_not_see_the_answers() -> None:
     assert {f"{n}_dn" for n in with_answers[0]} <= set(with_answers[2])
 
 
-def test_denoising__padded_places_count_nowhere() -> None:
-    model = make("conditional", denoising=1, box_noise=0.0, label_noise=0.0).train()
+@pytest.mark.parametrize("variant", ["text", "closed"])
+def test_denoising__padded_places_count_nowhere(variant: str) -> None:
+    model = make("conditional", variant=variant, denoising=1, box_noise=0.0, label_noise=0.0).train()
     alone = model([picture(64, 64, TWO[:1], [1])])
     extra = picture(64, 64, [], [])
     beside = model([picture(64, 64, TWO[:1], [1]), extra])
-    for name in ("loss_l1_dn", "loss_giou_dn", "loss_object_dn", "loss_text_dn"):
+    kind = ("loss_object_dn", "loss_text_dn") if variant == "text" else ("loss_class_dn",)
+    for name in ("loss_l1_dn", "loss_giou_dn", *kind):
         torch.testing.assert_close(beside[name], alone[name])
 
 
@@ -305,6 +307,16 @@ def test_start__keeps_query_embeddings_and_says_what_happened_to_them(queries: i
 def test_start__another_architecture_is_refused() -> None:
     with pytest.raises(UserError, match="transformer tensors fit"):
         start_detr(make("conditional", width=32), make("conditional").state_dict(), source="there")
+
+
+def test_start__weights_that_fit_but_compute_something_else_are_refused(tmp_path: Path) -> None:
+    exported(tmp_path)
+    state, _ = read_start(tmp_path)
+    config = DetrConfig.model_validate(SMALL)
+    refuse_other_attention(tmp_path, state, config)
+    for change, said in (({"heads": 4}, "model.heads=2, not 4"), ({"pre_norm": not config.pre_norm}, "model.pre_norm")):
+        with pytest.raises(UserError, match=said):
+            refuse_other_attention(tmp_path, state, config.model_copy(update=change))
 
 
 # --- behind the detector's interface

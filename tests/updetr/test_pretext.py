@@ -142,6 +142,13 @@ def test_patches__are_cut_from_the_stored_picture_and_their_boxes_follow_the_res
     assert torch.equal(one["patches"], crop_regions(stored, boxes, size=16, scales=(1.0,)))
 
 
+def test_resize__the_long_side_holds_for_every_drawn_scale() -> None:
+    transform = TrainingTransform(short_side=400, long_side=600, scale=(0.8, 1.2), flip=0.0)
+    rng = np.random.default_rng(0)
+    sides = [transform.draw(375, 500, rng).apply_image(np.zeros((375, 500, 1), np.uint8)).shape[:2] for _ in range(60)]
+    assert max(max(side) for side in sides) == 600 and min(min(side) for side in sides) < 350
+
+
 def test_patches__jitter_changes_patches_only_and_is_deterministic() -> None:
     plain, jittered = source(), source(jitter=True)
     one, two = plain.variant(0, 0), jittered.variant(0, 0)

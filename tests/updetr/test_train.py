@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ovd.config_detr import DetrTrainConfig
-from ovd.data.features import CachedPatches, FeatureCache
+from ovd.data.features import CachedPatches, FeatureCache, Readable, files_of
 from ovd.modeling.updetr import PatchPretext
 from ovd.train_detr import is_transformer
 from pretrain.engine.config import LoopConfig, OptimConfig, load_config
-from pretrain.engine.errors import ConfigError, UserError
+from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.engine.loop import fit
 from tests.updetr.small import make, patch_batch
 
@@ -167,6 +167,41 @@ def test_cache__pictures_of_several_sizes_are_refused_and_leave_nothing_behind(t
     with pytest.raises(UserError, match="one size"):
         FeatureCache.open(tmp_path, key={}, count=4, compute=compute, batch=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cache__a_changed_annotation_file_or_picture_is_another_cache(tmp_path: Path) -> None:
+    folder, labels = tmp_path / "photos", tmp_path / "labels.json"
+    (folder / "deep").mkdir(parents=True)
+    picture = folder / "deep" / "a.jpg"
+    picture.write_bytes(b"one")
+    labels.write_text("{}")
+    settings = {"images": str(folder), "annotations": str(labels), "split": "all", "paths": [str(labels)], "seed": 3}
+    first = files_of(settings)
+    assert set(first) == {"images.0", "annotations.0", "paths.0"} and files_of(settings) == first
+    labels.write_text("[]")
+    changed = files_of(settings)
+    assert changed["images.0"] == first["images.0"] and changed["annotations.0"] != first["annotations.0"]
+    picture.write_bytes(b"another")
+    assert files_of(settings)["images.0"] != first["images.0"]
+
+
+def test_cache__the_next_picture_stands_for_an_unreadable_one_until_there_are_too_many(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = {1, 4}
+
+    def load(index: int) -> int:
+        if index in broken:
+            raise BadImageError(f"{index}.jpg")
+        return index
+
+    readable = Readable(5)
+    assert [readable(index, load) for index in (0, 1, 2, 1)] == [0, 2, 2, 2]
+    assert capsys.readouterr().err.count("1.jpg") == 1  # said once
+    with pytest.raises(BadImageError, match=r"4\.jpg.*2 of 5"):
+        readable(4, load)
+    readable = Readable(200)  # one in a hundred may be broken
+    assert readable(4, load) == 5 and readable(1, load) == 2
 
 
 def run(out: Path, steps: int, *, resume: bool = False) -> PatchPretext:
