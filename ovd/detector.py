@@ -188,6 +188,11 @@ class Regions:
         )
 
 
+def picture_key(pixels: NDArray[np.uint8]) -> str:
+    """sha256 of a picture's size and pixels."""
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
 def _distinct(boxes: Tensor, iou: float) -> Tensor:
     """Indices that remain when later boxes overlapping an earlier kept one by more than ``iou`` are left out."""
     order = torch.arange(len(boxes), 0, -1, dtype=torch.float32)  # already sorted by score: earlier is better
@@ -279,6 +284,11 @@ class Detector:
         return cls(model=model, encoder=encoder, templates=templates, second_look=looks, card=card, **options)
 
     @property
+    def locates(self) -> bool:
+        """Whether the network is a pretext's transformer: it finds what examples show, and has no regions to name."""
+        return bool(getattr(self.model, "locates", False))
+
+    @property
     def threshold(self) -> float:
         """The checkpoint's default threshold."""
         return self.model.calibration.threshold
@@ -362,7 +372,7 @@ class Detector:
             UserError: the picture cannot be read.
         """
         pixels = to_rgb(image)
-        key = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+        key = picture_key(pixels)
         with self._lock:
             found = self._cache.get(key)
             if found is None:
@@ -414,7 +424,74 @@ class Detector:
         """
         pixels = to_rgb(image)
         question = self.question(classes, examples, picture=pixels)  # first: a mistake should not cost a run
-        return self.embed(pixels).classify(question, threshold=threshold, **options)
+        return self.answer(pixels, question, threshold=threshold, **options)
+
+    def answer(
+        self, image: ImageLike, question: Question, *, threshold: float | None = None, **options: Any
+    ) -> Detections:
+        """What `find` does with a question that is ready: regions are named, or, by a transformer of the pretext, told.
+
+        Args:
+            image, threshold, options: see `find`.
+            question: of `question`.
+        """
+        if not self.locates:
+            return self.embed(image).classify(question, threshold=threshold, **options)
+        return self._located(to_rgb(image), question, threshold, **options)
+
+    @torch.inference_mode()
+    def _located(
+        self,
+        pixels: NDArray[np.uint8],
+        question: Question,
+        threshold: float | None,
+        *,
+        limit: int = MAX_DETECTIONS,
+        nms_iou: float = NMS_IOU,
+        cross_class_iou: float | None = CROSS_CLASS_IOU,
+    ) -> Detections:
+        """What queries find that are told the examples; the score is how certain a query is.
+
+        Raises:
+            UserError: words or negative examples, which such a model does not know.
+        """
+        if question.words.classes or len(question.shown) < len(question.examples):
+            raise UserError(
+                "this transformer was pretrained on patches: it finds what examples show, and knows neither words nor "
+                "things to leave out; ask with examples only, or train it on labels with model.variant=text"
+            )
+        level = self.threshold_of(question) if threshold is None else float(threshold)
+        if not 0.0 <= level <= 1.0:
+            raise UserError(f"threshold must be between 0 and 1, not {threshold}")
+        model: Any = self.model
+        with self._lock:
+            if model.example_encoder is None:
+                rows = self.rows(question)[1]
+            else:
+                shown = [[(crop.pixels, crop.corners) for crop in example.crops] for example in question.shown]
+                rows = torch.stack([model.patch_rows(crops).mean(0) for crops in shown])
+            boxes, score, owner = model.ask(pixels, rows, at_once=model.patches)
+            self.runs += 1
+        class_id = torch.tensor(question.columns)[owner]
+        best = torch.zeros(len(question.names)).scatter_reduce(0, class_id, score, "amax")
+        region = torch.nonzero(score >= level)[:, 0]
+        keep = region[batched_nms(boxes[region].float(), score[region], class_id[region], nms_iou)]
+        if cross_class_iou is not None and len(keep) > 1:
+            keep = keep[_distinct(boxes[keep].float(), cross_class_iou)]
+        keep = keep[:limit]
+        ids = class_id[keep].numpy().astype(np.int64)
+        return Detections(
+            xyxy=boxes[keep].float().numpy(),
+            confidence=score[keep].float().numpy(),
+            class_id=ids,
+            class_name=[question.names[i] for i in ids],
+            size=(pixels.shape[0], pixels.shape[1]),
+            names=question.names,
+            best=best.numpy(),
+            threshold=level,
+            region=keep.numpy().astype(np.int64),
+            notices=question.notices,
+        )
 
 
 def _image_tower(encoder: TextEncoder) -> RegionEncoder | None:

@@ -178,6 +178,11 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     folder = detector_folder(args.weights)
     predict: Predict | None = None
     device = str(pick_device(args.device))
+    if args.examples and (_is_agnostic(folder) or _model_of(folder).get("variant") == "closed"):
+        raise UserError(
+            f"--examples: {args.weights} (model.variant={_model_of(folder)['variant']}) compares nothing with crops; "
+            "leave it out, or evaluate a detector of model.variant=text"
+        )
     if _is_agnostic(folder):
         propose: Predict | None = proposal_predictor(folder, top=args.regions, device=device)
         run["protocol"] = "class-agnostic detector: recall only"

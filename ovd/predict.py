@@ -266,7 +266,7 @@ def _one(
         pixels = to_rgb(path)
     except BadImageError as problem:
         return {"file_name": name, "reason": problem.reason}
-    found = detector.embed(pixels).classify(question, threshold=threshold)
+    found = detector.answer(pixels, question, threshold=threshold)
     if target is not None:
         _save_picture(target, draw_detections(pixels, found, masks=masks))
     counts: dict[str, int] = {}

@@ -407,7 +407,7 @@ def cached_patches(
     key = {
         **fingerprint(config, model),
         "images": described,
-        "files": files_of(described),
+        **files_of(described),
         "patches": patches,
         "seed": source.seed,
         "space": space,
@@ -480,7 +480,7 @@ def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSour
                 **{name: np.stack([one[name] for one in labels]) for name in labels[0]},
             }
 
-        key = {**fingerprint(config, model), "data": described, "files": files, "flip": flip, "agnostic": False}
+        key = {**fingerprint(config, model), "data": described, **files, "flip": flip, "agnostic": False}
         caches.append(
             FeatureCache.open(Path(config.cache or ""), key=key, count=len(whole), compute=compute, batch=CACHE_BATCH)
         )

@@ -135,7 +135,7 @@ def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
     for name, value in settings.items():
         for number, part in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(part, str) and part and (place := Path(part)).exists():
-                found[f"{name}.{number}"] = _digest(place)
+                found[f"files.{name}.{number}"] = _digest(place)
     return found
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ovd.colours import class_styles
 from ovd.detections import Detections
-from ovd.detector import Detector
+from ovd.detector import Detector, picture_key
 from ovd.examples import Crop
 from ovd.pictures import to_rgb
 from pretrain.engine.errors import BadImageError, UserError
@@ -81,12 +81,16 @@ class Answerer:
         pixels = _read(Path(image))
         read = time.perf_counter()
         known = self.detector.runs
-        regions = self.detector.embed(pixels)
+        regions = None if self.detector.locates else self.detector.embed(pixels)
         cached = self.detector.runs == known
         embedded = time.perf_counter()
         default = self.detector.threshold_of(question)
         floor = min(FLOOR, default / 4)
-        found = regions.classify(question, threshold=floor if threshold is None else threshold)
+        level = floor if threshold is None else threshold
+        if regions is None:
+            found, cached = self.detector.answer(pixels, question, threshold=level), False
+        else:
+            found = regions.classify(question, threshold=level)
         classified = time.perf_counter()
         result = describe(found, default=default, floor=floor)
         result["negatives"] = [c.name for c in question.words.negatives]
@@ -98,7 +102,7 @@ class Answerer:
             row["synonyms"] = synonyms.get(row["name"].casefold(), [])
             row["crops"] = crops.get(row["name"].casefold(), 0)
         result["model"] = {key: self.detector.card.get(key) for key in ("name", "sha256")}
-        result["regions"] = len(regions)
+        result["regions"] = len(found if regions is None else regions)
         result["cached"] = cached
         result["ms"] = {
             "read": _ms(read - start),
@@ -106,7 +110,7 @@ class Answerer:
             "words": _ms(classified - embedded),
         }
         if preview:
-            result["preview"] = self._preview(regions.key, pixels)
+            result["preview"] = self._preview(picture_key(pixels) if regions is None else regions.key, pixels)
         return result
 
     def _preview(self, key: str, pixels: NDArray[np.uint8]) -> str:

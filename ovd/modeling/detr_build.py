@@ -350,6 +350,11 @@ class DetrRegions(RegionModel):
         if not model.patch2query.unit:
             self.example_encoder = PatchEncoder(model=model, side=self.patch_size)
 
+    @property
+    def locates(self) -> bool:
+        """A pretext's transformer: it knows no words, and finds what crops show by being told them."""
+        return self.detr.classifier is None and self.detr.class_embed is None
+
     @torch.no_grad()
     def _memory(self, image: np.ndarray) -> Memory:
         inputs, _, _ = self._input(image)
@@ -482,12 +487,19 @@ class DetrRegions(RegionModel):
         """
         if self.detr.patch2query.unit:
             raise UserError("this transformer's patches live in the image-text encoder's space: embed crops with it")
-        whole = [np.array([[0.0, 0.0, crop.shape[1], crop.shape[0]]]) for crop in crops]
+        whole = [(crop, (0.0, 0.0, crop.shape[1], crop.shape[0])) for crop in crops]
+        return self.ask(image, self.patch_rows(whole), at_once=self.patches)
+
+    @torch.no_grad()
+    def patch_rows(self, shown: Sequence[tuple[np.ndarray, Sequence[float]]]) -> Tensor:
+        """(K, D) embeddings of boxes (x1, y1, x2, y2) of pictures as the pretext's patches are embedded: not unit rows.
+
+        Only for a model whose patches live in its backbone's own space.
+        """
         patches = [
-            crop_regions(crop, box, size=self.patch_size, scales=(1.0,))[0]
-            for crop, box in zip(crops, whole, strict=True)
+            crop_regions(picture, np.array([box]), size=self.patch_size, scales=(1.0,))[0] for picture, box in shown
         ]
-        return self.ask(image, self.detr.pooled(torch.cat(patches).to(self.detr.device)), at_once=self.patches)
+        return self.detr.pooled(torch.cat(patches).to(self.detr.device))
 
 
 # --- loading

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou, nms, roi_align
 
 from ovd.config_detr import DetrConfig, DetrLossConfig
+from ovd.detector import Detector
 from ovd.modeling import detr_build
 from ovd.modeling.backbone import load_resnet
 from ovd.modeling.build import DetectorCard, save_detector
@@ -26,11 +27,13 @@ from ovd.modeling.matcher import Matches, match, to_centres, to_corners
 from ovd.modeling.scoring import Calibration
 from ovd.modeling.task import DetectionTask
 from ovd.modeling.tower import Tower, start_body, start_projection
+from ovd.regions.crops import crop_regions
 from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm
 from pretrain.nets.towers import ResNetImage, build_encoder, export_backbone
+from tests.detector.fakes import WordEncoder
 from tests.updetr.small import CHANNELS, STRIDE, C, D, make, picture
 
 TWO = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
@@ -423,6 +426,38 @@ def test_region_model__a_pretrained_transformer_proposes_but_knows_no_words(tmp_
     encoder = loaded.example_encoder
     crop = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert encoder.encode_image(encoder.prepare(crop)).shape == (2, encoder.embed_dim)
+
+
+def test_find__a_pretrained_transformer_is_told_the_examples_and_says_how_certain_it_is(tmp_path: Path) -> None:
+    exported(tmp_path, variant="agnostic", embed_space="ssl", conditioned=0)
+    model: Any = load_detector_model(tmp_path)
+    detector = Detector(model=model, encoder=WordEncoder())
+    rng = np.random.default_rng(0)
+    image, mug, cup = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((64, 96, 3), (20, 30, 3), (9, 9, 3)))
+    examples = {"mug": [mug], "cup": [cup, mug]}
+    every = {"threshold": 0.0, "nms_iou": 1.0, "cross_class_iou": None}
+    found = detector.find(image, examples=examples, **every)
+    first, second = (model.detr.pooled(model_patch(model, crop)) for crop in (mug, cup))
+    rows = torch.cat([first, (first + second) / 2])  # two crops of one thing are averaged
+    boxes, scores, owner = model.ask(image, rows, at_once=model.patches)
+    order = scores.argsort(descending=True)
+    assert found.names == ("mug", "cup") and found.size == (64, 96)
+    np.testing.assert_allclose(found.confidence, scores[order].detach(), rtol=1e-5)
+    np.testing.assert_allclose(found.xyxy, boxes[order].detach(), rtol=1e-4, atol=1e-3)
+    assert found.class_id.tolist() == owner[order].tolist()
+    assert found.best.tolist() == pytest.approx([float(scores[owner == c].max()) for c in (0, 1)], rel=1e-5)
+    few = detector.find(image, examples=examples, threshold=float(found.confidence[2]), nms_iou=1.0, limit=2)
+    assert len(few) <= 2 and few.confidence[0] == found.confidence[0]
+    for words, shown in (("mug", None), ("mug", examples), (None, {"mug": [mug], "-cup": [cup]})):
+        with pytest.raises(UserError, match="pretrained on patches"):
+            detector.find(image, words, examples=shown)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        detector.find(image, examples=examples, threshold=2.0)
+
+
+def model_patch(model: Any, crop: np.ndarray) -> torch.Tensor:
+    """A whole picture as the pretext cuts a patch."""
+    return crop_regions(crop, np.array([[0, 0, crop.shape[1], crop.shape[0]]]), size=model.patch_size, scales=(1.0,))[0]
 
 
 def test_forward__in_eval_mode_gives_detectron2_instances() -> None:

@@ -177,12 +177,15 @@ def test_cache__a_changed_annotation_file_or_picture_is_another_cache(tmp_path: 
     labels.write_text("{}")
     settings = {"images": str(folder), "annotations": str(labels), "split": "all", "paths": [str(labels)], "seed": 3}
     first = files_of(settings)
-    assert set(first) == {"images.0", "annotations.0", "paths.0"} and files_of(settings) == first
+    assert set(first) == {"files.images.0", "files.annotations.0", "files.paths.0"} and files_of(settings) == first
     labels.write_text("[]")
     changed = files_of(settings)
-    assert changed["images.0"] == first["images.0"] and changed["annotations.0"] != first["annotations.0"]
+    assert (
+        changed["files.images.0"] == first["files.images.0"]
+        and changed["files.annotations.0"] != first["files.annotations.0"]
+    )
     picture.write_bytes(b"another")
-    assert files_of(settings)["images.0"] != first["images.0"]
+    assert files_of(settings)["files.images.0"] != first["files.images.0"]
 
 
 def test_cache__the_next_picture_stands_for_an_unreadable_one_until_there_are_too_many(
