@@ -147,7 +147,7 @@ def judged(weights: Path, scenes: int) -> dict[str, float]:
     return {key: float(values[f"bbox/{key}"]) for key in ("AP", "AP50", "AP75", "AR100", "AR100@50")}
 
 
-def one(method: str, column: str, options: argparse.Namespace, *, steps: int) -> dict[str, Any]:
+def one(method: str, column: str, options: argparse.Namespace, *, steps: int, transfer: bool) -> dict[str, Any]:
     """Everything about one run."""
     folder = options.out / f"{method}_{column}_{options.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,24 +157,24 @@ def one(method: str, column: str, options: argparse.Namespace, *, steps: int) ->
         found = pretrain(method, folder, steps=steps, seed=options.seed)
         backbone = folder / "run" / "exported"
     found["probe"] = probed(folder, backbone, seed=options.seed, views=options.probe_views)
-    if column in options.transfer or (method == SCRATCH and options.transfer):  # it stands beside both columns
+    if transfer:
         found["transfer"] = transferred(method, folder, backbone, options)
     return found
 
 
 def everything(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(method, column, figures) of every run, in the order in which they are wanted."""
-    yield SCRATCH, VIEWS, one(SCRATCH, VIEWS, options, steps=0)
+    yield SCRATCH, VIEWS, one(SCRATCH, VIEWS, options, steps=0, transfer=bool(options.transfer))  # beside both columns
     cost = {}
     for method in METHODS:
-        found = one(method, VIEWS, options, steps=options.steps)
+        found = one(method, VIEWS, options, steps=options.steps, transfer=VIEWS in options.transfer)
         cost[method] = found["cpu_seconds"] / found["steps"]
         yield method, VIEWS, found
     budget = min(cost.values()) * options.steps
     for method in options.methods:
         steps = max(1, round(budget / cost[method]))
         column = VIEWS if steps == options.steps else TIME  # the quickest one's run stands in both tables
-        yield method, TIME, one(method, column, options, steps=steps)
+        yield method, TIME, one(method, column, options, steps=steps, transfer=TIME in options.transfer)
 
 
 def row(method: str, found: dict[str, Any]) -> str:

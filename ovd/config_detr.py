@@ -81,7 +81,7 @@ class DetrConfig(Section):
         0,
         ge=0,
         le=200,
-        description="classes that queries are conditioned on per step, by word or crop; 0: free queries",
+        description="classes whose words queries are conditioned on per step; 0: free queries",
     )
     region_tower: bool = Field(
         False,
