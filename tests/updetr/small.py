@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr import Detr
+from ovd.modeling.tower import Tower
 from ovd.modeling.transformer import ConditionalDecoderLayer, EncoderLayer
 
 C, D, STRIDE, CHANNELS = 5, 12, 16, 8
@@ -103,3 +104,18 @@ def patch_batch(count: int, patches: int, *, side: int = 64, seed: int = 0) -> l
             }
         )
     return samples
+
+
+def region_tower(seed: int = 3) -> Tower:
+    """A tower that reads the small backbone's map."""
+    torch.manual_seed(seed)
+    return Tower(
+        kind="conv_fc",
+        in_channels=CHANNELS,
+        resolution=4,
+        embed_dim=D,
+        depth=18,
+        norm="",
+        conv_dims=(8,),
+        fc_dims=(16,),
+    )

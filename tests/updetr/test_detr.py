@@ -26,7 +26,7 @@ from ovd.modeling.load import load_detector_model
 from ovd.modeling.matcher import Matches, match, to_centres, to_corners
 from ovd.modeling.scoring import Calibration
 from ovd.modeling.task import DetectionTask
-from ovd.modeling.tower import Tower, start_body, start_projection
+from ovd.modeling.tower import start_body, start_projection
 from ovd.regions.crops import crop_regions
 from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.engine.config import OptimConfig
@@ -34,7 +34,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm
 from pretrain.nets.towers import ResNetImage, build_encoder, export_backbone
 from tests.detector.fakes import WordEncoder
-from tests.updetr.small import CHANNELS, STRIDE, C, D, make, picture
+from tests.updetr.small import STRIDE, C, D, make, picture, region_tower
 
 TWO = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
 
@@ -469,20 +469,6 @@ def test_forward__in_eval_mode_gives_detectron2_instances() -> None:
 
 
 # --- the region tower
-
-
-def region_tower(seed: int = 3) -> Tower:
-    torch.manual_seed(seed)
-    return Tower(
-        kind="conv_fc",
-        in_channels=CHANNELS,
-        resolution=4,
-        embed_dim=D,
-        depth=18,
-        norm="",
-        conv_dims=(8,),
-        fc_dims=(16,),
-    )
 
 
 def test_region_tower__embeds_what_lies_in_the_box_of_its_own_picture() -> None:

@@ -12,12 +12,13 @@ import torch
 
 from ovd.config_detr import DetrTrainConfig
 from ovd.data.features import CachedPatches, FeatureCache, Readable, files_of
+from ovd.modeling.task import DetectionTask
 from ovd.modeling.updetr import PatchPretext
 from ovd.train_detr import is_transformer
 from pretrain.engine.config import LoopConfig, OptimConfig, load_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.engine.loop import fit
-from tests.updetr.small import make, patch_batch
+from tests.updetr.small import C, make, patch_batch, picture, region_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -232,3 +233,31 @@ def test_resume__a_pretext_that_was_interrupted_ends_where_an_uninterrupted_one_
         assert torch.equal(a, b), name
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     assert all("patch_miou" in line for line in lines)
+
+
+def train(out: Path, steps: int, *, resume: bool = False) -> DetectionTask:
+    torch.manual_seed(5)
+    model = make("conditional", denoising=2, conditioned=3, region_tower=region_tower(), dropout=0.1)
+    task: DetectionTask = DetectionTask(
+        model=model, pretrained_prefixes=("backbone.", "region_tower."), pretrained_lr_scale=0.1
+    )
+    boxes = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
+    pictures = [picture(64, 64, boxes[: 1 + n % 2], [n % C, (n + 1) % C][: 1 + n % 2], seed=n) for n in range(5)]
+    fit(
+        task,
+        Samples(pictures),
+        loop=LoopConfig(steps=steps, batch_size=2, workers=0, log_every=2, save_every=3, device="cpu", threads=1),
+        optim=OptimConfig(lr=1e-3, schedule="constant"),
+        out=out,
+        record={"steps": "any"},
+        resume=resume,
+    )
+    return task
+
+
+def test_resume__training_with_denoising_told_words_and_a_region_tower_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", 6)
+    train(tmp_path / "parts", 3)
+    resumed = train(tmp_path / "parts", 6, resume=True)
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
