@@ -23,7 +23,7 @@ from pretrain.data.scenes import SceneSource, coco_objects
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import run_cli
 
-SIDE, CROP, MARGIN = 256, 80, 10
+SIDE, CROP, MARGIN, COLOURS = 256, 80, 10, 256
 LEAST = 900  # square pixels of a thing that is shown
 SEED, PER_ROW, ROWS = 5, 4, 2
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     cells = [drawn(detector, crop, picture) for crop, picture in shown_again(source, PER_ROW * ROWS)]
     rows = [np.concatenate(cells[i : i + PER_ROW], axis=1) for i in range(0, len(cells), PER_ROW)]
     args.out.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(args.out / "updetr-find.png")
+    Image.fromarray(np.concatenate(rows)).quantize(COLOURS).save(args.out / "updetr-find.png")
     return 0
 
 

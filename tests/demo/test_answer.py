@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ovd.colours import DASHES, PALETTE, class_styles
 from ovd.demo.answer import FLOOR, PREVIEW_SIDE, Answerer, data_url
+from ovd.detector import Detector
 from pretrain.engine.errors import UserError
-from tests.detector.fakes import COLOURS, make_detector, picture
+from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture
 
 
 @pytest.fixture
@@ -141,6 +143,30 @@ def test_examples_need_no_words_and_no_examples_need_words(answerer: Answerer, p
     assert [c["name"] for c in found["classes"]] == ["r"] and len(found["detections"]) >= 1
     with pytest.raises(UserError, match="Type at least one class"):
         answerer.answer(pictures["good"], "", examples=[])
+
+
+class LocatingModel(ColourModel):
+    """Is told what to look for, as a transformer of the pretext is."""
+
+    locates, example_encoder, patches = True, None, 2
+
+    def ask(self, image: np.ndarray, rows: torch.Tensor, *, at_once: int) -> tuple[torch.Tensor, ...]:
+        boxes = torch.tensor([[10.0, 20, 50, 70], [80, 30, 150, 110]])
+        return boxes, torch.tensor([0.9, 0.4]), torch.arange(2) % len(rows)
+
+
+def test_a_transformer_that_knows_no_words_finds_what_is_shown_and_says_so_when_asked_with_words(
+    pictures: dict[str, Path],
+) -> None:
+    encoder = WordEncoder()
+    answerer = Answerer(detector=Detector(model=LocatingModel(encoder), encoder=encoder))
+    rows = [crop_row("red", name="mine"), crop_row("blue", name="yours")]
+    answer = answerer.answer(pictures["good"], "", examples=rows, preview=True)
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    assert [(d["class"], d["box"]) for d in answer["detections"]] == [(0, [10, 20, 50, 70]), (1, [80, 30, 150, 110])]
+    assert not answer["cached"] and answer["preview"].startswith("data:image/")
+    with pytest.raises(UserError, match="knows neither words"):
+        answerer.answer(pictures["good"], "red", examples=rows)
 
 
 @pytest.mark.parametrize(
