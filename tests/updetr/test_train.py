@@ -64,7 +64,16 @@ def test_command__a_configuration_with_an_arch_trains_a_transformer(argv: list[s
 
 @pytest.mark.parametrize(
     "name",
-    ["updetr", "detr", "ov_detr", "paper/updetr", "paper/detr", "paper/detr_300", "paper/detr_voc"],
+    [
+        "updetr",
+        "detr",
+        "ov_detr",
+        "paper/updetr",
+        "paper/detr",
+        "paper/detr_300",
+        "paper/detr_voc",
+        "paper/detr_voc_300",
+    ],
 )
 def test_configs__are_valid(name: str) -> None:
     load_config(DetrTrainConfig, ROOT / "configs" / f"{name}.yaml")
