@@ -59,13 +59,14 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
 
 
 def _torchvision(name: str) -> nn.Module:
-    from torchvision.models import get_model, list_models
+    from torchvision import models
 
-    if name not in list_models():
-        raise UserError(f"method.backbone.name: torchvision has no model {name!r}{_near(name, list_models())}")
+    known = models.list_models(module=models)  # the rest detects, segments or reads videos, and some fetch weights
+    if name not in known:
+        raise UserError(f"method.backbone.name: torchvision has no image classifier {name!r}{_near(name, known)}")
     if name in UNPLAIN:
         raise UserError(f"method.backbone.name: torchvision's {name!r} returns no plain features; take another model")
-    network = get_model(name, weights=None)
+    network = models.get_model(name, weights=None)
     for head in ("fc", "classifier", "heads", "head"):  # torchvision's four names for the classifier
         layer = getattr(network, head, None)
         if layer is not None:

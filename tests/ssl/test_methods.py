@@ -233,6 +233,15 @@ def test_an_unknown_backbone_is_named_with_one_that_is_meant(name: str, near: st
         build_backbone(BackboneConfig(name=name))
 
 
+@pytest.mark.parametrize("name", ["fcn_resnet50", "r3d_18", "fasterrcnn_resnet50_fpn"])
+def test_a_backbone_that_is_no_image_classifier_is_refused_before_it_is_built(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.models.get_model", lambda *_, **__: pytest.fail("was built; some fetch weights"))
+    with pytest.raises(UserError, match=f"no image classifier '{name}'"):
+        build_backbone(BackboneConfig(name=f"torchvision:{name}"))
+
+
 # --- configs
 
 
