@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BYOL and SwAV in two processes: the same weights and queue as in one, and exact resume in both."""
+"""BYOL and SwAV in two processes: the same weights and queue as in one, and exact resume in both; MoCo's shuffle."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import nn
 from pretrain.engine import distributed
 from pretrain.health import Watched
 from pretrain.methods.byol import BYOL
+from pretrain.methods.moco import MoCo
 from pretrain.methods.swav import SwAV
 from pretrain.nets.standardised import without_batch_norm
 from tests.engine.toy import content, differences, train
@@ -48,8 +49,31 @@ def step_folder(run: Path, step: int) -> Path:
     return found
 
 
+def write_keys(folder: Path) -> None:
+    """MoCo's keys of this process's pictures, with and without batch statistics, and the queue after them."""
+    torch.manual_seed(7)
+    mine = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)[distributed.rank()]  # other ones in each process
+    found = {}
+    for kind, keep in (("plain", without_batch_norm), ("normed", lambda m: m)):
+        torch.manual_seed(1)
+        task = MoCo(
+            backbone=keep(backbone()), projector=nn.Linear(WIDTH, DIM), augment=(as_float,) * 2, dim=DIM, queue=12
+        ).train()
+        view = as_float(mine)
+        torch.manual_seed(100 + distributed.rank())  # processes draw other orders: the first one's must count
+        found[kind] = task._keys(view)
+        with torch.no_grad():
+            direct = torch.nn.functional.normalize(task.key_projector(task.key_backbone(view)), dim=1)
+        found[f"{kind} direct"] = direct
+        if kind == "plain":
+            task._enqueue(distributed.gather_with_grad(found[kind]))
+            found["queue"], found["pointer"] = task.queue, task.queue_pointer
+    torch.save(found, folder / f"keys_{distributed.rank()}.pt")
+
+
 def body(folder: Path) -> None:
     """What each process does."""
+    write_keys(folder)
     for name, sizes in SIZES.items():
         torch.manual_seed(0)
         train(make(name, batch_norm=False), folder / f"{name}_same", Views(sizes), steps=6, save_every=6, **OPTIONS)
@@ -113,6 +137,17 @@ def test_a_resumed_run_is_the_same_bit_for_bit(runs: dict[int, Path], name: str,
     assert differences(whole, parts) == []
     half = content(step_folder(runs[world] / f"{name}_whole", 3))
     assert differences(half, whole) != []
+
+
+def test_moco_shuffles_pictures_between_processes_and_puts_their_keys_back(runs: dict[int, Path]) -> None:
+    first, second = (torch.load(runs[2] / f"keys_{n}.pt", weights_only=True) for n in (0, 1))
+    for one in (first, second):
+        # A key is that of its own picture, wherever it was computed ...
+        torch.testing.assert_close(one["plain"], one["plain direct"], rtol=1e-4, atol=1e-5)
+        # ... and it was computed beside other pictures than its query, whose statistics batch norm would betray.
+        assert not torch.allclose(one["normed"], one["normed direct"], atol=1e-3)
+    assert torch.equal(first["queue"], second["queue"]) and int(first["pointer"]) == int(second["pointer"]) == 8
+    torch.testing.assert_close(first["queue"][:8], torch.cat([first["plain"], second["plain"]]))
 
 
 if __name__ == "__main__":
