@@ -35,6 +35,7 @@ from pretrain.nets.backbones import build_backbone, parameter_bytes
 from pretrain.nets.heads import mlp
 from pretrain.views import ViewAugment
 
+HEAD_INPUT = 2048  # width of a ResNet-50, as far as memory is concerned
 COPIES = 3  # of each parameter while it trains: itself, its gradient, its velocity
 
 
@@ -172,12 +173,13 @@ def input_of(config: SslMethod) -> tuple[int, tuple[float, ...], tuple[float, ..
 
 
 def refuse_too_wide(config: SslMethod, device: torch.device) -> None:
-    """Say what Barlow Twins' projector and correlation would need, before the memory runs out.
+    """Say what heads, queue and Barlow Twins' correlation would need, before the memory runs out.
 
     Raises:
         UserError: More than there is.
     """
     if not isinstance(config, BarlowTwinsMethod):
+        _refuse_wide_heads(config, device)
         return
     with torch.device("meta"):
         projector = mlp([2048, *config.dims])
@@ -189,6 +191,31 @@ def refuse_too_wide(config: SslMethod, device: torch.device) -> None:
             f"method.dims: a projector of {list(config.dims)} needs about {weights / gib:.1f} GiB to train and "
             f"{correlation / gib:.1f} GiB for the correlation matrix; {free / gib:.1f} GiB are free on {device}. "
             "Take smaller layers"
+        )
+
+
+def _refuse_wide_heads(config: SslMethod, device: torch.device) -> None:
+    sizes = config.model_dump()
+    dim, hidden = int(sizes["dim"]), int(sizes.get("hidden", 0))
+    first = hidden or dim
+    numbers = HEAD_INPUT * first + first * dim  # of a projector; predictors and further layers below
+    copies, kept = COPIES, 0
+    if isinstance(config, SimSiamMethod):
+        numbers = HEAD_INPUT * dim + (config.layers - 1) * dim * dim + 2 * dim * hidden
+    elif isinstance(config, ByolMethod):
+        numbers, kept = numbers + 2 * dim * hidden, numbers
+    elif isinstance(config, MoCoMethod):
+        kept = numbers + config.queue * dim
+    elif isinstance(config, SwavMethod):
+        numbers, kept = numbers + config.prototypes * dim, config.big_crops * config.queue_length * dim
+    needed, free = 4 * (numbers * copies + kept), _free_memory(device)
+    if needed > free:
+        gib = 2.0**30
+        named = [name for name in ("hidden", "dim", "queue", "queue_length", "prototypes") if sizes.get(name)]
+        named.sort(key=lambda name: -int(sizes[name]))  # the likeliest mistake first
+        raise UserError(
+            f"method.{named[0]}: heads and queue of {', '.join(f'{name} {sizes[name]}' for name in named)} need about "
+            f"{needed / gib:.1f} GiB to train; {free / gib:.1f} GiB are free on {device}. Take smaller ones"
         )
 
 

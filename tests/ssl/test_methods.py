@@ -226,6 +226,26 @@ def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes", "said"),
+    [
+        ("simclr", {"hidden": 65536}, "method.hidden: .* hidden 65536"),
+        ("moco_v1", {"queue": 60_000, "dim": 4096}, "queue 60000"),
+        ("moco_v2", {"hidden": 65536}, "hidden 65536"),
+        ("byol", {"hidden": 65536}, "hidden 65536"),
+        ("byol_gn", {"hidden": 65536}, "hidden 65536"),
+        ("swav", {"hidden": 65536}, "hidden 65536"),
+        ("simsiam", {"dim": 65536}, "dim 65536"),
+    ],
+)
+def test_heads_and_queues_wider_than_memory_are_refused_with_the_size_they_need(
+    name: str, sizes: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "_free_memory", lambda device: 1e8)
+    with pytest.raises(UserError, match=rf"{said}.* need about \d+\.\d GiB .* 0\.1 GiB are free"):
+        built(name, **sizes)
+
+
+@pytest.mark.parametrize(
     ("name", "near"), [("timm:resnet5O", "resnet50"), ("torchvision:resnet5", "resnet50")], ids=["timm", "torchvision"]
 )
 def test_an_unknown_backbone_is_named_with_one_that_is_meant(name: str, near: str) -> None:
