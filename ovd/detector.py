@@ -149,9 +149,7 @@ class Regions:
             UserError: no words, or a threshold outside [0, 1].
         """
         asked = vocabulary if isinstance(vocabulary, Question) else Question(self.detector.resolve(vocabulary))
-        level = self.detector.threshold_of(asked) if threshold is None else float(threshold)
-        if not 0.0 <= level <= 1.0:
-            raise UserError(f"threshold must be between 0 and 1, not {threshold}")
+        level = self.detector.level_of(asked, threshold)
         score_RC, against_RN = self.scores(asked)
         names = asked.names
         best_C = score_RC.max(dim=0).values if len(score_RC) else torch.zeros(len(names))
@@ -167,10 +165,7 @@ class Regions:
             region, class_id = torch.nonzero(score_RC >= level, as_tuple=True)
             score = score_RC[region, class_id]
         boxes = self.regions.boxes.cpu().float()[region]
-        keep = batched_nms(boxes, score, class_id, nms_iou)
-        if cross_class_iou is not None and len(keep) > 1:
-            keep = keep[_distinct(boxes[keep], cross_class_iou)]
-        keep = keep[:limit]
+        keep = _without_doubles(boxes, score, class_id, nms_iou, cross_class_iou)[:limit]
         chosen = region[keep]
         ids = class_id[keep].numpy().astype(np.int64)
         return Detections(
@@ -191,6 +186,16 @@ class Regions:
 def picture_key(pixels: NDArray[np.uint8]) -> str:
     """sha256 of a picture's size and pixels."""
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def _without_doubles(
+    boxes: Tensor, score: Tensor, class_id: Tensor, nms_iou: float, cross_class_iou: float | None
+) -> Tensor:
+    """Indices that remain after NMS within each class and, unless None, between classes; best score first."""
+    keep = batched_nms(boxes, score, class_id, nms_iou)
+    if cross_class_iou is not None and len(keep) > 1:
+        keep = keep[_distinct(boxes[keep], cross_class_iou)]
+    return keep
 
 
 def _distinct(boxes: Tensor, iou: float) -> Tensor:
@@ -299,6 +304,17 @@ class Detector:
         levels = [calibration.threshold] if question.words.positives else []
         levels += [calibration.example_threshold] if question.shown else []
         return max(levels)
+
+    def level_of(self, question: Question, threshold: float | None) -> float:
+        """The threshold that was given, or the default one of the question.
+
+        Raises:
+            UserError: outside [0, 1].
+        """
+        level = self.threshold_of(question) if threshold is None else float(threshold)
+        if not 0.0 <= level <= 1.0:
+            raise UserError(f"threshold must be between 0 and 1, not {threshold}")
+        return level
 
     def question(
         self,
@@ -460,9 +476,7 @@ class Detector:
                 "this transformer was pretrained on patches: it finds what examples show, and knows neither words nor "
                 "things to leave out; ask with examples only, or train it on labels with model.variant=text"
             )
-        level = self.threshold_of(question) if threshold is None else float(threshold)
-        if not 0.0 <= level <= 1.0:
-            raise UserError(f"threshold must be between 0 and 1, not {threshold}")
+        level = self.level_of(question, threshold)
         model: Any = self.model
         with self._lock:
             if model.example_encoder is None:
@@ -475,10 +489,8 @@ class Detector:
         class_id = torch.tensor(question.columns)[owner]
         best = torch.zeros(len(question.names)).scatter_reduce(0, class_id, score, "amax")
         region = torch.nonzero(score >= level)[:, 0]
-        keep = region[batched_nms(boxes[region].float(), score[region], class_id[region], nms_iou)]
-        if cross_class_iou is not None and len(keep) > 1:
-            keep = keep[_distinct(boxes[keep].float(), cross_class_iou)]
-        keep = keep[:limit]
+        alone = _without_doubles(boxes[region].float(), score[region], class_id[region], nms_iou, cross_class_iou)
+        keep = region[alone][:limit]
         ids = class_id[keep].numpy().astype(np.int64)
         return Detections(
             xyxy=boxes[keep].float().numpy(),

@@ -178,15 +178,16 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     folder = detector_folder(args.weights)
     predict: Predict | None = None
     device = str(pick_device(args.device))
-    if args.examples and (_is_agnostic(folder) or _model_of(folder).get("variant") == "closed"):
+    variant = _model_of(folder).get("variant")
+    if args.examples and variant in ("agnostic", "closed"):
         raise UserError(
-            f"--examples: {args.weights} (model.variant={_model_of(folder)['variant']}) compares nothing with crops; "
+            f"--examples: {args.weights} (model.variant={variant}) compares nothing with crops; "
             "leave it out, or evaluate a detector of model.variant=text"
         )
-    if _is_agnostic(folder):
+    if variant == "agnostic":
         propose: Predict | None = proposal_predictor(folder, top=args.regions, device=device)
         run["protocol"] = "class-agnostic detector: recall only"
-    elif _model_of(folder).get("variant") == "closed":
+    elif variant == "closed":
         closed = _closed(folder, split, args.limit, device)
         predict, propose = closed, proposals_of(closed.model, top=args.regions)
         run["protocol"] = "detector of a closed list of classes"
@@ -322,11 +323,6 @@ def _model_of(folder: Path) -> dict[str, Any]:
     card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
     model = card.get("model", {}) if isinstance(card, dict) else {}
     return model if isinstance(model, dict) else {}
-
-
-def _is_agnostic(folder: Path) -> bool:
-    """Whether the exported detector there knows no words."""
-    return bool(_model_of(folder).get("variant") == "agnostic")
 
 
 class _Progress:

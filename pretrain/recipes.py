@@ -182,7 +182,7 @@ def refuse_too_wide(config: SslMethod, device: torch.device) -> None:
         _refuse_wide_heads(config, device)
         return
     with torch.device("meta"):
-        projector = mlp([2048, *config.dims])
+        projector = mlp([HEAD_INPUT, *config.dims])
     weights, correlation = parameter_bytes(projector) * COPIES, 3 * 4 * config.dims[-1] ** 2
     free = _free_memory(device)
     if weights + correlation > free:
@@ -199,7 +199,7 @@ def _refuse_wide_heads(config: SslMethod, device: torch.device) -> None:
     dim, hidden = int(sizes["dim"]), int(sizes.get("hidden", 0))
     first = hidden or dim
     numbers = HEAD_INPUT * first + first * dim  # of a projector; predictors and further layers below
-    copies, kept = COPIES, 0
+    kept = 0
     if isinstance(config, SimSiamMethod):
         numbers = HEAD_INPUT * dim + (config.layers - 1) * dim * dim + 2 * dim * hidden
     elif isinstance(config, ByolMethod):
@@ -208,7 +208,7 @@ def _refuse_wide_heads(config: SslMethod, device: torch.device) -> None:
         kept = numbers + config.queue * dim
     elif isinstance(config, SwavMethod):
         numbers, kept = numbers + config.prototypes * dim, config.big_crops * config.queue_length * dim
-    needed, free = 4 * (numbers * copies + kept), _free_memory(device)
+    needed, free = 4 * (numbers * COPIES + kept), _free_memory(device)
     if needed > free:
         gib = 2.0**30
         named = [name for name in ("hidden", "dim", "queue", "queue_length", "prototypes") if sizes.get(name)]

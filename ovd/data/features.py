@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ovd.data.mapper import DetectionSource
 from pretrain.engine.errors import BadImageError, UserError
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import sha256_of, write_atomically
 
 META = "meta.json"
 BAD_SHARE = 0.01  # of pictures that may be unreadable, as in the training loop; one always may
@@ -141,8 +141,7 @@ def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _digest(place: Path) -> str:
     if place.is_file():
-        with place.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(place)
     digest = hashlib.sha256()
     for path in sorted(place.rglob("*")):
         if path.is_file():

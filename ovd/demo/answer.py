@@ -82,15 +82,15 @@ class Answerer:
         read = time.perf_counter()
         known = self.detector.runs
         regions = None if self.detector.locates else self.detector.embed(pixels)
-        cached = self.detector.runs == known
         embedded = time.perf_counter()
         default = self.detector.threshold_of(question)
         floor = min(FLOOR, default / 4)
         level = floor if threshold is None else threshold
         if regions is None:
-            found, cached = self.detector.answer(pixels, question, threshold=level), False
+            found = self.detector.answer(pixels, question, threshold=level)
         else:
             found = regions.classify(question, threshold=level)
+        cached = self.detector.runs == known
         classified = time.perf_counter()
         result = describe(found, default=default, floor=floor)
         result["negatives"] = [c.name for c in question.words.negatives]

@@ -218,11 +218,16 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
     """
     if path.suffix in (".pth", ".pt"):
         return read_official(path), True
-    folder = path / EXPORTED if (path / EXPORTED / "model.json").is_file() else path
+    folder = _exported_of(path)
     card = read_card(folder)
     if not card.is_transformer:
         raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
     return exported_tensors(folder)[0], not card.model["backbone"]["frozen"]
+
+
+def _exported_of(path: Path) -> Path:
+    """The exported folder of a run, or the folder itself."""
+    return path / EXPORTED if (path / EXPORTED / "model.json").is_file() else path
 
 
 def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: DetrConfig) -> None:
@@ -241,8 +246,7 @@ def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: Detr
         raise UserError(f"weights={path}: trained with model.pre_norm={str(pre_norm).lower()}; set it so here")
     if path.suffix in (".pth", ".pt"):
         return  # a released file does not say how many heads it has: the papers' 8
-    card = read_card(path / EXPORTED if (path / EXPORTED / "model.json").is_file() else path)
-    heads = int(card.model["heads"])
+    heads = int(read_card(_exported_of(path)).model["heads"])
     if heads != config.heads:
         raise UserError(f"weights={path}: trained with model.heads={heads}, not {config.heads}; set it so here")
 
@@ -396,8 +400,7 @@ class DetrRegions(RegionModel):
         Raises:
             UserError: this model is none.
         """
-        inputs, _, _ = self._input(image)
-        found = self.detr.found([inputs])
+        found = self.detr.answer(self._memory(image))
         if found.classes is None:
             raise UserError("this transformer has no closed list of classes; ask it with words")
         score, label = found.classes[0].softmax(-1)[:, :-1].max(-1)

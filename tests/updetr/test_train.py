@@ -217,20 +217,26 @@ def test_cache__the_next_picture_stands_for_an_unreadable_one_until_there_are_to
     assert readable(4, load) == 5 and readable(1, load) == 2
 
 
-def run(out: Path, steps: int, *, resume: bool = False) -> PatchPretext:
-    torch.manual_seed(5)
-    task = pretext(mask_queries=0.3, shuffle=True, held_out=[patch_batch(2, 3, seed=9)], evaluate_every=2)
+def fit_samples(
+    task: DetectionTask, samples: list[dict[str, Any]], out: Path, steps: int, resume: bool, **loop: Any
+) -> None:
     fit(
         task,
-        Samples(patch_batch(5, 3)),
+        Samples(samples),
         loop=LoopConfig(
-            steps=steps, batch_size=2, workers=0, log_every=2, save_every=3, device="cpu", clip_norm=0.1, threads=1
+            steps=steps, batch_size=2, workers=0, log_every=2, save_every=3, device="cpu", threads=1, **loop
         ),
         optim=OptimConfig(lr=1e-3, schedule="constant"),
         out=out,
         record={"steps": "any"},
         resume=resume,
     )
+
+
+def run(out: Path, steps: int, *, resume: bool = False) -> PatchPretext:
+    torch.manual_seed(5)
+    task = pretext(mask_queries=0.3, shuffle=True, held_out=[patch_batch(2, 3, seed=9)], evaluate_every=2)
+    fit_samples(task, patch_batch(5, 3), out, steps, resume, clip_norm=0.1)
     return task
 
 
@@ -252,15 +258,7 @@ def train(out: Path, steps: int, *, resume: bool = False) -> DetectionTask:
     )
     boxes = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
     pictures = [picture(64, 64, boxes[: 1 + n % 2], [n % C, (n + 1) % C][: 1 + n % 2], seed=n) for n in range(5)]
-    fit(
-        task,
-        Samples(pictures),
-        loop=LoopConfig(steps=steps, batch_size=2, workers=0, log_every=2, save_every=3, device="cpu", threads=1),
-        optim=OptimConfig(lr=1e-3, schedule="constant"),
-        out=out,
-        record={"steps": "any"},
-        resume=resume,
-    )
+    fit_samples(task, pictures, out, steps, resume)
     return task
 
 
