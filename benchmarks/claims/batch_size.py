@@ -8,19 +8,21 @@ to the batch; that of AdamW (Barlow Twins) to its root.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from common import VIEW, WIDTH, augment, equal_samples, experiment, lines, network
 
 from pretrain.methods.barlow_twins import BarlowTwins
-from pretrain.methods.moco import MoCo
+from pretrain.methods.moco import MoCo, split_batch_norm
 from pretrain.methods.simclr import SimCLR
 from pretrain.nets.heads import mlp
 
 VIEWS = [VIEW, VIEW]
 BATCHES = (16, 64, 256)
 SAMPLES = 50_000
+NORM_GROUP = 8  # pictures that share MoCo's batch statistics, whatever the batch: as on one GPU (32 in the paper)
 
 
 def simclr() -> SimCLR:
@@ -29,9 +31,9 @@ def simclr() -> SimCLR:
     )
 
 
-def moco() -> MoCo:
+def moco(batch: int) -> MoCo:
     return MoCo(
-        backbone=network(),
+        backbone=split_batch_norm(network(), batch // NORM_GROUP),
         projector=mlp((WIDTH, 256, 64), norm="none", bias=True, last_bias=True),
         augment=augment(VIEWS),
         dim=64,
@@ -55,7 +57,7 @@ def case(make: Any, batch: int, **optim: Any) -> Any:
 
 CASES = {
     **{f"simclr_{b}": case(simclr, b, lr=0.3 * b / 128) for b in BATCHES},
-    **{f"moco_{b}": case(moco, b, lr=0.1 * b / 128) for b in BATCHES},
+    **{f"moco_{b}": case(partial(moco, b), b, lr=0.1 * b / 128) for b in BATCHES},
     **{f"barlow_{b}": case(barlow, b, name="adamw", lr=1e-3 * math.sqrt(b / 128)) for b in BATCHES},
 }
 
