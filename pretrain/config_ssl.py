@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pretrain.config_views import ViewConfig, expand_views
-from pretrain.engine.config import Section
+from pretrain.engine.config import FREE, Section
 
 OURS = ("resnet18", "resnet34", "resnet50", "resnet101")
 DETECTRON2 = ("detectron2:R18", "detectron2:R34", "detectron2:R50", "detectron2:R101")
@@ -173,12 +173,31 @@ class SwavMethod(_Method):
 
 
 class WatchConfig(Section):
-    """What is measured while a self-supervised method trains; the panel stands in every log line."""
+    """What is measured while a method trains; the panel stands in every log line. Nothing here changes the training."""
 
     probe_every: int = Field(
-        default=0, ge=0, le=10**9, description="Steps between kNN probes on single stickers; 0: none."
+        default=0,
+        ge=0,
+        le=10**9,
+        description="Steps between kNN probes of the backbone; 0: none.",
+        json_schema_extra=FREE,
     )
-    probe_seconds: float = Field(default=20.0, gt=0, le=86400, description="Time budget of one probe.")
+    probe_data: str | None = Field(
+        default=None,
+        description="Labelled pictures of the probe: sticker_singles, cifar:ROOT, or a folder with train/CLASS/ and "
+        "val/CLASS/; null: the stickers or CIFAR-10 where data has them, otherwise there is no probe.",
+        json_schema_extra=FREE,
+    )
+    probe_pictures: int = Field(
+        default=2000,
+        ge=2,
+        le=10**7,
+        description="Pictures that vote; half as many are asked. They are kept in memory.",
+        json_schema_extra=FREE,
+    )
+    probe_seconds: float = Field(
+        default=20.0, gt=0, le=86400, description="Time budget of one probe.", json_schema_extra=FREE
+    )
 
 
 SslMethod = SimCLRMethod | MoCoMethod | SimSiamMethod | BarlowTwinsMethod | ByolMethod | SwavMethod

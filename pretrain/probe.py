@@ -22,6 +22,7 @@ from torch import nn
 from pretrain.engine import distributed
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import EXPORTED, write_atomically
+from pretrain.nets.backbones import build_backbone, load_backbone, problem_with
 from pretrain.probes import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL, Few, Normalise, evaluate, open_data
 
 
@@ -34,8 +35,6 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
     Raises:
         UserError: There is none.
     """
-    from pretrain.nets.backbones import build_backbone, load_backbone
-
     if folder is not None:
         return load_backbone(folder)
     if run is None:
@@ -54,7 +53,7 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
     if isinstance(method, ClipMethod | TextDistillMethod):
         raise UserError(f"{run}: a run of {method.name}; measure it with python -m pretrain.evaluate --encoder")
     state, prefix = load_state(found)[0], "task.backbone."
-    backbone = build_backbone(method.backbone)
+    backbone = build_backbone(method.backbone, sizes=[view.size for view in method.views])
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     load_model(backbone, own, untracked=(), where=found.folder)
     size, mean, std = input_of(method)
@@ -107,6 +106,12 @@ def main(argv: list[str]) -> int:
         backbone, info = open_backbone(args.run, args.backbone)
         backbone = backbone.to(distributed.pick_device(args.device))
         train, test, side = open_data(args.data, size=args.size or info.get("size"))
+        reason = problem_with(backbone, side)
+        if reason is not None:
+            raise UserError(
+                f"--size {side}: the backbone of {args.run or args.backbone} cannot take such pictures ({reason}); it "
+                f"was trained on {info['size']} pixels"
+            )
         if args.limit:
             train, test = Few(train, args.limit, args.seed), Few(test, args.limit, args.seed)
         method = str(info.get("method"))

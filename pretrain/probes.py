@@ -372,22 +372,24 @@ class _Kept:
 # --- data and report -------------------------------------------------------------------------------------------------
 
 
-def open_data(text: str, *, size: int | None, views: int = 2) -> tuple[ImageSet, ImageSet, int]:
+def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data") -> tuple[ImageSet, ImageSet, int]:
     """Training pictures, test pictures, and the side that suits them.
 
     Args:
         text: "sticker_singles"; "cifar:ROOT"; or a folder with `train/CLASS/…` and `val/CLASS/…` (ImageNet's layout).
         size: Another side.
         views: Pictures of each sticker.
+        key: Who named them, for messages.
 
     Raises:
         UserError: There is no such data, or the two halves have different classes.
     """
     kind, _, root = text.partition(":")
     if text == "sticker_singles":
-        stickers = StickerSingles(kind="sticker_singles", size=size or 64, views=views)
+        side = size or 64
+        stickers = StickerSingles(kind="sticker_singles", size=max(16, side), views=views)  # 16: the least they draw
         held_out = stickers.model_copy(update={"split": "val"})
-        return build_images(stickers), build_images(held_out), stickers.size
+        return build_images(stickers), build_images(held_out), side
     if kind == "cifar" and root:
         cifar = CifarImages(kind="cifar", root=Path(root))
         return build_images(cifar), build_images(cifar.model_copy(update={"split": "test"})), size or 32
@@ -395,7 +397,7 @@ def open_data(text: str, *, size: int | None, views: int = 2) -> tuple[ImageSet,
     missing = next((folder for folder in folders if not folder.is_dir()), None)
     if missing is not None:
         raise UserError(
-            f"--data {text}: {missing} is not a folder; give sticker_singles, cifar:ROOT, or a folder with "
+            f"{key} {text}: {missing} is not a folder; give sticker_singles, cifar:ROOT, or a folder with "
             "train/CLASS/ and val/CLASS/"
         )
     train_set, test_set = (build_images(FolderImages(root=folder, classes=True)) for folder in folders)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from pretrain.config import ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
 from pretrain.engine.cli import command_line
-from pretrain.engine.config import config_hash, keys_at_default, plain
+from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import EXPORTED
 
@@ -137,6 +137,7 @@ def main(argv: list[str]) -> int:
         optim=optim,
         out=cfg.out,
         record=plain(cfg),
+        free_keys=free_keys(PretrainConfig),
         at_default=keys_at_default(cfg),
         resume=options.resume,
         overwrite=options.overwrite,
@@ -152,14 +153,15 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, Optim
     from pretrain.data.images import build_images
     from pretrain.data.views import ViewSource
     from pretrain.engine.distributed import pick_device
-    from pretrain.recipes import build_method, method_optim, watched
+    from pretrain.recipes import build_method, input_of, method_optim, watched
 
     if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(cfg.data, StickerPairs | PhraseTargets):
         raise TypeError(f"{cfg.method.name} is not self-supervised")
     method, batch_size = cfg.method, cfg.loop.batch_size
     task = build_method(method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device))
     source = ViewSource(build_images(cfg.data), method.views, cfg.loop.seed)
-    return watched(task, method, cfg.watch), source, method_optim(method, cfg.optim, batch_size=batch_size)
+    task = watched(task, cfg.watch, cfg.data, input_of(method))
+    return task, source, method_optim(method, cfg.optim, batch_size=batch_size)
 
 
 def export(cfg: PretrainConfig, task: nn.Module) -> str:

@@ -41,24 +41,33 @@ class Pooled(nn.Module):
         return self.network(x)
 
 
-def build_backbone(config: BackboneConfig) -> nn.Module:
+def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> nn.Module:
     """The named network with fresh weights, drawn from torch's generator; its output length is `.width`.
 
+    Args:
+        config: Name, stem, norm.
+        sizes: Sides in pixels of the pictures it will see. Networks with a place for each patch (vision transformers)
+            are built for the first, and answer for the others where the library can move the places.
+
     Raises:
-        UserError: Nobody knows the name.
+        UserError: Nobody knows the name, or the network cannot take pictures of these sizes.
     """
     library, _, name = config.name.rpartition(":")
     if config.name in OURS or library == "detectron2":
         depth = int(name.removeprefix("resnet").removeprefix("R"))
         backbone: nn.Module = ResNet(depth=depth, stem=config.stem, zero_init=config.zero_init)
     elif library == "torchvision":
-        backbone = _torchvision(name)
+        backbone = _torchvision(name, sizes)
     else:
-        backbone = _timm(name)
+        backbone = _timm(name, sizes)
+    for size in sorted(set(sizes)) if isinstance(backbone, Pooled) else ():  # ours take any
+        reason = problem_with(backbone, size)
+        if reason is not None:
+            raise _unfitting(config.name, size, reason)
     return without_batch_norm(backbone) if config.norm == "gn_ws" else backbone
 
 
-def _torchvision(name: str) -> nn.Module:
+def _torchvision(name: str, sizes: Sequence[int]) -> nn.Module:
     from torchvision import models
 
     known = models.list_models(module=models)  # the rest detects, segments or reads videos, and some fetch weights
@@ -66,7 +75,11 @@ def _torchvision(name: str) -> nn.Module:
         raise UserError(f"method.backbone.name: torchvision has no image classifier {name!r}{_near(name, known)}")
     if name in UNPLAIN:
         raise UserError(f"method.backbone.name: torchvision's {name!r} returns no plain features; take another model")
-    network = models.get_model(name, weights=None)
+    fixed = {"image_size": sizes[0]} if name.startswith("vit_") else {}
+    try:
+        network = models.get_model(name, weights=None, **fixed)
+    except (AssertionError, ValueError, RuntimeError) as problem:
+        raise _unfitting(f"torchvision:{name}", sizes[0], _first_line(problem)) from problem
     for head in ("fc", "classifier", "heads", "head"):  # torchvision's four names for the classifier
         layer = getattr(network, head, None)
         if layer is not None:
@@ -77,15 +90,52 @@ def _torchvision(name: str) -> nn.Module:
     raise UserError(f"method.backbone.name: torchvision's {name!r} has no classifier to take off; take another model")
 
 
-def _timm(name: str) -> nn.Module:
+def _timm(name: str, sizes: Sequence[int]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
-    network = timm.create_model(name, pretrained=False, num_classes=0)
+    places: dict[str, Any] = {}
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        places = {"img_size": sizes[0], **({"dynamic_img_size": True} if len(set(sizes)) > 1 else {})}
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=0, **places)
+    except TypeError as problem:
+        if len(places) < 2:
+            raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
+        raise UserError(
+            f"method.backbone.name: timm's {name!r} takes pictures of one size; method.views has {sorted(set(sizes))}"
+        ) from problem
+    except (AssertionError, ValueError, RuntimeError) as problem:
+        raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
     # `num_features` is what comes before a layer that some networks have behind their features.
     width = getattr(network, "head_hidden_size", None) or network.num_features
     return Pooled(network, cast(int, width))
+
+
+@torch.no_grad()
+def problem_with(backbone: nn.Module, size: int) -> str | None:
+    """Why a network cannot take pictures of ``size`` pixels, in one line; None if it can: it is shown a black one."""
+    training, device = backbone.training, next(backbone.parameters()).device
+    try:
+        found = tuple(backbone.eval()(torch.zeros(1, 3, size, size, device=device)).shape)
+    except Exception as problem:  # of any kind: the network is another library's
+        return _first_line(problem)
+    finally:
+        backbone.train(training)
+    wanted = (1, getattr(backbone, "width", found[-1]))
+    return None if found == wanted else f"its features have shape {found}, not {wanted}"
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).splitlines()[0].rstrip(".!") if str(problem) else type(problem).__name__
+
+
+def _unfitting(name: str, size: int, reason: str) -> UserError:
+    return UserError(
+        f"method.backbone.name: {name} cannot take pictures of {size} pixels ({reason}). Give views of another size "
+        "(method.views.N.size), or take another backbone"
+    )
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -107,10 +157,10 @@ def save_backbone(
 
     Args:
         folder: Created if it is missing.
-        backbone: From `build_backbone(config)`.
+        backbone: From `build_backbone`, of this config.
         config: What it was built from.
         method: Name of the method that trained it.
-        size: Side of the pictures it was trained on, pixels.
+        size: Side of the (first) pictures it was trained on, pixels.
         mean, std: Of RGB in [0, 1], what its input was normalised with.
     """
     folder = Path(folder)
@@ -136,7 +186,7 @@ def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     info = read_json(path, hint="a backbone folder is what pretrain.train exports")
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(f"{path}: not a backbone of format {FORMAT}; export it again with this version")
-    backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]))
+    backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]), sizes=[info["size"]])
     tensors, _ = load_weights(folder / "model.safetensors")
     try:
         backbone.load_state_dict(tensors)

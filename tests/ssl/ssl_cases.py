@@ -58,7 +58,7 @@ def small_method(name: str) -> nn.Module:
         return build_method(section(name), batch_size=8, device=torch.device("cpu"))
 
 
-def _net(config: BackboneConfig) -> nn.Module:
+def _net(config: BackboneConfig, **_: Any) -> nn.Module:
     made = backbone()
     made.width = WIDTH  # type: ignore[assignment]
     return without_batch_norm(made) if config.norm == "gn_ws" else made

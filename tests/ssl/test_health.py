@@ -8,14 +8,23 @@ import math
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pretrain import health
+from pretrain.config import PretrainConfig
+from pretrain.config_ssl import WatchConfig
+from pretrain.config_views import FolderImages, StickerSingles
+from pretrain.engine.config import Section, free_keys, load_config
+from pretrain.engine.errors import UserError
 from pretrain.health import Watched, effective_rank
+from pretrain.probes import Probe
+from pretrain.recipes import watched
 from tests.engine.toy import Everything, content, differences, train
+from tests.ssl.ssl_cases import METHODS
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -214,6 +223,55 @@ def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
     whole, parts = untimed(tmp_path / "whole"), untimed(tmp_path / "parts")
     assert whole == parts
     assert [line["step"] for line in whole if "probe/knn" in line] == [4, 6]
+
+
+# --- which labelled pictures the kNN probe of a run has
+
+
+def labelled(root: Path) -> Path:
+    for half in ("train", "val"):
+        for name in ("a", "b"):
+            folder = root / half / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                cv2.imwrite(str(folder / f"{number}.png"), np.full((8, 8, 3), 90 * (name == "b") + number, np.uint8))
+    return root
+
+
+def probed(watch: dict[str, Any], data: Section) -> Probe | None:
+    task = watched(WithHealth(), WatchConfig(**watch), data, (8, (0.5,) * 3, (0.25,) * 3))
+    assert task.probe is None or isinstance(task.probe, Probe)
+    assert task.probe_every == (watch["probe_every"] if task.probe else 0)
+    return task.probe
+
+
+def test_stickers_are_probed_with_stickers_and_other_pictures_with_those_that_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stickers, photos = StickerSingles(kind="sticker_singles"), FolderImages(root=tmp_path)
+    assert probed({"probe_every": 0}, stickers) is None
+    own = probed({"probe_every": 5, "probe_pictures": 50}, stickers)
+    assert own is not None
+    assert [sum(len(rows) for bank, _, rows in own.parts if bank is half) for half in (True, False)] == [50, 25]
+    assert capsys.readouterr().out == ""
+    assert probed({"probe_every": 5}, photos) is None
+    assert "watch.probe_data names no labelled pictures" in capsys.readouterr().out
+    named = probed({"probe_every": 5, "probe_data": str(labelled(tmp_path))}, photos)
+    assert named is not None and {len(source) for _, source, _ in named.parts} == {6}
+    with pytest.raises(UserError, match=r"watch\.probe_data .*/nowhere/train is not a folder"):
+        probed({"probe_every": 5, "probe_data": str(tmp_path / "nowhere")}, photos)
+
+
+def test_what_is_watched_may_change_when_a_run_goes_on() -> None:
+    assert {key for key in free_keys(PretrainConfig) if key.startswith("watch.")} == {
+        f"watch.{name}" for name in WatchConfig.model_fields
+    }
+
+
+def test_the_small_configurations_are_probed_while_they_train() -> None:
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    for name in METHODS:
+        assert load_config(PretrainConfig, configs / "pretrain" / f"{name}.yaml").watch.probe_every > 0, name
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:

@@ -221,7 +221,7 @@ def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="two are compared, not 3"):
         section("simclr", views=[{"size": 8, "count": 3}])
     monkeypatch.setattr(recipes, "_free_memory", lambda device: 1e6)
-    with pytest.raises(UserError, match=r"\[8192, 8192, 8192\] needs about 1\.\d GiB .* 0\.8 GiB for the correlation"):
+    with pytest.raises(UserError, match=r"\(8192, 8192, 8192\) need about 1\.\d GiB .* 0\.8 GiB for the correlation"):
         built("barlow_twins", dims=(8192, 8192, 8192))
 
 

@@ -219,6 +219,18 @@ def test_the_command_writes_its_report(
     assert report["linear"]["protocol"] == "swav" and report["few"][0]["shots"] == 1
 
 
+def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain.config_ssl import BackboneConfig
+    from pretrain.nets.backbones import build_backbone
+
+    root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
+    net = build_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224"), sizes=[32])
+    known = {"method": "byol", "size": 32, "mean": PLAIN.mean, "std": PLAIN.std}
+    monkeypatch.setattr(probe, "open_backbone", lambda run, folder: (net, known))
+    with pytest.raises(UserError, match=r"--size 48: the backbone of x cannot take .* it was trained on 32 pixels"):
+        probe.main(["--backbone", "x", "--data", str(root), "--size", "48"])
+
+
 def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tmp_path: Path) -> None:
     cfg = PretrainConfig.model_validate(
         {

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other libraries' backbones at the size of the views: built for it, or refused with the reason, never a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.config_ssl import BackboneConfig
+from pretrain.engine.errors import UserError
+from pretrain.nets.backbones import build_backbone, load_backbone, problem_with, save_backbone
+from pretrain.recipes import build_method
+from tests.ssl.ssl_cases import section
+
+VIT = "timm:vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        (VIT, [64]),
+        (VIT, [64, 32]),  # big and small crops: the places of the patches are moved
+        ("timm:swin_tiny_patch4_window7_224", [64]),
+        ("timm:convnext_atto", [64]),
+        ("torchvision:vit_b_16", [32]),
+        ("torchvision:mobilenet_v3_small", [64, 32]),
+    ],
+)
+def test_a_backbone_answers_for_every_size_of_the_views(name: str, sizes: list[int]) -> None:
+    backbone = build_backbone(BackboneConfig(name=name), sizes=sizes)
+    assert backbone.training, "as it was built: the trial leaves no trace"
+    for size in sizes:
+        assert backbone.eval()(torch.rand(2, 3, size, size)).shape == (2, backbone.width)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "said"),
+    [
+        ("timm:convnext_atto", [16], "cannot take pictures of 16 pixels .*Kernel size"),
+        ("torchvision:vgg11", [8], "cannot take pictures of 8 pixels .*too small"),
+        (VIT, [8], "cannot take pictures of 8 pixels"),
+        ("torchvision:vit_b_16", [40], "cannot take pictures of 40 pixels .*patch size"),
+        ("torchvision:vit_b_16", [64, 32], "cannot take pictures of 32 pixels"),
+        ("timm:mixer_s32_224", [64, 32], r"takes pictures of one size; method\.views has \[32, 64\]"),
+    ],
+)
+def test_views_that_a_backbone_cannot_take_are_named_with_the_reason(name: str, sizes: list[int], said: str) -> None:
+    with pytest.raises(UserError, match=f"method.backbone.name.*{said}"):
+        build_backbone(BackboneConfig(name=name), sizes=sizes)
+
+
+def test_a_vision_transformer_of_small_pictures_is_saved_and_comes_back(tmp_path: Path) -> None:
+    config = BackboneConfig(name=VIT)
+    net = build_backbone(config, sizes=[32]).eval()
+    save_backbone(tmp_path, net, config=config, method="simsiam", size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    loaded, _ = load_backbone(tmp_path)
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.equal(net(pixels), loaded(pixels))
+    assert problem_with(loaded, 32) is None
+    assert "64" in str(problem_with(loaded, 64))
+
+
+@pytest.mark.parametrize("method", ["swav", "moco_v2"])
+def test_a_vision_transformer_learns_by_crops_of_two_sizes_and_without_batch_norm(method: str) -> None:
+    torch.manual_seed(0)
+    views: list[dict[str, Any]] = [{"size": 32, "count": 2}]
+    if method == "swav":
+        views.append({"size": 16, "count": 2})
+    chosen = section(method, backbone={"name": VIT}, views=views)
+    task = build_method(chosen, batch_size=8, device=torch.device("cpu"))
+    pixels = [torch.randint(0, 256, (8, 3, v["size"], v["size"]), dtype=torch.uint8) for v in views for _ in range(2)]
+    loss, _ = task({"views": pixels, "index": torch.arange(8)})
+    loss.backward()
+    place = dict(task.backbone.named_parameters())["network.pos_embed"]  # type: ignore[operator,union-attr]
+    assert place.grad is not None and place.grad.abs().sum() > 0
