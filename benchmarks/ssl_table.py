@@ -50,6 +50,7 @@ def recipe(method: str, *, steps: int, seed: int, out: Path) -> PretrainConfig:
         half = SIZE / 64
         raw["method"]["views"] = [{**view, "size": round(view["size"] * half)} for view in raw["method"]["views"]]
     raw["out"] = str(out)
+    raw["watch"]["probe_every"] = 0  # the CPU time is the method's
     raw["loop"] |= {"steps": steps, "batch_size": BATCH, "seed": seed, "workers": 0, "threads": 1, "device": "cpu"}
     raw["loop"] |= {"save_every": 10**9, "log_every": 20}
     raw["optim"]["warmup_steps"] = round(share * raw["optim"]["warmup_steps"])
