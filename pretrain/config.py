@@ -195,6 +195,38 @@ class StickerPairs(Section):
     )
 
 
+class CaptionTable(Section):
+    """Photos named in a table with their captions."""
+
+    kind: Literal["caption_table"] = Field(description="Table of paths and captions.")
+    path: Path = Field(
+        description="A .csv (commas) or .tsv (tabs) file with a header; several rows of a picture will do."
+    )
+    root: Path | None = Field(default=None, description="Folder that the paths start from; null: the table's own.")
+    image: str = Field(default="image", min_length=1, description="Name of the column of paths.")
+    caption: str = Field(default="caption", min_length=1, description="Name of the column of texts.")
+
+
+class CocoCaptions(Section):
+    """COCO's pictures and captions."""
+
+    kind: Literal["coco_captions"] = Field(description="COCO's captions.")
+    images: Path = Field(description="Folder of the pictures.")
+    annotations: Path = Field(description="captions_train2017.json.")
+
+
+class CaptionedShards(Section):
+    """Photos and captions in tar files, in webdataset's layout: KEY.jpg and KEY.txt."""
+
+    kind: Literal["captioned_shards"] = Field(description="Pictures and captions in tar files.")
+    pattern: str = Field(
+        min_length=1, description="Path of the tar files, with braces or wildcards: data/cc3m-{0000..0331}.tar."
+    )
+
+
+CaptionedConfig = CaptionTable | CocoCaptions | CaptionedShards
+
+
 class PhraseTargets(Section):
     """Phrases with a teacher's embeddings."""
 
@@ -223,9 +255,19 @@ Method = Annotated[
     Field(discriminator="name"),
 ]
 Data = Annotated[
-    StickerPairs | PhraseTargets | FolderImages | CifarImages | ShardImages | StickerScenes | StickerSingles,
+    StickerPairs
+    | CaptionTable
+    | CocoCaptions
+    | CaptionedShards
+    | PhraseTargets
+    | FolderImages
+    | CifarImages
+    | ShardImages
+    | StickerScenes
+    | StickerSingles,
     Field(discriminator="kind"),
 ]
+CAPTIONED = ("sticker_pairs", "caption_table", "coco_captions", "captioned_shards")
 IMAGES = ("folder", "cifar", "shards", "sticker_scenes", "sticker_singles")
 
 
@@ -241,9 +283,14 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _data_fits(self) -> PretrainConfig:
-        wanted = {"clip": ("sticker_pairs",), "text_distill": ("phrase_targets",)}.get(self.method.name, IMAGES)
+        wanted = {"clip": CAPTIONED, "text_distill": ("phrase_targets",)}.get(self.method.name, IMAGES)
         if self.data.kind not in wanted:
             kinds = " or ".join(wanted)
             raise ValueError(f"method {self.method.name} learns from data of kind {kinds}, not {self.data.kind}")
+        if isinstance(self.method, ClipMethod) and self.method.same_noun_positive and self.data.kind != "sticker_pairs":
+            raise ValueError(
+                f"method.same_noun_positive: nothing says which captions of {self.data.kind} name the same; set it to "
+                "false"
+            )
         warm_up_fits(self.loop, self.optim)
         return self

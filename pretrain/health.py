@@ -60,8 +60,8 @@ def prototype_use(scores_NK: Tensor) -> Tensor:
     return torch.special.entr(share).sum().exp() / min(count, prototypes)
 
 
-def queue_margin(positive_N: Tensor, negative_N: Tensor) -> Tensor:
-    """Cosine with the own key minus the mean cosine with the negatives."""
+def margin(positive_N: Tensor, negative_N: Tensor) -> Tensor:
+    """Cosine with the own key, or caption, minus the mean cosine with the others."""
     return (positive_N.detach().float() - negative_N.detach().float()).mean()
 
 
@@ -86,7 +86,8 @@ def panel(health: Mapping[str, Tensor]) -> dict[str, float]:
 
     Args:
         health: "projection" (N, D); if the method has them: "projection_b" (N, D) of the other view, "scores" (N, K)
-            to prototypes, "positive" and "negative" (N,) cosines, "online_parameters" and "target_parameters", flat.
+            to prototypes, "positive" and "negative" (N,) cosines, "own_caption" and "other_captions" likewise,
+            "online_parameters" and "target_parameters", flat.
 
     Returns:
         Values by name, each beginning with ``health/``.
@@ -98,7 +99,9 @@ def panel(health: Mapping[str, Tensor]) -> dict[str, float]:
     if "scores" in health:
         found["prototype_use"] = prototype_use(health["scores"])
     if "positive" in health and "negative" in health:
-        found["queue_margin"] = queue_margin(health["positive"], health["negative"])
+        found["queue_margin"] = margin(health["positive"], health["negative"])
+    if "own_caption" in health and "other_captions" in health:
+        found["caption_margin"] = margin(health["own_caption"], health["other_captions"])
     if "online_parameters" in health and "target_parameters" in health:
         found["ema_distance"] = ema_distance(health["online_parameters"], health["target_parameters"])
     return {f"health/{name}": float(value) for name, value in found.items()}
@@ -114,7 +117,7 @@ class Alarm(NamedTuple):
     ill: Callable[[float, float], bool]
     cause: str
     remedy: str
-    settled: bool = False  # only after a tenth of the run: at the beginning this is how it has to be
+    settled: float = 0.0  # judged from this share of the run on: at the beginning this is how it has to be
     falls: bool = False  # compared with the run's highest
 
 
@@ -134,14 +137,14 @@ ALARMS = (
         lambda value, best: value < 0.2,
         "the projection is nearly the same for every picture",
         "lower optim.lr, raise the target's momentum, see that the head's norm layers are there; swav: epsilon .03",
-        settled=True,
+        settled=0.1,
     ),
     Alarm(
         "health/off_diagonal",
         lambda value, best: value > 0.6,
         "the projection's channels repeat each other; Barlow Twins without its off-diagonal term looks like this",
         "raise lambd (barlow_twins); otherwise lower optim.lr",
-        settled=True,
+        settled=0.1,
     ),
     Alarm(
         "health/prototype_use",
@@ -149,28 +152,36 @@ ALARMS = (
         "nearly all pictures choose the same few prototypes",
         "epsilon .03, freeze the prototypes for longer, take fewer prototypes, see that the batch (with the queue) has "
         "several samples for each prototype",
-        settled=True,
+        settled=0.1,
     ),
     Alarm(
         "health/loss_over_ln_k",
         lambda value, best: value > 0.94,
         "the loss is stuck at ln K: every code is uniform, so there is nothing to predict",
         "epsilon .03, freeze the prototypes for longer, fewer prototypes or crops, a lower optim.lr",
-        settled=True,
+        settled=0.1,
     ),
     Alarm(
         "health/queue_margin",
         lambda value, best: value < 0.02,
         "a picture's own key is no nearer than the negatives",
         "see that queue and keys are of the same encoder; raise momentum; lower optim.lr; weaken the views",
-        settled=True,
+        settled=0.1,
+    ),
+    Alarm(
+        "health/caption_margin",
+        lambda value, best: value < 0.005,
+        "a picture's own caption is no nearer than those of other pictures",
+        "see that captions belong to their pictures (a table may be shifted by a row); lower optim.lr or lengthen "
+        "optim.warmup_steps; take a larger loop.batch_size, with method.chunk if memory is short",
+        settled=0.25,
     ),
     Alarm(
         "health/ema_distance",
         lambda value, best: value < EPS,
         "the target network equals the online network",
         "see that the momentum is not 0 and that after_step is called once per optimiser step",
-        settled=True,
+        settled=0.1,
     ),
     Alarm(
         "probe/knn",
@@ -256,7 +267,7 @@ class Watched(nn.Module):
     def _judge(self, values: Mapping[str, float]) -> list[str]:
         texts = []
         for number, alarm in enumerate(ALARMS):
-            if alarm.value not in values or (alarm.settled and self.progress < 0.1):
+            if alarm.value not in values or self.progress < alarm.settled:
                 continue
             value, best = values[alarm.value], float(self.best[number])
             ill = not math.isfinite(value) or alarm.ill(value, best)

@@ -19,8 +19,8 @@ from pretrain.engine.distributed import gather_with_grad, rank, world_size
 
 
 def clip_contrastive(
-    image_ND: Tensor,
-    text_ND: Tensor,
+    image: Tensor,
+    text: Tensor,
     logit_scale: Tensor,
     *,
     labels_N: Tensor | None = None,
@@ -32,28 +32,28 @@ def clip_contrastive(
     gradient of the loss on the global batch, with memory N x M instead of M x M.
 
     Args:
-        image_ND: Image embeddings of any length, this process's part.
-        text_ND: Embeddings of the captions, in the same order.
+        image: (N, D) embeddings of the pictures, of any length, this process's part.
+        text: (N, D) of the captions, in the same order.
         logit_scale: Logarithm of the inverse temperature, a scalar.
         labels_N: Integer labels; all pairs of an equal label count as right, in equal shares (supervised contrastive
             targets). None: only a picture's own caption is right, as in the paper.
         names_CD: Embeddings of all C class names, the same on every process; needs ``labels_N``, which index them. They
             stand beside the captions when a picture chooses among texts: C further negatives, one more positive.
     """
-    return clip_contrastive_top1(image_ND, text_ND, logit_scale, labels_N=labels_N, names_CD=names_CD)[0]
+    return clip_contrastive_top1(image, text, logit_scale, labels_N=labels_N, names_CD=names_CD)[0]
 
 
 def clip_contrastive_top1(
-    image_ND: Tensor,
-    text_ND: Tensor,
+    image: Tensor,
+    text: Tensor,
     logit_scale: Tensor,
     *,
     labels_N: Tensor | None = None,
     names_CD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`clip_contrastive`, and the share of this process's pictures whose most similar text is right (no gradient)."""
-    with _exact(image_ND):
-        image, text = _unit(image_ND), _unit(text_ND)
+    with _exact(image):
+        image, text = _unit(image), _unit(text)
         all_image, all_text = gather_with_grad(image), gather_with_grad(text)
         scale = _wide(logit_scale).exp()
         by_image_NM = scale * image @ all_text.T

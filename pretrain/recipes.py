@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import StickerPairs
 from pretrain.config_ssl import (
     BarlowTwinsMethod,
     ByolMethod,
@@ -221,7 +222,7 @@ def _labelled_halves(data: Section) -> str | None:
     """Where a data section has a training and a test half with labels, as ``open_data`` takes it."""
     if isinstance(data, CifarImages):
         return f"cifar:{data.root}"
-    return "sticker_singles" if isinstance(data, StickerScenes | StickerSingles) else None
+    return "sticker_singles" if isinstance(data, StickerPairs | StickerScenes | StickerSingles) else None
 
 
 def input_of(config: SslMethod) -> Inputs:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, cast
 
-from pretrain.config import ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
+from pretrain.config import CaptionedConfig, ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
@@ -96,6 +96,10 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
         stickers = Stickers.load(cfg.data.root, extra_styles=cfg.data.extra_styles)
         size = encoder.image_size
         return PairSource(stickers, split="train", size=size, seed=cfg.loop.seed, length=cfg.data.length)
+    if isinstance(cfg.data, CaptionedConfig):
+        from pretrain.data.captioned import CaptionedSource, build_captioned
+
+        return CaptionedSource(build_captioned(cfg.data), size=encoder.image_size, seed=cfg.loop.seed)
     if not isinstance(cfg.data, PhraseTargets):
         raise TypeError(f"no source for {type(cfg.data).__name__}")
     from pretrain.data.phrases import read_phrases, read_targets
@@ -127,7 +131,12 @@ def main(argv: list[str]) -> int:
     optim = cfg.optim
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
         task = build_task(cfg)
-        source = build_source(cfg, cast("JointEncoder", task.encoder))
+        encoder = cast("JointEncoder", task.encoder)
+        source = build_source(cfg, encoder)
+        if isinstance(cfg.method, ClipMethod):
+            from pretrain.recipes import watched
+
+            task = watched(task, cfg.watch, cfg.data, (encoder.image_size, encoder.image_mean, encoder.image_std))
     else:
         task, source, optim = build_self_supervised(cfg)
     report = fit(
@@ -155,7 +164,9 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, Optim
     from pretrain.engine.distributed import pick_device
     from pretrain.recipes import build_method, input_of, method_optim, watched
 
-    if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(cfg.data, StickerPairs | PhraseTargets):
+    if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(
+        cfg.data, StickerPairs | PhraseTargets | CaptionedConfig
+    ):
         raise TypeError(f"{cfg.method.name} is not self-supervised")
     method, batch_size = cfg.method, cfg.loop.batch_size
     task = build_method(method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device))
@@ -168,7 +179,9 @@ def export(cfg: PretrainConfig, task: nn.Module) -> str:
     """Write `exported/`; returns a line that says what it is."""
     folder = cfg.out / EXPORTED
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
-        encoder = cast("JointEncoder", task.encoder).eval()
+        encoder = cast(
+            "JointEncoder", getattr(task, "task", task).encoder
+        ).eval()  # a watched task has the method inside
         encoder.save(folder)
         return f"{folder}: encoder {encoder.fingerprint()[:12]}"
     from pretrain.nets.backbones import save_backbone

@@ -119,11 +119,12 @@ def test_self_supervised__steps_and_panel_stay_on_the_gpu(name: str, kind: str) 
 def test_clip__trains_on_the_gpu_from_pictures_and_captions_of_the_loader() -> None:
     encoder = small_encoder()
     with pretend_cuda():
-        task = to_cuda(Clip(encoder=encoder, names=["dog", "cat", "mug", "bee"])).train()
+        task = to_cuda(Watched(Clip(encoder=encoder, names=["dog", "cat", "mug", "bee"]))).train()
         image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8).to("cuda:0")
         words = {"caption": ["a dog", "a cat", "a mug", "a dog"], "class_id": torch.arange(4).to("cuda:0")}
         loss, _ = task({"image": image, **words})
         assert loss.device.type == "cuda"
+        assert all(np.isfinite(value) for value in task.report()[0].values())
 
 
 def test_probe__neighbours_are_found_on_the_gpu() -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sets of pictures to learn from: a folder, ImageNet's layout, CIFAR-10, tar shards, Sticker Scenes.
 
+Captioned pictures are in `pretrain.data.captioned`.
+
 Each has `__len__`, `image(index)` → uint8 (H, W, 3) RGB, and `label(index)` → class number, −1 for none. All of them
 can be sent to loader workers.
 """
@@ -170,7 +172,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 class ShardSet:
-    """Pictures in uncompressed tar files: ``KEY.jpg`` (or another picture) and, if there is one, ``KEY.cls``.
+    """Pictures in uncompressed tar files: ``KEY.jpg`` (or another picture) and, if they are there, ``KEY.cls`` with a
+    class number and ``KEY.txt`` with a caption.
 
     The place of every picture is noted once, in ``NAME.tar.index.json`` beside the shard (or only in memory, when its
     folder cannot be written); after that a picture is one read at a known position. Nothing is extracted.
@@ -193,11 +196,11 @@ class ShardSet:
         if not self.paths:
             raise UserError(f"data.pattern {pattern} matches no file")
         keys: list[str] = []
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         for number, path in enumerate(self.paths):
-            for key, start, size, label in _index_of(path):
+            for key, *places in _index_of(path):
                 keys.append(key)
-                rows.append((number, start, size, label))
+                rows.append((number, *places))
         if not rows:
             raise UserError(f"{pattern}: no picture ({', '.join(EXTENSIONS)}) in {len(self.paths)} tar files")
         self._keys, self._rows = np.array(keys), np.array(rows, np.int64)
@@ -207,35 +210,54 @@ class ShardSet:
 
     def image(self, index: int) -> U8:
         """Read and decode one member."""
-        number, start, size, _ = (int(value) for value in self._rows[index])
-        name = f"{self.paths[number]}/{self._keys[index]}"
         try:
-            with self.paths[number].open("rb") as shard:
-                shard.seek(start)
-                content = shard.read(size)
-            return read_image(content)
+            return read_image(self._read(index, *self._rows[index, 1:3]))
         except BadImageError as error:
-            raise BadImageError(name, error.reason) from error
-        except OSError as error:
-            raise BadImageError(name, f"cannot be read: {error.strerror}") from error
+            raise BadImageError(self.name(index), error.reason) from error
 
     def label(self, index: int) -> int:
         """The number in ``KEY.cls``; −1 without."""
         return int(self._rows[index, 3])
 
+    def captioned(self, index: int) -> bool:
+        """Whether there is a ``KEY.txt``."""
+        return bool(self._rows[index, 5])
 
-def _index_of(path: Path) -> list[tuple[str, int, int, int]]:
-    """(name, first byte, bytes, label) of each picture of a shard, from its index file or by reading the headers."""
+    def caption(self, index: int) -> str:
+        """The text of ``KEY.txt``; empty without. ``BadImageError`` if it cannot be read."""
+        return self._read(index, *self._rows[index, 4:6]).decode("utf-8", errors="replace").strip()
+
+    def name(self, index: int) -> str:
+        """Shard and member, for messages."""
+        return f"{self.paths[int(self._rows[index, 0])]}/{self._keys[index]}"
+
+    def _read(self, index: int, start: int, size: int) -> bytes:
+        try:
+            with self.paths[int(self._rows[index, 0])].open("rb") as shard:
+                shard.seek(int(start))
+                return shard.read(int(size))
+        except OSError as error:
+            raise BadImageError(self.name(index), f"cannot be read: {error.strerror}") from error
+
+
+Place = tuple[str, int, int, int, int, int]
+"""Name of a picture in its shard, its first byte and length, its label, first byte and length of its caption or 0."""
+
+
+def _index_of(path: Path) -> list[Place]:
+    """Where the pictures of a shard are, from its index file or by reading the headers."""
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns]
     beside = path.with_name(path.name + ".index.json")
     try:
         kept = json.loads(beside.read_text(encoding="utf-8"))
-        if kept["format"] == "shard-index/1" and kept["shard"] == stamp:
-            return [(str(key), int(start), int(size), int(label)) for key, start, size, label in kept["pictures"]]
+        if kept["format"] == "shard-index/2" and kept["shard"] == stamp:
+            return [(str(key), int(a), int(b), int(c), int(d), int(e)) for key, a, b, c, d, e in kept["pictures"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or of another file: make it again
-    pictures, labels = [], {}
+    pictures: list[tuple[str, str, int, int]] = []
+    labels: dict[str, int] = {}
+    captions: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
@@ -250,14 +272,19 @@ def _index_of(path: Path) -> list[tuple[str, int, int, int]]:
                 elif extension.lower() == "cls":
                     content = shard.extractfile(member)
                     labels[key] = _label(content.read(32) if content else b"", path, member.name)
+                elif extension.lower() == "txt":
+                    captions[key] = (member.offset_data, member.size)
     except tarfile.TarError as error:
         raise UserError(
             f"{path} cannot be read as an uncompressed tar file ({error}); unpack a compressed one first: pictures are "
             "read at their position"
         ) from error
-    found = [(name, start, size, labels.get(key, NO_LABEL)) for key, name, start, size in pictures]
+    found: list[Place] = [
+        (name, start, size, labels.get(key, NO_LABEL), *captions.get(key, (0, 0)))
+        for key, name, start, size in pictures
+    ]
     if os.access(path.parent, os.W_OK):
-        text = json.dumps({"format": "shard-index/1", "shard": stamp, "pictures": found})
+        text = json.dumps({"format": "shard-index/2", "shard": stamp, "pictures": found})
         write_atomically(beside, text.encode("utf-8"))
     return found
 

@@ -138,6 +138,7 @@ class Clip(nn.Module):
         self.names = None if names is None else [f"a {name}" for name in names]
         self.augmentation = augmentation or AugmentConfig()
         self.chunk = chunk
+        self._last: dict[str, Tensor] = {}
         self._frozen: tuple[nn.Module, ...] = ()  # a tuple: a second registration would double its parameters
         self.untracked: tuple[str, ...] = ()
         if freeze_text:
@@ -171,6 +172,7 @@ class Clip(nn.Module):
         names = None
         if self.names is not None:
             names = self._encode(self.encoder.encode_text, self.encoder.tokenize(self.names).to(device))
+        self._last = {"image": image.detach(), "text": text.detach()}
         loss, right = clip_contrastive_top1(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
         return loss, {"batch_top1": right, "logit_scale": self.encoder.logit_scale.detach().exp()}
 
@@ -178,6 +180,23 @@ class Clip(nn.Module):
         if self.chunk is None:
             return encode(inputs)
         return encode_in_chunks(encode, inputs, chunk=self.chunk, module=self.encoder)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The image tower."""
+        assert self.encoder.visual is not None
+        return self.encoder.visual
+
+    def health(self) -> dict[str, Tensor]:
+        """Pictures' embeddings, and cosines with the own caption and (mean) with those of other pictures."""
+        image, text = (F.normalize(self._last[name].float(), dim=1) for name in ("image", "text"))
+        cosine = image @ text.T
+        own = cosine.diagonal()
+        return {
+            "projection": self._last["image"],
+            "own_caption": own,
+            "other_captions": (cosine.sum(1) - own) / max(1, len(own) - 1),
+        }
 
     def after_step(self, step: int, total: int) -> None:
         """Clamp the temperature, after the optimiser's step so that the next forward pass sees it."""

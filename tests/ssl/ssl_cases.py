@@ -13,11 +13,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from pretrain.config import Method
+from pretrain.config import CbowTower, EncoderConfig, Method, ViTTower
 from pretrain.config_ssl import BackboneConfig, SslMethod
 from pretrain.engine import distributed
 from pretrain.health import Watched
+from pretrain.methods.clip import Clip
 from pretrain.nets.standardised import without_batch_norm
+from pretrain.nets.towers import build_encoder
 from pretrain.recipes import build_method
 from tests.engine.toy import train
 from tests.ssl.small import WIDTH, Views, backbone
@@ -43,6 +45,42 @@ CASES: dict[str, dict[str, Any]] = {
     "barlow_twins": {"dims": (16, 16)},
 }
 METHODS = sorted(CASES)
+
+
+CLIP_RUNS: dict[str, dict[str, Any]] = {
+    "clip": {"names": ["dog", "cat", "mug"]},
+    "clip_own_caption": {"same_noun_positive": False},
+    "clip_chunks": {"chunk": 3},
+}
+RUNS = [*METHODS, *CLIP_RUNS]
+"""What must go on exactly after an interruption: every method, and CLIP in its three forms."""
+
+
+class Pairs(Views):
+    """The same pictures with captions."""
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        image = super().collate(samples)["views"][0]
+        labels = image.flatten(1).long().sum(1) % 3
+        return {"image": image, "caption": [f"a {'dog cat mug'.split()[i]}" for i in labels], "class_id": labels}
+
+
+PAIRS = Pairs((16,))
+
+
+def run_of(name: str) -> tuple[nn.Module, Views]:
+    """(task, its samples) of a run."""
+    if name not in CLIP_RUNS:
+        return small_method(name), VIEWS
+    torch.manual_seed(0)
+    encoder = build_encoder(
+        EncoderConfig(
+            embed_dim=8,
+            image=ViTTower(kind="vit", patch_size=8, width=32, layers=1, heads=2, image_size=16),
+            text=CbowTower(width=16, hidden=16, context_length=8),
+        )
+    )
+    return Clip(encoder=encoder, **CLIP_RUNS[name]), PAIRS
 
 
 def section(name: str, **changes: Any) -> SslMethod:
@@ -71,14 +109,16 @@ def main() -> None:
     options: dict[str, Any] = {
         "steps": 4, "batch_size": 8, "log_every": 3, "save_every": 2, "name": "sgd", "warmup_steps": 0,
     }  # fmt: skip
-    for name in METHODS:
+    for name in RUNS:
         whole, pieces = folder / f"{name}_whole", folder / f"{name}_pieces"
-        train(Watched(small_method(name)), whole, VIEWS, **options)
+        task, source = run_of(name)
+        train(Watched(task), whole, source, **options)
         if distributed.is_main():
             shutil.copytree(whole / "checkpoints" / "step_2", pieces / "checkpoints" / "step_2")
         distributed.barrier()
         distributed.seed_everything(999)
-        train(Watched(small_method(name)), pieces, VIEWS, resume=True, **options)
+        task, source = run_of(name)
+        train(Watched(task), pieces, source, resume=True, **options)
     distributed.teardown()
 
 

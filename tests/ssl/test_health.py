@@ -77,7 +77,7 @@ def test_diagonal_against_numpy() -> None:
 
 
 def test_margin_and_distance() -> None:
-    assert float(health.queue_margin(torch.tensor([0.9, 0.7]), torch.tensor([0.1, 0.3]))) == pytest.approx(0.6)
+    assert float(health.margin(torch.tensor([0.9, 0.7]), torch.tensor([0.1, 0.3]))) == pytest.approx(0.6)
     assert float(health.ema_distance(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))) == pytest.approx(0.2)
 
 
@@ -223,6 +223,22 @@ def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
     whole, parts = untimed(tmp_path / "whole"), untimed(tmp_path / "parts")
     assert whole == parts
     assert [line["step"] for line in whole if "probe/knn" in line] == [4, 6]
+
+
+@pytest.mark.parametrize(("shift", "alarmed"), [(0, False), (1, True)])
+def test_captions_that_belong_to_other_pictures_are_noticed(tmp_path: Path, shift: int, alarmed: bool) -> None:
+    class Captioned(WithHealth):
+        def health(self) -> dict[str, Tensor]:
+            image = normal(16, 8)
+            cosine = nn.functional.normalize(image) @ nn.functional.normalize(image.roll(shift, 0)).T
+            own = cosine.diagonal()
+            return {"projection": image, "own_caption": own, "other_captions": (cosine.sum(1) - own) / 15}
+
+    train(Watched(Captioned()), tmp_path, steps=12, log_every=1)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (line["health/caption_margin"] < 0.005) is alarmed
+    events = tmp_path / "events.jsonl"
+    assert ("health/caption_margin" in (events.read_text() if events.is_file() else "")) is alarmed
 
 
 # --- which labelled pictures the kNN probe of a run has

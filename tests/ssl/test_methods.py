@@ -30,7 +30,7 @@ from pretrain.recipes import build_method, method_optim
 from tests.engine.processes import launch
 from tests.engine.toy import content, differences, train
 from tests.ssl.small import DIM, WIDTH, as_float, backbone, head
-from tests.ssl.ssl_cases import METHODS, VIEWS, section, small_method
+from tests.ssl.ssl_cases import METHODS, RUNS, VIEWS, run_of, section
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CPU = torch.device("cpu")
@@ -309,20 +309,21 @@ class Interrupted(Watched):
         return super().forward(batch)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_six_steps_equal_four_steps_resume_and_two_bit_for_bit(tmp_path: Path, name: str) -> None:
     options: dict[str, Any] = {"steps": 6, "batch_size": 8, "save_every": 50, "log_every": 4, "name": "sgd"}
-    train(Watched(small_method(name)), tmp_path / "whole", VIEWS, **options)
+    source = run_of(name)[1]
+    train(Watched(run_of(name)[0]), tmp_path / "whole", source, **options)
     with pytest.raises(Stopped):
-        train(Interrupted(small_method(name)), tmp_path / "pieces", VIEWS, **options)
+        train(Interrupted(run_of(name)[0]), tmp_path / "pieces", source, **options)
     seed_everything(777)
-    train(Watched(small_method(name)), tmp_path / "pieces", VIEWS, resume=True, **options)
+    train(Watched(run_of(name)[0]), tmp_path / "pieces", source, resume=True, **options)
     whole, pieces = (content(tmp_path / run / "checkpoints" / "step_6") for run in ("whole", "pieces"))
     assert differences(whole, pieces) == []
 
 
 def test_two_processes_resume_every_method_bit_for_bit(tmp_path: Path) -> None:
     launch("run", tmp_path, world=2, module="tests.ssl.ssl_cases")
-    for name in METHODS:
+    for name in RUNS:
         whole, pieces = (content(tmp_path / f"{name}_{run}" / "checkpoints" / "step_4") for run in ("whole", "pieces"))
         assert differences(whole, pieces) == [], name

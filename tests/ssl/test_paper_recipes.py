@@ -99,3 +99,72 @@ def test_steps_are_the_published_epochs(name: str) -> None:
     assert raw["optim"]["warmup_steps"] == pytest.approx(warm_up * IMAGES / batch, rel=1e-3)
     if name == "moco_v1":
         assert [m / raw["loop"]["steps"] for m in raw["optim"]["milestones"]] == [120 / 200, 160 / 200]
+
+
+def test_byol_without_batch_statistics_is_byol_but_for_the_norm_and_what_is_marked_unverified() -> None:
+    ours, byol = of("byol_gn"), of("byol")
+    assert ours["method"]["backbone"] == {**byol["method"]["backbone"], "norm": "gn_ws"}
+    flat = {
+        name: {f"{part}.{key}": str(value) for part in ("method", "optim", "loop") for key, value in raw[part].items()}
+        for name, raw in (("ours", ours), ("byol", byol))
+    }
+    differing = {key for key in flat["ours"] if flat["ours"][key] != flat["byol"][key]}
+    assert differing == {
+        "method.name", "method.backbone", "method.momentum", "optim.lr", "optim.weight_decay",
+    }  # fmt: skip
+    has(ours["method"], {"momentum": 0.999})
+    has(ours["optim"], {"lr": 0.24 * 4096 / 256, "weight_decay": 5e-8})
+    assert (CONFIGS / "byol_gn.yaml").read_text().count("UNVERIFIED") == 5, "the remark, and each of the four"
+
+
+def test_clips_constants() -> None:
+    """arXiv:2103.00020, tables 18 and 20, and the released ViT-B/32."""
+    raw = of("clip")
+    encoder = raw["method"]["encoder"]
+    has(encoder["image"], {"patch_size": 32, "width": 768, "layers": 12, "heads": 12, "image_size": 224})
+    has(encoder["text"], {"width": 512, "layers": 12, "heads": 8, "context_length": 77, "causal": True})
+    has(encoder, {"embed_dim": 512, "text_projection": False})
+    has(encoder, {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]})
+    has(raw["optim"], {"name": "adamw", "lr": 5e-4, "weight_decay": 0.2, "betas": [0.9, 0.98], "eps": 1e-6})
+    has(raw["optim"], {"warmup_steps": 2000, "schedule": "cosine", "final_lr_ratio": 0.0})
+    assert raw["loop"]["batch_size"] == 32768
+    assert raw["loop"]["steps"] == 32 * 400_000_000 / 32768
+    has(raw["method"], {"same_noun_positive": False, "noun_negatives": False, "freeze_text": False})
+    changes = {key: value for key, value in raw["method"]["augment"].items() if key != "crop_scale"}
+    assert raw["method"]["augment"]["crop_scale"] == [1.0, 1.0] and set(changes.values()) == {0.0}
+
+
+CIFAR: dict[str, dict[str, dict[str, Any]]] = {  # the READMEs and notebook of the authors; SimSiam's appendix D
+    "simclr": {
+        "method": {"hidden": 512, "dim": 128, "temperature": 0.5, "lr_rule": "linear"},
+        "view": {"crop_scale": [0.08, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "normalise": None},
+        "optim": {**LARS, "lr": 1.0, "weight_decay": 1e-4, "warmup_steps": 10 * 97},
+        "loop": {"steps": 1000 * 97},
+    },
+    "moco": {
+        "method": {"dim": 128, "queue": 4096, "momentum": 0.99, "temperature": 0.1, "bn_splits": 8, "symmetric": False},
+        "view": {"crop_scale": [0.08, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1]},
+        "optim": {**SGD, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine"},
+        "loop": {"steps": 200 * 97},
+    },
+    "simsiam": {
+        "method": {"dim": 2048, "layers": 2, "hidden": 512, "constant_predictor_lr": True},
+        "view": {"crop_scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1]},
+        "optim": {**SGD, "lr": 0.03 * 512 / 256, "weight_decay": 5e-4, "schedule": "cosine"},
+        "loop": {"steps": 800 * 97},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_the_cifar_recipes(name: str) -> None:
+    raw = plain(load_config(PretrainConfig, CONFIGS.parent / "cifar" / f"{name}.yaml"))
+    wanted = CIFAR[name]
+    has(raw["method"], wanted["method"])
+    has(raw["optim"], wanted["optim"])
+    has(raw["loop"], {"batch_size": 512, **wanted["loop"]})
+    assert 512 * 97 <= 50_000 < 512 * 98, "an epoch, without the last pictures"
+    has(raw["method"]["backbone"], {"name": "resnet18", "stem": "cifar", "norm": "bn", "zero_init": name != "moco"})
+    (view,) = raw["method"]["views"]
+    has(view, {"size": 32, "count": 2, "flip": 0.5, "jitter_p": 0.8, "grey_p": 0.2, "blur_p": 0.0, "solarise_p": 0.0})
+    has(view, wanted["view"])

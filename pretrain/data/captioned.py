@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photos with captions for CLIP: a table of paths and texts, COCO's captions, or tar shards.
+
+    source = CaptionedSource(build_captioned(config), size=224, seed=0)
+
+A picture is cut to a random square of its short side and resized, CLIP's only augmentation (arXiv:2103.00020, §2.3);
+where a picture has several captions one is drawn. Both are pure functions of (seed, index, draw).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pretrain.config import CaptionedConfig, CaptionedShards, CaptionTable, CocoCaptions
+from pretrain.data.folder import U8, read_image
+from pretrain.data.images import ShardSet
+from pretrain.data.pairs import PairSource
+from pretrain.data.render import Dice
+from pretrain.data.views import resized
+from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.files import read_json
+
+
+class CaptionedSet(Protocol):
+    """Pictures with their captions, by number."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> U8:
+        """uint8 (H, W, 3) RGB. ``BadImageError`` if it cannot be read."""
+
+    def captions(self, index: int) -> Sequence[str]:
+        """At least one."""
+
+
+def build_captioned(config: CaptionedConfig) -> CaptionedSet:
+    """The pictures a config section describes.
+
+    Raises:
+        UserError: They are not there, or have no captions.
+    """
+    builders: Mapping[type, Callable[..., CaptionedSet]] = {
+        CaptionTable: table_of,
+        CocoCaptions: coco_captions,
+        CaptionedShards: lambda c: CaptionedShardSet(c.pattern),
+    }
+    return builders[type(config)](config)
+
+
+class CaptionedFiles:
+    """Files with their captions.
+
+    Args:
+        paths: One per picture.
+        texts: One or more per picture.
+    """
+
+    def __init__(self, paths: Sequence[Path], texts: Sequence[Sequence[str]]) -> None:
+        self.paths, self.texts = paths, texts
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> U8:
+        """Decode one file."""
+        return read_image(self.paths[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Those of the file."""
+        return self.texts[index]
+
+
+def table_of(config: CaptionTable) -> CaptionedFiles:
+    """Rows of a .csv (commas) or .tsv (tabs) file with a header; rows of the same picture are its captions.
+
+    Raises:
+        UserError: The file is not there, lacks a column, or has a row without a path or a caption.
+    """
+    path = config.path
+    tabs = path.suffix.lower() in (".tsv", ".tab")
+    root = path.parent if config.root is None else config.root
+    texts: dict[str, list[str]] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, dialect="excel-tab" if tabs else "excel", strict=not tabs)
+            missing = [name for name in (config.image, config.caption) if name not in (rows.fieldnames or ())]
+            if missing:
+                raise UserError(
+                    f"{path} has no column {missing[0]!r}, but {', '.join(map(repr, rows.fieldnames or ()))}; name the "
+                    "columns of paths and texts with data.image and data.caption"
+                )
+            for row in rows:
+                name, text = (str(row[key] or "").strip() for key in (config.image, config.caption))
+                if not name or not text:
+                    raise UserError(
+                        f"{path}, line {rows.line_num}: a row needs a path and a caption; {dict(row)} lacks one"
+                    )
+                texts.setdefault(name, []).append(text)
+    except FileNotFoundError:
+        raise UserError(f"data.path {path} does not exist; give a .csv or .tsv file with a header") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        raise UserError(f"{path} cannot be read as a table in UTF-8: {problem}") from problem
+    if not texts:
+        raise UserError(f"{path} has a header and no rows")
+    files = [root / name for name in texts]
+    if not files[0].is_file():  # the likeliest mistake is all of them; single ones are passed over by the loop
+        raise UserError(f"{path} names {files[0]}, which does not exist; paths are below data.root ({root})")
+    return CaptionedFiles(files, list(texts.values()))
+
+
+def coco_captions(config: CocoCaptions) -> CaptionedFiles:
+    """COCO's captions_*.json: every picture that has one.
+
+    Raises:
+        UserError: Not such a file, or its first picture is not in the folder.
+    """
+    path = config.annotations
+    content = read_json(path, hint="COCO has captions_train2017.json in annotations_trainval2017.zip")
+    try:
+        names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
+        texts: dict[int, list[str]] = {}
+        for entry in content["annotations"]:
+            texts.setdefault(int(entry["image_id"]), []).append(str(entry["caption"]).strip())
+        files = [config.images / names[number] for number in texts]
+    except (KeyError, TypeError, ValueError) as problem:
+        raise UserError(
+            f"{path}: no captions in COCO's format ({type(problem).__name__}: {problem}); data.annotations is "
+            "captions_train2017.json, not instances_train2017.json"
+        ) from problem
+    if not files:
+        raise UserError(f"{path} has no captions")
+    if not files[0].is_file():
+        raise UserError(f"{files[0]} does not exist; data.images must be the folder of the pictures of {path.name}")
+    return CaptionedFiles(files, list(texts.values()))
+
+
+class CaptionedShardSet:
+    """Pictures of tar shards that have a ``KEY.txt``.
+
+    Raises:
+        UserError: No such shard, or no captions in them.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.shards = ShardSet(pattern)
+        self._chosen = np.flatnonzero([self.shards.captioned(i) for i in range(len(self.shards))])
+        if not len(self._chosen):
+            raise UserError(f"{pattern}: none of {len(self.shards):,} pictures has a caption (KEY.txt beside KEY.jpg)")
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def image(self, index: int) -> U8:
+        """Read and decode one member."""
+        return self.shards.image(int(self._chosen[index]))
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Its text."""
+        number = int(self._chosen[index])
+        text = self.shards.caption(number)
+        if not text:
+            raise BadImageError(self.shards.name(number), "has an empty caption")
+        return [text]
+
+
+class CaptionedSource:
+    """Squares of pictures, each with one of its captions: a sample source for CLIP.
+
+    A sample is (image uint8 (3, S, S), caption, index).
+
+    Args:
+        images: The pictures.
+        size: S.
+        seed: Squares of different seeds share nothing.
+    """
+
+    def __init__(self, images: CaptionedSet, *, size: int, seed: int) -> None:
+        self.images, self.size, self.seed = images, size, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
+        """Picture ``index``.
+
+        Raises:
+            BadImageError: It, or its caption, cannot be read.
+        """
+        dice = Dice(self.seed, index, draw)
+        texts = self.images.captions(index)
+        picture = self.images.image(index)
+        height, width = picture.shape[:2]
+        side = min(height, width)
+        top, left = dice.below(height - side + 1), dice.below(width - side + 1)
+        square = resized(picture[top : top + side, left : left + side], self.size, "bicubic")
+        return np.ascontiguousarray(square.transpose(2, 0, 1)), texts[dice.below(len(texts))], index
+
+    collate = staticmethod(PairSource.collate)
