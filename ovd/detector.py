@@ -521,11 +521,11 @@ def _example_embedder(model: RegionFinder, image_encoder: RegionEncoder | None) 
 
 def _load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
     """Load the encoder a detector was trained against, and make sure that it is that one."""
-    from pretrain.nets.towers import load_encoder
+    from pretrain.nets.encoders import load_encoder
 
     spec = card.encoder
     beside = [folder / "encoder", folder / spec, Path(spec)]
-    if spec.startswith("open_clip:"):
+    if spec.startswith("open_clip:") or Path(spec).is_file():
         encoder = load_encoder(spec)
     elif found := next((p for p in beside if (p / "config.json").is_file()), None):
         encoder = load_encoder(found)

@@ -55,7 +55,7 @@ def load_split(data: DataConfig) -> Split:
 def resolve_encoder(spec: str) -> JointEncoder:
     """An encoder by its name under ``weights/``, its folder, or ``open_clip:MODEL:TAG``."""
     from ovd.weights import weights_folder
-    from pretrain.nets.towers import load_encoder
+    from pretrain.nets.encoders import load_encoder
 
     if spec.startswith("open_clip:") or Path(spec).exists():
         return load_encoder(spec)

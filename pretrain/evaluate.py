@@ -29,7 +29,8 @@ from pretrain.data.stickers import Stickers
 from pretrain.engine.distributed import device_of, pick_device
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
-from pretrain.nets.towers import JointEncoder, load_encoder
+from pretrain.nets.encoders import load_encoder
+from pretrain.nets.towers import JointEncoder
 
 SYNONYMS = Path(__file__).parent / "data" / "synonyms.json"
 TEMPLATES = ("{}", "a photo of a {}", "a sticker of a {}", "there is a {} in the scene")

@@ -2,8 +2,8 @@
 """``python -m pretrain.export SOURCE --to torchvision|detectron2|open_clip --out FOLDER``: hand a backbone over.
 
 SOURCE is the ``exported/`` folder of a run of pretrain.train, an encoder folder (CLIP), or a checkpoint of an official
-repository (MoCo, SwAV, SimSiam, Barlow Twins, BYOL ports, DINO; ``open_clip:MODEL:WEIGHTS`` for CLIP). Heads are
-dropped.
+repository (MoCo, SwAV, SimSiam, Barlow Twins, BYOL ports, DINO, CLIP; ``open_clip:MODEL:WEIGHTS`` for open_clip's
+models). Heads are dropped.
 
 FOLDER gets ``model.safetensors`` under the target's names and ``settings.json`` with what the target must be told
 (pixel mean and std, channel order, stem, norm). For Detectron2 there is ``detectron2.yaml`` too.
@@ -88,9 +88,10 @@ def _read_folder(folder: Path) -> Source:
     from torch import nn
 
     from pretrain.nets.backbones import FORMAT, load_backbone
+    from pretrain.nets.encoders import load_encoder
     from pretrain.nets.resnet import ResNet
     from pretrain.nets.standardised import folded
-    from pretrain.nets.towers import ResNetImage, load_encoder
+    from pretrain.nets.towers import ResNetImage
 
     stem: Stem
     try:
@@ -382,7 +383,7 @@ def export_open_clip(encoder: JointEncoder, *, out: Path, pictures: Tensor) -> d
     if config is None:
         raise UserError(
             "only encoders with open_clip's architecture can be read by open_clip; this one has towers of its own. "
-            "Use it through pretrain.nets.towers.load_encoder, or export its ResNet --to torchvision or detectron2"
+            "Use it through pretrain.nets.encoders.load_encoder, or export its ResNet --to torchvision or detectron2"
         )
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -429,9 +430,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {options.out}: exists and is not empty; give a new folder")
     pictures = real_pictures(options.pictures)
     if options.to == "open_clip":
-        from pretrain.nets.towers import load_encoder
+        from pretrain.nets.encoders import read_encoder
 
-        settings = export_open_clip(load_encoder(options.source), out=options.out, pictures=pictures)
+        encoder, report = read_encoder(options.source)
+        print(report)
+        settings = export_open_clip(encoder, out=options.out, pictures=pictures)
     else:
         if options.source.startswith("open_clip:"):
             raise UserError(

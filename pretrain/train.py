@@ -31,7 +31,8 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
     Raises:
         UserError: A tower to take over is missing or built differently.
     """
-    from pretrain.nets.towers import build_encoder, copy_tower, load_encoder, read_config
+    from pretrain.nets.encoders import load_encoder, read_config
+    from pretrain.nets.towers import build_encoder, copy_tower
 
     method = cfg.method
     if isinstance(method, TextDistillMethod):

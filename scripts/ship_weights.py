@@ -29,7 +29,7 @@ FIGURES = {
 
 def ship_clip(exported: Path, name: str) -> None:
     """Ship an encoder in half the size; its card, written by people, is taken over and has to be read again."""
-    from pretrain.nets.towers import load_encoder
+    from pretrain.nets.encoders import load_encoder
 
     old = weights_root() / name / "card.md"
     with tempfile.TemporaryDirectory() as temporary:

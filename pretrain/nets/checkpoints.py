@@ -20,7 +20,9 @@ network.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,16 +109,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_weights(path)[0]
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    _refuse_torchscript(path)
     try:
         # Several repositories store their command line beside the weights; a Namespace holds values and runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds for a file that is none of its own
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(
-            f"{path}: cannot be read as weights only ({reason}). A TorchScript archive or a checkpoint with Python "
-            "objects has to be converted to safetensors where it came from"
-        ) from problem
+        raise UserError(f"{path}: cannot be read as weights only: {_why_unreadable(problem)}") from problem
     for name in CONTAINERS:
         inner = loaded.get(name) if isinstance(loaded, Mapping) else None
         if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
@@ -126,6 +125,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path}: holds no table of tensors, neither itself nor under {', '.join(CONTAINERS)}")
     return tensors
+
+
+def _refuse_torchscript(path: Path) -> None:
+    """A network with its code, which no option of torch's opens without it."""
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise UserError(
+                f"{path}: a TorchScript archive (as OpenAI's CLIP is published), which holds code. If you trust it, "
+                'take its tensors out once:\n  python -c "import torch; torch.save(torch.jit.load('
+                f"{str(path)!r}, map_location='cpu').state_dict(), {str(path.with_suffix('.tensors.pt'))!r})\""
+            )
+
+
+def _why_unreadable(problem: Exception) -> str:
+    """Torch's own advice is to open the file with all its code."""
+    held = re.search(r"GLOBAL (\S+)", str(problem))
+    if held:
+        return (
+            f"it holds Python objects ({held[1]}), which run code when they are opened. Have it converted to "
+            "safetensors where it came from"
+        )
+    return f"it is no checkpoint of torch's, or damaged ({type(problem).__name__})"
 
 
 def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None = None) -> Found:
@@ -150,6 +171,8 @@ def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None
         found = _match(inner, plain, prefix, stem)
         if found is not None and (best is None or len(found.state) > len(best.state)):
             best = found
+    if best is None and "visual.proj" in plain:
+        raise UserError(f"{source}: this is CLIP with a vision transformer, no ResNet. Use --to open_clip")
     if best is None:
         names = ", ".join(list(plain)[:3])
         raise UserError(f"{source}: no ResNet-18, 34, 50 or 101 of torchvision's names in it; its keys begin {names}")

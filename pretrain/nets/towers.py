@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image tower, text tower, the joint encoder they make and its folder; open_clip models behind the same interface.
+"""Image tower, text tower, the joint encoder they make and how it is saved.
 
 Shapes: `N` images or texts, `T` tokens, `S` side of the input picture, `D` joint embedding.
 
-    encoder = load_encoder("weights/clip-sticker")              # a folder written by JointEncoder.save
-    encoder = load_encoder("open_clip:ViT-B-32:openai")         # open_clip's name and tag (it downloads once)
-    encoder = load_encoder("open_clip:ViT-B-32:clip.safetensors")
+    encoder = build_encoder(config)         # fresh; pretrain.nets.encoders.load_encoder reads trained ones
     image_ND = encoder.encode_image(encoder.prepare(images_uint8))
     text_ND = encoder.encode_text(encoder.tokenize(["a dog", "a cat"]))
 
@@ -17,20 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
-from pretrain.engine.checkpoint import load_weights, save_weights
+from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
 from pretrain.nets.resnet import ResNet
 
 FORMAT = "joint-encoder/1"
@@ -300,50 +295,6 @@ def build_encoder(config: EncoderConfig) -> JointEncoder:
     )
 
 
-def load_encoder(spec: str | Path) -> JointEncoder:
-    """Load an encoder in eval mode.
-
-    Args:
-        spec: A folder written by `JointEncoder.save` (or the `model.safetensors` in it), or
-            `open_clip:MODEL:WEIGHTS`, where MODEL is one of open_clip's names or a model configuration file (`.json`),
-            and WEIGHTS one of its tags (fetched once) or a local `.safetensors`, `.pt` or `.bin` file.
-
-    Raises:
-        UserError: Something is missing, does not fit, or cannot be read; never falls back to random weights.
-    """
-    if str(spec).startswith("open_clip:"):
-        return _load_open_clip(str(spec).removeprefix("open_clip:")).eval()
-    folder = Path(spec)
-    if folder.suffix == ".safetensors":
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"no encoder at {folder}: expected a folder with config.json and model.safetensors")
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not an encoder folder: {name} is missing")
-    config = read_config(folder)
-    if "open_clip" in config:
-        encoder = _build_open_clip(config["open_clip"])
-    else:
-        encoder = build_encoder(_encoder_section(folder, config))
-    tensors, _ = load_weights(folder / "model.safetensors")
-    _load_exactly(encoder, tensors, folder / "model.safetensors")
-    return encoder.eval()
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The `config.json` of an encoder folder.
-
-    Raises:
-        UserError: It is unreadable or of another format.
-    """
-    path = Path(folder) / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{path}: expected format {FORMAT!r}; was it written by another version?")
-    return config
-
-
 def export_backbone(encoder: JointEncoder) -> dict[str, Tensor]:
     """The ResNet's weights under torchvision's names (`conv1.weight`, `layer1.0.bn1.running_mean`), without the head.
 
@@ -369,19 +320,10 @@ def copy_tower(target: JointEncoder, source: JointEncoder, *, which: str) -> Non
         )
     if isinstance(mine, ProjectedText) and not isinstance(theirs, ProjectedText):
         mine = mine.trunk
-    _load_exactly(mine, theirs.state_dict(), f"the {which} tower taken over")
+    load_exactly(mine, theirs.state_dict(), f"the {which} tower taken over")
 
 
-def _encoder_section(folder: Path, config: Mapping[str, Any]) -> EncoderConfig:
-    try:
-        return EncoderConfig.model_validate(config.get("encoder"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{folder / 'config.json'}: encoder.{where}: {first['msg']}") from error
-
-
-def _load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Load all of `tensors` into all of `module`, or say what does not fit."""
     wanted = module.state_dict()
     missing = [k for k in wanted if k not in tensors]
@@ -400,122 +342,3 @@ def _load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str |
             parts.append(f"{len(shapes)} of another shape, such as {name}: {got} instead of {want}")
         raise UserError(f"{where} does not fit this model: {'; '.join(parts)}")
     module.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()})
-
-
-# --- open_clip -------------------------------------------------------------------------------------------------------
-
-OLD_TEXT = re.compile(r"^(text_projection|positional_embedding|token_embedding|transformer|ln_final)(?=$|\.)")
-
-
-def _build_open_clip(settings: Mapping[str, Any]) -> JointEncoder:
-    """From open_clip's own configuration: `{"name", "model": {embed_dim, vision_cfg, text_cfg}, "mean", "std"}`."""
-    import open_clip
-    from open_clip.model import CustomTextCLIP
-
-    model_config = {k: v for k, v in settings["model"].items() if k not in ("custom_text",)}
-    name = settings["name"]
-    if "multimodal_cfg" in model_config:
-        raise UserError(f"open_clip:{name}: captioning models (CoCa) are not supported; choose a CLIP model")
-    hf_name = model_config.get("text_cfg", {}).get("hf_tokenizer_name") or model_config.get("text_cfg", {}).get(
-        "hf_model_name"
-    )
-    try:
-        model = CustomTextCLIP(**model_config)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"open_clip:{name}: the model configuration does not build: {error}") from error
-    tokenizer: Tokenize
-    if hf_name is None:
-        tokenizer = ClipTokenizer(model.context_length)
-    else:
-        tokenizer = open_clip.get_tokenizer(name)
-    size = model.visual.image_size
-    encoder = JointEncoder(
-        visual=model.visual,
-        text=model.text,
-        tokenizer=tokenizer,
-        embed_dim=model_config["embed_dim"],
-        image_size=size if isinstance(size, int) else size[0],
-        image_mean=tuple(settings["mean"]),
-        image_std=tuple(settings["std"]),
-        config={"open_clip": dict(settings)},
-    )
-    return encoder
-
-
-def _load_open_clip(rest: str) -> JointEncoder:
-    """`MODEL:WEIGHTS`: see `load_encoder`."""
-    import open_clip
-
-    name, _, weights = rest.partition(":")
-    if name.endswith(".json"):
-        model_config = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
-        model_config = model_config.get("model_cfg", model_config)
-        tags: list[str] = []
-    else:
-        model_config = open_clip.get_model_config(name)
-        if model_config is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UserError(f"open_clip has no model {name!r}{hint}")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-    if not weights:
-        raise UserError(f"open_clip:{name} names no weights: add :TAG ({', '.join(tags) or 'none known'}) or :FILE")
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    path = Path(weights)
-    if path.suffix in (".safetensors", ".pt", ".bin", ".pth") or path.exists():
-        if not path.is_file():
-            raise UserError(f"no weights file at {path}")
-    elif weights in tags:
-        from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-        pretrained = get_pretrained_cfg(name, weights)
-        mean, std = pretrained.get("mean") or mean, pretrained.get("std") or std
-        model_for_file = name
-        if pretrained.get("quick_gelu"):  # openai's weights were trained with it; open_clip's plain names are not
-            model_config["quick_gelu"] = True
-            model_for_file = f"{name.removesuffix('-quickgelu')}-quickgelu"  # a file does not say
-        try:
-            path = Path(download_pretrained(pretrained))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the weights {name}:{weights} could not be fetched ({error}). Fetch the file on another machine and "
-                f"name it: open_clip:{model_for_file}:FILE"
-            ) from error
-    else:
-        raise UserError(
-            f"open_clip has no weights {weights!r} for {name}; known: {', '.join(tags) or 'none'}; or name a file"
-        )
-    encoder = _build_open_clip({"name": name, "model": model_config, "mean": list(mean), "std": list(std)})
-    _load_exactly(encoder, _open_clip_tensors(path, encoder), path)
-    return encoder
-
-
-def _open_clip_tensors(path: Path, encoder: JointEncoder) -> dict[str, Tensor]:
-    """A checkpoint's tensors under this module's names (`visual.…`, `text.…`, `logit_scale`)."""
-    if path.suffix == ".safetensors":
-        loaded: Any = load_weights(path)[0]
-    else:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a file that is none of its own
-            raise UserError(
-                f"{path} cannot be read as weights ({type(error).__name__}); convert it to safetensors"
-            ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise UserError(f"{path} holds no table of tensors")
-    wanted = encoder.state_dict()
-    tensors = {}
-    for key, value in loaded.items():
-        key = OLD_TEXT.sub(r"text.\1", key.removeprefix("module."))
-        if key == "logit_scale":
-            value = value.reshape(())
-        if key in ("logit_bias", "input_resolution", "context_length", "vocab_size") or (
-            key.endswith("position_ids") and key not in wanted
-        ):
-            continue  # not weights of ours
-        tensors[key] = value
-    return tensors

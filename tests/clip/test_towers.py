@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
 from pretrain.engine.errors import UserError
+from pretrain.nets.encoders import load_encoder
 from pretrain.nets.resnet import ResNet
-from pretrain.nets.towers import JointEncoder, build_encoder, copy_tower, export_backbone, load_encoder
+from pretrain.nets.towers import JointEncoder, build_encoder, copy_tower, export_backbone
 
 SMALL_CBOW = CbowTower(width=8, hidden=8, context_length=12)
 SMALL_TEXT = TransformerTower(kind="transformer", width=16, layers=1, heads=2, context_length=12)
@@ -308,5 +309,5 @@ def test_open_clip_weights_of_another_model_are_refused(tiny: tuple[Path, Any], 
     with pytest.raises(UserError, match="of another shape"):
         load_encoder(f"open_clip:{tmp_path / 'wider.json'}:{tiny[0] / 'tiny.safetensors'}")
     (tmp_path / "noise.pt").write_bytes(b"no weights at all")
-    with pytest.raises(UserError, match="cannot be read as weights"):
+    with pytest.raises(UserError, match="cannot be read as weights only: it is no checkpoint"):
         load_encoder(f"open_clip:{tiny[0] / 'tiny.json'}:{tmp_path / 'noise.pt'}")

@@ -15,7 +15,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data.phrases import Phrase, write_phrases, write_targets
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import ConfigError, UserError
-from pretrain.nets.towers import load_encoder
+from pretrain.nets.encoders import load_encoder
 
 WORDS = ["dog", "puppy", "car", "automobile", "rose", "tulip", "hammer", "saw"]
 

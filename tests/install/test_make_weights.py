@@ -16,7 +16,8 @@ import torch
 from ovd.weights import weights_folder
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.engine.errors import UserError
-from pretrain.nets.towers import build_encoder, load_encoder
+from pretrain.nets.encoders import load_encoder
+from pretrain.nets.towers import build_encoder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_weights.py"
 

@@ -22,7 +22,8 @@ from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
-from pretrain.nets.towers import JointEncoder, build_encoder, load_encoder
+from pretrain.nets.encoders import load_encoder
+from pretrain.nets.towers import JointEncoder, build_encoder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

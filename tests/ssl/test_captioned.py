@@ -16,7 +16,7 @@ from pretrain.config import CaptionedShards, CaptionTable, CocoCaptions, Pretrai
 from pretrain.data.captioned import CaptionedFiles, CaptionedSource, build_captioned
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
-from pretrain.nets.towers import load_encoder
+from pretrain.nets.encoders import load_encoder
 from tests.ssl.test_image_sets import encoded, shard
 
 

@@ -129,7 +129,7 @@ def test_a_cifar_stem_has_no_place_in_detectron2(tmp_path: Path) -> None:
 
 
 def test_the_image_tower_of_a_clip_folder_is_handed_over(tmp_path: Path, pictures: Tensor) -> None:
-    from pretrain.nets.towers import load_encoder
+    from pretrain.nets.encoders import load_encoder
     from tests.clip.test_towers import make
 
     folder = make().save(tmp_path / "clip")
@@ -267,7 +267,7 @@ def test_an_open_clip_encoder_is_read_back_by_open_clip(tmp_path: Path, pictures
     import open_clip
 
     from pretrain.export import export_open_clip
-    from pretrain.nets.towers import _build_open_clip
+    from pretrain.nets.clip_files import build_open_clip
 
     model = {
         "embed_dim": 16,
@@ -275,7 +275,7 @@ def test_an_open_clip_encoder_is_read_back_by_open_clip(tmp_path: Path, pictures
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
     torch.manual_seed(0)
-    encoder = _build_open_clip({"name": "tiny", "model": model, "mean": [0.5] * 3, "std": [0.25] * 3}).eval()
+    encoder = build_open_clip({"name": "tiny", "model": model, "mean": [0.5] * 3, "std": [0.25] * 3}).eval()
     settings = export_open_clip(encoder, out=tmp_path / "out", pictures=pictures)
     assert settings["largest_difference"] <= 1e-5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
