@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import LATER, LoopConfig, OptimConfig, Section, warm_up_fits
 
 
 class BackboneConfig(Section):
@@ -115,6 +115,22 @@ class ModelConfig(Section):
         return self
 
 
+class CutConfig(Section):
+    """DETR's augmentation (arXiv:2005.12872, §4): resized, cut to a random rectangle, resized again."""
+
+    probability: float = Field(0.5, gt=0, le=1, description="share of the pictures")
+    short_sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(
+        (400, 500, 600), min_length=1, description="short sides of the first resize, one is drawn"
+    )
+    sides: tuple[int, int] = Field((384, 600), description="least and largest side of the rectangle, each is drawn")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> CutConfig:
+        if not 1 <= self.sides[0] <= self.sides[1]:
+            raise ValueError(f"sides {list(self.sides)}: expected 1 <= least <= largest")
+        return self
+
+
 class DataConfig(Section):
     """Labelled pictures for detection."""
 
@@ -139,6 +155,10 @@ class DataConfig(Section):
     scale: tuple[float, float] = Field((1.0, 1.0), description="range of a random resize about short_side")
     crop: int | None = Field(
         None, ge=32, description="side of a random crop after the resize (large scale jitter); null: none"
+    )
+
+    cut: CutConfig | None = Field(
+        None, description="DETR's cut between two resizes; null: none", json_schema_extra=LATER
     )
 
     @model_validator(mode="after")

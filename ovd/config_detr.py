@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from ovd.config import DataConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
-from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import LATER, LoopConfig, OptimConfig, Section, warm_up_fits
 
 
 class DetrBackboneConfig(Section):
@@ -28,6 +28,13 @@ class DetrBackboneConfig(Section):
         description="stages that are joined at the first one's resolution (paper: [res5])",
     )
     frozen: bool = Field(True, description="no gradient, eval mode; false: trained with pretrained_lr_scale")
+    freeze_at: int = Field(
+        0,
+        ge=0,
+        le=5,
+        description="what stays as it is where the rest is trained: 1 stem, 2 res2 too (DETR), ...; 0 nothing",
+        json_schema_extra=LATER,
+    )
 
 
 class DetrLossConfig(Section):
@@ -205,8 +212,12 @@ class DetrTrainConfig(Section):
                 raise ValueError(
                     "cached features are those of a frozen backbone: set model.backbone.frozen or cache=null"
                 )
-            if self.data.crop is not None or self.data.scale != (1.0, 1.0):
-                raise ValueError("cached features allow flips only: unset data.crop and data.scale, or cache=null")
+            if self.data.crop is not None or self.data.cut is not None or self.data.scale != (1.0, 1.0):
+                raise ValueError(
+                    "cached features allow flips only: unset data.crop, data.cut and data.scale, or cache=null"
+                )
+        if self.pretext is not None and (self.data.crop is not None or self.data.cut is not None):
+            raise ValueError("data.crop and data.cut are for training on labels; the pretext scales its pictures only")
         if self.model.conditioned and self.pretext is not None:
             raise ValueError("model.conditioned is for training on labels; the pretext conditions on patches already")
         return self

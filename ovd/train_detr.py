@@ -429,7 +429,12 @@ def training_parts(config: DetrTrainConfig, model: Detr, images: LabelledImages)
     source = DetectionSource(
         images=images,
         transform=TrainingTransform(
-            short_side=data.short_side, long_side=data.long_side, scale=data.scale, crop=data.crop, flip=data.flip
+            short_side=data.short_side,
+            long_side=data.long_side,
+            scale=data.scale,
+            crop=data.crop,
+            cut=data.cut,
+            flip=data.flip,
         ),
         seed=config.loop.seed,
         agnostic=config.model.variant == "agnostic",
@@ -455,7 +460,7 @@ def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSour
     images = source.images
     whole = images.images if isinstance(images, FirstImages) else images  # fractions share one cache
     data = config.data
-    described = data.model_dump(mode="json", exclude={"flip"})
+    described = data.model_dump(mode="json", exclude={"flip", "cut"})
     readable, files = Readable(len(whole)), files_of(described)
     caches = []
     model.eval()

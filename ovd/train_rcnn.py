@@ -166,6 +166,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
             long_side=config.data.long_side,
             scale=config.data.scale,
             crop=config.data.crop,
+            cut=config.data.cut,
             flip=config.data.flip,
         ),
         seed=config.loop.seed,

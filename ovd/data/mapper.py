@@ -15,18 +15,20 @@ from detectron2.data.transforms import ResizeTransform
 from detectron2.structures import BitMasks, Boxes, Instances
 from fvcore.transforms.transform import CropTransform, HFlipTransform, NoOpTransform, Transform, TransformList
 
+from ovd.config import CutConfig
 from ovd.data.catalog import Labelled, LabelledImages
 from ovd.regions.store import RegionStore
 from pretrain.engine.sampling import derive_seed
 
 
 class TrainingTransform:
-    """Resize about a short side, optional large-scale-jitter crop, horizontal flip.
+    """Resize about a short side, optional large-scale-jitter crop or DETR's cut, horizontal flip.
 
     Args:
         short_side, long_side: pixels.
         scale: range of a random factor on the resize.
         crop: side of the random crop after it, or None.
+        cut: DETR's cut before it, or None.
         flip: probability.
     """
 
@@ -37,23 +39,27 @@ class TrainingTransform:
         long_side: int,
         scale: tuple[float, float] = (1.0, 1.0),
         crop: int | None = None,
+        cut: CutConfig | None = None,
         flip: float = 0.5,
     ) -> None:
         self.short_side, self.long_side = short_side, long_side
-        self.scale, self.crop, self.flip = scale, crop, flip
+        self.scale, self.crop, self.cut, self.flip = scale, crop, cut, flip
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> TransformList:
         """The transforms of one sample of a (height, width) picture."""
+        steps: list[Transform] = []
+        if self.cut is not None and rng.random() < self.cut.probability:
+            steps, height, width = self._cut(self.cut, height, width, rng)
         factor = min(self.short_side / min(height, width), self.long_side / max(height, width))
         factor *= rng.uniform(*self.scale)
         if self.crop is None:  # what is not cropped never grows beyond the long side, whatever was drawn
             factor = min(factor, self.long_side / max(height, width))
         new_height, new_width = max(1, round(height * factor)), max(1, round(width * factor))
-        steps: list[Transform] = [
+        steps.append(
             ResizeTransform(height, width, new_height, new_width)
             if (new_height, new_width) != (height, width)
             else NoOpTransform()
-        ]
+        )
         if self.crop is not None:
             crop_height, crop_width = min(self.crop, new_height), min(self.crop, new_width)
             top = int(rng.integers(new_height - crop_height + 1))
@@ -63,6 +69,16 @@ class TrainingTransform:
         if rng.random() < self.flip:
             steps.append(HFlipTransform(new_width))
         return TransformList(steps)
+
+    @staticmethod
+    def _cut(cut: CutConfig, height: int, width: int, rng: np.random.Generator) -> tuple[list[Transform], int, int]:
+        """Resize to a drawn short side and cut a rectangle of drawn sides: the two steps, and its height and width."""
+        factor = cut.short_sides[int(rng.integers(len(cut.short_sides)))] / min(height, width)
+        tall, wide = max(1, round(height * factor)), max(1, round(width * factor))
+        least, largest = cut.sides
+        high, long = (int(rng.integers(min(least, side), min(largest, side) + 1)) for side in (tall, wide))
+        top, left = int(rng.integers(tall - high + 1)), int(rng.integers(wide - long + 1))
+        return [ResizeTransform(height, width, tall, wide), CropTransform(left, top, long, high)], high, long
 
 
 def move_boxes(boxes: np.ndarray, transforms: TransformList, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +132,7 @@ def map_sample(
         else np.zeros((0, *size), dtype=bool)
     )
     # A crop can cut an object: its box is then the extent of what is left, not the clipped old box (vital under scale
-    # jitter).
+    # jitter). DETR's own cut clips.
     boxes, keep = move_boxes(labelled.boxes, transforms, size)
     if transform.crop is not None and len(masks):
         boxes = mask_boxes(masks)

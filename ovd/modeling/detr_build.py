@@ -67,7 +67,9 @@ def build_detr(
     bb = config.backbone
     if config.variant == "text" and rows is None:
         raise ValueError("variant 'text' needs the text embeddings of its vocabulary")
-    backbone = build_resnet(depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=bb.features, freeze_at=0)
+    backbone = build_resnet(
+        depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=bb.features, freeze_at=bb.freeze_at
+    )
     return Detr(
         arch=config.arch,
         backbone=backbone,

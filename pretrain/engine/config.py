@@ -23,11 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pretrain.engine.config_explain import explain
 from pretrain.engine.config_schema import (
     FREE,
+    LATER,
     Shape,
     default_of,
     describe,
     field_shape,
     is_free,
+    is_later,
     plain_value,
     undocumented,
     walk,
@@ -316,9 +318,9 @@ FREE_BY_DEFAULT: frozenset[str] = frozenset({"out", *(f"loop.{key}" for key in f
 
 
 def training_keys(cfg: Section) -> dict[str, Any]:
-    """Dotted key -> plain value, of every key that influences what is learnt."""
-    free = free_keys(type(cfg))
-    return {key: value for key, value in _flatten(plain(cfg)) if not _covered(key, free)}
+    """Dotted key -> plain value, of every key that influences what is learnt; ``LATER`` ones if they are set."""
+    left_out = free_keys(type(cfg)) | ({key for key, info in walk(type(cfg)) if is_later(info)} & keys_at_default(cfg))
+    return {key: value for key, value in _flatten(plain(cfg)) if not _covered(key, left_out)}
 
 
 def keys_at_default(cfg: Section) -> frozenset[str]:
@@ -383,6 +385,7 @@ def _covered(key: str, ignore: Iterable[str]) -> bool:
 __all__ = [
     "FREE",
     "FREE_BY_DEFAULT",
+    "LATER",
     "LoopConfig",
     "OptimConfig",
     "Section",

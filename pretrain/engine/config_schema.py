@@ -27,6 +27,16 @@ def is_free(info: FieldInfo) -> bool:
     return isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("resume") == FREE["resume"]
 
 
+LATER: dict[str, Any] = {"hash": "unless default"}
+"""``Field(json_schema_extra=LATER)`` marks a key that came after hashes were published: it enters the hash only where
+it is set, so that a configuration written before it keeps its hash."""
+
+
+def is_later(info: FieldInfo) -> bool:
+    """Whether a field is marked ``LATER``."""
+    return isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("hash") == LATER["hash"]
+
+
 # --- annotations -----------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from pretrain.engine.config import (
     FREE,
     FREE_BY_DEFAULT,
+    LATER,
     LoopConfig,
     OptimConfig,
     Section,
@@ -518,6 +519,25 @@ def test_the_hash_follows_what_is_learnt_and_nothing_else() -> None:
     ]
     hashes = {config_hash(load(GOOD, override)) for override in learnt}
     assert len(hashes - {config_hash(cfg)}) == len(learnt)
+
+
+class Elder(Section):
+    """As hashes were published."""
+
+    depth: int = Field(default=18, description="layers")
+
+
+class Younger(Elder):
+    """The same with keys that came later."""
+
+    freeze_at: int = Field(default=0, description="stages", json_schema_extra=LATER)
+    cut: Source | None = Field(default=None, description="a section", json_schema_extra=LATER)
+
+
+def test_a_key_that_came_later_enters_the_hash_only_where_it_is_set() -> None:
+    assert config_hash(Younger(depth=50)) == config_hash(Elder(depth=50))
+    changed = [Younger(freeze_at=2), Younger(cut=Source(path=Path("x"))), Younger(cut=Source(path=Path("y")))]
+    assert len({config_hash(cfg) for cfg in (Younger(), *changed)}) == 4
 
 
 def test_the_hash_does_not_depend_on_how_the_configuration_was_written() -> None:

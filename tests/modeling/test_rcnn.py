@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
-from ovd.config import ModelConfig
+from ovd.config import CutConfig, ModelConfig
 from ovd.data.catalog import Labelled
 from ovd.data.mapper import DetectionSource, TrainingTransform, map_sample
 from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
@@ -366,6 +366,35 @@ def test_mapper__offline_proposals_move_with_the_picture(seed: int, crop: int | 
         truth = out["instances"].gt_boxes.tensor[int(where[0, 0])]
         # Masks are resized to whole pixels, boxes are not: one pixel is what they may differ by.
         assert float((box - truth).abs().max()) <= 1.5
+
+
+def test_mapper__detrs_cut_is_a_rectangle_of_the_resized_picture_that_is_resized_again() -> None:
+    cut = CutConfig(probability=0.5, short_sides=(80, 100), sides=(48, 90))
+    transform = TrainingTransform(short_side=64, long_side=200, cut=cut, flip=0.0)
+    cuts = 0
+    for seed in range(200):
+        steps = transform.draw(80, 120, np.random.default_rng(seed)).transforms
+        if len(steps) == 1:
+            continue
+        cuts += 1
+        first, rectangle, _ = steps
+        assert (first.new_h, first.new_w) in {(80, 120), (100, 150)}
+        assert 48 <= rectangle.h <= 90 and 48 <= rectangle.w <= 90
+        assert 0 <= rectangle.y0 <= first.new_h - rectangle.h and 0 <= rectangle.x0 <= first.new_w - rectangle.w
+        out = map_sample(
+            labelled(), transform=transform, rng=np.random.default_rng(seed), offline=None, regions_per_image=0
+        )
+        assert min(out["image"].shape[1:]) == 64 or max(out["image"].shape[1:]) == 200
+        boxes = out["instances"].gt_boxes.tensor
+        assert bool((boxes >= 0).all()) and bool((boxes[:, 2] <= out["image"].shape[2]).all())
+    assert 70 < cuts < 130
+    tiny = TrainingTransform(short_side=64, long_side=200, cut=CutConfig(short_sides=(32,), probability=1.0))
+    assert (
+        map_sample(labelled(), transform=tiny, rng=np.random.default_rng(0), offline=None, regions_per_image=0)[
+            "image"
+        ].shape[1]
+        > 0
+    ), "a picture smaller than the least side is not cut"
 
 
 def test_mapper__flip_mirrors_boxes_masks_and_regions_alike() -> None:

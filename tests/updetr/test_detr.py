@@ -247,6 +247,15 @@ def test_official__names_of_the_transformer_are_those_of_the_released_checkpoint
     assert own == official_transformer()
 
 
+def test_backbone__what_is_frozen_stays_and_the_rest_is_trained() -> None:
+    whole, partly = (
+        paper_model(backbone={**PAPER["backbone"], "frozen": False, "freeze_at": stage}) for stage in (0, 2)
+    )
+    trained = [{k for k, p in m.backbone.named_parameters() if p.requires_grad} for m in (whole, partly)]
+    assert {k.split(".")[0] for k in trained[0]} == {"stem", "res2", "res3", "res4", "res5"}
+    assert trained[1] == {k for k in trained[0] if k.split(".")[0] not in ("stem", "res2")}
+
+
 def test_official__a_checkpoint_with_a_namespace_loads_and_every_key_is_accounted_for(tmp_path: Path) -> None:
     from torchvision.models import resnet18
 

@@ -91,6 +91,10 @@ def test_configs__hold_the_published_recipe() -> None:
     assert up.loop.steps == round(60 * 1_281_167 / 256) and up.optim.milestones == (round(40 * 1_281_167 / 256),)
     fine = load_config(DetrTrainConfig, ROOT / "configs/paper/detr.yaml")
     assert fine.optim.lr * fine.pretrained_lr_scale == pytest.approx(5e-5)
+    assert not fine.model.backbone.frozen and fine.model.backbone.freeze_at == 2, "stem and first stage stay (DETR)"
+    cut, data = fine.data.cut, fine.data
+    assert cut is not None and (cut.probability, cut.short_sides, cut.sides) == (0.5, (400, 500, 600), (384, 600))
+    assert [data.short_side * factor for factor in data.scale] == [480, 800] and data.long_side == 1333
     assert fine.model.model_dump(exclude={"variant", "backbone", "loss"}) == up.model.model_dump(
         exclude={"variant", "backbone", "loss"}
     )
@@ -102,6 +106,8 @@ def test_configs__hold_the_published_recipe() -> None:
         (["pretext.patches.count=60"], "at least as many model.queries"),
         (["model.backbone.frozen=false"], "frozen backbone"),
         (["data.scale=[0.5, 1.0]"], "flips only"),
+        (["data.cut={}", "pretext=null", "model.variant=text", "model.embed_space=clip"], "flips only"),
+        (["data.cut={}", "cache=null"], "training on labels"),
         (["model.variant=text", "pretext=null"], "embed_space clip"),
         (["model.arch=detr", "model.denoising=1"], "start from anchors"),
         (["model.heads=3"], "not divisible"),
