@@ -42,7 +42,7 @@ from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from ovd.examples import ExamplesLike
+    from ovd.examples import Example, ExamplesLike
     from ovd.modeling.build import DetectorCard
     from ovd.regions.crops import RegionEncoder
     from pretrain.nets.towers import JointEncoder
@@ -456,6 +456,22 @@ class Detector:
         return self._located(to_rgb(image), question, threshold, **options)
 
     @torch.inference_mode()
+    def patches_of(self, examples: Sequence[Example]) -> Tensor:
+        """(E, D) what queries of a pretext's transformer are told of examples: as its patches are embedded, several
+        crops as their mean. Only where `locates`.
+
+        Raises:
+            UserError: these weights have no image tower.
+        """
+        model: Any = self.model
+        if model.example_encoder is not None:
+            shown = [[(crop.pixels, crop.corners) for crop in example.crops] for example in examples]
+            return torch.stack([model.patch_rows(crops).mean(0) for crops in shown])
+        if self.examples is None:
+            raise UserError("these weights cannot search by example: their encoder has no image tower")
+        return self.examples.embed(examples)
+
+    @torch.inference_mode()
     def _located(
         self,
         pixels: NDArray[np.uint8],
@@ -479,12 +495,7 @@ class Detector:
         level = self.level_of(question, threshold)
         model: Any = self.model
         with self._lock:
-            if model.example_encoder is None:
-                rows = self.rows(question)[1]
-            else:
-                shown = [[(crop.pixels, crop.corners) for crop in example.crops] for example in question.shown]
-                rows = torch.stack([model.patch_rows(crops).mean(0) for crops in shown])
-            boxes, score, owner = model.ask(pixels, rows, at_once=model.patches)
+            boxes, score, owner = model.ask(pixels, self.patches_of(question.shown), at_once=model.patches)
             self.runs += 1
         class_id = torch.tensor(question.columns)[owner]
         best = torch.zeros(len(question.names)).scatter_reduce(0, class_id, score, "amax")

@@ -11,17 +11,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, sha256_of, write_atomically
 
 if TYPE_CHECKING:
+    from ovd.data.coco import ImageId
     from ovd.data.splits import Split
+    from ovd.detector import Detector
     from ovd.evaluation.coco import Metrics, Predict
     from ovd.evaluation.compare import Difference
+    from ovd.evaluation.examples import ExamplePredictor, LocatingPredictor
     from ovd.evaluation.predictor import ClosedPredictor, Predictor
     from ovd.examples import Crop
+    from pretrain.data.scenes import SceneSource
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
@@ -51,6 +55,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{given} needs --{needs}, and goes without --{unwanted}; see python -m ovd.evaluate --help.")
     if args.examples and not args.weights:
         raise UserError("--examples shows crops to a detector: give --weights and --data")
+    if args.present and not args.examples:
+        raise UserError("--present is a protocol of --examples; words are asked for in every picture")
     if args.weights:
         evaluate_model(args, argv)
     else:
@@ -179,32 +185,42 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     predict: Predict | None = None
     device = str(pick_device(args.device))
     variant = _model_of(folder).get("variant")
-    if args.examples and variant in ("agnostic", "closed"):
+    if args.examples and variant == "closed":
         raise UserError(
-            f"--examples: {args.weights} (model.variant={variant}) compares nothing with crops; "
-            "leave it out, or evaluate a detector of model.variant=text"
+            f"--examples: {args.weights} (model.variant=closed) compares nothing with crops; "
+            "leave it out, or evaluate a detector of model.variant=text or a pretext's transformer"
         )
+    source = None if data.annotations is not None else _scenes(data, args.size)
+    present = _present(gt, source) if args.present else None
+    propose: Predict | None
     if variant == "agnostic":
-        propose: Predict | None = proposal_predictor(folder, top=args.regions, device=device)
+        propose = proposal_predictor(folder, top=args.regions, device=device)
         run["protocol"] = "class-agnostic detector: recall only"
+        if args.examples:
+            predict = _shown(args, split, run, shown, present)
+            run["protocol"] = "transformer of the pretext: queries are told the crops"
     elif variant == "closed":
         closed = _closed(folder, split, args.limit, device)
         predict, propose = closed, proposals_of(closed.model, top=args.regions)
         run["protocol"] = "detector of a closed list of classes"
+    elif args.examples:
+        asked = cast("Predictor", _shown(args, split, run, shown, present))  # only a pretext's has another
+        if args.queries == "words":
+            _tell(asked, run)
+        predict, propose = asked, asked.propose if args.agnostic == "proposals" else None
     else:
-        predictor = _named(args, split, run, shown)
+        predictor = _named(args, split, run)
         if args.queries == "words":
             _tell(predictor, run)
         predict, propose = predictor, predictor.propose if args.agnostic == "proposals" else None
     progress = _Progress()
+    if args.present:
+        run["asked"] = "of each picture only what is in it"
     if data.annotations is not None and gt is not None:
         results, proposals = coco.run_images(gt, Path(str(data.images)), predict, propose=propose, on_image=progress)
         sha = coco.content_sha256(gt) if args.examples else sha256_of(data.annotations)
     else:
-        from pretrain.data.scenes import SceneSource
-        from pretrain.data.stickers import Stickers
-
-        source = SceneSource(Stickers.load(), split="val", seed=data.seed, size=args.size, length=data.count)
+        assert source is not None
         gt, results, proposals = coco.run_source(source, predict, propose=propose, on_image=progress)
         sha = coco.content_sha256(gt)
     if args.out:
@@ -220,28 +236,40 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     return _finish(metrics, args, argv, dataset_sha256=sha, **run)
 
 
-def _named(
-    args: argparse.Namespace, split: Split, run: dict[str, Any], shown: Mapping[int, Sequence[Crop]] | None = None
-) -> Predictor:
-    """The detector with its words, or crops (`shown`); notes in `run` what a reader of the figures must know."""
-    from ovd.detector import Detector
-    from ovd.evaluation.predictor import CropModel, predictor_for
-    from ovd.vocabulary import Vocabulary
+def _scenes(data: DataSpec, size: int) -> SceneSource:
+    from pretrain.data.scenes import SceneSource
+    from pretrain.data.stickers import Stickers
 
-    crops = args.embeddings == "crops"
-    if crops and args.second_look:
-        raise UserError("--embeddings crops sees the crops of all regions; leave --second-look out")
+    return SceneSource(Stickers.load(), split="val", seed=data.seed, size=size, length=data.count)
+
+
+def _present(gt: Mapping[str, Any] | None, source: SceneSource | None) -> dict[ImageId, frozenset[int]]:
+    """Image id → COCO ids of what is in it."""
+    from pretrain.data.scenes import coco_objects
+
+    found: dict[ImageId, set[int]] = {}
+    if source is not None:  # as run_source numbers them
+        for index in range(len(source)):
+            _, objects = coco_objects(source.scene(index), image_id=index + 1, first_annotation_id=1)
+            found[index + 1] = {one["category_id"] for one in objects}
+    elif gt is not None:
+        found = {entry["id"]: set() for entry in gt["images"]}
+        for one in gt["annotations"]:
+            if not one.get("iscrowd"):
+                found[one["image_id"]].add(one["category_id"])
+    return {image: frozenset(ids) for image, ids in found.items()}
+
+
+def _detector(args: argparse.Namespace, run: dict[str, Any]) -> Detector:
+    """The detector of `--weights`; notes in `run` what it is."""
+    from ovd.detector import Detector
+
     detector = Detector.load(
         args.weights,
         device=args.device,
-        second_look=0 if crops else args.second_look,
+        second_look=0 if args.embeddings == "crops" else args.second_look,
         masks=args.iou_types != ["bbox"],
     )
-    words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
-    if args.vocabulary in ("base", "novel"):
-        words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
-    elif args.vocabulary not in ("all", "known"):
-        vocabulary = Vocabulary.load(args.vocabulary, templates=detector.templates)
     card = getattr(detector.model, "card", None)
     run |= {
         "weights_sha256": detector.card.get("sha256"),
@@ -250,6 +278,49 @@ def _named(
     }
     if card is not None:
         setattr(detector.model, "top", args.regions)  # noqa: B010  # of the network, which the protocol does not show
+    return detector
+
+
+def _shown(
+    args: argparse.Namespace,
+    split: Split,
+    run: dict[str, Any],
+    shown: Mapping[int, Sequence[Crop]] | None,
+    present: Mapping[ImageId, frozenset[int]] | None,
+) -> ExamplePredictor | LocatingPredictor:
+    """The detector with crops in place of words; `shown` are those of photos, None: of Sticker Scenes."""
+    from ovd.evaluation.examples import example_predictor, shown_stickers
+    from pretrain.data.stickers import Stickers
+
+    if args.embeddings == "crops" or args.vocabulary not in ("all", "known", "base", "novel"):
+        raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
+    detector = _detector(args, run)
+    group = split.ids if args.vocabulary == "all" else split.names  # known: those left out of the means as well
+    if args.vocabulary in ("base", "novel"):
+        group = getattr(split, args.vocabulary)
+    known = {i: split.names[i] for i in group}
+    if shown is None:
+        shown = shown_stickers(Stickers.load(), known, count=args.examples)
+    shown = {category: crops for category, crops in shown.items() if category in known}
+    run |= {"examples": args.examples, "scores": "calibrated"}
+    return example_predictor(detector, shown, present=present, limit=args.limit)
+
+
+def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predictor:
+    """The detector with its words; notes in `run` what a reader of the figures must know."""
+    from ovd.evaluation.predictor import CropModel, predictor_for
+    from ovd.vocabulary import Vocabulary
+
+    crops = args.embeddings == "crops"
+    if crops and args.second_look:
+        raise UserError("--embeddings crops sees the crops of all regions; leave --second-look out")
+    detector = _detector(args, run)
+    words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
+    if args.vocabulary in ("base", "novel"):
+        words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
+    elif args.vocabulary not in ("all", "known"):
+        vocabulary = Vocabulary.load(args.vocabulary, templates=detector.templates)
+    card = getattr(detector.model, "card", None)
     if crops:
         from pretrain.nets.towers import JointEncoder
 
@@ -258,18 +329,6 @@ def _named(
             raise UserError(f"--embeddings crops: the encoder of {args.weights} has no image tower")
         detector.model = CropModel(model=detector.model, encoder=encoder)
         args.scale = args.scale or float(encoder.logit_scale.exp())  # the encoder's own temperature
-    if args.examples:
-        from ovd.evaluation.examples import example_predictor, shown_stickers
-        from pretrain.data.stickers import Stickers
-
-        if vocabulary is not None or crops:
-            raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
-        known = words if words is not None else {i: split.names[i] for i in split.ids}
-        if shown is None:
-            shown = shown_stickers(Stickers.load(), known, count=args.examples)
-        shown = {category: crops for category, crops in shown.items() if category in known}
-        run |= {"examples": args.examples, "scores": "calibrated"}
-        return example_predictor(detector, shown, limit=args.limit)
     scale = args.scale or (float(card.model["head"]["scale"]) if card is not None else DEFAULT_SCALE)
     predictor = predictor_for(
         detector,
@@ -408,6 +467,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--examples", type=_positive, metavar="N",
         help="show every class by N crops instead of naming it: stickers in another drawing style; with coco: boxes "
         "of the first pictures, which are then not evaluated")  # fmt: skip
+    add("--present", action="store_true",
+        help="with --examples: ask of each picture only for what is in it (the one-shot papers' protocol, an easier "
+        "one)")  # fmt: skip
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
     add("--regions", type=_positive, default=300, help="regions per image that are named, best objectness first")
     add("--limit", type=_positive, default=300, help="detections per image (default 300)")

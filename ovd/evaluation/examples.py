@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import batched_nms
 
+from ovd.data.coco import ImageId
 from ovd.data.lvis import picture_file
-from ovd.detector import Detector
-from ovd.evaluation.predictor import Predictor
+from ovd.detector import NMS_IOU, Detector
+from ovd.evaluation.predictor import Predictor, asked_columns, coco_result
 from ovd.examples import MIN_SIDE, Crop, Example
 from ovd.modeling.scoring import RegionSet, score_examples
 from pretrain.data.folder import read_image
@@ -110,9 +114,12 @@ def example_rows(detector: Detector, crops: Mapping[int, Sequence[Crop]]) -> Ten
     Raises:
         UserError: these weights have no image tower.
     """
+    examples = [Example(str(c), tuple(given)) for c, given in crops.items()]
+    if detector.locates:
+        return detector.patches_of(examples)
     if detector.examples is None:
         raise UserError("these weights cannot search by example: their encoder has no image tower")
-    return detector.examples.embed([Example(str(c), tuple(given)) for c, given in crops.items()])
+    return detector.examples.embed(examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +131,41 @@ class ExamplePredictor(Predictor):
         return score_examples(regions, self.rows, model.bank.to(self.rows), self.rows[:0], model.calibration)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocatingPredictor:
+    """A pretext's transformer that is told crops: what its queries find is what was shown, as certain as they are.
+
+    Attributes:
+        detector: one that `locates`.
+        category_ids: (C,) COCO id of each row.
+        rows: (C, D) what queries are told, of `example_rows`.
+        present: see `Predictor`.
+        limit: detections per image.
+        nms: IoU of the per-class NMS.
+    """
+
+    detector: Detector
+    category_ids: tuple[int, ...]
+    rows: Tensor
+    present: Mapping[ImageId, frozenset[int]] | None = None
+    limit: int = 300
+    nms: float = NMS_IOU
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+        """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
+        columns = asked_columns(self.category_ids, self.present, image_id)
+        if not columns:
+            return []
+        model: Any = self.detector.model
+        boxes, score, owner = model.ask(image, self.rows[columns], at_once=model.patches)
+        kept = batched_nms(boxes.float(), score, owner, self.nms)[: self.limit]
+        return [
+            coco_result(boxes[k].tolist(), image_id, self.category_ids[columns[int(owner[k])]], float(score[k]))
+            for k in kept.tolist()
+        ]
+
+
 def shown_stickers(stickers: Stickers, names: Mapping[int, str], *, count: int) -> dict[int, list[Crop]]:
     """COCO id → crops, of the nouns that are asked for (COCO id → noun)."""
     number = {noun: index for index, noun in enumerate(stickers.nouns)}
@@ -132,18 +174,24 @@ def shown_stickers(stickers: Stickers, names: Mapping[int, str], *, count: int) 
     return {id_of[label]: given for label, given in crops.items()}
 
 
-def example_predictor(detector: Detector, shown: Mapping[int, Sequence[Crop]], *, limit: int = 300) -> ExamplePredictor:
+def example_predictor(
+    detector: Detector,
+    shown: Mapping[int, Sequence[Crop]],
+    *,
+    present: Mapping[ImageId, frozenset[int]] | None = None,
+    limit: int = 300,
+) -> ExamplePredictor | LocatingPredictor:
     """A predictor whose classes are shown by crops.
 
     Args:
-        detector: loaded.
+        detector: loaded; with regions to compare, or a pretext's transformer.
         shown: COCO id → crops, of the classes that are asked for.
+        present: see `Predictor`.
         limit: detections per image.
     """
+    rows, ids = example_rows(detector, shown), tuple(shown)
+    if detector.locates:
+        return LocatingPredictor(detector=detector, category_ids=ids, rows=rows, present=present, limit=limit)
     return ExamplePredictor(
-        detector=detector,
-        category_ids=tuple(shown),
-        rows=example_rows(detector, shown),
-        scores="calibrated",
-        limit=limit,
+        detector=detector, category_ids=ids, rows=rows, scores="calibrated", present=present, limit=limit
     )

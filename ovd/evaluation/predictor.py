@@ -57,6 +57,7 @@ class Predictor:
         candidates: (region, class) pairs that enter NMS.
         nms: IoU of the per-class NMS.
         objectness_weight: w of ``class^(1−w) · objectness^w``; ViLD uses none, CLIP on crops ½.
+        present: image id → COCO ids that are asked for in it; None: all of them in every image.
     """
 
     detector: Detector
@@ -69,12 +70,16 @@ class Predictor:
     candidates: int = 5000
     nms: float = 0.5
     objectness_weight: float = 0.0
+    present: Mapping[ImageId, frozenset[int]] | None = None
 
     @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
+        columns = asked_columns(self.category_ids, self.present, image_id)
+        if not columns:
+            return []
         regions = self.detector.embed(image).regions
-        score_RC = self.score(regions)
+        score_RC = self.score(regions)[:, columns]
         flat = score_RC.flatten()
         score_K, index_K = flat.topk(min(self.candidates, flat.numel()))
         region_K, class_K = index_K // score_RC.shape[1], index_K % score_RC.shape[1]
@@ -83,7 +88,7 @@ class Predictor:
         results = []
         for k in kept.tolist():
             region = int(region_K[k])
-            one = _result(regions, region, image_id, self.category_ids[int(class_K[k])], float(score_K[k]))
+            one = _result(regions, region, image_id, self.category_ids[columns[int(class_K[k])]], float(score_K[k]))
             if regions.masks is not None:
                 if region not in segmentations:
                     segmentations[region] = region_rle(regions, region)
@@ -117,6 +122,15 @@ class Predictor:
             objectness = regions.objectness.to(self.rows)
             return score_regions(*heads, objectness, self.rows, model.bank.to(self.rows), background, model.calibration)
         return vocabulary_probabilities(*heads, self.rows, background, scale=self.scale, exponent=self.exponent)
+
+
+def asked_columns(
+    category_ids: Sequence[int], present: Mapping[ImageId, frozenset[int]] | None, image_id: ImageId
+) -> list[int]:
+    """Numbers of the classes that are asked for in an image."""
+    if present is None:
+        return list(range(len(category_ids)))
+    return [column for column, category in enumerate(category_ids) if category in present[image_id]]
 
 
 class CropModel:
@@ -209,7 +223,7 @@ class ClosedPredictor:
         order = scores.argsort(descending=True).tolist()
         named = [k for k in order if self.category_ids[int(classes[k])] >= 0][: self.limit]
         return [
-            _coco_result(boxes[k].tolist(), image_id, self.category_ids[int(classes[k])], float(scores[k]))
+            coco_result(boxes[k].tolist(), image_id, self.category_ids[int(classes[k])], float(scores[k]))
             for k in named
         ]
 
@@ -292,7 +306,7 @@ def proposals_of(model: RegionModel, *, top: int) -> Predict:
     def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
         boxes, scores = model.propose(image, top=top)
         return [
-            _coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+            coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
         ]
 
     return propose
@@ -306,10 +320,10 @@ def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
 
 
 def _result(regions: RegionSet, region: int, image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
-    return _coco_result(regions.boxes[region].tolist(), image_id, category_id, score)
+    return coco_result(regions.boxes[region].tolist(), image_id, category_id, score)
 
 
-def _coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
+def coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
     x1, y1, x2, y2 = corners
     # Six significant digits keep the order of scores as small as softmax over a thousand words makes them.
     box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]

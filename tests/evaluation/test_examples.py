@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ovd.evaluate import main
-from ovd.evaluation.examples import CROP_SIDE, ExamplePredictor, coco_crops, sticker_crops
+from ovd.evaluation.examples import CROP_SIDE, ExamplePredictor, coco_crops, example_predictor, sticker_crops
+from ovd.examples import Crop
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import COLOURS, make_detector, picture
@@ -86,6 +87,22 @@ def test_too_few_annotations_for_the_crops_are_explained(tmp_path: Path) -> None
     gt["annotations"] = [one for one in gt["annotations"] if one["image_id"] == 4]
     with pytest.raises(UserError, match="every picture is needed for the crops"):
         coco_crops(gt, tmp_path, count=1)
+
+
+def test_a_picture_may_be_asked_for_what_is_in_it_only() -> None:
+    detector = make_detector()
+    crops = {5: [Crop(np.full((30, 30, 3), COLOURS["blue"], dtype=np.uint8))],
+             6: [Crop(np.full((30, 30, 3), COLOURS["red"], dtype=np.uint8))]}  # fmt: skip
+    every = example_predictor(detector, crops)
+    some = example_predictor(detector, crops, present={1: frozenset({6}), 2: frozenset({5, 6}), 3: frozenset({99})})
+    assert some(picture(), 1) == [one for one in every(picture(), 1) if one["category_id"] == 6] != []
+    assert [{**one, "image_id": 1} for one in some(picture(), 2)] == every(picture(), 1)
+    assert some(picture(), 3) == []
+
+
+def test_the_one_shot_protocol_goes_with_examples() -> None:
+    with pytest.raises(UserError, match="--present is a protocol of --examples"):
+        main(["--weights", "default", "--data", "stickers-val:1", "--present"])
 
 
 def test_examples_need_a_detector(tmp_path: Path) -> None:

@@ -40,3 +40,9 @@ def test_commands__pretrain_fine_tune_and_evaluate(tmp_path: Path, capsys: pytes
         assert evaluate.main(command) == 0
         assert json.loads((out / "results.json").read_text())
     assert evaluate.main(["--weights", str(up), "--data", "stickers-val:2"]) == 0
+    shown = ["--examples", "1", "--present", "--out", str(tmp_path / "shown")]
+    assert evaluate.main(["--weights", str(up), "--data", "stickers-val:2", *shown]) == 0
+    results = json.loads((tmp_path / "shown" / "results.json").read_text())
+    truth = json.loads((tmp_path / "shown" / "annotations.json").read_text())["annotations"]
+    found, there = ({(one["image_id"], one["category_id"]) for one in rows} for rows in (results, truth))
+    assert found and found <= there, "asked of each scene only for what is in it"

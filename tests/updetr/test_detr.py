@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou, nms, roi_align
+from torchvision.ops import batched_nms, generalized_box_iou, nms, roi_align
 
 from ovd.config_detr import DetrConfig, DetrLossConfig
 from ovd.detector import Detector
+from ovd.evaluation.examples import LocatingPredictor, example_predictor
+from ovd.examples import Crop
 from ovd.modeling import detr_build
 from ovd.modeling.backbone import load_resnet
 from ovd.modeling.build import DetectorCard, save_detector
@@ -462,6 +464,28 @@ def test_find__a_pretrained_transformer_is_told_the_examples_and_says_how_certai
             detector.find(image, words, examples=shown)
     with pytest.raises(UserError, match="between 0 and 1"):
         detector.find(image, examples=examples, threshold=2.0)
+
+
+def test_evaluation__the_pretexts_transformer_is_told_the_crops_of_what_is_asked_for(tmp_path: Path) -> None:
+    exported(tmp_path, variant="agnostic", embed_space="ssl", conditioned=0)
+    model: Any = load_detector_model(tmp_path)
+    detector = Detector(model=model, encoder=WordEncoder())
+    rng = np.random.default_rng(0)
+    image, *crops = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((64, 96, 3), (20, 30, 3), (9, 9, 3)))
+    shown = {7: [Crop(crops[0])], 4: [Crop(crops[1])]}
+    every = example_predictor(detector, shown, limit=1000)
+    assert isinstance(every, LocatingPredictor)
+    rows = torch.cat([model.detr.pooled(model_patch(model, crop)) for crop in crops])
+    boxes, scores, owner = model.ask(image, rows, at_once=model.patches)
+    kept = batched_nms(boxes, scores, owner, every.nms)
+    found = every(image, 1)
+    assert [one["category_id"] for one in found] == [(7, 4)[int(owner[k])] for k in kept]
+    assert [one["score"] for one in found] == pytest.approx([float(scores[k]) for k in kept], rel=1e-4)
+    x1, y1, x2, y2 = boxes[kept[0]].tolist()
+    assert found[0]["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.01)
+    some = example_predictor(detector, shown, present={1: frozenset({4}), 2: frozenset()}, limit=3)
+    assert {one["category_id"] for one in some(image, 1)} == {4} and len(some(image, 1)) <= 3
+    assert some(image, 2) == []
 
 
 def model_patch(model: Any, crop: np.ndarray) -> torch.Tensor:
