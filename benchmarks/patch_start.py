@@ -43,7 +43,7 @@ def main() -> None:
 
     config: Any = load_config(
         DetrTrainConfig, "updetr.yaml",
-        ["cache=null", "pretext.held_out_count=0", "model.embed_space=clip", *options.overrides],
+        ["cache=null", "pretext.held_out_count=0", *options.overrides],
     )  # fmt: skip
     parts = build(config)
     model, encoder = parts["model"].eval(), parts["encoder"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw what UP-DETR's transformer finds when a crop of another picture is shown to it; no label was ever seen.
 
-    python scripts/draw_found.py --weights runs/updetr_clip/exported --out docs/images
+    python scripts/draw_found.py --weights runs/updetr/exported --out docs/images
 
 Validation scenes of one seed, in their order: the first things that were in an earlier scene too. The crop stands left
 of the picture, the one most certain box in it.

@@ -56,7 +56,6 @@ def pretrain_once(case: str, options: argparse.Namespace) -> Path:
             [
                 "--config", "updetr.yaml", f"out={out}", f"cache={options.out / 'features'}",
                 f"loop.steps={options.pretext_steps}", "loop.threads=1", "loop.save_every=500", "--resume",
-                "model.embed_space=clip", "model.loss.contrast=0.5",  # the space of detr.yaml: its heads carry over
                 *images, *CASES[case],
             ]
         )  # fmt: skip

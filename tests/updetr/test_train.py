@@ -108,7 +108,7 @@ def test_configs__hold_the_published_recipe() -> None:
         (["data.scale=[0.5, 1.0]"], "flips only"),
         (["data.cut={}", "pretext=null", "model.variant=text", "model.embed_space=clip"], "flips only"),
         (["data.cut={}", "cache=null"], "training on labels"),
-        (["model.variant=text", "pretext=null"], "embed_space clip"),
+        (["model.variant=text", "pretext=null", "model.embed_space=ssl"], "embed_space clip"),
         (["model.arch=detr", "model.denoising=1"], "start from anchors"),
         (["model.heads=3"], "not divisible"),
     ],
