@@ -90,6 +90,13 @@ class DetrConfig(Section):
         le=200,
         description="classes whose words queries are conditioned on per step; 0: free queries",
     )
+    crop_conditions: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of those words that are exchanged for a crop of a labelled thing of the class (OV-DETR: .5)",
+        json_schema_extra=LATER,
+    )
     region_tower: bool = Field(
         False,
         description="embed each free query by what the backbone's res4 shows inside its box, read by a last stage that "
@@ -107,6 +114,8 @@ class DetrConfig(Section):
             raise ValueError(f"conditioned {self.conditioned} groups need at least as many queries, not {self.queries}")
         if self.conditioned and (self.variant != "text" or self.embed_space != "clip"):
             raise ValueError("queries conditioned on words need variant text and embed_space clip")
+        if self.crop_conditions and not self.conditioned:
+            raise ValueError("crop_conditions exchanges words that queries are conditioned on: set conditioned")
         if self.region_tower and (self.variant != "text" or "res4" not in self.backbone.features):
             raise ValueError("region_tower reads res4 for words: it needs variant text and res4 in backbone.features")
         return self

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ovd.data.catalog import Labelled, LabelledImages
     from ovd.data.mapper import DetectionSource
     from ovd.data.patches import PatchSource
+    from ovd.modeling.condition import ClassCrops
     from ovd.modeling.detr import Detr
     from ovd.modeling.task import DetectionTask
     from ovd.modeling.tower import Tower
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 CROP_SCALES = (1.0, 1.5)  # of the joint space's regions (ViLD §3.2)
 CACHE_BATCH = 16
+CROPS_PER_CLASS = 8  # that queries may be told in training
+CROP_PICTURES = 2000  # labelled pictures that are searched for them, at most
 START_SAMPLES = 32  # pictures whose features tell where the projections start
 
 
@@ -142,8 +145,11 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     if config.pretext is not None:
         parts |= pretext_parts(config, model, encoder)
     else:
-        assert images is not None
+        assert images is not None and trainable is not None
         parts |= training_parts(config, model, images)
+        if config.model.crop_conditions:
+            model.class_crops = class_crops(images, trainable, encoder, share=config.model.crop_conditions).to(device)
+            print(f"queries are told {len(model.class_crops.rows_RD)} crops of labelled things too")
     if config.weights is None and config.model.arch == "conditional":  # the original starts as its authors had it
         print(start_inputs(config, parts))
     return parts
@@ -418,6 +424,51 @@ def cached_patches(
 
 
 # --- labels
+
+
+def class_crops(images: LabelledImages, trainable: Tensor, encoder: JointEncoder, *, share: float) -> ClassCrops:
+    """Crops of the first labelled things of each class, embedded as examples are when a person shows them.
+
+    Args:
+        images: labelled pictures.
+        trainable: (C,) bool.
+        encoder: with an image tower, on the device of the training.
+        share: see `ClassCrops`.
+
+    Raises:
+        UserError: no thing is large enough to be shown.
+    """
+    import torch
+
+    from ovd.examples import MIN_SIDE
+    from ovd.modeling.condition import ClassCrops
+    from ovd.regions.crops import embed_regions
+
+    had = torch.zeros(len(trainable), dtype=torch.int64)
+    wanted = CROPS_PER_CLASS * int(trainable.sum())
+    rows, labels = [], []
+    for index in range(min(CROP_PICTURES, len(images))):
+        if int(had.sum()) == wanted:
+            break
+        try:
+            labelled = images.load(index)
+        except BadImageError:  # the loop lists it, and stops if there are too many
+            continue
+        chosen = []
+        for number, (box, label) in enumerate(zip(labelled.boxes, labelled.classes.tolist(), strict=True)):
+            large = min(box[2] - box[0], box[3] - box[1]) >= MIN_SIDE
+            if large and bool(trainable[label]) and had[label] < CROPS_PER_CLASS:
+                chosen.append(number)
+                had[label] += 1
+        if chosen:
+            rows.append(embed_regions(encoder.eval(), labelled.image, labelled.boxes[chosen]).cpu())
+            labels.append(torch.from_numpy(labelled.classes[chosen]).long())
+    if not rows:
+        raise UserError(
+            f"model.crop_conditions: no labelled thing of {MIN_SIDE} pixels in the first {CROP_PICTURES} pictures; "
+            "set it to 0"
+        )
+    return ClassCrops(rows_RD=torch.cat(rows), labels_R=torch.cat(labels), classes=len(trainable), share=share)
 
 
 def training_parts(config: DetrTrainConfig, model: Detr, images: LabelledImages) -> dict[str, Any]:

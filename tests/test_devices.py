@@ -163,6 +163,8 @@ def test_vild__losses_and_regions_are_computed_on_the_gpu(variant: str, kind: di
 @pytest.mark.parametrize("options", [{}, {"denoising": 2}, {"denoising": 1, "conditioned": 2}])
 def test_transformer__losses_and_detections_are_computed_on_the_gpu(options: dict[str, Any], tower: bool) -> None:
     model = detr.make(novel=(4,), region_tower=region_tower() if tower else None, **options)
+    if model.conditioned:
+        model.class_crops = detr.class_crops()
     batch = [detr.picture(64, 96, [[8, 8, 40, 40], [50, 20, 90, 60]], [0, 2]), detr.picture(64, 64, [], [])]
     with pretend_cuda():
         to_cuda(model).train()

@@ -30,7 +30,7 @@ from torchvision.ops import roi_align
 
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.classifier import EmbeddingClassifier, cosine_logits
-from ovd.modeling.condition import ConditionEncoder
+from ovd.modeling.condition import ClassCrops, ConditionEncoder
 from ovd.modeling.distill import squared_distillation
 from ovd.modeling.matcher import (
     Matches,
@@ -248,6 +248,7 @@ class Detr(nn.Module):
         self.patch2query = ConditionEncoder(embed_dim, width, unit=unit_conditions)
         self.classifier = classifier
         self.region_tower = region_tower
+        self.class_crops: ClassCrops | None = None  # set by a training whose queries are told crops too
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -572,7 +573,7 @@ class Detr(nn.Module):
         return Matches(layer, image, query, place[query]), counted
 
     def _conditioned(self, memory: Memory, targets: Targets) -> dict[str, Tensor]:
-        """Losses of queries that are told what to look for: the words of some classes, present and absent."""
+        """Losses of queries that are told what to look for: words, or crops, of some classes, present and absent."""
         assert self.classifier is not None
         seen = self.classifier.trainable.nonzero()[:, 0]
         group = groups_of(self.queries, self.conditioned).to(self.device)
@@ -583,7 +584,8 @@ class Detr(nn.Module):
             absent = seen[torch.randperm(len(seen), device=self.device)]
             absent = absent[~torch.isin(absent, present)][: self.conditioned - len(present)]
             asked = torch.cat([present, absent])
-            rows.append(self.classifier.rows[asked])
+            told = self.classifier.rows[asked]
+            rows.append(told if self.class_crops is None else self.class_crops.mixed(told, asked))
             hit = targets.labels[n, :count, None] == asked[None]
             keep.append(hit.any(1))
             groups[n, :count] = torch.where(hit.any(1), hit.float().argmax(1), -1)

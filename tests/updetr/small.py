@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.classifier import EmbeddingClassifier
+from ovd.modeling.condition import ClassCrops
 from ovd.modeling.detr import Detr
 from ovd.modeling.tower import Tower
 from ovd.modeling.transformer import ConditionalDecoderLayer, EncoderLayer
@@ -104,6 +106,12 @@ def patch_batch(count: int, patches: int, *, side: int = 64, seed: int = 0) -> l
             }
         )
     return samples
+
+
+def class_crops(classes: int = C) -> ClassCrops:
+    """Two crops of the first class, one of the second, none of the others."""
+    rows = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+    return ClassCrops(rows_RD=F.normalize(rows, dim=1), labels_R=torch.tensor([1, 0, 0]), classes=classes, share=0.5)
 
 
 def region_tower(seed: int = 3) -> Tower:

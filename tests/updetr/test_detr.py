@@ -14,10 +14,12 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, generalized_box_iou, nms, roi_align
 
+from ovd import train_detr
 from ovd.config_detr import DetrConfig, DetrLossConfig
+from ovd.data.catalog import Labelled
 from ovd.detector import Detector
 from ovd.evaluation.examples import LocatingPredictor, example_predictor
-from ovd.examples import Crop
+from ovd.examples import Crop, Example, ExampleEmbedder
 from ovd.modeling import detr_build
 from ovd.modeling.backbone import load_resnet
 from ovd.modeling.build import DetectorCard, save_detector
@@ -32,11 +34,11 @@ from ovd.modeling.tower import start_body, start_projection
 from ovd.regions.crops import crop_regions
 from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.engine.config import OptimConfig
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm
 from pretrain.nets.towers import ResNetImage, build_encoder, export_backbone
 from tests.detector.fakes import WordEncoder
-from tests.updetr.small import STRIDE, C, D, make, picture, region_tower
+from tests.updetr.small import STRIDE, C, D, class_crops, make, picture, region_tower
 
 TWO = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
 
@@ -464,6 +466,53 @@ def test_find__a_pretrained_transformer_is_told_the_examples_and_says_how_certai
             detector.find(image, words, examples=shown)
     with pytest.raises(UserError, match="between 0 and 1"):
         detector.find(image, examples=examples, threshold=2.0)
+
+
+def test_conditions__some_words_are_exchanged_for_a_crop_of_their_class() -> None:
+    torch.manual_seed(0)
+    crops = class_crops()
+    words = torch.randn(300, D)
+    asked = torch.arange(C).repeat(300 // C)
+    told = crops.mixed(words, asked)
+    same = (told == words).all(1)
+    assert bool(same[asked >= 2].all()), "classes without a crop keep their words"
+    for label, rows in ((0, crops.rows_RD[:2]), (1, crops.rows_RD[2:])):
+        mine = told[(asked == label) & ~same]
+        assert 0.3 < len(mine) / int((asked == label).sum()) < 0.7
+        nearest = (mine[:, None] == rows[None]).all(2)
+        assert bool(nearest.any(1).all()) and bool(nearest.any(0).all()), "each of its crops, no other"
+    assert "class_crops" not in "".join(make("conditional", conditioned=2).state_dict())
+
+
+def test_conditions__crops_are_the_first_labelled_things_as_examples_are_embedded() -> None:
+    class Pictures:
+        names, novel = ("a", "b", "c"), frozenset({2})
+
+        def __len__(self) -> int:
+            return 3
+
+        def load(self, index: int) -> Labelled:
+            if index == 1:
+                raise BadImageError("broken.png")
+            rng = np.random.default_rng(index)
+            boxes = np.array([[0, 0, 30, 40], [10, 5, 60, 50], [2, 2, 5, 60], [20, 20, 44, 44]], dtype=np.float32)
+            image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            return Labelled(
+                image=image,
+                boxes=boxes,
+                masks=np.zeros((0, 64, 64), bool),
+                classes=np.array([0, 1, 0, 2]),
+                image_id=index,
+            )
+
+    torch.manual_seed(0)
+    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32)))
+    found = train_detr.class_crops(Pictures(), torch.tensor([True, True, False]), encoder, share=0.5)
+    assert found.count_C.tolist() == [2, 2, 0], "not the strip of three pixels, not the class that is kept out"
+    shown = Pictures().load(2)
+    embedder = ExampleEmbedder(encoder=encoder)
+    wanted = embedder.embed([Example("x", (Crop(shown.image, tuple(float(v) for v in shown.boxes[1])),))])
+    torch.testing.assert_close(found.rows_RD[3:], wanted)
 
 
 def test_evaluation__the_pretexts_transformer_is_told_the_crops_of_what_is_asked_for(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ovd.train_detr import is_transformer
 from pretrain.engine.config import LoopConfig, OptimConfig, load_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.engine.loop import fit
-from tests.updetr.small import C, make, patch_batch, picture, region_tower
+from tests.updetr.small import C, class_crops, make, patch_batch, picture, region_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -259,6 +259,7 @@ def test_resume__a_pretext_that_was_interrupted_ends_where_an_uninterrupted_one_
 def train(out: Path, steps: int, *, resume: bool = False) -> DetectionTask:
     torch.manual_seed(5)
     model = make("conditional", denoising=2, conditioned=3, region_tower=region_tower(), dropout=0.1)
+    model.class_crops = class_crops()
     task: DetectionTask = DetectionTask(
         model=model, pretrained_prefixes=("backbone.", "region_tower."), pretrained_lr_scale=0.1
     )
@@ -268,7 +269,9 @@ def train(out: Path, steps: int, *, resume: bool = False) -> DetectionTask:
     return task
 
 
-def test_resume__training_with_denoising_told_words_and_a_region_tower_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_resume__training_with_denoising_told_words_and_crops_and_a_region_tower_goes_on_bit_for_bit(
+    tmp_path: Path,
+) -> None:
     whole = train(tmp_path / "whole", 6)
     train(tmp_path / "parts", 3)
     resumed = train(tmp_path / "parts", 6, resume=True)
