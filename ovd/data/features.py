@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from ovd.data.mapper import DetectionSource
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.faults import too_many_bad
 from pretrain.engine.files import sha256_of, write_atomically
 
 META = "meta.json"
-BAD_SHARE = 0.01  # of pictures that may be unreadable, as in the training loop; one always may
 Sample = TypeVar("Sample")
 MOST = 100  # objects per picture that a cache holds (COCO has up to 93)
 
@@ -165,7 +165,7 @@ class Readable:
         """``load(index)``, or of the first picture after it that can be read.
 
         Raises:
-            BadImageError: more than `BAD_SHARE` of the pictures cannot be.
+            BadImageError: clearly more than 1 % of the pictures cannot be, the loop's own rule.
         """
         for step in range(self.count):
             other = (index + step) % self.count
@@ -175,7 +175,7 @@ class Readable:
                 return load(other)
             except BadImageError as error:
                 self.bad.add(other)
-                if len(self.bad) > max(1, BAD_SHARE * self.count):
+                if too_many_bad(len(self.bad), self.count):
                     raise BadImageError(
                         error.path, f"{error.reason}; with it {len(self.bad)} of {self.count} pictures cannot be read"
                     ) from error
