@@ -203,7 +203,7 @@ class Detr(nn.Module):
         super().__init__()
         self.arch, self.frozen, self.queries, self.loss_weights = arch, frozen, queries, loss
         self.features = tuple(features)
-        self.width, self.embed_dim, self.scale = width, embed_dim, scale
+        self.width, self.heads, self.embed_dim, self.scale = width, heads, embed_dim, scale
         self.denoising, self.box_noise, self.label_noise = denoising, box_noise, label_noise
         self.conditioned = conditioned
         self.backbone = backbone
@@ -354,7 +354,7 @@ class Detr(nn.Module):
             added: (N, Q, d) added to the queries (conditions).
             order: (Q,) permutation of the queries, or None.
             extra: queries that stand before the free ones (conditional only).
-            mask: (P + Q, P + Q) bool, True where a query must not see another.
+            mask: (P + Q, P + Q) bool, True where a query must not see another; or (N · heads, P + Q, P + Q).
         """
         count = len(memory.tokens)
         order = torch.arange(self.queries, device=self.device) if order is None else order
@@ -498,7 +498,8 @@ class Detr(nn.Module):
     ) -> tuple[Decoded, Decoded | None]:
         """`decode`, and the answers of the denoising queries beside it; None outside of training or without targets.
 
-        Denoising groups see themselves and the free queries; free queries must not see the answers.
+        Denoising groups see themselves and the free queries; free queries must not see the answers. Where a picture has
+        fewer targets than others, nobody sees its padded queries, so that its answers do not hang on the others.
         """
         extra, blocks = self._denoising(targets)
         if extra is None:
@@ -508,6 +509,10 @@ class Detr(nn.Module):
         hidden = (owner[:, None] != owner[None]) & (owner[None] >= 0)
         if mask is not None:
             hidden[size:, size:] = mask
+        if min(targets.counts) < max(targets.counts):
+            real = targets.real[:, torch.arange(size, device=self.device) % max(targets.counts)]
+            absent = F.pad(~real, (0, self.queries))
+            hidden = (hidden | absent[:, None]).repeat_interleave(self.heads, 0)  # one mask per picture and head
         out = self.decode(memory, added=added, order=order, extra=extra, mask=hidden)
         return (
             Decoded(out.states[:, :, size:], out.boxes[:, :, size:]),

@@ -157,6 +157,19 @@ def test_denoising__padded_places_count_nowhere(variant: str) -> None:
         torch.testing.assert_close(beside[name], alone[name])
 
 
+def test_denoising__what_a_picture_is_taught_does_not_hang_on_the_others_of_its_batch() -> None:
+    model = make("conditional", denoising=2, box_noise=0.0, label_noise=0.0).train()
+    few, many = picture(64, 64, TWO[:1], [1]), picture(64, 64, [*TWO, [1.0, 40.0, 20.0, 60.0]], [2, 0, 3], seed=1)
+    found = []
+    for batch in ([few], [few, many]):
+        free, taught = model.decode_taught(model.memory(batch), model.targets([x["instances"] for x in batch]))
+        assert taught is not None
+        own = [copy * (taught.boxes.shape[2] // 2) for copy in range(2)]  # its one thing in each group
+        found.append((free.boxes[:, 0], free.states[:, 0], taught.boxes[:, 0, own], taught.states[:, 0, own]))
+    for alone, together in zip(*found, strict=True):
+        torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
 def test_denoising__a_process_without_objects_has_the_same_losses_and_meets_the_others_as_often(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
