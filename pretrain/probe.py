@@ -21,7 +21,7 @@ from torch import nn
 
 from pretrain.engine import distributed
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import EXPORTED, write_atomically
+from pretrain.engine.files import EXPORTED, read_json, write_atomically
 from pretrain.nets.backbones import build_backbone, load_backbone, problem_with
 from pretrain.probes import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL, Few, Normalise, evaluate, open_data
 
@@ -36,11 +36,11 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
         UserError: There is none.
     """
     if folder is not None:
-        return load_backbone(folder)
+        return _exported(folder)
     if run is None:
         raise ValueError("a run or a folder is needed")
     if (run / EXPORTED).is_dir():
-        return load_backbone(run / EXPORTED)
+        return _exported(run / EXPORTED)
     from pretrain.config import ClipMethod, PretrainConfig, TextDistillMethod
     from pretrain.engine.checkpoint import load_model, load_state, newest
     from pretrain.engine.config import load_config
@@ -51,13 +51,29 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
         raise UserError(f"{run}: no exported backbone and no checkpoint; give the folder of a run (its out=)")
     method = load_config(PretrainConfig, run / "config.yaml").method
     if isinstance(method, ClipMethod | TextDistillMethod):
-        raise UserError(f"{run}: a run of {method.name}; measure it with python -m pretrain.evaluate --encoder")
+        raise UserError(f"{run}: an unfinished run of {method.name}; it can be probed when it has an exported/ folder")
     state, prefix = load_state(found)[0], "task.backbone."
     backbone = build_backbone(method.backbone, sizes=[view.size for view in method.views])
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     load_model(backbone, own, untracked=(), where=found.folder)
     size, mean, std = input_of(method)
     return backbone, {"method": method.name, "size": size, "mean": mean, "std": std, "step": found.step}
+
+
+def _exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A backbone folder, or the image tower of an encoder folder: a ResNet without the projection into words' space."""
+    from pretrain.nets.encoders import load_encoder
+    from pretrain.nets.towers import FORMAT, ResNetImage
+
+    config = read_json(folder / "config.json", hint="give the folder of a run (its out=), or its exported/")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        return load_backbone(folder)
+    encoder = load_encoder(folder)
+    if encoder.visual is None:
+        raise UserError(f"{folder}: this encoder knows texts only; a probe needs an image tower")
+    tower = encoder.visual.backbone if isinstance(encoder.visual, ResNetImage) else encoder.visual
+    known = {"size": encoder.image_size, "mean": encoder.image_mean, "std": encoder.image_std}
+    return tower.eval(), {"method": "clip", **known}
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +83,7 @@ def main(argv: list[str]) -> int:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="folder of a run of pretrain.train")
-    which.add_argument("--backbone", type=Path, help="backbone folder (a run's exported/)")
+    which.add_argument("--backbone", type=Path, help="backbone folder (a run's exported/), or an encoder folder (CLIP)")
     parser.add_argument(
         "--data", default="sticker_singles", help="sticker_singles, cifar:ROOT, or a folder with train/ and val/"
     )

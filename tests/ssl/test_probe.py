@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain import probe, probes
-from pretrain.config import PretrainConfig
+from pretrain.config import CbowTower, EncoderConfig, PretrainConfig, ResNetTower, ViTTower
 from pretrain.engine.config import plain
 from pretrain.engine.errors import UserError
 from pretrain.engine.loop import fit
 from pretrain.health import Watched
+from pretrain.nets.towers import build_encoder
 from pretrain.probes import Normalise, Probe, Recipe
 from pretrain.recipes import build_method
 from tests.ssl.small import Views
@@ -255,6 +256,25 @@ def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tm
     torch.testing.assert_close(found.eval()(pixels), task.backbone.eval()(pixels))
     target = task.task.target_backbone.eval()(pixels)  # type: ignore[operator,union-attr]
     assert not torch.allclose(found(pixels), target, atol=1e-4), "the online network, not its slow copy"
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_the_image_tower_of_an_encoder_is_probed(tmp_path: Path, kind: str) -> None:
+    vit = ViTTower(kind="vit", patch_size=8, width=32, layers=1, heads=2, image_size=32)
+    tower = ResNetTower(image_size=32) if kind == "resnet" else vit
+    encoder = build_encoder(EncoderConfig(embed_dim=8, image=tower)).eval()
+    encoder.save(tmp_path / "exported")
+    for found, info in (probe.open_backbone(tmp_path, None), probe.open_backbone(None, tmp_path / "exported")):
+        assert info["method"] == "clip" and info["size"] == 32 and tuple(info["mean"]) == encoder.image_mean
+        pixels = torch.rand(2, 3, 32, 32)
+        features = found(pixels)
+        assert features.shape == (2, 512 if kind == "resnet" else 8)
+        if kind == "resnet":
+            features = encoder.visual.proj(features)  # type: ignore[union-attr,operator]
+        torch.testing.assert_close(features, encoder.encode_image(pixels))
+    texts = build_encoder(EncoderConfig(embed_dim=8, text=CbowTower(width=16, hidden=16))).save(tmp_path / "texts")
+    with pytest.raises(UserError, match="texts only"):
+        probe.open_backbone(None, texts)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
