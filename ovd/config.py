@@ -179,7 +179,8 @@ class TrainConfig(Section):
         json_schema_extra={"resume": "free"},
     )
     encoder: str = Field(
-        "clip-sticker", description="image-text encoder: a name under weights/, a folder, or open_clip:MODEL:TAG"
+        "clip-sticker",
+        description="image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG",
     )
     templates: Literal["sticker", "vild63", "name"] = Field(
         "sticker",

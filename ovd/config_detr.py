@@ -180,7 +180,8 @@ class DetrTrainConfig(Section):
         json_schema_extra={"resume": "free"},
     )
     encoder: str = Field(
-        "clip-sticker", description="image-text encoder: a name under weights/, a folder, or open_clip:MODEL:TAG"
+        "clip-sticker",
+        description="image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG",
     )
     weights: str | None = Field(
         None, description="start from this exported DETR or UP-DETR (folder), or an official .pth file"

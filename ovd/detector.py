@@ -536,8 +536,10 @@ def _load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
 
     spec = card.encoder
     beside = [folder / "encoder", folder / spec, Path(spec)]
-    if spec.startswith("open_clip:") or Path(spec).is_file():
+    if spec.startswith("open_clip:"):
         encoder = load_encoder(spec)
+    elif file := next((p for p in (folder / spec, Path(spec)) if p.is_file()), None):
+        encoder = load_encoder(file)
     elif found := next((p for p in beside if (p / "config.json").is_file()), None):
         encoder = load_encoder(found)
     else:

@@ -91,7 +91,8 @@ class EmbedConfig(Section):
         description="Detector that proposes: a folder exported by ovd.train, a name under weights/, or ground-truth.",
     )
     encoder: str = Field(
-        "clip-sticker", description="Image-text encoder: a name under weights/, a folder, or open_clip:MODEL:TAG."
+        "clip-sticker",
+        description="Image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG.",
     )
     pictures: PicturesConfig = Field(PicturesConfig(), description="Which pictures.")
     proposals_per_image: int = Field(100, ge=1, le=5000, description="Best proposals kept per picture (ViLD: 300).")

@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--examples shows crops to a detector: give --weights and --data")
     if args.present and not args.examples:
         raise UserError("--present is a protocol of --examples; words are asked for in every picture")
+    if args.present and args.queries == "words":
+        raise UserError("--present goes without --queries words, which are told every class in every picture")
     if args.weights:
         evaluate_model(args, argv)
     else:
@@ -175,7 +177,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         elif is_lvis(gt):
             split = split_of("lvis", gt, where=str(data.annotations))
         if args.examples:
-            shown, gt = coco_crops(gt, Path(str(data.images)), count=args.examples)
+            shown, gt = coco_crops(gt, Path(str(data.images)), count=args.examples, asked=_asked(args, split))
     else:
         shipped = Split.load("stickers")
         split = Split.load(args.split, categories=shipped.names) if args.split else shipped
@@ -184,10 +186,11 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     folder = detector_folder(args.weights)
     predict: Predict | None = None
     device = str(pick_device(args.device))
-    variant = _model_of(folder).get("variant")
-    if args.examples and variant == "closed":
+    model = _model_of(folder)
+    variant = model.get("variant")
+    if args.examples and (variant == "closed" or (variant == "agnostic" and "patches" not in model.get("head", {}))):
         raise UserError(
-            f"--examples: {args.weights} (model.variant=closed) compares nothing with crops; "
+            f"--examples: {args.weights} (model.variant={variant}) compares nothing with crops; "
             "leave it out, or evaluate a detector of model.variant=text or a pretext's transformer"
         )
     source = None if data.annotations is not None else _scenes(data, args.size)
@@ -198,7 +201,7 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
         run["protocol"] = "class-agnostic detector: recall only"
         if args.examples:
             predict = _shown(args, split, run, shown, present)
-            run["protocol"] = "transformer of the pretext: queries are told the crops"
+            run |= {"protocol": "transformer of the pretext: queries are told the crops", "scores": "certainty"}
     elif variant == "closed":
         closed = _closed(folder, split, args.limit, device)
         predict, propose = closed, proposals_of(closed.model, top=args.regions)
@@ -281,6 +284,13 @@ def _detector(args: argparse.Namespace, run: dict[str, Any]) -> Detector:
     return detector
 
 
+def _asked(args: argparse.Namespace, split: Split) -> frozenset[int]:
+    """COCO ids of the categories that `--vocabulary` names; known: those left out of the means as well."""
+    if args.vocabulary in ("base", "novel"):
+        return frozenset(getattr(split, args.vocabulary))
+    return frozenset(split.ids if args.vocabulary == "all" else split.names)
+
+
 def _shown(
     args: argparse.Namespace,
     split: Split,
@@ -295,13 +305,9 @@ def _shown(
     if args.embeddings == "crops" or args.vocabulary not in ("all", "known", "base", "novel"):
         raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
     detector = _detector(args, run)
-    group = split.ids if args.vocabulary == "all" else split.names  # known: those left out of the means as well
-    if args.vocabulary in ("base", "novel"):
-        group = getattr(split, args.vocabulary)
-    known = {i: split.names[i] for i in group}
     if shown is None:
+        known = {i: split.names[i] for i in _asked(args, split)}
         shown = shown_stickers(Stickers.load(), known, count=args.examples)
-    shown = {category: crops for category, crops in shown.items() if category in known}
     run |= {"examples": args.examples, "scores": "calibrated"}
     return example_predictor(detector, shown, present=present, limit=args.limit)
 

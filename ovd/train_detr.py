@@ -436,7 +436,7 @@ def class_crops(images: LabelledImages, trainable: Tensor, encoder: JointEncoder
         share: see `ClassCrops`.
 
     Raises:
-        UserError: no thing is large enough to be shown.
+        UserError: an encoder without an image tower, or no thing is large enough to be shown.
     """
     import torch
 
@@ -444,6 +444,8 @@ def class_crops(images: LabelledImages, trainable: Tensor, encoder: JointEncoder
     from ovd.modeling.condition import ClassCrops
     from ovd.regions.crops import embed_regions
 
+    if encoder.visual is None:
+        raise UserError("model.crop_conditions: this encoder knows texts only; it cannot say what a crop shows")
     had = torch.zeros(len(trainable), dtype=torch.int64)
     wanted = CROPS_PER_CLASS * int(trainable.sum())
     rows, labels = [], []
@@ -454,14 +456,16 @@ def class_crops(images: LabelledImages, trainable: Tensor, encoder: JointEncoder
             labelled = images.load(index)
         except BadImageError:  # the loop lists it, and stops if there are too many
             continue
+        height, width = labelled.image.shape[:2]
+        boxes = labelled.boxes.clip(0, [width, height, width, height])
         chosen = []
-        for number, (box, label) in enumerate(zip(labelled.boxes, labelled.classes.tolist(), strict=True)):
+        for number, (box, label) in enumerate(zip(boxes, labelled.classes.tolist(), strict=True)):
             large = min(box[2] - box[0], box[3] - box[1]) >= MIN_SIDE
             if large and bool(trainable[label]) and had[label] < CROPS_PER_CLASS:
                 chosen.append(number)
                 had[label] += 1
         if chosen:
-            rows.append(embed_regions(encoder.eval(), labelled.image, labelled.boxes[chosen]).cpu())
+            rows.append(embed_regions(encoder.eval(), labelled.image, boxes[chosen]).cpu())
             labels.append(torch.from_numpy(labelled.classes[chosen]).long())
     if not rows:
         raise UserError(

@@ -53,7 +53,7 @@ def load_split(data: DataConfig) -> Split:
 
 
 def resolve_encoder(spec: str) -> JointEncoder:
-    """An encoder by its name under ``weights/``, its folder, or ``open_clip:MODEL:TAG``."""
+    """An encoder by its name under ``weights/``, its folder, a CLIP checkpoint, or ``open_clip:MODEL:TAG``."""
     from ovd.weights import weights_folder
     from pretrain.nets.encoders import load_encoder
 

@@ -277,7 +277,7 @@ class PretrainConfig(Section):
     out: Path = Field(description="Folder of the run; it is created.", json_schema_extra=FREE)
     method: Method = Field(description="What is learnt, and how.")
     data: Data = Field(description="What it is learnt from.")
-    watch: WatchConfig = Field(default=WatchConfig(), description="What is measured meanwhile (without labels).")
+    watch: WatchConfig = Field(default=WatchConfig(), description="What is measured meanwhile.")
     loop: LoopConfig = Field(description="Length, batch, checkpoints.")
     optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser and schedule.")
 

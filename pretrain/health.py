@@ -12,6 +12,7 @@ Shapes: `N` samples of this process, `D` projection, `K` prototypes.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ class Alarm(NamedTuple):
 
 
 EPS = 1e-9
-ALARMS = (
+ALARMS = (  # a new one goes last: checkpoints hold a value for each, in this order
     Alarm(
         "health/rank",
         lambda value, best: value < 0.2 * best,
@@ -169,14 +170,6 @@ ALARMS = (
         settled=0.1,
     ),
     Alarm(
-        "health/caption_margin",
-        lambda value, best: value < 0.005,
-        "a picture's own caption is no nearer than those of other pictures",
-        "see that captions belong to their pictures (a table may be shifted by a row); lower optim.lr or lengthen "
-        "optim.warmup_steps; take a larger loop.batch_size, with method.chunk if memory is short",
-        settled=0.25,
-    ),
-    Alarm(
         "health/ema_distance",
         lambda value, best: value < EPS,
         "the target network equals the online network",
@@ -189,6 +182,14 @@ ALARMS = (
         "the features have become worse at telling classes apart while the loss went on",
         "take the checkpoint from before the fall; then as for a falling rank",
         falls=True,
+    ),
+    Alarm(
+        "health/caption_margin",
+        lambda value, best: value < 0.005,
+        "a picture's own caption is no nearer than those of other pictures",
+        "see that captions belong to their pictures (a table may be shifted by a row); lower optim.lr or lengthen "
+        "optim.warmup_steps; take a larger loop.batch_size, with method.chunk if memory is short",
+        settled=0.25,
     ),
 )
 PATIENCE = 3  # measurements in a row: a single bad batch is no collapse
@@ -204,15 +205,22 @@ class Watched(nn.Module):
         task: A task with ``health() -> dict[str, Tensor]`` (see ``panel``).
         probe: Called with the task's backbone every ``probe_every`` steps, in every process; returns values by name.
         probe_every: Steps between probes; 0: never.
+        probe_name: What the probe measures on. A run that goes on with another forgets its best kNN.
     """
 
     progress: Tensor
     best: Tensor
     ill_for: Tensor
     probed: Tensor
+    probed_on: Tensor
 
     def __init__(
-        self, task: nn.Module, *, probe: Callable[[nn.Module], dict[str, float]] | None = None, probe_every: int = 0
+        self,
+        task: nn.Module,
+        *,
+        probe: Callable[[nn.Module], dict[str, float]] | None = None,
+        probe_every: int = 0,
+        probe_name: str = "",
     ) -> None:
         super().__init__()
         self.task = task
@@ -226,6 +234,8 @@ class Watched(nn.Module):
         self.register_buffer("best", torch.full((len(ALARMS),), -math.inf, dtype=torch.float64))
         self.register_buffer("ill_for", torch.zeros(len(ALARMS), dtype=torch.int64))  # measurements in a row
         self.register_buffer("probed", torch.full((), -1.0, dtype=torch.float64))  # newest kNN; -1: reported already
+        self.register_buffer("probed_on", torch.full((), -1, dtype=torch.int64))  # digest of the probe's name; -1: none
+        self._probe_digest = zlib.crc32(probe_name.encode())
         self._seconds = 0.0  # that it took; a measured time is no part of what a resumed run repeats
         self._loss = math.nan
 
@@ -247,8 +257,23 @@ class Watched(nn.Module):
         self.progress.fill_((step + 1) / total)
         if self.probe is not None and self.probe_every and (step + 1) % self.probe_every == 0:
             found = self.probe(self.backbone)
+            if int(self.probed_on) != self._probe_digest:
+                for number, alarm in enumerate(ALARMS):
+                    if alarm.value.startswith("probe/"):
+                        self.best[number], self.ill_for[number] = -math.inf, 0
+                self.probed_on.fill_(self._probe_digest)
             self.probed.fill_(found["knn"])
             self._seconds = found["seconds"]
+
+    def upgrade(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a run that began before an alarm was added: what it never judged starts as in a new run."""
+        own = {"best": torch.full_like(self.best, -math.inf), "ill_for": torch.zeros_like(self.ill_for)}
+        found = {"probed_on": torch.full_like(self.probed_on, -1), **state}
+        for name, fresh in own.items():
+            value = found.get(name)
+            if isinstance(value, Tensor) and value.ndim == 1 and len(value) < len(fresh):
+                found[name] = torch.cat([value, fresh[len(value) :].to(value)])
+        return found
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Values for the log line, and new alarms. Every process must call it."""

@@ -63,15 +63,13 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
 def _exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A backbone folder, or the image tower of an encoder folder: a ResNet without the projection into words' space."""
     from pretrain.nets.encoders import load_encoder
-    from pretrain.nets.towers import FORMAT, ResNetImage
+    from pretrain.nets.towers import FORMAT, image_features
 
     config = read_json(folder / "config.json", hint="give the folder of a run (its out=), or its exported/")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         return load_backbone(folder)
     encoder = load_encoder(folder)
-    if encoder.visual is None:
-        raise UserError(f"{folder}: this encoder knows texts only; a probe needs an image tower")
-    tower = encoder.visual.backbone if isinstance(encoder.visual, ResNetImage) else encoder.visual
+    tower = image_features(encoder)
     known = {"size": encoder.image_size, "mean": encoder.image_mean, "std": encoder.image_std}
     return tower.eval(), {"method": "clip", **known}
 

@@ -9,6 +9,7 @@ Shapes: `N` queries, `M` bank, `D` features, `C` classes.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from pretrain.data.render import U8, Dice
 from pretrain.data.views import crop_box, resized
 from pretrain.engine import distributed
 from pretrain.engine.config import OptimConfig
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.optim import LARS, lr_at
 
 
@@ -362,7 +363,11 @@ class _Kept:
     def image(self, index: int) -> U8:
         key = (self.is_bank, index)
         if key not in self.kept:
-            self.kept[key] = centre(self.source.image(index), self.size)
+            try:
+                self.kept[key] = centre(self.source.image(index), self.size)
+            except BadImageError as error:  # a training does not end for it, and every process must go on alike
+                print(f"warning: probe: a grey picture stands for {error}", file=sys.stderr, flush=True)
+                self.kept[key] = np.full((self.size, self.size, 3), 128, np.uint8)
         return self.kept[key]
 
     def label(self, index: int) -> int:
@@ -392,7 +397,10 @@ def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data
         return build_images(stickers), build_images(held_out), side
     if kind == "cifar" and root:
         cifar = CifarImages(kind="cifar", root=Path(root))
-        return build_images(cifar), build_images(cifar.model_copy(update={"split": "test"})), size or 32
+        try:
+            return build_images(cifar), build_images(cifar.model_copy(update={"split": "test"})), size or 32
+        except UserError as error:
+            raise UserError(f"{key} {text}: {error}") from error
     folders = [Path(text) / name for name in ("train", "val")]
     missing = next((folder for folder in folders if not folder.is_dir()), None)
     if missing is not None:
@@ -404,7 +412,9 @@ def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data
     ours, theirs = train_set.classes, test_set.classes  # type: ignore[attr-defined]
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs))
-        raise UserError(f"{text}: train and val have different classes, for example {odd[0]!r}; give both the same")
+        raise UserError(
+            f"{key} {text}: train and val have different classes, for example {odd[0]!r}; give both the same"
+        )
     return train_set, test_set, size or 224
 
 

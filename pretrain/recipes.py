@@ -215,7 +215,8 @@ def watched(task: nn.Module, watch: WatchConfig, data: Section, inputs: Inputs) 
         bank=watch.probe_pictures,
         queries=watch.probe_pictures // 2,
     )
-    return Watched(task, probe=probe, probe_every=watch.probe_every)
+    name = f"{named}, {watch.probe_pictures} pictures"
+    return Watched(task, probe=probe, probe_every=watch.probe_every, probe_name=name)
 
 
 def _labelled_halves(data: Section) -> str | None:

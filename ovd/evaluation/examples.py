@@ -62,39 +62,48 @@ def sticker_crops(stickers: Stickers, *, count: int, classes: frozenset[int]) ->
     return found
 
 
-def coco_crops(gt: Mapping[str, Any], folder: Path, *, count: int) -> tuple[dict[int, list[Crop]], dict[str, Any]]:
+def coco_crops(
+    gt: Mapping[str, Any], folder: Path, *, count: int, asked: frozenset[int] | None = None
+) -> tuple[dict[int, list[Crop]], dict[str, Any]]:
     """``count`` boxes of each category, and the annotations without the pictures that they are from.
 
     Pictures are taken in the file's order; each gives a category its largest box that is no crowd, with what is around
-    it.
+    it. Categories without any annotation are left out.
 
     Args:
         gt: COCO annotations, checked.
         folder: of the pictures.
         count: crops per category.
+        asked: ids of the categories to show; None: all.
 
     Raises:
         UserError: a category has boxes in too few pictures, or nothing is left to be evaluated.
     """
-    boxes: dict[Any, dict[int, dict[str, Any]]] = {}
+    names = {category["id"]: category["name"] for category in gt["categories"]}
+    labelled = {one["category_id"] for one in gt["annotations"]}
+    found: dict[int, list[Crop]] = {i: [] for i in names if i in labelled and (asked is None or i in asked)}
+    sides = {entry["id"]: (entry.get("width", np.inf), entry.get("height", np.inf)) for entry in gt["images"]}
+    boxes: dict[Any, dict[int, tuple[float, float, float, float]]] = {}
     for one in gt["annotations"]:
-        if not one.get("iscrowd") and min(one["bbox"][2:]) >= MIN_SIDE:
-            largest = boxes.setdefault(one["image_id"], {})
-            best = largest.get(one["category_id"])
-            if best is None or one["bbox"][2] * one["bbox"][3] > best["bbox"][2] * best["bbox"][3]:
-                largest[one["category_id"]] = one
-    found: dict[int, list[Crop]] = {category["id"]: [] for category in gt["categories"]}
+        if one.get("iscrowd") or one["category_id"] not in found:
+            continue
+        x, y, wide, high = (float(value) for value in one["bbox"])
+        width, height = sides[one["image_id"]]
+        box = (max(x, 0.0), max(y, 0.0), min(x + wide, float(width)), min(y + high, float(height)))
+        largest = boxes.setdefault(one["image_id"], {})
+        best = largest.get(one["category_id"])
+        if min(box[2] - box[0], box[3] - box[1]) >= MIN_SIDE and (best is None or _area(box) > _area(best)):
+            largest[one["category_id"]] = box
     used = set()
     for n, entry in enumerate(gt["images"]):
-        wanted = {c: one for c, one in boxes.get(entry["id"], {}).items() if c in found and len(found[c]) < count}
+        wanted = {c: box for c, box in boxes.get(entry["id"], {}).items() if len(found[c]) < count}
         if not wanted:
             continue
         used.add(entry["id"])
         pixels = read_image(folder / picture_file(entry, where=f"images[{n}]"))
-        for category, one in wanted.items():
-            x, y, w, h = (float(v) for v in one["bbox"])
-            found[category].append(Crop(pixels, (x, y, x + w, y + h)))
-    few = next((c["name"] for c in gt["categories"] if len(found[c["id"]]) < count), None)
+        for category, box in wanted.items():
+            found[category].append(Crop(pixels, box))
+    few = next((names[i] for i, crops in found.items() if len(crops) < count), None)
     if few is not None:
         raise UserError(
             f"--examples {count}: {few!r} has boxes of {MIN_SIDE} pixels in too few pictures; ask for fewer"
@@ -106,6 +115,10 @@ def coco_crops(gt: Mapping[str, Any], folder: Path, *, count: int) -> tuple[dict
         )
     kept = [one for one in gt["annotations"] if one["image_id"] not in used]
     return found, {**gt, "images": rest, "annotations": kept}
+
+
+def _area(box: tuple[float, float, float, float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def example_rows(detector: Detector, crops: Mapping[int, Sequence[Crop]]) -> Tensor:

@@ -10,9 +10,10 @@ where a picture has several captions one is drawn. Both are pure functions of (s
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -87,14 +88,20 @@ def table_of(config: CaptionTable) -> CaptionedFiles:
     texts: dict[str, list[str]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, dialect="excel-tab" if tabs else "excel", strict=not tabs)
-            missing = [name for name in (config.image, config.caption) if name not in (rows.fieldnames or ())]
+            style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+            rows = csv.DictReader(file, **style)  # a .tsv has no quotes: one in a caption is a character like others
+            if not rows.fieldnames:
+                raise UserError(f"{path} is empty; it needs a header with the columns {config.image}, {config.caption}")
+            missing = [name for name in (config.image, config.caption) if name not in rows.fieldnames]
             if missing:
                 raise UserError(
-                    f"{path} has no column {missing[0]!r}, but {', '.join(map(repr, rows.fieldnames or ()))}; name the "
+                    f"{path} has no column {missing[0]!r}, but {', '.join(map(repr, rows.fieldnames))}; name the "
                     "columns of paths and texts with data.image and data.caption"
                 )
             for row in rows:
+                if None in row:
+                    hint = "" if tabs else "; a caption with a comma in it stands in double quotes"
+                    raise UserError(f"{path}, line {rows.line_num}: more fields than the header has columns{hint}")
                 name, text = (str(row[key] or "").strip() for key in (config.image, config.caption))
                 if not name or not text:
                     raise UserError(
@@ -108,8 +115,11 @@ def table_of(config: CaptionTable) -> CaptionedFiles:
     if not texts:
         raise UserError(f"{path} has a header and no rows")
     files = [root / name for name in texts]
-    if not files[0].is_file():  # the likeliest mistake is all of them; single ones are passed over by the loop
-        raise UserError(f"{path} names {files[0]}, which does not exist; paths are below data.root ({root})")
+    if not os.path.isfile(files[0]):  # the likeliest mistake is all of them; single ones are passed over by the loop
+        raise UserError(
+            f"{path} names {files[0]}, which does not exist; column {config.image!r} (data.image) must hold paths "
+            f"below data.root ({root})"
+        )
     return CaptionedFiles(files, list(texts.values()))
 
 
@@ -125,7 +135,8 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
         names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
         texts: dict[int, list[str]] = {}
         for entry in content["annotations"]:
-            texts.setdefault(int(entry["image_id"]), []).append(str(entry["caption"]).strip())
+            if text := str(entry["caption"]).strip():
+                texts.setdefault(int(entry["image_id"]), []).append(text)
         files = [config.images / names[number] for number in texts]
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(
@@ -134,7 +145,7 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
         ) from problem
     if not files:
         raise UserError(f"{path} has no captions")
-    if not files[0].is_file():
+    if not os.path.isfile(files[0]):
         raise UserError(f"{files[0]} does not exist; data.images must be the folder of the pictures of {path.name}")
     return CaptionedFiles(files, list(texts.values()))
 
@@ -148,7 +159,7 @@ class CaptionedShardSet:
 
     def __init__(self, pattern: str) -> None:
         self.shards = ShardSet(pattern)
-        self._chosen = np.flatnonzero([self.shards.captioned(i) for i in range(len(self.shards))])
+        self._chosen = np.flatnonzero(self.shards.captioned)
         if not len(self._chosen):
             raise UserError(f"{pattern}: none of {len(self.shards):,} pictures has a caption (KEY.txt beside KEY.jpg)")
 

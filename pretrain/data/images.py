@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pretrain.config_views import CifarImages, FolderImages, ImagesConfig, ShardImages, StickerScenes, StickerSingles
 from pretrain.data.folder import EXTENSIONS, U8, list_images, read_image
@@ -219,9 +220,10 @@ class ShardSet:
         """The number in ``KEY.cls``; −1 without."""
         return int(self._rows[index, 3])
 
-    def captioned(self, index: int) -> bool:
-        """Whether there is a ``KEY.txt``."""
-        return bool(self._rows[index, 5])
+    @property
+    def captioned(self) -> NDArray[np.bool_]:
+        """(N,) whether there is a ``KEY.txt``."""
+        return self._rows[:, 5] > 0
 
     def caption(self, index: int) -> str:
         """The text of ``KEY.txt``; empty without. ``BadImageError`` if it cannot be read."""

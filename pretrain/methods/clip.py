@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pretrain.config import AugmentConfig
 from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
-from pretrain.nets.towers import JointEncoder, ProjectedText
+from pretrain.nets.towers import JointEncoder, ProjectedText, image_features
 from pretrain.views import luma
 
 
@@ -183,19 +183,17 @@ class Clip(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The image tower."""
-        assert self.encoder.visual is not None
-        return self.encoder.visual
+        """What the kNN probe measures."""
+        return image_features(self.encoder)
 
     def health(self) -> dict[str, Tensor]:
         """Pictures' embeddings, and cosines with the own caption and (mean) with those of other pictures."""
         image, text = (F.normalize(self._last[name].float(), dim=1) for name in ("image", "text"))
-        cosine = image @ text.T
-        own = cosine.diagonal()
+        own = (image * text).sum(1)
         return {
             "projection": self._last["image"],
             "own_caption": own,
-            "other_captions": (cosine.sum(1) - own) / max(1, len(own) - 1),
+            "other_captions": (image @ text.sum(0) - own) / max(1, len(own) - 1),
         }
 
     def after_step(self, step: int, total: int) -> None:

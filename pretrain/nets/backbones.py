@@ -96,7 +96,11 @@ def _timm(name: str, sizes: Sequence[int]) -> nn.Module:
     if not timm.is_model(name):
         raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
     places: dict[str, Any] = {}
-    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+    try:
+        fixed = bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+    except RuntimeError as problem:  # a tag behind a dot that timm does not know
+        raise UserError(f"method.backbone.name: timm:{name}: {_first_line(problem)}") from problem
+    if fixed:
         places = {"img_size": sizes[0], **({"dynamic_img_size": True} if len(set(sizes)) > 1 else {})}
     try:
         network = timm.create_model(name, pretrained=False, num_classes=0, **places)

@@ -73,18 +73,26 @@ def clip_architecture(tensors: Mapping[str, Tensor], *, source: str) -> dict[str
             f"{source}: no CLIP model of its authors' names (no {missing[0] if missing else 'visual.proj'}); its keys "
             f"begin {', '.join(list(tensors)[:3])}. For another model of open_clip's: open_clip:MODEL:{source}"
         )
+    ranks = {"visual.conv1.weight": 4, "text_projection": 2, "positional_embedding": 2, "token_embedding.weight": 2}
+    odd = next((name for name, rank in ranks.items() if tensors[name].ndim != rank), None)
+    width = len(tensors["ln_final.weight"])
+    widths = [width, *([len(tensors["visual.conv1.weight"])] if vit else [])]
+    if odd or any(value % HEAD_WIDTH or not value for value in widths):
+        why = f"{odd} has {tensors[odd].ndim} axes" if odd else f"widths {widths} are no multiples of {HEAD_WIDTH}"
+        raise UserError(
+            f"{source}: not as CLIP's authors publish it ({why}); name its model: open_clip:MODEL.json:{source}"
+        )
     image: dict[str, Any]
     if vit:
-        width, _, _, patch = tensors["visual.conv1.weight"].shape
+        wide, _, _, patch = tensors["visual.conv1.weight"].shape
         grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
-        image = {"layers": _blocks(tensors, "visual.transformer.resblocks."), "width": width,
+        image = {"layers": _blocks(tensors, "visual.transformer.resblocks."), "width": wide,
                  "patch_size": patch, "image_size": patch * grid}  # fmt: skip
     else:
         grid = round((len(tensors["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
         image = {"layers": [_blocks(tensors, f"visual.layer{n}.") for n in (1, 2, 3, 4)],
                  "width": len(tensors["visual.layer1.0.conv1.weight"]), "patch_size": None,
                  "image_size": RESNET_STRIDE * grid}  # fmt: skip
-    width = len(tensors["ln_final.weight"])
     text = {
         "context_length": len(tensors["positional_embedding"]), "vocab_size": len(tensors["token_embedding.weight"]),
         "width": width, "heads": width // HEAD_WIDTH, "layers": _blocks(tensors, "transformer.resblocks."),
@@ -110,7 +118,7 @@ def build_open_clip(settings: Mapping[str, Any]) -> JointEncoder:
     )
     try:
         model = CustomTextCLIP(**model_config)
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise UserError(f"open_clip:{name}: the model configuration does not build: {error}") from error
     tokenizer: Tokenize
     if hf_name is None:
@@ -142,6 +150,8 @@ def load_open_clip(rest: str) -> tuple[JointEncoder, str]:
     name, _, weights = rest.partition(":")
     if name.endswith(".json"):
         model_config = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
+        if not isinstance(model_config, dict):
+            raise UserError(f"{name}: no configuration of open_clip's, which is a table with vision_cfg and text_cfg")
         model_config = model_config.get("model_cfg", model_config)
         tags: list[str] = []
     else:

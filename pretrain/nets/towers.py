@@ -50,6 +50,17 @@ class ResNetImage(nn.Module):
         return self.proj(self.backbone(pixels))
 
 
+def image_features(encoder: JointEncoder) -> nn.Module:
+    """What a probe measures of an image tower: a ResNet without its projection into the joint space, a ViT as it is.
+
+    Raises:
+        UserError: This encoder has no image tower.
+    """
+    if encoder.visual is None:
+        raise UserError("this encoder knows texts only; a probe needs an image tower")
+    return encoder.visual.backbone if isinstance(encoder.visual, ResNetImage) else encoder.visual
+
+
 class CbowText(nn.Module):
     """Mean of the token embeddings, then one hidden layer: (N, T) -> (N, D). The order of the tokens plays no part.
 

@@ -95,6 +95,13 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
     torch.save({k: v for k, v in state.items() if k != "input_resolution"}, tmp_path / "trained.pt")
     with pytest.raises(UserError, match=r"which activation .* open_clip:ViT-B-32-quickgelu:.*trained\.pt"):
         load_encoder(tmp_path / "trained.pt")
+    for name, value, said in (
+        ("visual.conv1.weight", torch.zeros(96, 3, 8, 8), r"widths \[64, 96\] are no multiples of 64"),
+        ("text_projection", torch.zeros(64), "text_projection has 1 axes"),
+    ):
+        torch.save({**state, name: value}, tmp_path / "odd.pt")
+        with pytest.raises(UserError, match=said):
+            load_encoder(tmp_path / "odd.pt")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
     with pytest.raises(UserError, match=r"no CLIP model of its authors' names \(no text_projection\); its keys begin"):
         load_encoder(tmp_path / "linear.pt")

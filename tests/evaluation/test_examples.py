@@ -100,7 +100,21 @@ def test_a_picture_may_be_asked_for_what_is_in_it_only() -> None:
     assert some(picture(), 3) == []
 
 
+def test_boxes_that_leave_their_picture_are_cut_and_categories_nobody_labelled_or_asked_for_are_left_out(
+    tmp_path: Path,
+) -> None:
+    gt = cells(tmp_path)
+    gt["annotations"][1]["bbox"] = [40, -5, 90, 30]  # of picture 1
+    gt["categories"].append({"id": 1, "name": "animals"})
+    shown, _ = coco_crops(gt, tmp_path, count=1)
+    assert set(shown) == {7, 9} and shown[7][0].box == (40, 0, 60, 25)
+    only, rest = coco_crops(gt, tmp_path, count=1, asked=frozenset({9}))
+    assert set(only) == {9} and [image["id"] for image in rest["images"]] == [1, 2, 4]
+
+
 def test_the_one_shot_protocol_goes_with_examples() -> None:
+    with pytest.raises(UserError, match="goes without --queries words"):
+        main(["--weights", "default", "--data", "stickers-val:1", "--examples", "1", "--present", "--queries", "words"])
     with pytest.raises(UserError, match="--present is a protocol of --examples"):
         main(["--weights", "default", "--data", "stickers-val:1", "--present"])
 

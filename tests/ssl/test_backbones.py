@@ -52,6 +52,11 @@ def test_views_that_a_backbone_cannot_take_are_named_with_the_reason(name: str, 
         build_backbone(BackboneConfig(name=name), sizes=sizes)
 
 
+def test_a_tag_that_timm_does_not_know_is_named() -> None:
+    with pytest.raises(UserError, match=r"method\.backbone\.name: timm:vit_tiny_patch16_224\.foo: .*tag"):
+        build_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224.foo"))
+
+
 def test_a_vision_transformer_of_small_pictures_is_saved_and_comes_back(tmp_path: Path) -> None:
     config = BackboneConfig(name=VIT)
     net = build_backbone(config, sizes=[32]).eval()

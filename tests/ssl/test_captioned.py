@@ -50,6 +50,10 @@ def test_rows_of_a_table_are_pictures_and_several_of_one_are_its_captions(photos
     found = build_captioned(table(photos / "pairs.csv", rows))
     assert [list(found.captions(i)) for i in range(len(found))] == [["a dog, running", "a beagle"], ["a cup"]]
     assert found.image(0).shape == (32, 96, 3)
+    quoted = table(
+        photos / "pairs.tsv", [("wide.png", '"wow" a cat'), ("tall.png", '"never closed'), ("small.png", "x")]
+    )
+    assert build_captioned(quoted).captions(1) == ['"never closed'] and len(build_captioned(quoted)) == 3
     other = table(photos.parent / "pairs.tsv", [("small.png", 'a "cup", blue')], ("filepath", "title"))
     named = other.model_copy(update={"root": photos, "image": "filepath", "caption": "title"})
     assert list(build_captioned(named).captions(0)) == ['a "cup", blue']
@@ -117,12 +121,20 @@ def test_tables_with_mistakes_are_named_with_the_line_or_the_column(photos: Path
         build([("wide.png", "a dog")], header=("image", "text"))
     with pytest.raises(UserError, match=r"pairs\.csv, line 3: a row needs a path and a caption"):
         build([("wide.png", "a dog"), ("tall.png", "")])
-    with pytest.raises(UserError, match=r"names .*/gone\.png, which does not exist; paths are below data\.root"):
+    with pytest.raises(UserError, match=r"names .*/gone\.png, which does not exist; .* paths below data\.root"):
         build([("gone.png", "a dog")])
     with pytest.raises(UserError, match="a header and no rows"):
         build([])
     with pytest.raises(UserError, match=r"data\.path .*none\.csv does not exist"):
         build_captioned(CaptionTable(kind="caption_table", path=tmp_path / "none.csv"))
+    with pytest.raises(UserError, match=r"pairs\.csv, line 2: more fields .* stands in double quotes"):
+        build([("wide.png", "a cat, asleep on a mat")])
+    (photos / "empty.csv").write_text("")
+    with pytest.raises(UserError, match="is empty; it needs a header"):
+        build_captioned(CaptionTable(kind="caption_table", path=photos / "empty.csv"))
+    swapped = table(photos / "pairs.csv", [("wide.png", "a dog " * 60)])
+    with pytest.raises(UserError, match=r"column 'caption' \(data\.image\) must hold paths"):
+        build_captioned(swapped.model_copy(update={"image": "caption", "caption": "image"}))
     (tmp_path / "bytes.csv").write_bytes(b"image,caption\n\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read as a table in UTF-8"):
         build_captioned(CaptionTable(kind="caption_table", path=tmp_path / "bytes.csv"))

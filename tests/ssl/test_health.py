@@ -18,13 +18,14 @@ from pretrain import health
 from pretrain.config import PretrainConfig
 from pretrain.config_ssl import WatchConfig
 from pretrain.config_views import FolderImages, StickerSingles
+from pretrain.engine.checkpoint import load_model
 from pretrain.engine.config import Section, free_keys, load_config
 from pretrain.engine.errors import UserError
-from pretrain.health import Watched, effective_rank
+from pretrain.health import Watched, effective_rank, panel
 from pretrain.probes import Probe
 from pretrain.recipes import watched
 from tests.engine.toy import Everything, content, differences, train
-from tests.ssl.ssl_cases import METHODS
+from tests.ssl.ssl_cases import METHODS, run_of
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -223,6 +224,47 @@ def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
     whole, parts = untimed(tmp_path / "whole"), untimed(tmp_path / "parts")
     assert whole == parts
     assert [line["step"] for line in whole if "probe/knn" in line] == [4, 6]
+
+
+def test_a_run_that_began_before_an_alarm_was_added_goes_on(tmp_path: Path) -> None:
+    old, new = Watched(WithHealth()), Watched(WithHealth())
+    old.best.copy_(torch.arange(len(old.best)))
+    state = {name: value for name, value in old.state_dict().items() if name != "probed_on"}
+    state |= {name: state[name][:-1] for name in ("best", "ill_for")}
+    load_model(new, state, untracked=(), where=tmp_path)
+    assert new.best.tolist() == [*range(len(old.best) - 1), -math.inf] and new.ill_for.tolist() == [0] * len(old.best)
+    with pytest.raises(UserError, match="size mismatch for best"):
+        load_model(new, {**state, "best": torch.zeros(99)}, untracked=(), where=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "alarmed"), [("stickers", True), ("other pictures", False)])
+def test_another_probe_is_no_fall_of_the_old_one(name: str, alarmed: bool) -> None:
+    def measured(task: Watched) -> list[str]:
+        task.after_step(5, 10)
+        return [text for text in task.report()[1] if text.startswith("probe/knn")]
+
+    def watched_by(knn: float, name: str) -> Watched:
+        task = WithHealth()
+        task.seen = normal(4, 3)
+        return Watched(task, probe=lambda _: {"knn": knn, "seconds": 0.0}, probe_every=1, probe_name=name)
+
+    before, after = watched_by(0.9, "stickers"), watched_by(0.1, name)
+    assert measured(before) == []
+    after.load_state_dict(before.state_dict())
+    assert bool(measured(after)) is alarmed
+    assert measured(after) == [], "said once"
+
+
+def test_clips_panel_is_of_its_last_embeddings() -> None:
+    clip = run_of("clip")[0]
+    image, text = normal(6, 8), normal(6, 8, seed=1)
+    clip._last = {"image": image, "text": text}  # type: ignore[assignment]
+    found = panel(clip.health())  # type: ignore[operator]
+    a, b = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (image, text))
+    cosine = a @ b.T
+    margin = [cosine[n, n] - np.delete(cosine[n], n).mean() for n in range(6)]
+    assert found["health/caption_margin"] == pytest.approx(np.mean(margin), rel=1e-4)
+    assert found["health/rank"] == pytest.approx(float(effective_rank(image)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("shift", "alarmed"), [(0, False), (1, True)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pretrain import probe, probes
 from pretrain.config import CbowTower, EncoderConfig, PretrainConfig, ResNetTower, ViTTower
 from pretrain.engine.config import plain
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.loop import fit
 from pretrain.health import Watched
 from pretrain.nets.towers import build_encoder
@@ -175,6 +175,22 @@ def test_a_probe_out_of_time_is_smaller_and_still_has_both_halves() -> None:
     watch = Probe(Blobs(60, seed=1), Blobs(24, seed=2), PLAIN, seconds=0, bank=60, queries=24, k=5, batch=10)
     found = watch(network())
     assert (found["bank"], found["queries"]) == (10, 4)
+
+
+def test_an_unreadable_picture_of_a_probe_in_training_is_stood_for_and_said_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Broken(Blobs):
+        def image(self, index: int) -> np.ndarray:
+            if index == 2:
+                raise BadImageError("broken.png", "is damaged")
+            return super().image(index)
+
+    found = Probe(Broken(40, seed=0), Blobs(20, seed=1), PLAIN, seconds=60, k=3)
+    for _ in range(2):
+        result = found(network())
+        assert (result["bank"], result["queries"]) == (40, 20)
+    assert capsys.readouterr().err.count("a grey picture stands for broken.png") == 1
 
 
 def test_pictures_without_labels_are_refused() -> None:
