@@ -38,62 +38,73 @@ def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
     Returns:
         (N, 3, size, size) in [0, 1].
     """
-    count, device = len(pixels), pixels.device
+    return changed(pixels, draw_changes(config, len(pixels), pixels.device), config, size)
+
+
+def draw_changes(config: AugmentConfig, count: int, device: torch.device) -> dict[str, Tensor]:
+    """What happens to each of ``count`` pictures, (N, …) by name: a few numbers, drawn for the whole batch at once.
+
+    Without one of the changes of looks no random number is drawn for it, so that older runs go on alike.
+    """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, device=device)
 
-    area = uniform(*config.crop_scale)
     stretch = min(0.2, -math.log(max(config.crop_scale[0], 1e-6)))  # width to height 0.82 to 1.22; none without a crop
-    aspect = uniform(-stretch, stretch).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # centre, in [-1, 1] coordinates
-    mirror = torch.where(torch.rand(count, device=device) < config.flip, -1.0, 1.0)
-    zero = torch.zeros_like(x)
-    matrix = torch.stack([torch.stack([width * mirror, zero, x], -1), torch.stack([zero, height, y], -1)], 1)
-    grid = F.affine_grid(matrix, [count, 3, size, size], align_corners=False)
-    pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    gain = (1 + uniform(-config.brightness, config.brightness, 1, 1, 1)) * (
+    drawn = {"area": uniform(*config.crop_scale), "aspect": uniform(-stretch, stretch).exp()}
+    drawn |= {"x": uniform(-1, 1), "y": uniform(-1, 1), "mirrored": torch.rand(count, device=device) < config.flip}
+    drawn["gain"] = (1 + uniform(-config.brightness, config.brightness, 1, 1, 1)) * (
         1 + uniform(-config.colour, config.colour, 3, 1, 1)
     )
-    contrast = 1 + uniform(-config.contrast, config.contrast, 1, 1, 1)
-    mean = pixels.mean((1, 2, 3), keepdim=True)
-    pixels = (((pixels - mean) * contrast + mean) * gain).clamp(0, 1)
-    return _other_look(pixels, config)
-
-
-def _other_look(pixels: Tensor, config: AugmentConfig) -> Tensor:
-    """Changes that keep shapes and take colours and textures away: what a drawing style never seen may differ in.
-
-    Without one of them no random number is drawn for it, so that older runs go on alike.
-
-    Args:
-        pixels: (N, 3, h, w) in [0, 1].
-        config: Probabilities.
-
-    Returns:
-        (N, 3, h, w) in [0, 1].
-    """
-    count, device = len(pixels), pixels.device
-
-    def some(probability: float) -> Tensor:
-        return (torch.rand(count, device=device) < probability).view(-1, 1, 1, 1)
-
+    drawn["contrast"] = 1 + uniform(-config.contrast, config.contrast, 1, 1, 1)
     if config.hue:
-        angle = 2 * math.pi * torch.rand(count, device=device)
-        turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(angle), pixels).clamp(0, 1)
-        pixels = torch.where(some(config.hue), turned, pixels)
+        drawn["angle"] = 2 * math.pi * torch.rand(count, device=device)
+        drawn["turned"] = torch.rand(count, device=device) < config.hue
     if config.grey:
-        pixels = torch.where(some(config.grey), luma(pixels), pixels)
+        drawn["grey"] = torch.rand(count, device=device) < config.grey
     if config.random_filter:
         # a kernel per picture; variance 1 / (3 · 3²) keeps the size of a picture's contrasts (RandConv, §3.1)
         kernel = torch.randn(count * 3, 3, 3, 3, device=device) / math.sqrt(27)
+        drawn["kernel"] = kernel.unflatten(0, (count, 3))
+        drawn["share"] = torch.rand(count, 1, 1, 1, device=device)
+        drawn["filtered"] = torch.rand(count, device=device) < config.random_filter
+    return drawn
+
+
+def changed(pixels: Tensor, drawn: Mapping[str, Tensor], config: AugmentConfig, size: int) -> Tensor:
+    """The changes of `draw_changes`; arguments and result as `augment`."""
+    count = len(pixels)
+    if config.crop_scale != (1.0, 1.0) or config.flip or pixels.shape[-2:] != (size, size):
+        area, aspect = drawn["area"], drawn["aspect"]
+        width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+        x, y = drawn["x"] * (1 - width), drawn["y"] * (1 - height)  # centre, in [-1, 1] coordinates
+        mirror = torch.where(drawn["mirrored"], -1.0, 1.0)
+        zero = torch.zeros_like(x)
+        matrix = torch.stack([torch.stack([width * mirror, zero, x], -1), torch.stack([zero, height, y], -1)], 1)
+        grid = F.affine_grid(matrix, [count, 3, size, size], align_corners=False)
+        pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    mean = pixels.mean((1, 2, 3), keepdim=True)
+    pixels = (((pixels - mean) * drawn["contrast"] + mean) * drawn["gain"]).clamp(0, 1)
+    return _other_look(pixels, drawn)
+
+
+def _other_look(pixels: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+    """Changes that keep shapes and take colours and textures away: what a drawing style never seen may differ in."""
+    if "angle" in drawn:
+        turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(drawn["angle"]), pixels).clamp(0, 1)
+        pixels = torch.where(_per_picture(drawn["turned"]), turned, pixels)
+    if "grey" in drawn:
+        pixels = torch.where(_per_picture(drawn["grey"]), luma(pixels), pixels)
+    if "kernel" in drawn:
         stack = F.pad((pixels - 0.5).flatten(0, 1)[None], (1, 1, 1, 1), mode="replicate")
-        filtered = F.conv2d(stack, kernel, groups=count).view_as(pixels) + 0.5
-        share = torch.rand(count, 1, 1, 1, device=device)
-        mixed = (share * pixels + (1 - share) * filtered).clamp(0, 1)
-        pixels = torch.where(some(config.random_filter), mixed, pixels)
+        filtered = F.conv2d(stack, drawn["kernel"].flatten(0, 1), groups=len(pixels)).view_as(pixels) + 0.5
+        mixed = (drawn["share"] * pixels + (1 - drawn["share"]) * filtered).clamp(0, 1)
+        pixels = torch.where(_per_picture(drawn["filtered"]), mixed, pixels)
     return pixels
+
+
+def _per_picture(chosen: Tensor) -> Tensor:
+    return chosen.view(-1, 1, 1, 1)
 
 
 def grey_axis_rotation(angle: Tensor) -> Tensor:
@@ -160,13 +171,20 @@ class Clip(nn.Module):
         Args:
             batch: "image" (N, 3, h, w) uint8, "caption" list of N texts, "class_id" (N,) int64.
         """
-        images, device = batch["image"], self.encoder.logit_scale.device
-        with torch.autocast(device.type, enabled=False):
-            pixels = augment(images.to(device).float() / 255, self.augmentation, self.encoder.image_size)
-        pixels = self.encoder.normalise(pixels)
-        if torch.is_autocast_enabled(device.type):  # on a CPU with bf16 units a fifth faster; in fp32 it is slower
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        image = self._encode(self.encoder.encode_image, pixels)
+        device = self.encoder.logit_scale.device
+        images = batch["image"].to(device)
+        drawn = draw_changes(self.augmentation, len(images), device)
+
+        def encode_image(images: Tensor, *values: Tensor) -> Tensor:  # in pieces, so is what uint8 becomes before it
+            with torch.autocast(device.type, enabled=False):
+                looks = dict(zip(drawn, values, strict=True))
+                pixels = changed(images.float() / 255, looks, self.augmentation, self.encoder.image_size)
+            pixels = self.encoder.normalise(pixels)
+            if torch.is_autocast_enabled(device.type):  # on a CPU with bf16 units a fifth faster; in fp32 it is slower
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            return self.encoder.encode_image(pixels)
+
+        image = self._encode(encode_image, images, *drawn.values())
         text = self._encode(self.encoder.encode_text, self.encoder.tokenize(batch["caption"]).to(device))
         labels = batch["class_id"].to(device) if self.same_noun_positive else None
         names = None
@@ -176,10 +194,10 @@ class Clip(nn.Module):
         loss, right = clip_contrastive_top1(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
         return loss, {"batch_top1": right, "logit_scale": self.encoder.logit_scale.detach().exp()}
 
-    def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    def _encode(self, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if self.chunk is None:
-            return encode(inputs)
-        return encode_in_chunks(encode, inputs, chunk=self.chunk, module=self.encoder)
+            return encode(*inputs)
+        return encode_in_chunks(encode, *inputs, chunk=self.chunk, module=self.encoder)
 
     @property
     def backbone(self) -> nn.Module:

@@ -23,8 +23,8 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def encode_in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, *, chunk: int, module: nn.Module) -> Tensor:
-    """``encode(inputs)``, computed in two passes per piece (gradient caching, arXiv:2101.06983).
+def encode_in_chunks(encode: Callable[..., Tensor], *inputs: Tensor, chunk: int, module: nn.Module) -> Tensor:
+    """``encode(*inputs)``, computed in two passes per piece (gradient caching, arXiv:2101.06983).
 
     The forward pass keeps the embeddings only. When the loss's gradient with respect to them is there, the backward
     pass encodes one piece after another again, this time with activations, and frees them before the next. A loss over
@@ -36,8 +36,8 @@ def encode_in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, *, chun
     per piece, in the forward pass only.
 
     Args:
-        encode: (n, …) → (n, D), each row by itself; runs twice.
-        inputs: (N, …).
+        encode: One or more (n, …) → (n, D), each row by itself; runs twice.
+        inputs: (N, …) each.
         chunk: Rows of a piece; the last may have fewer.
         module: What ``encode`` runs, for its buffers.
 
@@ -48,5 +48,6 @@ def encode_in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, *, chun
     def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         return contextlib.nullcontext(), buffers_kept(module)
 
-    pieces = [checkpoint(encode, piece, use_reentrant=False, context_fn=contexts) for piece in inputs.split(chunk)]
+    split = zip(*(values.split(chunk) for values in inputs), strict=True)
+    pieces = [checkpoint(encode, *piece, use_reentrant=False, context_fn=contexts) for piece in split]
     return torch.cat(pieces)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pretrain.config import AugmentConfig, CbowTower, ClipMethod, EncoderConfig, ResNetTower
 from pretrain.methods.clip import Clip
+from pretrain.nets.chunked import encode_in_chunks
 from pretrain.nets.towers import JointEncoder
 
 PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, colour=0.0)
@@ -98,6 +99,21 @@ def test_random_changes_of_the_pictures_are_those_of_the_whole_batch() -> None:
     assert value.item() == pytest.approx(loss.item(), rel=1e-6)
     same(ours, true)
     assert loss != step(task_of(chunk=None))[0]
+
+
+def test_a_large_batch_is_kept_as_bytes_and_becomes_floats_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[Tensor, ...]] = []
+
+    def noted(encode: Any, *inputs: Tensor, **options: Any) -> Tensor:
+        kept.append(inputs)
+        return encode_in_chunks(encode, *inputs, **options)
+
+    monkeypatch.setattr("pretrain.methods.clip.encode_in_chunks", noted)
+    every = AugmentConfig(hue=0.5, grey=0.5, random_filter=0.5)
+    step(task_of(chunk=2, augmentation=every), count=64)
+    pictures, *numbers = kept[0]
+    assert pictures.dtype == torch.uint8 and len(pictures) == 64
+    assert sum(value[0].numel() for value in numbers) < 120, "a few numbers of each picture, none per pixel"
 
 
 def test_the_second_pass_draws_the_dropout_of_the_first_and_leaves_the_generator_where_it_was() -> None:
