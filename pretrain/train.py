@@ -172,6 +172,11 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, Optim
     method, batch_size = cfg.method, cfg.loop.batch_size
     task = build_method(method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device))
     source = ViewSource(build_images(cfg.data), method.views, cfg.loop.seed)
+    if len(source) < batch_size:
+        raise UserError(
+            f"loop.batch_size: {batch_size} is more than the {len(source)} pictures of data, so that a picture would "
+            "be its own negative; take a smaller batch, or more pictures"
+        )
     task = watched(task, cfg.watch, cfg.data, input_of(method))
     return task, source, method_optim(method, cfg.optim, batch_size=batch_size)
 

@@ -57,9 +57,9 @@ def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> 
         depth = int(name.removeprefix("resnet").removeprefix("R"))
         backbone: nn.Module = ResNet(depth=depth, stem=config.stem, zero_init=config.zero_init)
     elif library == "torchvision":
-        backbone = _torchvision(name, sizes)
+        backbone = _torchvision(name, sizes, zero_init=config.zero_init)
     else:
-        backbone = _timm(name, sizes)
+        backbone = _timm(name, sizes, zero_init=config.zero_init)
     for size in sorted(set(sizes)) if isinstance(backbone, Pooled) else ():  # ours take any
         reason = problem_with(backbone, size)
         if reason is not None:
@@ -67,7 +67,7 @@ def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> 
     return without_batch_norm(backbone) if config.norm == "gn_ws" else backbone
 
 
-def _torchvision(name: str, sizes: Sequence[int]) -> nn.Module:
+def _torchvision(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
     from torchvision import models
 
     known = models.list_models(module=models)  # the rest detects, segments or reads videos, and some fetch weights
@@ -75,7 +75,9 @@ def _torchvision(name: str, sizes: Sequence[int]) -> nn.Module:
         raise UserError(f"method.backbone.name: torchvision has no image classifier {name!r}{_near(name, known)}")
     if name in UNPLAIN:
         raise UserError(f"method.backbone.name: torchvision's {name!r} returns no plain features; take another model")
-    fixed = {"image_size": sizes[0]} if name.startswith("vit_") else {}
+    fixed: dict[str, Any] = {"image_size": sizes[0]} if name.startswith("vit_") else {}
+    if name.startswith(("resnet", "resnext", "wide_resnet")):
+        fixed["zero_init_residual"] = zero_init
     try:
         network = models.get_model(name, weights=None, **fixed)
     except (AssertionError, ValueError, RuntimeError) as problem:
@@ -90,7 +92,7 @@ def _torchvision(name: str, sizes: Sequence[int]) -> nn.Module:
     raise UserError(f"method.backbone.name: torchvision's {name!r} has no classifier to take off; take another model")
 
 
-def _timm(name: str, sizes: Sequence[int]) -> nn.Module:
+def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
@@ -112,9 +114,21 @@ def _timm(name: str, sizes: Sequence[int]) -> nn.Module:
         ) from problem
     except (AssertionError, ValueError, RuntimeError) as problem:
         raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
+    if callable(getattr(network, "init_weights", None)) and hasattr(network, "layer4"):  # timm's ResNets take it so
+        for block in network.modules():
+            if hasattr(block, "zero_init_last"):
+                _last_gain(block, 0.0 if zero_init else 1.0)
     # `num_features` is what comes before a layer that some networks have behind their features.
     width = getattr(network, "head_hidden_size", None) or network.num_features
     return Pooled(network, cast(int, width))
+
+
+@torch.no_grad()
+def _last_gain(block: nn.Module, value: float) -> None:
+    """Set the gain of a timm block's last norm, where its own ``zero_init_last`` would."""
+    norm = getattr(block, "bn3", None) or getattr(block, "bn2", None)
+    if getattr(norm, "weight", None) is not None:
+        nn.init.constant_(norm.weight, value)  # type: ignore[union-attr,arg-type]
 
 
 @torch.no_grad()

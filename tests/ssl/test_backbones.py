@@ -52,6 +52,16 @@ def test_views_that_a_backbone_cannot_take_are_named_with_the_reason(name: str, 
         build_backbone(BackboneConfig(name=name), sizes=sizes)
 
 
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize(
+    ("name", "last"), [("torchvision:resnet18", "bn2"), ("timm:resnet18", "bn2"), ("timm:resnet50", "bn3")]
+)
+def test_residual_blocks_of_other_libraries_start_as_the_config_says(name: str, last: str, zero: bool) -> None:
+    backbone = build_backbone(BackboneConfig(name=name, zero_init=zero), sizes=[64])
+    gains = [p for key, p in backbone.named_parameters() if key.endswith(f"{last}.weight") and ".layer" in key]
+    assert len(gains) in (8, 16) and all(bool((gain == (0 if zero else 1)).all()) for gain in gains)
+
+
 def test_a_tag_that_timm_does_not_know_is_named() -> None:
     with pytest.raises(UserError, match=r"method\.backbone\.name: timm:vit_tiny_patch16_224\.foo: .*tag"):
         build_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224.foo"))

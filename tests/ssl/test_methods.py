@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ from pretrain.methods.simclr import SimCLR
 from pretrain.methods.simsiam import SimSiam
 from pretrain.nets.backbones import build_backbone, load_backbone, save_backbone
 from pretrain.recipes import build_method, method_optim
+from pretrain.train import main as train_main
 from tests.engine.processes import launch
 from tests.engine.toy import content, differences, train
 from tests.ssl.small import DIM, WIDTH, as_float, backbone, head
@@ -243,6 +245,15 @@ def test_heads_and_queues_wider_than_memory_are_refused_with_the_size_they_need(
     monkeypatch.setattr(recipes, "_free_memory", lambda device: 1e8)
     with pytest.raises(UserError, match=rf"{said}.* need about \d+\.\d GiB .* 0\.1 GiB are free"):
         built(name, **sizes)
+
+
+def test_fewer_pictures_than_a_batch_are_refused(tmp_path: Path) -> None:
+    for number in range(6):
+        Image.new("RGB", (16, 16), (40 * number, 9, 9)).save(tmp_path / f"{number}.png")
+    given = [f"data={{kind: folder, root: {tmp_path}}}", f"out={tmp_path / 'run'}", "loop.batch_size=16"]
+    with pytest.raises(UserError, match=r"loop\.batch_size: 16 is more than the 6 pictures of data"):
+        train_main(["--config", "pretrain/simsiam.yaml", *given, "--check"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ CIFAR: dict[str, dict[str, dict[str, Any]]] = {  # the READMEs and notebook of t
     "simclr": {
         "method": {"hidden": 512, "dim": 128, "temperature": 0.5, "lr_rule": "linear"},
         "view": {"crop_scale": [0.08, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "normalise": None},
-        "optim": {**LARS, "lr": 1.0, "weight_decay": 1e-4, "warmup_steps": 10 * 97},
+        "optim": {**LARS, "lr": 1.0, "weight_decay": 1e-6, "warmup_steps": 10 * 97},
         "loop": {"steps": 1000 * 97},
     },
     "moco": {
