@@ -37,8 +37,8 @@ class BackboneConfig(Section):
     )
     zero_init: bool = Field(
         default=True,
-        description="Start every residual block of a ResNet (ours, torchvision's, timm's) as the identity; the papers of "
-        "MoCo, BYOL, SwAV do not.",
+        description="Start every residual block of a ResNet (ours, torchvision's, timm's) as the identity; the papers "
+        "of MoCo, BYOL, SwAV do not.",
     )
 
     @field_validator("name")

@@ -128,7 +128,7 @@ def _last_gain(block: nn.Module, value: float) -> None:
     """Set the gain of a timm block's last norm, where its own ``zero_init_last`` would."""
     norm = getattr(block, "bn3", None) or getattr(block, "bn2", None)
     if getattr(norm, "weight", None) is not None:
-        nn.init.constant_(norm.weight, value)  # type: ignore[union-attr,arg-type]
+        nn.init.constant_(norm.weight, value)  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def _first_line(problem: Exception) -> str:
 def _unfitting(name: str, size: int, reason: str) -> UserError:
     return UserError(
         f"method.backbone.name: {name} cannot take pictures of {size} pixels ({reason}). Give views of another size "
-        "(method.views.N.size), or take another backbone"
+        "(size, in method.views), or take another backbone"
     )
 
 
