@@ -116,6 +116,22 @@ def test_self_supervised__steps_and_panel_stay_on_the_gpu(name: str, kind: str) 
         assert all(np.isfinite(value) for value in task.report()[0].values())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_self_supervised__gradients_in_bf16_are_finite(name: str) -> None:
+    torch.manual_seed(0)
+    views = [{"size": 64, "count": 2}]
+    task = build_method(section(name, views=views), batch_size=8, device=torch.device("cpu")).train()
+    batch = {"views": [torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8) for _ in range(2)]}
+    with torch.autocast("cpu", PRECISIONS["bf16"]):
+        loss, _ = task(batch)
+    assert loss.dtype == torch.float32 and bool(torch.isfinite(loss))
+    loss.backward()
+    gradients = {key: p.grad for key, p in task.named_parameters() if p.grad is not None}
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+    assert {key for key, _ in task.backbone.named_parameters(prefix="backbone")} <= set(gradients)  # type: ignore[operator, union-attr]
+    assert float(gradients["backbone.conv1.weight"].abs().max()) > 0
+
+
 def test_clip__trains_on_the_gpu_from_pictures_and_captions_of_the_loader() -> None:
     encoder = small_encoder()
     with pretend_cuda():

@@ -106,6 +106,27 @@ def test_detectron2_is_told_what_it_must_know(tmp_path: Path, pictures: Tensor) 
     assert {k for k in built.state_dict() if "num_batches" not in k} == set(tensors)
 
 
+@pytest.mark.parametrize("norm", ["bn", "gn_ws"])
+def test_detectron2_is_told_which_norms_train_on(tmp_path: Path, pictures: Tensor, norm: str) -> None:
+    import yaml
+
+    folder, _ = folder_of(tmp_path / "run", name="resnet18", stem="small", norm=norm)
+    export(read_source(str(folder)), to="detectron2", out=tmp_path / "out", pictures=pictures)
+    text = (tmp_path / "out" / "detectron2.yaml").read_text()
+    keys = yaml.safe_load(text)
+    model = keys["MODEL"]
+    assert model["RESNETS"] == {
+        "DEPTH": 18, "RES2_OUT_CHANNELS": 64, "STRIDE_IN_1X1": False, "NORM": "SyncBN" if norm == "bn" else "GN",
+    }  # fmt: skip
+    assert model.get("FPN") == ({"NORM": "SyncBN"} if norm == "bn" else None)
+    assert {key for key, value in model.items() if isinstance(value, dict) and "NORM" in value} == (
+        {"RESNETS", "FPN"} if norm == "bn" else {"RESNETS"}
+    )
+    assert keys["TEST"] == {"PRECISE_BN": {"ENABLED": True}}
+    assert "stem is 3x3 with stride 2" in text
+    assert ("GroupNorm has 32 groups" in text) == (norm == "gn_ws")
+
+
 def test_a_wrong_conversion_is_noticed_and_nothing_is_written(tmp_path: Path, pictures: Tensor) -> None:
     folder, _ = folder_of(tmp_path / "run", name="resnet18", stem="small")
     source = read_source(str(folder))
