@@ -13,6 +13,7 @@ from pretrain.nets.standardised import StandardisedLinear, group_norm
 
 Norm = Literal["bn", "gn_ws", "none"]
 LastNorm = Literal["none", "scale", "plain"]
+GROUP_OF_UNITS = 8  # at least so many units of a layer in a group: one alone would always be normalised to 0
 
 
 def mlp(
@@ -53,7 +54,7 @@ def mlp(
         if norm == "bn":
             layers.append(nn.BatchNorm1d(outside))
         elif norm == "gn_ws":
-            layers.append(group_norm(outside))
+            layers.append(group_norm(outside, least=GROUP_OF_UNITS))
         layers.append(nn.ReLU(inplace=True))
     if last_norm != "none":
         end = nn.BatchNorm1d(dims[-1], affine=last_norm == "scale")

@@ -40,9 +40,9 @@ class StandardisedLinear(nn.Linear):
         return F.linear(x, standardised(self.weight), self.bias)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """16 groups, or as many as divide the channels."""
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+def group_norm(channels: int, *, least: int = 1) -> nn.GroupNorm:
+    """16 groups, or as many as divide the channels and leave ``least`` of them to each."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels, max(1, channels // least)), channels)
 
 
 def without_batch_norm(module: nn.Module) -> nn.Module:

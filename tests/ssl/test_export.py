@@ -124,7 +124,7 @@ def test_detectron2_is_told_which_norms_train_on(tmp_path: Path, pictures: Tenso
     )
     assert keys["TEST"] == {"PRECISE_BN": {"ENABLED": True}}
     assert "stem is 3x3 with stride 2" in text
-    assert ("GroupNorm has 32 groups" in text) == (norm == "gn_ws")
+    assert ("GroupNorm has 16 groups" in text) == (norm == "gn_ws")
 
 
 def test_a_wrong_conversion_is_noticed_and_nothing_is_written(tmp_path: Path, pictures: Tensor) -> None:

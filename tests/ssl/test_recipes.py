@@ -16,6 +16,7 @@ from pretrain import recipes
 from pretrain.config import PretrainConfig
 from pretrain.engine.config import OptimConfig, load_config
 from pretrain.engine.optim import build_optimizer
+from pretrain.nets.heads import mlp
 from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, standardised
 from pretrain.recipes import build_method
 from tests.ssl.small import Views
@@ -178,3 +179,10 @@ def test_a_symmetric_moco_sums_the_losses_of_both_directions() -> None:
     there, back = loss(False, views), loss(False, views[::-1])
     assert not torch.isclose(there, back, rtol=1e-4)
     torch.testing.assert_close(loss(True, views), there + back, rtol=1e-4, atol=1e-5)
+
+
+def test_no_unit_of_a_head_is_normalised_alone() -> None:
+    """A group of one unit would always give 0, and no gradient."""
+    for hidden, groups in ((4096, 16), (128, 16), (68, 4), (16, 2), (6, 1)):
+        norm = mlp([5, hidden, 3], norm="gn_ws")[1]
+        assert isinstance(norm, nn.GroupNorm) and (norm.num_groups, norm.num_channels) == (groups, hidden)

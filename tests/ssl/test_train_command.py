@@ -61,7 +61,8 @@ def changes(name: str, pictures: Path, out: Path) -> list[str]:
     normalise = ", normalise: null" if name == "simclr" else ""
     views = f"{{size: {SIDE}, count: 2{normalise}}}" + (", {size: 16, count: 1}" if name == "swav" else "")
     return [
-        *SMALL[name], f"method.views=[{views}]", f"data={{kind: folder, root: {pictures}}}", f"out={out}", "watch.probe_every=0",
+        *SMALL[name], f"method.views=[{views}]", f"data={{kind: folder, root: {pictures}}}", f"out={out}",
+        "watch.probe_every=0",
         "loop.steps=2", "loop.batch_size=16", "loop.workers=0", "loop.log_every=1", "loop.device=cpu",
         "optim.warmup_steps=0",
     ]  # fmt: skip
