@@ -172,7 +172,7 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, Optim
     method, batch_size = cfg.method, cfg.loop.batch_size
     task = build_method(method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device))
     source = ViewSource(build_images(cfg.data), method.views, cfg.loop.seed)
-    if len(source) < batch_size:
+    if len(source) < batch_size // cfg.loop.accumulate:  # what is compared with each other
         raise UserError(
             f"loop.batch_size: {batch_size} is more than the {len(source)} pictures of data, so that a picture would "
             "be its own negative; take a smaller batch, or more pictures"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from pretrain.config_ssl import OURS, BackboneConfig
 from pretrain.engine.checkpoint import load_weights, save_weights
+from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.nets.resnet import ResNet
@@ -60,6 +62,9 @@ def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> 
         backbone = _torchvision(name, sizes, zero_init=config.zero_init)
     else:
         backbone = _timm(name, sizes, zero_init=config.zero_init)
+    if isinstance(backbone, Pooled) and config.stem != "imagenet" and is_main():
+        # no error: the small configurations have a stem, and who uses them changes the name alone
+        print(f"method.backbone.stem: {config.stem} is for our ResNets; {config.name} has its own", file=sys.stderr)
     for size in sorted(set(sizes)) if isinstance(backbone, Pooled) else ():  # ours take any
         reason = problem_with(backbone, size)
         if reason is not None:
@@ -105,7 +110,7 @@ def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
     if fixed:
         places = {"img_size": sizes[0], **({"dynamic_img_size": True} if len(set(sizes)) > 1 else {})}
     try:
-        network = timm.create_model(name, pretrained=False, num_classes=0, **places)
+        network = _created(name, zero_init=zero_init, **places)
     except TypeError as problem:
         if len(places) < 2:
             raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
@@ -114,21 +119,23 @@ def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
         ) from problem
     except (AssertionError, ValueError, RuntimeError) as problem:
         raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
-    if callable(getattr(network, "init_weights", None)) and hasattr(network, "layer4"):  # timm's ResNets take it so
-        for block in network.modules():
-            if hasattr(block, "zero_init_last"):
-                _last_gain(block, 0.0 if zero_init else 1.0)
     # `num_features` is what comes before a layer that some networks have behind their features.
     width = getattr(network, "head_hidden_size", None) or network.num_features
     return Pooled(network, cast(int, width))
 
 
-@torch.no_grad()
-def _last_gain(block: nn.Module, value: float) -> None:
-    """Set the gain of a timm block's last norm, where its own ``zero_init_last`` would."""
-    norm = getattr(block, "bn3", None) or getattr(block, "bn2", None)
-    if getattr(norm, "weight", None) is not None:
-        nn.init.constant_(norm.weight, value)  # type: ignore[union-attr]
+def _created(name: str, *, zero_init: bool, **options: Any) -> nn.Module:
+    """timm's network without a classifier; residual networks take ``zero_init``, others have no use for it."""
+    import timm
+
+    state = torch.get_rng_state()
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, zero_init_last=zero_init, **options)
+    except TypeError as problem:
+        if "zero_init_last" not in str(problem):
+            raise
+    torch.set_rng_state(state)  # whatever the first try has drawn
+    return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
 
 @torch.no_grad()

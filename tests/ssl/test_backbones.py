@@ -62,6 +62,13 @@ def test_residual_blocks_of_other_libraries_start_as_the_config_says(name: str, 
     assert len(gains) in (8, 16) and all(bool((gain == (0 if zero else 1)).all()) for gain in gains)
 
 
+def test_a_stem_that_another_library_does_not_take_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    build_backbone(BackboneConfig(name="timm:resnet18", stem="small"), sizes=[64])
+    assert "stem: small is for our ResNets; timm:resnet18 has its own" in capsys.readouterr().err
+    build_backbone(BackboneConfig(name="resnet18", stem="small"), sizes=[64])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_tag_that_timm_does_not_know_is_named() -> None:
     with pytest.raises(UserError, match=r"method\.backbone\.name: timm:vit_tiny_patch16_224\.foo: .*tag"):
         build_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224.foo"))

@@ -147,9 +147,97 @@ def test_the_linear_probe_learns_what_the_features_tell(recipe: Recipe, augment:
     assert all(p.grad is None for p in net.parameters()), "the backbone is frozen"
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {  # lr is that of a batch of 256; no milestones: cosine
+    # arXiv:2002.05709, appendix B.6: Nesterov momentum .9, .1 · batch / 256 at 4,096, no decay
+    "simclr": {
+        "optimizer": "sgd", "nesterov": True, "lr": 0.1, "batch": 4096, "epochs": 90, "weight_decay": 0.0,
+        "milestones": (),
+    },
+    # arXiv:1911.05722, section 4.1, and the released main_lincls.py: a tenth at epochs 60 and 80
+    "moco": {
+        "optimizer": "sgd", "nesterov": False, "lr": 30.0, "batch": 256, "epochs": 100, "weight_decay": 0.0,
+        "milestones": (60 / 100, 80 / 100),
+    },
+    # arXiv:2006.07733, appendix: Nesterov, 80 epochs at 1,024, no decay; its rate is the best of five, .2 one of them
+    "byol": {
+        "optimizer": "sgd", "nesterov": True, "lr": 0.2, "batch": 1024, "epochs": 80, "weight_decay": 0.0,
+        "milestones": (),
+    },
+    # the released eval_linear.py of arXiv:2006.09882: 8 processes of 32
+    "swav": {
+        "optimizer": "sgd", "nesterov": False, "lr": 0.3, "batch": 8 * 32, "epochs": 100, "weight_decay": 1e-6,
+        "milestones": (),
+    },
+    # README of facebookresearch/simsiam: LARS at 4,096 (arXiv:2011.10566, appendix A, has .02)
+    "simsiam": {
+        "optimizer": "lars", "nesterov": False, "lr": 0.1, "batch": 4096, "epochs": 90, "weight_decay": 0.0,
+        "milestones": (),
+    },
+    # arXiv:2103.03230, section 4.1
+    "barlow_twins": {
+        "optimizer": "sgd", "nesterov": False, "lr": 0.3, "batch": 256, "epochs": 100, "weight_decay": 1e-6,
+        "milestones": (),
+    },
+}  # fmt: skip
+
+
 def test_the_papers_protocols() -> None:
-    assert probes.PROTOCOLS["moco"] == Recipe(30.0, 100, milestones=(0.6, 0.8))
-    assert set(probes.PROTOCOL_OF.values()) == set(probes.PROTOCOLS)
+    assert {name: recipe._asdict() for name, recipe in probes.PROTOCOLS.items()} == PUBLISHED
+    assert probes.PROTOCOL_OF == {name: name for name in PUBLISHED} | {
+        "moco_v1": "moco", "moco_v2": "moco", "byol_gn": "byol",
+    }  # fmt: skip
+
+
+def _steps_by_hand(
+    x: np.ndarray, y: np.ndarray, start: np.ndarray, rates: list[float], decay: float, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias after steps on one whole batch, in float64; momentum .9 as torch and LARS define it."""
+    values = [start, np.zeros(len(start))]
+    velocity = [np.zeros_like(value) for value in values]
+    for rate in rates:
+        logits = x @ values[0].T + values[1]
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        error = (p / p.sum(1, keepdims=True) - np.eye(len(start))[y]) / len(x)
+        for i, gradient in enumerate((error.T @ x, error.sum(0))):
+            g = gradient + decay * values[i]
+            size, length = np.linalg.norm(values[i]), np.linalg.norm(g)
+            if kind == "lars" and size > 0 and length > 0:
+                g = g * 0.001 * size / length
+            velocity[i] = 0.9 * velocity[i] + g
+            values[i] = values[i] - rate * (g + 0.9 * velocity[i] if kind == "nesterov" else velocity[i])
+    return values[0], values[1]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars"])
+@pytest.mark.parametrize("batch", [16, 32])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_steps_of_the_linear_probe_are_those_computed_by_hand(kind: str, batch: int, epochs: int) -> None:
+    """The rate is the recipe's times batch / 256 and falls by a cosine; momentum is .9; decay is on both tensors."""
+    images, net, decay = Blobs(batch, seed=1), network(), 0.3
+    recipe = Recipe(
+        8.0, 50, weight_decay=decay, optimizer="lars" if kind == "lars" else "sgd", nesterov=kind == "nesterov"
+    )
+    options: dict[str, Any] = {"classes": 4, "batch_size": batch, "augment": False, "seed": 3}
+    head = probes.linear(net, images, PLAIN, protocol=recipe, epochs=epochs, say=lambda text: None, **options)
+    x = probes.features(net, images, range(batch), PLAIN).double().numpy()
+    start = 0.01 * torch.randn(4, 16, generator=torch.Generator().manual_seed(3)).double().numpy()
+    rates = [8.0 * batch / 256, 8.0 * batch / 256 / 2][:epochs]  # half way through the cosine: half
+    weight, bias = _steps_by_hand(x, np.arange(batch) % 4, start, rates, decay, kind)
+    np.testing.assert_allclose(head.weight.detach().numpy(), weight, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(head.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_of_a_recipe_with_milestones_falls_to_a_tenth() -> None:
+    images, net = Blobs(16, seed=1), network()
+    head = probes.linear(
+        net, images, PLAIN, classes=4, protocol=Recipe(8.0, 5, milestones=(0.6, 0.8)), augment=False, say=lambda _: None
+    )
+    x = probes.features(net, images, range(16), PLAIN).double().numpy()
+    start = 0.01 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).double().numpy()
+    rates = [0.5, 0.5, 0.5, 0.05, 0.005]
+    weight, bias = _steps_by_hand(x, np.arange(16) % 4, start, rates, 0.0, "sgd")
+    np.testing.assert_allclose(head.weight.detach().numpy(), weight, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(head.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-6)
 
 
 def test_training_crops_differ_between_epochs_and_repeat_by_seed() -> None:
