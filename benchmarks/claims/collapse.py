@@ -22,13 +22,13 @@ from pretrain.nets.heads import mlp
 VIEWS = [VIEW, VIEW]
 
 
-def byol(*, predictor: bool) -> BYOL:
+def byol(*, predictor: bool, momentum: float = 0.99) -> BYOL:
     return BYOL(
         backbone=network(),
         projector=mlp((WIDTH, 256, 64), bias=True),
         predictor=mlp((64, 256, 64), bias=True) if predictor else nn.Identity(),
         augment=augment(VIEWS),
-        momentum=0.99,
+        momentum=momentum,
     )
 
 
@@ -56,6 +56,9 @@ ADAM = {"name": "adamw", "lr": 1e-3}  # Barlow's loss grows with the width; Adam
 CASES = {
     "byol": case(lambda: byol(predictor=True), 1000, lr=0.2),
     "byol_no_predictor": case(lambda: byol(predictor=False), 1000, lr=0.2),
+    # a target that follows sooner: what a slow one only begins, it has finished after as many steps
+    "byol_fast_target": case(lambda: byol(predictor=True, momentum=0.9), 1000, lr=0.2),
+    "byol_fast_target_no_predictor": case(lambda: byol(predictor=False, momentum=0.9), 1000, lr=0.2),
     "simsiam": case(lambda: simsiam(stop_gradient=True), 600, lr=0.1),
     "simsiam_no_stop_gradient": case(lambda: simsiam(stop_gradient=False), 600, lr=0.1),
     "barlow": case(lambda: barlow(lambd=0.005), 500, **ADAM),
