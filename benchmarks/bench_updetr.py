@@ -60,7 +60,8 @@ def main() -> None:
     rows: list[tuple[str, str, str]] = []
     figures: dict[str, Any] = {}
     for name, file, changes in (
-        ("pretraining", "updetr.yaml", []),
+        # in the backbone's own space, so that both ways embed patches by the same network
+        ("pretraining", "updetr.yaml", ["model.embed_space=ssl", "model.loss.contrast=0"]),
         ("training", "detr.yaml", []),
         ("training without the region tower", "detr.yaml", ["model.region_tower=false"]),
     ):
