@@ -349,12 +349,20 @@ class Detector:
         words = self.text.embed(question.words).to(device)
         if not question.examples:
             return words, words[:0]
+        return words, self.embed_examples(question.examples).to(device)
+
+    def embed_examples(self, examples: Sequence[Example]) -> Tensor:
+        """(E, D) unit rows of examples in the space of the regions.
+
+        Raises:
+            UserError: these weights have no image tower.
+        """
         if self.examples is None:
             raise UserError(
                 "these weights cannot search by example: their encoder has no image tower. Ask with words, or load "
                 "a detector that was trained against an image-text encoder"
             )
-        return words, self.examples.embed(question.examples).to(device)
+        return self.examples.embed(examples)
 
     def resolve(self, vocabulary: Vocabulary | str | Iterable[str] | None) -> Vocabulary:
         """Return a `Vocabulary` for words in any form; the one of `set_classes` for None."""
@@ -467,9 +475,7 @@ class Detector:
         if model.example_encoder is not None:
             shown = [[(crop.pixels, crop.corners) for crop in example.crops] for example in examples]
             return torch.stack([model.patch_rows(crops).mean(0) for crops in shown])
-        if self.examples is None:
-            raise UserError("these weights cannot search by example: their encoder has no image tower")
-        return self.examples.embed(examples)
+        return self.embed_examples(examples)
 
     @torch.inference_mode()
     def _located(

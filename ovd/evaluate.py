@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from ovd.evaluation.examples import ExamplePredictor, LocatingPredictor
     from ovd.evaluation.predictor import ClosedPredictor, Predictor
     from ovd.examples import Crop
+    from ovd.modeling.build import RegionModel
     from pretrain.data.scenes import SceneSource
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
 DEFAULT_SCALE = 100.0  # ViLD's inverse temperature
 DEFAULT_SIZE = 256  # pixels, what the shipped configs train at
+
+GROUPS = ("all", "known", "base", "novel")  # what --vocabulary may name beside a file
 
 EPILOG = """\
 examples:
@@ -197,11 +200,13 @@ def evaluate_model(args: argparse.Namespace, argv: Sequence[str]) -> Metrics:
     present = _present(gt, source) if args.present else None
     propose: Predict | None
     if variant == "agnostic":
-        propose = proposal_predictor(folder, top=args.regions, device=device)
-        run["protocol"] = "class-agnostic detector: recall only"
         if args.examples:
-            predict = _shown(args, split, run, shown, present)
+            told = _shown(args, split, run, shown, present)
+            predict, propose = told, proposals_of(cast("RegionModel", told.detector.model), top=args.regions)
             run |= {"protocol": "transformer of the pretext: queries are told the crops", "scores": "certainty"}
+        else:
+            propose = proposal_predictor(folder, top=args.regions, device=device)
+            run["protocol"] = "class-agnostic detector: recall only"
     elif variant == "closed":
         closed = _closed(folder, split, args.limit, device)
         predict, propose = closed, proposals_of(closed.model, top=args.regions)
@@ -284,11 +289,10 @@ def _detector(args: argparse.Namespace, run: dict[str, Any]) -> Detector:
     return detector
 
 
-def _asked(args: argparse.Namespace, split: Split) -> frozenset[int]:
-    """COCO ids of the categories that `--vocabulary` names; known: those left out of the means as well."""
-    if args.vocabulary in ("base", "novel"):
-        return frozenset(getattr(split, args.vocabulary))
-    return frozenset(split.ids if args.vocabulary == "all" else split.names)
+def _asked(args: argparse.Namespace, split: Split) -> dict[int, str]:
+    """COCO id → name of the categories that `--vocabulary` names; known: those left out of the means as well."""
+    group = {"all": split.ids, "base": split.base, "novel": split.novel}.get(args.vocabulary, split.names)
+    return {i: split.names[i] for i in group}
 
 
 def _shown(
@@ -302,12 +306,11 @@ def _shown(
     from ovd.evaluation.examples import example_predictor, shown_stickers
     from pretrain.data.stickers import Stickers
 
-    if args.embeddings == "crops" or args.vocabulary not in ("all", "known", "base", "novel"):
+    if args.embeddings == "crops" or args.vocabulary not in GROUPS:
         raise UserError("--examples goes without a vocabulary file and without --embeddings crops")
     detector = _detector(args, run)
     if shown is None:
-        known = {i: split.names[i] for i in _asked(args, split)}
-        shown = shown_stickers(Stickers.load(), known, count=args.examples)
+        shown = shown_stickers(Stickers.load(), _asked(args, split), count=args.examples)
     run |= {"examples": args.examples, "scores": "calibrated"}
     return example_predictor(detector, shown, present=present, limit=args.limit)
 
@@ -321,10 +324,10 @@ def _named(args: argparse.Namespace, split: Split, run: dict[str, Any]) -> Predi
     if crops and args.second_look:
         raise UserError("--embeddings crops sees the crops of all regions; leave --second-look out")
     detector = _detector(args, run)
-    words, vocabulary = dict(split.names) if args.vocabulary == "known" else None, None
-    if args.vocabulary in ("base", "novel"):
-        words = {i: split.names[i] for i in getattr(split, args.vocabulary)}
-    elif args.vocabulary not in ("all", "known"):
+    words, vocabulary = None, None
+    if args.vocabulary in GROUPS:
+        words = _asked(args, split)
+    else:
         vocabulary = Vocabulary.load(args.vocabulary, templates=detector.templates)
     card = getattr(detector.model, "card", None)
     if crops:

@@ -185,9 +185,8 @@ def export(cfg: PretrainConfig, task: nn.Module) -> str:
     """Write `exported/`; returns a line that says what it is."""
     folder = cfg.out / EXPORTED
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
-        encoder = cast(
-            "JointEncoder", getattr(task, "task", task).encoder
-        ).eval()  # a watched task has the method inside
+        inner = getattr(task, "task", task)  # of a watched task
+        encoder = cast("JointEncoder", inner.encoder).eval()
         encoder.save(folder)
         return f"{folder}: encoder {encoder.fingerprint()[:12]}"
     from pretrain.nets.backbones import save_backbone

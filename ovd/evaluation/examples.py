@@ -8,7 +8,7 @@ not evaluated. A class's first crop is the same whether one or three are given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def sticker_crops(stickers: Stickers, *, count: int, classes: frozenset[int]) ->
 
 
 def coco_crops(
-    gt: Mapping[str, Any], folder: Path, *, count: int, asked: frozenset[int] | None = None
+    gt: Mapping[str, Any], folder: Path, *, count: int, asked: Collection[int] | None = None
 ) -> tuple[dict[int, list[Crop]], dict[str, Any]]:
     """``count`` boxes of each category, and the annotations without the pictures that they are from.
 
@@ -128,11 +128,7 @@ def example_rows(detector: Detector, crops: Mapping[int, Sequence[Crop]]) -> Ten
         UserError: these weights have no image tower.
     """
     examples = [Example(str(c), tuple(given)) for c, given in crops.items()]
-    if detector.locates:
-        return detector.patches_of(examples)
-    if detector.examples is None:
-        raise UserError("these weights cannot search by example: their encoder has no image tower")
-    return detector.examples.embed(examples)
+    return detector.patches_of(examples) if detector.locates else detector.embed_examples(examples)
 
 
 @dataclass(frozen=True, kw_only=True)

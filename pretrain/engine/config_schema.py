@@ -24,7 +24,7 @@ resumed, and the hash of a configuration leaves it out."""
 
 def is_free(info: FieldInfo) -> bool:
     """Whether a field is marked ``FREE``."""
-    return isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("resume") == FREE["resume"]
+    return _is_marked(info, FREE)
 
 
 LATER: dict[str, Any] = {"hash": "unless default"}
@@ -34,7 +34,11 @@ it is set, so that a configuration written before it keeps its hash."""
 
 def is_later(info: FieldInfo) -> bool:
     """Whether a field is marked ``LATER``."""
-    return isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("hash") == LATER["hash"]
+    return _is_marked(info, LATER)
+
+
+def _is_marked(info: FieldInfo, mark: dict[str, Any]) -> bool:
+    return isinstance(info.json_schema_extra, dict) and mark.items() <= info.json_schema_extra.items()
 
 
 # --- annotations -----------------------------------------------------------------------------------------------------
