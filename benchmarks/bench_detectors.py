@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from _common import milliseconds, parser, pictures, ratio, report, set_threads, show_ratio, take_turns
 
 if TYPE_CHECKING:
-    from ovd.modeling.build import RegionModel
+    from ovd.modeling.vild.build import RegionModel
 
 NAMES = ("ViLD", "transformer")
 
@@ -28,9 +28,9 @@ def load(name: str, weights: str, transformer: Path | None) -> RegionModel:
     import torch
 
     from ovd.config_detr import DetrTrainConfig
-    from ovd.modeling.build import read_card
-    from ovd.modeling.detr_build import DetrRegions, build_detr
+    from ovd.modeling.detr.build import DetrRegions, build_detr
     from ovd.modeling.load import load_detector_model
+    from ovd.modeling.vild.build import read_card
     from ovd.weights import detector_folder
     from pretrain.engine.config import load_config
 

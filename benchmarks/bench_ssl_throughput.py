@@ -89,9 +89,9 @@ def backbone(seed: int = 0) -> nn.Module:
 
 def our_data(folder: Path, method: str, size: int, batch: int, seed: int = 0) -> Data:
     """Files to network input, as the trainer does it."""
+    from pretrain.augment import ViewAugment
     from pretrain.config_views import FolderImages, expand_views
-    from pretrain.data.views import ViewSource, build_images
-    from pretrain.views import ViewAugment
+    from pretrain.data.crops import ViewSource, build_images
 
     source = ViewSource(build_images(FolderImages(root=folder)), views_of(method, size), seed=seed)
     augment = [ViewAugment(view) for view in expand_views(views_of(method, size))]
@@ -307,7 +307,7 @@ def whole(data: Data, step: Step) -> None:
 
 def import_all(libraries: Sequence[str]) -> None:
     """What both need, so that imports count for neither."""
-    names = ["pretrain.data.views", "pretrain.views", "pretrain.nets.backbones"]
+    names = ["pretrain.data.crops", "pretrain.augment", "pretrain.nets.backbones"]
     names += [f"pretrain.methods.{name}" for name in ("barlow_twins", "byol", "moco", "simclr", "simsiam", "swav")]
     if "lightly" in libraries:
         names += ["lightly.transforms", "lightly.loss", "lightly.models.modules"]
@@ -339,7 +339,7 @@ def augmentations(size: int, batch: int, rounds: int, *, compiled: bool) -> dict
     """Views per second of the colour changes alone: OpenCV, torch, and torch compiled."""
     import torch
 
-    from pretrain.views import apply_opencv, apply_torch, draw_parameters
+    from pretrain.augment import apply_opencv, apply_torch, draw_parameters
 
     view = views_of("byol", size)[1].model_copy(update={"blur_p": 0.5})
     crops = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)

@@ -32,7 +32,7 @@ def plain_mask_rcnn(config: ModelConfig, *, classes: int) -> nn.Module:
     from torch import nn
 
     from ovd.modeling.backbone import stage, stage_channels
-    from ovd.modeling.build import build_model
+    from ovd.modeling.vild.build import build_model
 
     # Backbone and RPN come from the same builder, so that only the heads differ.
     donor = build_model(
@@ -129,7 +129,7 @@ def main() -> None:
     from ovd.config import TrainConfig
     from ovd.data.catalog import StickerImages
     from ovd.data.mapper import TrainingTransform, map_sample
-    from ovd.modeling.build import build_model
+    from ovd.modeling.vild.build import build_model
     from pretrain.data.stickers import Stickers
     from pretrain.engine.config import load_config
 

@@ -17,7 +17,7 @@ from _common import milliseconds, parser, ratio, report, set_threads, show_ratio
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ovd.modeling.matcher import Matches
+    from ovd.modeling.detr.matcher import Matches
 
 
 def plain_match(
@@ -27,7 +27,7 @@ def plain_match(
     import torch
     from scipy.optimize import linear_sum_assignment
 
-    from ovd.modeling.matcher import Matches
+    from ovd.modeling.detr.matcher import Matches
 
     rows = []
     for layer in range(cost.shape[0]):
@@ -50,11 +50,11 @@ def main() -> None:
 
     import torch
 
-    import ovd.modeling.detr as detr_module
+    import ovd.modeling.detr.network as detr_module
     from ovd.config_detr import DetrTrainConfig
-    from ovd.modeling.matcher import match
+    from ovd.modeling.detr.matcher import match
     from ovd.modeling.task import DetectionTask
-    from ovd.train_detr import build
+    from ovd.training.detr import build
     from pretrain.engine.config import load_config
 
     rows: list[tuple[str, str, str]] = []

@@ -28,7 +28,7 @@ def main() -> None:
     from torch.nn import functional as F
 
     from ovd.config_detr import DetrTrainConfig
-    from ovd.train_detr import build, patch_embedder, patch_source
+    from ovd.training.detr import build, patch_embedder, patch_source
     from pretrain.engine.config import load_config
     from pretrain.nets.towers import ResNetImage
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ovd.detector import Detector
-    from ovd.evaluation.calibration import Reliability
+    from ovd.evaluation.reliability import Reliability
     from ovd.evaluation.typed import Outcome, TypedScene
-    from ovd.modeling.scoring import Calibration
+    from ovd.inference.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
 ABSENT_WORDS = 10
@@ -94,7 +94,7 @@ def measure(
     """Figures of a calibration on some scenes (ECE, absent words, precision and recall), and its reliability."""
     import numpy as np
 
-    from ovd.evaluation.calibration import reliability, score_drift
+    from ovd.evaluation.reliability import reliability, score_drift
     from ovd.evaluation.typed import average_precision, distractor_scores, draw_words, run_typed
 
     outcome = run_typed(
@@ -129,7 +129,7 @@ def quiet_threshold(outcome: Outcome) -> float:
     """The score that absent classes stay below in 95 % of cases, rounded up to two digits so that the promise holds."""
     import torch
 
-    from ovd.modeling.calibration import absent_class_threshold
+    from ovd.inference.calibration import absent_class_threshold
 
     quantile = absent_class_threshold(torch.from_numpy(outcome.best_absent))
     return min(0.99, float(torch.tensor(quantile * 100).ceil()) / 100)
@@ -145,8 +145,8 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
 
     from ovd.evaluation.examples import example_rows, sticker_crops
     from ovd.evaluation.typed import choose_ranking, run_typed
-    from ovd.modeling.calibration import with_fit
-    from ovd.modeling.scoring import Calibration, centred_on_picture, centred_texts
+    from ovd.inference.calibration import with_fit
+    from ovd.inference.scoring import Calibration, centred_on_picture, centred_texts
 
     asked = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
     crops = sticker_crops(stickers, count=1, classes=asked)
@@ -198,10 +198,10 @@ def main(argv: list[str]) -> int:
     import torch
 
     from ovd.detector import Detector
-    from ovd.evaluation.calibration import reliability_svg
+    from ovd.evaluation.reliability import reliability_svg
     from ovd.evaluation.typed import choose_ranking, run_typed
-    from ovd.modeling.calibration import with_fit
-    from ovd.modeling.scoring import Calibration
+    from ovd.inference.calibration import with_fit
+    from ovd.inference.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
     detector = Detector.load(folder, device=args.device, cache_size=0, second_look=args.second_look, masks=False)

@@ -32,8 +32,8 @@ from torchvision.ops import batched_nms
 
 from ovd.detections import Detections
 from ovd.examples import ExampleEmbedder, Question, parse_examples
-from ovd.modeling.scoring import Calibration, RegionSet, score_examples, score_regions
-from ovd.modeling.second_look import look_again
+from ovd.inference.crop_refinement import look_again
+from ovd.inference.scoring import Calibration, RegionSet, score_examples, score_regions
 from ovd.pictures import ImageLike, to_rgb
 from ovd.text import TextEmbedder, TextEncoder
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
@@ -43,7 +43,7 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
-    from ovd.modeling.build import DetectorCard
+    from ovd.modeling.vild.build import DetectorCard
     from ovd.regions.crops import RegionEncoder
     from pretrain.nets.towers import JointEncoder
 
@@ -218,8 +218,8 @@ class Detector:
         cache_size: pictures whose regions are remembered (about 1.5 MB each for 300 regions).
         text_cache: folder for embeddings of whole vocabularies, or None.
         second_look: how many of a picture's regions the encoder's image tower sees as crops too, best objectness
-            first (`ovd.modeling.second_look`); 0: none. About 1.4 milliseconds each with the shipped encoder on two
-            CPU cores.
+            first (`ovd.inference.crop_refinement`); 0: none. About 1.4 milliseconds each with the shipped encoder on
+            two CPU cores.
         card: what is known of the weights (name, sha256, data, AP …).
 
     Raises:

@@ -174,7 +174,7 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
 
     from ovd.regions.layout import Identity, StoreSettings
     from ovd.regions.writer import plan_line, remove_store, write_regions
-    from ovd.training_inputs import resolve_encoder
+    from ovd.training.inputs import resolve_encoder
     from pretrain.engine.distributed import pick_device
 
     if config.threads is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ovd.evaluation.examples import ExamplePredictor, LocatingPredictor
     from ovd.evaluation.predictor import ClosedPredictor, Predictor
     from ovd.examples import Crop
-    from ovd.modeling.build import RegionModel
+    from ovd.modeling.vild.build import RegionModel
     from pretrain.data.scenes import SceneSource
 
 DEFAULT_COUNT = 500  # validation scenes
@@ -367,7 +367,7 @@ def _tell(predictor: Predictor, run: dict[str, Any]) -> None:
         UserError: its queries were not trained for that.
     """
     from ovd.evaluation.predictor import ToldModel
-    from ovd.modeling.detr_build import DetrRegions
+    from ovd.modeling.detr.build import DetrRegions
 
     model = predictor.detector.model
     conditioned = int(model.card.model.get("conditioned", 0)) if isinstance(model, DetrRegions) else 0
@@ -381,7 +381,7 @@ def _tell(predictor: Predictor, run: dict[str, Any]) -> None:
 
 def _closed(folder: Path, split: Split, limit: int, device: str) -> ClosedPredictor:
     from ovd.evaluation.predictor import ClosedPredictor
-    from ovd.modeling.detr_build import load_detr_regions
+    from ovd.modeling.detr.build import load_detr_regions
 
     return ClosedPredictor.of(load_detr_regions(folder, top=limit, device=device), split, limit=limit)
 

@@ -24,14 +24,12 @@ ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig)
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
-    from ovd import train_detr, train_rcnn
+    from ovd.training import detr, rcnn
 
-    if train_detr.is_transformer(argv):
-        doc = train_detr.__doc__ or ""
-        return _run(
-            DetrTrainConfig, argv, doc=doc, build=train_detr.build, export=train_detr.export, kind="transformer"
-        )
-    return _run(TrainConfig, argv, doc=__doc__ or "", build=train_rcnn.build, export=train_rcnn.export, kind="detector")
+    if detr.is_transformer(argv):
+        doc = detr.__doc__ or ""
+        return _run(DetrTrainConfig, argv, doc=doc, build=detr.build, export=detr.export, kind="transformer")
+    return _run(TrainConfig, argv, doc=__doc__ or "", build=rcnn.build, export=rcnn.export, kind="detector")
 
 
 def _run(

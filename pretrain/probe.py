@@ -44,7 +44,7 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
     from pretrain.config import ClipMethod, PretrainConfig, TextDistillMethod
     from pretrain.engine.checkpoint import load_model, load_state, newest
     from pretrain.engine.config import load_config
-    from pretrain.recipes import input_of
+    from pretrain.methods.build import input_of
 
     found = newest(run / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
     if found is None:

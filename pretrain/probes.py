@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config_views import CifarImages, FolderImages, StickerSingles, ViewConfig
+from pretrain.data.crops import crop_box, resized
 from pretrain.data.images import ImageSet, build_images
 from pretrain.data.render import U8, Dice
-from pretrain.data.views import crop_box, resized
 from pretrain.engine import distributed
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import BadImageError, UserError

@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
         encoder = cast("JointEncoder", task.encoder)
         source = build_source(cfg, encoder)
         if isinstance(cfg.method, ClipMethod):
-            from pretrain.recipes import watched
+            from pretrain.methods.build import watched
 
             task = watched(task, cfg.watch, cfg.data, (encoder.image_size, encoder.image_mean, encoder.image_std))
     else:
@@ -160,10 +160,10 @@ def main(argv: list[str]) -> int:
 
 def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, OptimConfig]:
     """The watched method, the views it learns from, and the optimiser with the method's learning-rate rule."""
+    from pretrain.data.crops import ViewSource
     from pretrain.data.images import build_images
-    from pretrain.data.views import ViewSource
     from pretrain.engine.distributed import pick_device
-    from pretrain.recipes import build_method, input_of, method_optim, watched
+    from pretrain.methods.build import build_method, input_of, method_optim, watched
 
     if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(
         cfg.data, StickerPairs | PhraseTargets | CaptionedConfig
@@ -189,8 +189,8 @@ def export(cfg: PretrainConfig, task: nn.Module) -> str:
         encoder = cast("JointEncoder", inner.encoder).eval()
         encoder.save(folder)
         return f"{folder}: encoder {encoder.fingerprint()[:12]}"
+    from pretrain.methods.build import input_of
     from pretrain.nets.backbones import save_backbone
-    from pretrain.recipes import input_of
 
     size, mean, std = input_of(cfg.method)
     backbone = cast("nn.Module", task.backbone)

@@ -23,11 +23,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ovd.config_detr import DetrTrainConfig
-from ovd.modeling.detr import Detr
-from ovd.modeling.matcher import overlaps, to_corners
-from ovd.modeling.transformer import ConditionalDecoderLayer
-from ovd.modeling.updetr import PatchPretext
-from ovd.train_detr import build, patch_source
+from ovd.modeling.detr.matcher import overlaps, to_corners
+from ovd.modeling.detr.network import Detr
+from ovd.modeling.detr.transformer import ConditionalDecoderLayer
+from ovd.modeling.detr.updetr import PatchPretext
+from ovd.training.detr import build, patch_source
 from pretrain.engine.checkpoint import load_model, load_state, newest, verify
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import UserError, run_cli

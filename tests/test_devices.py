@@ -17,9 +17,9 @@ from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import CropModel, predictor_for
 from ovd.evaluation.typed import run_typed
-from ovd.modeling.build import DetectorCard, RegionModel
-from ovd.modeling.detr_build import DetrRegions, start_projections
-from ovd.modeling.scoring import Calibration
+from ovd.inference.scoring import Calibration
+from ovd.modeling.detr.build import DetrRegions, start_projections
+from ovd.modeling.vild.build import DetectorCard, RegionModel
 from ovd.regions.crops import embed_regions
 from pretrain import probes
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
@@ -27,9 +27,9 @@ from pretrain.data.stickers import Stickers
 from pretrain.engine.loop import PRECISIONS
 from pretrain.evaluate import embed_words
 from pretrain.health import Watched
+from pretrain.methods.build import build_method
 from pretrain.methods.clip import Clip
 from pretrain.nets.towers import JointEncoder, build_encoder
-from pretrain.recipes import build_method
 from tests.modeling import test_rcnn as rcnn
 from tests.pretend_cuda import Mixed, pretend_cuda, to_cuda
 from tests.ssl.small import backbone

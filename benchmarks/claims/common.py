@@ -35,15 +35,15 @@ for place in (ROOT, ROOT / "benchmarks"):
 from _common import machine  # noqa: E402
 
 from pretrain import probes  # noqa: E402
+from pretrain.augment import ViewAugment  # noqa: E402
 from pretrain.config_views import ViewConfig  # noqa: E402
+from pretrain.data.crops import ViewSource  # noqa: E402
 from pretrain.data.pairs import StickerCrops  # noqa: E402
 from pretrain.data.stickers import Stickers  # noqa: E402
-from pretrain.data.views import ViewSource  # noqa: E402
 from pretrain.engine import distributed  # noqa: E402
 from pretrain.engine.config import LoopConfig, OptimConfig  # noqa: E402
 from pretrain.engine.loop import fit  # noqa: E402
 from pretrain.health import Watched  # noqa: E402
-from pretrain.views import ViewAugment  # noqa: E402
 
 SIZE, CLASSES, WIDTH = 32, 60, 128
 VIEW = ViewConfig(

@@ -25,6 +25,7 @@ from typing import Any
 from common import ROOT, draw, machine, mean_and_spread
 
 from ovd.config_detr import DetrTrainConfig
+from ovd.training import detr as detr_training
 from pretrain.engine.config import load_config
 
 CASES: dict[str, list[str]] = {  # of the pretext
@@ -68,7 +69,6 @@ def fine_tune(name: str, start: Path | None, fraction: float, seed: int, options
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
-    from ovd import train_detr
     from pretrain.engine.loop import fit
 
     data = [f"data.length={options.pictures}"]
@@ -88,7 +88,7 @@ def fine_tune(name: str, start: Path | None, fraction: float, seed: int, options
     )  # fmt: skip
     train, held = pictures_of(config, options)
     config = config.model_copy(update={"images_limit": max(1, round(fraction * train))})
-    parts = train_detr.build(config)
+    parts = detr_training.build(config)
     truth = held_out(config, parts, held, options)
     curve = judged(parts["task"], parts["model"], truth)
     begun = time.perf_counter()
@@ -113,7 +113,7 @@ def pictures_of(config: DetrTrainConfig, options: argparse.Namespace) -> tuple[i
     """How many pictures may be trained on, and which of a COCO file are held out (the last fifth)."""
     if not options.coco:
         return int(options.pictures), []
-    from ovd.training_inputs import labelled_images
+    from ovd.training.inputs import labelled_images
 
     count = len(labelled_images(config.data))
     first = round(0.8 * count)
@@ -126,7 +126,7 @@ def held_out(
     """Batches of labelled pictures that no training sees, as cached features."""
     from ovd.data.catalog import StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
-    from ovd.train_detr import cached_detection
+    from ovd.training.detr import cached_detection
     from pretrain.data.stickers import Stickers
 
     images = parts["images"]
@@ -168,7 +168,7 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
     import torch
 
     from ovd.evaluation.coco import as_one_category, evaluate
-    from ovd.modeling.matcher import to_corners
+    from ovd.modeling.detr.matcher import to_corners
 
     training = model.training
     model.eval()

@@ -20,11 +20,11 @@ from torch import Tensor
 from ovd.data.mapper import TrainingTransform, move_boxes
 from ovd.data.selective_search import likely_boxes
 from ovd.regions.crops import crop_regions
+from pretrain.augment import ViewAugment
 from pretrain.config_views import ViewConfig
 from pretrain.data.images import ImageSet
 from pretrain.engine.errors import BadImageError
 from pretrain.engine.sampling import derive_seed
-from pretrain.views import ViewAugment
 
 Sampler = Literal["official", "log_uniform", "prior"]
 SMALLEST = 16  # pictures with a side up to this are skipped (released code)

@@ -24,7 +24,7 @@ from ovd.data.lvis import picture_file
 from ovd.detector import NMS_IOU, Detector
 from ovd.evaluation.predictor import Predictor, asked_columns, coco_result
 from ovd.examples import MIN_SIDE, Crop, Example
-from ovd.modeling.scoring import RegionSet, score_examples
+from ovd.inference.scoring import RegionSet, score_examples
 from pretrain.data.folder import read_image
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.stickers import Stickers

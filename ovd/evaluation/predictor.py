@@ -22,8 +22,8 @@ from torchvision.ops import batched_nms
 from ovd.data.coco import ImageId
 from ovd.data.splits import Split
 from ovd.detections import paste_mask
-from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, text_exponents
-from ovd.modeling.scoring import RegionSet, score_regions, vocabulary_probabilities
+from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, text_exponents
+from ovd.inference.scoring import RegionSet, score_regions, vocabulary_probabilities
 from ovd.regions.crops import embed_regions
 from ovd.regions.proposals import large_enough
 from pretrain.data.rle import encode_mask
@@ -32,8 +32,8 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     from ovd.detector import Detector, RegionFinder
     from ovd.evaluation.coco import Predict
-    from ovd.modeling.build import RegionModel
-    from ovd.modeling.detr_build import DetrRegions
+    from ovd.modeling.detr.build import DetrRegions
+    from ovd.modeling.vild.build import RegionModel
     from ovd.regions.crops import RegionEncoder
     from ovd.vocabulary import Vocabulary
 
@@ -293,7 +293,7 @@ def proposal_predictor(folder: Path, *, top: int, device: str = "cpu") -> Predic
         device: where it runs.
 
     Raises:
-        UserError: see :func:`ovd.modeling.build.load_model`.
+        UserError: see :func:`ovd.modeling.vild.build.load_model`.
     """
     from ovd.modeling.load import load_detector_model
 

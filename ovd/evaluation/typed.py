@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
 from ovd.detector import NMS_IOU
-from ovd.modeling.scoring import Calibration, RegionSet, score_regions
+from ovd.inference.scoring import Calibration, RegionSet, score_regions
 
 MATCH_IOU = 0.5
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ovd.modeling.build import RegionModel, load_model, read_card
-from ovd.modeling.detr_build import load_detr_regions
+from ovd.modeling.detr.build import load_detr_regions
+from ovd.modeling.vild.build import RegionModel, load_model, read_card
 
 
 def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:
@@ -19,7 +19,7 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", ma
         masks: False leaves the mask head out (a transformer has none).
 
     Raises:
-        UserError: see :func:`ovd.modeling.build.load_model`.
+        UserError: see :func:`ovd.modeling.vild.build.load_model`.
     """
     folder = Path(folder)
     if read_card(folder).is_transformer:

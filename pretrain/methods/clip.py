@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.augment import luma
 from pretrain.config import AugmentConfig
 from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
 from pretrain.nets.towers import JointEncoder, ProjectedText, image_features
-from pretrain.views import luma
 
 
 def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:

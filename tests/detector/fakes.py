@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.detector import Detector
-from ovd.modeling.scoring import Calibration, RegionSet
+from ovd.inference.scoring import Calibration, RegionSet
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),

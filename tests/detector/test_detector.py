@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from ovd.detections import paste_mask
 from ovd.detector import Detector, Regions
-from ovd.modeling.scoring import RegionSet
-from ovd.modeling.second_look import look_again
+from ovd.inference.crop_refinement import look_again
+from ovd.inference.scoring import RegionSet
 from ovd.pictures import to_rgb
 from ovd.regions.crops import embed_regions
 from ovd.weights import detector_folder, read_model_card

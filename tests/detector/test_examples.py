@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ovd.detector import Detector
 from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
-from ovd.modeling.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
+from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
 from ovd.predict import main, named_example, predict
 from ovd.vocabulary import TEMPLATES_STICKER
 from pretrain.engine.errors import UserError

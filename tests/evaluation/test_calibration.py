@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from ovd.evaluation.calibration import reliability, reliability_svg, score_drift
+from ovd.evaluation.reliability import reliability, reliability_svg, score_drift
 
 
 def test_error_of_hand_made_bins() -> None:

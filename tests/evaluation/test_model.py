@@ -18,7 +18,7 @@ from ovd.detector import Detector
 from ovd.evaluate import DataSpec, main
 from ovd.evaluation.coco import evaluate, evaluate_source, run_images, run_source
 from ovd.evaluation.predictor import predictor_for
-from ovd.modeling.scoring import RegionSet
+from ovd.inference.scoring import RegionSet
 from ovd.vocabulary import Vocabulary
 from pretrain.data.scenes import Scene, SceneSource, coco_objects
 from pretrain.data.stickers import Stickers

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, draw_words, run_typed
-from ovd.modeling.scoring import Calibration, RegionSet
+from ovd.inference.scoring import Calibration, RegionSet
 
 ROWS = torch.eye(6)  # six words, each its own axis
 BANK = torch.eye(6)[5:]

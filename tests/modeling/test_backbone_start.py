@@ -11,9 +11,9 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from ovd import train_rcnn, training_inputs
 from ovd.config import TrainConfig
 from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
+from ovd.training import inputs, rcnn
 from pretrain.config_ssl import BackboneConfig
 from pretrain.engine.checkpoint import load_model, load_some
 from pretrain.engine.config import load_config
@@ -49,9 +49,7 @@ def test_the_detectors_features_are_the_pretrainings(
     if through_export:
         export(read_source(str(folder)), to="torchvision", out=tmp_path / "out", pictures=PIXELS)
         folder = tmp_path / "out"
-    tensors, look = training_inputs.backbone_tensors(
-        str(folder), stem="small", norms={"model.backbone.norm": detector_norm}
-    )
+    tensors, look = inputs.backbone_tensors(str(folder), stem="small", norms={"model.backbone.norm": detector_norm})
     assert look == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     stages = ("res2", "res3", "res4", "res5")
     resnet = build_resnet(depth=18, stem="small", norm=detector_norm, out_features=stages, freeze_at=0).eval()
@@ -74,13 +72,13 @@ def test_the_detectors_features_are_the_pretrainings(
 def test_norms_of_another_kind_are_refused(tmp_path: Path, norm: str, detector_norm: str, message: str) -> None:
     folder, _ = exported(tmp_path, norm=norm)
     with pytest.raises(UserError, match=message):
-        training_inputs.backbone_tensors(str(folder), stem="small", norms={"model.head.norm": detector_norm})
+        inputs.backbone_tensors(str(folder), stem="small", norms={"model.head.norm": detector_norm})
 
 
 def test_another_stem_is_refused(tmp_path: Path) -> None:
     folder, _ = exported(tmp_path, norm="bn")
     with pytest.raises(UserError, match=r"its stem is small; set model\.backbone\.stem=small"):
-        training_inputs.backbone_tensors(str(folder), stem="imagenet", norms={})
+        inputs.backbone_tensors(str(folder), stem="imagenet", norms={})
 
 
 @pytest.mark.parametrize(("norm", "detector_norm"), [("bn", "BN"), ("gn_ws", "GN16")])
@@ -93,7 +91,7 @@ def test_a_training_starts_from_it_tower_included(tmp_path: Path, norm: str, det
          f"model.head.norm={detector_norm}", "model.backbone.freeze_at=0", "data.length=2", "data.size=96",
          f"out={tmp_path / 'detector'}"],
     )  # fmt: skip
-    parts = train_rcnn.build(config)
+    parts = rcnn.build(config)
     model: Any = parts["model"]
     own: Any = read_source(str(folder)).network
     assert torch.equal(model.backbone.stem.conv1.weight, own.conv1.weight)
@@ -122,10 +120,10 @@ def test_frozen_norms_keep_their_statistics_when_other_tensors_are_loaded() -> N
 def test_vild_starts_from_the_proposal_detector_and_its_tower_from_clip(tmp_path: Path) -> None:
     small = ["data.length=2", "data.size=96", f"out={tmp_path}"]
     first = load_config(TrainConfig, "mask_rcnn.yaml", small)
-    parts = train_rcnn.build(first)
-    train_rcnn.export(first, parts, tmp_path / "exported")
+    parts = rcnn.build(first)
+    rcnn.export(first, parts, tmp_path / "exported")
     second = load_config(TrainConfig, "vild_text.yaml", [*small, f"weights={tmp_path / 'exported'}"])
-    parts = train_rcnn.build(second)
+    parts = rcnn.build(second)
     model: Any = parts["model"]
     visual: Any = parts["encoder"].visual
     expected = {

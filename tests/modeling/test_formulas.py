@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ovd.modeling.calibration import absent_class_threshold, fit_platt
+from ovd.inference.calibration import absent_class_threshold, fit_platt
+from ovd.inference.ensemble import geometric_ensemble, text_exponents
+from ovd.inference.scoring import Calibration, score_regions, vocabulary_probabilities
 from ovd.modeling.classifier import EmbeddingClassifier, NovelLabelError, cosine_logits
-from ovd.modeling.distill import l1_distillation
-from ovd.modeling.ensemble import geometric_ensemble, text_exponents
-from ovd.modeling.scoring import Calibration, score_regions, vocabulary_probabilities
+from ovd.modeling.distillation import l1_distillation
 from pretrain.nets.grid import conv3x3_on_2x2
 
 

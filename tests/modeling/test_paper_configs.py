@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ovd import embed, train, training_inputs
+from ovd import embed, train
 from ovd.config import TrainConfig
 from ovd.data.lvis import split_of
 from ovd.data.splits import COCO_NAMES
 from ovd.embed import EmbedConfig
+from ovd.training import inputs
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_63, fill_template
 from pretrain.engine.config import load_config
 
@@ -145,7 +146,7 @@ def test_the_steps_for_own_photos_fit_together_and_take_a_step_with_every_catego
     more = [f"regions={tmp_path / 'regions'}", "weights=null"]
     assert train.main(["--config", str(configs / "vild.yaml"), *common, *more, "--check"]) == 0
     assert capsys.readouterr().out.count("check: two batches and one step, loss ") == 2
-    labelled = training_inputs.labelled_images(
+    labelled = inputs.labelled_images(
         vild.data.model_copy(update={"images": str(world / "train2017"), "annotations": str(world / "coco.json")})
     )
     assert not labelled.novel and {"person", "cat"} <= set(labelled.names)
@@ -157,7 +158,7 @@ def test_novel_categories_are_never_labelled(world: Path, name: str) -> None:
     config = load_config(TrainConfig, PAPER / f"vild_{name}.yaml")
     images = world if name == "lvis" else world / "train2017"
     data = config.data.model_copy(update={"images": str(images), "annotations": str(world / f"{name}.json")})
-    labelled = training_inputs.labelled_images(data)
+    labelled = inputs.labelled_images(data)
     split = split_of(config.data.split, content, where=name)
     assert {labelled.names[i] for i in labelled.novel} == {split.names[i] for i in split.novel}
     classes = {int(c) for n in range(len(labelled)) for c in labelled.load(n).classes}

@@ -20,9 +20,9 @@ import torch
 from ovd.config import ModelConfig
 from ovd.data.catalog import StickerImages
 from ovd.data.mapper import DetectionSource, TrainingTransform
-from ovd.modeling.build import build_model
-from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.modeling.task import DetectionTask
+from ovd.modeling.vild.build import build_model
+from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
 from ovd.regions.images import SceneImages
 from ovd.regions.layout import Identity, StoreSettings
 from ovd.regions.proposals import GroundTruthProposer

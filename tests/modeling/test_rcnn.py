@@ -18,11 +18,11 @@ from ovd.config import CutConfig, ModelConfig
 from ovd.data.catalog import Labelled
 from ovd.data.mapper import DetectionSource, TrainingTransform, map_sample
 from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
-from ovd.modeling.build import DetectorCard, build_model, save_detector
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.load import load_detector_model
-from ovd.modeling.mask_head import MaskHead
-from ovd.modeling.rcnn import OpenVocabularyRCNN
+from ovd.modeling.vild.build import DetectorCard, build_model, save_detector
+from ovd.modeling.vild.mask_head import MaskHead
+from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
 from pretrain.engine.errors import UserError
 from pretrain.nets.resnet import ResNet
 
@@ -310,7 +310,7 @@ def test_export__without_masks_the_mask_head_does_not_run(tmp_path: Path, monkey
 
 def test_export__boxes_follow_the_original_size() -> None:
     model = make("vild").eval()
-    from ovd.modeling.build import RegionModel
+    from ovd.modeling.vild.build import RegionModel
 
     small = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     large = small.repeat(2, axis=0).repeat(2, axis=1)

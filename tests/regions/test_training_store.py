@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ovd import train, train_rcnn
+from ovd import train
 from ovd.config import TrainConfig
 from ovd.embed import EmbedConfig
 from ovd.embed import run as embed
+from ovd.training import rcnn
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
 from pretrain.engine.config import free_keys, load_config
 from pretrain.engine.errors import UserError
@@ -64,10 +65,10 @@ def overrides(tmp_path: Path) -> list[str]:
 
 def test_regions_of_other_photos_are_refused_before_training(tmp_path: Path, overrides: list[str]) -> None:
     config = load_config(TrainConfig, None, overrides)
-    train_rcnn.build(config)
+    rcnn.build(config)
     photos(tmp_path / "photos", [3, 5, 9, 11])
     with pytest.raises(UserError, match="1 pictures are not among the 3 of this region store, such as 11"):
-        train_rcnn.build(config)
+        rcnn.build(config)
 
 
 def test_the_loop_gets_the_free_keys_and_every_generator_is_seeded(

@@ -17,10 +17,10 @@ from pretrain.config import CbowTower, EncoderConfig, Method, ViTTower
 from pretrain.config_ssl import BackboneConfig, SslMethod
 from pretrain.engine import distributed
 from pretrain.health import Watched
+from pretrain.methods.build import build_method
 from pretrain.methods.clip import Clip
 from pretrain.nets.standardised import without_batch_norm
 from pretrain.nets.towers import build_encoder
-from pretrain.recipes import build_method
 from tests.engine.toy import train
 from tests.ssl.small import WIDTH, Views, backbone
 
@@ -92,7 +92,7 @@ def section(name: str, **changes: Any) -> SslMethod:
 def small_method(name: str) -> nn.Module:
     """The assembled method, with a network of one convolution in place of a ResNet."""
     torch.manual_seed(0)
-    with mock.patch("pretrain.recipes.build_backbone", _net):
+    with mock.patch("pretrain.methods.build.build_backbone", _net):
         return build_method(section(name), batch_size=8, device=torch.device("cpu"))
 
 

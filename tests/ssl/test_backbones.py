@@ -11,8 +11,8 @@ import torch
 
 from pretrain.config_ssl import BackboneConfig
 from pretrain.engine.errors import UserError
+from pretrain.methods.build import build_method
 from pretrain.nets.backbones import build_backbone, load_backbone, problem_with, save_backbone
-from pretrain.recipes import build_method
 from tests.ssl.ssl_cases import section
 
 VIT = "timm:vit_tiny_patch16_224"

@@ -9,9 +9,9 @@ from torch import nn
 from pretrain.config_ssl import BackboneConfig, ByolMethod
 from pretrain.config_views import ViewConfig
 from pretrain.engine.optim import LARS, default_groups
+from pretrain.methods.build import build_method
 from pretrain.methods.byol import BYOL
 from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, folded, without_batch_norm
-from pretrain.recipes import build_method
 from tests.ssl.small import Views, as_float
 
 

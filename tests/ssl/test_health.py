@@ -22,8 +22,8 @@ from pretrain.engine.checkpoint import load_model
 from pretrain.engine.config import Section, free_keys, load_config
 from pretrain.engine.errors import UserError
 from pretrain.health import Watched, effective_rank, panel
+from pretrain.methods.build import watched
 from pretrain.probes import Probe
-from pretrain.recipes import watched
 from tests.engine.toy import Everything, content, differences, train
 from tests.ssl.ssl_cases import METHODS, run_of
 

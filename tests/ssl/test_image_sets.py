@@ -24,11 +24,11 @@ from pretrain.config_views import (
     StickerSingles,
     ViewConfig,
 )
+from pretrain.data.crops import ViewSource
 from pretrain.data.images import CIFAR_RECORD, ShardSet, build_images, expand_braces
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
-from pretrain.data.views import ViewSource
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.sampling import Microbatches
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes as they are assembled: heads, groups, learning rates, configs; and exact resume of every method."""
+"""The methods_build as they are assembled: heads, groups, learning rates, configs; and exact resume of every method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from pretrain import recipes
 from pretrain.config import PretrainConfig
 from pretrain.config_ssl import BackboneConfig
 from pretrain.engine.config import OptimConfig, load_config
@@ -23,11 +22,12 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.loop import Stopped
 from pretrain.engine.optim import build_optimizer, set_lr
 from pretrain.health import Watched
+from pretrain.methods import build as methods_build
 from pretrain.methods.barlow_twins import BarlowTwins
+from pretrain.methods.build import build_method, method_optim
 from pretrain.methods.simclr import SimCLR
 from pretrain.methods.simsiam import SimSiam
 from pretrain.nets.backbones import build_backbone, load_backbone, save_backbone
-from pretrain.recipes import build_method, method_optim
 from pretrain.train import main as train_main
 from tests.engine.processes import launch
 from tests.engine.toy import content, differences, train
@@ -47,7 +47,7 @@ def linears(module: nn.Module) -> list[nn.Linear]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
-# --- recipes
+# --- methods_build
 
 
 @pytest.mark.parametrize("name", ["byol", "moco_v2", "swav"])
@@ -222,7 +222,7 @@ def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         build_method(section("simclr"), batch_size=1, device=CPU)
     with pytest.raises(ValueError, match="two are compared, not 3"):
         section("simclr", views=[{"size": 8, "count": 3}])
-    monkeypatch.setattr(recipes, "_free_memory", lambda device: 1e6)
+    monkeypatch.setattr(methods_build, "_free_memory", lambda device: 1e6)
     with pytest.raises(UserError, match=r"\(8192, 8192, 8192\) need about 1\.\d GiB .* 0\.8 GiB for the correlation"):
         built("barlow_twins", dims=(8192, 8192, 8192))
 
@@ -242,7 +242,7 @@ def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heads_and_queues_wider_than_memory_are_refused_with_the_size_they_need(
     name: str, sizes: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "_free_memory", lambda device: 1e8)
+    monkeypatch.setattr(methods_build, "_free_memory", lambda device: 1e8)
     with pytest.raises(UserError, match=rf"{said}.* need about \d+\.\d GiB .* 0\.1 GiB are free"):
         built(name, **sizes)
 

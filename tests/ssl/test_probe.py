@@ -19,9 +19,9 @@ from pretrain.engine.config import plain
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.loop import fit
 from pretrain.health import Watched
+from pretrain.methods.build import build_method
 from pretrain.nets.towers import build_encoder
 from pretrain.probes import Normalise, Probe, Recipe
-from pretrain.recipes import build_method
 from tests.ssl.small import Views
 
 

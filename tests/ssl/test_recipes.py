@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import recipes
 from pretrain.config import PretrainConfig
 from pretrain.engine.config import OptimConfig, load_config
 from pretrain.engine.optim import build_optimizer
+from pretrain.methods import build as methods_build
+from pretrain.methods.build import build_method
 from pretrain.nets.heads import mlp
 from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, standardised
-from pretrain.recipes import build_method
 from tests.ssl.small import Views
 from tests.ssl.ssl_cases import METHODS, section, small_method
 
@@ -80,7 +80,7 @@ def described(head: nn.Module) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_are_the_papers_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipes, "_free_memory", lambda device: 1e15)
+    monkeypatch.setattr(methods_build, "_free_memory", lambda device: 1e15)
     cfg = load_config(PretrainConfig, PAPER / f"{name}.yaml")
     with torch.device("meta"):
         task = build_method(cfg.method, batch_size=cfg.loop.batch_size, device=torch.device("cpu"))  # type: ignore[arg-type]
@@ -153,8 +153,8 @@ def test_standardised_weights_have_mean_0_and_variance_1_per_output_unit() -> No
 @pytest.mark.parametrize("name", METHODS)
 def test_several_gpus_share_batch_statistics_but_in_moco(name: str) -> None:
     with (
-        mock.patch.object(recipes, "world_size", lambda: 2),
-        mock.patch.object(recipes, "_free_memory", lambda device: 1e15),
+        mock.patch.object(methods_build, "world_size", lambda: 2),
+        mock.patch.object(methods_build, "_free_memory", lambda device: 1e15),
     ):
         task = build_method(section(name), batch_size=8, device=torch.device("cuda"))
     norms = [m for m in task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

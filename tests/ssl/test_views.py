@@ -17,11 +17,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-from pretrain.config_views import Normalise, ViewConfig, expand_views
-from pretrain.data.render import Dice
-from pretrain.data.views import ViewSource, crop_box, resized
-from pretrain.engine.sampling import Microbatches, batches
-from pretrain.views import (
+from pretrain.augment import (
     Parameters,
     ViewAugment,
     apply_opencv,
@@ -29,6 +25,10 @@ from pretrain.views import (
     draw_parameters,
     kernel_reach,
 )
+from pretrain.config_views import Normalise, ViewConfig, expand_views
+from pretrain.data.crops import ViewSource, crop_box, resized
+from pretrain.data.render import Dice
+from pretrain.engine.sampling import Microbatches, batches
 
 PLAIN = ViewConfig(size=48, normalise=None, solarise_p=0.2)
 CPU = torch.device("cpu")

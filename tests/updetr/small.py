@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.condition import ClassCrops
-from ovd.modeling.detr import Detr
-from ovd.modeling.tower import Tower
-from ovd.modeling.transformer import ConditionalDecoderLayer, EncoderLayer
+from ovd.modeling.detr.conditioning import ClassCrops
+from ovd.modeling.detr.network import Detr
+from ovd.modeling.detr.transformer import ConditionalDecoderLayer, EncoderLayer
+from ovd.modeling.region_head import Tower
 
 C, D, STRIDE, CHANNELS = 5, 12, 16, 8
 

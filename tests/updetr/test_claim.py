@@ -16,7 +16,7 @@ from torch import nn
 
 from ovd.config_detr import DetrTrainConfig
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.detr import Found
+from ovd.modeling.detr.network import Found
 from pretrain.engine.config import load_config
 from tests.updetr.small import picture
 

@@ -14,24 +14,24 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, generalized_box_iou, nms, roi_align
 
-from ovd import train_detr
 from ovd.config_detr import DetrConfig, DetrLossConfig
 from ovd.data.catalog import Labelled
 from ovd.detector import Detector
 from ovd.evaluation.examples import LocatingPredictor, example_predictor
 from ovd.examples import Crop, Example, ExampleEmbedder
-from ovd.modeling import detr_build
+from ovd.inference.scoring import Calibration
 from ovd.modeling.backbone import load_resnet
-from ovd.modeling.build import DetectorCard, save_detector
 from ovd.modeling.classifier import NovelLabelError
-from ovd.modeling.detr import Decoded, Detr, Targets
-from ovd.modeling.detr_build import build_detr, read_start, refuse_other_attention, start_detr
+from ovd.modeling.detr import build as detr_build
+from ovd.modeling.detr.build import build_detr, read_start, refuse_other_attention, start_detr
+from ovd.modeling.detr.matcher import Matches, match, to_centres, to_corners
+from ovd.modeling.detr.network import Decoded, Detr, Targets
 from ovd.modeling.load import load_detector_model
-from ovd.modeling.matcher import Matches, match, to_centres, to_corners
-from ovd.modeling.scoring import Calibration
+from ovd.modeling.region_head import start_body, start_projection
 from ovd.modeling.task import DetectionTask
-from ovd.modeling.tower import start_body, start_projection
+from ovd.modeling.vild.build import DetectorCard, save_detector
 from ovd.regions.crops import crop_regions
+from ovd.training import detr as detr_training
 from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import BadImageError, UserError
@@ -174,7 +174,7 @@ def test_denoising__a_process_without_objects_has_the_same_losses_and_meets_the_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     met: list[int] = []
-    monkeypatch.setattr("ovd.modeling.detr.distributed.all_sum", lambda values: met.append(1) or values)
+    monkeypatch.setattr("ovd.modeling.detr.network.distributed.all_sum", lambda values: met.append(1) or values)
     model = make("conditional", denoising=2).train()
     some, meetings = model([picture(64, 96, TWO, [1, 2])]), len(met)
     none = model([picture(64, 96, [], [])])
@@ -520,7 +520,7 @@ def test_conditions__crops_are_the_first_labelled_things_as_examples_are_embedde
 
     torch.manual_seed(0)
     encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32)))
-    found = train_detr.class_crops(Pictures(), torch.tensor([True, True, False]), encoder, share=0.5)
+    found = detr_training.class_crops(Pictures(), torch.tensor([True, True, False]), encoder, share=0.5)
     assert found.count_C.tolist() == [2, 2, 0], "not the strip of three pixels, not the class that is kept out"
     shown = Pictures().load(2)
     embedder = ExampleEmbedder(encoder=encoder)

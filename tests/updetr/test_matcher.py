@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou
 
-from ovd.modeling.matcher import (
+from ovd.modeling.detr.matcher import (
     box_cost,
     group_mask,
     groups_of,

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from ovd.data.mapper import TrainingTransform
 from ovd.data.patches import PatchSource
-from ovd.modeling.detr import Decoded
-from ovd.modeling.detr_build import start_projections
-from ovd.modeling.matcher import to_centres
-from ovd.modeling.updetr import PatchPretext
+from ovd.modeling.detr.build import start_projections
+from ovd.modeling.detr.matcher import to_centres
+from ovd.modeling.detr.network import Decoded
+from ovd.modeling.detr.updetr import PatchPretext
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import BadImageError
 from tests.updetr.small import CHANNELS, make, patch_batch
@@ -279,7 +279,7 @@ def test_reconstruction__is_the_squared_distance_of_unit_vectors_over_boxes_summ
     batch = patch_batch(2, 3)
     out, targets, group = pretext.predict(batch)
     model = pretext.detr
-    from ovd.modeling.matcher import box_cost, match, object_cost
+    from ovd.modeling.detr.matcher import box_cost, match, object_cost
 
     assert model.object_embed is not None and targets.embeddings is not None
     cost = box_cost(out.boxes, targets.boxes, l1=5, giou=2) + 2 * object_cost(

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from ovd.modeling.detr.updetr import PatchPretext
 from ovd.modeling.task import DetectionTask
-from ovd.modeling.updetr import PatchPretext
 from pretrain.engine import distributed
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.config import LoopConfig, OptimConfig
@@ -39,7 +39,7 @@ def make_task(kind: str) -> DetectionTask:
         pretrained_prefixes=("backbone.", "region_tower."),
         pretrained_lr_scale=1.0,
     )
-    setattr(task, "find_unused_parameters", True)  # noqa: B010  # as ovd.train_detr does
+    setattr(task, "find_unused_parameters", True)  # noqa: B010  # as ovd.training.detr does
     return task
 
 

@@ -12,9 +12,9 @@ import torch
 
 from ovd.config_detr import DetrTrainConfig
 from ovd.data.features import CachedPatches, FeatureCache, Readable, files_of
+from ovd.modeling.detr.updetr import PatchPretext
 from ovd.modeling.task import DetectionTask
-from ovd.modeling.updetr import PatchPretext
-from ovd.train_detr import is_transformer
+from ovd.training.detr import is_transformer
 from pretrain.engine.config import LoopConfig, OptimConfig, load_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.engine.loop import fit

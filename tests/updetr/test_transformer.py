@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ovd.modeling.transformer import (
+from ovd.modeling.detr.transformer import (
     DETR_TEMPERATURE,
     PLACE_TEMPERATURE,
     ConditionalDecoder,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd.modeling.detr import Decoded, Detr, Targets
-from ovd.modeling.matcher import group_mask, groups_of, overlaps, to_centres, to_corners
+from ovd.modeling.detr.matcher import group_mask, groups_of, overlaps, to_centres, to_corners
+from ovd.modeling.detr.network import Decoded, Detr, Targets
 from ovd.modeling.task import DetectionTask
 
 

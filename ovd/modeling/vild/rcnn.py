@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.distill import l1_distillation
-from ovd.modeling.mask_head import MaskHead
-from ovd.modeling.sampling import SeededROIHeads
-from ovd.modeling.tower import Tower
+from ovd.modeling.distillation import l1_distillation
+from ovd.modeling.region_head import Tower
+from ovd.modeling.vild.mask_head import MaskHead
+from ovd.modeling.vild.sampling import SeededROIHeads
 from pretrain.engine.distributed import shares
 
 Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]

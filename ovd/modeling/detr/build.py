@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from ovd.config_detr import DetrConfig
+from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.backbone import build_resnet, stage_channels, to_detectron2
-from ovd.modeling.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.detr import Detr, Memory
-from ovd.modeling.matcher import groups_of, to_corners
-from ovd.modeling.scoring import Calibration, RegionSet
-from ovd.modeling.tower import Tower
+from ovd.modeling.detr.matcher import groups_of, to_corners
+from ovd.modeling.detr.network import Detr, Memory
+from ovd.modeling.region_head import Tower
+from ovd.modeling.vild.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import EXPORTED

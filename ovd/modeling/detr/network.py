@@ -30,9 +30,8 @@ from torchvision.ops import roi_align
 
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.classifier import EmbeddingClassifier, cosine_logits
-from ovd.modeling.condition import ClassCrops, ConditionEncoder
-from ovd.modeling.distill import squared_distillation
-from ovd.modeling.matcher import (
+from ovd.modeling.detr.conditioning import ClassCrops, ConditionEncoder
+from ovd.modeling.detr.matcher import (
     Matches,
     box_cost,
     group_mask,
@@ -43,8 +42,7 @@ from ovd.modeling.matcher import (
     to_centres,
     to_corners,
 )
-from ovd.modeling.tower import Tower
-from ovd.modeling.transformer import (
+from ovd.modeling.detr.transformer import (
     DETR_TEMPERATURE,
     MLP,
     PLACE_TEMPERATURE,
@@ -56,6 +54,8 @@ from ovd.modeling.transformer import (
     start_as_identity,
     token_positions,
 )
+from ovd.modeling.distillation import squared_distillation
+from ovd.modeling.region_head import Tower
 from pretrain.engine import distributed
 
 PRIOR = 0.01  # of an object before training (focal loss, arXiv 1708.02002 §3.3)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd.modeling.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
+from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
 CENTRE_PRIOR = 10.0
 """Regions' worth of zero in the mean of a picture's regions, see `score_examples`."""

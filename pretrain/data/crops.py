@@ -2,7 +2,7 @@
 """Pictures into random crops: the part of the views that loader workers do.
 
 A picture is decoded once and cropped, resized and flipped in uint8 for each of its views; colours are changed later, on
-the training device (`pretrain.views`). A crop is a pure function of (seed, index, draw, view).
+the training device (`pretrain.augment`). A crop is a pure function of (seed, index, draw, view).
 
 Shapes: `N` samples, `V` views, `S` side.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pretrain.augment import ViewAugment
 from pretrain.config import StickerPairs
 from pretrain.config_ssl import (
     BarlowTwinsMethod,
@@ -34,7 +35,6 @@ from pretrain.methods.simsiam import SimSiam
 from pretrain.methods.swav import SwAV
 from pretrain.nets.backbones import build_backbone, parameter_bytes
 from pretrain.nets.heads import mlp
-from pretrain.views import ViewAugment
 
 COPIES = 3  # of each parameter while it trains: itself, its gradient, its velocity
 GIB = 2.0**30

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import cv2
 from torch.nn import functional as F
 
-from ovd.modeling.scoring import RegionSet
+from ovd.inference.scoring import RegionSet
 from ovd.regions.crops import embed_regions
 from ovd.regions.proposals import large_enough, resize_boxes
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ovd.data.catalog import Labelled, LabelledImages
     from ovd.data.mapper import DetectionSource
     from ovd.data.patches import PatchSource
-    from ovd.modeling.condition import ClassCrops
-    from ovd.modeling.detr import Detr
+    from ovd.modeling.detr.conditioning import ClassCrops
+    from ovd.modeling.detr.network import Detr
+    from ovd.modeling.region_head import Tower
     from ovd.modeling.task import DetectionTask
-    from ovd.modeling.tower import Tower
     from pretrain.engine.sampling import Source
     from pretrain.nets.towers import JointEncoder
 
@@ -93,9 +93,9 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     import torch
 
     from ovd.modeling.backbone import load_resnet
-    from ovd.modeling.detr_build import build_detr, read_start, refuse_other_attention, start_detr
+    from ovd.modeling.detr.build import build_detr, read_start, refuse_other_attention, start_detr
     from ovd.text import embed_vocabulary
-    from ovd.training_inputs import labelled_images, resolve_encoder
+    from ovd.training.inputs import labelled_images, resolve_encoder
     from ovd.vocabulary import Vocabulary
     from pretrain.engine.distributed import pick_device, seed_everything
 
@@ -159,7 +159,7 @@ def start_region_tower(
     config: DetrTrainConfig, tower: Tower, encoder: JointEncoder, backbone: Mapping[str, Tensor]
 ) -> str:
     """Start the region tower as the backbone's last stage and the encoder's projection; returns what was done."""
-    from ovd.modeling.tower import start_body, start_projection
+    from ovd.modeling.region_head import start_body, start_projection
     from pretrain.nets.towers import ResNetImage
 
     start_body(tower, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
@@ -174,8 +174,8 @@ def start_inputs(config: DetrTrainConfig, parts: Mapping[str, Any]) -> str:
     """Start the projections of tokens and patches from the first samples; returns what was done, for the log."""
     import torch
 
-    from ovd.modeling.detr_build import start_projections
-    from ovd.modeling.updetr import PatchPretext
+    from ovd.modeling.detr.build import start_projections
+    from ovd.modeling.detr.updetr import PatchPretext
     from pretrain.nets.towers import ResNetImage
 
     model, task, source, encoder = parts["model"], parts["task"], parts["source"], parts["encoder"]
@@ -210,7 +210,7 @@ def read_backbone(
     Raises:
         UserError: no ResNet there.
     """
-    from ovd.training_inputs import backbone_tensors
+    from ovd.training.inputs import backbone_tensors
     from pretrain.nets.towers import ResNetImage, export_backbone
 
     look: tuple[tuple[float, ...], tuple[float, ...]] | None = (encoder.image_mean, encoder.image_std)
@@ -235,7 +235,7 @@ def read_backbone(
 def pretext_parts(config: DetrTrainConfig, model: Detr, encoder: JointEncoder) -> dict[str, Any]:
     """Task and source of the pretext."""
     from ovd.data.features import Readable
-    from ovd.modeling.updetr import PatchPretext
+    from ovd.modeling.detr.updetr import PatchPretext
     from pretrain.engine.distributed import world_size
 
     pretext = config.pretext
@@ -441,7 +441,7 @@ def class_crops(images: LabelledImages, trainable: Tensor, encoder: JointEncoder
     import torch
 
     from ovd.examples import MIN_SIDE
-    from ovd.modeling.condition import ClassCrops
+    from ovd.modeling.detr.conditioning import ClassCrops
     from ovd.regions.crops import embed_regions
 
     if encoder.visual is None:
@@ -553,8 +553,8 @@ def export(config: DetrTrainConfig, parts: dict[str, Any], folder: Path) -> None
 
     import torch
 
-    from ovd.modeling.build import DetectorCard, save_detector
-    from ovd.modeling.scoring import Calibration
+    from ovd.inference.scoring import Calibration
+    from ovd.modeling.vild.build import DetectorCard, save_detector
 
     encoder, images = parts["encoder"], parts["images"]
     names: tuple[str, ...] = images.names if images is not None else ()

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.config import ModelConfig
+from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.backbone import build_fpn, build_resnet, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.mask_head import MaskHead
-from ovd.modeling.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN
-from ovd.modeling.sampling import SeededRPN
-from ovd.modeling.scoring import Calibration, RegionSet
-from ovd.modeling.tower import Tower
+from ovd.modeling.region_head import Tower
+from ovd.modeling.vild.mask_head import MaskHead
+from ovd.modeling.vild.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN
+from ovd.modeling.vild.sampling import SeededRPN
 from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -192,7 +192,7 @@ class DetectorCard:
         config_hash: of the training configuration.
         templates: name of the prompts that the classes were embedded with.
         second_look: regions of a picture that the image encoder sees too, as the calibration was fitted
-            (`ovd.modeling.second_look`).
+            (`ovd.inference.crop_refinement`).
     """
 
     model: dict[str, Any]

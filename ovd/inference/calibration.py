@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting a checkpoint's :class:`~ovd.modeling.scoring.Calibration` on scenes that no training and no evaluation
+"""Fitting a checkpoint's :class:`~ovd.inference.scoring.Calibration` on scenes that no training and no evaluation
 uses."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd.modeling.scoring import Calibration
+from ovd.inference.scoring import Calibration
 
 
 def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[float, float]:

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.config import TrainConfig
-from ovd.training_inputs import backbone_tensors, labelled_images, resolve_encoder
+from ovd.training.inputs import backbone_tensors, labelled_images, resolve_encoder
 from pretrain.engine.config import config_hash
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ovd.modeling.rcnn import OpenVocabularyRCNN
+    from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
     from pretrain.nets.towers import JointEncoder
 
 
 def start_towers(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
     """Load the body of each tower of kind c4 from the last stage of a torchvision-named ResNet; returns their names."""
-    from ovd.modeling.tower import start_body
+    from ovd.modeling.region_head import start_body
 
     names = [name for name in ("tower", "image_tower") if getattr(model.roi_heads, name) is not None]
     for name in names:
@@ -47,7 +47,7 @@ def start_from_encoder(
     import torch
 
     from ovd.modeling.backbone import load_resnet, verify_conversion
-    from ovd.modeling.tower import start_projection
+    from ovd.modeling.region_head import start_projection
     from pretrain.nets.towers import ResNetImage, export_backbone
 
     bb = config.model.backbone
@@ -89,7 +89,7 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[s
     Raises:
         UserError: another architecture.
     """
-    from ovd.modeling.build import load_model
+    from ovd.modeling.vild.build import load_model
     from pretrain.engine.checkpoint import load_some
 
     other, _, _ = load_model(folder)
@@ -116,8 +116,8 @@ def build(config: TrainConfig) -> dict[str, Any]:
 
     from ovd.data.catalog import CocoImages, StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
-    from ovd.modeling.build import build_model
     from ovd.modeling.task import DetectionTask
+    from ovd.modeling.vild.build import build_model
     from ovd.regions.images import SceneImages
     from ovd.regions.store import RegionStore
     from ovd.text import embed_vocabulary
@@ -195,8 +195,8 @@ def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
 
     import torch
 
-    from ovd.modeling.build import DetectorCard, save_detector
-    from ovd.modeling.scoring import Calibration
+    from ovd.inference.scoring import Calibration
+    from ovd.modeling.vild.build import DetectorCard, save_detector
 
     names = parts["images"].names
     bank = [i for i in range(len(names)) if i not in parts["images"].novel]

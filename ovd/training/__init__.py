@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``python -m ovd.train`` builds for each kind of detector."""
