@@ -121,7 +121,10 @@ def make_images(config: PicturesConfig) -> ImageSource:
     from ovd.regions.images import CocoImages, FolderImages, SceneImages
 
     if config.kind == "coco":
-        return CocoImages(config.annotations or "", config.images or "")
+        photos = CocoImages(config.annotations or "", config.images or "")
+        for notice in photos.notices:
+            print(f"warning: {notice}", file=sys.stderr)
+        return photos
     if config.kind == "folder":
         return FolderImages(config.images or "")
     from pretrain.data.scenes import SceneSource
@@ -140,11 +143,14 @@ def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tup
         UserError: no such detector, or pictures without ground truth.
     """
     if spec == GROUND_TRUTH:
+        from ovd.regions.images import CocoImages
         from ovd.regions.proposals import GroundTruthProposer
 
         boxes_of = getattr(images, "boxes", None)
         if boxes_of is None:
             raise UserError("proposer=ground-truth needs pictures with boxes: pictures.kind stickers or coco")
+        if isinstance(images, CocoImages):
+            return GroundTruthProposer(boxes_of), f"{GROUND_TRUTH}:{images.boxes_fingerprint()}"
         return GroundTruthProposer(boxes_of), GROUND_TRUTH
     folder = Path(spec)
     if not folder.exists():

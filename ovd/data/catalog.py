@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from ovd.data.lvis import picture_file
+from ovd.data.coco import Annotation, ImageId, read_ground_truth
+from ovd.data.masks import decode
 from ovd.data.splits import Split
 from pretrain.data.folder import read_image
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
-from pretrain.engine.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Labelled:
     boxes: np.ndarray
     masks: np.ndarray
     classes: np.ndarray
-    image_id: int
+    image_id: ImageId
 
 
 class LabelledImages(Protocol):
@@ -93,97 +92,105 @@ class StickerImages:
 class CocoImages:
     """Photos with a COCO instances file.
 
-    Crowd annotations are left out, as in ViLD's parser; so are categories outside the split. Images that have no
-    annotation left are left out too (the 107,761 of COCO 48/17).
+    Crowd annotations are left out, as in ViLD's parser; so are categories outside the split and boxes without area.
+    Images that have no annotation left are left out too (of COCO 48/17, 107,761 remain). `notices` says how many.
 
     Args:
         images: folder that ``file_name`` is relative to.
-        annotations: instances JSON.
+        annotations: instances file, ``.json`` or ``.json.gz``.
         split: base and novel category ids.
         labels: ``base`` leaves out the annotations of novel categories.
+        part: only images whose ``split`` is this; None: all of them.
+
+    Raises:
+        UserError: a file that `ovd.data.coco.check_ground_truth` refuses, a split that does not fit it, no such part,
+            or nothing left to learn from.
     """
 
-    def __init__(self, *, images: Path, annotations: Path, split: Split, labels: Literal["base", "all"]) -> None:
-        data = read_json(annotations, hint="data.annotations must be a COCO instances file")
-        if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= set(data):
-            raise UserError(
-                f"data.annotations: {annotations} has no images, annotations and categories; "
-                "a COCO instances file is needed"
-            )
+    def __init__(
+        self, *, images: Path, annotations: Path, split: Split, labels: Literal["base", "all"], part: str | None = None
+    ) -> None:
+        truth = read_ground_truth(annotations, hint="data.annotations must be a COCO instances file")
         # Ids that mean something else here (renumbered, another data set) would train wrong names without a word.
-        split.check_categories({c["id"]: c["name"] for c in data["categories"]}, where=str(annotations))
+        split.check_categories(truth.categories, where=str(annotations))
         ids = list(split.ids)
-        self.folder = images
+        self.folder, self.where = images, str(annotations)
         self.category_ids = tuple(ids)
         self.names = tuple(split.names[i] for i in ids)
         self.novel = frozenset(ids.index(i) for i in split.novel)
-        index = {category: i for i, category in enumerate(ids)}
+        self._index = {category: i for i, category in enumerate(ids)}
         wanted = set(split.base) if labels == "base" else set(ids)
-        self._annotations: dict[int, list[dict[str, Any]]] = {}
-        for annotation in data["annotations"]:
-            if (
-                annotation["category_id"] in wanted
-                and annotation["category_id"] in index
-                and not annotation.get("iscrowd")
-            ):
-                _, _, width, height = annotation["bbox"]
-                if width > 0 and height > 0:
-                    self._annotations.setdefault(annotation["image_id"], []).append(
-                        {**annotation, "class": index[annotation["category_id"]]}
-                    )
-        self._images = [image for image in data["images"] if image["id"] in self._annotations]
-        if not self._images:
+        chosen = {i for i in truth.sizes if part is None or truth.parts.get(i) == part}
+        if not chosen:
+            named = ", ".join(sorted(set(truth.parts.values()))) or "none"
+            raise UserError(f"data.part {part}: no image of {annotations} has this split (there: {named})")
+        self._annotations: dict[ImageId, list[Annotation]] = {}
+        crowds = flat = 0
+        for annotation in truth.annotations:
+            if annotation["category_id"] not in wanted or annotation["image_id"] not in chosen:
+                continue
+            _, _, width, height = annotation["bbox"]
+            crowds += annotation["iscrowd"]
+            flat += not annotation["iscrowd"] and not (width and height)
+            if width and height and not annotation["iscrowd"]:
+                self._annotations.setdefault(annotation["image_id"], []).append(annotation)
+        self._sizes, self._files = truth.sizes, truth.files
+        # In the order of the file.
+        self.image_ids: list[ImageId] = [i for i in truth.files if i in self._annotations]
+        nameless = [i for i in self._annotations if i not in truth.files]
+        if nameless:
+            truth.file_of(nameless[0])  # says what it lacks
+        self.notices = [f"{annotations}: {warning}" for warning in truth.warnings]
+        if crowds:
+            self.notices.append(f"{annotations}: {crowds} crowd annotations (iscrowd 1) are not trained on")
+        if flat:
+            self.notices.append(f"{annotations}: {flat} boxes without area are not trained on")
+        if empty := len(chosen) - len(self._annotations):
+            self.notices.append(f"{annotations}: {empty} of {len(chosen)} images have no object left and are not used")
+        if not self.image_ids:
             raise UserError(
                 f"data.annotations: {annotations} has no annotation that split {split.name!r} (labels={labels}) keeps"
+                + (f"; {crowds} are crowds (iscrowd 1): set it to 0 if each is one object" if crowds else "")
             )
 
     def __len__(self) -> int:
-        return len(self._images)
-
-    @property
-    def image_ids(self) -> list[int]:
-        """Ids of the pictures that training draws from, in order."""
-        return [image["id"] for image in self._images]
+        return len(self.image_ids)
 
     def load(self, index: int) -> Labelled:
         """Decode image ``index``.
 
         Raises:
-            BadImageError: it cannot be read.
+            BadImageError: it cannot be read, or is not of the size that the annotations say.
         """
-        info = self._images[index]
-        image = read_image(self.folder / picture_file(info))
+        image_id = self.image_ids[index]
+        path = self.folder / self._files[image_id]
+        image = read_image(path)
         height, width = image.shape[:2]
-        stated = info.get("height", height), info.get("width", width)
-        if stated != (height, width):
+        size = self._sizes[image_id]
+        if size is not None and size != (height, width):
             raise BadImageError(
-                self.folder / picture_file(info),
-                f"is {width} × {height} pixels upright, the annotations say {stated[1]} × {stated[0]}",
+                path, f"is {width} × {height} pixels upright, the annotations say {size[1]} × {size[0]}"
             )
-        annotations = self._annotations[info["id"]]
+        annotations = self._annotations[image_id]
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32)
         boxes[:, 2:] += boxes[:, :2]
+        if size is None and bool((boxes[:, :2] >= (width, height)).any() | (boxes[:, 2:] <= 0).any()):
+            raise BadImageError(path, f"is {width} × {height} pixels, and {self.where} has a box outside of it")
         masks = np.zeros((len(annotations), height, width), dtype=bool)
         for mask, annotation, box in zip(masks, annotations, boxes, strict=True):
-            mask[:] = _decode_mask(annotation, box, height, width)
-        classes = np.array([a["class"] for a in annotations], dtype=np.int64)
-        return Labelled(image=image, boxes=boxes, masks=masks, classes=classes, image_id=info["id"])
+            mask[:] = self._mask(annotation, box, (height, width))
+        classes = np.array([self._index[a["category_id"]] for a in annotations], dtype=np.int64)
+        return Labelled(image=image, boxes=boxes, masks=masks, classes=classes, image_id=image_id)
 
-
-def _decode_mask(annotation: dict[str, Any], box: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The annotation's mask; where a file has boxes only, the box stands for it."""
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list) and segmentation:
-        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).astype(bool)
-    if isinstance(segmentation, dict):
-        rle = segmentation
-        if isinstance(rle["counts"], list):
-            rle = coco_mask.frPyObjects(rle, height, width)
-        return coco_mask.decode(rle).astype(bool)
-    mask = np.zeros((height, width), dtype=bool)
-    x1, y1, x2, y2 = np.round(box).astype(int)
-    mask[max(y1, 0) : y2, max(x1, 0) : x2] = True
-    return mask
+    def _mask(self, annotation: Annotation, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The annotation's mask; where a file has boxes only, the box stands for it."""
+        if "segmentation" in annotation:
+            entry = f"{self.where}: annotations[{annotation['id'] - 1}]"
+            return decode(annotation["segmentation"], size, entry)
+        mask = np.zeros(size, dtype=bool)
+        x1, y1, x2, y2 = np.round(box).astype(int)
+        mask[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)] = True
+        return mask
 
 
 def register_stickers(name: str, images: StickerImages) -> None:

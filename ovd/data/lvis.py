@@ -21,22 +21,6 @@ from pretrain.engine.errors import UserError
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
-def picture_file(image: Mapping[str, Any], *, where: str = "images") -> str:
-    """A picture's path below the picture folder: ``file_name``, or the last two parts of LVIS's ``coco_url``.
-
-    The picture folder of LVIS therefore holds ``train2017`` and ``val2017``: its validation pictures are of both.
-
-    Raises:
-        UserError: it has neither.
-    """
-    name, url = image.get("file_name"), image.get("coco_url")
-    if isinstance(name, str) and name:
-        return name
-    if isinstance(url, str) and url.count("/") >= 2:
-        return "/".join(url.split("/")[-2:])
-    raise UserError(f"{where}: image {image.get('id')!r} has neither 'file_name' nor 'coco_url': it cannot be found.")
-
-
 def split_of(spec: str, content: Any, *, where: str) -> Split:
     """The split that ``spec`` names for an annotation file.
 

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 from pycocotools.cocoeval import COCOeval
 
-from ovd.data.coco import GroundTruth, ImageId, Results, check_ground_truth, check_results, to_rle
-from ovd.data.lvis import Federated, picture_file
+from ovd.data.coco import Annotation, GroundTruth, ImageId, Results, check_ground_truth, check_results, picture_file
+from ovd.data.lvis import Federated
+from ovd.data.masks import to_rle
 from ovd.data.splits import Split
 from ovd.evaluation.recall import class_agnostic_recall
 from pretrain.engine.errors import UserError
@@ -356,7 +357,7 @@ def content_sha256(content: Any) -> str:
 
 def shaped(
     truth: GroundTruth,
-    annotations: list[dict[str, Any]],
+    annotations: Sequence[Annotation],
     detections: list[dict[str, Any]],
     kind: str,
     where: tuple[str, str] = ("annotations", "predictions"),
@@ -383,7 +384,7 @@ def shaped(
         entry = f"{where[0]}: annotations[{a['id'] - 1}]"
         if "segmentation" not in a:
             raise UserError(f"{entry} has no segmentation; evaluate boxes only.")
-        gts.append(a | {"segmentation": to_rle(a["segmentation"], truth.sizes[a["image_id"]], entry)})
+        gts.append({**a, "segmentation": to_rle(a["segmentation"], truth.sizes[a["image_id"]], entry)})
     dts = []
     for n, d in enumerate(detections):
         if "segmentation" not in d:

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from ovd.data.coco import ImageId
-from ovd.data.lvis import picture_file
+from ovd.data.coco import ImageId, check_ground_truth, picture_file
 from ovd.detector import NMS_IOU, Detector
 from ovd.evaluation.predictor import Predictor, asked_columns, coco_result
 from ovd.examples import MIN_SIDE, Crop, Example
@@ -82,13 +81,13 @@ def coco_crops(
     names = {category["id"]: category["name"] for category in gt["categories"]}
     labelled = {one["category_id"] for one in gt["annotations"]}
     found: dict[int, list[Crop]] = {i: [] for i in names if i in labelled and (asked is None or i in asked)}
-    sides = {entry["id"]: (entry.get("width", np.inf), entry.get("height", np.inf)) for entry in gt["images"]}
+    sizes = check_ground_truth(gt).sizes
     boxes: dict[Any, dict[int, tuple[float, float, float, float]]] = {}
     for one in gt["annotations"]:
         if one.get("iscrowd") or one["category_id"] not in found:
             continue
         x, y, wide, high = (float(value) for value in one["bbox"])
-        width, height = sides[one["image_id"]]
+        height, width = sizes[one["image_id"]] or (np.inf, np.inf)
         box = (max(x, 0.0), max(y, 0.0), min(x + wide, float(width)), min(y + high, float(height)))
         largest = boxes.setdefault(one["image_id"], {})
         best = largest.get(one["category_id"])

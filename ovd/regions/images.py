@@ -2,7 +2,8 @@
 """Where the pictures of a region store come from: generated scenes, a COCO file, or a folder.
 
 Each source has ``ids`` (what the store is read by), ``image(index)``, ``fingerprint()``, and ``boxes(index)`` where it
-has ground truth. A fingerprint hashes what decides the pixels, not where they lie: a data set may move to another disk.
+has ground truth. A fingerprint hashes what decides the pixels, not where they lie: a data set may move to another disk,
+but a picture that is replaced under its old name is another one.
 """
 
 from __future__ import annotations
@@ -16,16 +17,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovd.data.lvis import picture_file
+from ovd.data.coco import read_ground_truth
 from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ovd.regions.layout import ImageId
     from pretrain.data.scenes import SceneSource
+
+
+WHOLE = 1 << 20
+"""Bytes up to which a file is hashed whole; of a larger one its size, beginning, middle and end are."""
+
+
+def content_sha256(root: Path, named: Sequence[tuple[ImageId, str]]) -> str:
+    """sha256 over ids, names and content of files; one that is missing counts as such.
+
+    Args:
+        root: the folder that names are relative to.
+        named: (id, name) of each file.
+    """
+    digest = hashlib.sha256()
+    for image_id, name in named:
+        digest.update(json.dumps([image_id, name]).encode())
+        try:
+            with open(root / name, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(str(size).encode())
+                for start in (0,) if size <= WHOLE else (0, (size - WHOLE) // 2, size - WHOLE // 4):
+                    file.seek(start)
+                    digest.update(file.read(WHOLE if size <= WHOLE else WHOLE // 4))
+        except OSError as error:  # reading it will say so, where it is read
+            digest.update(f"cannot be read: {type(error).__name__}".encode())
+    return digest.hexdigest()
 
 
 class SceneImages:
@@ -77,49 +103,48 @@ class FolderImages:
         return read_image(self.root / self._names[index])
 
     def fingerprint(self) -> str:
-        """sha256 over names and sizes of the files."""
-        digest = hashlib.sha256()
-        for name in self._names:
-            digest.update(json.dumps([name, (self.root / name).stat().st_size]).encode())
-        return digest.hexdigest()
+        """sha256 over names and content of the files."""
+        return content_sha256(self.root, [(name, name) for name in self._names])
 
 
 class CocoImages:
     """The pictures of a COCO annotation file, in its order; ids are COCO's.
 
     Args:
-        annotations: the JSON file.
+        annotations: the file, ``.json`` or ``.json.gz``.
         root: the folder its file names are relative to.
 
     Raises:
-        UserError: the file is missing or not COCO.
+        UserError: a file that `ovd.data.coco.check_ground_truth` refuses, or one that lists no pictures.
     """
 
     def __init__(self, annotations: str | os.PathLike[str], root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        try:
-            data = read_json(annotations)
-            self._names = {int(entry["id"]): picture_file(entry, where=str(annotations)) for entry in data["images"]}
-            self._boxes: dict[int, list[list[float]]] = {}
-            for entry in data.get("annotations", ()):
-                if not entry.get("iscrowd"):
-                    x, y, w, h = map(float, entry["bbox"])
-                    self._boxes.setdefault(int(entry["image_id"]), []).append([x, y, x + w, y + h])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{annotations}: not a COCO annotation file ({error!r})") from error
-        if not self._names:
+        truth = read_ground_truth(Path(annotations))
+        if not truth.sizes:
             raise UserError(f"{annotations}: lists no pictures")
-        self._ids = list(self._names)
-        self.ids: Sequence[ImageId] = list(self._ids)
+        self.notices = [f"{annotations}: {warning}" for warning in truth.warnings]
+        self._names = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
+        self._boxes: dict[ImageId, list[list[float]]] = {}
+        for annotation in truth.annotations:
+            x, y, w, h = annotation["bbox"]
+            if not annotation["iscrowd"]:
+                self._boxes.setdefault(annotation["image_id"], []).append([x, y, x + w, y + h])
+        self.ids: Sequence[ImageId] = [*truth.files]
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 RGB ``(H, W, 3)``, upright."""
-        return read_image(self.root / self._names[self._ids[index]])
+        return read_image(self.root / self._names[self.ids[index]])
 
     def boxes(self, index: int) -> NDArray[np.float32]:
         """Ground truth ``(n, 4)`` xyxy without crowds."""
-        return np.asarray(self._boxes.get(self._ids[index], ()), dtype=np.float32).reshape(-1, 4)
+        return np.asarray(self._boxes.get(self.ids[index], ()), dtype=np.float32).reshape(-1, 4)
 
     def fingerprint(self) -> str:
-        """sha256 over ids and file names."""
-        return hashlib.sha256(json.dumps(sorted(self._names.items())).encode()).hexdigest()
+        """sha256 over ids, file names and content of the pictures."""
+        return content_sha256(self.root, sorted(self._names.items(), key=lambda item: str(item[0])))
+
+    def boxes_fingerprint(self) -> str:
+        """sha256 over the ground truth that `boxes` answers with."""
+        rows = [[str(i), self._boxes.get(i, [])] for i in self.ids]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ def labelled_images(data: DataConfig) -> LabelledImages:
     """The training pictures that a data section describes."""
     from ovd.data.catalog import CocoImages, StickerImages
     from pretrain.data.stickers import Stickers
+    from pretrain.engine.distributed import is_main
 
     if data.kind == "stickers":
         return StickerImages(
@@ -36,12 +38,16 @@ def labelled_images(data: DataConfig) -> LabelledImages:
             size=data.size,
             labels=data.labels,
         )
-    return CocoImages(
+    photos = CocoImages(
         images=Path(data.images or ""),
         annotations=Path(data.annotations or ""),
         split=load_split(data),
         labels=data.labels,
     )
+    if is_main():
+        for notice in photos.notices:
+            print(f"warning: {notice}", file=sys.stderr)
+    return photos
 
 
 def load_split(data: DataConfig) -> Split:

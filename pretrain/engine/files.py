@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
-    """Content of a JSON file.
+    """Content of a JSON file, or of one that gzip packed (``.json.gz``).
 
     Args:
         path: The file.
@@ -37,11 +39,14 @@ def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
     path = Path(path)
     closing = f"; {hint}" if hint else ""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        packed = path.suffix == ".gz"
+        return json.loads((gzip.decompress(path.read_bytes()) if packed else path.read_bytes()).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{closing}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}). Is it packed{closing}?") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}){closing}.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}){closing}.") from error
     except json.JSONDecodeError as error:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ovd.data.catalog import CocoImages
-from ovd.data.lvis import Federated, is_lvis, picture_file, split_of
+from ovd.data.coco import picture_file
+from ovd.data.lvis import Federated, is_lvis, split_of
 from ovd.evaluate import main
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.lvis import evaluate_lvis

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,9 @@ def test_coco_pictures_end_in_a_store_read_by_coco_id(photos: Path, encoder_fold
     assert embed.main(coco(photos, encoder_folder, tmp_path / "s")) == 0
     encoder = load_encoder(encoder_folder)
     store = RegionStore.open(
-        tmp_path / "s", encoder_fingerprint=encoder.fingerprint(), proposals_fingerprint="ground-truth"
+        tmp_path / "s",
+        encoder_fingerprint=encoder.fingerprint(),
+        proposals_fingerprint=f"ground-truth:{CocoImages(photos / 'gt.json', photos).boxes_fingerprint()}",
     )
     assert list(store) == [70, 69, 68]
     boxes, embeddings, scores = store[69]
@@ -214,7 +217,14 @@ def test_a_folder_is_read_by_relative_path(photos: Path, tmp_path: Path) -> None
 def test_coco_boxes_and_fingerprint(photos: Path, tmp_path: Path) -> None:
     images = CocoImages(photos / "gt.json", photos)
     assert images.boxes(2).tolist() == [[5, 6, 25, 18]]
-    assert CocoImages(photos / "gt.json", tmp_path).fingerprint() == images.fingerprint()  # data sets move
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    assert CocoImages(moved / "gt.json", moved).fingerprint() == images.fingerprint()  # data sets move
+    Image.new("RGB", (60, 41)).save(moved / "a.png")
+    assert CocoImages(moved / "gt.json", moved).fingerprint() != images.fingerprint(), "another picture of that name"
+    content = json.loads((moved / "gt.json").read_text())
+    content["annotations"][0]["bbox"][0] += 1
+    (moved / "gt.json").write_text(json.dumps(content))
+    assert CocoImages(moved / "gt.json", moved).boxes_fingerprint() != images.boxes_fingerprint()
     with pytest.raises(BadImageError):
         CocoImages(photos / "gt.json", tmp_path).image(0)
 
