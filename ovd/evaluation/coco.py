@@ -319,14 +319,15 @@ def run_images(
     from pretrain.data.folder import read_image
 
     collect = _Collect(predict, propose)
+    sizes = check_ground_truth(gt).sizes
     for n, entry in enumerate(gt["images"]):
         name = picture_file(entry, where=f"images[{n}]")
         image = read_image(folder / name)
-        said = (entry.get("height"), entry.get("width"))
-        if None not in said and image.shape[:2] != said:
+        size = sizes[entry["id"]]
+        if size is not None and image.shape[:2] != size:
             raise UserError(
                 f"{folder / name}: {image.shape[1]}×{image.shape[0]} px, but the annotations say "
-                f"{said[1]}×{said[0]}: boxes would be off. (Resized, or turned by its EXIF orientation?)"
+                f"{size[1]}×{size[0]}: boxes would be off. (Resized, or turned by its EXIF orientation?)"
             )
         collect(image, entry["id"])
         if on_image is not None:
