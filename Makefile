@@ -10,12 +10,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTEST ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format weights bench doctor setup setup-dev lock clean
+.PHONY: help demo test test-all fuzz lint format weights bench doctor setup setup-dev lock clean
 
 help:
 	@echo "make demo      set up, then serve the page on http://127.0.0.1:$(PORT) (PORT= to change)"
 	@echo "make test      set up, lint, types, and all tests but the long ones"
 	@echo "make test-all  the same with the long ones"
+	@echo "make fuzz      give damaged files to the readers, 16,700 to each test (FUZZ_EXAMPLES= to change)"
 	@echo "make lint      ruff and mypy"
 	@echo "make weights   rebuild the shipped weights from nothing; stops and resumes at any point"
 	@echo "make bench     run the benchmarks and print their tables"
@@ -31,6 +32,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m "" $(PYTEST)
+
+FUZZ_EXAMPLES ?= 16700
+fuzz: setup-dev
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --timeout 0 $(PYTEST)
 
 lint: setup-dev
 	$(BIN)/python -m ruff check .

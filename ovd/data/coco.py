@@ -54,6 +54,7 @@ class GroundTruth:
         categories: category id -> name.
         annotations: of all images, crowds included.
         warnings: what was odd.
+        where: the file, for messages.
     """
 
     sizes: Mapping[ImageId, tuple[int, int] | None]
@@ -62,6 +63,7 @@ class GroundTruth:
     categories: Mapping[int, str]
     annotations: list[Annotation]
     warnings: list[str] = field(default_factory=list)
+    where: str = "annotations"
 
     @property
     def has_masks(self) -> bool:
@@ -74,7 +76,7 @@ class GroundTruth:
         Raises:
             UserError: the file names none.
         """
-        return self.files.get(image_id) or picture_file({"id": image_id})
+        return self.files.get(image_id) or picture_file({"id": image_id}, where=self.where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,13 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
     categories = _without_twins(categories, used, where, warnings)
     ordered = {i: sizes[i] for i in sorted(sizes)}  # one kind of id, checked above
     return GroundTruth(
-        sizes=ordered, files=files, parts=parts, categories=categories, annotations=annotations, warnings=warnings
+        sizes=ordered,
+        files=files,
+        parts=parts,
+        categories=categories,
+        annotations=annotations,
+        warnings=warnings,
+        where=where,
     )
 
 
@@ -168,6 +176,8 @@ def _images(
         if image_id in sizes:
             raise UserError(f"{entry}: image id {image_id!r} occurs twice.")
         height, width = (_pixels(image.get(key)) for key in ("height", "width"))
+        if max(height or 0, width or 0) > masks.LARGEST_SIDE:
+            raise UserError(f"{entry}: {image['width']!r} × {image['height']!r} pixels is no size of a picture.")
         sizes[image_id] = (height, width) if height and width else None
         written += any(isinstance(image.get(key), str) for key in ("height", "width"))
         if name := _file_of(image):
@@ -273,6 +283,9 @@ def _annotation(
         over, corners = _over_border(box, size, f"{entry}: bbox {box}", image_id)
         odd["over"] += over
         odd["corners"] += corners
+    height, width = size or (masks.LARGEST_SIDE, masks.LARGEST_SIDE)
+    if box[0] < -width or box[1] < -height or box[0] + box[2] > 2 * width or box[1] + box[3] > 2 * height:
+        raise UserError(f"{entry}: bbox {box} reaches far outside image {image_id!r} of {width}×{height} px.")
     crowd = a.get("iscrowd", 0)
     if crowd not in (0, 1):
         raise UserError(f"{entry}: iscrowd must be 0 or 1, is {crowd!r}.")

@@ -18,6 +18,9 @@ from pretrain.engine.errors import UserError
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
+LARGEST_SIDE = 100_000
+"""Pixels; no picture is larger, and pycocotools counts in 32 bits."""
+
 FAR = 1.0
 """Polygons may reach out of their picture by this many picture sides; a point farther away is a mistake."""
 
@@ -117,7 +120,7 @@ def _run_lengths(segmentation: object, size: Size | None, entry: str) -> tuple[i
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
         raise UserError(f"{entry}: segmentation is neither polygons nor an object with size and counts.")
     counts, hw = segmentation["counts"], segmentation["size"]
-    if not (isinstance(hw, (list, tuple)) and len(hw) == 2 and all(type(v) is int and v > 0 for v in hw)):
+    if not (isinstance(hw, (list, tuple)) and len(hw) == 2 and all(type(v) is int and 0 < v <= LARGEST_SIDE for v in hw)):
         raise UserError(f"{entry}: the mask's size must be [height, width], is {hw!r}.")
     if size is not None and tuple(hw) != size:
         raise UserError(f"{entry}: the mask's [height, width] is {list(hw)}, its image's {list(size)}.")

@@ -70,6 +70,8 @@ def images_of(tmp_path: Path) -> Callable[[dict[str, Any]], CocoImages]:
 REFUSED = {
     "outside": (first("bbox", [500, 500, 30, 20]), r"annotations\[0\]: bbox .* lies wholly outside image 1 of 100×80"),
     "corners": (every("bbox", [60, 40, 95, 75]), r"4 of 4 boxes .* corners x1, y1, x2, y2"),
+    "endless": (first("bbox", [10, 10, 1e300, 20]), r"annotations\[0\]: bbox .* reaches far outside image 1"),
+    "no size of a picture": (first("width", 10**9, "images"), r"images\[0\]: .* is no size of a picture"),
     "null box": (first("bbox", None), r"annotations\[0\]: bbox must be four finite numbers"),
     "two points only": (first("segmentation", [[10, 10, 40, 30]]), r"annotations\[0\]: .* no polygon of three points"),
     "empty polygon": (first("segmentation", [[]]), r"annotations\[0\]: segmentation is neither polygons"),

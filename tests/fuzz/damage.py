@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged JSON: a valid document with a few values replaced, removed or doubled, and damaged files around it."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import strategies as st
+
+Path = tuple[str | int, ...]
+
+ODD_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 1.0, 0.5, 2.5, 1e300, -1e300, 10**30, float("nan"), float("inf"), float("-inf"),
+    "", " ", "1", "１", "-1", "nan", "0x10", "a\u0000b", "\ud800", "é\u200b", "../../etc/passwd", "/", ".", "x" * 300,
+    [], {}, [None], [[]], [1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6]],
+    [[1e9, 2, 3, 4, 5, 6]], {"size": [80, 100], "counts": [0]}, {"size": [80, 100], "counts": "0"},
+    {"size": [10**9, 10**9], "counts": "0" * 9}, {"counts": []}, {"a": {"b": {"c": []}}},
+)  # fmt: skip
+
+
+def paths(document: Any, at: Path = ()) -> Iterator[Path]:
+    """Where every value of a JSON document stands, the document itself first."""
+    yield at
+    entries = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    for key, value in entries:
+        yield from paths(value, (*at, key))
+
+
+def damaged(document: Any, at: Path, how: str, value: Any) -> Any:
+    """A copy with the value at a place replaced, removed, or doubled beside itself."""
+    if not at:
+        return value if how == "replace" else document
+    whole = copy.deepcopy(document)
+    around = whole
+    for key in at[:-1]:
+        around = around[key]
+    key: Any = at[-1]
+    if how == "replace":
+        around[key] = value
+    elif how == "remove":
+        del around[key]
+    elif isinstance(around, list):
+        around.insert(int(key), copy.deepcopy(around[key]))
+    else:
+        around[f"{key}2"] = copy.deepcopy(around[key])
+    return whole
+
+
+@st.composite
+def documents(draw: st.DrawFn, document: Any) -> Any:
+    """The document after one to three damages."""
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.sampled_from(list(paths(document))))
+        how = draw(st.sampled_from(["replace", "replace", "replace", "remove", "double"]))
+        document = damaged(document, at, how, draw(st.sampled_from(ODD_VALUES)))
+    return document
+
+
+@st.composite
+def files(draw: st.DrawFn, document: Any) -> tuple[str, bytes]:
+    """(suffix, bytes) of a file that holds a damaged document, or a damaged file that holds the document."""
+    if draw(st.integers(0, 4)):
+        document = draw(documents(document))
+        text = json.dumps(document, ensure_ascii=draw(st.booleans()))
+        data = text.encode(draw(st.sampled_from(["utf-8", "utf-8-sig"])), errors="surrogatepass")
+    else:
+        data = json.dumps(document).encode()
+        start, length = draw(st.integers(0, len(data))), draw(st.integers(0, 40))
+        data = data[:start] + draw(st.binary(max_size=8)) + data[start + length :]
+    if draw(st.integers(0, 5)):
+        return ".json", data
+    packed = gzip.compress(data, mtime=0)
+    return ".json.gz", packed[: draw(st.integers(0, len(packed)))] if draw(st.booleans()) else packed
