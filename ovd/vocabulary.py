@@ -7,6 +7,7 @@ Grammar of the text form (the page, ``--classes``, a text file)::
     mug: cup, coffee mug       a colon gives synonyms, up to the end of the line or the next semicolon
     -poster                    a minus gives a negative word: regions that look like it are not shown
 
+Commas, semicolons, colons and minus signs of other scripts (``，`` ``、`` ``；`` ``：`` ``－``) are read as these.
 In list form each item is one class and follows the same rules, except that a comma in front of the colon is part of the
 name. Names are compared case-insensitively; a repeated name is merged and leaves a notice.
 """
@@ -17,12 +18,14 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from ovd.words import MINUS, cleaned, listed, with_plain_separators
 from pretrain.engine.errors import UserError
 
 MAX_CLASSES = 10_000
@@ -114,7 +117,6 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
 
 _SILENT_H = re.compile(r"(hour|honest|honou?r|heir)")
 _YOU_OR_WON = re.compile(r"(uni(?!n|m)|us[aeiu]|ut[ei]|u\b|ufo|usb|ukulele|ura[nl]|eu|ewe|ewer|one\b|one-|once)")
-_MINUS = ("-", "\u2212", "\u2013", "\u2014")
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
 
 
@@ -152,10 +154,8 @@ def fill_template(template: str, name: str, *, parity: bool = False, this_is: bo
 
 
 def _clean(phrase: str) -> str:
-    """Return the phrase in NFC without control characters, repeated white space and enclosing quotes."""
-    text = unicodedata.normalize("NFC", phrase)
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") else c for c in text)
-    text = " ".join(text.split())
+    """Return the phrase in its normal form (`ovd.words.cleaned`) without enclosing quotes."""
+    text = cleaned(phrase)
     if len(text) >= 2 and _QUOTES.get(text[0]) == text[-1]:
         text = text[1:-1].strip()
     if len(text) > MAX_NAME:
@@ -165,9 +165,9 @@ def _clean(phrase: str) -> str:
 
 def split_name(raw: str) -> tuple[str, bool]:
     """(clean name, whether a minus stood in front of it)."""
-    stripped = raw.strip()
-    negative = stripped.startswith(_MINUS)
-    return _clean(stripped.lstrip("".join(_MINUS)) if negative else stripped), negative
+    text = cleaned(raw)
+    negative = text.startswith(tuple(MINUS))
+    return _clean(text.lstrip(MINUS) if negative else text), negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +244,15 @@ class Vocabulary:
         if isinstance(text, str):
             if len(text) > MAX_TEXT:
                 raise UserError(f"the class names are {len(text):,} characters long; at most {MAX_TEXT:,} are allowed")
+            text = _json_list(text) or text
+        if isinstance(text, str):
             entries = _split_text(text)
         else:
             entries = []
             for item in text:
                 if not isinstance(item, str):
                     raise UserError(f"class names must be strings, not {type(item).__name__}")
-                head, colon, tail = item.partition(":")
+                head, colon, tail = with_plain_separators(item).partition(":")
                 entries.append((head, _split_synonyms(item, tail) if colon else []))
         classes, notices = _merge(entries)
         return cls(tuple(classes), tuple(templates), this_is, parity, tuple(notices), alone)
@@ -317,15 +319,20 @@ class Vocabulary:
             raise UserError(f"{source}: cannot read the vocabulary file: {problem.strerror}") from problem
         except UnicodeDecodeError as problem:
             raise UserError(f"{source}: the vocabulary file is not UTF-8 text") from problem
-        if source.suffix.lower() != ".json":
-            try:
-                return cls.parse(text, templates=templates)
-            except UserError as problem:
-                raise UserError(f"{source}: {problem}") from problem
         try:
-            return cls._from_record(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-            raise UserError(f"{source}: not a vocabulary file ({FILE_FORMAT}): {problem}") from problem
+            record = _parsed(text, source.suffix.lower())
+            if record is None:
+                return cls.parse(text, templates=templates)
+            names = listed(record, where="the file") if not _is_record(record) else None
+            if names is not None:
+                classes, notices = _merge([(name, []) for name in names])
+                return cls(tuple(classes), tuple(templates), notices=tuple(notices))
+            if source.suffix.lower() != ".json":
+                raise UserError("holds no list of class names: give a list, or names: [dog, cat] as YOLO's data.yaml")
+            return cls._from_record(record)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as problem:
+            reason = " ".join(str(problem).split())
+            raise UserError(f"{source}: not a vocabulary file ({FILE_FORMAT}): {reason}") from problem
         except UserError as problem:
             raise UserError(f"{source}: {problem}") from problem
 
@@ -333,12 +340,13 @@ class Vocabulary:
     def _from_record(cls, record: dict[str, Any]) -> Vocabulary:
         if record["format"] != FILE_FORMAT:
             raise UserError(f"unknown vocabulary format {record['format']!r}; this version reads {FILE_FORMAT!r}")
-        entries = []
+        classes = []
         for row in record["classes"]:
-            if not isinstance(row["name"], str) or not all(isinstance(s, str) for s in row.get("synonyms", [])):
+            name, synonyms = row["name"], row.get("synonyms", [])
+            if not isinstance(name, str) or not all(isinstance(s, str) for s in synonyms):
                 raise UserError("names and synonyms must be strings")
-            entries.append((("-" if row.get("negative") else "") + row["name"], list(row.get("synonyms", []))))
-        classes, notices = _merge(entries)
+            # As they stand: names of a data set may begin with a minus or stand in quotes.
+            classes.append(VocabularyClass(name, tuple(synonyms), bool(row.get("negative"))))
         templates = record.get("templates", TEMPLATES_STICKER)
         if not all(isinstance(t, str) for t in templates):
             raise UserError("templates must be strings")
@@ -347,8 +355,19 @@ class Vocabulary:
             tuple(templates),
             bool(record.get("this_is", False)),
             bool(record.get("parity", False)),
-            tuple(notices),
         )
+
+
+def _parsed(text: str, suffix: str) -> Any:
+    """Content of a ``.json`` or ``.yaml`` file; None for text files."""
+    if suffix == ".json":
+        return json.loads(text)
+    return yaml.safe_load(text) if suffix in (".yaml", ".yml") else None
+
+
+def _is_record(record: object) -> bool:
+    """Whether JSON content is what `Vocabulary.save` writes."""
+    return isinstance(record, dict) and "format" in record
 
 
 def _split_synonyms(whole: str, tail: str) -> list[str]:
@@ -359,9 +378,26 @@ def _split_synonyms(whole: str, tail: str) -> list[str]:
     return tail.split(",")
 
 
+def _json_list(text: str) -> list[str] | None:
+    """The names of ``["dog", "cat"]`` typed as it stands; None for other text.
+
+    Raises:
+        UserError: a list of something else.
+    """
+    if not (text.strip().startswith("[") and text.strip().endswith("]")):
+        return None
+    try:
+        return listed(json.loads(text), where="class names")
+    except (ValueError, RecursionError) as problem:
+        raise UserError(
+            f'class names in square brackets must be a JSON list like ["dog", "cat"] ({problem}); or leave the '
+            "brackets out: dog, cat"
+        ) from problem
+
+
 def _split_text(text: str) -> list[tuple[str, list[str]]]:
     entries: list[tuple[str, list[str]]] = []
-    for line in text.splitlines():
+    for line in with_plain_separators(text).splitlines():
         for part in line.split(";"):
             head, colon, tail = part.partition(":")
             names = head.split(",")

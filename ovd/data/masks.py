@@ -120,7 +120,9 @@ def _run_lengths(segmentation: object, size: Size | None, entry: str) -> tuple[i
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
         raise UserError(f"{entry}: segmentation is neither polygons nor an object with size and counts.")
     counts, hw = segmentation["counts"], segmentation["size"]
-    if not (isinstance(hw, (list, tuple)) and len(hw) == 2 and all(type(v) is int and 0 < v <= LARGEST_SIDE for v in hw)):
+    if not (
+        isinstance(hw, (list, tuple)) and len(hw) == 2 and all(type(v) is int and 0 < v <= LARGEST_SIDE for v in hw)
+    ):
         raise UserError(f"{entry}: the mask's size must be [height, width], is {hw!r}.")
     if size is not None and tuple(hw) != size:
         raise UserError(f"{entry}: the mask's [height, width] is {list(hw)}, its image's {list(size)}.")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed words: one normal form, whatever keyboard, page or file they came from.
+
+Two texts that look the same must be the same word: an invisible character that is copied along with a word would
+otherwise make it another class with another score.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from pretrain.engine.errors import UserError
+
+# What keyboards of other scripts type for comma, semicolon, colon and minus; and the presentation forms of these.
+COMMAS = ",，、،﹐︐﹑︑፣﹑､"
+SEMICOLONS = ";；؛﹔︔፤"
+COLONS = ":：﹕︓∶፡"
+MINUS = "-−–—－﹣‐‑"
+_SEPARATORS = str.maketrans(
+    {**dict.fromkeys(COMMAS, ","), **dict.fromkeys(SEMICOLONS, ";"), **dict.fromkeys(COLONS, ":")}
+)
+
+# Format characters (category Cf) that leave no mark, variation selectors among them. Arabic number signs, which are of
+# the same category, do.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff9-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+_JOINERS = "\u200c\u200d"  # zero width (non-)joiner: they change the letters beside them in Arabic and Indic scripts
+_EMOJI_PARTS = re.compile("[\u200d\ufe0e\ufe0f\u20e3\U000e0020-\U000e007f]")
+_EMOJI_KINDS = ("So", "Sk")
+
+
+def with_plain_separators(text: str) -> str:
+    """The text with the commas, semicolons and colons of all scripts written as ``,``, ``;`` and ``:``."""
+    return text.translate(_SEPARATORS)
+
+
+def cleaned(text: str) -> str:
+    """The text in NFC, on one line, single spaced, without characters that leave no mark.
+
+    Joiners and selectors stay where they mean something: inside emoji, and joiners between the letters of scripts that
+    join (Arabic, Indic).
+    """
+    text = unicodedata.normalize("NFC", text)
+    if _INVISIBLE.search(text):
+        text = "".join(c for i, c in enumerate(text) if not _INVISIBLE.match(c) or _means_something(text, i))
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") else c for c in text)
+    return " ".join(text.split())
+
+
+def _means_something(text: str, index: int) -> bool:
+    """Whether the invisible character at ``index`` changes how its neighbours look."""
+    character = text[index]
+    before = next((c for c in reversed(text[:index]) if not _EMOJI_PARTS.match(c)), "")
+    if _EMOJI_PARTS.match(character) and before:
+        keycap = character == "\ufe0f" and before in "0123456789#*" and text[index + 1 : index + 2] == "\u20e3"
+        joins = character != "\u200d" or text[index + 1 : index + 2] not in ("", " ")
+        if keycap or (joins and unicodedata.category(before) in _EMOJI_KINDS):
+            return True
+    if character in _JOINERS and index:
+        after = text[index + 1 : index + 2]
+        return bool(after) and _joining(text[index - 1]) and _joining(after)
+    return False
+
+
+# Arabic to Sinhala, Myanmar, Khmer and Mongolian: scripts whose letters join.
+_JOINING_SCRIPTS = (("\u0600", "\u0dff"), ("\u1000", "\u109f"), ("\u1780", "\u18af"))
+
+
+def _joining(character: str) -> bool:
+    """Whether it is a letter or mark of a script whose letters join."""
+    joins = any(low <= character <= high for low, high in _JOINING_SCRIPTS)
+    return joins and unicodedata.category(character)[0] in "LM"
+
+
+def listed(value: object, *, where: str) -> list[str] | None:
+    """Class names in the lists that other tools write; None where the value is no such list.
+
+    Understood are ``["dog", "cat"]``, ``{"names": ["dog", "cat"]}`` and ``{"names": {0: "dog", 1: "cat"}}`` (YOLO), and
+    ``{"categories": [{"name": "dog"}, …]}`` (COCO).
+
+    Args:
+        value: what a JSON or YAML reader returned.
+        where: the file, for messages.
+
+    Raises:
+        UserError: a list, ``names`` or ``categories`` that holds something else than names.
+    """
+    names: object = value
+    if isinstance(value, dict) and "categories" in value:
+        names = value["categories"]
+        if isinstance(names, list):
+            names = [entry.get("name") if isinstance(entry, dict) else entry for entry in names]
+    elif isinstance(value, dict) and "names" in value:
+        names = value["names"]
+        if isinstance(names, dict):
+            names = [name for _, name in sorted(names.items(), key=lambda item: _number(item[0]))]
+    elif not isinstance(value, list):
+        return None
+    if not isinstance(names, list) or not all(type(name) in (str, int, float) for name in names):
+        raise UserError(f'{where}: a list of class names must hold texts only, like ["dog", "cat"]')
+    return [str(name) for name in names]
+
+
+def _number(key: object) -> float:
+    """The number that a class has in YOLO's table; what is none stands last."""
+    return key if isinstance(key, int | float) else float("inf")

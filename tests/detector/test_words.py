@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed words of every keyboard, page and file become the same names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ovd.vocabulary import Vocabulary
+from ovd.words import cleaned
+from pretrain.engine.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("flower，car", ("flower", "car")),
+        ("花、车", ("花", "车")),
+        ("花；车", ("花", "车")),
+        ("زهرة، سيارة", ("زهرة", "سيارة")),
+        ("زهرة؛ سيارة", ("زهرة", "سيارة")),
+        ("a\u2028b\x85c\vd", ("a", "b", "c", "d")),
+        ('["flower", "car"]', ("flower", "car")),
+        (' [\n"flower"]\n', ("flower",)),
+        ("\ufeffdog, cat", ("dog", "cat")),
+        ("\u200b, dog", ("dog",)),
+    ],
+)
+def test_separators_of_other_scripts_and_lists_separate(text: str, names: tuple[str, ...]) -> None:
+    assert Vocabulary.parse(text).names == names
+
+
+def test_a_full_width_colon_gives_synonyms_and_a_full_width_minus_a_negative_word() -> None:
+    typed = Vocabulary.parse("mug：cup，coffee mug；－poster")
+    assert typed.classes == Vocabulary.parse("mug: cup, coffee mug; -poster").classes
+    assert typed.hash == Vocabulary.parse("mug: cup, coffee mug; -poster").hash
+    assert Vocabulary.parse(["mug：cup，coffee mug", "−poster"]).classes == typed.classes
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "flower\u200b",
+        "flower\u200e",
+        "\u202aflower\u202c",
+        "flow\xader",
+        "\ufeffflower",
+        "flower\ufe0f",
+        "\u2060flower",
+    ],
+)
+def test_what_cannot_be_seen_makes_no_other_word(word: str) -> None:
+    assert cleaned(word) == "flower"
+    both = Vocabulary.parse(f"flower, {word}")
+    assert both.names == ("flower",) and "counted once" in both.notices[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f469\u200d\U0001f33e",  # farmer: woman, joiner, ear of rice
+        "❤\ufe0f",  # red heart
+        "1\ufe0f\u20e3",  # keycap
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # flag of England
+        "می\u200cخواهم",  # Persian
+        "क्\u200dष",  # Devanagari
+    ],
+)
+def test_joiners_and_selectors_stay_where_they_mean_something(text: str) -> None:
+    assert cleaned(text) == text
+
+
+def test_a_joiner_at_the_end_of_a_word_means_nothing() -> None:
+    assert cleaned("می\u200c") == "می" and cleaned("dog\u200d cat") == "dog cat" and cleaned("\u200d") == ""
+
+
+# --- files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.yaml", "train: images/train\nnc: 2\nnames:\n  - flower\n  - car\n"),
+        ("data.yml", "names: {1: car, 0: flower}\n"),
+        ("words.yaml", "- flower\n- car\n"),
+        ("words.json", '["flower", "car"]'),
+        ("coco.json", '{"categories": [{"id": 3, "name": "flower"}, {"id": 9, "name": "car"}]}'),
+        ("words.txt", "\ufeffflower\r\ncar\r\n"),
+    ],
+)
+def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    vocabulary = Vocabulary.load(tmp_path / name)
+    assert vocabulary.names == ("flower", "car") and not vocabulary.negatives
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.json", '[["flower"], ["car"]]', "must hold texts only"),
+        ("data.yaml", "train: images/train\n", "holds no list of class names"),
+        ("data.yaml", "names: [dog, no]\n", "must hold texts only"),
+        ("data.yaml", "names: [dog\n", "not a vocabulary file"),
+        ("coco.json", '{"categories": [1.5, null]}', "must hold texts only"),
+        ("words.json", "{", "not a vocabulary file"),
+    ],
+)
+def test_other_files_are_refused_with_their_name(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name}: .*{message}") as caught:
+        Vocabulary.load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_in_brackets_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="must be a JSON list"):
+        Vocabulary.parse("[dog, cat]")
+
+
+@pytest.mark.parametrize("name", ["-5 sign", "–20", "---", '"quoted"', "x" * 120, "a: b", "a, b"])
+def test_names_of_a_data_set_survive_save_and_load(name: str, tmp_path: Path) -> None:
+    before = Vocabulary.of(["ok", name])
+    before.save(tmp_path / "v.json")
+    after = Vocabulary.load(tmp_path / "v.json")
+    assert after == before and after.hash == before.hash
+    assert json.loads((tmp_path / "v.json").read_text())["classes"][1]["name"] == name
