@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.engine import distributed
+from pretrain.engine.config import OptimConfig
+from pretrain.engine.optim import ParamGroup
+from pretrain.engine.task import Task
 
 # --- measures --------------------------------------------------------------------------------------------------------
 
@@ -112,10 +115,10 @@ def panel(health: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class Alarm(NamedTuple):
-    """One way to fail; ``ill`` is given the value and the run's highest so far."""
+    """One way to fail; ``unhealthy`` is given the value and the run's highest so far."""
 
     value: str
-    ill: Callable[[float, float], bool]
+    unhealthy: Callable[[float, float], bool]
     cause: str
     remedy: str
     settled: float = 0.0  # judged from this share of the run on: at the beginning this is how it has to be
@@ -195,14 +198,14 @@ ALARMS = (  # a new one goes last: checkpoints hold a value for each, in this or
 PATIENCE = 3  # measurements in a row: a single bad batch is no collapse
 
 
-class Watched(nn.Module):
-    """A task with its health panel. To the loop it is the task itself.
+class Monitored(Task):
+    """Wrap a task: its health panel in each log line, alarms, and a kNN probe now and then.
 
-    The loop asks for ``report()`` before each log line; the measures are means over the processes. What alarms compare
-    with is kept in buffers, so that a resumed run raises the same alarms.
+    The measures are means over the processes. What alarms compare with is kept in buffers, so that a resumed run
+    raises the same alarms.
 
     Args:
-        task: A task with ``health() -> dict[str, Tensor]`` (see ``panel``).
+        task: Overrides `Task.health` (see `panel`).
         probe: Called with the task's backbone every ``probe_every`` steps, in every process; returns values by name.
         probe_every: Steps between probes; 0: never.
         probe_name: What the probe measures on. A run that goes on with another forgets its best kNN.
@@ -216,7 +219,7 @@ class Watched(nn.Module):
 
     def __init__(
         self,
-        task: nn.Module,
+        task: Task,
         *,
         probe: Callable[[nn.Module], dict[str, float]] | None = None,
         probe_every: int = 0,
@@ -225,11 +228,8 @@ class Watched(nn.Module):
         super().__init__()
         self.task = task
         self.probe, self.probe_every = probe, probe_every
-        self.untracked = tuple(f"task.{prefix}" for prefix in getattr(task, "untracked", ()))
-        self.find_unused_parameters = bool(getattr(task, "find_unused_parameters", False))
-        for hook in ("param_groups", "after_backward"):
-            if getattr(task, hook, None) is not None:
-                setattr(self, hook, getattr(task, hook))
+        self.untracked = tuple(f"task.{prefix}" for prefix in task.untracked)
+        self.find_unused_parameters = task.find_unused_parameters
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # share of the run that is done
         self.register_buffer("best", torch.full((len(ALARMS),), -math.inf, dtype=torch.float64))
         self.register_buffer("ill_for", torch.zeros(len(ALARMS), dtype=torch.int64))  # measurements in a row
@@ -244,16 +244,22 @@ class Watched(nn.Module):
         """The online backbone."""
         return self.task.backbone  # type: ignore[return-value]
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
+        """The task's own."""
+        return self.task.param_groups(optim)
+
+    def after_backward(self, step: int) -> None:
+        """The task's own."""
+        self.task.after_backward(step)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         loss, metrics = self.task(batch)
         self._loss = loss.detach()
         return loss, metrics
 
     def after_step(self, step: int, total: int) -> None:
         """The task's own, then the probe when it is due."""
-        own = getattr(self.task, "after_step", None)
-        if own is not None:
-            own(step, total)
+        self.task.after_step(step, total)
         self.progress.fill_((step + 1) / total)
         if self.probe is not None and self.probe_every and (step + 1) % self.probe_every == 0:
             found = self.probe(self.backbone)
@@ -277,7 +283,7 @@ class Watched(nn.Module):
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Values for the log line, and new alarms. Every process must call it."""
-        health = self.task.health()  # type: ignore[operator]
+        health = self.task.health()
         values = panel(health)
         if "scores" in health:
             values["health/loss_over_ln_k"] = float(self._loss) / math.log(health["scores"].shape[1])
@@ -295,9 +301,9 @@ class Watched(nn.Module):
             if alarm.value not in values or self.progress < alarm.settled:
                 continue
             value, best = values[alarm.value], float(self.best[number])
-            ill = not math.isfinite(value) or alarm.ill(value, best)
+            unhealthy = not math.isfinite(value) or alarm.unhealthy(value, best)
             patience = 1 if alarm.value.startswith("probe/") else PATIENCE
-            self.ill_for[number] = self.ill_for[number] + 1 if ill else 0
+            self.ill_for[number] = self.ill_for[number] + 1 if unhealthy else 0
             if int(self.ill_for[number]) == patience:
                 since = f", after {best:.3g} in this run" if alarm.falls else ""
                 texts.append(f"{alarm.value} is {value:.3g}{since}: {alarm.cause}. What to do: {alarm.remedy}")

@@ -286,7 +286,7 @@ def few_labels(
 
 
 class Probe:
-    """kNN within a time budget, for ``Watched``: a fixed bank and fixed queries, decoded once and kept.
+    """kNN within a time budget, for ``Monitored``: a fixed bank and fixed queries, decoded once and kept.
 
     Bank and queries are taken in turns, so that a probe that runs out of time is smaller and still fair; the processes
     agree on where to stop.

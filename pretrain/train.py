@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from pretrain.engine.config import OptimConfig
     from pretrain.engine.sampling import Source
+    from pretrain.engine.task import Task
+    from pretrain.health import Monitored
     from pretrain.nets.towers import JointEncoder
 
 DOC = (
@@ -53,7 +55,7 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
     return encoder
 
 
-def build_task(cfg: PretrainConfig) -> nn.Module:
+def build_task(cfg: PretrainConfig) -> Task:
     """The module that `fit` trains for CLIP and text distillation; its `encoder` is what is exported."""
     encoder = build_encoder_for(cfg)
     method = cfg.method
@@ -130,14 +132,15 @@ def main(argv: list[str]) -> int:
 
     distributed.seed_everything(cfg.loop.seed)  # the first weights; the loop seeds everything later
     optim = cfg.optim
+    task: Task
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
         task = build_task(cfg)
         encoder = cast("JointEncoder", task.encoder)
         source = build_source(cfg, encoder)
         if isinstance(cfg.method, ClipMethod):
-            from pretrain.methods.build import watched
+            from pretrain.methods.build import monitored
 
-            task = watched(task, cfg.watch, cfg.data, (encoder.image_size, encoder.image_mean, encoder.image_std))
+            task = monitored(task, cfg.watch, cfg.data, (encoder.image_size, encoder.image_mean, encoder.image_std))
     else:
         task, source, optim = build_self_supervised(cfg)
     report = fit(
@@ -158,12 +161,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, OptimConfig]:
+def build_self_supervised(cfg: PretrainConfig) -> tuple[Monitored, Source, OptimConfig]:
     """The watched method, the views it learns from, and the optimiser with the method's learning-rate rule."""
     from pretrain.data.crops import ViewSource
     from pretrain.data.images import build_images
     from pretrain.engine.distributed import pick_device
-    from pretrain.methods.build import build_method, input_of, method_optim, watched
+    from pretrain.methods.build import build_method, input_of, method_optim, monitored
 
     if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(
         cfg.data, StickerPairs | PhraseTargets | CaptionedConfig
@@ -177,11 +180,11 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, Optim
             f"loop.batch_size: {batch_size} is more than the {len(source)} pictures of data, so that a picture would "
             "be its own negative; take a smaller batch, or more pictures"
         )
-    task = watched(task, cfg.watch, cfg.data, input_of(method))
+    task = monitored(task, cfg.watch, cfg.data, input_of(method))
     return task, source, method_optim(method, cfg.optim, batch_size=batch_size)
 
 
-def export(cfg: PretrainConfig, task: nn.Module) -> str:
+def export(cfg: PretrainConfig, task: Task) -> str:
     """Write `exported/`; returns a line that says what it is."""
     folder = cfg.out / EXPORTED
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):

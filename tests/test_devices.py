@@ -26,7 +26,7 @@ from pretrain.config import CbowTower, EncoderConfig, ResNetTower
 from pretrain.data.stickers import Stickers
 from pretrain.engine.loop import PRECISIONS
 from pretrain.evaluate import embed_words
-from pretrain.health import Watched
+from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.methods.clip import Clip
 from pretrain.nets.towers import JointEncoder, build_encoder
@@ -104,7 +104,7 @@ def test_pretence__allows_what_a_gpu_allows_and_computes_it() -> None:
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_self_supervised__steps_and_panel_stay_on_the_gpu(name: str, kind: str) -> None:
-    task = Watched(build_method(section(name), batch_size=8, device=torch.device("cpu")))
+    task = Monitored(build_method(section(name), batch_size=8, device=torch.device("cpu")))
     with pretend_cuda():
         to_cuda(task).train()
         for step in range(3):  # queues fill, prototypes thaw
@@ -135,7 +135,7 @@ def test_self_supervised__gradients_in_bf16_are_finite(name: str) -> None:
 def test_clip__trains_on_the_gpu_from_pictures_and_captions_of_the_loader() -> None:
     encoder = small_encoder()
     with pretend_cuda():
-        task = to_cuda(Watched(Clip(encoder=encoder, names=["dog", "cat", "mug", "bee"]))).train()
+        task = to_cuda(Monitored(Clip(encoder=encoder, names=["dog", "cat", "mug", "bee"]))).train()
         image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8).to("cuda:0")
         words = {"caption": ["a dog", "a cat", "a mug", "a dog"], "class_id": torch.arange(4).to("cuda:0")}
         loss, _ = task({"image": image, **words})

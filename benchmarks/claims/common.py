@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the claim experiments share: data, network, one run, kNN at its end, a table, a plot.
 
-A run is the product's own: `pretrain.engine.loop.fit` on a `Watched` task, so its log lines and alarms are what a user
-would see. Small on purpose: 32-pixel pictures of single stickers, 60 classes, a network of four convolutions, one core.
+A run is the product's own: `pretrain.engine.loop.fit` on a `Monitored` task, so its log lines and alarms are what a
+user would see. Small on purpose: 32-pixel pictures of single stickers, 60 classes, a network of four convolutions, one
+core.
 
 kNN: bank = the training pictures, queries = the same things in a drawing style, on photos and in light that no training
 picture has; k = 20, temperature .1. (With the same drawings as queries an untrained network is hard to beat: it knows
@@ -43,7 +44,8 @@ from pretrain.data.stickers import Stickers  # noqa: E402
 from pretrain.engine import distributed  # noqa: E402
 from pretrain.engine.config import LoopConfig, OptimConfig  # noqa: E402
 from pretrain.engine.loop import fit  # noqa: E402
-from pretrain.health import Watched  # noqa: E402
+from pretrain.engine.task import Task  # noqa: E402
+from pretrain.health import Monitored  # noqa: E402
 
 SIZE, CLASSES, WIDTH = 32, 60, 128
 VIEW = ViewConfig(
@@ -103,7 +105,7 @@ def augment(views: Sequence[ViewConfig]) -> list[Callable[[torch.Tensor], torch.
 
 
 def run(
-    make: Callable[[], nn.Module],
+    make: Callable[[], Task],
     *,
     folder: Path,
     data: tuple[Arrays, Arrays],
@@ -125,7 +127,7 @@ def run(
     begun = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):  # the run's train.log has it
         report = fit(
-            Watched(task),
+            Monitored(task),
             ViewSource(data[0], views, seed),
             loop=LoopConfig(
                 steps=steps,

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pretrain.engine.config import OptimConfig
+from pretrain.engine.optim import ParamGroup
+from pretrain.engine.task import Task
 
 
-class DetectionTask(nn.Module):
+class DetectionTask(Task):
     """Sums a detector's losses and groups its parameters.
 
     Args:
@@ -32,7 +34,7 @@ class DetectionTask(nn.Module):
         assert isinstance(total, Tensor)
         return total, {name: value.detach() for name, value in losses.items()}
 
-    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         """Groups by (started pretrained, weight decay); one-dimensional parameters are not decayed."""
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():

@@ -497,9 +497,9 @@ def training_parts(config: DetrTrainConfig, model: Detr, images: LabelledImages)
     task: DetectionTask = DetectionTask(
         model=model, pretrained_prefixes=("backbone.", "region_tower."), pretrained_lr_scale=config.pretrained_lr_scale
     )
-    setattr(task, "find_unused_parameters", True)  # noqa: B010  # conditions and embeddings rest in some configurations
+    task.find_unused_parameters = True  # conditions and embeddings rest in some configurations
     if config.model.backbone.frozen:
-        setattr(task, "untracked", ("model.backbone.",))  # noqa: B010
+        task.untracked = ("model.backbone.",)
     return {"task": task, "source": source if config.cache is None else cached_detection(config, model, source)}
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import flush_to_disk, sha256_of, write_atomically
+from pretrain.engine.task import Task
 
 FORMAT = 1
 MODEL, STATE, META = "model.safetensors", "state.pt", "meta.json"
@@ -330,13 +331,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def load_model(model: nn.Module, state: dict[str, Any], *, untracked: tuple[str, ...], where: Path) -> None:
     """Load a state dictionary that may lack the prefixes in ``untracked``, and nothing else.
 
-    A model with ``upgrade(state)`` is asked first to bring the state of an older version up to date.
+    A `Task` first brings the state of an older version up to date (`Task.upgrade`).
 
     Raises:
         UserError: If names or shapes differ from the model's.
     """
-    upgrade = getattr(model, "upgrade", None)
-    state = state if upgrade is None else upgrade(state)
+    state = model.upgrade(state) if isinstance(model, Task) else state
     own = model.state_dict()
     missing = [name for name in own if name not in state and not name.startswith(untracked)]
     unexpected = [name for name in state if name not in own]

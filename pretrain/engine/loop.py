@@ -1,18 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one training loop: any task, any sample source, one process or many, exactly resumable.
 
-A *task* is an ``nn.Module`` with ``forward(batch) -> (loss, metrics)``. What it carries from step to step (queues, EMA
-copies, pointers) are its buffers and submodules; buffers are changed in place. It may also have
-
-* ``after_step(step, total)``: called after each optimiser step that changed weights, ``step`` from 0 (EMA, clamps);
-* ``after_backward(step)``: called once per step when the gradients are complete; it may drop some (``grad = None``),
-  and the optimiser passes over those parameters;
-* ``param_groups(optim) -> list[dict]``: see ``pretrain.engine.optim``;
-* ``report() -> (values, warnings)``: called in every process before each log line; the values, the same in every
-  process, stand in that line as they are, and the warnings are printed and recorded as events;
-* ``untracked: tuple[str, ...]``: prefixes of state that checkpoints leave out, because the caller rebuilds it (a frozen
-  teacher);
-* ``find_unused_parameters: bool``: for DistributedDataParallel.
+Read `fit`, then `_Run.train`. What is trained is a `pretrain.engine.task.Task`.
 """
 
 from __future__ import annotations
@@ -26,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.engine import checkpoint, distributed, folder
@@ -36,6 +25,7 @@ from pretrain.engine.faults import MAX_SKIPPED, Signals, Stopped, explained, gui
 from pretrain.engine.log import RunLog
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
+from pretrain.engine.task import Task
 
 COUNT = " steps"  # behind a metric's name in the window
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,7 +40,7 @@ class FitReport(NamedTuple):
 
 
 def fit(
-    task: nn.Module,
+    task: Task,
     source: Source,
     *,
     loop: LoopConfig,
@@ -149,7 +139,7 @@ class _Run:
 
     def __init__(
         self,
-        task: nn.Module,
+        task: Task,
         source: Source,
         *,
         loop: LoopConfig,
@@ -170,17 +160,14 @@ class _Run:
             world_size=self.world,
         )
         self.task = task.to(self.device).train()
-        self.model: nn.Module = self.task
-        self.untracked: tuple[str, ...] = tuple(getattr(task, "untracked", ()))
+        self.model: Task | DistributedDataParallel = self.task
+        self.untracked = task.untracked
         # What a run is made from beside its configuration; a resumed one must find the same again.
         self.inputs: dict[str, int | str] = {"samples": len(source)}
         rebuilt = {name: value for name, value in task.state_dict().items() if name.startswith(self.untracked)}
         if self.untracked and rebuilt:
             self.inputs["frozen weights"] = checkpoint.digest(rebuilt)
-        self.after_step: Any = getattr(task, "after_step", None)
-        self.after_backward: Any = getattr(task, "after_backward", None)
-        self.task_report: Any = getattr(task, "report", None)
-        self.optimizer = build_optimizer(self.task, optim)
+        self.optimizer = build_optimizer(self.task.param_groups(optim), optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loop.precision == "fp16")
         self.buffers = [b for name, b in self.task.named_buffers() if not name.startswith(self.untracked)]
         self.buffers_before = [torch.empty_like(b) for b in self.buffers]
@@ -222,7 +209,7 @@ class _Run:
             self.model = DistributedDataParallel(
                 self.task,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                find_unused_parameters=bool(getattr(self.task, "find_unused_parameters", False)),
+                find_unused_parameters=self.task.find_unused_parameters,
             )
         if own is not None:
             distributed.set_rng_state(own["rng"])  # last: nothing may draw between this and the first step
@@ -294,8 +281,7 @@ class _Run:
             for name, value in {**metrics, "loss": loss}.items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
                 counts[name] = counts.get(name, 0) + 1  # a pass need not have every metric
-        if self.after_backward is not None:
-            self.after_backward(self.step)
+        self.task.after_backward(self.step)
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.optimizer)
         means = {name: float(value) / counts[name] for name, value in sums.items()}
@@ -325,8 +311,7 @@ class _Run:
                 if self.loop.clip_norm is not None:
                     clip_gradients(self.optimizer, norm=norm, max_norm=self.loop.clip_norm)
                 self.scaler.step(self.optimizer)
-                if self.after_step is not None:
-                    self.after_step(self.step, self.loop.steps)
+                self.task.after_step(self.step, self.loop.steps)
             else:
                 self.optimizer.zero_grad(set_to_none=True)
                 for old, buffer in zip(self.buffers_before, self.buffers, strict=True):
@@ -390,7 +375,7 @@ class _Run:
         seconds = sum(times.values())
         times |= {"per_second": self.loop.batch_size / seconds, "eta": seconds * (self.loop.steps - self.step)}
         self.metrics = {**means, "lr": lr}
-        values, warnings = self.task_report() if self.task_report is not None else ({}, [])
+        values, warnings = self.task.report()
         self.metrics |= values
         for text in warnings:
             self.log.warn(f"step {self.step}: {text}")

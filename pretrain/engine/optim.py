@@ -13,13 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
+
+
+class ParamGroup(TypedDict, total=False):
+    """One group of an optimiser; what is left out has the optimiser's default."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+    lr_scale: float
+    constant_lr: bool
+    lars_exclude: bool
 
 
 class LARS(torch.optim.Optimizer):
@@ -74,7 +84,7 @@ class LARS(torch.optim.Optimizer):
         return None
 
 
-def default_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+def default_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[ParamGroup]:
     """Two groups: matrices with weight decay, vectors and scalars (biases, norms, temperatures) without.
 
     Args:
@@ -82,24 +92,22 @@ def default_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: f
         weight_decay: For the first group.
     """
     trained = [p for _, p in named if p.requires_grad]
-    groups = [
+    groups: list[ParamGroup] = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "lars_exclude": False},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "lars_exclude": True},
     ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(task: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the configured optimiser over the task's groups (``task.param_groups(config)``, or the default groups).
+def build_optimizer(param_groups: Iterable[ParamGroup], config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the configured optimiser over the groups (of ``task.param_groups(config)``).
 
     Raises:
         UserError: If nothing is left to train.
     """
-    own = getattr(task, "param_groups", None)
-    groups = own(config) if own is not None else default_groups(
-        task.named_parameters(), weight_decay=config.weight_decay
-    )  # fmt: skip
-    groups = [{"lr_scale": 1.0, "constant_lr": False, "lars_exclude": False, **group} for group in groups]
+    groups: list[dict[str, Any]] = [
+        {"lr_scale": 1.0, "constant_lr": False, "lars_exclude": False, **group} for group in param_groups
+    ]
     if not any(len(list(group["params"])) for group in groups):
         raise UserError("every parameter of the model is frozen; there is nothing to train")
     if config.name == "adamw":

@@ -17,11 +17,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from pretrain.engine.config import OptimConfig
+from pretrain.engine.optim import ParamGroup
+from pretrain.engine.task import Task
 from pretrain.losses import barlow_twins
 from pretrain.methods.common import augmented
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(Task):
     """One step: two views in, redundancy reduction out.
 
     Args:
@@ -61,7 +63,7 @@ class BarlowTwins(nn.Module):
         self._last = {"projection": z_a.detach(), "projection_b": z_b.detach()}
         return barlow_twins(z_a, z_b, lambd=self.lambd, gradient_scale=self.gradient_scale), {}
 
-    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         """Weights; biases and norms with their own rate, no decay and no LARS."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return [

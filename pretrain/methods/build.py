@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from pretrain.config_views import CifarImages, StickerScenes, StickerSingles, ex
 from pretrain.engine.config import OptimConfig, Section
 from pretrain.engine.distributed import is_main, world_size
 from pretrain.engine.errors import UserError
-from pretrain.health import Watched
+from pretrain.engine.task import Task
+from pretrain.health import Monitored
 from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.byol import BYOL
 from pretrain.methods.moco import MoCo, split_batch_norm
@@ -42,7 +44,7 @@ Inputs = tuple[int, tuple[float, ...], tuple[float, ...]]
 """What a backbone expects: side in pixels, mean and standard deviation of RGB in [0, 1]."""
 
 
-def build_method(config: SslMethod, *, batch_size: int, device: torch.device) -> nn.Module:
+def build_method(config: SslMethod, *, batch_size: int, device: torch.device) -> Task:
     """The method with fresh weights, drawn from torch's generator.
 
     Args:
@@ -62,7 +64,7 @@ def build_method(config: SslMethod, *, batch_size: int, device: torch.device) ->
     if shares_norm and device.type == "cuda" and world_size() > 1:
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activations inside timm's batch norms
 
-        task = convert_sync_batchnorm(task)
+        task = cast("Task", convert_sync_batchnorm(task))
     if config.compile:
         for part in task.modules():  # the momentum copy too
             if isinstance(part, type(backbone)):
@@ -94,9 +96,7 @@ def _predictor(config: SimSiamMethod | ByolMethod) -> nn.Sequential:
     return mlp([config.dim, config.hidden, config.dim], norm=config.backbone.norm, bias=True)
 
 
-def _task(
-    config: SslMethod, backbone: nn.Module, augment: list[Callable[[Tensor], Tensor]], batch_size: int
-) -> nn.Module:
+def _task(config: SslMethod, backbone: nn.Module, augment: list[Callable[[Tensor], Tensor]], batch_size: int) -> Task:
     if isinstance(config, MoCoMethod):
         backbone = _split_for_moco(config, backbone, batch_size)
     projector = _projector(config, width_of(backbone))
@@ -184,7 +184,7 @@ def method_optim(config: SslMethod, optim: OptimConfig, *, batch_size: int) -> O
     return optim.model_copy(update={"lr": scaled_lr(optim.lr, batch_size, rule=config.lr_rule)})
 
 
-def watched(task: nn.Module, watch: WatchConfig, data: Section, inputs: Inputs) -> Watched:
+def monitored(task: Task, watch: WatchConfig, data: Section, inputs: Inputs) -> Monitored:
     """The task with its health panel and, where it is asked for and there are labels, a kNN probe.
 
     Args:
@@ -197,12 +197,12 @@ def watched(task: nn.Module, watch: WatchConfig, data: Section, inputs: Inputs) 
         UserError: The probe's pictures are not there.
     """
     if not watch.probe_every:
-        return Watched(task)
+        return Monitored(task)
     named = watch.probe_data or _labelled_halves(data)
     if named is None:
         if is_main():
             print("no kNN while training: watch.probe_data names no labelled pictures (a folder with train/ and val/)")
-        return Watched(task)
+        return Monitored(task)
     from pretrain.probes import Normalise, Probe, open_data
 
     size, mean, std = inputs
@@ -216,7 +216,7 @@ def watched(task: nn.Module, watch: WatchConfig, data: Section, inputs: Inputs) 
         queries=watch.probe_pictures // 2,
     )
     name = f"{named}, {watch.probe_pictures} pictures"
-    return Watched(task, probe=probe, probe_every=watch.probe_every, probe_name=name)
+    return Monitored(task, probe=probe, probe_every=watch.probe_every, probe_name=name)
 
 
 def _labelled_halves(data: Section) -> str | None:

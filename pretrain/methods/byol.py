@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.engine.task import Task
 from pretrain.losses import byol_regression
 from pretrain.methods.common import augmented
 from pretrain.nets.ema import cosine_momentum, ema_update, flat_parameters, slow_copy
 
 
-class BYOL(nn.Module):
+class BYOL(Task):
     """One step: two views in, regression loss out.
 
     Args:

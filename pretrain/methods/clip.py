@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from pretrain.augment import luma
 from pretrain.config import AugmentConfig
+from pretrain.engine.task import Task
 from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
 from pretrain.nets.towers import JointEncoder, ProjectedText, image_features
@@ -115,7 +116,7 @@ def grey_axis_rotation(angle: Tensor) -> Tensor:
     return cosine * (torch.eye(3, device=angle.device) - third) + third + sine * cross
 
 
-class Clip(nn.Module):
+class Clip(Task):
     """One step: captioned pictures in, contrastive loss out.
 
     Args:

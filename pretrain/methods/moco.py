@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
+from pretrain.engine.optim import ParamGroup
+from pretrain.engine.task import Task
 from pretrain.losses import moco_infonce
 from pretrain.methods.common import augmented
 from pretrain.nets.ema import ema_update, flat_parameters, slow_copy
@@ -77,7 +79,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
     return module
 
 
-class MoCo(nn.Module):
+class MoCo(Task):
     """One step: query view and key view in, InfoNCE against the queue out.
 
     Args:
@@ -173,7 +175,7 @@ class MoCo(nn.Module):
         ema_update(self.key_backbone, self.backbone, momentum=self.momentum)
         ema_update(self.key_projector, self.projector, momentum=self.momentum)
 
-    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         """One group: weight decay on everything, biases and norms too (the authors' code)."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": optim.weight_decay}]
 

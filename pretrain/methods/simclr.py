@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pretrain.engine.task import Task
 from pretrain.losses import nt_xent
 from pretrain.methods.common import augmented
 
 
-class SimCLR(nn.Module):
+class SimCLR(Task):
     """One step: two views in, NT-Xent out.
 
     Args:

@@ -14,11 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from pretrain.engine.config import OptimConfig
+from pretrain.engine.optim import ParamGroup
+from pretrain.engine.task import Task
 from pretrain.losses import negative_cosine
 from pretrain.methods.common import augmented
 
 
-class SimSiam(nn.Module):
+class SimSiam(Task):
     """One step: two views in, symmetrised negative cosine out.
 
     Args:
@@ -62,13 +64,16 @@ class SimSiam(nn.Module):
             z_a, z_b = z_a.detach(), z_b.detach()
         return (negative_cosine(p_a, z_b) + negative_cosine(p_b, z_a)) / 2, {}
 
-    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         """Weight decay on everything, biases and norms too (appendix A); the predictor in a group of its own."""
         main = [*self.backbone.parameters(), *self.projector.parameters()]
-        shared = {"weight_decay": optim.weight_decay}
         return [
-            {"params": [p for p in main if p.requires_grad], **shared},
-            {"params": list(self.predictor.parameters()), "constant_lr": self.constant_predictor_lr, **shared},
+            {"params": [p for p in main if p.requires_grad], "weight_decay": optim.weight_decay},
+            {
+                "params": list(self.predictor.parameters()),
+                "constant_lr": self.constant_predictor_lr,
+                "weight_decay": optim.weight_decay,
+            },
         ]
 
     def health(self) -> dict[str, Tensor]:

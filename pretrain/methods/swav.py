@@ -22,11 +22,13 @@ from torch.nn import functional as F
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
+from pretrain.engine.optim import ParamGroup
+from pretrain.engine.task import Task
 from pretrain.losses import swav_loss
 from pretrain.methods.common import augmented
 
 
-class SwAV(nn.Module):
+class SwAV(Task):
     """One step: crops in, swapped prediction loss out.
 
     Args:
@@ -160,7 +162,7 @@ class SwAV(nn.Module):
     def _normalise(self) -> None:
         self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
 
-    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         """One group: the reference decays and rescales biases and norms as well."""
         return [{"params": list(self.parameters()), "weight_decay": optim.weight_decay}]
 

@@ -11,14 +11,15 @@ Particular to it: the loss looks at each embedding (1 - cosine) and at the neigh
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.data.targets import PhraseBatch
+from pretrain.engine.task import Task
 from pretrain.losses import embedding_distillation
 from pretrain.nets.towers import JointEncoder
 
 
-class TextDistill(nn.Module):
+class TextDistill(Task):
     """One step: phrases in, distance to the teacher out.
 
     Args:

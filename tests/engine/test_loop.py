@@ -22,6 +22,7 @@ from pretrain.engine.distributed import seed_everything
 from pretrain.engine.errors import UserError
 from pretrain.engine.log import RunLog, format_duration, rewind
 from pretrain.engine.loop import Stopped, with_counts
+from pretrain.engine.task import Task
 from tests.engine.toy import Everything, Mean, Numbers, content, differences, train
 
 DOUBLE = Numbers(dtype=torch.float64)
@@ -349,7 +350,7 @@ def test_the_hook_runs_once_per_update_with_the_step_number(tmp_path: Path) -> N
 def test_precision_is_that_of_matrix_products(tmp_path: Path, precision: str, expected: torch.dtype) -> None:
     seen = []
 
-    class Task(nn.Module):
+    class Product(Task):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(6, 2)
@@ -359,6 +360,6 @@ def test_precision_is_that_of_matrix_products(tmp_path: Path, precision: str, ex
             seen.append(out.dtype)
             return out.float().pow(2).mean(), {}
 
-    train(Task(), tmp_path / "run", precision=precision, steps=1)
+    train(Product(), tmp_path / "run", precision=precision, steps=1)
     assert seen == [expected]
     assert load_weights(tmp_path / "run/last/model.safetensors")[0]["layer.weight"].dtype == torch.float32

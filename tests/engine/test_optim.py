@@ -14,7 +14,17 @@ from torch import nn
 
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
-from pretrain.engine.optim import LARS, build_optimizer, clip_gradients, default_groups, gradient_norm, lr_at, set_lr
+from pretrain.engine.optim import (
+    LARS,
+    ParamGroup,
+    build_optimizer,
+    clip_gradients,
+    default_groups,
+    gradient_norm,
+    lr_at,
+    set_lr,
+)
+from pretrain.engine.task import Task
 
 
 def lars_reference(
@@ -67,7 +77,7 @@ def test_adamw_follows_its_formula_with_decay_on_matrices_only() -> None:
     config = OptimConfig(name="adamw", lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
     layer = nn.Linear(3, 2).double()
     params = {"weight": layer.weight, "bias": layer.bias}
-    optimizer = build_optimizer(layer, config)
+    optimizer = build_optimizer(default_groups(layer.named_parameters(), weight_decay=config.weight_decay), config)
     values = {name: p.detach().numpy().copy() for name, p in params.items()}
     m: dict[str, Any] = dict.fromkeys(params, 0.0)
     v: dict[str, Any] = dict.fromkeys(params, 0.0)
@@ -88,7 +98,7 @@ def test_adamw_follows_its_formula_with_decay_on_matrices_only() -> None:
 def test_sgd_follows_its_formula_with_the_rate_of_the_schedule() -> None:
     config = OptimConfig(name="sgd", lr=0.1, weight_decay=0.01, momentum=0.9, schedule="constant", warmup_steps=3)
     layer = nn.Linear(3, 2, bias=False).double()
-    optimizer = build_optimizer(layer, config)
+    optimizer = build_optimizer(default_groups(layer.named_parameters(), weight_decay=config.weight_decay), config)
     value, velocity, rng = layer.weight.detach().numpy().copy(), 0.0, np.random.default_rng(2)
     for step in range(5):
         grad = rng.normal(size=(2, 3))
@@ -112,17 +122,19 @@ def test_default_groups_leave_out_frozen_parameters_and_do_not_decay_vectors() -
 
 def test_a_model_without_anything_to_train_is_refused() -> None:
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
-        build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimConfig())
+        build_optimizer(
+            default_groups(nn.Linear(2, 2).requires_grad_(False).named_parameters(), weight_decay=0.0), OptimConfig()
+        )
 
 
-class Grouped(nn.Module):
+class Grouped(Task):
     """A task with groups of its own, as SimSiam (constant predictor) and Barlow Twins (scaled biases) need."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body, self.predictor, self.bias = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
 
-    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         return [
             {"params": list(self.body.parameters()), "weight_decay": optim.weight_decay},
             {"params": list(self.predictor.parameters()), "constant_lr": True},
@@ -133,7 +145,7 @@ class Grouped(nn.Module):
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_groups_may_scale_the_rate_or_keep_it_constant(name: str) -> None:
     config = OptimConfig(name=name, lr=2.0, schedule="cosine", warmup_steps=4)
-    optimizer = build_optimizer(Grouped(), config)
+    optimizer = build_optimizer(Grouped().param_groups(config), config)
     for step in range(12):
         lr = set_lr(optimizer, step, config, total=12)
         assert [group["lr"] for group in optimizer.param_groups] == [lr, 2.0, lr / 4]

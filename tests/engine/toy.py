@@ -19,6 +19,7 @@ from pretrain.engine.config import LoopConfig, OptimConfig
 from pretrain.engine.distributed import gather_with_grad
 from pretrain.engine.errors import BadImageError
 from pretrain.engine.loop import FitReport, fit
+from pretrain.engine.task import Task
 
 WIDTH = 6
 
@@ -50,7 +51,7 @@ def _nothing(index: int, draw: int) -> None:
     """The default of ``Numbers.before``."""
 
 
-class Everything(nn.Module):
+class Everything(Task):
     """Batch norm, dropout, a queue with a pointer, an EMA copy, a frozen part, three kinds of random numbers."""
 
     def __init__(self) -> None:
@@ -89,7 +90,7 @@ def _no_call(call: int) -> None:
     """The default of ``before``."""
 
 
-class Mean(nn.Module):
+class Mean(Task):
     """A loss that is a mean over samples: without gathering, slices of a batch average to the batch."""
 
     def __init__(self) -> None:
@@ -101,7 +102,7 @@ class Mean(nn.Module):
         return (self.net(batch).squeeze(1) - batch.sum(1)).pow(2).mean(), {}
 
 
-class Contrastive(nn.Module):
+class Contrastive(Task):
     """Symmetric InfoNCE between two towers, in both distributed forms: ``whole`` loss, or ``local`` rows."""
 
     def __init__(self, form: str = "whole") -> None:
@@ -126,7 +127,7 @@ class Contrastive(nn.Module):
         return loss / 2, {"scale": self.scale.detach()}
 
 
-def train(task: nn.Module, out: Path, source: Any = None, **options: Any) -> FitReport:
+def train(task: Task, out: Path, source: Any = None, **options: Any) -> FitReport:
     """``fit`` with small defaults; keys of either config, and fit's own flags, as keywords."""
     flags = {name: options.pop(name) for name in ("resume", "overwrite", "check", "free_keys") if name in options}
     optim_keys = {name: options.pop(name) for name in list(options) if name in OptimConfig.model_fields}

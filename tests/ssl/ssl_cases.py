@@ -16,7 +16,7 @@ from torch import nn
 from pretrain.config import CbowTower, EncoderConfig, Method, ViTTower
 from pretrain.config_ssl import BackboneConfig, SslMethod
 from pretrain.engine import distributed
-from pretrain.health import Watched
+from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.methods.clip import Clip
 from pretrain.nets.standardised import without_batch_norm
@@ -112,13 +112,13 @@ def main() -> None:
     for name in RUNS:
         whole, pieces = folder / f"{name}_whole", folder / f"{name}_pieces"
         task, source = run_of(name)
-        train(Watched(task), whole, source, **options)
+        train(Monitored(task), whole, source, **options)
         if distributed.is_main():
             shutil.copytree(whole / "checkpoints" / "step_2", pieces / "checkpoints" / "step_2")
         distributed.barrier()
         distributed.seed_everything(999)
         task, source = run_of(name)
-        train(Watched(task), pieces, source, resume=True, **options)
+        train(Monitored(task), pieces, source, resume=True, **options)
     distributed.teardown()
 
 

@@ -21,8 +21,9 @@ from pretrain.config_views import FolderImages, StickerSingles
 from pretrain.engine.checkpoint import load_model
 from pretrain.engine.config import Section, free_keys, load_config
 from pretrain.engine.errors import UserError
-from pretrain.health import Watched, effective_rank, panel
-from pretrain.methods.build import watched
+from pretrain.engine.task import Task
+from pretrain.health import Monitored, effective_rank, panel
+from pretrain.methods.build import monitored
 from pretrain.probes import Probe
 from tests.engine.toy import Everything, content, differences, train
 from tests.ssl.ssl_cases import METHODS, run_of
@@ -82,7 +83,7 @@ def test_margin_and_distance() -> None:
     assert float(health.ema_distance(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))) == pytest.approx(0.2)
 
 
-class Scripted(nn.Module):
+class Scripted(Task):
     """A task whose health at each step is written down beforehand."""
 
     def __init__(self, script: list[dict[str, Tensor]], loss: list[float]) -> None:
@@ -100,12 +101,12 @@ class Scripted(nn.Module):
 
 def alarms(script: list[dict[str, Tensor]], *, loss: list[float] | None = None) -> list[str]:
     """Every alarm of a run of that many steps, one measurement a step."""
-    watched = Watched(Scripted(script, loss or [1.0] * len(script)))
+    monitored = Monitored(Scripted(script, loss or [1.0] * len(script)))
     found = []
     for step in range(len(script)):
-        watched(None)
-        watched.after_step(step, len(script))
-        found += watched.report()[1]
+        monitored(None)
+        monitored.after_step(step, len(script))
+        found += monitored.report()[1]
     return found
 
 
@@ -187,7 +188,7 @@ class WithHealth(Everything):
 
 def test_the_panel_stands_in_every_log_line_and_changes_nothing(tmp_path: Path) -> None:
     bare = train(WithHealth(), tmp_path / "bare", steps=6, log_every=2)
-    train(Watched(WithHealth()), tmp_path / "watched", steps=6, log_every=2)
+    train(Monitored(WithHealth()), tmp_path / "watched", steps=6, log_every=2)
     lines = [json.loads(line) for line in (tmp_path / "watched/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all({"health/rank", "health/spread", "health/cosine"} <= set(line) for line in lines)
@@ -199,7 +200,7 @@ def test_alarms_reach_log_and_events(tmp_path: Path) -> None:
         def health(self) -> dict[str, Tensor]:
             return {"projection": torch.ones(4, 3)}
 
-    train(Watched(Constant()), tmp_path, steps=8, log_every=1)
+    train(Monitored(Constant()), tmp_path, steps=8, log_every=1)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["alarm"]
     assert "health/spread" in (tmp_path / "train.log").read_text()
@@ -208,8 +209,8 @@ def test_alarms_reach_log_and_events(tmp_path: Path) -> None:
 def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 8, "log_every": 2, "save_every": 3, "keep": 10}
 
-    def task() -> Watched:
-        return Watched(WithHealth(), probe=lambda backbone: {"knn": 0.5, "seconds": 0.0}, probe_every=3)
+    def task() -> Monitored:
+        return Monitored(WithHealth(), probe=lambda backbone: {"knn": 0.5, "seconds": 0.0}, probe_every=3)
 
     train(task(), tmp_path / "whole", **options)
     train(task(), tmp_path / "parts", **options)
@@ -227,7 +228,7 @@ def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_a_run_that_began_before_an_alarm_was_added_goes_on(tmp_path: Path) -> None:
-    old, new = Watched(WithHealth()), Watched(WithHealth())
+    old, new = Monitored(WithHealth()), Monitored(WithHealth())
     old.best.copy_(torch.arange(len(old.best)))
     state = {name: value for name, value in old.state_dict().items() if name != "probed_on"}
     state |= {name: state[name][:-1] for name in ("best", "ill_for")}
@@ -239,14 +240,14 @@ def test_a_run_that_began_before_an_alarm_was_added_goes_on(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("name", "alarmed"), [("stickers", True), ("other pictures", False)])
 def test_another_probe_is_no_fall_of_the_old_one(name: str, alarmed: bool) -> None:
-    def measured(task: Watched) -> list[str]:
+    def measured(task: Monitored) -> list[str]:
         task.after_step(5, 10)
         return [text for text in task.report()[1] if text.startswith("probe/knn")]
 
-    def watched_by(knn: float, name: str) -> Watched:
+    def watched_by(knn: float, name: str) -> Monitored:
         task = WithHealth()
         task.seen = normal(4, 3)
-        return Watched(task, probe=lambda _: {"knn": knn, "seconds": 0.0}, probe_every=1, probe_name=name)
+        return Monitored(task, probe=lambda _: {"knn": knn, "seconds": 0.0}, probe_every=1, probe_name=name)
 
     before, after = watched_by(0.9, "stickers"), watched_by(0.1, name)
     assert measured(before) == []
@@ -276,7 +277,7 @@ def test_captions_that_belong_to_other_pictures_are_noticed(tmp_path: Path, shif
             own = cosine.diagonal()
             return {"projection": image, "own_caption": own, "other_captions": (cosine.sum(1) - own) / 15}
 
-    train(Watched(Captioned()), tmp_path, steps=12, log_every=1)
+    train(Monitored(Captioned()), tmp_path, steps=12, log_every=1)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert (line["health/caption_margin"] < 0.005) is alarmed
     events = tmp_path / "events.jsonl"
@@ -297,7 +298,7 @@ def labelled(root: Path) -> Path:
 
 
 def probed(watch: dict[str, Any], data: Section) -> Probe | None:
-    task = watched(WithHealth(), WatchConfig(**watch), data, (8, (0.5,) * 3, (0.25,) * 3))
+    task = monitored(WithHealth(), WatchConfig(**watch), data, (8, (0.5,) * 3, (0.25,) * 3))
     assert task.probe is None or isinstance(task.probe, Probe)
     assert task.probe_every == (watch["probe_every"] if task.probe else 0)
     return task.probe

@@ -21,7 +21,7 @@ from pretrain.engine.distributed import seed_everything
 from pretrain.engine.errors import UserError
 from pretrain.engine.loop import Stopped
 from pretrain.engine.optim import build_optimizer, set_lr
-from pretrain.health import Watched
+from pretrain.health import Monitored
 from pretrain.methods import build as methods_build
 from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.build import build_method, method_optim
@@ -157,7 +157,7 @@ def test_without_the_stop_gradient_simsiam_s_gradient_is_another() -> None:
 
 def rates(task: nn.Module, optim: OptimConfig, step: int) -> dict[str, float]:
     """Learning rate of each parameter by name."""
-    optimizer = build_optimizer(task, optim)
+    optimizer = build_optimizer(task.param_groups(optim), optim)
     set_lr(optimizer, step, optim, total=100)
     of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     return {name: of[id(p)] for name, p in task.named_parameters() if id(p) in of}
@@ -182,7 +182,7 @@ def test_barlow_twins_has_two_learning_rates_and_biases_and_norms_without_decay_
     found = rates(task, optim, 0)
     for name, p in task.named_parameters():
         assert found[name] == pytest.approx(0.2 if p.ndim > 1 else 0.0048), name
-    matrices, vectors = build_optimizer(task, optim).param_groups
+    matrices, vectors = build_optimizer(task.param_groups(optim), optim).param_groups
     assert (matrices["lars_exclude"], vectors["lars_exclude"]) == (False, True)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (1e-6, 0.0)
 
@@ -308,7 +308,7 @@ def test_a_saved_backbone_comes_back_as_it_was_in_eval_mode(tmp_path: Path) -> N
 # --- exact resume
 
 
-class Interrupted(Watched):
+class Interrupted(Monitored):
     """Asks for a stop in its fourth forward pass, as a SIGTERM would."""
 
     calls = 0
@@ -324,11 +324,11 @@ class Interrupted(Watched):
 def test_six_steps_equal_four_steps_resume_and_two_bit_for_bit(tmp_path: Path, name: str) -> None:
     options: dict[str, Any] = {"steps": 6, "batch_size": 8, "save_every": 50, "log_every": 4, "name": "sgd"}
     source = run_of(name)[1]
-    train(Watched(run_of(name)[0]), tmp_path / "whole", source, **options)
+    train(Monitored(run_of(name)[0]), tmp_path / "whole", source, **options)
     with pytest.raises(Stopped):
         train(Interrupted(run_of(name)[0]), tmp_path / "pieces", source, **options)
     seed_everything(777)
-    train(Watched(run_of(name)[0]), tmp_path / "pieces", source, resume=True, **options)
+    train(Monitored(run_of(name)[0]), tmp_path / "pieces", source, resume=True, **options)
     whole, pieces = (content(tmp_path / run / "checkpoints" / "step_6") for run in ("whole", "pieces"))
     assert differences(whole, pieces) == []
 

@@ -18,7 +18,7 @@ from pretrain.config import CbowTower, EncoderConfig, PretrainConfig, ResNetTowe
 from pretrain.engine.config import plain
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.loop import fit
-from pretrain.health import Watched
+from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.nets.towers import build_encoder
 from pretrain.probes import Normalise, Probe, Recipe
@@ -352,7 +352,7 @@ def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tm
             "optim": {"name": "sgd", "lr": 0.5},
         }
     )
-    task = Watched(build_method(cfg.method, batch_size=4, device=torch.device("cpu")))  # type: ignore[arg-type]
+    task = Monitored(build_method(cfg.method, batch_size=4, device=torch.device("cpu")))  # type: ignore[arg-type]
     fit(task, Views((16, 16)), loop=cfg.loop, optim=cfg.optim, out=cfg.out, record=plain(cfg))
     found, info = probe.open_backbone(cfg.out, None)
     assert info["method"] == "byol" and info["size"] == 16 and info["step"] == 2

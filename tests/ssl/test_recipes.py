@@ -118,7 +118,8 @@ def test_every_constant_of_a_config_reaches_its_method(name: str) -> None:
 def test_norms_and_biases_have_no_decay_and_no_layer_wise_rate(name: str) -> None:
     """arXiv:2002.05709, §2.1 and code; arXiv:2006.07733, §3.3."""
     task = small_method(name)
-    optimiser = build_optimizer(task, OptimConfig(name="lars", lr=1.0, weight_decay=1e-6))
+    optim = OptimConfig(name="lars", lr=1.0, weight_decay=1e-6)
+    optimiser = build_optimizer(task.param_groups(optim), optim)
     names = {id(p): key for key, p in task.named_parameters()}
     groups = {
         bool(g["lars_exclude"]): (g["weight_decay"], {names[id(p)] for p in g["params"]})

@@ -78,13 +78,13 @@ def test_a_run_writes_its_learning_rates_and_the_backbone_it_trained(name: str, 
     trained: list[nn.Module] = []
     build: Callable[..., Any] = train.build_self_supervised
 
-    def watched(cfg: PretrainConfig) -> Any:
+    def monitored(cfg: PretrainConfig) -> Any:
         made = build(cfg)
         trained.append(made[0].backbone)
         begun.append({key: value.clone() for key, value in made[0].backbone.state_dict().items()})
         return made
 
-    with mock.patch.object(train, "build_self_supervised", watched):
+    with mock.patch.object(train, "build_self_supervised", monitored):
         argv = ["--config", f"pretrain/{name}.yaml", *changes(name, pictures, tmp_path / "run")]
         assert train.main(argv) == 0
     second = 0.1 if name == "moco_v1" else 0.5  # a milestone; the middle of the cosine

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pretrain.engine import distributed
-from pretrain.health import Watched
+from pretrain.health import Monitored
 from pretrain.methods.byol import BYOL
 from pretrain.methods.moco import MoCo
 from pretrain.methods.swav import SwAV
@@ -78,14 +78,16 @@ def body(folder: Path) -> None:
         torch.manual_seed(0)
         train(make(name, batch_norm=False), folder / f"{name}_same", Views(sizes), steps=6, save_every=6, **OPTIONS)
         whole, parts = folder / f"{name}_whole", folder / f"{name}_parts"
-        train(Watched(make(name, batch_norm=True)), whole, Views(sizes), steps=7, save_every=3, **OPTIONS)
+        train(Monitored(make(name, batch_norm=True)), whole, Views(sizes), steps=7, save_every=3, **OPTIONS)
         if distributed.is_main():
             shutil.copytree(whole, parts, symlinks=True)
             for late in (6, 7):
                 shutil.rmtree(step_folder(parts, late))
         distributed.barrier()
         distributed.seed_everything(999)
-        train(Watched(make(name, batch_norm=True)), parts, Views(sizes), steps=7, save_every=3, resume=True, **OPTIONS)
+        train(
+            Monitored(make(name, batch_norm=True)), parts, Views(sizes), steps=7, save_every=3, resume=True, **OPTIONS
+        )
 
 
 @pytest.fixture(scope="module")

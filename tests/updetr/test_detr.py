@@ -198,7 +198,8 @@ def test_frozen_backbone__keeps_weights_and_statistics_and_builds_no_graph() -> 
 def test_clipping__really_limits_the_norm_over_all_parameters() -> None:
     model = make("conditional", frozen=False).train()
     task = DetectionTask(model=model, pretrained_prefixes=("backbone.",), pretrained_lr_scale=0.1)
-    optimizer = build_optimizer(task, OptimConfig(name="sgd", lr=1.0, momentum=0.0))
+    optim = OptimConfig(name="sgd", lr=1.0, momentum=0.0)
+    optimizer = build_optimizer(task.param_groups(optim), optim)
     task([picture(64, 64, TWO, [1, 2])])[0].backward()
     everything = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     norm = gradient_norm(optimizer)

@@ -39,7 +39,7 @@ def make_task(kind: str) -> DetectionTask:
         pretrained_prefixes=("backbone.", "region_tower."),
         pretrained_lr_scale=1.0,
     )
-    setattr(task, "find_unused_parameters", True)  # noqa: B010  # as ovd.training.detr does
+    task.find_unused_parameters = True  # as ovd.training.detr does
     return task
 
 
