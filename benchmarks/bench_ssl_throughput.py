@@ -90,10 +90,10 @@ def backbone(seed: int = 0) -> nn.Module:
 def our_data(folder: Path, method: str, size: int, batch: int, seed: int = 0) -> Data:
     """Files to network input, as the trainer does it."""
     from pretrain.augment import ViewAugment
-    from pretrain.config_views import FolderImages, expand_views
-    from pretrain.data.crops import ViewSource, build_images
+    from pretrain.config_views import FolderData, expand_views
+    from pretrain.data.crops import ViewSource
 
-    source = ViewSource(build_images(FolderImages(root=folder)), views_of(method, size), seed=seed)
+    source = ViewSource(FolderData(root=folder).open(), views_of(method, size), seed=seed)
     augment = [ViewAugment(view) for view in expand_views(views_of(method, size))]
     draw = 0
 

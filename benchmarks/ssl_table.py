@@ -92,10 +92,13 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
     def measure() -> dict[str, Any]:
         import torch
 
-        from pretrain import probes
         from pretrain.config_ssl import BackboneConfig
+        from pretrain.config_views import InputSpec
+        from pretrain.evaluation.data import open_data
+        from pretrain.evaluation.linear import SMALL
         from pretrain.export import read_source
         from pretrain.nets.backbones import build_backbone
+        from pretrain.probe import evaluate
 
         torch.set_num_threads(1)
         torch.manual_seed(seed)
@@ -106,10 +109,10 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
         else:
             source = read_source(str(backbone))
             network, mean, std = source.network, source.mean, source.std
-        train, test, side = probes.open_data("sticker_singles", size=SIZE, views=views)
-        return probes.evaluate(
-            network, train, test, probes.Normalise(side, mean, std), measures=["knn", "linear_cached"], k=20,
-            temperature=0.1, recipe=probes.SMALL, epochs=None, shots=[1], seed=seed, say=print,
+        train, test, side = open_data("sticker_singles", size=SIZE, views=views)
+        return evaluate(
+            network, train, test, InputSpec(side, mean, std), measures=["knn", "linear_cached"], k=20,
+            temperature=0.1, recipe=SMALL, epochs=None, shots=[1], seed=seed, say=print,
         )  # fmt: skip
 
     return remember(folder / "probe.json", measure)

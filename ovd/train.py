@@ -7,7 +7,6 @@ The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,4 +67,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    run_cli(main, sys.argv[1:])
+    run_cli(main)

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from pretrain.config_ssl import (
     BarlowTwinsMethod,
@@ -14,10 +17,19 @@ from pretrain.config_ssl import (
     MoCoMethod,
     SimCLRMethod,
     SimSiamMethod,
+    SslMethod,
     SwavMethod,
     WatchConfig,
 )
-from pretrain.config_views import CifarImages, FolderImages, ShardImages, StickerScenes, StickerSingles
+from pretrain.config_views import (
+    CifarData,
+    DataSection,
+    FolderData,
+    ImageData,
+    ShardData,
+    StickerScenes,
+    StickerSingles,
+)
 from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, warm_up_fits
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -184,7 +196,7 @@ class TextDistillMethod(Section):
         return self
 
 
-class StickerPairs(Section):
+class StickerPairs(DataSection):
     """Pictures with captions, drawn from the shipped Sticker Scenes."""
 
     kind: Literal["sticker_pairs"] = Field(description="Captioned sticker pictures.")
@@ -194,8 +206,12 @@ class StickerPairs(Section):
         default=False, description="Draw in the further training styles too (extra_styles.json)."
     )
 
+    def labelled_halves(self) -> str | None:
+        """Single stickers."""
+        return "sticker_singles"
 
-class CaptionTable(Section):
+
+class CaptionTable(DataSection):
     """Photos named in a table with their captions."""
 
     kind: Literal["caption_table"] = Field(description="Table of paths and captions.")
@@ -207,7 +223,7 @@ class CaptionTable(Section):
     caption: str = Field(default="caption", min_length=1, description="Name of the column of texts.")
 
 
-class CocoCaptions(Section):
+class CocoCaptions(DataSection):
     """COCO's pictures and captions."""
 
     kind: Literal["coco_captions"] = Field(description="COCO's captions.")
@@ -215,7 +231,7 @@ class CocoCaptions(Section):
     annotations: Path = Field(description="captions_train2017.json.")
 
 
-class CaptionedShards(Section):
+class CaptionedShards(DataSection):
     """Photos and captions in tar files, in webdataset's layout: KEY.jpg and KEY.txt."""
 
     kind: Literal["captioned_shards"] = Field(description="Pictures and captions in tar files.")
@@ -227,7 +243,7 @@ class CaptionedShards(Section):
 CaptionedConfig = CaptionTable | CocoCaptions | CaptionedShards
 
 
-class PhraseTargets(Section):
+class PhraseTargets(DataSection):
     """Phrases with a teacher's embeddings."""
 
     kind: Literal["phrase_targets"] = Field(description="Phrases and their teacher embeddings.")
@@ -260,9 +276,9 @@ Data = Annotated[
     | CocoCaptions
     | CaptionedShards
     | PhraseTargets
-    | FolderImages
-    | CifarImages
-    | ShardImages
+    | FolderData
+    | CifarData
+    | ShardData
     | StickerScenes
     | StickerSingles,
     Field(discriminator="kind"),
@@ -284,7 +300,8 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _data_fits(self) -> PretrainConfig:
         wanted = {"clip": CAPTIONED, "text_distill": ("phrase_targets",)}.get(self.method.name, IMAGES)
-        if self.data.kind not in wanted:
+        of_pictures = isinstance(self.method, SslMethod) and isinstance(self.data, ImageData)
+        if not of_pictures and self.data.kind not in wanted:
             kinds = " or ".join(wanted)
             raise ValueError(f"method {self.method.name} learns from data of kind {kinds}, not {self.data.kind}")
         if isinstance(self.method, ClipMethod) and self.method.same_noun_positive and self.data.kind != "sticker_pairs":
@@ -294,3 +311,18 @@ class PretrainConfig(Section):
             )
         warm_up_fits(self.loop, self.optim)
         return self
+
+
+def extended(*, methods: Sequence[type[SslMethod]] = (), data: Sequence[type[ImageData]] = ()) -> type[PretrainConfig]:
+    """`PretrainConfig` that knows these methods and sets of pictures beside its own."""
+    if not methods and not data:
+        return PretrainConfig
+    known = PretrainConfig.model_fields
+    method_union = reduce(operator.or_, methods, get_args(Method)[0])
+    data_union = reduce(operator.or_, data, get_args(Data)[0])
+    return create_model(
+        "PretrainConfig",
+        __base__=PretrainConfig,
+        method=(method_union, Field(discriminator="name", description=known["method"].description)),
+        data=(data_union, Field(discriminator="kind", description=known["data"].description)),
+    )

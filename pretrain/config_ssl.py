@@ -7,12 +7,15 @@ recipe, and `configs/pretrain/NAME.yaml` what suits small pictures and a CPU.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pretrain.config_views import ViewConfig, expand_views
+from pretrain.config_views import InputSpec, ViewConfig, expand_views
 from pretrain.engine.config import FREE, Section
+
+if TYPE_CHECKING:
+    from pretrain.methods.base import SelfSupervised
 
 OURS = ("resnet18", "resnet34", "resnet50", "resnet101")
 DETECTRON2 = ("detectron2:R18", "detectron2:R34", "detectron2:R50", "detectron2:R101")
@@ -51,9 +54,11 @@ class BackboneConfig(Section):
         raise ValueError(f"unknown backbone {name!r}; known are {known}, torchvision:NAME and timm:NAME")
 
 
-class _Method(Section):
-    """What all self-supervised methods have."""
+class SslMethod(Section):
+    """Section of a self-supervised method: base class; a subclass adds ``name``, its constants, and `task_class`."""
 
+    many_views: ClassVar[bool] = False
+    name: str = Field(description="Method.")
     backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network to pretrain.")
     views: tuple[ViewConfig, ...] = Field(description="Random views of a picture, in order.")
     compile: bool = Field(
@@ -62,15 +67,26 @@ class _Method(Section):
     )
 
     @model_validator(mode="after")
-    def _two_views(self) -> _Method:
+    def _two_views(self) -> SslMethod:
         count = len(expand_views(self.views))
-        if count < 2 or (count > 2 and not isinstance(self, SwavMethod)):
-            wanted = "at least two" if isinstance(self, SwavMethod) else "two"
+        if count < 2 or (count > 2 and not self.many_views):
+            wanted = "at least two" if self.many_views else "two"
             raise ValueError(f"views: {wanted} are compared, not {count}; give two entries, or one with count: 2")
         return self
 
+    def inputs(self) -> InputSpec:
+        """What the backbone sees, by the first view."""
+        view = self.views[0]
+        if view.normalise is None:
+            return InputSpec(view.size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        return InputSpec(view.size, view.normalise.mean, view.normalise.std)
 
-class SimCLRMethod(_Method):
+    def task_class(self) -> type[SelfSupervised[Any]]:
+        """The class that learns by this section, imported here so that reading a configuration needs no torch."""
+        raise NotImplementedError
+
+
+class SimCLRMethod(SslMethod):
     """SimCLR: two views of a picture find each other among all views of the batch (arXiv:2002.05709)."""
 
     name: Literal["simclr"] = Field(description="Method.")
@@ -83,15 +99,21 @@ class SimCLRMethod(_Method):
         "(.075); none: taken as it is.",
     )
 
+    def task_class(self) -> type[SelfSupervised[Any]]:
+        """`pretrain.methods.simclr.SimCLR`."""
+        from pretrain.methods.simclr import SimCLR
 
-class MoCoMethod(_Method):
-    """MoCo: a query finds its key among a queue of earlier keys of a slow encoder (arXiv:1911.05722, 2003.04297)."""
+        return SimCLR
+
+
+class MoCoMethod(SslMethod):
+    """MoCo: a query finds its key among a queue of a momentum encoder's earlier keys (arXiv:1911.05722, 2003.04297)."""
 
     name: Literal["moco_v1", "moco_v2"] = Field(description="Method; v2 has an MLP head.")
     dim: Width = Field(default=128, description="Length of queries and keys.")
     hidden: Width = Field(default=2048, description="Units of the hidden layer of v2's head.")
     queue: int = Field(default=65536, ge=1, le=10**7, description="Keys in the queue; any number.")
-    momentum: Unit = Field(default=0.999, description="Of the slow encoder.")
+    momentum: Unit = Field(default=0.999, description="Of the key encoder.")
     temperature: Temperature = Field(description="Of the softmax: .07 in v1, .2 in v2.")
     symmetric: bool = Field(default=False, description="Each view is query once and key once.")
     bn_splits: int = Field(
@@ -101,8 +123,14 @@ class MoCoMethod(_Method):
         description="On one process: groups that batch norm treats as separate GPUs would; 1 is ordinary batch norm.",
     )
 
+    def task_class(self) -> type[SelfSupervised[Any]]:
+        """`pretrain.methods.moco.MoCo`."""
+        from pretrain.methods.moco import MoCo
 
-class SimSiamMethod(_Method):
+        return MoCo
+
+
+class SimSiamMethod(SslMethod):
     """SimSiam: predict the other view's projection, whose gradient is stopped (arXiv:2011.10566)."""
 
     name: Literal["simsiam"] = Field(description="Method.")
@@ -111,8 +139,14 @@ class SimSiamMethod(_Method):
     hidden: Width = Field(default=512, description="Units of the predictor's bottleneck, a quarter of dim.")
     constant_predictor_lr: bool = Field(default=True, description="The predictor's learning rate does not decay.")
 
+    def task_class(self) -> type[SelfSupervised[Any]]:
+        """`pretrain.methods.simsiam.SimSiam`."""
+        from pretrain.methods.simsiam import SimSiam
 
-class BarlowTwinsMethod(_Method):
+        return SimSiam
+
+
+class BarlowTwinsMethod(SslMethod):
     """Barlow Twins: the correlation of two views' features becomes the identity (arXiv:2103.03230)."""
 
     name: Literal["barlow_twins"] = Field(description="Method.")
@@ -132,14 +166,22 @@ class BarlowTwinsMethod(_Method):
         "its learning rate for biases was tuned to.",
     )
 
+    def task_class(self) -> type[SelfSupervised[Any]]:
+        """`pretrain.methods.barlow_twins.BarlowTwins`."""
+        from pretrain.methods.barlow_twins import BarlowTwins
 
-class ByolMethod(_Method):
-    """BYOL: predict what a slow copy says of another view (arXiv:2006.07733; without batch statistics 2010.10241)."""
+        return BarlowTwins
+
+
+class ByolMethod(SslMethod):
+    """BYOL: predict a momentum network's projection of another view (arXiv:2006.07733, 2010.10241)."""
 
     name: Literal["byol", "byol_gn"] = Field(description="Method; byol_gn has no batch statistics anywhere.")
     hidden: Width = Field(default=4096, description="Units of the hidden layers of projector and predictor.")
     dim: Width = Field(default=256, description="Length of projection and prediction.")
-    momentum: Unit = Field(default=0.996, description="Of the slow copy at the first step; it rises to 1 at the last.")
+    momentum: Unit = Field(
+        default=0.996, description="Of the target network at the first step; it rises to 1 at the last."
+    )
 
     @model_validator(mode="after")
     def _norm(self) -> ByolMethod:
@@ -148,10 +190,17 @@ class ByolMethod(_Method):
             raise ValueError(f"{self.name} goes with backbone.norm: {wanted}, not {self.backbone.norm}")
         return self
 
+    def task_class(self) -> type[SelfSupervised[Any]]:
+        """`pretrain.methods.byol.BYOL`."""
+        from pretrain.methods.byol import BYOL
 
-class SwavMethod(_Method):
+        return BYOL
+
+
+class SwavMethod(SslMethod):
     """SwAV: predict from one view to which prototypes another was assigned (arXiv:2006.09882)."""
 
+    many_views = True
     name: Literal["swav"] = Field(description="Method.")
     hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
     dim: Width = Field(default=128, description="Length of the projection and of a prototype.")
@@ -171,6 +220,12 @@ class SwavMethod(_Method):
         if self.big_crops > len(expand_views(self.views)):
             raise ValueError(f"big_crops {self.big_crops}: views has only {len(expand_views(self.views))}")
         return self
+
+    def task_class(self) -> type[SelfSupervised[Any]]:
+        """`pretrain.methods.swav.SwAV`."""
+        from pretrain.methods.swav import SwAV
+
+        return SwAV
 
 
 class WatchConfig(Section):
@@ -199,6 +254,3 @@ class WatchConfig(Section):
     probe_seconds: float = Field(
         default=20.0, gt=0, le=86400, description="Time budget of one probe.", json_schema_extra=FREE
     )
-
-
-SslMethod = SimCLRMethod | MoCoMethod | SimSiamMethod | BarlowTwinsMethod | ByolMethod | SwavMethod

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from pretrain.engine.config import Section
+
+if TYPE_CHECKING:
+    from pretrain.data.images import ImageSet
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -71,7 +74,37 @@ def expand_views(views: Sequence[ViewConfig]) -> list[ViewConfig]:
     return [view for view in views for _ in range(view.count)]
 
 
-class FolderImages(Section):
+class InputSpec(NamedTuple):
+    """What a backbone expects: side of a picture in pixels, mean and standard deviation of RGB in [0, 1]."""
+
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+class DataSection(Section):
+    """Section of a data set: base class."""
+
+    def labelled_halves(self) -> str | None:
+        """Labelled training and test pictures of the same kind, by `pretrain.evaluation.data.open_data`'s names."""
+        return None
+
+
+class ImageData(DataSection):
+    """Section of a set of pictures: base class; a subclass adds ``kind``, its keys, and `open`."""
+
+    kind: str = Field(description="Kind of data.")
+
+    def open(self) -> ImageSet:
+        """The pictures.
+
+        Raises:
+            UserError: They are not there, or there is none.
+        """
+        raise NotImplementedError
+
+
+class FolderData(ImageData):
     """Pictures of a folder and its subfolders."""
 
     kind: Literal["folder"] = Field(default="folder", description="Pictures of a folder.")
@@ -80,16 +113,32 @@ class FolderImages(Section):
         default=False, description="The subfolders directly below root are classes, as in ImageNet's layout."
     )
 
+    def open(self) -> ImageSet:
+        """Pictures sorted by path."""
+        from pretrain.data.images import FolderSet
 
-class CifarImages(Section):
+        return FolderSet(self.root, classes=self.classes)
+
+
+class CifarData(ImageData):
     """CIFAR-10 from a local copy of its binary version."""
 
     kind: Literal["cifar"] = Field(description="CIFAR-10, binary version.")
     root: Path = Field(description="Folder with data_batch_1.bin … (or with cifar-10-batches-bin in it).")
     split: Literal["train", "test"] = Field(default="train", description="The 50,000 or the 10,000 pictures.")
 
+    def open(self) -> ImageSet:
+        """CIFAR-10."""
+        from pretrain.data.images import CifarSet
 
-class ShardImages(Section):
+        return CifarSet(self.root, split=self.split)
+
+    def labelled_halves(self) -> str | None:
+        """Its two halves."""
+        return f"cifar:{self.root}"
+
+
+class ShardData(ImageData):
     """Pictures in tar files, in webdataset's layout."""
 
     kind: Literal["shards"] = Field(description="Pictures in tar files.")
@@ -97,8 +146,14 @@ class ShardImages(Section):
         min_length=1, description="Path of the tar files, with braces or wildcards: data/train-{0000..0146}.tar."
     )
 
+    def open(self) -> ImageSet:
+        """Pictures of all shards."""
+        from pretrain.data.images import ShardSet
 
-class StickerScenes(Section):
+        return ShardSet(self.pattern)
+
+
+class StickerScenes(ImageData):
     """Pictures of the shipped Sticker Scenes, with several objects each and no labels."""
 
     kind: Literal["sticker_scenes"] = Field(description="Unlabelled sticker scenes.")
@@ -108,8 +163,22 @@ class StickerScenes(Section):
     length: int = Field(default=100_000, ge=1, le=10**9, description="Different scenes in one pass.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Scenes of different seeds share nothing.")
 
+    def open(self) -> ImageSet:
+        """Scenes, composed when they are read."""
+        from pretrain.data.images import SceneSet
+        from pretrain.data.scenes import SceneSource
+        from pretrain.data.stickers import Stickers
 
-class StickerSingles(Section):
+        return SceneSet(
+            SceneSource(Stickers.load(self.root), split=self.split, seed=self.seed, size=self.size, length=self.length)
+        )
+
+    def labelled_halves(self) -> str | None:
+        """Its two halves."""
+        return "sticker_singles"
+
+
+class StickerSingles(ImageData):
     """Single stickers with their class, for kNN and linear probe: train on some styles, test on another."""
 
     kind: Literal["sticker_singles"] = Field(description="Single labelled stickers.")
@@ -122,7 +191,18 @@ class StickerSingles(Section):
     views: int = Field(default=1, ge=1, le=1000, description="Pictures of each drawing, each on its own photo.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of photos, places and lights.")
 
+    def open(self) -> ImageSet:
+        """Stickers with their class."""
+        from pretrain.data.images import SingleSet
+        from pretrain.data.stickers import Stickers
+
+        return SingleSet(Stickers.load(self.root), split=self.split, size=self.size, views=self.views, seed=self.seed)
+
+    def labelled_halves(self) -> str | None:
+        """Its two halves."""
+        return "sticker_singles"
+
 
 ImagesConfig = Annotated[
-    FolderImages | CifarImages | ShardImages | StickerScenes | StickerSingles, Field(discriminator="kind")
+    FolderData | CifarData | ShardData | StickerScenes | StickerSingles, Field(discriminator="kind")
 ]

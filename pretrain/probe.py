@@ -13,17 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from pretrain.config_views import InputSpec
+from pretrain.data.images import ImageSet
 from pretrain.engine import distributed
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import EXPORTED, read_json, write_atomically
+from pretrain.evaluation.data import Subset, open_data
+from pretrain.evaluation.features import features, labels
+from pretrain.evaluation.knn import accuracy, knn
+from pretrain.evaluation.linear import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL, few_labels, linear_classifier
 from pretrain.nets.backbones import build_backbone, load_backbone, problem_with
-from pretrain.probes import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL, Few, Normalise, evaluate, open_data
 
 
 def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -44,20 +52,19 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
     from pretrain.config import ClipMethod, PretrainConfig, TextDistillMethod
     from pretrain.engine.checkpoint import load_model, load_state, newest
     from pretrain.engine.config import load_config
-    from pretrain.methods.build import input_of
 
-    found = newest(run / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
-    if found is None:
+    latest = newest(run / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    if latest is None:
         raise UserError(f"{run}: no exported backbone and no checkpoint; give the folder of a run (its out=)")
     method = load_config(PretrainConfig, run / "config.yaml").method
     if isinstance(method, ClipMethod | TextDistillMethod):
         raise UserError(f"{run}: an unfinished run of {method.name}; it can be probed when it has an exported/ folder")
-    state, prefix = load_state(found)[0], "task.backbone."
+    state, prefix = load_state(latest)[0], "task.backbone."
     backbone = build_backbone(method.backbone, sizes=[view.size for view in method.views])
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    load_model(backbone, own, untracked=(), where=found.folder)
-    size, mean, std = input_of(method)
-    return backbone, {"method": method.name, "size": size, "mean": mean, "std": std, "step": found.step}
+    backbone_state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    load_model(backbone, backbone_state, untracked=(), where=latest.folder)
+    size, mean, std = method.inputs()
+    return backbone, {"method": method.name, "size": size, "mean": mean, "std": std, "step": latest.step}
 
 
 def _exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -72,6 +79,55 @@ def _exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     tower = image_features(encoder)
     known = {"size": encoder.image_size, "mean": encoder.image_mean, "std": encoder.image_std}
     return tower.eval(), {"method": "clip", **known}
+
+
+def evaluate(
+    backbone: nn.Module,
+    train: ImageSet,
+    test: ImageSet,
+    inputs: InputSpec,
+    *,
+    measures: Sequence[str],
+    k: int,
+    temperature: float,
+    recipe: str,
+    epochs: int | None,
+    shots: Sequence[int],
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The chosen measures as one report."""
+    x_test = features(backbone, test, range(len(test)), inputs)
+    y_test, y_train = labels(test, range(len(test))), labels(train, range(len(train)))
+    classes = int(max(y_train.max(), y_test.max())) + 1
+    report: dict[str, Any] = {"train": len(train), "test": len(test), "classes": classes, "width": x_test.shape[1]}
+    x_train = features(backbone, train, range(len(train)), inputs) if {"knn", "few"} & set(measures) else None
+    if x_train is not None and "knn" in measures:
+        scores = knn(x_test, x_train, y_train, classes=classes, k=k, temperature=temperature)
+        report["knn"] = {"top1": accuracy(scores, y_test), "k": min(k, len(train)), "temperature": temperature}
+    for name in ("linear", "linear_cached"):
+        if name in measures:
+            begun = time.perf_counter()
+            head = linear_classifier(
+                backbone, train, inputs, classes=classes, protocol=PROTOCOLS[recipe], epochs=epochs,
+                augment=name == "linear", seed=seed, say=say,
+            )  # fmt: skip
+            with torch.no_grad():
+                top1 = accuracy(head(x_test), y_test)
+            report[name] = {
+                "top1": top1, "protocol": recipe, "epochs": epochs or PROTOCOLS[recipe].epochs,
+                "seconds": time.perf_counter() - begun,
+            }  # fmt: skip
+    if x_train is not None and "few" in measures:
+        report["few"] = []
+        for count in shots:
+            accuracies = [
+                accuracy(few_labels(x_train, y_train, x_test, classes=classes, shots=count, seed=seed + i), y_test)
+                for i in range(5)
+            ]
+            mean, std = float(np.mean(accuracies)), float(np.std(accuracies))
+            report["few"].append({"shots": count, "top1": mean, "std": std, "draws": len(accuracies)})
+    return report
 
 
 def main(argv: list[str]) -> int:
@@ -127,7 +183,7 @@ def main(argv: list[str]) -> int:
                 f"was trained on {info['size']} pixels"
             )
         if args.limit:
-            train, test = Few(train, args.limit, args.seed), Few(test, args.limit, args.seed)
+            train, test = Subset(train, args.limit, args.seed), Subset(test, args.limit, args.seed)
         method = str(info.get("method"))
         recipe = args.protocol or (PROTOCOL_OF.get(method, SMALL) if len(train) >= LARGE else SMALL)
         report = {
@@ -137,7 +193,7 @@ def main(argv: list[str]) -> int:
             "data": args.data,
             "size": side,
             **evaluate(
-                backbone, train, test, Normalise(side, info["mean"], info["std"]), measures=args.measures, k=args.k,
+                backbone, train, test, InputSpec(side, info["mean"], info["std"]), measures=args.measures, k=args.k,
                 temperature=args.temperature, recipe=recipe, epochs=args.epochs, shots=args.shots, seed=args.seed,
                 say=lambda text: print(text, file=sys.stderr),
             ),
@@ -154,4 +210,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    run_cli(main)

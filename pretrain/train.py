@@ -3,10 +3,20 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from pretrain.config import CaptionedConfig, ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
+from pretrain.config import (
+    CaptionedConfig,
+    ClipMethod,
+    PhraseTargets,
+    PretrainConfig,
+    StickerPairs,
+    TextDistillMethod,
+    extended,
+)
+from pretrain.config_ssl import SslMethod
+from pretrain.config_views import ImageData, InputSpec
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
@@ -123,9 +133,16 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
     )
 
 
-def main(argv: list[str]) -> int:
-    """Train, then write `exported/` (an encoder folder, or a backbone folder) into the run's folder."""
-    cfg, options = command_line(PretrainConfig, argv, prog="python -m pretrain.train", doc=DOC)
+def main(argv: list[str], *, methods: Sequence[type[SslMethod]] = (), data: Sequence[type[ImageData]] = ()) -> int:
+    """Train, then write `exported/` (an encoder folder, or a backbone folder) into the run's folder.
+
+    Args:
+        argv: Arguments after the program name.
+        methods: Sections of further self-supervised methods that the configuration may name.
+        data: Sections of further sets of pictures.
+    """
+    model = extended(methods=methods, data=data)
+    cfg, options = command_line(model, argv, prog="python -m pretrain.train", doc=DOC)
 
     from pretrain.engine import distributed
     from pretrain.engine.loop import fit
@@ -138,9 +155,11 @@ def main(argv: list[str]) -> int:
         encoder = cast("JointEncoder", task.encoder)
         source = build_source(cfg, encoder)
         if isinstance(cfg.method, ClipMethod):
-            from pretrain.methods.build import monitored
+            from pretrain.monitor import monitored
 
-            task = monitored(task, cfg.watch, cfg.data, (encoder.image_size, encoder.image_mean, encoder.image_std))
+            task = monitored(
+                task, cfg.watch, cfg.data, InputSpec(encoder.image_size, encoder.image_mean, encoder.image_std)
+            )
     else:
         task, source, optim = build_self_supervised(cfg)
     report = fit(
@@ -150,7 +169,7 @@ def main(argv: list[str]) -> int:
         optim=optim,
         out=cfg.out,
         record=plain(cfg),
-        free_keys=free_keys(PretrainConfig),
+        free_keys=free_keys(model),
         at_default=keys_at_default(cfg),
         resume=options.resume,
         overwrite=options.overwrite,
@@ -162,40 +181,37 @@ def main(argv: list[str]) -> int:
 
 
 def build_self_supervised(cfg: PretrainConfig) -> tuple[Monitored, Source, OptimConfig]:
-    """The watched method, the views it learns from, and the optimiser with the method's learning-rate rule."""
+    """The monitored method, the views it learns from, and the optimiser with the method's learning-rate rule."""
     from pretrain.data.crops import ViewSource
-    from pretrain.data.images import build_images
     from pretrain.engine.distributed import pick_device
-    from pretrain.methods.build import build_method, input_of, method_optim, monitored
+    from pretrain.methods.build import build_method, method_optim
+    from pretrain.monitor import monitored
 
-    if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(
-        cfg.data, StickerPairs | PhraseTargets | CaptionedConfig
-    ):
+    if not isinstance(cfg.method, SslMethod) or not isinstance(cfg.data, ImageData):
         raise TypeError(f"{cfg.method.name} is not self-supervised")
     method, batch_size = cfg.method, cfg.loop.batch_size
     task = build_method(method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device))
-    source = ViewSource(build_images(cfg.data), method.views, cfg.loop.seed)
+    source = ViewSource(cfg.data.open(), method.views, cfg.loop.seed)
     if len(source) < batch_size // cfg.loop.accumulate:  # what is compared with each other
         raise UserError(
             f"loop.batch_size: {batch_size} is more than the {len(source)} pictures of data, so that a picture would "
             "be its own negative; take a smaller batch, or more pictures"
         )
-    task = monitored(task, cfg.watch, cfg.data, input_of(method))
-    return task, source, method_optim(method, cfg.optim, batch_size=batch_size)
+    monitored_task = monitored(task, cfg.watch, cfg.data, method.inputs())
+    return monitored_task, source, method_optim(method, cfg.optim, batch_size=batch_size)
 
 
 def export(cfg: PretrainConfig, task: Task) -> str:
     """Write `exported/`; returns a line that says what it is."""
     folder = cfg.out / EXPORTED
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
-        inner = getattr(task, "task", task)  # of a watched task
+        inner = getattr(task, "task", task)  # of a monitored task
         encoder = cast("JointEncoder", inner.encoder).eval()
         encoder.save(folder)
         return f"{folder}: encoder {encoder.fingerprint()[:12]}"
-    from pretrain.methods.build import input_of
     from pretrain.nets.backbones import save_backbone
 
-    size, mean, std = input_of(cfg.method)
+    size, mean, std = cfg.method.inputs()
     backbone = cast("nn.Module", task.backbone)
     method = cfg.method
     save_backbone(folder, backbone, config=method.backbone, method=method.name, size=size, mean=mean, std=std)
@@ -203,4 +219,4 @@ def export(cfg: PretrainConfig, task: Task) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    run_cli(main)

@@ -21,11 +21,13 @@ from ovd.inference.scoring import Calibration
 from ovd.modeling.detr.build import DetrRegions, start_projections
 from ovd.modeling.vild.build import DetectorCard, RegionModel
 from ovd.regions.crops import embed_regions
-from pretrain import probes
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
+from pretrain.config_views import InputSpec
 from pretrain.data.stickers import Stickers
 from pretrain.engine.loop import PRECISIONS
 from pretrain.evaluate import embed_words
+from pretrain.evaluation.features import features
+from pretrain.evaluation.knn import accuracy, knn
 from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.methods.clip import Clip
@@ -145,11 +147,11 @@ def test_clip__trains_on_the_gpu_from_pictures_and_captions_of_the_loader() -> N
 
 def test_probe__neighbours_are_found_on_the_gpu() -> None:
     pictures = SimpleNamespace(image=lambda index: picture(16) // (1 + index % 2))
-    normalise = probes.Normalise(16, (0.5,) * 3, (0.25,) * 3)
+    normalise = InputSpec(16, (0.5,) * 3, (0.25,) * 3)
     with pretend_cuda():
-        rows = probes.features(to_cuda(backbone()), pictures, range(6), normalise)  # type: ignore[arg-type]
-        scores = probes.knn(rows, rows, torch.arange(6) % 2, classes=2, k=3)
-        assert scores.device.type == "cuda" and probes.accuracy(scores, torch.arange(6) % 2) == 1.0
+        rows = features(to_cuda(backbone()), pictures, range(6), normalise)  # type: ignore[arg-type]
+        scores = knn(rows, rows, torch.arange(6) % 2, classes=2, k=3)
+        assert scores.device.type == "cuda" and accuracy(scores, torch.arange(6) % 2) == 1.0
 
 
 def test_clip__is_evaluated_on_the_gpu() -> None:

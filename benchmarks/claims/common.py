@@ -35,9 +35,8 @@ for place in (ROOT, ROOT / "benchmarks"):
 
 from _common import machine  # noqa: E402
 
-from pretrain import probes  # noqa: E402
 from pretrain.augment import ViewAugment  # noqa: E402
-from pretrain.config_views import ViewConfig  # noqa: E402
+from pretrain.config_views import InputSpec, ViewConfig  # noqa: E402
 from pretrain.data.crops import ViewSource  # noqa: E402
 from pretrain.data.pairs import StickerCrops  # noqa: E402
 from pretrain.data.stickers import Stickers  # noqa: E402
@@ -45,13 +44,16 @@ from pretrain.engine import distributed  # noqa: E402
 from pretrain.engine.config import LoopConfig, OptimConfig  # noqa: E402
 from pretrain.engine.loop import fit  # noqa: E402
 from pretrain.engine.task import Task  # noqa: E402
+from pretrain.evaluation.features import features  # noqa: E402
+from pretrain.evaluation.knn import accuracy  # noqa: E402
+from pretrain.evaluation.knn import knn as knn_scores  # noqa: E402
 from pretrain.health import Monitored  # noqa: E402
 
 SIZE, CLASSES, WIDTH = 32, 60, 128
 VIEW = ViewConfig(
     size=SIZE, crop_scale=(0.3, 1.0), jitter=(0.3, 0.3, 0.2, 0.03), blur_p=0.0, grey_p=0.0, solarise_p=0.0
 )
-NORMALISE = probes.Normalise(SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALISE = InputSpec(SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Arrays:
@@ -166,10 +168,10 @@ def knn(backbone: nn.Module, data: tuple[Arrays, Arrays]) -> float:
     """Accuracy of the weighted vote, k = 20, temperature .1."""
     train, test = data
     with torch.random.fork_rng(devices=[]):
-        bank = probes.features(backbone, train, range(len(train)), NORMALISE)
-        query = probes.features(backbone, test, range(len(test)), NORMALISE)
-    scores = probes.knn(query, bank, torch.from_numpy(train.labels), classes=CLASSES, k=20, temperature=0.1)
-    return probes.accuracy(scores, torch.from_numpy(test.labels))
+        bank = features(backbone, train, range(len(train)), NORMALISE)
+        query = features(backbone, test, range(len(test)), NORMALISE)
+    scores = knn_scores(query, bank, torch.from_numpy(train.labels), classes=CLASSES, k=20, temperature=0.1)
+    return accuracy(scores, torch.from_numpy(test.labels))
 
 
 def flags(doc: str | None) -> argparse.ArgumentParser:

@@ -14,9 +14,8 @@ from common import VIEW, WIDTH, augment, experiment, lines, network
 from torch import Tensor
 
 from pretrain.losses import negative_cosine
-from pretrain.methods.common import augmented
 from pretrain.methods.simsiam import SimSiam
-from pretrain.nets.ema import ema_update, slow_copy
+from pretrain.nets.ema import ema_update, momentum_copy
 from pretrain.nets.heads import mlp
 
 VIEWS = [VIEW, VIEW]
@@ -28,10 +27,10 @@ class Alternating(SimSiam):
     def __init__(self, *, steps: int, **parts: Any) -> None:
         super().__init__(**parts)
         self.steps = steps
-        self.fixed_backbone, self.fixed_projector = slow_copy(self.backbone), slow_copy(self.projector)
+        self.fixed_backbone, self.fixed_projector = momentum_copy(self.backbone), momentum_copy(self.projector)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        a, b = augmented(batch, self.augment)
+        a, b = self.augmented(batch)
         z_a, z_b = self.projector(self.backbone(a)), self.projector(self.backbone(b))
         with torch.no_grad():
             eta_a, eta_b = (self.fixed_projector(self.fixed_backbone(view)) for view in (a, b))

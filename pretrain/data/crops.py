@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config_views import ViewConfig, expand_views
-from pretrain.data.images import ImageSet, build_images
+from pretrain.data.images import ImageSet
 from pretrain.data.render import U8, Dice
-
-__all__ = ["ImageSet", "ViewSource", "build_images", "crop_box", "resized"]
 
 
 def crop_box(height: int, width: int, view: ViewConfig, dice: Dice) -> tuple[int, int, int, int]:

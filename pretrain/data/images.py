@@ -14,14 +14,12 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.config_views import CifarImages, FolderImages, ImagesConfig, ShardImages, StickerScenes, StickerSingles
 from pretrain.data.folder import EXTENSIONS, U8, list_images, read_image
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.scenes import SceneSource
@@ -45,26 +43,6 @@ class ImageSet(Protocol):
 
     def label(self, index: int) -> int:
         """Class number, or −1."""
-
-
-def build_images(config: ImagesConfig) -> ImageSet:
-    """The pictures a config section describes.
-
-    Raises:
-        UserError: They are not there, or there is none.
-    """
-    builders: Mapping[type, Callable[..., ImageSet]] = {
-        FolderImages: lambda c: FolderSet(c.root, classes=c.classes),
-        CifarImages: lambda c: CifarSet(c.root, split=c.split),
-        ShardImages: lambda c: ShardSet(c.pattern),
-        StickerScenes: lambda c: SceneSet(
-            SceneSource(Stickers.load(c.root), split=c.split, seed=c.seed, size=c.size, length=c.length)
-        ),
-        StickerSingles: lambda c: SingleSet(
-            Stickers.load(c.root), split=c.split, size=c.size, views=c.views, seed=c.seed
-        ),
-    }
-    return builders[type(config)](config)
 
 
 class FolderSet:

@@ -11,19 +11,21 @@ LARS hides that for the weights, not for biases and norms: their rate was tuned 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from pretrain.config_ssl import BarlowTwinsMethod
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.optim import ParamGroup
-from pretrain.engine.task import Task
 from pretrain.losses import barlow_twins
-from pretrain.methods.common import augmented
+from pretrain.methods.base import Augment, HeadMemory, SelfSupervised, parameter_bytes, width_of
+from pretrain.nets.heads import mlp
 
 
-class BarlowTwins(Task):
+class BarlowTwins(SelfSupervised[BarlowTwinsMethod]):
     """One step: two views in, redundancy reduction out.
 
     Args:
@@ -40,17 +42,36 @@ class BarlowTwins(Task):
         *,
         backbone: nn.Module,
         projector: nn.Module,
-        augment: Sequence[Callable[[Tensor], Tensor]],
+        augment: Augment,
         lambd: float = 0.0051,
         bias_lr_ratio: float = 0.024,
         gradient_scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        if len(augment) != 2:
-            raise ValueError(f"Barlow Twins compares two views, not {len(augment)}")
-        self.backbone, self.projector, self.augment = backbone, projector, augment
+        super().__init__(backbone=backbone, projector=projector, augment=augment)
         self.lambd, self.bias_lr_ratio, self.gradient_scale = lambd, bias_lr_ratio, gradient_scale
-        self._last: dict[str, Tensor] = {}
+
+    @classmethod
+    def build_projector(cls, config: BarlowTwinsMethod, width: int) -> nn.Module:
+        """Wide layers; the norm at the end is in the loss."""
+        return mlp([width, *config.dims])
+
+    @classmethod
+    def from_config(cls, config: BarlowTwinsMethod, *, backbone: nn.Module, augment: Augment, batch_size: int) -> Self:
+        """See `SelfSupervised.from_config`."""
+        return cls(
+            backbone=backbone,
+            projector=cls.build_projector(config, width_of(backbone)),
+            augment=augment,
+            lambd=config.lambd,
+            bias_lr_ratio=config.bias_lr_ratio,
+            gradient_scale=config.gradient_scale,
+        )
+
+    @classmethod
+    def head_memory(cls, config: BarlowTwinsMethod, width: int) -> HeadMemory:
+        """The projector, and the correlation matrix with its gradient and its square."""
+        trained = parameter_bytes(cls.build_projector(config, width))
+        return HeadMemory(trained, kept=3 * 4 * config.dims[-1] ** 2, kept_for="the correlation matrix")
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
@@ -58,9 +79,7 @@ class BarlowTwins(Task):
         Args:
             batch: "views", two of (N, 3, S, S) uint8.
         """
-        a, b = augmented(batch, self.augment)
-        z_a, z_b = self.projector(self.backbone(a)), self.projector(self.backbone(b))
-        self._last = {"projection": z_a.detach(), "projection_b": z_b.detach()}
+        z_a, z_b = self.project(*self.augmented(batch))
         return barlow_twins(z_a, z_b, lambd=self.lambd, gradient_scale=self.gradient_scale), {}
 
     def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
@@ -75,7 +94,3 @@ class BarlowTwins(Task):
                 "lars_exclude": True,
             },
         ]
-
-    def health(self) -> dict[str, Tensor]:
-        """What the panel needs of the last forward."""
-        return self._last

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BYOL (Grill et al., arXiv:2006.07733): predict what a slow copy of the network says of another view.
+"""BYOL (Grill et al., arXiv:2006.07733): predict the momentum network's projection of another view.
 
 Particular to it: no negatives; a predictor on the online side only; the target is an exponential moving average of
 encoder and projector, updated *after* the optimiser's step with a momentum that rises to 1 (§3.3); the loss is the sum
@@ -13,19 +13,21 @@ step with group norm and weight standardisation in encoder and heads. Here that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from pretrain.engine.task import Task
+from pretrain.config_ssl import ByolMethod
 from pretrain.losses import byol_regression
-from pretrain.methods.common import augmented
-from pretrain.nets.ema import cosine_momentum, ema_update, flat_parameters, slow_copy
+from pretrain.methods.base import Augment, HeadMemory, SelfSupervised, parameter_bytes, width_of
+from pretrain.nets.ema import cosine_momentum, ema_update, flat_parameters, momentum_copy
+from pretrain.nets.heads import mlp
 
 
-class BYOL(Task):
+class BYOL(SelfSupervised[ByolMethod]):
     """One step: two views in, regression loss out.
 
     Args:
@@ -42,16 +44,41 @@ class BYOL(Task):
         backbone: nn.Module,
         projector: nn.Module,
         predictor: nn.Module,
-        augment: Sequence[Callable[[Tensor], Tensor]],
+        augment: Augment,
         momentum: float = 0.99,
     ) -> None:
-        super().__init__()
-        if len(augment) != 2:
-            raise ValueError(f"BYOL compares two views, not {len(augment)}")
-        self.backbone, self.projector, self.predictor = backbone, projector, predictor
-        self.target_backbone, self.target_projector = slow_copy(backbone), slow_copy(projector)
-        self.augment, self.momentum = augment, momentum
-        self._last: dict[str, Tensor] = {}
+        super().__init__(backbone=backbone, projector=projector, augment=augment)
+        self.predictor = predictor
+        self.target_backbone, self.target_projector = momentum_copy(backbone), momentum_copy(projector)
+        self.momentum = momentum
+
+    @classmethod
+    def build_projector(cls, config: ByolMethod, width: int) -> nn.Module:
+        """Two layers; the second without norm (§3.3)."""
+        return mlp([width, config.hidden, config.dim], norm=config.backbone.norm, bias=True)
+
+    @classmethod
+    def build_predictor(cls, config: ByolMethod) -> nn.Module:
+        """Like the projector."""
+        return mlp([config.dim, config.hidden, config.dim], norm=config.backbone.norm, bias=True)
+
+    @classmethod
+    def from_config(cls, config: ByolMethod, *, backbone: nn.Module, augment: Augment, batch_size: int) -> Self:
+        """See `SelfSupervised.from_config`."""
+        return cls(
+            backbone=backbone,
+            projector=cls.build_projector(config, width_of(backbone)),
+            predictor=cls.build_predictor(config),
+            augment=augment,
+            momentum=config.momentum,
+        )
+
+    @classmethod
+    def head_memory(cls, config: ByolMethod, width: int) -> HeadMemory:
+        """Both heads, and the momentum copy of the projector."""
+        projector = parameter_bytes(cls.build_projector(config, width))
+        trained = projector + parameter_bytes(cls.build_predictor(config))
+        return HeadMemory(trained, kept=projector, kept_for="the momentum projector")
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, in [0, 8], and metrics.
@@ -59,13 +86,12 @@ class BYOL(Task):
         Args:
             batch: "views", two of (N, 3, S, S) uint8.
         """
-        a, b = augmented(batch, self.augment)
-        z_a, z_b = self.projector(self.backbone(a)), self.projector(self.backbone(b))
+        a, b = self.augmented(batch)
+        z_a, z_b = self.project(a, b)
         with torch.no_grad():
             target_a = self.target_projector(self.target_backbone(a))
             target_b = self.target_projector(self.target_backbone(b))
         loss = byol_regression(self.predictor(z_a), target_b) + byol_regression(self.predictor(z_b), target_a)
-        self._last = {"projection": z_a.detach(), "projection_b": z_b.detach()}
         return loss, {}
 
     @torch.no_grad()
@@ -76,7 +102,7 @@ class BYOL(Task):
         ema_update(self.target_projector, self.projector, momentum=momentum)
 
     def health(self) -> dict[str, Tensor]:
-        """What the panel needs of the last forward."""
+        """Projections of the last forward pass, and both networks' parameters."""
         online = torch.cat([flat_parameters(self.backbone), flat_parameters(self.projector)])
         target = torch.cat([flat_parameters(self.target_backbone), flat_parameters(self.target_projector)])
         return {**self._last, "online_parameters": online, "target_parameters": target}

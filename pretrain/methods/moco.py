@@ -2,7 +2,7 @@
 """MoCo (He et al., arXiv:1911.05722; v2: Chen et al., arXiv:2003.04297): a query finds its key among a queue of keys.
 
 Particular to it: negatives come from a queue of earlier keys, so their number does not hang on the batch (§3.1); keys
-come from a slow copy of the encoder, moved *before* the keys are computed, by the weights of the previous step
+come from a momentum copy of the encoder, moved *before* the keys are computed, by the weights of the previous step
 (algorithm 1); batch norm must not let a query recognise its key by shared statistics, so the keys of all processes are
 shuffled among them (§3.3). One process alone normalises in groups, as several GPUs would ("split batch norm" of the
 authors' CIFAR notebook), and shuffles as well: a query's group and its key's must differ.
@@ -13,22 +13,24 @@ Shapes: `N` samples of this process, `M` = processes x N, `D` embedding, `K` que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
+from pretrain.config_ssl import MoCoMethod
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import ParamGroup
-from pretrain.engine.task import Task
 from pretrain.losses import moco_infonce
-from pretrain.methods.common import augmented
-from pretrain.nets.ema import ema_update, flat_parameters, slow_copy
+from pretrain.methods.base import Augment, HeadMemory, SelfSupervised, parameter_bytes, width_of
+from pretrain.nets.ema import ema_update, flat_parameters, momentum_copy
+from pretrain.nets.heads import mlp
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -74,12 +76,12 @@ def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
             elif isinstance(layer, nn.BatchNorm2d) and type(layer) is not SplitBatchNorm2d:
                 raise UserError(
                     f"method.bn_splits: the backbone's {type(layer).__name__} cannot be split; take another backbone, "
-                    "or bn_splits: 1 (on one process the keys then give themselves away)"
+                    "or bn_splits: 1 (on one process BN statistics then leak the positive key)"
                 )
     return module
 
 
-class MoCo(Task):
+class MoCo(SelfSupervised[MoCoMethod]):
     """One step: query view and key view in, InfoNCE against the queue out.
 
     Args:
@@ -88,11 +90,12 @@ class MoCo(Task):
         augment: One function per view: query, key.
         dim: D.
         queue: K.
-        momentum: Of the slow encoder.
+        momentum: Of the key encoder.
         temperature: Of the softmax.
         symmetric: Each view is query once and key once; the sum of both losses, as in the authors' CIFAR notebook.
     """
 
+    shares_batch_norm = False  # keys are shuffled instead (§3.3)
     queue: Tensor
     queue_pointer: Tensor
 
@@ -101,22 +104,52 @@ class MoCo(Task):
         *,
         backbone: nn.Module,
         projector: nn.Module,
-        augment: Sequence[Callable[[Tensor], Tensor]],
+        augment: Augment,
         dim: int,
         queue: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.07,
         symmetric: bool = False,
     ) -> None:
-        super().__init__()
-        if len(augment) != 2:
-            raise ValueError(f"MoCo compares two views, not {len(augment)}")
-        self.backbone, self.projector = backbone, projector
-        self.key_backbone, self.key_projector = slow_copy(backbone), slow_copy(projector)
-        self.augment, self.momentum, self.temperature, self.symmetric = augment, momentum, temperature, symmetric
+        super().__init__(backbone=backbone, projector=projector, augment=augment)
+        self.key_backbone, self.key_projector = momentum_copy(backbone), momentum_copy(projector)
+        self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
-        self._last: dict[str, Tensor] = {}
+
+    @classmethod
+    def build_projector(cls, config: MoCoMethod, width: int) -> nn.Module:
+        """One layer in v1, two in v2."""
+        if config.name == "moco_v1":
+            return mlp([width, config.dim], last_bias=True)
+        return mlp([width, config.hidden, config.dim], norm="none", bias=True, last_bias=True)
+
+    @classmethod
+    def from_config(cls, config: MoCoMethod, *, backbone: nn.Module, augment: Augment, batch_size: int) -> Self:
+        """The method; on one process batch norm is split into groups.
+
+        Raises:
+            UserError: The batch does not fit the queue or the groups.
+        """
+        splits = checked_splits(config, batch_size)
+        backbone = split_batch_norm(backbone, splits)
+        return cls(
+            backbone=backbone,
+            projector=cls.build_projector(config, width_of(backbone)),
+            augment=augment,
+            dim=config.dim,
+            queue=config.queue,
+            momentum=config.momentum,
+            temperature=config.temperature,
+            symmetric=config.symmetric,
+        )
+
+    @classmethod
+    def head_memory(cls, config: MoCoMethod, width: int) -> HeadMemory:
+        """The projector, its momentum copy, and the queue."""
+        projector = parameter_bytes(cls.build_projector(config, width))
+        kept = projector + 4 * config.queue * config.dim
+        return HeadMemory(projector, kept=kept, kept_for="the key projector and the queue")
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
@@ -124,7 +157,7 @@ class MoCo(Task):
         Args:
             batch: "views", two of (N, 3, S, S) uint8: query and key.
         """
-        a, b = augmented(batch, self.augment)
+        a, b = self.augmented(batch)
         loss, keys = self._one_direction(a, b)
         if self.symmetric:
             other, more = self._one_direction(b, a)
@@ -171,7 +204,7 @@ class MoCo(Task):
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % length)
 
     def after_step(self, step: int, total: int) -> None:
-        """Move the slow encoder, for the next forward pass: once per step, before keys, by this step's weights."""
+        """Move the key encoder, for the next forward pass: once per step, before keys, by this step's weights."""
         ema_update(self.key_backbone, self.backbone, momentum=self.momentum)
         ema_update(self.key_projector, self.projector, momentum=self.momentum)
 
@@ -180,7 +213,28 @@ class MoCo(Task):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": optim.weight_decay}]
 
     def health(self) -> dict[str, Tensor]:
-        """What the panel needs of the last forward."""
+        """Query projections and cosines of the last forward pass, and both networks' parameters."""
         online = torch.cat([flat_parameters(self.backbone), flat_parameters(self.projector)])
-        slow = torch.cat([flat_parameters(self.key_backbone), flat_parameters(self.key_projector)])
-        return {**self._last, "online_parameters": online, "target_parameters": slow}
+        target = torch.cat([flat_parameters(self.key_backbone), flat_parameters(self.key_projector)])
+        return {**self._last, "online_parameters": online, "target_parameters": target}
+
+
+def checked_splits(config: MoCoMethod, batch_size: int) -> int:
+    """Groups of batch norm on this process.
+
+    Raises:
+        UserError: A batch of ``batch_size`` does not fit the queue or the groups.
+    """
+    keys = batch_size * (2 if config.symmetric else 1)
+    if config.queue < keys:
+        raise UserError(
+            f"method.queue: {config.queue} is less than the {keys} keys of one step (loop.batch_size); take more"
+        )
+    splits = config.bn_splits if world_size() == 1 else 1
+    if batch_size % splits or batch_size < 2 * splits:
+        fitting = max(n for n in range(1, splits + 1) if batch_size % n == 0 and batch_size >= 2 * n)
+        raise UserError(
+            f"method.bn_splits: {batch_size} pictures (of one pass) do not make {splits} equal groups of two or "
+            f"more; set method.bn_splits={fitting}, or another loop.batch_size"
+        )
+    return splits

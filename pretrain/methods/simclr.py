@@ -10,18 +10,20 @@ follows the batch linearly or by its root (appendix B.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from pretrain.engine.task import Task
+from pretrain.config_ssl import SimCLRMethod
 from pretrain.losses import nt_xent
-from pretrain.methods.common import augmented
+from pretrain.methods.base import Augment, SelfSupervised, width_of
+from pretrain.nets.heads import mlp
 
 
-class SimCLR(Task):
+class SimCLR(SelfSupervised[SimCLRMethod]):
     """One step: two views in, NT-Xent out.
 
     Args:
@@ -32,19 +34,30 @@ class SimCLR(Task):
     """
 
     def __init__(
-        self,
-        *,
-        backbone: nn.Module,
-        projector: nn.Module,
-        augment: Sequence[Callable[[Tensor], Tensor]],
-        temperature: float = 0.1,
+        self, *, backbone: nn.Module, projector: nn.Module, augment: Augment, temperature: float = 0.1
     ) -> None:
-        super().__init__()
-        if len(augment) != 2:
-            raise ValueError(f"SimCLR compares two views, not {len(augment)}")
-        self.backbone, self.projector = backbone, projector
-        self.augment, self.temperature = augment, temperature
-        self._last: dict[str, Tensor] = {}
+        super().__init__(backbone=backbone, projector=projector, augment=augment)
+        self.temperature = temperature
+
+    @classmethod
+    def build_projector(cls, config: SimCLRMethod, width: int) -> nn.Module:
+        """Two layers with batch norm after both."""
+        return mlp([width, config.hidden, config.dim], last_norm="scale", init_std=0.01)
+
+    @classmethod
+    def from_config(cls, config: SimCLRMethod, *, backbone: nn.Module, augment: Augment, batch_size: int) -> Self:
+        """See `SelfSupervised.from_config`."""
+        return cls(
+            backbone=backbone,
+            projector=cls.build_projector(config, width_of(backbone)),
+            augment=augment,
+            temperature=config.temperature,
+        )
+
+    @classmethod
+    def learning_rate(cls, config: SimCLRMethod, lr: float, *, batch_size: int) -> float:
+        """Scaled by the config's rule."""
+        return scaled_lr(lr, batch_size, rule=config.lr_rule)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
@@ -52,14 +65,10 @@ class SimCLR(Task):
         Args:
             batch: "views", two of (N, 3, S, S) uint8.
         """
-        a, b = augmented(batch, self.augment)
+        a, b = self.augmented(batch)
         z_a, z_b = self.projector(self.backbone(torch.cat([a, b]))).chunk(2)
         self._last = {"projection": z_a.detach(), "projection_b": z_b.detach()}
         return nt_xent(z_a, z_b, temperature=self.temperature), {}
-
-    def health(self) -> dict[str, Tensor]:
-        """What the panel needs of the last forward."""
-        return self._last
 
 
 def scaled_lr(lr: float, batch_size: int, *, rule: Literal["none", "linear", "sqrt"]) -> float:

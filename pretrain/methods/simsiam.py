@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """SimSiam (Chen & He, arXiv:2011.10566): predict the other view's projection, whose gradient is stopped.
 
-Particular to it: no negatives, no slow network and no large batch: the stop-gradient alone (algorithm 1, §4.1). The
+Particular to it: no negatives, no momentum network and no large batch: the stop-gradient alone (algorithm 1, §4.1). The
 projector's last batch norm has no affine part, the predictor is a bottleneck whose learning rate does not decay
 (appendix B). The views pass one by one: batch norm sees one view at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from pretrain.config_ssl import SimSiamMethod
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.optim import ParamGroup
-from pretrain.engine.task import Task
 from pretrain.losses import negative_cosine
-from pretrain.methods.common import augmented
+from pretrain.methods.base import Augment, HeadMemory, SelfSupervised, parameter_bytes, width_of
+from pretrain.nets.heads import mlp
 
 
-class SimSiam(Task):
+class SimSiam(SelfSupervised[SimSiamMethod]):
     """One step: two views in, symmetrised negative cosine out.
 
     Args:
@@ -38,17 +40,40 @@ class SimSiam(Task):
         backbone: nn.Module,
         projector: nn.Module,
         predictor: nn.Module,
-        augment: Sequence[Callable[[Tensor], Tensor]],
+        augment: Augment,
         constant_predictor_lr: bool = True,
         stop_gradient: bool = True,
     ) -> None:
-        super().__init__()
-        if len(augment) != 2:
-            raise ValueError(f"SimSiam compares two views, not {len(augment)}")
-        self.backbone, self.projector, self.predictor = backbone, projector, predictor
-        self.augment = augment
+        super().__init__(backbone=backbone, projector=projector, augment=augment)
+        self.predictor = predictor
         self.constant_predictor_lr, self.stop_gradient = constant_predictor_lr, stop_gradient
-        self._last: dict[str, Tensor] = {}
+
+    @classmethod
+    def build_projector(cls, config: SimSiamMethod, width: int) -> nn.Module:
+        """Layers of one width, batch norm after each, the last without affine part (§3)."""
+        return mlp([width, *[config.dim] * config.layers], last_norm="plain")
+
+    @classmethod
+    def build_predictor(cls, config: SimSiamMethod) -> nn.Module:
+        """A bottleneck (§3)."""
+        return mlp([config.dim, config.hidden, config.dim], last_bias=True)
+
+    @classmethod
+    def from_config(cls, config: SimSiamMethod, *, backbone: nn.Module, augment: Augment, batch_size: int) -> Self:
+        """See `SelfSupervised.from_config`."""
+        return cls(
+            backbone=backbone,
+            projector=cls.build_projector(config, width_of(backbone)),
+            predictor=cls.build_predictor(config),
+            augment=augment,
+            constant_predictor_lr=config.constant_predictor_lr,
+        )
+
+    @classmethod
+    def head_memory(cls, config: SimSiamMethod, width: int) -> HeadMemory:
+        """Both heads."""
+        heads = (cls.build_projector(config, width), cls.build_predictor(config))
+        return HeadMemory(sum(parameter_bytes(head) for head in heads))
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, in [-1, 1], and metrics.
@@ -56,10 +81,8 @@ class SimSiam(Task):
         Args:
             batch: "views", two of (N, 3, S, S) uint8.
         """
-        a, b = augmented(batch, self.augment)
-        z_a, z_b = self.projector(self.backbone(a)), self.projector(self.backbone(b))
+        z_a, z_b = self.project(*self.augmented(batch))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
-        self._last = {"projection": z_a.detach(), "projection_b": z_b.detach()}
         if self.stop_gradient:
             z_a, z_b = z_a.detach(), z_b.detach()
         return (negative_cosine(p_a, z_b) + negative_cosine(p_b, z_a)) / 2, {}
@@ -75,7 +98,3 @@ class SimSiam(Task):
                 "weight_decay": optim.weight_decay,
             },
         ]
-
-    def health(self) -> dict[str, Tensor]:
-        """What the panel needs of the last forward."""
-        return self._last

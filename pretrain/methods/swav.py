@@ -12,23 +12,25 @@ Shapes: `N` samples of this process, `V` crops, `D` embedding, `K` prototypes, `
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
+from pretrain.config_ssl import SwavMethod
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import ParamGroup
-from pretrain.engine.task import Task
 from pretrain.losses import swav_loss
-from pretrain.methods.common import augmented
+from pretrain.methods.base import Augment, HeadMemory, SelfSupervised, parameter_bytes, width_of
+from pretrain.nets.heads import mlp
 
 
-class SwAV(Task):
+class SwAV(SelfSupervised[SwavMethod]):
     """One step: crops in, swapped prediction loss out.
 
     Args:
@@ -46,6 +48,7 @@ class SwAV(Task):
         queue_start: Optimiser steps before the queue begins to fill; it is used from when it is full.
     """
 
+    two_views = False
     prototypes: nn.Parameter
     queue: Tensor
     queue_pointer: Tensor
@@ -57,7 +60,7 @@ class SwAV(Task):
         *,
         backbone: nn.Module,
         projector: nn.Module,
-        augment: Sequence[Callable[[Tensor], Tensor]],
+        augment: Augment,
         dim: int,
         prototypes: int,
         big_crops: int = 2,
@@ -68,14 +71,13 @@ class SwAV(Task):
         queue_length: int = 0,
         queue_start: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone=backbone, projector=projector, augment=augment)
         if not 2 <= big_crops <= len(augment):
             raise ValueError(f"SwAV needs at least two big crops, got {big_crops} of {len(augment)}")
         if queue_length % world_size():
             raise UserError(
                 f"method.queue_length: {queue_length} does not divide among {world_size()} processes; take a multiple"
             )
-        self.backbone, self.projector, self.augment = backbone, projector, augment
         self.big_crops, self.temperature, self.epsilon, self.iterations = big_crops, temperature, epsilon, iterations
         self.freeze_steps, self.queue_length, self.queue_start = freeze_steps, queue_length, queue_start
         self.prototypes = nn.Parameter(torch.empty(prototypes, dim))
@@ -86,7 +88,35 @@ class SwAV(Task):
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self._last: dict[str, Tensor] = {}
+
+    @classmethod
+    def build_projector(cls, config: SwavMethod, width: int) -> nn.Module:
+        """Two layers."""
+        return mlp([width, config.hidden, config.dim], bias=True, last_bias=True)
+
+    @classmethod
+    def from_config(cls, config: SwavMethod, *, backbone: nn.Module, augment: Augment, batch_size: int) -> Self:
+        """See `SelfSupervised.from_config`."""
+        return cls(
+            backbone=backbone,
+            projector=cls.build_projector(config, width_of(backbone)),
+            augment=augment,
+            dim=config.dim,
+            prototypes=config.prototypes,
+            big_crops=config.big_crops,
+            temperature=config.temperature,
+            epsilon=config.epsilon,
+            iterations=config.iterations,
+            freeze_steps=config.freeze_steps,
+            queue_length=config.queue_length,
+            queue_start=config.queue_start,
+        )
+
+    @classmethod
+    def head_memory(cls, config: SwavMethod, width: int) -> HeadMemory:
+        """The projector with the prototypes, and the queue."""
+        trained = parameter_bytes(cls.build_projector(config, width)) + 4 * config.prototypes * config.dim
+        return HeadMemory(trained, kept=4 * config.big_crops * config.queue_length * config.dim, kept_for="the queue")
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
@@ -94,7 +124,7 @@ class SwAV(Task):
         Args:
             batch: "views", V of (N, 3, S, S) uint8, those of one size next to each other, the big crops first.
         """
-        crops = augmented(batch, self.augment)
+        crops = self.augmented(batch)
         assigned = world_size() * len(crops[0]) + self.queue_length
         if assigned < len(self.prototypes):
             raise UserError(
@@ -165,7 +195,3 @@ class SwAV(Task):
     def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         """One group: the reference decays and rescales biases and norms as well."""
         return [{"params": list(self.parameters()), "weight_decay": optim.weight_decay}]
-
-    def health(self) -> dict[str, Tensor]:
-        """What the panel needs of the last forward."""
-        return self._last

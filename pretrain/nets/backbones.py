@@ -219,8 +219,3 @@ def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{folder / 'model.safetensors'}: does not fit its config.json: {reason}") from error
     return backbone.eval(), info
-
-
-def parameter_bytes(module: nn.Module) -> int:
-    """Memory of the parameters, as float32."""
-    return sum(p.numel() for p in module.parameters()) * torch.float32.itemsize

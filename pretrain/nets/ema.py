@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A slow copy of a network: exponential moving average of the parameters, never of the buffers.
+"""Momentum copy of a network: exponential moving average of the parameters, never of the buffers.
 
 The copy runs in training mode with batch statistics of its own, as in the references of MoCo and BYOL; so its running
 statistics are its own, too.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def slow_copy(module: ModuleT) -> ModuleT:
+def momentum_copy(module: ModuleT) -> ModuleT:
     """A copy that no gradient reaches."""
     return copy.deepcopy(module).requires_grad_(False)
 
@@ -25,11 +25,11 @@ def slow_copy(module: ModuleT) -> ModuleT:
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, *, momentum: float) -> None:
     """``target = momentum · target + (1 − momentum) · online``, parameter by parameter; buffers stay."""
-    slow: list[Tensor] = list(target.parameters())
-    fast: list[Tensor] = list(online.parameters())
-    if len(slow) != len(fast):
-        raise ValueError(f"{len(slow)} parameters of the target, {len(fast)} of the online network")
-    torch._foreach_lerp_(slow, fast, 1 - momentum)
+    averaged: list[Tensor] = list(target.parameters())
+    current: list[Tensor] = list(online.parameters())
+    if len(averaged) != len(current):
+        raise ValueError(f"{len(averaged)} parameters of the target, {len(current)} of the online network")
+    torch._foreach_lerp_(averaged, current, 1 - momentum)
 
 
 def cosine_momentum(step: int, total: int, *, base: float) -> float:

@@ -119,7 +119,7 @@ def test_moco_with_a_queue_of_the_batch_and_no_momentum_is_infonce() -> None:
     ).train()  # fmt: skip
     with torch.no_grad():
         for parameter in moco.backbone.parameters():
-            parameter.mul_(1.5)  # as an optimiser's step would; the slow encoder lags behind until it is moved
+            parameter.mul_(1.5)  # as an optimiser's step would; the momentum encoder lags behind until it is moved
     moco.after_step(0, 1)
     images = batch()
     z_a, z_b = embeddings(moco, images)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from pretrain import health
 from pretrain.config import PretrainConfig
 from pretrain.config_ssl import WatchConfig
-from pretrain.config_views import FolderImages, StickerSingles
+from pretrain.config_views import DataSection, FolderData, InputSpec, StickerSingles
 from pretrain.engine.checkpoint import load_model
-from pretrain.engine.config import Section, free_keys, load_config
+from pretrain.engine.config import free_keys, load_config
 from pretrain.engine.errors import UserError
 from pretrain.engine.task import Task
+from pretrain.evaluation.knn import KnnProbe
 from pretrain.health import Monitored, effective_rank, panel
-from pretrain.methods.build import monitored
-from pretrain.probes import Probe
+from pretrain.monitor import monitored
 from tests.engine.toy import Everything, content, differences, train
 from tests.ssl.ssl_cases import METHODS, run_of
 
@@ -297,9 +297,9 @@ def labelled(root: Path) -> Path:
     return root
 
 
-def probed(watch: dict[str, Any], data: Section) -> Probe | None:
-    task = monitored(WithHealth(), WatchConfig(**watch), data, (8, (0.5,) * 3, (0.25,) * 3))
-    assert task.probe is None or isinstance(task.probe, Probe)
+def probed(watch: dict[str, Any], data: DataSection) -> KnnProbe | None:
+    task = monitored(WithHealth(), WatchConfig(**watch), data, InputSpec(8, (0.5,) * 3, (0.25,) * 3))
+    assert task.probe is None or isinstance(task.probe, KnnProbe)
     assert task.probe_every == (watch["probe_every"] if task.probe else 0)
     return task.probe
 
@@ -307,7 +307,7 @@ def probed(watch: dict[str, Any], data: Section) -> Probe | None:
 def test_stickers_are_probed_with_stickers_and_other_pictures_with_those_that_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stickers, photos = StickerSingles(kind="sticker_singles"), FolderImages(root=tmp_path)
+    stickers, photos = StickerSingles(kind="sticker_singles"), FolderData(root=tmp_path)
     assert probed({"probe_every": 0}, stickers) is None
     own = probed({"probe_every": 5, "probe_pictures": 50}, stickers)
     assert own is not None

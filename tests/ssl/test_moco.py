@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoCo: queue, slow encoder, and what batch norm may see, observed."""
+"""MoCo: queue, momentum encoder, and what batch norm may see, observed."""
 
 from __future__ import annotations
 

@@ -13,15 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain import probe, probes
+from pretrain import probe
 from pretrain.config import CbowTower, EncoderConfig, PretrainConfig, ResNetTower, ViTTower
+from pretrain.config_views import InputSpec
 from pretrain.engine.config import plain
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.loop import fit
+from pretrain.evaluation.data import open_data
+from pretrain.evaluation.features import centre, features, labels, random_crop
+from pretrain.evaluation.knn import KnnProbe, accuracy, knn
+from pretrain.evaluation.linear import PROTOCOL_OF, PROTOCOLS, Recipe, few_labels, linear_classifier
 from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.nets.towers import build_encoder
-from pretrain.probes import Normalise, Probe, Recipe
 from tests.ssl.small import Views
 
 
@@ -45,7 +49,7 @@ class Blobs:
         return index % self.classes
 
 
-PLAIN = Normalise(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+PLAIN = InputSpec(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def network() -> nn.Module:
@@ -64,7 +68,7 @@ def test_knn_is_the_weighted_vote_by_brute_force(k: int, temperature: float) -> 
         cosine = np.array([q @ b / np.linalg.norm(q) / np.linalg.norm(b) for b in bank])
         for j in np.argsort(-cosine)[: min(k, 60)]:
             expected[i, labels[j]] += np.exp(cosine[j] / temperature)
-    found = probes.knn(
+    found = knn(
         torch.from_numpy(query),
         torch.from_numpy(bank),
         torch.from_numpy(labels),
@@ -80,8 +84,8 @@ def test_a_near_neighbour_outvotes_many_far_ones() -> None:
     bank = torch.tensor([[1.0, 0.0]] + [[0.0, 1.0]] * 5)
     labels = torch.tensor([0, 1, 1, 1, 1, 1])
     query = torch.tensor([[1.0, 0.2]])
-    assert int(probes.knn(query, bank, labels, classes=2, k=6, temperature=0.1).argmax()) == 0
-    assert int(probes.knn(query, bank, labels, classes=2, k=6, temperature=100.0).argmax()) == 1
+    assert int(knn(query, bank, labels, classes=2, k=6, temperature=0.1).argmax()) == 0
+    assert int(knn(query, bank, labels, classes=2, k=6, temperature=100.0).argmax()) == 1
 
 
 def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> None:
@@ -89,7 +93,7 @@ def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> N
     net[3].eval()  # a mode of its own must survive
     before = {name: value.clone() for name, value in net.state_dict().items()}
     rng = torch.get_rng_state()
-    found = probes.features(net, images, range(20), PLAIN, batch=6)
+    found = features(net, images, range(20), PLAIN, batch=6)
     assert [m.training for m in net] == [True, True, True, False, True, True]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
@@ -100,11 +104,11 @@ def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> N
 
 def test_the_evaluation_view_is_the_centre_of_the_resized_picture() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)
-    found = probes.centre(picture, 56)
+    found = centre(picture, 56)
     whole = cv2.resize(picture, (91, 64), interpolation=cv2.INTER_AREA)
     assert found.shape == (56, 56, 3) and np.array_equal(found, whole[4:60, 17:73])
     exact = picture[:56, :56]
-    assert probes.centre(exact, 56) is exact
+    assert centre(exact, 56) is exact
 
 
 def test_low_shot_solves_the_regularised_regression() -> None:
@@ -114,8 +118,8 @@ def test_low_shot_solves_the_regularised_regression() -> None:
     rows = torch.from_numpy(x).float()
     eye = torch.eye(3)  # scores of the unit vectors and of zero give the weights back
     args: dict[str, Any] = {"classes": 3, "shots": 4, "seed": 0, "decay": 0.01}
-    bias = probes.few_labels(rows, torch.from_numpy(y), torch.zeros(1, 3), **args).double().numpy()
-    weight = (probes.few_labels(rows, torch.from_numpy(y), eye, **args).double().numpy() - bias).T
+    bias = few_labels(rows, torch.from_numpy(y), torch.zeros(1, 3), **args).double().numpy()
+    weight = (few_labels(rows, torch.from_numpy(y), eye, **args).double().numpy() - bias).T
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     logits = unit @ weight.T + bias
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -125,7 +129,7 @@ def test_low_shot_solves_the_regularised_regression() -> None:
 
 def test_low_shot_sees_only_so_many_labels_per_class() -> None:
     x, y = torch.eye(40), torch.arange(40) % 4
-    scores = probes.few_labels(x, y, x, classes=4, shots=2, seed=5)
+    scores = few_labels(x, y, x, classes=4, shots=2, seed=5)
     told = (scores - scores.mean(0)).abs().max(1).values > 1e-2
     assert int(told.sum()) == 8
 
@@ -137,12 +141,12 @@ def test_low_shot_sees_only_so_many_labels_per_class() -> None:
 def test_the_linear_probe_learns_what_the_features_tell(recipe: Recipe, augment: bool) -> None:
     train, test = Blobs(96, seed=1), Blobs(48, seed=2)
     net = network()
-    head = probes.linear(
+    head = linear_classifier(
         net, train, PLAIN, classes=4, protocol=recipe, batch_size=32, augment=augment, say=lambda text: None
     )
-    found = probes.features(net, test, range(48), PLAIN)
-    got = probes.accuracy(head(found), probes.labels(test, range(48)))
-    untrained = probes.accuracy(nn.Linear(16, 4)(found), probes.labels(test, range(48)))
+    found = features(net, test, range(48), PLAIN)
+    got = accuracy(head(found), labels(test, range(48)))
+    untrained = accuracy(nn.Linear(16, 4)(found), labels(test, range(48)))
     assert got > max(0.6, untrained + 0.2)
     assert all(p.grad is None for p in net.parameters()), "the backbone is frozen"
 
@@ -182,8 +186,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # lr is that of a batch of 256; no mil
 
 
 def test_the_papers_protocols() -> None:
-    assert {name: recipe._asdict() for name, recipe in probes.PROTOCOLS.items()} == PUBLISHED
-    assert probes.PROTOCOL_OF == {name: name for name in PUBLISHED} | {
+    assert {name: recipe._asdict() for name, recipe in PROTOCOLS.items()} == PUBLISHED
+    assert PROTOCOL_OF == {name: name for name in PUBLISHED} | {
         "moco_v1": "moco", "moco_v2": "moco", "byol_gn": "byol",
     }  # fmt: skip
 
@@ -218,8 +222,8 @@ def test_steps_of_the_linear_probe_are_those_computed_by_hand(kind: str, batch: 
         8.0, 50, weight_decay=decay, optimizer="lars" if kind == "lars" else "sgd", nesterov=kind == "nesterov"
     )
     options: dict[str, Any] = {"classes": 4, "batch_size": batch, "augment": False, "seed": 3}
-    head = probes.linear(net, images, PLAIN, protocol=recipe, epochs=epochs, say=lambda text: None, **options)
-    x = probes.features(net, images, range(batch), PLAIN).double().numpy()
+    head = linear_classifier(net, images, PLAIN, protocol=recipe, epochs=epochs, say=lambda text: None, **options)
+    x = features(net, images, range(batch), PLAIN).double().numpy()
     start = 0.01 * torch.randn(4, 16, generator=torch.Generator().manual_seed(3)).double().numpy()
     rates = [8.0 * batch / 256, 8.0 * batch / 256 / 2][:epochs]  # half way through the cosine: half
     weight, bias = _steps_by_hand(x, np.arange(batch) % 4, start, rates, decay, kind)
@@ -229,10 +233,10 @@ def test_steps_of_the_linear_probe_are_those_computed_by_hand(kind: str, batch: 
 
 def test_the_rate_of_a_recipe_with_milestones_falls_to_a_tenth() -> None:
     images, net = Blobs(16, seed=1), network()
-    head = probes.linear(
+    head = linear_classifier(
         net, images, PLAIN, classes=4, protocol=Recipe(8.0, 5, milestones=(0.6, 0.8)), augment=False, say=lambda _: None
     )
-    x = probes.features(net, images, range(16), PLAIN).double().numpy()
+    x = features(net, images, range(16), PLAIN).double().numpy()
     start = 0.01 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).double().numpy()
     rates = [0.5, 0.5, 0.5, 0.05, 0.005]
     weight, bias = _steps_by_hand(x, np.arange(16) % 4, start, rates, 0.0, "sgd")
@@ -242,25 +246,25 @@ def test_the_rate_of_a_recipe_with_milestones_falls_to_a_tenth() -> None:
 
 def test_training_crops_differ_between_epochs_and_repeat_by_seed() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    crops = [probes.random_crop(picture, 16, 0, epoch, 7) for epoch in (0, 1, 0)]
+    crops = [random_crop(picture, 16, 0, epoch, 7) for epoch in (0, 1, 0)]
     assert np.array_equal(crops[0], crops[2]) and not np.array_equal(crops[0], crops[1])
 
 
 def test_a_probe_in_training_decodes_once_and_agrees_with_the_whole_measure() -> None:
     train, test, net = Blobs(60, seed=1), Blobs(24, seed=2), network()
-    watch = Probe(train, test, PLAIN, seconds=60, bank=60, queries=24, k=5, batch=16)
+    watch = KnnProbe(train, test, PLAIN, seconds=60, bank=60, queries=24, k=5, batch=16)
     first, second = watch(net), watch(net)
     assert sorted(train.seen) == list(range(60)) and sorted(test.seen) == list(range(24))
     assert (first["bank"], first["queries"]) == (60, 24) and first["knn"] == second["knn"]
-    scores = probes.knn(
-        probes.features(net, test, range(24), PLAIN), probes.features(net, train, range(60), PLAIN),
-        probes.labels(train, range(60)), classes=4, k=5,
+    scores = knn(
+        features(net, test, range(24), PLAIN), features(net, train, range(60), PLAIN),
+        labels(train, range(60)), classes=4, k=5,
     )  # fmt: skip
-    assert first["knn"] == pytest.approx(probes.accuracy(scores, probes.labels(test, range(24))))
+    assert first["knn"] == pytest.approx(accuracy(scores, labels(test, range(24))))
 
 
 def test_a_probe_out_of_time_is_smaller_and_still_has_both_halves() -> None:
-    watch = Probe(Blobs(60, seed=1), Blobs(24, seed=2), PLAIN, seconds=0, bank=60, queries=24, k=5, batch=10)
+    watch = KnnProbe(Blobs(60, seed=1), Blobs(24, seed=2), PLAIN, seconds=0, bank=60, queries=24, k=5, batch=10)
     found = watch(network())
     assert (found["bank"], found["queries"]) == (10, 4)
 
@@ -274,7 +278,7 @@ def test_an_unreadable_picture_of_a_probe_in_training_is_stood_for_and_said_once
                 raise BadImageError("broken.png", "is damaged")
             return super().image(index)
 
-    found = Probe(Broken(40, seed=0), Blobs(20, seed=1), PLAIN, seconds=60, k=3)
+    found = KnnProbe(Broken(40, seed=0), Blobs(20, seed=1), PLAIN, seconds=60, k=3)
     for _ in range(2):
         result = found(network())
         assert (result["bank"], result["queries"]) == (40, 20)
@@ -287,7 +291,7 @@ def test_pictures_without_labels_are_refused() -> None:
             return -1
 
     with pytest.raises(UserError, match="labelled pictures"):
-        probes.labels(Unlabelled(4, seed=0, side=8), range(4))
+        labels(Unlabelled(4, seed=0, side=8), range(4))
 
 
 def folder_of(root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
@@ -303,9 +307,9 @@ def folder_of(root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
 def test_folders_with_other_classes_in_val_are_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "c")})
     with pytest.raises(UserError, match="different classes, for example 'b'"):
-        probes.open_data(str(root), size=None)
+        open_data(str(root), size=None)
     with pytest.raises(UserError, match=r"train.*is not a folder; give sticker_singles"):
-        probes.open_data(str(tmp_path / "nowhere"), size=None)
+        open_data(str(tmp_path / "nowhere"), size=None)
 
 
 def test_the_command_writes_its_report(
@@ -359,7 +363,7 @@ def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tm
     pixels = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(found.eval()(pixels), task.backbone.eval()(pixels))
     target = task.task.target_backbone.eval()(pixels)  # type: ignore[operator,union-attr]
-    assert not torch.allclose(found(pixels), target, atol=1e-4), "the online network, not its slow copy"
+    assert not torch.allclose(found(pixels), target, atol=1e-4), "the online network, not its momentum copy"
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
@@ -406,7 +410,7 @@ def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:
     ]  # fmt: skip
     outputs = [process.communicate(timeout=200)[0] for process in started]
     assert all(process.returncode == 0 for process in started), outputs
-    expected = probes.features(network(), Blobs(13, seed=1), range(13), PLAIN)
+    expected = features(network(), Blobs(13, seed=1), range(13), PLAIN)
     for n in range(2):
         found = torch.load(tmp_path / f"{n}.pt", weights_only=True)
         torch.testing.assert_close(found["features"], expected)
@@ -418,7 +422,7 @@ def _one_process(folder: Path) -> None:
 
     distributed.setup()
     images = Blobs(13, seed=1)
-    found: Tensor = probes.features(network(), images, range(13), PLAIN)
+    found: Tensor = features(network(), images, range(13), PLAIN)
     torch.save({"features": found, "seen": images.seen}, folder / f"{distributed.rank()}.pt")
     distributed.teardown()
 

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from pretrain.data.export import main
 from pretrain.engine.errors import run_cli
 
 if __name__ == "__main__":
-    run_cli(main, sys.argv[1:])
+    run_cli(main)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labelled pictures to evaluate features on, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.config_views import CifarData, StickerSingles
+from pretrain.data.images import FolderSet, ImageSet
+from pretrain.data.render import U8
+from pretrain.engine.errors import UserError
+
+
+def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data") -> tuple[ImageSet, ImageSet, int]:
+    """Training pictures, test pictures, and the side that suits them.
+
+    Args:
+        text: "sticker_singles"; "cifar:ROOT"; or a folder with `train/CLASS/…` and `val/CLASS/…` (ImageNet's layout).
+        size: Another side.
+        views: Pictures of each sticker.
+        key: Who named them, for messages.
+
+    Raises:
+        UserError: There is no such data, or the two halves have different classes.
+    """
+    kind, _, root = text.partition(":")
+    if text == "sticker_singles":
+        side = size or 64
+        stickers = StickerSingles(kind="sticker_singles", size=max(16, side), views=views)  # 16: the least they draw
+        held_out = stickers.model_copy(update={"split": "val"})
+        return stickers.open(), held_out.open(), side
+    if kind == "cifar" and root:
+        cifar = CifarData(kind="cifar", root=Path(root))
+        try:
+            return cifar.open(), cifar.model_copy(update={"split": "test"}).open(), size or 32
+        except UserError as error:
+            raise UserError(f"{key} {text}: {error}") from error
+    folders = [Path(text) / name for name in ("train", "val")]
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise UserError(
+            f"{key} {text}: {missing} is not a folder; give sticker_singles, cifar:ROOT, or a folder with "
+            "train/CLASS/ and val/CLASS/"
+        )
+    train_set, test_set = (FolderSet(folder, classes=True) for folder in folders)
+    ours, theirs = train_set.classes, test_set.classes
+    if ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))
+        raise UserError(
+            f"{key} {text}: train and val have different classes, for example {odd[0]!r}; give both the same"
+        )
+    return train_set, test_set, size or 224
+
+
+class Subset:
+    """The first pictures of a fixed shuffle: a smaller set of the same kind."""
+
+    def __init__(self, images: ImageSet, count: int, seed: int) -> None:
+        self.images = images
+        self.chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def image(self, index: int) -> U8:
+        return self.images.image(int(self.chosen[index]))
+
+    def label(self, index: int) -> int:
+        return self.images.label(int(self.chosen[index]))
