@@ -54,10 +54,10 @@ def embed_crops(encoder: JointEncoder, source: PairSource, count: int, batch: in
     """Unit embeddings (N, D) and class ids (N,) of the first `count` pictures of a source."""
     images, labels = [], []
     for start in range(0, count, batch):
-        found = source.collate([source.sample(i, i) for i in range(start, min(start + batch, count))])
-        pixels = encoder.prepare(found["image"].to(device_of(encoder)))
+        samples = source.collate([source.sample(i, i) for i in range(start, min(start + batch, count))])
+        pixels = encoder.prepare(samples["image"].to(device_of(encoder)))
         images.append(F.normalize(encoder.encode_image(pixels), dim=-1).cpu())
-        labels.append(found["class_id"])
+        labels.append(samples["class_id"])
     return torch.cat(images), torch.cat(labels)
 
 
@@ -162,15 +162,15 @@ def keyword_pairs(stickers: Stickers) -> list[SynonymPair]:
     They are associations ("ale": beer mug, "antarctica": penguin), harder than synonyms and by other hands.
     """
     index = {noun: i for i, noun in enumerate(stickers.nouns)}
-    found: dict[str, set[int]] = {}
+    nouns_of: dict[str, set[int]] = {}
     for row in read_json(stickers.root / "concepts.json")["concepts"]:
         for keyword in row["keywords"] if row["noun"] in index else ():
-            found.setdefault(keyword.lower(), set()).add(index[row["noun"]])
+            nouns_of.setdefault(keyword.lower(), set()).add(index[row["noun"]])
     words = {word for noun in stickers.nouns for word in noun.lower().split()}
     words |= {word + "s" for word in words}
     return [
         SynonymPair(keyword, tuple(answers), "synonym", True)
-        for keyword, answers in sorted(found.items())
+        for keyword, answers in sorted(nouns_of.items())
         if len(answers) == 1 and len(keyword) > 2 and not words & set(keyword.split())
     ]
 

@@ -65,7 +65,7 @@ def prototype_use(scores_NK: Tensor) -> Tensor:
 
 
 def margin(positive_N: Tensor, negative_N: Tensor) -> Tensor:
-    """Cosine with the own key, or caption, minus the mean cosine with the others."""
+    """Cosine of the positive pair minus the mean cosine with the negatives."""
     return (positive_N.detach().float() - negative_N.detach().float()).mean()
 
 
@@ -97,18 +97,18 @@ def panel(health: Mapping[str, Tensor]) -> dict[str, float]:
         Values by name, each beginning with ``health/``.
     """
     z = health["projection"]
-    found = {"rank": effective_rank(z), "spread": channel_spread(z), "cosine": mean_cosine(z)}
+    measures = {"rank": effective_rank(z), "spread": channel_spread(z), "cosine": mean_cosine(z)}
     if "projection_b" in health:
-        found["on_diagonal"], found["off_diagonal"] = diagonal(z, health["projection_b"])
+        measures["on_diagonal"], measures["off_diagonal"] = diagonal(z, health["projection_b"])
     if "scores" in health:
-        found["prototype_use"] = prototype_use(health["scores"])
+        measures["prototype_use"] = prototype_use(health["scores"])
     if "positive" in health and "negative" in health:
-        found["queue_margin"] = margin(health["positive"], health["negative"])
+        measures["queue_margin"] = margin(health["positive"], health["negative"])
     if "own_caption" in health and "other_captions" in health:
-        found["caption_margin"] = margin(health["own_caption"], health["other_captions"])
+        measures["caption_margin"] = margin(health["own_caption"], health["other_captions"])
     if "online_parameters" in health and "target_parameters" in health:
-        found["ema_distance"] = ema_distance(health["online_parameters"], health["target_parameters"])
-    return {f"health/{name}": float(value) for name, value in found.items()}
+        measures["ema_distance"] = ema_distance(health["online_parameters"], health["target_parameters"])
+    return {f"health/{name}": float(value) for name, value in measures.items()}
 
 
 # --- alarms ----------------------------------------------------------------------------------------------------------
@@ -262,24 +262,24 @@ class Monitored(Task):
         self.task.after_step(step, total)
         self.progress.fill_((step + 1) / total)
         if self.probe is not None and self.probe_every and (step + 1) % self.probe_every == 0:
-            found = self.probe(self.backbone)
+            result = self.probe(self.backbone)
             if int(self.probed_on) != self._probe_digest:
                 for number, alarm in enumerate(ALARMS):
                     if alarm.value.startswith("probe/"):
                         self.best[number], self.ill_for[number] = -math.inf, 0
                 self.probed_on.fill_(self._probe_digest)
-            self.probed.fill_(found["knn"])
-            self._seconds = found["seconds"]
+            self.probed.fill_(result["knn"])
+            self._seconds = result["seconds"]
 
     def upgrade(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a run that began before an alarm was added: what it never judged starts as in a new run."""
-        own = {"best": torch.full_like(self.best, -math.inf), "ill_for": torch.zeros_like(self.ill_for)}
-        found = {"probed_on": torch.full_like(self.probed_on, -1), **state}
-        for name, fresh in own.items():
-            value = found.get(name)
+        initial = {"best": torch.full_like(self.best, -math.inf), "ill_for": torch.zeros_like(self.ill_for)}
+        upgraded = {"probed_on": torch.full_like(self.probed_on, -1), **state}
+        for name, fresh in initial.items():
+            value = upgraded.get(name)
             if isinstance(value, Tensor) and value.ndim == 1 and len(value) < len(fresh):
-                found[name] = torch.cat([value, fresh[len(value) :].to(value)])
-        return found
+                upgraded[name] = torch.cat([value, fresh[len(value) :].to(value)])
+        return upgraded
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Values for the log line, and new alarms. Every process must call it."""

@@ -58,10 +58,10 @@ def clip_contrastive_top1(
         scale = _wide(logit_scale).exp()
         by_image_NM = scale * image @ all_text.T
         by_text_NM = scale * text @ all_image.T
-        own = torch.arange(len(image), device=image.device) + rank() * len(image)
+        index_N = torch.arange(len(image), device=image.device) + rank() * len(image)
         if labels_N is None:
-            loss = (F.cross_entropy(by_image_NM, own) + F.cross_entropy(by_text_NM, own)) / 2
-            right = by_image_NM.argmax(1) == own
+            loss = (F.cross_entropy(by_image_NM, index_N) + F.cross_entropy(by_text_NM, index_N)) / 2
+            right = by_image_NM.argmax(1) == index_N
         else:
             same = labels_N[:, None] == gather_with_grad(labels_N)[None, :]
             by_text = F.cross_entropy(by_text_NM, _shares(same, by_text_NM))
@@ -115,10 +115,10 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
         n = len(a)
         candidates = torch.cat([gather_with_grad(a), gather_with_grad(b)])
         m = len(candidates) // 2
-        own = torch.arange(n, device=a.device) + rank() * n
+        index_N = torch.arange(n, device=a.device) + rank() * n
         similarity = torch.cat([a, b]) @ candidates.T / temperature
-        itself = F.one_hot(torch.cat([own, own + m]), 2 * m).bool()
-        return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), torch.cat([own + m, own]))
+        itself = F.one_hot(torch.cat([index_N, index_N + m]), 2 * m).bool()
+        return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), torch.cat([index_N + m, index_N]))
 
 
 def moco_infonce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
@@ -261,5 +261,5 @@ def _standardised(x: Tensor) -> Tensor:
 
 def _global_logsumexp(x: Tensor) -> Tensor:
     """(N, K) -> (1, K) log of the sum of exponentials over the rows of all processes."""
-    own = x.logsumexp(0, keepdim=True)
-    return own if world_size() == 1 else gather_with_grad(own).logsumexp(0, keepdim=True)
+    local = x.logsumexp(0, keepdim=True)
+    return local if world_size() == 1 else gather_with_grad(local).logsumexp(0, keepdim=True)

@@ -110,7 +110,7 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
         size = encoder.image_size
         return PairSource(stickers, split="train", size=size, seed=cfg.loop.seed, length=cfg.data.length)
     if isinstance(cfg.data, CaptionedConfig):
-        from pretrain.data.captioned import CaptionedSource, build_captioned
+        from pretrain.data.image_text import CaptionedSource, build_captioned
 
         return CaptionedSource(build_captioned(cfg.data), size=encoder.image_size, seed=cfg.loop.seed)
     if not isinstance(cfg.data, PhraseTargets):

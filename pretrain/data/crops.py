@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config_views import ViewConfig, expand_views
+from pretrain.data.dice import Dice
 from pretrain.data.images import ImageSet
-from pretrain.data.render import U8, Dice
+from pretrain.data.render import U8
 
 
 def crop_box(height: int, width: int, view: ViewConfig, dice: Dice) -> tuple[int, int, int, int]:

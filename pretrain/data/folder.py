@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safe reading of pictures, and any folder of pictures as a sample source."""
+"""Safe reading of pictures, and the pictures of a folder."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pretrain.engine.errors import BadImageError, UserError
 
@@ -117,48 +117,7 @@ def list_images(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give a folder of {', '.join(EXTENSIONS)} files.")
-    found = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()]
-    if not found:
+    paths = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()]
+    if not paths:
         raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}).")
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-class FolderSource:
-    """Pictures of a folder, without labels.
-
-    Args:
-        folder: searched with its sub folders.
-        size: when given, each picture is resized (short side) and cut (centre) to size x size.
-
-    Raises:
-        UserError: no picture found.
-    """
-
-    def __init__(self, folder: str | Path, *, size: int | None = None) -> None:
-        if size is not None and size < 1:
-            raise UserError(f"size is {size}; it must be positive.")
-        self.paths, self.size = list_images(folder), size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def sample(self, index: int, draw: int = 0) -> U8:
-        """uint8 (3, H, W).
-
-        Raises:
-            BadImageError: unreadable file.
-        """
-        image = read_image(self.paths[index])
-        if self.size is not None:
-            fitted = ImageOps.fit(Image.fromarray(image), (self.size, self.size), Image.Resampling.BILINEAR)
-            image = np.array(fitted)
-        return np.ascontiguousarray(image.transpose(2, 0, 1))
-
-    @staticmethod
-    def collate(samples: list[U8]) -> dict[str, Any]:
-        """{"image": uint8 tensor (N, 3, H, W)}, or a list of tensors when their sizes differ."""
-        import torch
-
-        tensors = [torch.from_numpy(sample) for sample in samples]
-        same = len({tensor.shape for tensor in tensors}) == 1
-        return {"image": torch.stack(tensors) if same else tensors}
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())

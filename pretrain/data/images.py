@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sets of pictures to learn from: a folder, ImageNet's layout, CIFAR-10, tar shards, Sticker Scenes.
 
-Captioned pictures are in `pretrain.data.captioned`.
+Captioned pictures are in `pretrain.data.image_text`.
 
 Each has `__len__`, `image(index)` → uint8 (H, W, 3) RGB, and `label(index)` → class number, −1 for none. All of them
 can be sent to loader workers.
@@ -134,19 +134,19 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         UserError: A range that runs backwards or gives more than a million names.
     """
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
+    group = re.search(r"\{([^{}]*)\}", pattern)
+    if group is None:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", group[1])
     if span:
         first, last = int(span[1]), int(span[2])
         if not 0 <= last - first < MAX_SHARDS:
-            raise UserError(f"{pattern}: {{{found[1]}}} must run upwards and give at most {MAX_SHARDS:,} names")
+            raise UserError(f"{pattern}: {{{group[1]}}} must run upwards and give at most {MAX_SHARDS:,} names")
         width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 1
         choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
     else:
-        choices = found[1].split(",")
-    head, tail = pattern[: found.start()], pattern[found.end() :]
+        choices = group[1].split(",")
+    head, tail = pattern[: group.start()], pattern[group.end() :]
     return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
 
 
@@ -259,14 +259,14 @@ def _index_of(path: Path) -> list[Place]:
             f"{path} cannot be read as an uncompressed tar file ({error}); unpack a compressed one first: pictures are "
             "read at their position"
         ) from error
-    found: list[Place] = [
+    places: list[Place] = [
         (name, start, size, labels.get(key, NO_LABEL), *captions.get(key, (0, 0)))
         for key, name, start, size in pictures
     ]
     if os.access(path.parent, os.W_OK):
-        text = json.dumps({"format": "shard-index/2", "shard": stamp, "pictures": found})
+        text = json.dumps({"format": "shard-index/2", "shard": stamp, "pictures": places})
         write_atomically(beside, text.encode("utf-8"))
-    return found
+    return places
 
 
 def _label(content: bytes, path: Path, name: str) -> int:

@@ -121,10 +121,10 @@ class WordNet:
     def first_sense(self, lemma: str, lexfiles: Sequence[int] | None = None) -> Synset | None:
         """The most common meaning of `lemma`; with `lexfiles`, the most common one in the first file that has any."""
         offsets = self.senses.get(lemma.lower(), ())
-        found = [self.synsets[o] for o in offsets]
+        candidates = [self.synsets[o] for o in offsets]
         if lexfiles is None:
-            return found[0] if found else None
-        return next((s for lexfile in lexfiles for s in found if s.lexfile == lexfile), None)
+            return candidates[0] if candidates else None
+        return next((s for lexfile in lexfiles for s in candidates if s.lexfile == lexfile), None)
 
     def phrases(self) -> list[tuple[str, float]]:
         """Every noun once, with a sampling weight, the most useful first.

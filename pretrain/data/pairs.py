@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data import render
-from pretrain.data.captions import caption_for
-from pretrain.data.render import U8, Dice, Patch, Sprite, Stage
+from pretrain.data.caption_templates import caption_for
+from pretrain.data.dice import Dice
+from pretrain.data.render import U8, Patch, Sprite, Stage
 from pretrain.data.stickers import CROP, PAIR, SPLIT_KEY, Backgrounds, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
 

@@ -59,7 +59,7 @@ def read_phrases(path: str | Path) -> list[Phrase]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read the phrases {path}: {error.strerror}") from error
-    found = []
+    phrases = []
     for number, line in enumerate(lines, 1):
         text, _, rest = line.partition("\t")
         weight, _, definition = rest.partition("\t")
@@ -71,8 +71,8 @@ def read_phrases(path: str | Path) -> list[Phrase]:
             value = -1.0
         if not value > 0:
             raise UserError(f"{path}:{number}: the weight {weight!r} is not a positive number")
-        found.append(Phrase(text, value, definition))
-    return found
+        phrases.append(Phrase(text, value, definition))
+    return phrases
 
 
 def write_phrases(path: str | Path, phrases: Sequence[Phrase]) -> None:
@@ -150,12 +150,12 @@ def build_phrases(
         seed: Of the prompts drawn.
     """
     rng = random.Random(seed)
-    found: dict[str, Phrase] = {}
+    phrases: dict[str, Phrase] = {}
 
     def add(text: str, weight: float, definition: str) -> None:
         key = " ".join(text.split())
-        old = found.get(key)
-        found[key] = Phrase(key, weight, definition) if old is None else old._replace(weight=max(weight, old.weight))
+        old = phrases.get(key)
+        phrases[key] = Phrase(key, weight, definition) if old is None else old._replace(weight=max(weight, old.weight))
 
     meaning: dict[str, str] = {}
     for noun, group in zip(nouns, supercategories, strict=True):
@@ -170,17 +170,17 @@ def build_phrases(
     for text, weight, synset in ranked:
         add(text, weight, define(synset) if synset and synset.lexfile in DRAWABLE else "")
     for plural, singular in wordnet.exceptions.items():
-        if wordnet.counts.get(singular, 0) and singular in found:
-            add(plural, 1.0, found[singular].definition)
+        if wordnet.counts.get(singular, 0) and singular in phrases:
+            add(plural, 1.0, phrases[singular].definition)
     for text, weight, _ in ranked[:prompted]:
-        add(rng.choice(PROMPTS).format(text), weight / 2, found[text].definition if text in found else "")
-    kept = set(list(dict.fromkeys(p.definition for p in found.values() if p.definition))[:definitions])
-    return [p if p.definition in kept else p._replace(definition="") for p in found.values()]
+        add(rng.choice(PROMPTS).format(text), weight / 2, phrases[text].definition if text in phrases else "")
+    kept = set(list(dict.fromkeys(p.definition for p in phrases.values() if p.definition))[:definitions])
+    return [p if p.definition in kept else p._replace(definition="") for p in phrases.values()]
 
 
 def main(argv: list[str]) -> int:
     """Write the phrase file."""
-    from pretrain.data.captions import caption_for
+    from pretrain.data.caption_templates import caption_for
     from pretrain.data.stickers import Stickers
 
     parser = argparse.ArgumentParser(prog="python -m pretrain.data.phrases", description="Write the training phrases.")

@@ -16,53 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.dice import Dice
+
 U8 = NDArray[np.uint8]
-Item = TypeVar("Item")
 
 SPRITE = 128  # side of a shipped sprite, pixels
 SOLID = 128  # alpha from which a pixel belongs to the object's mask
 MIN_VISIBLE = 0.35  # of a sticker's own pixels; below it the object would be a guess
 MIN_PIXELS = 30  # a sticker with fewer visible pixels is not placed
-
-
-class Dice:
-    """Uniform random numbers of one PCG64 stream; the only source of chance in a picture."""
-
-    def __init__(self, *key: int) -> None:
-        self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-        self._pool: list[float] = []
-
-    def random(self) -> float:
-        """A number in [0, 1)."""
-        if not self._pool:
-            self._pool = self._generator.random(64).tolist()
-        return self._pool.pop()
-
-    def uniform(self, low: float, high: float) -> float:
-        """A number in [low, high)."""
-        return low + (high - low) * self.random()
-
-    def below(self, count: int) -> int:
-        """An integer in [0, count)."""
-        return int(self.random() * count)
-
-    def chance(self, probability: float) -> bool:
-        """True with this probability."""
-        return self.random() < probability
-
-    def choice(self, items: Sequence[Item]) -> Item:
-        """One of the items, uniformly."""
-        return items[self.below(len(items))]
-
-    def permutation(self, count: int) -> list[int]:
-        """A random order of range(count)."""
-        return [int(i) for i in np.argsort(self._generator.random(count), kind="stable")]
 
 
 def premultiply(rgba: U8) -> U8:
@@ -275,9 +241,9 @@ def harmonise(patch: U8, canvas: U8, amount: int) -> U8:
     """Mix the colours of a patch (h, w, 4) with the mean colour of the canvas below: amount/256 of it."""
     below = [math.floor(mean + 0.5) for mean in cv2.mean(canvas)[:3]]
     alpha = spread(cv2.extractChannel(patch, 3), 4)
-    own = np.stack([_ramp(256 - amount)] * 3 + [_ramp(256)])
+    own_pixels = np.stack([_ramp(256 - amount)] * 3 + [_ramp(256)])
     mixed = np.stack([_ramp(colour * amount // 255) for colour in below] + [np.zeros(256, np.uint8)])
-    own_part = cv2.LUT(patch, np.ascontiguousarray(own.T)[None])
+    own_part = cv2.LUT(patch, np.ascontiguousarray(own_pixels.T)[None])
     mixed_part = cv2.LUT(alpha, np.ascontiguousarray(mixed.T)[None])
     return cv2.min(cv2.add(own_part, mixed_part), alpha)
 
@@ -388,7 +354,7 @@ class Stage:
     def __init__(self, canvas: U8) -> None:
         self.canvas = canvas
         self.owner: U8 = np.zeros(canvas.shape[:2], np.uint8)  # 0 background, k the k-th patch
-        self.own: list[int] = [1]  # pixels of the whole patch
+        self.own_pixels: list[int] = [1]  # pixels of the whole patch
         self.seen: list[int] = [1]  # pixels still visible
         self.truncated: list[bool] = [False]
 
@@ -410,10 +376,10 @@ class Stage:
         if not force and (pixels < MIN_PIXELS or pixels < MIN_VISIBLE * patch.pixels):
             return False
         window = self.owner[y0:y1, x0:x1]
-        covered = np.bincount(window[solid], minlength=len(self.own))
-        for k in range(1, len(self.own)):
+        covered = np.bincount(window[solid], minlength=len(self.own_pixels))
+        for k in range(1, len(self.own_pixels)):
             left_over = self.seen[k] - int(covered[k])
-            if not force and covered[k] and (left_over < MIN_PIXELS or left_over < MIN_VISIBLE * self.own[k]):
+            if not force and covered[k] and (left_over < MIN_PIXELS or left_over < MIN_VISIBLE * self.own_pixels[k]):
                 return False
         view = self.canvas[y0:y1, x0:x1]
         rgba = np.ascontiguousarray(patch.rgba[inner])
@@ -423,8 +389,8 @@ class Stage:
             self._shadow(patch.rgba[..., 3], top, left, shadow)
         over(view, rgba)
         self.seen = [seen - int(gone) for seen, gone in zip(self.seen, covered, strict=True)]
-        window[solid] = len(self.own)
-        self.own.append(patch.pixels)
+        window[solid] = len(self.own_pixels)
+        self.own_pixels.append(patch.pixels)
         self.seen.append(pixels)
         self.truncated.append(pixels < patch.pixels)
         return True

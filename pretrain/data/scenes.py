@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data import render
-from pretrain.data.captions import caption_for
-from pretrain.data.render import U8, Dice, Patch, Stage, extent
+from pretrain.data.caption_templates import caption_for
+from pretrain.data.dice import Dice
+from pretrain.data.render import U8, Patch, Stage, extent
 from pretrain.data.rle import encode_mask
 from pretrain.data.stickers import SCENE, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
@@ -115,7 +116,7 @@ class SceneSource(StickerSource):
             boxes=np.array([extent(mask) for mask in masks], np.float32).reshape(-1, 4),
             masks=masks,
             classes=np.array([labels[k - 1] for k in keep], np.int64),
-            visible=np.array([stage.seen[k] / stage.own[k] for k in keep], np.float32),
+            visible=np.array([stage.seen[k] / stage.own_pixels[k] for k in keep], np.float32),
             truncated=np.array([stage.truncated[k] for k in keep], bool),
             caption=caption,
             distractors=np.array(others, np.float32).reshape(-1, 4),

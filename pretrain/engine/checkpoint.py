@@ -150,12 +150,12 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def step_folders(root: Path) -> list[tuple[int, Path]]:
     """All finished checkpoint folders under ``root``, oldest first; damaged ones too."""
-    found = []
+    numbered = []
     for folder in root.glob("step_*"):
         number = folder.name.removeprefix("step_")
         if number.isdigit() and folder.is_dir():
-            found.append((int(number), folder))
-    return sorted(found)
+            numbered.append((int(number), folder))
+    return sorted(numbered)
 
 
 class _Damaged(UserError):
@@ -337,9 +337,9 @@ def load_model(model: nn.Module, state: dict[str, Any], *, untracked: tuple[str,
         UserError: If names or shapes differ from the model's.
     """
     state = model.upgrade(state) if isinstance(model, Task) else state
-    own = model.state_dict()
-    missing = [name for name in own if name not in state and not name.startswith(untracked)]
-    unexpected = [name for name in state if name not in own]
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state and not name.startswith(untracked)]
+    unexpected = [name for name in state if name not in expected]
     if missing or unexpected:
         raise UserError(f"{where}: does not fit this model: missing {missing[:5]}, unexpected {unexpected[:5]}")
     try:

@@ -202,8 +202,8 @@ def load_config(
             merged = _merge(merged, root, top)
         merged = Item(merged.value, shown_path(file))
     partial = bool(problems)
-    changes, found = read_overrides(given, lambda old, new: _merge(old, new, Shape()))
-    problems += found
+    changes, override_problems = read_overrides(given, lambda old, new: _merge(old, new, Shape()))
+    problems += override_problems
     merged = _complete(Item(_merge(merged, changes, top).value, merged.where), top, None)
     try:
         cfg: SectionT = TypeAdapter(model).validate_json(json.dumps(merged.plain()), strict=True)

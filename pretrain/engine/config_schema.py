@@ -188,22 +188,24 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 def _bounds_text(metadata: Iterable[Any]) -> str:
     bounds: dict[str, Any] = {}
-    found: list[str] = []
+    bounds_texts: list[str] = []
     for entry in metadata:
         bounds |= {
             name: getattr(entry, name) for name in (*_SIGNS, *_LENGTHS) if getattr(entry, name, None) is not None
         }
         for name, words in _OTHER_BOUNDS.items():
             if getattr(entry, name, None) is not None:
-                found.append(f"{words} {getattr(entry, name)}")
+                bounds_texts.append(f"{words} {getattr(entry, name)}")
     least, most = (bounds.pop(name, None) for name in _LENGTHS)
     if least and most:
-        found.append(f"of length {least}" if least == most else f"of length {least} to {most}")
+        bounds_texts.append(f"of length {least}" if least == most else f"of length {least} to {most}")
     elif least or most:
-        found.append(f"of length at least {least}" if least else f"of length at most {most}")
+        bounds_texts.append(f"of length at least {least}" if least else f"of length at most {most}")
     if {"ge", "le"} <= set(bounds):
-        found.insert(0, f"from {bounds.pop('ge'):.10g} to {bounds.pop('le'):.10g}")
-    return " and ".join([*(f"{sign} {bounds[name]:.10g}" for name, sign in _SIGNS.items() if name in bounds), *found])
+        bounds_texts.insert(0, f"from {bounds.pop('ge'):.10g} to {bounds.pop('le'):.10g}")
+    return " and ".join(
+        [*(f"{sign} {bounds[name]:.10g}" for name, sign in _SIGNS.items() if name in bounds), *bounds_texts]
+    )
 
 
 def field_text(info: FieldInfo) -> str:
@@ -247,7 +249,7 @@ def _groups(
     model: type[BaseModel], prefix: str = "", title: str = "", default: Any = None
 ) -> Iterator[tuple[str, list[str]]]:
     """(dotted section, its lines), the sections below it after it. ``default``: the instance whose values are shown."""
-    own: list[str] = [title] if title else []
+    notes: list[str] = [title] if title else []
     below: list[tuple[str, list[str]]] = []
     for name, info in model.model_fields.items():
         value = getattr(default, name, None) if default is not None else None
@@ -258,7 +260,7 @@ def _groups(
             inner = shape_of(per_element)
         if not inner.sections or not inner.alone or per_element is not None:
             required = default is None and info.is_required()
-            own += _key_lines(name, info, "required" if required else _default_text(info, value))
+            notes += _key_lines(name, info, "required" if required else _default_text(info, value))
         if not inner.sections:
             continue
         path = f"{prefix}{name}" + ("[]" if per_element is not None else "")
@@ -273,7 +275,7 @@ def _groups(
             shown = value if isinstance(value, variant) else None
             text = f"{path} with {inner.discriminator}: {tag} - {_summary(variant)}" if tags else head
             below += _groups(variant, f"{path}.", text, shown)
-    yield prefix.rstrip("."), own
+    yield prefix.rstrip("."), notes
     yield from below
 
 

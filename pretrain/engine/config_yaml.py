@@ -317,11 +317,11 @@ def file_hint(name: str, folders: Iterable[Path]) -> str:
 
 def _yaml_files(folder: Path, limit: int = 500) -> list[Path]:
     """YAML files at most two folders deep: somebody may keep a data set beside the configuration."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for pattern in ("*", "*/*", "*/*/*"):
         for suffix in SUFFIXES[1:]:
-            found += list(folder.glob(pattern + suffix))[: limit - len(found)]
-    return found
+            paths += list(folder.glob(pattern + suffix))[: limit - len(paths)]
+    return paths
 
 
 def read_file(path: Path) -> tuple[Item | None, list[str]]:
@@ -402,8 +402,8 @@ def read_overrides(overrides: Iterable[str], merge: Callable[[Item, Item], Item]
         elif len(parts) > MAX_DEPTH:
             problems.append(f"{where}: nested more than {MAX_DEPTH} levels deep")
         else:
-            item, found = _override_value(text.strip(), where)
-            problems += found
+            item, override_problems = _override_value(text.strip(), where)
+            problems += override_problems
             if item is not None:
                 for part in reversed(parts):
                     item = Item({part: item}, where)

@@ -13,7 +13,7 @@ import torch
 
 from pretrain.engine.errors import UserError
 
-MAX_SKIPPED = 3  # non-finite steps in a row that are skipped; the next one stops the run
+MAX_SKIPPED = 3  # consecutive non-finite steps that are skipped; the next one stops the run
 BAD_IMAGES_ALLOWED = 0.01  # of the draws so far
 BAD_IMAGES_IGNORED = 3  # so many prove nothing, whatever their share
 
@@ -30,7 +30,7 @@ class Signals:
     """While in use, SIGTERM and SIGINT are noted, for the loop to stop after its step; a second one ends at once."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.received = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -44,9 +44,9 @@ class Signals:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _: Any) -> None:
-        if self.asked:
+        if self.received:
             os._exit(128 + signum)
-        self.asked = signum
+        self.received = signum
         os.write(2, b"stopping after this step; once more to leave at once\n")  # print is not safe in a handler
 
 

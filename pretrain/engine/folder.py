@@ -20,6 +20,7 @@ import torch
 from pretrain.engine import checkpoint, distributed
 from pretrain.engine.config import changed_keys, dump_config
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
 
 RUN_FILES = (
     "config.yaml",
@@ -78,30 +79,30 @@ def find_start(
         raise UserError(f"{out}: is not empty; give --resume to continue, --overwrite to begin again, or another out=")
     if not resume:
         return None
-    found = checkpoint.newest(out / "checkpoints", warn=warn)
-    if found is None:
+    latest = checkpoint.newest(out / "checkpoints", warn=warn)
+    if latest is None:
         if used:
             warn(f"{out}: has no checkpoint yet; beginning at step 0")
         return None
-    changed = changed_keys(found.meta.get("config", {}), as_json(record), free_keys, at_default)
+    changed = changed_keys(latest.meta.get("config", {}), as_json(record), free_keys, at_default)
     if changed:
         raise UserError(
             f"{out}: cannot resume, the config has changed in {', '.join(changed)}; put the old values back "
             f"(they are in {out / 'config.yaml'}), or train into another folder"
         )
-    return found
+    return latest
 
 
-def refuse_other_inputs(found: checkpoint.Checkpoint, inputs: Mapping[str, int | str]) -> None:
+def refuse_other_inputs(latest: checkpoint.Checkpoint, inputs: Mapping[str, int | str]) -> None:
     """A run goes on only with the samples and the frozen weights it began with.
 
     Raises:
         UserError: what is another one, by name. Checkpoints of older versions, which do not say, are taken.
     """
-    for what, began in found.meta.get("inputs", {}).items():
+    for what, began in latest.meta.get("inputs", {}).items():
         if inputs.get(what) != began:
             raise UserError(
-                f"{found.folder}: cannot resume, the {what} are others now ({inputs.get(what)}) than when it began "
+                f"{latest.folder}: cannot resume, the {what} are others now ({inputs.get(what)}) than when it began "
                 f"({began}); put the old ones back, or train into another folder"
             )
 
@@ -176,8 +177,8 @@ def prepare(out: Path, record: dict[str, Any], *, device: torch.device, overwrit
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
-    checkpoint.write_atomically(out / "config.yaml", dump_config(as_json(record)).encode())
-    checkpoint.write_atomically(out / "env.json", json.dumps(env, indent=1).encode())
+    write_atomically(out / "config.yaml", dump_config(as_json(record)).encode())
+    write_atomically(out / "env.json", json.dumps(env, indent=1).encode())
 
 
 def listed_images(out: Path) -> set[int]:

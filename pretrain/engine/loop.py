@@ -81,9 +81,9 @@ def fit(
         if loop.threads is not None:
             torch.set_num_threads(loop.threads)
         notes: list[str] = []
-        found = None
+        start = None
         if not check:
-            found = folder.find_start(
+            start = folder.find_start(
                 out,
                 record,
                 free_keys=free_keys,
@@ -99,7 +99,7 @@ def fit(
                 if not check:
                     take(lock)
                     notes += [lock.note] if lock.note else []
-                run.begin(found, notes, overwrite=overwrite)
+                run.begin(start, notes, overwrite=overwrite)
                 return run.train(signals)
             except RuntimeError as error:
                 better = explained(error, step=run.step, device=run.device)
@@ -179,19 +179,19 @@ class _Run:
         self.metrics: dict[str, float] = {}  # of the last log line
         self.log = RunLog(out=None, total=loop.steps, start=0, speak=False)
 
-    def begin(self, found: checkpoint.Checkpoint | None, notes: list[str], *, overwrite: bool) -> None:
+    def begin(self, start: checkpoint.Checkpoint | None, notes: list[str], *, overwrite: bool) -> None:
         """Load the checkpoint, if any; open the folder and the log; wrap the model."""
         distributed.seed_everything(derive_seed(self.loop.seed, self.rank))
-        own: dict[str, Any] | None = None
-        if found is not None:
-            folder.refuse_other_inputs(found, self.inputs)
-            model, state = checkpoint.load_state(found)
-            checkpoint.load_model(self.task, model, untracked=self.untracked, where=found.folder)
+        rank_state: dict[str, Any] | None = None
+        if start is not None:
+            folder.refuse_other_inputs(start, self.inputs)
+            model, state = checkpoint.load_state(start)
+            checkpoint.load_model(self.task, model, untracked=self.untracked, where=start.folder)
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.skipped, self.bad_draws = state["step"], state["skipped"], state["bad_draws"]
-            own = state["ranks"][self.rank] if len(state["ranks"]) == self.world else None
-            self.window = with_counts(own["window"]) if own else {}
+            rank_state = state["ranks"][self.rank] if len(state["ranks"]) == self.world else None
+            self.window = with_counts(rank_state["window"]) if rank_state else {}
         distributed.barrier()  # all have read before one writes
         main, out = self.rank == 0, None if self.check else self.out
         if main and out is not None:
@@ -201,9 +201,9 @@ class _Run:
         self.metrics = self.log.newest
         for note in notes:
             self.log.warn(note)
-        if found is not None:
+        if start is not None:
             self.log.say(f"resuming {self.out} after step {self.step}")
-            if own is None:
+            if rank_state is None:
                 self.log.warn("the checkpoint is of another number of processes; the model draws other random numbers")
         if self.world > 1:
             self.model = DistributedDataParallel(
@@ -211,8 +211,8 @@ class _Run:
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 find_unused_parameters=self.task.find_unused_parameters,
             )
-        if own is not None:
-            distributed.set_rng_state(own["rng"])  # last: nothing may draw between this and the first step
+        if rank_state is not None:
+            distributed.set_rng_state(rank_state["rng"])  # last: nothing may draw between this and the first step
 
     def train(self, signals: Signals) -> FitReport:
         """Run until the last step, a signal or an error."""
@@ -232,7 +232,7 @@ class _Run:
                 parts = self._load(feed)
                 loaded = time.perf_counter()
                 values, norm = self._forward_backward(parts)
-                bad_loss, bad_images, asked = self._agree(values, parts, signals)
+                bad_loss, bad_images, signum = self._agree(values, parts, signals)
                 good = self._update(values, norm, bad_loss=bad_loss)
                 self.step += 1
                 self._tally(values if good else {}, data_time=loaded - begun, step_time=time.perf_counter() - loaded)
@@ -247,11 +247,11 @@ class _Run:
                 self.log.advance(self.step)
                 if self.step % self.loop.log_every == 0 or self.step == last:
                     self._report(lr=values["lr"])
-                if self.step % self.loop.save_every == 0 or self.step == last or asked:
+                if self.step % self.loop.save_every == 0 or self.step == last or signum:
                     self._save()
-                if asked and self.step < last:
-                    self.log.say(f"{signal.Signals(asked).name}: saved step {self.step}; continue with --resume")
-                    raise Stopped(asked, self.step)
+                if signum and self.step < last:
+                    self.log.say(f"{signal.Signals(signum).name}: saved step {self.step}; continue with --resume")
+                    raise Stopped(signum, self.step)
         return FitReport(self.step, self.metrics, self.out)
 
     def _load(self, feed: Iterator[Fetched]) -> list[Fetched]:
@@ -289,13 +289,13 @@ class _Run:
 
     def _agree(self, values: dict[str, float], parts: list[Fetched], signals: Signals) -> tuple[bool, int, int]:
         """What all processes must know before the update: a bad loss anywhere, new bad images, a signal."""
-        asked = signals.asked
+        signum = signals.received
         bad_loss, bad_images, term, interrupt = distributed.all_sum(
             [
                 float(not math.isfinite(values["loss"])),
                 float(sum(len(part.bad) for part in parts)),
-                float(asked == signal.SIGTERM),
-                float(asked == signal.SIGINT),
+                float(signum == signal.SIGTERM),
+                float(signum == signal.SIGINT),
             ]
         )
         self.bad_draws += int(bad_images)
@@ -338,11 +338,11 @@ class _Run:
         text = f"step {self.step}: {guilty_samples(processes)}"
         if self.skipped > MAX_SKIPPED or self.check:
             raise UserError(
-                f"{text}: not finite, the {self.skipped}. such step in a row; weights were not changed by any of them. "
+                f"{text}: {self.skipped} consecutive non-finite steps; none of them changed the weights. "
                 "Look at these samples (events.jsonl names those before), lower optim.lr, or set loop.clip_norm or "
                 "loop.precision=fp32"
             )
-        self.log.warn(f"{text}: not finite, skipped ({self.skipped} of at most {MAX_SKIPPED} in a row)")
+        self.log.warn(f"{text}: non-finite step skipped ({self.skipped} consecutive, at most {MAX_SKIPPED})")
 
     def _report_bad_images(self, parts: list[Fetched]) -> None:
         """List each unreadable image once; stop when they are clearly more than 1 % of what was drawn."""

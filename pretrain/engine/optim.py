@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
@@ -156,15 +157,15 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The L2 norm over all gradients together, a scalar tensor; 0 if there are none."""
-    norms = [
-        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))  # squares overflow fp16
-        for grad in _gradients(optimizer)
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    # one kernel per tensor: the fused one sums in another order, and logged norms would differ in their last digits
+    return get_total_norm(_gradients(optimizer), foreach=False)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, *, norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by ``max_norm / norm`` where the norm is larger; otherwise leave them as they are."""
+    """Scale all gradients by ``max_norm / norm`` where the norm is larger; otherwise leave them as they are.
+
+    ``torch.nn.utils.clip_grads_with_norm_`` divides by ``norm + 1e-6`` and so changes small gradients as well.
+    """
     factor = torch.clamp(max_norm / norm.clamp(min=1e-12), max=1.0)
     for grad in _gradients(optimizer):
         grad.mul_(factor.to(grad.device))

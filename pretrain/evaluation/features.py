@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pretrain.config_views import InputSpec, ViewConfig
 from pretrain.data.crops import crop_box, resized
+from pretrain.data.dice import Dice
 from pretrain.data.images import ImageSet
-from pretrain.data.render import U8, Dice
+from pretrain.data.render import U8
 from pretrain.engine import distributed
 from pretrain.engine.errors import UserError
 

@@ -45,7 +45,7 @@ def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
 def draw_changes(config: AugmentConfig, count: int, device: torch.device) -> dict[str, Tensor]:
     """What happens to each of ``count`` pictures, (N, …) by name: a few numbers, drawn for the whole batch at once.
 
-    Without one of the changes of looks no random number is drawn for it, so that older runs go on alike.
+    Without one of the colour changes no random number is drawn for it, so that older runs go on alike.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -86,10 +86,10 @@ def changed(pixels: Tensor, drawn: Mapping[str, Tensor], config: AugmentConfig, 
         pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     mean = pixels.mean((1, 2, 3), keepdim=True)
     pixels = (((pixels - mean) * drawn["contrast"] + mean) * drawn["gain"]).clamp(0, 1)
-    return _other_look(pixels, drawn)
+    return _recolour(pixels, drawn)
 
 
-def _other_look(pixels: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+def _recolour(pixels: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
     """Changes that keep shapes and take colours and textures away: what a drawing style never seen may differ in."""
     if "angle" in drawn:
         turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(drawn["angle"]), pixels).clamp(0, 1)
@@ -178,8 +178,8 @@ class Clip(Task):
 
         def encode_image(images: Tensor, *values: Tensor) -> Tensor:  # in pieces, so is what uint8 becomes before it
             with torch.autocast(device.type, enabled=False):
-                looks = dict(zip(drawn, values, strict=True))
-                pixels = changed(images.float() / 255, looks, self.augmentation, self.encoder.image_size)
+                changes = dict(zip(drawn, values, strict=True))
+                pixels = changed(images.float() / 255, changes, self.augmentation, self.encoder.image_size)
             pixels = self.encoder.normalise(pixels)
             if torch.is_autocast_enabled(device.type):  # on a CPU with bf16 units a fifth faster; in fp32 it is slower
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -208,11 +208,11 @@ class Clip(Task):
     def health(self) -> dict[str, Tensor]:
         """Pictures' embeddings, and cosines with the own caption and (mean) with those of other pictures."""
         image, text = (F.normalize(self._last[name].float(), dim=1) for name in ("image", "text"))
-        own = (image * text).sum(1)
+        positive = (image * text).sum(1)
         return {
             "projection": self._last["image"],
-            "own_caption": own,
-            "other_captions": (image @ text.sum(0) - own) / max(1, len(own) - 1),
+            "own_caption": positive,
+            "other_captions": (image @ text.sum(0) - positive) / max(1, len(positive) - 1),
         }
 
     def after_step(self, step: int, total: int) -> None:

@@ -143,13 +143,13 @@ def problem_with(backbone: nn.Module, size: int) -> str | None:
     """Why a network cannot take pictures of ``size`` pixels, in one line; None if it can: it is shown a black one."""
     training, device = backbone.training, next(backbone.parameters()).device
     try:
-        found = tuple(backbone.eval()(torch.zeros(1, 3, size, size, device=device)).shape)
+        shape = tuple(backbone.eval()(torch.zeros(1, 3, size, size, device=device)).shape)
     except Exception as problem:  # of any kind: the network is another library's
         return _first_line(problem)
     finally:
         backbone.train(training)
-    wanted = (1, getattr(backbone, "width", found[-1]))
-    return None if found == wanted else f"its features have shape {found}, not {wanted}"
+    wanted = (1, getattr(backbone, "width", shape[-1]))
+    return None if shape == wanted else f"its features have shape {shape}, not {wanted}"
 
 
 def _first_line(problem: Exception) -> str:

@@ -49,11 +49,11 @@ class ResNet(TorchvisionResNet):
     def stages(self, pixels: Tensor) -> dict[str, Tensor]:
         """Feature maps `layer1` … `layer4` at strides 4, 8, 16, 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(pixels))))
-        found = {}
+        stages = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):
             x = getattr(self, name)(x)
-            found[name] = x
-        return found
+            stages[name] = x
+        return stages
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.flatten(self.avgpool(self.stages(x)["layer4"]), 1)

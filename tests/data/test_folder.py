@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data.folder import FolderSource, list_images, read_image
+from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import BadImageError, UserError
 
 # A picture whose four quarters differ, so that any wrong turn shows.
@@ -197,20 +197,10 @@ def test_a_folder_is_searched_with_its_sub_folders_in_a_fixed_order(tmp_path: Pa
     ]
 
 
-def test_folder_pictures_are_samples(tmp_path: Path) -> None:
-    Image.fromarray(UPRIGHT).save(tmp_path / "a.png")
-    Image.fromarray(np.ascontiguousarray(UPRIGHT[:, :16])).save(tmp_path / "b.png")
-    raw = FolderSource(tmp_path)
-    assert len(raw) == 2 and np.array_equal(raw.sample(0, 5), UPRIGHT.transpose(2, 0, 1))
-    assert [tuple(t.shape) for t in raw.collate([raw.sample(0), raw.sample(1)])["image"]] == [(3, 16, 24), (3, 16, 16)]
-    square = FolderSource(tmp_path, size=12)
-    assert square.collate([square.sample(0), square.sample(1)])["image"].shape == (2, 3, 12, 12)
-
-
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     for folder, message in ((tmp_path, "holds no picture"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(UserError, match=message):
-            FolderSource(folder)
+            list_images(folder)
 
 
 def test_an_odd_exif_tag_does_not_lose_the_picture() -> None:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data import captions, render
+from pretrain.data import caption_templates as captions
+from pretrain.data import render
+from pretrain.data.dice import Dice
 from pretrain.data.pairs import PairSource, StickerCrops
 from pretrain.data.scenes import ImageView, Scene, SceneSource, scene_record
 from pretrain.data.stickers import PAIR, Stickers, content_hash, data_root
@@ -420,7 +422,7 @@ def test_articles(noun: str, phrase: str) -> None:
 
 
 def test_captions_vary_and_name_repeated_nouns_once() -> None:
-    dice = render.Dice(1)
+    dice = Dice(1)
     many = {captions.caption_for(["dog"], dice) for _ in range(200)}
     assert len(many) == len(captions.SINGLE)
     assert captions.caption_for(["dog", "dog", "cat"], dice).count("dog") == 1

@@ -113,7 +113,9 @@ def test_a_nan_in_one_process_is_skipped_by_all_and_its_samples_are_named(pair: 
     assert (event["event"], event["step"]) == ("non_finite", 2)
     assert [one["loss"] == "nan" for one in event["processes"]] == [False, True]
     assert event["processes"][1]["draws"] == [6, 7]
-    assert "draws [6, 7]: not finite, skipped (1 of at most 3 in a row)" in (pair / "nonfinite/train.log").read_text()
+    assert (
+        "draws [6, 7]: non-finite step skipped (1 consecutive, at most 3)" in (pair / "nonfinite/train.log").read_text()
+    )
     states = [torch.load(pair / f"nonfinite_{rank}.pt", weights_only=True) for rank in range(2)]
     assert differences(states[0], states[1]) == []
     assert all(tensor.isfinite().all() for tensor in states[0].values())

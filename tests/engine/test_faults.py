@@ -175,7 +175,7 @@ def test_good_steps_in_between_reset_the_count_also_over_a_resume(tmp_path: Path
     task.before = lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 1 else None
     with pytest.raises(Stopped):
         train(task, tmp_path / "two")
-    with pytest.raises(UserError, match=r"4\. such step in a row"):
+    with pytest.raises(UserError, match="4 consecutive non-finite steps"):
         train(Poisoned("loss", {0, 1}), tmp_path / "two", resume=True)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pretrain import train
 from pretrain.config import CaptionedShards, CaptionTable, CocoCaptions, PretrainConfig
-from pretrain.data.captioned import CaptionedFiles, CaptionedSource, build_captioned
+from pretrain.data.image_text import CaptionedFiles, CaptionedSource, build_captioned
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.nets.encoders import load_encoder

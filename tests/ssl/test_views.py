@@ -27,7 +27,7 @@ from pretrain.augment import (
 )
 from pretrain.config_views import Normalise, ViewConfig, expand_views
 from pretrain.data.crops import ViewSource, crop_box, resized
-from pretrain.data.render import Dice
+from pretrain.data.dice import Dice
 from pretrain.engine.sampling import Microbatches, batches
 
 PLAIN = ViewConfig(size=48, normalise=None, solarise_p=0.2)

@@ -24,8 +24,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pretrain.data import render
+from pretrain.data.dice import Dice
 from pretrain.data.folder import list_images, read_image
-from pretrain.data.render import U8, Dice, Sprite
+from pretrain.data.render import U8, Sprite
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -288,8 +289,8 @@ class StickerSource:
             return self.stickers.sprite(*dice.choice(self._rare))
         number = dice.below(SHAPES)
         if number not in self._shapes:
-            own = self.dice(SHAPE, number)
-            self._shapes[number] = render.shape_sprite(own, self.backgrounds.photo(own))
+            dice_of_shape = self.dice(SHAPE, number)
+            self._shapes[number] = render.shape_sprite(dice_of_shape, self.backgrounds.photo(dice_of_shape))
         return self._shapes[number]
 
     def finish(self, image: U8, dice: Dice, *, soft: float, jpeg: float) -> U8:

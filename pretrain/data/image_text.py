@@ -19,10 +19,10 @@ import numpy as np
 
 from pretrain.config import CaptionedConfig, CaptionedShards, CaptionTable, CocoCaptions
 from pretrain.data.crops import resized
+from pretrain.data.dice import Dice
 from pretrain.data.folder import U8, read_image
 from pretrain.data.images import ShardSet
 from pretrain.data.pairs import PairSource
-from pretrain.data.render import Dice
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import read_json
 
