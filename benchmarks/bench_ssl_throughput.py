@@ -92,8 +92,9 @@ def our_data(folder: Path, method: str, size: int, batch: int, seed: int = 0) ->
     from pretrain.augment import ViewAugment
     from pretrain.config_views import FolderData, expand_views
     from pretrain.data.crops import ViewSource
+    from pretrain.data.images import build_images
 
-    source = ViewSource(FolderData(root=folder).open(), views_of(method, size), seed=seed)
+    source = ViewSource(build_images(FolderData(root=folder)), views_of(method, size), seed=seed)
     augment = [ViewAugment(view) for view in expand_views(views_of(method, size))]
     draw = 0
 

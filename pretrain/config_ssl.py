@@ -7,15 +7,12 @@ recipe, and `configs/pretrain/NAME.yaml` what suits small pictures and a CPU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pretrain.config_views import InputSpec, ViewConfig, expand_views
 from pretrain.engine.config import FREE, Section
-
-if TYPE_CHECKING:
-    from pretrain.methods.base import SelfSupervised
 
 OURS = ("resnet18", "resnet34", "resnet50", "resnet101")
 DETECTRON2 = ("detectron2:R18", "detectron2:R34", "detectron2:R50", "detectron2:R101")
@@ -55,7 +52,7 @@ class BackboneConfig(Section):
 
 
 class SslMethod(Section):
-    """Section of a self-supervised method: base class; a subclass adds ``name``, its constants, and `task_class`."""
+    """Section of a self-supervised method: base class; a subclass adds ``name`` and its constants."""
 
     many_views: ClassVar[bool] = False
     name: str = Field(description="Method.")
@@ -81,10 +78,6 @@ class SslMethod(Section):
             return InputSpec(view.size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return InputSpec(view.size, view.normalise.mean, view.normalise.std)
 
-    def task_class(self) -> type[SelfSupervised[Any]]:
-        """The class that learns by this section, imported here so that reading a configuration needs no torch."""
-        raise NotImplementedError
-
 
 class SimCLRMethod(SslMethod):
     """SimCLR: two views of a picture find each other among all views of the batch (arXiv:2002.05709)."""
@@ -98,12 +91,6 @@ class SimCLRMethod(SslMethod):
         description="optim.lr is multiplied: linear by batch / 256 (.3 in the paper), sqrt by the root of the batch "
         "(.075); none: taken as it is.",
     )
-
-    def task_class(self) -> type[SelfSupervised[Any]]:
-        """`pretrain.methods.simclr.SimCLR`."""
-        from pretrain.methods.simclr import SimCLR
-
-        return SimCLR
 
 
 class MoCoMethod(SslMethod):
@@ -123,12 +110,6 @@ class MoCoMethod(SslMethod):
         description="On one process: groups that batch norm treats as separate GPUs would; 1 is ordinary batch norm.",
     )
 
-    def task_class(self) -> type[SelfSupervised[Any]]:
-        """`pretrain.methods.moco.MoCo`."""
-        from pretrain.methods.moco import MoCo
-
-        return MoCo
-
 
 class SimSiamMethod(SslMethod):
     """SimSiam: predict the other view's projection, whose gradient is stopped (arXiv:2011.10566)."""
@@ -138,12 +119,6 @@ class SimSiamMethod(SslMethod):
     layers: Literal[2, 3] = Field(default=3, description="Layers of the projector; 2 on CIFAR-10.")
     hidden: Width = Field(default=512, description="Units of the predictor's bottleneck, a quarter of dim.")
     constant_predictor_lr: bool = Field(default=True, description="The predictor's learning rate does not decay.")
-
-    def task_class(self) -> type[SelfSupervised[Any]]:
-        """`pretrain.methods.simsiam.SimSiam`."""
-        from pretrain.methods.simsiam import SimSiam
-
-        return SimSiam
 
 
 class BarlowTwinsMethod(SslMethod):
@@ -166,12 +141,6 @@ class BarlowTwinsMethod(SslMethod):
         "its learning rate for biases was tuned to.",
     )
 
-    def task_class(self) -> type[SelfSupervised[Any]]:
-        """`pretrain.methods.barlow_twins.BarlowTwins`."""
-        from pretrain.methods.barlow_twins import BarlowTwins
-
-        return BarlowTwins
-
 
 class ByolMethod(SslMethod):
     """BYOL: predict a momentum network's projection of another view (arXiv:2006.07733, 2010.10241)."""
@@ -189,12 +158,6 @@ class ByolMethod(SslMethod):
         if self.backbone.norm != wanted:
             raise ValueError(f"{self.name} goes with backbone.norm: {wanted}, not {self.backbone.norm}")
         return self
-
-    def task_class(self) -> type[SelfSupervised[Any]]:
-        """`pretrain.methods.byol.BYOL`."""
-        from pretrain.methods.byol import BYOL
-
-        return BYOL
 
 
 class SwavMethod(SslMethod):
@@ -220,12 +183,6 @@ class SwavMethod(SslMethod):
         if self.big_crops > len(expand_views(self.views)):
             raise ValueError(f"big_crops {self.big_crops}: views has only {len(expand_views(self.views))}")
         return self
-
-    def task_class(self) -> type[SelfSupervised[Any]]:
-        """`pretrain.methods.swav.SwAV`."""
-        from pretrain.methods.swav import SwAV
-
-        return SwAV
 
 
 class WatchConfig(Section):

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from pretrain.engine.config import Section
-
-if TYPE_CHECKING:
-    from pretrain.data.images import ImageSet
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -91,17 +88,9 @@ class DataSection(Section):
 
 
 class ImageData(DataSection):
-    """Section of a set of pictures: base class; a subclass adds ``kind``, its keys, and `open`."""
+    """Section of a set of pictures: base class; a subclass adds ``kind`` and its keys."""
 
     kind: str = Field(description="Kind of data.")
-
-    def open(self) -> ImageSet:
-        """The pictures.
-
-        Raises:
-            UserError: They are not there, or there is none.
-        """
-        raise NotImplementedError
 
 
 class FolderData(ImageData):
@@ -113,12 +102,6 @@ class FolderData(ImageData):
         default=False, description="The subfolders directly below root are classes, as in ImageNet's layout."
     )
 
-    def open(self) -> ImageSet:
-        """Pictures sorted by path."""
-        from pretrain.data.images import FolderSet
-
-        return FolderSet(self.root, classes=self.classes)
-
 
 class CifarData(ImageData):
     """CIFAR-10 from a local copy of its binary version."""
@@ -126,12 +109,6 @@ class CifarData(ImageData):
     kind: Literal["cifar"] = Field(description="CIFAR-10, binary version.")
     root: Path = Field(description="Folder with data_batch_1.bin … (or with cifar-10-batches-bin in it).")
     split: Literal["train", "test"] = Field(default="train", description="The 50,000 or the 10,000 pictures.")
-
-    def open(self) -> ImageSet:
-        """CIFAR-10."""
-        from pretrain.data.images import CifarSet
-
-        return CifarSet(self.root, split=self.split)
 
     def labelled_halves(self) -> str | None:
         """Its two halves."""
@@ -146,12 +123,6 @@ class ShardData(ImageData):
         min_length=1, description="Path of the tar files, with braces or wildcards: data/train-{0000..0146}.tar."
     )
 
-    def open(self) -> ImageSet:
-        """Pictures of all shards."""
-        from pretrain.data.images import ShardSet
-
-        return ShardSet(self.pattern)
-
 
 class StickerScenes(ImageData):
     """Pictures of the shipped Sticker Scenes, with several objects each and no labels."""
@@ -162,16 +133,6 @@ class StickerScenes(ImageData):
     size: int = Field(default=160, ge=64, le=1024, description="Side of a scene in pixels.")
     length: int = Field(default=100_000, ge=1, le=10**9, description="Different scenes in one pass.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Scenes of different seeds share nothing.")
-
-    def open(self) -> ImageSet:
-        """Scenes, composed when they are read."""
-        from pretrain.data.images import SceneSet
-        from pretrain.data.scenes import SceneSource
-        from pretrain.data.stickers import Stickers
-
-        return SceneSet(
-            SceneSource(Stickers.load(self.root), split=self.split, seed=self.seed, size=self.size, length=self.length)
-        )
 
     def labelled_halves(self) -> str | None:
         """Its two halves."""
@@ -190,13 +151,6 @@ class StickerSingles(ImageData):
     size: int = Field(default=64, ge=16, le=1024, description="Side of a picture in pixels.")
     views: int = Field(default=1, ge=1, le=1000, description="Pictures of each drawing, each on its own photo.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of photos, places and lights.")
-
-    def open(self) -> ImageSet:
-        """Stickers with their class."""
-        from pretrain.data.images import SingleSet
-        from pretrain.data.stickers import Stickers
-
-        return SingleSet(Stickers.load(self.root), split=self.split, size=self.size, views=self.views, seed=self.seed)
 
     def labelled_halves(self) -> str | None:
         """Its two halves."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from pretrain.config import (
@@ -25,10 +24,12 @@ from pretrain.engine.files import EXPORTED
 if TYPE_CHECKING:
     from torch import nn
 
+    from pretrain.data.images import Builders
     from pretrain.engine.config import OptimConfig
     from pretrain.engine.sampling import Source
     from pretrain.engine.task import Task
     from pretrain.health import Monitored
+    from pretrain.methods.build import Methods
     from pretrain.nets.towers import JointEncoder
 
 DOC = (
@@ -133,15 +134,15 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
     )
 
 
-def main(argv: list[str], *, methods: Sequence[type[SslMethod]] = (), data: Sequence[type[ImageData]] = ()) -> int:
+def main(argv: list[str], *, methods: Methods | None = None, data: Builders | None = None) -> int:
     """Train, then write `exported/` (an encoder folder, or a backbone folder) into the run's folder.
 
     Args:
         argv: Arguments after the program name.
-        methods: Sections of further self-supervised methods that the configuration may name.
-        data: Sections of further sets of pictures.
+        methods: Further self-supervised methods that the configuration may name, by the class of their section.
+        data: What opens further sets of pictures, by the class of their section.
     """
-    model = extended(methods=methods, data=data)
+    model = extended(methods=list(methods or {}), data=list(data or {}))
     cfg, options = command_line(model, argv, prog="python -m pretrain.train", doc=DOC)
 
     from pretrain.engine import distributed
@@ -161,7 +162,7 @@ def main(argv: list[str], *, methods: Sequence[type[SslMethod]] = (), data: Sequ
                 task, cfg.watch, cfg.data, InputSpec(encoder.image_size, encoder.image_mean, encoder.image_std)
             )
     else:
-        task, source, optim = build_self_supervised(cfg)
+        task, source, optim = build_self_supervised(cfg, methods=methods, data=data)
     report = fit(
         task,
         source,
@@ -180,9 +181,12 @@ def main(argv: list[str], *, methods: Sequence[type[SslMethod]] = (), data: Sequ
     return 0
 
 
-def build_self_supervised(cfg: PretrainConfig) -> tuple[Monitored, Source, OptimConfig]:
+def build_self_supervised(
+    cfg: PretrainConfig, *, methods: Methods, data: Builders
+) -> tuple[Monitored, Source, OptimConfig]:
     """The monitored method, the views it learns from, and the optimiser with the method's learning-rate rule."""
     from pretrain.data.crops import ViewSource
+    from pretrain.data.images import build_images
     from pretrain.engine.distributed import pick_device
     from pretrain.methods.build import build_method, method_optim
     from pretrain.monitor import monitored
@@ -190,15 +194,17 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[Monitored, Source, Optim
     if not isinstance(cfg.method, SslMethod) or not isinstance(cfg.data, ImageData):
         raise TypeError(f"{cfg.method.name} is not self-supervised")
     method, batch_size = cfg.method, cfg.loop.batch_size
-    task = build_method(method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device))
-    source = ViewSource(cfg.data.open(), method.views, cfg.loop.seed)
+    task = build_method(
+        method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device), more=methods
+    )
+    source = ViewSource(build_images(cfg.data, more=data or {}), method.views, cfg.loop.seed)
     if len(source) < batch_size // cfg.loop.accumulate:  # what is compared with each other
         raise UserError(
             f"loop.batch_size: {batch_size} is more than the {len(source)} pictures of data, so that a picture would "
             "be its own negative; take a smaller batch, or more pictures"
         )
     monitored_task = monitored(task, cfg.watch, cfg.data, method.inputs())
-    return monitored_task, source, method_optim(method, cfg.optim, batch_size=batch_size)
+    return monitored_task, source, method_optim(method, cfg.optim, batch_size=batch_size, more=methods or {})
 
 
 def export(cfg: PretrainConfig, task: Task) -> str:

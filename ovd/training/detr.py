@@ -310,10 +310,11 @@ def patch_source(
     """Patches of the pictures that a section describes; held-out ones are measured in one size and as they are."""
     from ovd.data.mapper import TrainingTransform
     from ovd.data.patches import PatchSource
+    from pretrain.data.images import build_images
 
     assert config.pretext is not None
     patches, data = config.pretext.patches, config.data
-    pictures = images.open()
+    pictures = build_images(images)
     return PatchSource(
         images=pictures if count is None else _First(pictures, count),
         transform=TrainingTransform(

@@ -14,12 +14,15 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.config_views import CifarData, FolderData, ImageData, ShardData, StickerScenes, StickerSingles
 from pretrain.data.folder import EXTENSIONS, U8, list_images, read_image
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.scenes import SceneSource
@@ -43,6 +46,35 @@ class ImageSet(Protocol):
 
     def label(self, index: int) -> int:
         """Class number, or −1."""
+
+
+Builders = Mapping[type[ImageData], Callable[[Any], ImageSet]]
+"""What opens the pictures of a section, by the section's class."""
+
+
+def build_images(config: ImageData, *, more: Builders = MappingProxyType({})) -> ImageSet:
+    """The pictures a config section describes.
+
+    Args:
+        config: The section.
+        more: Builders of sections that are not in this module's table.
+
+    Raises:
+        UserError: They are not there, or there is none.
+    """
+    builders: Builders = {
+        FolderData: lambda c: FolderSet(c.root, classes=c.classes),
+        CifarData: lambda c: CifarSet(c.root, split=c.split),
+        ShardData: lambda c: ShardSet(c.pattern),
+        StickerScenes: lambda c: SceneSet(
+            SceneSource(Stickers.load(c.root), split=c.split, seed=c.seed, size=c.size, length=c.length)
+        ),
+        StickerSingles: lambda c: SingleSet(
+            Stickers.load(c.root), split=c.split, size=c.size, views=c.views, seed=c.seed
+        ),
+        **more,
+    }
+    return builders[type(config)](config)
 
 
 class FolderSet:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config_views import CifarData, StickerSingles
-from pretrain.data.images import FolderSet, ImageSet
+from pretrain.data.images import FolderSet, ImageSet, build_images
 from pretrain.data.render import U8
 from pretrain.engine.errors import UserError
 
@@ -30,11 +30,11 @@ def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data
         side = size or 64
         stickers = StickerSingles(kind="sticker_singles", size=max(16, side), views=views)  # 16: the least they draw
         held_out = stickers.model_copy(update={"split": "val"})
-        return stickers.open(), held_out.open(), side
+        return build_images(stickers), build_images(held_out), side
     if kind == "cifar" and root:
         cifar = CifarData(kind="cifar", root=Path(root))
         try:
-            return cifar.open(), cifar.model_copy(update={"split": "test"}).open(), size or 32
+            return build_images(cifar), build_images(cifar.model_copy(update={"split": "test"})), size or 32
         except UserError as error:
             raise UserError(f"{key} {text}: {error}") from error
     folders = [Path(text) / name for name in ("train", "val")]

@@ -2,46 +2,78 @@
 """From the config of a self-supervised method to the module that learns.
 
 What is particular to a method stands in its own file (`SelfSupervised.from_config`, `head_memory`, `learning_rate`);
-which class that is, its config says (`SslMethod.task_class`).
+`METHODS` is the table of ours.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 
 from pretrain.augment import ViewAugment
-from pretrain.config_ssl import SslMethod
+from pretrain.config_ssl import (
+    BarlowTwinsMethod,
+    ByolMethod,
+    MoCoMethod,
+    SimCLRMethod,
+    SimSiamMethod,
+    SslMethod,
+    SwavMethod,
+)
 from pretrain.config_views import expand_views
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import world_size
 from pretrain.engine.errors import UserError
+from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.base import SelfSupervised, width_of
+from pretrain.methods.byol import BYOL
+from pretrain.methods.moco import MoCo
+from pretrain.methods.simclr import SimCLR
+from pretrain.methods.simsiam import SimSiam
+from pretrain.methods.swav import SwAV
 from pretrain.nets.backbones import build_backbone
 
 COPIES = 3  # of each parameter while it trains: itself, its gradient, its velocity
 GIB = 2.0**30
 
+Methods = Mapping[type[SslMethod], type[SelfSupervised[Any]]]
+"""The class that learns by a section, by the section's class."""
 
-def build_method(config: SslMethod, *, batch_size: int, device: torch.device) -> SelfSupervised[Any]:
+METHODS: Methods = {
+    SimCLRMethod: SimCLR,
+    MoCoMethod: MoCo,
+    SimSiamMethod: SimSiam,
+    BarlowTwinsMethod: BarlowTwins,
+    ByolMethod: BYOL,
+    SwavMethod: SwAV,
+}
+NO_MORE: Methods = MappingProxyType({})
+
+
+def build_method(
+    config: SslMethod, *, batch_size: int, device: torch.device, more: Methods = NO_MORE
+) -> SelfSupervised[Any]:
     """The method with fresh weights, drawn from torch's generator.
 
     Args:
         config: Section of the method.
         batch_size: Of one pass, over all processes.
         device: Where it will train; several GPUs share their batch norm where the paper's recipe does.
+        more: Methods beside `METHODS`.
 
     Raises:
         UserError: The batch is too small, the backbone cannot take the views, or the heads are wider than the memory.
     """
     if batch_size // world_size() < 2:
         raise UserError(f"loop.batch_size: {batch_size} leaves a process one picture; batch norm needs two")
-    method = config.task_class()
+    method = {**METHODS, **more}[type(config)]
     backbone = build_backbone(config.backbone, sizes=[view.size for view in config.views])
-    refuse_too_wide(config, width_of(backbone), device)
+    refuse_too_wide(method, config, width_of(backbone), device)
     task = method.from_config(
         config,
         backbone=backbone,
@@ -59,17 +91,18 @@ def build_method(config: SslMethod, *, batch_size: int, device: torch.device) ->
     return task
 
 
-def method_optim(config: SslMethod, optim: OptimConfig, *, batch_size: int) -> OptimConfig:
+def method_optim(config: SslMethod, optim: OptimConfig, *, batch_size: int, more: Methods = NO_MORE) -> OptimConfig:
     """The optimiser with the method's learning-rate rule applied."""
-    lr = config.task_class().learning_rate(config, optim.lr, batch_size=batch_size)
+    lr = {**METHODS, **more}[type(config)].learning_rate(config, optim.lr, batch_size=batch_size)
     return optim.model_copy(update={"lr": lr})
 
 
-def refuse_too_wide(config: SslMethod, width: int, device: torch.device) -> None:
+def refuse_too_wide(method: type[SelfSupervised[Any]], config: SslMethod, width: int, device: torch.device) -> None:
     """Say what heads, queue and Barlow Twins' correlation would need, before the memory runs out.
 
     Args:
-        config: Section of the method.
+        method: The method.
+        config: Its section.
         width: Of the backbone's features.
         device: Whose memory it is.
 
@@ -77,7 +110,7 @@ def refuse_too_wide(config: SslMethod, width: int, device: torch.device) -> None
         UserError: More than there is.
     """
     with torch.device("meta"):
-        memory = config.task_class().head_memory(config, width)
+        memory = method.head_memory(config, width)
     heads, free = COPIES * memory.trained, _free_memory(device)
     if heads + memory.kept <= free:
         return

@@ -160,7 +160,8 @@ def test_a_non_finite_step_changes_neither_weights_nor_buffers_nor_optimiser(tmp
 
 def test_the_fourth_non_finite_step_in_a_row_stops_and_names_samples_and_draws(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"step 6: loss nan, .*; samples \[\d+, .*\], draws \[20, 21, 22, 23\]: .* 4\. such"
+        UserError,
+        match=r"step 6: loss nan, .*; samples \[\d+, .*\], draws \[20, 21, 22, 23\]: 4 consecutive non-finite steps",
     ):
         train(Poisoned("loss", {2, 3, 4, 5}), tmp_path / "run", save_every=2, steps=8)
     found = newest(tmp_path / "run" / "checkpoints", warn=print)

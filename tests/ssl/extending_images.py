@@ -18,15 +18,12 @@ class ArrayData(ImageData):
     kind: Literal["array"] = Field(description="Pictures in a .npy file.")
     path: Path = Field(description="The file.")
 
-    def open(self) -> "ArraySet":
-        if not self.path.is_file():
-            raise UserError(f"data.path {self.path} does not exist; give a .npy file")
-        return ArraySet(np.load(self.path, mmap_mode="r"))
-
 
 class ArraySet:
-    def __init__(self, pictures: U8) -> None:
-        self.pictures = pictures
+    def __init__(self, config: ArrayData) -> None:
+        if not config.path.is_file():
+            raise UserError(f"data.path {config.path} does not exist; give a .npy file")
+        self.pictures = np.load(config.path, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -39,4 +36,4 @@ class ArraySet:
 
 
 if __name__ == "__main__":
-    run_cli(partial(main, data=[ArrayData]))
+    run_cli(partial(main, data={ArrayData: ArraySet}))

@@ -19,9 +19,6 @@ class VICRegMethod(SslMethod):
     name: Literal["vicreg"] = Field(description="VICReg.")
     dim: int = Field(default=512, ge=2, description="Length of the projection.")
 
-    def task_class(self) -> "type[VICReg]":
-        return VICReg
-
 
 class VICReg(SelfSupervised[VICRegMethod]):
     @classmethod
@@ -44,4 +41,4 @@ def regularisers(z_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    run_cli(partial(main, methods=[VICRegMethod]))
+    run_cli(partial(main, methods={VICRegMethod: VICReg}))

@@ -16,8 +16,8 @@ from pretrain.engine.errors import UserError
 from pretrain.nets.backbones import load_backbone
 from pretrain.train import main
 from tests.ssl import extending_images, extending_method
-from tests.ssl.extending_images import ArrayData
-from tests.ssl.extending_method import VICRegMethod
+from tests.ssl.extending_images import ArrayData, ArraySet
+from tests.ssl.extending_method import VICReg, VICRegMethod
 
 
 def arguments(folder: Path) -> list[str]:
@@ -38,7 +38,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def test_a_method_and_pictures_of_ones_own_train_resume_and_export(tmp_path: Path) -> None:
     argv = arguments(tmp_path)
-    more = {"methods": [VICRegMethod], "data": [ArrayData]}
+    more = {"methods": {VICRegMethod: VICReg}, "data": {ArrayData: ArraySet}}
     assert main(argv, **more) == 0  # type: ignore[arg-type]
     whole = losses(tmp_path / "run")
     shutil.rmtree(next((tmp_path / "run/checkpoints").glob("step_*4")))

@@ -25,7 +25,7 @@ from pretrain.config_views import (
     ViewConfig,
 )
 from pretrain.data.crops import ViewSource
-from pretrain.data.images import CIFAR_RECORD, ShardSet, expand_braces
+from pretrain.data.images import CIFAR_RECORD, ShardSet, build_images, expand_braces
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
@@ -52,7 +52,7 @@ def test_a_folder_is_searched_to_any_depth_by_extension_in_the_order_of_the_path
     for name, value in (("b/deep/2.PNG", 20), ("a.png", 10), ("c/3.jpeg", 30)):
         write(tmp_path / name, encoded(value, "JPEG" if "jpeg" in name else "PNG"))
     write(tmp_path / "notes.txt", b"no picture")
-    images = FolderData(root=tmp_path).open()
+    images = build_images(FolderData(root=tmp_path))
     assert len(images) == 3
     assert [abs(int(images.image(i)[0, 0, 0]) - v) < 3 for i, v in enumerate((10, 20, 30))] == [True] * 3
     assert images.image(0).shape == (8, 12, 3) and images.image(0).dtype == np.uint8
@@ -62,25 +62,25 @@ def test_a_folder_is_searched_to_any_depth_by_extension_in_the_order_of_the_path
 def test_in_imagenets_layout_the_first_folder_is_the_class(tmp_path: Path) -> None:
     for name in ("zebra/1.png", "ant/x/2.png", "ant/1.png"):
         write(tmp_path / name, encoded(5))
-    images: Any = FolderData(root=tmp_path, classes=True).open()
+    images: Any = build_images(FolderData(root=tmp_path, classes=True))
     assert images.classes == ("ant", "zebra")
     assert [images.label(i) for i in range(3)] == [0, 0, 1]
     write(tmp_path / "loose.png", encoded(5))
     with pytest.raises(UserError, match=r"loose\.png is in no class folder.*classes: false"):
-        FolderData(root=tmp_path, classes=True).open()
+        build_images(FolderData(root=tmp_path, classes=True))
 
 
 def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no picture"):
-        FolderData(root=tmp_path).open()
+        build_images(FolderData(root=tmp_path))
     with pytest.raises(UserError, match="nowhere is not a folder"):
-        FolderData(root=tmp_path / "nowhere").open()
+        build_images(FolderData(root=tmp_path / "nowhere"))
 
 
 def test_an_unreadable_file_is_named_and_its_neighbour_takes_its_place(tmp_path: Path) -> None:
     write(tmp_path / "0.png", b"not a picture")
     write(tmp_path / "1.png", encoded(50))
-    images = FolderData(root=tmp_path).open()
+    images = build_images(FolderData(root=tmp_path))
     with pytest.raises(BadImageError) as caught:
         images.image(0)
     assert caught.value.path == tmp_path / "0.png"
@@ -105,7 +105,7 @@ def cifar(folder: Path, per_file: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])
 def test_cifars_binary_version_is_read_plane_by_plane(tmp_path: Path, inside: str) -> None:
     rows = cifar(tmp_path / inside)
-    train, test = (CifarData(kind="cifar", root=tmp_path, split=s).open() for s in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (build_images(CifarData(kind="cifar", root=tmp_path, split=s)) for s in ("train", "test"))  # type: ignore[arg-type]
     assert (len(train), len(test)) == (15, 3)
     assert train.label(7) == rows[7, 0] and test.label(2) == rows[17, 0]
     picture = train.image(7)
@@ -117,19 +117,19 @@ def test_cifars_pickles_are_not_read_and_the_binary_version_is_named(tmp_path: P
     write(tmp_path / "cifar-10-batches-py" / "data_batch_1", b"\x80\x04].")
     for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
         with pytest.raises(UserError, match=r"pickle.*cifar-10-binary\.tar\.gz"):
-            CifarData(kind="cifar", root=root).open()
+            build_images(CifarData(kind="cifar", root=root))
 
 
 def test_missing_cut_off_and_other_cifar_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data_batch_1\.bin is missing"):
-        CifarData(kind="cifar", root=tmp_path).open()
+        build_images(CifarData(kind="cifar", root=tmp_path))
     cifar(tmp_path)
     write(tmp_path / "data_batch_3.bin", b"x" * 5000)
     with pytest.raises(UserError, match=r"data_batch_3\.bin has 5000 bytes"):
-        CifarData(kind="cifar", root=tmp_path).open()
+        build_images(CifarData(kind="cifar", root=tmp_path))
     write(tmp_path / "data_batch_3.bin", bytes([77]) * CIFAR_RECORD)
     with pytest.raises(UserError, match="labels above 9"):
-        CifarData(kind="cifar", root=tmp_path).open()
+        build_images(CifarData(kind="cifar", root=tmp_path))
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -153,10 +153,10 @@ def shards(tmp_path: Path) -> str:
 
 
 def test_shards_hold_pictures_with_the_class_of_the_same_key(shards: str) -> None:
-    images = ShardData(kind="shards", pattern=shards).open()
+    images = build_images(ShardData(kind="shards", pattern=shards))
     assert [int(images.image(i)[0, 0, 0]) for i in range(len(images))] == [1, 2, 3]
     assert [images.label(i) for i in range(3)] == [4, -1, 9]
-    wild = ShardData(kind="shards", pattern=shards.replace("{00..01}", "*")).open()
+    wild = build_images(ShardData(kind="shards", pattern=shards.replace("{00..01}", "*")))
     assert len(wild) == 3
 
 
@@ -234,7 +234,7 @@ def test_ranges_without_sense_are_refused(pattern: str) -> None:
 
 
 def test_scenes_are_pictures_without_labels() -> None:
-    images = StickerScenes(kind="sticker_scenes", length=5, size=96, seed=3).open()
+    images = build_images(StickerScenes(kind="sticker_scenes", length=5, size=96, seed=3))
     assert len(images) == 5 and images.label(2) == -1
     expected = SceneSource(Stickers.load(), split="train", seed=3, size=96, length=5).scene(2).image
     assert np.array_equal(images.image(2), expected)
@@ -242,8 +242,8 @@ def test_scenes_are_pictures_without_labels() -> None:
 
 def test_singles_are_every_drawing_of_the_splits_styles_with_its_class() -> None:
     stickers = Stickers.load()
-    train: Any = StickerSingles(kind="sticker_singles", size=32).open()
-    held_out: Any = StickerSingles(kind="sticker_singles", split="val", size=32).open()
+    train: Any = build_images(StickerSingles(kind="sticker_singles", size=32))
+    held_out: Any = build_images(StickerSingles(kind="sticker_singles", split="val", size=32))
     drawings = {style: sum(len(codes) for codes in found.values()) for style, found in stickers.drawings.items()}
     assert len(train) == sum(drawings[style] for style in stickers.styles["train"])
     assert len(held_out) == sum(drawings[style] for style in stickers.styles["val"])
@@ -256,7 +256,7 @@ def test_singles_are_every_drawing_of_the_splits_styles_with_its_class() -> None
 
 def test_the_held_out_singles_are_those_of_the_zero_shot_test() -> None:
     crops = StickerCrops(Stickers.load(), size=32)
-    held_out = StickerSingles(kind="sticker_singles", split="val", size=32).open()
+    held_out = build_images(StickerSingles(kind="sticker_singles", split="val", size=32))
     for index in (0, 99):
         picture, _, label = crops.sample(index)
         assert np.array_equal(held_out.image(index), picture.transpose(1, 2, 0)) and held_out.label(index) == label
@@ -264,7 +264,7 @@ def test_the_held_out_singles_are_those_of_the_zero_shot_test() -> None:
 
 def test_training_singles_are_on_training_photos_and_no_class_has_one_photo_in_all_styles() -> None:
     stickers = Stickers.load()
-    train: Any = StickerSingles(kind="sticker_singles", size=32).open()
+    train: Any = build_images(StickerSingles(kind="sticker_singles", size=32))
     assert {path.parent.name for style in train._styles for path in style.backgrounds.paths} == {"train"}
     corners = []  # the sticker fills at most 95 %, so a corner shows the photo
     for style in range(len(stickers.styles["train"])):

@@ -78,8 +78,8 @@ def test_a_run_writes_its_learning_rates_and_the_backbone_it_trained(name: str, 
     trained: list[nn.Module] = []
     build: Callable[..., Any] = train.build_self_supervised
 
-    def monitored(cfg: PretrainConfig) -> Any:
-        made = build(cfg)
+    def monitored(cfg: PretrainConfig, **more: Any) -> Any:
+        made = build(cfg, **more)
         trained.append(made[0].backbone)
         begun.append({key: value.clone() for key, value in made[0].backbone.state_dict().items()})
         return made
