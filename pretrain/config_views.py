@@ -80,7 +80,9 @@ class InputSpec(NamedTuple):
 
 
 class DataSection(Section):
-    """Section of a data set: base class."""
+    """Section of a data set: base class; a subclass adds ``kind`` and its keys."""
+
+    kind: str = Field(description="Kind of data.")
 
     def labelled_halves(self) -> str | None:
         """Labelled training and test pictures of the same kind, by `pretrain.evaluation.data.open_data`'s names."""
@@ -88,9 +90,7 @@ class DataSection(Section):
 
 
 class ImageData(DataSection):
-    """Section of a set of pictures: base class; a subclass adds ``kind`` and its keys."""
-
-    kind: str = Field(description="Kind of data.")
+    """Section of a set of pictures, as self-supervised methods learn from: base class."""
 
 
 class FolderData(ImageData):

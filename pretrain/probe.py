@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +34,19 @@ from pretrain.evaluation.linear import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL, few
 from pretrain.nets.backbones import build_backbone, load_backbone, problem_with
 
 
-def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dict[str, Any]]:
+class Origin(NamedTuple):
+    """Where a backbone comes from: its method, what it expects, and the step of its checkpoint (None: exported)."""
+
+    method: str
+    inputs: InputSpec
+    step: int | None = None
+
+
+def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, Origin]:
     """The online backbone of a run (exported, or of its newest checkpoint), or an exported one.
 
     Returns:
-        It, and what is known of it: "method", "size", "mean", "std", and "step" of a checkpoint.
+        It, and where it comes from.
 
     Raises:
         UserError: There is none.
@@ -63,22 +71,21 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, dic
     backbone = build_backbone(method.backbone, sizes=[view.size for view in method.views])
     backbone_state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     load_model(backbone, backbone_state, untracked=(), where=latest.folder)
-    size, mean, std = method.inputs()
-    return backbone, {"method": method.name, "size": size, "mean": mean, "std": std, "step": latest.step}
+    return backbone, Origin(method.name, method.inputs(), latest.step)
 
 
-def _exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _exported(folder: Path) -> tuple[nn.Module, Origin]:
     """A backbone folder, or the image tower of an encoder folder: a ResNet without the projection into words' space."""
     from pretrain.nets.encoders import load_encoder
     from pretrain.nets.towers import FORMAT, image_features
 
     config = read_json(folder / "config.json", hint="give the folder of a run (its out=), or its exported/")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        return load_backbone(folder)
+        backbone, info = load_backbone(folder)
+        return backbone, Origin(str(info["method"]), InputSpec(info["size"], info["mean"], info["std"]))
     encoder = load_encoder(folder)
     tower = image_features(encoder)
-    known = {"size": encoder.image_size, "mean": encoder.image_mean, "std": encoder.image_std}
-    return tower.eval(), {"method": "clip", **known}
+    return tower.eval(), Origin("clip", InputSpec(encoder.image_size, encoder.image_mean, encoder.image_std))
 
 
 def evaluate(
@@ -173,27 +180,26 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(args.threads)
     joined = distributed.setup()
     try:
-        backbone, info = open_backbone(args.run, args.backbone)
+        backbone, origin = open_backbone(args.run, args.backbone)
         backbone = backbone.to(distributed.pick_device(args.device))
-        train, test, side = open_data(args.data, size=args.size or info.get("size"))
+        train, test, side = open_data(args.data, size=args.size or origin.inputs.size)
         reason = problem_with(backbone, side)
         if reason is not None:
             raise UserError(
                 f"--size {side}: the backbone of {args.run or args.backbone} cannot take such pictures ({reason}); it "
-                f"was trained on {info['size']} pixels"
+                f"was trained on {origin.inputs.size} pixels"
             )
         if args.limit:
             train, test = Subset(train, args.limit, args.seed), Subset(test, args.limit, args.seed)
-        method = str(info.get("method"))
-        recipe = args.protocol or (PROTOCOL_OF.get(method, SMALL) if len(train) >= LARGE else SMALL)
+        recipe = args.protocol or (PROTOCOL_OF.get(origin.method, SMALL) if len(train) >= LARGE else SMALL)
         report = {
             "backbone": str(args.run or args.backbone),
-            "method": method,
-            "step": info.get("step"),
+            "method": origin.method,
+            "step": origin.step,
             "data": args.data,
             "size": side,
             **evaluate(
-                backbone, train, test, InputSpec(side, info["mean"], info["std"]), measures=args.measures, k=args.k,
+                backbone, train, test, origin.inputs._replace(size=side), measures=args.measures, k=args.k,
                 temperature=args.temperature, recipe=recipe, epochs=args.epochs, shots=args.shots, seed=args.seed,
                 say=lambda text: print(text, file=sys.stderr),
             ),

@@ -182,7 +182,7 @@ def main(argv: list[str], *, methods: Methods | None = None, data: Builders | No
 
 
 def build_self_supervised(
-    cfg: PretrainConfig, *, methods: Methods, data: Builders
+    cfg: PretrainConfig, *, methods: Methods | None = None, data: Builders | None = None
 ) -> tuple[Monitored, Source, OptimConfig]:
     """The monitored method, the views it learns from, and the optimiser with the method's learning-rate rule."""
     from pretrain.data.crops import ViewSource
@@ -195,7 +195,10 @@ def build_self_supervised(
         raise TypeError(f"{cfg.method.name} is not self-supervised")
     method, batch_size = cfg.method, cfg.loop.batch_size
     task = build_method(
-        method, batch_size=batch_size // cfg.loop.accumulate, device=pick_device(cfg.loop.device), more=methods
+        method,
+        batch_size=batch_size // cfg.loop.accumulate,
+        device=pick_device(cfg.loop.device),
+        more=methods or {},
     )
     source = ViewSource(build_images(cfg.data, more=data or {}), method.views, cfg.loop.seed)
     if len(source) < batch_size // cfg.loop.accumulate:  # what is compared with each other
@@ -209,9 +212,11 @@ def build_self_supervised(
 
 def export(cfg: PretrainConfig, task: Task) -> str:
     """Write `exported/`; returns a line that says what it is."""
+    from pretrain.health import Monitored
+
     folder = cfg.out / EXPORTED
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
-        inner = getattr(task, "task", task)  # of a monitored task
+        inner = task.task if isinstance(task, Monitored) else task
         encoder = cast("JointEncoder", inner.encoder).eval()
         encoder.save(folder)
         return f"{folder}: encoder {encoder.fingerprint()[:12]}"
