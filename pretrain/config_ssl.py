@@ -205,7 +205,7 @@ class WatchConfig(Section):
         default=2000,
         ge=2,
         le=10**7,
-        description="Pictures that vote; half as many are asked. They are kept in memory.",
+        description="Size of the kNN bank, kept in memory; half as many queries.",
         json_schema_extra=FREE,
     )
     probe_seconds: float = Field(

@@ -58,7 +58,7 @@ def mean_cosine(x_ND: Tensor) -> Tensor:
 
 
 def prototype_use(scores_NK: Tensor) -> Tensor:
-    """How many prototypes are somebody's nearest: perplexity of the choices, over the number that could be chosen."""
+    """Share of prototypes in use: perplexity of the choices, over the number that could be chosen."""
     count, prototypes = scores_NK.shape
     share = torch.bincount(scores_NK.detach().argmax(1), minlength=prototypes).float() / count
     return torch.special.entr(share).sum().exp() / min(count, prototypes)

@@ -11,7 +11,7 @@ from pretrain.health import Monitored
 
 
 def monitored(task: Task, watch: WatchConfig, data: DataSection, inputs: InputSpec) -> Monitored:
-    """The task with its health panel and, where it is asked for and there are labels, a kNN probe.
+    """The task with its health panel and, where there are labels and ``watch`` wants one, a kNN probe.
 
     Args:
         task: The method.

@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import torch
 
@@ -50,11 +51,21 @@ class Signals:
         os.write(2, b"stopping after this step; once more to leave at once\n")  # print is not safe in a handler
 
 
-def guilty_samples(processes: list[dict[str, Any]]) -> str:
+class NonFinite(TypedDict):
+    """One process's part of a step whose loss or gradient is not finite."""
+
+    rank: int
+    loss: float
+    grad_norm: float
+    indices: list[int]
+    draws: list[int]
+
+
+def guilty_samples(processes: Sequence[NonFinite]) -> str:
     """Name the samples of a non-finite step.
 
     Args:
-        processes: ``loss``, ``grad_norm``, ``indices`` and ``draws`` of each process.
+        processes: What each process saw.
     """
     # Prefer those whose own loss is not finite: after averaging, the gradient is alike everywhere.
     guilty = [one for one in processes if not math.isfinite(one["loss"])] or processes

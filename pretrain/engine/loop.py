@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain.engine import checkpoint, distributed, folder
 from pretrain.engine.config import FREE_BY_DEFAULT, LoopConfig, OptimConfig
 from pretrain.engine.errors import UserError
-from pretrain.engine.faults import MAX_SKIPPED, Signals, Stopped, explained, guilty_samples, too_many_bad
+from pretrain.engine.faults import MAX_SKIPPED, NonFinite, Signals, Stopped, explained, guilty_samples, too_many_bad
 from pretrain.engine.log import RunLog
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
@@ -323,7 +323,7 @@ class _Run:
 
     def _report_skip(self, values: dict[str, float], parts: list[Fetched]) -> None:
         """Record a step that changed nothing; stop when there were too many in a row."""
-        mine = {
+        mine: NonFinite = {
             "rank": self.rank,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],

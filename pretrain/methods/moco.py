@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoCo (He et al., arXiv:1911.05722; v2: Chen et al., arXiv:2003.04297): a query finds its key among a queue of keys.
 
-Particular to it: negatives come from a queue of earlier keys, so their number does not hang on the batch (§3.1); keys
+Particular to it: negatives come from a queue of earlier keys, so their number does not depend on the batch (§3.1); keys
 come from a momentum copy of the encoder, moved *before* the keys are computed, by the weights of the previous step
 (algorithm 1); batch norm must not let a query recognise its key by shared statistics, so the keys of all processes are
 shuffled among them (§3.3). One process alone normalises in groups, as several GPUs would ("split batch norm" of the

@@ -31,7 +31,7 @@ class SimSiam(SelfSupervised[SimSiamMethod]):
         predictor: (N, D) → (N, D).
         augment: One function per view.
         constant_predictor_lr: The predictor keeps the first learning rate.
-        stop_gradient: False shows the collapse of table 1; nobody else wants it.
+        stop_gradient: False reproduces the collapse of table 1.
     """
 
     def __init__(

@@ -201,7 +201,7 @@ def save_backbone(
 
 
 def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(backbone in eval mode, what `save_backbone` was told).
+    """(backbone in eval mode, the content of its ``config.json``).
 
     Raises:
         UserError: Something is missing, is of another format or does not fit; never falls back to random weights.
