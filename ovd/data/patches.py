@@ -98,9 +98,9 @@ def prior_boxes(
     max_aspect: float,
     max_iou: float,
 ) -> NDArray[Any]:
-    """Boxes around likely things: up to ``count`` of a selective search, jittered.
+    """Boxes around likely objects: up to ``count`` of a selective search, jittered.
 
-    Their order is drawn, what stands out more often first. They are things more often than random patches are, as
+    Their order is drawn, what stands out more often first. They are objects more often than random patches are, as
     DETReg's targets (arXiv 2106.04550); unlike those, each is a query patch.
     """
     height, width = image.shape[:2]
@@ -157,7 +157,7 @@ class PatchSource:
 
     Args:
         images: unlabelled pictures.
-        transform: resize of the picture (no flip: a patch must look as it does in the picture).
+        transform: resize of the picture (no flip: a patch must keep its appearance).
         seed: of the patches.
         sampler, count, min_side, scale, max_aspect, max_iou: see the functions above.
         size: S.

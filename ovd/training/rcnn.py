@@ -40,15 +40,15 @@ def towers_of(model: OpenVocabularyRCNN) -> dict[str, Tower]:
 
 
 def start_from_encoder(
-    model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, own: Mapping[str, Tensor] | None
+    model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, backbone: Mapping[str, Tensor] | None
 ) -> list[str]:
     """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
 
     Args:
         model: what is loaded into.
-        encoder: gives the backbone where ``own`` is None.
+        encoder: gives the backbone where ``backbone`` is None.
         config: of the training.
-        own: torchvision-named tensors of ``backbone_weights``.
+        backbone: torchvision-named tensors of ``backbone_weights``.
 
     Raises:
         UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not
@@ -63,11 +63,11 @@ def start_from_encoder(
     bb = config.model.backbone
     resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
     prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
-    if own is not None:
+    if backbone is not None:
         source = str(config.backbone_weights)
-        load_resnet(resnet, own, source=source)
+        load_resnet(resnet, backbone, source=source)
         if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
-            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, own, source=source)]
+            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, backbone, source=source)]
         print(f"backbone from {config.backbone_weights}")
         return prefixes
     if config.backbone_start == "scratch":

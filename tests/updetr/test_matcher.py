@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Costs, the assignment, and groups of queries."""
+"""Boxes, costs, and the assignment."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou, box_xyxy_to_cxcywh
-from ovd.modeling.detr.attention_mask import group_attention_mask, query_groups
-from ovd.modeling.detr.matcher import box_cost, hungarian_match, object_cost
+from ovd.modeling.detr.attention_mask import query_groups
+from ovd.modeling.detr.matcher import box_cost, class_cost, hungarian_match, object_cost
 
 
 def boxes(*shape: int) -> torch.Tensor:
@@ -49,6 +49,15 @@ def test_object_cost__prefers_certain_queries_in_both_kinds() -> None:
     for kind in ("focal", "weighted"):
         cost = object_cost(logits, kind=kind)[0, 0, :, 0]
         assert cost[0] > cost[1] > cost[2]
+
+
+def test_class_cost__is_minus_the_probability_of_the_targets_class() -> None:
+    logits, labels = torch.randn(2, 1, 3, 4), torch.tensor([[2, 0]])
+    cost = class_cost(logits, labels)
+    for query in range(3):
+        for target, label in enumerate((2, 0)):
+            share = logits[1, 0, query, label].exp() / logits[1, 0, query].exp().sum()
+            torch.testing.assert_close(cost[1, 0, query, target], -share)
 
 
 def test_match__is_the_cheapest_of_all_assignments() -> None:
@@ -90,25 +99,6 @@ def test_match__more_targets_than_queries_and_costs_that_are_not_finite() -> Non
     pairs = hungarian_match(torch.full((1, 1, 2, 5), float("nan")), [5])
     assert len(pairs.query) == 2 and len(set(pairs.query.tolist())) == 2
     assert len(hungarian_match(torch.zeros(2, 2, 3, 1), [0, 0]).query) == 0
-
-
-@pytest.mark.parametrize(("queries", "groups"), [(100, 10), (100, 20), (24, 6), (32, 8), (50, 7), (5, 5), (9, 1)])
-def test_groups__any_number_of_patches_and_queries(queries: int, groups: int) -> None:
-    group = query_groups(queries, groups)
-    sizes = group.bincount()
-    assert len(sizes) == groups and int(sizes.max() - sizes.min()) <= 1
-    assert group.tolist() == sorted(group.tolist())
-    if queries % groups == 0:  # 1, 1, 1, 2, 2, 2, …, which torch.repeat would not give
-        assert torch.equal(group, torch.arange(groups).repeat_interleave(queries // groups))
-    mask = group_attention_mask(group)
-    assert not mask.all(dim=1).any()  # a query that sees nothing is NaN
-    weights = torch.zeros(queries, queries).masked_fill(mask, float("-inf")).softmax(-1)
-    assert torch.isfinite(weights).all()
-
-
-def test_groups__fewer_queries_than_patches_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least as many"):
-        query_groups(3, 4)
 
 
 def test_match__stays_within_the_group_whatever_it_costs() -> None:

@@ -102,7 +102,7 @@ def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: Detr
         config: of the model that is to start from them.
 
     Raises:
-        UserError: another number of heads, or norms in another place.
+        UserError: another number of heads, or norms elsewhere in the layers.
     """
     pre_norm = "transformer.encoder.norm.weight" in state  # only where norms come first is there one at the end
     if pre_norm != config.pre_norm:
