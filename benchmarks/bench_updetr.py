@@ -17,27 +17,27 @@ from _common import milliseconds, parser, ratio, report, set_threads, show_ratio
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ovd.modeling.detr.matcher import Matches
+    from ovd.modeling.detr.matcher import Assignment
 
 
 def plain_match(
     cost: Tensor, counts: Sequence[int], *, query_group_Q: Tensor | None = None, target_group_NT: Tensor | None = None
-) -> Matches:
+) -> Assignment:
     """One transfer and one assignment per layer and image; groups by forbidding pairs."""
     import torch
     from scipy.optimize import linear_sum_assignment
 
-    from ovd.modeling.detr.matcher import Matches
+    from ovd.modeling.detr.matcher import Assignment
 
     rows = []
     for layer in range(cost.shape[0]):
         for image, count in enumerate(counts):
-            own = cost[layer, image, :, :count]
+            block = cost[layer, image, :, :count]
             if query_group_Q is not None and target_group_NT is not None:
-                own = own.masked_fill(query_group_Q[:, None] != target_group_NT[image, None, :count], 1e5)
-            queries, targets = linear_sum_assignment(own.cpu().numpy())
+                block = block.masked_fill(query_group_Q[:, None] != target_group_NT[image, None, :count], 1e5)
+            queries, targets = linear_sum_assignment(block.cpu().numpy())
             rows += sorted(((layer, image, q, t) for q, t in zip(queries, targets, strict=True)), key=lambda r: r[3])
-    return Matches(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.unbind(0))
+    return Assignment(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.unbind(0))
 
 
 def main() -> None:
@@ -50,10 +50,9 @@ def main() -> None:
 
     import torch
 
-    import ovd.modeling.detr.network as detr_module
+    import ovd.modeling.detr.criterion as criterion_module
     from ovd.config_detr import DetrTrainConfig
-    from ovd.modeling.detr.matcher import match
-    from ovd.modeling.task import DetectionTask
+    from ovd.modeling.detr.matcher import hungarian_match
     from ovd.training.detr import build
     from pretrain.engine.config import load_config
 
@@ -71,15 +70,13 @@ def main() -> None:
         else:
             small += [f"data.length={options.batch}"]
         parts = build(load_config(DetrTrainConfig, file, small + changes))
-        task: DetectionTask = parts["task"].train()
-        model = parts["model"]
-        source = parts["source"]
+        task, model, source = parts.task.train(), parts.model, parts.source
         pictures = [source.sample(index, 0) for index in range(options.batch)]
         cached = [cache_one(model, one) for one in pictures]
         trained = [p for p in task.parameters() if p.requires_grad]
 
         def step(batch: list[dict[str, Any]], matcher: Any, task: Any = task, trained: Any = trained) -> float:
-            detr_module.match = matcher
+            criterion_module.hungarian_match = matcher
             torch.manual_seed(0)  # both ways draw the same noise
             try:
                 loss, _ = task(batch)
@@ -89,13 +86,13 @@ def main() -> None:
                     loss.backward()
                 return float(loss.detach())
             finally:
-                detr_module.match = match
+                criterion_module.hungarian_match = hungarian_match
 
         ways: dict[str, Callable[[], object]] = {
             "plain": partial(step, pictures, plain_match),
-            "cached": partial(step, cached, match),
+            "cached": partial(step, cached, hungarian_match),
         }
-        difference = abs(step(pictures, plain_match) - step(cached, match))
+        difference = abs(step(pictures, plain_match) - step(cached, hungarian_match))
         seconds = take_turns(ways, rounds=options.rounds or 8)
         speedup = ratio(seconds["plain"], seconds["cached"])
         each = milliseconds(seconds["cached"])

@@ -28,7 +28,8 @@ def main() -> None:
     from torch.nn import functional as F
 
     from ovd.config_detr import DetrTrainConfig
-    from ovd.training.detr import build, patch_embedder, patch_source
+    from ovd.training.detr import build
+    from ovd.training.updetr import patch_embedder, patch_source
     from pretrain.engine.config import load_config
     from pretrain.nets.towers import ResNetImage
 
@@ -46,7 +47,7 @@ def main() -> None:
         ["cache=null", "pretext.held_out_count=0", *options.overrides],
     )  # fmt: skip
     parts = build(config)
-    model, encoder = parts["model"].eval(), parts["encoder"]
+    model, encoder = parts.model.eval(), parts.encoder
     source = patch_source(config, config.pretext.held_out, seed=config.loop.seed + 1, count=options.pictures)
     samples = [source.variant(index, 0) for index in range(options.pictures)]
     boxes = torch.stack([one["boxes"] for one in samples])

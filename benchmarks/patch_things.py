@@ -29,8 +29,8 @@ def main() -> None:
     from ovd.config_detr import DetrTrainConfig
     from ovd.data.catalog import LabelledImages, StickerImages
     from ovd.data.patches import Sampler
-    from ovd.training.detr import patch_source
     from ovd.training.inputs import labelled_images
+    from ovd.training.updetr import patch_source
     from pretrain.data.stickers import Stickers
     from pretrain.engine.config import load_config
 

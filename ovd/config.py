@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.engine.config import LATER, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, warm_up_fits
 
 
-class BackboneConfig(Section):
+class DetectorBackboneConfig(Section):
     """The ResNet and, for ``kind: fpn``, its pyramid."""
 
     depth: Literal[18, 34, 50, 101] = Field(18, description="ResNet depth")
@@ -85,11 +85,14 @@ class HeadConfig(Section):
 class ModelConfig(Section):
     """The detector."""
 
+    arch: Literal["mask_rcnn"] = Field(
+        "mask_rcnn", description="conditional and detr choose a detection transformer", json_schema_extra=LATER
+    )
     variant: Literal["agnostic", "text", "image", "vild", "ensemble"] = Field(
         "vild",
         description="agnostic: boxes and masks only (gives the offline proposals); the others are ViLD's variants",
     )
-    backbone: BackboneConfig = Field(BackboneConfig(), description="ResNet")
+    backbone: DetectorBackboneConfig = Field(DetectorBackboneConfig(), description="ResNet")
     proposals: ProposalConfig = Field(ProposalConfig(), description="RPN")
     head: HeadConfig = Field(HeadConfig(), description="region heads")
     encoder_start: bool = Field(
@@ -170,18 +173,23 @@ class DataConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """``python -m ovd.train``: train a detector."""
+class TrainingConfig(Section):
+    """What every training of a detector has."""
 
     out: str = Field(
         ...,
         description="run folder; must be new or empty unless --resume or --overwrite",
-        json_schema_extra={"resume": "free"},
+        json_schema_extra=FREE,
     )
     encoder: str = Field(
         "clip-sticker",
         description="image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG",
     )
+
+
+class TrainConfig(TrainingConfig):
+    """``python -m ovd.train``: train a Mask R-CNN, class-agnostic or with ViLD's heads."""
+
     templates: Literal["sticker", "vild63", "name"] = Field(
         "sticker",
         description="prompts of the class names: four short ones, ViLD's 63, or the bare name; the detector keeps them",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed configuration of ``python -m ovd.train`` for detection transformers: DETR, and UP-DETR's pretraining of it.
 
-A configuration whose ``model`` section has ``arch`` is read as `DetrTrainConfig`; with a ``pretext`` section it
-pretrains, without one it trains a detector.
+`TRAIN_CONFIGS` is what the command reads: ``model.arch`` chooses between a Mask R-CNN and a transformer. A
+transformer with a ``pretext`` section is pretrained; without one it is trained as a detector.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ovd.config import DataConfig
+from ovd.config import DataConfig, TrainConfig, TrainingConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
-from pretrain.engine.config import LATER, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import FREE, LATER, ConfigChoice, LoopConfig, OptimConfig, Section, warm_up_fits
 
 
 class DetrBackboneConfig(Section):
@@ -40,7 +40,7 @@ class DetrBackboneConfig(Section):
 class DetrLossConfig(Section):
     """Weights of the losses; the matching cost uses those of object, classes, l1 and giou."""
 
-    object: float = Field(2.0, ge=0, le=100, description="is there something? (conditional: focal; detr: 1)")
+    object: float = Field(2.0, ge=0, le=100, description="objectness (conditional: focal; detr: 1)")
     object_kind: Literal["focal", "weighted"] = Field(
         "focal", description="focal of Conditional DETR; weighted: DETR's cross-entropy with no_object_weight"
     )
@@ -91,15 +91,11 @@ class DetrConfig(Section):
         description="classes whose words queries are conditioned on per step; 0: free queries",
     )
     crop_conditions: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of those words that are exchanged for a crop of a labelled thing of the class (OV-DETR: .5)",
-        json_schema_extra=LATER,
+        0.0, description="removed, as no gain was measured; 0 is still read", json_schema_extra=LATER
     )
     region_tower: bool = Field(
         False,
-        description="embed each free query by what the backbone's res4 shows inside its box, read by a last stage that "
+        description="embed each free query by what is in its box on the backbone's res4, read by a last stage that "
         "starts as the encoder's, as ViLD's regions are; false: by the query's own state",
     )
     loss: DetrLossConfig = Field(DetrLossConfig(), description="losses")
@@ -114,8 +110,10 @@ class DetrConfig(Section):
             raise ValueError(f"conditioned {self.conditioned} groups need at least as many queries, not {self.queries}")
         if self.conditioned and (self.variant != "text" or self.embed_space != "clip"):
             raise ValueError("queries conditioned on words need variant text and embed_space clip")
-        if self.crop_conditions and not self.conditioned:
-            raise ValueError("crop_conditions exchanges words that queries are conditioned on: set conditioned")
+        if self.crop_conditions:
+            raise ValueError(
+                "crop_conditions was removed: conditioning on crops in training gave no gain; leave it out"
+            )
         if self.region_tower and (self.variant != "text" or "res4" not in self.backbone.features):
             raise ValueError("region_tower reads res4 for words: it needs variant text and res4 in backbone.features")
         return self
@@ -126,7 +124,7 @@ class PatchConfig(Section):
 
     sampler: Literal["official", "log_uniform", "prior"] = Field(
         "log_uniform",
-        description="official: uniform sides; log_uniform: even over scales; prior: likely things (selective search)",
+        description="official: uniform sides; log_uniform: even over scales; prior: likely objects (selective search)",
     )
     count: int = Field(10, ge=1, le=500, description="patches per picture, M; 1 is the single-query form")
     size: int = Field(64, ge=16, le=512, description="patches are resized to this side (paper: 128)")
@@ -162,7 +160,7 @@ class PretextConfig(Section):
         ge=1,
         le=10**9,
         description="steps between measurements (at log lines)",
-        json_schema_extra={"resume": "free"},
+        json_schema_extra=FREE,
     )
     patches: PatchConfig = Field(PatchConfig(), description="query patches")
     grouped: bool = Field(True, description="match a patch among its own queries; false: the official matching")
@@ -171,18 +169,9 @@ class PretextConfig(Section):
     mask_queries: float = Field(0.1, ge=0, lt=1, description="share of queries that get no patch, in training only")
 
 
-class DetrTrainConfig(Section):
+class DetrTrainConfig(TrainingConfig):
     """``python -m ovd.train`` for detection transformers."""
 
-    out: str = Field(
-        ...,
-        description="run folder; must be new or empty unless --resume or --overwrite",
-        json_schema_extra={"resume": "free"},
-    )
-    encoder: str = Field(
-        "clip-sticker",
-        description="image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG",
-    )
     weights: str | None = Field(
         None, description="start from this exported DETR or UP-DETR (folder), or an official .pth file"
     )
@@ -198,7 +187,7 @@ class DetrTrainConfig(Section):
     cache: str | None = Field(
         None,
         description="folder for features of the frozen backbone, reused by later runs; null: no cache",
-        json_schema_extra={"resume": "free"},
+        json_schema_extra=FREE,
     )
     cache_precision: Literal["float16", "float32"] = Field("float16", description="how features are cached")
     loop: LoopConfig = Field(..., description="training loop")
@@ -231,3 +220,10 @@ class DetrTrainConfig(Section):
         if self.model.conditioned and self.pretext is not None:
             raise ValueError("model.conditioned is for training on labels; the pretext conditions on patches already")
         return self
+
+
+TRAIN_CONFIGS: ConfigChoice[TrainingConfig] = ConfigChoice(
+    key="model.arch",
+    sections={"mask_rcnn": TrainConfig, "conditional": DetrTrainConfig, "detr": DetrTrainConfig},
+    default="mask_rcnn",
+)

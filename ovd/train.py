@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m ovd.train --config vild.yaml``: train a detector and export it.
 
+``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, or a detection transformer.
+
+python -m ovd.train --config vild.yaml regions=runs/regions               ViLD
+python -m ovd.train --config updetr.yaml                                   UP-DETR's pretext: patches, no labels
+python -m ovd.train --config detr.yaml weights=runs/updetr/exported       fine-tune on labels
+
 The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``,
 ``ovd.embed`` and ``weights=`` of another training read.
 """
@@ -9,47 +15,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ovd.config import TrainConfig
-from ovd.config_detr import DetrTrainConfig
-from pretrain.engine.cli import command_line
+from ovd.config_detr import TRAIN_CONFIGS, DetrTrainConfig
+from pretrain.engine.cli import Options, command_line
 from pretrain.engine.config import free_keys, keys_at_default, plain
 from pretrain.engine.errors import run_cli
 from pretrain.engine.files import EXPORTED
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ovd.training.parts import TrainingParts
+
 ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig)
+ModelT = TypeVar("ModelT", bound="nn.Module")
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
+    config, options = command_line(TRAIN_CONFIGS, argv, prog="python -m ovd.train", doc=__doc__ or "")
     from ovd.training import detr, rcnn
 
-    if detr.is_transformer(argv):
-        doc = detr.__doc__ or ""
-        return _run(DetrTrainConfig, argv, doc=doc, build=detr.build, export=detr.export, kind="transformer")
-    return _run(TrainConfig, argv, doc=__doc__ or "", build=rcnn.build, export=rcnn.export, kind="detector")
+    if isinstance(config, DetrTrainConfig):
+        _train(config, options, build=detr.build, export=detr.export)
+    else:
+        assert isinstance(config, TrainConfig)
+        _train(config, options, build=rcnn.build, export=rcnn.export)
+    return 0
 
 
-def _run(
-    model: type[ConfigT],
-    argv: list[str],
+def _train(
+    config: ConfigT,
+    options: Options,
     *,
-    doc: str,
-    build: Callable[[ConfigT], dict[str, Any]],
-    export: Callable[[ConfigT, dict[str, Any], Path], None],
-    kind: str,
-) -> int:
-    """Read the configuration, build, train, export; returns the exit status."""
-    config, options = command_line(model, argv, prog="python -m ovd.train", doc=doc)
+    build: Callable[[ConfigT], TrainingParts[ModelT]],
+    export: Callable[[ConfigT, TrainingParts[ModelT], Path], None],
+) -> None:
+    """Build, train, export."""
     from pretrain.engine.distributed import is_main
     from pretrain.engine.loop import fit
 
     parts = build(config)
     out = Path(config.out)
     report = fit(
-        parts["task"],
-        parts["source"],
+        parts.task,
+        parts.source,
         loop=config.loop,
         optim=config.optim,
         out=out,
@@ -58,12 +70,11 @@ def _run(
         resume=options.resume,
         overwrite=options.overwrite,
         check=options.check,
-        free_keys=free_keys(model),
+        free_keys=free_keys(type(config)),
     )
     if not options.check and is_main():
         export(config, parts, out / EXPORTED)
-        print(f"step {report.step}: {kind} exported to {out / EXPORTED}")
-    return 0
+        print(f"step {report.step}: {config.model.arch} exported to {out / EXPORTED}")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ovd.config_detr import DetrTrainConfig
-from ovd.modeling.detr.matcher import overlaps, to_corners
-from ovd.modeling.detr.network import Detr
+from ovd.data.samples import PatchSample
+from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
 from ovd.modeling.detr.transformer import ConditionalDecoderLayer
 from ovd.modeling.detr.updetr import PatchPretext
-from ovd.training.detr import build, patch_source
+from ovd.training.detr import build
+from ovd.training.updetr import patch_source
 from pretrain.engine.checkpoint import load_model, load_state, newest, verify
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import UserError, run_cli
@@ -64,20 +65,20 @@ def weights(seen: Mapping[str, Tensor], heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def answers(task: PatchPretext, batch: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+def answers(task: PatchPretext, batch: list[PatchSample]) -> tuple[Tensor, Tensor, Tensor]:
     """(N, M, 4) boxes in pixels, (N, M) IoU with the patch, (N, M, h, w) attention of each patch's best query."""
     task.eval()
     model = task.detr
     layer = cast(ConditionalDecoderLayer, model.transformer["decoder"].layers[-1])  # type: ignore[index]
     with attention_of(layer) as seen:
         out, targets, group = task.predict(batch)
-    best = task.answering(out, group, targets.boxes.shape[1])
-    boxes = to_corners(out.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4)))
-    iou = overlaps(boxes, to_corners(targets.boxes))[0]
+    best = task.best_queries(out, group, targets.boxes.shape[1])
+    boxes = box_cxcywh_to_xyxy(out.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4)))
+    iou = box_iou_and_giou(boxes, box_cxcywh_to_xyxy(targets.boxes))[0]
     look = weights(seen, layer.heads)
     look = look.gather(1, best[..., None].expand(-1, -1, look.shape[-1]))
     height, width = batch[0]["image"].shape[-2:]
-    stride = model.features[0][2]
+    stride = model.features[0].stride
     look = look.unflatten(-1, (-(-height // stride), -(-width // stride)))
     return boxes * boxes.new_tensor([width, height, width, height]), iou, look
 
@@ -104,9 +105,7 @@ def load_task(task: PatchPretext, checkpoint: Path | None) -> int:
     return found.step
 
 
-def sheet(
-    task: PatchPretext, stages: list[Path | None], batch: list[dict[str, Any]], patches: list[int]
-) -> Image.Image:
+def sheet(task: PatchPretext, stages: list[Path | None], batch: list[PatchSample], patches: list[int]) -> Image.Image:
     """A row per picture: the picture with its patch, then a column per stage."""
     height, width = batch[0]["image"].shape[-2:]
     picture = Image.new("RGB", ((1 + len(stages)) * (width + GAP) - GAP, len(batch) * (height + GAP) + 16), "black")
@@ -143,8 +142,8 @@ def main(argv: list[str]) -> int:
     if config.pretext is None or config.model.arch != "conditional" or last is None:
         raise UserError(f"{args.run}: not a run of the pretext with arch conditional and a checkpoint")
     parts = build(config)
-    task: PatchPretext = parts["task"]
-    assert isinstance(task.detr, Detr)
+    task = parts.task
+    assert isinstance(task, PatchPretext)
     source = patch_source(config, config.pretext.held_out, seed=config.loop.seed + 1, count=args.pictures)
     batch = [source.sample(index, 0) for index in range(args.pictures)]
     stages: list[Path | None] = [None, *args.during, last.folder]

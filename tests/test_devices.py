@@ -18,7 +18,7 @@ from ovd.detector import Detector
 from ovd.evaluation.predictor import CropModel, predictor_for
 from ovd.evaluation.typed import run_typed
 from ovd.inference.scoring import Calibration
-from ovd.modeling.detr.build import DetrRegions, start_projections
+from ovd.modeling.detr.build import DetrRegions, init_projections
 from ovd.modeling.vild.build import DetectorCard, RegionModel
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
@@ -181,8 +181,6 @@ def test_vild__losses_and_regions_are_computed_on_the_gpu(variant: str, kind: di
 @pytest.mark.parametrize("options", [{}, {"denoising": 2}, {"denoising": 1, "conditioned": 2}])
 def test_transformer__losses_and_detections_are_computed_on_the_gpu(options: dict[str, Any], tower: bool) -> None:
     model = detr.make(novel=(4,), region_tower=region_tower() if tower else None, **options)
-    if model.conditioned:
-        model.class_crops = detr.class_crops()
     batch = [detr.picture(64, 96, [[8, 8, 40, 40], [50, 20, 90, 60]], [0, 2]), detr.picture(64, 64, [], [])]
     with pretend_cuda():
         to_cuda(model).train()
@@ -205,7 +203,7 @@ def test_transformer__of_a_closed_list_trains_on_the_gpu(arch: str) -> None:
 @pytest.mark.parametrize("denoising", [0, 2])
 def test_pretext__finds_patches_on_the_gpu(denoising: int) -> None:
     task, batch = pretext_task(), detr.patch_batch(2, 3)
-    task.detr.denoising = denoising
+    task.detr.denoising.groups = denoising
     with pretend_cuda():
         to_cuda(task).train()
         with precision("bf16"):
@@ -213,8 +211,8 @@ def test_pretext__finds_patches_on_the_gpu(denoising: int) -> None:
         assert loss.device.type == "cuda" and loss.dtype == torch.float32
         assert 0 <= task.measure([batch])["patch_miou"] <= 1
         maps = task.detr.maps_of(batch)[0]["res4"]
-        tokens, patches = maps.flatten(2).transpose(1, 2).flatten(0, 1), task.embeddings(batch).flatten(0, 1)
-        assert "the same map" in start_projections(task.detr, tokens_SC=tokens, embeddings_PD=patches)
+        tokens, patches = maps.flatten(2).transpose(1, 2).flatten(0, 1), task.patch_embeddings(batch).flatten(0, 1)
+        assert "the same map" in init_projections(task.detr, tokens_SC=tokens, embeddings_PD=patches)
 
 
 # --- a person's questions

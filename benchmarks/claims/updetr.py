@@ -25,7 +25,11 @@ from typing import Any
 from common import ROOT, draw, machine, mean_and_spread
 
 from ovd.config_detr import DetrTrainConfig
+from ovd.data.samples import LabelledSample
+from ovd.modeling.detr.network import Detr
+from ovd.modeling.detr.task import DetrTask
 from ovd.training import detr as detr_training
+from ovd.training.parts import TrainingParts
 from pretrain.engine.config import load_config
 
 CASES: dict[str, list[str]] = {  # of the pretext
@@ -41,7 +45,7 @@ CASES: dict[str, list[str]] = {  # of the pretext
 }
 MAIN_FRACTIONS = (0.05, 0.1, 0.25, 1.0)
 ABLATION_FRACTION = 0.1
-BEST = 100  # detections per picture that are judged
+MAX_DETECTIONS = 100  # per picture that are evaluated
 
 
 def pretrain_once(case: str, options: argparse.Namespace) -> Path:
@@ -67,8 +71,8 @@ def fine_tune(name: str, start: Path | None, fraction: float, seed: int, options
     """AP50 along one training, by steps."""
     record = options.out / "runs" / f"{name}_{fraction}_{seed}.json"
     if record.is_file():
-        found: dict[str, Any] = json.loads(record.read_text())
-        return found
+        finished: dict[str, Any] = json.loads(record.read_text())
+        return finished
     from pretrain.engine.loop import fit
 
     data = [f"data.length={options.pictures}"]
@@ -89,24 +93,24 @@ def fine_tune(name: str, start: Path | None, fraction: float, seed: int, options
     train, held = pictures_of(config, options)
     config = config.model_copy(update={"images_limit": max(1, round(fraction * train))})
     parts = detr_training.build(config)
-    truth = held_out(config, parts, held, options)
-    curve = judged(parts["task"], parts["model"], truth)
+    batches = held_out(config, parts, held, options)
+    task = EvaluatedTask(model=parts.model, pretrained_lr_scale=config.pretrained_lr_scale, batches=batches)
     begun = time.perf_counter()
     out = options.out / "runs" / f"{name}_{fraction}_{seed}"
     fit(
-        parts["task"],
-        parts["source"],
+        task,
+        parts.source,
         loop=config.loop,
         optim=config.optim,
         out=out,
         record={"seed": seed},
         overwrite=True,
     )
-    found = {
-        "curve": curve, "seconds": time.perf_counter() - begun, "pictures": config.images_limit
+    run = {
+        "curve": task.curve, "seconds": time.perf_counter() - begun, "pictures": config.images_limit
     }  # fmt: skip
-    record.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    record.write_text(json.dumps(run, indent=1) + "\n")
+    return run
 
 
 def pictures_of(config: DetrTrainConfig, options: argparse.Namespace) -> tuple[int, list[int]]:
@@ -121,15 +125,16 @@ def pictures_of(config: DetrTrainConfig, options: argparse.Namespace) -> tuple[i
 
 
 def held_out(
-    config: DetrTrainConfig, parts: Mapping[str, Any], held: list[int], options: argparse.Namespace
-) -> list[list[dict[str, Any]]]:
+    config: DetrTrainConfig, parts: TrainingParts[Detr], held: list[int], options: argparse.Namespace
+) -> list[list[LabelledSample]]:
     """Batches of labelled pictures that no training sees, as cached features."""
-    from ovd.data.catalog import StickerImages
+    from ovd.data.catalog import LabelledImages, StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
-    from ovd.training.detr import cached_detection
+    from ovd.training.feature_cache import FirstImages, cached_detection
     from pretrain.data.stickers import Stickers
 
-    images = parts["images"]
+    assert parts.labels is not None
+    images: LabelledImages = parts.labels.images
     plain = config.model_copy(update={"data": config.data.model_copy(update={"flip": 0.0, "seed": 0})})
     if not options.coco:
         count = options.held_out
@@ -139,50 +144,58 @@ def held_out(
         plain = plain.model_copy(update={"data": plain.data.model_copy(update={"length": count, "split": "val"})})
         held = list(range(count))
     transform = TrainingTransform(short_side=config.data.short_side, long_side=config.data.long_side, flip=0.0)
-    source = DetectionSource(images=getattr(images, "images", images), transform=transform, seed=0)
-    cached = cached_detection(plain, parts["model"], source)
+    whole = images.images if isinstance(images, FirstImages) else images
+    cached = cached_detection(plain, parts.model, DetectionSource(images=whole, transform=transform, seed=0))
     samples = [cached.sample(index, 0) for index in held]
     return [samples[i : i + 32] for i in range(0, len(samples), 32)]
 
 
-def judged(task: Any, model: Any, batches: list[list[dict[str, Any]]]) -> list[dict[str, float]]:
-    """Let a task's log lines carry AP50 of the held-out pictures; returns the list that fills with them."""
-    curve: list[dict[str, float]] = []
-    steps = 0
+class EvaluatedTask(DetrTask):
+    """Training on labels whose log lines carry AP50 of held-out pictures; ``curve`` fills with it.
 
-    def after_step(step: int, total: int) -> None:
-        nonlocal steps
-        steps = step + 1
+    Args:
+        model, pretrained_lr_scale: of `DetrTask`.
+        batches: held-out pictures.
+    """
 
-    def report() -> tuple[dict[str, float], list[str]]:
-        found = average_precision(model, batches)
-        curve.append({"step": steps, **found})
-        return found, []
+    def __init__(self, *, model: Detr, pretrained_lr_scale: float, batches: list[list[LabelledSample]]) -> None:
+        super().__init__(model=model, pretrained_lr_scale=pretrained_lr_scale)
+        self.batches = batches
+        self.steps = 0
+        self.curve: list[dict[str, float]] = []
 
-    task.after_step, task.report = after_step, report
-    return curve
+    def after_step(self, step: int, total: int) -> None:
+        """Count steps."""
+        self.steps = step + 1
+
+    def report(self) -> tuple[dict[str, float], list[str]]:
+        """AP50 at this step."""
+        values = average_precision(self.detr, self.batches)
+        self.curve.append({"step": self.steps, **values})
+        return values, []
 
 
-def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+def average_precision(model: Detr, batches: Sequence[Sequence[LabelledSample]]) -> dict[str, float]:
     """AP50 over classes, and of boxes whatever their class by objectness alone, in network pixels."""
     import torch
 
     from ovd.evaluation.coco import as_one_category, evaluate
-    from ovd.modeling.detr.matcher import to_corners
+    from ovd.modeling.boxes import box_cxcywh_to_xyxy
 
-    training = model.training
+    classifier, was_training = model.classifier, model.training
+    assert classifier is not None
     model.eval()
     gt: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
     results: list[dict[str, Any]] = []
-    things: list[dict[str, Any]] = []
-    seen = model.classifier.trainable
-    gt["categories"] = [{"id": i + 1, "name": str(i)} for i in range(len(seen)) if bool(seen[i])]
+    any_class: list[dict[str, Any]] = []
+    trainable = classifier.trainable
+    gt["categories"] = [{"id": i + 1, "name": str(i)} for i in range(len(trainable)) if bool(trainable[i])]
     number = 0
     for batch in batches:
-        found = model.found(list(batch))
-        said = model.classifier(found.embeddings.flatten(0, 1))[:, :-1].masked_fill(~seen, float("-inf"))
-        word = said.softmax(-1).unflatten(0, found.logits.shape)
-        score = (word * found.logits.sigmoid()[..., None]).sqrt()
+        outputs = model.predict(model.memory(batch))
+        logits = classifier(outputs.embeddings.flatten(0, 1))[:, :-1].masked_fill(~trainable, float("-inf"))
+        probability = logits.softmax(-1).unflatten(0, outputs.logits.shape)
+        score = (probability * outputs.logits.sigmoid()[..., None]).sqrt()
         for n, one in enumerate(batch):
             number += 1
             height, width = one["size"]
@@ -197,19 +210,19 @@ def average_precision(model: Any, batches: Sequence[Sequence[dict[str, Any]]]) -
                         "bbox": [box[0], box[1], *size], "area": size[0] * size[1],
                     }
                 )  # fmt: skip
-            corners = to_corners(found.boxes[n]).clamp(0, 1) * torch.tensor([width, height, width, height])
-            for box, value in zip(corners.tolist(), found.logits[n].sigmoid().tolist(), strict=True):
-                things.append(_result(number, 1, box, value))
-            best = score[n].flatten().topk(min(BEST, score[n].numel()))
-            for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                query, label = divmod(place, len(seen))
-                if not seen[label]:  # its score is zero: fewer pairs than are judged
+            corners = box_cxcywh_to_xyxy(outputs.boxes[n]).clamp(0, 1) * torch.tensor([width, height, width, height])
+            for box, value in zip(corners.tolist(), outputs.logits[n].sigmoid().tolist(), strict=True):
+                any_class.append(_result(number, 1, box, value))
+            best = score[n].flatten().topk(min(MAX_DETECTIONS, score[n].numel()))
+            for value, pair in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                query, label = divmod(pair, len(trainable))
+                if not trainable[label]:  # its score is zero: fewer pairs than are evaluated
                     continue
                 results.append(_result(number, label + 1, corners[query].tolist(), value))
-    model.train(training)
+    model.train(was_training)
     named = evaluate(gt, results, None, ["bbox"]).values["bbox/AP50"]
-    any_class = evaluate(*as_one_category(gt, things), None, ["bbox"]).values["bbox/AP50"]
-    return {"ap50": float(named), "ap50_any_class": float(any_class)}
+    merged = evaluate(*as_one_category(gt, any_class), None, ["bbox"]).values["bbox/AP50"]
+    return {"ap50": float(named), "ap50_any_class": float(merged)}
 
 
 def _result(image: int, label: int, corners: Sequence[float], score: float) -> dict[str, Any]:
@@ -225,12 +238,12 @@ def steps_to(curve: Sequence[Mapping[str, float]], value: float, measure: str) -
     return next((point["step"] for point in curve if point[measure] >= value), None)
 
 
-def curves(axes: Any, found: Mapping[str, Any]) -> None:
+def curves(axes: Any, results: Mapping[str, Any]) -> None:
     """AP50 of boxes whatever their class over the steps: mean over the seeds, and their spread."""
-    for name, entry in found.items():
+    for name, entry in results.items():
         steps = [point["step"] for point in entry["curves"][0]]
-        found_at = [mean_and_spread(points, "ap50_any_class") for points in zip(*entry["curves"], strict=True)]
-        means, spreads = ([100 * value for value in column] for column in zip(*found_at, strict=True))
+        points_at = [mean_and_spread(points, "ap50_any_class") for points in zip(*entry["curves"], strict=True)]
+        means, spreads = ([100 * value for value in column] for column in zip(*points_at, strict=True))
         case, _, fraction = name.partition("/")
         start = {"grouped": "UP-DETR"}.get(case, case)
         axes.errorbar(
@@ -261,7 +274,7 @@ def main(argv: Sequence[str]) -> None:
     fractions = options.fractions or (MAIN_FRACTIONS if main_only else (ABLATION_FRACTION,))
     starts: dict[str, Path | None] = {"random": None}
     starts |= {case: pretrain_once(case, options) for case in options.cases}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     print(f"{'start':<18} {'labels':>7} {'AP50':>15} {'any class':>15} {'steps to random':>16}")
     for fraction in fractions:
         goal = 0.0
@@ -269,23 +282,23 @@ def main(argv: Sequence[str]) -> None:
             runs = [fine_tune(name, start, fraction, seed, options) for seed in options.seeds]
             last = {m: [100 * run["curve"][-1][m] for run in runs] for m in ("ap50", "ap50_any_class")}
             ends = [run["curve"][-1] for run in runs]
-            (named, named_spread), (thing, thing_spread) = (mean_and_spread(ends, m) for m in last)
+            (named, named_spread), (any_class, any_class_spread) = (mean_and_spread(ends, m) for m in last)
             if name == "random":
-                goal = thing
+                goal = any_class
             reached = [steps_to(run["curve"], goal, "ap50_any_class") for run in runs]
             known = [step for step in reached if step is not None]
-            said = f"{statistics.mean(known):.0f}" if len(known) == len(reached) else "not reached"
+            reached_at = f"{statistics.mean(known):.0f}" if len(known) == len(reached) else "not reached"
             print(
                 f"{name:<18} {runs[0]['pictures']:>7} {100 * named:>8.2f} ± {100 * named_spread:<4.2f} "
-                f"{100 * thing:>8.2f} ± {100 * thing_spread:<4.2f} {said:>16}",
+                f"{100 * any_class:>8.2f} ± {100 * any_class_spread:<4.2f} {reached_at:>16}",
                 flush=True,
             )
-            found[f"{name}/{fraction}"] = {"last": last, "curves": [run["curve"] for run in runs], "steps": reached}
+            results[f"{name}/{fraction}"] = {"last": last, "curves": [run["curve"] for run in runs], "steps": reached}
     settings = {k: str(v) for k, v in vars(options).items()}
-    text = json.dumps({"machine": machine(), "settings": settings, "found": found}, indent=1)
+    text = json.dumps({"machine": machine(), "settings": settings, "found": results}, indent=1)
     kind = f"updetr_{'main' if main_only else 'ablation'}"
     (options.out / f"{kind}.json").write_text(text + "\n")
-    draw(options.out / f"{kind}.svg", found, curves)
+    draw(options.out / f"{kind}.svg", results, curves)
 
 
 if __name__ == "__main__":

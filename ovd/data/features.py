@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a frozen backbone, computed once and read from memory-mapped files by every later step and run.
+"""Features of a frozen backbone, computed once and memory-mapped by every later step and run.
 
 A frozen backbone gives the same features in every epoch as long as the picture does not change. Arrays lie in a folder
 named by a hash of everything that determines them; ``meta.json`` is written last, so that a half-written cache is never
@@ -23,13 +23,14 @@ from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
 from ovd.data.mapper import DetectionSource
+from ovd.data.samples import LabelledSample, PatchSample
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import too_many_bad
 from pretrain.engine.files import sha256_of, write_atomically
 
 META = "meta.json"
 Sample = TypeVar("Sample")
-MOST = 100  # objects per picture that a cache holds (COCO has up to 93)
+MAX_OBJECTS = 100  # per picture that a cache holds (COCO has up to 93)
 
 
 class FeatureCache:
@@ -123,7 +124,7 @@ class FeatureCache:
 
 
 def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What tells that files changed which settings name: for a cache's key beside the settings.
+    """Digests of the files named in settings, for a cache's key beside the settings themselves.
 
     Args:
         settings: of a data section, as JSON.
@@ -131,27 +132,27 @@ def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         A digest per setting that is a path: of a file's content; of the names, sizes and times of change in a folder.
     """
-    found = {}
+    digests = {}
     for name, value in settings.items():
         for number, part in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(part, str) and part and (place := Path(part)).exists():
-                found[f"files.{name}.{number}"] = _digest(place)
-    return found
+            if isinstance(part, str) and part and (path := Path(part)).exists():
+                digests[f"files.{name}.{number}"] = _digest(path)
+    return digests
 
 
-def _digest(place: Path) -> str:
-    if place.is_file():
-        return sha256_of(place)
+def _digest(root: Path) -> str:
+    if root.is_file():
+        return sha256_of(root)
     digest = hashlib.sha256()
-    for path in sorted(place.rglob("*")):
+    for path in sorted(root.rglob("*")):
         if path.is_file():
-            about = path.stat()
-            digest.update(f"{path.relative_to(place)} {about.st_size} {about.st_mtime_ns}\n".encode())
+            stat = path.stat()
+            digest.update(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 class Readable:
-    """Takes the next picture for one that cannot be read, as the training loop does, and says so once.
+    """Replaces a picture that cannot be read by the next one, as the training loop does, with one warning.
 
     Args:
         count: pictures.
@@ -187,11 +188,13 @@ def pad_objects(instances: Instances) -> dict[str, NDArray[Any]]:
     """Boxes and classes of one picture in arrays of fixed shape.
 
     Raises:
-        UserError: more than `MOST` objects.
+        UserError: more than `MAX_OBJECTS` objects.
     """
-    if len(instances) > MOST:
-        raise UserError(f"cache: a picture has {len(instances)} objects, at most {MOST} are cached; set cache=null")
-    boxes, classes = np.zeros((MOST, 4), dtype=np.float32), np.zeros(MOST, dtype=np.int64)
+    if len(instances) > MAX_OBJECTS:
+        raise UserError(
+            f"cache: a picture has {len(instances)} objects, at most {MAX_OBJECTS} are cached; set cache=null"
+        )
+    boxes, classes = np.zeros((MAX_OBJECTS, 4), dtype=np.float32), np.zeros(MAX_OBJECTS, dtype=np.int64)
     boxes[: len(instances)] = instances.gt_boxes.tensor.numpy()
     classes[: len(instances)] = instances.gt_classes.numpy()
     return {
@@ -214,7 +217,7 @@ class CachedDetection:
     def __len__(self) -> int:
         return len(self.source)
 
-    def sample(self, index: int, draw: int) -> dict[str, Any]:
+    def sample(self, index: int, draw: int) -> LabelledSample:
         """Features, labels and size of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.source.seed, draw])
         rng.random()  # the scale, which the transform draws first
@@ -231,7 +234,7 @@ class CachedDetection:
         }
 
     @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def collate(samples: list[LabelledSample]) -> list[LabelledSample]:
         """A list, as Detectron2's models take."""
         return samples
 
@@ -251,7 +254,7 @@ class CachedPatches:
     def __len__(self) -> int:
         return len(self.cache)
 
-    def sample(self, index: int, draw: int) -> dict[str, Any]:
+    def sample(self, index: int, draw: int) -> PatchSample:
         """As `PatchSource.sample`, with ``features`` and ``embeddings`` in place of pictures and patches."""
         row = self.cache.row(index)
         variant = (draw // len(self)) % self.variants
@@ -263,6 +266,6 @@ class CachedPatches:
         }
 
     @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def collate(samples: list[PatchSample]) -> list[PatchSample]:
         """A list, as Detectron2's models take."""
         return samples

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random query patches: which boxes of an unlabelled picture UP-DETR is asked to find again.
+"""Random query patches: which boxes of an unlabelled picture UP-DETR learns to localise.
 
 A set of patches is a pure function of (seed, picture, variant). They are cut from the picture as it is stored, before
 any resize, and their boxes follow the resize.
@@ -10,7 +10,7 @@ Shapes: ``M`` patches, ``K`` crops of a patch (scales), ``S`` their side; boxes 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.data.mapper import TrainingTransform, move_boxes
+from ovd.data.samples import PatchSample
 from ovd.data.selective_search import likely_boxes
 from ovd.regions.crops import crop_regions
 from pretrain.augment import ViewAugment
@@ -27,18 +28,12 @@ from pretrain.engine.errors import BadImageError
 from pretrain.engine.sampling import derive_seed
 
 Sampler = Literal["official", "log_uniform", "prior"]
-SMALLEST = 16  # pictures with a side up to this are skipped (released code)
+TOO_SMALL = 16  # pictures with a side up to this are skipped (released code)
 TRIES = 40  # draws for one patch before an overlapping one is accepted
-
-# SimCLR-like changes of the released code: p .8 jitter .4/.4/.4/.1, p .2 grey, p .5 blur; no flip.
-JITTER: dict[str, Any] = {
-    "crop_scale": (1.0, 1.0), "flip": 0.0, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey_p": 0.2,
-    "blur_p": 0.5, "blur_sigma": (0.1, 2.0), "solarise_p": 0.0, "normalise": None,
-}  # fmt: skip
 
 
 def official_boxes(width: int, height: int, rng: np.random.Generator, *, count: int, min_side: int) -> NDArray[Any]:
-    """The released sampler: both sides uniform from ``min_side`` to the whole picture, then a uniform place.
+    """The released sampler: both sides uniform from ``min_side`` to the whole picture, then a uniform position.
 
     Its patches are large (median area 19 % of the picture), often long, and a third overlaps another by half.
     """
@@ -103,10 +98,10 @@ def prior_boxes(
     max_aspect: float,
     max_iou: float,
 ) -> NDArray[Any]:
-    """Boxes around likely things: up to ``count`` of a selective search, jittered.
+    """Boxes around likely objects: up to ``count`` of a selective search, jittered.
 
-    Their order is drawn, what stands out more often first. They are things more often than random patches are, as
-    DETReg's targets (arXiv 2106.04550); unlike those they are asked for by their patch.
+    Their order is drawn, what stands out more often first. They are objects more often than random patches are, as
+    DETReg's targets (arXiv 2106.04550); unlike those, each is a query patch.
     """
     height, width = image.shape[:2]
     candidates, values = likely_boxes(image, scale=scale, max_aspect=max_aspect)
@@ -131,12 +126,38 @@ def _iou(box: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
     return inner / ((box[2:] - box[:2]).prod() + areas - inner)
 
 
+class _Limits(TypedDict):
+    """What `prior_boxes` and `log_uniform_boxes` share."""
+
+    count: int
+    min_side: int
+    scale: tuple[float, float]
+    max_aspect: float
+    max_iou: float
+
+
+def colour_jitter(size: int) -> ViewConfig:
+    """The released code's SimCLR-like changes of a patch: p .8 jitter .4/.4/.4/.1, p .2 grey, p .5 blur; no flip."""
+    return ViewConfig(
+        size=size,
+        crop_scale=(1.0, 1.0),
+        flip=0.0,
+        jitter=(0.4, 0.4, 0.4, 0.1),
+        jitter_p=0.8,
+        grey_p=0.2,
+        blur_p=0.5,
+        blur_sigma=(0.1, 2.0),
+        solarise_p=0.0,
+        normalise=None,
+    )
+
+
 class PatchSource:
     """The training loop's sample source: a picture and the patches to find in it.
 
     Args:
         images: unlabelled pictures.
-        transform: resize of the picture (no flip: a patch must look as it does in the picture).
+        transform: resize of the picture (no flip: a patch must keep its appearance).
         seed: of the patches.
         sampler, count, min_side, scale, max_aspect, max_iou: see the functions above.
         size: S.
@@ -166,7 +187,7 @@ class PatchSource:
         self.count, self.size, self.min_side, self.scale = count, size, min_side, scale
         self.max_aspect, self.max_iou, self.crop_scales = max_aspect, max_iou, crop_scales
         self.variants = variants
-        self.augment = ViewAugment(ViewConfig(size=size, **JITTER)) if jitter else None
+        self.augment = ViewAugment(colour_jitter(size)) if jitter else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -176,14 +197,17 @@ class PatchSource:
         height, width = image.shape[:2]
         if self.sampler == "official":
             return official_boxes(width, height, rng, count=self.count, min_side=self.min_side)
-        limits: dict[str, Any] = {
-            "count": self.count, "min_side": self.min_side, "scale": self.scale, "max_aspect": self.max_aspect,
+        limits: _Limits = {
+            "count": self.count,
+            "min_side": self.min_side,
+            "scale": self.scale,
+            "max_aspect": self.max_aspect,
             "max_iou": self.max_iou,
-        }  # fmt: skip
+        }
         start = prior_boxes(image, rng, **limits) if self.sampler == "prior" else None
         return log_uniform_boxes(width, height, rng, **limits, start=start)
 
-    def variant(self, index: int, variant: int, *, draw: int = 0) -> dict[str, Any]:
+    def variant(self, index: int, variant: int, *, draw: int = 0) -> PatchSample:
         """Picture ``index`` with its set of patches number ``variant``.
 
         Returns:
@@ -195,8 +219,8 @@ class PatchSource:
         """
         image = self.images.image(index)
         height, width = image.shape[:2]
-        if min(height, width) <= SMALLEST:
-            raise BadImageError(f"picture {index}", f"{width}x{height} pixels; patches need more than {SMALLEST}")
+        if min(height, width) <= TOO_SMALL:
+            raise BadImageError(f"picture {index}", f"{width}x{height} pixels; patches need more than {TOO_SMALL}")
         rng = np.random.default_rng([self.seed, index, variant])
         boxes = self.boxes(image, rng)
         patches = crop_regions(image, boxes, size=self.size, scales=self.crop_scales)
@@ -219,11 +243,11 @@ class PatchSource:
             changed = self.augment(patches.flatten(0, 1))
         return (changed.clamp(0, 1) * 255).round().to(torch.uint8).view_as(patches)
 
-    def sample(self, index: int, draw: int) -> dict[str, Any]:
+    def sample(self, index: int, draw: int) -> PatchSample:
         """Sample of picture ``index``; the set of patches changes from epoch to epoch."""
         return self.variant(index, (draw // len(self)) % self.variants, draw=draw)
 
     @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def collate(samples: list[PatchSample]) -> list[PatchSample]:
         """A list, as Detectron2's models take."""
         return samples

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes around likely things, without learning: a small selective search (Uijlings et al., IJCV 2013).
+"""Boxes around likely objects, without learning: a small selective search (Uijlings et al., IJCV 2013).
 
 The picture falls into small even segments; neighbours that are alike in colour are merged, small and nested ones first,
 until one is left. Every segment that existed on the way is a candidate. What stands out from its surroundings comes
@@ -75,10 +75,10 @@ def _segments(lab: NDArray[np.uint8]) -> NDArray[Any]:
             row, column = np.unravel_index(int(cell.argmin()), cell.shape)
             number += 1
             seeds[y + row, x + column] = number
-    found = np.maximum(cv2.watershed(np.ascontiguousarray(lab), seeds), 0).astype(np.float32)
-    while not found.all():  # dividing lines and the border are a pixel wide, mostly: they go to a neighbour
-        found = np.where(found > 0, found, cv2.dilate(found, np.ones((3, 3))))
-    return found.astype(int)
+    labels = np.maximum(cv2.watershed(np.ascontiguousarray(lab), seeds), 0).astype(np.float32)
+    while not labels.all():  # dividing lines and the border are a pixel wide, mostly: they go to a neighbour
+        labels = np.where(labels > 0, labels, cv2.dilate(labels, np.ones((3, 3))))
+    return labels.astype(int)
 
 
 def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, Box, NDArray[Any]]]:
@@ -94,9 +94,9 @@ def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, B
     rows, columns = np.indices(segments.shape)
     low = np.full((count, 2), 10**6)
     high = np.zeros((count, 2), dtype=int)
-    for axis, place in enumerate((columns.ravel(), rows.ravel())):
-        np.minimum.at(low[:, axis], flat, place)
-        np.maximum.at(high[:, axis], flat, place + 1)
+    for axis, position in enumerate((columns.ravel(), rows.ravel())):
+        np.minimum.at(low[:, axis], flat, position)
+        np.maximum.at(high[:, axis], flat, position + 1)
     area = list(areas)
     total = list(sums)
     box: list[Box] = [(*low[i].tolist(), *high[i].tolist()) for i in range(count)]
@@ -107,14 +107,14 @@ def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, B
             neighbours[j].add(i)
     whole = float(segments.size)
 
-    def likeness(i: int, j: int) -> float:
+    def similarity(i: int, j: int) -> float:
         """Colour, size and fill of the paper, each from 0 to 1."""
         x1, y1, x2, y2 = _around(box[i], box[j])
         colour = float(np.minimum(shares[i], shares[j]).sum())
         return colour + 1 - (area[i] + area[j]) / whole + 1 - ((x2 - x1) * (y2 - y1) - area[i] - area[j]) / whole
 
     alive = [bool(a) for a in area]
-    heap = [(-likeness(i, j), i, j) for i in range(count) for j in neighbours[i] if i < j]
+    heap = [(-similarity(i, j), i, j) for i in range(count) for j in neighbours[i] if i < j]
     heapq.heapify(heap)
     while heap:
         _, i, j = heapq.heappop(heap)
@@ -130,7 +130,7 @@ def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, B
         alive.append(True)
         for k in neighbours[new]:
             neighbours[k].add(new)
-            heapq.heappush(heap, (-likeness(k, new), k, new))
+            heapq.heappush(heap, (-similarity(k, new), k, new))
     return [(int(area[i]), box[i], total[i] / area[i]) for i in range(len(area)) if area[i]]
 
 

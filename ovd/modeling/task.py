@@ -27,7 +27,7 @@ class DetectionTask(Task):
         self.pretrained_prefixes = pretrained_prefixes
         self.pretrained_lr_scale = pretrained_lr_scale
 
-    def forward(self, batch: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(sum of the losses, each loss detached)."""
         losses: dict[str, Tensor] = self.model(batch)
         total = sum(losses.values())

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ovd.config import DataConfig
 from pretrain.engine.errors import UserError
@@ -17,10 +17,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ovd.data.catalog import LabelledImages
+    from ovd.data.mapper import TrainingTransform
     from ovd.data.splits import Split
     from pretrain.nets.towers import JointEncoder
 
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
+
+
+class PixelStats(NamedTuple):
+    """Mean and standard deviation of RGB in [0, 1] that a network's inputs are normalised by."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def in_bytes(self) -> tuple[list[float], list[float]]:
+        """Both for RGB in 0…255."""
+        return [255.0 * v for v in self.mean], [255.0 * v for v in self.std]
 
 
 def labelled_images(data: DataConfig) -> LabelledImages:
@@ -50,6 +62,20 @@ def labelled_images(data: DataConfig) -> LabelledImages:
     return photos
 
 
+def training_transform(data: DataConfig) -> TrainingTransform:
+    """The augmentation that a data section describes."""
+    from ovd.data.mapper import TrainingTransform
+
+    return TrainingTransform(
+        short_side=data.short_side,
+        long_side=data.long_side,
+        scale=data.scale,
+        crop=data.crop,
+        cut=data.cut,
+        flip=data.flip,
+    )
+
+
 def load_split(data: DataConfig) -> Split:
     """The split of COCO or LVIS data; a split file may name categories, which the annotation file knows."""
     from ovd.data.lvis import split_of
@@ -70,8 +96,8 @@ def resolve_encoder(spec: str) -> JointEncoder:
 
 def backbone_tensors(
     spec: str, *, stem: str, norms: Mapping[str, str]
-) -> tuple[Mapping[str, Tensor], tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    """(torchvision-named tensors, (mean, std) of RGB in [0, 1] where they are known) of ``backbone_weights``.
+) -> tuple[Mapping[str, Tensor], PixelStats | None]:
+    """(torchvision-named tensors, pixel statistics where they are known) of ``backbone_weights``.
 
     Args:
         spec: the ``exported/`` folder of a run of pretrain.train, a folder written by ``pretrain.export --to
@@ -84,15 +110,16 @@ def backbone_tensors(
     """
     from pretrain.engine.checkpoint import load_weights
 
-    path, look = Path(spec), None
+    path = Path(spec)
+    pixel_stats: PixelStats | None = None
     if not path.is_dir():
         tensors = load_weights(path)[0]
-        found, groups = stem, not any(name.endswith("running_var") for name in tensors)
+        has_stem, groups = stem, not any(name.endswith("running_var") for name in tensors)
     elif (path / "settings.json").is_file():
         try:
             settings = json.loads((path / "settings.json").read_text(encoding="utf-8"))
-            kind, found, groups = settings["format"], settings["stem"], settings["norm"] != "BN"
-            look = tuple(settings["mean"]), tuple(settings["std"])
+            kind, has_stem, groups = settings["format"], settings["stem"], settings["norm"] != "BN"
+            pixel_stats = PixelStats(tuple(settings["mean"]), tuple(settings["std"]))
         except (ValueError, KeyError, TypeError) as problem:
             raise UserError(
                 f"backbone_weights={spec}: not written by pretrain.export --to torchvision ({problem!r}); give the "
@@ -105,13 +132,13 @@ def backbone_tensors(
         from pretrain.export import read_source
 
         source = read_source(spec)
-        tensors, found, groups = source.state, source.stem, source.groups is not None
-        look = source.mean, source.std
+        tensors, has_stem, groups = source.state, source.stem, source.groups is not None
+        pixel_stats = PixelStats(source.mean, source.std)
     for key, norm in norms.items():
         fitting = ("GN16",) if groups else BATCH_NORMS
         if norm not in fitting:
             has, wanted = f"{'group' if groups else 'batch'} norms", " or ".join(fitting)
             raise UserError(f"backbone_weights={spec}: it has {has}; set {key}={wanted} instead of {norm}")
-    if found != stem:
-        raise UserError(f"backbone_weights={spec}: its stem is {found}; set model.backbone.stem={found}")
-    return tensors, look
+    if has_stem != stem:
+        raise UserError(f"backbone_weights={spec}: its stem is {has_stem}; set model.backbone.stem={has_stem}")
+    return tensors, pixel_stats

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ovd.config import TrainConfig
-from ovd.training.inputs import backbone_tensors, labelled_images, resolve_encoder
+from ovd.training.inputs import PixelStats, backbone_tensors, resolve_encoder, training_transform
+from ovd.training.parts import TrainingParts, label_set
 from pretrain.engine.config import config_hash
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ovd.data.catalog import LabelledImages
+    from ovd.data.mapper import DetectionSource
+    from ovd.modeling.region_head import Tower
     from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
     from pretrain.nets.towers import JointEncoder
 
@@ -23,22 +27,28 @@ def start_towers(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, sour
     """Load the body of each tower of kind c4 from the last stage of a torchvision-named ResNet; returns their names."""
     from ovd.modeling.region_head import start_body
 
-    names = [name for name in ("tower", "image_tower") if getattr(model.roi_heads, name) is not None]
-    for name in names:
-        start_body(getattr(model.roi_heads, name), state, source=source)
-    return names
+    towers = towers_of(model)
+    for tower in towers.values():
+        start_body(tower, state, source=source)
+    return list(towers)
+
+
+def towers_of(model: OpenVocabularyRCNN) -> dict[str, Tower]:
+    """The region towers that a model has, by name."""
+    towers = {"tower": model.roi_heads.tower, "image_tower": model.roi_heads.image_tower}
+    return {name: tower for name, tower in towers.items() if tower is not None}
 
 
 def start_from_encoder(
-    model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, own: Mapping[str, Tensor] | None
+    model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, backbone: Mapping[str, Tensor] | None
 ) -> list[str]:
     """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
 
     Args:
         model: what is loaded into.
-        encoder: gives the backbone where ``own`` is None.
+        encoder: gives the backbone where ``backbone`` is None.
         config: of the training.
-        own: torchvision-named tensors of ``backbone_weights``.
+        backbone: torchvision-named tensors of ``backbone_weights``.
 
     Raises:
         UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not
@@ -53,11 +63,11 @@ def start_from_encoder(
     bb = config.model.backbone
     resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
     prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
-    if own is not None:
+    if backbone is not None:
         source = str(config.backbone_weights)
-        load_resnet(resnet, own, source=source)
+        load_resnet(resnet, backbone, source=source)
         if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
-            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, own, source=source)]
+            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, backbone, source=source)]
         print(f"backbone from {config.backbone_weights}")
         return prefixes
     if config.backbone_start == "scratch":
@@ -74,7 +84,7 @@ def start_from_encoder(
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
         for name in start_towers(model, state, source=f"encoder {config.encoder}"):
-            tower = getattr(model.roi_heads, name)
+            tower = towers_of(model)[name]
             if tower.projection is not None:
                 start_projection(tower, encoder.visual.proj.weight)
             prefixes.append(f"roi_heads.{name}.")
@@ -110,45 +120,61 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[s
     return loaded, [k for k in own if k not in loaded]
 
 
-def build(config: TrainConfig) -> dict[str, Any]:
-    """Everything a training needs: model, task, source, encoder and the pieces of the card."""
-    import torch
-
-    from ovd.data.catalog import CocoImages, StickerImages
-    from ovd.data.mapper import DetectionSource, TrainingTransform
+def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
+    """Everything a training needs, before the first step."""
     from ovd.modeling.task import DetectionTask
     from ovd.modeling.vild.build import build_model
-    from ovd.regions.images import SceneImages
-    from ovd.regions.store import RegionStore
-    from ovd.text import embed_vocabulary
-    from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
     from pretrain.engine.distributed import seed_everything
 
     seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
     encoder = resolve_encoder(config.encoder)
-    images = labelled_images(config.data)
-    vocabulary = Vocabulary.of(images.names, templates=TEMPLATE_SETS[config.templates])
-    rows = embed_vocabulary(vocabulary, encoder)
-    novel = images.novel if config.data.labels == "base" else frozenset()
-    trainable = torch.ones(len(images.names), dtype=torch.bool)
-    trainable[sorted(novel)] = False
-    look: tuple[tuple[float, ...], tuple[float, ...]] = encoder.image_mean, encoder.image_std
-    own: Mapping[str, Tensor] | None = None
+    labels = label_set(config.data, encoder, templates=config.templates)
+    pixel_stats = PixelStats(encoder.image_mean, encoder.image_std)
+    backbone: Mapping[str, Tensor] | None = None
     if config.backbone_weights is not None:
         bb = config.model.backbone
         norms: dict[str, str] = {"model.backbone.norm": bb.norm}
         if bb.kind == "c4" and config.model.variant != "agnostic":  # whose towers start from the last stage
             norms["model.head.norm"] = config.model.head.norm
-        own, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
-        look = trained_on or look  # a backbone sees pictures as it was trained to
-    mean, std = ([255.0 * v for v in values] for values in look)
+        backbone, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
+        pixel_stats = trained_on or pixel_stats  # a backbone sees pictures as it was trained to
+    mean, std = pixel_stats.in_bytes()
     model = build_model(
-        config.model, embed_dim=encoder.embed_dim, rows=rows, trainable=trainable, pixel_mean=mean, pixel_std=std
+        config.model,
+        embed_dim=encoder.embed_dim,
+        rows=labels.rows,
+        trainable=labels.trainable,
+        pixel_mean=mean,
+        pixel_std=std,
     )
-    prefixes = start_from_encoder(model, encoder, config, own)
+    prefixes = start_from_encoder(model, encoder, config, backbone)
     if config.weights is not None:
         loaded, left = start_from_detector(model, Path(config.weights))
         print(f"weights={config.weights}: {len(loaded)} tensors loaded, {len(left)} keep their start")
+    return TrainingParts(
+        encoder=encoder,
+        labels=labels,
+        model=model,
+        task=DetectionTask(
+            model=model, pretrained_prefixes=tuple(prefixes), pretrained_lr_scale=config.pretrained_lr_scale
+        ),
+        source=training_source(config, labels.images, encoder),
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+
+
+def training_source(config: TrainConfig, images: LabelledImages, encoder: JointEncoder) -> DetectionSource:
+    """Augmented samples, with offline regions for the variants that distil.
+
+    Raises:
+        UserError: a region store of other pictures or of another encoder.
+    """
+    from ovd.data.catalog import CocoImages, StickerImages
+    from ovd.data.mapper import DetectionSource
+    from ovd.regions.images import SceneImages
+    from ovd.regions.store import RegionStore
+
     store = None
     if config.model.variant in ("image", "vild", "ensemble"):
         store = RegionStore.open(Path(config.regions or ""))
@@ -159,37 +185,17 @@ def build(config: TrainConfig) -> dict[str, Any]:
             source_fingerprint=pictures,
             image_ids=images.image_ids if isinstance(images, CocoImages) else range(len(images)),
         )
-    source = DetectionSource(
+    return DetectionSource(
         images=images,
-        transform=TrainingTransform(
-            short_side=config.data.short_side,
-            long_side=config.data.long_side,
-            scale=config.data.scale,
-            crop=config.data.crop,
-            cut=config.data.cut,
-            flip=config.data.flip,
-        ),
+        transform=training_transform(config.data),
         seed=config.loop.seed,
         store=store,
         regions_per_image=config.regions_per_image,
         agnostic=config.model.variant in ("agnostic", "image"),
     )
-    return {
-        "encoder": encoder,
-        "images": images,
-        "rows": rows,
-        "novel": novel,
-        "model": model,
-        "task": DetectionTask(
-            model=model, pretrained_prefixes=tuple(prefixes), pretrained_lr_scale=config.pretrained_lr_scale
-        ),
-        "source": source,
-        "mean": mean,
-        "std": std,
-    }
 
 
-def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
+def export(config: TrainConfig, parts: TrainingParts[OpenVocabularyRCNN], folder: Path) -> None:
     """Write the trained detector with its card; scores are uncalibrated until ``python -m ovd.calibrate``."""
     from dataclasses import asdict
 
@@ -198,23 +204,24 @@ def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
     from ovd.inference.scoring import Calibration
     from ovd.modeling.vild.build import DetectorCard, save_detector
 
-    names = parts["images"].names
-    bank = [i for i in range(len(names)) if i not in parts["images"].novel]
-    has_rows = parts["model"].roi_heads.classifier is not None
+    labels = parts.labels
+    assert labels is not None
+    names, bank = labels.images.names, labels.background_words
+    has_rows = parts.model.roi_heads.classifier is not None
     card = DetectorCard(
         model=config.model.model_dump(mode="json"),
-        embed_dim=parts["encoder"].embed_dim,
-        pixel_mean=tuple(parts["mean"]),
-        pixel_std=tuple(parts["std"]),
+        embed_dim=parts.encoder.embed_dim,
+        pixel_mean=tuple(parts.pixel_mean),
+        pixel_std=tuple(parts.pixel_std),
         encoder=config.encoder,
-        encoder_fingerprint=parts["encoder"].fingerprint(),
+        encoder_fingerprint=parts.encoder.fingerprint(),
         short_side=config.data.short_side,
         long_side=config.data.long_side,
         classes=names if has_rows else (),
-        novel=tuple(sorted(parts["novel"])) if has_rows else (),
+        novel=tuple(sorted(labels.novel)) if has_rows else (),
         bank=tuple(names[i] for i in bank),
         calibration=asdict(Calibration(logit_scale=config.model.head.scale)),
         config_hash=config_hash(config),
         templates=config.templates,
     )
-    save_detector(folder, parts["model"], card, bank=parts["rows"][torch.tensor(bank)])
+    save_detector(folder, parts.model, card, bank=labels.rows[torch.tensor(bank)])

@@ -8,8 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pretrain.engine.config import Section, config_hash, describe, dump_config, load_config
+from pretrain.engine.config import (
+    ConfigChoice,
+    Section,
+    config_hash,
+    describe,
+    dump_config,
+    find_config,
+    load_config,
+)
 from pretrain.engine.config_schema import walk
+from pretrain.engine.config_yaml import read_chain, read_overrides
 from pretrain.engine.errors import ConfigError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -33,7 +42,7 @@ class Options:
 
 
 def command_line(
-    model: type[SectionT],
+    model: type[SectionT] | ConfigChoice[SectionT],
     argv: Sequence[str],
     *,
     prog: str,
@@ -46,7 +55,7 @@ def command_line(
     ``--some-key VALUE`` is accepted for every key of the model and means ``some_key=VALUE``.
 
     Args:
-        model: What the command's configuration consists of.
+        model: What the command's configuration consists of; the keys of all sections where a key chooses.
         argv: Arguments after the program name.
         prog: How the command is called, for the help: ``python -m ovd.train``.
         doc: What the command does; first paragraph of the help.
@@ -57,22 +66,23 @@ def command_line(
         ConfigError: With everything wrong on the command line and in the configuration.
         SystemExit: 0, after ``--help`` or ``--print-config``.
     """
-    fields = dict(walk(model))
+    fields = dict(model.walk() if isinstance(model, ConfigChoice) else walk(model))
     switches = ("print-config", *flags)
     problems: list[str] = []
     overrides: list[str] = []
     given: set[str] = set()
     config: str | None = None
+    wants_help, section = False, None
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         key = name.replace("-", "_")
         if argument in ("-h", "--help"):
-            section = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else None
-            print(_help(model, prog, doc, default_config, flags) if section is None else describe(model, section))
-            raise SystemExit(0)
-        if not argument.startswith("-"):
+            wants_help = True
+            if rest and not rest[0].startswith("-") and "=" not in rest[0]:
+                section = rest.pop(0)
+        elif not argument.startswith("-"):
             if equals:
                 overrides.append(argument)
             elif argument.endswith((".yaml", ".yml")):
@@ -100,18 +110,36 @@ def command_line(
             problems.append(f"unknown flag '{argument}'{hint or '; see --help'}")
             if rest and not rest[0].startswith("-") and "=" not in rest[0]:
                 rest.pop(0)  # most likely its value: one mistake, one problem
+    if config is None:
+        config = default_config
+    if wants_help:
+        shown = _chosen(model, config, overrides)
+        print(_help(shown, prog, doc, default_config, flags) if section is None else describe(shown, section))
+        raise SystemExit(0)
     if {"resume", "overwrite"} <= given:
         problems.append("--resume and --overwrite exclude each other")
     if problems:
         raise ConfigError(problems)
-    if config is None:
-        config = default_config
     cfg = load_config(model, config, overrides)
     options = Options(**dict.fromkeys(given, True), config=config)
     if options.print_config:
         print(f"{dump_config(cfg)}# hash of the training keys: {config_hash(cfg)}")
         raise SystemExit(0)
     return cfg, options
+
+
+def _chosen(
+    model: type[SectionT] | ConfigChoice[SectionT], config: str | None, overrides: Sequence[str]
+) -> type[SectionT]:
+    """Whose keys the help shows: those of the configuration that is named, as far as it can be read."""
+    if not isinstance(model, ConfigChoice):
+        return model
+    try:
+        chain, _ = read_chain(find_config(config)) if config is not None else ([], [])
+        changes, _ = read_overrides(overrides, lambda old, new: new)
+        return model.choose([*chain, changes])
+    except ConfigError:
+        return model.sections[model.default]
 
 
 def _help(model: type[Section], prog: str, doc: str, default_config: str | None, flags: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from pretrain.engine.config_choice import ConfigChoice
 from pretrain.engine.config_explain import explain
 from pretrain.engine.config_schema import (
     FREE,
@@ -169,7 +170,7 @@ def warm_up_fits(loop: LoopConfig, optim: OptimConfig) -> None:
 
 
 def load_config(
-    model: type[SectionT],
+    model: type[SectionT] | ConfigChoice[SectionT],
     path: str | os.PathLike[str] | None,
     overrides: Iterable[str] = (),
     *,
@@ -178,7 +179,7 @@ def load_config(
     """Read, merge and validate a configuration.
 
     Args:
-        model: The section that describes the whole configuration.
+        model: The section that describes the whole configuration, or several and the key that chooses.
         path: YAML file, or a name looked up in ``search``; ``None``: defaults and overrides only.
         overrides: ``key.sub=value``; a later one wins. The value is a number, true or false, null, text, or YAML in
             ``[...]``, ``{...}`` or quotes.
@@ -190,20 +191,19 @@ def load_config(
     Raises:
         ConfigError: With all problems, each with the file and line, or the override, it comes from.
     """
-    top = Shape((model,))
     given = list(overrides)
-    problems: list[str] = []
     closing: list[str] = []
-    merged = Item({}, "configuration")
-    if path is not None:
-        file = find_config(path, search)
-        chain, problems = read_chain(file)
-        for root in chain:
-            merged = _merge(merged, root, top)
-        merged = Item(merged.value, shown_path(file))
+    file = None if path is None else find_config(path, search)
+    chain, problems = ([], []) if file is None else read_chain(file)
     partial = bool(problems)
-    changes, override_problems = read_overrides(given, lambda old, new: _merge(old, new, Shape()))
-    problems += override_problems
+    changes, bad_overrides = read_overrides(given, lambda old, new: _merge(old, new, Shape()))
+    problems += bad_overrides
+    if isinstance(model, ConfigChoice):
+        model = model.choose([*chain, changes])
+    top = Shape((model,))
+    merged = Item({}, "configuration" if file is None else shown_path(file))
+    for root in chain:
+        merged = Item(_merge(merged, root, top).value, merged.where)
     merged = _complete(Item(_merge(merged, changes, top).value, merged.where), top, None)
     try:
         cfg: SectionT = TypeAdapter(model).validate_json(json.dumps(merged.plain()), strict=True)
@@ -386,6 +386,7 @@ __all__ = [
     "FREE",
     "FREE_BY_DEFAULT",
     "LATER",
+    "ConfigChoice",
     "LoopConfig",
     "OptimConfig",
     "Section",

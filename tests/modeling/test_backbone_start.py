@@ -92,12 +92,12 @@ def test_a_training_starts_from_it_tower_included(tmp_path: Path, norm: str, det
          f"out={tmp_path / 'detector'}"],
     )  # fmt: skip
     parts = rcnn.build(config)
-    model: Any = parts["model"]
+    model: Any = parts.model
     own: Any = read_source(str(folder)).network
     assert torch.equal(model.backbone.stem.conv1.weight, own.conv1.weight)
     assert torch.equal(model.roi_heads.tower.body[0].conv1.weight, own.layer4[0].conv1.weight)
-    assert parts["mean"] == pytest.approx([102.0, 127.5, 153.0])  # colours as the backbone was trained on
-    loss, _ = parts["task"].train()([parts["source"].sample(0, 0), parts["source"].sample(1, 0)])
+    assert parts.pixel_mean == pytest.approx([102.0, 127.5, 153.0])  # colours as the backbone was trained on
+    loss, _ = parts.task.train()([parts.source.sample(0, 0), parts.source.sample(1, 0)])
     loss.backward()
     assert bool(torch.isfinite(loss)) and model.backbone.stem.conv1.weight.grad is not None
 
@@ -124,8 +124,8 @@ def test_vild_starts_from_the_proposal_detector_and_its_tower_from_clip(tmp_path
     rcnn.export(first, parts, tmp_path / "exported")
     second = load_config(TrainConfig, "vild_text.yaml", [*small, f"weights={tmp_path / 'exported'}"])
     parts = rcnn.build(second)
-    model: Any = parts["model"]
-    visual: Any = parts["encoder"].visual
+    model: Any = parts.model
+    visual: Any = parts.encoder.visual
     expected = {
         name.removeprefix("res5."): value
         for name, value in to_detectron2(visual.backbone.state_dict()).items()

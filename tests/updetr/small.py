@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ovd.config_detr import DetrLossConfig
+from ovd.config_detr import DetrConfig
+from ovd.data.samples import LabelledSample, PatchSample
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.detr.conditioning import ClassCrops
 from ovd.modeling.detr.network import Detr
+from ovd.modeling.detr.structures import FeatureMap
 from ovd.modeling.detr.transformer import ConditionalDecoderLayer, EncoderLayer
 from ovd.modeling.region_head import Tower
 
@@ -34,53 +34,49 @@ class OneConv(nn.Module):
 
 
 def make(
-    arch: Any = "conditional", *, variant: str = "text", novel: tuple[int, ...] = (), seed: int = 0, **changes: Any
+    arch: str = "conditional",
+    *,
+    variant: str = "text",
+    novel: tuple[int, ...] = (),
+    seed: int = 0,
+    region_tower: Tower | None = None,
+    frozen: bool = True,
+    **changes: Any,
 ) -> Detr:
-    """One with variant text, closed or agnostic (whose space is the backbone's)."""
+    """One with variant text, closed or agnostic (whose space is the backbone's); ``changes`` of the configuration."""
     torch.manual_seed(seed)
     trainable = torch.ones(C, dtype=torch.bool)
     trainable[list(novel)] = False
-    given: dict[str, Any] = {
-        "arch": arch,
-        "backbone": OneConv(),
-        "features": [("res4", CHANNELS, STRIDE)],
-        "frozen": True,
-        "width": 16,
-        "heads": 2,
-        "ffn": 24,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "queries": 6,
-        "dropout": 0.0,
-        "pre_norm": True,
-        "embed_dim": CHANNELS if variant == "agnostic" else D,
-        "classifier": EmbeddingClassifier(rows=torch.randn(C, D), trainable=trainable, scale=10.0)
-        if variant == "text"
-        else None,
-        "closed_classes": C if variant == "closed" else None,
-        "unit_conditions": variant == "text",
-        "denoising": 0,
-        "box_noise": 0.4,
-        "label_noise": 0.2,
-        "conditioned": 0,
-        "region_tower": None,
-        "scale": 10.0,
-        "loss": DetrLossConfig(),
-        "pixel_mean": [127.5] * 3,
-        "pixel_std": [64.0] * 3,
-        **changes,
-    }
-    model = Detr(**given)
-    for (
-        part
-    ) in model.modules():  # as if trained: before, these branches add nothing, and nothing could leak through them
+    backbone = OneConv()
+    config = DetrConfig.model_validate(
+        {
+            "arch": arch, "variant": variant, "width": 16, "heads": 2, "ffn": 24, "encoder_layers": 1,
+            "decoder_layers": 2, "queries": 6, "scale": 10.0, "embed_space": "clip" if variant == "text" else "ssl",
+            "backbone": {"features": ["res4"], "frozen": frozen}, "region_tower": region_tower is not None, **changes,
+        }
+    )  # fmt: skip
+    classifier = None
+    if variant == "text":
+        classifier = EmbeddingClassifier(rows=torch.randn(C, D), trainable=trainable, scale=10.0)
+    model = Detr(
+        config,
+        backbone=backbone,
+        features=[FeatureMap("res4", CHANNELS, STRIDE)],
+        embed_dim=CHANNELS if variant == "agnostic" else D,
+        classifier=classifier,
+        num_classes=C,
+        region_tower=region_tower,
+        pixel_mean=[127.5] * 3,
+        pixel_std=[64.0] * 3,
+    )
+    for part in model.modules():  # as if trained: these branches start at zero, and nothing could leak through them
         if isinstance(part, EncoderLayer | ConditionalDecoderLayer):
             nn.init.xavier_uniform_(part.self_attn.out_proj.weight)
             nn.init.xavier_uniform_(part.linear2.weight)
     return model
 
 
-def picture(height: int, width: int, boxes: list[list[float]], labels: list[int], *, seed: int = 0) -> dict[str, Any]:
+def picture(height: int, width: int, boxes: list[list[float]], labels: list[int], *, seed: int = 0) -> LabelledSample:
     """A labelled training sample of noise."""
     generator = torch.Generator().manual_seed(seed)
     instances = Instances((height, width))
@@ -90,10 +86,10 @@ def picture(height: int, width: int, boxes: list[list[float]], labels: list[int]
     return {"image": pixels, "instances": instances}
 
 
-def patch_batch(count: int, patches: int, *, side: int = 64, seed: int = 0) -> list[dict[str, Any]]:
+def patch_batch(count: int, patches: int, *, side: int = 64, seed: int = 0) -> list[PatchSample]:
     """Samples of the pretext, of noise."""
     generator = torch.Generator().manual_seed(seed)
-    samples = []
+    samples: list[PatchSample] = []
     for _ in range(count):
         low = torch.rand(patches, 2, generator=generator) * side / 2
         size = 8 + torch.rand(patches, 2, generator=generator) * side / 3
@@ -106,12 +102,6 @@ def patch_batch(count: int, patches: int, *, side: int = 64, seed: int = 0) -> l
             }
         )
     return samples
-
-
-def class_crops(classes: int = C) -> ClassCrops:
-    """Two crops of the first class, one of the second, none of the others."""
-    rows = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
-    return ClassCrops(rows_RD=F.normalize(rows, dim=1), labels_R=torch.tensor([1, 0, 0]), classes=classes, share=0.5)
 
 
 def region_tower(seed: int = 3) -> Tower:

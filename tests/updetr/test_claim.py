@@ -8,15 +8,15 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from ovd.config_detr import DetrTrainConfig
+from ovd.data.samples import PictureSample
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.detr.network import Found
+from ovd.modeling.detr.structures import QueryOutputs
 from pretrain.engine.config import load_config
 from tests.updetr.small import picture
 
@@ -30,25 +30,28 @@ def claim(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("updetr")
 
 
-class Says(nn.Module):
-    """A transformer that finds the boxes of `picture` exactly, and takes them for the classes given."""
+class Detects(nn.Module):
+    """A transformer that predicts the boxes of `picture` exactly, and takes them for the classes given."""
 
     def __init__(self, classes: list[int]) -> None:
         super().__init__()
         self.classifier = EmbeddingClassifier(rows=torch.eye(4), trainable=torch.tensor([True, True, True, False]))
         self.classes = classes
 
-    def found(self, batch: list[dict[str, Any]]) -> Found:
-        corners = torch.tensor([BOXES] * len(batch)) / torch.tensor([96.0, 64.0, 96.0, 64.0])
+    def memory(self, batch: list[PictureSample]) -> int:
+        return len(batch)
+
+    def predict(self, memory: int) -> QueryOutputs:
+        corners = torch.tensor([BOXES] * memory) / torch.tensor([96.0, 64.0, 96.0, 64.0])
         boxes = torch.cat([(corners[..., :2] + corners[..., 2:]) / 2, corners[..., 2:] - corners[..., :2]], dim=-1)
-        embeddings = torch.eye(4)[self.classes].expand(len(batch), -1, -1)
-        return Found(boxes, torch.full(boxes.shape[:2], 4.0), embeddings, None, [(64, 96)] * len(batch))
+        embeddings = torch.eye(4)[self.classes].expand(memory, -1, -1)
+        return QueryOutputs(boxes, torch.full(boxes.shape[:2], 4.0), embeddings, None, [(64, 96)] * memory)
 
 
 @pytest.mark.parametrize(("classes", "right"), [(LABELS, True), ([0, 1], False), ([2, 0], False)])
 def test_any_class_forgives_a_wrong_name(claim: ModuleType, classes: list[int], right: bool) -> None:
     batch = [{**picture(64, 96, BOXES, LABELS), "size": (64, 96)}]
-    found = claim.average_precision(Says(classes), [batch, batch])
+    found = claim.average_precision(Detects(classes), [batch, batch])
     assert found["ap50_any_class"] == pytest.approx(1.0)
     assert (found["ap50"] == pytest.approx(1.0)) == right
 

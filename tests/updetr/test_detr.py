@@ -14,31 +14,32 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, generalized_box_iou, nms, roi_align
 
-from ovd.config_detr import DetrConfig, DetrLossConfig
-from ovd.data.catalog import Labelled
+from ovd.config_detr import DetrConfig
 from ovd.detector import Detector
 from ovd.evaluation.examples import LocatingPredictor, example_predictor
-from ovd.examples import Crop, Example, ExampleEmbedder
+from ovd.examples import Crop
 from ovd.inference.scoring import Calibration
 from ovd.modeling.backbone import load_resnet
+from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr import build as detr_build
-from ovd.modeling.detr.build import build_detr, read_start, refuse_other_attention, start_detr
-from ovd.modeling.detr.matcher import Matches, match, to_centres, to_corners
-from ovd.modeling.detr.network import Decoded, Detr, Targets
+from ovd.modeling.detr.build import build_detr
+from ovd.modeling.detr.checkpoints import read_start, refuse_other_attention, start_detr
+from ovd.modeling.detr.matcher import Assignment, hungarian_match
+from ovd.modeling.detr.network import Detr
+from ovd.modeling.detr.structures import DecoderOutput, Targets
 from ovd.modeling.load import load_detector_model
 from ovd.modeling.region_head import start_body, start_projection
 from ovd.modeling.task import DetectionTask
 from ovd.modeling.vild.build import DetectorCard, save_detector
 from ovd.regions.crops import crop_regions
-from ovd.training import detr as detr_training
 from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.engine.config import OptimConfig
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import UserError
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm
 from pretrain.nets.towers import ResNetImage, build_encoder, export_backbone
 from tests.detector.fakes import WordEncoder
-from tests.updetr.small import STRIDE, C, D, class_crops, make, picture, region_tower
+from tests.updetr.small import STRIDE, C, D, make, picture, region_tower
 
 TWO = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
 
@@ -64,14 +65,14 @@ def test_training__empty_targets_tiny_pictures_and_padding_are_finite(arch: str,
 def test_padding__a_picture_gives_the_same_boxes_alone_and_beside_a_larger_one(arch: str) -> None:
     model = make(arch).eval()
     small, large = picture(48, 32, [], []), picture(96, 128, [], [], seed=1)
-    alone, beside = model.found([small]), model.found([small, large])
+    alone, beside = (model.predict(model.memory(batch)) for batch in ([small], [small, large]))
     torch.testing.assert_close(beside.boxes[0], alone.boxes[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(beside.logits[0], alone.logits[0], atol=1e-5, rtol=1e-4)
 
 
-def crafted(layers: int = 3) -> tuple[Decoded, Targets]:
+def crafted(layers: int = 3) -> tuple[DecoderOutput, Targets]:
     torch.manual_seed(1)
-    out = Decoded(torch.randn(layers, 2, 6, 16), torch.rand(layers, 2, 6, 4) * 0.4 + 0.2)
+    out = DecoderOutput(torch.randn(layers, 2, 6, 16), torch.rand(layers, 2, 6, 4) * 0.4 + 0.2)
     return out, Targets(torch.rand(2, 3, 4) * 0.4 + 0.2, torch.tensor([[1, 2, 0], [3, 0, 0]]), [3, 1])
 
 
@@ -80,7 +81,7 @@ def test_losses__equal_a_plain_loop_over_layers_and_pictures() -> None:
     assert model.object_embed is not None and model.classifier is not None
     out, targets = crafted()
     out, total = (
-        Decoded(out.states, out.boxes),
+        DecoderOutput(out.states, out.boxes),
         {"loss_object": 0.0, "loss_l1": 0.0, "loss_giou": 0.0, "loss_text": 0.0},
     )
     number = 4
@@ -93,38 +94,40 @@ def test_losses__equal_a_plain_loop_over_layers_and_pictures() -> None:
             object_part = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
             cost = (
                 5 * torch.cdist(boxes[n], want, p=1)
-                - 2 * generalized_box_iou(to_corners(boxes[n]), to_corners(want))
+                - 2 * generalized_box_iou(box_cxcywh_to_xyxy(boxes[n]), box_cxcywh_to_xyxy(want))
                 + 2 * object_part[:, None]
                 - text.softmax(-1)[:, label]
             )
-            found = match(cost[None, None], [count])
-            q, t = found.query, found.target
+            pairs = hungarian_match(cost[None, None], [count])
+            q, t = pairs.query, pairs.target
             hit = torch.zeros(6)
             hit[q] = 1
             focal = torch.where(hit > 0, 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log())
             total["loss_object"] += 2 * float(focal.sum()) / number
             total["loss_l1"] += 5 * float((boxes[n][q] - want[t]).abs().sum()) / number
-            giou = generalized_box_iou(to_corners(boxes[n][q]), to_corners(want[t])).diagonal()
+            giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes[n][q]), box_cxcywh_to_xyxy(want[t])).diagonal()
             total["loss_giou"] += 2 * float((1 - giou).sum()) / number
             total["loss_text"] += float(F.cross_entropy(text[q], label[t], reduction="sum")) / number
-    got = model.losses(out, targets)
+    got = model.criterion(out, targets, model, num_targets=4)
     assert set(got) == set(total)
     for name, value in total.items():
         assert float(got[name]) == pytest.approx(value, rel=1e-4), name
 
 
 def test_losses__weighted_cross_entropy_is_detrs() -> None:
-    model = make("detr", variant="closed", loss=DetrLossConfig(object=1.0, object_kind="weighted")).train()
+    model = make("detr", variant="closed", loss={"object": 1.0, "object_kind": "weighted"}).train()
     assert model.class_embed is not None
     out, targets = crafted(layers=1)
-    matches = Matches(*torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [4, 1, 0, 5], [0, 1, 2, 0]]))
+    assignment = Assignment(*torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [4, 1, 0, 5], [0, 1, 2, 0]]))
     logits = model.class_embed(out.states[0])
     label = torch.full((2, 6), C)
     label[0, 4], label[0, 1], label[0, 0], label[1, 5] = 1, 2, 0, 3
     weight = torch.ones(C + 1)
     weight[-1] = 0.1
     expected = F.cross_entropy(logits.flatten(0, 1), label.flatten(), weight=weight)
-    got = model.losses(out, targets, matches=matches)["loss_class"]
+    everything = torch.ones(2, 6, dtype=torch.bool)
+    losses = model.criterion.assigned(out, targets, model, assignment, num_targets=4, valid_NQ=everything)
+    got = losses["loss_class"]
     torch.testing.assert_close(got, expected)
 
 
@@ -137,17 +140,17 @@ def test_denoising__free_queries_do_not_see_the_answers() -> None:
     torch.manual_seed(0)
     model = make("conditional", denoising=2).train()
     batch = [picture(64, 64, TWO, [1, 2])]
-    with_answers = {}
+    losses = {}
     for groups in (2, 0):
-        model.denoising = groups
-        with_answers[groups] = model(batch)
-    for name, value in with_answers[0].items():
-        torch.testing.assert_close(with_answers[2][name], value)
-    assert {f"{n}_dn" for n in with_answers[0]} <= set(with_answers[2])
+        model.denoising.groups = groups
+        losses[groups] = model(batch)
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[2][name], value)
+    assert {f"{n}_dn" for n in losses[0]} <= set(losses[2])
 
 
 @pytest.mark.parametrize("variant", ["text", "closed"])
-def test_denoising__padded_places_count_nowhere(variant: str) -> None:
+def test_denoising__padded_queries_count_nowhere(variant: str) -> None:
     model = make("conditional", variant=variant, denoising=1, box_noise=0.0, label_noise=0.0).train()
     alone = model([picture(64, 64, TWO[:1], [1])])
     extra = picture(64, 64, [], [])
@@ -157,16 +160,17 @@ def test_denoising__padded_places_count_nowhere(variant: str) -> None:
         torch.testing.assert_close(beside[name], alone[name])
 
 
-def test_denoising__what_a_picture_is_taught_does_not_hang_on_the_others_of_its_batch() -> None:
+def test_denoising__outputs_of_a_picture_do_not_depend_on_its_batch_mates() -> None:
     model = make("conditional", denoising=2, box_noise=0.0, label_noise=0.0).train()
     few, many = picture(64, 64, TWO[:1], [1]), picture(64, 64, [*TWO, [1.0, 40.0, 20.0, 60.0]], [2, 0, 3], seed=1)
-    found = []
+    outputs = []
     for batch in ([few], [few, many]):
-        free, taught = model.decode_taught(model.memory(batch), model.targets([x["instances"] for x in batch]))
-        assert taught is not None
-        own = [copy * (taught.boxes.shape[2] // 2) for copy in range(2)]  # its one thing in each group
-        found.append((free.boxes[:, 0], free.states[:, 0], taught.boxes[:, 0, own], taught.states[:, 0, own]))
-    for alone, together in zip(*found, strict=True):
+        targets = Targets.of_instances([x["instances"] for x in batch], device=model.device)
+        free, dn = model.decode_with_denoising(model.memory(batch), targets)
+        assert dn is not None
+        real = [copy * (dn.boxes.shape[2] // 2) for copy in range(2)]  # its one object in each group
+        outputs.append((free.boxes[:, 0], free.states[:, 0], dn.boxes[:, 0, real], dn.states[:, 0, real]))
+    for alone, together in zip(*outputs, strict=True):
         torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 
@@ -174,7 +178,7 @@ def test_denoising__a_process_without_objects_has_the_same_losses_and_meets_the_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     met: list[int] = []
-    monkeypatch.setattr("ovd.modeling.detr.network.distributed.all_sum", lambda values: met.append(1) or values)
+    monkeypatch.setattr("ovd.modeling.detr.criterion.distributed.all_sum", lambda values: met.append(1) or values)
     model = make("conditional", denoising=2).train()
     some, meetings = model([picture(64, 96, TWO, [1, 2])]), len(met)
     none = model([picture(64, 96, [], [])])
@@ -221,9 +225,10 @@ def test_conditions__groups_do_not_see_each_other_and_words_are_trained(arch: st
     assert gradient is not None and gradient.abs().sum() > 0
     model.eval()
     conditions = torch.randn(1, 3, D)
-    first = model.found([picture(64, 64, [], [])], conditions_NMD=conditions)
+    memory = model.memory([picture(64, 64, [], [])])
+    first = model.predict(memory, conditions_NMD=conditions)
     conditions[0, 0] = torch.randn(D)
-    second = model.found([picture(64, 64, [], [])], conditions_NMD=conditions)
+    second = model.predict(memory, conditions_NMD=conditions)
     torch.testing.assert_close(first.embeddings[0, 2:], second.embeddings[0, 2:])
     assert not torch.allclose(first.embeddings[0, :2], second.embeddings[0, :2])
 
@@ -261,8 +266,8 @@ def paper_model(**changes: Any) -> Detr:
 
 
 def test_official__names_of_the_transformer_are_those_of_the_released_checkpoints() -> None:
-    own = {k for k in paper_model().state_dict() if not k.startswith("backbone.")}
-    assert own == official_transformer()
+    names = {k for k in paper_model().state_dict() if not k.startswith("backbone.")}
+    assert names == official_transformer()
 
 
 def test_backbone__what_is_frozen_stays_and_the_rest_is_trained() -> None:
@@ -286,17 +291,17 @@ def test_official__a_checkpoint_with_a_namespace_loads_and_every_key_is_accounte
     released["bbox_attention.weight"] = torch.zeros(2)
     file = tmp_path / "up-detr.pth"
     torch.save({"model": released, "args": argparse.Namespace(lr=1e-4), "epoch": 60}, file)
-    state, backbone = read_start(file)
-    assert backbone
-    report = start_detr(model, state, source=str(file))
+    given, has_backbone = read_start(file)
+    assert has_backbone
+    report = start_detr(model, given, source=str(file))
     assert report.unexpected == ("bbox_attention.weight",)
     assert set(report.dropped) == {"class_embed.weight", "class_embed.bias"}
     assert not report.missing and not report.other_shape and not report.queries
-    own = model.state_dict()
+    state = model.state_dict()
     for name in official_transformer() - {"class_embed.weight", "class_embed.bias"}:
-        assert torch.equal(own[name], released[name]), name
-    assert torch.equal(own["backbone.res3.0.conv1.weight"], body["layer2.0.conv1.weight"])
-    assert not torch.equal(own["class_embed.weight"], released["class_embed.weight"])
+        assert torch.equal(state[name], released[name]), name
+    assert torch.equal(state["backbone.res3.0.conv1.weight"], body["layer2.0.conv1.weight"])
+    assert not torch.equal(state["class_embed.weight"], released["class_embed.weight"])
 
 
 class _Code:
@@ -393,9 +398,9 @@ def test_region_model__an_exported_transformer_answers_in_pixels_of_the_original
     small = F.interpolate(
         torch.from_numpy(image).permute(2, 0, 1)[None].float(), (64, 96), mode="bilinear", antialias=True
     )[0]
-    found = model.found([{"image": small}])
+    found = model.predict(model.memory([{"image": small}]))
     best = int(found.logits[0].argmax())
-    expected = (to_corners(found.boxes[0, best]).clamp(0, 1) * torch.tensor([192, 128, 192, 128])).tolist()
+    expected = (box_cxcywh_to_xyxy(found.boxes[0, best]).clamp(0, 1) * torch.tensor([192, 128, 192, 128])).tolist()
     assert regions.boxes[0].tolist() == pytest.approx(expected, abs=1e-2)
     boxes, scores = loaded.propose(image, top=3)
     assert boxes.shape == (3, 4) and scores[0] == pytest.approx(float(regions.objectness[0]))
@@ -434,7 +439,7 @@ def test_region_model__told_words_find_regions_that_are_named_by_what_they_show(
     torch.testing.assert_close(told.objectness, scores[kept])
     expected = rows[owner[kept]]
     if tower:
-        shares = to_centres(told.boxes / torch.tensor([192.0, 128, 192, 128]))
+        shares = box_xyxy_to_cxcywh(told.boxes / torch.tensor([192.0, 128, 192, 128]))
         memory = loaded._memory(image)
         expected = F.normalize(loaded.detr.region_embeddings(memory, torch.zeros_like(kept), shares), dim=1)
     torch.testing.assert_close(told.text, expected, atol=1e-5, rtol=1e-4)
@@ -480,53 +485,6 @@ def test_find__a_pretrained_transformer_is_told_the_examples_and_says_how_certai
             detector.find(image, words, examples=shown)
     with pytest.raises(UserError, match="between 0 and 1"):
         detector.find(image, examples=examples, threshold=2.0)
-
-
-def test_conditions__some_words_are_exchanged_for_a_crop_of_their_class() -> None:
-    torch.manual_seed(0)
-    crops = class_crops()
-    words = torch.randn(300, D)
-    asked = torch.arange(C).repeat(300 // C)
-    told = crops.mixed(words, asked)
-    same = (told == words).all(1)
-    assert bool(same[asked >= 2].all()), "classes without a crop keep their words"
-    for label, rows in ((0, crops.rows_RD[:2]), (1, crops.rows_RD[2:])):
-        mine = told[(asked == label) & ~same]
-        assert 0.3 < len(mine) / int((asked == label).sum()) < 0.7
-        nearest = (mine[:, None] == rows[None]).all(2)
-        assert bool(nearest.any(1).all()) and bool(nearest.any(0).all()), "each of its crops, no other"
-    assert "class_crops" not in "".join(make("conditional", conditioned=2).state_dict())
-
-
-def test_conditions__crops_are_the_first_labelled_things_as_examples_are_embedded() -> None:
-    class Pictures:
-        names, novel = ("a", "b", "c"), frozenset({2})
-
-        def __len__(self) -> int:
-            return 3
-
-        def load(self, index: int) -> Labelled:
-            if index == 1:
-                raise BadImageError("broken.png")
-            rng = np.random.default_rng(index)
-            boxes = np.array([[0, 0, 30, 40], [10, 5, 60, 50], [2, 2, 5, 60], [20, 20, 44, 44]], dtype=np.float32)
-            image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-            return Labelled(
-                image=image,
-                boxes=boxes,
-                masks=np.zeros((0, 64, 64), bool),
-                classes=np.array([0, 1, 0, 2]),
-                image_id=index,
-            )
-
-    torch.manual_seed(0)
-    encoder = build_encoder(EncoderConfig(embed_dim=8, image=ResNetTower(image_size=32)))
-    found = detr_training.class_crops(Pictures(), torch.tensor([True, True, False]), encoder, share=0.5)
-    assert found.count_C.tolist() == [2, 2, 0], "not the strip of three pixels, not the class that is kept out"
-    shown = Pictures().load(2)
-    embedder = ExampleEmbedder(encoder=encoder)
-    wanted = embedder.embed([Example("x", (Crop(shown.image, tuple(float(v) for v in shown.boxes[1])),))])
-    torch.testing.assert_close(found.rows_RD[3:], wanted)
 
 
 def test_evaluation__the_pretexts_transformer_is_told_the_crops_of_what_is_asked_for(tmp_path: Path) -> None:
@@ -585,13 +543,15 @@ def test_region_tower__embeds_what_lies_in_the_box_of_its_own_picture() -> None:
 def test_region_tower__names_free_queries_at_their_boxes_and_leaves_boxes_and_conditions_alone() -> None:
     plain, model = make().eval(), make(region_tower=region_tower()).eval()
     batch = [picture(64, 96, TWO, [1, 2])]
-    free, other = model.found(batch), plain.found(batch)
+    free, other = (network.predict(network.memory(batch)) for network in (model, plain))
     torch.testing.assert_close(free.boxes, other.boxes)
     expected = model.region_embeddings(model.memory(batch), torch.zeros(6, dtype=torch.int64), free.boxes[0])
     torch.testing.assert_close(free.embeddings[0], F.normalize(expected, dim=-1))
     rows = torch.randn(1, 2, D)
-    told = model.found(batch, conditions_NMD=rows)
-    torch.testing.assert_close(told.embeddings, plain.found(batch, conditions_NMD=rows).embeddings)
+    conditioned, expected_z = (
+        network.predict(network.memory(batch), conditions_NMD=rows).embeddings for network in (model, plain)
+    )
+    torch.testing.assert_close(conditioned, expected_z)
 
 
 def test_region_tower__its_loss_is_the_text_loss_of_labelled_boxes_and_moves_no_box() -> None:
@@ -602,7 +562,8 @@ def test_region_tower__its_loss_is_the_text_loss_of_labelled_boxes_and_moves_no_
     losses["loss_text"].backward()
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert moved <= {"region_tower", "classifier"} and "region_tower" in moved
-    memory, targets = model.memory(batch), model.targets([x["instances"] for x in batch])
+    memory = model.memory(batch)
+    targets = Targets.of_instances([x["instances"] for x in batch], device=model.device)
     boxes = torch.stack([targets.boxes[0, 0], targets.boxes[0, 1], targets.boxes[2, 0]])
     z = model.region_embeddings(memory, torch.tensor([0, 0, 2]), boxes)
     assert model.classifier is not None

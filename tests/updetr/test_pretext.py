@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from ovd.data.mapper import TrainingTransform
 from ovd.data.patches import PatchSource
-from ovd.modeling.detr.build import start_projections
-from ovd.modeling.detr.matcher import to_centres
-from ovd.modeling.detr.network import Decoded
+from ovd.modeling.boxes import box_xyxy_to_cxcywh
+from ovd.modeling.detr.build import init_projections
+from ovd.modeling.detr.matcher import box_cost, hungarian_match, object_cost
+from ovd.modeling.detr.structures import DecoderOutput
 from ovd.modeling.detr.updetr import PatchPretext
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import BadImageError
@@ -185,21 +186,21 @@ def test_pretext__any_number_of_patches_and_queries_is_finite(
 def test_queries__each_patch_goes_to_its_own_contiguous_share() -> None:
     pretext = task(mask_queries=0.0)
     embeddings = torch.randn(2, 3, CHANNELS)
-    group = torch.tensor([0, 0, 1, 1, 2, 2])
-    added = pretext.conditions(embeddings, group)
+    conditions, group = pretext.conditions(embeddings)
+    assert group.tolist() == [0, 0, 1, 1, 2, 2]
     expected = pretext.detr.patch2query(embeddings).repeat_interleave(2, dim=1)
-    torch.testing.assert_close(added, expected)
+    torch.testing.assert_close(conditions, expected)
 
 
 def test_queries__a_tenth_gets_no_patch_in_training_and_none_of_them_in_eval() -> None:
-    pretext = task(mask_queries=0.1)
-    embeddings, group = torch.randn(40, 3, CHANNELS), torch.tensor([0, 0, 1, 1, 2, 2]).repeat_interleave(20)
+    pretext = task(mask_queries=0.1, queries=120)
+    embeddings = torch.randn(40, 3, CHANNELS)
     torch.manual_seed(0)
-    masked = (pretext.conditions(embeddings, group) == 0).all(-1)  # per query and picture, not per patch
+    masked = (pretext.conditions(embeddings)[0] == 0).all(-1)  # per query and picture, not per patch
     assert 0.08 < float(masked.float().mean()) < 0.12
     assert not (masked.view(40, 3, 40).all(-1)).any()
     pretext.eval()
-    assert not (pretext.conditions(embeddings, group) == 0).all(-1).any()
+    assert not (pretext.conditions(embeddings)[0] == 0).all(-1).any()
 
 
 def test_eval__is_deterministic_and_train_is_not() -> None:
@@ -234,18 +235,18 @@ def test_shuffle__is_one_permutation_of_the_object_queries() -> None:
     torch.testing.assert_close(shuffled, plain[:, :, order])  # with one patch and no mask queries are exchangeable
 
 
-def test_denoising__a_patch_with_a_noised_box_asks_for_the_box_and_nothing_else() -> None:
+def test_denoising__a_patch_with_a_noised_box_is_trained_on_its_box_alone() -> None:
     torch.manual_seed(0)
     model = make("conditional", variant="agnostic", denoising=2)
     pretext = PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), mask_queries=0.0).train()
     batch = patch_batch(2, 3)
     loss, parts = pretext(batch)
-    taught = {name for name in parts if name.endswith("_dn")}
-    assert taught == {"loss_object_dn", "loss_l1_dn", "loss_giou_dn"}  # what they are like, they were told
+    dn_losses = {name for name in parts if name.endswith("_dn")}
+    assert dn_losses == {"loss_object_dn", "loss_l1_dn", "loss_giou_dn"}  # they carry the embedding already
     assert float(loss.detach()) == pytest.approx(sum(float(v) for v in parts.values()), rel=1e-5)
     pretext.eval()
     free = pretext.predict(batch)[0]
-    model.denoising = 0
+    model.denoising.groups = 0
     torch.testing.assert_close(pretext.predict(batch)[0].boxes, free.boxes)
     plain = pretext.train()(batch)[1]
     for name, value in plain.items():  # free queries do not see the answers
@@ -256,19 +257,19 @@ def test_denoising__content_is_the_patch_and_the_anchor_its_noised_box() -> None
     model = make("conditional", variant="agnostic", denoising=2, box_noise=0.0, label_noise=0.0)
     pretext = PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), mask_queries=0.0).train()
     _, targets, _ = pretext.predict(patch_batch(2, 3))
-    extra, blocks = model._denoising(targets)
-    assert extra is not None and targets.embeddings is not None
-    torch.testing.assert_close(extra.content, model.patch2query(targets.embeddings).repeat(1, 2, 1))
-    torch.testing.assert_close(extra.anchors.sigmoid(), targets.boxes.repeat(1, 2, 1))
-    assert blocks.tolist() == [0, 0, 0, 1, 1, 1]
+    dn = model.denoising.queries(targets, condition=model.patch2query, classifier=None)
+    assert dn is not None and targets.embeddings is not None
+    torch.testing.assert_close(dn.content, model.patch2query(targets.embeddings).repeat(1, 2, 1))
+    torch.testing.assert_close(dn.anchors.sigmoid(), targets.boxes.repeat(1, 2, 1))
+    assert dn.group.tolist() == [0, 0, 0, 1, 1, 1]
     torch.manual_seed(0)
-    model.label_noise = 0.25  # share of them that is told the box only
+    model.denoising.label_noise = 0.25  # share of them that gets the box only
     many = targets._replace(
         boxes=targets.boxes.repeat(1, 100, 1), embeddings=targets.embeddings.repeat(1, 100, 1), counts=[300, 300]
     )
-    told = model._denoising(many)[0]
-    assert told is not None
-    assert 0.2 < float((told.content == 0).all(-1).float().mean()) < 0.3
+    dn = model.denoising.queries(many, condition=model.patch2query, classifier=None)
+    assert dn is not None
+    assert 0.2 < float((dn.content == 0).all(-1).float().mean()) < 0.3
 
 
 # --- losses
@@ -279,19 +280,17 @@ def test_reconstruction__is_the_squared_distance_of_unit_vectors_over_boxes_summ
     batch = patch_batch(2, 3)
     out, targets, group = pretext.predict(batch)
     model = pretext.detr
-    from ovd.modeling.detr.matcher import box_cost, match, object_cost
-
     assert model.object_embed is not None and targets.embeddings is not None
     cost = box_cost(out.boxes, targets.boxes, l1=5, giou=2) + 2 * object_cost(
         model.object_embed(out.states)[..., 0], kind="focal"
     )
-    found = match(cost, targets.counts, query_group_Q=group, target_group_NT=targets.groups)
+    pairs = hungarian_match(cost, targets.counts, query_group_Q=group, target_group_NT=targets.groups)
     total = 0.0
-    for layer, n, q, t in zip(*(c.tolist() for c in found), strict=True):
+    for layer, n, q, t in zip(*(c.tolist() for c in pairs), strict=True):
         z = F.normalize(model.feature_align(out.states[layer, n, q]), dim=0)
         p = F.normalize(targets.embeddings[n, t], dim=0)
         total += float(((z - p) ** 2).sum())
-    got = model.losses(out, targets, group=group)["loss_reconstruction"]
+    got = model.criterion(out, targets, model, num_targets=6, query_group_Q=group)["loss_reconstruction"]
     assert float(got) == pytest.approx(total / 6, rel=1e-4)
 
 
@@ -304,9 +303,7 @@ def test_reconstruction__target_gets_no_gradient_and_follows_the_box_that_was_ma
 
 
 def test_contrast__classifies_among_the_patches_of_the_picture() -> None:
-    from ovd.config_detr import DetrLossConfig
-
-    model = make("conditional", variant="agnostic", loss=DetrLossConfig(contrast=1.0))
+    model = make("conditional", variant="agnostic", loss={"contrast": 1.0})
     pretext = PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0])).train()
     loss, parts = pretext(patch_batch(2, 3))
     loss.backward()
@@ -325,18 +322,20 @@ def test_measure__a_perfect_answer_scores_one_and_a_constant_box_what_it_overlap
     def answer(make_boxes: Any) -> Any:
         def predict(batch: list[dict[str, Any]]) -> Any:
             out, targets, group = real(batch)
-            return Decoded(out.states, make_boxes(out.boxes, targets.boxes, group)), targets, group
+            return DecoderOutput(out.states, make_boxes(out.boxes, targets.boxes, group)), targets, group
 
         return predict
 
-    monkeypatch.setattr(pretext, "predict", answer(lambda own, true, group: true[:, group].expand_as(own)))
-    found = pretext.measure([batch, batch])
-    assert found["patch_miou"] == pytest.approx(1.0) and found["patch_recall50"] == 1.0
+    monkeypatch.setattr(pretext, "predict", answer(lambda predicted, true, group: true[:, group].expand_as(predicted)))
+    measured = pretext.measure([batch, batch])
+    assert measured["patch_miou"] == pytest.approx(1.0) and measured["patch_recall50"] == 1.0
     assert pretext.training  # as it was
     middle = torch.tensor([0.5, 0.5, 0.3, 0.3])
-    monkeypatch.setattr(pretext, "predict", answer(lambda own, true, group: middle.expand_as(own)))
+    monkeypatch.setattr(pretext, "predict", answer(lambda predicted, true, group: middle.expand_as(predicted)))
     true = torch.stack([x["boxes"] for x in batch]) / 64
-    assert pretext.measure([batch])["patch_miou"] == pytest.approx(_mean_iou(to_centres(true), middle), rel=1e-4)
+    assert pretext.measure([batch])["patch_miou"] == pytest.approx(
+        _mean_iou(box_xyxy_to_cxcywh(true), middle), rel=1e-4
+    )
 
 
 def _mean_iou(boxes: Tensor, constant: Tensor) -> float:
@@ -349,7 +348,7 @@ def _mean_iou(boxes: Tensor, constant: Tensor) -> float:
     return sum(total) / len(total)
 
 
-def test_measure__a_patch_whose_look_alike_lies_elsewhere_counts_as_missed() -> None:
+def test_measure__a_patch_whose_most_similar_token_lies_elsewhere_counts_as_missed() -> None:
     pretext = task(patches=2)
     grid = torch.zeros(CHANNELS, 4, 4)
     grid[0, 0, 0], grid[1, 3, 2] = 1.0, 1.0  # two cells that stand out, among others that say nothing
@@ -364,7 +363,7 @@ def test_measure__a_patch_whose_look_alike_lies_elsewhere_counts_as_missed() -> 
         pretext.detr.input_proj.bias.zero_()
         pretext.detr.patch2query.weight.copy_(torch.eye(16, CHANNELS))
         pretext.detr.patch2query.bias.zero_()
-    inside, area = pretext.look_alike(batch)
+    inside, area = pretext.most_similar_token(batch)
     assert inside.tolist() == [True, False]
     assert area.tolist() == [1 / 16, 1 / 8]
 
@@ -391,16 +390,16 @@ def test_pretext__learns_to_find_patches_on_easy_pictures() -> None:
         samples.append({"features": {"res4": grid}, "size": (64, 64), "boxes": boxes, "embeddings": look[order]})
     pretext = task(queries=8, mask_queries=0.0, width=32)
     tokens = torch.cat([one["features"]["res4"].flatten(1).T for one in samples])
-    start_projections(pretext.detr, tokens_SC=tokens, embeddings_PD=torch.cat([one["embeddings"] for one in samples]))
+    init_projections(pretext.detr, tokens_SC=tokens, embeddings_PD=torch.cat([one["embeddings"] for one in samples]))
     optimizer = torch.optim.AdamW([p for p in pretext.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
         pretext(samples)[0].backward()
         torch.nn.utils.clip_grad_norm_(pretext.parameters(), 1.0)
         optimizer.step()
-    found = pretext.measure([samples])
-    assert found["patch_miou"] > 0.4
-    assert found["patch_look_alike"] == 1.0 and found["patch_area"] == 0.25
+    measured = pretext.measure([samples])
+    assert measured["patch_miou"] > 0.4
+    assert measured["patch_look_alike"] == 1.0 and measured["patch_area"] == 0.25
 
 
 # --- where the projections start
@@ -422,10 +421,10 @@ def projected(model: Any, tokens: Tensor) -> Tensor:
 def test_start__a_patch_points_at_its_own_look_whatever_all_of_them_share() -> None:
     model = make(variant="agnostic")
     tokens, patches = shifted(50, seed=1)
-    said = start_projections(model, tokens_SC=tokens, embeddings_PD=patches)
+    done = init_projections(model, tokens_SC=tokens, embeddings_PD=patches)
     with torch.no_grad():
         key, query = projected(model, tokens), model.patch2query(patches)
-    assert "the same map" in said
+    assert "the same map" in done
     assert key.mean(0).abs().max() < 1e-3 and query.mean(0).abs().max() < 1e-3
     alike = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
     assert bool((alike.argmax(1) == torch.arange(50)).all())
@@ -437,7 +436,7 @@ def test_start__the_way_back_from_the_joint_space() -> None:
     model = make(variant="text", width=32)  # 12 dimensions of 8 channels: the projection loses nothing
     tokens, _ = shifted(50, seed=2)
     projection = torch.randn(12, CHANNELS, generator=torch.Generator().manual_seed(3))
-    start_projections(
+    init_projections(
         model, tokens_SC=tokens, embeddings_PD=(tokens - tokens.mean(0)) @ projection.T, projection_DC=projection
     )
     with torch.no_grad():
@@ -451,12 +450,12 @@ def test_start__the_way_back_from_the_joint_space() -> None:
 def test_start__a_patch_of_another_space_keeps_its_random_projection() -> None:
     model = make(variant="text")
     before = model.patch2query.weight.clone()
-    said = start_projections(model, tokens_SC=shifted(9, 1)[0], embeddings_PD=torch.randn(9, 12))
-    assert "at random" in said and torch.equal(model.patch2query.weight, before)
+    done = init_projections(model, tokens_SC=shifted(9, 1)[0], embeddings_PD=torch.randn(9, 12))
+    assert "at random" in done and torch.equal(model.patch2query.weight, before)
 
 
 def test_start__one_place_changes_nothing_and_gives_no_nan() -> None:
     model = make(variant="agnostic")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert "at random" in start_projections(model, tokens_SC=torch.randn(1, CHANNELS))
+    assert "at random" in init_projections(model, tokens_SC=torch.randn(1, CHANNELS))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

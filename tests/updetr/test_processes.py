@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from ovd.modeling.detr.task import DetrTask
 from ovd.modeling.detr.updetr import PatchPretext
-from ovd.modeling.task import DetectionTask
 from pretrain.engine import distributed
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.config import LoopConfig, OptimConfig
@@ -28,19 +28,14 @@ KINDS = ("pretext", "labels")
 STEPS = 4
 
 
-def make_task(kind: str) -> DetectionTask:
+def make_task(kind: str) -> DetrTask:
     """What draws random numbers of its own (masked queries, noise) is off: it differs from process to process."""
     if kind == "pretext":
         model = make("conditional", variant="agnostic", denoising=1, box_noise=0.0, label_noise=0.0)
         return PatchPretext(model=model, embed=lambda p: model.pooled(p[:, 0]), mask_queries=0.0)
     quiet: dict[str, Any] = {"denoising": 1, "box_noise": 0.0, "label_noise": 0.0}
-    task: DetectionTask = DetectionTask(
-        model=make("conditional", variant="text", region_tower=region_tower(), **quiet),
-        pretrained_prefixes=("backbone.", "region_tower."),
-        pretrained_lr_scale=1.0,
-    )
-    task.find_unused_parameters = True  # as ovd.training.detr does
-    return task
+    model = make("conditional", variant="text", region_tower=region_tower(), **quiet)
+    return DetrTask(model=model, pretrained_lr_scale=1.0)
 
 
 def source(kind: str) -> Samples:

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from ovd.config_detr import DetrTrainConfig
+from ovd.config import TrainConfig
+from ovd.config_detr import TRAIN_CONFIGS, DetrConfig, DetrTrainConfig
 from ovd.data.features import CachedPatches, FeatureCache, Readable, files_of
+from ovd.modeling.detr.task import DetrTask
 from ovd.modeling.detr.updetr import PatchPretext
 from ovd.modeling.task import DetectionTask
-from ovd.training.detr import is_transformer
+from pretrain.engine.cli import command_line
 from pretrain.engine.config import LoopConfig, OptimConfig, load_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.engine.loop import fit
-from tests.updetr.small import C, class_crops, make, patch_batch, picture, region_tower
+from tests.updetr.small import C, make, patch_batch, picture, region_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,20 +48,51 @@ class Samples:
 
 
 @pytest.mark.parametrize(
-    ("argv", "answer"),
+    ("argv", "kind"),
     [
-        (["--config", "updetr.yaml"], True),
-        (["--config=detr.yaml", "loop.steps=3"], True),
-        (["--config", "ov_detr"], True),
-        (["--config", "paper/detr_voc.yaml"], True),
-        (["--config", "vild.yaml"], False),
-        (["--config", "no_such.yaml"], False),
-        (["model.arch=detr"], True),
-        ([], False),
+        (["--config", "updetr.yaml"], DetrTrainConfig),
+        (["--config=detr.yaml", "loop.steps=3000"], DetrTrainConfig),
+        (["--config", "ov_detr"], DetrTrainConfig),  # arch stands in its base
+        (["--config", "paper/detr_voc.yaml", "data.images=x", "data.annotations=y"], DetrTrainConfig),
+        (["--config", "vild.yaml", "regions=x"], TrainConfig),
+        (["--config", "mask_rcnn.yaml", "model.arch=mask_rcnn"], TrainConfig),
     ],
 )
-def test_command__a_configuration_with_an_arch_trains_a_transformer(argv: list[str], answer: bool) -> None:
-    assert is_transformer(argv) is answer
+def test_command__the_arch_of_a_configuration_chooses_what_it_is_read_as(argv: list[str], kind: type) -> None:
+    config, _ = command_line(TRAIN_CONFIGS, argv, prog="train", doc="")
+    assert type(config) is kind
+
+
+def test_command__an_unknown_arch_is_refused_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model:\n  arch: conditionl\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml:2: model\.arch: expected one of mask_rcnn.*'conditional'"):
+        command_line(TRAIN_CONFIGS, ["--config", str(file)], prog="train", doc="")
+    with pytest.raises(ConfigError, match=r"override 'model.arch=3': model\.arch: expected one of"):
+        command_line(TRAIN_CONFIGS, ["--config", "detr.yaml", "model.arch=3"], prog="train", doc="")
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (["--help"], "anchor_sizes"),
+        (["--config", "detr.yaml", "--help"], "decoder_layers"),
+        (["--help", "model", "--config", "detr.yaml"], "decoder_layers"),
+        (["model.arch=detr", "--help", "model.queries"], "object queries"),
+        (["--config", "no_such.yaml", "--help"], "anchor_sizes"),
+    ],
+)
+def test_command__help_shows_the_keys_of_the_architecture(
+    argv: list[str], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command_line(TRAIN_CONFIGS, argv, prog="train", doc="")
+    assert key in capsys.readouterr().out
+
+
+def test_configs__a_removed_key_of_an_older_run_is_read_where_it_changed_nothing() -> None:
+    old = DetrConfig.model_validate({"arch": "conditional", "crop_conditions": 0.0})
+    assert old == DetrConfig(arch="conditional")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +134,7 @@ def test_configs__hold_the_published_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["pretext.patches.count=60"], "at least as many model.queries"),
         (["model.backbone.frozen=false"], "frozen backbone"),
@@ -111,10 +144,11 @@ def test_configs__hold_the_published_recipe() -> None:
         (["model.variant=text", "pretext=null", "model.embed_space=ssl"], "embed_space clip"),
         (["model.arch=detr", "model.denoising=1"], "start from anchors"),
         (["model.heads=3"], "not divisible"),
+        (["model.crop_conditions=0.5"], "crop_conditions was removed"),
     ],
 )
-def test_configs__what_cannot_be_is_said(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_configs__contradictions_are_explained(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_config(DetrTrainConfig, ROOT / "configs/updetr.yaml", overrides)
 
 
@@ -129,7 +163,7 @@ def test_cache__features_and_embeddings_give_the_same_losses_and_the_same_boxes(
         samples = [batch[i] for i in indices]
         with torch.no_grad():
             maps = model.maps(model.normalised(torch.stack([s["image"] for s in samples])))
-            z = task.embeddings(samples)
+            z = task.patch_embeddings(samples)
         return {
             **{name: value.numpy() for name, value in maps.items()},
             "size": np.array([s["size"] for s in samples]),
@@ -158,7 +192,7 @@ def test_cache__half_features_train_under_bfloat16_autocast() -> None:
     batch = patch_batch(2, 3)
     with torch.no_grad():
         maps = task.detr.maps(task.detr.normalised(torch.stack([s["image"] for s in batch])))
-        z = task.embeddings(batch)
+        z = task.patch_embeddings(batch)
     cached = [
         {
             "features": {name: value[n].half() for name, value in maps.items()},
@@ -257,20 +291,17 @@ def test_resume__a_pretext_that_was_interrupted_ends_where_an_uninterrupted_one_
     assert all("patch_miou" in line for line in lines)
 
 
-def train(out: Path, steps: int, *, resume: bool = False) -> DetectionTask:
+def train(out: Path, steps: int, *, resume: bool = False) -> DetrTask:
     torch.manual_seed(5)
     model = make("conditional", denoising=2, conditioned=3, region_tower=region_tower(), dropout=0.1)
-    model.class_crops = class_crops()
-    task: DetectionTask = DetectionTask(
-        model=model, pretrained_prefixes=("backbone.", "region_tower."), pretrained_lr_scale=0.1
-    )
+    task = DetrTask(model=model, pretrained_lr_scale=0.1)
     boxes = [[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]]
     pictures = [picture(64, 64, boxes[: 1 + n % 2], [n % C, (n + 1) % C][: 1 + n % 2], seed=n) for n in range(5)]
     fit_samples(task, pictures, out, steps, resume)
     return task
 
 
-def test_resume__training_with_denoising_told_words_and_crops_and_a_region_tower_goes_on_bit_for_bit(
+def test_resume__training_with_denoising_conditioned_queries_and_a_region_tower_goes_on_bit_for_bit(
     tmp_path: Path,
 ) -> None:
     whole = train(tmp_path / "whole", 6)

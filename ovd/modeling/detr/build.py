@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assembling, starting, saving and loading detection transformers, and the region model that page and commands use."""
+"""Building and loading detection transformers, and the region model that page and commands use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,32 +15,32 @@ from torchvision.ops import nms
 
 from ovd.config_detr import DetrConfig
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.modeling.backbone import build_resnet, stage_channels, to_detectron2
+from ovd.modeling.backbone import build_resnet, stage_channels
+from ovd.modeling.boxes import box_cxcywh_to_xyxy
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.detr.matcher import groups_of, to_corners
-from ovd.modeling.detr.network import Detr, Memory
+from ovd.modeling.detr.attention_mask import query_groups
+from ovd.modeling.detr.network import Detr
+from ovd.modeling.detr.structures import FeatureMap, Memory
 from ovd.modeling.region_head import Tower
 from ovd.modeling.vild.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import EXPORTED
-from pretrain.nets.checkpoints import read_tensors
 
 if TYPE_CHECKING:
     from ovd.regions.crops import RegionEncoder
 
-OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoints
-DROPPED = ("class_embed.", "classifier.")  # what fine-tuning starts anew, as UP-DETR's paper does
 REGION_RESOLUTION = 4  # side of the map a region tower reads: the encoder's own res4 at 64 pixels
 OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
 PASSES = 8  # sets of words that go through the decoder at once
 TOLD_OVERLAP = 0.7  # IoU above which the boxes of two told words are one region
 
 
-def feature_channels(config: DetrConfig) -> int:
-    """Channels of the joined feature maps: the width of a patch's feature in the backbone's own space."""
+def feature_maps(config: DetrConfig) -> list[FeatureMap]:
+    """The backbone's maps that are joined; their channels are those of a patch's feature in its own space."""
     bb = config.backbone
-    return sum(stage_channels(depth=bb.depth, index=int(name[3:])) for name in bb.features)
+    return [
+        FeatureMap(name, stage_channels(depth=bb.depth, index=int(name[3:])), STRIDES[name]) for name in bb.features
+    ]
 
 
 def build_detr(
@@ -70,30 +69,11 @@ def build_detr(
     backbone = build_resnet(
         depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=bb.features, freeze_at=bb.freeze_at
     )
-    return Detr(
-        arch=config.arch,
-        backbone=backbone,
-        features=[(name, stage_channels(depth=bb.depth, index=int(name[3:])), STRIDES[name]) for name in bb.features],
-        frozen=bb.frozen,
-        width=config.width,
-        heads=config.heads,
-        ffn=config.ffn,
-        encoder_layers=config.encoder_layers,
-        decoder_layers=config.decoder_layers,
-        queries=config.queries,
-        dropout=config.dropout,
-        pre_norm=config.pre_norm,
-        embed_dim=embed_dim if config.embed_space == "clip" else feature_channels(config),
-        classifier=EmbeddingClassifier(rows=rows, trainable=trainable, scale=config.scale)
-        if config.variant == "text" and rows is not None
-        else None,
-        closed_classes=classes if config.variant == "closed" else None,
-        unit_conditions=config.embed_space == "clip",
-        denoising=config.denoising,
-        box_noise=config.box_noise,
-        label_noise=config.label_noise,
-        conditioned=config.conditioned,
-        region_tower=Tower(
+    classifier = region_tower = None
+    if config.variant == "text" and rows is not None:
+        classifier = EmbeddingClassifier(rows=rows, trainable=trainable, scale=config.scale)
+    if config.region_tower:
+        region_tower = Tower(
             kind="res5",
             in_channels=stage_channels(depth=bb.depth, index=4),
             resolution=REGION_RESOLUTION,
@@ -103,31 +83,36 @@ def build_detr(
             conv_dims=(),
             fc_dims=(),
         )
-        if config.region_tower
-        else None,
-        scale=config.scale,
-        loss=config.loss,
+    features = feature_maps(config)
+    return Detr(
+        config,
+        backbone=backbone,
+        features=features,
+        embed_dim=embed_dim if config.embed_space == "clip" else sum(feature.channels for feature in features),
+        classifier=classifier,
+        num_classes=classes,
+        region_tower=region_tower,
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
     )
 
 
 @torch.no_grad()
-def start_projections(
+def init_projections(
     model: Detr, *, tokens_SC: Tensor, embeddings_PD: Tensor | None = None, projection_DC: Tensor | None = None
 ) -> str:
-    """Start ``input_proj`` and ``patch2query`` so that a patch's query already points at look-alike tokens.
+    """Initialise ``input_proj`` and ``patch2query`` so that a patch's query already points at look-alike tokens.
 
-    Features of a trained network share a large part that says nothing; what tells one place from another is the rest,
-    and pooled patches have another shared part than tokens have. So both projections begin as the same matrix, and
-    their biases take off the mean of what they are fed. (On Sticker Scenes the most similar token lies within the patch
-    for 41 % of the patches by the raw features, for 52 % by centred ones; in the joint space 13 and 41 %; a patch
-    covers 14 % of its picture: benchmarks/patch_start.py.)
+    Features of a trained network share a large part that is the same everywhere; what tells one position from another
+    is the rest, and pooled patches share another part than tokens do. So both projections begin as the same matrix, and
+    their biases take off the mean of their inputs. (On Sticker Scenes the most similar token lies within the patch for
+    41 % of the patches by the raw features, for 52 % by centred ones; in the joint space 13 and 41 %; a patch covers
+    14 % of its picture: benchmarks/patch_start.py.)
 
     Args:
         model: with random weights.
-        tokens_SC: joined features of some places of some pictures.
-        embeddings_PD: of some patches; None: only ``input_proj`` is started.
+        tokens_SC: joined features of some positions of some pictures.
+        embeddings_PD: of some patches; None: only ``input_proj`` is initialised.
         projection_DC: the linear map from the pooled last feature map to the joint space, where embeddings lie there.
 
     Returns:
@@ -136,170 +121,26 @@ def start_projections(
     weight = model.input_proj.weight[:, :, 0, 0]
     assert model.input_proj.bias is not None
     if len(tokens_SC) < 2 or (embeddings_PD is not None and len(embeddings_PD) < 2):
-        return "input_proj starts at random: a single place tells no deviation"
+        return "input_proj starts at random: a single token has no deviation"
     weight.div_((tokens_SC @ weight.T).std(0).mean().clamp(min=1e-6))
     model.input_proj.bias.copy_(-weight @ tokens_SC.mean(0))
-    said = "input_proj starts centred on the tokens"
+    done = "input_proj starts centred on the tokens"
     if embeddings_PD is None:
-        return said
-    own = not model.patch2query.unit and model.patch2query.in_features == model.input_proj.in_channels
-    if own:
+        return done
+    same_space = not model.patch2query.unit and model.patch2query.in_features == model.input_proj.in_channels
+    if same_space:
         model.patch2query.weight.copy_(weight)
     elif projection_DC is not None:
         # Back from the joint space to the channels it was projected from, as far as that goes, then as the tokens.
         back = torch.linalg.pinv(projection_DC.double()).to(weight)
         model.patch2query.weight.copy_(weight[:, -len(back) :] @ back)
     else:
-        return said + "; patch2query at random: its space is not the tokens'"
+        return done + "; patch2query at random: its space is not the tokens'"
     model.patch2query.bias.zero_()
-    found, wanted = model.patch2query(embeddings_PD), tokens_SC @ weight.T
-    model.patch2query.weight.mul_(wanted.std(0).norm() / found.std(0).norm().clamp(min=1e-6))
+    queries, keys = model.patch2query(embeddings_PD), tokens_SC @ weight.T
+    model.patch2query.weight.mul_(keys.std(0).norm() / queries.std(0).norm().clamp(min=1e-6))
     model.patch2query.bias.copy_(-model.patch2query(embeddings_PD).mean(0))
-    return said + ", patch2query as the same map, centred on the patches"
-
-
-# --- starting from other weights
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a start took from a checkpoint; names are those of our parameters.
-
-    Attributes:
-        matched: copied.
-        missing: ours, not in the checkpoint; they keep their start.
-        unexpected: the checkpoint's, not ours.
-        dropped: left out on purpose (classification layers).
-        other_shape: in both, but of another shape; they keep their start.
-        queries: what happened to the query embeddings, or "" when they fitted.
-    """
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    dropped: tuple[str, ...]
-    other_shape: tuple[str, ...]
-    queries: str = ""
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.matched)} tensors loaded"]
-        for name in ("missing", "unexpected", "dropped", "other_shape"):
-            keys = getattr(self, name)
-            if keys:
-                parts.append(
-                    f"{name.replace('_', ' ')} {len(keys)}: {', '.join(keys[:6])}{' …' if len(keys) > 6 else ''}"
-                )
-        return "; ".join(parts) + (f"; {self.queries}" if self.queries else "")
-
-
-def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a released DETR or UP-DETR checkpoint → ours: only the backbone's differ."""
-    body = {k.removeprefix(OFFICIAL_BACKBONE): v for k, v in state.items() if k.startswith(OFFICIAL_BACKBONE)}
-    out = {k.removeprefix("module."): v for k, v in state.items() if not k.startswith(OFFICIAL_BACKBONE)}
-    out.update({f"backbone.{k}": v for k, v in to_detectron2(body).items()})
-    return out
-
-
-def read_official(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.pth`` file under our names; nothing in it is executed.
-
-    Raises:
-        UserError: no such file, or one that holds anything but tensors and plain values.
-    """
-    return official_names(read_tensors(path))
-
-
-def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Tensors of an exported folder, or of a released ``.pth`` file, and whether they bring a backbone of their own.
-
-    A frozen backbone is the one the configuration names, in full precision; one that was trained belongs to its
-    transformer.
-
-    Raises:
-        UserError: neither.
-    """
-    if path.suffix in (".pth", ".pt"):
-        return read_official(path), True
-    folder = _exported_of(path)
-    card = read_card(folder)
-    if not card.is_transformer:
-        raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
-    return exported_tensors(folder)[0], not card.model["backbone"]["frozen"]
-
-
-def _exported_of(path: Path) -> Path:
-    """The exported folder of a run, or the folder itself."""
-    return path / EXPORTED if (path / EXPORTED / "model.json").is_file() else path
-
-
-def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: DetrConfig) -> None:
-    """Refuse weights whose shapes fit but which compute something else here.
-
-    Args:
-        path: of `read_start`.
-        state: what it read.
-        config: of the model that is to start from them.
-
-    Raises:
-        UserError: another number of heads, or norms in another place.
-    """
-    pre_norm = "transformer.encoder.norm.weight" in state  # only where norms come first is there one at the end
-    if pre_norm != config.pre_norm:
-        raise UserError(f"weights={path}: trained with model.pre_norm={str(pre_norm).lower()}; set it so here")
-    if path.suffix in (".pth", ".pt"):
-        return  # a released file does not say how many heads it has: the papers' 8
-    heads = int(read_card(_exported_of(path)).model["heads"])
-    if heads != config.heads:
-        raise UserError(f"weights={path}: trained with model.heads={heads}, not {config.heads}; set it so here")
-
-
-def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> Report:
-    """Copy what fits; classification layers start anew, query embeddings are kept and cut to the number of queries.
-
-    Args:
-        model: to be started.
-        state: under our names.
-        source: for messages.
-        backbone: take the backbone too.
-
-    Raises:
-        UserError: less than half of the transformer fits, so this is another architecture.
-    """
-    own = model.state_dict()
-    copied: dict[str, Tensor] = {}
-    other, queries = [], ""
-    for key, value in own.items():
-        if key.startswith(DROPPED) or key not in state or (key.startswith("backbone.") and not backbone):
-            continue
-        given = state[key]
-        if given.shape == value.shape:
-            copied[key] = given
-        elif key in ("query_embed.weight", "query_anchor") and given.shape[1:] == value.shape[1:]:
-            kept = min(len(given), len(value))
-            copied[key] = torch.cat([given[:kept].to(value), value[kept:]])
-            queries = (
-                f"query embeddings: the first {kept} of {len(given)} are kept"
-                + (f", the other {len(value) - kept} start anew" if len(value) > kept else "")
-            )  # fmt: skip
-        else:
-            other.append(key)
-    transformer = [k for k in own if k.startswith("transformer.")]
-    fitting = sum(k in copied for k in transformer)
-    if 2 * fitting < len(transformer):  # a bias or two always fit
-        raise UserError(
-            f"weights={source}: {fitting} of {len(transformer)} transformer tensors fit; "
-            "model.arch, width and ffn must be those it was trained with"
-        )
-    left = {k for k in own if k.startswith("backbone.")} if not backbone else set()
-    model.load_state_dict({**own, **copied})
-    return Report(
-        matched=tuple(copied),
-        missing=tuple(k for k in own if k not in state and not k.startswith(DROPPED) and k not in left),
-        unexpected=tuple(k for k in state if k not in own and not k.startswith(DROPPED)),
-        dropped=tuple(k for k in state if k.startswith(DROPPED)),
-        other_shape=tuple(other),
-        queries=queries,
-    )
+    return done + ", patch2query as the same map, centred on the patches"
 
 
 # --- inference
@@ -364,17 +205,17 @@ class DetrRegions(RegionModel):
     @torch.no_grad()
     def _memory(self, image: np.ndarray) -> Memory:
         inputs, _, _ = self._input(image)
-        return self.detr.memory([inputs])
+        return self.detr.memory([{"image": inputs["image"]}])
 
     def _in_pixels(self, boxes: Tensor, image: np.ndarray) -> Tensor:
         """Centre boxes (K, 4) in [0, 1] → corners in pixels of the picture."""
         height, width = image.shape[:2]
-        return to_corners(boxes).clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+        return box_cxcywh_to_xyxy(boxes).clamp(0, 1) * boxes.new_tensor([width, height, width, height])
 
     @torch.no_grad()
     def _found(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Corner boxes in pixels of the picture, objectness and embeddings of all free queries, in their order."""
-        found = self.detr.answer(self._memory(image))
+        found = self.detr.predict(self._memory(image))
         return self._in_pixels(found.boxes[0], image), found.logits[0].sigmoid(), found.embeddings[0]
 
     def regions(self, image: np.ndarray) -> RegionSet:
@@ -402,7 +243,7 @@ class DetrRegions(RegionModel):
         Raises:
             UserError: this model is none.
         """
-        found = self.detr.answer(self._memory(image))
+        found = self.detr.predict(self._memory(image))
         if found.classes is None:
             raise UserError("this transformer has no closed list of classes; ask it with words")
         score, label = found.classes[0].softmax(-1)[:, :-1].max(-1)
@@ -466,10 +307,10 @@ class DetrRegions(RegionModel):
         # The last pass asks its first words twice rather than giving each more queries than in training.
         asked, last = torch.arange(passes * count), (passes - 1) * count
         asked[last:] = last + torch.arange(count) % (len(rows_CD) - last)
-        group = groups_of(self.detr.queries, count)
+        group = query_groups(self.detr.queries, count)
         boxes, scores = [], []
         for conditions in rows_CD[asked].to(self.detr.device).unflatten(0, (passes, count)).split(PASSES):
-            found = self.detr.answer(memory.repeated(len(conditions)), conditions_NMD=conditions)
+            found = self.detr.predict(memory.repeated(len(conditions)), conditions_NMD=conditions)
             boxes.append(found.boxes)
             scores.append(found.logits.sigmoid())
         owner = (torch.arange(passes)[:, None] * count + group).flatten().to(self.detr.device)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a query is told: an embedding of a word, a patch or a crop."""
+"""Queries conditioned on what they search for: words (OV-DETR, arXiv 2203.11876) or patches (UP-DETR, 2011.09094).
+
+Shapes: ``N`` images, ``M`` conditions of an image, ``Q`` queries, ``d`` width, ``D`` embedding.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovd.modeling.classifier import EmbeddingClassifier
+from ovd.modeling.detr.structures import Targets
+
 
 class ConditionEncoder(nn.Linear):
-    """(…, D) embeddings → (…, d), which is added to a query (UP-DETR's ``patch2query``, arXiv 2011.09094).
+    """(…, D) embeddings → (…, d), which is added to a query (UP-DETR's ``patch2query``).
 
     Args:
         embed_dim: D.
@@ -30,36 +36,28 @@ class ConditionEncoder(nn.Linear):
         return super().forward(embeddings)
 
 
-class ClassCrops(nn.Module):
-    """Embeddings of labelled things by class: what a query may be told in a word's place (OV-DETR, arXiv:2203.11876).
-
-    They are computed anew for each training from its labelled pictures, and are no part of a checkpoint.
+def sample_conditions(targets: Targets, classifier: EmbeddingClassifier, *, count: int) -> tuple[Tensor, Targets]:
+    """Draw the words that condition each image's queries: classes that are present, filled up with absent ones.
 
     Args:
-        rows_RD: unit embeddings of crops.
-        labels_R: class number of each.
-        classes: C.
-        share: of the words that are exchanged for a crop, where their class has one.
+        targets: labels of a batch.
+        classifier: its rows are the words; absent ones are drawn from the classes of training.
+        count: M.
+
+    Returns:
+        (N, M, D) text embeddings, and the targets of those classes; a target's group is the number of its condition.
     """
-
-    rows_RD: Tensor
-    first_C: Tensor
-    count_C: Tensor
-
-    def __init__(self, *, rows_RD: Tensor, labels_R: Tensor, classes: int, share: float) -> None:
-        super().__init__()
-        self.share = share
-        count = torch.bincount(labels_R, minlength=classes)
-        self.register_buffer("rows_RD", rows_RD[labels_R.argsort(stable=True)], persistent=False)
-        self.register_buffer("first_C", count.cumsum(0) - count, persistent=False)
-        self.register_buffer("count_C", count, persistent=False)
-
-    def mixed(self, words_MD: Tensor, classes_M: Tensor) -> Tensor:
-        """The words' embeddings, some of them exchanged for a crop of their class; drawn from torch's generator."""
-        count = self.count_C[classes_M]
-        chosen = (torch.rand(len(count), device=count.device) * count).long().clamp(max=(count - 1).clamp(min=0))
-        shown = (torch.rand(len(count), device=count.device) < self.share) & (count > 0)
-        index = (self.first_C[classes_M] + chosen)[shown]
-        told = words_MD.clone()
-        told[shown] = self.rows_RD[index].to(told)
-        return told
+    device = targets.boxes.device
+    trained = classifier.trainable.nonzero()[:, 0]
+    rows, groups, keep = [], torch.full_like(targets.labels, -1), []
+    for n, objects in enumerate(targets.counts):
+        present = targets.labels[n, :objects].unique()
+        present = present[torch.randperm(len(present), device=device)][:count]
+        absent = trained[torch.randperm(len(trained), device=device)]
+        absent = absent[~torch.isin(absent, present)][: count - len(present)]
+        classes = torch.cat([present, absent])
+        rows.append(classifier.rows[classes])
+        is_condition = targets.labels[n, :objects, None] == classes[None]
+        keep.append(is_condition.any(1))
+        groups[n, :objects] = torch.where(is_condition.any(1), is_condition.float().argmax(1), -1)
+    return torch.stack(rows), targets.subset(keep, groups)

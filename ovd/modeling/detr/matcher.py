@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which query explains which object: the minimum-cost matching of DETR (arXiv 2005.12872, §3.1), pure torch and scipy.
+"""Hungarian matching of queries and targets (DETR, arXiv 2005.12872 §3.1), and its costs. Pure torch and scipy.
 
-All layers and pictures of a step are matched together, so the costs travel to the CPU once. Queries may be grouped: a
-target of group g is then matched among the queries of group g only (OV-DETR's way; UP-DETR's released code lets any
-query explain any patch).
+All layers and images of a step are matched together, so the costs travel to the CPU once. Queries may be grouped: a
+target of group g is then matched with a query of group g only (OV-DETR's way; UP-DETR's released code matches any query
+with any patch).
 
-Shapes: ``L`` decoder layers, ``N`` images, ``Q`` queries, ``T`` targets (padded), boxes are (…, 4).
+Shapes: ``L`` decoder layers, ``N`` images, ``Q`` queries, ``T`` targets (padded), ``C`` classes; boxes are (…, 4).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-FAR = 1e6  # stands for a cost that is not finite: the assignment goes on, the loss shows the fault
+from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
+
+NOT_FINITE = 1e6  # stands for such a cost: the assignment goes on, the loss shows the fault
 
 
-class Matches(NamedTuple):
-    """K matches as four (K,) int64 columns, sorted by layer, image and target within each group."""
+class Assignment(NamedTuple):
+    """K matched pairs as four (K,) int64 columns, sorted by layer, image and target within each group."""
 
     layer: Tensor
     image: Tensor
@@ -29,35 +31,12 @@ class Matches(NamedTuple):
     target: Tensor
 
 
-def to_corners(boxes: Tensor) -> Tensor:
-    """(…, 4) centre x, centre y, width, height → x1, y1, x2, y2."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
-
-
-def to_centres(boxes: Tensor) -> Tensor:
-    """(…, 4) x1, y1, x2, y2 → centre x, centre y, width, height."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
-def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(IoU, generalised IoU) of corner boxes, broadcast over all but the last dimension; finite for empty boxes too."""
-    tiny = torch.finfo(a.dtype).tiny ** 0.5
-    size_a, size_b = (a[..., 2:] - a[..., :2]).clamp(min=0), (b[..., 2:] - b[..., :2]).clamp(min=0)
-    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = size_a.prod(-1) + size_b.prod(-1) - inner
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    iou = inner / union.clamp(min=tiny)
-    return iou, iou - (hull - union) / hull.clamp(min=tiny)
-
-
 @torch.no_grad()
 def box_cost(boxes_LNQ4: Tensor, targets_NT4: Tensor, *, l1: float, giou: float) -> Tensor:
-    """(L, N, Q, T): ``l1 · ‖a − b‖₁ − giou · GIoU(a, b)`` of centre boxes."""
+    """(L, N, Q, T): ``l1 · ‖a − b‖₁ − giou · GIoU(a, b)`` of cxcywh boxes."""
     a, b = boxes_LNQ4[..., :, None, :].float(), targets_NT4[:, None].float()
-    _, generalised = overlaps(to_corners(a), to_corners(b))
-    return l1 * (a - b).abs().sum(-1) - giou * generalised
+    _, generalised_iou = box_iou_and_giou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
+    return l1 * (a - b).abs().sum(-1) - giou * generalised_iou
 
 
 @torch.no_grad()
@@ -72,14 +51,22 @@ def object_cost(logits_LNQ: Tensor, *, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def match(
+def class_cost(logits_LNQC: Tensor, labels_NT: Tensor) -> Tensor:
+    """(L, N, Q, T) ``−softmax`` probability of each target's class (DETR)."""
+    probability = logits_LNQC.softmax(-1)
+    labels = labels_NT[None, :, None].expand(len(logits_LNQC), -1, logits_LNQC.shape[2], -1)
+    return -probability.gather(-1, labels)
+
+
+@torch.no_grad()
+def hungarian_match(
     cost_LNQT: Tensor,
     counts: Sequence[int],
     *,
     query_group_Q: Tensor | None = None,
     target_group_NT: Tensor | None = None,
-) -> Matches:
-    """Match every layer and image on its own; there is one transfer to the CPU in all.
+) -> Assignment:
+    """Assign each target a query at minimum total cost, in each layer and image; one transfer to the CPU in all.
 
     Args:
         cost_LNQT: cost of each pair; columns from ``counts[n]`` on are padding.
@@ -87,7 +74,7 @@ def match(
         query_group_Q, target_group_NT: int64 group numbers; both or neither.
 
     Returns:
-        Matches on the device of the costs; ``min(Q, counts[n])`` per layer and image, or the same within each group.
+        The pairs, on the device of the costs; ``min(Q, counts[n])`` per layer and image, or the same within each group.
     """
     layers, images = cost_LNQT.shape[:2]
     if len(counts) != images:
@@ -96,7 +83,7 @@ def match(
         raise ValueError("groups are needed of queries and of targets, or of neither")
     used = max(counts, default=0)
     device = cost_LNQT.device
-    parts = [cost_LNQT[..., :used].float().nan_to_num(nan=FAR, posinf=FAR, neginf=-FAR).flatten()]
+    parts = [cost_LNQT[..., :used].float().nan_to_num(nan=NOT_FINITE, posinf=NOT_FINITE, neginf=-NOT_FINITE).flatten()]
     if query_group_Q is not None and target_group_NT is not None:
         parts += [query_group_Q.flatten().float(), target_group_NT[:, :used].flatten().float()]
     everything = torch.cat(parts).cpu().numpy()  # the one transfer
@@ -111,9 +98,10 @@ def match(
     for image, count in enumerate(counts):
         blocks = [(slice(None), range(count))]
         if groups_Q is not None and groups_NT is not None:
-            own = groups_NT[image, :count]
+            groups_T = groups_NT[image, :count]
             blocks = [
-                ((groups_Q == g).nonzero()[0], (own == g).nonzero()[0].tolist()) for g in sorted(set(own.tolist()))
+                ((groups_Q == g).nonzero()[0], (groups_T == g).nonzero()[0].tolist())
+                for g in sorted(set(groups_T.tolist()))
             ]
         for layer in range(layers):
             for rows, targets in blocks:
@@ -127,20 +115,4 @@ def match(
                     columns.append((layer, image, query, int(targets[t])))
     columns.sort(key=lambda c: (c[0], c[1], c[3]))
     table = torch.tensor(columns, dtype=torch.int64).reshape(-1, 4).T.to(device)
-    return Matches(*table.unbind(0))
-
-
-def groups_of(queries: int, groups: int) -> Tensor:
-    """(Q,) group of each query: contiguous, in order, sizes differing by at most one (``repeat_interleave``, any Q, M).
-
-    Raises:
-        ValueError: fewer queries than groups.
-    """
-    if not 1 <= groups <= queries:
-        raise ValueError(f"{groups} groups need at least as many queries, not {queries}")
-    return torch.arange(queries) * groups // queries
-
-
-def group_mask(group_Q: Tensor) -> Tensor:
-    """(Q, Q) bool, True where attention is forbidden: between queries of different groups."""
-    return group_Q[:, None] != group_Q[None, :]
+    return Assignment(*table.unbind(0))

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """UP-DETR: pretrain a detection transformer by finding random patches of a picture (Dai et al., arXiv 2011.09094).
 
-Particular to it: the backbone is frozen; embeddings of M patches are added to the object queries, each to its share of
-them; queries of different patches do not see each other; a tenth of the queries gets no patch; beside the box, the
-embedding of the patch is reconstructed, so that finding does not unlearn recognising.
+Particular to it: the backbone is frozen; embeddings of M patches condition the object queries, each its share of them;
+an attention mask keeps queries of different patches apart (`attention_mask.group_attention_mask`); a tenth of the
+queries gets no patch; beside the box, the embedding of the patch is reconstructed, so that localisation does not
+unlearn recognition.
 
-Denoising queries (`Detr.denoising`) are told a patch and its noised box, or the box alone, so that an anchor keeps some
-meaning: a query that searches the whole picture for its patch has no use for it, and fine-tuning has.
+Denoising queries (`denoising`) get a patch and its noised box, or the box alone, so that an anchor keeps some meaning:
+a query that searches the whole picture for its patch has no use for it, and fine-tuning has.
 
-By default a patch is matched among its own queries only. The released code lets any query explain any patch
+By default a patch is matched with its own queries only. The released code matches any query with any patch
 (``grouped=False``); at the size of a CPU it then learns to ignore the patches.
 
 Shapes: ``N`` images, ``M`` patches, ``Q`` queries, ``K`` crops of a patch, ``D`` embedding.
@@ -16,34 +17,38 @@ Shapes: ``N`` images, ``M`` patches, ``Q`` queries, ``K`` crops of a patch, ``D`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd.modeling.detr.matcher import group_mask, groups_of, overlaps, to_centres, to_corners
-from ovd.modeling.detr.network import Decoded, Detr, Targets
-from ovd.modeling.task import DetectionTask
+from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou, box_xyxy_to_cxcywh
+from ovd.modeling.detr.attention_mask import group_attention_mask
+from ovd.modeling.detr.criterion import targets_per_process
+from ovd.modeling.detr.network import Detr
+from ovd.modeling.detr.structures import DecoderOutput, Targets
+from ovd.modeling.detr.task import DetrTask
+
+if TYPE_CHECKING:
+    from ovd.data.samples import PatchSample
 
 
-class PatchPretext(DetectionTask):
-    """The pretext as a task of the training loop.
+class PatchPretext(DetrTask):
+    """Random query patch detection as a task of the training loop.
 
     Args:
         model: the transformer, with any number of queries Q ≥ M.
         embed: (P, K, 3, S, S) uint8 patches → (P, D); frozen.
-        grouped: match a patch among its own queries.
-        attention_mask: hide queries of different patches from each other.
+        grouped: match a patch with its own queries only.
+        attention_mask: queries of different patches do not attend to each other.
         shuffle: permute the object queries each step, one permutation for the batch (released code's option).
         mask_queries: share of queries without a patch, per query and picture, in training only.
         held_out: batches of pictures on which localisation is measured.
         evaluate_every: steps between measurements.
         pretrained_lr_scale: learning-rate factor of an unfrozen backbone.
     """
-
-    find_unused_parameters = True
 
     def __init__(
         self,
@@ -54,65 +59,65 @@ class PatchPretext(DetectionTask):
         attention_mask: bool = True,
         shuffle: bool = False,
         mask_queries: float = 0.1,
-        held_out: list[list[dict[str, Any]]] | None = None,
+        held_out: list[list[PatchSample]] | None = None,
         evaluate_every: int = 200,
         pretrained_lr_scale: float = 0.1,
     ) -> None:
-        super().__init__(model=model, pretrained_prefixes=("backbone.",), pretrained_lr_scale=pretrained_lr_scale)
+        super().__init__(model=model, pretrained_lr_scale=pretrained_lr_scale)
         self.embed = embed
         self.grouped, self.attention_mask, self.shuffle, self.mask_queries = (
             grouped, attention_mask, shuffle, mask_queries
         )  # fmt: skip
         self.held_out = held_out or []
         self.evaluate_every = evaluate_every
-        self.untracked = ("model.backbone.",) if model.frozen else ()
         self._steps, self._measured = 0, -1
 
-    @property
-    def detr(self) -> Detr:
-        """The transformer."""
-        return cast(Detr, self.model)
-
-    def forward(self, batch: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(sum of the losses, each of them)."""
-        out, taught, targets, group = self._decoded(batch)
-        number = self.detr.mean_targets(targets)
-        losses = self.detr.losses(out, targets, group=group if self.grouped else None, number=number)
-        # Denoising queries carry their patch's embedding, so what they are like is no question.
+    def forward(self, batch: list[PatchSample]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(sum of the losses, each loss detached)."""
+        model = self.detr
+        outputs, dn_outputs, targets, group = self._decode(batch)
+        number = targets_per_process(targets)
+        losses = model.criterion(
+            outputs, targets, model, num_targets=number, query_group_Q=group if self.grouped else None
+        )
+        # Denoising queries carry their patch's embedding, so there is nothing to reconstruct.
         boxes_only = targets._replace(embeddings=None, groups=None)
-        losses |= self.detr.denoising_losses(taught, boxes_only, number=number, like=losses)
+        losses |= model.denoising.losses(
+            dn_outputs, boxes_only, criterion=model.criterion, heads=model, num_targets=number, like=losses
+        )
         total = torch.stack(list(losses.values())).sum()
         return total, {name: value.detach() for name, value in losses.items()}
 
-    def predict(self, batch: list[dict[str, Any]]) -> tuple[Decoded, Targets, Tensor]:
+    def predict(self, batch: Sequence[PatchSample]) -> tuple[DecoderOutput, Targets, Tensor]:
         """Decoder output, the patches as targets, and the (Q,) group of each query."""
-        out, _, targets, group = self._decoded(batch)
-        return out, targets, group
+        outputs, _, targets, group = self._decode(batch)
+        return outputs, targets, group
 
-    def _decoded(self, batch: list[dict[str, Any]]) -> tuple[Decoded, Decoded | None, Targets, Tensor]:
-        """`predict`, with the denoising queries' output second: None outside of training."""
+    def _decode(self, batch: Sequence[PatchSample]) -> tuple[DecoderOutput, DecoderOutput | None, Targets, Tensor]:
+        """`predict`, with the denoising queries' output second: None in eval mode."""
         model = self.detr
-        embeddings = self.embeddings(batch)
+        embeddings = self.patch_embeddings(batch)
         memory = model.memory(batch)
         patches = embeddings.shape[1]
         boxes = torch.stack([x["boxes"] for x in batch]).to(model.device)
         size = torch.tensor([[w, h, w, h] for h, w in memory.sizes], device=model.device, dtype=boxes.dtype)
         number = torch.arange(patches, device=model.device).expand(len(batch), -1)
         targets = Targets(
-            to_centres(boxes / size[:, None]),
-            torch.zeros_like(number),
-            [patches] * len(batch),
-            number if self.grouped else None,
-            embeddings,
+            boxes=box_xyxy_to_cxcywh(boxes / size[:, None]),
+            labels=torch.zeros_like(number),
+            counts=[patches] * len(batch),
+            groups=number if self.grouped else None,
+            embeddings=embeddings,
         )
-        group = groups_of(model.queries, patches).to(model.device)
-        added = self.conditions(embeddings, group)
+        conditions, group = self.conditions(embeddings)
         order = torch.randperm(model.queries, device=model.device) if self.shuffle and self.training else None
-        mask = group_mask(group) if self.attention_mask and patches > 1 else None
-        out, taught = model.decode_taught(memory, targets, added=added, order=order, mask=mask)
-        return out, taught, targets, group
+        mask = group_attention_mask(group) if self.attention_mask and patches > 1 else None
+        outputs, dn_outputs = model.decode_with_denoising(
+            memory, targets, conditions=conditions, order=order, mask=mask
+        )
+        return outputs, dn_outputs, targets, group
 
-    def embeddings(self, batch: list[dict[str, Any]]) -> Tensor:
+    def patch_embeddings(self, batch: Sequence[PatchSample]) -> Tensor:
         """(N, M, D) of the patches, cached or computed, never with a gradient."""
         if "embeddings" in batch[0]:
             return self.detr.stacked([x["embeddings"] for x in batch])
@@ -120,13 +125,13 @@ class PatchPretext(DetectionTask):
             patches = torch.stack([x["patches"] for x in batch]).to(self.detr.device)
             return self.embed(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]).float()
 
-    def conditions(self, embeddings: Tensor, group: Tensor) -> Tensor:
-        """(N, Q, d) what is added to each query: its patch, or nothing for the masked ones (training only)."""
-        added = self.detr.patch2query(embeddings)[:, group]
+    def conditions(self, embeddings_NMD: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, Q, d) what is added to each query: its patch, or nothing for masked ones (training only); (Q,) groups."""
+        conditions, group = self.detr.group_conditions(embeddings_NMD)
         if self.training and self.mask_queries:
-            keep = torch.rand(added.shape[:2], device=added.device) >= self.mask_queries
-            added = added * keep[..., None]
-        return added
+            keep = torch.rand(conditions.shape[:2], device=conditions.device) >= self.mask_queries
+            conditions = conditions * keep[..., None]
+        return conditions, group
 
     def after_step(self, step: int, total: int) -> None:
         """Count steps, so that measurements come at the right ones after a resume too."""
@@ -141,8 +146,8 @@ class PatchPretext(DetectionTask):
         return self.measure(self.held_out), []
 
     @torch.no_grad()
-    def measure(self, batches: list[list[dict[str, Any]]]) -> dict[str, float]:
-        """How well patches are found.
+    def measure(self, batches: Sequence[Sequence[PatchSample]]) -> dict[str, float]:
+        """How well patches are localised.
 
         Returns:
             ``patch_miou`` and ``patch_recall50``: IoU of each patch's most certain query with the patch's own box;
@@ -150,26 +155,28 @@ class PatchPretext(DetectionTask):
             at the first step it tells in seconds what a backbone is good for, beside the share of the picture that
             patches cover, ``patch_area``.
         """
-        was = self.training
+        was_training = self.training
         self.eval()
-        found = torch.cat([self.localised(batch) for batch in batches])
-        alike, area = (torch.cat(part) for part in zip(*(self.look_alike(batch) for batch in batches), strict=True))
-        self.train(was)
+        iou = torch.cat([self.localisation_iou(batch) for batch in batches])
+        inside, area = (
+            torch.cat(part) for part in zip(*(self.most_similar_token(batch) for batch in batches), strict=True)
+        )
+        self.train(was_training)
         return {
-            "patch_miou": float(found.mean()),
-            "patch_recall50": float((found >= 0.5).float().mean()),
-            "patch_look_alike": float(alike.float().mean()),
+            "patch_miou": float(iou.mean()),
+            "patch_recall50": float((iou >= 0.5).float().mean()),
+            "patch_look_alike": float(inside.float().mean()),
             "patch_area": float(area.mean()),
         }
 
     @torch.no_grad()
-    def look_alike(self, batch: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """Per patch (N · M,): does its most similar token lie within it, and its share of the picture."""
+    def most_similar_token(self, batch: Sequence[PatchSample]) -> tuple[Tensor, Tensor]:
+        """Per patch (N · M,): whether the token most similar to its query lies within it; its share of the picture."""
         model = self.detr
-        query = F.normalize(model.patch2query(self.embeddings(batch)), dim=-1)
+        query = F.normalize(model.patch2query(self.patch_embeddings(batch)), dim=-1)
         maps, sizes = model.maps_of(batch)
         key = F.normalize(model.input_proj(model.joined(maps)), dim=1)
-        stride = model.features[0][2]
+        stride = model.features[0].stride
         inside, area = [], []
         for n, (one, (height, width)) in enumerate(zip(batch, sizes, strict=True)):
             rows, columns = -(-height // stride), -(-width // stride)  # without the padding
@@ -181,16 +188,16 @@ class PatchPretext(DetectionTask):
         return torch.cat(inside), torch.cat(area)
 
     @torch.no_grad()
-    def localised(self, batch: list[dict[str, Any]]) -> Tensor:
-        """(N · M,) IoU of the answers."""
-        out, targets, group = self.predict(batch)
-        best = self.answering(out, group, targets.boxes.shape[1])
-        boxes = out.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4))
-        return overlaps(to_corners(boxes), to_corners(targets.boxes))[0].flatten()
+    def localisation_iou(self, batch: Sequence[PatchSample]) -> Tensor:
+        """(N · M,) IoU of each patch's box with that of its most certain query."""
+        outputs, targets, group = self.predict(batch)
+        best = self.best_queries(outputs, group, targets.boxes.shape[1])
+        boxes = outputs.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4))
+        return box_iou_and_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(targets.boxes))[0].flatten()
 
-    def answering(self, out: Decoded, group: Tensor, patches: int) -> Tensor:
-        """(N, M) the query that answers for each patch: the most certain one of its own, in the last layer."""
+    def best_queries(self, outputs: DecoderOutput, group: Tensor, patches: int) -> Tensor:
+        """(N, M) the most certain query of each patch's group, in the last layer."""
         assert self.detr.object_embed is not None
-        score = self.detr.object_embed(out.states[-1])[..., 0]
-        own = group[None, :, None] == torch.arange(patches, device=group.device)
-        return score[..., None].masked_fill(~own, float("-inf")).argmax(dim=1)
+        score = self.detr.object_embed(outputs.states[-1])[..., 0]
+        in_group = group[None, :, None] == torch.arange(patches, device=group.device)
+        return score[..., None].masked_fill(~in_group, float("-inf")).argmax(dim=1)

@@ -215,12 +215,10 @@ class DetectorCard:
     @property
     def is_transformer(self) -> bool:
         """Whether `model` describes a detection transformer, not a Mask R-CNN."""
-        return "arch" in self.model
+        return self.model.get("arch", "mask_rcnn") != "mask_rcnn"
 
 
-def save_detector(
-    folder: Path, model: OpenVocabularyRCNN, card: DetectorCard, *, bank: Tensor, half: bool = True
-) -> None:
+def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: Tensor, half: bool = True) -> None:
     """Write ``model.safetensors`` and ``model.json``; floats as fp16 when ``half``."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{k}": v.detach().cpu() for k, v in model.state_dict().items()}

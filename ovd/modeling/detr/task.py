@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A detection transformer as a task of the training loop."""
+
+from __future__ import annotations
+
+from ovd.modeling.detr.network import Detr
+from ovd.modeling.task import DetectionTask
+
+
+class DetrTask(DetectionTask):
+    """Sums the transformer's losses; its backbone and region tower, which start pretrained, learn at another rate.
+
+    Args:
+        model: the transformer. A frozen backbone is no part of checkpoints: whoever builds the model loads it again.
+        pretrained_lr_scale: learning-rate factor of what started pretrained.
+    """
+
+    find_unused_parameters = True  # the condition encoder, for one, has no gradient without conditions
+
+    def __init__(self, *, model: Detr, pretrained_lr_scale: float) -> None:
+        super().__init__(
+            model=model,
+            pretrained_prefixes=("backbone.", "region_tower."),
+            pretrained_lr_scale=pretrained_lr_scale,
+        )
+        self.untracked = ("model.backbone.",) if model.frozen else ()
+
+    @property
+    def detr(self) -> Detr:
+        """The transformer."""
+        assert isinstance(self.model, Detr)
+        return self.model

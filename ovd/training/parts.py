@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training of a detector consists of, whatever the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ovd.config import DataConfig
+    from ovd.data.catalog import LabelledImages
+    from ovd.modeling.task import DetectionTask
+    from pretrain.engine.sampling import Source
+    from pretrain.nets.towers import JointEncoder
+
+ModelT = TypeVar("ModelT", bound="nn.Module")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSet:
+    """Labelled pictures and the text embeddings of their classes.
+
+    Attributes:
+        images: the training pictures.
+        rows: (C, D) text embeddings, in the order of ``images.names``.
+        novel: classes that training must not see; none where novel classes are labelled too.
+        trainable: (C,) bool, False for those.
+    """
+
+    images: LabelledImages
+    rows: Tensor
+    novel: frozenset[int]
+    trainable: Tensor
+
+    @property
+    def background_words(self) -> list[int]:
+        """Base classes, also where novel ones are labelled: the words that a detector's scores always compete with."""
+        return [i for i in range(len(self.images.names)) if i not in self.images.novel]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParts(Generic[ModelT]):
+    """What ``ovd.train`` hands to the loop, and what the exported card is written from.
+
+    Attributes:
+        encoder: the image-text encoder whose space regions are embedded in.
+        labels: None for a pretext without labels.
+        model: the detector, also within ``task``.
+        task: of the training loop.
+        source: its samples.
+        pixel_mean, pixel_std: RGB in 0…255.
+    """
+
+    encoder: JointEncoder
+    labels: LabelSet | None
+    model: ModelT
+    task: DetectionTask
+    source: Source
+    pixel_mean: Sequence[float]
+    pixel_std: Sequence[float]
+
+
+def label_set(data: DataConfig, encoder: JointEncoder, *, templates: str = "sticker") -> LabelSet:
+    """The pictures of a data section, with their classes embedded.
+
+    Args:
+        data: of the configuration.
+        encoder: of the texts.
+        templates: name of the prompts.
+    """
+    import torch
+
+    from ovd.text import embed_vocabulary
+    from ovd.training.inputs import labelled_images
+    from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
+
+    images = labelled_images(data)
+    rows = embed_vocabulary(Vocabulary.of(images.names, templates=TEMPLATE_SETS[templates]), encoder)
+    novel = images.novel if data.labels == "base" else frozenset()
+    trainable = torch.ones(len(images.names), dtype=torch.bool)
+    trainable[sorted(novel)] = False
+    return LabelSet(images=images, rows=rows, novel=novel, trainable=trainable)
