@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector found in one picture, and its forms: masks, polygons, COCO results, supervision.
+"""The detections of one picture, and their forms: masks, polygons, COCO results, supervision.
 
 Shapes: C classes, n detections, M mask side.
 """
@@ -21,6 +21,8 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections
+
+    from ovd.inference.postprocess import Candidates
 
 MASK_THRESHOLD = 0.5
 
@@ -61,7 +63,7 @@ def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold
 
 @dataclass(kw_only=True)
 class Detections:
-    """What was found in one picture, best score first.
+    """The detections of one picture, best score first.
 
     Attributes:
         xyxy: (n, 4) float32 corners in pixels of the original picture.
@@ -89,6 +91,41 @@ class Detections:
     box_masks: Tensor | None = None
     notices: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        kept: Candidates,
+        *,
+        boxes: NDArray[np.float32],
+        size: tuple[int, int],
+        names: tuple[str, ...],
+        best: NDArray[np.float32],
+        threshold: float,
+        masks: Tensor | None = None,
+        notices: tuple[str, ...] = (),
+    ) -> Detections:
+        """Detections of what `ovd.inference.postprocess.postprocess` kept.
+
+        Args:
+            kept: regions with class and score, best first.
+            boxes: (R, 4) of all regions.
+            masks: (R, M, M) of all regions, or None.
+            size, names, best, threshold, notices: see the attributes.
+        """
+        return cls(
+            xyxy=boxes[kept.region],
+            confidence=kept.score,
+            class_id=kept.class_id,
+            class_name=[names[i] for i in kept.class_id],
+            size=size,
+            names=names,
+            best=best,
+            threshold=threshold,
+            region=kept.region,
+            box_masks=None if masks is None else masks[torch.from_numpy(kept.region)],
+            notices=notices,
+        )
+
     def __len__(self) -> int:
         return len(self.confidence)
 
@@ -111,8 +148,8 @@ class Detections:
     @property
     def not_found(self) -> list[tuple[str, float]]:
         """(class, best score) of every class without a detection at the threshold, in the order typed."""
-        found = set(self.class_id.tolist())
-        return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in found]
+        detected = set(self.class_id.tolist())
+        return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in detected]
 
     def above(self, threshold: float) -> Detections:
         """The detections with at least this score; equals asking again with a higher threshold."""

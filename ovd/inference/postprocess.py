@@ -50,7 +50,7 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.score)
 
-    def __getitem__(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> Candidates:
+    def __getitem__(self, index: NDArray[np.int64] | NDArray[np.bool_] | slice) -> Candidates:
         """Some of them, in the order of ``index``."""
         return Candidates(self.region[index], self.class_id[index], self.score[index])
 
