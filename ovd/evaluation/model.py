@@ -270,7 +270,7 @@ def by_examples(
     present = None
     if options.present:
         present = present_categories(pictures)
-        record["asked"] = "of each picture only what is in it"
+        record["present"] = "each picture is searched for what is in it only"
     return example_predictor(detector, crops, present=present, limit=options.limit)
 
 
