@@ -430,8 +430,8 @@ def _merge(entries: Iterable[tuple[str, list[str]]]) -> tuple[list[VocabularyCla
         if len(stored) > MAX_SYNONYMS:
             raise UserError(f"class {stored_name!r} has {len(stored)} synonyms; at most {MAX_SYNONYMS} are allowed")
     if repeated:
-        listed = ", ".join(dict.fromkeys(repeated[:5])) + (" …" if len(repeated) > 5 else "")
-        notices.append(f"Typed more than once, counted once: {listed}")
+        names = ", ".join(dict.fromkeys(repeated[:5])) + (" …" if len(repeated) > 5 else "")
+        notices.append(f"Typed more than once, counted once: {names}")
     classes = []
     for (folded, negative), (name, synonyms) in merged.items():
         if negative and (folded, False) in merged:
