@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +25,19 @@ if TYPE_CHECKING:
     from ovd.inference.postprocess import Candidates
 
 MASK_THRESHOLD = 0.5
+
+
+class _Mask(TypedDict, total=False):
+    segmentation: dict[str, Any]
+
+
+class CocoResult(_Mask):
+    """One row of a COCO results file; ``bbox`` is x, y, width, height, ``segmentation`` compressed run lengths."""
+
+    image_id: int | str
+    category_id: int
+    bbox: list[float]
+    score: float
 
 
 def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold: float = MASK_THRESHOLD) -> Tensor:
@@ -188,7 +201,7 @@ class Detections:
 
     def to_coco(
         self, image_id: int, *, category_ids: Sequence[int] | None = None, masks: bool = True
-    ) -> list[dict[str, Any]]:
+    ) -> list[CocoResult]:
         """Return rows of a COCO results file.
 
         Args:
@@ -200,7 +213,7 @@ class Detections:
         for i in range(len(self)):
             x1, y1, x2, y2 = (float(v) for v in self.xyxy[i])
             class_id = int(self.class_id[i])
-            row: dict[str, Any] = {
+            row: CocoResult = {
                 "image_id": int(image_id),
                 "category_id": class_id + 1 if category_ids is None else int(category_ids[class_id]),
                 "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],

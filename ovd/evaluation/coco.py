@@ -63,12 +63,12 @@ class Metrics:
 
 def evaluate(
     gt: Mapping[str, Any],
-    results: list[dict[str, Any]] | None,
+    results: Sequence[Mapping[str, Any]] | None,
     split: Split | None = None,
     iou_types: Sequence[str] | None = None,
     *,
     max_dets: int = 100,
-    proposals: list[dict[str, Any]] | None = None,
+    proposals: Sequence[Mapping[str, Any]] | None = None,
     where: tuple[str, str] = ("annotations", "predictions"),
     federated: Federated | None = None,
 ) -> Metrics:

@@ -45,7 +45,7 @@ class CategoryMatches:
 
 def match_table(
     gt: Mapping[str, Any],
-    results: list[dict[str, Any]],
+    results: Sequence[Mapping[str, Any]],
     split: Split | None = None,
     *,
     iou_type: str = "bbox",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ovd.data.coco import ImageId, check_ground_truth
 from ovd.data.lvis import is_lvis, split_of
 from ovd.data.splits import Split
+from ovd.detections import CocoResult
 from ovd.evaluation import coco
 from ovd.evaluation.options import DataSpec, Options
 from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
@@ -65,8 +66,8 @@ class ModelRun:
     """
 
     gt: dict[str, Any]
-    results: list[dict[str, Any]] | None
-    proposals: list[dict[str, Any]] | None
+    results: list[CocoResult] | None
+    proposals: list[CocoResult] | None
     split: Split
     generated: bool
     dataset_sha256: str

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ovd.data.coco import ImageId
 from ovd.data.splits import Split
-from ovd.detections import paste_mask
+from ovd.detections import CocoResult, paste_mask
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, text_exponents
 from ovd.inference.postprocess import (
     MAX_DETECTIONS,
@@ -68,7 +68,7 @@ class Predictor:
     present: Mapping[ImageId, frozenset[int]] | None = None
 
     @torch.inference_mode()
-    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         columns = columns_for(self.category_ids, self.present, image_id)
         if not columns:
@@ -90,7 +90,7 @@ class Predictor:
         return results
 
     @torch.inference_mode()
-    def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """The same picture's regions as class-agnostic proposals, scored by objectness."""
         regions = self.detector.embed(image).regions
         proposals = [
@@ -123,7 +123,7 @@ class PretextPredictor:
     present: Mapping[ImageId, frozenset[int]] | None = None
 
     @torch.inference_mode()
-    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         columns = columns_for(self.category_ids, self.present, image_id)
         if not columns:
@@ -170,7 +170,7 @@ class ClosedSetPredictor:
         return cls(model=model, category_ids=ids, limit=limit)
 
     @torch.inference_mode()
-    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         boxes, scores, classes = self.model.labels(image)
         order = scores.argsort(descending=True)
@@ -249,7 +249,7 @@ def predictor_for(
 def proposals_of(model: RegionModel, *, top: int) -> Predict:
     """A model's proposals without classes: what `run_source` and `run_images` take as ``propose``."""
 
-    def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         boxes, scores = model.propose(image, top=top)
         return [
             coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
@@ -258,9 +258,7 @@ def proposals_of(model: RegionModel, *, top: int) -> Predict:
     return propose
 
 
-def coco_results(
-    kept: Candidates, boxes: Tensor, image_id: ImageId, category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
+def coco_results(kept: Candidates, boxes: Tensor, image_id: ImageId, category_ids: Sequence[int]) -> list[CocoResult]:
     """Rows of a COCO results file; ``boxes`` are those of all regions, ``category_ids`` of all classes."""
     return [
         coco_result(boxes[region].tolist(), image_id, category_ids[class_id], score)
@@ -277,7 +275,7 @@ def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
     return encode_mask(paste_mask(regions.masks[index], regions.boxes[index], regions.size).numpy())
 
 
-def coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
+def coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> CocoResult:
     """One row of a COCO results file; corners are x1, y1, x2, y2 in pixels."""
     x1, y1, x2, y2 = corners
     # Six significant digits keep the order of scores as small as softmax over a thousand words makes them.

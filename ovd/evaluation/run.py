@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.data.coco import ImageId, check_ground_truth, picture_file
+from ovd.detections import CocoResult
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.data.scenes import SceneSource
 
-Predict = Callable[[NDArray[np.uint8], ImageId], list[dict[str, Any]]]
+Predict = Callable[[NDArray[np.uint8], ImageId], list[CocoResult]]
 
 
 def run_source(
@@ -25,7 +26,7 @@ def run_source(
     *,
     propose: Predict | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
+) -> tuple[dict[str, Any], list[CocoResult] | None, list[CocoResult] | None]:
     """Run a model over generated scenes; nothing touches the disk.
 
     Args:
@@ -66,7 +67,7 @@ def run_images(
     *,
     propose: Predict | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
+) -> tuple[list[CocoResult] | None, list[CocoResult] | None]:
     """The model's results, and its proposals, on the pictures of a COCO file.
 
     Args:
@@ -102,8 +103,8 @@ class _Collector:
 
     def __init__(self, predict: Predict | None, propose: Predict | None) -> None:
         self.predict, self.propose = predict, propose
-        self.results: list[dict[str, Any]] | None = None if predict is None else []
-        self.proposals: list[dict[str, Any]] | None = None if propose is None else []
+        self.results: list[CocoResult] | None = None if predict is None else []
+        self.proposals: list[CocoResult] | None = None if propose is None else []
 
     def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> None:
         if self.predict is not None and self.results is not None:

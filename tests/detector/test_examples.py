@@ -290,3 +290,8 @@ def test_predict_explains_that_there_is_nothing_to_look_for(tmp_path: Path) -> N
 
 def test_a_vocabulary_beside_examples_keeps_its_templates() -> None:
     assert make_detector().query("-poster", {"a": RED}).words.templates == TEMPLATES_STICKER
+
+
+def test_the_former_name_of_a_query_is_still_taken() -> None:
+    detector = make_detector()
+    assert detector.question("red", {"a": RED}).hash == detector.query("red", {"a": RED}).hash
