@@ -102,7 +102,7 @@ def test_boxes_that_leave_their_picture_are_cut_and_categories_nobody_labelled_o
     tmp_path: Path,
 ) -> None:
     gt = cells(tmp_path)
-    gt["annotations"][1]["bbox"] = [40, -5, 90, 30]  # of picture 1
+    gt["annotations"][1]["bbox"] = [40, -5, 70, 30]  # of picture 1
     gt["categories"].append({"id": 1, "name": "animals"})
     crops, _ = coco_crops(gt, tmp_path, count=1)
     assert set(crops) == {7, 9} and crops[7][0].box == (40, 0, 60, 25)
