@@ -18,26 +18,33 @@ from typing import TYPE_CHECKING
 from _common import milliseconds, parser, pictures, ratio, report, set_threads, show_ratio, take_turns
 
 if TYPE_CHECKING:
-    from ovd.modeling.vild.build import RegionModel
+    from ovd.inference.detr_regions import DetrRegionModel
+    from ovd.inference.region_model import RCNNRegionModel
 
 NAMES = ("ViLD", "transformer")
 
 
-def load(name: str, weights: str, transformer: Path | None) -> RegionModel:
+def load(name: str, weights: str, transformer: Path | None) -> RCNNRegionModel | DetrRegionModel:
     """One of the two detectors, for inference."""
     import torch
 
     from ovd.config_detr import DetrTrainConfig
-    from ovd.modeling.detr.build import DetrRegions, build_detr
+    from ovd.inference.detr_regions import DetrRegionModel, OpenVocabularyDetr
+    from ovd.inference.region_model import RCNNRegionModel
+    from ovd.modeling.detr.build import build_detr
     from ovd.modeling.load import load_detector_model
     from ovd.modeling.vild.build import read_card
     from ovd.weights import detector_folder
     from pretrain.engine.config import load_config
 
     if name == "ViLD":
-        return load_detector_model(detector_folder(weights))
+        loaded = load_detector_model(detector_folder(weights))
+        assert isinstance(loaded, RCNNRegionModel)
+        return loaded
     if transformer is not None:
-        return load_detector_model(transformer)
+        loaded = load_detector_model(transformer)
+        assert isinstance(loaded, DetrRegionModel)
+        return loaded
     shipped = read_card(detector_folder(weights))
     config = load_config(DetrTrainConfig, "ov_detr.yaml")
     model = build_detr(
@@ -50,7 +57,7 @@ def load(name: str, weights: str, transformer: Path | None) -> RegionModel:
         pixel_std=shipped.pixel_std,
     )
     card = replace(shipped, model=config.model.model_dump(mode="json"))
-    return DetrRegions(model=model.eval(), card=card, bank=torch.zeros(0, shipped.embed_dim))
+    return OpenVocabularyDetr(model=model.eval(), card=card, background_words=torch.zeros(0, shipped.embed_dim))
 
 
 def peak(name: str) -> float:
@@ -77,12 +84,14 @@ def main() -> None:
 
     # before anything large is loaded here: a child's peak begins at the size its parent had when it was forked
     memory = {name: peak(name) for name in NAMES}
+    from ovd.inference.region_model import InputSize
+
     models = {name: load(name, options.weights, options.transformer) for name in NAMES}
     rows: list[tuple[str, str, str]] = []
     figures: dict[str, object] = {}
     for side in options.sizes:
         for model in models.values():  # the size itself, not the size that each was trained at
-            model.card = replace(model.card, short_side=side, long_side=side)
+            model.to_input = InputSize(side, side)
         turns = {}
         for name, model in models.items():
             images = cycle(pictures(side, 8))

@@ -140,12 +140,14 @@ def transferred(method: str, folder: Path, backbone: Path | None, options: argpa
 def judged(weights: Path, scenes: int) -> dict[str, float]:
     """Class-agnostic box AP of a detector on validation scenes: every thing is one category."""
     from ovd.evaluation import coco
-    from ovd.evaluation.predictor import proposal_predictor
+    from ovd.evaluation.predictor import proposals_of
+    from ovd.evaluation.run import run_source
+    from ovd.modeling.load import load_detector_model
     from pretrain.data.scenes import SceneSource
     from pretrain.data.stickers import Stickers
 
     source = SceneSource(Stickers.load(), split="val", seed=0, size=256, length=scenes)
-    gt, _, proposals = coco.run_source(source, None, propose=proposal_predictor(weights, top=100))
+    gt, _, proposals = run_source(source, None, propose=proposals_of(load_detector_model(weights), top=100))
     things, found = coco.as_one_category(gt, proposals or [])
     values = coco.evaluate(things, found, None, ["bbox"], proposals=proposals).values
     return {key: float(values[f"bbox/{key}"]) for key in ("AP", "AP50", "AP75", "AR100", "AR100@50")}

@@ -3,7 +3,7 @@
 
 Fits, on scenes of their own (seed 1000; evaluation uses seed 0) and base words only, the temperature and the objectness
 exponent by average precision, then slope and offset by likelihood, then the default threshold: the score an absent word
-stays below in 95 % of the pictures. No novel label is looked at. Everything is measured once more on other scenes (seed
+stays below in 95 % of the pictures. Novel labels are not used. Everything is measured once more on other scenes (seed
 2000) with base and novel words, and written to ``model.json``. The drawing style is the held-out one in both: scores
 fitted on the training styles would promise too much.
 
@@ -16,17 +16,16 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ovd.detector import Detector
     from ovd.evaluation.reliability import Reliability
     from ovd.evaluation.typed import Outcome, TypedScene
+    from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
@@ -83,12 +82,7 @@ def typed_scenes(
 
 
 def measure(
-    scenes: list[TypedScene],
-    rows: Tensor,
-    bank: Tensor,
-    background: Tensor | None,
-    calibration: Calibration,
-    near: dict[int, frozenset[int]],
+    scenes: list[TypedScene], scorer: CalibratedScorer, near: dict[int, frozenset[int]]
 ) -> tuple[dict[str, float], Reliability]:
     """Figures of a calibration on some scenes (ECE, absent words, precision and recall), and its reliability."""
     import numpy as np
@@ -96,32 +90,38 @@ def measure(
     from ovd.evaluation.reliability import reliability, score_drift
     from ovd.evaluation.typed import average_precision, distractor_scores, draw_words, run_typed
 
-    outcome = run_typed(
-        scenes, rows_CD=rows, bank_BD=bank, background_D=background, calibration=calibration, floor=FLOOR
-    )
-    shown = outcome.score >= calibration.threshold
+    outcome, threshold = run_typed(scenes, scorer, floor=FLOOR), scorer.calibration.threshold
+    listed = outcome.score >= threshold
+    words = range(len(scorer.rows))
     distractors = [
-        draw_words(
-            scene.present, words=range(len(rows)), others=[], near=near, absent=80, rng=np.random.default_rng([7, i])
-        )[1]
+        draw_words(scene.present, words=words, others=[], near=near, absent=80, rng=np.random.default_rng([7, i]))[1]
         for i, scene in enumerate(scenes)
     ]
-    drift = score_drift(
-        *distractor_scores(
-            scenes, distractors, rows_CD=rows, bank_BD=bank, background_D=background, calibration=calibration
-        )
-    )
+    drift = score_drift(*distractor_scores(scenes, distractors, scorer))
     curve = reliability(outcome.score, outcome.correct)
     return {
         "scenes": float(len(scenes)),
         "average_precision": average_precision(outcome),
         "ece": curve.ece,
-        "absent_words_quiet": float(np.mean(outcome.best_absent < calibration.threshold)),
-        "precision_at_threshold": float(outcome.correct[shown].mean()) if shown.any() else float("nan"),
+        "absent_words_quiet": float(np.mean(outcome.best_absent < threshold)),
+        "precision_at_threshold": float(outcome.correct[listed].mean()) if listed.any() else float("nan"),
         "drift_80_words_within_0.05": drift.within,
         "drift_80_words_mean": drift.mean,
-        "recall_at_threshold": float(outcome.correct[shown].sum() / max(outcome.labels, 1)),
+        "recall_at_threshold": float(outcome.correct[listed].sum() / max(outcome.labels, 1)),
     }, curve
+
+
+def fit(scenes: list[TypedScene], scorer: CalibratedScorer) -> Calibration:
+    """Temperature and objectness exponent, then slope and offset, then the default threshold."""
+    import torch
+
+    from ovd.evaluation.typed import choose_ranking, run_typed
+    from ovd.inference.calibration import with_fit
+
+    ranking = choose_ranking(scenes, scorer)
+    outcome = run_typed(scenes, replace(scorer, calibration=ranking), floor=1e-4)
+    fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    return replace(fitted, threshold=quiet_threshold(run_typed(scenes, replace(scorer, calibration=fitted), floor=0.0)))
 
 
 def quiet_threshold(outcome: Outcome) -> float:
@@ -142,99 +142,95 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     """
     import torch
 
-    from ovd.evaluation.examples import example_rows, sticker_crops
-    from ovd.evaluation.typed import choose_ranking, run_typed
-    from ovd.inference.calibration import with_fit
+    from ovd.evaluation.examples import class_examples, sticker_crops
+    from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration, centred_on_picture, centred_texts
 
-    asked = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
-    crops = sticker_crops(stickers, count=1, classes=asked)
-    rows = torch.zeros(len(stickers.nouns), detector.model.bank.shape[1])
-    rows[list(crops)] = example_rows(detector, crops)
-    shown = []
+    typed = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
+    crops = sticker_crops(stickers, count=1, classes=typed)
+    background_words = detector.model.background_words
+    rows = torch.zeros(len(stickers.nouns), background_words.shape[1])
+    rows[list(crops)] = detector.embed_examples(class_examples(crops))
+    centred_scenes = []
     for scene in scenes:
-        regions, (moved,) = centred_on_picture(scene.regions, rows)
-        shown.append(
+        regions, (centred,) = centred_on_picture(scene.regions, rows)
+        centred_scenes.append(
             replace(
                 scene,
                 regions=regions,
-                rows=moved,
+                rows=centred,
                 present=tuple(c for c in scene.present if c in crops),
                 absent=tuple(c for c in scene.absent if c in crops),
             )
         )
-    data: dict[str, Any] = {"rows_CD": rows, "bank_BD": centred_texts(detector.model.bank), "background_D": None}
-    chosen = choose_ranking(shown, start=Calibration(), **data)
-    outcome = run_typed(shown, calibration=chosen, floor=1e-4, **data)
-    fitted = with_fit(chosen, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
-    return replace(fitted, threshold=quiet_threshold(run_typed(shown, calibration=fitted, floor=0.0, **data)))
+    scorer = CalibratedScorer(
+        rows=rows, background_words=centred_texts(background_words), background=None, calibration=Calibration()
+    )
+    return fit(centred_scenes, scorer)
 
 
-def main(argv: list[str]) -> int:
-    """Entry point; returns the exit status."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        UserError: no detector in the folder, or too few scenes.
+    """
     parser = argparse.ArgumentParser(prog="python -m ovd.calibrate", description=__doc__)
-    parser.add_argument(
-        "--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten"
-    )
-    parser.add_argument("--scenes", type=int, default=150, help="scenes for the fit, and again for the report")
-    parser.add_argument("--size", type=int, default=256, help="side of the scenes in pixels")
-    parser.add_argument(
-        "--second-look",
-        type=int,
-        metavar="N",
-        help="regions of a picture that the image encoder sees as crops too, from now on (default: as in model.json)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the figures there too")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw score against share correct")
+    add = parser.add_argument
+    add("--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten")
+    add("--scenes", type=int, default=150, help="scenes for the fit, and again for the report")
+    add("--size", type=int, default=256, help="side of the scenes in pixels")
+    add("--crop-refinement", "--second-look", type=int, metavar="N",
+        help="regions of a picture that the image encoder embeds as crops too, from now on (default: as in "
+        "model.json)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--report", type=Path, metavar="FILE.json", help="write the figures there too")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw score against share correct")
     args = parser.parse_args(argv)
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
     if args.scenes < 10:
         raise UserError(f"--scenes {args.scenes}: at least 10 are needed to fit anything")
+    return args
 
-    import torch
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    args = parse(argv)
+    folder = Path(args.weights)
 
     from ovd.detector import Detector
     from ovd.evaluation.reliability import reliability_svg
-    from ovd.evaluation.typed import choose_ranking, run_typed
-    from ovd.inference.calibration import with_fit
+    from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
     from pretrain.data.stickers import Stickers
 
-    detector = Detector.load(folder, device=args.device, cache_size=0, second_look=args.second_look, masks=False)
-    stickers = Stickers.load()
-    rows = detector.text.embed(detector.resolve(list(stickers.nouns)))
-    bank, background = detector.model.bank, detector.model.background
+    detector = Detector.load(
+        folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
+    )
+    stickers, model = Stickers.load(), detector.model
+    scorer = CalibratedScorer(
+        rows=detector.text.embed(detector.resolve(list(stickers.nouns))),
+        background_words=model.background_words,
+        background=model.background,
+        calibration=Calibration(),
+    )
     scenes = typed_scenes(detector, stickers, seed=1000, count=args.scenes, size=args.size, base_only=True)
-    chosen = choose_ranking(scenes, rows_CD=rows, bank_BD=bank, background_D=background, start=Calibration())
-
-    def outcome_of(calibration: Calibration, floor: float) -> Outcome:
-        return run_typed(
-            scenes, rows_CD=rows, bank_BD=bank, background_D=background, calibration=calibration, floor=floor
-        )
-
-    outcome = outcome_of(chosen, 1e-4)
-    fitted = with_fit(chosen, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
-    outcome = outcome_of(fitted, 0.0)
-    fitted = replace(fitted, threshold=quiet_threshold(outcome))
+    fitted = fit(scenes, scorer)
     if detector.examples is not None:
         fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
-    report, curve = measure(
-        typed_scenes(detector, stickers, seed=2000, count=args.scenes, size=args.size, base_only=False),
-        rows,
-        bank,
-        background,
-        fitted,
-        near_synonyms(stickers),
-    )
+    others = typed_scenes(detector, stickers, seed=2000, count=args.scenes, size=args.size, base_only=False)
+    figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
     path = folder / "model.json"
     card = read_json(path)
-    card |= {"calibration": asdict(fitted), "second_look": detector.second_look}
+    card.pop("second_look", None)  # the field's former name
+    card |= {"calibration": asdict(fitted), "crop_refinement": detector.crop_refinement}
     write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
-    found = {"second_look": detector.second_look, "calibration": asdict(fitted), "other_scenes": report}
-    text = json.dumps(found, indent=1)
+    report = {
+        "crop_refinement": detector.crop_refinement, "calibration": asdict(fitted), "other_scenes": figures
+    }  # fmt: skip
+    text = json.dumps(report, indent=1)
     print(text)
     if args.plot:
         caption = "typed words, scenes that were not fitted on"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector found in one picture, and its forms: masks, polygons, COCO results, supervision.
+"""The detections of one picture, and their forms: masks, polygons, COCO results, supervision.
 
 Shapes: C classes, n detections, M mask side.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,7 +22,22 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections
 
+    from ovd.inference.postprocess import Candidates
+
 MASK_THRESHOLD = 0.5
+
+
+class _Mask(TypedDict, total=False):
+    segmentation: dict[str, Any]
+
+
+class CocoResult(_Mask):
+    """One row of a COCO results file; ``bbox`` is x, y, width, height, ``segmentation`` compressed run lengths."""
+
+    image_id: int | str
+    category_id: int
+    bbox: list[float]
+    score: float
 
 
 def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold: float = MASK_THRESHOLD) -> Tensor:
@@ -61,7 +76,7 @@ def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold
 
 @dataclass(kw_only=True)
 class Detections:
-    """What was found in one picture, best score first.
+    """The detections of one picture, best score first.
 
     Attributes:
         xyxy: (n, 4) float32 corners in pixels of the original picture.
@@ -89,6 +104,41 @@ class Detections:
     box_masks: Tensor | None = None
     notices: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        kept: Candidates,
+        *,
+        boxes: NDArray[np.float32],
+        size: tuple[int, int],
+        names: tuple[str, ...],
+        best: NDArray[np.float32],
+        threshold: float,
+        masks: Tensor | None = None,
+        notices: tuple[str, ...] = (),
+    ) -> Detections:
+        """Detections of what `ovd.inference.postprocess.postprocess` kept.
+
+        Args:
+            kept: regions with class and score, best first.
+            boxes: (R, 4) of all regions.
+            masks: (R, M, M) of all regions, or None.
+            size, names, best, threshold, notices: see the attributes.
+        """
+        return cls(
+            xyxy=boxes[kept.region],
+            confidence=kept.score,
+            class_id=kept.class_id,
+            class_name=[names[i] for i in kept.class_id],
+            size=size,
+            names=names,
+            best=best,
+            threshold=threshold,
+            region=kept.region,
+            box_masks=None if masks is None else masks[torch.from_numpy(kept.region)],
+            notices=notices,
+        )
+
     def __len__(self) -> int:
         return len(self.confidence)
 
@@ -111,8 +161,8 @@ class Detections:
     @property
     def not_found(self) -> list[tuple[str, float]]:
         """(class, best score) of every class without a detection at the threshold, in the order typed."""
-        found = set(self.class_id.tolist())
-        return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in found]
+        detected = set(self.class_id.tolist())
+        return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in detected]
 
     def above(self, threshold: float) -> Detections:
         """The detections with at least this score; equals asking again with a higher threshold."""
@@ -151,7 +201,7 @@ class Detections:
 
     def to_coco(
         self, image_id: int, *, category_ids: Sequence[int] | None = None, masks: bool = True
-    ) -> list[dict[str, Any]]:
+    ) -> list[CocoResult]:
         """Return rows of a COCO results file.
 
         Args:
@@ -163,7 +213,7 @@ class Detections:
         for i in range(len(self)):
             x1, y1, x2, y2 = (float(v) for v in self.xyxy[i])
             class_id = int(self.class_id[i])
-            row: dict[str, Any] = {
+            row: CocoResult = {
                 "image_id": int(image_id),
                 "category_id": class_id + 1 if category_ids is None else int(category_ids[class_id]),
                 "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],

@@ -69,90 +69,78 @@ class Finding:
 
 def check_python(version: tuple[int, int] | None = None) -> Finding:
     """The interpreter: 3.10 is the oldest that the code and the lock files are written for."""
-    version = sys.version_info[:2] if version is None else version
     detail = f"{platform.python_version()} in {sys.prefix}, {platform.system()} {platform.machine()}"
-    if version < (3, 10):
-        return Finding(
-            "WRONG", "Python", detail, "install Python 3.10 or newer, then run `make PYTHON=/path/to/python3`"
-        )
+    if (version or sys.version_info[:2]) < (3, 10):
+        remedy = "install Python 3.10 or newer, then run `make PYTHON=/path/to/python3`"
+        return Finding("WRONG", "Python", detail, remedy)
     return Finding("ok", "Python", detail)
-
-
-def locked_versions(lock: Path) -> dict[str, set[str]]:
-    """The versions a lock file pins, by normalised name (several when markers distinguish Pythons)."""
-    pinned: dict[str, set[str]] = {}
-    if lock.is_file():
-        for line in lock.read_text(encoding="utf-8").splitlines():
-            name, equals, rest = line.partition("==")
-            if equals and not line.startswith("#"):
-                pinned.setdefault(normalised(name), set()).add(rest.partition(";")[0].strip())
-    return pinned
-
-
-def normalised(name: str) -> str:
-    """A distribution's name as the lock file spells it."""
-    return name.strip().lower().replace("_", "-").replace(".", "-")
 
 
 def check_packages(lock: Path = ROOT / "requirements.lock") -> list[Finding]:
     """Installed versions of what is imported directly, beside those that were tested."""
-    pinned = locked_versions(lock)
-    findings = []
-    for name in PACKAGES:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding("WRONG", name, "not installed", SETUP))
-            continue
-        tested = pinned.get(normalised(name), set())
-        if tested and version.partition("+")[0] not in tested:
-            detail = f"{version}, tested with {' or '.join(sorted(tested))}"
-            findings.append(Finding("note", name, detail, f"if something fails, {SETUP} for the tested version"))
-        else:
-            findings.append(Finding("ok", name, version))
-    for name, use in OPTIONAL.items():
-        try:
-            findings.append(Finding("ok", name, f"{importlib.metadata.version(name)} (optional)"))
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding("note", name, "not installed (optional)", f"`pip install {name}` for {use}"))
-    return findings
+    return [_check_package(name, _locked_versions(lock)) for name in PACKAGES] + [
+        _check_optional(name, use) for name, use in OPTIONAL.items()
+    ]
+
+
+def _check_package(name: str, locked: dict[str, set[str]]) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("WRONG", name, "not installed", SETUP)
+    tested = locked.get(_normalised(name), set())
+    if tested and version.partition("+")[0] not in tested:
+        detail = f"{version}, tested with {' or '.join(sorted(tested))}"
+        return Finding("note", name, detail, f"if something fails, {SETUP} for the tested version")
+    return Finding("ok", name, version)
+
+
+def _check_optional(name: str, use: str) -> Finding:
+    try:
+        return Finding("ok", name, f"{importlib.metadata.version(name)} (optional)")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("note", name, "not installed (optional)", f"`pip install {name}` for {use}")
+
+
+def _locked_versions(lock: Path) -> dict[str, set[str]]:
+    """The versions a lock file pins, by normalised name (several when markers distinguish Pythons)."""
+    locked: dict[str, set[str]] = {}
+    for line in lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else ():
+        name, equals, rest = line.partition("==")
+        if equals and not line.startswith("#"):
+            locked.setdefault(_normalised(name), set()).add(rest.partition(";")[0].strip())
+    return locked
+
+
+def _normalised(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(".", "-")
 
 
 def check_device() -> list[Finding]:
     """Where models run, and whether torchvision's operators load (they are missing when its torch is another)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         import torch
         import torchvision
     except (ImportError, OSError, RuntimeError) as error:
-        return [Finding("WRONG", "device", f"torch or torchvision does not import: {first_line(error)}", SETUP)]
+        return [Finding("WRONG", "device", f"torch or torchvision does not import: {_first_line(error)}", SETUP)]
     findings = []
     try:
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (RuntimeError, NotImplementedError) as error:
-        findings.append(
-            Finding(
-                "WRONG",
-                "torchvision operators",
-                first_line(error),
-                f"torch {torch.__version__} and torchvision {torchvision.__version__} do not belong together; {SETUP}",
-            )
-        )
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(index)
-            findings.append(
-                Finding("ok", f"device cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB")
-            )
+        versions = f"torch {torch.__version__} and torchvision {torchvision.__version__}"
+        remedy = f"{versions} do not belong together; {SETUP}"
+        findings.append(Finding("WRONG", "torchvision operators", _first_line(error), remedy))
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        findings.append(Finding("ok", f"device cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     capability = torch.backends.cpu.get_cpu_capability()
     detail = f"{cores} core{'s' * (cores > 1)} for this process, {torch.get_num_threads()} threads, {capability}"
-    findings.append(
-        Finding("ok", "device cpu", detail + ("" if torch.cuda.is_available() else "; no CUDA device seen"))
-    )
-    return findings
+    detail += "" if torch.cuda.is_available() else "; no CUDA device seen"
+    return [*findings, Finding("ok", "device cpu", detail)]
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -168,23 +156,20 @@ def check_detectron2(
     build = f"`{Path(sys.executable)} scripts/build_detectron2.py`"
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:
-        return Finding(
-            "WRONG", "Detectron2", "not installed: training and the shipped detector need it", f"run {build}"
-        )
+        detail = "not installed: training and the shipped detector need it"
+        return Finding("WRONG", "Detectron2", detail, f"run {build}")
     folder = Path(spec.origin).parent
-    with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=elsewhere, check=False)
     info = folder / "BUILD_INFO.json"
     if info.is_file():
         facts = json.loads(info.read_text(encoding="utf-8"))
-        origin = (
-            f"built here from the source archive {facts.get('archive')} (Python only), revision {facts.get('revision')}"
-        )
-        repair = f"run {build} --force"
+        source = f"source archive {facts.get('archive')} (Python only), revision {facts.get('revision')}"
+        origin, repair = f"built here from the {source}", f"run {build} --force"
     else:
         compiled = any(folder.glob("_C*.so")) or any(folder.glob("_C*.pyd"))
         origin = f"official build {'with' if compiled else 'without'} compiled operators"
         repair = f"repair that build, or `pip uninstall detectron2` and run {build}"
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=elsewhere, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return Finding("WRONG", "Detectron2", f"{origin}, does not import: {reason}", repair)
@@ -194,38 +179,29 @@ def check_detectron2(
 def check_weights(root: Path | None = None) -> list[Finding]:
     """Every entry of the weights manifest, verified byte for byte."""
     root = weights_root() if root is None else root
+    restore = "restore them with `git checkout -- weights`, or make them anew with `make weights`"
     try:
         entries = read_manifest(root)
     except UserError as error:
-        return [
-            Finding("WRONG", "weights", str(error), "restore them with `git checkout -- weights`, or `make weights`")
-        ]
+        return [Finding("WRONG", "weights", str(error), restore)]
     findings = []
     if DEFAULT not in entries:
-        remedy = "restore it with `git checkout -- weights`, or `make weights`"
-        findings.append(
-            Finding("WRONG", f"weights {DEFAULT}", f"not in {root / 'manifest.json'}; the page needs it", remedy)
-        )
+        detail = f"not in {root / 'manifest.json'}; the page needs it"
+        findings.append(Finding("WRONG", f"weights {DEFAULT}", detail, restore))
     for name, entry in entries.items():
-        wrong = problems(entry)
-        if wrong:
-            remedy = "`git checkout -- weights` brings the shipped files back, `make weights` makes new ones"
-            findings.append(Finding("WRONG", f"weights {name}", "; ".join(wrong), remedy))
-        else:
-            detail = f"{entry.bytes / 1e6:.1f} MB in {len(entry.files)} files, verified, {entry.sha256[:12]}"
-            findings.append(Finding("ok", f"weights {name}", detail))
+        detail = f"{entry.bytes / 1e6:.1f} MB in {len(entry.files)} files, verified, {entry.sha256[:12]}"
+        finding = Finding("ok", f"weights {name}", detail)
+        if wrong := problems(entry):
+            finding = Finding("WRONG", f"weights {name}", "; ".join(wrong), restore)
+        findings.append(finding)
     return findings
 
 
 def check_data(root: Path | None = None) -> Finding:
     """The art of Sticker Scenes, which training, tests and the page's examples use."""
-    if root is None:
-        override = os.environ.get("OVD_DATA")
-        root = Path(override) if override else ROOT / "datasets" / "stickers"
-    missing = [
-        name for name in ("concepts.json", "splits.json", "sprites", "backgrounds") if not (root / name).exists()
-    ]
-    if missing:
+    root = root or Path(os.environ.get("OVD_DATA") or ROOT / "datasets" / "stickers")
+    parts = ("concepts.json", "splits.json", "sprites", "backgrounds")
+    if missing := [name for name in parts if not (root / name).exists()]:
         remedy = "restore it with `git checkout -- datasets`; unset OVD_DATA if it points elsewhere"
         return Finding("WRONG", "Sticker Scenes", f"{root} lacks {', '.join(missing)}", remedy)
     return Finding("ok", "Sticker Scenes", str(root))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking with pictures: crops and boxes that show what to look for, alone or beside words.
+"""Query by example: crops and boxes that show what to look for, alone or beside words.
 
     detector.find("desk.jpg", examples={"my mug": ["mug1.png", "mug2.png"], "-poster": "poster.png"})
     detector.find("desk.jpg", "lamp, chair", examples=[(120, 40, 210, 160)])       # a box on that picture
 
-An example is embedded as the regions were that taught the detector (ViLD section 3.2: the crop at 1x and 1.5x through
-the image encoder), so region and example live in one space and their cosine is the likeness. Several crops of one name
-are embedded alone and averaged.
+An example is embedded like the regions of the distillation (ViLD section 3.2: the crop at 1x and 1.5x through the image
+encoder), so region and example live in one space and their cosine is the similarity. Several crops of one name are
+embedded one by one and averaged.
 
 Shapes: E examples, V crops of one example, D joint embedding.
 """
@@ -14,7 +14,6 @@ Shapes: E examples, V crops of one example, D joint embedding.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 
 from ovd.pictures import ImageLike, to_rgb
 from ovd.regions.crops import RegionEncoder, embed_regions
-from ovd.vocabulary import Vocabulary, split_name
+from ovd.vocabulary import split_name
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ MAX_CROPS = 50  # of one example
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """A thing shown: a part of a picture, with its surroundings where there are any.
+    """A part of a picture that shows the thing to find, with its surroundings where there are any.
 
     Attributes:
         pixels: (H, W, 3) uint8 RGB, the whole picture.
@@ -73,7 +72,7 @@ class Crop:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A class that is shown and not said.
+    """A class given by crops instead of words.
 
     Attributes:
         name: what its boxes are called.
@@ -173,14 +172,14 @@ def read_crop(crop: Any, *, name: str, picture: NDArray[np.uint8] | None = None)
         box = (max(0.0, box[0]), max(0.0, box[1]), min(float(width), box[2]), min(float(height), box[3]))
         if box[2] <= box[0] or box[3] <= box[1]:
             raise UserError(f"example {name!r}: the box is empty or outside the picture of {width}×{height} pixels")
-    found = Crop(pixels, box)
-    x1, y1, x2, y2 = found.corners
+    result = Crop(pixels, box)
+    x1, y1, x2, y2 = result.corners
     if min(x2 - x1, y2 - y1) < MIN_SIDE:
         raise UserError(
             f"example {name!r} is {x2 - x1:.0f}×{y2 - y1:.0f} pixels; "
             f"at least {MIN_SIDE}×{MIN_SIDE} are needed to tell what it shows"
         )
-    return found
+    return result
 
 
 class ExampleEmbedder:
@@ -213,48 +212,3 @@ class ExampleEmbedder:
         while len(self._memory) > self._keep:
             self._memory.popitem(last=False)
         return self._memory[key]
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """Words and examples in one list of classes: words first, then the examples whose name is no word.
-
-    A word and an example of the same name are one class; its score is the better of the two.
-    """
-
-    words: Vocabulary
-    examples: tuple[Example, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the classes; the index is the ``class_id`` of detections."""
-        words = self.words.names
-        known = {name.casefold() for name in words}
-        return words + tuple(e.name for e in self.shown if e.name.casefold() not in known)
-
-    @property
-    def shown(self) -> tuple[Example, ...]:
-        """The examples to look for."""
-        return tuple(e for e in self.examples if not e.negative)
-
-    @property
-    def columns(self) -> list[int]:
-        """The class of each score column: the words to look for, then the examples to look for."""
-        number = {name.casefold(): i for i, name in enumerate(self.names)}
-        return [number[name.casefold()] for name in (*self.words.names, *(e.name for e in self.shown))]
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What parsing changed, and what a mixed class means."""
-        words = {name.casefold() for name in self.words.names}
-        both = [e.name for e in self.shown if e.name.casefold() in words]
-        said = (f"Asked by word and by example, the better score counts: {', '.join(both[:5])}",) if both else ()
-        return self.words.notices + said
-
-    @property
-    def hash(self) -> str:
-        """16 hex digits over words, names and crops; the vocabulary's own hash where there are no examples."""
-        if not self.examples:
-            return self.words.hash
-        record = [self.words.hash, *([e.name, e.negative, e.hash] for e in self.examples)]
-        return hashlib.sha256(json.dumps(record, ensure_ascii=True).encode("ascii")).hexdigest()[:16]

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ovd.detections import Detections
     from ovd.detector import Detector
-    from ovd.examples import Question
+    from ovd.query import Query
     from ovd.vocabulary import Vocabulary
 
 PARTS = "parts"
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> int:
     from ovd.vocabulary import Vocabulary
 
     examples = parse_examples([named_example(text) for text in options.example])
-    # Mistakes in words are told before the network is loaded; what is asked is read again, with the network's prompts.
+    # Mistakes in words are reported before the network is loaded; the words are read again with the network's prompts.
     if options.vocabulary is not None:
         Vocabulary.load(options.vocabulary)
     elif not any(not e.negative for e in examples):
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> int:
     failed = predict(
         detector=detector,
         files=files,
-        vocabulary=detector.question(words, examples),
+        vocabulary=detector.query(words, examples),
         out=options.out,
         threshold=options.threshold,
         draw=options.draw,
@@ -132,7 +131,7 @@ def collect(given: Sequence[Path]) -> list[tuple[str, Path]]:
     """
     from pretrain.data.folder import list_images
 
-    found: dict[str, Path] = {}
+    pictures: dict[str, Path] = {}
     for place in given:
         if place.is_dir():
             inside = [(path.relative_to(place).as_posix(), path) for path in list_images(place)]
@@ -141,16 +140,18 @@ def collect(given: Sequence[Path]) -> list[tuple[str, Path]]:
         else:
             raise UserError(f"{place}: no such file or folder")
         for name, path in inside:
-            if found.setdefault(name, path).resolve() != path.resolve():
-                raise UserError(f"two pictures would be called {name!r}: {found[name]} and {path}; run them separately")
-    return list(found.items())
+            if pictures.setdefault(name, path).resolve() != path.resolve():
+                raise UserError(
+                    f"two pictures would be called {name!r}: {pictures[name]} and {path}; run them separately"
+                )
+    return list(pictures.items())
 
 
 def predict(
     *,
     detector: Detector,
     files: Sequence[tuple[str, Path]],
-    vocabulary: Question | Vocabulary,
+    vocabulary: Query | Vocabulary,
     out: Path,
     threshold: float | None = None,
     draw: bool = True,
@@ -175,15 +176,15 @@ def predict(
     Raises:
         UserError: the folder belongs to another job, or cannot be written.
     """
-    from ovd.examples import Question
+    from ovd.query import Query
 
-    question = vocabulary if isinstance(vocabulary, Question) else Question(vocabulary)
-    level = detector.threshold_of(question) if threshold is None else threshold
+    query = vocabulary if isinstance(vocabulary, Query) else Query(vocabulary)
+    level = detector.threshold_for(query, threshold)
     names = [name for name, _ in files]
     drawn = drawn_names(names)
     job = {
         "files": hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
-        "vocabulary": question.hash,
+        "vocabulary": query.hash,
         "threshold": round(level, 6),
         "weights": str(detector.card.get("sha256", "")),
         "draw": draw,
@@ -197,13 +198,13 @@ def predict(
             record = _finished(part)
             if record is None:
                 target = out / "drawn" / drawn[number - 1] if draw else None
-                record = _one(detector, question, number, name, path, target, level, masks)
+                record = _one(detector, query, number, name, path, target, level, masks)
                 _write_json(part, record)
             if "reason" in record:
                 failed.append({"file_name": name, "reason": record["reason"]})
-            said = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
-            print(f"[{number}/{len(files)}] {name}: {said}", flush=True)
-        _merge_parts(out, parts, names, question, failed)
+            outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
+            print(f"[{number}/{len(files)}] {name}: {outcome}", flush=True)
+        _merge_parts(out, parts, names, query, failed)
     except OSError as problem:
         raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem
     if failed:
@@ -252,7 +253,7 @@ def _finished(part: Path) -> dict[str, Any] | None:
 
 def _one(
     detector: Detector,
-    question: Question,
+    query: Query,
     number: int,
     name: str,
     path: Path,
@@ -260,39 +261,38 @@ def _one(
     threshold: float,
     masks: bool,
 ) -> dict[str, Any]:
+    from ovd.drawing import draw_detections
     from ovd.pictures import to_rgb
 
     try:
         pixels = to_rgb(path)
     except BadImageError as problem:
         return {"file_name": name, "reason": problem.reason}
-    found = detector.answer(pixels, question, threshold=threshold)
+    detections = detector.answer(pixels, query, threshold=threshold)
     if target is not None:
-        _save_picture(target, draw_detections(pixels, found, masks=masks))
+        _save_picture(target, draw_detections(pixels, detections, masks=masks))
     counts: dict[str, int] = {}
-    for class_name in found.class_name:
+    for class_name in detections.class_name:
         counts[class_name] = counts.get(class_name, 0) + 1
     summary = ", ".join(f"{class_name} × {count}" for class_name, count in counts.items()) or "nothing found"
-    height, width = found.size
+    height, width = detections.size
     return {
         "file_name": name,
         "width": width,
         "height": height,
-        "results": found.to_coco(number, masks=masks),
+        "results": detections.to_coco(number, masks=masks),
         "summary": summary,
     }
 
 
-def _merge_parts(
-    out: Path, parts: Path, names: Sequence[str], question: Question, failed: list[dict[str, str]]
-) -> None:
+def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, failed: list[dict[str, str]]) -> None:
     images, results = [], []
     for number in range(1, len(names) + 1):
         record = _finished(parts / f"{number:08d}.json")
         if record is not None and "reason" not in record:
             images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
             results.extend(record["results"])
-    categories = [{"id": i + 1, "name": class_name} for i, class_name in enumerate(question.names)]
+    categories = [{"id": i + 1, "name": class_name} for i, class_name in enumerate(query.names)]
     _write_json(out / "results.json", results)
     _write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
     if failed:
@@ -312,82 +312,6 @@ def _save_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=92)  # from bare pixels: no EXIF, no position
     write_atomically(path, buffer.getvalue())
-
-
-def draw_detections(pixels: NDArray[np.uint8], found: Detections, *, masks: bool = True) -> NDArray[np.uint8]:
-    """Draw boxes, masks and labels onto a copy of the picture.
-
-    Args:
-        pixels: (H, W, 3) uint8 RGB.
-        found: its detections.
-        masks: fill the masks.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    from ovd.colours import class_styles
-
-    height, width = pixels.shape[:2]
-    styles = class_styles(found.names)
-    canvas = pixels.copy()
-    if masks:
-        for i in reversed(range(len(found))):  # the best score is drawn last, on top
-            mask = found.mask_of(i)
-            if mask is not None:
-                colour = np.array(styles[found.class_id[i]].rgb, dtype=np.float32)
-                canvas[mask] = (canvas[mask] * 0.6 + colour * 0.4 + 0.5).astype(np.uint8)
-    image = Image.fromarray(canvas)
-    pen = ImageDraw.Draw(image)
-    line = max(2, round(min(height, width) / 200))
-    size = max(11, round(min(height, width) / 32))
-    for i in reversed(range(len(found))):
-        style = styles[found.class_id[i]]
-        x1, y1, x2, y2 = (float(v) for v in found.xyxy[i])
-        corners = (round(x1), round(y1), max(round(x1), round(x2) - 1), max(round(y1), round(y2) - 1))
-        pen.rectangle(corners, outline="white", width=line + 2)
-        pen.rectangle(corners, outline=style.colour, width=line)
-        text = f"{found.class_name[i]} {found.confidence[i]:.2f}"
-        ink = Image.fromarray(text_coverage(text, size))
-        w, h = ink.width + 8, ink.height + 4
-        x = min(max(0, corners[0]), max(0, width - w))
-        y = corners[1] - h if corners[1] >= h else max(0, corners[1])
-        pen.rectangle((x, y, x + w, y + h), fill=style.colour)
-        pen.bitmap((x + 4, y + 2), ink, fill=style.ink)
-    return np.asarray(image)
-
-
-def text_coverage(text: str, size: int) -> NDArray[np.uint8]:
-    """Draw one line of text in any script.
-
-    OpenCV 5 carries a font with Latin, Cyrillic, Greek, CJK and more letters; with OpenCV 4 Pillow's own font is used,
-    which draws an empty box for what it lacks.
-
-    Args:
-        text: the line.
-        size: letter height in pixels.
-
-    Returns:
-        (h, w) uint8, 255 where the ink covers a pixel wholly.
-    """
-    import cv2
-    import numpy as np
-
-    if hasattr(cv2, "FontFace"):
-        face = cv2.FontFace("uni")
-        x, y, w, h = cv2.getTextSize((1, 1), text, (0, 0), face, size, 600)
-        canvas = np.zeros((h, w, 3), dtype=np.uint8)
-        cv2.putText(canvas, text, (-x, -y), (255, 255, 255), face, size, 600)
-        return canvas[:, :, 0]
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size)
-    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
-    image = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
-    ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=font)
-    return np.asarray(image)
 
 
 if __name__ == "__main__":

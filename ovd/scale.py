@@ -50,8 +50,8 @@ class PredictPictures:
         from ovd.detector import Detector
 
         self.detector = Detector.load(weights, device=device, masks=masks, cache_size=0)
-        self.question = self.detector.question(classes)
-        self.threshold = self.detector.threshold_of(self.question) if threshold is None else threshold
+        self.query = self.detector.query(classes)
+        self.threshold = self.detector.threshold_for(self.query, threshold)
         self.masks = masks
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -77,10 +77,10 @@ class PredictPictures:
             pixels = to_rgb(content)
         except BadImageError as problem:
             return [(path, "", 0.0, 0.0, 0.0, 0.0, 0.0, "", problem.reason)]
-        found = self.detector.embed(pixels).classify(self.question, threshold=self.threshold)
+        detections = self.detector.answer(pixels, self.query, threshold=self.threshold)
         return [
             (path, name, entry["score"], *entry["bbox"], entry.get("segmentation", {}).get("counts", ""), "")
-            for name, entry in zip(found.class_name, found.to_coco(0, masks=self.masks), strict=True)
+            for name, entry in zip(detections.class_name, detections.to_coco(0, masks=self.masks), strict=True)
         ]
 
 
@@ -115,7 +115,7 @@ def predict(paths: Sequence[str], out: str, *, workers: int, gpus: float, batch_
     ray = ray_or_explain()
     aside = {"num_cpus": CPUS_OF_FILES}
     files = ray.data.read_binary_files(list(paths), include_paths=True, ray_remote_args=aside)
-    found = files.map_batches(
+    detections = files.map_batches(
         PredictPictures,
         fn_constructor_kwargs={**options, "device": "cuda" if gpus else "cpu"},
         batch_size=batch_size,
@@ -123,7 +123,7 @@ def predict(paths: Sequence[str], out: str, *, workers: int, gpus: float, batch_
         num_cpus=CPUS_OF_WORKER,
         num_gpus=gpus,
     )
-    found.write_parquet(out, ray_remote_args=aside)
+    detections.write_parquet(out, ray_remote_args=aside)
 
 
 def embed(config: EmbedConfig, *, workers: int, gpus: float) -> None:

@@ -27,6 +27,10 @@ class TextEncoder(Protocol):
 
     embed_dim: int
 
+    @property
+    def has_image_tower(self) -> bool:
+        """Whether it also embeds pictures, as a `ovd.regions.crops.RegionEncoder`."""
+
     def tokenize(self, texts: list[str]) -> Tensor:
         """Return (N, T) token ids."""
 

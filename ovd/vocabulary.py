@@ -422,16 +422,16 @@ def _merge(entries: Iterable[tuple[str, list[str]]]) -> tuple[list[VocabularyCla
         if key in merged:
             repeated.append(name)
         stored_name, stored = merged.setdefault(key, (name, []))
-        seen = {stored_name.casefold(), *(s.casefold() for s in stored)}
+        known = {stored_name.casefold(), *(s.casefold() for s in stored)}
         for synonym in synonyms:
-            if synonym.casefold() not in seen:
-                seen.add(synonym.casefold())
+            if synonym.casefold() not in known:
+                known.add(synonym.casefold())
                 stored.append(synonym)
         if len(stored) > MAX_SYNONYMS:
             raise UserError(f"class {stored_name!r} has {len(stored)} synonyms; at most {MAX_SYNONYMS} are allowed")
     if repeated:
-        shown = ", ".join(dict.fromkeys(repeated[:5])) + (" …" if len(repeated) > 5 else "")
-        notices.append(f"Typed more than once, counted once: {shown}")
+        names = ", ".join(dict.fromkeys(repeated[:5])) + (" …" if len(repeated) > 5 else "")
+        notices.append(f"Typed more than once, counted once: {names}")
     classes = []
     for (folded, negative), (name, synonyms) in merged.items():
         if negative and (folded, False) in merged:

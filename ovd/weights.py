@@ -141,20 +141,20 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
 
 def problems(weights: Weights) -> list[str]:
     """What is wrong with the files of one entry: missing, other size, other hash. Empty when all is as measured."""
-    found = []
+    wrong = []
     for file in weights.files:
         path = weights.folder / file.path
         try:
             size = path.stat().st_size
             if size != file.bytes:
-                found.append(f"{path}: {size:,} bytes, the manifest says {file.bytes:,}")
+                wrong.append(f"{path}: {size:,} bytes, the manifest says {file.bytes:,}")
             elif sha256_of(path) != file.sha256:
-                found.append(f"{path}: its SHA-256 is not the manifest's, the file was changed or damaged")
+                wrong.append(f"{path}: its SHA-256 is not the manifest's, the file was changed or damaged")
         except FileNotFoundError:
-            found.append(f"{path}: missing")
+            wrong.append(f"{path}: missing")
         except OSError as error:
-            found.append(f"{path}: cannot be read ({error.strerror or error})")
-    return found
+            wrong.append(f"{path}: cannot be read ({error.strerror or error})")
+    return wrong
 
 
 def weights_folder(name: str = "default", root: Path | None = None) -> Path:
@@ -209,8 +209,8 @@ def read_model_card(folder: Path) -> dict[str, Any]:
     text = folder / "card.md"
     if text.is_file():
         card["text"] = text.read_text(encoding="utf-8")
-        if "purpose" not in card and (said := _PURPOSE.search(card["text"])):
-            card["purpose"] = " ".join(said.group(1).split())
+        if "purpose" not in card and (match := _PURPOSE.search(card["text"])):
+            card["purpose"] = " ".join(match.group(1).split())
     card["sha256"] = sha256_of(folder / "model.safetensors")
     return card
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovd.detector import Detector
-from ovd.predict import draw_detections
+from ovd.drawing import draw_detections
 from pretrain.data.scenes import SceneSource, coco_objects
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import run_cli

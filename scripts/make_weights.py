@@ -22,7 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs")
 WORDNET = Path("/usr/share/wordnet")
-SECOND_LOOK = 40  # regions: about 110 ms a picture on two cores; 150 gain .004 average precision more (docs/results.md)
+CROP_REFINEMENT = (
+    40  # regions: about 110 ms a picture on two cores; 150 gain .004 average precision more (docs/results.md)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +99,8 @@ def stages() -> list[Stage]:
                     "ovd.calibrate",
                     "--weights",
                     str(RUNS / "vild/exported"),
-                    "--second-look",
-                    str(SECOND_LOOK),
+                    "--crop-refinement",
+                    str(CROP_REFINEMENT),
                     "--report",
                     str(calibrated),
                 ]

@@ -60,10 +60,10 @@ def detector_card(
             f"the metrics are of config {run.get('config_hash')}, the detector of {model['config_hash']}: "
             "evaluate this one"
         )
-    looks = model.get("second_look", 0)
-    if run.get("second_look", 0) != looks:
+    refined, measured_with = (one.get("crop_refinement", one.get("second_look", 0)) for one in (model, run))
+    if refined != measured_with:
         raise UserError(
-            f"the metrics are of a second look at {run.get('second_look', 0)} regions, the detector's is at {looks}: "
+            f"the metrics are with crop refinement of {measured_with} regions, the detector refines {refined}: "
             "evaluate this one"
         )
     missing = [key for key in FIGURES.values() if measured.get("metrics", {}).get(key) is None]
@@ -81,7 +81,7 @@ def detector_card(
         f"{novel} nouns were never labelled.",
         "metrics": {label: round(measured["metrics"][key], 3) for label, key in FIGURES.items()},
         "protocol": f"{run['data']}, held-out style and photos, all {run['words']} names as vocabulary"
-        + (f"; the image encoder sees the best {looks} regions of a picture again" if looks else ""),
+        + (f"; the image encoder embeds the crops of the best {refined} regions of a picture too" if refined else ""),
         "text": f"With few words typed, {typed['precision_at_threshold']:.0%} of the boxes shown at the default "
         f"threshold are right, and {typed['recall_at_threshold']:.0%} of the objects asked for are shown. Expected "
         f"calibration error {typed['ece']:.3f}; a word that is not in the picture stays below the threshold in "

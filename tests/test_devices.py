@@ -15,11 +15,15 @@ from torch import nn
 from ovd.calibrate import typed_scenes
 from ovd.data.splits import Split
 from ovd.detector import Detector
-from ovd.evaluation.predictor import CropModel, predictor_for
+from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.typed import run_typed
+from ovd.inference.detr_regions import OpenVocabularyDetr
+from ovd.inference.region_model import RCNNRegionModel
+from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration
-from ovd.modeling.detr.build import DetrRegions, init_projections
-from ovd.modeling.vild.build import DetectorCard, RegionModel
+from ovd.inference.strategies import CropEmbeddings
+from ovd.modeling.detr.build import init_projections
+from ovd.modeling.vild.build import DetectorCard
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
 from pretrain.config_views import InputSpec
@@ -218,11 +222,11 @@ def test_pretext__finds_patches_on_the_gpu(denoising: int) -> None:
 # --- a person's questions
 
 
-def small_detector(second_look: int) -> Detector:
+def small_detector(crop_refinement: int) -> Detector:
     torch.manual_seed(0)
     encoder = small_encoder(rcnn.D).eval()
-    model = RegionModel(model=rcnn.make("vild").eval(), card=card("vild"), bank=torch.randn(4, rcnn.D))
-    return Detector(model=model, encoder=encoder, second_look=second_look)
+    model = RCNNRegionModel(model=rcnn.make("vild").eval(), card=card("vild"), background_words=torch.randn(4, rcnn.D))
+    return Detector(model=model, encoder=encoder, crop_refinement=crop_refinement)
 
 
 def move(detector: Detector) -> None:
@@ -230,11 +234,11 @@ def move(detector: Detector) -> None:
     to_cuda(detector.text.encoder)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("second_look", [0, 5])
-def test_detector__words_and_crops_are_answered_beside_a_gpu(second_look: int) -> None:
-    detector = small_detector(second_look)
+@pytest.mark.parametrize("crop_refinement", [0, 5])
+def test_detector__words_and_crops_are_answered_beside_a_gpu(crop_refinement: int) -> None:
+    detector = small_detector(crop_refinement)
     plain = detector.find(picture(), "dog, -cat", examples={"this": picture(24)}, threshold=0.0)
-    detector = small_detector(second_look)
+    detector = small_detector(crop_refinement)
     with pretend_cuda():
         move(detector)
         found = detector.find(picture(), "dog, -cat", examples={"this": picture(24)}, threshold=0.0)
@@ -250,8 +254,8 @@ def test_evaluation__names_regions_of_a_gpu(scores: Any) -> None:
         move(detector)
         predict = predictor_for(detector, split, scores=scores, limit=5)
         assert len(predict(picture(), 1)) == 5 and predict.propose(picture(), 1)
-        detector.model = CropModel(model=detector.model, encoder=detector.text.encoder)  # type: ignore[arg-type]
-        assert len(predictor_for(detector, split, scores=scores, limit=5)(picture(32), 1)) == 5
+        crops = CropEmbeddings(model=detector.model, encoder=detector.text.encoder)  # type: ignore[arg-type]
+        assert len(predictor_for(detector.with_model(crops), split, scores=scores, limit=5)(picture(32), 1)) == 5
 
 
 def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:
@@ -260,8 +264,13 @@ def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:
     with pretend_cuda():
         move(detector)
         scenes = typed_scenes(detector, stickers, seed=1, count=2, size=96, base_only=True)
-        bank, background = detector.model.bank, detector.model.background
-        run_typed(scenes, rows_CD=rows, bank_BD=bank, background_D=background, calibration=Calibration(), floor=0.0)
+        scorer = CalibratedScorer(
+            rows=rows,
+            background_words=detector.model.background_words,
+            background=detector.model.background,
+            calibration=Calibration(),
+        )
+        run_typed(scenes, scorer, floor=0.0)
 
 
 def test_regions_of_a_store_are_embedded_on_a_gpu() -> None:
@@ -274,9 +283,12 @@ def test_regions_of_a_store_are_embedded_on_a_gpu() -> None:
 
 def test_transformer__answers_words_and_crops_beside_a_gpu() -> None:
     model = detr.make(region_tower=region_tower(), conditioned=2).eval()
-    regions = DetrRegions(model=model, card=card("text"), bank=torch.randn(4, detr.D))
+    regions = OpenVocabularyDetr(model=model, card=card("text"), background_words=torch.randn(4, detr.D))
     with pretend_cuda():
         to_cuda(model)
         assert len(regions.regions(picture())) == model.queries
         assert regions.propose(picture(), top=3)[0].shape == (3, 4)
-        assert regions.ask(picture(), torch.randn(3, detr.D), at_once=2)[0].device.type == "cpu"
+        assert (
+            regions.conditioned_queries(picture(), torch.randn(3, detr.D), classes_per_pass=2).boxes.device.type
+            == "cpu"
+        )

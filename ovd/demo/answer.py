@@ -21,9 +21,12 @@ from PIL import Image
 
 from ovd.colours import class_styles
 from ovd.detections import Detections
-from ovd.detector import Detector, picture_key
+from ovd.detector import Detector
 from ovd.examples import Crop
+from ovd.inference.region_model import PatchLocator
+from ovd.inference.regions import picture_key
 from ovd.pictures import to_rgb
+from ovd.query import Query
 from pretrain.engine.errors import BadImageError, UserError
 
 SCHEMA = 1
@@ -36,7 +39,7 @@ _DATA_URL = re.compile(r"data:image/(png|jpeg|webp|bmp);base64,")
 
 
 class Answerer:
-    """Answers questions about pictures with one detector.
+    """Answers requests about pictures with one detector.
 
     Args:
         detector: shared by all requests.
@@ -77,33 +80,26 @@ class Answerer:
         if not image:
             raise UserError("Choose a picture first: drop one here, paste it, or click an example")
         # Words first: a typing mistake should not cost a run of the network.
-        question = self.detector.question(classes, decode_examples(examples))
+        query = self.detector.query(classes, decode_examples(examples))
         pixels = _read(Path(image))
         read = time.perf_counter()
-        known = self.detector.runs
-        regions = None if self.detector.locates else self.detector.embed(pixels)
+        runs = self.detector.runs
+        regions = None if isinstance(self.detector.model, PatchLocator) else self.detector.embed(pixels)
         embedded = time.perf_counter()
-        default = self.detector.threshold_of(question)
+        default = self.detector.threshold_for(query)
         floor = min(FLOOR, default / 4)
         level = floor if threshold is None else threshold
         if regions is None:
-            found = self.detector.answer(pixels, question, threshold=level)
+            detections = self.detector.answer(pixels, query, threshold=level)
         else:
-            found = regions.classify(question, threshold=level)
-        cached = self.detector.runs == known
+            detections = regions.classify(query, threshold=level)
         classified = time.perf_counter()
-        result = describe(found, default=default, floor=floor)
-        result["negatives"] = [c.name for c in question.words.negatives]
-        result["negatives"] += [e.name for e in question.examples if e.negative]
-        result["vocabulary"] = question.hash
-        synonyms = {c.name.casefold(): list(c.synonyms) for c in question.words.positives}
-        crops = {e.name.casefold(): len(e.crops) for e in question.shown}
-        for row in result["classes"]:
-            row["synonyms"] = synonyms.get(row["name"].casefold(), [])
-            row["crops"] = crops.get(row["name"].casefold(), 0)
+        result = describe(detections, default=default, floor=floor) | describe_query(query)
+        for row, extra in zip(result["classes"], class_extras(query), strict=True):
+            row |= extra
         result["model"] = {key: self.detector.card.get(key) for key in ("name", "sha256")}
-        result["regions"] = len(found if regions is None else regions)
-        result["cached"] = cached
+        result["regions"] = len(detections if regions is None else regions)
+        result["cached"] = self.detector.runs == runs
         result["ms"] = {
             "read": _ms(read - start),
             "network": _ms(embedded - read),
@@ -114,13 +110,28 @@ class Answerer:
         return result
 
     def _preview(self, key: str, pixels: NDArray[np.uint8]) -> str:
-        found = self._previews.get(key)
-        if found is None:
-            found = data_url(pixels)
-            self._previews[key] = found
+        url = self._previews.get(key)
+        if url is None:
+            url = data_url(pixels)
+            self._previews[key] = url
             while len(self._previews) > self._keep:
                 self._previews.popitem(last=False)
-        return found
+        return url
+
+
+def describe_query(query: Query) -> dict[str, Any]:
+    """What the answer says of the query as a whole."""
+    negatives = [c.name for c in query.words.negatives] + [e.name for e in query.examples if e.negative]
+    return {"negatives": negatives, "vocabulary": query.hash}
+
+
+def class_extras(query: Query) -> list[dict[str, Any]]:
+    """Synonyms and number of crops of each class, in the order of their names."""
+    synonyms = {c.name.casefold(): list(c.synonyms) for c in query.words.positives}
+    crops = {e.name.casefold(): len(e.crops) for e in query.positive_examples}
+    return [
+        {"synonyms": synonyms.get(name.casefold(), []), "crops": crops.get(name.casefold(), 0)} for name in query.names
+    ]
 
 
 def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
@@ -138,8 +149,8 @@ def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
     if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
         raise UserError('examples must be a list like [{"name": "my mug", "image": "data:image/png;base64,…"}]')
     if len(given) > MAX_CROPS_SENT:
-        raise UserError(f"{len(given)} crops; at most {MAX_CROPS_SENT} are allowed in one question")
-    found = []
+        raise UserError(f"{len(given)} crops; at most {MAX_CROPS_SENT} are allowed in one query")
+    crops = []
     for number, row in enumerate(given, 1):
         name = str(row.get("name") or "").strip() or f"example {number}"
         match = _DATA_URL.match(text) if isinstance(text := row.get("image"), str) else None
@@ -158,8 +169,8 @@ def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
             isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
         ):
             raise UserError(f"example {name!r}: box must be [x1, y1, x2, y2] in pixels of its picture, or left out")
-        found.append((name, Crop(pixels, None if box is None else (box[0], box[1], box[2], box[3]))))
-    return found
+        crops.append((name, Crop(pixels, None if box is None else (box[0], box[1], box[2], box[3]))))
+    return crops
 
 
 def _ms(seconds: float) -> float:
@@ -188,15 +199,15 @@ def data_url(pixels: NDArray[np.uint8], *, side: int = PREVIEW_SIDE) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def describe(found: Detections, *, default: float, floor: float) -> dict[str, Any]:
+def describe(detections: Detections, *, default: float, floor: float) -> dict[str, Any]:
     """Turn detections into the JSON of the page and the endpoint.
 
     Args:
-        found: detections from the floor upwards.
+        detections: from the floor upwards.
         default: the threshold the page starts with.
         floor: the lowest threshold it offers.
     """
-    height, width = found.size
+    height, width = detections.size
     return {
         "schema": SCHEMA,
         "size": [width, height],
@@ -206,21 +217,21 @@ def describe(found: Detections, *, default: float, floor: float) -> dict[str, An
             {
                 "id": i,
                 "name": name,
-                "best": round(float(found.best[i]), 4),
+                "best": round(float(detections.best[i]), 4),
                 "colour": style.colour,
                 "ink": style.ink,
                 "dash": list(style.dash),
             }
-            for i, (name, style) in enumerate(zip(found.names, class_styles(found.names), strict=True))
+            for i, (name, style) in enumerate(zip(detections.names, class_styles(detections.names), strict=True))
         ],
         "detections": [
             {
-                "class": int(found.class_id[i]),
-                "score": round(float(found.confidence[i]), 4),
-                "box": [round(float(v), 1) for v in found.xyxy[i]],
-                "polygons": found.polygons(i),
+                "class": int(detections.class_id[i]),
+                "score": round(float(detections.confidence[i]), 4),
+                "box": [round(float(v), 1) for v in detections.xyxy[i]],
+                "polygons": detections.polygons(i),
             }
-            for i in range(len(found))
+            for i in range(len(detections))
         ],
-        "notices": list(found.notices),
+        "notices": list(detections.notices),
     }

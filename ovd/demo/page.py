@@ -45,6 +45,13 @@ HELP = (
     "(`mug: cup, coffee mug`); a minus removes look-alikes (`-poster`)."
 )
 
+ENDPOINT = (
+    "Find the named classes in one picture. classes: names separated by commas, semicolons or "
+    "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: "
+    "null or a list of {name, image, box}: pictures of what to look for."
+)
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+
 
 def prepare_environment(folder: str | Path | None = None) -> Path:
     """Switch off everything in Gradio that would call out, and give it a private folder for uploads.
@@ -112,8 +119,8 @@ def _card_text(card: dict[str, Any]) -> str:
 def _header(card: dict[str, Any]) -> str:
     """HTML on top of the page; says which weights answer and what they are good for."""
     purpose = str(card.get("purpose", ""))
-    said = f": {html.escape(purpose)}" if purpose else ""
-    return _asset("header.html").replace("@WEIGHTS@", f"<b>{html.escape(str(card.get('name', 'unnamed')))}</b>{said}")
+    after = f": {html.escape(purpose)}" if purpose else ""
+    return _asset("header.html").replace("@WEIGHTS@", f"<b>{html.escape(str(card.get('name', 'unnamed')))}</b>{after}")
 
 
 def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
@@ -124,86 +131,32 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
         examples: click-to-try pictures; the shipped ones when None.
 
     Returns:
-        The Gradio app, queue configured; `launch` serves it.
+        The Gradio app, queue configured; `launch_page` serves it.
     """
     import gradio as gr
 
-    def find(image: str | None, classes: str, examples: Any = None) -> dict[str, Any]:
-        """For the page: errors are part of the answer, drawn as text by the page itself."""
-        try:
-            return answerer.answer(image, classes or "", examples=examples, preview=True)
-        except UserError as problem:
-            return {"error": str(problem)}
-        except Exception:
-            ticket = uuid.uuid4().hex[:8]
-            log.exception("request %s failed", ticket)
-            return {"error": f"Something went wrong inside. The log has the details under {ticket}."}
-
-    def detect(image: str | None, classes: str, threshold: float | None = None, examples: Any = None) -> dict[str, Any]:
-        """Find the named classes in one picture, and what looks like the examples."""
-        try:
-            return answerer.answer(image, classes or "", threshold, examples=examples)
-        except UserError as problem:
-            raise gr.Error(html.escape(str(problem), quote=False), print_exception=False) from problem
-        except Exception as problem:
-            ticket = uuid.uuid4().hex[:8]
-            log.exception("request %s failed", ticket)
-            message = f"Something went wrong inside. The log has the details under {ticket}."
-            raise gr.Error(message, print_exception=False) from problem
-
-    shown = shipped_examples() if examples is None else examples
+    handlers = Handlers(answerer)
+    ready = shipped_examples() if examples is None else examples
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
         gr.HTML(_header(answerer.detector.card), padding=False, elem_id="ovd-header", js_on_load=None)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                picture = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    image_mode=None,  # the file as it is: to_rgb knows transparency and 16 bits, the default does not
-                    sources=["upload", "clipboard"],
-                    height=260,
-                    buttons=[],
-                    elem_id="ovd-image",
-                )
-                words = gr.Textbox(
-                    label="What to look for",
-                    lines=4,
-                    max_lines=12,
-                    placeholder=PLACEHOLDER,
-                    info=HELP,
-                    elem_id="ovd-words",
-                )
-                shown_things = gr.HTML(
-                    None,
-                    html_template=_asset("ask.html"),
-                    css_template=_asset("ask.css"),
-                    js_on_load=_asset("ask.js"),
-                    apply_default_css=False,
-                    elem_id="ovd-ask",
-                )
+                picture, words, query_examples = _inputs()
                 button = gr.Button("Find", variant="primary", elem_id="ovd-find")
-                picks = gr.Column(visible=bool(shown), elem_id="ovd-examples")
+                picks = gr.Column(visible=bool(ready), elem_id="ovd-examples")
             with gr.Column(scale=3, min_width=320):
-                view = gr.HTML(
-                    None,
-                    html_template=_asset("view.html"),
-                    css_template=_asset("view.css"),
-                    js_on_load=_asset("view.js"),
-                    apply_default_css=False,
-                    elem_id="ovd-view",
-                )
-        shared = {"concurrency_limit": 1, "concurrency_id": "model"}
-        asked = [picture, words, shown_things]
-        run = {"fn": find, "inputs": asked, "outputs": view, "api_visibility": "private", **shared}
+                view = _html("view", elem_id="ovd-view")
+        inputs = [picture, words, query_examples]
+        run = {"fn": handlers.find, "inputs": inputs, "outputs": view, "api_visibility": "private", **ONE_AT_A_TIME}
         button.click(**run, api_name="find", show_progress="minimal")
         words.submit(**run, api_name="find_submit", show_progress="minimal")
-        if shown:
+        if ready:
             with picks:
                 gr.Examples(
-                    [[str(e.picture), e.classes] for e in shown],
+                    [[str(e.picture), e.classes] for e in ready],
                     inputs=[picture, words],
                     outputs=view,
-                    fn=find,
+                    fn=handlers.find,
                     run_on_click=True,
                     cache_examples=False,
                     label="Examples",
@@ -214,21 +167,104 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             gr.Markdown(_card_text(answerer.detector.card), sanitize_html=True, elem_classes="ovd-facts")
             if text := str(answerer.detector.card.get("text", "")):
                 gr.Markdown(text, sanitize_html=True)
-        level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
-        crops = gr.JSON(value=None, visible=False, label="examples")
-        result = gr.JSON(visible=False, label="result")
-        gr.Button(visible=False).click(
-            fn=detect,
-            inputs=[picture, words, level, crops],
-            outputs=result,
-            api_name="detect",
-            api_description="Find the named classes in one picture. classes: names separated by commas, semicolons or "
-            "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: "
-            "null or a list of {name, image, box}: pictures of what to look for.",
-            **shared,
-        )
+        _add_endpoint(handlers, picture, words)
     page.queue(max_size=QUEUE, default_concurrency_limit=1)
     return page
+
+
+class Handlers:
+    """What the page and the endpoint call.
+
+    Args:
+        answerer: answers the requests.
+    """
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer = answerer
+
+    def find(self, image: str | None, classes: str, examples: Any = None) -> dict[str, Any]:
+        """For the page: errors are part of the answer, drawn as text by the page itself."""
+        try:
+            return self.answerer.answer(image, classes or "", examples=examples, preview=True)
+        except UserError as problem:
+            return {"error": str(problem)}
+        except Exception:
+            return {"error": _logged()}
+
+    def detect(
+        self, image: str | None, classes: str, threshold: float | None = None, examples: Any = None
+    ) -> dict[str, Any]:
+        """Find the named classes in one picture, and what looks like the examples."""
+        import gradio as gr
+
+        try:
+            return self.answerer.answer(image, classes or "", threshold, examples=examples)
+        except UserError as problem:
+            raise gr.Error(html.escape(str(problem), quote=False), print_exception=False) from problem
+        except Exception as problem:
+            raise gr.Error(_logged(), print_exception=False) from problem
+
+
+def _logged() -> str:
+    """Log the present exception; the message for the person, without what it says."""
+    ticket = uuid.uuid4().hex[:8]
+    log.exception("request %s failed", ticket)
+    return f"Something went wrong inside. The log has the details under {ticket}."
+
+
+def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
+    """The picture, the words and the examples of a query."""
+    import gradio as gr
+
+    picture = gr.Image(
+        label="Picture",
+        type="filepath",
+        image_mode=None,  # the file as it is: to_rgb knows transparency and 16 bits, the default does not
+        sources=["upload", "clipboard"],
+        height=260,
+        buttons=[],
+        elem_id="ovd-image",
+    )
+    words = gr.Textbox(
+        label="What to look for",
+        lines=4,
+        max_lines=12,
+        placeholder=PLACEHOLDER,
+        info=HELP,
+        elem_id="ovd-words",
+    )
+    return picture, words, _html("ask", elem_id="ovd-ask")
+
+
+def _html(name: str, *, elem_id: str) -> gr.HTML:
+    """A component of our own: ``NAME.html``, ``NAME.css`` and ``NAME.js`` of this folder."""
+    import gradio as gr
+
+    return gr.HTML(
+        None,
+        html_template=_asset(f"{name}.html"),
+        css_template=_asset(f"{name}.css"),
+        js_on_load=_asset(f"{name}.js"),
+        apply_default_css=False,
+        elem_id=elem_id,
+    )
+
+
+def _add_endpoint(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> None:
+    """The ``/detect`` endpoint for programs, on invisible components."""
+    import gradio as gr
+
+    level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
+    crops = gr.JSON(value=None, visible=False, label="examples")
+    result = gr.JSON(visible=False, label="result")
+    gr.Button(visible=False).click(
+        fn=handlers.detect,
+        inputs=[picture, words, level, crops],
+        outputs=result,
+        api_name="detect",
+        api_description=ENDPOINT,
+        **ONE_AT_A_TIME,
+    )
 
 
 def free_port(host: str, port: int) -> int:

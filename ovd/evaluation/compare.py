@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.evaluation.coco import Matches
+from ovd.evaluation.matching import CategoryMatches
 
 RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)  # COCO's 101 points
 
@@ -43,7 +43,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class _Sorted:
+class RankedDetections:
     """One category's detections, best score first, crowds' ones dropped."""
 
     image: NDArray[np.int64]
@@ -51,7 +51,7 @@ class _Sorted:
     objects: NDArray[np.int64]
 
     @classmethod
-    def of(cls, matches: Matches) -> _Sorted:
+    def of(cls, matches: CategoryMatches) -> RankedDetections:
         keep = np.flatnonzero(~matches.ignored)
         order = keep[
             np.argsort(-matches.score[keep], kind="stable")
@@ -75,34 +75,14 @@ class _Sorted:
         return float(np.where(reached, precision[np.minimum(index, len(precision) - 1)], 0.0).mean())
 
 
-def mean_precision(
-    matches: Mapping[int, Matches], categories: Sequence[int], weight: NDArray[np.float64] | None = None
-) -> float:
-    """Average precision at the table's IoU, averaged over those of the categories that have objects.
-
-    Args:
-        matches: from `match_table`.
-        categories: ids to average over.
-        weight: (images,) how often each image counts; None: once.
-
-    Returns:
-        The same figure as `evaluate` gives for equal weights; NaN without objects.
-    """
-    return _mean([_Sorted.of(matches[i]) for i in categories], weight)
-
-
-def _mean(tables: Sequence[_Sorted], weight: NDArray[np.float64] | None) -> float:
-    return _average([t.precision(np.ones(len(t.objects)) if weight is None else weight) for t in tables])
-
-
 def _average(values: Sequence[float]) -> float:
     real = [v for v in values if v == v]
     return float(np.mean(real)) if real else float("nan")
 
 
 def bootstrap(
-    a: Mapping[int, Matches],
-    b: Mapping[int, Matches],
+    a: Mapping[int, CategoryMatches],
+    b: Mapping[int, CategoryMatches],
     groups: Mapping[str, Sequence[int]],
     *,
     samples: int = 500,
@@ -120,7 +100,7 @@ def bootstrap(
         ValueError: the tables are of different ground truth.
     """
     categories = sorted({i for ids in groups.values() for i in ids})
-    pairs = {i: (_Sorted.of(a[i]), _Sorted.of(b[i])) for i in categories}
+    pairs = {i: (RankedDetections.of(a[i]), RankedDetections.of(b[i])) for i in categories}
     if any(not np.array_equal(x.objects, y.objects) for x, y in pairs.values()):
         raise ValueError("the two match tables come from different ground truth")
     images = len(next(iter(pairs.values()))[0].objects) if pairs else 0

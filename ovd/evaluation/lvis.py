@@ -22,11 +22,11 @@ from ovd.evaluation.coco import LVIS_DETECTIONS, Metrics, evaluate
 
 def evaluate_lvis(
     gt: Mapping[str, Any],
-    results: list[dict[str, Any]] | None,
+    results: Sequence[Mapping[str, Any]] | None,
     split: Split | None = None,
     iou_types: Sequence[str] | None = None,
     *,
-    proposals: list[dict[str, Any]] | None = None,
+    proposals: Sequence[Mapping[str, Any]] | None = None,
     where: tuple[str, str] = ("annotations", "predictions"),
 ) -> Metrics:
     """Evaluate results on an LVIS file.

@@ -9,32 +9,36 @@ class) pairs. Scores on the page are others (calibrated, one class at a time); `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from ovd.data.coco import ImageId
 from ovd.data.splits import Split
-from ovd.detections import paste_mask
+from ovd.detections import CocoResult, paste_mask
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, text_exponents
-from ovd.inference.scoring import RegionSet, score_regions, vocabulary_probabilities
-from ovd.regions.crops import embed_regions
-from ovd.regions.proposals import large_enough
+from ovd.inference.postprocess import (
+    MAX_DETECTIONS,
+    PROTOCOL_CANDIDATES,
+    PROTOCOL_NMS_IOU,
+    Candidates,
+    best_pairs,
+    postprocess,
+)
+from ovd.inference.scorers import CalibratedScorer, ObjectnessScorer, PublishedScorer, Scorer
+from ovd.inference.scoring import RegionSet
 from pretrain.data.rle import encode_mask
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from ovd.detector import Detector, RegionFinder
-    from ovd.evaluation.coco import Predict
-    from ovd.modeling.detr.build import DetrRegions
-    from ovd.modeling.vild.build import RegionModel
-    from ovd.regions.crops import RegionEncoder
+    from ovd.detector import Detector
+    from ovd.evaluation.run import Predict
+    from ovd.inference.detr_regions import ClosedSetDetr
+    from ovd.inference.region_model import PatchLocator, RegionModel
     from ovd.vocabulary import Vocabulary
 
 Scores = Literal["published", "calibrated"]
@@ -43,189 +47,145 @@ Ensemble = Literal["fixed", "base-novel"]
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """Calls a detector on one picture after another.
+    """Runs a detector on one picture after another.
 
     Attributes:
-        detector: loaded.
-        category_ids: (C,) COCO id of each word, in the vocabulary's order.
-        rows: (C, D) unit text embeddings.
-        scores: `published`, or `calibrated` as the page shows them.
-        scale: inverse temperature of the published softmax: the one of training, never a fitted one, because fitting
-            sees novel labels.
-        exponent: of the text head where there are two heads; a number or (C,).
+        detector: gives the regions.
+        category_ids: (C,) COCO id of each class.
+        scorer: scores the regions for these classes.
         limit: detections per image.
         candidates: (region, class) pairs that enter NMS.
-        nms: IoU of the per-class NMS.
-        objectness_weight: w of ``class^(1−w) · objectness^w``; ViLD uses none, CLIP on crops ½.
-        present: image id → COCO ids that are asked for in it; None: all of them in every image.
+        nms_iou: of the per-class NMS.
+        present: image id → COCO ids that are looked for in it; None: all of them in every image.
     """
 
     detector: Detector
     category_ids: tuple[int, ...]
-    rows: Tensor
-    scores: Scores = "published"
-    scale: float = 100.0
-    exponent: float | Tensor = FIXED_TEXT_WEIGHT
-    limit: int = 300
-    candidates: int = 5000
-    nms: float = 0.5
-    objectness_weight: float = 0.0
+    scorer: Scorer
+    limit: int = MAX_DETECTIONS
+    candidates: int = PROTOCOL_CANDIDATES
+    nms_iou: float = PROTOCOL_NMS_IOU
     present: Mapping[ImageId, frozenset[int]] | None = None
 
     @torch.inference_mode()
-    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
-        columns = asked_columns(self.category_ids, self.present, image_id)
+        columns = columns_for(self.category_ids, self.present, image_id)
         if not columns:
             return []
         regions = self.detector.embed(image).regions
-        score_RC = self.score(regions)[:, columns]
-        flat = score_RC.flatten()
-        score_K, index_K = flat.topk(min(self.candidates, flat.numel()))
-        region_K, class_K = index_K // score_RC.shape[1], index_K % score_RC.shape[1]
-        kept = batched_nms(regions.boxes[region_K].float(), score_K.float(), class_K, self.nms)[: self.limit]
-        segmentations: dict[int, dict[str, Any]] = {}
-        results = []
-        for k in kept.tolist():
-            region = int(region_K[k])
-            one = _result(regions, region, image_id, self.category_ids[columns[int(class_K[k])]], float(score_K[k]))
-            if regions.masks is not None:
-                if region not in segmentations:
-                    segmentations[region] = region_rle(regions, region)
-                one["segmentation"] = segmentations[region]
-            results.append(one)
+        score_RC = self.scorer(regions)[:, columns].float().cpu().numpy()
+        kept = postprocess(
+            regions.boxes.float().cpu().numpy(),
+            best_pairs(score_RC, count=self.candidates),
+            nms_iou=self.nms_iou,
+            cross_class_iou=None,
+            limit=self.limit,
+        )
+        segmentations = {} if regions.masks is None else {r: region_rle(regions, r) for r in set(kept.region.tolist())}
+        results = coco_results(kept, regions.boxes, image_id, [self.category_ids[column] for column in columns])
+        for region, result in zip(kept.region.tolist(), results, strict=True):
+            if region in segmentations:
+                result["segmentation"] = segmentations[region]
         return results
 
     @torch.inference_mode()
-    def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """The same picture's regions as class-agnostic proposals, scored by objectness."""
         regions = self.detector.embed(image).regions
-        proposals = [_result(regions, r, image_id, 0, float(regions.objectness[r])) for r in range(len(regions))]
+        proposals = [
+            coco_result(box, image_id, 0, score)
+            for box, score in zip(regions.boxes.tolist(), regions.objectness.tolist(), strict=True)
+        ]
         if regions.masks is not None:
             for region, one in enumerate(proposals):
                 one["segmentation"] = region_rle(regions, region)
         return proposals
 
-    def score(self, regions: RegionSet) -> Tensor:
-        """(R, C) scores of all regions."""
-        score_RC = self._class_scores(regions)
-        if self.objectness_weight:
-            weight = self.objectness_weight
-            score_RC = score_RC ** (1 - weight) * regions.objectness.to(score_RC)[:, None].clamp(0, 1) ** weight
-        return score_RC
 
-    def _class_scores(self, regions: RegionSet) -> Tensor:
-        model = self.detector.model
-        background = None if model.background is None else model.background.to(self.rows)
-        heads = regions.text.to(self.rows), None if regions.image is None else regions.image.to(self.rows)
-        if self.scores == "calibrated":
-            objectness = regions.objectness.to(self.rows)
-            return score_regions(*heads, objectness, self.rows, model.bank.to(self.rows), background, model.calibration)
-        return vocabulary_probabilities(*heads, self.rows, background, scale=self.scale, exponent=self.exponent)
+@dataclass(frozen=True, kw_only=True)
+class PretextPredictor:
+    """A UP-DETR pretext model whose queries are conditioned on crops; a score is the query's objectness.
 
-
-def asked_columns(
-    category_ids: Sequence[int], present: Mapping[ImageId, frozenset[int]] | None, image_id: ImageId
-) -> list[int]:
-    """Numbers of the classes that are asked for in an image."""
-    if present is None:
-        return list(range(len(category_ids)))
-    return [column for column, category in enumerate(category_ids) if category in present[image_id]]
-
-
-class CropModel:
-    """A detector's boxes, named by the image encoder itself from their crops: "CLIP on cropped regions" (ViLD §3.2).
-
-    It knows no background, so a region of nothing is always something; `predictor_for` multiplies objectness in.
-
-    Args:
-        model: gives boxes, objectness and masks.
-        encoder: embeds the crops, 1x and 1.5x summed as for the distillation.
+    Attributes:
+        model: of the pretext.
+        category_ids: (C,) COCO id of each row.
+        rows: (C, D) embeddings of the crops, see `ovd.Detector.patch_rows`.
+        nms_iou: of the per-class NMS.
+        limit, present: see `Predictor`.
     """
 
-    background: Tensor | None = None
-    objectness_weight = 0.5
-
-    def __init__(self, *, model: RegionFinder, encoder: RegionEncoder) -> None:
-        self.model, self.encoder = model, encoder
-        self.bank, self.calibration = model.bank, model.calibration
-        self.top: int | None = getattr(model, "top", None)
+    model: PatchLocator
+    category_ids: tuple[int, ...]
+    rows: Tensor
+    nms_iou: float
+    limit: int = MAX_DETECTIONS
+    present: Mapping[ImageId, frozenset[int]] | None = None
 
     @torch.inference_mode()
-    def regions(self, image: NDArray[np.uint8]) -> RegionSet:
-        """The model's regions with the encoder's embeddings; boxes under two pixels cannot be cropped."""
-        found = self.model.regions(image)
-        keep = large_enough(found.boxes)
-        embedding = embed_regions(self.encoder, image, found.boxes[keep])
-        return replace(
-            found,
-            boxes=found.boxes[keep],
-            objectness=found.objectness[keep],
-            text=embedding,
-            image=None,
-            masks=None if found.masks is None else found.masks[keep],
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
+        """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
+        columns = columns_for(self.category_ids, self.present, image_id)
+        if not columns:
+            return []
+        located = self.model.locate(image, self.rows[columns])
+        score = located.score.float().numpy()
+        kept = postprocess(
+            located.boxes.float().numpy(),
+            Candidates(np.arange(len(score)), located.class_id.numpy(), score),
+            nms_iou=self.nms_iou,
+            cross_class_iou=None,
+            limit=self.limit,
         )
-
-
-class ToldModel:
-    """A transformer whose queries are told the words that are looked for, some at a time (OV-DETR's inference).
-
-    Args:
-        model: trained with ``model.conditioned``.
-        rows: (C, D) embeddings of the words, or of crops.
-        at_once: words per pass, as in training.
-    """
-
-    def __init__(self, *, model: DetrRegions, rows: Tensor, at_once: int) -> None:
-        self.model, self.rows, self.at_once = model, rows, at_once
-        self.bank, self.calibration, self.background = model.bank, model.calibration, model.background
-        self.objectness_weight = model.objectness_weight
-
-    @torch.inference_mode()
-    def regions(self, image: NDArray[np.uint8]) -> RegionSet:
-        """Regions that the told queries found."""
-        return self.model.told_regions(image, self.rows, at_once=self.at_once)
+        return coco_results(kept, located.boxes, image_id, [self.category_ids[column] for column in columns])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClosedPredictor:
+class ClosedSetPredictor:
     """A detector of a closed list of classes: each query is its most likely class.
 
     Attributes:
-        model: has ``labels``.
+        model: a transformer.
         category_ids: (C,) COCO id of each class, in the model's order; -1: not evaluated.
         limit: detections per image.
     """
 
-    model: DetrRegions
+    model: ClosedSetDetr
     category_ids: tuple[int, ...]
-    limit: int = 300
+    limit: int = MAX_DETECTIONS
 
     @classmethod
-    def of(cls, model: DetrRegions, split: Split, *, limit: int) -> ClosedPredictor:
-        """Classes are told by their names.
+    def of(cls, model: ClosedSetDetr, split: Split, *, limit: int) -> ClosedSetPredictor:
+        """Match classes with categories by name.
 
         Raises:
             UserError: none of them is a category of the split.
         """
         by_name = {split.names[i].casefold(): i for i in split.ids}
-        ids = tuple(by_name.get(name.casefold(), -1) for name in model.card.classes)
+        ids = tuple(by_name.get(name.casefold(), -1) for name in model.classes)
         if all(i < 0 for i in ids):
             raise UserError(
-                f"this detector knows {', '.join(model.card.classes[:5])} …; none is a category of split {split.name!r}"
+                f"this detector knows {', '.join(model.classes[:5])} …; none is a category of split {split.name!r}"
             )
         return cls(model=model, category_ids=ids, limit=limit)
 
     @torch.inference_mode()
-    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         boxes, scores, classes = self.model.labels(image)
-        order = scores.argsort(descending=True).tolist()
-        named = [k for k in order if self.category_ids[int(classes[k])] >= 0][: self.limit]
-        return [
-            coco_result(boxes[k].tolist(), image_id, self.category_ids[int(classes[k])], float(scores[k]))
-            for k in named
-        ]
+        order = scores.argsort(descending=True)
+        kept = Candidates(order.numpy(), classes[order].numpy(), scores[order].float().numpy())
+        evaluated = np.array(self.category_ids)[kept.class_id] >= 0
+        return coco_results(kept[evaluated][: self.limit], boxes, image_id, self.category_ids)
+
+
+def columns_for(
+    category_ids: Sequence[int], present: Mapping[ImageId, frozenset[int]] | None, image_id: ImageId
+) -> list[int]:
+    """Numbers of the classes that are looked for in an image."""
+    if present is None:
+        return list(range(len(category_ids)))
+    return [column for column, category in enumerate(category_ids) if category in present[image_id]]
 
 
 def predictor_for(
@@ -249,7 +209,8 @@ def predictor_for(
         categories: id -> name; those of the split when None.
         ensemble: `base-novel` weighs the two heads by group, which needs to know what is novel, as ViLD's evaluation
             does; `fixed` is one weight for all, as for typed words. Without a second head both are the same.
-        scores, scale: see `Predictor`.
+        scores: `published`, or `calibrated` as the page shows them.
+        scale: inverse temperature of the published softmax.
         limit: detections per image.
 
     Raises:
@@ -267,49 +228,44 @@ def predictor_for(
         if vocabulary.negatives:
             raise UserError("vocabulary: negative words have no place in an evaluation; remove the minus entries.")
         ids = tuple(by_name[n.casefold()] for n in vocabulary.names)
-    exponent: float | Tensor = FIXED_TEXT_WEIGHT
-    if ensemble == "base-novel":
-        exponent = text_exponents(torch.tensor([split.group_of(i) == "base" for i in ids]))
-    rows = detector.text.embed(vocabulary)
-    return Predictor(
-        detector=detector,
-        category_ids=ids,
-        rows=rows,
-        scores=scores,
-        scale=scale,
-        exponent=exponent,
-        limit=limit,
-        # A model whose embeddings do not say that a region is nothing says it by its objectness.
-        objectness_weight=float(getattr(detector.model, "objectness_weight", 0.0)),
-    )
-
-
-def proposal_predictor(folder: Path, *, top: int, device: str = "cpu") -> Predict:
-    """`proposals_of` an exported detector of any kind, class-agnostic ones too.
-
-    Args:
-        folder: of the detector.
-        top: how many, the best first.
-        device: where it runs.
-
-    Raises:
-        UserError: see :func:`ovd.modeling.vild.build.load_model`.
-    """
-    from ovd.modeling.load import load_detector_model
-
-    return proposals_of(load_detector_model(folder, device=device), top=top)
+    rows, model = detector.text.embed(vocabulary), detector.model
+    background = None if model.background is None else model.background.to(rows)
+    scorer: Scorer
+    if scores == "calibrated":
+        background_words = model.background_words.to(rows)
+        scorer = CalibratedScorer(
+            rows=rows, background_words=background_words, background=background, calibration=model.calibration
+        )
+    else:
+        exponent: float | Tensor = FIXED_TEXT_WEIGHT
+        if ensemble == "base-novel":
+            exponent = text_exponents(torch.tensor([split.group_of(i) == "base" for i in ids]))
+        scorer = PublishedScorer(rows=rows, background=background, scale=scale, exponent=exponent)
+    if model.objectness_weight:  # the embedding alone does not say that a region is nothing
+        scorer = ObjectnessScorer(scorer=scorer, weight=model.objectness_weight)
+    return Predictor(detector=detector, category_ids=ids, scorer=scorer, limit=limit)
 
 
 def proposals_of(model: RegionModel, *, top: int) -> Predict:
     """A model's proposals without classes: what `run_source` and `run_images` take as ``propose``."""
 
-    def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
+    def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         boxes, scores = model.propose(image, top=top)
         return [
             coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
         ]
 
     return propose
+
+
+def coco_results(kept: Candidates, boxes: Tensor, image_id: ImageId, category_ids: Sequence[int]) -> list[CocoResult]:
+    """Rows of a COCO results file; ``boxes`` are those of all regions, ``category_ids`` of all classes."""
+    return [
+        coco_result(boxes[region].tolist(), image_id, category_ids[class_id], score)
+        for region, class_id, score in zip(
+            kept.region.tolist(), kept.class_id.tolist(), kept.score.tolist(), strict=True
+        )
+    ]
 
 
 def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
@@ -319,11 +275,8 @@ def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
     return encode_mask(paste_mask(regions.masks[index], regions.boxes[index], regions.size).numpy())
 
 
-def _result(regions: RegionSet, region: int, image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
-    return coco_result(regions.boxes[region].tolist(), image_id, category_id, score)
-
-
-def coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> dict[str, Any]:
+def coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> CocoResult:
+    """One row of a COCO results file; corners are x1, y1, x2, y2 in pixels."""
     x1, y1, x2, y2 = corners
     # Six significant digits keep the order of scores as small as softmax over a thousand words makes them.
     box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]

@@ -31,9 +31,9 @@ def matched_objects(
         by at least the threshold; of equals, the last (as pycocotools).
     """
     T, (_, G) = len(thresholds), iou_DG.shape
-    found = np.zeros((T, G), dtype=bool)
+    matched = np.zeros((T, G), dtype=bool)
     if iou_DG.size == 0:
-        return found
+        return matched
     reversed_DG = iou_DG[:, ::-1]  # argmax takes the first of equals
     best_D = iou_DG.max(axis=1)
     for t, threshold in enumerate(thresholds):
@@ -44,8 +44,8 @@ def matched_objects(
             g = int(overlap.argmax())
             if overlap[g] >= threshold:
                 free[g] = False
-        found[t] = ~free[::-1]
-    return found
+        matched[t] = ~free[::-1]
+    return matched
 
 
 def class_agnostic_recall(

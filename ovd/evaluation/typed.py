@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
 
-from ovd.detector import NMS_IOU
-from ovd.inference.scoring import Calibration, RegionSet, score_regions
+from ovd.inference.postprocess import NMS_IOU, batched_nms
+from ovd.inference.scorers import CalibratedScorer
+from ovd.inference.scoring import Calibration, RegionSet
 
 MATCH_IOU = 0.5
 
@@ -85,56 +86,39 @@ class Outcome:
     labels: int
 
 
-def _named(
-    scene: TypedScene,
-    words: Tensor,
-    *,
-    rows_CD: Tensor,
-    bank_BD: Tensor,
-    background_D: Tensor | None,
-    calibration: Calibration,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _classified(scene: TypedScene, words: Sequence[int], scorer: CalibratedScorer) -> tuple[Tensor, Tensor, Tensor]:
     """(score_RC, best score of each region, its word) of one scene."""
-    regions = scene.regions
-    rows = rows_CD if scene.rows is None else scene.rows
-    score_RC = score_regions(
-        regions.text, regions.image, regions.objectness, rows[words], bank_BD, background_D, calibration
-    )
+    rows = (scorer.rows if scene.rows is None else scene.rows)[torch.tensor(words)]
+    score_RC = replace(scorer, rows=rows)(scene.regions)
     best_R, word_R = score_RC.max(dim=1)
     return score_RC, best_R, word_R
 
 
-def _matched(scene: TypedScene, words: Tensor, best_R: Tensor, word_R: Tensor, floor: float) -> list[tuple[int, bool]]:
-    """(region, right or wrong) of the detections after NMS, best first; every label is found once."""
+def _matched(
+    scene: TypedScene, words: Sequence[int], best_R: Tensor, word_R: Tensor, floor: float
+) -> list[tuple[int, bool]]:
+    """(region, right or wrong) of the detections after NMS, best first; every label is matched once."""
     keep = torch.nonzero(best_R >= floor)[:, 0]
     boxes = scene.regions.boxes.float()
-    chosen = keep[batched_nms(boxes[keep], best_R[keep], word_R[keep], NMS_IOU)]
+    kept = batched_nms(boxes[keep].numpy(), best_R[keep].numpy(), word_R[keep].numpy(), NMS_IOU)
+    chosen = keep[torch.from_numpy(kept)]
     overlap = box_iou(boxes[chosen], scene.boxes.float())
     free = torch.ones(len(scene.boxes), dtype=torch.bool)
-    found = []
+    matched = []
     for i, region in enumerate(chosen.tolist()):
-        fits = (scene.classes == words[word_R[region]]) & free & (overlap[i] >= MATCH_IOU)
+        fits = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
         if bool(fits.any()):
             free[int((overlap[i] * fits).argmax())] = False
-        found.append((region, bool(fits.any())))
-    return found
+        matched.append((region, bool(fits.any())))
+    return matched
 
 
-def run_typed(
-    scenes: Sequence[TypedScene],
-    *,
-    rows_CD: Tensor,
-    bank_BD: Tensor,
-    background_D: Tensor | None,
-    calibration: Calibration,
-    floor: float = 0.01,
-) -> Outcome:
+def run_typed(scenes: Sequence[TypedScene], scorer: CalibratedScorer, *, floor: float = 0.01) -> Outcome:
     """Score, NMS and match every scene with its own words.
 
     Args:
         scenes: see :class:`TypedScene`.
-        rows_CD: unit text embeddings of the whole vocabulary.
-        bank_BD, background_D, calibration: of the checkpoint.
+        scorer: of the whole vocabulary; each scene takes its own rows of it.
         floor: detections below it are not counted (before the sigmoid of the calibration).
     """
     scores: list[float] = []
@@ -142,10 +126,8 @@ def run_typed(
     best_absent: list[float] = []
     labels = 0
     for scene in scenes:
-        words = torch.tensor(scene.present + scene.absent)
-        score_RC, best_R, word_R = _named(
-            scene, words, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=calibration
-        )
+        words = scene.present + scene.absent
+        score_RC, best_R, word_R = _classified(scene, words, scorer)
         best_absent.extend(score_RC[:, len(scene.present) :].max(dim=0).values.tolist())
         labels += len(scene.boxes)
         for region, hit in _matched(scene, words, best_R, word_R, floor):
@@ -157,20 +139,14 @@ def run_typed(
 
 
 def distractor_scores(
-    scenes: Sequence[TypedScene],
-    distractors: Sequence[Sequence[int]],
-    *,
-    rows_CD: Tensor,
-    bank_BD: Tensor,
-    background_D: Tensor | None,
-    calibration: Calibration,
+    scenes: Sequence[TypedScene], distractors: Sequence[Sequence[int]], scorer: CalibratedScorer
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores of the correct detections above the threshold before and after unrelated words are typed as well.
 
     Args:
         scenes: only their present words are typed at first.
         distractors: for each scene the words that are added.
-        rows_CD, bank_BD, background_D, calibration: see :func:`run_typed`.
+        scorer: see :func:`run_typed`.
 
     Returns:
         (before, after), (N,) each; ``after`` is NaN where the region now goes by another word.
@@ -178,17 +154,13 @@ def distractor_scores(
     before: list[float] = []
     after: list[float] = []
     for scene, extra in zip(scenes, distractors, strict=True):
-        few, many = torch.tensor(scene.present), torch.tensor([*scene.present, *extra])
-        _, best_R, word_R = _named(
-            scene, few, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=calibration
-        )
-        _, later_R, later_word_R = _named(
-            scene, many, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=calibration
-        )
-        for region, hit in _matched(scene, few, best_R, word_R, calibration.threshold):
+        few, many = scene.present, (*scene.present, *extra)
+        _, best_R, word_R = _classified(scene, few, scorer)
+        _, later_R, later_word_R = _classified(scene, many, scorer)
+        for region, hit in _matched(scene, few, best_R, word_R, scorer.calibration.threshold):
             if hit:
                 before.append(float(best_R[region]))
-                same = int(many[later_word_R[region]]) == int(few[word_R[region]])
+                same = many[int(later_word_R[region])] == few[int(word_R[region])]
                 after.append(float(later_R[region]) if same else float("nan"))
     return np.array(before), np.array(after)
 
@@ -205,23 +177,21 @@ def average_precision(outcome: Outcome) -> float:
 
 def choose_ranking(
     scenes: Sequence[TypedScene],
+    scorer: CalibratedScorer,
     *,
-    rows_CD: Tensor,
-    bank_BD: Tensor,
-    background_D: Tensor | None,
-    start: Calibration,
     logit_scales: Sequence[float] = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
     objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
 ) -> Calibration:
-    """The temperature and objectness exponent with the best pooled average precision, before the sigmoid is fitted."""
+    """The temperature and objectness exponent with the best pooled average precision, before the sigmoid is fitted.
+
+    The other values are those of the scorer's calibration.
+    """
+    start = scorer.calibration
     best, best_ap = start, -1.0
     for scale in logit_scales:
         for weight in objectness_weights:
             candidate = replace(start.uncalibrated(), logit_scale=scale, objectness_weight=weight)
-            outcome = run_typed(
-                scenes, rows_CD=rows_CD, bank_BD=bank_BD, background_D=background_D, calibration=candidate, floor=1e-4
-            )
-            ap = average_precision(outcome)
+            ap = average_precision(run_typed(scenes, replace(scorer, calibration=candidate), floor=1e-4))
             if ap > best_ap:
                 best, best_ap = candidate, ap
     return best

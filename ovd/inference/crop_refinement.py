@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second look: the image encoder itself sees the crops of a picture's best regions.
+"""Crop refinement: the image encoder itself embeds the crops of a picture's best regions.
 
-ViLD's region head learned to say of a region what the encoder says of its crop, for all regions in one pass. The
-encoder says it better, but needs a forward pass per crop (ViLD, section 3.2: "CLIP on cropped regions" and
-"ViLD-text+CLIP"). So it is asked about the few regions that are most likely a thing, and both are averaged.
+ViLD's region head is distilled from the encoder's embeddings of crops and gives those of all regions in one pass. The
+encoder's own are better but cost a forward pass per crop (ViLD, section 3.2: "CLIP on cropped regions" and
+"ViLD-text+CLIP"). So only the regions with the best objectness get both, averaged.
 
 Shapes: R regions, D joint embedding.
 """
@@ -36,36 +36,36 @@ LONG_SIDE = 1280
 crop of one has enough left, and eighty crops of a phone's picture would otherwise take longer than the network."""
 
 
-def look_again(found: RegionSet, image: NDArray[np.uint8], encoder: RegionEncoder, *, count: int) -> RegionSet:
+def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: RegionEncoder, *, count: int) -> RegionSet:
     """Average the embeddings of the best regions with the encoder's embeddings of their crops.
 
     Args:
-        found: regions of one picture. The head that was distilled from the encoder is changed: the image head where
-            there is one, else the only head.
+        regions: of one picture. The head that was distilled from the encoder is changed: the image head where there is
+            one, else the only head.
         image: (H, W, 3) uint8 RGB, the picture.
         encoder: the one the detector was distilled from.
-        count: regions to look at, best objectness first. Boxes with a side under two pixels cannot be cropped and stay
+        count: regions to refine, best objectness first. Boxes with a side under two pixels cannot be cropped and stay
             as they are, like all others.
 
     Returns:
-        The same regions in the same order, with new unit rows for those that were looked at.
+        The same regions in the same order, with new unit rows for those that were refined.
 
     Raises:
         UserError: the encoder returns NaN, infinity or a zero vector.
     """
-    order = found.objectness.argsort(descending=True, stable=True)[:count]
-    chosen = order[large_enough(found.boxes[order])]
+    order = regions.objectness.argsort(descending=True, stable=True)[:count]
+    chosen = order[large_enough(regions.boxes[order])]
     if not len(chosen):
-        return found
+        return regions
     height, width = image.shape[:2]
     shrink = LONG_SIDE / max(height, width)
-    boxes = found.boxes[chosen]
+    boxes = regions.boxes[chosen]
     if shrink < 1:
         smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
         image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
         boxes = resize_boxes(boxes, (height, width), smaller)
-    seen = embed_regions(encoder, image, boxes)
-    own = found.distilled
-    mixed = own.clone()
-    mixed[chosen] = F.normalize((1 - ENCODER_SHARE) * own[chosen] + ENCODER_SHARE * seen.to(own), dim=1)
-    return replace(found, text=mixed) if found.image is None else replace(found, image=mixed)
+    crops = embed_regions(encoder, image, boxes)
+    head = regions.distilled
+    mixed = head.clone()
+    mixed[chosen] = F.normalize((1 - ENCODER_SHARE) * head[chosen] + ENCODER_SHARE * crops.to(head), dim=1)
+    return replace(regions, text=mixed) if regions.image is None else replace(regions, image=mixed)

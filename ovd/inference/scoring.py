@@ -2,10 +2,10 @@
 """From region embeddings to scores that mean the same however many words a person types.
 
 A plain softmax over the typed words gives one mediocre region .73 with one word and .02 with a thousand. Here every
-class is scored alone against a *fixed* set of competitors: the bank (words that come with the checkpoint), the learned
-background and the person's own negative words. So a column never depends on the other columns.
+class is scored alone against a *fixed* set of competitors: the background words (they come with the checkpoint), the
+learned background and the person's own negative words. So a column never depends on the other columns.
 
-Shapes: ``R`` regions, ``C`` typed classes, ``B`` bank words, ``D`` joint embedding.
+Shapes: ``R`` regions, ``C`` typed classes, ``B`` background words, ``D`` joint embedding.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Calibration:
         text_weight: exponent of the text head where there are two heads.
         objectness_weight: exponent e of the proposal's objectness in ``score · objectness^e``.
         slope, offset: ``score = sigmoid(slope · logit(raw) + offset)``, fitted so that .7 is right seven times in ten.
-        bank_limit: bank words with a cosine above it to the typed class are its near-synonyms and do not compete with
-            it.
+        bank_limit: background words with a cosine above it to the typed class are its near-synonyms and do not compete
+            with it.
         threshold: default of the page and of ``detect``.
-        example_*: the same for classes that are shown by crops, see :meth:`of_examples`. Two image embeddings are
+        example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid.
     """
 
@@ -107,31 +107,31 @@ class RegionSet:
         return self.text if self.image is None else self.image
 
 
-def competitor_mask(classes_CD: Tensor, bank_BD: Tensor, *, limit: float) -> Tensor:
-    """(C, B) bool: True where a bank word competes with a class, False for its near-synonyms."""
-    return classes_CD @ bank_BD.T <= limit
+def competitor_mask(classes_CD: Tensor, words_BD: Tensor, *, limit: float) -> Tensor:
+    """(C, B) bool: True where a background word competes with a class, False for its near-synonyms."""
+    return classes_CD @ words_BD.T <= limit
 
 
-def bank_probabilities(
-    regions_RD: Tensor, classes_CD: Tensor, bank_BD: Tensor, background_D: Tensor | None, *, scale: float, limit: float
+def competitive_probabilities(
+    regions_RD: Tensor, classes_CD: Tensor, words_BD: Tensor, background_D: Tensor | None, *, scale: float, limit: float
 ) -> Tensor:
-    """(R, C) probability of each class against the bank and the background, each column on its own.
+    """(R, C) probability of each class against the background words and the background, each column on its own.
 
     ``p_c = e^{s·c} / (e^{s·c} + Σ_competitors e^{s·b} + e^{s·bg})``. All inputs are unit rows.
     """
     classes_RC = scale * regions_RD @ classes_CD.T
-    bank_RB = scale * regions_RD @ bank_BD.T
+    words_RB = scale * regions_RD @ words_BD.T
     if background_D is not None:
-        bank_RB = torch.cat([bank_RB, scale * (regions_RD @ background_D)[:, None]], dim=1)
-    keep_CB = competitor_mask(classes_CD, bank_BD, limit=limit).to(bank_RB.dtype)
+        words_RB = torch.cat([words_RB, scale * (regions_RD @ background_D)[:, None]], dim=1)
+    keep_CB = competitor_mask(classes_CD, words_BD, limit=limit).to(words_RB.dtype)
     if background_D is not None:
         keep_CB = F.pad(keep_CB, (0, 1), value=1.0)
-    if bank_RB.shape[1] == 0:
-        raise ValueError("scores need at least one competitor: a bank word or a background embedding")
+    if words_RB.shape[1] == 0:
+        raise ValueError("scores need at least one competitor: a background word or a background embedding")
     # One shift per region keeps every exponential in range; a sum over the kept words (never total − left out) keeps
     # the digits.
-    shift_R1 = bank_RB.max(dim=1, keepdim=True).values
-    against_RC = (bank_RB - shift_R1).exp() @ keep_CB.T
+    shift_R1 = words_RB.max(dim=1, keepdim=True).values
+    against_RC = (words_RB - shift_R1).exp() @ keep_CB.T
     log_odds_RC = classes_RC - shift_R1 - against_RC.clamp_min(1e-30).log()
     return log_odds_RC.sigmoid()
 
@@ -141,7 +141,7 @@ def score_regions(
     image_RD: Tensor | None,
     objectness_R: Tensor,
     classes_CD: Tensor,
-    bank_BD: Tensor,
+    words_BD: Tensor,
     background_D: Tensor | None,
     calibration: Calibration,
 ) -> Tensor:
@@ -149,18 +149,18 @@ def score_regions(
 
     Args:
         text_RD: unit rows of the text head.
-        image_RD: unit rows of the image head, or None. It has no background of its own, so the bank is all it competes
-            with.
+        image_RD: unit rows of the image head, or None. It has no background of its own, so the background
+            words are all it competes with.
         objectness_R: in [0, 1].
         classes_CD: unit rows of the typed classes.
-        bank_BD: unit rows of the checkpoint's bank and of the person's negative words.
+        words_BD: unit rows of the checkpoint's background words and of the person's negative words.
         background_D: unit learned background, or None.
         calibration: the checkpoint's.
     """
     scale, limit = calibration.logit_scale, calibration.bank_limit
-    score = bank_probabilities(text_RD, classes_CD, bank_BD, background_D, scale=scale, limit=limit)
+    score = competitive_probabilities(text_RD, classes_CD, words_BD, background_D, scale=scale, limit=limit)
     if image_RD is not None:
-        image = bank_probabilities(image_RD, classes_CD, bank_BD, None, scale=scale, limit=limit)
+        image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, limit=limit)
         score = geometric_ensemble(score, image, calibration.text_weight)
     if calibration.objectness_weight:
         score = score * objectness_R.clamp(0.0, 1.0).pow(calibration.objectness_weight)[:, None]
@@ -170,34 +170,36 @@ def score_regions(
 
 
 def score_examples(
-    regions: RegionSet, examples_ED: Tensor, words_BD: Tensor, avoided_ND: Tensor, calibration: Calibration
+    regions: RegionSet, examples_ED: Tensor, words_BD: Tensor, negatives_ND: Tensor, calibration: Calibration
 ) -> Tensor:
-    """(R, E) scores in [0, 1] of classes shown by crops; column e depends on the picture and example e alone.
+    """(R, E) scores in [0, 1] of classes given by crops; column e depends on the picture and example e alone.
 
     Image embeddings share a large common part (what all crops look like) that says nothing about the thing, and they
     lie apart from the texts. So each modality is centred before cosines are taken: images on the mean of the picture's
-    own regions, texts on the mean of the bank. That nearly doubled the average precision of one crop on Sticker Scenes.
-    Then an example competes as a word does, with the bank, the negative words and the negative examples.
+    regions, texts on the mean of the background words. That nearly doubled the average precision of one crop on Sticker
+    Scenes. Then an example competes as a word does, with background words, negative words and negative examples.
 
     Args:
         regions: of one picture. Their image head is used where there is one, else the one head that was distilled from
             image embeddings.
         examples_ED: unit rows, image embeddings.
-        words_BD: unit rows of the checkpoint's bank and of negative words.
-        avoided_ND: unit rows of negative examples.
+        words_BD: unit rows of the checkpoint's background words and of negative words.
+        negatives_ND: unit rows of negative examples.
         calibration: the checkpoint's; its example values are used.
     """
-    own, (example_ED, avoided_ND) = centred_on_picture(regions, examples_ED, avoided_ND)
-    against_BD = torch.cat([centred_texts(words_BD), avoided_ND])
-    return score_regions(own.text, None, own.objectness, example_ED, against_BD, None, calibration.of_examples())
+    centred, (example_ED, negatives_ND) = centred_on_picture(regions, examples_ED, negatives_ND)
+    against_BD = torch.cat([centred_texts(words_BD), negatives_ND])
+    return score_regions(
+        centred.text, None, centred.objectness, example_ED, against_BD, None, calibration.of_examples()
+    )
 
 
 def centred_on_picture(regions: RegionSet, *images_ED: Tensor) -> tuple[RegionSet, list[Tensor]]:
     """The regions with one head, minus what the picture's regions share, and other image embeddings likewise."""
-    own_RD = regions.distilled
+    region_RD = regions.distilled
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
-    common_D = own_RD.sum(dim=0) / (len(own_RD) + CENTRE_PRIOR)
-    moved = [F.normalize(x - common_D, dim=1) for x in (own_RD, *images_ED)]
+    common_D = region_RD.sum(dim=0) / (len(region_RD) + CENTRE_PRIOR)
+    moved = [F.normalize(x - common_D, dim=1) for x in (region_RD, *images_ED)]
     return replace(regions, text=moved[0], image=None), moved[1:]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ovd.modeling.detr.build import load_detr_regions
-from ovd.modeling.vild.build import RegionModel, load_model, read_card
+from ovd.inference.detr_regions import detr_region_model
+from ovd.inference.region_model import RCNNRegionModel, RegionModel
+from ovd.modeling.detr.build import load_detr
+from ovd.modeling.vild.build import load_model, read_card
 
 
 def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:
@@ -23,6 +25,7 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", ma
     """
     folder = Path(folder)
     if read_card(folder).is_transformer:
-        return load_detr_regions(folder, top=top, device=device)
+        detr, card, bank = load_detr(folder)
+        return detr_region_model(detr.to(device), card=card, background_words=bank, top=top)
     model, card, bank = load_model(folder)
-    return RegionModel(model=model.to(device), card=card, bank=bank, top=top, masks=masks)
+    return RCNNRegionModel(model=model.to(device), card=card, background_words=bank, top=top, masks=masks)

@@ -28,7 +28,7 @@ class Proposals(NamedTuple):
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Anything that finds objects without naming them; ``RegionModel`` of ``ovd.modeling`` is one."""
+    """Anything that finds objects without naming them; ``ovd.inference.region_model.RegionModel`` is one."""
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[object, object]:
         """Return boxes ``(P, 4)`` xyxy in original pixels and scores ``(P,)``, ``P <= top``; arrays or tensors."""

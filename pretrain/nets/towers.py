@@ -188,6 +188,11 @@ class JointEncoder(nn.Module):
         self._tokenizer = tokenizer
         self._fingerprint: tuple[tuple[tuple[int, int], ...], str] | None = None
 
+    @property
+    def has_image_tower(self) -> bool:
+        """Whether it embeds images, not only texts."""
+        return self.visual is not None
+
     def prepare(self, images: Tensor) -> Tensor:
         """Resize (antialiased, bilinear; the shape is stretched to a square) and normalise.
 

@@ -17,6 +17,7 @@ from PIL import Image
 from ovd.colours import DASHES, PALETTE, class_styles
 from ovd.demo.answer import FLOOR, PREVIEW_SIDE, Answerer, data_url
 from ovd.detector import Detector
+from ovd.inference.region_model import ConditionedBoxes, PatchLocator
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture
 
@@ -145,14 +146,15 @@ def test_examples_need_no_words_and_no_examples_need_words(answerer: Answerer, p
         answerer.answer(pictures["good"], "", examples=[])
 
 
-class LocatingModel(ColourModel):
-    """Is told what to look for, as a transformer of the pretext is."""
+class LocatingModel(ColourModel, PatchLocator):
+    """Finds two boxes, whatever the crops."""
 
-    locates, example_encoder, patches = True, None, 2
-
-    def ask(self, image: np.ndarray, rows: torch.Tensor, *, at_once: int) -> tuple[torch.Tensor, ...]:
+    def locate(self, image: np.ndarray, rows_CD: torch.Tensor) -> ConditionedBoxes:
         boxes = torch.tensor([[10.0, 20, 50, 70], [80, 30, 150, 110]])
-        return boxes, torch.tensor([0.9, 0.4]), torch.arange(2) % len(rows)
+        return ConditionedBoxes(boxes, torch.tensor([0.9, 0.4]), torch.arange(2) % len(rows_CD))
+
+    def patch_rows(self, crops: object) -> torch.Tensor:
+        raise AssertionError("its patches are embedded by the image-text encoder")
 
 
 def test_a_transformer_that_knows_no_words_finds_what_is_shown_and_says_so_when_asked_with_words(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.detector import Detector
+from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -31,13 +32,14 @@ class WordEncoder(nn.Module):
     Its image side names each pixel's colour and sums the words, so a crop of a red rectangle is embedded as "red".
     """
 
+    has_image_tower = True
     image_size = 16
     image_mean = (0.5, 0.5, 0.5)
 
     def __init__(self) -> None:
         super().__init__()
         self.embed_dim = DIM
-        self.seen = 0  # crops that were encoded
+        self.crops = 0  # that were encoded
         self.encoded: list[str] = []
         self._texts: list[str] = []
 
@@ -66,7 +68,7 @@ class WordEncoder(nn.Module):
         return images.float()
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        self.seen += len(pixels)
+        self.crops += len(pixels)
         names = [*COLOURS, "grey"]
         palette = torch.tensor([*COLOURS.values(), GREY], dtype=torch.float32)
         nearest = (pixels.permute(0, 2, 3, 1)[..., None, :] - palette).norm(dim=-1).argmin(dim=-1)
@@ -77,14 +79,14 @@ class WordEncoder(nn.Module):
         return F.normalize(self._vector(text), dim=0)
 
 
-class ColourModel:
+class ColourModel(RegionModel):
     """Finds flat rectangles of the known colours; the embedding of a region is the word of its colour."""
 
     def __init__(self, encoder: WordEncoder, *, masks: bool = True, threshold: float = 0.3) -> None:
         self.encoder = encoder
         self.runs = 0
         self.with_masks = masks
-        self.bank = torch.stack([encoder.word(f"bank{i}") for i in range(12)])
+        self.background_words = torch.stack([encoder.word(f"bank{i}") for i in range(12)])
         self.background = encoder.word("background")
         self.calibration = Calibration(
             logit_scale=20.0, threshold=threshold, example_logit_scale=20.0, example_threshold=threshold
@@ -96,16 +98,16 @@ class ColourModel:
         height, width = pixels.shape[:2]
         boxes, text, masks = [], [], []
         for name, colour in COLOURS.items():
-            found = (np.abs(pixels.astype(int) - colour).max(axis=2) <= 12).astype(np.uint8)
+            inside = (np.abs(pixels.astype(int) - colour).max(axis=2) <= 12).astype(np.uint8)
             import cv2
 
-            count, _, stats, _ = cv2.connectedComponentsWithStats(found)
+            count, _, stats, _ = cv2.connectedComponentsWithStats(inside)
             for x, y, w, h, area in stats[1:count]:
                 if area < 30:
                     continue
                 boxes.append([x, y, x + w, y + h])
                 text.append(self.encoder.word(name))
-                part = torch.from_numpy(found[y : y + h, x : x + w]).float()
+                part = torch.from_numpy(inside[y : y + h, x : x + w]).float()
                 masks.append(F.interpolate(part[None, None], size=(28, 28), mode="area")[0, 0])
         # One region that is nothing in particular, as every real detector has.
         boxes.append([0, 0, width, height])

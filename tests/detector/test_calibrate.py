@@ -21,14 +21,14 @@ def test_a_calibration_is_written_into_the_card_with_figures_and_a_diagram(tmp_p
     before = json.loads((folder / "model.json").read_text())
     arguments = ["--weights", str(folder), "--second-look", "0", "--scenes", "10", "--size", "128"]
     assert calibrate.main([*arguments, "--report", str(report), "--plot", str(plot)]) == 0
-    after, said = json.loads((folder / "model.json").read_text()), json.loads(report.read_text())
-    assert after["calibration"] == said["calibration"] != before["calibration"]
-    assert after["second_look"] == said["second_look"] == 0
+    after, written = json.loads((folder / "model.json").read_text()), json.loads(report.read_text())
+    assert after["calibration"] == written["calibration"] != before["calibration"]
+    assert after["crop_refinement"] == written["crop_refinement"] == 0
     changed = {key for key in after if after[key] != before.get(key)}
-    assert changed <= {"calibration", "second_look"}
-    figures = said["other_scenes"]
+    assert changed <= {"calibration", "crop_refinement"} and "second_look" not in after
+    figures = written["other_scenes"]
     assert figures["scenes"] == 10 and 0 <= figures["ece"] <= 1 and 0 < figures["average_precision"] < 1
-    assert 0 < said["calibration"]["threshold"] < 1
+    assert 0 < written["calibration"]["threshold"] < 1
     assert ET.parse(plot).getroot().tag.endswith("svg")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ovd.detections import paste_mask
-from ovd.detector import Detector, Regions
-from ovd.inference.crop_refinement import look_again
+from ovd.detector import Detector
+from ovd.inference.crop_refinement import refine_with_crops
+from ovd.inference.regions import Regions
 from ovd.inference.scoring import RegionSet
 from ovd.pictures import to_rgb
 from ovd.regions.crops import embed_regions
@@ -30,23 +32,23 @@ from tests.detector.fakes import ColourModel, WordEncoder, make_detector, pictur
 def test_typed_classes_are_found_in_original_pixels() -> None:
     detector = make_detector()
     detector.set_classes(["red", "blue", "unicorn"])
-    found = detector.detect(picture([("red", 10, 20, 50, 70), ("blue", 80, 30, 150, 110)]))
-    by_name = dict(zip(found.class_name, found.xyxy.tolist(), strict=True))
+    detections = detector.detect(picture([("red", 10, 20, 50, 70), ("blue", 80, 30, 150, 110)]))
+    by_name = dict(zip(detections.class_name, detections.xyxy.tolist(), strict=True))
     assert by_name == {"red": [10, 20, 50, 70], "blue": [80, 30, 150, 110]}
-    assert found.confidence.dtype == found.xyxy.dtype == np.float32
-    assert found.class_id.tolist() == [found.names.index(n) for n in found.class_name]
-    assert (np.diff(found.confidence) <= 0).all()
-    assert found.mask is not None and found.mask.shape == (2, 120, 160) and found.mask.dtype == bool
-    red = found.mask[found.class_name.index("red")]
+    assert detections.confidence.dtype == detections.xyxy.dtype == np.float32
+    assert detections.class_id.tolist() == [detections.names.index(n) for n in detections.class_name]
+    assert (np.diff(detections.confidence) <= 0).all()
+    assert detections.mask is not None and detections.mask.shape == (2, 120, 160) and detections.mask.dtype == bool
+    red = detections.mask[detections.class_name.index("red")]
     assert red.sum() == 40 * 50 and red[20:70, 10:50].all()
 
 
 def test_a_class_that_is_absent_is_reported_with_its_best_score() -> None:
     detector = make_detector()
-    found = detector.embed(picture()).classify("red, unicorn, dragon")
-    assert [name for name, _ in found.not_found] == ["unicorn", "dragon"]
-    assert all(0 <= score < found.threshold for _, score in found.not_found)
-    assert found.best[0] == pytest.approx(found.confidence[0])
+    detections = detector.embed(picture()).classify("red, unicorn, dragon")
+    assert [name for name, _ in detections.not_found] == ["unicorn", "dragon"]
+    assert all(0 <= score < detections.threshold for _, score in detections.not_found)
+    assert detections.best[0] == pytest.approx(detections.confidence[0])
 
 
 def test_scores_do_not_depend_on_the_other_words() -> None:
@@ -57,15 +59,15 @@ def test_scores_do_not_depend_on_the_other_words() -> None:
 
 
 def test_synonyms_belong_to_one_class() -> None:
-    found = make_detector().embed(picture()).classify(["colour: red, blue"])
-    assert set(found.class_name) == {"colour"} and len(found) == 2
+    detections = make_detector().embed(picture()).classify(["colour: red, blue"])
+    assert set(detections.class_name) == {"colour"} and len(detections) == 2
 
 
 def test_a_region_that_looks_more_like_a_negative_word_is_not_shown() -> None:
     regions = make_detector().embed(picture())
     assert set(regions.classify("red, blue").class_name) == {"red", "blue"}
-    found = regions.classify("red, blue thing, -blue", threshold=0.0)
-    assert [80, 30, 150, 110] not in found.xyxy.tolist() and [10, 20, 50, 70] in found.xyxy.tolist()
+    detections = regions.classify("red, blue thing, -blue", threshold=0.0)
+    assert [80, 30, 150, 110] not in detections.xyxy.tolist() and [10, 20, 50, 70] in detections.xyxy.tolist()
 
 
 def test_a_negative_word_close_to_a_class_still_counts() -> None:
@@ -78,8 +80,8 @@ def test_a_negative_word_close_to_a_class_still_counts() -> None:
 def test_new_words_do_not_run_the_network_again() -> None:
     detector = make_detector()
     detector.embed(picture()).classify("red")
-    found = detector.embed(picture().copy()).classify("blue")
-    assert found.class_name == ["blue"]
+    detections = detector.embed(picture().copy()).classify("blue")
+    assert detections.class_name == ["blue"]
     assert detector.model.runs == 1
     detector.embed(picture([("green", 1, 1, 60, 60)])).classify("blue")
     assert detector.model.runs == 2
@@ -144,11 +146,11 @@ def test_a_picture_without_regions_finds_nothing() -> None:
     detector = make_detector()
     empty = RegionSet(boxes=torch.zeros(0, 4), objectness=torch.zeros(0), text=torch.zeros(0, 64), image=None,
                       masks=torch.zeros(0, 28, 28), size=(10, 12))  # fmt: skip
-    found = Regions(regions=empty, key="", detector=detector).classify("red, -blue")
-    assert len(found) == 0 and found.xyxy.shape == (0, 4)
-    assert found.mask is not None and found.mask.shape == (0, 10, 12)
-    assert found.not_found == [("red", 0.0)]
-    assert len(found.to_supervision()) == 0 and found.to_coco(1) == []
+    detections = Regions(regions=empty, key="", detector=detector).classify("red, -blue")
+    assert len(detections) == 0 and detections.xyxy.shape == (0, 4)
+    assert detections.mask is not None and detections.mask.shape == (0, 10, 12)
+    assert detections.not_found == [("red", 0.0)]
+    assert len(detections.to_supervision()) == 0 and detections.to_coco(1) == []
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
@@ -165,36 +167,36 @@ def test_detect_without_classes_says_what_to_call() -> None:
 
 
 def test_supervision_gets_the_same_numbers() -> None:
-    found = make_detector().embed(picture()).classify("red, blue")
-    converted = found.to_supervision()
-    assert converted.xyxy.tolist() == found.xyxy.tolist()
-    assert converted.confidence.tolist() == found.confidence.tolist()
-    assert converted.data["class_name"].tolist() == found.class_name
+    detections = make_detector().embed(picture()).classify("red, blue")
+    converted = detections.to_supervision()
+    assert converted.xyxy.tolist() == detections.xyxy.tolist()
+    assert converted.confidence.tolist() == detections.confidence.tolist()
+    assert converted.data["class_name"].tolist() == detections.class_name
     assert converted.mask.shape == (2, 120, 160)
 
 
 def test_coco_rows_carry_the_same_box_and_mask() -> None:
     from pycocotools import mask as coco_mask
 
-    found = make_detector().embed(picture()).classify("red, blue")
-    rows = found.to_coco(7, category_ids=[40, 50])
+    detections = make_detector().embed(picture()).classify("red, blue")
+    rows = detections.to_coco(7, category_ids=[40, 50])
     for i, row in enumerate(rows):
-        x1, y1, x2, y2 = found.xyxy[i].tolist()
-        assert row["image_id"] == 7 and row["category_id"] == [40, 50][found.class_id[i]]
+        x1, y1, x2, y2 = detections.xyxy[i].tolist()
+        assert row["image_id"] == 7 and row["category_id"] == [40, 50][detections.class_id[i]]
         assert row["bbox"] == [x1, y1, x2 - x1, y2 - y1]
-        assert (coco_mask.decode(row["segmentation"]).astype(bool) == found.mask_of(i)).all()
-    assert [r["category_id"] for r in found.to_coco(7, masks=False)] == [c + 1 for c in found.class_id]
+        assert (coco_mask.decode(row["segmentation"]).astype(bool) == detections.mask_of(i)).all()
+    assert [r["category_id"] for r in detections.to_coco(7, masks=False)] == [c + 1 for c in detections.class_id]
 
 
 def test_a_model_without_masks_gives_none() -> None:
-    found = make_detector(masks=False).embed(picture()).classify("red")
-    assert found.mask is None and found.polygons(0) == []
-    assert "segmentation" not in found.to_coco(1)[0] and found.to_supervision().mask is None
+    detections = make_detector(masks=False).embed(picture()).classify("red")
+    assert detections.mask is None and detections.polygons(0) == []
+    assert "segmentation" not in detections.to_coco(1)[0] and detections.to_supervision().mask is None
 
 
 def test_outline_follows_the_mask() -> None:
-    found = make_detector().embed(picture()).classify("red")
-    (outline,) = found.polygons(0)
+    detections = make_detector().embed(picture()).classify("red")
+    (outline,) = detections.polygons(0)
     points = np.array(outline).reshape(-1, 2)
     assert np.abs(points.min(0) - (10, 20)).max() <= 1 and np.abs(points.max(0) - (50, 70)).max() <= 1
 
@@ -327,84 +329,102 @@ def test_the_folder_of_a_run_stands_for_what_it_exported(tmp_path: Path) -> None
     assert detector_folder(str(tmp_path)) == tmp_path / "exported"
 
 
-# -- the second look -------------------------------------------------------------------------------------------------
+# -- crop refinement ---------------------------------------------------------------------------------------------------
 
 
 class _Grey(ColourModel):
     """Boxes of `ColourModel`, but its own embeddings say nothing of the colours."""
 
     def regions(self, image: np.ndarray) -> RegionSet:
-        found = super().regions(image)
-        rising = torch.linspace(0.3, 0.9, len(found))  # the last, the whole picture, is the likeliest
-        return replace(found, text=self.encoder.word("fog").expand(len(found), -1), objectness=rising)
+        detections = super().regions(image)
+        rising = torch.linspace(0.3, 0.9, len(detections))  # the last, the whole picture, is the likeliest
+        return replace(detections, text=self.encoder.word("fog").expand(len(detections), -1), objectness=rising)
 
 
-def test_second_look_names_regions_by_their_crops() -> None:
+def test_crop_refinement_classifies_regions_by_their_crops() -> None:
     encoder = WordEncoder()
-    detector = Detector(model=_Grey(encoder), encoder=encoder, second_look=300)
+    detector = Detector(model=_Grey(encoder), encoder=encoder, crop_refinement=300)
     blind = Detector(model=_Grey(encoder), encoder=encoder)
     assert len(blind.find(picture(), ["red", "blue"], threshold=0.3)) == 0
-    found = detector.find(picture(), ["red", "blue"], threshold=0.3)
-    by_box = {tuple(box): name for box, name in zip(found.xyxy.tolist(), found.class_name, strict=True)}
+    detections = detector.find(picture(), ["red", "blue"], threshold=0.3)
+    by_box = {tuple(box): name for box, name in zip(detections.xyxy.tolist(), detections.class_name, strict=True)}
     assert by_box[10, 20, 50, 70] == "red" and by_box[80, 30, 150, 110] == "blue"
-    seen = encoder.seen
-    detector.find(picture(), ["yellow"])  # the same picture: other words, no other look
-    assert encoder.seen == seen
+    before = encoder.crops
+    detector.find(picture(), ["yellow"])  # the same picture: other words, no crop again
+    assert encoder.crops == before
 
 
-def test_second_look_is_for_the_likeliest_regions_only() -> None:
+def test_crop_refinement_is_for_the_likeliest_regions_only() -> None:
     encoder = WordEncoder()
-    detector = Detector(model=_Grey(encoder), encoder=encoder, second_look=1)
-    found = detector.embed(picture()).regions
+    detector = Detector(model=_Grey(encoder), encoder=encoder, crop_refinement=1)
+    detections = detector.embed(picture()).regions
     fog = encoder.word("fog")
-    looked = (found.text @ fog - 1).abs() > 1e-4
-    assert looked.tolist() == [False] * (len(found) - 1) + [True]
-    crop = embed_regions(encoder, picture(), found.boxes[-1:])[0]
-    torch.testing.assert_close(found.text[-1], F.normalize(0.3 * fog + 0.7 * crop, dim=0))
-    assert encoder.seen == 4  # one region at two scales, twice
+    refined = (detections.text @ fog - 1).abs() > 1e-4
+    assert refined.tolist() == [False] * (len(detections) - 1) + [True]
+    crop = embed_regions(encoder, picture(), detections.boxes[-1:])[0]
+    torch.testing.assert_close(detections.text[-1], F.normalize(0.3 * fog + 0.7 * crop, dim=0))
+    assert encoder.crops == 4  # one region at two scales, twice
 
 
-def test_second_look_changes_the_image_head_where_there_is_one() -> None:
+def test_crop_refinement_changes_the_image_head_where_there_is_one() -> None:
     encoder = WordEncoder()
-    found = _Grey(encoder).regions(picture())
-    two = replace(found, image=encoder.word("mist").expand(len(found), -1))
-    again = look_again(two, picture(), encoder, count=1)
+    detections = _Grey(encoder).regions(picture())
+    two = replace(detections, image=encoder.word("mist").expand(len(detections), -1))
+    again = refine_with_crops(two, picture(), encoder, count=1)
     assert torch.equal(again.text, two.text)
     assert again.image is not None and not torch.equal(again.image[-1], two.text[-1])
     assert two.image is not None and torch.equal(again.image[:-1], two.image[:-1])
 
 
-def test_second_look_leaves_slivers_and_empty_pictures_alone() -> None:
+def test_crop_refinement_leaves_slivers_and_empty_pictures_alone() -> None:
     encoder = WordEncoder()
-    found = _Grey(encoder).regions(picture())
-    thin = replace(found, boxes=torch.tensor([[3.0, 3.0, 4.5, 60.0]]).expand(len(found), -1))
-    assert look_again(thin, picture(), encoder, count=50) is thin
+    detections = _Grey(encoder).regions(picture())
+    thin = replace(detections, boxes=torch.tensor([[3.0, 3.0, 4.5, 60.0]]).expand(len(detections), -1))
+    assert refine_with_crops(thin, picture(), encoder, count=50) is thin
     none = RegionSet(
         boxes=torch.zeros(0, 4), objectness=torch.zeros(0), text=torch.zeros(0, 64), image=None, masks=None, size=(9, 9)
     )
-    assert len(look_again(none, picture(), encoder, count=50)) == 0
-    assert encoder.seen == 0
+    assert len(refine_with_crops(none, picture(), encoder, count=50)) == 0
+    assert encoder.crops == 0
 
 
-def test_second_look_at_a_large_picture_sees_the_same_things() -> None:
+def test_crop_refinement_at_a_large_picture_sees_the_same_things() -> None:
     encoder = WordEncoder()
     small = picture()
     large = np.repeat(np.repeat(small, 25, axis=0), 25, axis=1)  # 4000×3000
-    found = _Grey(encoder).regions(small)
-    far = replace(found, boxes=found.boxes * 25, size=large.shape[:2])
-    near, again = look_again(found, small, encoder, count=50), look_again(far, large, encoder, count=50)
+    detections = _Grey(encoder).regions(small)
+    far = replace(detections, boxes=detections.boxes * 25, size=large.shape[:2])
+    near, again = (
+        refine_with_crops(detections, small, encoder, count=50),
+        refine_with_crops(far, large, encoder, count=50),
+    )
     assert torch.equal(again.boxes, far.boxes)
     assert (F.cosine_similarity(near.text, again.text) > 0.99).all()
 
 
-def test_second_look_is_at_no_negative_number_of_regions() -> None:
+def test_crop_refinement_is_at_no_negative_number_of_regions() -> None:
     encoder = WordEncoder()
-    with pytest.raises(UserError, match="second_look is -1"):
-        Detector(model=ColourModel(encoder), encoder=encoder, second_look=-1)
+    with pytest.raises(UserError, match="crop_refinement is -1"):
+        Detector(model=ColourModel(encoder), encoder=encoder, crop_refinement=-1)
 
 
-def test_second_look_needs_an_image_tower() -> None:
+def test_crop_refinement_needs_an_image_tower() -> None:
     encoder = WordEncoder()
-    encoder.visual = None  # as `JointEncoder` has it without an image tower
+    encoder.has_image_tower = False
     with pytest.raises(UserError, match="image tower"):
-        Detector(model=ColourModel(encoder), encoder=encoder, second_look=5)
+        Detector(model=ColourModel(encoder), encoder=encoder, crop_refinement=5)
+
+
+def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
+    encoder = WordEncoder()
+    assert Detector(model=ColourModel(encoder), encoder=encoder, second_look=7).crop_refinement == 7
+
+
+def test_a_card_with_the_former_field_is_read(tmp_path: Path) -> None:
+    from ovd.modeling.vild.build import read_card
+
+    card = json.loads((detector_folder("vild-sticker") / "model.json").read_text())
+    assert card["second_look"] == 40 and read_card(detector_folder("vild-sticker")).crop_refinement == 40
+    card["crop_refinement"] = card.pop("second_look")
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    assert read_card(tmp_path).crop_refinement == 40

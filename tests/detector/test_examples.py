@@ -58,22 +58,22 @@ def test_words_and_crops_are_one_list_of_classes() -> None:
 
 def test_a_word_and_a_crop_of_one_name_are_one_class_and_the_better_score_counts() -> None:
     detector = make_detector()
-    question = detector.question("Red, blue", {"red": BLUE})
-    found = detector.embed(picture(SCENE)).classify(question, threshold=0.0)
+    query = detector.query("Red, blue", {"red": BLUE})
+    found = detector.embed(picture(SCENE)).classify(query, threshold=0.0)
     assert found.names == ("Red", "blue")
     assert any("Red" in n or "red" in n for n in found.notices)
     regions = detector.embed(picture(SCENE))
-    mixed, _ = regions.scores(question)
-    word, _ = regions.scores(detector.question("red"))
-    crop, _ = regions.scores(detector.question(None, {"x": BLUE}))
+    mixed, _ = regions.scores(query)
+    word, _ = regions.scores(detector.query("red"))
+    crop, _ = regions.scores(detector.query(None, {"x": BLUE}))
     torch.testing.assert_close(mixed[:, 0], torch.maximum(word[:, 0], crop[:, 0]))
 
 
 def test_a_score_depends_on_no_other_word_and_no_other_example() -> None:
     detector = make_detector()
     regions = detector.embed(picture(SCENE))
-    alone, _ = regions.scores(detector.question(None, {"a": RED}))
-    many, _ = regions.scores(detector.question("green, yellow, blue", {"b": BLUE, "a": RED}))
+    alone, _ = regions.scores(detector.query(None, {"a": RED}))
+    many, _ = regions.scores(detector.query("green, yellow, blue", {"b": BLUE, "a": RED}))
     torch.testing.assert_close(many[:, 4], alone[:, 0])
 
 
@@ -112,7 +112,7 @@ def test_crops_are_remembered() -> None:
     detector = make_detector()
     for _ in range(3):
         detector.find(picture(SCENE), examples={"a": RED.copy()})
-    assert detector.text.encoder.seen == 2 and detector.model.runs == 1  # type: ignore[attr-defined]
+    assert detector.text.encoder.crops == 2 and detector.model.runs == 1  # type: ignore[attr-defined]
 
 
 def test_paths_bytes_and_pillow_pictures_are_crops(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_box_without_a_picture_is_refused() -> None:
 
 def test_weights_without_an_image_tower_say_so() -> None:
     class Words(WordEncoder):
-        visual = None
+        has_image_tower = False
 
     encoder = Words()
     detector = Detector(model=ColourModel(encoder), encoder=encoder)
@@ -234,20 +234,20 @@ def test_thresholds_follow_what_is_asked() -> None:
     model = ColourModel(encoder, threshold=0.3)
     model.calibration = model.calibration.with_examples(Calibration(logit_scale=20.0, threshold=0.6))
     detector = Detector(model=model, encoder=encoder)
-    assert detector.threshold_of(detector.question("red")) == 0.3
-    assert detector.threshold_of(detector.question(None, {"a": RED})) == 0.6
-    assert detector.threshold_of(detector.question("red", {"a": RED})) == 0.6
+    assert detector.threshold_for(detector.query("red")) == 0.3
+    assert detector.threshold_for(detector.query(None, {"a": RED})) == 0.6
+    assert detector.threshold_for(detector.query("red", {"a": RED})) == 0.6
     assert detector.find(picture(SCENE), examples={"a": RED}).threshold == 0.6
 
 
 def test_hashes_tell_examples_apart() -> None:
     detector = make_detector()
     hashes = {
-        detector.question(*asked).hash
+        detector.query(*asked).hash
         for asked in [("red", None), ("red", {"a": RED}), ("red", {"a": BLUE}), ("red", {"b": RED}), (None, {"a": RED})]
     }
     assert len(hashes) == 5
-    assert detector.question("red").hash == detector.resolve("red").hash
+    assert detector.query("red").hash == detector.resolve("red").hash
 
 
 # ---- python -m ovd.predict --example ------------------------------------------------------------------------------
@@ -257,15 +257,15 @@ def test_predict_finds_by_example_and_knows_another_example_from_it(tmp_path: Pa
     Image.fromarray(picture(SCENE)).save(tmp_path / "scene.png")
     files = [("scene.png", tmp_path / "scene.png")]
     detector = make_detector(cache_size=0)
-    question = detector.question("red", {"my mug": BLUE})
-    assert predict(detector=detector, files=files, vocabulary=question, out=tmp_path / "out") == []
+    query = detector.query("red", {"my mug": BLUE})
+    assert predict(detector=detector, files=files, vocabulary=query, out=tmp_path / "out") == []
     images = json.loads((tmp_path / "out" / "images.json").read_text())
     names = {c["id"]: c["name"] for c in images["categories"]}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {names[r["category_id"]]: r["bbox"] for r in results} == {"red": [10, 20, 40, 50],
                                                                      "my mug": [80, 30, 70, 80]}  # fmt: skip
     with pytest.raises(UserError, match="vocabulary differ"):
-        other = detector.question("red", {"my mug": RED})
+        other = detector.query("red", {"my mug": RED})
         predict(detector=detector, files=files, vocabulary=other, out=tmp_path / "out")
 
 
@@ -289,4 +289,9 @@ def test_predict_explains_that_there_is_nothing_to_look_for(tmp_path: Path) -> N
 
 
 def test_a_vocabulary_beside_examples_keeps_its_templates() -> None:
-    assert make_detector().question("-poster", {"a": RED}).words.templates == TEMPLATES_STICKER
+    assert make_detector().query("-poster", {"a": RED}).words.templates == TEMPLATES_STICKER
+
+
+def test_the_former_name_of_a_query_is_still_taken() -> None:
+    detector = make_detector()
+    assert detector.question("red", {"a": RED}).hash == detector.query("red", {"a": RED}).hash

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovd.predict import collect, draw_detections, drawn_names, main, parser, predict, text_coverage
+from ovd.drawing import draw_detections, text_coverage
+from ovd.predict import collect, drawn_names, main, parser, predict
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture

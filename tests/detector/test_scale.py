@@ -36,7 +36,7 @@ def test_a_worker_gives_a_row_per_detection_and_names_files_that_are_no_pictures
     pixels = picture()
     batch: dict[str, Any] = {"path": ["a.png", "b.txt"], "bytes": [png(pixels), b"no picture"]}
     rows = worker(batch)
-    expected = detector.embed(pixels).classify(worker.question, threshold=worker.threshold)
+    expected = detector.embed(pixels).classify(worker.query, threshold=worker.threshold)
     assert tuple(rows) == scale.COLUMNS and len(expected) > 0
     assert rows["path"] == ["a.png"] * len(expected) + ["b.txt"]
     assert rows["class_name"][:-1] == list(expected.class_name) and rows["class_name"][-1] == ""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ovd.data.splits import Split
-from ovd.evaluation.coco import as_one_category, evaluate, match_table
+from ovd.evaluation.coco import as_one_category, evaluate
+from ovd.evaluation.matching import match_table
 from tests.evaluation.cases import official, random_case, rectangle
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats

@@ -15,6 +15,7 @@ import pytest
 
 from ovd.evaluate import main
 from ovd.evaluation.coco import evaluate
+from ovd.evaluation.options import Options
 from pretrain.engine.errors import UserError, run_cli
 from tests.evaluation.cases import random_case
 
@@ -149,3 +150,24 @@ def test_runs_as_a_module_from_any_folder(files: dict[str, Any]) -> None:
     )
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
+
+
+def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
+    argv = ["--weights", "default", "--data", "stickers-val:1"]
+    assert Options.parse([*argv, "--second-look", "3"]) == Options.parse([*argv, "--crop-refinement", "3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--embeddings", "crops", "--second-look", "5"], "leave --crop-refinement out"),
+        (["--embeddings", "crops", "--examples", "1"], "without --embeddings crops"),
+        (["--vocabulary", "words.txt", "--examples", "1"], "without a vocabulary file"),
+        (["--annotations", "gt.json"], "goes without --annotations"),
+        (["--predictions", "results.json"], "not both"),
+        (["--limit", "0"], "must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_before_anything_is_read(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Options.parse(["--weights", "default", "--data", "stickers-val:1", *flags])

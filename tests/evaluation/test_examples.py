@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ovd.evaluate import main
-from ovd.evaluation.examples import CROP_SIDE, ExamplePredictor, coco_crops, example_predictor, sticker_crops
+from ovd.evaluation.examples import CROP_SIDE, coco_crops, example_predictor, sticker_crops
 from ovd.examples import Crop
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
@@ -35,16 +35,14 @@ def test_crops_are_fixed_and_the_first_one_stays_when_more_are_given() -> None:
 def test_a_predictor_of_examples_gives_the_scores_that_a_person_sees() -> None:
     detector = make_detector()
     crop = np.full((30, 30, 3), COLOURS["blue"], dtype=np.uint8)
-    assert detector.examples is not None
-    question = detector.question(None, {"b": crop})
-    rows = detector.examples.embed(question.examples)
-    predictor = ExamplePredictor(detector=detector, category_ids=(5,), rows=rows, scores="calibrated")
+    query = detector.query(None, {"b": crop})
+    predictor = example_predictor(detector, {5: [Crop(crop)]})
     best = predictor(picture(), 1)[0]
     regions = detector.embed(picture())
-    seen, _ = regions.scores(question)
+    expected, _ = regions.scores(query)
     assert best["category_id"] == 5 and best["bbox"] == [80, 30, 70, 80]
-    assert best["score"] == pytest.approx(float(seen.max()), rel=1e-5)
-    torch.testing.assert_close(predictor.score(regions.regions), seen)
+    assert best["score"] == pytest.approx(float(expected.max()), rel=1e-5)
+    torch.testing.assert_close(predictor.scorer(regions.regions), expected)
 
 
 def cells(tmp_path: Path) -> dict[str, Any]:
@@ -72,9 +70,9 @@ def cells(tmp_path: Path) -> dict[str, Any]:
 
 def test_crops_of_annotations_are_the_largest_of_the_first_pictures_which_are_then_left_out(tmp_path: Path) -> None:
     gt = cells(tmp_path)
-    shown, rest = coco_crops(gt, tmp_path, count=1)
-    assert shown[7][0].box == (20, 10, 50, 40) and int(shown[7][0].pixels[0, 0, 0]) == 10
-    assert shown[9][0].box == (10, 10, 30, 30) and int(shown[9][0].pixels[0, 0, 0]) == 30  # not the speck of picture 2
+    crops, rest = coco_crops(gt, tmp_path, count=1)
+    assert crops[7][0].box == (20, 10, 50, 40) and int(crops[7][0].pixels[0, 0, 0]) == 10
+    assert crops[9][0].box == (10, 10, 30, 30) and int(crops[9][0].pixels[0, 0, 0]) == 30  # not the speck of picture 2
     assert [image["id"] for image in rest["images"]] == [2, 4]
     assert {one["image_id"] for one in rest["annotations"]} == {2, 4} and len(gt["images"]) == 4
 
@@ -104,11 +102,11 @@ def test_boxes_that_leave_their_picture_are_cut_and_categories_nobody_labelled_o
     tmp_path: Path,
 ) -> None:
     gt = cells(tmp_path)
-    gt["annotations"][1]["bbox"] = [40, -5, 90, 30]  # of picture 1
+    gt["annotations"][1]["bbox"] = [40, -5, 70, 30]  # of picture 1
     gt["categories"].append({"id": 1, "name": "animals"})
-    shown, _ = coco_crops(gt, tmp_path, count=1)
-    assert set(shown) == {7, 9} and shown[7][0].box == (40, 0, 60, 25)
-    only, rest = coco_crops(gt, tmp_path, count=1, asked=frozenset({9}))
+    crops, _ = coco_crops(gt, tmp_path, count=1)
+    assert set(crops) == {7, 9} and crops[7][0].box == (40, 0, 60, 25)
+    only, rest = coco_crops(gt, tmp_path, count=1, categories=frozenset({9}))
     assert set(only) == {9} and [image["id"] for image in rest["images"]] == [1, 2, 4]
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ovd import evaluate as command
 from ovd.data.splits import Split
 from ovd.detector import Detector
-from ovd.evaluate import DataSpec, main
-from ovd.evaluation.coco import evaluate, evaluate_source, run_images, run_source
+from ovd.evaluate import main
+from ovd.evaluation.coco import Metrics, evaluate
+from ovd.evaluation.options import DEFAULT_COUNT, DEFAULT_SEED, DataSpec
 from ovd.evaluation.predictor import predictor_for
+from ovd.evaluation.run import run_images, run_source
 from ovd.inference.scoring import RegionSet
 from ovd.vocabulary import Vocabulary
 from pretrain.data.scenes import Scene, SceneSource, coco_objects
@@ -64,6 +65,11 @@ def photos(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
 def use_fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Detector, "load", classmethod(lambda cls, weights, **_: make_detector()))
     monkeypatch.setattr("ovd.weights.detector_folder", lambda weights: Path("nowhere"))
+
+
+def evaluate_source(source: SceneSource, predict: Any, **options: Any) -> Metrics:
+    gt, results, proposals = run_source(source, predict, **options)
+    return evaluate(gt, results, Split.load("stickers"), proposals=proposals)
 
 
 class Oracle:
@@ -141,15 +147,15 @@ def test_published_scores_are_one_softmax_over_words_and_background() -> None:
     detector = make_detector()
     predict = predictor_for(detector, SPLIT, scale=20.0)
     regions = detector.embed(picture()).regions
-    score = predict.score(regions)
-    logits = 20.0 * regions.text @ torch.cat([predict.rows, detector.model.background[None]]).T
+    score = predict.scorer(regions)
+    logits = 20.0 * regions.text @ torch.cat([predict.scorer.rows, detector.model.background[None]]).T
     assert torch.allclose(score, logits.softmax(1)[:, :4])
 
 
 def test_calibrated_scores_are_those_of_the_detector() -> None:
     detector = make_detector()
     predict = predictor_for(detector, SPLIT, scores="calibrated")
-    score = predict.score(detector.embed(picture()).regions)
+    score = predict.scorer(detector.embed(picture()).regions)
     found = detector.embed(picture()).classify(list(COLOURS.values()), threshold=0.0)
     for region, class_id, confidence in zip(found.region, found.class_id, found.confidence, strict=True):
         assert float(score[region, class_id]) == pytest.approx(float(confidence), abs=1e-6)
@@ -164,11 +170,11 @@ def test_base_novel_ensemble_weighs_the_heads_by_group() -> None:
     detector = make_detector()
     regions = two_heads(detector.embed(picture()).regions)
     predict = predictor_for(detector, SPLIT, ensemble="base-novel", scale=20.0)
-    scale, rows = 20.0, predict.rows
+    scale, rows = 20.0, predict.scorer.rows
     text = (scale * regions.text @ torch.cat([rows, detector.model.background[None]]).T).softmax(1)[:, :4]
     assert regions.image is not None
     image = (scale * regions.image @ rows.T).softmax(1)
-    score = predict.score(regions)
+    score = predict.scorer(regions)
     for column, category in enumerate(predict.category_ids):
         e = 2 / 3 if category in SPLIT.base else 1 / 3
         assert torch.allclose(score[:, column], text[:, column] ** e * image[:, column] ** (1 - e), atol=1e-6)
@@ -246,8 +252,8 @@ def test_a_picture_of_another_size_than_annotated_is_refused(photos: tuple[Path,
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("stickers-val", DataSpec(count=command.DEFAULT_COUNT, seed=command.DEFAULT_SEED)),
-        ("stickers-val:20", DataSpec(count=20, seed=command.DEFAULT_SEED)),
+        ("stickers-val", DataSpec(count=DEFAULT_COUNT, seed=DEFAULT_SEED)),
+        ("stickers-val:20", DataSpec(count=20, seed=DEFAULT_SEED)),
         ("stickers-val:20:7", DataSpec(count=20, seed=7)),
         ("coco:a/b:c.json", DataSpec(images=Path("a/b"), annotations=Path("c.json"))),
     ],

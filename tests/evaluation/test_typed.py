@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, draw_words, run_typed
+from ovd.inference.region_model import RegionModel
+from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration, RegionSet
+from ovd.inference.strategies import CropEmbeddings
 
 ROWS = torch.eye(6)  # six words, each its own axis
-BANK = torch.eye(6)[5:]
+BACKGROUND_WORDS = torch.eye(6)[5:]
 
 
 def scene(
@@ -36,10 +39,12 @@ def scene(
     )
 
 
+def scorer(calibration: Calibration) -> CalibratedScorer:
+    return CalibratedScorer(rows=ROWS, background_words=BACKGROUND_WORDS, background=None, calibration=calibration)
+
+
 def outcome(scenes: list[TypedScene], calibration: Calibration | None = None) -> Outcome:
-    return run_typed(
-        scenes, rows_CD=ROWS, bank_BD=BANK, background_D=None, calibration=calibration or Calibration(logit_scale=10.0)
-    )
+    return run_typed(scenes, scorer(calibration or Calibration(logit_scale=10.0)))
 
 
 A, B = [0.0, 0.0, 30.0, 30.0], [50.0, 50.0, 90.0, 90.0]
@@ -84,15 +89,11 @@ def test_ranking__uses_objectness_where_only_objectness_tells_right_from_wrong()
     text = torch.stack([torch.tensor([0.8, 0, 0, 0, 0, 0.6]), torch.eye(6)[0]])
     made.regions.text = text
     made.regions.objectness = torch.tensor([0.99, 0.01])
-    chosen = choose_ranking(
-        [made], rows_CD=ROWS, bank_BD=BANK, background_D=None, start=Calibration(), logit_scales=(5.0,)
-    )
+    chosen = choose_ranking([made], scorer(Calibration()), logit_scales=(5.0,))
     assert chosen.objectness_weight > 0.0
 
 
 def test_crops__regions_are_named_by_the_encoder_and_slivers_are_left_out() -> None:
-    from ovd.evaluation.predictor import CropModel
-
     class Colour:
         """Embeds a crop by its mean colour."""
 
@@ -107,8 +108,8 @@ def test_crops__regions_are_named_by_the_encoder_and_slivers_are_left_out() -> N
         def parameters(self) -> list[torch.Tensor]:
             return []
 
-    class Boxes:
-        bank, background, calibration = torch.zeros(0, 3), None, Calibration()
+    class Boxes(RegionModel):
+        background_words, calibration = torch.zeros(0, 3), Calibration()
 
         def regions(self, image: np.ndarray) -> RegionSet:
             boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0], [60.0, 60.0, 61.0, 90.0], [60.0, 10.0, 90.0, 40.0]])
@@ -120,7 +121,7 @@ def test_crops__regions_are_named_by_the_encoder_and_slivers_are_left_out() -> N
     image = np.zeros((100, 100, 3), dtype=np.uint8)
     image[:, :50, 0] = 255
     image[:, 50:, 2] = 255
-    got = CropModel(model=Boxes(), encoder=Colour()).regions(image)
+    got = CropEmbeddings(model=Boxes(), encoder=Colour()).regions(image)
     assert got.objectness.tolist() == pytest.approx([0.9, 0.7])
     torch.testing.assert_close(got.text, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), atol=1e-5, rtol=0)
 
@@ -131,8 +132,7 @@ def test_distractors__a_region_that_goes_by_another_word_is_gone_and_others_keep
     made = scene([0, 1], present=(0, 1), absent=(), boxes=[A, B])
     made.regions.text = torch.stack([torch.eye(6)[0], torch.tensor([0.0, 0.7, 0.72, 0, 0, 0])])
     calibration = Calibration(logit_scale=10.0, threshold=0.2)
-    kept = {"rows_CD": ROWS, "bank_BD": BANK, "background_D": None, "calibration": calibration}
-    before, after = distractor_scores([made], [(3, 4)], **kept)  # type: ignore[arg-type]
+    before, after = distractor_scores([made], [(3, 4)], scorer(calibration))
     np.testing.assert_allclose(before, after)
-    before, after = distractor_scores([made], [(2, 3)], **kept)  # type: ignore[arg-type]
+    before, after = distractor_scores([made], [(2, 3)], scorer(calibration))
     assert np.isnan(after).tolist() == [False, True]

@@ -138,8 +138,8 @@ def test_a_shipped_detector_carries_a_card_with_its_own_figures(
     metrics.write_text(json.dumps({"metrics": values, "run": run | {"config_hash": "of another detector"}}))
     with pytest.raises(UserError, match="evaluate this one"):
         ship.main(command)
-    metrics.write_text(json.dumps({"metrics": values, "run": run | {"second_look": 40}}))
-    with pytest.raises(UserError, match=r"second look at 40 regions, the detector's is at 0"):
+    metrics.write_text(json.dumps({"metrics": values, "run": run | {"crop_refinement": 40}}))
+    with pytest.raises(UserError, match=r"crop refinement of 40 regions, the detector refines 0"):
         ship.main(command)
     metrics.write_text(json.dumps({"metrics": values, "run": run}))
     report.write_text(json.dumps({"calibration": {"threshold": 0.5}, "other_scenes": typed}))

@@ -294,7 +294,7 @@ def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant:
     wanted = model([{"image": torch.from_numpy(image).permute(2, 0, 1)}])[0]
     torch.testing.assert_close(got.text, wanted.text[: len(got)])
     torch.testing.assert_close(got.boxes, wanted.boxes[: len(got)])
-    assert loaded.calibration.threshold == 0.25 and loaded.bank.shape == (2, D)
+    assert loaded.calibration.threshold == 0.25 and loaded.background_words.shape == (2, D)
 
 
 def test_export__without_masks_the_mask_head_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,11 +310,11 @@ def test_export__without_masks_the_mask_head_does_not_run(tmp_path: Path, monkey
 
 def test_export__boxes_follow_the_original_size() -> None:
     model = make("vild").eval()
-    from ovd.modeling.vild.build import RegionModel
+    from ovd.inference.region_model import RCNNRegionModel
 
     small = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     large = small.repeat(2, axis=0).repeat(2, axis=1)
-    region_model = RegionModel(model=model, card=card_for("vild"), bank=torch.randn(2, D))
+    region_model = RCNNRegionModel(model=model, card=card_for("vild"), background_words=torch.randn(2, D))
     assert region_model.regions(large).size == (2 * SIDE, 2 * SIDE)
     assert float(region_model.regions(large).boxes.max()) > SIDE + 1
 

@@ -16,13 +16,13 @@ from torchvision.ops import batched_nms, generalized_box_iou, nms, roi_align
 
 from ovd.config_detr import DetrConfig
 from ovd.detector import Detector
-from ovd.evaluation.examples import LocatingPredictor, example_predictor
+from ovd.evaluation.examples import PretextPredictor, example_predictor
 from ovd.examples import Crop
+from ovd.inference import detr_regions
 from ovd.inference.scoring import Calibration
 from ovd.modeling.backbone import load_resnet
 from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ovd.modeling.classifier import NovelLabelError
-from ovd.modeling.detr import build as detr_build
 from ovd.modeling.detr.build import build_detr
 from ovd.modeling.detr.checkpoints import read_start, refuse_other_attention, start_detr
 from ovd.modeling.detr.matcher import Assignment, hungarian_match
@@ -416,13 +416,13 @@ def test_region_model__asks_for_words_in_chunks_and_gives_each_word_its_queries(
     read: list[int] = []
     memory = loaded.detr.memory
     monkeypatch.setattr(loaded.detr, "memory", lambda batch: read.append(1) or memory(batch))
-    boxes, scores, owner = loaded.ask(image, rows, at_once=4)
+    boxes, scores, owner = loaded.conditioned_queries(image, rows, classes_per_pass=4)
     assert len(read) == 1  # the backbone and the encoder see the picture once, however many words are asked
     assert owner.bincount().tolist() == [2] * 6 and boxes.shape == (12, 4) and scores.shape == (12,)
-    again = loaded.ask(image, rows[4:5], at_once=4)
+    again = loaded.conditioned_queries(image, rows[4:5], classes_per_pass=4)
     torch.testing.assert_close(boxes[owner == 4], again[0])
-    monkeypatch.setattr(detr_build, "PASSES", 1)
-    torch.testing.assert_close(loaded.ask(image, rows, at_once=4), (boxes, scores, owner))
+    monkeypatch.setattr(detr_regions, "PASSES", 1)
+    torch.testing.assert_close(loaded.conditioned_queries(image, rows, classes_per_pass=4), (boxes, scores, owner))
 
 
 @pytest.mark.parametrize("tower", [False, True])
@@ -431,19 +431,19 @@ def test_region_model__told_words_find_regions_that_are_named_by_what_they_show(
     loaded: Any = load_detector_model(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
     rows = F.normalize(torch.randn(6, D), dim=1)
-    boxes, scores, owner = loaded.ask(image, rows, at_once=4)
-    told = loaded.told_regions(image, rows, at_once=4)
-    kept = nms(boxes, scores, detr_build.TOLD_OVERLAP)[:8]  # as many as there are queries
+    boxes, scores, owner = loaded.conditioned_queries(image, rows, classes_per_pass=4)
+    told = loaded.conditioned_regions(image, rows, classes_per_pass=4)
+    kept = nms(boxes, scores, detr_regions.CONDITIONED_NMS_IOU)[:8]  # as many as there are queries
     assert told.size == (128, 192) and len(told) == len(kept) < len(boxes)
     torch.testing.assert_close(told.boxes, boxes[kept])
     torch.testing.assert_close(told.objectness, scores[kept])
     expected = rows[owner[kept]]
     if tower:
         shares = box_xyxy_to_cxcywh(told.boxes / torch.tensor([192.0, 128, 192, 128]))
-        memory = loaded._memory(image)
+        memory = loaded.memory(image)
         expected = F.normalize(loaded.detr.region_embeddings(memory, torch.zeros_like(kept), shares), dim=1)
     torch.testing.assert_close(told.text, expected, atol=1e-5, rtol=1e-4)
-    assert len(load_detector_model(tmp_path, top=2).told_regions(image, rows, at_once=4)) == 2
+    assert len(load_detector_model(tmp_path, top=2).conditioned_regions(image, rows, classes_per_pass=4)) == 2
 
 
 def test_region_model__a_pretrained_transformer_proposes_but_knows_no_words(tmp_path: Path) -> None:
@@ -453,7 +453,9 @@ def test_region_model__a_pretrained_transformer_proposes_but_knows_no_words(tmp_
     assert loaded.propose(image, top=4)[0].shape == (4, 4)
     with pytest.raises(UserError, match="knows no words"):
         loaded.regions(image)
-    boxes, _, owner = loaded.locate(image, [np.full((20, 30, 3), 200, np.uint8), np.zeros((9, 9, 3), np.uint8)])
+    crops = [np.full((20, 30, 3), 200, np.uint8), np.zeros((9, 9, 3), np.uint8)]
+    rows = loaded.patch_rows([(crop, (0, 0, crop.shape[1], crop.shape[0])) for crop in crops])
+    boxes, _, owner = loaded.locate(image, rows)
     assert boxes.shape == (16, 4) and owner.bincount().tolist() == [8, 8]
     encoder = loaded.example_encoder
     crop = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -471,7 +473,7 @@ def test_find__a_pretrained_transformer_is_told_the_examples_and_says_how_certai
     found = detector.find(image, examples=examples, **every)
     first, second = (model.detr.pooled(model_patch(model, crop)) for crop in (mug, cup))
     rows = torch.cat([first, (first + second) / 2])  # two crops of one thing are averaged
-    boxes, scores, owner = model.ask(image, rows, at_once=model.patches)
+    boxes, scores, owner = model.locate(image, rows)
     order = scores.argsort(descending=True)
     assert found.names == ("mug", "cup") and found.size == (64, 96)
     np.testing.assert_allclose(found.confidence, scores[order].detach(), rtol=1e-5)
@@ -495,10 +497,10 @@ def test_evaluation__the_pretexts_transformer_is_told_the_crops_of_what_is_asked
     image, *crops = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((64, 96, 3), (20, 30, 3), (9, 9, 3)))
     shown = {7: [Crop(crops[0])], 4: [Crop(crops[1])]}
     every = example_predictor(detector, shown, limit=1000)
-    assert isinstance(every, LocatingPredictor)
+    assert isinstance(every, PretextPredictor)
     rows = torch.cat([model.detr.pooled(model_patch(model, crop)) for crop in crops])
-    boxes, scores, owner = model.ask(image, rows, at_once=model.patches)
-    kept = batched_nms(boxes, scores, owner, every.nms)
+    boxes, scores, owner = model.locate(image, rows)
+    kept = batched_nms(boxes, scores, owner, every.nms_iou)
     found = every(image, 1)
     assert [one["category_id"] for one in found] == [(7, 4)[int(owner[k])] for k in kept]
     assert [one["score"] for one in found] == pytest.approx([float(scores[k]) for k in kept], rel=1e-4)

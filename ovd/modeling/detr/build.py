@@ -1,38 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building and loading detection transformers, and the region model that page and commands use."""
+"""Building and loading detection transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.ops import nms
 
 from ovd.config_detr import DetrConfig
-from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.backbone import build_resnet, stage_channels
-from ovd.modeling.boxes import box_cxcywh_to_xyxy
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.detr.attention_mask import query_groups
 from ovd.modeling.detr.network import Detr
-from ovd.modeling.detr.structures import FeatureMap, Memory
+from ovd.modeling.detr.structures import FeatureMap
 from ovd.modeling.region_head import Tower
-from ovd.modeling.vild.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
-from ovd.regions.crops import crop_regions
-from pretrain.engine.errors import UserError
-
-if TYPE_CHECKING:
-    from ovd.regions.crops import RegionEncoder
+from ovd.modeling.vild.build import STRIDES, DetectorCard, exported_tensors, load_exported, read_card
 
 REGION_RESOLUTION = 4  # side of the map a region tower reads: the encoder's own res4 at 64 pixels
-OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
-PASSES = 8  # sets of words that go through the decoder at once
-TOLD_OVERLAP = 0.7  # IoU above which the boxes of two told words are one region
 
 
 def feature_maps(config: DetrConfig) -> list[FeatureMap]:
@@ -143,211 +128,6 @@ def init_projections(
     return done + ", patch2query as the same map, centred on the patches"
 
 
-# --- inference
-
-
-class PatchEncoder:
-    """The transformer's own image space as the encoder of a person's crops (`ovd.regions.crops.RegionEncoder`).
-
-    Args:
-        model: its backbone embeds.
-        side: pixels.
-    """
-
-    def __init__(self, *, model: Detr, side: int) -> None:
-        self.model, self.image_size, self.embed_dim = model, side, model.embed_dim
-        mean = model.pixel_mean.flatten() / 255
-        self.image_mean = (float(mean[0]), float(mean[1]), float(mean[2]))
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, h, w) → float (N, 3, S, S), still in 0…255: the model normalises."""
-        pixels = images.to(self.model.device).float()
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True).clamp(0, 255)
-        return pixels
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) → (N, D)."""
-        return self.model.pooled(pixels)
-
-
-class DetrRegions(RegionModel):
-    """A loaded transformer behind the interface of `ovd.detector.RegionFinder`.
-
-    Objectness and word are told apart by the model, so scores are their geometric mean.
-
-    Args:
-        model: in eval mode.
-        card: its card.
-        bank: (B, D) unit embeddings of the bank words.
-        top: regions kept per picture.
-    """
-
-    objectness_weight = OBJECTNESS
-
-    def __init__(self, *, model: Detr, card: DetectorCard, bank: Tensor, top: int = 150) -> None:
-        self.detr, self.card, self.top = model, card, top
-        self.bank = F.normalize(bank, dim=1) if len(bank) else bank
-        self.calibration = Calibration(**card.calibration)
-        self.background: Tensor | None = None
-        head = card.model.get("head", {})
-        self.patches, self.patch_size = int(head.get("patches", 1)), int(head.get("patch_size", 64))
-        self.example_encoder: RegionEncoder | None = None
-        if not model.patch2query.unit:
-            self.example_encoder = PatchEncoder(model=model, side=self.patch_size)
-
-    @property
-    def locates(self) -> bool:
-        """A pretext's transformer: it knows no words, and finds what crops show by being told them."""
-        return self.detr.classifier is None and self.detr.class_embed is None
-
-    @torch.no_grad()
-    def _memory(self, image: np.ndarray) -> Memory:
-        inputs, _, _ = self._input(image)
-        return self.detr.memory([{"image": inputs["image"]}])
-
-    def _in_pixels(self, boxes: Tensor, image: np.ndarray) -> Tensor:
-        """Centre boxes (K, 4) in [0, 1] → corners in pixels of the picture."""
-        height, width = image.shape[:2]
-        return box_cxcywh_to_xyxy(boxes).clamp(0, 1) * boxes.new_tensor([width, height, width, height])
-
-    @torch.no_grad()
-    def _found(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Corner boxes in pixels of the picture, objectness and embeddings of all free queries, in their order."""
-        found = self.detr.predict(self._memory(image))
-        return self._in_pixels(found.boxes[0], image), found.logits[0].sigmoid(), found.embeddings[0]
-
-    def regions(self, image: np.ndarray) -> RegionSet:
-        """Regions of one RGB picture (H, W, 3) uint8, best objectness first."""
-        if self.detr.classifier is None:
-            raise UserError(
-                "this transformer knows no words (it was pretrained on patches, or on a closed list of classes); "
-                "train it with model.variant=text"
-            )
-        boxes, objectness, z = self._found(image)
-        order = objectness.argsort(descending=True)[: self.top]
-        return RegionSet(
-            boxes=boxes[order].cpu(),
-            objectness=objectness[order].cpu(),
-            text=z[order].cpu(),
-            image=None,
-            masks=None,
-            size=(image.shape[0], image.shape[1]),
-        )
-
-    @torch.no_grad()
-    def labels(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (Q, 4) in pixels, scores (Q,) and best classes (Q,) of a model of a closed list of classes.
-
-        Raises:
-            UserError: this model is none.
-        """
-        found = self.detr.predict(self._memory(image))
-        if found.classes is None:
-            raise UserError("this transformer has no closed list of classes; ask it with words")
-        score, label = found.classes[0].softmax(-1)[:, :-1].max(-1)
-        return self._in_pixels(found.boxes[0], image).cpu(), score.cpu(), label.cpu()
-
-    def propose(self, image: np.ndarray, *, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """((P, 4) float32 boxes in original pixels, (P,) objectness): class-agnostic proposals, best first."""
-        boxes, objectness, _ = self._found(image)
-        order = objectness.argsort(descending=True)[:top]
-        return boxes[order].cpu().numpy(), objectness[order].cpu().numpy()
-
-    def ask(self, image: np.ndarray, rows_CD: Tensor, *, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ask with words, crops or means of both: queries that were told what to look for.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            rows_CD: embeddings in the model's space.
-            at_once: classes that share the queries; at most as many as queries. Training used ``model.conditioned``.
-
-        Returns:
-            Boxes (K, 4) in pixels, scores (K,) and class numbers (K,), in no order.
-        """
-        shares, score, owner = self._asked(self._memory(image), rows_CD, at_once=at_once)
-        return self._in_pixels(shares, image).cpu(), score.cpu(), owner.cpu()
-
-    def told_regions(self, image: np.ndarray, rows_CD: Tensor, *, at_once: int) -> RegionSet:
-        """Regions that are found by queries which were told what to look for, best certainty first.
-
-        Certainties of different words say little beside each other, so words only help to *find*: what a region is, is
-        read inside its box, as for free queries. Without a region tower a region is what its query was told.
-
-        Args:
-            image, rows_CD, at_once: as `ask`.
-
-        Returns:
-            At most as many regions as there are queries (and as ``top``), no two of which overlap by `TOLD_OVERLAP`.
-        """
-        memory = self._memory(image)
-        shares, score, owner = self._asked(memory, rows_CD, at_once=at_once)
-        boxes = self._in_pixels(shares, image)
-        kept = nms(boxes.float(), score, TOLD_OVERLAP)[: min(self.top, self.detr.queries)]
-        if self.detr.region_tower is None:
-            z = rows_CD.to(boxes)[owner[kept]]
-        else:
-            with torch.no_grad():
-                z = self.detr.region_embeddings(memory, torch.zeros_like(kept), shares[kept])
-        return RegionSet(
-            boxes=boxes[kept].cpu(),
-            objectness=score[kept].cpu(),
-            text=F.normalize(z.float(), dim=1).cpu(),
-            image=None,
-            masks=None,
-            size=(image.shape[0], image.shape[1]),
-        )
-
-    @torch.no_grad()
-    def _asked(self, memory: Memory, rows_CD: Tensor, *, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Centre boxes (K, 4) in [0, 1], scores (K,) and class numbers (K,) of told queries."""
-        count = min(at_once, self.detr.queries)
-        passes = -(-len(rows_CD) // count)
-        # The last pass asks its first words twice rather than giving each more queries than in training.
-        asked, last = torch.arange(passes * count), (passes - 1) * count
-        asked[last:] = last + torch.arange(count) % (len(rows_CD) - last)
-        group = query_groups(self.detr.queries, count)
-        boxes, scores = [], []
-        for conditions in rows_CD[asked].to(self.detr.device).unflatten(0, (passes, count)).split(PASSES):
-            found = self.detr.predict(memory.repeated(len(conditions)), conditions_NMD=conditions)
-            boxes.append(found.boxes)
-            scores.append(found.logits.sigmoid())
-        owner = (torch.arange(passes)[:, None] * count + group).flatten().to(self.detr.device)
-        real = owner < len(rows_CD)
-        return torch.cat(boxes).flatten(0, 1)[real], torch.cat(scores).flatten()[real], owner[real]
-
-    @torch.no_grad()
-    def locate(self, image: np.ndarray, crops: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-        """Find what crops show, by the pretext alone: each crop is a query patch.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            crops: likewise, one per thing; from this picture or another.
-
-        Returns:
-            As `ask`: boxes in pixels, scores and the number of each one's crop.
-
-        Raises:
-            UserError: a model whose patches were embedded by the image-text encoder; `ask` takes those embeddings.
-        """
-        if self.detr.patch2query.unit:
-            raise UserError("this transformer's patches live in the image-text encoder's space: embed crops with it")
-        whole = [(crop, (0.0, 0.0, crop.shape[1], crop.shape[0])) for crop in crops]
-        return self.ask(image, self.patch_rows(whole), at_once=self.patches)
-
-    @torch.no_grad()
-    def patch_rows(self, shown: Sequence[tuple[np.ndarray, Sequence[float]]]) -> Tensor:
-        """(K, D) embeddings of boxes (x1, y1, x2, y2) of pictures as the pretext's patches are embedded: not unit rows.
-
-        Only for a model whose patches live in its backbone's own space.
-        """
-        patches = [
-            crop_regions(picture, np.array([box]), size=self.patch_size, scales=(1.0,))[0] for picture, box in shown
-        ]
-        return self.detr.pooled(torch.cat(patches).to(self.detr.device))
-
-
 # --- loading
 
 
@@ -373,13 +153,3 @@ def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
     )
     load_exported(model, state, folder)
     return model.eval(), card, bank
-
-
-def load_detr_regions(folder: Path, *, top: int, device: str) -> DetrRegions:
-    """Load an exported transformer for inference.
-
-    Raises:
-        UserError: see `load_detr`.
-    """
-    model, card, bank = load_detr(folder)
-    return DetrRegions(model=model.to(device), card=card, bank=bank, top=top)

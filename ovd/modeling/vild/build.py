@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -18,10 +17,8 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ovd.config import ModelConfig
-from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.backbone import build_fpn, build_resnet, stage_channels
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.region_head import Tower
@@ -187,12 +184,12 @@ class DetectorCard:
         short_side, long_side: input size the model was trained at, pixels.
         classes: training vocabulary, in the order of the classifier's rows.
         novel: indices of the classes that no label of training named.
-        bank: words of the fixed bank of competitors.
+        bank: the background words, fixed competitors of every class.
         calibration: fields of :class:`Calibration`.
         config_hash: of the training configuration.
         templates: name of the prompts that the classes were embedded with.
-        second_look: regions of a picture that the image encoder sees too, as the calibration was fitted
-            (`ovd.inference.crop_refinement`).
+        crop_refinement: regions of a picture that the image encoder embeds too, as the calibration was fitted
+            (`ovd.inference.crop_refinement`); ``second_look`` in older files.
     """
 
     model: dict[str, Any]
@@ -210,7 +207,7 @@ class DetectorCard:
     config_hash: str
     format: int = FORMAT
     templates: str = "sticker"  # cards that do not say are older than the choice
-    second_look: int = 0
+    crop_refinement: int = 0
 
     @property
     def is_transformer(self) -> bool:
@@ -242,6 +239,8 @@ def read_card(folder: Path) -> DetectorCard:
         raise UserError(f"{path}: not a detector card of format {FORMAT}; export the model again with this version")
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        if "second_look" in values:  # the field's former name
+            values.setdefault("crop_refinement", values.pop("second_look"))
         card = DetectorCard(**values)
         if card.templates not in TEMPLATE_SETS:
             raise TypeError(f"unknown templates {card.templates!r}")
@@ -299,60 +298,3 @@ def load_exported(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -
         raise UserError(
             f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}"
         ) from error
-
-
-class RegionModel:
-    """A loaded detector that turns a picture into a :class:`RegionSet`.
-
-    Args:
-        model: in eval mode.
-        card: its card.
-        bank: (B, D) unit embeddings of the bank words.
-        top: regions kept per picture.
-        masks: whether regions have masks, if the model has a mask head.
-    """
-
-    def __init__(
-        self, *, model: OpenVocabularyRCNN, card: DetectorCard, bank: Tensor, top: int = 150, masks: bool = True
-    ) -> None:
-        self.model = model
-        self.card = card
-        self.top, self.masks = top, masks
-        self.bank = F.normalize(bank, dim=1) if len(bank) else bank
-        self.calibration = Calibration(**card.calibration)
-        classifier = model.roi_heads.classifier
-        self.background = F.normalize(classifier.background.detach().cpu(), dim=0) if classifier else None
-
-    def _input(self, image: np.ndarray) -> tuple[dict[str, Tensor], float, float]:
-        height, width = image.shape[:2]
-        scale = min(self.card.short_side / min(height, width), self.card.long_side / max(height, width))
-        new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
-        if (new_height, new_width) != (height, width):
-            pixels = F.interpolate(pixels[None], (new_height, new_width), mode="bilinear", antialias=True)[0]
-        return {"image": pixels}, width / new_width, height / new_height
-
-    @torch.no_grad()
-    def regions(self, image: np.ndarray) -> RegionSet:
-        """Regions of one RGB picture (H, W, 3) uint8; see :class:`RegionSet`."""
-        inputs, scale_x, scale_y = self._input(image)
-        raw = self.model.regions([inputs], top=self.top, masks=self.masks)[0]
-        if raw.text is None:
-            raise UserError("this detector is class-agnostic (variant agnostic): it proposes boxes but knows no words")
-        boxes = raw.boxes * raw.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-        return RegionSet(
-            boxes=boxes.cpu(),
-            objectness=raw.objectness.cpu(),
-            text=raw.text.cpu(),
-            image=None if raw.image is None else raw.image.cpu(),
-            masks=None if raw.masks is None else raw.masks.cpu(),
-            size=(image.shape[0], image.shape[1]),
-        )
-
-    @torch.no_grad()
-    def propose(self, image: np.ndarray, *, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """((P, 4) float32 boxes in original pixels, (P,) objectness): refined class-agnostic proposals, best first."""
-        inputs, scale_x, scale_y = self._input(image)
-        raw = self.model.regions([inputs], top=top, masks=False)[0]
-        scale = raw.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-        return (raw.boxes * scale).cpu().numpy(), raw.objectness.cpu().numpy()

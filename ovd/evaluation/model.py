@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a detector for ``python -m ovd.evaluate --weights``: the data, the classes, and the predictor for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovd.data.coco import ImageId, check_ground_truth
+from ovd.data.lvis import is_lvis, split_of
+from ovd.data.splits import Split
+from ovd.detections import CocoResult
+from ovd.evaluation import coco
+from ovd.evaluation.options import DataSpec, Options
+from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
+from ovd.evaluation.run import Predict, run_images, run_source
+from pretrain.engine.distributed import pick_device
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json, sha256_of
+
+if TYPE_CHECKING:
+    from ovd.detector import Detector
+    from ovd.examples import Crop
+    from ovd.inference.region_model import RegionModel
+    from pretrain.data.scenes import SceneSource
+
+DEFAULT_SCALE = 100.0  # ViLD's inverse temperature
+
+Record = dict[str, Any]  # what a reader of the figures must know of the run; stands under `run` in metrics.json
+
+
+@dataclass(kw_only=True)
+class Pictures:
+    """What a detector is evaluated on: a COCO file and its folder, or generated scenes.
+
+    Attributes:
+        split: base and novel categories.
+        gt: annotations; None: those of the scenes, which are generated with them.
+        folder: of the COCO file's pictures.
+        scenes: generated, where there is no COCO file.
+        crops: COCO id → crops from annotated pictures, which are left out of ``gt``; None without ``--examples``.
+        sha256: of the annotation file; None: of the content that is evaluated.
+    """
+
+    split: Split
+    gt: dict[str, Any] | None = None
+    folder: Path | None = None
+    scenes: SceneSource | None = None
+    crops: dict[int, list[Crop]] | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRun:
+    """The results of a detector on its pictures.
+
+    Attributes:
+        gt: the annotations.
+        results, proposals: COCO results; None for what the model does not give.
+        split: base and novel categories.
+        generated: whether ``gt`` is of scenes, not of a file.
+        dataset_sha256: of the annotations.
+        record: see `Record`.
+    """
+
+    gt: dict[str, Any]
+    results: list[CocoResult] | None
+    proposals: list[CocoResult] | None
+    split: Split
+    generated: bool
+    dataset_sha256: str
+    record: Record = field(default_factory=dict)
+
+
+def run_model(options: Options, *, on_image: Callable[[int, int], None]) -> ModelRun:
+    """Run the detector of ``--weights`` over ``--data``.
+
+    Args:
+        options: the flags.
+        on_image: called with (images done, images in all).
+
+    Raises:
+        UserError: flags that do not fit the detector or the data.
+    """
+    pictures = pictures_of(options)
+    record: Record = {"weights": str(options.weights), "data": options.data, "regions": options.regions}
+    predict, propose = predictors(options, pictures, record)
+    gt = pictures.gt
+    if gt is not None:
+        assert pictures.folder is not None
+        results, proposals = run_images(gt, pictures.folder, predict, propose=propose, on_image=on_image)
+    else:
+        assert pictures.scenes is not None
+        gt, results, proposals = run_source(pictures.scenes, predict, propose=propose, on_image=on_image)
+    return ModelRun(
+        gt=gt,
+        results=results,
+        proposals=proposals,
+        split=pictures.split,
+        generated=pictures.scenes is not None,
+        dataset_sha256=pictures.sha256 or coco.content_sha256(gt),
+        record=record,
+    )
+
+
+def pictures_of(options: Options) -> Pictures:
+    """Read what ``--data`` and ``--split`` name, and cut the crops of ``--examples`` from photographs."""
+    assert options.data is not None
+    data = DataSpec.parse(options.data)
+    if data.annotations is None:
+        from pretrain.data.scenes import SceneSource
+        from pretrain.data.stickers import Stickers
+
+        shipped = Split.load("stickers")
+        split = Split.load(options.split, categories=shipped.names) if options.split else shipped
+        scenes = SceneSource(Stickers.load(), split="val", seed=data.seed, size=options.size, length=data.count)
+        return Pictures(split=split, scenes=scenes)
+    from ovd.evaluation.examples import coco_crops
+
+    assert data.images is not None
+    where = str(data.annotations)
+    gt = read_json(data.annotations)
+    split = Split.everything(check_ground_truth(gt, where=where).categories)
+    if options.split or is_lvis(gt):
+        split = split_of(options.split or "lvis", gt, where=where)
+    if not options.examples:
+        return Pictures(split=split, gt=gt, folder=data.images, sha256=sha256_of(data.annotations))
+    crops, rest = coco_crops(gt, data.images, count=options.examples, categories=categories_of(options, split))
+    return Pictures(split=split, gt=rest, folder=data.images, crops=crops)
+
+
+def categories_of(options: Options, split: Split) -> dict[int, str]:
+    """COCO id → name of the categories that `--vocabulary` names; known: those left out of the means as well."""
+    group = {"all": split.ids, "base": split.base, "novel": split.novel}.get(options.vocabulary, split.names)
+    return {i: split.names[i] for i in group}
+
+
+def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Predict | None, Predict | None]:
+    """What gives the results and what gives the proposals of a picture; None where there is none."""
+    from ovd.weights import detector_folder
+
+    assert options.weights is not None
+    folder = detector_folder(options.weights)
+    device = str(pick_device(options.device))
+    architecture = _architecture(folder)
+    variant = architecture.get("variant")
+    is_pretext = variant == "agnostic" and "patches" in architecture.get("head", {})
+    if options.examples and (variant == "closed" or (variant == "agnostic" and not is_pretext)):
+        raise UserError(
+            f"--examples: {options.weights} (model.variant={variant}) compares nothing with crops; "
+            "leave it out, or evaluate a detector of model.variant=text or a pretext's transformer"
+        )
+    if variant == "agnostic" and not options.examples:
+        record["protocol"] = "class-agnostic detector: recall only"
+        return None, proposals_of(_load(folder, device), top=options.regions)
+    if variant == "closed":
+        return _closed_set(folder, pictures.split, options, device, record)
+    detector = load_detector(options, record)
+    if options.examples:
+        predictor = by_examples(detector, options, pictures, record)
+        if not isinstance(predictor, Predictor):
+            record |= {
+                "protocol": "UP-DETR pretext: queries are conditioned on the crops", "scores": "objectness"
+            }  # fmt: skip
+            return predictor, proposals_of(predictor.model, top=options.regions)
+    else:
+        predictor = by_words(detector, options, pictures.split, record)
+    if options.queries == "words":
+        predictor = with_conditioned_queries(predictor, record)
+    return predictor, predictor.propose if options.agnostic == "proposals" else None
+
+
+def _load(folder: Path, device: str, *, top: int = 150) -> RegionModel:
+    from ovd.modeling.load import load_detector_model
+
+    return load_detector_model(folder, top=top, device=device)
+
+
+def _closed_set(folder: Path, split: Split, options: Options, device: str, record: Record) -> tuple[Predict, Predict]:
+    from ovd.inference.detr_regions import ClosedSetDetr
+
+    model = _load(folder, device, top=options.limit)
+    assert isinstance(model, ClosedSetDetr)
+    record["protocol"] = "detector of a closed list of classes"
+    predictor = ClosedSetPredictor.of(model, split, limit=options.limit)
+    return predictor, proposals_of(model, top=options.regions)
+
+
+def load_detector(options: Options, record: Record) -> Detector:
+    """The detector of `--weights`; notes in the record what it is."""
+    from ovd.detector import Detector
+
+    assert options.weights is not None
+    detector = Detector.load(
+        options.weights,
+        device=options.device,
+        crop_refinement=0 if options.embeddings == "crops" else options.crop_refinement,
+        masks=options.iou_types != ["bbox"],
+        regions=options.regions,
+    )
+    card = detector.model.card
+    record |= {
+        "weights_sha256": detector.card.get("sha256"),
+        "config_hash": None if card is None else card.config_hash,
+        "crop_refinement": detector.crop_refinement,
+    }
+    return detector
+
+
+def by_words(detector: Detector, options: Options, split: Split, record: Record) -> Predictor:
+    """A predictor for words; notes in the record what a reader of the figures must know."""
+    from ovd.evaluation.predictor import predictor_for
+    from ovd.vocabulary import Vocabulary
+
+    vocabulary = None
+    if not options.by_category:
+        vocabulary = Vocabulary.load(options.vocabulary, templates=detector.templates)
+    scale = options.scale
+    if options.embeddings == "crops":
+        detector, encoder_scale = _with_crop_embeddings(detector, options)
+        scale = scale or encoder_scale
+    card = detector.model.card
+    scale = scale or (DEFAULT_SCALE if card is None else float(card.model["head"]["scale"]))
+    predictor = predictor_for(
+        detector,
+        split,
+        vocabulary=vocabulary,
+        categories=categories_of(options, split) if options.by_category else None,
+        ensemble=options.ensemble,
+        scores=options.scores,
+        scale=scale,
+        limit=options.limit,
+    )
+    record |= {
+        "vocabulary": options.vocabulary,
+        "words": len(predictor.category_ids),
+        "scores": options.scores,
+        "scale": scale if options.scores == "published" else None,
+        "ensemble": options.ensemble,
+        "agnostic": options.agnostic,
+    }
+    return predictor
+
+
+def _with_crop_embeddings(detector: Detector, options: Options) -> tuple[Detector, float]:
+    """The detector with its encoder's embeddings of crops, and the encoder's own inverse temperature."""
+    from ovd.inference.strategies import CropEmbeddings
+    from pretrain.nets.towers import JointEncoder
+
+    encoder = detector.text.encoder
+    if not isinstance(encoder, JointEncoder):
+        raise UserError(f"--embeddings crops: the encoder of {options.weights} has no image tower")
+    crops = CropEmbeddings(model=detector.model, encoder=encoder)
+    return detector.with_model(crops), float(encoder.logit_scale.exp())
+
+
+def by_examples(
+    detector: Detector, options: Options, pictures: Pictures, record: Record
+) -> Predictor | PretextPredictor:
+    """A predictor for crops: those of the pictures, or stickers."""
+    from ovd.evaluation.examples import category_crops, example_predictor
+    from pretrain.data.stickers import Stickers
+
+    assert options.examples is not None
+    crops: Mapping[int, Sequence[Crop]] | None = pictures.crops
+    if crops is None:
+        crops = category_crops(Stickers.load(), categories_of(options, pictures.split), count=options.examples)
+    record |= {"examples": options.examples, "scores": "calibrated"}
+    present = None
+    if options.present:
+        present = present_categories(pictures)
+        record["present"] = "each picture is searched for what is in it only"
+    return example_predictor(detector, crops, present=present, limit=options.limit)
+
+
+def present_categories(pictures: Pictures) -> dict[ImageId, frozenset[int]]:
+    """Image id → COCO ids of what is in it."""
+    from pretrain.data.scenes import coco_objects
+
+    present: dict[ImageId, set[int]] = {}
+    if pictures.scenes is not None:  # as run_source numbers them
+        for index in range(len(pictures.scenes)):
+            _, objects = coco_objects(pictures.scenes.scene(index), image_id=index + 1, first_annotation_id=1)
+            present[index + 1] = {one["category_id"] for one in objects}
+    elif pictures.gt is not None:
+        present = {entry["id"]: set() for entry in pictures.gt["images"]}
+        for one in pictures.gt["annotations"]:
+            if not one.get("iscrowd"):
+                present[one["image_id"]].add(one["category_id"])
+    return {image: frozenset(ids) for image, ids in present.items()}
+
+
+def with_conditioned_queries(predictor: Predictor, record: Record) -> Predictor:
+    """The predictor with the transformer's queries conditioned on its classes.
+
+    Raises:
+        UserError: its queries were not trained for that.
+    """
+    from ovd.inference.detr_regions import OpenVocabularyDetr
+    from ovd.inference.strategies import ConditionedQueries
+
+    model = predictor.detector.model
+    per_pass = 0
+    if isinstance(model, OpenVocabularyDetr) and model.card is not None:
+        per_pass = int(model.card.model.get("conditioned", 0))
+    if not isinstance(model, OpenVocabularyDetr) or not per_pass:
+        raise UserError(
+            "--queries words: this detector's queries were not trained to take words; train configs/ov_detr.yaml"
+        )
+    record |= {"queries": "words", "words_at_once": per_pass}
+    conditioned = ConditionedQueries(model=model, rows=predictor.scorer.rows, classes_per_pass=per_pass)
+    return replace(predictor, detector=predictor.detector.with_model(conditioned))
+
+
+def _architecture(folder: Path) -> dict[str, Any]:
+    """The model section of an exported detector's card; empty where there is none, which the loader explains."""
+    card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+    model = card.get("model", {}) if isinstance(card, dict) else {}
+    return model if isinstance(model, dict) else {}

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of ``python -m ovd.evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from pretrain.engine.errors import UserError
+
+DEFAULT_COUNT = 500  # validation scenes
+DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
+DEFAULT_SIZE = 256  # pixels, what the shipped configs train at
+
+GROUPS = ("all", "known", "base", "novel")  # what --vocabulary may name beside a file
+
+DESCRIPTION = "`python -m ovd.evaluate`: COCO metrics by base and novel categories, of a results file or of a model."
+EPILOG = """\
+examples:
+  python -m ovd.evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
+  python -m ovd.evaluate --annotations gt.json --predictions results.json          (no split: every category counts)
+  python -m ovd.evaluate --weights default --data stickers-val:500
+  python -m ovd.evaluate --weights default --data stickers-val:500 --examples 1   (crops in place of words)
+  python -m ovd.evaluate --weights default --data coco:images/:gt.json --split ovcoco
+
+A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]}.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What `--data` names: generated scenes (`count`, `seed`) or a COCO file (`images`, `annotations`)."""
+
+    count: int = 0
+    seed: int = 0
+    images: Path | None = None
+    annotations: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DataSpec:
+        """`stickers-val[:count][:seed]` or `coco:IMAGES:ANNOTATIONS`.
+
+        Raises:
+            UserError: anything else.
+        """
+        kind, *parts = text.split(":")
+        if kind == "coco" and len(parts) == 2 and all(parts):
+            return cls(images=Path(parts[0]), annotations=Path(parts[1]))
+        if kind == "stickers-val" and len(parts) <= 2 and all(p.isascii() and p.isdigit() for p in parts):
+            count, seed = [*map(int, parts), *(DEFAULT_COUNT, DEFAULT_SEED)[len(parts) :]]
+            if count > 0:
+                return cls(count=count, seed=seed)
+        raise UserError(f"--data {text!r}: expected stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags, as ``--help`` explains them; dashes are underscores."""
+
+    weights: str | None
+    device: str
+    data: str | None
+    vocabulary: str
+    ensemble: Literal["fixed", "base-novel"]
+    scores: Literal["published", "calibrated"]
+    embeddings: Literal["own", "crops"]
+    crop_refinement: int | None
+    queries: Literal["free", "words"]
+    agnostic: Literal["proposals", "results"]
+    examples: int | None
+    present: bool
+    scale: float | None
+    regions: int
+    limit: int
+    size: int
+    annotations: str | None
+    predictions: str | None
+    proposals: str | None
+    compare: str | None
+    split: str | None
+    protocol: Literal["auto", "coco", "lvis"]
+    iou_types: list[str] | None
+    max_dets: int
+    out: str | None
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Options:
+        """Read the command line.
+
+        Raises:
+            UserError: a flag that is unknown, or flags that do not go together.
+        """
+        options = cls(**vars(_parser().parse_args(argv)))
+        for wrong, message in COMBINATIONS:
+            if wrong(options):
+                raise UserError(message(options))
+        return options
+
+    @property
+    def by_category(self) -> bool:
+        """Whether the classes are categories of the split, not the words of a file."""
+        return self.vocabulary in GROUPS
+
+
+def _source(options: Options) -> tuple[str, str, str]:
+    """The flag that says what is evaluated, the one that must come with it, and the one that must not."""
+    if options.weights:
+        return "--weights", "--data", "--annotations"
+    return "--predictions", "--annotations", "--data"
+
+
+def _wrong_data(options: Options) -> bool:
+    data = {"--data": options.data, "--annotations": options.annotations}
+    _, needed, excluded = _source(options)
+    return not data[needed] or bool(data[excluded])
+
+
+def _about_data(options: Options) -> str:
+    given, needed, excluded = _source(options)
+    return f"{given} needs {needed}, and goes without {excluded}; see python -m ovd.evaluate --help."
+
+
+COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]], ...] = (
+    (
+        lambda o: bool(o.weights) == bool(o.predictions),
+        lambda o: "give --weights (run a model) or --predictions (a results file), not both; see --help.",
+    ),
+    (_wrong_data, _about_data),
+    (
+        lambda o: o.examples and not o.weights,
+        lambda o: "--examples shows crops to a detector: give --weights and --data",
+    ),
+    (
+        lambda o: o.present and not o.examples,
+        lambda o: "--present is a protocol of --examples; words are looked for in every picture",
+    ),
+    (
+        lambda o: o.present and o.queries == "words",
+        lambda o: "--present goes without --queries words, which are conditioned on every class in every picture",
+    ),
+    (
+        lambda o: o.examples and (o.embeddings == "crops" or not o.by_category),
+        lambda o: "--examples goes without a vocabulary file and without --embeddings crops",
+    ),
+    (
+        lambda o: o.embeddings == "crops" and o.crop_refinement,
+        lambda o: "--embeddings crops embeds the crops of all regions; leave --crop-refinement out",
+    ),
+)
+"""What makes a combination wrong, and what is said then; the first that applies."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m ovd.evaluate --help.")
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        number = int(text)
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"must be at least {lowest}" if lowest else "must be 0 or more")
+        return number
+
+    read.__name__ = "integer"  # argparse names it in its message about what is no number
+    return read
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m ovd.evaluate",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model_flags(parser.add_argument_group("running a model").add_argument)
+    _add_class_flags(parser.add_argument_group("classes and scores of a model").add_argument)
+    _add_file_flags(parser.add_argument_group("evaluating a results file").add_argument)
+    _add_metric_flags(parser.add_argument_group("metrics").add_argument)
+    return parser
+
+
+Add = Callable[..., argparse.Action]
+
+
+def _add_model_flags(add: Add) -> None:
+    add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
+    add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
+    add("--data", metavar="SPEC", help="what to run it on: stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json")
+    add("--size", type=_at_least(1), default=DEFAULT_SIZE,
+        help=f"side of the generated scenes (default {DEFAULT_SIZE})")  # fmt: skip
+    add("--regions", type=_at_least(1), default=300, help="regions per image, best objectness first (default 300)")
+    add("--limit", type=_at_least(1), default=300, help="detections per image (default 300)")
+
+
+def _add_class_flags(add: Add) -> None:
+    add("--vocabulary", metavar="all|base|novel|known|FILE", default="all",
+        help="words the regions are compared with: all of the split (default), one group only (another, easier "
+        "protocol), also the known categories left out of the means, or a vocabulary file with synonyms")  # fmt: skip
+    add("--ensemble", choices=("fixed", "base-novel"), default="fixed", help="weights of two heads (ViLD-ensemble)")
+    add("--scores", choices=("published", "calibrated"), default="published",
+        help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
+    add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
+    add("--embeddings", choices=("own", "crops"), default="own",
+        help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
+    add("--crop-refinement", "--second-look", type=_at_least(0), metavar="N",
+        help="regions per image that the image encoder embeds as crops too; 0: the region head alone (default: as the "
+        "detector was calibrated)")  # fmt: skip
+    add("--queries", choices=("free", "words"), default="free",
+        help="of an open-vocabulary transformer: free (as the page), or conditioned on the words, some at a "
+        "time")  # fmt: skip
+    add("--agnostic", choices=("proposals", "results"), default="proposals",
+        help="what AR is computed from: the regions by objectness (default), or the classified results")  # fmt: skip
+    add("--examples", type=_at_least(1), metavar="N",
+        help="give every class by N crops instead of its name: stickers in another drawing style; with coco: boxes "
+        "of the first pictures, which are then not evaluated")  # fmt: skip
+    add("--present", action="store_true",
+        help="with --examples: look in each picture only for what is in it (the one-shot papers' protocol, an easier "
+        "one)")  # fmt: skip
+
+
+def _add_file_flags(add: Add) -> None:
+    add("--annotations", metavar="GT.json", help="ground truth in COCO format")
+    add("--predictions", metavar="RESULTS.json", help="detections in COCO's results format")
+    add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")
+    add("--compare", metavar="OTHER.json", help="other results on the same annotations: is the AP50 difference clear?")
+
+
+def _add_metric_flags(add: Add) -> None:
+    add("--split", metavar="FILE|ovcoco|lvis|stickers",
+        help="base and novel categories; lvis: novel = rare, the default for its files; else all are base")  # fmt: skip
+    add("--protocol", choices=("auto", "coco", "lvis"), default="auto",
+        help="auto: LVIS's for files whose images have neg_category_ids, else COCO's")  # fmt: skip
+    add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
+    add("--max-dets", type=_at_least(1), default=100, help="detections per image and category for AP (default 100)")
+    add("--out", metavar="DIR", help="write metrics.json and per_class.csv here")

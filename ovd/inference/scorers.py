@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to score the regions of a picture, one class per column: what a `Predictor` or a `Detector` is given.
+
+Shapes: R regions, C classes, E examples, N negatives, B background words, D joint embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ovd.inference.ensemble import FIXED_TEXT_WEIGHT
+from ovd.inference.region_model import RegionModel
+from ovd.inference.scoring import Calibration, RegionSet, score_examples, score_regions, vocabulary_probabilities
+
+
+class Scorer(Protocol):
+    """Scores regions for a fixed list of classes."""
+
+    @property
+    def rows(self) -> Tensor:
+        """(C, D) embeddings of the classes."""
+
+    def __call__(self, regions: RegionSet) -> Tensor:
+        """(R, C) scores in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedScorer:
+    """One softmax over the vocabulary and the background, as ViLD is evaluated.
+
+    Attributes:
+        rows: (C, D) unit text embeddings.
+        background: (D,) or None.
+        scale: inverse temperature: the one of training, never a fitted one, because fitting sees novel labels.
+        exponent: of the text head where there are two heads; a number or (C,).
+    """
+
+    rows: Tensor
+    background: Tensor | None
+    scale: float = 100.0
+    exponent: float | Tensor = FIXED_TEXT_WEIGHT
+
+    def __call__(self, regions: RegionSet) -> Tensor:
+        """See `Scorer`."""
+        text, image = _heads(regions, like=self.rows)
+        return vocabulary_probabilities(
+            text, image, self.rows, self.background, scale=self.scale, exponent=self.exponent
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedScorer:
+    """Every class alone against the background words, as the page shows it.
+
+    Attributes:
+        rows: (C, D) unit text embeddings.
+        background_words: (B, D) unit text embeddings.
+        background: (D,) or None.
+        calibration: of the checkpoint.
+    """
+
+    rows: Tensor
+    background_words: Tensor
+    background: Tensor | None
+    calibration: Calibration
+
+    def __call__(self, regions: RegionSet) -> Tensor:
+        """See `Scorer`."""
+        text, image = _heads(regions, like=self.rows)
+        objectness = regions.objectness.to(self.rows)
+        return score_regions(
+            text, image, objectness, self.rows, self.background_words, self.background, self.calibration
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleScorer:
+    """Classes given by crops, every class alone against background words and negative examples.
+
+    Attributes:
+        rows: (E, D) unit image embeddings.
+        background_words: (B, D) unit text embeddings.
+        negatives: (N, D) unit image embeddings of what is not meant.
+        calibration: of the checkpoint; its example values are used.
+    """
+
+    rows: Tensor
+    background_words: Tensor
+    negatives: Tensor
+    calibration: Calibration
+
+    def __call__(self, regions: RegionSet) -> Tensor:
+        """See `Scorer`."""
+        if not len(self.rows):
+            return self.rows.new_zeros(len(regions), 0)
+        return score_examples(regions, self.rows, self.background_words, self.negatives, self.calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectnessScorer:
+    """Another scorer's ``class^(1−w) · objectness^w``, for embeddings that do not say that a region is nothing.
+
+    Attributes:
+        scorer: gives the class scores.
+        weight: w.
+    """
+
+    scorer: Scorer
+    weight: float
+
+    @property
+    def rows(self) -> Tensor:
+        """See `Scorer`."""
+        return self.scorer.rows
+
+    def __call__(self, regions: RegionSet) -> Tensor:
+        """See `Scorer`."""
+        score_RC = self.scorer(regions)
+        objectness_R1 = regions.objectness.to(score_RC)[:, None].clamp(0, 1)
+        return score_RC ** (1 - self.weight) * objectness_R1**self.weight
+
+
+class QueryScores(NamedTuple):
+    """Scores of a person's query.
+
+    Attributes:
+        score_RC: of the classes to look for.
+        negative_RN: of the negative words and examples.
+    """
+
+    score_RC: Tensor
+    negative_RN: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryScorer:
+    """Scores words and examples of one query; no class depends on another one.
+
+    Attributes:
+        words: (W, D) unit text embeddings, negative words included.
+        word_is_negative: (W,) bool.
+        examples: (E, D) unit image embeddings, negative examples included.
+        example_is_negative: (E,) bool.
+        columns: the class of each column: the words to look for, then the examples to look for.
+        classes: C.
+        model: whose background words, background and calibration count.
+    """
+
+    words: Tensor
+    word_is_negative: Tensor
+    examples: Tensor
+    example_is_negative: Tensor
+    columns: list[int]
+    classes: int
+    model: RegionModel
+
+    def __call__(self, regions: RegionSet) -> QueryScores:
+        """Score all regions of a picture; scores are on the CPU."""
+        negative_words, negative_examples = self.words[self.word_is_negative], self.examples[self.example_is_negative]
+        background_words = self.model.background_words.to(self.words)
+        competitors = torch.cat([background_words, negative_words])
+        # Negatives are scored against the checkpoint's background words only: they do not compete with one another.
+        column_RK = torch.cat(
+            [
+                self._score_words(regions, self.words[~self.word_is_negative], competitors),
+                self._score_examples(regions, self.examples[~self.example_is_negative], competitors, negative_examples),
+            ],
+            dim=1,
+        )
+        negative_RN = torch.cat(
+            [
+                self._score_words(regions, negative_words, background_words),
+                self._score_examples(regions, negative_examples, background_words, negative_examples[:0]),
+            ],
+            dim=1,
+        )
+        if not len(self.examples):
+            return QueryScores(column_RK.cpu(), negative_RN.cpu())
+        class_K = torch.tensor(self.columns, device=column_RK.device).expand(len(column_RK), -1)
+        score_RC = column_RK.new_zeros(len(column_RK), self.classes).scatter_reduce(1, class_K, column_RK, "amax")
+        return QueryScores(score_RC.cpu(), negative_RN.cpu())
+
+    def _score_words(self, regions: RegionSet, rows: Tensor, competitors: Tensor) -> Tensor:
+        background = None if self.model.background is None else self.model.background.to(rows)
+        scorer = CalibratedScorer(
+            rows=rows, background_words=competitors, background=background, calibration=self.model.calibration
+        )
+        return scorer(regions)
+
+    def _score_examples(self, regions: RegionSet, rows: Tensor, competitors: Tensor, negatives: Tensor) -> Tensor:
+        scorer = ExampleScorer(
+            rows=rows, background_words=competitors, negatives=negatives, calibration=self.model.calibration
+        )
+        return scorer(regions)
+
+
+def _heads(regions: RegionSet, *, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of both heads with the device and type of ``like``."""
+    return regions.text.to(like), None if regions.image is None else regions.image.to(like)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person looks for: words and examples as one list of classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from ovd.examples import Example
+from ovd.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """Words and examples in one list of classes: words first, then the examples whose name is no word.
+
+    A word and an example of the same name are one class; its score is the better of the two.
+    """
+
+    words: Vocabulary
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes; the index is the ``class_id`` of detections."""
+        words = self.words.names
+        known = {name.casefold() for name in words}
+        return words + tuple(e.name for e in self.positive_examples if e.name.casefold() not in known)
+
+    @property
+    def positive_examples(self) -> tuple[Example, ...]:
+        """The examples to look for."""
+        return tuple(e for e in self.examples if not e.negative)
+
+    @property
+    def columns(self) -> list[int]:
+        """The class of each score column: the words to look for, then the examples to look for."""
+        number = {name.casefold(): i for i, name in enumerate(self.names)}
+        return [number[name.casefold()] for name in (*self.words.names, *(e.name for e in self.positive_examples))]
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What parsing changed, and what a mixed class means."""
+        words = {name.casefold() for name in self.words.names}
+        both = [e.name for e in self.positive_examples if e.name.casefold() in words]
+        mixed = (f"Asked by word and by example, the better score counts: {', '.join(both[:5])}",) if both else ()
+        return self.words.notices + mixed
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over words, names and crops; the vocabulary's own hash where there are no examples."""
+        if not self.examples:
+            return self.words.hash
+        record = [self.words.hash, *([e.name, e.negative, e.hash] for e in self.examples)]
+        return hashlib.sha256(json.dumps(record, ensure_ascii=True).encode("ascii")).hexdigest()[:16]

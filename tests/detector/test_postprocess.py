@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threshold, NMS and top-k: the boxes that torchvision keeps, and the order of equal scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torchvision.ops import batched_nms as reference_nms
+
+from ovd.inference.postprocess import (
+    Candidates,
+    batched_nms,
+    best_class_per_region,
+    best_pairs,
+    pairs_above,
+    postprocess,
+)
+
+
+def random_boxes(rng: np.random.Generator, count: int, *, grid: bool) -> NDArray[np.float32]:
+    """Boxes in 300 × 300 pixels; on a grid many coincide and many overlaps are equal."""
+    step = 30 if grid else 1e-4
+    corner = np.floor(rng.uniform(0, 200, (count, 2)) / step) * step
+    side = np.ceil(rng.uniform(1, 100, (count, 2)) / step) * step
+    return np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 40, 300, 999, 1000, 1001, 2500])
+@pytest.mark.parametrize("grid", [False, True], ids=["scattered", "ties"])
+def test_nms_keeps_the_boxes_that_torchvision_keeps(count: int, grid: bool) -> None:
+    for seed, iou in enumerate([0.3, 0.5, 0.5, 0.85, 1 / 3, 1.0]):
+        rng = np.random.default_rng([seed, count])
+        boxes = random_boxes(rng, count, grid=grid)
+        score = rng.random(count).astype(np.float32)
+        if grid:
+            score = np.round(score * 8).astype(np.float32) / 8
+        classes = rng.integers(0, [1, 3, 80][seed % 3], count)
+        tensors = torch.from_numpy(boxes), torch.from_numpy(score), torch.from_numpy(classes)
+        expected = reference_nms(*tensors, iou).tolist()
+        kept = batched_nms(boxes, score, classes, iou).tolist()
+        # Of more than 1,000 boxes torchvision sorts the kept ones by score without promising the order of equal ones.
+        assert kept == (expected if count <= 1000 else sorted(expected, key=lambda k: (-score[k], k)))
+        assert batched_nms(boxes, score, classes, iou, limit=25).tolist() == kept[:25]
+
+
+def test_boxes_without_area_suppress_nothing_and_no_boxes_are_no_boxes() -> None:
+    flat = np.array([[5, 5, 5, 9]] * 3, dtype=np.float32)
+    score, classes = np.array([0.1, 0.3, 0.2], dtype=np.float32), np.zeros(3, dtype=np.int64)
+    assert batched_nms(flat, score, classes, 0.5).tolist() == [1, 2, 0]
+    assert batched_nms(flat[:0], score[:0], classes[:0], 0.5).tolist() == []
+
+
+def test_the_better_of_two_classes_on_one_box_stays_and_the_limit_counts_what_is_left() -> None:
+    boxes = np.array([[0, 0, 100, 100], [0, 0, 100, 99], [200, 0, 300, 100], [200, 0, 300, 60]], dtype=np.float32)
+    candidates = Candidates(np.arange(4), np.array([0, 1, 0, 1]), np.array([0.5, 0.9, 0.8, 0.7], dtype=np.float32))
+    assert postprocess(boxes, candidates).region.tolist() == [1, 2, 3]
+    assert postprocess(boxes, candidates, limit=2).region.tolist() == [1, 2]
+    both = postprocess(boxes, candidates, cross_class_iou=None)
+    assert both.region.tolist() == [1, 2, 3, 0] and both.score.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.5])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_pairs_are_those_of_a_stable_sort(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    score = (np.round(rng.random((30, 7)) * 20) / 20).astype(np.float32)
+    order = sorted(range(score.size), key=lambda k: (-score.ravel()[k], k))
+    for count in (1, 50, 210, 500):
+        best = best_pairs(score, count=count)
+        assert (best.region * 7 + best.class_id).tolist() == order[:count]
+        assert (best.score == score[best.region, best.class_id]).all()
+
+
+def test_a_region_goes_by_its_best_class_or_by_all_that_reach_the_threshold() -> None:
+    score = np.array([[0.2, 0.6, 0.5], [0.1, 0.0, 0.2], [0.5, 0.5, 0.4]], dtype=np.float32)
+    one = best_class_per_region(score, threshold=0.5)
+    assert list(zip(one.region, one.class_id, strict=True)) == [(0, 1), (2, 0)]
+    every = pairs_above(score, threshold=0.5)
+    assert list(zip(every.region, every.class_id, strict=True)) == [(0, 1), (0, 2), (2, 0), (2, 1)]
+    for empty in (score[:0], np.zeros((0, 0), dtype=np.float32)):
+        assert len(best_class_per_region(empty, threshold=0.0)) == len(pairs_above(empty, threshold=0.0)) == 0
+        assert len(best_pairs(empty, count=5)) == 0
