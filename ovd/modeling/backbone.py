@@ -13,8 +13,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.engine.checkpoint import load_some
 from pretrain.engine.errors import UserError
+from pretrain.engine.state import LoadReport, load_tensors
 from pretrain.nets.checkpoints import to_detectron2 as to_detectron2
 from pretrain.nets.grid import conv3x3_on_2x2
 from pretrain.nets.standardised import group_norm
@@ -22,6 +22,8 @@ from pretrain.nets.standardised import group_norm
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks of res2…res5 (He et al. 2015, table 1)."""
 
+
+FITTING = "Does model.backbone (depth, stem) fit the checkpoint?"
 
 Norm = str | Callable[[int], nn.Module]
 
@@ -116,31 +118,13 @@ def build_fpn(bottom_up: ResNet, *, in_features: tuple[str, ...], channels: int,
     return FPN(bottom_up, list(in_features), channels, norm=norm, top_block=extra)
 
 
-def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
     """Load a torchvision-named state; every parameter of ``resnet`` must be found.
 
     Raises:
-        UserError: see :func:`load_converted`.
+        UserError: something of the network is missing or has another shape; it is never left partly random.
     """
-    load_converted(resnet, to_detectron2(state), source=source)
-
-
-def load_converted(module: nn.Module, converted: Mapping[str, Tensor], *, source: str) -> None:
-    """Load tensors that have Detectron2's names already; every parameter of ``module`` must be found.
-
-    Raises:
-        UserError: with counts and the first names, when something of the network is missing or has another shape. A
-            network is never left partly random.
-    """
-    wanted = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
-    missing = [k for k in wanted if k not in converted]
-    misshapen = [k for k in wanted if k in converted and converted[k].shape != wanted[k].shape]
-    if missing or misshapen:
-        raise UserError(
-            f"{source}: {len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} backbone tensors match; "
-            f"missing {missing[:3]}, other shape {misshapen[:3]}. Does model.backbone (depth, stem) fit the checkpoint?"
-        )
-    load_some(module, {k: converted[k] for k in wanted})
+    return load_tensors(resnet, to_detectron2(state), source=source, strict="module", hint=FITTING)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from torch import Tensor, nn
 
-from ovd.modeling.backbone import RegionBlock, load_converted, norm_of, stage, stage_channels, to_detectron2
+from ovd.modeling.backbone import FITTING, RegionBlock, norm_of, stage, stage_channels, to_detectron2
+from pretrain.engine.state import load_tensors
 
 
 class Tower(nn.Module):
@@ -68,7 +69,7 @@ def start_body(tower: Tower, state: Mapping[str, Tensor], *, source: str) -> Non
         UserError: that stage is missing or of another shape.
     """
     last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
-    load_converted(tower.body, last, source=f"{source}, last stage")
+    load_tensors(tower.body, last, source=f"{source}, last stage", strict="module", hint=FITTING)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
+    from pretrain.engine.state import LoadReport
     from pretrain.nets.towers import JointEncoder
 
 
@@ -81,33 +82,31 @@ def start_from_encoder(
     return prefixes
 
 
-def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[str], list[str]]:
-    """Copy every tensor of an exported detector that fits; returns (loaded, left at their start) names.
+def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
+    """Copy every tensor of an exported detector that fits.
 
-    The class rows stay the new vocabulary's. A second tower (ensemble) starts from the first one's body.
+    The class rows stay the new vocabulary's. A second head (ensemble) starts from the first one's body.
 
     Raises:
         UserError: another architecture.
     """
     from ovd.modeling.vild.build import load_model
-    from pretrain.engine.checkpoint import load_some
+    from pretrain.engine.state import load_tensors
 
     other, _, _ = load_model(folder)
     own, source = model.state_dict(), other.state_dict()
     for key in list(source):
         if key.startswith("roi_heads.tower.body."):
             source.setdefault(key.replace("roi_heads.tower.", "roi_heads.image_tower."), source[key])
-    skip = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
-    loaded = [k for k in own if k in source and source[k].shape == own[k].shape and k not in skip]
     needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
-    lacking = [k for k in needed if k not in loaded]
+    lacking = [k for k in needed if k not in source or source[k].shape != own[k].shape]
     if lacking:
         raise UserError(
             f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
             f"such as {lacking[0]}"
         )
-    load_some(model, {k: source[k] for k in loaded})
-    return loaded, [k for k in own if k not in loaded]
+    rows = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
+    return load_tensors(model, source, source=folder, strict="no", skip=rows)
 
 
 def build(config: TrainConfig) -> dict[str, Any]:
@@ -147,8 +146,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
     )
     prefixes = start_from_encoder(model, encoder, config, own)
     if config.weights is not None:
-        loaded, left = start_from_detector(model, Path(config.weights))
-        print(f"weights={config.weights}: {len(loaded)} tensors loaded, {len(left)} keep their start")
+        print(f"weights={config.weights}: {start_from_detector(model, Path(config.weights))}")
     store = None
     if config.model.variant in ("image", "vild", "ensemble"):
         store = RegionStore.open(Path(config.regions or ""))

@@ -15,9 +15,10 @@ from ovd.config import TrainConfig
 from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
 from ovd.training import inputs, rcnn
 from pretrain.config_ssl import BackboneConfig
-from pretrain.engine.checkpoint import load_model, load_some
+from pretrain.engine.checkpoint import load_model
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import UserError
+from pretrain.engine.state import load_tensors
 from pretrain.export import export, read_source
 from pretrain.nets.backbones import build_backbone, save_backbone
 
@@ -111,7 +112,7 @@ def test_frozen_norms_keep_their_statistics_when_other_tensors_are_loaded() -> N
     statistics = torch.tensor([4.0, 5.0, 6.0])
     model["frozen"].running_var.copy_(statistics)
     new = {"learned.weight": torch.ones(2, 2), "learned.bias": torch.ones(2)}
-    load_some(model, new)
+    load_tensors(model, new, source="here", strict="file")
     assert torch.equal(model["frozen"].running_var, statistics) and bool((model["learned"].weight == 1).all())
     load_model(model, {k: 2 * v for k, v in new.items()}, untracked=("frozen.",), where=Path("run"))
     assert torch.equal(model["frozen"].running_var, statistics) and bool((model["learned"].weight == 2).all())

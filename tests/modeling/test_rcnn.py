@@ -97,7 +97,7 @@ def test_backbone__converted_features_equal_the_source(depth: int, stem: Any) ->
 
 def test_backbone__a_checkpoint_that_does_not_fit_is_refused_with_counts() -> None:
     ours = build_resnet(depth=18, stem="imagenet", norm="FrozenBN", out_features=("res4",), freeze_at=0)
-    with pytest.raises(UserError, match=r"of \d+ backbone tensors match.*stem"):
+    with pytest.raises(UserError, match=r"of \d+ tensors match.*stem"):
         load_resnet(ours, ResNet(depth=18, stem="small").state_dict(), source="file.safetensors")
 
 

@@ -289,8 +289,8 @@ def test_official__a_checkpoint_with_a_namespace_loads_and_every_key_is_accounte
     assert backbone
     report = start_detr(model, state, source=str(file))
     assert report.unexpected == ("bbox_attention.weight",)
-    assert set(report.dropped) == {"class_embed.weight", "class_embed.bias"}
-    assert not report.missing and not report.other_shape and not report.queries
+    assert set(report.skipped) == {"class_embed.weight", "class_embed.bias"}
+    assert not report.missing and not report.other_shape and not report.notes
     own = model.state_dict()
     for name in official_transformer() - {"class_embed.weight", "class_embed.bias"}:
         assert torch.equal(own[name], released[name]), name
@@ -322,7 +322,7 @@ def test_start__keeps_query_embeddings_and_says_what_happened_to_them(queries: i
     fresh = target.query_embed.weight.detach().clone()
     rows = target.classifier.rows.clone() if target.classifier is not None else None
     report = start_detr(target, source.state_dict(), source="there", backbone=False)
-    assert said in report.queries and said in str(report)
+    assert said in report.notes and said in str(report)
     kept = min(queries, 6)
     assert torch.equal(target.query_embed.weight[:kept], source.query_embed.weight[:kept])
     assert torch.equal(target.query_embed.weight[kept:], fresh[kept:])

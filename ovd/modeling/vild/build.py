@@ -32,6 +32,7 @@ from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.state import load_tensors
 
 FORMAT = 1
 """Version of ``model.json``."""
@@ -295,12 +296,8 @@ def load_exported(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -
     Raises:
         UserError: it does not fit the card that the model was built from.
     """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}"
-        ) from error
+    hint = "Its model.json describes another model; export it again"
+    load_tensors(model, state, source=folder / "model.safetensors", hint=hint)
 
 
 class RegionModel:
