@@ -29,8 +29,8 @@ def load(name: str, weights: str, transformer: Path | None) -> RegionModel:
 
     from ovd.config_detr import DetrTrainConfig
     from ovd.modeling.detr.build import DetrRegions, build_detr
+    from ovd.modeling.export import read_card
     from ovd.modeling.load import load_detector_model
-    from ovd.modeling.vild.build import read_card
     from ovd.weights import detector_folder
     from pretrain.engine.config import load_config
 

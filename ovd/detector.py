@@ -43,7 +43,7 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
-    from ovd.modeling.vild.build import DetectorCard
+    from ovd.modeling.export import DetectorCard
     from ovd.regions.crops import RegionEncoder
     from pretrain.nets.towers import JointEncoder
 

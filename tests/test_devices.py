@@ -19,7 +19,8 @@ from ovd.evaluation.predictor import CropModel, predictor_for
 from ovd.evaluation.typed import run_typed
 from ovd.inference.scoring import Calibration
 from ovd.modeling.detr.build import DetrRegions, start_projections
-from ovd.modeling.vild.build import DetectorCard, RegionModel
+from ovd.modeling.export import DetectorCard
+from ovd.modeling.vild.build import RegionModel
 from ovd.regions.crops import embed_regions
 from pretrain import probes
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower

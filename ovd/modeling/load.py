@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovd.modeling.detr.build import load_detr_regions
-from ovd.modeling.vild.build import RegionModel, load_model, read_card
+from ovd.modeling.export import read_card
+from ovd.modeling.vild.build import RegionModel, load_model
 
 
 def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:

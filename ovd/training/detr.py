@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ovd.data.patches import PatchSource
     from ovd.modeling.detr.conditioning import ClassCrops
     from ovd.modeling.detr.network import Detr
-    from ovd.modeling.region_head import Tower
+    from ovd.modeling.region_head import RegionHead
     from ovd.modeling.task import DetectionTask
     from pretrain.engine.sampling import Source
     from pretrain.nets.towers import JointEncoder
@@ -92,7 +92,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
     """Everything a training needs: model, task, source, encoder and the pieces of the card."""
     import torch
 
-    from ovd.modeling.backbone import load_resnet
+    from ovd.modeling.backbone import load_bottom_up
     from ovd.modeling.detr.build import build_detr, read_start, refuse_other_attention, start_detr
     from ovd.text import embed_vocabulary
     from ovd.training.inputs import labelled_images, resolve_encoder
@@ -127,7 +127,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
         pixel_mean=mean,
         pixel_std=std,
     )
-    load_resnet(model.backbone, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
+    load_bottom_up(model.backbone, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
     if model.region_tower is not None:
         print(start_region_tower(config, model.region_tower, encoder, backbone))
     if config.weights is not None:
@@ -156,7 +156,7 @@ def build(config: DetrTrainConfig) -> dict[str, Any]:
 
 
 def start_region_tower(
-    config: DetrTrainConfig, tower: Tower, encoder: JointEncoder, backbone: Mapping[str, Tensor]
+    config: DetrTrainConfig, tower: RegionHead, encoder: JointEncoder, backbone: Mapping[str, Tensor]
 ) -> str:
     """Start the region tower as the backbone's last stage and the encoder's projection; returns what was done."""
     from ovd.modeling.region_head import start_body, start_projection
@@ -210,12 +210,17 @@ def read_backbone(
     Raises:
         UserError: no ResNet there.
     """
-    from ovd.training.inputs import backbone_tensors
+    from ovd.training.inputs import backbone_tensors, library_start, no_backbone_weights, pixel_statistics
     from pretrain.nets.towers import ResNetImage, export_backbone
 
-    look: tuple[tuple[float, ...], tuple[float, ...]] | None = (encoder.image_mean, encoder.image_std)
-    if config.backbone_weights is not None:
-        bb = config.model.backbone
+    bb = config.model.backbone
+    look: tuple[tuple[float, ...], tuple[float, ...]] = encoder.image_mean, encoder.image_std
+    state: Mapping[str, Tensor] | None
+    if not bb.is_resnet:
+        state, look = library_start(bb, config.backbone_weights)
+        if state is None:
+            raise no_backbone_weights(bb)
+    elif config.backbone_weights is not None:
         state, own = backbone_tensors(config.backbone_weights, stem=bb.stem, norms={"model.backbone.norm": bb.norm})
         look = own or look
     elif isinstance(encoder.visual, ResNetImage):
@@ -225,8 +230,8 @@ def read_backbone(
             f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
             "set backbone_weights=FILE or the exported/ folder of a pretrain run"
         )
-    assert look is not None
-    return [255.0 * v for v in look[0]], [255.0 * v for v in look[1]], state
+    mean, std = pixel_statistics(bb, look)
+    return mean, std, state
 
 
 # --- the pretext
@@ -554,7 +559,7 @@ def export(config: DetrTrainConfig, parts: dict[str, Any], folder: Path) -> None
     import torch
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.vild.build import DetectorCard, save_detector
+    from ovd.modeling.export import DetectorCard, save_detector
 
     encoder, images = parts["encoder"], parts["images"]
     names: tuple[str, ...] = images.names if images is not None else ()

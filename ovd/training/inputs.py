@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovd.config import DataConfig
+from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from ovd.data.catalog import LabelledImages
     from ovd.data.splits import Split
     from pretrain.nets.towers import JointEncoder
-
-BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
 
 
 def labelled_images(data: DataConfig) -> LabelledImages:
@@ -115,3 +114,43 @@ def backbone_tensors(
     if found != stem:
         raise UserError(f"backbone_weights={spec}: its stem is {found}; set model.backbone.stem={found}")
     return tensors, look
+
+
+def library_start(
+    network: NetworkConfig, spec: str | None
+) -> tuple[Mapping[str, Tensor] | None, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """(tensors or None, mean and deviation of RGB in [0, 1]) that a network of timm or torchvision starts with.
+
+    Args:
+        network: a section with a library's ``name``.
+        spec: ``backbone_weights``, see :func:`ovd.modeling.library_network.read_library_weights`.
+
+    Raises:
+        UserError: no such network, or weights of another.
+    """
+    from ovd.modeling.library_network import open_network, read_library_weights
+
+    statistics = open_network(network.name).statistics
+    if spec is None:
+        return None, statistics
+    tensors, trained_on = read_library_weights(spec, network.name)
+    return tensors, trained_on or statistics
+
+
+def pixel_statistics(
+    network: NetworkConfig, trained_on: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[list[float], list[float]]:
+    """(mean, deviation) of RGB in 0…255: as configured, else ``trained_on``, which is in [0, 1]."""
+    if network.pixel_mean is not None and network.pixel_std is not None:
+        return list(network.pixel_mean), list(network.pixel_std)
+    mean, std = ([255.0 * v for v in values] for values in trained_on)
+    return mean, std
+
+
+def no_backbone_weights(network: NetworkConfig, otherwise: str = "") -> UserError:
+    """The error of a library's network without weights to start from."""
+    return UserError(
+        f"model.backbone.name {network.name}: nothing is downloaded, so its weights must be given: set "
+        f"backbone_weights to a file of tensors with {network.name.partition(':')[0]}'s names, to a folder of timm's, "
+        f"or to exported/ of a pretrain.train run on this network{otherwise}"
+    )

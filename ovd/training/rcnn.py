@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.config import TrainConfig
-from ovd.training.inputs import backbone_tensors, labelled_images, resolve_encoder
+from ovd.training.inputs import (
+    backbone_tensors,
+    labelled_images,
+    library_start,
+    no_backbone_weights,
+    pixel_statistics,
+    resolve_encoder,
+)
 from pretrain.engine.config import config_hash
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
+    from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
     from pretrain.engine.state import LoadReport
     from pretrain.nets.towers import JointEncoder
 
@@ -39,7 +46,7 @@ def start_from_encoder(
         model: what is loaded into.
         encoder: gives the backbone where ``own`` is None.
         config: of the training.
-        own: torchvision-named tensors of ``backbone_weights``.
+        own: tensors of ``backbone_weights``, under the names of the network's library.
 
     Raises:
         UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not
@@ -47,7 +54,7 @@ def start_from_encoder(
     """
     import torch
 
-    from ovd.modeling.backbone import load_resnet, verify_conversion
+    from ovd.modeling.backbone import load_bottom_up, verify_conversion
     from ovd.modeling.region_head import start_projection
     from pretrain.nets.towers import ResNetImage, export_backbone
 
@@ -56,20 +63,24 @@ def start_from_encoder(
     prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
     if own is not None:
         source = str(config.backbone_weights)
-        load_resnet(resnet, own, source=source)
+        report = load_bottom_up(resnet, own, source=source)
         if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
             prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, own, source=source)]
-        print(f"backbone from {config.backbone_weights}")
+        print(f"backbone from {config.backbone_weights}" + ("" if bb.is_resnet else f": {report}"))
         return prefixes
     if config.backbone_start == "scratch":
         return []
+    if not bb.is_resnet:
+        if config.weights is not None:  # the detector brings its backbone
+            return prefixes
+        raise no_backbone_weights(bb, ", or begin with backbone_start=scratch")
     if not isinstance(encoder.visual, ResNetImage):
         raise UserError(
             f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
             "set backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch"
         )
     state = export_backbone(encoder)
-    load_resnet(resnet, state, source=f"encoder {config.encoder}")
+    load_bottom_up(resnet, state, source=f"encoder {config.encoder}")
     pixels = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
@@ -115,6 +126,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
 
     from ovd.data.catalog import CocoImages, StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
+    from ovd.modeling.export import read_card
     from ovd.modeling.task import DetectionTask
     from ovd.modeling.vild.build import build_model
     from ovd.regions.images import SceneImages
@@ -133,14 +145,19 @@ def build(config: TrainConfig) -> dict[str, Any]:
     trainable[sorted(novel)] = False
     look: tuple[tuple[float, ...], tuple[float, ...]] = encoder.image_mean, encoder.image_std
     own: Mapping[str, Tensor] | None = None
-    if config.backbone_weights is not None:
-        bb = config.model.backbone
+    bb = config.model.backbone
+    if not bb.is_resnet:
+        own, look = library_start(bb, config.backbone_weights)
+    elif config.backbone_weights is not None:
         norms: dict[str, str] = {"model.backbone.norm": bb.norm}
         if bb.kind == "c4" and config.model.variant != "agnostic":  # whose towers start from the last stage
             norms["model.head.norm"] = config.model.head.norm
         own, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
         look = trained_on or look  # a backbone sees pictures as it was trained to
-    mean, std = ([255.0 * v for v in values] for values in look)
+    mean, std = pixel_statistics(bb, look)
+    if not bb.is_resnet and config.weights is not None and bb.pixel_mean is None:
+        card = read_card(Path(config.weights))  # its backbone replaces the one named here
+        mean, std = list(card.pixel_mean), list(card.pixel_std)
     model = build_model(
         config.model, embed_dim=encoder.embed_dim, rows=rows, trainable=trainable, pixel_mean=mean, pixel_std=std
     )
@@ -194,7 +211,7 @@ def export(config: TrainConfig, parts: dict[str, Any], folder: Path) -> None:
     import torch
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.vild.build import DetectorCard, save_detector
+    from ovd.modeling.export import DetectorCard, save_detector
 
     names = parts["images"].names
     bank = [i for i in range(len(names)) if i not in parts["images"].novel]

@@ -12,7 +12,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from ovd.config import TrainConfig
-from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
+from ovd.modeling.backbone import build_resnet, load_bottom_up, to_detectron2, verify_conversion
 from ovd.training import inputs, rcnn
 from pretrain.config_ssl import BackboneConfig
 from pretrain.engine.checkpoint import load_model
@@ -54,7 +54,7 @@ def test_the_detectors_features_are_the_pretrainings(
     assert look == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     stages = ("res2", "res3", "res4", "res5")
     resnet = build_resnet(depth=18, stem="small", norm=detector_norm, out_features=stages, freeze_at=0).eval()
-    load_resnet(resnet, tensors, source="test")
+    load_bottom_up(resnet, tensors, source="test")
     source: Any = read_source(str(folder if not through_export else tmp_path / "run")).network
     assert verify_conversion(source.stages, resnet, PIXELS) < 1e-5
     with torch.no_grad():  # and of the network itself: standardised weights were folded

@@ -17,12 +17,13 @@ from torch import nn
 from ovd.config import CutConfig, ModelConfig
 from ovd.data.catalog import Labelled
 from ovd.data.mapper import DetectionSource, TrainingTransform, map_sample
-from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
+from ovd.modeling.backbone import build_resnet, load_bottom_up, to_detectron2, verify_conversion
 from ovd.modeling.classifier import NovelLabelError
+from ovd.modeling.export import DetectorCard, save_detector
 from ovd.modeling.load import load_detector_model
-from ovd.modeling.vild.build import DetectorCard, build_model, save_detector
+from ovd.modeling.vild.build import build_model
 from ovd.modeling.vild.mask_head import MaskHead
-from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
+from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
 from pretrain.engine.errors import UserError
 from pretrain.nets.resnet import ResNet
 
@@ -87,7 +88,7 @@ def test_backbone__converted_features_equal_the_source(depth: int, stem: Any) ->
     ours = build_resnet(
         depth=depth, stem=stem, norm="FrozenBN", out_features=("res2", "res3", "res4", "res5"), freeze_at=0
     )
-    load_resnet(ours, source.state_dict(), source="test")
+    load_bottom_up(ours, source.state_dict(), source="test")
     assert verify_conversion(source.stages, ours, torch.randn(2, 3, 64, 96)) < 1e-5
     with torch.no_grad():
         source.layer2[0].bn1.weight.mul_(1.01)
@@ -98,7 +99,7 @@ def test_backbone__converted_features_equal_the_source(depth: int, stem: Any) ->
 def test_backbone__a_checkpoint_that_does_not_fit_is_refused_with_counts() -> None:
     ours = build_resnet(depth=18, stem="imagenet", norm="FrozenBN", out_features=("res4",), freeze_at=0)
     with pytest.raises(UserError, match=r"of \d+ tensors match.*stem"):
-        load_resnet(ours, ResNet(depth=18, stem="small").state_dict(), source="file.safetensors")
+        load_bottom_up(ours, ResNet(depth=18, stem="small").state_dict(), source="file.safetensors")
 
 
 def test_backbone__names_follow_detectron2() -> None:

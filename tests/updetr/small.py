@@ -15,7 +15,7 @@ from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr.conditioning import ClassCrops
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.detr.transformer import ConditionalDecoderLayer, EncoderLayer
-from ovd.modeling.region_head import Tower
+from ovd.modeling.region_head import RegionHead, conv_fc_head
 
 C, D, STRIDE, CHANNELS = 5, 12, 16, 8
 
@@ -114,16 +114,7 @@ def class_crops(classes: int = C) -> ClassCrops:
     return ClassCrops(rows_RD=F.normalize(rows, dim=1), labels_R=torch.tensor([1, 0, 0]), classes=classes, share=0.5)
 
 
-def region_tower(seed: int = 3) -> Tower:
-    """A tower that reads the small backbone's map."""
+def region_tower(seed: int = 3) -> RegionHead:
+    """A head that reads the small backbone's map."""
     torch.manual_seed(seed)
-    return Tower(
-        kind="conv_fc",
-        in_channels=CHANNELS,
-        resolution=4,
-        embed_dim=D,
-        depth=18,
-        norm="",
-        conv_dims=(8,),
-        fc_dims=(16,),
-    )
+    return conv_fc_head(in_channels=CHANNELS, resolution=4, embed_dim=D, norm="", conv_dims=(8,), fc_dims=(16,))

@@ -20,16 +20,16 @@ from ovd.detector import Detector
 from ovd.evaluation.examples import LocatingPredictor, example_predictor
 from ovd.examples import Crop, Example, ExampleEmbedder
 from ovd.inference.scoring import Calibration
-from ovd.modeling.backbone import load_resnet
+from ovd.modeling.backbone import load_bottom_up
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr import build as detr_build
 from ovd.modeling.detr.build import build_detr, read_start, refuse_other_attention, start_detr
 from ovd.modeling.detr.matcher import Matches, match, to_centres, to_corners
 from ovd.modeling.detr.network import Decoded, Detr, Targets
+from ovd.modeling.export import DetectorCard, save_detector
 from ovd.modeling.load import load_detector_model
 from ovd.modeling.region_head import start_body, start_projection
 from ovd.modeling.task import DetectionTask
-from ovd.modeling.vild.build import DetectorCard, save_detector
 from ovd.regions.crops import crop_regions
 from ovd.training import detr as detr_training
 from pretrain.config import EncoderConfig, ResNetTower
@@ -618,7 +618,7 @@ def test_region_tower__starts_as_the_last_stage_and_survives_export(tmp_path: Pa
     assert model.region_tower is not None
     assert isinstance(encoder.visual, ResNetImage)
     state = export_backbone(encoder)
-    load_resnet(model.backbone, state, source="the encoder")
+    load_bottom_up(model.backbone, state, source="the encoder")
     start_body(model.region_tower, state, source="the encoder")
     start_projection(model.region_tower, encoder.visual.proj.weight)
     model.eval()

@@ -16,12 +16,13 @@ from torchvision.ops import nms
 
 from ovd.config_detr import DetrConfig
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.modeling.backbone import build_resnet, stage_channels, to_detectron2
+from ovd.modeling.backbone import build_bottom_up, to_detectron2
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr.matcher import groups_of, to_corners
 from ovd.modeling.detr.network import Detr, Memory
-from ovd.modeling.region_head import Tower
-from ovd.modeling.vild.build import STRIDES, DetectorCard, RegionModel, exported_tensors, load_exported, read_card
+from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.region_head import last_stage_head
+from ovd.modeling.vild.build import RegionModel
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import EXPORTED
@@ -37,12 +38,6 @@ REGION_RESOLUTION = 4  # side of the map a region tower reads: the encoder's own
 OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
 PASSES = 8  # sets of words that go through the decoder at once
 TOLD_OVERLAP = 0.7  # IoU above which the boxes of two told words are one region
-
-
-def feature_channels(config: DetrConfig) -> int:
-    """Channels of the joined feature maps: the width of a patch's feature in the backbone's own space."""
-    bb = config.backbone
-    return sum(stage_channels(depth=bb.depth, index=int(name[3:])) for name in bb.features)
 
 
 def build_detr(
@@ -68,13 +63,12 @@ def build_detr(
     bb = config.backbone
     if config.variant == "text" and rows is None:
         raise ValueError("variant 'text' needs the text embeddings of its vocabulary")
-    backbone = build_resnet(
-        depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=bb.features, freeze_at=bb.freeze_at
-    )
+    backbone = build_bottom_up(bb, out_features=bb.features)
+    maps = backbone.output_shape()
     return Detr(
         arch=config.arch,
         backbone=backbone,
-        features=[(name, stage_channels(depth=bb.depth, index=int(name[3:])), STRIDES[name]) for name in bb.features],
+        features=[(name, maps[name].channels, maps[name].stride) for name in bb.features],
         frozen=bb.frozen,
         width=config.width,
         heads=config.heads,
@@ -84,7 +78,7 @@ def build_detr(
         queries=config.queries,
         dropout=config.dropout,
         pre_norm=config.pre_norm,
-        embed_dim=embed_dim if config.embed_space == "clip" else feature_channels(config),
+        embed_dim=embed_dim if config.embed_space == "clip" else sum(maps[name].channels for name in bb.features),
         classifier=EmbeddingClassifier(rows=rows, trainable=trainable, scale=config.scale)
         if config.variant == "text" and rows is not None
         else None,
@@ -94,16 +88,7 @@ def build_detr(
         box_noise=config.box_noise,
         label_noise=config.label_noise,
         conditioned=config.conditioned,
-        region_tower=Tower(
-            kind="res5",
-            in_channels=stage_channels(depth=bb.depth, index=4),
-            resolution=REGION_RESOLUTION,
-            embed_dim=embed_dim,
-            depth=bb.depth,
-            norm=bb.norm,
-            conv_dims=(),
-            fc_dims=(),
-        )
+        region_tower=last_stage_head(bb, resolution=REGION_RESOLUTION, norm=bb.norm, embed_dim=embed_dim)
         if config.region_tower
         else None,
         scale=config.scale,
@@ -243,7 +228,8 @@ def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbon
             f"weights={source}: {fitting} of {len(transformer)} transformer tensors fit; "
             "model.arch, width and ffn must be those it was trained with"
         )
-    queries, notes = {}, ""
+    queries: dict[str, Tensor] = {}
+    notes = ""
     for key in ("query_embed.weight", "query_anchor"):
         if key in own and key in state and own[key].shape != state[key].shape:
             given, fresh = state[key], own[key]
@@ -474,14 +460,13 @@ def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
     """
     card = read_card(folder)
     state, bank = exported_tensors(folder)
-    config = DetrConfig.model_validate({k: v for k, v in card.model.items() if k != "head"})
-    trainable = torch.ones(len(card.classes), dtype=torch.bool)
-    trainable[list(card.novel)] = False
+    config = card.architecture
+    assert isinstance(config, DetrConfig)
     model = build_detr(
         config,
         embed_dim=card.embed_dim,
         rows=torch.ones(len(card.classes), card.embed_dim) if config.variant == "text" else None,
-        trainable=trainable,
+        trainable=card.trainable,
         classes=len(card.classes),
         pixel_mean=card.pixel_mean,
         pixel_std=card.pixel_std,

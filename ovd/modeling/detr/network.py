@@ -55,7 +55,7 @@ from ovd.modeling.detr.transformer import (
     token_positions,
 )
 from ovd.modeling.distillation import squared_distillation
-from ovd.modeling.region_head import Tower
+from ovd.modeling.region_head import RegionHead
 from pretrain.engine import distributed
 
 PRIOR = 0.01  # of an object before training (focal loss, arXiv 1708.02002 §3.3)
@@ -194,7 +194,7 @@ class Detr(nn.Module):
         box_noise: float,
         label_noise: float,
         conditioned: int,
-        region_tower: Tower | None,
+        region_tower: RegionHead | None,
         scale: float,
         loss: DetrLossConfig,
         pixel_mean: Sequence[float],
