@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks of timm and torchvision as backbones: stages, weights, training, export, refusals. All with random weights."""
+"""Networks of timm and torchvision as backbones: stages, weights, training, export, refusals; weights are random."""
 
 from __future__ import annotations
 
