@@ -55,12 +55,12 @@ class HeadConfig(Section):
     )
     positive_fraction: float = Field(0.25, gt=0, le=1, description="share of foreground among them")
     resolution: int = Field(
-        4, ge=2, le=28, description="RoIAlign output side for the tower (7 with FPN; 4 is CLIP's grid at 64 px)"
+        4, ge=2, le=28, description="RoIAlign output side for the region head (7 with FPN; 4 is CLIP's grid at 64 px)"
     )
-    conv_dims: tuple[int, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn tower")
-    fc_dims: tuple[int, ...] = Field((1024, 1024), description="fully connected layers of the fpn tower")
+    conv_dims: tuple[int, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn region head")
+    fc_dims: tuple[int, ...] = Field((1024, 1024), description="fully connected layers of the fpn region head")
     norm: Literal["FrozenBN", "BN", "SyncBN", "GN", "GN16", ""] = Field(
-        "FrozenBN", description="normalisation inside the tower; names as in model.backbone.norm"
+        "FrozenBN", description="normalisation inside the region head; names as in model.backbone.norm"
     )
     detail: int | None = Field(
         None,
@@ -95,7 +95,7 @@ class ModelConfig(Section):
     proposals: ProposalConfig = Field(ProposalConfig(), description="RPN")
     head: HeadConfig = Field(HeadConfig(), description="region heads")
     encoder_start: bool = Field(
-        True, description="start the towers of kind c4 from the image encoder's last stage and projection"
+        True, description="start the region heads of kind c4 from the image encoder's last stage and projection"
     )
 
     @model_validator(mode="after")

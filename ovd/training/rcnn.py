@@ -27,20 +27,19 @@ if TYPE_CHECKING:
     from pretrain.nets.towers import JointEncoder
 
 
-def start_towers(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
-    """Load the body of each tower of kind c4 from the last stage of a torchvision-named ResNet; returns their names."""
+def start_bodies(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Load the body of each region head of kind c4 from the last stage of the whole network; returns their names."""
     from ovd.modeling.region_head import start_body
 
-    names = [name for name in ("tower", "image_tower") if getattr(model.roi_heads, name) is not None]
-    for name in names:
-        start_body(getattr(model.roi_heads, name), state, source=source)
-    return names
+    for head in model.roi_heads.region_heads.values():
+        start_body(head, state, source=source)
+    return list(model.roi_heads.region_heads)
 
 
 def start_from_encoder(
     model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, own: Mapping[str, Tensor] | None
 ) -> list[str]:
-    """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
+    """Load the backbone (and, for c4, the region heads) from the encoder; returns prefixes of what now is pretrained.
 
     Args:
         model: what is loaded into.
@@ -64,8 +63,8 @@ def start_from_encoder(
     if own is not None:
         source = str(config.backbone_weights)
         report = load_bottom_up(resnet, own, source=source)
-        if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
-            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, own, source=source)]
+        if bb.kind == "c4":  # the heads' body is the last stage; only the projection has to begin anew
+            prefixes += [f"roi_heads.{name}.body." for name in start_bodies(model, own, source=source)]
         print(f"backbone from {config.backbone_weights}" + ("" if bb.is_resnet else f": {report}"))
         return prefixes
     if config.backbone_start == "scratch":
@@ -85,10 +84,10 @@ def start_from_encoder(
     difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
-        for name in start_towers(model, state, source=f"encoder {config.encoder}"):
-            tower = getattr(model.roi_heads, name)
-            if tower.projection is not None:
-                start_projection(tower, encoder.visual.proj.weight)
+        for name in start_bodies(model, state, source=f"encoder {config.encoder}"):
+            head = model.roi_heads.region_heads[name]
+            if head.projection is not None:
+                start_projection(head, encoder.visual.proj.weight)
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
 
@@ -102,13 +101,15 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
         UserError: another architecture.
     """
     from ovd.modeling.vild.build import load_model
+    from ovd.modeling.vild.roi_heads import STORED_NAMES
     from pretrain.engine.state import load_tensors
 
     other, _, _ = load_model(folder)
     own, source = model.state_dict(), other.state_dict()
     for key in list(source):
-        if key.startswith("roi_heads.tower.body."):
-            source.setdefault(key.replace("roi_heads.tower.", "roi_heads.image_tower."), source[key])
+        first, second = (f"roi_heads.{STORED_NAMES[name]}." for name in ("region_head", "image_head"))
+        if key.startswith(f"{first}body."):
+            source.setdefault(second + key.removeprefix(first), source[key])
     needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
     lacking = [k for k in needed if k not in source or source[k].shape != own[k].shape]
     if lacking:
@@ -150,7 +151,7 @@ def build(config: TrainConfig) -> dict[str, Any]:
         own, look = library_start(bb, config.backbone_weights)
     elif config.backbone_weights is not None:
         norms: dict[str, str] = {"model.backbone.norm": bb.norm}
-        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose towers start from the last stage
+        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose region heads start from the last stage
             norms["model.head.norm"] = config.model.head.norm
         own, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
         look = trained_on or look  # a backbone sees pictures as it was trained to

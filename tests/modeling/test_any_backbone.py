@@ -132,7 +132,7 @@ def test_a_training_step_then_export_and_back(tmp_path: Path, form: str) -> None
     network = model.backbone.network if form == "c4" else model.backbone.bottom_up.network
     assert torch.equal(network.state_dict()["conv_stem.weight"], tensors["conv_stem.weight"])
     if form == "c4":  # the head goes on where the backbone ends, up to the features that the library classifies
-        body = model.roi_heads.tower.body.state_dict()
+        body = model.roi_heads.region_head.body.state_dict()
         assert {*network.state_dict(), *body} == {key for key in tensors if not key.startswith("classifier.")} - {
             key for key in tensors if key.endswith("num_batches_tracked")
         }

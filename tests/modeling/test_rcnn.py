@@ -160,21 +160,21 @@ def gradient_reaches(model: OpenVocabularyRCNN, loss: str, prefix: str) -> bool:
     )
 
 
-def test_ensemble__each_loss_trains_its_own_tower_and_both_train_the_backbone() -> None:
+def test_ensemble__each_loss_trains_its_own_head_and_both_train_the_backbone() -> None:
     model = make("ensemble").train()
-    assert gradient_reaches(model, "loss_text", "roi_heads.tower.") and not gradient_reaches(
-        model, "loss_text", "roi_heads.image_tower."
+    assert gradient_reaches(model, "loss_text", "roi_heads.region_head.") and not gradient_reaches(
+        model, "loss_text", "roi_heads.image_head."
     )
-    assert gradient_reaches(model, "loss_distill", "roi_heads.image_tower.") and not gradient_reaches(
-        model, "loss_distill", "roi_heads.tower."
+    assert gradient_reaches(model, "loss_distill", "roi_heads.image_head.") and not gradient_reaches(
+        model, "loss_distill", "roi_heads.region_head."
     )
     assert gradient_reaches(model, "loss_distill", "backbone.") and gradient_reaches(model, "loss_text", "backbone.")
 
 
-def test_vild__distillation_and_text_share_one_tower() -> None:
+def test_vild__distillation_and_text_share_one_head() -> None:
     model = make("vild").train()
-    assert gradient_reaches(model, "loss_text", "roi_heads.tower.projection") and gradient_reaches(
-        model, "loss_distill", "roi_heads.tower.projection"
+    assert gradient_reaches(model, "loss_text", "roi_heads.region_head.projection") and gradient_reaches(
+        model, "loss_distill", "roi_heads.region_head.projection"
     )
 
 
@@ -254,6 +254,21 @@ def test_detail__boxes_and_masks_read_the_fine_map_and_embeddings_do_not() -> No
     flat, text, _ = heads.embed(prepared, boxes)
     assert sources(heads.regress(prepared, boxes, flat)) == (True, True)
     assert text is not None and sources(text) == (False, True)
+
+
+def test_export__keeps_the_names_that_older_checkpoints_have() -> None:
+    model = make("ensemble")
+    state = model.state_dict()
+    assert {name.split(".")[1] for name in state if name.endswith("projection.bias")} == {"tower", "image_tower"}
+    assert {name for name, _ in model.named_parameters()} - set(state) == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("roi_heads.region_head", "roi_heads.image_head"))
+    }
+    other = make("ensemble")
+    other.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+    assert not any(bool(value.any()) for value in other.roi_heads.image_head.state_dict().values())
+    assert not any(bool(value.any()) for value in other.roi_heads.region_head.state_dict().values())
 
 
 @pytest.mark.parametrize("regions", [0, 3])

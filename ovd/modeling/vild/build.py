@@ -137,8 +137,8 @@ def build_heads(
     return OpenVocabularyHeads(
         variant=variant,
         classifier=classifier,
-        tower=region_head,
-        image_tower=image_head,
+        region_head=region_head,
+        image_head=image_head,
         box_in_features=box_features,
         box_pooler=build_pooler(box_features, maps=maps, resolution=head.resolution),
         mask_in_features=mask_features,

@@ -27,6 +27,8 @@ from ovd.modeling.vild.mask_head import MaskHead
 from ovd.modeling.vild.sampling import SeededROIHeads
 from pretrain.engine.distributed import shares
 
+STORED_NAMES = {"region_head": "tower", "image_head": "image_tower"}  # in checkpoints and exported detectors
+
 Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]
 
 
@@ -36,6 +38,23 @@ class RegionOutputs(NamedTuple):
     deltas: Tensor
     text: Tensor | None
     image: Tensor | None
+
+
+def _to_stored_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Give the region heads their stored names in a state dict."""
+    _rename(state, {f"{prefix}{name}.": f"{prefix}{stored}." for name, stored in STORED_NAMES.items()})
+
+
+def _from_stored_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+    """Give the region heads the names of their attributes in a state dict that is about to be loaded."""
+    _rename(state, {f"{prefix}{stored}.": f"{prefix}{name}." for name, stored in STORED_NAMES.items()})
+
+
+def _rename(state: dict[str, Any], prefixes: dict[str, str]) -> None:
+    for key in list(state):
+        for old, new in prefixes.items():
+            if key.startswith(old):
+                state[new + key.removeprefix(old)] = state.pop(key)
 
 
 class OpenVocabularyHeads(SeededROIHeads):
@@ -59,8 +78,8 @@ class OpenVocabularyHeads(SeededROIHeads):
         *,
         variant: Variant,
         classifier: EmbeddingClassifier | None,
-        tower: RegionHead | None,
-        image_tower: RegionHead | None,
+        region_head: RegionHead | None,
+        image_head: RegionHead | None,
         box_in_features: list[str],
         box_pooler: ROIPooler,
         mask_in_features: list[str],
@@ -82,26 +101,36 @@ class OpenVocabularyHeads(SeededROIHeads):
             positive_fraction=positive_fraction,
             proposal_matcher=proposal_matcher,
         )
-        if (variant == "ensemble") != (image_tower is not None):
+        if (variant == "ensemble") != (image_head is not None):
             raise ValueError("exactly the ensemble has a second region head")
         if (classifier is None) == (variant in ("text", "vild", "ensemble")):
             raise ValueError(f"variant {variant!r} {'needs a' if classifier is None else 'has no'} text classifier")
-        if (tower is None) != (variant == "agnostic" and detail_head is not None):
+        if (region_head is None) != (variant == "agnostic" and detail_head is not None):
             raise ValueError("exactly the agnostic variant with a detail map has no region head: nothing would read it")
         self.variant = variant
         self.classifier = classifier
-        self.tower = tower
-        self.image_tower = image_tower
+        self.region_head = region_head
+        self.image_head = image_head
         self.box_in_features, self.box_pooler = box_in_features, box_pooler
         self.mask_in_features, self.mask_pooler, self.mask_head = mask_in_features, mask_pooler, mask_head
         self.detail, self.detail_pooler, self.detail_head = detail, detail_pooler, detail_head
-        width = detail_head.width if detail_head is not None else tower.box_features if tower is not None else 0
+        width = (
+            detail_head.width if detail_head is not None else region_head.box_features if region_head is not None else 0
+        )
         self.box_regressor = nn.Linear(width, 4)
         nn.init.normal_(self.box_regressor.weight, std=0.001)  # Fast R-CNN section 3.3
         nn.init.zeros_(self.box_regressor.bias)
         self.box_transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
         self.box_beta = box_beta
         self.distill_weight = distill_weight
+        self.register_state_dict_post_hook(_to_stored_names)
+        self.register_load_state_dict_pre_hook(_from_stored_names)
+
+    @property
+    def region_heads(self) -> dict[str, RegionHead]:
+        """The heads that embed regions, by their names here."""
+        heads = {"region_head": self.region_head, "image_head": self.image_head}
+        return {name: head for name, head in heads.items() if head is not None}
 
     @property
     def distils(self) -> bool:
@@ -123,14 +152,14 @@ class OpenVocabularyHeads(SeededROIHeads):
         self, features: dict[str, Tensor], boxes: list[Boxes]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(box features of the region head, text embedding, image embedding) of all boxes of the batch, in order."""
-        if self.tower is None:
+        if self.region_head is None:
             return None, None, None
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
-        flat, embedding = self.tower(pooled)
+        flat, embedding = self.region_head(pooled)
         if self.variant == "agnostic":
             return flat, None, None
-        if self.image_tower is not None:
-            return flat, embedding, self.image_tower(pooled)[1]
+        if self.image_head is not None:
+            return flat, embedding, self.image_head(pooled)[1]
         return flat, embedding, embedding if self.variant in ("image", "vild") else None
 
     def regress(self, features: dict[str, Tensor], boxes: list[Boxes], flat: Tensor | None) -> Tensor:
@@ -184,8 +213,8 @@ class OpenVocabularyHeads(SeededROIHeads):
                 pooled = self.box_pooler(
                     [features[name] for name in self.box_in_features], [r.proposal_boxes for r in regions or []]
                 )
-                assert self.image_tower is not None
-                out = out._replace(image=self.image_tower(pooled)[1])
+                assert self.image_head is not None
+                out = out._replace(image=self.image_head(pooled)[1])
         losses = {"loss_box": self._box_loss(sampled, out.deltas)}
         if self.classifier is not None:
             assert out.text is not None
