@@ -151,7 +151,7 @@ def _timm(name: str) -> tuple[nn.Module, Statistics, list[str]]:
         network = timm.create_model(name, pretrained=False)
     except RuntimeError as problem:  # a tag behind a dot that timm does not know
         raise UserError(f"model.backbone.name: timm:{name}: {str(problem).splitlines()[0]}") from problem
-    config = cast(dict[str, Any], network.pretrained_cfg)
+    config = cast(Any, network.pretrained_cfg)
     if config.get("fixed_input_size"):
         raise _no_pyramid(f"timm:{name}", f"it takes pictures of {config['input_size'][-1]} pixels only")
     info = cast(Any, network.feature_info)  # a list, or timm's FeatureInfo around one

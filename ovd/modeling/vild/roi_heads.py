@@ -40,17 +40,17 @@ class RegionOutputs(NamedTuple):
     image: Tensor | None
 
 
-def _to_stored_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
     """Give the region heads their stored names in a state dict."""
     _rename(state, {f"{prefix}{name}.": f"{prefix}{stored}." for name, stored in STORED_NAMES.items()})
 
 
-def _from_stored_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+def _from_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
     """Give the region heads the names of their attributes in a state dict that is about to be loaded."""
     _rename(state, {f"{prefix}{stored}.": f"{prefix}{name}." for name, stored in STORED_NAMES.items()})
 
 
-def _rename(state: dict[str, Any], prefixes: dict[str, str]) -> None:
+def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> None:
     for key in list(state):
         for old, new in prefixes.items():
             if key.startswith(old):
