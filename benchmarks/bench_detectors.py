@@ -32,8 +32,8 @@ def load(name: str, weights: str, transformer: Path | None) -> RCNNRegionModel |
     from ovd.inference.detr_regions import DetrRegionModel, OpenVocabularyDetr
     from ovd.inference.region_model import RCNNRegionModel
     from ovd.modeling.detr.build import build_detr
+    from ovd.modeling.export import read_card
     from ovd.modeling.load import load_detector_model
-    from ovd.modeling.vild.build import read_card
     from ovd.weights import detector_folder
     from pretrain.engine.config import load_config
 

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, warm_up_fits
 
 
-class DetectorBackboneConfig(Section):
-    """The ResNet and, for ``kind: fpn``, its pyramid."""
+class DetectorBackboneConfig(NetworkConfig):
+    """The network and, for ``kind: fpn``, its pyramid."""
 
     depth: Literal[18, 34, 50, 101] = Field(18, description="ResNet depth")
     stem: Literal["small", "imagenet"] = Field(
@@ -19,7 +20,8 @@ class DetectorBackboneConfig(Section):
     )
     norm: Literal["FrozenBN", "BN", "SyncBN", "GN", "GN16"] = Field(
         "FrozenBN",
-        description="normalisation inside the ResNet; GN: 32 groups; GN16: 16, as pretrain's byol_gn has them",
+        description="normalisation inside the ResNet; GN: 32 groups; GN16: 16, as pretrain's byol_gn has them; timm's "
+        "and torchvision's networks: what happens to their batch norms",
     )
     freeze_at: int = Field(0, ge=0, le=5, description="freeze up to this stage: 1 stem, 2 res2, ...; 0 nothing")
     kind: Literal["c4", "fpn"] = Field(
@@ -53,12 +55,12 @@ class HeadConfig(Section):
     )
     positive_fraction: float = Field(0.25, gt=0, le=1, description="share of foreground among them")
     resolution: int = Field(
-        4, ge=2, le=28, description="RoIAlign output side for the tower (7 with FPN; 4 is CLIP's grid at 64 px)"
+        4, ge=2, le=28, description="RoIAlign output side for the region head (7 with FPN; 4 is CLIP's grid at 64 px)"
     )
-    conv_dims: tuple[int, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn tower")
-    fc_dims: tuple[int, ...] = Field((1024, 1024), description="fully connected layers of the fpn tower")
+    conv_dims: tuple[int, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn region head")
+    fc_dims: tuple[int, ...] = Field((1024, 1024), description="fully connected layers of the fpn region head")
     norm: Literal["FrozenBN", "BN", "SyncBN", "GN", "GN16", ""] = Field(
-        "FrozenBN", description="normalisation inside the tower; names as in model.backbone.norm"
+        "FrozenBN", description="normalisation inside the region head; names as in model.backbone.norm"
     )
     detail: int | None = Field(
         None,
@@ -96,7 +98,7 @@ class ModelConfig(Section):
     proposals: ProposalConfig = Field(ProposalConfig(), description="RPN")
     head: HeadConfig = Field(HeadConfig(), description="region heads")
     encoder_start: bool = Field(
-        True, description="start the towers of kind c4 from the image encoder's last stage and projection"
+        True, description="start the region heads of kind c4 from the image encoder's last stage and projection"
     )
 
     @model_validator(mode="after")
@@ -112,6 +114,16 @@ class ModelConfig(Section):
             raise ValueError(
                 f"head.mask_norm GN has 32 groups; all of {list(self.head.mask_dims)} must be multiples of 32"
             )
+        if not self.backbone.is_resnet:
+            norms: dict[str, str] = {"backbone.norm": self.backbone.norm}
+            if self.backbone.kind == "c4":
+                norms["head.norm"] = self.head.norm
+            for key, norm in norms.items():
+                if norm not in BATCH_NORMS:
+                    raise ValueError(
+                        f"{key} {norm!r} is for our ResNets; {self.backbone.name} has norms of its own: set {key} to "
+                        f"one of {', '.join(BATCH_NORMS)}"
+                    )
         whole, used = ["res2", "res3", "res4", "res5"], list(self.backbone.fpn_levels)
         if self.backbone.kind == "fpn" and used not in [whole[a:b] for a in range(4) for b in range(a + 1, 5)]:
             raise ValueError(f"backbone.fpn_levels {used}: levels must be neighbours, in rising order")

@@ -12,12 +12,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ovd.config import DataConfig, TrainConfig, TrainingConfig
+from ovd.config_backbone import NetworkConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
 from pretrain.engine.config import FREE, LATER, ConfigChoice, LoopConfig, OptimConfig, Section, warm_up_fits
 
 
-class DetrBackboneConfig(Section):
-    """The ResNet whose feature maps become the transformer's tokens."""
+class DetrBackboneConfig(NetworkConfig):
+    """The network whose feature maps become the transformer's tokens."""
 
     depth: Literal[18, 34, 50, 101] = Field(18, description="ResNet depth")
     stem: Literal["small", "imagenet"] = Field("small", description="3x3 stem of our encoders, or ImageNet's 7x7 one")

@@ -149,6 +149,8 @@ def torchvision_network(source: Source) -> nn.Module:
     from torch import nn
     from torchvision.models import get_model
 
+    from pretrain.engine.state import load_tensors
+
     norm = {"norm_layer": _group_norm(source)} if source.groups else {}
     network = get_model(f"resnet{source.depth}", weights=None, **norm)
     network.fc = nn.Identity()
@@ -156,7 +158,7 @@ def torchvision_network(source: Source) -> nn.Module:
         network.conv1 = nn.Conv2d(3, 64, 3, stride=2 if source.stem == "small" else 1, padding=1, bias=False)
     if source.stem == "cifar":
         network.maxpool = nn.Identity()
-    _load_whole(network, source.state)
+    load_tensors(network, source.state, source=f"torchvision's ResNet-{source.depth}: {source.report}")
     return network.eval()
 
 
@@ -177,6 +179,7 @@ def detectron2_network(source: Source) -> nn.Module:
         raise UserError(
             "--to detectron2 compares with Detectron2, which is not installed; see docs/install.md"
         ) from problem
+    from pretrain.engine.state import load_tensors
     from pretrain.nets.checkpoints import to_detectron2
     from pretrain.nets.resnet import LAYERS
 
@@ -198,7 +201,7 @@ def detectron2_network(source: Source) -> nn.Module:
         )  # fmt: skip
         channels = width * block.expansion
     network = ResNet(stem, stages, out_features=["res2", "res3", "res4", "res5"])
-    _load_whole(network, to_detectron2(source.state))
+    load_tensors(network, to_detectron2(source.state), source=f"Detectron2's ResNet-{source.depth}: {source.report}")
     return network.eval()
 
 
@@ -208,23 +211,6 @@ def _group_norm(source: Source) -> Callable[[int], nn.Module]:
     groups = source.groups
     assert groups is not None
     return lambda channels: nn.GroupNorm(groups(channels), channels)
-
-
-def _load_whole(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load; every tensor must have a place and every place a tensor, counters aside."""
-    wanted = {k for k in network.state_dict() if not k.endswith("num_batches_tracked")}
-    missing, surplus = sorted(wanted - set(state)), sorted(set(state) - wanted)
-    if missing or surplus:
-        raise UserError(
-            f"the names do not fit the target network: {len(missing)} missing {missing[:3]}, "
-            f"{len(surplus)} without a place {surplus[:3]}"
-        )
-    try:
-        network.load_state_dict(dict(state), strict=False)
-    except RuntimeError as problem:
-        raise UserError(
-            f"the shapes do not fit the target network: {str(problem).splitlines()[-1].strip()}"
-        ) from problem
 
 
 def require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, target: str) -> float:

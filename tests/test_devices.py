@@ -23,7 +23,7 @@ from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration
 from ovd.inference.strategies import CropEmbeddings
 from ovd.modeling.detr.build import init_projections
-from ovd.modeling.vild.build import DetectorCard
+from ovd.modeling.export import DetectorCard
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
 from pretrain.config_views import InputSpec

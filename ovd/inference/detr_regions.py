@@ -26,7 +26,7 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     from ovd.modeling.detr.network import Detr
     from ovd.modeling.detr.structures import Memory
-    from ovd.modeling.vild.build import DetectorCard
+    from ovd.modeling.export import DetectorCard
 
 OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
 PASSES = 8  # sets of classes that go through the decoder at once

@@ -11,7 +11,7 @@ from ovd.weights import weights_folder
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from ovd.modeling.vild.build import DetectorCard
+    from ovd.modeling.export import DetectorCard
     from ovd.regions.crops import RegionEncoder
     from pretrain.nets.towers import JointEncoder
 

@@ -20,8 +20,8 @@ from ovd.inference.scoring import Calibration, RegionSet
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from ovd.modeling.vild.build import DetectorCard
-    from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
+    from ovd.modeling.export import DetectorCard
+    from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
     from ovd.regions.crops import RegionEncoder
 
 

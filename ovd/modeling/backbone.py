@@ -1,27 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A torchvision-named ResNet (what ``pretrain/`` exports) as a Detectron2 backbone, through one verified conversion."""
+"""Backbones of detectors: ResNets with torchvision's weights (what ``pretrain/`` exports), or any network of a library.
+
+Stages are called by stride, as Detectron2 calls those of its ResNets: ``res2`` (4), ``res3`` (8), ``res4``, ``res5``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.engine.checkpoint import load_some
+from ovd.modeling.library_network import STRIDES, Chain, LibraryNetwork, open_network, with_norms
 from pretrain.engine.errors import UserError
+from pretrain.engine.state import LoadReport, load_tensors
 from pretrain.nets.checkpoints import to_detectron2 as to_detectron2
 from pretrain.nets.grid import conv3x3_on_2x2
 from pretrain.nets.standardised import group_norm
 
+if TYPE_CHECKING:
+    from ovd.config import DetectorBackboneConfig
+    from ovd.config_detr import DetrBackboneConfig
+
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks of res2…res5 (He et al. 2015, table 1)."""
 
+
+FITTING = "Does model.backbone (name, depth, stem) fit the checkpoint?"
 
 Norm = str | Callable[[int], nn.Module]
 
@@ -107,7 +118,86 @@ def build_resnet(
     return ResNet(first, stages, out_features=list(out_features), freeze_at=freeze_at)
 
 
-def build_fpn(bottom_up: ResNet, *, in_features: tuple[str, ...], channels: int, norm: str) -> FPN:
+class LibraryBackbone(Backbone):
+    """A network of timm or torchvision; its weights are below ``network``, under the library's names.
+
+    Args:
+        opened: the network, with random weights.
+        out_features: stages whose output is returned.
+        freeze_at: stages up to this one are frozen, 1 is what comes before stride 4; 0 freezes nothing.
+        norm: ``FrozenBN``, ``BN`` or ``SyncBN``: what happens to its batch norms.
+    """
+
+    def __init__(self, *, opened: LibraryNetwork, out_features: tuple[str, ...], freeze_at: int, norm: str) -> None:
+        super().__init__()
+        self.stage_of = {opened.end(name) - 1: name for name in sorted(out_features)}
+        self.shapes = {
+            name: ShapeSpec(channels=opened.parts[number].channels, stride=STRIDES[name])
+            for number, name in self.stage_of.items()
+        }
+        frozen = opened.frozen_parts(freeze_at)
+        used = opened.parts[: max(self.stage_of) + 1]
+        self.network = Chain(
+            {
+                part.path: with_norms(part.module, "FrozenBN" if number < frozen else norm)
+                for number, part in enumerate(used)
+            }
+        )
+        for part in used[:frozen]:
+            self.network.part(part.path).requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Maps of (N, 3, H, W) normalised pixels, by stage."""
+        maps, x = {}, pixels
+        for number, path in enumerate(self.network.paths):
+            x = self.network.part(path)(x)
+            if number in self.stage_of:
+                maps[self.stage_of[number]] = x
+        return maps
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each stage that is returned."""
+        return self.shapes
+
+
+def build_bottom_up(
+    config: DetectorBackboneConfig | DetrBackboneConfig, *, out_features: tuple[str, ...]
+) -> ResNet | LibraryBackbone:
+    """The network that a configuration names, with random weights.
+
+    ``output_shape()`` tells ``channels`` and ``stride`` of each feature.
+
+    Raises:
+        UserError: nobody knows the network, or it has no such features.
+    """
+    if config.is_resnet:
+        return build_resnet(
+            depth=config.depth,
+            stem=config.stem,
+            norm=config.norm,
+            out_features=out_features,
+            freeze_at=config.freeze_at,
+        )
+    opened = open_network(config.name)
+    return LibraryBackbone(opened=opened, out_features=out_features, freeze_at=config.freeze_at, norm=config.norm)
+
+
+def build_last_stage(config: DetectorBackboneConfig | DetrBackboneConfig, *, norm: str) -> tuple[nn.Module, int]:
+    """(what follows res4 in the network that a configuration names, its output channels), to read pooled regions.
+
+    Raises:
+        UserError: nothing follows.
+    """
+    if config.is_resnet:
+        blocks = stage(depth=config.depth, index=5, norm=norm_of(norm), block=RegionBlock)
+        return nn.Sequential(*blocks), stage_channels(depth=config.depth, index=5)
+    opened = open_network(config.name)
+    opened.end("res5")
+    rest = opened.parts[opened.end("res4") :]
+    return Chain({part.path: with_norms(part.module, norm) for part in rest}), rest[-1].channels
+
+
+def build_fpn(bottom_up: Backbone, *, in_features: tuple[str, ...], channels: int, norm: str) -> FPN:
     """Feature pyramid with a max-pooled extra level, Detectron2's default for detection."""
     extra = LastLevelMaxPool()
     extra.in_feature = (
@@ -116,31 +206,15 @@ def build_fpn(bottom_up: ResNet, *, in_features: tuple[str, ...], channels: int,
     return FPN(bottom_up, list(in_features), channels, norm=norm, top_block=extra)
 
 
-def load_resnet(resnet: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a torchvision-named state; every parameter of ``resnet`` must be found.
+def load_bottom_up(bottom_up: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
+    """Load all of a backbone from a state under the names of its library (torchvision's for our ResNets).
 
     Raises:
-        UserError: see :func:`load_converted`.
+        UserError: something of the network is missing or has another shape; it is never left partly random.
     """
-    load_converted(resnet, to_detectron2(state), source=source)
-
-
-def load_converted(module: nn.Module, converted: Mapping[str, Tensor], *, source: str) -> None:
-    """Load tensors that have Detectron2's names already; every parameter of ``module`` must be found.
-
-    Raises:
-        UserError: with counts and the first names, when something of the network is missing or has another shape. A
-            network is never left partly random.
-    """
-    wanted = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
-    missing = [k for k in wanted if k not in converted]
-    misshapen = [k for k in wanted if k in converted and converted[k].shape != wanted[k].shape]
-    if missing or misshapen:
-        raise UserError(
-            f"{source}: {len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} backbone tensors match; "
-            f"missing {missing[:3]}, other shape {misshapen[:3]}. Does model.backbone (depth, stem) fit the checkpoint?"
-        )
-    load_some(module, {k: converted[k] for k in wanted})
+    if isinstance(bottom_up, LibraryBackbone):
+        return load_tensors(bottom_up.network, state, source=source, strict="module", hint=FITTING)
+    return load_tensors(bottom_up, to_detectron2(state), source=source, strict="module", hint=FITTING)
 
 
 @torch.no_grad()

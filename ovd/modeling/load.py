@@ -8,7 +8,8 @@ from pathlib import Path
 from ovd.inference.detr_regions import detr_region_model
 from ovd.inference.region_model import RCNNRegionModel, RegionModel
 from ovd.modeling.detr.build import load_detr
-from ovd.modeling.vild.build import load_model, read_card
+from ovd.modeling.export import read_card
+from ovd.modeling.vild.build import load_model
 
 
 def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.config_detr import DetrTrainConfig
-from ovd.training.inputs import PixelStats, backbone_tensors, resolve_encoder, training_transform
+from ovd.training.inputs import (
+    PixelStats,
+    backbone_tensors,
+    library_start,
+    no_backbone_weights,
+    pixel_stats_of,
+    resolve_encoder,
+    training_transform,
+)
 from ovd.training.parts import LabelSet, TrainingParts, label_set
 from pretrain.engine.config import config_hash
 from pretrain.engine.errors import BadImageError, UserError
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
     from ovd.data.catalog import LabelledImages
     from ovd.modeling.detr.network import Detr
     from ovd.modeling.detr.task import DetrTask
-    from ovd.modeling.region_head import Tower
+    from ovd.modeling.region_head import RegionHead
     from pretrain.engine.sampling import Source
     from pretrain.nets.towers import JointEncoder
 
@@ -39,7 +47,7 @@ def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
     seed_everything(config.loop.seed)
     encoder = resolve_encoder(config.encoder)
     pixel_stats, backbone = read_backbone(config, encoder)
-    mean, std = pixel_stats.in_bytes()
+    mean, std = pixel_stats_of(config.model.backbone, pixel_stats)
     labels = None if config.pretext is not None else training_labels(config, encoder)
     model = build_detr(
         config.model,
@@ -118,9 +126,14 @@ def read_backbone(config: DetrTrainConfig, encoder: JointEncoder) -> tuple[Pixel
     """
     from pretrain.nets.towers import ResNetImage, export_backbone
 
+    bb = config.model.backbone
+    if not bb.is_resnet:
+        state, pixel_stats = library_start(bb, config.backbone_weights)
+        if state is None:
+            raise no_backbone_weights(bb)
+        return pixel_stats, state
     pixel_stats = PixelStats(encoder.image_mean, encoder.image_std)
     if config.backbone_weights is not None:
-        bb = config.model.backbone
         norms = {"model.backbone.norm": bb.norm}
         state, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
         return trained_on or pixel_stats, state
@@ -134,10 +147,10 @@ def read_backbone(config: DetrTrainConfig, encoder: JointEncoder) -> tuple[Pixel
 
 def load_start(config: DetrTrainConfig, model: Detr, encoder: JointEncoder, backbone: Mapping[str, Tensor]) -> None:
     """Load what training starts from: the backbone, the region tower, and ``weights``; says what was done."""
-    from ovd.modeling.backbone import load_resnet
+    from ovd.modeling.backbone import load_bottom_up
     from ovd.modeling.detr.checkpoints import read_start, refuse_other_attention, start_detr
 
-    load_resnet(model.backbone, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
+    load_bottom_up(model.backbone, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
     if model.region_tower is not None:
         print(start_region_tower(config, model.region_tower, encoder, backbone))
     if config.weights is not None:
@@ -148,7 +161,7 @@ def load_start(config: DetrTrainConfig, model: Detr, encoder: JointEncoder, back
 
 
 def start_region_tower(
-    config: DetrTrainConfig, tower: Tower, encoder: JointEncoder, backbone: Mapping[str, Tensor]
+    config: DetrTrainConfig, tower: RegionHead, encoder: JointEncoder, backbone: Mapping[str, Tensor]
 ) -> str:
     """Start the region tower as the backbone's last stage and the encoder's projection; returns what was done."""
     from ovd.modeling.region_head import start_body, start_projection
@@ -204,7 +217,7 @@ def export(config: DetrTrainConfig, parts: TrainingParts[Detr], folder: Path) ->
     import torch
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.vild.build import DetectorCard, save_detector
+    from ovd.modeling.export import DetectorCard, save_detector
 
     encoder, labels = parts.encoder, parts.labels
     names = labels.images.names if labels is not None else ()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ovd.config import DataConfig
+from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from ovd.data.mapper import TrainingTransform
     from ovd.data.splits import Split
     from pretrain.nets.towers import JointEncoder
-
-BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
 
 
 class PixelStats(NamedTuple):
@@ -142,3 +141,38 @@ def backbone_tensors(
     if has_stem != stem:
         raise UserError(f"backbone_weights={spec}: its stem is {has_stem}; set model.backbone.stem={has_stem}")
     return tensors, pixel_stats
+
+
+def library_start(network: NetworkConfig, spec: str | None) -> tuple[Mapping[str, Tensor] | None, PixelStats]:
+    """(tensors or None, pixel statistics) that a network of timm or torchvision starts with.
+
+    Args:
+        network: a section with a library's ``name``.
+        spec: ``backbone_weights``, see :func:`ovd.modeling.library_network.read_library_weights`.
+
+    Raises:
+        UserError: no such network, or weights of another.
+    """
+    from ovd.modeling.library_network import open_network, read_library_weights
+
+    statistics = PixelStats(*open_network(network.name).statistics)
+    if spec is None:
+        return None, statistics
+    tensors, trained_on = read_library_weights(spec, network.name)
+    return tensors, PixelStats(*trained_on) if trained_on else statistics
+
+
+def pixel_stats_of(network: NetworkConfig, trained_on: PixelStats) -> tuple[list[float], list[float]]:
+    """(mean, deviation) of RGB in 0…255: as configured, else those of the weights."""
+    if network.pixel_mean is not None and network.pixel_std is not None:
+        return list(network.pixel_mean), list(network.pixel_std)
+    return trained_on.in_bytes()
+
+
+def no_backbone_weights(network: NetworkConfig, otherwise: str = "") -> UserError:
+    """The error of a library's network without weights to start from."""
+    return UserError(
+        f"model.backbone.name {network.name}: nothing is downloaded, so its weights must be given: set "
+        f"backbone_weights to a file of tensors with {network.name.partition(':')[0]}'s names, to a folder of timm's, "
+        f"or to exported/ of a pretrain.train run on this network{otherwise}"
+    )

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovd.config import TrainConfig
-from ovd.training.inputs import PixelStats, backbone_tensors, resolve_encoder, training_transform
+from ovd.training.inputs import (
+    PixelStats,
+    backbone_tensors,
+    library_start,
+    no_backbone_weights,
+    pixel_stats_of,
+    resolve_encoder,
+    training_transform,
+)
 from ovd.training.parts import TrainingParts, label_set
 from pretrain.engine.config import config_hash
 from pretrain.engine.errors import UserError
@@ -18,37 +26,30 @@ if TYPE_CHECKING:
 
     from ovd.data.catalog import LabelledImages
     from ovd.data.mapper import DetectionSource
-    from ovd.modeling.region_head import Tower
-    from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
+    from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
+    from pretrain.engine.state import LoadReport
     from pretrain.nets.towers import JointEncoder
 
 
-def start_towers(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
-    """Load the body of each tower of kind c4 from the last stage of a torchvision-named ResNet; returns their names."""
+def start_bodies(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Load the body of each region head of kind c4 from the last stage of the whole network; returns their names."""
     from ovd.modeling.region_head import start_body
 
-    towers = towers_of(model)
-    for tower in towers.values():
-        start_body(tower, state, source=source)
-    return list(towers)
-
-
-def towers_of(model: OpenVocabularyRCNN) -> dict[str, Tower]:
-    """The region towers that a model has, by name."""
-    towers = {"tower": model.roi_heads.tower, "image_tower": model.roi_heads.image_tower}
-    return {name: tower for name, tower in towers.items() if tower is not None}
+    for head in model.roi_heads.region_heads.values():
+        start_body(head, state, source=source)
+    return list(model.roi_heads.region_heads)
 
 
 def start_from_encoder(
     model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, backbone: Mapping[str, Tensor] | None
 ) -> list[str]:
-    """Load the backbone (and, for c4, the towers) from the encoder; returns prefixes of what now is pretrained.
+    """Load the backbone (and, for c4, the region heads) from the encoder; returns prefixes of what now is pretrained.
 
     Args:
         model: what is loaded into.
         encoder: gives the backbone where ``backbone`` is None.
         config: of the training.
-        backbone: torchvision-named tensors of ``backbone_weights``.
+        backbone: tensors of ``backbone_weights``, under the names of the network's library.
 
     Raises:
         UserError: the encoder's image tower is no ResNet of the configured depth and stem, or the conversion is not
@@ -56,7 +57,7 @@ def start_from_encoder(
     """
     import torch
 
-    from ovd.modeling.backbone import load_resnet, verify_conversion
+    from ovd.modeling.backbone import load_bottom_up, verify_conversion
     from ovd.modeling.region_head import start_projection
     from pretrain.nets.towers import ResNetImage, export_backbone
 
@@ -65,63 +66,68 @@ def start_from_encoder(
     prefixes = ["backbone." if bb.kind == "c4" else "backbone.bottom_up."]
     if backbone is not None:
         source = str(config.backbone_weights)
-        load_resnet(resnet, backbone, source=source)
-        if bb.kind == "c4":  # the towers' body is the last stage; only the projection has to begin anew
-            prefixes += [f"roi_heads.{name}.body." for name in start_towers(model, backbone, source=source)]
-        print(f"backbone from {config.backbone_weights}")
+        report = load_bottom_up(resnet, backbone, source=source)
+        if bb.kind == "c4":  # the heads' body is the last stage; only the projection has to begin anew
+            prefixes += [f"roi_heads.{name}.body." for name in start_bodies(model, backbone, source=source)]
+        print(f"backbone from {config.backbone_weights}" + ("" if bb.is_resnet else f": {report}"))
         return prefixes
     if config.backbone_start == "scratch":
         return []
+    if not bb.is_resnet:
+        if config.weights is not None:  # the detector brings its backbone
+            return prefixes
+        raise no_backbone_weights(bb, ", or begin with backbone_start=scratch")
     if not isinstance(encoder.visual, ResNetImage):
         raise UserError(
             f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
             "set backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch"
         )
     state = export_backbone(encoder)
-    load_resnet(resnet, state, source=f"encoder {config.encoder}")
+    load_bottom_up(resnet, state, source=f"encoder {config.encoder}")
     pixels = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
-        for name in start_towers(model, state, source=f"encoder {config.encoder}"):
-            tower = towers_of(model)[name]
-            if tower.projection is not None:
-                start_projection(tower, encoder.visual.proj.weight)
+        for name in start_bodies(model, state, source=f"encoder {config.encoder}"):
+            head = model.roi_heads.region_heads[name]
+            if head.projection is not None:
+                start_projection(head, encoder.visual.proj.weight)
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
 
 
-def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> tuple[list[str], list[str]]:
-    """Copy every tensor of an exported detector that fits; returns (loaded, left at their start) names.
+def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
+    """Copy every tensor of an exported detector that fits.
 
-    The class rows stay the new vocabulary's. A second tower (ensemble) starts from the first one's body.
+    The class rows stay the new vocabulary's. A second head (ensemble) starts from the first one's body.
 
     Raises:
         UserError: another architecture.
     """
     from ovd.modeling.vild.build import load_model
-    from pretrain.engine.checkpoint import load_some
+    from ovd.modeling.vild.roi_heads import STORED_NAMES
+    from pretrain.engine.state import load_tensors
 
     other, _, _ = load_model(folder)
     own, source = model.state_dict(), other.state_dict()
     for key in list(source):
-        if key.startswith("roi_heads.tower.body."):
-            source.setdefault(key.replace("roi_heads.tower.", "roi_heads.image_tower."), source[key])
-    skip = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
-    loaded = [k for k in own if k in source and source[k].shape == own[k].shape and k not in skip]
+        first, second = (f"roi_heads.{STORED_NAMES[name]}." for name in ("region_head", "image_head"))
+        if key.startswith(f"{first}body."):
+            source.setdefault(second + key.removeprefix(first), source[key])
     needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
-    lacking = [k for k in needed if k not in loaded]
+    lacking = [k for k in needed if k not in source or source[k].shape != own[k].shape]
     if lacking:
         raise UserError(
             f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
             f"such as {lacking[0]}"
         )
-    load_some(model, {k: source[k] for k in loaded})
-    return loaded, [k for k in own if k not in loaded]
+    rows = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
+    return load_tensors(model, source, source=folder, strict="no", skip=rows)
 
 
 def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
     """Everything a training needs, before the first step."""
+    from ovd.modeling.export import read_card
     from ovd.modeling.task import DetectionTask
     from ovd.modeling.vild.build import build_model
     from pretrain.engine.distributed import seed_everything
@@ -131,14 +137,19 @@ def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
     labels = label_set(config.data, encoder, templates=config.templates)
     pixel_stats = PixelStats(encoder.image_mean, encoder.image_std)
     backbone: Mapping[str, Tensor] | None = None
-    if config.backbone_weights is not None:
-        bb = config.model.backbone
+    bb = config.model.backbone
+    if not bb.is_resnet:
+        backbone, pixel_stats = library_start(bb, config.backbone_weights)
+    elif config.backbone_weights is not None:
         norms: dict[str, str] = {"model.backbone.norm": bb.norm}
-        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose towers start from the last stage
+        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose region heads start from the last stage
             norms["model.head.norm"] = config.model.head.norm
         backbone, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
         pixel_stats = trained_on or pixel_stats  # a backbone sees pictures as it was trained to
-    mean, std = pixel_stats.in_bytes()
+    mean, std = pixel_stats_of(bb, pixel_stats)
+    if not bb.is_resnet and config.weights is not None and bb.pixel_mean is None:
+        card = read_card(Path(config.weights))  # its backbone replaces the one named here
+        mean, std = list(card.pixel_mean), list(card.pixel_std)
     model = build_model(
         config.model,
         embed_dim=encoder.embed_dim,
@@ -149,8 +160,7 @@ def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
     )
     prefixes = start_from_encoder(model, encoder, config, backbone)
     if config.weights is not None:
-        loaded, left = start_from_detector(model, Path(config.weights))
-        print(f"weights={config.weights}: {len(loaded)} tensors loaded, {len(left)} keep their start")
+        print(f"weights={config.weights}: {start_from_detector(model, Path(config.weights))}")
     return TrainingParts(
         encoder=encoder,
         labels=labels,
@@ -202,7 +212,7 @@ def export(config: TrainConfig, parts: TrainingParts[OpenVocabularyRCNN], folder
     import torch
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.vild.build import DetectorCard, save_detector
+    from ovd.modeling.export import DetectorCard, save_detector
 
     labels = parts.labels
     assert labels is not None

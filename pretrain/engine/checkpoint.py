@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import flush_to_disk, sha256_of, write_atomically
+from pretrain.engine.state import load_tensors
 from pretrain.engine.task import Task
 
 FORMAT = 1
@@ -337,24 +338,4 @@ def load_model(model: nn.Module, state: dict[str, Any], *, untracked: tuple[str,
         UserError: If names or shapes differ from the model's.
     """
     state = model.upgrade(state) if isinstance(model, Task) else state
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in state and not name.startswith(untracked)]
-    unexpected = [name for name in state if name not in expected]
-    if missing or unexpected:
-        raise UserError(f"{where}: does not fit this model: missing {missing[:5]}, unexpected {unexpected[:5]}")
-    try:
-        load_some(model, state)
-    except RuntimeError as error:
-        raise UserError(f"{where}: does not fit this model ({error})") from error
-
-
-def load_some(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load the tensors that there are; all others stay as they are.
-
-    ``load_state_dict(strict=False)`` does not promise that: Detectron2's frozen batch norm takes a dictionary without
-    its statistics for an old file, and sets them to zero and one.
-
-    Raises:
-        RuntimeError: A tensor has another shape, or no counterpart.
-    """
-    model.load_state_dict({**model.state_dict(), **state})
+    load_tensors(model, state, source=where, optional=untracked)

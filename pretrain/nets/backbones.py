@@ -25,6 +25,7 @@ from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.state import load_tensors
 from pretrain.nets.resnet import ResNet
 from pretrain.nets.standardised import without_batch_norm
 
@@ -213,9 +214,5 @@ def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{path}: not a backbone of format {FORMAT}; export it again with this version")
     backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]), sizes=[info["size"]])
     tensors, _ = load_weights(folder / "model.safetensors")
-    try:
-        backbone.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{folder / 'model.safetensors'}: does not fit its config.json: {reason}") from error
+    load_tensors(backbone, tensors, source=folder / "model.safetensors", hint="Its config.json describes another model")
     return backbone.eval(), info

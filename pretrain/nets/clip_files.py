@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.state import load_tensors
 from pretrain.nets.checkpoints import read_tensors
-from pretrain.nets.towers import ClipTokenizer, JointEncoder, Tokenize, load_exactly
+from pretrain.nets.towers import ClipTokenizer, JointEncoder, Tokenize
 
 OLD_TEXT = re.compile(r"^(text_projection|positional_embedding|token_embedding|transformer|ln_final)(?=$|\.)")
 AUTHORS = ("input_resolution", "context_length", "vocab_size")  # numbers in the authors' files, no weights
@@ -204,7 +205,7 @@ def _filled(encoder: JointEncoder, tensors: Mapping[str, Tensor], path: Path) ->
             left.append(name)  # no weights
         else:
             named[name] = value.reshape(()) if name == "logit_scale" else value
-    load_exactly(encoder, named, path)
+    load_tensors(encoder, named, source=path)
     beside = f" ({', '.join(left)})" if left else ""
     report = f"CLIP, {encoder.image_size} pixels, {encoder.embed_dim} wide: {len(named)} tensors matched, 0 missing, "
     return encoder.eval(), f"{report}{len(left)} left out{beside}"

@@ -19,8 +19,9 @@ from pretrain.config import EncoderConfig
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.state import load_tensors
 from pretrain.nets.clip_files import build_open_clip, load_clip_file, load_open_clip
-from pretrain.nets.towers import FORMAT, JointEncoder, build_encoder, load_exactly
+from pretrain.nets.towers import FORMAT, JointEncoder, build_encoder
 
 
 def load_encoder(spec: str | Path) -> JointEncoder:
@@ -58,7 +59,7 @@ def read_encoder(spec: str | Path) -> tuple[JointEncoder, str]:
     else:
         encoder = build_encoder(_encoder_section(folder, config))
     tensors, _ = load_weights(folder / "model.safetensors")
-    load_exactly(encoder, tensors, folder / "model.safetensors")
+    load_tensors(encoder, tensors, source=folder / "model.safetensors")
     return encoder.eval(), f"{folder}: encoder {encoder.fingerprint()[:12]}"
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError
+from pretrain.engine.state import load_tensors
 from pretrain.nets.resnet import ResNet
 
 FORMAT = "joint-encoder/1"
@@ -336,25 +337,4 @@ def copy_tower(target: JointEncoder, source: JointEncoder, *, which: str) -> Non
         )
     if isinstance(mine, ProjectedText) and not isinstance(theirs, ProjectedText):
         mine = mine.trunk
-    load_exactly(mine, theirs.state_dict(), f"the {which} tower taken over")
-
-
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Load all of `tensors` into all of `module`, or say what does not fit."""
-    wanted = module.state_dict()
-    missing = [k for k in wanted if k not in tensors]
-    unknown = [k for k in tensors if k not in wanted]
-    shapes = [k for k in wanted if k in tensors and wanted[k].shape != tensors[k].shape]
-    if missing or unknown or shapes:
-        matched = len(wanted) - len(missing) - len(shapes)
-        parts = [f"{matched} of {len(wanted)} tensors match"]
-        if missing:
-            parts.append(f"{len(missing)} missing, such as {missing[0]}")
-        if unknown:
-            parts.append(f"{len(unknown)} unknown, such as {unknown[0]}")
-        if shapes:
-            name = shapes[0]
-            got, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
-            parts.append(f"{len(shapes)} of another shape, such as {name}: {got} instead of {want}")
-        raise UserError(f"{where} does not fit this model: {'; '.join(parts)}")
-    module.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()})
+    load_tensors(mine, theirs.state_dict(), source=f"the {which} tower taken over")

@@ -242,7 +242,7 @@ def test_weights_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     message = str(caught.value)
     assert f"{total - 2} of {total} tensors match" in message
     assert "1 missing, such as text.norm.bias" in message
-    assert "1 unknown, such as text.stranger" in message
+    assert "1 unexpected, such as text.stranger" in message
     assert "text.norm.weight: (3,) instead of (8,)" in message
 
 

@@ -421,7 +421,7 @@ def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
 
 
 def test_a_card_with_the_former_field_is_read(tmp_path: Path) -> None:
-    from ovd.modeling.vild.build import read_card
+    from ovd.modeling.export import read_card
 
     card = json.loads((detector_folder("vild-sticker") / "model.json").read_text())
     assert card["second_look"] == 40 and read_card(detector_folder("vild-sticker")).crop_refinement == 40

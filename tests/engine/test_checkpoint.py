@@ -346,11 +346,11 @@ def test_meta_names_the_files_with_size_and_sum(tmp_path: Path) -> None:
 
 
 def test_loading_into_another_model_names_the_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"here: does not fit this model: missing \['bias'\], unexpected \['other'\]"):
+    with pytest.raises(UserError, match=r"here does not fit .*1 missing, such as bias; 1 unexpected, such as other"):
         checkpoint.load_model(
             nn.Linear(2, 1), {"weight": torch.ones(1, 2), "other": torch.ones(1)}, untracked=(), where=Path("here")
         )
-    with pytest.raises(UserError, match="size mismatch for weight"):
+    with pytest.raises(UserError, match=r"of another shape, such as weight: \(3, 2\) instead of \(1, 2\)"):
         checkpoint.load_model(nn.Linear(2, 1), {"weight": torch.ones(3, 2)}, untracked=("bias",), where=Path("here"))
     layer = nn.Linear(2, 1)
     checkpoint.load_model(layer, {"weight": torch.ones(1, 2)}, untracked=("bias",), where=Path("here"))

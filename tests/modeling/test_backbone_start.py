@@ -12,12 +12,13 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from ovd.config import TrainConfig
-from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
+from ovd.modeling.backbone import build_resnet, load_bottom_up, to_detectron2, verify_conversion
 from ovd.training import inputs, rcnn
 from pretrain.config_ssl import BackboneConfig
-from pretrain.engine.checkpoint import load_model, load_some
+from pretrain.engine.checkpoint import load_model
 from pretrain.engine.config import load_config
 from pretrain.engine.errors import UserError
+from pretrain.engine.state import load_tensors
 from pretrain.export import export, read_source
 from pretrain.nets.backbones import build_backbone, save_backbone
 
@@ -53,7 +54,7 @@ def test_the_detectors_features_are_the_pretrainings(
     assert look == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     stages = ("res2", "res3", "res4", "res5")
     resnet = build_resnet(depth=18, stem="small", norm=detector_norm, out_features=stages, freeze_at=0).eval()
-    load_resnet(resnet, tensors, source="test")
+    load_bottom_up(resnet, tensors, source="test")
     source: Any = read_source(str(folder if not through_export else tmp_path / "run")).network
     assert verify_conversion(source.stages, resnet, PIXELS) < 1e-5
     with torch.no_grad():  # and of the network itself: standardised weights were folded
@@ -82,7 +83,7 @@ def test_another_stem_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("norm", "detector_norm"), [("bn", "BN"), ("gn_ws", "GN16")])
-def test_a_training_starts_from_it_tower_included(tmp_path: Path, norm: str, detector_norm: str) -> None:
+def test_a_training_starts_from_it_region_head_included(tmp_path: Path, norm: str, detector_norm: str) -> None:
     folder, _ = exported(tmp_path / "run", norm=norm)
     config = load_config(
         TrainConfig,
@@ -95,7 +96,7 @@ def test_a_training_starts_from_it_tower_included(tmp_path: Path, norm: str, det
     model: Any = parts.model
     own: Any = read_source(str(folder)).network
     assert torch.equal(model.backbone.stem.conv1.weight, own.conv1.weight)
-    assert torch.equal(model.roi_heads.tower.body[0].conv1.weight, own.layer4[0].conv1.weight)
+    assert torch.equal(model.roi_heads.region_head.body[0].conv1.weight, own.layer4[0].conv1.weight)
     assert parts.pixel_mean == pytest.approx([102.0, 127.5, 153.0])  # colours as the backbone was trained on
     loss, _ = parts.task.train()([parts.source.sample(0, 0), parts.source.sample(1, 0)])
     loss.backward()
@@ -111,13 +112,13 @@ def test_frozen_norms_keep_their_statistics_when_other_tensors_are_loaded() -> N
     statistics = torch.tensor([4.0, 5.0, 6.0])
     model["frozen"].running_var.copy_(statistics)
     new = {"learned.weight": torch.ones(2, 2), "learned.bias": torch.ones(2)}
-    load_some(model, new)
+    load_tensors(model, new, source="here", strict="file")
     assert torch.equal(model["frozen"].running_var, statistics) and bool((model["learned"].weight == 1).all())
     load_model(model, {k: 2 * v for k, v in new.items()}, untracked=("frozen.",), where=Path("run"))
     assert torch.equal(model["frozen"].running_var, statistics) and bool((model["learned"].weight == 2).all())
 
 
-def test_vild_starts_from_the_proposal_detector_and_its_tower_from_clip(tmp_path: Path) -> None:
+def test_vild_starts_from_the_proposal_detector_and_its_region_head_from_clip(tmp_path: Path) -> None:
     small = ["data.length=2", "data.size=96", f"out={tmp_path}"]
     first = load_config(TrainConfig, "mask_rcnn.yaml", small)
     parts = rcnn.build(first)
@@ -131,7 +132,7 @@ def test_vild_starts_from_the_proposal_detector_and_its_tower_from_clip(tmp_path
         for name, value in to_detectron2(visual.backbone.state_dict()).items()
         if name.startswith("res5.")
     }
-    found = model.roi_heads.tower.body.state_dict()
+    found = model.roi_heads.region_head.body.state_dict()
     assert len(expected) > 20 and {name for name in found if "num_batches" not in name} <= set(expected)
     for name, value in found.items():
         if "num_batches" not in name:
@@ -139,5 +140,5 @@ def test_vild_starts_from_the_proposal_detector_and_its_tower_from_clip(tmp_path
     # As a whole: a region of CLIP's own features is embedded as CLIP embeds the picture.
     pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        _, embedded = model.eval().roi_heads.tower(visual.backbone.stages(pixels)["layer3"])
+        _, embedded = model.eval().roi_heads.region_head(visual.backbone.stages(pixels)["layer3"])
         torch.testing.assert_close(embedded, visual(pixels), rtol=1e-3, atol=1e-3)

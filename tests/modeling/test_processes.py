@@ -22,7 +22,7 @@ from ovd.data.catalog import StickerImages
 from ovd.data.mapper import DetectionSource, TrainingTransform
 from ovd.modeling.task import DetectionTask
 from ovd.modeling.vild.build import build_model
-from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
+from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
 from ovd.regions.images import SceneImages
 from ovd.regions.layout import Identity, StoreSettings
 from ovd.regions.proposals import GroundTruthProposer

@@ -17,12 +17,13 @@ from torch import nn
 from ovd.config import CutConfig, ModelConfig
 from ovd.data.catalog import Labelled
 from ovd.data.mapper import DetectionSource, TrainingTransform, map_sample
-from ovd.modeling.backbone import build_resnet, load_resnet, to_detectron2, verify_conversion
+from ovd.modeling.backbone import build_resnet, load_bottom_up, to_detectron2, verify_conversion
 from ovd.modeling.classifier import NovelLabelError
+from ovd.modeling.export import DetectorCard, save_detector
 from ovd.modeling.load import load_detector_model
-from ovd.modeling.vild.build import DetectorCard, build_model, save_detector
+from ovd.modeling.vild.build import build_model
 from ovd.modeling.vild.mask_head import MaskHead
-from ovd.modeling.vild.rcnn import OpenVocabularyRCNN
+from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
 from pretrain.engine.errors import UserError
 from pretrain.nets.resnet import ResNet
 
@@ -87,7 +88,7 @@ def test_backbone__converted_features_equal_the_source(depth: int, stem: Any) ->
     ours = build_resnet(
         depth=depth, stem=stem, norm="FrozenBN", out_features=("res2", "res3", "res4", "res5"), freeze_at=0
     )
-    load_resnet(ours, source.state_dict(), source="test")
+    load_bottom_up(ours, source.state_dict(), source="test")
     assert verify_conversion(source.stages, ours, torch.randn(2, 3, 64, 96)) < 1e-5
     with torch.no_grad():
         source.layer2[0].bn1.weight.mul_(1.01)
@@ -97,8 +98,8 @@ def test_backbone__converted_features_equal_the_source(depth: int, stem: Any) ->
 
 def test_backbone__a_checkpoint_that_does_not_fit_is_refused_with_counts() -> None:
     ours = build_resnet(depth=18, stem="imagenet", norm="FrozenBN", out_features=("res4",), freeze_at=0)
-    with pytest.raises(UserError, match=r"of \d+ backbone tensors match.*stem"):
-        load_resnet(ours, ResNet(depth=18, stem="small").state_dict(), source="file.safetensors")
+    with pytest.raises(UserError, match=r"of \d+ tensors match.*stem"):
+        load_bottom_up(ours, ResNet(depth=18, stem="small").state_dict(), source="file.safetensors")
 
 
 def test_backbone__names_follow_detectron2() -> None:
@@ -159,21 +160,21 @@ def gradient_reaches(model: OpenVocabularyRCNN, loss: str, prefix: str) -> bool:
     )
 
 
-def test_ensemble__each_loss_trains_its_own_tower_and_both_train_the_backbone() -> None:
+def test_ensemble__each_loss_trains_its_own_head_and_both_train_the_backbone() -> None:
     model = make("ensemble").train()
-    assert gradient_reaches(model, "loss_text", "roi_heads.tower.") and not gradient_reaches(
-        model, "loss_text", "roi_heads.image_tower."
+    assert gradient_reaches(model, "loss_text", "roi_heads.region_head.") and not gradient_reaches(
+        model, "loss_text", "roi_heads.image_head."
     )
-    assert gradient_reaches(model, "loss_distill", "roi_heads.image_tower.") and not gradient_reaches(
-        model, "loss_distill", "roi_heads.tower."
+    assert gradient_reaches(model, "loss_distill", "roi_heads.image_head.") and not gradient_reaches(
+        model, "loss_distill", "roi_heads.region_head."
     )
     assert gradient_reaches(model, "loss_distill", "backbone.") and gradient_reaches(model, "loss_text", "backbone.")
 
 
-def test_vild__distillation_and_text_share_one_tower() -> None:
+def test_vild__distillation_and_text_share_one_head() -> None:
     model = make("vild").train()
-    assert gradient_reaches(model, "loss_text", "roi_heads.tower.projection") and gradient_reaches(
-        model, "loss_distill", "roi_heads.tower.projection"
+    assert gradient_reaches(model, "loss_text", "roi_heads.region_head.projection") and gradient_reaches(
+        model, "loss_distill", "roi_heads.region_head.projection"
     )
 
 
@@ -253,6 +254,21 @@ def test_detail__boxes_and_masks_read_the_fine_map_and_embeddings_do_not() -> No
     flat, text, _ = heads.embed(prepared, boxes)
     assert sources(heads.regress(prepared, boxes, flat)) == (True, True)
     assert text is not None and sources(text) == (False, True)
+
+
+def test_export__keeps_the_names_that_older_checkpoints_have() -> None:
+    model = make("ensemble")
+    state = model.state_dict()
+    assert {name.split(".")[1] for name in state if name.endswith("projection.bias")} == {"tower", "image_tower"}
+    assert {name for name, _ in model.named_parameters()} - set(state) == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("roi_heads.region_head", "roi_heads.image_head"))
+    }
+    other = make("ensemble")
+    other.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+    assert not any(bool(value.any()) for value in other.roi_heads.image_head.state_dict().values())
+    assert not any(bool(value.any()) for value in other.roi_heads.region_head.state_dict().values())
 
 
 @pytest.mark.parametrize("regions", [0, 3])

@@ -15,7 +15,7 @@ from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.detr.structures import FeatureMap
 from ovd.modeling.detr.transformer import ConditionalDecoderLayer, EncoderLayer
-from ovd.modeling.region_head import Tower
+from ovd.modeling.region_head import RegionHead, conv_fc_head
 
 C, D, STRIDE, CHANNELS = 5, 12, 16, 8
 
@@ -39,7 +39,7 @@ def make(
     variant: str = "text",
     novel: tuple[int, ...] = (),
     seed: int = 0,
-    region_tower: Tower | None = None,
+    region_tower: RegionHead | None = None,
     frozen: bool = True,
     **changes: Any,
 ) -> Detr:
@@ -104,16 +104,7 @@ def patch_batch(count: int, patches: int, *, side: int = 64, seed: int = 0) -> l
     return samples
 
 
-def region_tower(seed: int = 3) -> Tower:
-    """A tower that reads the small backbone's map."""
+def region_tower(seed: int = 3) -> RegionHead:
+    """A head that reads the small backbone's map."""
     torch.manual_seed(seed)
-    return Tower(
-        kind="conv_fc",
-        in_channels=CHANNELS,
-        resolution=4,
-        embed_dim=D,
-        depth=18,
-        norm="",
-        conv_dims=(8,),
-        fc_dims=(16,),
-    )
+    return conv_fc_head(in_channels=CHANNELS, resolution=4, embed_dim=D, norm="", conv_dims=(8,), fc_dims=(16,))

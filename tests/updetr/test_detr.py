@@ -20,7 +20,7 @@ from ovd.evaluation.examples import PretextPredictor, example_predictor
 from ovd.examples import Crop
 from ovd.inference import detr_regions
 from ovd.inference.scoring import Calibration
-from ovd.modeling.backbone import load_resnet
+from ovd.modeling.backbone import load_bottom_up
 from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr.build import build_detr
@@ -28,10 +28,10 @@ from ovd.modeling.detr.checkpoints import read_start, refuse_other_attention, st
 from ovd.modeling.detr.matcher import Assignment, hungarian_match
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.detr.structures import DecoderOutput, Targets
+from ovd.modeling.export import DetectorCard, save_detector
 from ovd.modeling.load import load_detector_model
 from ovd.modeling.region_head import start_body, start_projection
 from ovd.modeling.task import DetectionTask
-from ovd.modeling.vild.build import DetectorCard, save_detector
 from ovd.regions.crops import crop_regions
 from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.engine.config import OptimConfig
@@ -295,8 +295,8 @@ def test_official__a_checkpoint_with_a_namespace_loads_and_every_key_is_accounte
     assert has_backbone
     report = start_detr(model, given, source=str(file))
     assert report.unexpected == ("bbox_attention.weight",)
-    assert set(report.dropped) == {"class_embed.weight", "class_embed.bias"}
-    assert not report.missing and not report.other_shape and not report.queries
+    assert set(report.skipped) == {"class_embed.weight", "class_embed.bias"}
+    assert not report.missing and not report.other_shape and not report.notes
     state = model.state_dict()
     for name in official_transformer() - {"class_embed.weight", "class_embed.bias"}:
         assert torch.equal(state[name], released[name]), name
@@ -328,7 +328,7 @@ def test_start__keeps_query_embeddings_and_says_what_happened_to_them(queries: i
     fresh = target.query_embed.weight.detach().clone()
     rows = target.classifier.rows.clone() if target.classifier is not None else None
     report = start_detr(target, source.state_dict(), source="there", backbone=False)
-    assert said in report.queries and said in str(report)
+    assert said in report.notes and said in str(report)
     kept = min(queries, 6)
     assert torch.equal(target.query_embed.weight[:kept], source.query_embed.weight[:kept])
     assert torch.equal(target.query_embed.weight[kept:], fresh[kept:])
@@ -582,7 +582,7 @@ def test_region_tower__starts_as_the_last_stage_and_survives_export(tmp_path: Pa
     assert model.region_tower is not None
     assert isinstance(encoder.visual, ResNetImage)
     state = export_backbone(encoder)
-    load_resnet(model.backbone, state, source="the encoder")
+    load_bottom_up(model.backbone, state, source="the encoder")
     start_body(model.region_tower, state, source="the encoder")
     start_projection(model.region_tower, encoder.visual.proj.weight)
     model.eval()

@@ -10,22 +10,14 @@ import torch
 from torch import Tensor
 
 from ovd.config_detr import DetrConfig
-from ovd.modeling.backbone import build_resnet, stage_channels
+from ovd.modeling.backbone import build_bottom_up
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.detr.structures import FeatureMap
-from ovd.modeling.region_head import Tower
-from ovd.modeling.vild.build import STRIDES, DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.region_head import last_stage_head
 
 REGION_RESOLUTION = 4  # side of the map a region tower reads: the encoder's own res4 at 64 pixels
-
-
-def feature_maps(config: DetrConfig) -> list[FeatureMap]:
-    """The backbone's maps that are joined; their channels are those of a patch's feature in its own space."""
-    bb = config.backbone
-    return [
-        FeatureMap(name, stage_channels(depth=bb.depth, index=int(name[3:])), STRIDES[name]) for name in bb.features
-    ]
 
 
 def build_detr(
@@ -51,24 +43,14 @@ def build_detr(
     bb = config.backbone
     if config.variant == "text" and rows is None:
         raise ValueError("variant 'text' needs the text embeddings of its vocabulary")
-    backbone = build_resnet(
-        depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=bb.features, freeze_at=bb.freeze_at
-    )
+    backbone = build_bottom_up(bb, out_features=bb.features)
+    shapes = backbone.output_shape()
+    features = [FeatureMap(name, shapes[name].channels, shapes[name].stride) for name in bb.features]
     classifier = region_tower = None
     if config.variant == "text" and rows is not None:
         classifier = EmbeddingClassifier(rows=rows, trainable=trainable, scale=config.scale)
     if config.region_tower:
-        region_tower = Tower(
-            kind="res5",
-            in_channels=stage_channels(depth=bb.depth, index=4),
-            resolution=REGION_RESOLUTION,
-            embed_dim=embed_dim,
-            depth=bb.depth,
-            norm=bb.norm,
-            conv_dims=(),
-            fc_dims=(),
-        )
-    features = feature_maps(config)
+        region_tower = last_stage_head(bb, resolution=REGION_RESOLUTION, norm=bb.norm, embed_dim=embed_dim)
     return Detr(
         config,
         backbone=backbone,
@@ -139,14 +121,13 @@ def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
     """
     card = read_card(folder)
     state, bank = exported_tensors(folder)
-    config = DetrConfig.model_validate({k: v for k, v in card.model.items() if k != "head"})
-    trainable = torch.ones(len(card.classes), dtype=torch.bool)
-    trainable[list(card.novel)] = False
+    config = card.architecture
+    assert isinstance(config, DetrConfig)
     model = build_detr(
         config,
         embed_dim=card.embed_dim,
         rows=torch.ones(len(card.classes), card.embed_dim) if config.variant == "text" else None,
-        trainable=trainable,
+        trainable=card.trainable,
         classes=len(card.classes),
         pixel_mean=card.pixel_mean,
         pixel_std=card.pixel_std,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,44 +13,14 @@ from torch import Tensor
 from ovd.config_detr import DetrConfig
 from ovd.modeling.backbone import to_detectron2
 from ovd.modeling.detr.network import Detr
-from ovd.modeling.vild.build import exported_tensors, read_card
+from ovd.modeling.export import exported_tensors, read_card
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import EXPORTED
+from pretrain.engine.state import LoadReport, load_tensors
 from pretrain.nets.checkpoints import read_tensors
 
 OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoints
 DROPPED = ("class_embed.", "classifier.")  # what fine-tuning starts anew, as UP-DETR's paper does
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a start took from a checkpoint; names are those of our parameters.
-
-    Attributes:
-        matched: copied.
-        missing: ours, not in the checkpoint; they keep their start.
-        unexpected: the checkpoint's, not ours.
-        dropped: left out on purpose (classification layers).
-        other_shape: in both, but of another shape; they keep their start.
-        queries: what happened to the query embeddings, or "" when they fitted.
-    """
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    dropped: tuple[str, ...]
-    other_shape: tuple[str, ...]
-    queries: str = ""
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.matched)} tensors loaded"]
-        for name in ("missing", "unexpected", "dropped", "other_shape"):
-            keys = getattr(self, name)
-            if keys:
-                parts.append(
-                    f"{name.replace('_', ' ')} {len(keys)}: {', '.join(keys[:6])}{' …' if len(keys) > 6 else ''}"
-                )
-        return "; ".join(parts) + (f"; {self.queries}" if self.queries else "")
 
 
 def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,7 +84,7 @@ def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: Detr
         raise UserError(f"weights={path}: trained with model.heads={heads}, not {config.heads}; set it so here")
 
 
-def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> Report:
+def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> LoadReport:
     """Copy what fits; classification layers start anew, query embeddings are kept and cut to the number of queries.
 
     Args:
@@ -126,38 +96,25 @@ def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbon
     Raises:
         UserError: less than half of the transformer fits, so this is another architecture.
     """
-    own = model.state_dict()
-    copied: dict[str, Tensor] = {}
-    other, queries = [], ""
-    for key, value in own.items():
-        if key.startswith(DROPPED) or key not in state or (key.startswith("backbone.") and not backbone):
-            continue
-        given = state[key]
-        if given.shape == value.shape:
-            copied[key] = given
-        elif key in ("query_embed.weight", "query_anchor") and given.shape[1:] == value.shape[1:]:
-            kept = min(len(given), len(value))
-            copied[key] = torch.cat([given[:kept].to(value), value[kept:]])
-            queries = (
-                f"query embeddings: the first {kept} of {len(given)} are kept"
-                + (f", the other {len(value) - kept} start anew" if len(value) > kept else "")
-            )  # fmt: skip
-        else:
-            other.append(key)
-    transformer = [k for k in own if k.startswith("transformer.")]
-    fitting = sum(k in copied for k in transformer)
+    expected = model.state_dict()
+    transformer = [k for k in expected if k.startswith("transformer.")]
+    fitting = sum(k in state and state[k].shape == expected[k].shape for k in transformer)
     if 2 * fitting < len(transformer):  # a bias or two always fit
         raise UserError(
             f"weights={source}: {fitting} of {len(transformer)} transformer tensors fit; "
             "model.arch, width and ffn must be those it was trained with"
         )
-    left = {k for k in own if k.startswith("backbone.")} if not backbone else set()
-    model.load_state_dict({**own, **copied})
-    return Report(
-        matched=tuple(copied),
-        missing=tuple(k for k in own if k not in state and not k.startswith(DROPPED) and k not in left),
-        unexpected=tuple(k for k in state if k not in own and not k.startswith(DROPPED)),
-        dropped=tuple(k for k in state if k.startswith(DROPPED)),
-        other_shape=tuple(other),
-        queries=queries,
-    )
+    queries: dict[str, Tensor] = {}
+    notes = ""
+    for key in ("query_embed.weight", "query_anchor"):
+        if key in expected and key in state and expected[key].shape != state[key].shape:
+            given, fresh = state[key], expected[key]
+            if given.shape[1:] == fresh.shape[1:]:
+                kept = min(len(given), len(fresh))
+                queries[key] = torch.cat([given[:kept].to(fresh), fresh[kept:]])
+                notes = f"query embeddings: the first {kept} of {len(given)} are kept"
+                if len(fresh) > kept:
+                    notes += f", the other {len(fresh) - kept} start anew"
+    skip = DROPPED if backbone else (*DROPPED, "backbone.")
+    report = load_tensors(model, {**state, **queries}, source=source, strict="no", skip=skip)
+    return replace(report, notes=notes)

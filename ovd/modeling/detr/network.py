@@ -51,7 +51,7 @@ from ovd.modeling.detr.transformer import (
     PlainDecoder,
     zero_init_residual_branches,
 )
-from ovd.modeling.region_head import Tower
+from ovd.modeling.region_head import RegionHead
 
 if TYPE_CHECKING:
     from ovd.data.samples import LabelledSample, PictureSample
@@ -86,7 +86,7 @@ class Detr(nn.Module):
         embed_dim: int,
         classifier: EmbeddingClassifier | None,
         num_classes: int,
-        region_tower: Tower | None,
+        region_tower: RegionHead | None,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:

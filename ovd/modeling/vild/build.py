@@ -1,39 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assembling, saving and loading detectors. The only place that knows how a config becomes a Detectron2 model."""
+"""Assembling Mask R-CNN and ViLD. The only place that knows how their config becomes a Detectron2 model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
-from torch import Tensor, nn
+from torch import Tensor
 
-from ovd.config import ModelConfig
-from ovd.modeling.backbone import build_fpn, build_resnet, stage_channels
+from ovd.config import DetectorBackboneConfig, HeadConfig, ModelConfig, ProposalConfig
+from ovd.modeling.backbone import build_bottom_up, build_fpn
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.region_head import Tower
+from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.region_head import RegionHead, conv_fc_head, last_stage_head
+from ovd.modeling.vild.detail_map import DetailBoxHead, DetailMap
 from ovd.modeling.vild.mask_head import MaskHead
-from ovd.modeling.vild.rcnn import DetailBoxHead, DetailMap, OpenVocabularyHeads, OpenVocabularyRCNN
+from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
+from ovd.modeling.vild.roi_heads import OpenVocabularyHeads
 from ovd.modeling.vild.sampling import SeededRPN
-from ovd.vocabulary import TEMPLATE_SETS
-from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
-
-FORMAT = 1
-"""Version of ``model.json``."""
-
-STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 def build_model(
@@ -52,201 +45,143 @@ def build_model(
         embed_dim: D of the encoder whose space the regions live in.
         rows: (C, D) text embeddings of the training vocabulary; None for ``agnostic`` and ``image``.
         trainable: (C,) bool, False for novel classes.
-        pixel_mean, pixel_std: of the encoder, RGB in 0…255.
+        pixel_mean, pixel_std: of the backbone's training, RGB in 0…255.
     """
-    bb, head = config.backbone, config.head
-    backbone: nn.Module
-    if bb.kind == "c4":
-        backbone = build_resnet(
-            depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=("res3", "res4"), freeze_at=bb.freeze_at
-        )
-        rpn_in, box_in, mask_in = ["res4"], ["res4"], ["res3"]
-        channels = {name: stage_channels(depth=bb.depth, index=int(name[3:])) for name in ("res3", "res4")}
-        strides = {"res3": 8, "res4": 16}
-    else:
-        bottom_up = build_resnet(
-            depth=bb.depth, stem=bb.stem, norm=bb.norm, out_features=bb.fpn_levels, freeze_at=bb.freeze_at
-        )
-        backbone = build_fpn(bottom_up, in_features=bb.fpn_levels, channels=bb.fpn_channels, norm="")
-        names = [f"p{int(level[3:])}" for level in bb.fpn_levels]
-        extra = f"p{int(names[-1][1:]) + 1}"
-        strides = {f"p{int(level[3:])}": STRIDES[level] for level in bb.fpn_levels}
-        strides[extra] = strides[names[-1]] * 2
-        channels = dict.fromkeys([*names, extra], bb.fpn_channels)
-        rpn_in, box_in, mask_in = [*names, extra], names, names
-
-    detail: DetailMap | None = None
-    if head.detail is not None:
-        detail = DetailMap(fine_channels=channels["res3"], coarse_channels=channels["res4"], channels=head.detail)
-        strides["detail"], channels["detail"], mask_in = strides["res3"], head.detail, ["detail"]
-
-    proposals = config.proposals
-    anchors = DefaultAnchorGenerator(
-        sizes=[list(s) for s in proposals.anchor_sizes],
-        aspect_ratios=[list(proposals.aspect_ratios)],
-        strides=[strides[name] for name in rpn_in],
-    )
-    rpn = SeededRPN(
-        in_features=rpn_in,
-        head=StandardRPNHead(
-            in_channels=channels[rpn_in[0]],
-            num_anchors=anchors.num_anchors[0],
-            conv_dims=[-1] * proposals.conv_layers,
-        ),
-        anchor_generator=anchors,
-        anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
-        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
-        batch_size_per_image=proposals.batch_per_image,
-        positive_fraction=0.5,
-        pre_nms_topk=proposals.pre_nms,
-        post_nms_topk=proposals.post_nms,
-        nms_thresh=proposals.nms,
-        smooth_l1_beta=1.0 / 9.0,
-    )
-
-    def pooler(names: list[str], resolution: int) -> ROIPooler:
-        # With one level every box is read from it; with a pyramid Detectron2's canonical rule picks the level.
-        return ROIPooler(
-            output_size=resolution,
-            scales=[1.0 / strides[name] for name in names],
-            sampling_ratio=2,
-            pooler_type="ROIAlignV2",
-        )
-
-    def tower(dim: int | None) -> Tower:
-        return Tower(
-            kind="res5" if bb.kind == "c4" else "conv_fc",
-            in_channels=channels[box_in[0]],
-            resolution=head.resolution,
-            embed_dim=dim,
-            depth=bb.depth,
-            norm=head.norm,
-            conv_dims=head.conv_dims,
-            fc_dims=head.fc_dims,
-        )
-
     has_text = config.variant in ("text", "vild", "ensemble")
     if has_text and rows is None:
         raise ValueError(f"variant {config.variant!r} needs the text embeddings of its vocabulary")
-    classifier = (
-        EmbeddingClassifier(rows=rows, trainable=trainable, scale=head.scale) if has_text and rows is not None else None
-    )
-    heads = OpenVocabularyHeads(
-        variant=config.variant,
-        classifier=classifier,
-        tower=None
-        if config.variant == "agnostic" and detail is not None
-        else tower(None if config.variant == "agnostic" else embed_dim),
-        image_tower=tower(embed_dim) if config.variant == "ensemble" else None,
-        box_in_features=box_in,
-        box_pooler=pooler(box_in, head.resolution),
-        mask_in_features=mask_in,
-        mask_pooler=pooler(mask_in, head.mask_resolution) if head.mask else None,
-        mask_head=MaskHead(
-            ShapeSpec(channels=channels[mask_in[0]], height=head.mask_resolution, width=head.mask_resolution),
-            num_classes=1,
-            conv_dims=list(head.mask_dims),
-            conv_norm=head.mask_norm,
-        )
-        if head.mask
-        else None,
-        distill_weight=head.distill_weight,
-        detail=detail,
-        detail_pooler=pooler(["detail"], head.detail_resolution) if detail is not None else None,
-        detail_head=DetailBoxHead(channels=channels["detail"], resolution=head.detail_resolution, hidden=head.detail_fc)
-        if detail is not None
-        else None,
-        num_classes=classifier.num_classes if classifier is not None else 1,
-        batch_size_per_image=head.batch_per_image,
-        positive_fraction=head.positive_fraction,
-        proposal_matcher=Matcher([0.5], [0, 1], allow_low_quality_matches=False),
-    )
+    backbone = build_backbone(config.backbone)
+    maps, detail = backbone.output_shape(), None
+    if config.head.detail is not None:
+        width = config.head.detail
+        detail = DetailMap(fine_channels=maps["res3"].channels, coarse_channels=maps["res4"].channels, channels=width)
+        maps = {**maps, "detail": ShapeSpec(channels=width, stride=maps["res3"].stride)}
+    rpn_features = ["res4"] if config.backbone.kind == "c4" else list(maps)
+    rpn = build_rpn(config.proposals, features=rpn_features, maps=maps)
+    classifier = None
+    if has_text and rows is not None:
+        classifier = EmbeddingClassifier(rows=rows, trainable=trainable, scale=config.head.scale)
     return OpenVocabularyRCNN(
         backbone=backbone,
         proposal_generator=rpn,
-        roi_heads=heads,
+        roi_heads=build_heads(config, maps=maps, embed_dim=embed_dim, classifier=classifier, detail=detail),
         pixel_mean=tuple(pixel_mean),
         pixel_std=tuple(pixel_std),
         input_format="RGB",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DetectorCard:
-    """What stands in ``model.json`` beside the weights.
-
-    Attributes:
-        model: the architecture as a plain dict of :class:`ModelConfig`.
-        embed_dim: D.
-        pixel_mean, pixel_std: RGB, 0…255.
-        encoder: name or path of the encoder.
-        encoder_fingerprint: its sha256; another encoder's texts would mean nothing here.
-        short_side, long_side: input size the model was trained at, pixels.
-        classes: training vocabulary, in the order of the classifier's rows.
-        novel: indices of the classes that no label of training named.
-        bank: the background words, fixed competitors of every class.
-        calibration: fields of :class:`Calibration`.
-        config_hash: of the training configuration.
-        templates: name of the prompts that the classes were embedded with.
-        crop_refinement: regions of a picture that the image encoder embeds too, as the calibration was fitted
-            (`ovd.inference.crop_refinement`); ``second_look`` in older files.
-    """
-
-    model: dict[str, Any]
-    embed_dim: int
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
-    encoder: str
-    encoder_fingerprint: str
-    short_side: int
-    long_side: int
-    classes: tuple[str, ...]
-    novel: tuple[int, ...]
-    bank: tuple[str, ...]
-    calibration: dict[str, float]
-    config_hash: str
-    format: int = FORMAT
-    templates: str = "sticker"  # cards that do not say are older than the choice
-    crop_refinement: int = 0
-
-    @property
-    def is_transformer(self) -> bool:
-        """Whether `model` describes a detection transformer, not a Mask R-CNN."""
-        return self.model.get("arch", "mask_rcnn") != "mask_rcnn"
+def build_backbone(config: DetectorBackboneConfig) -> Backbone:
+    """The network alone, giving res3 and res4 (kind ``c4``), or below a feature pyramid (kind ``fpn``)."""
+    if config.kind == "c4":
+        return build_bottom_up(config, out_features=("res3", "res4"))
+    bottom_up = build_bottom_up(config, out_features=config.fpn_levels)
+    return build_fpn(bottom_up, in_features=config.fpn_levels, channels=config.fpn_channels, norm="")
 
 
-def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: Tensor, half: bool = True) -> None:
-    """Write ``model.safetensors`` and ``model.json``; floats as fp16 when ``half``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{k}": v.detach().cpu() for k, v in model.state_dict().items()}
-    tensors["bank"] = bank.cpu()
-    if half:
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    save_weights(folder / "model.safetensors", {k: v.contiguous() for k, v in tensors.items()}, {"format": str(FORMAT)})
-    (folder / "model.json").write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def build_rpn(config: ProposalConfig, *, features: list[str], maps: Mapping[str, ShapeSpec]) -> SeededRPN:
+    """The region proposal network over some of the backbone's maps."""
+    anchors = DefaultAnchorGenerator(
+        sizes=[list(s) for s in config.anchor_sizes],
+        aspect_ratios=[list(config.aspect_ratios)],
+        strides=[maps[name].stride for name in features],
+    )
+    return SeededRPN(
+        in_features=features,
+        head=StandardRPNHead(
+            in_channels=maps[features[0]].channels,
+            num_anchors=anchors.num_anchors[0],
+            conv_dims=[-1] * config.conv_layers,
+        ),
+        anchor_generator=anchors,
+        anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
+        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        batch_size_per_image=config.batch_per_image,
+        positive_fraction=0.5,
+        pre_nms_topk=config.pre_nms,
+        post_nms_topk=config.post_nms,
+        nms_thresh=config.nms,
+        smooth_l1_beta=1.0 / 9.0,
+    )
 
 
-def read_card(folder: Path) -> DetectorCard:
-    """The card of an exported detector.
+def build_heads(
+    config: ModelConfig,
+    *,
+    maps: Mapping[str, ShapeSpec],
+    embed_dim: int,
+    classifier: EmbeddingClassifier | None,
+    detail: DetailMap | None,
+) -> OpenVocabularyHeads:
+    """Box, mask and embedding heads over the backbone's maps (and the detail map, if there is one)."""
+    head, variant = config.head, config.variant
+    if config.backbone.kind == "c4":
+        box_features, mask_features = ["res4"], ["res3" if detail is None else "detail"]
+    else:
+        box_features = mask_features = list(maps)[:-1]  # the RPN alone reads the extra level
+    needs_head = variant != "agnostic" or detail is None
+    region_head = image_head = None
+    if needs_head:
+        dim = None if variant == "agnostic" else embed_dim
+        region_head = build_region_head(config, in_channels=maps[box_features[0]].channels, embed_dim=dim)
+    if variant == "ensemble":
+        image_head = build_region_head(config, in_channels=maps[box_features[0]].channels, embed_dim=embed_dim)
+    mask_head = build_mask_head(head, in_channels=maps[mask_features[0]].channels) if head.mask else None
+    detail_head = None
+    if detail is not None:
+        width = maps["detail"].channels
+        detail_head = DetailBoxHead(channels=width, resolution=head.detail_resolution, hidden=head.detail_fc)
+    return OpenVocabularyHeads(
+        variant=variant,
+        classifier=classifier,
+        region_head=region_head,
+        image_head=image_head,
+        box_in_features=box_features,
+        box_pooler=build_pooler(box_features, maps=maps, resolution=head.resolution),
+        mask_in_features=mask_features,
+        mask_pooler=build_pooler(mask_features, maps=maps, resolution=head.mask_resolution) if head.mask else None,
+        mask_head=mask_head,
+        distill_weight=head.distill_weight,
+        detail=detail,
+        detail_pooler=build_pooler(["detail"], maps=maps, resolution=head.detail_resolution) if detail else None,
+        detail_head=detail_head,
+        num_classes=classifier.num_classes if classifier is not None else 1,
+        batch_size_per_image=head.batch_per_image,
+        positive_fraction=head.positive_fraction,
+        proposal_matcher=Matcher([0.5], [0, 1], allow_low_quality_matches=False),
+    )
 
-    Raises:
-        UserError: no detector there, or a card this version cannot read.
-    """
-    path = folder / "model.json"
-    hint = "a detector is a folder with model.json and model.safetensors, as ovd.train exports it"
-    raw = read_json(path, hint=hint)
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise UserError(f"{path}: not a detector card of format {FORMAT}; export the model again with this version")
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        if "second_look" in values:  # the field's former name
-            values.setdefault("crop_refinement", values.pop("second_look"))
-        card = DetectorCard(**values)
-        if card.templates not in TEMPLATE_SETS:
-            raise TypeError(f"unknown templates {card.templates!r}")
-        return card
-    except TypeError as error:
-        raise UserError(f"{path}: {error}; export the model again with this version") from error
+
+def build_region_head(config: ModelConfig, *, in_channels: int, embed_dim: int | None) -> RegionHead:
+    """The network's last stage (kind ``c4``), or convolutions and fully connected layers (kind ``fpn``)."""
+    head = config.head
+    if config.backbone.kind == "c4":
+        return last_stage_head(config.backbone, resolution=head.resolution, norm=head.norm, embed_dim=embed_dim)
+    return conv_fc_head(
+        in_channels=in_channels,
+        resolution=head.resolution,
+        norm=head.norm,
+        conv_dims=head.conv_dims,
+        fc_dims=head.fc_dims,
+        embed_dim=embed_dim,
+    )
+
+
+def build_mask_head(config: HeadConfig, *, in_channels: int) -> MaskHead:
+    """The class-agnostic mask head."""
+    side = config.mask_resolution
+    shape = ShapeSpec(channels=in_channels, height=side, width=side)
+    return MaskHead(shape, num_classes=1, conv_dims=list(config.mask_dims), conv_norm=config.mask_norm)
+
+
+def build_pooler(features: list[str], *, maps: Mapping[str, ShapeSpec], resolution: int) -> ROIPooler:
+    """RoIAlign; with one map every box is read from it, with a pyramid Detectron2's canonical rule picks the level."""
+    return ROIPooler(
+        output_size=resolution,
+        scales=[1.0 / maps[name].stride for name in features],
+        sampling_ratio=2,
+        pooler_type="ROIAlignV2",
+    )
 
 
 def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
@@ -259,42 +194,15 @@ def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
     if card.is_transformer:
         raise UserError(f"{folder}: a detection transformer, where a Mask R-CNN is needed (mask_rcnn.yaml, vild.yaml)")
     state, bank = exported_tensors(folder)
-    config = ModelConfig.model_validate(card.model)
-    trainable = torch.ones(len(card.classes), dtype=torch.bool)
-    trainable[list(card.novel)] = False
-    rows = torch.ones(len(card.classes), card.embed_dim) if card.classes else None
+    config = card.architecture
+    assert isinstance(config, ModelConfig)
     model = build_model(
         config,
         embed_dim=card.embed_dim,
-        rows=rows,
-        trainable=trainable,
+        rows=torch.ones(len(card.classes), card.embed_dim) if card.classes else None,
+        trainable=card.trainable,
         pixel_mean=card.pixel_mean,
         pixel_std=card.pixel_std,
     )
     load_exported(model, state, folder)
     return model.eval(), card, bank
-
-
-def exported_tensors(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """(state dict, (B, D) bank embeddings) of an exported detector, in full precision."""
-    tensors, _ = load_weights(folder / "model.safetensors")
-    state = {
-        k.removeprefix("model."): v.float() if v.is_floating_point() else v
-        for k, v in tensors.items()
-        if k.startswith("model.")
-    }
-    return state, tensors["bank"].float()
-
-
-def load_exported(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Load an exported state dict whole.
-
-    Raises:
-        UserError: it does not fit the card that the model was built from.
-    """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder / 'model.safetensors'}: does not fit its model.json: {str(error).splitlines()[-1].strip()}"
-        ) from error

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViLD on Detectron2: a class-agnostic Mask R-CNN whose regions live in CLIP's embedding space.
+"""ViLD's heads: text classifier, image head with its distillation, and class-agnostic boxes and masks.
 
-Paper: Gu et al., "Open-vocabulary Object Detection via Vision and Language Knowledge Distillation" (2104.13921).
-Particular to it: boxes and masks know no classes; classes are cosines to frozen text embeddings; a second loss pulls
-the embeddings of *offline* proposals to what CLIP's image encoder says of the same crops, so that regions nobody
-labelled are learned too.
-
-Shapes: ``N`` images, ``R`` regions of the batch, ``D`` joint embedding.
+Shapes: ``R`` regions of the batch, ``D`` joint embedding.
 """
 
 from __future__ import annotations
@@ -16,65 +11,25 @@ from typing import Any, Literal, NamedTuple
 import torch
 from detectron2.layers import cat
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import select_foreground_proposals
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import EventStorage
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.distillation import l1_distillation
-from ovd.modeling.region_head import Tower
+from ovd.modeling.region_head import RegionHead
+from ovd.modeling.vild.detail_map import DetailBoxHead, DetailMap
 from ovd.modeling.vild.mask_head import MaskHead
 from ovd.modeling.vild.sampling import SeededROIHeads
 from pretrain.engine.distributed import shares
 
+STORED_NAMES = {"region_head": "tower", "image_head": "image_tower"}  # in checkpoints and exported detectors
+
 Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]
-
-
-class DetailMap(nn.Module):
-    """One map of stride 8 from res3 and res4 of a C4 backbone, for boxes and masks.
-
-    CLIP's last stage sees a region as 2x2 cells, which says what is there and hardly where it ends. Lateral 1x1
-    convolutions, sum after up-sampling, 3x3 convolution, as in FPN (Lin et al., arXiv:1612.03144, section 3).
-    """
-
-    def __init__(self, *, fine_channels: int, coarse_channels: int, channels: int) -> None:
-        super().__init__()
-        self.fine = nn.Conv2d(fine_channels, channels, 1)
-        self.coarse = nn.Conv2d(coarse_channels, channels, 1)
-        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
-        for convolution in (self.fine, self.coarse, self.smooth):
-            nn.init.kaiming_uniform_(convolution.weight, a=1)  # FPN's reference initialisation
-            assert convolution.bias is not None
-            nn.init.zeros_(convolution.bias)
-
-    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        """(N, fine_channels, H, W) and (N, coarse_channels, about H/2, about W/2) to (N, channels, H, W)."""
-        coarse = F.interpolate(self.coarse(coarse), scale_factor=2.0, mode="nearest")
-        return self.smooth(self.fine(fine) + coarse[..., : fine.shape[-2], : fine.shape[-1]])
-
-
-class DetailBoxHead(nn.Module):
-    """Regions pooled from the detail map, (R, channels, S, S), to a hidden layer that the box regressor reads."""
-
-    def __init__(self, *, channels: int, resolution: int, hidden: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.GroupNorm(channels // 8, channels),
-            nn.ReLU(inplace=True),
-            nn.Flatten(),
-            nn.Linear(channels * resolution**2, hidden),
-            nn.ReLU(inplace=True),
-        )
-        self.width = hidden
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.layers(pooled)
 
 
 class RegionOutputs(NamedTuple):
@@ -85,19 +40,36 @@ class RegionOutputs(NamedTuple):
     image: Tensor | None
 
 
+def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    """Give the region heads their stored names in a state dict."""
+    _rename(state, {f"{prefix}{name}.": f"{prefix}{stored}." for name, stored in STORED_NAMES.items()})
+
+
+def _from_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    """Give the region heads the names of their attributes in a state dict that is about to be loaded."""
+    _rename(state, {f"{prefix}{stored}.": f"{prefix}{name}." for name, stored in STORED_NAMES.items()})
+
+
+def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> None:
+    for key in list(state):
+        for old, new in prefixes.items():
+            if key.startswith(old):
+                state[new + key.removeprefix(old)] = state.pop(key)
+
+
 class OpenVocabularyHeads(SeededROIHeads):
     """Box, mask and embedding heads of all variants.
 
-    With a detail map boxes and masks read that and the towers embed only.
+    With a detail map boxes and masks read that and the region heads embed only.
 
     ======== ================================ ==================
-    variant  towers                           losses
+    variant  region heads                     losses
     ======== ================================ ==================
     agnostic one, or none with a detail map   box, mask
     text     one                              + text
     image    one                              + distillation
     vild     one, shared                      + both
-    ensemble two; boxes from the text tower   + text | distillation
+    ensemble two; boxes from the text head    + text | distillation
     ======== ================================ ==================
     """
 
@@ -106,41 +78,59 @@ class OpenVocabularyHeads(SeededROIHeads):
         *,
         variant: Variant,
         classifier: EmbeddingClassifier | None,
-        tower: Tower | None,
-        image_tower: Tower | None,
+        region_head: RegionHead | None,
+        image_head: RegionHead | None,
         box_in_features: list[str],
         box_pooler: ROIPooler,
         mask_in_features: list[str],
         mask_pooler: ROIPooler | None,
         mask_head: MaskHead | None,
         distill_weight: float,
+        num_classes: int,
+        batch_size_per_image: int,
+        positive_fraction: float,
+        proposal_matcher: Matcher,
         detail: DetailMap | None = None,
         detail_pooler: ROIPooler | None = None,
         detail_head: DetailBoxHead | None = None,
         box_beta: float = 1.0,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if (variant == "ensemble") != (image_tower is not None):
-            raise ValueError("exactly the ensemble has a second tower")
+        super().__init__(
+            num_classes=num_classes,
+            batch_size_per_image=batch_size_per_image,
+            positive_fraction=positive_fraction,
+            proposal_matcher=proposal_matcher,
+        )
+        if (variant == "ensemble") != (image_head is not None):
+            raise ValueError("exactly the ensemble has a second region head")
         if (classifier is None) == (variant in ("text", "vild", "ensemble")):
             raise ValueError(f"variant {variant!r} {'needs a' if classifier is None else 'has no'} text classifier")
-        if (tower is None) != (variant == "agnostic" and detail_head is not None):
-            raise ValueError("exactly the agnostic variant with a detail map has no tower: nothing would read it")
+        if (region_head is None) != (variant == "agnostic" and detail_head is not None):
+            raise ValueError("exactly the agnostic variant with a detail map has no region head: nothing would read it")
         self.variant = variant
         self.classifier = classifier
-        self.tower = tower
-        self.image_tower = image_tower
+        self.region_head = region_head
+        self.image_head = image_head
         self.box_in_features, self.box_pooler = box_in_features, box_pooler
         self.mask_in_features, self.mask_pooler, self.mask_head = mask_in_features, mask_pooler, mask_head
         self.detail, self.detail_pooler, self.detail_head = detail, detail_pooler, detail_head
-        width = detail_head.width if detail_head is not None else tower.box_features if tower is not None else 0
+        width = (
+            detail_head.width if detail_head is not None else region_head.box_features if region_head is not None else 0
+        )
         self.box_regressor = nn.Linear(width, 4)
         nn.init.normal_(self.box_regressor.weight, std=0.001)  # Fast R-CNN section 3.3
         nn.init.zeros_(self.box_regressor.bias)
         self.box_transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
         self.box_beta = box_beta
         self.distill_weight = distill_weight
+        self.register_state_dict_post_hook(_to_stored_names)
+        self.register_load_state_dict_pre_hook(_from_stored_names)
+
+    @property
+    def region_heads(self) -> dict[str, RegionHead]:
+        """The heads that embed regions, by their names here."""
+        heads = {"region_head": self.region_head, "image_head": self.image_head}
+        return {name: head for name, head in heads.items() if head is not None}
 
     @property
     def distils(self) -> bool:
@@ -161,19 +151,19 @@ class OpenVocabularyHeads(SeededROIHeads):
     def embed(
         self, features: dict[str, Tensor], boxes: list[Boxes]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(box features of the tower, text embedding, image embedding) of all boxes of the batch, in order."""
-        if self.tower is None:
+        """(box features of the region head, text embedding, image embedding) of all boxes of the batch, in order."""
+        if self.region_head is None:
             return None, None, None
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
-        flat, embedding = self.tower(pooled)
+        flat, embedding = self.region_head(pooled)
         if self.variant == "agnostic":
             return flat, None, None
-        if self.image_tower is not None:
-            return flat, embedding, self.image_tower(pooled)[1]
+        if self.image_head is not None:
+            return flat, embedding, self.image_head(pooled)[1]
         return flat, embedding, embedding if self.variant in ("image", "vild") else None
 
     def regress(self, features: dict[str, Tensor], boxes: list[Boxes], flat: Tensor | None) -> Tensor:
-        """(R, 4) box deltas, from the detail map where there is one, else from the tower's features ``flat``."""
+        """(R, 4) box deltas, from the detail map where there is one, else from the region head's features ``flat``."""
         if self.detail_head is None or self.detail_pooler is None:
             assert flat is not None
             return self.box_regressor(flat)
@@ -210,12 +200,12 @@ class OpenVocabularyHeads(SeededROIHeads):
             # One pass over sampled and offline regions, so that batch statistics are shared (released code: "vanilla").
             offline = [r.proposal_boxes for r in regions or []]
             flat, text, image = self.embed(features, [Boxes.cat([a, b]) for a, b in zip(boxes, offline, strict=True)])
-            assert flat is not None  # who distils has a tower
-            own = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(flat.device)
+            assert flat is not None  # who distils has a region head
+            labelled = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(flat.device)
             out = RegionOutputs(
-                self.regress(features, boxes, flat[own]),
-                text[own] if text is not None else None,
-                image[~own] if image is not None else None,
+                self.regress(features, boxes, flat[labelled]),
+                text[labelled] if text is not None else None,
+                image[~labelled] if image is not None else None,
             )
         else:
             out = self.outputs(features, boxes)
@@ -223,8 +213,8 @@ class OpenVocabularyHeads(SeededROIHeads):
                 pooled = self.box_pooler(
                     [features[name] for name in self.box_in_features], [r.proposal_boxes for r in regions or []]
                 )
-                assert self.image_tower is not None
-                out = out._replace(image=self.image_tower(pooled)[1])
+                assert self.image_head is not None
+                out = out._replace(image=self.image_head(pooled)[1])
         losses = {"loss_box": self._box_loss(sampled, out.deltas)}
         if self.classifier is not None:
             assert out.text is not None
@@ -273,74 +263,3 @@ class OpenVocabularyHeads(SeededROIHeads):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("OpenVocabularyRCNN calls losses(), outputs() and masks()")
-
-
-class RawRegions(NamedTuple):
-    """Regions of one network input, in its pixels."""
-
-    boxes: Tensor
-    objectness: Tensor
-    text: Tensor | None
-    image: Tensor | None
-    masks: Tensor | None
-
-
-class OpenVocabularyRCNN(GeneralizedRCNN):
-    """Detectron2's generalised R-CNN with offline regions in training and word-free regions in inference."""
-
-    roi_heads: OpenVocabularyHeads
-
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """In training the dict of losses; in eval mode one :class:`RawRegions` per image."""
-        if not self.training:
-            return self.regions(batched_inputs)
-        images = self.preprocess_image(batched_inputs)
-        targets = [x["instances"].to(self.device) for x in batched_inputs]
-        regions = [x["regions"].to(self.device) for x in batched_inputs] if "regions" in batched_inputs[0] else None
-        features = self.roi_heads.prepare(self.backbone(images.tensor))
-        seeds = [x["seed"] for x in batched_inputs] if "seed" in batched_inputs[0] else None
-        self.proposal_generator.seeds = seeds
-        self.roi_heads.seeds = [seed + 1 for seed in seeds] if seeds else None  # not the draws of the anchors again
-        # Detectron2's RPN and samplers insist on a place for their scalars; the loop logs the losses itself.
-        with EventStorage():
-            proposals, losses = self.proposal_generator(images, features, targets)
-            return {**losses, **self.roi_heads.losses(features, proposals, targets, regions)}
-
-    @torch.no_grad()
-    def regions(
-        self, batched_inputs: list[dict[str, Any]], *, top: int = 300, masks: bool = True, refine: bool = True
-    ) -> list[RawRegions]:
-        """Proposals with refined boxes, embeddings and masks, best objectness first.
-
-        Args:
-            batched_inputs: dicts with ``image`` (3, H, W) RGB 0…255.
-            top: at most so many per image.
-            masks: whether to run the mask head.
-            refine: False returns the RPN's own boxes (offline proposals), without embeddings or masks.
-        """
-        images: ImageList = self.preprocess_image(batched_inputs)
-        features = self.roi_heads.prepare(self.backbone(images.tensor))
-        proposals, _ = self.proposal_generator(images, features, None)
-        proposals = [p[:top] for p in proposals]
-        # Detectron2 gives logits; only their sigmoid is a probability.
-        objectness = [p.objectness_logits.sigmoid() for p in proposals]
-        boxes = [p.proposal_boxes for p in proposals]
-        if not refine:
-            return [RawRegions(b.tensor, o, None, None, None) for b, o in zip(boxes, objectness, strict=True)]
-        out = self.roi_heads.outputs(features, boxes)
-        refined = self.roi_heads.box_transform.apply_deltas(out.deltas, cat([b.tensor for b in boxes]))
-        counts = [len(b) for b in boxes]
-        split = [Boxes(b) for b in refined.split(counts)]
-        for b, size in zip(split, images.image_sizes, strict=True):
-            b.clip(size)
-        mask = self.roi_heads.masks(features, split) if masks else None
-
-        def per_image(x: Tensor | None) -> list[Tensor | None]:
-            return [None] * len(counts) if x is None else list(x.split(counts))
-
-        text = None if out.text is None else F.normalize(out.text.float(), dim=1)
-        image = None if out.image is None or out.image is out.text else F.normalize(out.image.float(), dim=1)
-        return [
-            RawRegions(b.tensor, o, t, i, m)
-            for b, o, t, i, m in zip(split, objectness, per_image(text), per_image(image), per_image(mask), strict=True)
-        ]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported detectors of any kind: a folder with a card (``model.json``) and weights (``model.safetensors``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovd.config import ModelConfig
+from ovd.config_detr import DetrConfig
+from ovd.vocabulary import TEMPLATE_SETS
+from pretrain.engine.checkpoint import load_weights, save_weights
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
+from pretrain.engine.state import load_tensors
+
+FORMAT = 1
+"""Version of ``model.json``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorCard:
+    """What stands in ``model.json`` beside the weights.
+
+    Attributes:
+        model: the architecture as plain values; `architecture` reads them.
+        embed_dim: D.
+        pixel_mean, pixel_std: RGB, 0…255.
+        encoder: name or path of the encoder.
+        encoder_fingerprint: its sha256; another encoder's texts would mean nothing here.
+        short_side, long_side: input size the model was trained at, pixels.
+        classes: training vocabulary, in the order of the classifier's rows.
+        novel: indices of the classes that no label of training named.
+        bank: the background words, fixed competitors of every class.
+        calibration: fields of :class:`Calibration`.
+        config_hash: of the training configuration.
+        templates: name of the prompts that the classes were embedded with.
+        crop_refinement: regions of a picture that the image encoder embeds too, as the calibration was fitted
+            (`ovd.inference.crop_refinement`); ``second_look`` in older files.
+    """
+
+    model: dict[str, Any]
+    embed_dim: int
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    encoder: str
+    encoder_fingerprint: str
+    short_side: int
+    long_side: int
+    classes: tuple[str, ...]
+    novel: tuple[int, ...]
+    bank: tuple[str, ...]
+    calibration: dict[str, float]
+    config_hash: str
+    format: int = FORMAT
+    templates: str = "sticker"  # cards that do not say are older than the choice
+    crop_refinement: int = 0
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether `model` describes a detection transformer, not a Mask R-CNN."""
+        return self.model.get("arch", "mask_rcnn") != "mask_rcnn"
+
+    @property
+    def architecture(self) -> ModelConfig | DetrConfig:
+        """The configuration that the model was built from."""
+        if not self.is_transformer:
+            return ModelConfig.model_validate(self.model)
+        return DetrConfig.model_validate({key: value for key, value in self.model.items() if key != "head"})
+
+    @property
+    def trainable(self) -> Tensor:
+        """(C,) bool: False for the classes that no label of training named."""
+        kept = torch.ones(len(self.classes), dtype=torch.bool)
+        kept[list(self.novel)] = False
+        return kept
+
+
+def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: Tensor, half: bool = True) -> None:
+    """Write ``model.safetensors`` and ``model.json``; floats as fp16 when ``half``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{k}": v.detach().cpu() for k, v in model.state_dict().items()}
+    tensors["bank"] = bank.cpu()
+    if half:
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_weights(folder / "model.safetensors", {k: v.contiguous() for k, v in tensors.items()}, {"format": str(FORMAT)})
+    (folder / "model.json").write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_card(folder: Path) -> DetectorCard:
+    """The card of an exported detector.
+
+    Raises:
+        UserError: no detector there, or a card this version cannot read.
+    """
+    path = folder / "model.json"
+    hint = "a detector is a folder with model.json and model.safetensors, as ovd.train exports it"
+    raw = read_json(path, hint=hint)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{path}: not a detector card of format {FORMAT}; export the model again with this version")
+    try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        if "second_look" in values:  # the field's former name
+            values.setdefault("crop_refinement", values.pop("second_look"))
+        card = DetectorCard(**values)
+        if card.templates not in TEMPLATE_SETS:
+            raise TypeError(f"unknown templates {card.templates!r}")
+        return card
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; export the model again with this version") from error
+
+
+def exported_tensors(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """(state dict, (B, D) bank embeddings) of an exported detector, in full precision."""
+    tensors, _ = load_weights(folder / "model.safetensors")
+    state = {
+        k.removeprefix("model."): v.float() if v.is_floating_point() else v
+        for k, v in tensors.items()
+        if k.startswith("model.")
+    }
+    return state, tensors["bank"].float()
+
+
+def load_exported(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Load an exported state dict whole.
+
+    Raises:
+        UserError: it does not fit the card that the model was built from.
+    """
+    hint = "Its model.json describes another model; export it again"
+    load_tensors(model, state, source=folder / "model.safetensors", hint=hint)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load tensors into a module: the one place that compares their names and shapes, and reports what was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from pretrain.engine.errors import UserError
+
+COUNTER = "num_batches_tracked"  # of batch norms; no result depends on it, and files often lack it
+SHOWN = 6  # names in a report; the rest are counted
+
+Strict = Literal["both", "module", "file", "no"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What was loaded and what was not.
+
+    Attributes:
+        loaded: copied into the module.
+        missing: of the module, not in the file; they keep their values.
+        unexpected: of the file, not in the module.
+        other_shape: in both, but of different shapes; they keep their values.
+        skipped: of the file, left out on purpose.
+        notes: further remarks of the caller.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    other_shape: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    notes: str = ""
+
+    def __str__(self) -> str:
+        groups = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "skipped": self.skipped,
+            "other shape": self.other_shape,
+        }
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for title, names in groups.items():
+            if names:
+                parts.append(f"{title} {len(names)}: {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}")
+        return "; ".join(parts + [self.notes] * bool(self.notes))
+
+
+def load_tensors(
+    module: nn.Module,
+    tensors: Mapping[str, Any],
+    *,
+    source: str | Path,
+    strict: Strict = "both",
+    rename: Callable[[str], str] | None = None,
+    skip: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    hint: str = "",
+) -> LoadReport:
+    """Copy tensors into a module by name. Nothing is copied where ``strict`` is not met.
+
+    What is not copied keeps its value. ``load_state_dict(strict=False)`` does not promise that: Detectron2's frozen
+    batch norm takes a dictionary without its statistics for an old file, and sets them to zero and one.
+
+    Args:
+        module: To be loaded into.
+        tensors: By name; a dtype that differs is converted.
+        source: Where they come from, for messages.
+        strict: What must be complete: ``both`` sides, all of the ``module``, all of the ``file``, or ``no`` side
+            (tensors of another shape are then left out too). Counters of batch norms may always be missing.
+        rename: File's name → module's name.
+        skip: Prefixes of the module's names that keep their values.
+        optional: Prefixes of the module's names that may be missing under any ``strict``.
+        hint: What to do when it does not fit, for the message.
+
+    Raises:
+        UserError: It does not fit; with counts, first names and the first shapes.
+    """
+    given = tensors if rename is None else {rename(name): value for name, value in tensors.items()}
+    own = module.state_dict()
+    left = skip or ("\0",)  # no name begins with it
+    wanted = [name for name in own if not name.startswith(left)]
+    shared = [name for name in wanted if name in given]
+    other_shape = [name for name in shared if _shape(own[name]) != _shape(given[name])]
+    missing = [name for name in wanted if name not in given]
+    lacking = [name for name in missing if not name.endswith(COUNTER) and not name.startswith(optional or ("\0",))]
+    unexpected = [name for name in given if name not in own and not name.startswith(left)]
+    surplus = [name for name in unexpected if not name.endswith(COUNTER)]
+    problems = {
+        "missing": lacking if strict in ("both", "module") else [],
+        "unexpected": surplus if strict in ("both", "file") else [],
+        "of another shape": other_shape if strict != "no" else [],
+    }
+    if any(problems.values()):
+        text = f"{source} does not fit this model: {_misfit(problems, own=own, given=given)}"
+        raise UserError(f"{text}. {hint}" if hint else text)
+    loaded = [name for name in shared if name not in other_shape]
+    module.load_state_dict({**own, **{name: given[name] for name in loaded}})
+    return LoadReport(
+        loaded=tuple(loaded),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        other_shape=tuple(other_shape),
+        skipped=tuple(name for name in given if name.startswith(left)),
+    )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Shape of a tensor; None for a module's extra state, which is any value."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _misfit(problems: Mapping[str, list[str]], *, own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Counts and the first name of each kind."""
+    compared = [name for name in own if name in given or not name.endswith(COUNTER)]
+    matching = [name for name in compared if name in given and _shape(given[name]) == _shape(own[name])]
+    parts = [f"{len(matching)} of {len(compared)} tensors match"]
+    for title, names in problems.items():
+        if names:
+            first, shapes = names[0], ""
+            if title == "of another shape":
+                shapes = f": {_shape(given[first])} instead of {_shape(own[first])}"
+            parts.append(f"{len(names)} {title}, such as {first}{shapes}")
+    return "; ".join(parts)
