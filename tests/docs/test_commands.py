@@ -29,7 +29,7 @@ PENDING_KEYS = ("model.backbone.name=",)
 
 def commands(page: Path) -> Iterator[list[str]]:
     """Words of every command in a block of shell or in backticks that stands there in full."""
-    text = "\n".join(text for language, text in blocks(page) if language in {"sh", "console"})
+    text = "\n".join(text for language, text in blocks(page) if language == "sh")
     lines = re.sub(r"\\\n\s*", " ", text).splitlines() + re.findall(r"`([^`\n]+)`", prose(page))
     for line in (line.strip().removeprefix("$ ") for line in lines):
         if COMMAND.match(line) and "…" not in line and " ..." not in line:
@@ -102,6 +102,16 @@ def said_by(
         out, err = capsys.readouterr()
         return err if end.code else "" if wrong else out
     return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_a_command_is_shown_to_print_is_what_it_prints(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks of `console`: a command and its error; `…` stands for what is left out."""
+    for text in (text for language, text in blocks(page) if language == "console"):
+        command, _, shown = text.partition("\n")
+        module, *arguments = shlex.split(command)[3:]  # "$ python -m"
+        said = f"error: {said_by(importlib.import_module(module).main, arguments, capsys)}"
+        assert re.fullmatch(re.escape(shown.strip()).replace("…", ".*"), said.strip())
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CONTRIBUTING.md"], ids=name_of)
