@@ -177,7 +177,7 @@ def detectron2_network(source: Source) -> nn.Module:
         from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
     except ImportError as problem:
         raise UserError(
-            "--to detectron2 compares with Detectron2, which is not installed; see docs/install.md"
+            "--to detectron2 compares with Detectron2, which is not installed; see docs/guide/install.md"
         ) from problem
     from pretrain.engine.state import load_tensors
     from pretrain.nets.checkpoints import to_detectron2
@@ -345,7 +345,7 @@ def detectron2_yaml(source: Source) -> str:
     ]
     if source.stem == "small":
         lines.insert(
-            0, "# The stem is 3x3 with stride 2, not Detectron2's 7x7: set stem.conv1 in code (docs/export.md)."
+            0, "# The stem is 3x3 with stride 2, not Detectron2's 7x7: set stem.conv1 in code (docs/guide/export.md)."
         )
     if source.groups is not None:
         lines.insert(0, f"# GroupNorm has {source.groups(64)} groups, Detectron2's GN 32: give `norm` as a callable.")

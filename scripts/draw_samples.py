@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the sample sheets of `docs/data.md`: scenes with their boxes, and image-caption pairs.
+"""Draw the sample sheets of `docs/guide/data.md`: scenes with their boxes, and image-caption pairs.
 
 python scripts/draw_samples.py --out docs/images
 """

@@ -22,9 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs")
 WORDNET = Path("/usr/share/wordnet")
-CROP_REFINEMENT = (
-    40  # regions: about 110 ms a picture on two cores; 150 gain .004 average precision more (docs/results.md)
-)
+# Regions: about 110 ms a picture on two cores; 150 gain .004 average precision more (docs/reports/results.md).
+CROP_REFINEMENT = 40
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("ovd", "pretrain", "scripts", "tests", "benchmarks")
+FOLDERS = ("ovd", "pretrain", "scripts", "tests", "benchmarks", "examples")
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.is_file()
 ) + ["app.py"]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of `run_all.py` as Markdown tables for docs/claims.md: `python benchmarks/claims/table.py [FOLDER]`."""
+"""The results of `run_all.py` as Markdown tables for docs/reports/claims.md.
+
+`python benchmarks/claims/table.py [FOLDER]`
+"""
 
 from __future__ import annotations
 

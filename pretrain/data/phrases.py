@@ -108,7 +108,9 @@ def read_targets(path: str | Path) -> Targets:
     from pretrain.engine.checkpoint import load_weights
 
     if not Path(path).exists():
-        raise UserError(f"no teacher targets at {path}: write them with scripts/teacher_embeddings.py (docs/clip.md)")
+        raise UserError(
+            f"no teacher targets at {path}: write them with scripts/teacher_embeddings.py (docs/guide/clip.md)"
+        )
     tensors, _ = load_weights(Path(path))
     if not {"embeddings", "phrases"} <= tensors.keys():
         raise UserError(f"{path} holds {sorted(tensors)}, not the `embeddings` and `phrases` of a target file")

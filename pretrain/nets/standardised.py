@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPSILON = 1e-5  # added to the variance of a weight, as batch norm adds it to that of a feature
-GROUPS = 16  # wanted groups of a norm: Richemond et al.'s from memory, not compared with the paper (docs/deviations.md)
+# Wanted groups of a norm: Richemond et al.'s from memory, not compared with the paper (docs/reports/deviations.md).
+GROUPS = 16
 
 
 def standardised(weight: Tensor) -> Tensor:

@@ -162,7 +162,8 @@ def test_the_readme_and_the_results_tell_the_figures_of_the_shipped_card() -> No
     repository = Path(__file__).resolve().parents[2]
     card = json.loads((repository / "weights/vild-sticker/card.json").read_text(encoding="utf-8"))
     readme, results = (
-        " ".join((repository / name).read_text(encoding="utf-8").split()) for name in ("README.md", "docs/results.md")
+        " ".join((repository / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/reports/results.md")
     )
     base, novel = (f"{100 * card['metrics'][f'box AP50, {group}']:.1f}" for group in ("base", "novel"))
     assert f"({base} and {novel} by the published protocol)" in readme

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of `examples/` run as they stand, and say what they are meant to say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{Path(name).name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_examples_one_can_read_in_a_minute() -> None:
+    assert len(SCRIPTS) >= 5
+    assert all(20 <= len(script.read_text(encoding="utf-8").splitlines()) <= 60 for script in SCRIPTS)
+
+
+def test_words_find_what_the_picture_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("find_words").main([]) == 0
+    first, other = capsys.readouterr().out.split("other words, same regions:")
+    assert re.search(r"^tomato +0\.\d\d  from", first, re.MULTILINE)
+    assert "piano" in other
+
+
+def test_a_crop_ranks_its_own_picture_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("search_by_crop").main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and "scene_79.jpg" in lines[0]
+
+
+def test_own_classes_on_a_folder_become_coco_results(tmp_path: Path) -> None:
+    module = load("classes_on_folder")
+    out = tmp_path / "results.json"
+    assert module.main([str(module.SCENES), "dog, snowman, piano", str(out)]) == 0
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert results and all({"image_id", "category_id", "bbox", "score"} <= entry.keys() for entry in results)
+
+
+def test_a_backbone_pretrained_on_a_folder_is_handed_over(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(8):
+        Image.fromarray(rng.integers(0, 255, (72, 72, 3), dtype=np.uint8)).save(photos / f"{n}.png")
+    assert load("pretrain_backbone").main([str(photos), str(tmp_path / "run"), "--steps", "2"]) == 0
+    assert {"model.safetensors", "detectron2.yaml"} <= {p.name for p in (tmp_path / "run" / "detectron2").iterdir()}
+
+
+def test_results_are_evaluated_by_base_and_novel(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("evaluate_results").main([]) == 0
+    # IoU .5 passes the first of COCO's ten thresholds, so the zebra's AP is a tenth.
+    assert "AP on novel categories: 0.100" in capsys.readouterr().out
