@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, cast
 
 from pretrain.config import CaptionedConfig, ClipMethod, PhraseTargets, PretrainConfig, StickerPairs, TextDistillMethod
+from pretrain.config_photos import PhotoWords
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
@@ -46,6 +47,12 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
             raise UserError(f"method.text_weights: {method.text_weights} has no text tower of ours to take over")
         config = type(config).model_validate({**config.model_dump(), "text": theirs["text"]})
     encoder = build_encoder(config)
+    if method.start is not None:
+        from pretrain.config_photos import TimmTower
+        from pretrain.nets.imagenet import start_tower
+
+        if isinstance(config.image, TimmTower):
+            start_tower(encoder.visual, method.start, name=config.image.name)
     for which, path in (("text", method.text_weights), ("visual", method.image_weights)):
         if path is not None:
             read_config(path)
@@ -67,6 +74,8 @@ def build_task(cfg: PretrainConfig) -> nn.Module:
         )
     if not isinstance(method, ClipMethod):
         raise TypeError(f"{method.name} has a recipe of its own: build_self_supervised")
+    if method.words is not None and isinstance(cfg.data, PhotoWords):
+        return build_word_clip(cfg, cfg.data, encoder)
     from pretrain.methods.clip import Clip
 
     names = None
@@ -84,6 +93,29 @@ def build_task(cfg: PretrainConfig) -> nn.Module:
     )
 
 
+def build_word_clip(cfg: PretrainConfig, data: PhotoWords, encoder: JointEncoder) -> nn.Module:
+    """The module that learns named photos and boxes."""
+    from pretrain.config_photos import TimmTower
+    from pretrain.data.photos import read_photo_words
+    from pretrain.methods.clip_words import WordClip
+    from pretrain.nets.imagenet import read_imagenet
+
+    method = cfg.method
+    if not isinstance(method, ClipMethod) or method.words is None or not isinstance(method.encoder.image, TimmTower):
+        raise UserError("method.words needs method.encoder.image of kind timm")
+    classifier = None
+    if method.start is not None and method.words.conse:
+        classifier = read_imagenet(method.start.package, method.encoder.image.name)
+    return WordClip(
+        encoder=encoder,
+        words=read_photo_words(data),
+        loss=method.words,
+        classifier=classifier,
+        lr_scale=method.start.lr_scale if method.start else 1.0,
+        augmentation=method.augment,
+    )
+
+
 def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
     """Where the samples come from.
 
@@ -97,6 +129,11 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
         stickers = Stickers.load(cfg.data.root, extra_styles=cfg.data.extra_styles)
         size = encoder.image_size
         return PairSource(stickers, split="train", size=size, seed=cfg.loop.seed, length=cfg.data.length)
+    if isinstance(cfg.data, PhotoWords):
+        from pretrain.data.photos import PhotoWordSource, read_photo_words
+
+        words = read_photo_words(cfg.data)
+        return PhotoWordSource(words, size=encoder.image_size, seed=cfg.loop.seed, config=cfg.data)
     if isinstance(cfg.data, CaptionedConfig):
         from pretrain.data.captioned import CaptionedSource, build_captioned
 
@@ -166,7 +203,7 @@ def build_self_supervised(cfg: PretrainConfig) -> tuple[nn.Module, Source, Optim
     from pretrain.methods.build import build_method, input_of, method_optim, watched
 
     if isinstance(cfg.method, ClipMethod | TextDistillMethod) or isinstance(
-        cfg.data, StickerPairs | PhraseTargets | CaptionedConfig
+        cfg.data, StickerPairs | PhotoWords | PhraseTargets | CaptionedConfig
     ):
         raise TypeError(f"{cfg.method.name} is not self-supervised")
     method, batch_size = cfg.method, cfg.loop.batch_size
