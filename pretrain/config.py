@@ -167,8 +167,8 @@ class ClipMethod(Section):
             raise ValueError("encoder.image is missing: CLIP trains an image tower, for example image: {kind: resnet}")
         if self.encoder.text is None and self.text_weights is None:
             raise ValueError("give encoder.text (a new text tower) or text_weights (a trained one)")
-        if self.start is not None and (not isinstance(self.encoder.image, TimmTower) or self.image_weights):
-            raise ValueError("start needs encoder.image of kind timm, and goes without image_weights")
+        if self.start is not None and not isinstance(self.encoder.image, TimmTower):
+            raise ValueError("start needs encoder.image of kind timm")
         if self.words is not None and not self.freeze_text:
             raise ValueError("words needs freeze_text: the vocabulary is embedded once")
         if self.words is not None and self.words.conse and self.start is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of an encoder of photographs: a tower out of timm, where it starts, what it is told. Imports no torch."""
+"""Configuration of an encoder of photographs: a tower of timm, where it starts, what it is told. Imports no torch."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def read_lexicon(path: Path | None = None) -> Lexicon:
 
 
 def imagenet_offsets(name: str) -> list[int]:
-    """WordNet 3.0 offsets of ImageNet's classes (nouns), in the order of the networks, from the lists that timm ships."""
+    """WordNet 3.0 offsets of ImageNet's classes (nouns), in the order of the networks, from the lists in timm."""
     text = (resources.files("timm") / "data" / "_info" / f"{name}_synsets.txt").read_text(encoding="utf-8")
     return [int(line[1:]) for line in text.split() if line.startswith("n")]
 

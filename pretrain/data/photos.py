@@ -114,7 +114,7 @@ def parts_of(paths: Sequence[Path]) -> tuple[dict[str, str], set[str]]:
 
 
 def read_labels(path: Path, images: Path, *, parts: Mapping[str, str], scenes: set[str], part: Part) -> list[Item]:
-    """Photos with one noun, of a JSON table file -> nouns; photos of which a COCO file says that they are scenes are not.
+    """Photos with one noun, of a JSON table file -> nouns, but those which a COCO file calls scenes.
 
     Raises:
         UserError: It is no such table.

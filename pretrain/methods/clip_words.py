@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP (`pretrain.methods.clip`) on named things: a picture chooses its word out of a whole vocabulary.
 
-Particular to it: the caption is drawn from the class's word, its synonyms and its hypernyms, so that a photo of a golden
-retriever is also a dog and an animal; all other words are negatives, except those that mean the same or something above
-or below, which would be no mistake. And what the ImageNet network at the start said of the picture stays known: the
-sum of the words of its classes, by their probabilities, is a second target (ConSE, arXiv:1312.5650). Training on names
-alone makes words without photos worse.
+Particular to it: the caption is drawn from the class's word, its synonyms and its hypernyms, so that a photo of a
+golden retriever is also a dog and an animal. All other words are negatives, except those that mean the same or
+something above or below, which would be no mistake. And what the ImageNet network at the start said of the picture
+stays known: the sum of the words of its classes, by their probabilities, is a second target (ConSE, arXiv:1312.5650).
+Training on names alone makes words without photos worse.
 
 Shapes: `N` pictures, `V` words, `C` classes, `K` classes of ImageNet, `D` joint embedding.
 """
@@ -104,6 +104,7 @@ class WordClip(Clip):
         lower = tower.lower(pixels)
         features = tower.upper(lower)
         image_ND = F.normalize(tower.proj(features).float(), dim=1)
+        target_ND = self.conse(lower) if self._teacher else None
         class_N = batch["class_id"].to(device)
         caption_N = self.draw_captions(class_N)
         with torch.autocast(device.type, enabled=False):
@@ -114,8 +115,8 @@ class WordClip(Clip):
             loss = F.cross_entropy(logits_NV, caption_N)
             right = (logits_NV.argmax(1) == caption_N).float().mean()
             metrics = {"word_top1": right.detach(), "logit_scale": self.encoder.logit_scale.detach().exp()}
-            if self._teacher:
-                distance = 1 - (image_ND * self.conse(lower)).sum(1).mean()
+            if target_ND is not None:
+                distance = 1 - (image_ND * target_ND).sum(1).mean()
                 loss = loss + self.loss.conse * distance
                 metrics["conse_cosine"] = 1 - distance.detach()
         self._last = {"image": image_ND.detach(), "text": word_VD[caption_N]}
@@ -140,7 +141,7 @@ class WordClip(Clip):
         """The map after the frozen stages -> (N, D) unit rows: the words of the most probable classes of ImageNet."""
         network = cast(Any, self._teacher[0])
         tower = cast(TimmImage, self.encoder.visual)
-        features = pooled(network, lower.float(), first_stage=tower.frozen_stages)
+        features = pooled(network, lower, first_stage=tower.frozen_stages)
         probability_NK = network.classifier(features).float().softmax(1)
         value, index = probability_NK.topk(min(self.loss.conse_classes, probability_NK.shape[1]), dim=1)
         target_KD = cast(Tensor, self.target_KD)
