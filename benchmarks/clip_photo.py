@@ -49,7 +49,8 @@ def embed_items(encoder: JointEncoder, items: Sequence[Item], *, batch: int = 32
             window = ((width - side) / 2, (height - side) / 2, float(side), float(side))
             if item.box is not None:
                 window = square_around(item.box, SCALE)
-            squares.append(torch.from_numpy(cut_square(picture, window, encoder.image_size)).permute(2, 0, 1))
+            square = cut_square(picture, window, encoder.image_size)
+            squares.append(torch.tensor(square).permute(2, 0, 1))
         pixels = encoder.normalise(torch.stack(squares).float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(encoder.encode_image(pixels).float())

@@ -286,14 +286,18 @@ def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[dict[str, A
     above_of = {key: set(lexicon.above(key)) for key in meaning if key is not None}
     spared = np.zeros((len(words.classes), len(vocabulary)), bool)
     rows = []
-    for row, (word, names, above) in enumerate(related):
+    for row, (word, synonyms, hypernyms) in enumerate(related):
         own = lexicon.meaning(word)
-        spared[row, [number[word], *(number[name] for name in names + above)]] = True
+        spared[row, [number[word], *(number[name] for name in synonyms + hypernyms)]] = True
         if own is not None:
             for column, key in enumerate(meaning):
                 if key is not None and (key == own or key in above_of[own] or own in above_of[key]):
                     spared[row, column] = True
         rows.append(
-            {"own": number[word], "synonyms": [number[n] for n in names], "hypernyms": [number[n] for n in above]}
+            {
+                "own": number[word],
+                "synonyms": [number[n] for n in synonyms],
+                "hypernyms": [number[n] for n in hypernyms],
+            }
         )
     return vocabulary, spared, rows

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +78,7 @@ def read_imagenet(package: str, name: str) -> nn.Module:
     path = package_file(package)
     if not timm.is_model(name):
         raise UserError(f"method.encoder.image.name: timm has no model {name!r}")
-    network = cast(nn.Module, timm.create_model(name, pretrained=False))
+    network = timm.create_model(name, pretrained=False)
     state = convert(read_tensors(path), network, source=package)
     with torch.no_grad():
         network.load_state_dict({**network.state_dict(), **state})

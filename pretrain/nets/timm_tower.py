@@ -30,7 +30,7 @@ class TimmImage(nn.Module):
 
         if not timm.is_model(tower.name):
             raise UserError(f"encoder.image.name: timm has no model {tower.name!r}")
-        network = cast(nn.Module, timm.create_model(tower.name, pretrained=False, num_classes=0))
+        network = timm.create_model(tower.name, pretrained=False, num_classes=0)
         names = [name for name, _ in network.named_children()]
         if not {"conv_stem", "bn1", "blocks", "conv_head", "bn2"} <= set(names):
             raise UserError(
