@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, create_model, model_validator
 
+from pretrain.config_photos import ImageStart, PhotoWords, TimmTower, WordsLoss
 from pretrain.config_ssl import (
     BarlowTwinsMethod,
     ByolMethod,
@@ -93,7 +94,7 @@ class TransformerTower(Section):
         return self
 
 
-ImageTower = Annotated[ResNetTower | ViTTower, Field(discriminator="kind")]
+ImageTower = Annotated[ResNetTower | ViTTower | TimmTower, Field(discriminator="kind")]
 TextTower = Annotated[CbowTower | TransformerTower, Field(discriminator="kind")]
 
 
@@ -142,6 +143,12 @@ class ClipMethod(Section):
     image_weights: Path | None = Field(
         default=None, description="Folder of an encoder whose image tower is taken over; null: random."
     )
+    start: ImageStart | None = Field(
+        default=None, description="ImageNet network that an image tower of kind timm starts from; null: none."
+    )
+    words: WordsLoss | None = Field(
+        default=None, description="How data of kind photo_words are learnt from; null: by the captions of a batch."
+    )
     freeze_text: bool = Field(
         default=False, description="Leave the text tower as it is; its text_projection is trained still."
     )
@@ -172,6 +179,12 @@ class ClipMethod(Section):
             raise ValueError("encoder.image is missing: CLIP trains an image tower, for example image: {kind: resnet}")
         if self.encoder.text is None and self.text_weights is None:
             raise ValueError("give encoder.text (a new text tower) or text_weights (a trained one)")
+        if self.start is not None and not isinstance(self.encoder.image, TimmTower):
+            raise ValueError("start needs encoder.image of kind timm")
+        if self.words is not None and not self.freeze_text:
+            raise ValueError("words needs freeze_text: the vocabulary is embedded once")
+        if self.words is not None and self.words.conse and self.start is None:
+            raise ValueError("words.conse needs start, the network whose classes it asks; or set words.conse=0")
         if self.freeze_text and self.text_weights is None:
             raise ValueError("freeze_text without text_weights would freeze random weights; name text_weights")
         return self
@@ -275,6 +288,7 @@ Data = Annotated[
     | CaptionTable
     | CocoCaptions
     | CaptionedShards
+    | PhotoWords
     | PhraseTargets
     | FolderData
     | CifarData
@@ -283,7 +297,7 @@ Data = Annotated[
     | StickerSingles,
     Field(discriminator="kind"),
 ]
-CAPTIONED = ("sticker_pairs", "caption_table", "coco_captions", "captioned_shards")
+CAPTIONED = ("sticker_pairs", "caption_table", "coco_captions", "captioned_shards", "photo_words")
 IMAGES = ("folder", "cifar", "shards", "sticker_scenes", "sticker_singles")
 
 
@@ -304,7 +318,10 @@ class PretrainConfig(Section):
         if not of_pictures and self.data.kind not in wanted:
             kinds = " or ".join(wanted)
             raise ValueError(f"method {self.method.name} learns from data of kind {kinds}, not {self.data.kind}")
-        if isinstance(self.method, ClipMethod) and self.method.same_noun_positive and self.data.kind != "sticker_pairs":
+        if isinstance(self.method, ClipMethod) and (self.method.words is None) != (self.data.kind != "photo_words"):
+            raise ValueError("method.words and data of kind photo_words go together")
+        named = ("sticker_pairs", "photo_words")
+        if isinstance(self.method, ClipMethod) and self.method.same_noun_positive and self.data.kind not in named:
             raise ValueError(
                 f"method.same_noun_positive: nothing says which captions of {self.data.kind} name the same; set it to "
                 "false"

