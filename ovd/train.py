@@ -14,18 +14,25 @@ from typing import Any, TypeVar
 
 from ovd.config import TrainConfig
 from ovd.config_detr import DetrTrainConfig
+from ovd.config_proposals import ProposalTrainConfig
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import free_keys, keys_at_default, plain
 from pretrain.engine.errors import run_cli
 from pretrain.engine.files import EXPORTED
 
-ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig)
+ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig, ProposalTrainConfig)
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
-    from ovd.training import detr, rcnn
+    from ovd.training import detr, proposals, rcnn
 
+    arch = detr.arch_of(argv)
+    if arch == "nanodet":
+        doc = proposals.__doc__ or ""
+        return _run(
+            ProposalTrainConfig, argv, doc=doc, build=proposals.build, export=proposals.export, kind="proposals"
+        )
     if detr.is_transformer(argv):
         doc = detr.__doc__ or ""
         return _run(DetrTrainConfig, argv, doc=doc, build=detr.build, export=detr.export, kind="transformer")

@@ -170,6 +170,7 @@ def convert(nodes: Graph, constants: Mapping[str, Tensor]) -> NanoDet:
         module.weight.data.copy_(weight)
         assert module.bias is not None
         module.bias.data.copy_(bias_of[name])
+    modules[0].weight.data.copy_(modules[0].weight.data.flip(1))  # the graph takes blue first, everything here RGB
     return model
 
 
@@ -188,7 +189,7 @@ def verify(model: NanoDet, nodes: Graph, constants: Mapping[str, Tensor], *, see
         4 * torch.rand(1, 3, 416, 416, generator=generator) - 2,
     ):
         expected = walk(nodes, constants, picture, names)
-        cells = model(picture)
+        cells = model(picture.flip(1))
         counts = [(416 // stride) ** 2 for stride in STRIDES]
         found = [*cells.words.sigmoid().split(counts, 1), *cells.sides.flatten(2).split(counts, 1)]
         for name, ours, theirs in zip(names, found, expected, strict=True):

@@ -38,27 +38,34 @@ CROP_PICTURES = 2000  # labelled pictures that are searched for them, at most
 START_SAMPLES = 32  # pictures whose features tell where the projections start
 
 
-def is_transformer(argv: Sequence[str]) -> bool:
-    """Whether a command line's configuration describes a detection transformer (``model.arch``).
+def arch_of(argv: Sequence[str]) -> str | None:
+    """``model.arch`` of a command line's configuration, None where it has none: then it is a Mask R-CNN's.
 
-    A configuration that cannot be read is not one: whoever reads it next explains what is wrong with it.
+    A configuration that cannot be read has none: whoever reads it next explains what is wrong with it.
     """
     words = list(argv)
-    if any(word.startswith(("model.arch=", "--model.arch")) for word in words):
-        return True
+    for number, word in enumerate(words):
+        key, _, value = word.removeprefix("--").partition("=")
+        if key == "model.arch":
+            return value or "".join(words[number + 1 : number + 2])
     given = [w.partition("=")[2] for w in words if w.startswith("--config=")]
     given += [b for a, b in itertools.pairwise(words) if a == "--config"]
     if not given:
-        return False
+        return None
     try:
         roots, _ = read_chain(find_config(given[-1]))
     except ConfigError:
-        return False
+        return None
     for root in roots:
         plain = root.plain()
         if isinstance(plain, dict) and isinstance(plain.get("model"), dict) and "arch" in plain["model"]:
-            return True
-    return False
+            return str(plain["model"]["arch"])
+    return None
+
+
+def is_transformer(argv: Sequence[str]) -> bool:
+    """Whether a command line's configuration describes a detection transformer (``model.arch``)."""
+    return arch_of(argv) not in (None, "nanodet")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ WORDS = 80
 BINS = 11
 """Of each side's distribution: distances of 0 to 10 strides."""
 
-PIXEL_MEAN_BGR = (103.53, 116.28, 123.675)
-PIXEL_STD_BGR = (57.375, 57.12, 58.395)
-"""What the network was trained with: ImageNet's mean and deviation, blue first, 0…255."""
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+"""What the network was trained with: ImageNet's mean and deviation, RGB, 0…255. Its files take blue first; the first
+convolution is turned round when they are converted."""
 
 SLOPE = 0.1
 """Of the leaky rectifier."""
@@ -76,7 +77,7 @@ class CspStage(nn.Module):
 
 
 class CspBackbone(nn.Module):
-    """Normalised pixels (N, 3, H, W), blue first, to maps of strides 8, 16 and 32 with 128, 256 and 512 channels."""
+    """Normalised pixels (N, 3, H, W), RGB, to maps of strides 8, 16 and 32 with 128, 256 and 512 channels."""
 
     CHANNELS = (128, 256, 512)
 
@@ -149,7 +150,7 @@ class Cells(NamedTuple):
 
 
 class NanoDet(nn.Module):
-    """Backbone, path aggregation and heads. Input (N, 3, H, W) normalised pixels, blue first; H and W multiples of 32."""
+    """Backbone, path aggregation and heads. Input (N, 3, H, W) normalised RGB; H and W multiples of 32."""
 
     def __init__(self, *, words: int = WORDS, bins: int = BINS, channels: int = 128) -> None:
         super().__init__()
