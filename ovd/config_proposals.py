@@ -16,8 +16,8 @@ class ProposalNetworkConfig(Section):
     arch: Literal["nanodet"] = Field(..., description="NanoDet-G with a second head that boxes things without names")
     ranking: Literal["objectness", "quality", "both"] = Field(
         "objectness",
-        description="what orders the boxes: objectness (objects against background), quality (IoU, learned from objects "
-        "alone), or their geometric mean",
+        description="what orders the boxes: objectness (objects against background), quality (IoU, learned from "
+        "objects alone), or their geometric mean",
     )
     nms: float = Field(0.6, gt=0, le=1, description="IoU above which the lesser of two boxes goes")
     pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that the suppression looks at")

@@ -28,7 +28,7 @@ class BoxedImages:
         folder: that ``file_name`` is relative to.
         annotations: files of the same images: an image that occurs in two must have the same file name in both.
         part: only images whose ``split`` is this; None: all.
-        confident, doubtful: thresholds on an annotation's ``score``; one without a score is confident, a crowd doubtful.
+        confident, doubtful: thresholds on an annotation's ``score``; without one it is confident, a crowd doubtful.
         withheld: names of categories whose boxes are left out.
 
     Raises:
@@ -45,7 +45,8 @@ class BoxedImages:
         doubtful: float,
         withheld: Collection[str] = (),
     ) -> None:
-        truths = [read_ground_truth(path, hint="data.annotations must be COCO annotation files") for path in annotations]
+        hint = "data.annotations must be COCO annotation files"
+        truths = [read_ground_truth(path, hint=hint) for path in annotations]
         names = {name for truth in truths for name in truth.categories.values()}
         for name in withheld:
             if name not in names:

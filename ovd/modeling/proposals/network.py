@@ -229,8 +229,8 @@ class DenseProposals(nn.Module):
 class ProposalDetector(ProposalNetwork):
     """Detectron2's network of a backbone and a proposal generator, on pictures padded with black as NanoDet's were.
 
-    ``canvas``: in training every picture is padded to this (height, width), so that all batches have one shape: each new
-    one costs seconds of planning on a CPU. ``frozen``: the trunk stays as it is.
+    ``canvas``: in training every picture is padded to this (height, width), so that all batches have one shape: each
+    new one costs seconds of planning on a CPU. ``frozen``: the trunk stays as it is.
     """
 
     canvas: tuple[int, int] | None = None
