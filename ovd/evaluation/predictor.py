@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from ovd.detector import Detector, RegionFinder
     from ovd.evaluation.coco import Predict
     from ovd.modeling.detr.build import DetrRegions
-    from ovd.modeling.vild.build import RegionModel
     from ovd.regions.crops import RegionEncoder
+    from ovd.regions.proposals import Proposer
     from ovd.vocabulary import Vocabulary
 
 Scores = Literal["published", "calibrated"]
@@ -295,19 +295,18 @@ def proposal_predictor(folder: Path, *, top: int, device: str = "cpu") -> Predic
     Raises:
         UserError: see :func:`ovd.modeling.vild.build.load_model`.
     """
-    from ovd.modeling.load import load_detector_model
+    from ovd.modeling.load import load_proposer
 
-    return proposals_of(load_detector_model(folder, device=device), top=top)
+    return proposals_of(load_proposer(folder, device=device), top=top)
 
 
-def proposals_of(model: RegionModel, *, top: int) -> Predict:
-    """A model's proposals without classes: what `run_source` and `run_images` take as ``propose``."""
+def proposals_of(model: Proposer, *, top: int) -> Predict:
+    """Proposals without classes: what `run_source` and `run_images` take as ``propose``."""
 
     def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[dict[str, Any]]:
         boxes, scores = model.propose(image, top=top)
-        return [
-            coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-        ]
+        pairs = zip(np.asarray(boxes).tolist(), np.asarray(scores).tolist(), strict=True)
+        return [coco_result(box, image_id, 0, score) for box, score in pairs]
 
     return propose
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovd.modeling.detr.build import load_detr_regions
+from ovd.modeling.proposals.build import holds_proposals, load_proposals
 from ovd.modeling.vild.build import RegionModel, load_model, read_card
+from ovd.regions.proposals import Proposer
 
 
 def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:
@@ -26,3 +28,15 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", ma
         return load_detr_regions(folder, top=top, device=device)
     model, card, bank = load_model(folder)
     return RegionModel(model=model.to(device), card=card, bank=bank, top=top, masks=masks)
+
+
+def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:
+    """Whatever proposes boxes: an exported detector of any kind, or proposals without words (``model.arch: nanodet``).
+
+    Raises:
+        UserError: see :func:`load_detector_model` and :func:`ovd.modeling.proposals.build.load_proposals`.
+    """
+    folder = Path(folder)
+    return (
+        load_proposals(folder, device=device) if holds_proposals(folder) else load_detector_model(folder, device=device)
+    )

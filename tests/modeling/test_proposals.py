@@ -186,3 +186,30 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="convert_nanodet"):
         start_model(file, ProposalNetworkConfig(arch="nanodet"))
+
+
+def test_the_command_trains_exports_and_the_export_is_a_proposer(nanodet: NanoDet, tmp_path: Path) -> None:
+    import json
+
+    import cv2
+
+    from ovd.modeling.load import load_proposer
+    from ovd.train import main
+
+    cv2.imwrite(str(tmp_path / "a.png"), np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 96, "height": 64}],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 50, 40], "score": 0.9}],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(truth))
+    save_weights(tmp_path / "nanodet.safetensors", nanodet.state_dict(), {"format": "nanodet/1"})
+    arguments = ["--config", "photos/lite_proposals.yaml", f"out={tmp_path / 'run'}", "optim.warmup_steps=1"]
+    arguments += [f"weights={tmp_path / 'nanodet.safetensors'}", f"data.images={tmp_path}", "data.part=null"]
+    arguments += [f"data.annotations=[{tmp_path / 'boxes.json'}]", "data.side=96", "loop.steps=2", "loop.batch_size=2"]
+    assert main(arguments) == 0
+    exported = tmp_path / "run/exported"
+    assert main([*arguments, "loop.steps=2", f"weights={exported}", f"out={tmp_path / 'next'}"]) == 0
+    picture = np.zeros((128, 192, 3), dtype=np.uint8)
+    boxes, scores = load_proposer(exported).propose(picture, top=5)
+    assert len(np.asarray(boxes)) == len(np.asarray(scores)) <= 5

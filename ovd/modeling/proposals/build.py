@@ -138,6 +138,15 @@ class PhotoProposer:
         return found.boxes, found.objectness
 
 
+def holds_proposals(folder: Path) -> bool:
+    """Whether a folder is an export of this kind; False too for what is no export at all."""
+    try:
+        card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(card, dict) and card.get("format") == FORMAT
+
+
 def read_card(folder: Path) -> ProposalCard:
     """The card of an exported folder.
 
