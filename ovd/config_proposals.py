@@ -14,6 +14,7 @@ class ProposalNetworkConfig(Section):
     """The network."""
 
     arch: Literal["nanodet"] = Field(..., description="NanoDet-G with a second head that boxes things without names")
+    variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
     ranking: Literal["objectness", "quality", "both"] = Field(
         "objectness",
         description="what orders the boxes: objectness (objects against background), quality (IoU, learned from "

@@ -136,7 +136,7 @@ class BoxSource:
         """Sample of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.seed, draw])
         picture = self.images.load(index)
-        transforms = self.transform.draw(*picture.shape[:2], rng)
+        transforms = self.transform.draw(picture.shape[0], picture.shape[1], rng)
         image = transforms.apply_image(picture)
         size = (image.shape[0], image.shape[1])
         instances = Instances(size)

@@ -37,6 +37,6 @@ def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:
         UserError: see :func:`load_detector_model` and :func:`ovd.modeling.proposals.build.load_proposals`.
     """
     folder = Path(folder)
-    return (
-        load_proposals(folder, device=device) if holds_proposals(folder) else load_detector_model(folder, device=device)
-    )
+    if holds_proposals(folder):
+        return load_proposals(folder, device=device)
+    return load_detector_model(folder, device=device)

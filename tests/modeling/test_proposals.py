@@ -86,7 +86,7 @@ def test_black_padding_does_not_change_what_is_found(network: ProposalDetector) 
     """A picture in a batch with a larger one: its boxes stay within it."""
     pictures = [torch.full((3, *size), 200, dtype=torch.uint8) for size in ((40, 70), (64, 96))]
     with torch.no_grad():
-        small, large = network.eval()([{"image": p} for p in pictures])
+        small, _ = network.eval()([{"image": p} for p in pictures])
     assert small.image_size == (40, 70)
     assert bool((small.proposal_boxes.tensor[:, 2] <= 70).all() & (small.proposal_boxes.tensor[:, 3] <= 40).all())
     images = network.preprocess([{"image": p} for p in pictures])
