@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,14 +15,14 @@ class ProposalNetworkConfig(Section):
 
     arch: Literal["nanodet"] = Field(..., description="NanoDet-G with a second head that boxes things without names")
     variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
-    ranking: Literal["objectness", "quality", "both"] = Field(
-        "objectness",
-        description="what orders the boxes: objectness (objects against background), quality (IoU, learned from "
-        "objects alone), or their geometric mean",
+    ranking: Literal["words", "objectness", "quality", "both"] = Field(
+        "words",
+        description="what orders the boxes: words (the best known word, NanoDet as it is), objectness (objects against "
+        "background), quality (IoU, learned from objects alone), or the geometric mean of these two",
     )
     nms: float = Field(0.6, gt=0, le=1, description="IoU above which the lesser of two boxes goes")
     pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that the suppression looks at")
-    post_nms: int = Field(100, ge=1, description="boxes kept of a picture")
+    post_nms: int = Field(300, ge=1, description="boxes kept of a picture, at each of its sizes")
     frozen: bool = Field(True, description="train the nameless heads only; false: the trunk too")
 
 
@@ -43,7 +43,7 @@ class BoxDataConfig(Section):
     withheld: tuple[str, ...] = Field(
         (), description="names whose boxes are left out, to measure what an object that nobody labelled is worth"
     )
-    side: int = Field(512, ge=64, le=2048, multiple_of=32, description="longest side of a picture in pixels")
+    side: int = Field(512, ge=64, le=2048, multiple_of=32, description="longest side of a picture in training, pixels")
     scale: tuple[float, float] = Field((0.4, 1.25), description="range of a random factor on it; larger ones are cut")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
 
@@ -68,6 +68,11 @@ class ProposalTrainConfig(Section):
         ..., description="what it starts from: nanodet.safetensors of scripts/convert_nanodet.py, or an exported folder"
     )
     model: ProposalNetworkConfig = Field(..., description="the network")
+    sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(
+        (640, 416),
+        min_length=1,
+        description="longest sides, in pixels, at which the exported network sees a picture; boxes of all are joined",
+    )
     data: BoxDataConfig = Field(..., description="training pictures")
     loop: LoopConfig = Field(..., description="training loop")
     optim: OptimConfig = Field(..., description="optimiser")

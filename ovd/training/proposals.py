@@ -53,7 +53,5 @@ def export(config: ProposalTrainConfig, parts: dict[str, Any], folder: Path) -> 
     from ovd.modeling.proposals.build import ProposalCard, save_proposals
     from pretrain.engine.config import config_hash
 
-    card = ProposalCard(
-        model=config.model.model_dump(mode="json"), side=config.data.side, config_hash=config_hash(config)
-    )
+    card = ProposalCard(model=config.model.model_dump(mode="json"), sides=config.sides, config_hash=config_hash(config))
     save_proposals(folder, parts["model"], card)

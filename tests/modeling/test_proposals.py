@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -62,10 +63,12 @@ def test_sides_are_expected_distances_from_the_centre_of_the_cell() -> None:
     assert boxes[-1].tolist() == pytest.approx([80 - 80, 48 - 80, 80 + 80, 48 + 80])
 
 
+@pytest.mark.parametrize("ranking", ["words", "objectness"])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (32, 160)])
 def test_an_untrained_network_ranks_and_names_as_nanodet_does(
-    nanodet: NanoDet, network: ProposalDetector, size: tuple[int, int]
+    nanodet: NanoDet, network: ProposalDetector, size: tuple[int, int], ranking: Literal["words", "objectness"]
 ) -> None:
+    network.proposal_generator.ranking = ranking
     pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     normal = (pixels.float() - network.pixel_mean) / network.pixel_std
     with torch.no_grad():
@@ -165,7 +168,7 @@ def test_doubtful_boxes_teach_nothing(network: ProposalDetector) -> None:
 
 
 def test_export_loads_again_and_boxes_in_pixels_of_the_picture(network: ProposalDetector, tmp_path: Path) -> None:
-    card = ProposalCard(model={"arch": "nanodet", "post_nms": 7}, side=96)
+    card = ProposalCard(model={"arch": "nanodet", "post_nms": 7}, sides=(96,))
     save_proposals(tmp_path, network, card)
     assert read_card(tmp_path) == card
     proposer = load_proposals(tmp_path, precision=torch.float32)
@@ -173,7 +176,7 @@ def test_export_loads_again_and_boxes_in_pixels_of_the_picture(network: Proposal
     found = proposer.regions(picture)
     assert len(found.boxes) == 7 and found.words.shape == (7, 80)
     assert bool((found.objectness.diff() <= 0).all())
-    own = PhotoProposer(model=network, side=96, precision=torch.float32)
+    own = PhotoProposer(model=network, sides=(96,), precision=torch.float32)
     small = F.interpolate(torch.from_numpy(picture).permute(2, 0, 1)[None].float(), (64, 96), mode="area")
     (direct,) = network.eval()([{"image": small[0].round().to(torch.uint8)}])
     assert torch.allclose(own.regions(picture).boxes[:5], 2 * direct.proposal_boxes.tensor[:5], atol=2.0)
@@ -206,7 +209,13 @@ def test_the_command_trains_exports_and_the_export_is_a_proposer(nanodet: NanoDe
     save_weights(tmp_path / "nanodet.safetensors", nanodet.state_dict(), {"format": "nanodet/1"})
     arguments = ["--config", "photos/lite_proposals.yaml", f"out={tmp_path / 'run'}", "optim.warmup_steps=1"]
     arguments += [f"weights={tmp_path / 'nanodet.safetensors'}", f"data.images={tmp_path}", "data.part=null"]
-    arguments += [f"data.annotations=[{tmp_path / 'boxes.json'}]", "data.side=96", "loop.steps=2", "loop.batch_size=2"]
+    arguments += [
+        f"data.annotations=[{tmp_path / 'boxes.json'}]",
+        "data.side=96",
+        "loop.steps=2",
+        "loop.batch_size=2",
+        "sides=[96]",
+    ]
     assert main(arguments) == 0
     exported = tmp_path / "run/exported"
     assert main([*arguments, "loop.steps=2", f"weights={exported}", f"out={tmp_path / 'next'}"]) == 0

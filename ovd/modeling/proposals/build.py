@@ -7,6 +7,7 @@ A folder holds ``model.safetensors`` (half precision) and ``model.json``, the ca
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import nms
 
 from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.splits import COCO_NAMES
@@ -35,12 +37,12 @@ class ProposalCard:
 
     Attributes:
         model: a plain dict of :class:`ProposalNetworkConfig`.
-        side: longest side of a picture in the network, pixels.
+        sides: longest sides of a picture in the network, pixels; boxes of all are joined.
         config_hash: of the training configuration; empty where nothing was trained.
     """
 
     model: dict[str, Any]
-    side: int
+    sides: tuple[int, ...]
     config_hash: str = ""
     format: str = FORMAT
 
@@ -103,34 +105,45 @@ class PhotoProposer:
 
     Args:
         model: put into eval mode here.
-        side: longest side of a picture in the network, pixels.
+        sides: longest sides of a picture in the network, pixels. Small things are found in the large picture, whole
+            ones in the small.
         precision: bfloat16 takes half the time of float32 on a CPU that has it.
     """
 
-    def __init__(self, *, model: ProposalDetector, side: int, precision: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, *, model: ProposalDetector, sides: Sequence[int], precision: torch.dtype = torch.bfloat16
+    ) -> None:
         self.model = model.eval().to(memory_format=torch.channels_last)
-        self.side, self.precision = side, precision
+        self.sides, self.precision = tuple(sides), precision
 
     @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8], *, top: int = 100) -> PhotoProposals:
-        """The best ``top`` boxes of an (H, W, 3) RGB picture; at most the network's ``post_nms``."""
-        height, width = image.shape[:2]
-        scale = self.side / max(height, width)
-        small = max(1, round(height * scale)), max(1, round(width * scale))
-        if small != (height, width):
-            how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            image = cv2.resize(image, small[::-1], interpolation=how).astype(np.uint8)
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        device = self.model.device.type
-        with torch.autocast(device, self.precision, enabled=self.precision != torch.float32):
-            (found,) = self.model([{"image": pixels}])
-        back = torch.tensor([width / small[1], height / small[0]]).repeat(2)
+        """The best ``top`` boxes of an (H, W, 3) RGB picture; at most the network's ``post_nms`` at each size."""
+        parts = [self._at(image, side) for side in self.sides]
+        boxes, objectness, quality, words = (torch.cat(values) for values in zip(*parts, strict=True))
+        best = nms(boxes, objectness, self.model.proposal_generator.nms)[:top]
         return PhotoProposals(
-            boxes=found.proposal_boxes.tensor[:top].cpu() * back,
-            objectness=found.objectness_logits[:top].sigmoid().cpu(),
-            quality=found.quality[:top].cpu(),
-            words=found.words[:top].cpu(),
+            boxes=boxes[best].cpu(),
+            objectness=objectness[best].cpu(),
+            quality=quality[best].cpu(),
+            words=words[best].cpu(),
         )
+
+    def _at(self, image: NDArray[np.uint8], side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(boxes in pixels of the picture, objectness, quality, words) with its longest side at ``side`` pixels."""
+        height, width = image.shape[:2]
+        scale = side / max(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        if size != (height, width):
+            how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+            image = cv2.resize(image, size[::-1], interpolation=how).astype(np.uint8)
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        device = self.model.device
+        with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+            (found,) = self.model([{"image": pixels}])
+        back = torch.tensor([width / size[1], height / size[0]], device=device).repeat(2)
+        score = found.objectness_logits.sigmoid()
+        return found.proposal_boxes.tensor * back, score, found.quality, found.words
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Tensor, Tensor]:
         """((P, 4) boxes in original pixels, (P,) scores), best first."""
@@ -157,9 +170,9 @@ def read_card(folder: Path) -> ProposalCard:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{folder / 'model.json'}: not a card of format {FORMAT}")
     try:
-        return ProposalCard(**raw)
-    except TypeError as error:
-        raise UserError(f"{folder / 'model.json'}: {error}") from error
+        return ProposalCard(**{**raw, "sides": tuple(raw["sides"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'model.json'}: {error!r}") from error
 
 
 def load_proposals(folder: Path, *, device: str = "cpu", precision: torch.dtype = torch.bfloat16) -> PhotoProposer:
@@ -170,4 +183,4 @@ def load_proposals(folder: Path, *, device: str = "cpu", precision: torch.dtype 
     """
     card = read_card(folder)
     model = start_model(folder, ProposalNetworkConfig.model_validate(card.model))
-    return PhotoProposer(model=model.to(device), side=card.side, precision=precision)
+    return PhotoProposer(model=model.to(device), sides=card.sides, precision=precision)

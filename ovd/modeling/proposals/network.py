@@ -45,7 +45,7 @@ from ovd.modeling.proposals.nanodet import (
 )
 from pretrain.engine.distributed import shares
 
-Ranking = Literal["objectness", "quality", "both"]
+Ranking = Literal["words", "objectness", "quality", "both"]
 CHANNELS = 128
 LEVELS = ("p3", "p4", "p5")
 BOX_WEIGHT, SIDES_WEIGHT = 2.0, 0.25
@@ -106,7 +106,8 @@ class DenseProposals(nn.Module):
 
     Args:
         in_features: levels, finest first.
-        ranking: what orders the boxes: objectness, quality, or the geometric mean of both.
+        ranking: what orders the boxes: the best known word (NanoDet as it is: its boxes too, and the nameless heads do
+            not run), objectness, quality, or the geometric mean of the latter two.
         nms: IoU above which the lesser of two boxes goes.
         pre_nms: best boxes of a picture that the suppression looks at.
         post_nms: boxes kept of a picture.
@@ -118,7 +119,7 @@ class DenseProposals(nn.Module):
         self,
         *,
         in_features: tuple[str, ...] = LEVELS,
-        ranking: Ranking = "objectness",
+        ranking: Ranking = "words",
         nms: float = 0.6,
         pre_nms: int = 1000,
         post_nms: int = 100,
@@ -147,7 +148,9 @@ class DenseProposals(nn.Module):
         """
         maps = [features[name] for name in self.in_features]
         with torch.no_grad():
-            words, _ = gather(self.heads, maps)
+            words, own_sides = gather(self.heads, maps)
+        if self.ranking == "words" and not self.training:
+            return self.select_by_words(images, words.float(), own_sides), {}
         answer = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
         words = words.float()
         objectness, quality = words.amax(dim=2) + answer[..., 0], answer[..., 1]
@@ -162,6 +165,12 @@ class DenseProposals(nn.Module):
             self.select(boxes[n], objectness[n], quality[n], words[n], size)
             for n, size in enumerate(images.image_sizes)
         ], {}
+
+    def select_by_words(self, images: ImageList, words: Tensor, sides: Tensor) -> list[Instances]:
+        """NanoDet's own boxes; its scores were trained to be the IoU too, so the best one is also the quality."""
+        centres, strides = cell_centres(*images.tensor.shape[-2:], device=words.device)
+        boxes, best = decode(sides, centres, strides), words.amax(dim=2)
+        return [self.select(boxes[n], best[n], best[n], words[n], size) for n, size in enumerate(images.image_sizes)]
 
     def losses(
         self,
@@ -207,8 +216,11 @@ class DenseProposals(nn.Module):
         self, boxes: Tensor, objectness: Tensor, quality: Tensor, words: Tensor, size: tuple[int, int]
     ) -> Instances:
         """The best boxes of one picture: (A, 4), (A,), (A,), (A, 80) to proposals."""
-        chance = {"objectness": objectness.sigmoid(), "quality": quality.sigmoid()}
-        score = (chance["objectness"] * chance["quality"]).sqrt() if self.ranking == "both" else chance[self.ranking]
+        score, quality = objectness.sigmoid(), quality.sigmoid()
+        if self.ranking == "quality":
+            score = quality
+        elif self.ranking == "both":
+            score = (score * quality).sqrt()
         score = score.nan_to_num(0.0)
         top = score.topk(min(self.pre_nms, len(score))).indices
         clipped = Boxes(boxes[top].nan_to_num(0.0))
@@ -220,7 +232,7 @@ class DenseProposals(nn.Module):
         proposals = Instances(size)
         proposals.proposal_boxes = kept[best]
         proposals.objectness_logits = score[top].logit(eps=1e-6)
-        proposals.quality = chance["quality"][top]
+        proposals.quality = quality[top]
         proposals.words = words[top].sigmoid()
         return proposals
 
