@@ -63,7 +63,8 @@ class NanoDetBackbone(Backbone):
         self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        maps = self.neck(self.csp(pixels.contiguous(memory_format=torch.channels_last)))
+        own = next(self.csp.parameters()).dtype  # an export for a CPU is bfloat16
+        maps = self.neck(self.csp(pixels.to(own, memory_format=torch.channels_last)))
         return dict(zip(LEVELS, maps, strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -149,28 +150,24 @@ class DenseProposals(nn.Module):
         maps = [features[name] for name in self.in_features]
         with torch.no_grad():
             words, own_sides = gather(self.heads, maps)
-        if self.ranking == "words" and not self.training:
-            return self.select_by_words(images, words.float(), own_sides), {}
-        answer = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
+        centres, strides = cell_centres(*images.tensor.shape[-2:], device=words.device)
         words = words.float()
-        objectness, quality = words.amax(dim=2) + answer[..., 0], answer[..., 1]
-        sides = answer[..., 2:].unflatten(2, (4, -1))
-        centres, strides = cell_centres(*images.tensor.shape[-2:], device=answer.device)
-        boxes = decode(sides, centres, strides)
+        if self.ranking == "words" and not self.training:
+            # NanoDet's scores were trained to be the IoU of its own boxes, so the best one is also the quality.
+            objectness = quality = words.amax(dim=2)
+            sides = own_sides
+        else:
+            answer = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
+            objectness, quality = words.amax(dim=2) + answer[..., 0], answer[..., 1]
+            sides = answer[..., 2:].unflatten(2, (4, -1))
         if self.training:
             if gt_instances is None:
                 raise ValueError("training needs gt_instances")
-            return [], self.losses(images, objectness, quality, sides, boxes, centres, strides, gt_instances)
+            return [], self.losses(images, objectness, quality, sides, centres, strides, gt_instances)
         return [
-            self.select(boxes[n], objectness[n], quality[n], words[n], size)
+            self.select(objectness[n], quality[n], words[n], sides[n], centres, strides, size)
             for n, size in enumerate(images.image_sizes)
         ], {}
-
-    def select_by_words(self, images: ImageList, words: Tensor, sides: Tensor) -> list[Instances]:
-        """NanoDet's own boxes; its scores were trained to be the IoU too, so the best one is also the quality."""
-        centres, strides = cell_centres(*images.tensor.shape[-2:], device=words.device)
-        boxes, best = decode(sides, centres, strides), words.amax(dim=2)
-        return [self.select(boxes[n], best[n], best[n], words[n], size) for n, size in enumerate(images.image_sizes)]
 
     def losses(
         self,
@@ -178,12 +175,12 @@ class DenseProposals(nn.Module):
         objectness: Tensor,
         quality: Tensor,
         sides: Tensor,
-        boxes: Tensor,
         centres: Tensor,
         strides: Tensor,
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         """Each loss of the batch, divided by the weight or number of its positives over all processes."""
+        boxes = decode(sides, centres, strides)
         sums = []
         for n, (truth, (height, width)) in enumerate(zip(gt_instances, images.image_sizes, strict=True)):
             known = truth.gt_classes >= 0
@@ -213,9 +210,16 @@ class DenseProposals(nn.Module):
         }
 
     def select(
-        self, boxes: Tensor, objectness: Tensor, quality: Tensor, words: Tensor, size: tuple[int, int]
+        self,
+        objectness: Tensor,
+        quality: Tensor,
+        words: Tensor,
+        sides: Tensor,
+        centres: Tensor,
+        strides: Tensor,
+        size: tuple[int, int],
     ) -> Instances:
-        """The best boxes of one picture: (A, 4), (A,), (A,), (A, 80) to proposals."""
+        """The best boxes of one picture out of its A cells; only theirs are decoded."""
         score, quality = objectness.sigmoid(), quality.sigmoid()
         if self.ranking == "quality":
             score = quality
@@ -223,7 +227,7 @@ class DenseProposals(nn.Module):
             score = (score * quality).sqrt()
         score = score.nan_to_num(0.0)
         top = score.topk(min(self.pre_nms, len(score))).indices
-        clipped = Boxes(boxes[top].nan_to_num(0.0))
+        clipped = Boxes(decode(sides[top], centres[top], strides[top]).nan_to_num(0.0))
         clipped.clip(size)
         there = clipped.nonempty(threshold=1.0)
         top, kept = top[there], clipped[there]
