@@ -69,7 +69,7 @@ class ProposalTrainConfig(Section):
     )
     model: ProposalNetworkConfig = Field(..., description="the network")
     sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(
-        (640, 416),
+        (640,),
         min_length=1,
         description="longest sides, in pixels, at which the exported network sees a picture; boxes of all are joined",
     )

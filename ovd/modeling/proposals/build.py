@@ -27,6 +27,10 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
 FORMAT = "proposals/1"
+MAX_ENLARGEMENT = 4 / 3
+"""Of a small picture. On 714 photos of at most 384 px, 100 boxes cover .978 of the pseudo-labels at a longest side of
+416, .981 at 512 and .946 at 640: enlarged further, whole things are lost."""
+
 KNOWN_WORDS: tuple[str, ...] = tuple(COCO_NAMES[i] for i in sorted(COCO_NAMES))
 """The 80 that NanoDet was trained on with labels, in the order of ``words``."""
 
@@ -121,7 +125,8 @@ class PhotoProposer:
     @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8], *, top: int = 100) -> PhotoProposals:
         """The best ``top`` boxes of an (H, W, 3) RGB picture; at most the network's ``post_nms`` at each size."""
-        parts = [self._at(image, side) for side in self.sides]
+        limit = round(MAX_ENLARGEMENT * max(image.shape[:2]))
+        parts = [self._at(image, side) for side in dict.fromkeys(min(side, limit) for side in self.sides)]
         boxes, objectness, quality, words = (torch.cat(values) for values in zip(*parts, strict=True))
         best = nms(boxes, objectness, self.model.proposal_generator.nms)[:top]
         return PhotoProposals(
