@@ -185,14 +185,19 @@ class DataConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
-    """What every training of a detector has."""
+class RunConfig(Section):
+    """What every run has."""
 
     out: str = Field(
         ...,
         description="run folder; must be new or empty unless --resume or --overwrite",
         json_schema_extra=FREE,
     )
+
+
+class TrainingConfig(RunConfig):
+    """What every training of a detector has."""
+
     encoder: str = Field(
         "clip-sticker",
         description="image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG",

@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ovd.config import DataConfig, TrainConfig, TrainingConfig
+from ovd.config import DataConfig, RunConfig, TrainConfig, TrainingConfig
 from ovd.config_backbone import NetworkConfig
+from ovd.config_proposals import ProposalTrainConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
 from pretrain.engine.config import FREE, LATER, ConfigChoice, LoopConfig, OptimConfig, Section, warm_up_fits
 
@@ -223,8 +224,13 @@ class DetrTrainConfig(TrainingConfig):
         return self
 
 
-TRAIN_CONFIGS: ConfigChoice[TrainingConfig] = ConfigChoice(
+TRAIN_CONFIGS: ConfigChoice[RunConfig] = ConfigChoice(
     key="model.arch",
-    sections={"mask_rcnn": TrainConfig, "conditional": DetrTrainConfig, "detr": DetrTrainConfig},
+    sections={
+        "mask_rcnn": TrainConfig,
+        "conditional": DetrTrainConfig,
+        "detr": DetrTrainConfig,
+        "nanodet": ProposalTrainConfig,
+    },
     default="mask_rcnn",
 )

@@ -157,16 +157,17 @@ def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tup
         from ovd.weights import weights_folder
 
         folder = weights_folder(spec)
-    from ovd.modeling.load import load_detector_model
+    from ovd.modeling.load import load_proposer
 
-    model = load_detector_model(folder, device=device)
-    return model, detector_fingerprint(folder)
+    return load_proposer(folder, device=device), detector_fingerprint(folder)
 
 
 def detector_fingerprint(folder: Path) -> str:
     """sha256 over what decides a detector's boxes: its weights, architecture and input size, not its calibration."""
     card = read_json(folder / "model.json")
     decisive = {key: card.get(key) for key in ("model", "pixel_mean", "pixel_std", "short_side", "long_side")}
+    if "sides" in card:  # proposals without words; the others' fingerprints stay what they were
+        decisive["sides"] = card["sides"]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     with open(folder / "model.safetensors", "rb") as stream:
         while block := stream.read(1 << 20):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m ovd.train --config vild.yaml``: train a detector and export it.
 
-``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, or a detection transformer.
+``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, a detection transformer, or proposals
+without names.
 
 python -m ovd.train --config vild.yaml regions=runs/regions               ViLD
 python -m ovd.train --config updetr.yaml                                   UP-DETR's pretext: patches, no labels
 python -m ovd.train --config detr.yaml weights=runs/updetr/exported       fine-tune on labels
+python -m ovd.train --config photos/lite_proposals.yaml data.images=…      class-agnostic proposals for photographs
 
 The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``,
 ``ovd.embed`` and ``weights=`` of another training read.
@@ -15,31 +17,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ovd.config import TrainConfig
 from ovd.config_detr import TRAIN_CONFIGS, DetrTrainConfig
+from ovd.config_proposals import ProposalTrainConfig
 from pretrain.engine.cli import Options, command_line
 from pretrain.engine.config import free_keys, keys_at_default, plain
 from pretrain.engine.errors import run_cli
 from pretrain.engine.files import EXPORTED
 
 if TYPE_CHECKING:
-    from torch import nn
+    from pretrain.engine.sampling import Source
+    from pretrain.engine.task import Task
 
-    from ovd.training.parts import TrainingParts
+ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig, ProposalTrainConfig)
 
-ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig)
-ModelT = TypeVar("ModelT", bound="nn.Module")
+
+class Parts(Protocol):
+    """What a training consists of: what the loop trains, and its samples."""
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def source(self) -> Source: ...
+
+
+PartsT = TypeVar("PartsT", bound=Parts)
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     config, options = command_line(TRAIN_CONFIGS, argv, prog="python -m ovd.train", doc=__doc__ or "")
-    from ovd.training import detr, rcnn
+    from ovd.training import detr, proposals, rcnn
 
     if isinstance(config, DetrTrainConfig):
         _train(config, options, build=detr.build, export=detr.export)
+    elif isinstance(config, ProposalTrainConfig):
+        _train(config, options, build=proposals.build, export=proposals.export)
     else:
         assert isinstance(config, TrainConfig)
         _train(config, options, build=rcnn.build, export=rcnn.export)
@@ -50,8 +66,8 @@ def _train(
     config: ConfigT,
     options: Options,
     *,
-    build: Callable[[ConfigT], TrainingParts[ModelT]],
-    export: Callable[[ConfigT, TrainingParts[ModelT], Path], None],
+    build: Callable[[ConfigT], PartsT],
+    export: Callable[[ConfigT, PartsT, Path], None],
 ) -> None:
     """Build, train, export."""
     from pretrain.engine.distributed import is_main

@@ -153,8 +153,10 @@ def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Pr
             "leave it out, or evaluate a detector of model.variant=text or a pretext's transformer"
         )
     if variant == "agnostic" and not options.examples:
+        from ovd.modeling.load import load_proposer
+
         record["protocol"] = "class-agnostic detector: recall only"
-        return None, proposals_of(_load(folder, device), top=options.regions)
+        return None, proposals_of(load_proposer(folder, device=device), top=options.regions)
     if variant == "closed":
         return _closed_set(folder, pictures.split, options, device, record)
     detector = load_detector(options, record)

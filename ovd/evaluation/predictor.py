@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from ovd.detector import Detector
     from ovd.evaluation.run import Predict
     from ovd.inference.detr_regions import ClosedSetDetr
-    from ovd.inference.region_model import PatchLocator, RegionModel
+    from ovd.inference.region_model import PatchLocator
+    from ovd.regions.proposals import Proposer
     from ovd.vocabulary import Vocabulary
 
 Scores = Literal["published", "calibrated"]
@@ -246,14 +247,13 @@ def predictor_for(
     return Predictor(detector=detector, category_ids=ids, scorer=scorer, limit=limit)
 
 
-def proposals_of(model: RegionModel, *, top: int) -> Predict:
-    """A model's proposals without classes: what `run_source` and `run_images` take as ``propose``."""
+def proposals_of(model: Proposer, *, top: int) -> Predict:
+    """Proposals without classes: what `run_source` and `run_images` take as ``propose``."""
 
     def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         boxes, scores = model.propose(image, top=top)
-        return [
-            coco_result(box, image_id, 0, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-        ]
+        pairs = zip(np.asarray(boxes).tolist(), np.asarray(scores).tolist(), strict=True)
+        return [coco_result(box, image_id, 0, score) for box, score in pairs]
 
     return propose
 

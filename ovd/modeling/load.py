@@ -9,7 +9,9 @@ from ovd.inference.detr_regions import detr_region_model
 from ovd.inference.region_model import RCNNRegionModel, RegionModel
 from ovd.modeling.detr.build import load_detr
 from ovd.modeling.export import read_card
+from ovd.modeling.proposals.build import holds_proposals, load_proposals
 from ovd.modeling.vild.build import load_model
+from ovd.regions.proposals import Proposer
 
 
 def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:
@@ -30,3 +32,15 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", ma
         return detr_region_model(detr.to(device), card=card, background_words=bank, top=top)
     model, card, bank = load_model(folder)
     return RCNNRegionModel(model=model.to(device), card=card, background_words=bank, top=top, masks=masks)
+
+
+def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:
+    """Whatever proposes boxes: an exported detector of any kind, or proposals without words (``model.arch: nanodet``).
+
+    Raises:
+        UserError: see :func:`load_detector_model` and :func:`ovd.modeling.proposals.build.load_proposals`.
+    """
+    folder = Path(folder)
+    if holds_proposals(folder):
+        return load_proposals(folder, device=device)
+    return load_detector_model(folder, device=device)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed configuration of ``python -m ovd.train`` for class-agnostic proposals (``model.arch: nanodet``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ovd.config import RunConfig
+from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fits
+
+
+class ProposalNetworkConfig(Section):
+    """The network."""
+
+    arch: Literal["nanodet"] = Field(..., description="NanoDet-G with a second head that boxes things without names")
+    variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
+    ranking: Literal["words", "objectness", "quality", "both"] = Field(
+        "words",
+        description="what orders the boxes: words (the best known word, NanoDet as it is), objectness (objects against "
+        "background), quality (IoU, learned from objects alone), or the geometric mean of these two",
+    )
+    nms: float = Field(0.6, gt=0, le=1, description="IoU above which the lesser of two boxes goes")
+    pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that the suppression looks at")
+    post_nms: int = Field(300, ge=1, description="boxes kept of a picture, at each of its sizes")
+    frozen: bool = Field(True, description="train the nameless heads only; false: the trunk too")
+
+
+class BoxDataConfig(Section):
+    """Pictures with boxes, whose names do not matter."""
+
+    images: str = Field(..., description="folder of pictures")
+    annotations: tuple[str, ...] = Field(
+        ..., min_length=1, description="COCO annotation files, .json or .json.gz; of several, image ids must agree"
+    )
+    part: str | None = Field(None, description="only images whose `split` in the files is this; null: all")
+    confident: float = Field(
+        0.3, ge=0, le=1, description="boxes with a `score` from here on are objects; boxes without one always are"
+    )
+    doubtful: float = Field(
+        0.08, ge=0, le=1, description="boxes from here to `confident` are neither object nor background; below: nothing"
+    )
+    withheld: tuple[str, ...] = Field(
+        (), description="names whose boxes are left out, to measure what an object that nobody labelled is worth"
+    )
+    side: int = Field(512, ge=64, le=2048, multiple_of=32, description="longest side of a picture in training, pixels")
+    scale: tuple[float, float] = Field((0.4, 1.25), description="range of a random factor on it; larger ones are cut")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> BoxDataConfig:
+        if self.doubtful > self.confident:
+            raise ValueError(f"doubtful {self.doubtful} is above confident {self.confident}")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)}: expected 0 < least <= largest")
+        return self
+
+
+class ProposalTrainConfig(RunConfig):
+    """``python -m ovd.train``: fine-tune class-agnostic proposals."""
+
+    weights: str = Field(
+        ..., description="what it starts from: nanodet.safetensors of scripts/convert_nanodet.py, or an exported folder"
+    )
+    model: ProposalNetworkConfig = Field(..., description="the network")
+    sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(
+        (640,),
+        min_length=1,
+        description="longest sides, in pixels, at which the exported network sees a picture; boxes of all are joined",
+    )
+    data: BoxDataConfig = Field(..., description="training pictures")
+    loop: LoopConfig = Field(..., description="training loop")
+    optim: OptimConfig = Field(..., description="optimiser")
+    trunk_lr_scale: float = Field(0.1, gt=0, le=1, description="learning-rate factor of the trunk where it is trained")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ProposalTrainConfig:
+        warm_up_fits(self.loop, self.optim)
+        return self

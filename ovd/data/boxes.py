@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures with boxes of which only the place is learned: true labels, or a teacher's with a score each.
+
+Confident boxes are objects; doubtful ones are neither object nor background, so nothing is learned from where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from numpy.typing import NDArray
+
+from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
+from ovd.data.mapper import TrainingTransform, move_boxes
+from pretrain.data.folder import read_image
+from pretrain.engine.errors import BadImageError, UserError, did_you_mean
+
+
+class BoxedImages:
+    """Pictures of one or several COCO files with their confident and doubtful boxes.
+
+    Args:
+        folder: that ``file_name`` is relative to.
+        annotations: files of the same images: an image that occurs in two must have the same file name in both.
+        part: only images whose ``split`` is this; None: all.
+        confident, doubtful: thresholds on an annotation's ``score``; without one it is confident, a crowd doubtful.
+        withheld: names of categories whose boxes are left out.
+
+    Raises:
+        UserError: an unreadable file, an unknown part or name, files that disagree, or no confident box at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        annotations: Sequence[Path],
+        part: str | None,
+        confident: float,
+        doubtful: float,
+        withheld: Collection[str] = (),
+    ) -> None:
+        hint = "data.annotations must be COCO annotation files"
+        truths = [read_ground_truth(path, hint=hint) for path in annotations]
+        names = {name for truth in truths for name in truth.categories.values()}
+        for name in withheld:
+            if name not in names:
+                raise UserError(f"data.withheld: no annotation file has a category {name!r}{did_you_mean(name, names)}")
+        self.folder = folder
+        self.files: dict[ImageId, str] = {}
+        self.sizes: dict[ImageId, tuple[int, int] | None] = {}
+        parts: dict[ImageId, str] = {}
+        for truth in truths:
+            self._join(truth)
+            parts |= truth.parts
+        boxes: dict[ImageId, tuple[list[list[float]], list[list[float]]]] = {}
+        for truth in truths:
+            for one in truth.annotations:
+                score = one.get("score", 1.0)
+                if score < doubtful or truth.categories[one["category_id"]] in withheld or min(one["bbox"][2:]) <= 0:
+                    continue
+                sure = score >= confident and not one["iscrowd"]
+                boxes.setdefault(one["image_id"], ([], []))[0 if sure else 1].append(one["bbox"])
+        chosen = [i for i in self.files if part is None or parts.get(i) == part]
+        if not chosen:
+            there = ", ".join(sorted(set(parts.values()))) or "none"
+            raise UserError(f"data.part {part}: no image has this split (there: {there})")
+        self._boxes = {i: (_corners(sure), _corners(unsure)) for i, (sure, unsure) in boxes.items()}
+        self.image_ids: list[ImageId] = [i for i in chosen if i in self._boxes and len(self._boxes[i][0])]
+        if not self.image_ids:
+            raise UserError(f"data.annotations: no image has a box with a score of at least {confident}")
+        without = len(chosen) - len(self.image_ids)
+        self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
+        if without:
+            self.notices.append(f"{without} of {len(chosen)} images have no confident box and are not used")
+
+    def _join(self, truth: GroundTruth) -> None:
+        for image_id, file in truth.files.items():
+            if self.files.setdefault(image_id, file) != file:
+                raise UserError(
+                    f"{truth.where}: image {image_id!r} is {file}, in another annotation file {self.files[image_id]}; "
+                    "files that are joined must number the same images the same way"
+                )
+            self.sizes.setdefault(image_id, truth.sizes[image_id])
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def boxes(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """((n, 4) confident, (m, 4) doubtful) boxes of a picture, x1, y1, x2, y2 in pixels."""
+        return self._boxes[self.image_ids[index]]
+
+    def load(self, index: int) -> NDArray[np.uint8]:
+        """Picture ``index``, (H, W, 3) RGB.
+
+        Raises:
+            BadImageError: it cannot be read, or is not of the size that the annotations say.
+        """
+        image_id = self.image_ids[index]
+        path = self.folder / self.files[image_id]
+        image = read_image(path)
+        size = self.sizes[image_id]
+        if size is not None and size != image.shape[:2]:
+            found = f"{image.shape[1]} × {image.shape[0]}"
+            raise BadImageError(path, f"is {found} pixels upright, the annotations say {size[1]} × {size[0]}")
+        return image
+
+
+def _corners(boxes: list[list[float]]) -> NDArray[np.float32]:
+    corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    return corners
+
+
+class BoxSource:
+    """The training loop's samples: Detectron2's dicts with ``image`` and ``instances``, doubtful boxes of class -1.
+
+    Args:
+        images: data set.
+        transform: augmentation.
+        seed: with the draw number it seeds each sample's augmentation.
+    """
+
+    def __init__(self, *, images: BoxedImages, transform: TrainingTransform, seed: int) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def sample(self, index: int, draw: int) -> dict[str, Any]:
+        """Sample of picture ``index``; pure function of (index, draw)."""
+        rng = np.random.default_rng([self.seed, draw])
+        picture = self.images.load(index)
+        transforms = self.transform.draw(picture.shape[0], picture.shape[1], rng)
+        image = transforms.apply_image(picture)
+        size = (image.shape[0], image.shape[1])
+        instances = Instances(size)
+        moved = [move_boxes(boxes, transforms, size) for boxes in self.images.boxes(index)]
+        kept = [boxes[there] for boxes, there in moved]
+        instances.gt_boxes = Boxes(torch.from_numpy(np.concatenate(kept).reshape(-1, 4)))
+        instances.gt_classes = torch.cat([torch.full((len(boxes),), c) for c, boxes in zip((0, -1), kept, strict=True)])
+        return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), "instances": instances}
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Detectron2 takes a list."""
+        return samples

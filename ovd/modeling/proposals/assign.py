@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cells answer for which object, and the losses of boxes that have no name.
+
+Shapes: ``A`` cells of one picture, ``T`` labelled objects, ``I`` ignored boxes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_iou, generalized_box_iou_loss
+
+
+class Assignment(NamedTuple):
+    """Targets of the cells of one picture.
+
+    Attributes:
+        object: (A,) index of the object that the cell answers for, -1 for none.
+        target: (A,) what its objectness should be, 0 where it answers for none.
+        counts: (A,) bool, False for cells that are neither object nor background.
+    """
+
+    object: Tensor
+    target: Tensor
+    counts: Tensor
+
+
+@torch.no_grad()
+def assign(
+    boxes: Tensor, scores: Tensor, centres: Tensor, objects: Tensor, ignored: Tensor, *, cells_per_object: int = 13
+) -> Assignment:
+    """Task-aligned assignment (TOOD, Feng et al., arXiv:2108.07755, section 3.3), for one class.
+
+    Of the cells whose centre lies in the object, those answer whose present box and score fit it best:
+    score · IoU⁶. The best cell's target is its IoU, the others' shrink with their fit.
+
+    Args:
+        boxes: (A, 4) that the cells give now.
+        scores: (A,) 0…1, their objectness now.
+        centres: (A, 2) in pixels.
+        objects: (T, 4).
+        ignored: (I, 4) neither objects nor background: cells whose box overlaps one by more than half, and which answer
+            for no object, do not count.
+        cells_per_object: at most.
+    """
+    count = len(boxes)
+    owner = torch.full((count,), -1, dtype=torch.long, device=boxes.device)
+    target = boxes.new_zeros(count)
+    if len(objects):
+        iou_AT = box_iou(boxes, objects)
+        reach = torch.cat([centres[:, None] - objects[:, :2], objects[:, 2:] - centres[:, None]], dim=2)
+        fit_AT = scores[:, None] * iou_AT**6 * (reach.amin(dim=2) > 0)
+        best = fit_AT.topk(min(cells_per_object, count), dim=0).indices
+        chosen_AT = torch.zeros_like(fit_AT, dtype=torch.bool).scatter_(0, best, True) & (fit_AT > 0)
+        # A cell that two objects want goes to the one that it overlaps more.
+        overlap, index = torch.where(chosen_AT, iou_AT, -1.0).max(dim=1)
+        taken = overlap >= 0
+        owner[taken] = index[taken]
+        mine_AT = F.one_hot(index, len(objects)).bool() & taken[:, None]
+        fit_AT = fit_AT * mine_AT
+        most_fit, most_iou = fit_AT.amax(dim=0), (iou_AT * mine_AT).amax(dim=0)
+        target = (fit_AT / most_fit.clamp_min(1e-12) * most_iou).amax(dim=1)
+    counts = torch.ones(count, dtype=torch.bool, device=boxes.device)
+    if len(ignored):
+        counts = (box_iou(boxes, ignored).amax(dim=1) <= 0.5) | (owner >= 0)
+    return Assignment(owner, target, counts)
+
+
+def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy with soft targets, weighted by the squared error (arXiv:2006.04388, equation 4, β = 2)."""
+    error = (targets - logits.sigmoid()).abs()
+    return error**2 * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def distribution_focal_loss(sides: Tensor, wanted: Tensor) -> Tensor:
+    """(M,) mean cross-entropy of four (M, 4, bins) side distributions with the two bins beside (M, 4) distances.
+
+    Distances are in strides; what is beyond the last bin is taken for it (arXiv:2006.04388, equation 6).
+    """
+    bins = sides.shape[-1]
+    wanted = wanted.clamp(0, bins - 1 - 1e-3)
+    low = wanted.floor().long()
+    share = wanted - low
+    logs = sides.log_softmax(dim=-1)
+    below, above = (logs.gather(-1, at[..., None])[..., 0] for at in (low, low + 1))
+    return -((1 - share) * below + share * above).mean(dim=-1)
+
+
+class BoxLosses(NamedTuple):
+    """Sums over the cells of one picture, and what they are divided by."""
+
+    objectness: Tensor
+    box: Tensor
+    sides: Tensor
+    quality: Tensor
+    weight: Tensor
+    positives: Tensor
+
+
+def nameless_losses(
+    *,
+    objectness: Tensor,
+    quality: Tensor,
+    sides: Tensor,
+    boxes: Tensor,
+    centres: Tensor,
+    strides: Tensor,
+    objects: Tensor,
+    assignment: Assignment,
+) -> BoxLosses:
+    """Losses of one picture. Background teaches objectness only: sides and quality learn from positives (OLN, Kim et
+    al., arXiv:2108.06753: what nobody labelled is then never taught as nothing).
+
+    Args:
+        objectness, quality: (A,) logits.
+        sides: (A, 4, bins) logits.
+        boxes: (A, 4) decoded from them.
+        centres, strides: (A, 2) and (A,), pixels.
+        objects: (T, 4).
+        assignment: of :func:`assign`.
+    """
+    counts = assignment.counts
+    positive = assignment.object >= 0
+    loss = quality_focal_loss(objectness[counts], assignment.target[counts]).sum()
+    zero = sides.sum() * 0.0 + quality.sum() * 0.0
+    if not bool(positive.any()):
+        return BoxLosses(loss, zero, zero, zero, zero.detach(), zero.detach())
+    wanted = objects[assignment.object[positive]]
+    weight = assignment.target[positive]
+    found = boxes[positive]
+    box = (weight * generalized_box_iou_loss(found, wanted, reduction="none")).sum()
+    at, step = centres[positive], strides[positive]
+    reach = torch.cat([at - wanted[:, :2], wanted[:, 2:] - at], dim=1) / step[:, None]
+    dfl = (weight * distribution_focal_loss(sides[positive], reach)).sum()
+    with torch.no_grad():
+        overlap = box_iou(found, wanted).diagonal()
+    localised = F.binary_cross_entropy_with_logits(quality[positive], overlap, reduction="sum")
+    return BoxLosses(loss, box, dfl, localised, weight.sum(), positive.sum().to(weight))

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NanoDet in Detectron2's parts: a backbone, a proposal generator that needs no names, and the network of both.
+
+Registered under Detectron2's names, so that its own configuration builds them too: ``MODEL.BACKBONE.NAME:
+nanodet_backbone``, ``MODEL.PROPOSAL_GENERATOR.NAME: DenseProposals``, ``MODEL.META_ARCHITECTURE: ProposalDetector``.
+
+Each level has two heads. NanoDet's own is frozen and keeps saying how likely each of its 80 words is. The other starts
+as its copy and learns boxes without names: *objectness*, which starts at the best word's logit (so that an untrained
+network ranks as NanoDet does) and learns from objects and background, and *quality*, the IoU of the box, which learns
+from objects alone.
+
+Shapes: ``N`` pictures, ``A`` cells, ``P`` proposals of one picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.meta_arch import META_ARCH_REGISTRY, ProposalNetwork
+from detectron2.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import nms
+
+from ovd.modeling.proposals.assign import assign, nameless_losses
+from ovd.modeling.proposals.nanodet import (
+    BINS,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    STRIDES,
+    WORDS,
+    CspBackbone,
+    DenseHead,
+    PathAggregation,
+    cell_centres,
+    decode,
+    flat,
+    gather,
+)
+from pretrain.engine.distributed import shares
+
+Ranking = Literal["words", "objectness", "quality", "both"]
+CHANNELS = 128
+LEVELS = ("p3", "p4", "p5")
+BOX_WEIGHT, SIDES_WEIGHT = 2.0, 0.25
+"""Of the box's GIoU and of the sides' distributions (arXiv:2006.04388, section 4)."""
+
+
+class NanoDetBackbone(Backbone):
+    """Normalised RGB (N, 3, H, W) to ``p3``, ``p4``, ``p5``: 128 channels, strides 8, 16 and 32."""
+
+    size_divisibility = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.csp = CspBackbone()
+        self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        own = next(self.csp.parameters()).dtype  # an export for a CPU is bfloat16
+        maps = self.neck(self.csp(pixels.to(own, memory_format=torch.channels_last)))
+        return dict(zip(LEVELS, maps, strict=True))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {name: ShapeSpec(channels=CHANNELS, stride=s) for name, s in zip(LEVELS, STRIDES, strict=True)}
+
+
+@BACKBONE_REGISTRY.register()
+def nanodet_backbone(cfg: Any, input_shape: ShapeSpec) -> NanoDetBackbone:
+    """For Detectron2's own configuration; nothing in it changes the network."""
+    return NanoDetBackbone()
+
+
+class NamelessHead(nn.Module):
+    """(N, C, h, w) to objectness (added to the best word's logit), quality and sides: (N, 1 + 1 + 4·bins, h, w)."""
+
+    def __init__(self, channels: int, *, bins: int) -> None:
+        super().__init__()
+        self.hidden = DenseHead(channels, words=0, bins=bins).hidden
+        self.scores = nn.Conv2d(channels, 2, 1)
+        self.sides = nn.Conv2d(channels, 4 * bins, 1)
+        nn.init.zeros_(self.scores.weight)
+        assert self.scores.bias is not None
+        nn.init.zeros_(self.scores.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x)
+        return torch.cat([self.scores(hidden), self.sides(hidden)], dim=1)
+
+    def start_from(self, head: DenseHead) -> None:
+        """Copy the head that knows words: the same boxes, the same objectness."""
+        self.hidden.load_state_dict(head.hidden.state_dict())
+        self.sides.weight.data.copy_(head.output.weight.data[head.words :])
+        assert self.sides.bias is not None and head.output.bias is not None
+        self.sides.bias.data.copy_(head.output.bias.data[head.words :])
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class DenseProposals(nn.Module):
+    """Boxes of all cells, the best ones kept by non-maximum suppression.
+
+    Args:
+        in_features: levels, finest first.
+        ranking: what orders the boxes: the best known word (NanoDet as it is: its boxes too, and the nameless heads do
+            not run), objectness, quality, or the geometric mean of the latter two.
+        nms: IoU above which the lesser of two boxes goes.
+        pre_nms: best boxes of a picture that the suppression looks at.
+        post_nms: boxes kept of a picture.
+        words: that the frozen heads know.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_features: tuple[str, ...] = LEVELS,
+        ranking: Ranking = "words",
+        nms: float = 0.6,
+        pre_nms: int = 1000,
+        post_nms: int = 100,
+        words: int = WORDS,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.ranking, self.nms = in_features, ranking, nms
+        self.pre_nms, self.post_nms = pre_nms, post_nms
+        self.heads = nn.ModuleList([DenseHead(CHANNELS, words=words, bins=BINS) for _ in in_features])
+        self.nameless = nn.ModuleList([NamelessHead(CHANNELS, bins=BINS) for _ in in_features])
+
+    @classmethod
+    def from_config(cls, cfg: Any, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """Detectron2's configuration, ``MODEL.RPN``."""
+        rpn = cfg.MODEL.RPN
+        return {"nms": rpn.NMS_THRESH, "pre_nms": rpn.PRE_NMS_TOPK_TEST, "post_nms": rpn.POST_NMS_TOPK_TEST}
+
+    def forward(
+        self, images: ImageList, features: Mapping[str, Tensor], gt_instances: list[Instances] | None = None
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """(proposals, losses): proposals in eval mode only, losses in training only.
+
+        Proposals have ``proposal_boxes``, ``objectness_logits`` (of the ranking's score, best first), ``quality`` (P,)
+        and ``words`` (P, 80), both 0…1. ``gt_instances`` have ``gt_boxes`` and, where something is neither object nor
+        background, ``gt_classes`` of -1 there.
+        """
+        maps = [features[name] for name in self.in_features]
+        with torch.no_grad():
+            words, own_sides = gather(self.heads, maps)
+        centres, strides = cell_centres(*images.tensor.shape[-2:], device=words.device)
+        words = words.float()
+        if self.ranking == "words" and not self.training:
+            # NanoDet's scores were trained to be the IoU of its own boxes, so the best one is also the quality.
+            objectness = quality = words.amax(dim=2)
+            sides = own_sides
+        else:
+            answer = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
+            objectness, quality = words.amax(dim=2) + answer[..., 0], answer[..., 1]
+            sides = answer[..., 2:].unflatten(2, (4, -1))
+        if self.training:
+            if gt_instances is None:
+                raise ValueError("training needs gt_instances")
+            return [], self.losses(images, objectness, quality, sides, centres, strides, gt_instances)
+        return [
+            self.select(objectness[n], quality[n], words[n], sides[n], centres, strides, size)
+            for n, size in enumerate(images.image_sizes)
+        ], {}
+
+    def losses(
+        self,
+        images: ImageList,
+        objectness: Tensor,
+        quality: Tensor,
+        sides: Tensor,
+        centres: Tensor,
+        strides: Tensor,
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """Each loss of the batch, divided by the weight or number of its positives over all processes."""
+        boxes = decode(sides, centres, strides)
+        sums = []
+        for n, (truth, (height, width)) in enumerate(zip(gt_instances, images.image_sizes, strict=True)):
+            known = truth.gt_classes >= 0
+            objects, ignored = truth.gt_boxes.tensor[known], truth.gt_boxes.tensor[~known]
+            assignment = assign(boxes[n], objectness[n].sigmoid(), centres, objects, ignored)
+            there = (centres[:, 0] < width) & (centres[:, 1] < height)  # what is padded is no background either
+            sums.append(
+                nameless_losses(
+                    objectness=objectness[n],
+                    quality=quality[n],
+                    sides=sides[n],
+                    boxes=boxes[n],
+                    centres=centres,
+                    strides=strides,
+                    objects=objects,
+                    assignment=assignment._replace(counts=assignment.counts & there),
+                )
+            )
+        total = [torch.stack(values).sum() for values in zip(*sums, strict=True)]
+        weight, positives = total[4].clamp_min(1.0), total[5].clamp_min(1.0)
+        by_weight, by_positives = shares([float(weight), float(positives)])
+        return {
+            "loss_objectness": by_weight * total[0] / weight,
+            "loss_box": by_weight * BOX_WEIGHT * total[1] / weight,
+            "loss_sides": by_weight * SIDES_WEIGHT * total[2] / weight,
+            "loss_quality": by_positives * total[3] / positives,
+        }
+
+    def select(
+        self,
+        objectness: Tensor,
+        quality: Tensor,
+        words: Tensor,
+        sides: Tensor,
+        centres: Tensor,
+        strides: Tensor,
+        size: tuple[int, int],
+    ) -> Instances:
+        """The best boxes of one picture out of its A cells; only theirs are decoded."""
+        score, quality = objectness.sigmoid(), quality.sigmoid()
+        if self.ranking == "quality":
+            score = quality
+        elif self.ranking == "both":
+            score = (score * quality).sqrt()
+        score = score.nan_to_num(0.0)
+        top = score.topk(min(self.pre_nms, len(score))).indices
+        clipped = Boxes(decode(sides[top], centres[top], strides[top]).nan_to_num(0.0))
+        clipped.clip(size)
+        there = clipped.nonempty(threshold=1.0)
+        top, kept = top[there], clipped[there]
+        best = nms(kept.tensor, score[top], self.nms)[: self.post_nms]
+        top = top[best]
+        proposals = Instances(size)
+        proposals.proposal_boxes = kept[best]
+        proposals.objectness_logits = score[top].logit(eps=1e-6)
+        proposals.quality = quality[top]
+        proposals.words = words[top].sigmoid()
+        return proposals
+
+
+@META_ARCH_REGISTRY.register()
+class ProposalDetector(ProposalNetwork):
+    """Detectron2's network of a backbone and a proposal generator, on pictures padded with black as NanoDet's were.
+
+    ``canvas``: in training every picture is padded to this (height, width), so that all batches have one shape: each
+    new one costs seconds of planning on a CPU. ``frozen``: the trunk stays as it is.
+    """
+
+    canvas: tuple[int, int] | None = None
+    frozen: bool = True
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """In training the dict of losses; in eval mode the proposals (:class:`Instances`) of each input."""
+        images = self.preprocess(batched_inputs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone(images.tensor)
+        truth = [x["instances"].to(self.device) for x in batched_inputs] if self.training else None
+        proposals, losses = self.proposal_generator(images, features, truth)
+        return losses if self.training else proposals
+
+    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """RGB 0…255 at the top left, black below and right, then normalised."""
+        pixels = [x["image"].to(self.device) for x in batched_inputs]
+        sizes = [(p.shape[-2], p.shape[-1]) for p in pixels]
+        step = self.backbone.size_divisibility
+        height, width = (-(-max(side) // step) * step for side in zip(*sizes, strict=True))
+        if self.training and self.canvas is not None:
+            height, width = max(height, self.canvas[0]), max(width, self.canvas[1])
+        padded = [F.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2])) for p in pixels]
+        batch = torch.stack(padded).float()
+        return ImageList((batch - self.pixel_mean) / self.pixel_std, sizes)
+
+
+def build_proposal_detector(
+    *, ranking: Ranking, nms: float, pre_nms: int, post_nms: int, words: int = WORDS
+) -> ProposalDetector:
+    """The network with random weights."""
+    return ProposalDetector(
+        backbone=NanoDetBackbone(),
+        proposal_generator=DenseProposals(ranking=ranking, nms=nms, pre_nms=pre_nms, post_nms=post_nms, words=words),
+        pixel_mean=PIXEL_MEAN,
+        pixel_std=PIXEL_STD,
+    )
+
+
+def start_from_nanodet(model: ProposalDetector, tensors: Mapping[str, Tensor]) -> None:
+    """Load what ``scripts/convert_nanodet.py`` wrote; the nameless heads start as copies.
+
+    Raises:
+        RuntimeError: names or shapes that do not fit (torch's message lists them).
+    """
+    places: dict[str, nn.Module] = {
+        "backbone.": model.backbone.csp,
+        "neck.": model.backbone.neck,
+        "heads.": model.proposal_generator.heads,
+    }
+    for prefix, module in places.items():
+        own = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+        module.load_state_dict(own)
+    for nameless, head in zip(model.proposal_generator.nameless, model.proposal_generator.heads, strict=True):
+        nameless.start_from(head)
