@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
     if options.vocabulary is None and options.classes is None and not options.example:
         raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
-    files = collect(options.pictures)
+    files = collect(options.pictures, without=options.out)
     from ovd.examples import parse_examples
     from ovd.vocabulary import Vocabulary
 
@@ -123,18 +123,25 @@ def named_example(text: str) -> tuple[str, Path]:
     return (name if equals and name.strip() else path.stem), path
 
 
-def collect(given: Sequence[Path]) -> list[tuple[str, Path]]:
+def collect(given: Sequence[Path], *, without: Path | None = None) -> list[tuple[str, Path]]:
     """Return (name, path) of every picture; the name is the path inside its folder, and unique.
+
+    Args:
+        given: pictures and folders.
+        without: a folder that is not searched: that of the results.
 
     Raises:
         UserError: a path does not exist, or a folder holds no picture.
     """
-    from pretrain.data.folder import list_images
+    from pretrain.data.folder import find_images
 
     pictures: dict[str, Path] = {}
     for place in given:
         if place.is_dir():
-            inside = [(path.relative_to(place).as_posix(), path) for path in list_images(place)]
+            listing = find_images(place, without=without)
+            if str(listing):
+                print(f"warning: {place}: {listing}", file=sys.stderr)
+            inside = [(path.relative_to(place).as_posix(), path) for path in listing.paths]
         elif place.is_file():
             inside = [(place.name, place)]
         else:

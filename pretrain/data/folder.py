@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +19,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pretrain.engine.errors import BadImageError, UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
+OTHER_EXTENSIONS = (  # pictures too, in formats that are not read here
+    ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".svg", ".tif", ".tiff",
+)  # fmt: skip
 MAX_PIXELS = 25_000_000  # checked on the header, before anything is decoded
 U8 = NDArray[np.uint8]
 TURNS = {  # EXIF orientation -> how a picture is stood upright (Exif 2.3, tag 274)
@@ -108,8 +115,33 @@ def _convert(image: Image.Image, alpha: bool) -> Image.Image:
     return image.convert("RGB")
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """Every picture below `folder`, by file extension, sorted by path.
+@dataclass(frozen=True)
+class ImageListing:
+    """Pictures of a folder.
+
+    Attributes:
+        paths: sorted by their path below the folder.
+        skipped: extension -> number of pictures in formats that are not read.
+    """
+
+    paths: list[Path]
+    skipped: Mapping[str, int]
+
+    def __str__(self) -> str:
+        """What was passed over, or nothing."""
+        formats = ", ".join(f"{count} {extension}" for extension, count in sorted(self.skipped.items()))
+        return f"passed over: {formats} (read are {', '.join(EXTENSIONS)}; convert them first)" if formats else ""
+
+
+def find_images(folder: str | Path, *, without: Path | None = None) -> ImageListing:
+    """Every picture below `folder`, by file extension.
+
+    Hidden files and folders (``.ipynb_checkpoints``, macOS's ``._a.jpg``) are no pictures of a person's. Links to
+    folders are followed, each folder once.
+
+    Args:
+        folder: searched with its sub folders.
+        without: a folder that is left out: a command's own output.
 
     Raises:
         UserError: no such folder, or nothing in it.
@@ -117,7 +149,32 @@ def list_images(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give a folder of {', '.join(EXTENSIONS)} files.")
-    paths = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()]
+    output = without.resolve() if without is not None else None
+    seen: set[Path] = set()
+    paths: list[Path] = []
+    skipped: Counter[str] = Counter()
+    for where, folders, names in os.walk(root, followlinks=True):
+        real = Path(where).resolve()
+        if real in seen or real == output:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            path = Path(where, name)
+            if name.startswith(".") or not path.is_file():
+                continue
+            if extension in EXTENSIONS:
+                paths.append(path)
+            elif extension in OTHER_EXTENSIONS:
+                skipped[extension] += 1
+    listing = ImageListing(sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped)
     if not paths:
-        raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}).")
-    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+        raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}). {listing}".rstrip())
+    return listing
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The paths of `find_images`."""
+    return find_images(folder).paths

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data.folder import list_images, read_image
+from pretrain.data.folder import find_images, list_images, read_image
 from pretrain.engine.errors import BadImageError, UserError
 
 # A picture whose four quarters differ, so that any wrong turn shows.
@@ -195,6 +195,41 @@ def test_a_folder_is_searched_with_its_sub_folders_in_a_fixed_order(tmp_path: Pa
         "b.PNG",
         "d.bmp",
     ]
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("a.jpg", "._a.jpg", ".hidden.png", ".ipynb_checkpoints/a-checkpoint.jpg", "b/.trash/c.jpg", "b/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(UPRIGHT).save(tmp_path / name)
+    assert [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)] == ["a.jpg", "b/d.jpg"]
+    hidden_root = tmp_path / ".ipynb_checkpoints"
+    assert len(list_images(hidden_root)) == 1, "a folder that is named is searched"
+
+
+def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "photos/inner").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("photos/a.jpg", "elsewhere/b.jpg", "photos/inner/c.jpg"):
+        Image.fromarray(UPRIGHT).save(tmp_path / name)
+    (tmp_path / "photos/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos/inner/up").symlink_to(tmp_path / "photos")
+    names = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path / "photos")]
+    assert names == ["photos/a.jpg", "photos/inner/c.jpg", "photos/link/b.jpg"]
+
+
+def test_formats_that_are_not_read_are_counted_and_an_output_folder_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "results/drawn").mkdir(parents=True)
+    for name in ("a.jpg", "results/drawn/a.jpg"):
+        Image.fromarray(UPRIGHT).save(tmp_path / name)
+    for name in ("b.HEIC", "c.heic", "d.avif", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    listing = find_images(tmp_path, without=tmp_path / "results")
+    assert [path.name for path in listing.paths] == ["a.jpg"]
+    assert str(listing).startswith("passed over: 1 .avif, 2 .heic (read are .jpg")
+    assert not str(find_images(tmp_path / "results"))
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(UserError, match=r"holds no picture .* passed over: 1 \.avif, 2 \.heic"):
+        find_images(tmp_path, without=tmp_path / "results")
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
