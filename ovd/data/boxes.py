@@ -15,10 +15,10 @@ import torch
 from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
+from ovd.data.catalog import read_annotated
 from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
 from ovd.data.mapper import TrainingTransform, move_boxes
-from pretrain.data.folder import read_image
-from pretrain.engine.errors import BadImageError, UserError, did_you_mean
+from pretrain.engine.errors import UserError, did_you_mean
 
 
 class BoxedImages:
@@ -102,13 +102,7 @@ class BoxedImages:
             BadImageError: it cannot be read, or is not of the size that the annotations say.
         """
         image_id = self.image_ids[index]
-        path = self.folder / self.files[image_id]
-        image = read_image(path)
-        size = self.sizes[image_id]
-        if size is not None and size != image.shape[:2]:
-            found = f"{image.shape[1]} × {image.shape[0]}"
-            raise BadImageError(path, f"is {found} pixels upright, the annotations say {size[1]} × {size[0]}")
-        return image
+        return read_annotated(self.folder / self.files[image_id], self.sizes[image_id])
 
 
 def _corners(boxes: list[list[float]]) -> NDArray[np.float32]:

@@ -89,6 +89,19 @@ class StickerImages:
         return Labelled(image=scene.image, boxes=scene.boxes, masks=scene.masks, classes=scene.classes, image_id=index)
 
 
+def read_annotated(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a picture whose annotations state its (height, width), or None.
+
+    Raises:
+        BadImageError: it cannot be read, or is of another size.
+    """
+    image = read_image(path)
+    height, width = image.shape[:2]
+    if size is not None and size != (height, width):
+        raise BadImageError(path, f"is {width} × {height} pixels upright, the annotations say {size[1]} × {size[0]}")
+    return image
+
+
 class CocoImages:
     """Photos with a COCO instances file.
 
@@ -164,13 +177,9 @@ class CocoImages:
         """
         image_id = self.image_ids[index]
         path = self.folder / self._files[image_id]
-        image = read_image(path)
-        height, width = image.shape[:2]
         size = self._sizes[image_id]
-        if size is not None and size != (height, width):
-            raise BadImageError(
-                path, f"is {width} × {height} pixels upright, the annotations say {size[1]} × {size[0]}"
-            )
+        image = read_annotated(path, size)
+        height, width = image.shape[:2]
         annotations = self._annotations[image_id]
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32)
         boxes[:, 2:] += boxes[:, :2]

@@ -158,6 +158,11 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
     )
 
 
+def image_sizes(gt: Mapping[str, Any], *, where: str = "annotations") -> dict[ImageId, tuple[int, int] | None]:
+    """(height, width) of each image as `check_ground_truth` understands it, without looking at the annotations."""
+    return _images(gt["images"], where, [])[0]
+
+
 def _images(
     entries: list[Any], where: str, warnings: list[str]
 ) -> tuple[dict[ImageId, tuple[int, int] | None], dict[ImageId, str], dict[ImageId, str]]:

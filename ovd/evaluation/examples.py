@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ovd.data.coco import ImageId, check_ground_truth, picture_file
+from ovd.data.coco import ImageId, image_sizes, picture_file
 from ovd.detector import Detector
 from ovd.evaluation.predictor import Predictor, PretextPredictor
 from ovd.examples import MIN_SIDE, Crop, Example
@@ -78,7 +78,7 @@ def coco_crops(
     names = {category["id"]: category["name"] for category in gt["categories"]}
     labelled = {one["category_id"] for one in gt["annotations"]}
     crops: dict[int, list[Crop]] = {i: [] for i in names if i in labelled and (categories is None or i in categories)}
-    sizes = check_ground_truth(gt).sizes
+    sizes = image_sizes(gt)
     boxes: dict[Any, dict[int, tuple[float, float, float, float]]] = {}
     for one in gt["annotations"]:
         if one.get("iscrowd") or one["category_id"] not in crops:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.data.coco import ImageId, check_ground_truth, picture_file
+from ovd.data.coco import ImageId, image_sizes, picture_file
 from ovd.detections import CocoResult
 from pretrain.engine.errors import UserError
 
@@ -82,7 +82,7 @@ def run_images(
     from pretrain.data.folder import read_image
 
     collector = _Collector(predict, propose)
-    sizes = check_ground_truth(gt).sizes
+    sizes = image_sizes(gt)
     for n, entry in enumerate(gt["images"]):
         name = picture_file(entry, where=f"images[{n}]")
         image = read_image(folder / name)

@@ -25,6 +25,7 @@ from ovd.modeling.proposals.network import ProposalDetector, build_proposal_dete
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.state import load_tensors
 
 FORMAT = "proposals/1"
 MAX_ENLARGEMENT = 4 / 3
@@ -70,13 +71,10 @@ def start_model(weights: Path, config: ProposalNetworkConfig) -> ProposalDetecto
             f"weights={weights}: has format {facts.get('format')!r}, not {wanted!r}; give nanodet.safetensors of "
             "scripts/convert_nanodet.py, or the exported/ folder of a training with model.arch nanodet"
         )
-    try:
-        if exported:
-            model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        else:
-            start_from_nanodet(model, tensors)
-    except RuntimeError as error:
-        raise UserError(f"weights={weights}: does not fit: {str(error).splitlines()[-1].strip()}") from error
+    if exported:
+        load_tensors(model, tensors, source=f"weights={weights}")
+    else:
+        start_from_nanodet(model, tensors, source=f"weights={weights}")
     return model
 
 

@@ -44,6 +44,7 @@ from ovd.modeling.proposals.nanodet import (
     gather,
 )
 from pretrain.engine.distributed import shares
+from pretrain.engine.state import load_tensors
 
 Ranking = Literal["words", "objectness", "quality", "both"]
 CHANNELS = 128
@@ -286,11 +287,18 @@ def build_proposal_detector(
     )
 
 
-def start_from_nanodet(model: ProposalDetector, tensors: Mapping[str, Tensor]) -> None:
+def start_from_nanodet(
+    model: ProposalDetector, tensors: Mapping[str, Tensor], *, source: str = "nanodet.safetensors"
+) -> None:
     """Load what ``scripts/convert_nanodet.py`` wrote; the nameless heads start as copies.
 
+    Args:
+        model: to be started.
+        tensors: of the file.
+        source: for messages.
+
     Raises:
-        RuntimeError: names or shapes that do not fit (torch's message lists them).
+        UserError: names or shapes that do not fit.
     """
     places: dict[str, nn.Module] = {
         "backbone.": model.backbone.csp,
@@ -298,7 +306,7 @@ def start_from_nanodet(model: ProposalDetector, tensors: Mapping[str, Tensor]) -
         "heads.": model.proposal_generator.heads,
     }
     for prefix, module in places.items():
-        own = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
-        module.load_state_dict(own)
+        part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        load_tensors(module, part, source=source)
     for nameless, head in zip(model.proposal_generator.nameless, model.proposal_generator.heads, strict=True):
         nameless.start_from(head)
