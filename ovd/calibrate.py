@@ -8,6 +8,9 @@ stays below in 95 % of the pictures. Novel labels are not used. Everything is me
 fitted on the training styles would promise too much.
 
 Then the same is done once more with every word replaced by one crop in a training style: what a crop's score means.
+
+A detector of photographs is fitted on photos that it was not trained on:
+``python -m ovd.calibrate --weights FOLDER --data coco:IMAGES:ANNOTATIONS.json [--labels TABLE.json] [--part val]``.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
@@ -179,6 +182,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten")
     add("--scenes", type=int, default=150, help="scenes for the fit, and again for the report")
+    add("--data", metavar="coco:IMAGES:ANNOTATIONS.json", help="photos with boxes, for a detector of photographs")
+    add("--labels", type=Path, metavar="TABLE.json", help="with --data: file name -> nouns, photos of one thing")
+    add("--part", help="with --data: only images whose `split` in the file is this")
     add("--size", type=int, default=256, help="side of the scenes in pixels")
     add("--crop-refinement", "--second-look", type=int, metavar="N",
         help="regions of a picture that the image encoder embeds as crops too, from now on (default: as in "
@@ -192,16 +198,76 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
     if args.scenes < 10:
         raise UserError(f"--scenes {args.scenes}: at least 10 are needed to fit anything")
+    if (args.labels or args.part) and not args.data:
+        raise UserError("--labels and --part go with --data")
     return args
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     args = parse(argv)
+    return calibrate_on_photos(args) if args.data else calibrate_on_stickers(args)
+
+
+def calibrate_on_photos(args: argparse.Namespace) -> int:
+    """Fit on one half of the photos, measure on the other, then fit on all of them."""
+    from ovd.data.photo_words import PhotoWords
+    from ovd.detector import Detector
+    from ovd.evaluation.options import DataSpec
+    from ovd.evaluation.photo_calibration import fit, measure, prepare
+    from pretrain.data.lexicon import read_lexicon
+
+    folder, data = Path(args.weights), DataSpec.parse(args.data)
+    if data.annotations is None or data.images is None:
+        raise UserError(f"--data {args.data}: expected coco:IMAGES:ANNOTATIONS.json")
+    photos = PhotoWords(
+        folder=data.images,
+        annotations=[data.annotations],
+        labels=args.labels,
+        lexicon=read_lexicon(),
+        part=args.part,
+        min_score=0.08,
+    )
+    detector = Detector.load(folder, device=args.device, cache_size=0)
+    typed = prepare(detector, photos)
+    halves = [
+        replace(typed, scenes=typed.scenes[start::2], named=typed.named[start::2]) for start in (0, 1)
+    ]  # fmt: skip
+    figures, curve = measure(halves[1], fit(halves[0]))
+    fitted = fit(typed)
+    path = folder / "model.json"
+    write_card(path, calibration=asdict(fitted))
+    report(
+        args, {"calibration": asdict(fitted), "other_half": figures}, curve, caption="typed words, half of the photos"
+    )
+    return 0
+
+
+def write_card(path: Path, **values: Any) -> None:
+    """Replace some values of a detector's card."""
+    card = read_json(path)
+    card.pop("second_look", None)  # crop_refinement's former name
+    write_atomically(path, (json.dumps(card | values, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def report(args: argparse.Namespace, figures: dict[str, Any], curve: Reliability, *, caption: str) -> None:
+    """Print the figures, and write what ``--plot`` and ``--report`` name."""
+    from ovd.evaluation.reliability import reliability_svg
+
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if args.plot:
+        title = f"Scores of {args.weights}"
+        write_atomically(args.plot, reliability_svg(curve, title=title, caption=caption).encode())
+    if args.report:
+        write_atomically(args.report, (text + "\n").encode())
+
+
+def calibrate_on_stickers(args: argparse.Namespace) -> int:
+    """Fit on some scenes, measure on others."""
     folder = Path(args.weights)
 
     from ovd.detector import Detector
-    from ovd.evaluation.reliability import reliability_svg
     from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
     from pretrain.data.stickers import Stickers
@@ -222,21 +288,13 @@ def main(argv: list[str]) -> int:
         fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
     others = typed_scenes(detector, stickers, seed=2000, count=args.scenes, size=args.size, base_only=False)
     figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
-    path = folder / "model.json"
-    card = read_json(path)
-    card.pop("second_look", None)  # the field's former name
-    card |= {"calibration": asdict(fitted), "crop_refinement": detector.crop_refinement}
-    write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
-    report = {
-        "crop_refinement": detector.crop_refinement, "calibration": asdict(fitted), "other_scenes": figures
-    }  # fmt: skip
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.plot:
-        caption = "typed words, scenes that were not fitted on"
-        write_atomically(args.plot, reliability_svg(curve, title=f"Scores of {folder}", caption=caption).encode())
-    if args.report:
-        args.report.write_text(text + "\n", encoding="utf-8")
+    write_card(folder / "model.json", calibration=asdict(fitted), crop_refinement=detector.crop_refinement)
+    report(
+        args,
+        {"crop_refinement": detector.crop_refinement, "calibration": asdict(fitted), "other_scenes": figures},
+        curve,
+        caption="typed words, scenes that were not fitted on",
+    )
     return 0
 
 

@@ -129,17 +129,18 @@ class Detector:
         """
         where = pick_device(device)
         folder = detector_folder(weights)
+        from ovd.modeling.export import read_card
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
-        model = load_detector_model(folder, device=str(where), masks=masks, top=regions)
-        assert model.card is not None
-        encoder = load_encoder_of(folder, model.card).to(where)
+        card = read_card(folder)
+        encoder = load_encoder_of(folder, card).to(where)
+        model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
         if crop_refinement is None:
-            crop_refinement = model.card.crop_refinement if second_look is None else second_look
+            crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(
             model=model,
             encoder=encoder,
-            templates=TEMPLATE_SETS[model.card.templates],  # prompts of the training classes
+            templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
             crop_refinement=crop_refinement,
             card=read_model_card(folder),
             **options,
@@ -213,6 +214,7 @@ class Detector:
         words = self.text.embed(query.words)
         return QueryScorer(
             words=words,
+            phrases=tuple(c.phrases for c in query.words.classes),
             word_is_negative=torch.tensor([c.negative for c in query.words.classes], dtype=torch.bool),
             examples=self.embed_examples(query.examples) if query.examples else words[:0],
             example_is_negative=torch.tensor([e.negative for e in query.examples], dtype=torch.bool),
