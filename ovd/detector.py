@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,8 +200,13 @@ class Detector:
         if all(e.negative for e in parsed):
             return Query(self.resolve(classes), parsed)
         if classes is None or not isinstance(classes, Vocabulary):
-            classes = Vocabulary.parse(classes or (), templates=self.templates, alone=False)
+            classes = self._understood(Vocabulary.parse(classes or (), templates=self.templates, alone=False))
         return Query(classes, parsed)
+
+    def _understood(self, vocabulary: Vocabulary) -> Vocabulary:
+        """The vocabulary with notices on how the model understands its words."""
+        notices = self.model.notices([c.phrases for c in vocabulary.classes], self.text.embed(vocabulary))
+        return replace(vocabulary, notices=vocabulary.notices + notices)
 
     question = query
     """The former name of `query`."""
@@ -244,7 +250,7 @@ class Detector:
             return self.vocabulary
         if isinstance(vocabulary, Vocabulary):
             return vocabulary
-        return Vocabulary.parse(vocabulary, templates=self.templates)
+        return self._understood(Vocabulary.parse(vocabulary, templates=self.templates))
 
     def set_classes(self, classes: Vocabulary | str | Iterable[str]) -> Vocabulary:
         """Set the words `detect` looks for, and embed them.

@@ -78,6 +78,21 @@ class FvlmRegionModel(RegionModel):
         boxes, scores = self.model.proposer.propose(image, top=top)
         return boxes.numpy(), scores.numpy()
 
+    def notices(self, phrases: Phrases, rows: Tensor) -> tuple[str, ...]:
+        """Of phrases that are no noun of the lexicon: what is looked for, or the nearest words of the training."""
+        found = []
+        for group, row in zip(phrases, rows, strict=True):
+            for phrase in group:
+                if self.trained.understands(phrase):
+                    continue
+                if (head := self.trained.head_of(phrase)) is not None:
+                    found.append(f"{phrase!r} is looked for as {head!r}: attributes are not understood")
+                elif len(group) == 1:
+                    nearest = (self.background_words.to(row) @ row).topk(min(3, len(self.trained.words))).indices
+                    near = ", ".join(self.trained.words[i] for i in nearest.tolist())
+                    found.append(f"{phrase!r} is no word these weights learned; the nearest they know: {near}")
+        return tuple(found)
+
     def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
         relations = self.known.relations(phrases)

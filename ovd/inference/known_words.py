@@ -65,8 +65,21 @@ class WordList:
                 return found
         return None
 
+    def head_of(self, phrase: str) -> str | None:
+        """The noun that a phrase is about: *car* of "red car", *plate* of "plate of food"; None: there is none."""
+        words = phrase.casefold().split(" of ")[0].split()
+        heads = [" ".join(words[start:]) for start in range(len(words))]
+        return next((head for head in heads if head != phrase.casefold() and self.understands(head)), None)
+
+    def understands(self, phrase: str) -> bool:
+        """Whether a phrase, as it is, has a meaning here."""
+        forms = set(singulars(phrase.casefold()))
+        return self.meaning_of(phrase) is not None or bool(forms & (PERSONS | GROUPS.keys() | set(self.words)))
+
     def line_of(self, phrase: str) -> list[str]:
         """The meaning of a phrase and those above it; the phrase itself where the lexicon does not have it."""
+        if not self.understands(phrase):
+            phrase = self.head_of(phrase) or phrase
         forms = singulars(phrase.casefold())
         own = self.meaning_of(phrase)
         line = [own, *self.lexicon.above(own)] if own is not None else [SYNONYMS.get(forms[-1], forms[-1])]
@@ -91,10 +104,6 @@ class WordList:
                     elif key in line:
                         above[number, column] = True
         return Relations(same_or_below=same, above=above & ~same)
-
-    def knows(self, phrase: str) -> bool:
-        """Whether a phrase means one of the words."""
-        return self.line_of(phrase)[0] in set(self._keys)
 
 
 def singulars(phrase: str) -> list[str]:

@@ -63,6 +63,10 @@ class RegionModel(ABC):
         best = regions.objectness.argsort(descending=True)[:top]
         return regions.boxes[best].cpu().numpy(), regions.objectness[best].cpu().numpy()
 
+    def notices(self, phrases: Sequence[Sequence[str]], rows: Tensor) -> tuple[str, ...]:
+        """What a person should know of how these classes are understood; arguments as those of `scorer`."""
+        return ()
+
     def scorer(self, rows: Tensor, phrases: Sequence[Sequence[str]], competitors: Tensor) -> Scorer:
         """What scores regions for typed classes, each alone, as a person sees them.
 

@@ -301,3 +301,14 @@ def test_lists_of_nouns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a JSON list"):
         nouns_of(str(tmp_path / "a.json"))
     assert nouns_of(None) == frozenset()
+
+
+def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path) -> None:
+    detector = Detector.load(trained / "run", regions=4)
+    query = detector.query(["red car", "dogs", "zzyzx", "plate of food"])
+    assert query.notices[0] == "'red car' is looked for as 'car': attributes are not understood"
+    assert query.notices[1].startswith("'zzyzx' is no word these weights learned; the nearest they know: ")
+    assert len(query.notices) == 3
+    picture = np.zeros((32, 48, 3), dtype=np.uint8)
+    scores = detector.embed(picture).scores(detector.query(["red car", "car"])).score_RC
+    assert (scores[:, 0] > 0).any()
