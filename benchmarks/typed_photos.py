@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees who types words for photos: how much of it is right, how much is found, how quiet absent words are.
+"""What a person sees who types words for photos: how much is right, how much is found, how quiet absent words are.
 
 python benchmarks/typed_photos.py --weights default --data coco:IMAGES:ANNOTATIONS.json
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from ovd import Detector
 from pretrain.engine.errors import run_cli
 
-SCENES = Path(__file__).resolve().parents[1] / "ovd/demo/examples"
+PHOTOS = Path(__file__).resolve().parents[1] / "ovd/demo/examples/photos"
 
 
 def main(argv: list[str]) -> int:
     """Detect, count per class, and write one entry per box."""
-    folder = Path(argv[0]) if argv else SCENES
-    words = argv[1] if len(argv) > 1 else "dog, snowman, piano, umbrella"
+    folder = Path(argv[0]) if argv else PHOTOS
+    words = argv[1] if len(argv) > 1 else "dog, horse, bird, car, chair"
     out = Path(argv[2]) if len(argv) > 2 else Path("results.json")
     detector = Detector.load("default", masks=False)
     detector.set_classes(words)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ovd import Detections, Detector
 from pretrain.engine.errors import run_cli
 
-PICTURE = Path(__file__).resolve().parents[1] / "ovd/demo/examples/scene_79.jpg"
+PICTURE = Path(__file__).resolve().parents[1] / "ovd/demo/examples/photos/horses.jpg"
 
 
 def show(detections: Detections) -> None:
@@ -29,12 +29,12 @@ def show(detections: Detections) -> None:
 def main(argv: list[str]) -> int:
     """Run the network once and classify its regions twice."""
     picture = Path(argv[0]) if argv else PICTURE
-    words = argv[1] if len(argv) > 1 else "tomato, tractor, snowman, dog"
+    words = argv[1] if len(argv) > 1 else "horse, dog, car"
     detector = Detector.load("default", masks=False)
     regions = detector.embed(picture)  # boxes and their embeddings: the expensive part
     show(regions.classify(words))
     print("other words, same regions:")
-    show(regions.classify(["piano", "lorry: truck"], threshold=0.2))
+    show(regions.classify(["animal", "lorry: truck"], threshold=0.2))
     return 0
 
 

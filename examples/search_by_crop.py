@@ -17,19 +17,19 @@ from PIL import Image
 from ovd import Crop, Detector
 from pretrain.engine.errors import UserError, run_cli
 
-SCENES = Path(__file__).resolve().parents[1] / "ovd/demo/examples"
+PHOTOS = Path(__file__).resolve().parents[1] / "ovd/demo/examples/photos"
 
 
 def main(argv: list[str]) -> int:
     """Embed the crop once, then rank the pictures by their best box."""
-    folder = Path(argv[0]) if argv else SCENES
+    folder = Path(argv[0]) if argv else PHOTOS
     detector = Detector.load("default", masks=False)
     if len(argv) == 6:
         reference, box = Path(argv[1]), [float(corner) for corner in argv[2:]]
     elif not argv:
-        reference = SCENES / "scene_79.jpg"
-        tomato = detector.find(reference, "tomato")  # stands in for a box drawn by a person
-        box = [float(corner) for corner in tomato.xyxy[0]]
+        reference = PHOTOS / "horses.jpg"
+        horses = detector.find(reference, "horse")  # stands in for a box drawn by a person
+        box = [float(corner) for corner in horses.xyxy[0]]
     else:
         raise UserError("give a folder, a picture and the four corners of a box in it; or nothing, for the example")
     pixels = np.asarray(Image.open(reference).convert("RGB"))

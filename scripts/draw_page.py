@@ -16,7 +16,7 @@ from typing import Literal
 from ovd.doctor import find_chromium
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "ovd" / "demo" / "examples"
+EXAMPLES = ROOT / "ovd" / "demo" / "examples" / "photos"
 SCHEMES: tuple[tuple[str, Literal["light", "dark"]], ...] = (("page.png", "light"), ("page-dark.png", "dark"))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 

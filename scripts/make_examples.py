@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the page's example pictures: validation scenes of a seed that no table is computed on.
 
-python scripts/make_examples.py --out ovd/demo/examples
+python scripts/make_examples.py --out ovd/demo/examples/stickers
 """
 
 from __future__ import annotations

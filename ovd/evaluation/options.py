@@ -22,8 +22,8 @@ EPILOG = """\
 examples:
   python -m ovd.evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
   python -m ovd.evaluate --annotations gt.json --predictions results.json          (no split: every category counts)
-  python -m ovd.evaluate --weights default --data stickers-val:500
-  python -m ovd.evaluate --weights default --data stickers-val:500 --examples 1   (crops in place of words)
+  python -m ovd.evaluate --weights vild-sticker --data stickers-val:500
+  python -m ovd.evaluate --weights vild-sticker --data stickers-val:500 --examples 1   (crops in place of words)
   python -m ovd.evaluate --weights default --data coco:images/:gt.json --split ovcoco
 
 A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]}.

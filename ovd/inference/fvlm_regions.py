@@ -17,7 +17,7 @@ from torch import Tensor
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.region_model import RegionModel, unit_rows
 from ovd.inference.scorers import Scorer
-from ovd.inference.scoring import Calibration, RegionSet
+from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -104,7 +104,7 @@ class FvlmRegionModel(RegionModel):
             competitors=competitors,
             rivals=rivals,
             known=relations.same_or_below,
-            parents=relations.above,
+            exact=relations.same.any(dim=1),
             scale=float(self.model.head.scale.detach()),
             calibration=self.calibration,
         )
@@ -114,12 +114,17 @@ class FvlmRegionModel(RegionModel):
 class WordScorer:
     """Scores words alone: no column depends on another.
 
+    A word that the proposal network knows has its score and the region head's, in a geometric mean. Any other word has
+    the softmax of the image tower's own embedding against all words that contradict it, times a power of the
+    objectness; the head, which learned the known words from many boxes and the others from few photos, is worse at it.
+    A word above known ones takes the better of both.
+
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
         rivals: (C, B) bool: competitors that contradict the class; synonyms and words above or below it do not.
-        known: (C, K) bool: known words that are the class.
-        parents: (C, K) bool: known words that the class is a kind of.
+        known: (C, K) bool: known words that are the class or a kind of it.
+        exact: (C,) bool: the class is a known word itself.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
     """
@@ -128,7 +133,7 @@ class WordScorer:
     competitors: Tensor
     rivals: Tensor
     known: Tensor
-    parents: Tensor
+    exact: Tensor
     scale: float
     calibration: Calibration
 
@@ -139,26 +144,34 @@ class WordScorer:
             rows=self.rows[columns],
             rivals=self.rivals[columns],
             known=self.known[columns],
-            parents=self.parents[columns],
+            exact=self.exact[columns],
         )
 
     def __call__(self, regions: RegionSet) -> Tensor:
         """See `Scorer`."""
-        assert regions.bias is not None and regions.known is not None and regions.image is not None
-        rows = self.rows
-        text, bias = regions.text.to(rows), regions.bias.to(rows)[:, None]
-        head_RC = (self.scale * text @ rows.T + bias).sigmoid()
-        known_RK = regions.known.to(rows)
-        own_RC = best_of(known_RK, self.known)
-        c = self.calibration
-        sure_RC = own_RC ** (1 - c.head_weight) * head_RC**c.head_weight
-        sure_RC = (c.slope * sure_RC.logit(eps=EPS) + c.offset).sigmoid()
-        open_RC = self.open_scores(regions, head_RC, known_RK)
-        return torch.where(self.known.any(dim=1), sure_RC, open_RC)
+        sure_RC, open_RC = self.known_scores(regions), self.open_scores(regions)
+        return torch.where(self.exact, sure_RC, torch.maximum(sure_RC * self.known.any(dim=1), open_RC))
 
-    def open_scores(self, regions: RegionSet, head_RC: Tensor, known_RK: Tensor) -> Tensor:
-        """(R, C) scores of words that the proposal network does not know."""
-        return head_RC
+    def known_scores(self, regions: RegionSet) -> Tensor:
+        """(R, C) scores by the best known word of each class; near 0 for a class without any."""
+        assert regions.bias is not None and regions.known is not None
+        head_RC = (
+            self.scale * regions.text.to(self.rows) @ self.rows.T + regions.bias.to(self.rows)[:, None]
+        ).sigmoid()
+        own_RC = best_of(regions.known.to(self.rows), self.known)
+        c = self.calibration
+        score_RC = own_RC ** (1 - c.head_weight) * head_RC**c.head_weight
+        return (c.slope * score_RC.logit(eps=EPS) + c.offset).sigmoid()
+
+    def open_scores(self, regions: RegionSet) -> Tensor:
+        """(R, C) scores by the image tower's embedding alone."""
+        assert regions.image is not None
+        image, c = regions.image.to(self.rows), self.calibration
+        score_RC = competitive_probabilities(
+            image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+        )
+        score_RC = score_RC * regions.objectness.to(self.rows).clamp(0, 1).pow(c.open_objectness)[:, None]
+        return (c.open_slope * score_RC.logit(eps=EPS) + c.open_offset).sigmoid()
 
 
 def best_of(known_RK: Tensor, members_CK: Tensor) -> Tensor:

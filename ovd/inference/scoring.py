@@ -36,7 +36,8 @@ class Calibration:
         threshold: default of the page and of ``detect``.
         head_weight: exponent of the region head beside the proposal network's own score, for words that the latter
             knows (`ovd.inference.fvlm_regions`); slope and offset are those words'.
-        open_*: the same for words that the proposal network does not know.
+        open_scale, open_objectness: inverse temperature and objectness exponent of all other words, which are scored by
+            the image tower's own embedding; open_slope, open_offset: their sigmoid.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid.
     """
@@ -49,6 +50,8 @@ class Calibration:
     bank_limit: float = 0.7
     threshold: float = 0.3
     head_weight: float = 0.3
+    open_scale: float = 15.0
+    open_objectness: float = 0.5
     open_slope: float = 1.0
     open_offset: float = 0.0
     example_logit_scale: float = 20.0
@@ -123,17 +126,24 @@ def competitor_mask(classes_CD: Tensor, words_BD: Tensor, *, limit: float) -> Te
 
 
 def competitive_probabilities(
-    regions_RD: Tensor, classes_CD: Tensor, words_BD: Tensor, background_D: Tensor | None, *, scale: float, limit: float
+    regions_RD: Tensor,
+    classes_CD: Tensor,
+    words_BD: Tensor,
+    background_D: Tensor | None,
+    *,
+    scale: float,
+    keep_CB: Tensor,
 ) -> Tensor:
     """(R, C) probability of each class against the background words and the background, each column on its own.
 
-    ``p_c = e^{s·c} / (e^{s·c} + Σ_competitors e^{s·b} + e^{s·bg})``. All inputs are unit rows.
+    ``p_c = e^{s·c} / (e^{s·c} + Σ_competitors e^{s·b} + e^{s·bg})``. All inputs are unit rows; ``keep_CB`` (C, B) bool
+    says which background words compete with which class.
     """
     classes_RC = scale * regions_RD @ classes_CD.T
     words_RB = scale * regions_RD @ words_BD.T
     if background_D is not None:
         words_RB = torch.cat([words_RB, scale * (regions_RD @ background_D)[:, None]], dim=1)
-    keep_CB = competitor_mask(classes_CD, words_BD, limit=limit).to(words_RB.dtype)
+    keep_CB = keep_CB.to(words_RB.dtype)
     if background_D is not None:
         keep_CB = F.pad(keep_CB, (0, 1), value=1.0)
     if words_RB.shape[1] == 0:
@@ -167,10 +177,10 @@ def score_regions(
         background_D: unit learned background, or None.
         calibration: the checkpoint's.
     """
-    scale, limit = calibration.logit_scale, calibration.bank_limit
-    score = competitive_probabilities(text_RD, classes_CD, words_BD, background_D, scale=scale, limit=limit)
+    scale, keep_CB = calibration.logit_scale, competitor_mask(classes_CD, words_BD, limit=calibration.bank_limit)
+    score = competitive_probabilities(text_RD, classes_CD, words_BD, background_D, scale=scale, keep_CB=keep_CB)
     if image_RD is not None:
-        image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, limit=limit)
+        image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, keep_CB=keep_CB)
         score = geometric_ensemble(score, image, calibration.text_weight)
     if calibration.objectness_weight:
         score = score * objectness_R.clamp(0.0, 1.0).pow(calibration.objectness_weight)[:, None]

@@ -194,7 +194,7 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         classes=table.words,
         novel=(),
         bank=table.words,
-        calibration=asdict(Calibration(logit_scale=float(parts.model.head.scale))),
+        calibration=asdict(Calibration(open_scale=float(parts.encoder.logit_scale.detach().exp()))),
         config_hash=config_hash(config),
         templates=config.templates,
     )

@@ -18,7 +18,7 @@ from tests.demo.test_page import Tab
 
 def _shipped() -> bool:
     try:
-        return "vild-sticker" in read_manifest()
+        return "vild-photo" in read_manifest()
     except UserError:
         return False
 
@@ -42,7 +42,7 @@ def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
     tab.page.locator(".ovd-result:not([hidden])").wait_for()
     tab.slide(float(tab.page.locator(".ovd-threshold").get_attribute("min")))
     assert tab.boxes() >= 1
-    assert "vild-sticker" in tab.page.locator("#ovd-header").inner_text()
+    assert "vild-photo" in tab.page.locator("#ovd-header").inner_text()
     assert tab.page.locator(".ovd-alert").is_hidden() and tab.errors == []
     tab.page.close()
 

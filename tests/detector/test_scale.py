@@ -76,7 +76,7 @@ def test_ray_gives_what_one_machine_gives(cluster: Any, tmp_path: Path) -> None:
     from ovd.regions.store import RegionStore
     from pretrain.engine.config import load_config
 
-    examples = REPOSITORY / "ovd" / "demo" / "examples"
+    examples = REPOSITORY / "ovd" / "demo" / "examples" / "photos"
     files = sorted(examples.glob("*.jpg"))[:2]
     words = "dog, cat, cup, car, tree"
     scale.main(

@@ -153,7 +153,7 @@ def test_runs_as_a_module_from_any_folder(files: dict[str, Any]) -> None:
 
 
 def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
-    argv = ["--weights", "default", "--data", "stickers-val:1"]
+    argv = ["--weights", "vild-sticker", "--data", "stickers-val:1"]
     assert Options.parse([*argv, "--second-look", "3"]) == Options.parse([*argv, "--crop-refinement", "3"])
 
 
@@ -170,4 +170,4 @@ def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
 )
 def test_flags_that_do_not_go_together_are_refused_before_anything_is_read(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Options.parse(["--weights", "default", "--data", "stickers-val:1", *flags])
+        Options.parse(["--weights", "vild-sticker", "--data", "stickers-val:1", *flags])

@@ -112,9 +112,21 @@ def test_boxes_that_leave_their_picture_are_cut_and_categories_nobody_labelled_o
 
 def test_the_one_shot_protocol_goes_with_examples() -> None:
     with pytest.raises(UserError, match="goes without --queries words"):
-        main(["--weights", "default", "--data", "stickers-val:1", "--examples", "1", "--present", "--queries", "words"])
+        main(
+            [
+                "--weights",
+                "vild-sticker",
+                "--data",
+                "stickers-val:1",
+                "--examples",
+                "1",
+                "--present",
+                "--queries",
+                "words",
+            ]
+        )
     with pytest.raises(UserError, match="--present is a protocol of --examples"):
-        main(["--weights", "default", "--data", "stickers-val:1", "--present"])
+        main(["--weights", "vild-sticker", "--data", "stickers-val:1", "--present"])
 
 
 def test_examples_need_a_detector(tmp_path: Path) -> None:

@@ -183,27 +183,35 @@ def regions(known: list[list[float]]) -> RegionSet:
     )
 
 
-def scorer(known: list[list[bool]], parents: list[list[bool]]) -> WordScorer:
+def scorer(known: list[list[bool]], exact: list[bool]) -> WordScorer:
     count = len(known)
     return WordScorer(
         rows=torch.eye(4)[:count],
         competitors=torch.eye(4),
         rivals=~torch.eye(4, dtype=torch.bool)[:count],
         known=torch.tensor(known),
-        parents=torch.tensor(parents),
+        exact=torch.tensor(exact),
         scale=4.0,
-        calibration=Calibration(head_weight=0.25),
+        calibration=Calibration(head_weight=0.25, open_scale=10.0),
     )
 
 
 def test_known_words_are_a_geometric_mean_and_no_column_depends_on_another() -> None:
-    both = scorer([[True, False], [True, True]], [[False, False]] * 2)
+    both = scorer([[True, False], [True, True]], [True, True])
     score = both(regions([[0.2, 0.6], [0.9, 0.1]]))
     head = 1 / (1 + math.exp(-3.0))  # of a region with its own word
     assert float(score[0, 0]) == pytest.approx(0.2**0.75 * head**0.25, rel=1e-4)
     assert float(score[1, 1]) == pytest.approx(0.9**0.75 * head**0.25, rel=1e-4)
     alone = both.select(torch.tensor([1]))(regions([[0.2, 0.6], [0.9, 0.1]]))
     torch.testing.assert_close(alone[:, 0], score[:, 1])
+
+
+def test_other_words_compete_with_what_contradicts_them_and_a_general_word_takes_the_better_answer() -> None:
+    score = scorer([[False, False], [True, False]], [False, False])(regions([[0.0, 0.0], [1.0, 0.0]]))
+    own, other = math.exp(10.0), 3.0  # cosine 1 with its own row, 0 with the three others
+    assert float(score[0, 0]) == pytest.approx(own / (own + other) * 0.5**0.5, rel=1e-4)
+    assert float(score[1, 0]) == pytest.approx(1 / (1 + own + 2) * 0.5**0.5, rel=1e-3)  # a rival has cosine 1
+    assert float(score[1, 1]) == pytest.approx((1 / (1 + math.exp(-3.0))) ** 0.25, rel=1e-4)  # known, and sure
 
 
 @pytest.fixture(scope="module")
