@@ -149,7 +149,7 @@ class RunLog:
         if self.out is None:
             return
         try:
-            with open(self.out / name, "a", encoding="utf-8") as file:
+            with open(self.out / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise UserError(
