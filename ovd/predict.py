@@ -12,10 +12,10 @@ Writes into the output folder:
     drawn/           the pictures with boxes and masks, without the metadata of the originals
     failed.json      pictures that could not be read, and why (only when there are some)
 
-An interrupted run continues where it stopped when the same command is given again. What is kept is known by the content
-of its picture: one that was replaced or repaired is done again, and pictures may be added. Another command (other words,
-threshold, weights …) is refused, with what differs. Exit status: 0; 1 when some pictures could not be read (all others
-are done); 2 when nothing could be started.
+An interrupted run continues where it stopped when the same command is given again. What is kept is known by the
+content of its picture: one that was replaced or repaired is done again, and pictures may be added. Another command
+(other words, threshold, weights …) is refused, with what differs. Exit status: 0; 1 when some pictures could not be
+read (all others are done); 2 when nothing could be started.
 """
 
 from __future__ import annotations
@@ -344,7 +344,8 @@ def _one(
 
 
 def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, failed: list[dict[str, str]]) -> None:
-    images, results = [], []
+    images: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for number, name in enumerate(names, 1):
         record = _finished(_part(parts, name))
         if record is not None and "reason" not in record:
@@ -360,8 +361,8 @@ def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, fai
 
 
 def _write_json(path: Path, value: Any) -> None:
-    # A file name that is no UTF-8 holds surrogates, which JSON writes as \\udcXX: any reader takes the file, and Python's
-    # os.fsencode gives the name back.
+    # A file name that is no UTF-8 holds surrogates, which JSON writes as \\udcXX: any reader takes the file, and
+    # Python's os.fsencode gives the name back.
     write_atomically(path, json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 

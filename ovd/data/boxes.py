@@ -19,6 +19,7 @@ from ovd.data.catalog import read_annotated
 from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
 from ovd.data.mapper import TrainingTransform, move_boxes
 from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.identity import file_identity, files_identity
 
 
 class BoxedImages:
@@ -51,7 +52,7 @@ class BoxedImages:
         for name in withheld:
             if name not in names:
                 raise UserError(f"data.withheld: no annotation file has a category {name!r}{did_you_mean(name, names)}")
-        self.folder = folder
+        self.folder, self.annotations = folder, tuple(annotations)
         self.files: dict[ImageId, str] = {}
         self.sizes: dict[ImageId, tuple[int, int] | None] = {}
         parts: dict[ImageId, str] = {}
@@ -95,6 +96,11 @@ class BoxedImages:
         """((n, 4) confident, (m, 4) doubtful) boxes of a picture, x1, y1, x2, y2 in pixels."""
         return self._boxes[self.image_ids[index]]
 
+    def identity(self) -> dict[str, str]:
+        """Names and content of the pictures, and the annotation files."""
+        names = [self.files[i] for i in self.image_ids]
+        return {**files_identity("pictures", self.folder, names), "annotations": file_identity(self.annotations)}
+
     def load(self, index: int) -> NDArray[np.uint8]:
         """Picture ``index``, (H, W, 3) RGB.
 
@@ -125,6 +131,10 @@ class BoxSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures and boxes."""
+        return self.images.identity()
 
     def sample(self, index: int, draw: int) -> dict[str, Any]:
         """Sample of picture ``index``; pure function of (index, draw)."""

@@ -20,6 +20,7 @@ from pretrain.data.folder import read_image
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.identity import file_identity, files_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,10 @@ class StickerImages:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def identity(self) -> dict[str, str]:
+        """That of the drawings."""
+        return self.source.stickers.identity()
 
     def load(self, index: int) -> Labelled:
         """Scene ``index``; its image id is the index."""
@@ -168,6 +173,11 @@ class CocoImages:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the pictures, and the annotation file."""
+        names = [self._files[i] for i in self.image_ids]
+        return {**files_identity("pictures", self.folder, names), "annotations": file_identity([Path(self.where)])}
 
     def load(self, index: int) -> Labelled:
         """Decode image ``index``.

@@ -32,6 +32,7 @@ from ovd.regions.layout import (
 )
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import sha256_of
+from pretrain.engine.identity import text_identity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -136,6 +137,10 @@ class RegionStore:
                 f"{self.root}: {len(missing)} pictures are not among the {len(self)} of this region store, such as "
                 f"{missing[0]!r}: write a store of all of them with `python -m ovd.embed` and another `out`"
             )
+
+    def identity(self) -> str:
+        """A digest of what is in the store."""
+        return text_identity([shard["sha256"] for shard in self.manifest.get("shards") or ()])
 
     @property
     def dim(self) -> int:

@@ -25,6 +25,7 @@ from pretrain.data.images import ShardSet
 from pretrain.data.pairs import PairSource
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.identity import files_identity, identity_of, text_identity
 
 
 class CaptionedSet(Protocol):
@@ -66,6 +67,12 @@ class CaptionedFiles:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the files, and the captions."""
+        root = Path(os.path.commonpath([path.parent for path in self.paths]))
+        names = [os.path.relpath(path, root) for path in self.paths]
+        return {**files_identity("pictures", root, names), "captions": text_identity(self.texts)}
 
     def image(self, index: int) -> U8:
         """Decode one file."""
@@ -166,6 +173,10 @@ class CaptionedShardSet:
     def __len__(self) -> int:
         return len(self._chosen)
 
+    def identity(self) -> dict[str, str]:
+        """That of the shards."""
+        return self.shards.identity()
+
     def image(self, index: int) -> U8:
         """Read and decode one member."""
         return self.shards.image(int(self._chosen[index]))
@@ -195,6 +206,10 @@ class CaptionedSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures and captions."""
+        return identity_of(self.images)
 
     def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
         """Picture ``index``.

@@ -12,6 +12,7 @@ of its pictures): a person in every other photo must not crowd out the toaster.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from pretrain.data.pairs import PairSource
 from pretrain.data.render import Dice
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.identity import files_identity, text_identity
 
 Part = Literal["train", "val", "all"]
 Box = tuple[float, float, float, float]
@@ -199,6 +201,15 @@ class PhotoWordSource:
 
     def __len__(self) -> int:
         return self.config.length
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the photos, and what is said of them."""
+        items = self.words.items
+        files = sorted({item.file for item in items})
+        root = Path(os.path.commonpath([file.parent for file in files]))
+        names = [os.path.relpath(file, root) for file in files]
+        said = [(os.path.relpath(item.file, root), item.word, item.box) for item in items]
+        return {**files_identity("photos", root, names), "words and boxes": text_identity(said)}
 
     def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
         """The item, its crop and resolution are drawn by (seed, index, draw).

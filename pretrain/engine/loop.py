@@ -22,6 +22,7 @@ from pretrain.engine import checkpoint, distributed, folder
 from pretrain.engine.config import FREE_BY_DEFAULT, LoopConfig, OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import MAX_SKIPPED, NonFinite, Signals, Stopped, explained, guilty_samples, too_many_bad
+from pretrain.engine.identity import identity_of
 from pretrain.engine.log import RunLog
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
@@ -183,8 +184,11 @@ class _Run:
         """Load the checkpoint, if any; open the folder and the log; wrap the model."""
         distributed.seed_everything(derive_seed(self.loop.seed, self.rank))
         rank_state: dict[str, Any] | None = None
+        if not self.check:  # one process looks at the files
+            told = identity_of(self.data.source) if self.rank == 0 else {}
+            self.inputs |= distributed.all_objects(told)[0]
         if start is not None:
-            folder.refuse_other_inputs(start, self.inputs)
+            notes += folder.refuse_other_inputs(start, self.inputs)
             model, state = checkpoint.load_state(start)
             checkpoint.load_model(self.task, model, untracked=self.untracked, where=start.folder)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -196,6 +200,8 @@ class _Run:
         main, out = self.rank == 0, None if self.check else self.out
         if main and out is not None:
             folder.prepare(out, self.record, device=self.device, overwrite=overwrite)
+            if start is not None:
+                checkpoint.prune(out / "checkpoints", newest_step=start.step, keep=self.loop.keep)
             self.listed = folder.listed_images(out)
         self.log = RunLog(out=out, total=self.loop.steps, start=self.step, speak=main)
         self.metrics = self.log.newest
