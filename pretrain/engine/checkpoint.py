@@ -120,6 +120,24 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     write_atomically(Path(path), pack(tensors, metadata))
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors does, whatever its name: the length of a header, and a JSON object."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse the few lines that Git LFS leaves in place of a file that was not fetched.
+
+    Raises:
+        UserError: it is one, with what to do.
+    """
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/"):
+            raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
+
+
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a weight file.
 
@@ -132,6 +150,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
+    refuse_lfs_pointer(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
