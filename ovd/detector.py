@@ -16,7 +16,6 @@ Shapes: R regions, C classes, E examples, D joint embedding.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
+from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
 from ovd.text import TextEmbedder, TextEncoder
@@ -99,7 +99,7 @@ class Detector:
         self.runs = 0  # pictures that went through the network
         self._cache_size = cache_size
         self._cache: OrderedDict[str, RegionSet] = OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = ComputeLock()
 
     @classmethod
     def load(

@@ -9,7 +9,6 @@ Shapes: C classes, D embedding.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.locks import ComputeLock
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.distributed import device_of
 
@@ -81,7 +81,7 @@ class TextEmbedder:
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.fingerprint = encoder.fingerprint()
         self._memory: OrderedDict[tuple[str, tuple[tuple[str, ...], bool, bool]], Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ComputeLock()
 
     def embed(self, vocabulary: Vocabulary) -> Tensor:
         """Embed all classes of a vocabulary, negative words included, in the order of ``vocabulary.classes``.
