@@ -21,7 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain.engine import checkpoint, distributed, folder
 from pretrain.engine.config import FREE_BY_DEFAULT, LoopConfig, OptimConfig
 from pretrain.engine.errors import UserError
-from pretrain.engine.faults import MAX_SKIPPED, NonFinite, Signals, Stopped, explained, guilty_samples, too_many_bad
+from pretrain.engine.faults import (
+    MAX_SKIPPED,
+    NonFinite,
+    Signals,
+    Stopped,
+    Watchdog,
+    explained,
+    guilty_samples,
+    too_many_bad,
+)
 from pretrain.engine.identity import identity_of
 from pretrain.engine.log import RunLog
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
@@ -103,7 +112,7 @@ def fit(
                 run.begin(start, notes, overwrite=overwrite)
                 return run.train(signals)
             except RuntimeError as error:
-                better = explained(error, step=run.step, device=run.device)
+                better = explained(error, step=run.step, device=run.device, rank=run.rank)
                 if better is error:
                     raise
                 raise better from error
@@ -232,12 +241,15 @@ class _Run:
             workers=self.loop.workers,
             pin=self.device.type == "cuda",
         )
-        with closing(feed):
+        with closing(feed), Watchdog(self.rank, active=self.world > 1) as watchdog:
             while self.step < last:
                 begun = time.perf_counter()
+                watchdog.at(self.step + 1, "loading samples")
                 parts = self._load(feed)
                 loaded = time.perf_counter()
+                watchdog.at(self.step + 1, "forward and backward")
                 values, norm = self._forward_backward(parts)
+                watchdog.at(self.step + 1, "agreeing on the step")
                 bad_loss, bad_images, signum = self._agree(values, parts, signals)
                 good = self._update(values, norm, bad_loss=bad_loss)
                 self.step += 1
@@ -250,6 +262,7 @@ class _Run:
                     self._load(feed)
                     self.log.say(f"check: two batches and one step, loss {values['loss']:.4g}; nothing was written")
                     return FitReport(self.step, values, self.out)
+                watchdog.at(self.step, "logging and saving")
                 self.log.advance(self.step)
                 if self.step % self.loop.log_every == 0 or self.step == last:
                     self._report(lr=values["lr"])

@@ -49,11 +49,12 @@ PREFIXES = (
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel, of torch.compile
 
+_SCALAR: Any = np.float64().__reduce__()[0]  # makes numpy's numbers out of a type and bytes
 _NUMPY_NUMBERS: list[Any] = [
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]  (numpy 1)
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # numpy 1
 ]
 
 _RENAMES = (

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,13 +50,17 @@ def test_a_forked_child_computes_although_its_parent_did() -> None:
     assert done.stdout.strip() == "7", done.stderr
 
 
+def sent(value: Any) -> Any:
+    """What another process gets."""
+    return pickle.loads(pickle.dumps(value))  # noqa: S301  (of our own making)
+
+
 def test_a_detector_and_its_regions_can_be_copied_and_sent() -> None:
     detector = make_detector()
     regions = detector.embed(picture())
     expected = regions.classify("red, blue")
-    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+    for other in (copy.deepcopy(detector), sent(detector)):
         assert isinstance(other, Detector)
         found = other.find(picture(), "red, blue")
         assert found.class_name == expected.class_name and np.array_equal(found.xyxy, expected.xyxy)
-    sent = pickle.loads(pickle.dumps(regions)).classify("red, blue")
-    assert sent.class_name == expected.class_name
+    assert sent(regions).classify("red, blue").class_name == expected.class_name
