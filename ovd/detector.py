@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,11 @@ from ovd.inference.scoring import RegionSet
 from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
-from ovd.text import TextEmbedder, TextEncoder
+from ovd.text import TextEmbedder, TextEncoder, cut_phrases
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.distributed import pick_device
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
@@ -199,7 +200,7 @@ class Detector:
             return Query(self.resolve(classes), parsed)
         if classes is None or not isinstance(classes, Vocabulary):
             classes = Vocabulary.parse(classes or (), templates=self.templates, alone=False)
-        return Query(classes, parsed)
+        return Query(self._with_notice(classes), parsed)
 
     question = query
     """The former name of `query`."""
@@ -240,9 +241,18 @@ class Detector:
             if self.vocabulary is None:
                 raise UserError('no classes yet: call set_classes(["mug", …]) or pass the words')
             return self.vocabulary
-        if isinstance(vocabulary, Vocabulary):
+        if not isinstance(vocabulary, Vocabulary):
+            vocabulary = Vocabulary.parse(vocabulary, templates=self.templates)
+        return self._with_notice(vocabulary)
+
+    def _with_notice(self, vocabulary: Vocabulary) -> Vocabulary:
+        """The vocabulary, with a notice of words whose end the text encoder does not read."""
+        cut = cut_phrases(vocabulary, self.text.encoder)
+        if not cut:
             return vocabulary
-        return Vocabulary.parse(vocabulary, templates=self.templates)
+        names = ", ".join(shorten(name, 60) for name in cut[:3]) + (" …" if len(cut) > 3 else "")
+        notice = f"Longer than the text encoder reads, the end is ignored: {names}"
+        return replace(vocabulary, notices=tuple(dict.fromkeys([*vocabulary.notices, notice])))
 
     def set_classes(self, classes: Vocabulary | str | Iterable[str]) -> Vocabulary:
         """Set the words `detect` looks for, and embed them.

@@ -191,10 +191,12 @@ def predict(
 
     query = vocabulary if isinstance(vocabulary, Query) else Query(vocabulary)
     level = detector.threshold_for(query, threshold)
+    for notice in query.notices:
+        print(f"warning: {notice}", file=sys.stderr)
     names = [name for name, _ in files]
     drawn = drawn_names(names)
     job = {
-        "words": f"{query.hash} ({shorten(', '.join(query.names))})",
+        "words or examples": f"{query.hash} ({shorten(', '.join(query.names))})",
         "threshold": round(level, 6),
         "weights": "{sha256} {settings}".format_map({"sha256": "", "settings": "", **detector.card}),
         "draw": draw,

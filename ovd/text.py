@@ -63,6 +63,23 @@ def embed_phrases(phrases: list[str], encoder: TextEncoder, *, batch_size: int =
     return torch.cat(rows)
 
 
+def cut_phrases(vocabulary: Vocabulary, encoder: TextEncoder) -> list[str]:
+    """Names and synonyms of which the encoder's tokenizer drops the end, in the longest of their prompts."""
+    phrases = list(dict.fromkeys(phrase for one in vocabulary.classes for phrase in one.phrases))
+    prompts = [max(vocabulary.prompts(phrase), key=len) for phrase in phrases]
+    room = encoder.tokenize([""]).shape[1]
+    # No tokenizer makes more tokens than there are bytes, and two that open and close the text.
+    long = [i for i, prompt in enumerate(prompts) if len(prompt.encode("utf-8", "replace")) + 2 > room]
+    if not long:
+        return []
+    whole = encoder.tokenize([prompts[i] for i in long])
+    shorter = encoder.tokenize([prompts[i][:-1] for i in long])
+    longer = encoder.tokenize([f"{prompts[i]} zebra" for i in long])
+    # What is cut stays the same whether its end is taken away or something is added.
+    same = ((whole == shorter) & (whole == longer)).all(dim=1).tolist()
+    return [phrases[i] for i, cut in zip(long, same, strict=True) if cut]
+
+
 class TextEmbedder:
     """Embeds vocabularies with one encoder and remembers the phrases seen last.
 
