@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from ovd.data.catalog import read_annotated
 from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
 from ovd.data.mapper import TrainingTransform, move_boxes
+from pretrain.data.folder import look_for
 from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import file_identity, files_identity
 
 
@@ -77,6 +79,10 @@ class BoxedImages:
             raise UserError(f"data.annotations: no image has a box with a score of at least {confident}")
         without = len(chosen) - len(self.image_ids)
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
+        where = ", ".join(map(str, annotations))
+        wanted = [self.files[i] for i in self.image_ids]
+        if missing := look_for(wanted, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
+            self.notices.append(missing)
         if without:
             self.notices.append(f"{without} of {len(chosen)} images have no confident box and are not used")
 

@@ -16,10 +16,11 @@ import numpy as np
 from ovd.data.coco import Annotation, ImageId, read_ground_truth
 from ovd.data.masks import decode
 from ovd.data.splits import Split
-from pretrain.data.folder import read_image
+from pretrain.data.folder import look_for, read_image
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import file_identity, files_identity
 
 
@@ -159,6 +160,9 @@ class CocoImages:
         if nameless:
             truth.file_of(nameless[0])  # says what it lacks
         self.notices = [f"{annotations}: {warning}" for warning in truth.warnings]
+        names = [self._files[i] for i in self.image_ids]
+        if missing := look_for(names, images, where=annotations, allowed=BAD_IMAGES_ALLOWED):
+            self.notices.append(missing)
         if crowds:
             self.notices.append(f"{annotations}: {crowds} crowd annotations (iscrowd 1) are not trained on")
         if flat:

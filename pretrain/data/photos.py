@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ import cv2
 import numpy as np
 
 from pretrain.config_photos import PhotoWords
-from pretrain.data.folder import U8, read_image
+from pretrain.data.folder import U8, look_for, read_image
 from pretrain.data.lexicon import Lexicon, read_lexicon
 from pretrain.data.pairs import PairSource
 from pretrain.data.render import Dice
 from pretrain.engine.errors import UserError
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
 from pretrain.engine.identity import files_identity, text_identity
 
@@ -158,8 +160,9 @@ def read_photo_words(config: PhotoWords) -> Words:
     items = [item for item in named + boxes if item.word not in left_out and item.file not in closed]
     if not items:
         raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
-    if not items[0].file.is_file():
-        raise UserError(f"{items[0].file} does not exist; data.images must be the folder of the photos")
+    names = dict.fromkeys(os.path.relpath(item.file, config.images) for item in items)
+    if missing := look_for(names, config.images, where="data", allowed=BAD_IMAGES_ALLOWED):
+        print(f"warning: {missing}", file=sys.stderr)
     spelt: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     keys = [lexicon.meaning(item.word) or item.word for item in items]
     for key, item in zip(keys, items, strict=True):

@@ -98,7 +98,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(photos: Path, tmp_p
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"vocabulary": Vocabulary.parse("red")}, r"words or examples was \w+ \(blue, red, unicorn\), is \w+ \(red\)\."),
+        (
+            {"vocabulary": Vocabulary.parse("red")},
+            r"words or examples was \w+ \(blue, red, unicorn\), is \w+ \(red\)\.",
+        ),
         ({"threshold": 0.5}, r"threshold was 0\.\d+, is 0\.5\."),
         ({"masks": False}, r"masks was True, is False\."),
     ],
