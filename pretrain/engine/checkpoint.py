@@ -287,7 +287,7 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".step_*"):
             shutil.rmtree(leftover)
-        check_free_space(root, int(FREE_SPACE_MARGIN * (_size(tensors) + _size(state))))
+        check_free_space(root, int(FREE_SPACE_MARGIN * (size_of(tensors) + size_of(state))))
         temporary.mkdir()
         files = {
             MODEL: _write(temporary / MODEL, lambda file: file.write(pack(tensors, {"step": str(step)}))),
@@ -310,14 +310,14 @@ def save(
         ) from error
 
 
-def _size(value: Any) -> int:
+def size_of(value: Any) -> int:
     """Bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
-        return sum(_size(item) for item in value.values())
+        return sum(size_of(item) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return sum(_size(item) for item in value)
+        return sum(size_of(item) for item in value)
     return 0
 
 

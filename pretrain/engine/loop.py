@@ -32,11 +32,12 @@ from pretrain.engine.faults import (
     too_many_bad,
 )
 from pretrain.engine.identity import identity_of
-from pretrain.engine.log import RunLog
+from pretrain.engine.log import RunLog, forecast
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
 from pretrain.engine.task import Task
 
+FORECAST_AFTER = 5  # steps of this process, by which the rest is estimated
 COUNT = " steps"  # behind a metric's name in the window
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,6 +105,9 @@ def fit(
             )
         run = _Run(task, source, loop=loop, optim=optim, out=out, record=record, check=check)
         lock = folder.FolderLock(out)
+        late = [milestone for milestone in optim.milestones if milestone >= loop.steps]
+        if late:
+            notes.append(f"optim.milestones {late}: not before the last step ({loop.steps}), so without effect")
         with Signals() as signals:
             try:
                 if not check:
@@ -232,6 +236,7 @@ class _Run:
     def train(self, signals: Signals) -> FitReport:
         """Run until the last step, a signal or an error."""
         last = 2 if self.check else self.loop.steps
+        started, steady = self.step, time.perf_counter()
         if self.step >= last:
             return FitReport(self.step, self.metrics, self.out)
         feed = batches(
@@ -256,6 +261,10 @@ class _Run:
                 self._tally(values if good else {}, data_time=loaded - begun, step_time=time.perf_counter() - loaded)
                 if not good:
                     self._report_skip(values, parts)
+                if self.step - started == FORECAST_AFTER:
+                    self._forecast(time.perf_counter() - steady)
+                elif self.step - started == 1:
+                    steady = time.perf_counter()  # the first step plans and allocates; it says little of the others
                 if bad_images:
                     self._report_bad_images(parts)
                 if self.check:
@@ -272,6 +281,13 @@ class _Run:
                     self.log.say(f"{signal.Signals(signum).name}: saved step {self.step}; continue with --resume")
                     raise Stopped(signum, self.step)
         return FitReport(self.step, self.metrics, self.out)
+
+    def _forecast(self, seconds: float) -> None:
+        """Say how long the rest will take, by the steps after the first, and what space the checkpoints will."""
+        size = checkpoint.size_of(self.task.state_dict()) + checkpoint.size_of(self.optimizer.state_dict())
+        each = seconds / (FORECAST_AFTER - 1)
+        if self.rank == 0:
+            self.log.say(forecast(self.loop.steps - self.step, each, size * (self.loop.keep + 1), self.out))
 
     def _load(self, feed: Iterator[Fetched]) -> list[Fetched]:
         parts = [next(feed) for _ in range(self.loop.accumulate)]
