@@ -2,7 +2,7 @@
 """Kill trainings at random moments, take their disk away, damage their checkpoints, and see whether they survive.
 
     python scripts/fault_drill.py                              25 kills of each kind of training, and all other faults
-    python scripts/fault_drill.py --kinds ssl --kills 2        some of it
+    python scripts/fault_drill.py --kinds ssl --kills 2 --faults kill term        some of it
 
 Each kind of training (SSL, CLIP, Mask R-CNN, DETR) is a real command on a few tiny pictures, `python -m pretrain.train`
 or `python -m ovd.train`. What must hold: a run that was killed, however often, ends with the weights of one that was
@@ -242,7 +242,7 @@ class Drill:
     def terminated(self, times: int = 3) -> Outcome:
         """SIGTERM in the middle: status 143, a checkpoint of the step that was begun, within the limit."""
         outcome, longest = Outcome(), 0.0
-        for _ in range(times):
+        for _ in range(min(times, self.kills)):
             run = self.start("terminated", "--resume")
             wanted = run.saved() + self.dice.randrange(1, self.steps - 2)
             if run.wait(lambda run=run, wanted=wanted: run.saved() >= wanted) is None:  # type: ignore[misc]
@@ -367,30 +367,38 @@ def can_mount() -> bool:
     return shutil.which("mount") is not None and os.environ.get("FAULT_DRILL_MOUNTS") == "1"
 
 
-def drill(kind: str, folder: Path, *, steps: int, kills: int, seed: int) -> Iterator[tuple[str, Outcome]]:
-    """Every fault for one kind of training, by name."""
-    one = Drill(kind=kind, folder=folder, steps=steps, kills=kills, dice=random.Random(f"{seed} {kind}"))
+FAULTS: dict[str, tuple[str, Callable[[Drill], Outcome]]] = {
+    "kill": ("kill -9", Drill.killed),
+    "term": ("SIGTERM", Drill.terminated),
+    "two": ("two runs in one folder", Drill.two_in_one_folder),
+    "flip": ("flipped bit", Drill.flipped),
+    "full": ("full disk", Drill.full_disk),
+    "readonly": ("read-only disk", Drill.read_only_disk),
+}
+OF_DISKS = ("full", "readonly")
+
+
+def drill(one: Drill, faults: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
+    """Faults of one kind of training, by what they are."""
     yield "undisturbed", one.undisturbed()
-    yield "kill -9", one.killed()
-    yield "SIGTERM", one.terminated()
-    yield "two runs in one folder", one.two_in_one_folder()
-    yield "flipped bit", one.flipped()
-    if can_mount():
-        yield "full disk", one.full_disk()
-        yield "read-only disk", one.read_only_disk()
-    shutil.rmtree(folder / f"{kind}_whole")
+    for fault in faults:
+        if fault not in OF_DISKS or can_mount():
+            what, meet = FAULTS[fault]
+            yield what, meet(one)
+    shutil.rmtree(one.folder / f"{one.kind}_whole")
 
 
 def main(argv: list[str]) -> int:
     """Parse, drill, print; returns the exit status."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="of training")
+    flags.add_argument("--faults", nargs="+", choices=tuple(FAULTS), default=list(FAULTS), help="to meet")
     flags.add_argument("--kills", type=int, default=25, help="of each kind")
     flags.add_argument("--steps", type=int, default=8, help="of a run, each with a checkpoint")
     flags.add_argument("--seed", type=int, default=0, help="of the moments and bits")
     flags.add_argument("--folder", type=Path, default=None, help="to work in (default: a new one under /tmp)")
     options = flags.parse_args(argv)
-    if shutil.which("unshare") and "FAULT_DRILL_MOUNTS" not in os.environ:
+    if set(OF_DISKS) & set(options.faults) and shutil.which("unshare") and "FAULT_DRILL_MOUNTS" not in os.environ:
         inside = ["unshare", "--user", "--map-root-user", "--mount"]
         allowed = subprocess.run([*inside, "true"], check=False, capture_output=True).returncode == 0
         os.environ["FAULT_DRILL_MOUNTS"] = "1" if allowed else "0"
@@ -407,13 +415,15 @@ def main(argv: list[str]) -> int:
         make_data(folder / "data")
         print(f"| training | fault | tried | did not hold | |\n|{' --- |' * 5}", flush=True)
         for kind in options.kinds:
-            for fault, one in drill(kind, folder, steps=options.steps, kills=options.kills, seed=options.seed):
+            dice = random.Random(f"{options.seed} {kind}")
+            one_kind = Drill(kind=kind, folder=folder, steps=options.steps, kills=options.kills, dice=dice)
+            for fault, one in drill(one_kind, options.faults):
                 notes = ", ".join(f"{name} {value:g}" for name, value in one.notes.items())
                 print(f"| {kind} | {fault} | {one.tried} | {len(one.wrong)} | {notes} |", flush=True)
                 for text in one.wrong:
                     print(f"{kind}, {fault}: {text}", file=sys.stderr)
                 wrong += len(one.wrong)
-        if not can_mount():
+        if not can_mount() and set(OF_DISKS) & set(options.faults):
             print("full and read-only disks were not tried: this needs `unshare` and its right to mount")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
