@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import BadImageError, UserError, run_cli, shorten
-from pretrain.engine.files import fitting_name, read_json, write_atomically
+from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -208,12 +208,12 @@ def predict(
         for number, (name, path) in enumerate(files, 1):
             part = _part(parts, name)
             target = out / "drawn" / drawn[number - 1] if draw else None
-            content = _content(path)
+            digest = _digest(path)
             before = _finished(part)
-            if before is not None and isinstance(content, bytes) and _holds(before, content, out, target):
+            if before is not None and _holds(before, digest, out, target):
                 record = before
             else:
-                record = _one(detector, query, name, content, level, masks, target)
+                record = {"file_name": name, "sha256": digest, **_one(detector, query, path, level, masks, target)}
                 if target is not None:
                     record["drawn"] = drawn[number - 1]
                 _write_json(part, record)
@@ -284,19 +284,20 @@ def _part(parts: Path, name: str) -> Path:
     return parts / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
 
 
-def _content(path: Path) -> bytes | BadImageError:
-    """The bytes of a picture's file, or why they cannot be had."""
+def _digest(path: Path) -> str | None:
+    """The sha256 of a picture's file; None where it cannot be read, which reading the picture explains."""
     try:
-        return path.read_bytes()
-    except OSError as problem:
-        return BadImageError(path, f"cannot be read: {problem.strerror or problem}")
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
-def _holds(record: Mapping[str, Any], content: bytes, out: Path, target: Path | None) -> bool:
+def _holds(record: Mapping[str, Any], digest: str | None, out: Path, target: Path | None) -> bool:
     """Whether a kept record is of this very picture, and its drawing is there. Failures are always tried again."""
     return (
         "reason" not in record
-        and record.get("sha256") == hashlib.sha256(content).hexdigest()
+        and digest is not None
+        and record.get("sha256") == digest
         and (target is None or (target == out / "drawn" / str(record.get("drawn")) and target.is_file()))
     )
 
@@ -312,8 +313,7 @@ def _finished(part: Path) -> dict[str, Any] | None:
 def _one(
     detector: Detector,
     query: Query,
-    name: str,
-    content: bytes | BadImageError,
+    path: Path,
     threshold: float,
     masks: bool,
     target: Path | None,
@@ -322,11 +322,9 @@ def _one(
     from ovd.pictures import to_rgb
 
     try:
-        if isinstance(content, BadImageError):
-            raise content
-        pixels = to_rgb(content)
+        pixels = to_rgb(path)
     except BadImageError as problem:
-        return {"file_name": name, "reason": problem.reason}
+        return {"reason": problem.reason}
     detections = detector.answer(pixels, query, threshold=threshold)
     if target is not None:
         _save_picture(target, draw_detections(pixels, detections, masks=masks))
@@ -336,8 +334,6 @@ def _one(
     summary = ", ".join(f"{class_name} × {count}" for class_name, count in counts.items()) or "nothing found"
     height, width = detections.size
     return {
-        "file_name": name,
-        "sha256": hashlib.sha256(content).hexdigest(),
         "width": width,
         "height": height,
         "results": detections.to_coco(0, masks=masks),  # of no picture: ids are those of the whole command
