@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -77,6 +78,17 @@ def fitting_name(stem: str, ending: str) -> str:
     return stem + mark + ending
 
 
+def require_writable(folder: Path) -> None:
+    """Make a folder for results that come much later, and write into it once.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written there.
+    """
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    write_atomically(probe, b"")
+    probe.unlink()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content so that a reader sees the old or the new content, never a part.
 
@@ -94,6 +106,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder is none
+            temporary.unlink()
         text = f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         raise UserError(text) from error
