@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # Several repositories store their command line and figures beside the weights; a Namespace and numpy's numbers
         # hold values and run nothing.
-        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_NUMBERS]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_NUMBERS]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol, in damaged files above all
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds for a file that is none of its own
         raise UserError(f"{path}: cannot be read as weights only: {_why_unreadable(problem)}") from problem
