@@ -16,7 +16,6 @@ Shapes: R regions, C classes, E examples, D joint embedding.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -37,13 +36,14 @@ from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
+from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
-from ovd.text import TextEmbedder, TextEncoder
+from ovd.text import TextEmbedder, TextEncoder, cut_phrases
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.distributed import pick_device
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
@@ -100,7 +100,7 @@ class Detector:
         self.runs = 0  # pictures that went through the network
         self._cache_size = cache_size
         self._cache: OrderedDict[str, RegionSet] = OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = ComputeLock()
 
     @classmethod
     def load(
@@ -200,13 +200,8 @@ class Detector:
         if all(e.negative for e in parsed):
             return Query(self.resolve(classes), parsed)
         if classes is None or not isinstance(classes, Vocabulary):
-            classes = self._understood(Vocabulary.parse(classes or (), templates=self.templates, alone=False))
-        return Query(classes, parsed)
-
-    def _understood(self, vocabulary: Vocabulary) -> Vocabulary:
-        """The vocabulary with notices on how the model understands its words."""
-        notices = self.model.notices([c.phrases for c in vocabulary.classes], self.text.embed(vocabulary))
-        return replace(vocabulary, notices=vocabulary.notices + notices)
+            classes = Vocabulary.parse(classes or (), templates=self.templates, alone=False)
+        return Query(self._with_notices(classes), parsed)
 
     question = query
     """The former name of `query`."""
@@ -248,9 +243,19 @@ class Detector:
             if self.vocabulary is None:
                 raise UserError('no classes yet: call set_classes(["mug", …]) or pass the words')
             return self.vocabulary
-        if isinstance(vocabulary, Vocabulary):
+        if not isinstance(vocabulary, Vocabulary):
+            vocabulary = Vocabulary.parse(vocabulary, templates=self.templates)
+        return self._with_notices(vocabulary)
+
+    def _with_notices(self, vocabulary: Vocabulary) -> Vocabulary:
+        """The vocabulary, with notices on how its words are understood and which the text encoder does not read whole."""
+        notices = list(self.model.notices([c.phrases for c in vocabulary.classes], self.text.embed(vocabulary)))
+        if cut := cut_phrases(vocabulary, self.text.encoder):
+            names = ", ".join(shorten(name, 60) for name in cut[:3]) + (" …" if len(cut) > 3 else "")
+            notices.append(f"Longer than the text encoder reads, the end is ignored: {names}")
+        if not notices:
             return vocabulary
-        return self._understood(Vocabulary.parse(vocabulary, templates=self.templates))
+        return replace(vocabulary, notices=tuple(dict.fromkeys([*vocabulary.notices, *notices])))
 
     def set_classes(self, classes: Vocabulary | str | Iterable[str]) -> Vocabulary:
         """Set the words `detect` looks for, and embed them.
