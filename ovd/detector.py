@@ -248,7 +248,7 @@ class Detector:
         return self._with_notices(vocabulary)
 
     def _with_notices(self, vocabulary: Vocabulary) -> Vocabulary:
-        """The vocabulary, with notices on how its words are understood and which the text encoder does not read whole."""
+        """The vocabulary, with notices on how its words are understood and which are longer than the encoder reads."""
         notices = list(self.model.notices([c.phrases for c in vocabulary.classes], self.text.embed(vocabulary)))
         if cut := cut_phrases(vocabulary, self.text.encoder):
             names = ", ".join(shorten(name, 60) for name in cut[:3]) + (" …" if len(cut) > 3 else "")
