@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m ovd.calibrate --weights FOLDER``: make a detector's scores mean something, and report how well they do.
+"""``wordbox calibrate --weights FOLDER``: make a detector's scores mean something, and report how well they do.
 
 Fits, on scenes of their own (seed 1000; evaluation uses seed 0) and base words only, the temperature and the objectness
 exponent by average precision, then slope and offset by likelihood, then the default threshold: the score an absent word
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
     from ovd.detector import Detector
@@ -169,29 +170,34 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     return fit(centred_scenes, scorer)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        UserError: no detector in the folder, or too few scenes.
-    """
-    parser = argparse.ArgumentParser(prog="python -m ovd.calibrate", description=__doc__)
-    add = parser.add_argument
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser(
+        "wordbox calibrate", "Make a detector's scores mean something, and report how well they do.", details=__doc__
+    )
+    add = flags.add_argument
     add("--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten")
-    add("--scenes", type=int, default=150, help="scenes for the fit, and again for the report")
-    add("--size", type=int, default=256, help="side of the scenes in pixels")
-    add("--crop-refinement", "--second-look", type=int, metavar="N",
+    add("--scenes", type=integer(10), default=150, help="scenes for the fit, and again for the report (default 150)")
+    add("--size", type=integer(64, 2048), default=256, help="side of the scenes in pixels (default 256)")
+    add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
         help="regions of a picture that the image encoder embeds as crops too, from now on (default: as in "
         "model.json)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--report", type=Path, metavar="FILE.json", help="write the figures there too")
     add("--plot", type=Path, metavar="FILE.svg", help="draw score against share correct")
-    args = parser.parse_args(argv)
+    return flags
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        UserError: a wrong flag, or no detector in the folder.
+    """
+    args = parser().parse_args(argv)
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
-    if args.scenes < 10:
-        raise UserError(f"--scenes {args.scenes}: at least 10 are needed to fit anything")
     return args
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m ovd.predict``: name what is in pictures and folders of pictures.
+"""``wordbox predict``: name what is in pictures and folders of pictures.
 
-    python -m ovd.predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
-    python -m ovd.predict photos/ --vocabulary words.txt --out found/ --threshold 0.4
-    python -m ovd.predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
+    wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
+    wordbox predict photos/ --vocabulary words.txt --out found/ --threshold 0.4
+    wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
 
 Writes into the output folder:
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import BadImageError, UserError, run_cli
 from pretrain.engine.files import write_atomically
+from pretrain.engine.flags import CommandParser, integer, share
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,11 +42,21 @@ if TYPE_CHECKING:
 
 PARTS = "parts"
 
+DESCRIPTION = """\
+Name what is in pictures and folders of pictures. --out gets results.json (COCO), images.json and the drawn pictures;
+the same command again goes on where it was interrupted.
 
-def parser() -> argparse.ArgumentParser:
+    wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
+    wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/"""
+
+
+def parser() -> CommandParser:
     """Return the command line."""
-    flags = argparse.ArgumentParser(
-        prog="python -m ovd.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    flags = CommandParser(
+        "wordbox predict",
+        DESCRIPTION,
+        details=__doc__,
+        usage="wordbox predict PICTURES ... --classes WORDS --out FOLDER",
     )
     flags.add_argument("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
     words = flags.add_mutually_exclusive_group()
@@ -60,21 +71,20 @@ def parser() -> argparse.ArgumentParser:
         "the file's name is the default; --example=-NAME=CROP excludes",
     )
     flags.add_argument("--out", type=Path, required=True, help="output folder")
-    flags.add_argument("--threshold", type=float, default=None, help="lowest score (default: the calibrated one)")
+    flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    flags.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
     flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
     flags.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
     flags.add_argument("--overwrite", action="store_true", help="replace what another command wrote into the folder")
+    flags.hide("vocabulary", "device", "threads", "draw", "masks")
     return flags
 
 
 def main(argv: list[str]) -> int:
     """Parse, load, predict; returns the exit status."""
     options = parser().parse_args(argv)
-    if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
     if options.vocabulary is None and options.classes is None and not options.example:
         raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
     files = collect(options.pictures, without=options.out)
@@ -92,7 +102,7 @@ def main(argv: list[str]) -> int:
     from ovd.detector import Detector
 
     if options.threads:
-        torch.set_num_threads(max(1, options.threads))
+        torch.set_num_threads(options.threads)
     detector = Detector.load(options.weights, device=options.device, masks=options.masks, cache_size=0)
     words: Vocabulary | str | None = options.classes
     if options.vocabulary is not None:

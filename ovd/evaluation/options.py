@@ -7,9 +7,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from pretrain.engine.errors import UserError
+from pretrain.engine.flags import CommandParser, integer
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
@@ -17,14 +18,14 @@ DEFAULT_SIZE = 256  # pixels, what the shipped configs train at
 
 GROUPS = ("all", "known", "base", "novel")  # what --vocabulary may name beside a file
 
-DESCRIPTION = "`python -m ovd.evaluate`: COCO metrics by base and novel categories, of a results file or of a model."
+DESCRIPTION = "COCO metrics by base and novel categories, of a results file or of a model."
 EPILOG = """\
 examples:
-  python -m ovd.evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
-  python -m ovd.evaluate --annotations gt.json --predictions results.json          (no split: every category counts)
-  python -m ovd.evaluate --weights default --data stickers-val:500
-  python -m ovd.evaluate --weights default --data stickers-val:500 --examples 1   (crops in place of words)
-  python -m ovd.evaluate --weights default --data coco:images/:gt.json --split ovcoco
+  wordbox evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
+  wordbox evaluate --annotations gt.json --predictions results.json          (no split: every category counts)
+  wordbox evaluate --weights default --data stickers-val:500
+  wordbox evaluate --weights default --data stickers-val:500 --examples 1   (crops in place of words)
+  wordbox evaluate --weights default --data coco:images/:gt.json --split ovcoco
 
 A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]}.
 """
@@ -93,7 +94,7 @@ class Options:
         Raises:
             UserError: a flag that is unknown, or flags that do not go together.
         """
-        options = cls(**vars(_parser().parse_args(argv)))
+        options = cls(**vars(parser().parse_args(argv)))
         for wrong, message in COMBINATIONS:
             if wrong(options):
                 raise UserError(message(options))
@@ -120,7 +121,7 @@ def _wrong_data(options: Options) -> bool:
 
 def _about_data(options: Options) -> str:
     given, needed, excluded = _source(options)
-    return f"{given} needs {needed}, and goes without {excluded}; see python -m ovd.evaluate --help."
+    return f"{given} needs {needed}, and goes without {excluded}; see wordbox evaluate --help."
 
 
 COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]], ...] = (
@@ -153,34 +154,23 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
 """What makes a combination wrong, and what is said then; the first that applies."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m ovd.evaluate --help.")
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        number = int(text)
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}" if lowest else "must be 0 or more")
-        return number
-
-    read.__name__ = "integer"  # argparse names it in its message about what is no number
-    return read
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m ovd.evaluate",
-        description=DESCRIPTION,
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser(
+        "wordbox evaluate",
+        DESCRIPTION,
+        usage="wordbox evaluate (--weights NAME --data SPEC | --predictions FILE --annotations FILE) [options]",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_model_flags(parser.add_argument_group("running a model").add_argument)
-    _add_class_flags(parser.add_argument_group("classes and scores of a model").add_argument)
-    _add_file_flags(parser.add_argument_group("evaluating a results file").add_argument)
-    _add_metric_flags(parser.add_argument_group("metrics").add_argument)
-    return parser
+    _add_model_flags(flags.add_argument_group("running a model").add_argument)
+    _add_class_flags(flags.add_argument_group("classes and scores of a model").add_argument)
+    _add_file_flags(flags.add_argument_group("evaluating a results file").add_argument)
+    _add_metric_flags(flags.add_argument_group("metrics").add_argument)
+    flags.hide(
+        "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings", "crop_refinement",
+        "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets",
+    )  # fmt: skip
+    return flags
 
 
 Add = Callable[..., argparse.Action]
@@ -190,10 +180,10 @@ def _add_model_flags(add: Add) -> None:
     add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
     add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
     add("--data", metavar="SPEC", help="what to run it on: stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json")
-    add("--size", type=_at_least(1), default=DEFAULT_SIZE,
+    add("--size", type=integer(1), default=DEFAULT_SIZE,
         help=f"side of the generated scenes (default {DEFAULT_SIZE})")  # fmt: skip
-    add("--regions", type=_at_least(1), default=300, help="regions per image, best objectness first (default 300)")
-    add("--limit", type=_at_least(1), default=300, help="detections per image (default 300)")
+    add("--regions", type=integer(1), default=300, help="regions per image, best objectness first (default 300)")
+    add("--limit", type=integer(1), default=300, help="detections per image (default 300)")
 
 
 def _add_class_flags(add: Add) -> None:
@@ -206,7 +196,7 @@ def _add_class_flags(add: Add) -> None:
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
     add("--embeddings", choices=("own", "crops"), default="own",
         help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
-    add("--crop-refinement", "--second-look", type=_at_least(0), metavar="N",
+    add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
         help="regions per image that the image encoder embeds as crops too; 0: the region head alone (default: as the "
         "detector was calibrated)")  # fmt: skip
     add("--queries", choices=("free", "words"), default="free",
@@ -214,7 +204,7 @@ def _add_class_flags(add: Add) -> None:
         "time")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",
         help="what AR is computed from: the regions by objectness (default), or the classified results")  # fmt: skip
-    add("--examples", type=_at_least(1), metavar="N",
+    add("--examples", type=integer(1), metavar="N",
         help="give every class by N crops instead of its name: stickers in another drawing style; with coco: boxes "
         "of the first pictures, which are then not evaluated")  # fmt: skip
     add("--present", action="store_true",
@@ -235,5 +225,5 @@ def _add_metric_flags(add: Add) -> None:
     add("--protocol", choices=("auto", "coco", "lvis"), default="auto",
         help="auto: LVIS's for files whose images have neg_category_ids, else COCO's")  # fmt: skip
     add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
-    add("--max-dets", type=_at_least(1), default=100, help="detections per image and category for AP (default 100)")
+    add("--max-dets", type=integer(1), default=100, help="detections per image and category for AP (default 100)")
     add("--out", metavar="DIR", help="write metrics.json and per_class.csv here")
