@@ -8,6 +8,9 @@ stays below in 95 % of the pictures. Novel labels are not used. Everything is me
 fitted on the training styles would promise too much.
 
 Then the same is done once more with every word replaced by one crop in a training style: what a crop's score means.
+
+With ``--data`` photographs with labels take the scenes' place: half of them are fitted on, the others measured. What a
+crop's score means stays as it is then.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ovd.formats.spec import LabelSpec
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.engine.flags import CommandParser, integer
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from ovd.evaluation.typed import Outcome, TypedScene
     from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
+    from ovd.vocabulary import Vocabulary
     from pretrain.data.stickers import Stickers
 
 ABSENT_WORDS = 10
@@ -170,6 +175,56 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     return fit(centred_scenes, scorer)
 
 
+def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
+    """What scores a detector's regions for words, before anything is fitted."""
+    from ovd.inference.scorers import CalibratedScorer
+    from ovd.inference.scoring import Calibration
+
+    return CalibratedScorer(
+        rows=detector.text.embed(vocabulary),
+        background_words=detector.model.background_words,
+        background=detector.model.background,
+        calibration=Calibration(),
+    )
+
+
+Measured = tuple[dict[str, float], "Reliability"]
+"""What `measure` gives."""
+
+
+def calibrate_on_scenes(detector: Detector, *, count: int, size: int) -> tuple[Calibration, Measured]:
+    """Fit on Sticker Scenes, words and examples; measure on others."""
+    from pretrain.data.stickers import Stickers
+
+    stickers = Stickers.load()
+    scorer = scorer_of(detector, detector.resolve(list(stickers.nouns)))
+    scenes = typed_scenes(detector, stickers, seed=1000, count=count, size=size, base_only=True)
+    fitted = fit(scenes, scorer)
+    if detector.examples is not None:
+        fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
+    others = typed_scenes(detector, stickers, seed=2000, count=count, size=size, base_only=False)
+    return fitted, measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
+
+
+def calibrate_on_photos(detector: Detector, spec: LabelSpec, *, count: int) -> tuple[Calibration, Measured]:
+    """Fit the words' scores on half of the pictures of a data set; measure on the other half.
+
+    Raises:
+        UserError: see `photo_scenes`; or scores without any relation to the labels.
+    """
+    from ovd.evaluation.typed_photos import photo_scenes, vocabulary_of
+
+    scenes = photo_scenes(detector, spec, count=count, absent=ABSENT_WORDS)
+    scorer = scorer_of(detector, vocabulary_of(scenes, detector))
+    fitted = fit(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
+    if fitted.slope <= 0:  # of a raw score: the better it is, the less likely it is right
+        raise UserError(
+            f"--data {spec.path}: this detector's scores say nothing about these labels (the better a score, the less "
+            "often it is right); train it on such pictures first. Nothing was changed"
+        )
+    return fitted, measure(scenes.report, replace(scorer, calibration=fitted), {})
+
+
 def parser() -> CommandParser:
     """Return the command line."""
     flags = CommandParser(
@@ -177,7 +232,10 @@ def parser() -> CommandParser:
     )
     add = flags.add_argument
     add("--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten")
-    add("--scenes", type=integer(10), default=150, help="scenes for the fit, and again for the report (default 150)")
+    add("--data", metavar="SPEC", help="labelled pictures to fit on: data.yaml, COCO .json or folder, with :PART "
+        "or not (default: Sticker Scenes)")  # fmt: skip
+    add("--scenes", type=integer(10), default=150,
+        help="scenes or pictures for the fit, and again for the report (default 150)")  # fmt: skip
     add("--size", type=integer(64, 2048), default=256, help="side of the scenes in pixels (default 256)")
     add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
         help="regions of a picture that the image encoder embeds as crops too, from now on (default: as in "
@@ -208,38 +266,29 @@ def main(argv: list[str]) -> int:
 
     from ovd.detector import Detector
     from ovd.evaluation.reliability import reliability_svg
-    from ovd.inference.scorers import CalibratedScorer
-    from ovd.inference.scoring import Calibration
-    from pretrain.data.stickers import Stickers
 
     detector = Detector.load(
         folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
     )
-    stickers, model = Stickers.load(), detector.model
-    scorer = CalibratedScorer(
-        rows=detector.text.embed(detector.resolve(list(stickers.nouns))),
-        background_words=model.background_words,
-        background=model.background,
-        calibration=Calibration(),
-    )
-    scenes = typed_scenes(detector, stickers, seed=1000, count=args.scenes, size=args.size, base_only=True)
-    fitted = fit(scenes, scorer)
-    if detector.examples is not None:
-        fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
-    others = typed_scenes(detector, stickers, seed=2000, count=args.scenes, size=args.size, base_only=False)
-    figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
+    if args.data:
+        fitted, (figures, curve) = calibrate_on_photos(detector, LabelSpec.parse(args.data), count=args.scenes)
+    else:
+        fitted, (figures, curve) = calibrate_on_scenes(detector, count=args.scenes, size=args.size)
     path = folder / "model.json"
     card = read_json(path)
     card.pop("second_look", None)  # the field's former name
     card |= {"calibration": asdict(fitted), "crop_refinement": detector.crop_refinement}
     write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
     report = {
-        "crop_refinement": detector.crop_refinement, "calibration": asdict(fitted), "other_scenes": figures
+        "crop_refinement": detector.crop_refinement,
+        "data": args.data or "stickers",
+        "calibration": asdict(fitted),
+        "other_scenes": figures,
     }  # fmt: skip
     text = json.dumps(report, indent=1)
     print(text)
     if args.plot:
-        caption = "typed words, scenes that were not fitted on"
+        caption = "typed words, pictures that were not fitted on"
         write_atomically(args.plot, reliability_svg(curve, title=f"Scores of {folder}", caption=caption).encode())
     if args.report:
         args.report.write_text(text + "\n", encoding="utf-8")

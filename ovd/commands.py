@@ -47,6 +47,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(name="probe", module="pretrain.probe", does="how good are a backbone's features?"),
     ),
     "files": (
+        Command(name="convert", module="ovd.convert", does="labels in another format"),
         Command(name="weights", module="ovd.weights", does="list, verify and add weights"),
         Command(name="doctor", module="ovd.doctor", does="what is installed, and what is wrong"),
         Command(name="completion", module="ovd.completion", does="completion for bash, zsh or fish"),

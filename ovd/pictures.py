@@ -10,10 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pretrain.data.folder import MAX_PIXELS, read_image, upright
-from pretrain.engine.errors import UserError
+from pretrain.data.folder import FORMATS, MAX_PIXELS, orientation, read_image, upright
+from pretrain.engine.errors import BadImageError, UserError
 
 ImageLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a picture as it is to be seen, from its header: nothing is decoded.
+
+    Raises:
+        BadImageError: no such file, or no picture.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            turned = orientation(image) in (5, 6, 7, 8)
+    except FileNotFoundError as error:
+        raise BadImageError(path, "does not exist") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadImageError(path, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
+    return (width, height) if turned else (height, width)
 
 
 def to_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ Writes into the output folder:
     images.json      images and categories with their ids, as a COCO annotation file without annotations
     drawn/           the pictures with boxes and masks, without the metadata of the originals
     failed.json      pictures that could not be read, and why (only when there are some)
+    FORMAT/          the same in each --format: COCO annotations, YOLO, VOC, LabelMe, CVAT, Label Studio, CSV
 
 An interrupted run continues where it stopped when the same command is given again. Exit status: 0; 1 when some pictures
 could not be read (all others are done); 2 when nothing could be started.
@@ -28,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ovd.formats.names import FORMATS, parse_formats
 from pretrain.engine.errors import BadImageError, UserError, run_cli
 from pretrain.engine.files import write_atomically
 from pretrain.engine.flags import CommandParser, integer, share
@@ -77,6 +79,9 @@ def parser() -> CommandParser:
     flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
     flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
     flags.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
+    flags.add_argument(
+        "--format", metavar="NAMES", help=f"more files, by commas: {', '.join(FORMATS)}; each in a folder of its name"
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace what another command wrote into the folder")
     flags.hide("vocabulary", "device", "threads", "draw", "masks")
     return flags
@@ -87,6 +92,7 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.vocabulary is None and options.classes is None and not options.example:
         raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
+    formats = parse_formats(options.format) if options.format is not None else ()
     files = collect(options.pictures, without=options.out)
     from ovd.examples import parse_examples
     from ovd.vocabulary import Vocabulary
@@ -117,6 +123,10 @@ def main(argv: list[str]) -> int:
         masks=options.masks,
         overwrite=options.overwrite,
     )
+    if formats:
+        from ovd.formats.predictions import write_predictions
+
+        write_predictions(options.out, formats, dict(files))
     return 1 if failed else 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ovd.formats.spec import LabelSpec
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer
 
@@ -33,16 +34,17 @@ A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What `--data` names: generated scenes (`count`, `seed`) or a COCO file (`images`, `annotations`)."""
+    """What `--data` names: generated scenes (`count`, `seed`), a COCO file (`images`, `annotations`), or `labels`."""
 
     count: int = 0
     seed: int = 0
     images: Path | None = None
     annotations: Path | None = None
+    labels: LabelSpec | None = None
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:
-        """`stickers-val[:count][:seed]` or `coco:IMAGES:ANNOTATIONS`.
+        """`stickers-val[:count][:seed]`, `coco:IMAGES:ANNOTATIONS`, or what `LabelSpec` reads.
 
         Raises:
             UserError: anything else.
@@ -54,7 +56,13 @@ class DataSpec:
             count, seed = [*map(int, parts), *(DEFAULT_COUNT, DEFAULT_SEED)[len(parts) :]]
             if count > 0:
                 return cls(count=count, seed=seed)
-        raise UserError(f"--data {text!r}: expected stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json.")
+        labels = LabelSpec.parse(text)
+        if text and kind != "stickers-val" and labels.path.exists():
+            return cls(labels=labels)
+        raise UserError(
+            f"--data {text!r}: expected stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or "
+            "[KIND:]PATH[:PART] of a data.yaml, a COCO file or the folder of a data set."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +187,9 @@ Add = Callable[..., argparse.Action]
 def _add_model_flags(add: Add) -> None:
     add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
     add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
-    add("--data", metavar="SPEC", help="what to run it on: stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json")
+    add("--data", metavar="SPEC",
+        help="what to run it on: stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or labels in COCO's, "
+        "YOLO's or VOC's form: data.yaml:test, FOLDER")  # fmt: skip
     add("--size", type=integer(1), default=DEFAULT_SIZE,
         help=f"side of the generated scenes (default {DEFAULT_SIZE})")  # fmt: skip
     add("--regions", type=integer(1), default=300, help="regions per image, best objectness first (default 300)")
@@ -213,7 +223,7 @@ def _add_class_flags(add: Add) -> None:
 
 
 def _add_file_flags(add: Add) -> None:
-    add("--annotations", metavar="GT.json", help="ground truth in COCO format")
+    add("--annotations", metavar="GT", help="ground truth: COCO .json, or labels as for --data")
     add("--predictions", metavar="RESULTS.json", help="detections in COCO's results format")
     add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")
     add("--compare", metavar="OTHER.json", help="other results on the same annotations: is the AP50 difference clear?")

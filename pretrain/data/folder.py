@@ -87,15 +87,21 @@ def read_image(
     return np.array(converted)
 
 
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser raises many kinds for a damaged block; the picture itself is fine
+        return 1
+    return value if isinstance(value, int) else 1
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The picture as its EXIF orientation says it is to be seen.
 
     Pillow's own `exif_transpose` also writes the EXIF block anew, and fails when any other tag in it is odd.
     """
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's parser raises many kinds for a damaged block; the picture itself is fine
-        return image
+    turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 

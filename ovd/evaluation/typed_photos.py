@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs with labels as scenes for calibration: what of `ovd.evaluation.typed` needs no Sticker Scenes.
+
+A picture's categories are typed, and words that are not in it: other categories of the data set, whose labels say so,
+and, where it has few, shipped nouns that name none of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ovd.data.catalog import CocoImages
+from ovd.data.splits import Split
+from ovd.detector import Detector
+from ovd.evaluation.typed import TypedScene, draw_words
+from ovd.formats.read import read_spec
+from ovd.formats.spec import LabelSpec
+from ovd.vocabulary import Vocabulary
+from pretrain.data.stickers import Stickers
+from pretrain.engine.errors import BadImageError, UserError
+
+MANY = 30  # categories from which on absent words come from the data set alone
+LEAST = 10  # pictures for the fit, and for the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoScenes:
+    """Scenes of a data set: its pictures in turn for the fit and for the report.
+
+    Attributes:
+        names: the categories, then the further nouns; classes of the scenes are indices into it.
+        fit, report: scenes.
+    """
+
+    names: tuple[str, ...]
+    fit: list[TypedScene]
+    report: list[TypedScene]
+
+
+def photo_scenes(detector: Detector, spec: LabelSpec, *, count: int, absent: int) -> PhotoScenes:
+    """Run the detector over the pictures of a data set.
+
+    Args:
+        detector: loaded.
+        spec: the data set; its ``val`` part where it has one and none is named.
+        count: scenes for the fit, and again for the report.
+        absent: words per picture that are not in it.
+
+    Raises:
+        UserError: labels that cannot be read, or too few pictures.
+    """
+    labels = read_spec(spec, prefer=("val",))
+    truth = labels.truth()
+    split = Split.everything(truth.categories)
+    photos = CocoImages(images=labels.root, annotations=truth, split=split, labels="all")
+    for notice in photos.notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    if len(photos) < 2 * LEAST:
+        raise UserError(f"--data {labels.where}: {len(photos)} pictures with objects; at least {2 * LEAST} are needed")
+    order = np.random.default_rng(1000).permutation(len(photos))[: 2 * count].tolist()
+    names = photos.names + _further_nouns(photos.names)
+    fit, report = (list(_scenes(detector, photos, order[start::2], len(names), absent)) for start in (0, 1))
+    if min(len(fit), len(report)) < LEAST:
+        raise UserError(f"--data {labels.where}: fewer than {2 * LEAST} of its pictures can be read")
+    return PhotoScenes(names=names, fit=fit, report=report)
+
+
+def _further_nouns(names: Sequence[str]) -> tuple[str, ...]:
+    """Shipped nouns for data sets of few categories, without those that share a word with one."""
+    if len(names) >= MANY:
+        return ()
+    taken = {word for name in names for word in name.casefold().split()}
+    return tuple(noun for noun in Stickers.load().nouns if not taken & set(noun.casefold().split()))
+
+
+def _scenes(
+    detector: Detector, photos: CocoImages, indices: Sequence[int], words: int, absent: int
+) -> Iterator[TypedScene]:
+    for index in indices:
+        try:
+            labelled = photos.load(index)
+        except BadImageError as problem:
+            print(f"warning: {problem}; left out", file=sys.stderr)
+            continue
+        classes = labelled.classes.tolist()
+        rng = np.random.default_rng([1000, index])
+        present, missing = draw_words(classes, words=range(words), others=classes, near={}, absent=absent, rng=rng)
+        yield TypedScene(
+            regions=detector.embed(labelled.image).regions,
+            boxes=torch.from_numpy(labelled.boxes),
+            classes=torch.from_numpy(labelled.classes),
+            present=present,
+            absent=missing,
+        )
+
+
+def vocabulary_of(scenes: PhotoScenes, detector: Detector) -> Vocabulary:
+    """The names as words, with the detector's prompts."""
+    return Vocabulary.of(scenes.names, templates=detector.templates)
