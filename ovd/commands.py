@@ -27,6 +27,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "find things": (
         Command(name="demo", module="app", does="the web page"),
         Command(name="predict", module="ovd.predict", does="boxes in pictures and folders"),
+        Command(name="label", module="ovd.label", does="a folder of pictures becomes a data set"),
     ),
     "train and measure": (
         Command(name="train", module="ovd.train", does="train a detector", config="ovd.config_detr:TRAIN_CONFIGS"),

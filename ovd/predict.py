@@ -29,10 +29,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ovd.asking import RARE, add_query_flags, check_words, load_query
 from ovd.formats.names import FORMATS, parse_formats
 from pretrain.engine.errors import BadImageError, UserError, run_cli
 from pretrain.engine.files import write_atomically
-from pretrain.engine.flags import CommandParser, integer, share
+from pretrain.engine.flags import CommandParser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,62 +62,29 @@ def parser() -> CommandParser:
         usage="wordbox predict PICTURES ... --classes WORDS --out FOLDER",
     )
     flags.add_argument("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
-    words = flags.add_mutually_exclusive_group()
-    words.add_argument("--classes", help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes')
-    words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
-    flags.add_argument(
-        "--example",
-        action="append",
-        default=[],
-        metavar="[NAME=]CROP",
-        help="a picture of the thing to find, may be given often, also beside words; crops of one NAME are averaged, "
-        "the file's name is the default; --example=-NAME=CROP excludes",
-    )
+    add_query_flags(flags)
     flags.add_argument("--out", type=Path, required=True, help="output folder")
-    flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
-    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
-    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
     flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
     flags.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
     flags.add_argument(
         "--format", metavar="NAMES", help=f"more files, by commas: {', '.join(FORMATS)}; each in a folder of its name"
     )
     flags.add_argument("--overwrite", action="store_true", help="replace what another command wrote into the folder")
-    flags.hide("vocabulary", "device", "threads", "draw", "masks")
+    flags.hide(*RARE, "draw", "masks")
     return flags
 
 
 def main(argv: list[str]) -> int:
     """Parse, load, predict; returns the exit status."""
     options = parser().parse_args(argv)
-    if options.vocabulary is None and options.classes is None and not options.example:
-        raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
     formats = parse_formats(options.format) if options.format is not None else ()
+    examples = check_words(options)
     files = collect(options.pictures, without=options.out)
-    from ovd.examples import parse_examples
-    from ovd.vocabulary import Vocabulary
-
-    examples = parse_examples([named_example(text) for text in options.example])
-    # Mistakes in words are reported before the network is loaded; the words are read again with the network's prompts.
-    if options.vocabulary is not None:
-        Vocabulary.load(options.vocabulary)
-    elif not any(not e.negative for e in examples):
-        Vocabulary.parse(options.classes or "")
-    import torch
-
-    from ovd.detector import Detector
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    detector = Detector.load(options.weights, device=options.device, masks=options.masks, cache_size=0)
-    words: Vocabulary | str | None = options.classes
-    if options.vocabulary is not None:
-        words = Vocabulary.load(options.vocabulary, templates=detector.templates)
+    detector, query = load_query(options, examples, masks=options.masks)
     failed = predict(
         detector=detector,
         files=files,
-        vocabulary=detector.query(words, examples),
+        vocabulary=query,
         out=options.out,
         threshold=options.threshold,
         draw=options.draw,
@@ -128,19 +96,6 @@ def main(argv: list[str]) -> int:
 
         write_predictions(options.out, formats, dict(files))
     return 1 if failed else 0
-
-
-def named_example(text: str) -> tuple[str, Path]:
-    """``NAME=CROP`` or ``CROP`` → (name, path); a file whose own name has an equals sign needs a NAME in front.
-
-    Raises:
-        UserError: no such file.
-    """
-    name, equals, file = text.partition("=")
-    path = Path(file if equals else text)
-    if not path.is_file():
-        raise UserError(f"--example {text}: no such file {str(path)!r}; expected NAME=CROP or CROP, e.g. mug=mug.png")
-    return (name if equals and name.strip() else path.stem), path
 
 
 def collect(given: Sequence[Path], *, without: Path | None = None) -> list[tuple[str, Path]]:
