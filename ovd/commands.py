@@ -26,7 +26,7 @@ class Command:
 GROUPS: dict[str, tuple[Command, ...]] = {
     "find things": (
         Command(name="demo", module="app", does="the web page"),
-        Command(name="predict", module="ovd.predict", does="boxes in pictures and folders"),
+        Command(name="predict", module="ovd.predict", does="boxes in pictures, folders and videos"),
         Command(name="label", module="ovd.label", does="a folder of pictures becomes a data set"),
     ),
     "train and measure": (

@@ -49,7 +49,10 @@ PACKAGES = (
 )
 OPTIONAL = {
     "tensorboard": "curves of a training run beside metrics.jsonl",
-    "supervision": "Detections.to_supervision()",
+    "supervision": "Detections.to_supervision(), --tiles, videos",
+    "av": "annotated videos",
+    "pillow-heif": "HEIC pictures",
+    "argcomplete": "completion in the shell",
     "ray": "embedding and predicting on several machines (`ray[data]`)",
 }
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.asking import RARE, add_query_flags, check_words, load_query
 from ovd.formats.names import FORMATS, parse_formats
+from ovd.predict_video import is_video, predict_videos
 from pretrain.engine.errors import BadImageError, UserError, run_cli
 from pretrain.engine.files import write_atomically
-from pretrain.engine.flags import CommandParser
+from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,8 @@ Name what is in pictures and folders of pictures. --out gets results.json (COCO)
 the same command again goes on where it was interrupted.
 
     wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
-    wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/"""
+    wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
+    wordbox predict clip.mp4 --classes dog --out found/         NAME.mp4 with boxes, NAME.jsonl with tracks"""
 
 
 def parser() -> CommandParser:
@@ -61,7 +63,11 @@ def parser() -> CommandParser:
         details=__doc__,
         usage="wordbox predict PICTURES ... --classes WORDS --out FOLDER",
     )
-    flags.add_argument("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
+    flags.add_argument(
+        "pictures",
+        nargs="+",
+        help="picture files and folders (searched with sub folders); or videos, a camera's number, a stream's address",
+    )
     add_query_flags(flags)
     flags.add_argument("--out", type=Path, required=True, help="output folder")
     flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
@@ -69,18 +75,41 @@ def parser() -> CommandParser:
     flags.add_argument(
         "--format", metavar="NAMES", help=f"more files, by commas: {', '.join(FORMATS)}; each in a folder of its name"
     )
+    flags.add_argument(
+        "--tiles", action="store_true", help="look at big pictures in overlapping tiles too: finds small things"
+    )
+    flags.add_argument(
+        "--tile-side",
+        type=integer(64),
+        metavar="N",
+        help="of --tiles, in pixels (default: what the network is made for)",
+    )
+    flags.add_argument(
+        "--every", type=integer(1), default=1, metavar="N", help="of a video every n-th frame (default 1)"
+    )
+    flags.add_argument(
+        "--track", action=argparse.BooleanOptionalAction, default=True, help="follow things through a video"
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace what another command wrote into the folder")
-    flags.hide(*RARE, "draw", "masks")
+    flags.hide(*RARE, "draw", "masks", "tile_side", "track")
     return flags
 
 
 def main(argv: list[str]) -> int:
     """Parse, load, predict; returns the exit status."""
     options = parser().parse_args(argv)
+    if videos := [text for text in options.pictures if is_video(text)]:
+        if len(videos) < len(options.pictures):
+            raise UserError(f"{videos[0]}: is a video; run pictures and videos separately")
+        return predict_videos(options, videos)
     formats = parse_formats(options.format) if options.format is not None else ()
     examples = check_words(options)
-    files = collect(options.pictures, without=options.out)
+    files = collect([Path(text) for text in options.pictures], without=options.out)
     detector, query = load_query(options, examples, masks=options.masks)
+    if options.tiles:
+        from ovd.tiles import TiledDetector
+
+        detector = TiledDetector(detector, side=options.tile_side)
     failed = predict(
         detector=detector,
         files=files,
