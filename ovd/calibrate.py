@@ -206,15 +206,15 @@ def calibrate_on_scenes(detector: Detector, *, count: int, size: int) -> tuple[C
     return fitted, measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
 
 
-def calibrate_on_photos(detector: Detector, spec: LabelSpec, *, count: int) -> tuple[Calibration, Measured]:
+def calibrate_on_labels(detector: Detector, spec: LabelSpec, *, count: int) -> tuple[Calibration, Measured]:
     """Fit the words' scores on half of the pictures of a data set; measure on the other half.
 
     Raises:
-        UserError: see `photo_scenes`; or scores without any relation to the labels.
+        UserError: see `labelled_scenes`; or scores without any relation to the labels.
     """
-    from ovd.evaluation.typed_photos import photo_scenes, vocabulary_of
+    from ovd.evaluation.labelled_scenes import labelled_scenes, vocabulary_of
 
-    scenes = photo_scenes(detector, spec, count=count, absent=ABSENT_WORDS)
+    scenes = labelled_scenes(detector, spec, count=count, absent=ABSENT_WORDS)
     scorer = scorer_of(detector, vocabulary_of(scenes, detector))
     fitted = fit(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
     if fitted.slope <= 0:  # of a raw score: the better it is, the less likely it is right
@@ -271,7 +271,7 @@ def main(argv: list[str]) -> int:
         folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
     )
     if args.data:
-        fitted, (figures, curve) = calibrate_on_photos(detector, LabelSpec.parse(args.data), count=args.scenes)
+        fitted, (figures, curve) = calibrate_on_labels(detector, LabelSpec.parse(args.data), count=args.scenes)
     else:
         fitted, (figures, curve) = calibrate_on_scenes(detector, count=args.scenes, size=args.size)
     path = folder / "model.json"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from ovd.calibrate import calibrate_on_photos
+from ovd.calibrate import calibrate_on_labels
 from ovd.config import DataConfig
 from ovd.convert import main as convert
 from ovd.evaluate import main as evaluate
@@ -103,9 +103,9 @@ def colours(tmp_path: Path) -> Path:
 
 def test_scores_are_fitted_on_photographs(colours: Path) -> None:
     detector = make_detector(cache_size=0)
-    fitted, (figures, _) = calibrate_on_photos(detector, LabelSpec.parse(str(colours)), count=12)
+    fitted, (figures, _) = calibrate_on_labels(detector, LabelSpec.parse(str(colours)), count=12)
     assert figures["scenes"] == 12 and figures["average_precision"] > 0.99
     assert figures["absent_words_quiet"] > 0.9 and figures["recall_at_threshold"] > 0.9
     assert fitted.of_examples() == detector.model.calibration.of_examples()  # what a crop's score means stays
     with pytest.raises(UserError, match=r"no part 'train' \(there: val\)"):
-        calibrate_on_photos(detector, LabelSpec.parse(f"{colours}:train"), count=12)
+        calibrate_on_labels(detector, LabelSpec.parse(f"{colours}:train"), count=12)

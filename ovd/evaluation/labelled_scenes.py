@@ -29,7 +29,7 @@ LEAST = 10  # pictures for the fit, and for the report
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotoScenes:
+class LabelledScenes:
     """Scenes of a data set: its pictures in turn for the fit and for the report.
 
     Attributes:
@@ -42,7 +42,7 @@ class PhotoScenes:
     report: list[TypedScene]
 
 
-def photo_scenes(detector: Detector, spec: LabelSpec, *, count: int, absent: int) -> PhotoScenes:
+def labelled_scenes(detector: Detector, spec: LabelSpec, *, count: int, absent: int) -> LabelledScenes:
     """Run the detector over the pictures of a data set.
 
     Args:
@@ -67,7 +67,7 @@ def photo_scenes(detector: Detector, spec: LabelSpec, *, count: int, absent: int
     fit, report = (list(_scenes(detector, photos, order[start::2], len(names), absent)) for start in (0, 1))
     if min(len(fit), len(report)) < LEAST:
         raise UserError(f"--data {labels.where}: fewer than {2 * LEAST} of its pictures can be read")
-    return PhotoScenes(names=names, fit=fit, report=report)
+    return LabelledScenes(names=names, fit=fit, report=report)
 
 
 def _further_nouns(names: Sequence[str]) -> tuple[str, ...]:
@@ -99,6 +99,6 @@ def _scenes(
         )
 
 
-def vocabulary_of(scenes: PhotoScenes, detector: Detector) -> Vocabulary:
+def vocabulary_of(scenes: LabelledScenes, detector: Detector) -> Vocabulary:
     """The names as words, with the detector's prompts."""
     return Vocabulary.of(scenes.names, templates=detector.templates)
