@@ -9,8 +9,9 @@ fitted on the training styles would promise too much.
 
 Then the same is done once more with every word replaced by one crop in a training style: what a crop's score means.
 
-With ``--data`` photographs with labels take the scenes' place: half of them are fitted on, the others measured. What a
-crop's score means stays as it is then.
+With ``--data`` pictures with labels take the scenes' place: half of them are fitted on, the others measured. What a
+crop's score means stays as it is then. A detector of photographs (``model.arch: fvlm``) takes a COCO file, and photos
+of one thing beside it (``--labels TABLE.json``), which it was not trained on.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ovd.formats.spec import LabelSpec
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.engine.flags import CommandParser, integer
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ovd.detector import Detector
     from ovd.evaluation.reliability import Reliability
     from ovd.evaluation.typed import Outcome, TypedScene
+    from ovd.formats.labels import Labels
     from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
     from ovd.vocabulary import Vocabulary
@@ -188,14 +189,15 @@ def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
     )
 
 
-Measured = tuple[dict[str, float], "Reliability"]
-"""What `measure` gives."""
-
-
-def calibrate_on_scenes(detector: Detector, *, count: int, size: int) -> tuple[Calibration, Measured]:
-    """Fit on Sticker Scenes, words and examples; measure on others."""
+def calibrate_on_scenes(args: argparse.Namespace) -> int:
+    """Fit on some Sticker Scenes, words and examples; measure on others."""
+    from ovd.detector import Detector
     from pretrain.data.stickers import Stickers
 
+    folder, count, size = Path(args.weights), args.scenes, args.size
+    detector = Detector.load(
+        folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
+    )
     stickers = Stickers.load()
     scorer = scorer_of(detector, detector.resolve(list(stickers.nouns)))
     scenes = typed_scenes(detector, stickers, seed=1000, count=count, size=size, base_only=True)
@@ -203,26 +205,57 @@ def calibrate_on_scenes(detector: Detector, *, count: int, size: int) -> tuple[C
     if detector.examples is not None:
         fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
     others = typed_scenes(detector, stickers, seed=2000, count=count, size=size, base_only=False)
-    return fitted, measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
+    figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
+    write_card(folder / "model.json", calibration=asdict(fitted), crop_refinement=detector.crop_refinement)
+    report(
+        args,
+        {"crop_refinement": detector.crop_refinement, "calibration": asdict(fitted), "other_scenes": figures},
+        curve,
+        caption="typed words, scenes that were not fitted on",
+    )
+    return 0
 
 
-def calibrate_on_labels(detector: Detector, spec: LabelSpec, *, count: int) -> tuple[Calibration, Measured]:
-    """Fit the words' scores on half of the pictures of a data set; measure on the other half.
+def calibrate_on_labels(args: argparse.Namespace) -> int:
+    """Fit the words' scores on half of the pictures of a data set; measure on the other half."""
+    from ovd.detector import Detector
+    from ovd.evaluation.labelled_scenes import labels_of
+
+    if args.labels:
+        raise UserError(f"--labels: {args.weights} is no detector of photographs (model.arch fvlm); leave it out")
+    labels = labels_of(args.data, part=args.part)
+    folder = Path(args.weights)
+    detector = Detector.load(
+        folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
+    )
+    fitted, figures, curve = fit_labels(detector, labels, count=args.scenes)
+    write_card(folder / "model.json", calibration=asdict(fitted), crop_refinement=detector.crop_refinement)
+    report(
+        args,
+        {"data": args.data, "calibration": asdict(fitted), "other_half": figures},
+        curve,
+        caption="typed words, half of the pictures",
+    )
+    return 0
+
+
+def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calibration, dict[str, float], Reliability]:
+    """The fit on half of a data set's pictures, at most ``count``, and what `measure` says on as many others.
 
     Raises:
         UserError: see `labelled_scenes`; or scores without any relation to the labels.
     """
     from ovd.evaluation.labelled_scenes import labelled_scenes, vocabulary_of
 
-    scenes = labelled_scenes(detector, spec, count=count, absent=ABSENT_WORDS)
+    scenes = labelled_scenes(detector, labels, count=count, absent=ABSENT_WORDS)
     scorer = scorer_of(detector, vocabulary_of(scenes, detector))
     fitted = fit(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
     if fitted.slope <= 0:  # of a raw score: the better it is, the less likely it is right
         raise UserError(
-            f"--data {spec.path}: this detector's scores say nothing about these labels (the better a score, the less "
-            "often it is right); train it on such pictures first. Nothing was changed"
+            f"--data {labels.where}: this detector's scores say nothing about these labels (the better a score, the "
+            "less often it is right); train it on such pictures first. Nothing was changed"
         )
-    return fitted, measure(scenes.report, replace(scorer, calibration=fitted), {})
+    return fitted, *measure(scenes.report, replace(scorer, calibration=fitted), {})
 
 
 def parser() -> CommandParser:
@@ -234,6 +267,9 @@ def parser() -> CommandParser:
     add("--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten")
     add("--data", metavar="SPEC", help="labelled pictures to fit on: data.yaml, COCO .json or folder, with :PART "
         "or not (default: Sticker Scenes)")  # fmt: skip
+    add("--labels", type=Path, metavar="TABLE.json",
+        help="with --data and a detector of photographs: file name -> nouns, photos of one thing")  # fmt: skip
+    add("--part", help="with --data: only pictures of this part")
     add("--scenes", type=integer(10), default=150,
         help="scenes or pictures for the fit, and again for the report (default 150)")  # fmt: skip
     add("--size", type=integer(64, 2048), default=256, help="side of the scenes in pixels (default 256)")
@@ -256,43 +292,72 @@ def parse(argv: list[str]) -> argparse.Namespace:
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
+    if (args.labels or args.part) and not args.data:
+        raise UserError("--labels and --part go with --data")
     return args
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     args = parse(argv)
-    folder = Path(args.weights)
+    if not args.data:
+        return calibrate_on_scenes(args)
+    model = read_json(Path(args.weights) / "model.json").get("model", {})
+    return calibrate_on_photos(args) if model.get("arch") == "fvlm" else calibrate_on_labels(args)
 
+
+def calibrate_on_photos(args: argparse.Namespace) -> int:
+    """Fit on one half of the photos, measure on the other, then fit on all of them."""
+    from ovd.data.photo_words import PhotoWords
     from ovd.detector import Detector
+    from ovd.evaluation.options import DataSpec
+    from ovd.evaluation.photo_calibration import fit, measure, prepare
+    from pretrain.data.lexicon import read_lexicon
+
+    folder, data = Path(args.weights), DataSpec.parse(args.data)
+    if data.annotations is None or data.images is None:
+        raise UserError(f"--data {args.data}: expected coco:IMAGES:ANNOTATIONS.json")
+    photos = PhotoWords(
+        folder=data.images,
+        annotations=[data.annotations],
+        labels=args.labels,
+        lexicon=read_lexicon(),
+        part=args.part,
+        min_score=0.08,
+    )
+    detector = Detector.load(folder, device=args.device, cache_size=0)
+    typed = prepare(detector, photos)
+    halves = [
+        replace(typed, scenes=typed.scenes[start::2], named=typed.named[start::2]) for start in (0, 1)
+    ]  # fmt: skip
+    figures, curve = measure(halves[1], fit(halves[0]))
+    fitted = fit(typed)
+    path = folder / "model.json"
+    write_card(path, calibration=asdict(fitted))
+    report(
+        args, {"calibration": asdict(fitted), "other_half": figures}, curve, caption="typed words, half of the photos"
+    )
+    return 0
+
+
+def write_card(path: Path, **values: Any) -> None:
+    """Replace some values of a detector's card."""
+    card = read_json(path)
+    card.pop("second_look", None)  # crop_refinement's former name
+    write_atomically(path, (json.dumps(card | values, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def report(args: argparse.Namespace, figures: dict[str, Any], curve: Reliability, *, caption: str) -> None:
+    """Print the figures, and write what ``--plot`` and ``--report`` name."""
     from ovd.evaluation.reliability import reliability_svg
 
-    detector = Detector.load(
-        folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
-    )
-    if args.data:
-        fitted, (figures, curve) = calibrate_on_labels(detector, LabelSpec.parse(args.data), count=args.scenes)
-    else:
-        fitted, (figures, curve) = calibrate_on_scenes(detector, count=args.scenes, size=args.size)
-    path = folder / "model.json"
-    card = read_json(path)
-    card.pop("second_look", None)  # the field's former name
-    card |= {"calibration": asdict(fitted), "crop_refinement": detector.crop_refinement}
-    write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
-    report = {
-        "crop_refinement": detector.crop_refinement,
-        "data": args.data or "stickers",
-        "calibration": asdict(fitted),
-        "other_scenes": figures,
-    }  # fmt: skip
-    text = json.dumps(report, indent=1)
+    text = json.dumps(figures, indent=1)
     print(text)
     if args.plot:
-        caption = "typed words, pictures that were not fitted on"
-        write_atomically(args.plot, reliability_svg(curve, title=f"Scores of {folder}", caption=caption).encode())
+        title = f"Scores of {args.weights}"
+        write_atomically(args.plot, reliability_svg(curve, title=title, caption=caption).encode())
     if args.report:
-        args.report.write_text(text + "\n", encoding="utf-8")
-    return 0
+        write_atomically(args.report, (text + "\n").encode())
 
 
 if __name__ == "__main__":

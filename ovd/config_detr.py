@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ovd.config import DataConfig, RunConfig, TrainConfig, TrainingConfig
 from ovd.config_backbone import NetworkConfig
+from ovd.config_fvlm import FvlmTrainConfig
 from ovd.config_proposals import ProposalTrainConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
 from pretrain.engine.config import FREE, LATER, ConfigChoice, LoopConfig, OptimConfig, Section, warm_up_fits
@@ -231,6 +232,7 @@ TRAIN_CONFIGS: ConfigChoice[RunConfig] = ConfigChoice(
         "conditional": DetrTrainConfig,
         "detr": DetrTrainConfig,
         "nanodet": ProposalTrainConfig,
+        "fvlm": FvlmTrainConfig,
     },
     default="mask_rcnn",
 )

@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,17 +130,18 @@ class Detector:
         """
         where = pick_device(device)
         folder = detector_folder(weights)
+        from ovd.modeling.export import read_card
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
-        model = load_detector_model(folder, device=str(where), masks=masks, top=regions)
-        assert model.card is not None
-        encoder = load_encoder_of(folder, model.card).to(where)
+        card = read_card(folder)
+        encoder = load_encoder_of(folder, card).to(where)
+        model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
         if crop_refinement is None:
-            crop_refinement = model.card.crop_refinement if second_look is None else second_look
+            crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(
             model=model,
             encoder=encoder,
-            templates=TEMPLATE_SETS[model.card.templates],  # prompts of the training classes
+            templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
             crop_refinement=crop_refinement,
             card=read_model_card(folder),
             **options,
@@ -198,8 +200,13 @@ class Detector:
         if all(e.negative for e in parsed):
             return Query(self.resolve(classes), parsed)
         if classes is None or not isinstance(classes, Vocabulary):
-            classes = Vocabulary.parse(classes or (), templates=self.templates, alone=False)
+            classes = self._understood(Vocabulary.parse(classes or (), templates=self.templates, alone=False))
         return Query(classes, parsed)
+
+    def _understood(self, vocabulary: Vocabulary) -> Vocabulary:
+        """The vocabulary with notices on how the model understands its words."""
+        notices = self.model.notices([c.phrases for c in vocabulary.classes], self.text.embed(vocabulary))
+        return replace(vocabulary, notices=vocabulary.notices + notices)
 
     question = query
     """The former name of `query`."""
@@ -213,6 +220,7 @@ class Detector:
         words = self.text.embed(query.words)
         return QueryScorer(
             words=words,
+            phrases=tuple(c.phrases for c in query.words.classes),
             word_is_negative=torch.tensor([c.negative for c in query.words.classes], dtype=torch.bool),
             examples=self.embed_examples(query.examples) if query.examples else words[:0],
             example_is_negative=torch.tensor([e.negative for e in query.examples], dtype=torch.bool),
@@ -242,7 +250,7 @@ class Detector:
             return self.vocabulary
         if isinstance(vocabulary, Vocabulary):
             return vocabulary
-        return Vocabulary.parse(vocabulary, templates=self.templates)
+        return self._understood(Vocabulary.parse(vocabulary, templates=self.templates))
 
     def set_classes(self, classes: Vocabulary | str | Iterable[str]) -> Vocabulary:
         """Set the words `detect` looks for, and embed them.

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wordbox train --config vild.yaml``: train a detector and export it.
 
-``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, a detection transformer, or proposals
-without names.
+``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, a detection transformer, proposals without
+names, or a region head on a frozen image tower.
 
     wordbox train --config vild.yaml regions=runs/regions              ViLD
     wordbox train --config updetr.yaml                                 UP-DETR's pretext: patches, no labels
     wordbox train --config detr.yaml weights=runs/updetr/exported      fine-tune on labels
     wordbox train --config photos/lite_proposals.yaml data.images=…    class-agnostic proposals for photographs
+    wordbox train --config photos/lite_vild.yaml proposals=… data.images=…    names for them
 
 The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``,
 ``ovd.embed`` and ``weights=`` of another training read.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ovd.config import TrainConfig
 from ovd.config_detr import TRAIN_CONFIGS, DetrTrainConfig
+from ovd.config_fvlm import FvlmTrainConfig
 from ovd.config_proposals import ProposalTrainConfig
 from pretrain.engine.cli import Options, command_line
 from pretrain.engine.config import free_keys, keys_at_default, plain
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from pretrain.engine.sampling import Source
     from pretrain.engine.task import Task
 
-ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig, ProposalTrainConfig)
+ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig, ProposalTrainConfig, FvlmTrainConfig)
 
 
 class Parts(Protocol):
@@ -50,12 +52,14 @@ PartsT = TypeVar("PartsT", bound=Parts)
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     config, options = command_line(TRAIN_CONFIGS, argv, prog="wordbox train", doc=__doc__ or "")
-    from ovd.training import detr, proposals, rcnn
+    from ovd.training import detr, fvlm, proposals, rcnn
 
     if isinstance(config, DetrTrainConfig):
         _train(config, options, build=detr.build, export=detr.export)
     elif isinstance(config, ProposalTrainConfig):
         _train(config, options, build=proposals.build, export=proposals.export)
+    elif isinstance(config, FvlmTrainConfig):
+        _train(config, options, build=fvlm.build, export=fvlm.export)
     else:
         assert isinstance(config, TrainConfig)
         _train(config, options, build=rcnn.build, export=rcnn.export)

@@ -112,6 +112,7 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "vild63": tuple(f"This is {t}" if t.startswith(("a", "the")) else t for t in TEMPLATES_63),
     "sticker": TEMPLATES_STICKER,
     "name": ("{}",),
+    "photo": ("a photo of a {}",),  # as the encoder of photographs is trained
 }
 """By the name that a detector's configuration and card give."""
 

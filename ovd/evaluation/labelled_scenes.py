@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ import torch
 from ovd.data.catalog import CocoImages
 from ovd.data.splits import Split
 from ovd.detector import Detector
+from ovd.evaluation.options import DataSpec
 from ovd.evaluation.typed import TypedScene, draw_words
-from ovd.formats.read import read_spec
-from ovd.formats.spec import LabelSpec
+from ovd.formats.labels import Labels
+from ovd.formats.read import read_labels, read_spec
 from ovd.vocabulary import Vocabulary
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
@@ -42,19 +43,36 @@ class LabelledScenes:
     report: list[TypedScene]
 
 
-def labelled_scenes(detector: Detector, spec: LabelSpec, *, count: int, absent: int) -> LabelledScenes:
+def labels_of(data: str, *, part: str | None = None) -> Labels:
+    """What ``--data`` names: ``coco:IMAGES:ANNOTATIONS.json``, or what `LabelSpec` reads.
+
+    Args:
+        data: as on the command line.
+        part: of the data set; None: as ``data`` says, else ``val`` where there is one.
+
+    Raises:
+        UserError: generated scenes, or labels that cannot be read.
+    """
+    spec = DataSpec.parse(data)
+    if spec.labels is not None:
+        return read_spec(spec.labels if part is None else replace(spec.labels, part=part), prefer=("val",))
+    if spec.annotations is None:
+        raise UserError(f"--data {data}: leave it out; without it scores are fitted on Sticker Scenes")
+    return read_labels(spec.annotations, kind="coco", images=spec.images, part=part, prefer=("val",))
+
+
+def labelled_scenes(detector: Detector, labels: Labels, *, count: int, absent: int) -> LabelledScenes:
     """Run the detector over the pictures of a data set.
 
     Args:
         detector: loaded.
-        spec: the data set; its ``val`` part where it has one and none is named.
+        labels: the data set.
         count: scenes for the fit, and again for the report.
         absent: words per picture that are not in it.
 
     Raises:
         UserError: labels that cannot be read, or too few pictures.
     """
-    labels = read_spec(spec, prefer=("val",))
     truth = labels.truth()
     split = Split.everything(truth.categories)
     photos = CocoImages(images=labels.root, annotations=truth, split=split, labels="all")

@@ -233,7 +233,7 @@ def by_words(detector: Detector, options: Options, split: Split, record: Record)
         detector, encoder_scale = _with_crop_embeddings(detector, options)
         scale = scale or encoder_scale
     card = detector.model.card
-    scale = scale or (DEFAULT_SCALE if card is None else float(card.model["head"]["scale"]))
+    scale = scale or (DEFAULT_SCALE if card is None else float(card.model["head"].get("scale", DEFAULT_SCALE)))
     predictor = predictor_for(
         detector,
         split,

@@ -29,7 +29,7 @@ from ovd.inference.postprocess import (
     best_pairs,
     postprocess,
 )
-from ovd.inference.scorers import CalibratedScorer, ObjectnessScorer, PublishedScorer, Scorer
+from ovd.inference.scorers import ObjectnessScorer, PublishedScorer, Scorer
 from ovd.inference.scoring import RegionSet
 from pretrain.data.rle import encode_mask
 from pretrain.engine.errors import UserError
@@ -210,7 +210,7 @@ def predictor_for(
         categories: id -> name; those of the split when None.
         ensemble: `base-novel` weighs the two heads by group, which needs to know what is novel, as ViLD's evaluation
             does; `fixed` is one weight for all, as for typed words. Without a second head both are the same.
-        scores: `published`, or `calibrated` as the page shows them.
+        scores: `published`, or `calibrated` as the page shows them; models without such a softmax have only these.
         scale: inverse temperature of the published softmax.
         limit: detections per image.
 
@@ -232,11 +232,8 @@ def predictor_for(
     rows, model = detector.text.embed(vocabulary), detector.model
     background = None if model.background is None else model.background.to(rows)
     scorer: Scorer
-    if scores == "calibrated":
-        background_words = model.background_words.to(rows)
-        scorer = CalibratedScorer(
-            rows=rows, background_words=background_words, background=background, calibration=model.calibration
-        )
+    if scores == "calibrated" or not model.softmax:
+        scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words.to(rows))
     else:
         exponent: float | Tensor = FIXED_TEXT_WEIGHT
         if ensemble == "base-novel":

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.postprocess import NMS_IOU, batched_nms
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration, RegionSet
 
 MATCH_IOU = 0.5
+TypedScorer = CalibratedScorer | WordScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class TypedScene:
         present: indices of the typed words that are in the picture.
         absent: indices of the typed words that are not, near-synonyms of what is there excluded.
         rows: (C, D) unit rows of the vocabulary in this picture, where they differ from picture to picture.
+        doubtful: boxes (m, 4) and classes (m,) of what may or may not be there: a detection on one is not counted.
     """
 
     regions: RegionSet
@@ -42,6 +45,7 @@ class TypedScene:
     present: tuple[int, ...]
     absent: tuple[int, ...]
     rows: Tensor | None = None
+    doubtful: tuple[Tensor, Tensor] | None = None
 
 
 def draw_words(
@@ -86,10 +90,11 @@ class Outcome:
     labels: int
 
 
-def _classified(scene: TypedScene, words: Sequence[int], scorer: CalibratedScorer) -> tuple[Tensor, Tensor, Tensor]:
+def _classified(scene: TypedScene, words: Sequence[int], scorer: TypedScorer) -> tuple[Tensor, Tensor, Tensor]:
     """(score_RC, best score of each region, its word) of one scene."""
-    rows = (scorer.rows if scene.rows is None else scene.rows)[torch.tensor(words)]
-    score_RC = replace(scorer, rows=rows)(scene.regions)
+    if scene.rows is not None:
+        scorer = replace(scorer, rows=scene.rows)
+    score_RC = scorer.select(torch.tensor(words))(scene.regions)
     best_R, word_R = score_RC.max(dim=1)
     return score_RC, best_R, word_R
 
@@ -109,11 +114,21 @@ def _matched(
         fits = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
         if bool(fits.any()):
             free[int((overlap[i] * fits).argmax())] = False
+        elif _is_doubtful(scene, boxes[region], words[int(word_R[region])]):
+            continue
         matched.append((region, bool(fits.any())))
     return matched
 
 
-def run_typed(scenes: Sequence[TypedScene], scorer: CalibratedScorer, *, floor: float = 0.01) -> Outcome:
+def _is_doubtful(scene: TypedScene, box: Tensor, word: int) -> bool:
+    """Whether a box is on a doubtful object of a word."""
+    if scene.doubtful is None:
+        return False
+    boxes, classes = scene.doubtful
+    return bool(((box_iou(box[None], boxes.float())[0] >= MATCH_IOU) & (classes == word)).any())
+
+
+def run_typed(scenes: Sequence[TypedScene], scorer: TypedScorer, *, floor: float = 0.01) -> Outcome:
     """Score, NMS and match every scene with its own words.
 
     Args:
@@ -139,7 +154,7 @@ def run_typed(scenes: Sequence[TypedScene], scorer: CalibratedScorer, *, floor: 
 
 
 def distractor_scores(
-    scenes: Sequence[TypedScene], distractors: Sequence[Sequence[int]], scorer: CalibratedScorer
+    scenes: Sequence[TypedScene], distractors: Sequence[Sequence[int]], scorer: TypedScorer
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores of the correct detections above the threshold before and after unrelated words are typed as well.
 
@@ -177,21 +192,27 @@ def average_precision(outcome: Outcome) -> float:
 
 def choose_ranking(
     scenes: Sequence[TypedScene],
-    scorer: CalibratedScorer,
+    scorer: TypedScorer,
     *,
     logit_scales: Sequence[float] = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
     objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
+    head_weights: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
 ) -> Calibration:
     """The temperature and objectness exponent with the best pooled average precision, before the sigmoid is fitted.
 
+    Of a `WordScorer`: the weight of its region head.
+
     The other values are those of the scorer's calibration.
     """
-    start = scorer.calibration
-    best, best_ap = start, -1.0
-    for scale in logit_scales:
-        for weight in objectness_weights:
-            candidate = replace(start.uncalibrated(), logit_scale=scale, objectness_weight=weight)
-            ap = average_precision(run_typed(scenes, replace(scorer, calibration=candidate), floor=1e-4))
-            if ap > best_ap:
-                best, best_ap = candidate, ap
+    start = scorer.calibration.uncalibrated()
+    if isinstance(scorer, WordScorer):
+        tried = [replace(start, head_weight=weight) for weight in head_weights]
+    else:
+        pairs = [(scale, weight) for scale in logit_scales for weight in objectness_weights]
+        tried = [replace(start, logit_scale=scale, objectness_weight=weight) for scale, weight in pairs]
+    best, best_ap = scorer.calibration, -1.0
+    for candidate in tried:
+        ap = average_precision(run_typed(scenes, replace(scorer, calibration=candidate), floor=1e-4))
+        if ap > best_ap:
+            best, best_ap = candidate, ap
     return best

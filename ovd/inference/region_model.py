@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.inference.scorers import CalibratedScorer, Scorer
 from ovd.inference.scoring import Calibration, RegionSet
 from pretrain.engine.errors import UserError
 
@@ -37,6 +38,7 @@ class RegionModel(ABC):
             (a DETR pretrained on patches); None: the image tower of the text encoder does.
         objectness_weight: w of ``class^(1−w) · objectness^w`` in the published scores. 0 where the embedding itself
             says that a region is nothing.
+        softmax: whether the published protocol, one softmax over the vocabulary, applies to its embeddings.
     """
 
     card: DetectorCard | None = None
@@ -45,6 +47,7 @@ class RegionModel(ABC):
     calibration: Calibration
     example_encoder: RegionEncoder | None = None
     objectness_weight: float = 0.0
+    softmax: bool = True
 
     @abstractmethod
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
@@ -59,6 +62,23 @@ class RegionModel(ABC):
         regions = self.regions(image)
         best = regions.objectness.argsort(descending=True)[:top]
         return regions.boxes[best].cpu().numpy(), regions.objectness[best].cpu().numpy()
+
+    def notices(self, phrases: Sequence[Sequence[str]], rows: Tensor) -> tuple[str, ...]:
+        """What a person should know of how these classes are understood; arguments as those of `scorer`."""
+        return ()
+
+    def scorer(self, rows: Tensor, phrases: Sequence[Sequence[str]], competitors: Tensor) -> Scorer:
+        """What scores regions for typed classes, each alone, as a person sees them.
+
+        Args:
+            rows: (C, D) unit text embeddings.
+            phrases: of each class its name and synonyms.
+            competitors: (B, D) unit text embeddings: the background words, then the person's negative words.
+        """
+        background = None if self.background is None else self.background.to(rows)
+        return CalibratedScorer(
+            rows=rows, background_words=competitors, background=background, calibration=self.calibration
+        )
 
 
 class ConditionedBoxes(NamedTuple):

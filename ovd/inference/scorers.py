@@ -6,15 +6,17 @@ Shapes: R regions, C classes, E examples, N negatives, B background words, D joi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT
-from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet, score_examples, score_regions, vocabulary_probabilities
+
+if TYPE_CHECKING:
+    from ovd.inference.region_model import RegionModel
 
 
 class Scorer(Protocol):
@@ -26,6 +28,9 @@ class Scorer(Protocol):
 
     def __call__(self, regions: RegionSet) -> Tensor:
         """(R, C) scores in [0, 1]."""
+
+    def select(self, columns: Tensor) -> Scorer:
+        """The same for some of the classes, by their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,11 @@ class PublishedScorer:
         return vocabulary_probabilities(
             text, image, self.rows, self.background, scale=self.scale, exponent=self.exponent
         )
+
+    def select(self, columns: Tensor) -> PublishedScorer:
+        """See `Scorer`; the softmax is over those that are left."""
+        exponent = self.exponent[columns] if isinstance(self.exponent, Tensor) else self.exponent
+        return replace(self, rows=self.rows[columns], exponent=exponent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,10 @@ class CalibratedScorer:
             text, image, objectness, self.rows, self.background_words, self.background, self.calibration
         )
 
+    def select(self, columns: Tensor) -> CalibratedScorer:
+        """See `Scorer`."""
+        return replace(self, rows=self.rows[columns])
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleScorer:
@@ -98,6 +112,10 @@ class ExampleScorer:
         if not len(self.rows):
             return self.rows.new_zeros(len(regions), 0)
         return score_examples(regions, self.rows, self.background_words, self.negatives, self.calibration)
+
+    def select(self, columns: Tensor) -> ExampleScorer:
+        """See `Scorer`."""
+        return replace(self, rows=self.rows[columns])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +141,10 @@ class ObjectnessScorer:
         objectness_R1 = regions.objectness.to(score_RC)[:, None].clamp(0, 1)
         return score_RC ** (1 - self.weight) * objectness_R1**self.weight
 
+    def select(self, columns: Tensor) -> ObjectnessScorer:
+        """See `Scorer`."""
+        return replace(self, scorer=self.scorer.select(columns))
+
 
 class QueryScores(NamedTuple):
     """Scores of a person's query.
@@ -142,6 +164,7 @@ class QueryScorer:
 
     Attributes:
         words: (W, D) unit text embeddings, negative words included.
+        phrases: of each word its name and synonyms.
         word_is_negative: (W,) bool.
         examples: (E, D) unit image embeddings, negative examples included.
         example_is_negative: (E,) bool.
@@ -151,6 +174,7 @@ class QueryScorer:
     """
 
     words: Tensor
+    phrases: tuple[tuple[str, ...], ...]
     word_is_negative: Tensor
     examples: Tensor
     example_is_negative: Tensor
@@ -166,14 +190,14 @@ class QueryScorer:
         # Negatives are scored against the checkpoint's background words only: they do not compete with one another.
         column_RK = torch.cat(
             [
-                self._score_words(regions, self.words[~self.word_is_negative], competitors),
+                self._score_words(regions, ~self.word_is_negative, competitors),
                 self._score_examples(regions, self.examples[~self.example_is_negative], competitors, negative_examples),
             ],
             dim=1,
         )
         negative_RN = torch.cat(
             [
-                self._score_words(regions, negative_words, background_words),
+                self._score_words(regions, self.word_is_negative, background_words),
                 self._score_examples(regions, negative_examples, background_words, negative_examples[:0]),
             ],
             dim=1,
@@ -184,12 +208,11 @@ class QueryScorer:
         score_RC = column_RK.new_zeros(len(column_RK), self.classes).scatter_reduce(1, class_K, column_RK, "amax")
         return QueryScores(score_RC.cpu(), negative_RN.cpu())
 
-    def _score_words(self, regions: RegionSet, rows: Tensor, competitors: Tensor) -> Tensor:
-        background = None if self.model.background is None else self.model.background.to(rows)
-        scorer = CalibratedScorer(
-            rows=rows, background_words=competitors, background=background, calibration=self.model.calibration
-        )
-        return scorer(regions)
+    def _score_words(self, regions: RegionSet, chosen: Tensor, competitors: Tensor) -> Tensor:
+        if not bool(chosen.any()):
+            return self.words.new_zeros(len(regions), 0)
+        phrases = [group for group, taken in zip(self.phrases, chosen.tolist(), strict=True) if taken]
+        return self.model.scorer(self.words[chosen], phrases, competitors)(regions)
 
     def _score_examples(self, regions: RegionSet, rows: Tensor, competitors: Tensor, negatives: Tensor) -> Tensor:
         scorer = ExampleScorer(

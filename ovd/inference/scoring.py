@@ -34,6 +34,9 @@ class Calibration:
         bank_limit: background words with a cosine above it to the typed class are its near-synonyms and do not compete
             with it.
         threshold: default of the page and of ``detect``.
+        head_weight: exponent of the region head beside the proposal network's own score, for words that the latter
+            knows (`ovd.inference.fvlm_regions`); slope and offset are those words'.
+        open_*: the same for words that the proposal network does not know.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid.
     """
@@ -45,6 +48,9 @@ class Calibration:
     offset: float = 0.0
     bank_limit: float = 0.7
     threshold: float = 0.3
+    head_weight: float = 0.3
+    open_slope: float = 1.0
+    open_offset: float = 0.0
     example_logit_scale: float = 20.0
     example_objectness_weight: float = 0.5
     example_slope: float = 1.0
@@ -75,7 +81,7 @@ class Calibration:
 
     def uncalibrated(self) -> Calibration:
         """The same scores before the sigmoid is applied."""
-        return replace(self, slope=1.0, offset=0.0)
+        return replace(self, slope=1.0, offset=0.0, open_slope=1.0, open_offset=0.0)
 
 
 @dataclass(kw_only=True)
@@ -89,6 +95,8 @@ class RegionSet:
         image: (R, D) unit rows, the image head's, or None where one head does both.
         masks: (R, M, M) mask probabilities in the frame of each box, or None.
         size: (height, width) of the original picture.
+        known: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
+        bias: (R,) logit of any word beside its cosine to the text head, or None (`ovd.modeling.fvlm.head`).
     """
 
     boxes: Tensor
@@ -97,6 +105,8 @@ class RegionSet:
     image: Tensor | None
     masks: Tensor | None
     size: tuple[int, int]
+    known: Tensor | None = None
+    bias: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)

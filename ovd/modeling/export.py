@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ovd.config import ModelConfig
 from ovd.config_detr import DetrConfig
+from ovd.config_fvlm import FvlmConfig
 from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -64,14 +65,21 @@ class DetectorCard:
 
     @property
     def is_transformer(self) -> bool:
-        """Whether `model` describes a detection transformer, not a Mask R-CNN."""
-        return self.model.get("arch", "mask_rcnn") != "mask_rcnn"
+        """Whether `model` describes a detection transformer."""
+        return self.arch in ("conditional", "detr")
 
     @property
-    def architecture(self) -> ModelConfig | DetrConfig:
+    def arch(self) -> str:
+        """``model.arch`` of the training configuration."""
+        return str(self.model.get("arch", "mask_rcnn"))
+
+    @property
+    def architecture(self) -> ModelConfig | DetrConfig | FvlmConfig:
         """The configuration that the model was built from."""
-        if not self.is_transformer:
+        if self.arch == "mask_rcnn":
             return ModelConfig.model_validate(self.model)
+        if self.arch == "fvlm":
+            return FvlmConfig.model_validate(self.model)
         return DetrConfig.model_validate({key: value for key, value in self.model.items() if key != "head"})
 
     @property

@@ -4,17 +4,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ovd.config_fvlm import FvlmConfig
 from ovd.inference.detr_regions import detr_region_model
+from ovd.inference.encoder import load_encoder_of
+from ovd.inference.fvlm_regions import FvlmRegionModel
+from ovd.inference.known_words import WordList
 from ovd.inference.region_model import RCNNRegionModel, RegionModel
 from ovd.modeling.detr.build import load_detr
 from ovd.modeling.export import read_card
+from ovd.modeling.fvlm.network import known_words, load_fvlm
 from ovd.modeling.proposals.build import holds_proposals, load_proposals
 from ovd.modeling.vild.build import load_model
 from ovd.regions.proposals import Proposer
+from pretrain.data.lexicon import read_lexicon
+
+if TYPE_CHECKING:
+    from pretrain.nets.towers import JointEncoder
 
 
-def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True) -> RegionModel:
+def load_detector_model(
+    folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True, encoder: JointEncoder | None = None
+) -> RegionModel:
     """Load an exported detector for inference.
 
     Args:
@@ -22,16 +34,35 @@ def load_detector_model(folder: Path, *, top: int = 150, device: str = "cpu", ma
         top: regions kept per picture.
         device: where it runs.
         masks: False leaves the mask head out (a transformer has none).
+        encoder: the one that the detector was trained against, where it is loaded already.
 
     Raises:
         UserError: see :func:`ovd.modeling.vild.build.load_model`.
     """
     folder = Path(folder)
-    if read_card(folder).is_transformer:
+    card = read_card(folder)
+    if card.arch == "fvlm":
+        return _load_fvlm(folder, encoder or load_encoder_of(folder, card), top=top, device=device)
+    if card.is_transformer:
         detr, card, bank = load_detr(folder)
         return detr_region_model(detr.to(device), card=card, background_words=bank, top=top)
     model, card, bank = load_model(folder)
     return RCNNRegionModel(model=model.to(device), card=card, background_words=bank, top=top, masks=masks)
+
+
+def _load_fvlm(folder: Path, encoder: JointEncoder, *, top: int, device: str) -> FvlmRegionModel:
+    model, card, bank = load_fvlm(folder, encoder, device=device)
+    lexicon = read_lexicon()
+    config = card.architecture
+    assert isinstance(config, FvlmConfig)
+    return FvlmRegionModel(
+        model=model,
+        card=card,
+        background_words=bank,
+        known=WordList(words=known_words(config), lexicon=lexicon),
+        trained=WordList(words=card.bank, lexicon=lexicon),
+        top=top,
+    )
 
 
 def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from ovd.calibrate import calibrate_on_labels
+from ovd.calibrate import fit_labels
 from ovd.config import DataConfig
 from ovd.convert import main as convert
 from ovd.evaluate import main as evaluate
+from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.model import pictures_of
 from ovd.evaluation.options import Options
-from ovd.formats.spec import LabelSpec
 from ovd.training.inputs import labelled_images
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
@@ -103,9 +103,9 @@ def colours(tmp_path: Path) -> Path:
 
 def test_scores_are_fitted_on_photographs(colours: Path) -> None:
     detector = make_detector(cache_size=0)
-    fitted, (figures, _) = calibrate_on_labels(detector, LabelSpec.parse(str(colours)), count=12)
+    fitted, figures, _ = fit_labels(detector, labels_of(str(colours)), count=12)
     assert figures["scenes"] == 12 and figures["average_precision"] > 0.99
     assert figures["absent_words_quiet"] > 0.9 and figures["recall_at_threshold"] > 0.9
     assert fitted.of_examples() == detector.model.calibration.of_examples()  # what a crop's score means stays
     with pytest.raises(UserError, match=r"no part 'train' \(there: val\)"):
-        calibrate_on_labels(detector, LabelSpec.parse(f"{colours}:train"), count=12)
+        labels_of(f"{colours}:train")

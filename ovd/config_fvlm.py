@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed configuration of ``python -m ovd.train`` for region heads on a frozen image tower (``model.arch: fvlm``)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ovd.config import TrainingConfig
+from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, warm_up_fits
+
+
+class FvlmHeadConfig(Section):
+    """The region head: pooled features of the frozen maps to an embedding and a bias."""
+
+    pool: int = Field(2, ge=1, le=7, description="RoIAlign output side on the maps of strides 16 and 32")
+    context: float = Field(
+        1.5, ge=1, le=4, description="the last map is also pooled in a box so many times as large, for what is around"
+    )
+    hidden: int = Field(512, ge=16, le=4096, description="units of the two hidden layers")
+    dropout: float = Field(0.2, ge=0, lt=1, description="after each hidden layer, in training")
+    scale: float = Field(20.0, gt=0, description="inverse temperature of the cosines at the start; it is learned")
+
+
+class FvlmConfig(Section):
+    """The detector: boxes of a proposal network, names from the frozen image tower of an image-text encoder."""
+
+    arch: Literal["fvlm"] = Field(..., description="a region head on a frozen image tower (F-VLM, arXiv:2209.15639)")
+    variant: Literal["text"] = Field("text", description="the head is trained on words")
+    side: int = Field(448, ge=64, le=2048, multiple_of=32, description="longest side of a picture in the tower, pixels")
+    known: bool = Field(
+        True,
+        description="use what the proposal network says of the words it was trained on; false: its boxes alone, as "
+        "for a split whose novel words it was trained with",
+    )
+    head: FvlmHeadConfig = Field(FvlmHeadConfig(), description="region head")
+
+
+class PhotoDataConfig(Section):
+    """Photos with named boxes, true or of a teacher with a score each, and photos of one named thing."""
+
+    images: str = Field(..., description="folder of the photos")
+    annotations: tuple[str, ...] = Field(
+        ...,
+        min_length=1,
+        description="COCO files, .json or .json.gz; image ids must agree. The first one's categories are looked for in "
+        "every photo: what it does not box there is absent",
+    )
+    labels: str | None = Field(None, description="JSON table, file name -> nouns: photos of one thing")
+    not_things: str | None = Field(
+        None, description="JSON list of nouns, or lists by reason, that no box of one thing fits"
+    )
+    part: str | None = Field(None, description="only images whose `split` in the files is this; null: all")
+    min_score: float = Field(0.08, ge=0, le=1, description="boxes with a lower `score` are background")
+    leave_out: str | None = Field(
+        None, description="JSON list of nouns: neither their photos nor their words are learned, to measure them"
+    )
+    withheld: tuple[str, ...] = Field((), description="category names whose boxes are left out, to measure them")
+    regions: int = Field(40, ge=4, le=300, description="proposals kept of a photo: half the best, half drawn")
+
+
+class FvlmTrainConfig(TrainingConfig):
+    """``python -m ovd.train``: train the region head of a detector of photographs."""
+
+    proposals: str = Field(..., description="exported folder of a proposal network (model.arch nanodet)")
+    templates: Literal["photo", "vild63", "name"] = Field("photo", description="prompts of the words")
+    model: FvlmConfig = Field(..., description="the detector")
+    data: PhotoDataConfig = Field(..., description="training photos")
+    cache: str = Field(
+        "runs/cache", description="folder for the frozen features of the photos' proposals", json_schema_extra=FREE
+    )
+    noun_weight: float = Field(
+        0.1, ge=0, description="weight of a word outside the first file's categories in the text loss"
+    )
+    loop: LoopConfig = Field(..., description="training loop")
+    optim: OptimConfig = Field(..., description="optimiser")
+
+    @model_validator(mode="after")
+    def _fits(self) -> FvlmTrainConfig:
+        warm_up_fits(self.loop, self.optim)
+        return self

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photos with named boxes, and what each proposal of a photo is told of every word of the vocabulary.
+
+A word is a meaning of the lexicon: files that spell it differently (tv, television) give one word. A box of a terrier
+is also one of a dog and of an animal; whether a box of a dog is a terrier, nobody said.
+
+Shapes: ``P`` proposals of a photo, ``V`` words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchvision.ops import box_iou
+
+from ovd.data.catalog import read_annotated
+from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
+from pretrain.data.lexicon import Lexicon
+from pretrain.data.photos import parts_of, read_labels
+from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.files import read_json
+
+F32 = NDArray[np.float32]
+
+MIN_IOU, FULL_IOU = 0.4, 0.9
+"""A proposal's target grows from 0 at IoU .3 to the label's score at .9, and is 0 below .4: a head that is told to call
+every overlapping box right lets duplicates rise."""
+LABELLED = 0.25
+"""Proposals with a target from here on are labelled: every unrelated word is wrong for them."""
+BOX_SCORE = 0.4
+"""A box from here on may be refined by the photo's noun."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordTable:
+    """The vocabulary of a training.
+
+    Attributes:
+        words: V, one spelling of each meaning: the labels, and the words above them.
+        everywhere: so many of the first words are looked for in every photo.
+        lexicon: what they mean.
+    """
+
+    words: tuple[str, ...]
+    everywhere: int
+    lexicon: Lexicon
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Word -> its number."""
+        return {word: number for number, word in enumerate(self.words)}
+
+    @cached_property
+    def implied(self) -> tuple[tuple[int, ...], ...]:
+        """For each word itself and the words of the vocabulary above it."""
+        by_meaning = {self.lexicon.meaning(word): number for number, word in enumerate(self.words)}
+        by_meaning.pop(None, None)
+        return tuple(
+            (number, *(by_meaning[key] for key in self.lexicon.above(self.lexicon.meaning(word)) if key in by_meaning))
+            for number, word in enumerate(self.words)
+        )
+
+    @cached_property
+    def below(self) -> tuple[tuple[int, ...], ...]:
+        """For each word those of the vocabulary that it is above of."""
+        found: list[list[int]] = [[] for _ in self.words]
+        for number, above in enumerate(self.implied):
+            for other in above[1:]:
+                found[other].append(number)
+        return tuple(tuple(numbers) for numbers in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photo:
+    """A photo and its labels.
+
+    Attributes:
+        file: path.
+        size: (height, width) as the annotations state it, or None.
+        boxes: (n, 4) x1, y1, x2, y2 in pixels.
+        words: (n,) numbers of the vocabulary.
+        scores: (n,) 0…1.
+        noun: number of the one thing that the photo shows, or None.
+    """
+
+    file: Path
+    size: tuple[int, int] | None
+    boxes: F32
+    words: NDArray[np.int64]
+    scores: F32
+    noun: int | None
+
+
+class RegionTargets(NamedTuple):
+    """What the proposals of a photo are told.
+
+    Attributes:
+        value: (P, V) 0…1: how likely the proposal is that word and a good box.
+        told: (P, V) bool: whether anything is said of the word.
+    """
+
+    value: F32
+    told: NDArray[np.bool_]
+
+
+def region_targets(photo: Photo, boxes_P4: F32, table: WordTable) -> RegionTargets:
+    """Targets of a photo's proposals (x1, y1, x2, y2 in its pixels)."""
+    count, width = len(boxes_P4), len(table.words)
+    value = np.zeros((count, width), dtype=np.float32)
+    told = np.zeros((count, width), dtype=bool)
+    told[:, : table.everywhere] = True
+    boxes, words, scores = _with_noun(photo, boxes_P4, table)
+    if not len(boxes) or not count:
+        return RegionTargets(value, told)
+    overlap = box_iou(torch.from_numpy(boxes_P4.astype(np.float32)), torch.from_numpy(boxes)).numpy()
+    quality = np.where(overlap >= MIN_IOU, ((overlap - 0.3) / (FULL_IOU - 0.3)).clip(0, 1), 0) * scores
+    for label, word in enumerate(words.tolist()):
+        for column in table.implied[word]:
+            np.maximum(value[:, column], quality[:, label], out=value[:, column])
+    labelled = quality >= LABELLED
+    told[labelled.any(axis=1)] = True
+    for region, label in zip(*np.nonzero(labelled), strict=True):
+        told[region, list(table.below[int(words[label])])] = False  # a dog may be a terrier: nobody looked
+    told |= value > 0
+    return RegionTargets(value, told)
+
+
+def _with_noun(photo: Photo, boxes_P4: F32, table: WordTable) -> tuple[F32, NDArray[np.int64], F32]:
+    """Labels of a photo, its noun among them: on the box that a more general label has, else on the largest proposal.
+
+    The largest proposal takes a photo's label in Detic (arXiv:2201.02605, section 3.2).
+    """
+    boxes, words, scores = photo.boxes, photo.words, photo.scores
+    if photo.noun is None or not len(boxes_P4):
+        return boxes, words, scores
+    general = [i for i in range(len(words)) if int(words[i]) in table.implied[photo.noun] and scores[i] >= BOX_SCORE]
+    if general:
+        chosen = max(general, key=lambda i: float(scores[i]))
+        box, score = boxes[chosen], scores[chosen]
+    else:
+        area = (boxes_P4[:, 2] - boxes_P4[:, 0]) * (boxes_P4[:, 3] - boxes_P4[:, 1])
+        box, score = boxes_P4[int(area.argmax())], np.float32(0.7)
+    return (
+        np.concatenate([boxes, np.asarray(box, dtype=np.float32)[None]]),
+        np.concatenate([words, np.array([photo.noun])]),
+        np.concatenate([scores, np.array([score], dtype=np.float32)]),
+    )
+
+
+class PhotoWords:
+    """Photos of several COCO files and a table of nouns, with one vocabulary.
+
+    Args:
+        folder: that ``file_name`` is relative to.
+        annotations: COCO files of the same images; the categories of the first are looked for in every photo.
+        labels: JSON table, file name -> nouns; photos that no file calls a scene and that have one noun are used.
+        lexicon: what the words mean.
+        part: only images whose ``split`` is this; None: all.
+        min_score: boxes with a lower score are left out.
+        not_things, leave_out: nouns that are not learned; those left out take their photos with them.
+        withheld: names of categories whose boxes are left out.
+
+    Raises:
+        UserError: unreadable or contradicting files, an unknown part or name, or no photo at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        annotations: Sequence[Path],
+        labels: Path | None,
+        lexicon: Lexicon,
+        part: str | None,
+        min_score: float,
+        not_things: Collection[str] = (),
+        leave_out: Collection[str] = (),
+        withheld: Collection[str] = (),
+    ) -> None:
+        truths = [read_ground_truth(path, hint="data.annotations must be COCO files") for path in annotations]
+        names = {name for truth in truths for name in truth.categories.values()}
+        for name in withheld:
+            if name not in names:
+                raise UserError(f"data.withheld: no annotation file has a category {name!r}{did_you_mean(name, names)}")
+        self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
+        self.lexicon = lexicon
+        nouns: dict[Path, str] = {}
+        closed: set[Path] = set()
+        if labels is not None:
+            parts, scenes = parts_of(annotations)
+            for item in read_labels(labels, folder, parts=parts, scenes=scenes, part="all"):
+                if item.word in leave_out:
+                    closed.add(item.file)
+                elif item.word not in not_things:
+                    nouns[item.file] = item.word
+        silent = set(leave_out) | set(withheld)
+        everywhere = [name for name in truths[0].categories.values() if name not in withheld]
+        others = [name for truth in truths[1:] for name in truth.categories.values() if name not in withheld]
+        self.table = _table(everywhere, [*others, *nouns.values()], lexicon, silent=silent)
+        self.photos = self._join(truths, folder, nouns, closed, part=part, min_score=min_score, withheld=withheld)
+        if not self.photos:
+            there = ", ".join(sorted({p for truth in truths for p in truth.parts.values()})) or "none"
+            raise UserError(f"data.part {part}: no image has this split (there: {there})")
+
+    def _join(
+        self,
+        truths: Sequence[GroundTruth],
+        folder: Path,
+        nouns: dict[Path, str],
+        closed: set[Path],
+        *,
+        part: str | None,
+        min_score: float,
+        withheld: Collection[str],
+    ) -> list[Photo]:
+        files: dict[ImageId, str] = {}
+        sizes: dict[ImageId, tuple[int, int] | None] = {}
+        parts: dict[ImageId, str] = {}
+        labels: dict[ImageId, list[tuple[list[float], int, float]]] = {}
+        for truth in truths:
+            for image_id, file in truth.files.items():
+                if files.setdefault(image_id, file) != file:
+                    raise UserError(
+                        f"{truth.where}: image {image_id!r} is {file}, in another annotation file {files[image_id]}; "
+                        "files that are joined must number the same images the same way"
+                    )
+                sizes.setdefault(image_id, truth.sizes[image_id])
+            parts |= truth.parts
+            for one in truth.annotations:
+                name, score = truth.categories[one["category_id"]], float(one.get("score", 1.0))
+                if score < min_score or one["iscrowd"] or name in withheld or min(one["bbox"][2:]) <= 0:
+                    continue
+                x, y, w, h = one["bbox"]
+                labels.setdefault(one["image_id"], []).append(([x, y, x + w, y + h], self.number(name), score))
+        photos = []
+        for image_id, name in files.items():
+            path = folder / name
+            if path in closed or (part is not None and parts.get(image_id) != part):
+                continue
+            found = labels.get(image_id, [])
+            photos.append(
+                Photo(
+                    file=path,
+                    size=sizes[image_id],
+                    boxes=np.array([box for box, _, _ in found], dtype=np.float32).reshape(-1, 4),
+                    words=np.array([word for _, word, _ in found], dtype=np.int64),
+                    scores=np.array([score for _, _, score in found], dtype=np.float32),
+                    noun=self.number(nouns[path]) if path in nouns else None,
+                )
+            )
+        return photos
+
+    def number(self, name: str) -> int:
+        """Of the word that a name means."""
+        return self._numbers.get(self.lexicon.meaning(name) or name, self.table.index.get(name, -1))
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {self.lexicon.meaning(word) or word: number for number, word in enumerate(self.table.words)}
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def load(self, index: int) -> NDArray[np.uint8]:
+        """Photo ``index``, (H, W, 3) RGB.
+
+        Raises:
+            BadImageError: it cannot be read, or is not of the size that the annotations say.
+        """
+        photo = self.photos[index]
+        return read_annotated(photo.file, photo.size)
+
+
+def _table(everywhere: Sequence[str], others: Sequence[str], lexicon: Lexicon, *, silent: Collection[str]) -> WordTable:
+    """Each meaning once: those looked for everywhere first, then the others, then what is above them."""
+    silent_meanings = {lexicon.meaning(name) or name for name in silent}
+    usual = Counter(others)
+    chosen: dict[str, str] = {}
+    for name in (*everywhere, *sorted(usual, key=lambda one: (-usual[one], one))):
+        chosen.setdefault(lexicon.meaning(name) or name, name)
+    above = [key for own in list(chosen) if own in lexicon.meanings for key in lexicon.above(own)]
+    for key in sorted(set(above)):
+        if key not in silent_meanings:
+            chosen.setdefault(key, lexicon.meanings[key].names[0])
+    words = tuple(chosen.values())
+    if len(set(words)) < len(words):  # two meanings above are spelt alike: the more frequent one keeps the name
+        seen: set[str] = set()
+        words = tuple(word for word in words if not (word in seen or seen.add(word)))  # type: ignore[func-returns-value]
+    return WordTable(words=words, everywhere=len({lexicon.meaning(n) or n for n in everywhere}), lexicon=lexicon)
+
+
+def nouns_of(path: str | None) -> frozenset[str]:
+    """The nouns of a JSON list, or of an object of lists (by the reason why they are listed); none for None.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if path is None:
+        return frozenset()
+    content = read_json(path)
+    groups = list(content.values()) if isinstance(content, dict) else [content]
+    if not all(isinstance(group, list) and all(isinstance(noun, str) for noun in group) for group in groups):
+        raise UserError(f"{path}: neither a JSON list of nouns nor an object of such lists")
+    return frozenset(noun for group in groups for noun in group)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting and measuring the scores of a detector of photographs (`ovd.calibrate --data`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ovd.data.photo_words import PhotoWords
+from ovd.detector import Detector
+from ovd.evaluation.reliability import Reliability, reliability
+from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
+from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos
+from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
+from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
+from ovd.inference.scoring import Calibration
+from ovd.vocabulary import Vocabulary
+from pretrain.engine.errors import UserError
+
+FLOOR = 0.02
+LEAST = 20  # photos of either kind that a fit needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedPhotos:
+    """A data set of photos, ready to be scored.
+
+    Attributes:
+        scenes: with boxes.
+        named: of one thing.
+        scorer: of all words.
+    """
+
+    scenes: list[TypedScene]
+    named: list[NamedPhoto]
+    scorer: WordScorer
+
+
+def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPhotos:
+    """Run the detector over the photos.
+
+    Raises:
+        UserError: the detector is not one of photographs.
+    """
+    if not isinstance(detector.model, FvlmRegionModel):
+        raise UserError("--data: these weights are calibrated on Sticker Scenes; leave --data out")
+    vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
+    rows = detector.text.embed(vocabulary)
+    scenes, named = typed_photos(detector, photos, rows, seed=seed)
+    scorer = detector.model.scorer(
+        rows, [c.phrases for c in vocabulary.classes], detector.model.background_words.to(rows)
+    )
+    assert isinstance(scorer, WordScorer)
+    return TypedPhotos(scenes=scenes, named=named, scorer=scorer)
+
+
+def fit(data: TypedPhotos) -> Calibration:
+    """Slope and offset of words that the proposal network knows, of other words, then the default threshold.
+
+    Raises:
+        UserError: too few photos with boxes.
+    """
+    if len(data.scenes) < LEAST:
+        raise UserError(f"--data: {len(data.scenes)} photos with boxes; at least {LEAST} are needed to fit anything")
+    ranking = choose_ranking(data.scenes, data.scorer)
+    outcome = run_typed(data.scenes, replace(data.scorer, calibration=ranking), floor=1e-4)
+    fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    if len(data.named) >= LEAST:
+        score, right = named_outcome(data.named, replace(data.scorer, calibration=ranking))
+        slope, offset = fit_platt(torch.from_numpy(score), torch.from_numpy(right))
+        fitted = replace(fitted, open_slope=slope, open_offset=offset)
+    quiet = absent_scores(data, replace(data.scorer, calibration=fitted))
+    threshold = absent_class_threshold(torch.from_numpy(quiet))
+    return replace(fitted, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))
+
+
+def absent_scores(data: TypedPhotos, scorer: WordScorer) -> np.ndarray:
+    """Best scores of absent words, of both kinds of photos."""
+    outcome = run_typed(data.scenes, scorer, floor=FLOOR)
+    score, right = named_outcome(data.named, scorer)
+    return np.concatenate([outcome.best_absent, score[~right]])
+
+
+def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, float], Reliability]:
+    """Figures of a calibration, and its reliability on photos with boxes."""
+    scorer, threshold = replace(data.scorer, calibration=calibration), calibration.threshold
+    outcome = run_typed(data.scenes, scorer, floor=FLOOR)
+    curve = reliability(outcome.score, outcome.correct)
+    figures = {"photos": float(len(data.scenes)), **shown(outcome, threshold), "ece": curve.ece}
+    if data.named:
+        score, right = named_outcome(data.named, scorer)
+        figures |= {
+            "named_photos": float(len(data.named)),
+            "named_word_shown": float(np.mean(score[right] >= threshold)),
+            "named_absent_quiet": float(np.mean(score[~right] < threshold)),
+        }
+    return figures, curve
+
+
+def shown(outcome: Outcome, threshold: float) -> dict[str, float]:
+    """What a person sees at a threshold: how much of it is right, how many objects, how often an absent word."""
+    listed = outcome.score >= threshold
+    hits = outcome.correct[listed]
+    return {
+        "average_precision": average_precision(outcome),
+        "precision_at_threshold": float(hits.mean()) if listed.any() else float("nan"),
+        "recall_at_threshold": float(hits.sum() / max(outcome.labels, 1)),
+        "absent_words_quiet": float(np.mean(outcome.best_absent < threshold)) if len(outcome.best_absent) else 1.0,
+    }

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photos as a person uses the detector on them: a few words typed, some of them in the photo and some not.
+
+Two kinds. In photos with boxes the words looked for everywhere are typed: what a label boxes is present, what nothing
+names is absent, and half of the absent words are the ones most easily taken for a present one. Photos of one named
+thing have no boxes for it: there a word is right when it names the photo's thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovd.data.photo_words import Photo, PhotoWords, WordTable
+from ovd.detector import Detector
+from ovd.evaluation.typed import TypedScene
+from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.scoring import RegionSet
+
+CONFIDENT = 0.3
+"""Boxes with this score are there; boxes with a lower one may be."""
+CONFUSABLE = 8
+"""Nearest words, by their text embeddings, that half of the absent words are drawn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedPhoto:
+    """A photo of one thing: its regions, the word of the thing, and words that it does not show."""
+
+    regions: RegionSet
+    present: int
+    absent: tuple[int, ...]
+
+
+def related(table: WordTable, word: int) -> frozenset[int]:
+    """The word, those above it and those below it."""
+    return frozenset(table.implied[word]) | frozenset(table.below[word])
+
+
+def confusable(rows_CD: Tensor, table: WordTable) -> list[list[int]]:
+    """For each word looked for everywhere the nearest others that are not related to it."""
+    cosines = rows_CD[: table.everywhere] @ rows_CD[: table.everywhere].T
+    order = cosines.argsort(dim=1, descending=True).tolist()
+    return [[w for w in near if w not in related(table, word)][:CONFUSABLE] for word, near in enumerate(order)]
+
+
+def typed_photo(
+    photo: Photo,
+    regions: RegionSet,
+    table: WordTable,
+    *,
+    near: Sequence[Sequence[int]],
+    absent: int,
+    rng: np.random.Generator,
+) -> TypedScene | None:
+    """A photo with boxes and its words; None where no word is surely there.
+
+    Args:
+        photo: with labels.
+        regions: of the detector.
+        table: the vocabulary.
+        near: of `confusable`.
+        absent: how many absent words.
+        rng: of this photo.
+    """
+    looked = photo.words < table.everywhere
+    sure = looked & (photo.scores >= CONFIDENT)
+    present = tuple(sorted(set(photo.words[sure].tolist())))
+    if not present:
+        return None
+    named = {
+        w
+        for word in {*photo.words.tolist(), *([] if photo.noun is None else [photo.noun])}
+        for w in related(table, word)
+    }
+    free = [w for w in range(table.everywhere) if w not in named]
+    alike = list(dict.fromkeys(w for word in present for w in near[word] if w not in named))
+    chosen = rng.permutation(alike).tolist()[: absent // 2]
+    chosen += [w for w in rng.permutation(free).tolist() if w not in chosen][: absent - len(chosen)]
+    doubtful = looked & ~sure
+    return TypedScene(
+        regions=regions,
+        boxes=torch.from_numpy(photo.boxes[sure]),
+        classes=torch.from_numpy(photo.words[sure]),
+        present=present,
+        absent=tuple(chosen),
+        doubtful=(torch.from_numpy(photo.boxes[doubtful]), torch.from_numpy(photo.words[doubtful])),
+    )
+
+
+def typed_photos(
+    detector: Detector, photos: PhotoWords, rows_CD: Tensor, *, absent: int = 10, seed: int = 0
+) -> tuple[list[TypedScene], list[NamedPhoto]]:
+    """The photos with boxes and those of one thing whose word is not looked for everywhere, through the detector.
+
+    Args:
+        detector: of photographs.
+        photos: with labels.
+        rows_CD: text embeddings of the photos' words.
+        absent: absent words in each photo.
+        seed: of the words drawn.
+    """
+    table = photos.table
+    near = confusable(rows_CD, table)
+    nouns = sorted({photo.noun for photo in photos.photos if photo.noun is not None and photo.noun >= table.everywhere})
+    scenes, named = [], []
+    for index, photo in enumerate(photos.photos):
+        rng = np.random.default_rng([seed, index])
+        regions = detector.embed(photos.load(index)).regions
+        scene = typed_photo(photo, regions, table, near=near, absent=absent, rng=rng)
+        if scene is not None:
+            scenes.append(scene)
+        if photo.noun in nouns:
+            others = [w for w in nouns if w not in related(table, photo.noun)]
+            named.append(
+                NamedPhoto(
+                    regions=regions,
+                    present=photo.noun,
+                    absent=tuple(int(w) for w in rng.permutation(others)[:absent]),
+                )
+            )
+    return scenes, named
+
+
+def named_outcome(named: Sequence[NamedPhoto], scorer: WordScorer) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Best score of each word typed for each photo of one thing, and whether it is the thing's."""
+    scores: list[float] = []
+    right: list[bool] = []
+    for photo in named:
+        words = (photo.present, *photo.absent)
+        score_RC = scorer.select(torch.tensor(words))(photo.regions)
+        scores += score_RC.max(dim=0).values.tolist() if len(score_RC) else [0.0] * len(words)
+        right += [True] + [False] * len(photo.absent)
+    return np.array(scores), np.array(right)

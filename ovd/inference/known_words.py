@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a typed word has to do with the words that a detector knows: the same, above, below, or nothing.
+
+Shapes: ``C`` typed classes, ``K`` known words, ``B`` background words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ovd.inference.everyday import GROUPS, IRREGULAR, PERSONS, SYNONYMS
+from pretrain.data.lexicon import Lexicon
+
+Phrases = Sequence[Sequence[str]]
+"""For each class its name and synonyms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relations:
+    """Between typed classes and other words; a class is what any of its phrases is.
+
+    Attributes:
+        same_or_below: (C, K) bool: a region that is the known word is also the class (dog, for "animal" or "dog").
+        above: (C, K) bool: the class is a kind of the known word (dog, for "terrier").
+    """
+
+    same_or_below: Tensor
+    above: Tensor
+
+    @property
+    def related(self) -> Tensor:
+        """(C, K) bool: words that do not contradict the class."""
+        return self.same_or_below | self.above
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordList:
+    """Words with their places in a lexicon.
+
+    Attributes:
+        words: of the proposal network, or of the training.
+        lexicon: what they mean.
+    """
+
+    words: tuple[str, ...]
+    lexicon: Lexicon
+
+    @cached_property
+    def _lines(self) -> list[frozenset[str]]:
+        return [frozenset(self.line_of(word)) for word in self.words]
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return [self.meaning_of(word) or word for word in self.words]
+
+    def meaning_of(self, phrase: str) -> str | None:
+        """Id of the meaning of a phrase as a person types it: capitals and plurals too; None: not in the lexicon."""
+        for form in singulars(phrase.casefold()):
+            if (found := self.lexicon.meaning(SYNONYMS.get(form, form))) is not None:
+                return found
+        return None
+
+    def head_of(self, phrase: str) -> str | None:
+        """The noun that a phrase is about: *car* of "red car", *plate* of "plate of food"; None: there is none."""
+        words = phrase.casefold().split(" of ")[0].split()
+        heads = [" ".join(words[start:]) for start in range(len(words))]
+        return next((head for head in heads if head != phrase.casefold() and self.understands(head)), None)
+
+    def understands(self, phrase: str) -> bool:
+        """Whether a phrase, as it is, has a meaning here."""
+        forms = set(singulars(phrase.casefold()))
+        return self.meaning_of(phrase) is not None or bool(forms & (PERSONS | GROUPS.keys() | set(self.words)))
+
+    def line_of(self, phrase: str) -> list[str]:
+        """The meaning of a phrase and those above it; the phrase itself where the lexicon does not have it."""
+        if not self.understands(phrase):
+            phrase = self.head_of(phrase) or phrase
+        forms = singulars(phrase.casefold())
+        own = self.meaning_of(phrase)
+        line = [own, *self.lexicon.above(own)] if own is not None else [SYNONYMS.get(forms[-1], forms[-1])]
+        person = self.lexicon.meaning("person")
+        if person is not None and PERSONS & set(forms):
+            line.append(person)
+        return line
+
+    def kinds_of(self, phrase: str) -> frozenset[str]:
+        """Words that people group as the phrase, in whatever number it is typed."""
+        return frozenset(word for form in singulars(phrase.casefold()) for word in GROUPS.get(form, ()))
+
+    def relations(self, phrases: Phrases) -> Relations:
+        """How each class relates to each word."""
+        same = torch.zeros(len(phrases), len(self.words), dtype=torch.bool)
+        above = torch.zeros_like(same)
+        for number, group in enumerate(phrases):
+            for line, kinds in ((self.line_of(phrase), self.kinds_of(phrase)) for phrase in group):
+                for column, (word, key, words_line) in enumerate(zip(self.words, self._keys, self._lines, strict=True)):
+                    if line[0] in words_line or word in kinds:
+                        same[number, column] = True
+                    elif key in line:
+                        above[number, column] = True
+        return Relations(same_or_below=same, above=above & ~same)
+
+
+def singulars(phrase: str) -> list[str]:
+    """A phrase and what may be its singular, the phrase first."""
+    head, _, last = phrase.rpartition(" ")
+    forms = [last]
+    if last in IRREGULAR:
+        forms.append(IRREGULAR[last])
+    elif last.endswith("ies") and len(last) > 4:
+        forms.append(last[:-3] + "y")
+    elif last.endswith("s") and not last.endswith(("ss", "us", "is")):
+        if last.endswith(("ches", "shes", "xes", "sses", "oes")):
+            forms.append(last[:-2])
+        forms.append(last[:-1])
+    return [f"{head} {form}" if head else form for form in forms]

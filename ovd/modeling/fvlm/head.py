@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The region head of `model.arch: fvlm`: what is learned on top of the frozen tower.
+
+A word's logit is ``scale · cos(region, word) + bias(region)``, and its sigmoid the probability that the region is that
+word *and* a good box of it: no word competes with another, so that "dog", "animal" and "golden retriever" may all hold.
+The bias is the region's own, which says whether it is anything. Boxes stay the proposal network's: a regressor on these
+features, trained on a teacher's boxes, made them worse.
+
+Shapes: ``P`` regions, ``F`` pooled features, ``K`` words that the proposal network knows, ``D`` joint embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+START_BIAS = -6.0
+"""At the start hardly any (region, word) pair is right (RetinaNet's prior, arXiv:1708.02002, section 4.1)."""
+KNOWN_EPS = 3e-4
+"""Scores of known words enter as logits between ±8."""
+
+
+class HeadOutputs(NamedTuple):
+    """What the head says of each region.
+
+    Attributes:
+        embedding: (P, D) unit rows.
+        bias: (P,) logit of any word beside its cosine.
+    """
+
+    embedding: Tensor
+    bias: Tensor
+
+
+class FrozenFeatureHead(nn.Module):
+    """Two hidden layers on pooled features and on the scores of known words.
+
+    Args:
+        features: F.
+        known: K; 0: the proposal network's scores are not read.
+        hidden: units of each hidden layer.
+        embed_dim: D.
+        dropout: after each hidden layer.
+        scale: inverse temperature at the start.
+    """
+
+    def __init__(self, *, features: int, known: int, hidden: int, embed_dim: int, dropout: float, scale: float) -> None:
+        super().__init__()
+        self.known = known
+        self.norm = nn.BatchNorm1d(features + known, affine=False)
+        self.layers = nn.Sequential(
+            nn.Linear(features + known, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+        )
+        self.projection = nn.Linear(hidden, embed_dim)
+        self.bias = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.bias.weight)
+        nn.init.constant_(self.bias.bias, START_BIAS)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    @property
+    def scale(self) -> Tensor:
+        """The learned inverse temperature, ()."""
+        return self.logit_scale.exp()
+
+    def forward(self, features_PF: Tensor, known_PK: Tensor) -> HeadOutputs:
+        inputs = [features_PF.float()]
+        if self.known:
+            inputs.append(known_PK.float().logit(eps=KNOWN_EPS))
+        hidden = self.layers(self.norm(torch.cat(inputs, dim=1)))
+        embedding = F.normalize(self.projection(hidden).float(), dim=1)
+        return HeadOutputs(embedding, self.bias(hidden).float()[:, 0])

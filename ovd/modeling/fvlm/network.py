@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detector of photographs: boxes of a proposal network, features of a frozen image tower, a small trained head.
+
+Shapes: ``P`` regions, ``F`` pooled features, ``K`` known words, ``D`` joint embedding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ovd.config_fvlm import FvlmConfig
+from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.fvlm.head import FrozenFeatureHead
+from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
+from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer, load_proposals
+from pretrain.engine.errors import UserError
+from pretrain.nets.towers import JointEncoder
+
+PROPOSALS = "proposals"
+"""Folder of the proposal network in an exported detector."""
+
+
+class FvlmDetector(nn.Module):
+    """What is frozen, and the head.
+
+    Args:
+        proposer: boxes pictures.
+        tower: of the encoder.
+        head: to be trained.
+        known: whether the proposer's scores of known words are used.
+    """
+
+    def __init__(self, *, proposer: PhotoProposer, tower: FrozenTower, head: FrozenFeatureHead, known: bool) -> None:
+        super().__init__()
+        self._proposer = (proposer,)  # a tuple: it is stored in a folder of its own
+        self._tower = (tower,)  # likewise: the encoder's folder has it
+        self.head = head
+        self.known = known
+
+    @property
+    def proposer(self) -> PhotoProposer:
+        """Boxes pictures."""
+        return self._proposer[0]
+
+    @property
+    def tower(self) -> FrozenTower:
+        """The frozen image tower."""
+        return self._tower[0]
+
+    @torch.inference_mode()
+    def pooled(self, image: NDArray[np.uint8], *, top: int) -> PooledRegions:
+        """The best ``top`` regions of an (H, W, 3) RGB picture, before the head."""
+        found = self.proposer.regions(image, top=top)
+        known = found.words if self.known else found.words[:, :0]
+        return PooledRegions(found.boxes, found.objectness, known, self.tower.pooled(image, found.boxes))
+
+
+def known_words(config: FvlmConfig) -> tuple[str, ...]:
+    """The words that the proposal network knows, where its scores of them are used."""
+    return KNOWN_WORDS if config.known else ()
+
+
+def build_fvlm(config: FvlmConfig, *, proposer: PhotoProposer, encoder: JointEncoder) -> FvlmDetector:
+    """The detector with a head of random weights.
+
+    Raises:
+        UserError: the encoder has no image tower of timm.
+    """
+    tower = FrozenTower(encoder, side=config.side, pool=config.head.pool, context=config.head.context)
+    head = FrozenFeatureHead(
+        features=tower.features,
+        known=len(known_words(config)),
+        hidden=config.head.hidden,
+        embed_dim=encoder.embed_dim,
+        dropout=config.head.dropout,
+        scale=config.head.scale,
+    )
+    return FvlmDetector(proposer=proposer, tower=tower, head=head, known=config.known)
+
+
+def load_fvlm(folder: Path, encoder: JointEncoder, *, device: str = "cpu") -> tuple[FvlmDetector, DetectorCard, Tensor]:
+    """(detector in eval mode, its card, (B, D) embeddings of the background words) of an exported folder.
+
+    Raises:
+        UserError: missing files, or tensors that do not fit the card.
+    """
+    card = read_card(folder)
+    config = card.architecture
+    if not isinstance(config, FvlmConfig):
+        raise UserError(f"{folder}: not a detector of model.arch fvlm")
+    proposer = load_proposals(folder / PROPOSALS, device=device)
+    detector = build_fvlm(config, proposer=proposer, encoder=encoder)
+    state, bank = exported_tensors(folder)
+    load_exported(detector, state, folder)
+    detector.tower.to(device)
+    return detector.eval().to(device), card, bank

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature maps of a frozen image tower, and what is pooled from them for each region.
+
+Shapes: ``P`` regions, ``F`` pooled features, ``D`` joint embedding. Pictures are (H, W, 3) uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple, cast
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from pretrain.engine.errors import UserError
+from pretrain.nets.timm_tower import TimmImage
+from pretrain.nets.towers import JointEncoder
+
+STEP = 32  # the tower's stride: inputs are padded to a multiple of it
+FINE, COARSE = 16, 32  # strides of the maps that are pooled
+
+
+class TowerMaps(NamedTuple):
+    """Of one picture: (1, C, h, w) at strides 16 and 32, and after the last convolution (stride 32)."""
+
+    fine: Tensor
+    coarse: Tensor
+    last: Tensor
+
+
+class PooledRegions(NamedTuple):
+    """What is known of a picture's regions before any word.
+
+    Attributes:
+        boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
+        objectness: (P,) 0…1, best first.
+        known: (P, K) 0…1, the proposal network's own scores of the words it was trained on.
+        features: (P, F) pooled from the tower's maps.
+    """
+
+    boxes: Tensor
+    objectness: Tensor
+    known: Tensor
+    features: Tensor
+
+
+class FrozenTower(nn.Module):
+    """Maps of a picture from a copy of the encoder's image tower.
+
+    Args:
+        encoder: whose image tower is one of timm's EfficientNets.
+        side: longest side of a picture in the tower, pixels.
+        pool: RoIAlign output side on the maps of strides 16 and 32.
+        context: factor on the box in which the last map is pooled once more.
+        precision: bfloat16 takes half the time of float32 on a CPU that has it.
+
+    Raises:
+        UserError: the encoder has another image tower.
+    """
+
+    def __init__(
+        self,
+        encoder: JointEncoder,
+        *,
+        side: int,
+        pool: int,
+        context: float,
+        precision: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoder.visual, TimmImage):
+            raise UserError("model.arch fvlm needs an encoder whose image tower is of timm (encoder.image.kind: timm)")
+        network = copy.deepcopy(encoder.visual.backbone)
+        self.stem = nn.Sequential(network.get_submodule("conv_stem"), network.get_submodule("bn1"))
+        self.stages = cast(nn.Sequential, network.get_submodule("blocks"))
+        self.top = nn.Sequential(network.get_submodule("conv_head"), network.get_submodule("bn2"))
+        strides = {str(info["module"]): int(info["reduction"]) for info in network.feature_info}  # type: ignore[union-attr]
+        self.fine_stage = max(
+            i for i in range(len(self.stages)) if strides.get(f"blocks.{i}", 0) == FINE
+        )  # the last of its stride
+        self.proj = copy.deepcopy(encoder.visual.proj)
+        self.side, self.pool, self.context, self.precision = side, pool, context, precision
+        mean = torch.tensor(encoder.image_mean).view(1, 3, 1, 1)
+        std = torch.tensor(encoder.image_std).view(1, 3, 1, 1)
+        self.register_buffer("mean", 255 * mean, persistent=False)
+        self.register_buffer("std", 255 * std, persistent=False)
+        self.requires_grad_(False).eval()
+        for part in (self.stem, self.stages, self.top):  # once, not at every picture as autocast would
+            part.to(precision).to(memory_format=torch.channels_last)
+
+    @property
+    def features(self) -> int:
+        """F."""
+        fine, coarse = (self._channels(i) for i in (self.fine_stage, len(self.stages) - 1))
+        return (fine + coarse) * self.pool**2 + 2 * self.proj.in_features
+
+    def _channels(self, stage: int) -> int:
+        convolutions = [m for m in self.stages[stage].modules() if isinstance(m, nn.Conv2d)]
+        return convolutions[-1].out_channels
+
+    def train(self, mode: bool = True) -> FrozenTower:
+        """Always in eval mode."""
+        return super().train(False)
+
+    @torch.inference_mode()
+    def maps(self, image: NDArray[np.uint8]) -> tuple[TowerMaps, tuple[float, float]]:
+        """Maps of a picture, and the factors (x, y) from its pixels to those of the tower's input."""
+        height, width = image.shape[:2]
+        scale = self.side / max(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        if size != (height, width):
+            how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+            image = cv2.resize(image, size[::-1], interpolation=how).astype(np.uint8)
+        device = self.proj.weight.device
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
+        pixels = (pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std)
+        pixels = F.pad(pixels, (0, -size[1] % STEP, 0, -size[0] % STEP))
+        x = self.stem(pixels.to(self.precision, memory_format=torch.channels_last))
+        fine = x
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if number == self.fine_stage:
+                fine = x
+        return TowerMaps(fine, x, self.top(x)), (size[1] / width, size[0] / height)
+
+    @torch.inference_mode()
+    def pooled(self, image: NDArray[np.uint8], boxes_P4: Tensor) -> Tensor:
+        """(P, F) features of boxes in pixels of the picture: fine, coarse, last in the box, last around it."""
+        maps, (scale_x, scale_y) = self.maps(image)
+        boxes = boxes_P4.to(maps.last.device) * boxes_P4.new_tensor([scale_x, scale_y, scale_x, scale_y])
+        centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+        around = torch.cat([centre - self.context * half, centre + self.context * half], dim=1)
+        limit = boxes.new_tensor([image.shape[1] * scale_x, image.shape[0] * scale_y]).repeat(2)
+        around = torch.minimum(around.clamp_min(0), limit)
+        # The last map is averaged over all its cells in the box, as the encoder's own pooling averages over a crop's.
+        read = [
+            (maps.fine, boxes, self.pool, FINE, 2),
+            (maps.coarse, boxes, self.pool, COARSE, 2),
+            (maps.last, boxes, 1, COARSE, 0),
+            (maps.last, around, 1, COARSE, 0),
+        ]
+        return torch.cat(
+            [
+                roi_align(values.float(), [where], side, 1 / stride, sampling_ratio=samples, aligned=True).flatten(1)
+                for values, where, side, stride, samples in read
+            ],
+            dim=1,
+        )
+
+    def embed(self, features_PF: Tensor) -> Tensor:
+        """(P, D) unit rows: what the encoder's own projection says of the last map in the box (F-VLM, section 3.2)."""
+        width = self.proj.in_features
+        return F.normalize(self.proj(features_PF[:, -2 * width : -width].float()), dim=1)

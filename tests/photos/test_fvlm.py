@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detector of photographs: what regions are told, what is pooled, how words are scored, and one training whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ovd import Detector
+from ovd import train as ovd_train
+from ovd.config_proposals import ProposalNetworkConfig
+from ovd.data.photo_words import Photo, PhotoWords, WordTable, nouns_of, region_targets
+from ovd.data.pooled import RegionBatch
+from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.known_words import WordList, singulars
+from ovd.inference.scoring import Calibration, RegionSet
+from ovd.modeling.fvlm.criterion import WordCriterion
+from ovd.modeling.fvlm.head import FrozenFeatureHead
+from ovd.modeling.fvlm.tower import FrozenTower
+from ovd.modeling.proposals.build import KNOWN_WORDS, ProposalCard, save_proposals
+from ovd.modeling.proposals.network import build_proposal_detector
+from pretrain.config import CbowTower, EncoderConfig
+from pretrain.config_photos import TimmTower
+from pretrain.data.lexicon import read_lexicon
+from pretrain.engine.errors import UserError
+from pretrain.nets.towers import JointEncoder, build_encoder
+
+LEXICON = read_lexicon()
+WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "same", "above"),
+    [
+        ("dog", {"dog"}, set()),
+        ("Dogs", {"dog"}, set()),
+        ("golden retriever", set(), {"dog"}),
+        ("tabby", set(), {"cat"}),
+        ("television", {"tv"}, set()),
+        ("sofa", {"couch"}, set()),
+        ("mobile phone", {"cell phone"}, set()),
+        ("people", {"person"}, set()),
+        ("women", set(), {"person"}),
+        ("saxophone", set(), set()),
+        ("zzyzx", set(), set()),
+    ],
+)  # fmt: skip
+def test_a_typed_word_finds_the_known_words_it_has_to_do_with(phrase: str, same: set[str], above: set[str]) -> None:
+    relations = WORDS.relations([[phrase]])
+    named = {KNOWN_WORDS[i] for i in relations.same_or_below[0].nonzero()[:, 0].tolist()}
+    over = {KNOWN_WORDS[i] for i in relations.above[0].nonzero()[:, 0].tolist()}
+    assert (named, over) == (same, above)
+
+
+def test_a_superordinate_word_is_all_its_kinds_and_synonyms_count_for_their_class() -> None:
+    relations = WORDS.relations([["animal"], ["vehicle"], ["gizmo", "teddy bear"]])
+    kinds = [{KNOWN_WORDS[i] for i in row.nonzero()[:, 0].tolist()} for row in relations.same_or_below]
+    assert {"bird", "cat", "dog", "horse", "zebra"} <= kinds[0] and "car" not in kinds[0]
+    assert {"car", "bus", "bicycle", "truck"} <= kinds[1] and "dog" not in kinds[1]
+    assert kinds[2] == {"teddy bear"}
+
+
+@pytest.mark.parametrize(
+    ("word", "form"), [("wine glasses", "wine glass"), ("cherries", "cherry"), ("boxes", "box"), ("bus", "bus")]
+)  # fmt: skip
+def test_plurals_of_compounds(word: str, form: str) -> None:
+    assert form in singulars(word)
+
+
+TABLE = WordTable(words=("dog", "car", "terrier", "animal", "saxophone"), everywhere=2, lexicon=LEXICON)
+BOXES = np.array([[0, 0, 10, 10], [0, 0, 10, 9.4], [0, 0, 10, 5], [50, 50, 90, 90]], dtype=np.float32)
+
+
+def photo(words: list[int], scores: list[float], noun: int | None = None) -> Photo:
+    return Photo(
+        file=Path("a.jpg"),
+        size=None,
+        boxes=np.array([[0, 0, 10, 10]] * len(words), dtype=np.float32).reshape(-1, 4),
+        words=np.array(words, dtype=np.int64),
+        scores=np.array(scores, dtype=np.float32),
+        noun=noun,
+    )
+
+
+def test_targets_grow_with_overlap_and_are_the_label_score_at_most() -> None:
+    value, told = region_targets(photo([0], [0.8]), BOXES, TABLE)
+    assert value[:, 0].tolist() == pytest.approx([0.8, 0.8, 0.8 * (0.5 - 0.3) / 0.6, 0.0], abs=1e-6)
+    assert value[:, 3].tolist() == pytest.approx(value[:, 0].tolist())  # a dog is an animal
+    assert not value[:, [1, 2, 4]].any()
+    # Labelled regions: a saxophone it is not, a terrier it may be. The others: only what is looked for everywhere.
+    assert told.tolist() == [
+        [True, True, False, True, True],
+        [True, True, False, True, True],
+        [True, True, False, True, True],
+        [True, True, False, False, False],
+    ]
+
+
+def test_a_photo_noun_refines_a_general_box_or_goes_to_the_largest_proposal() -> None:
+    refined, _ = region_targets(photo([0], [0.8], noun=2), BOXES, TABLE)
+    assert refined[:, 2].tolist() == pytest.approx(refined[:, 0].tolist())
+    largest, _ = region_targets(photo([], [], noun=4), BOXES, TABLE)
+    assert largest[:, 4].tolist() == pytest.approx([0, 0, 0, 0.7], abs=1e-6)
+    none, told = region_targets(photo([], []), BOXES, TABLE)
+    assert not none.any() and told[:, :2].all() and not told[:, 2:].any()
+
+
+def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
+    torch.manual_seed(0)
+    head = FrozenFeatureHead(features=6, known=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
+    rows = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
+    criterion = WordCriterion(head=head, rows=rows, everywhere=1, noun_weight=0.25).eval()
+    batch = RegionBatch(
+        features=torch.randn(2, 6),
+        known=torch.rand(2, 2),
+        value=torch.tensor([[0.4, 0.0, 1.0], [0.0, 0.0, 0.0]]),
+        told=torch.tensor([[True, True, True], [True, False, False]]),
+    )
+    out = head(batch.features, batch.known)
+    expected = 0.0
+    for n in range(2):
+        for v in range(3):
+            if not batch.told[n, v]:
+                continue
+            logit = 5.0 * float((out.embedding[n] @ rows[v]).detach()) + float(out.bias[n].detach())
+            p, t = 1 / (1 + math.exp(-logit)), float(batch.value[n, v])
+            expected -= (1.0 if v == 0 else 0.25) * (t * math.log(p) + (1 - t) * math.log(1 - p)) / 2
+    assert float(criterion(batch)["loss_words"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> JointEncoder:
+    torch.manual_seed(0)
+    return build_encoder(
+        EncoderConfig(
+            embed_dim=16,
+            image=TimmTower(kind="timm", name="tf_efficientnet_lite0", image_size=64),
+            text=CbowTower(kind="cbow", width=16, hidden=32, context_length=16),
+            image_mean=(0.5, 0.5, 0.5),
+            image_std=(0.5, 0.5, 0.5),
+        )
+    ).eval()
+
+
+def test_a_box_of_the_whole_picture_is_embedded_as_the_encoder_embeds_it(encoder: JointEncoder) -> None:
+    tower = FrozenTower(encoder, side=64, pool=2, context=1.5, precision=torch.float32)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    features = tower.pooled(image, torch.tensor([[0.0, 0.0, 64.0, 64.0], [0.0, 0.0, 32.0, 32.0]]))
+    assert features.shape == (2, tower.features)
+    pixels = encoder.normalise(torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float() / 255)
+    with torch.no_grad():
+        whole = torch.nn.functional.normalize(encoder.encode_image(pixels), dim=1)
+    cosine = tower.embed(features) @ whole.T
+    assert float(cosine[0]) > 0.99 > float(cosine[1])
+
+
+def test_another_image_tower_is_refused(encoder: JointEncoder) -> None:
+    other = build_encoder(
+        EncoderConfig(embed_dim=16, text=CbowTower(kind="cbow", width=16, hidden=32, context_length=16))
+    )
+    with pytest.raises(UserError, match="of timm"):
+        FrozenTower(other, side=64, pool=2, context=1.5)
+
+
+def regions(known: list[list[float]]) -> RegionSet:
+    count = len(known)
+    return RegionSet(
+        boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0]] * count),
+        objectness=torch.full((count,), 0.5),
+        text=torch.eye(4)[:count],
+        image=torch.eye(4)[:count],
+        masks=None,
+        size=(20, 20),
+        known=torch.tensor(known),
+        bias=torch.full((count,), -1.0),
+    )
+
+
+def scorer(known: list[list[bool]], parents: list[list[bool]]) -> WordScorer:
+    count = len(known)
+    return WordScorer(
+        rows=torch.eye(4)[:count],
+        competitors=torch.eye(4),
+        rivals=~torch.eye(4, dtype=torch.bool)[:count],
+        known=torch.tensor(known),
+        parents=torch.tensor(parents),
+        scale=4.0,
+        calibration=Calibration(head_weight=0.25),
+    )
+
+
+def test_known_words_are_a_geometric_mean_and_no_column_depends_on_another() -> None:
+    both = scorer([[True, False], [True, True]], [[False, False]] * 2)
+    score = both(regions([[0.2, 0.6], [0.9, 0.1]]))
+    head = 1 / (1 + math.exp(-3.0))  # of a region with its own word
+    assert float(score[0, 0]) == pytest.approx(0.2**0.75 * head**0.25, rel=1e-4)
+    assert float(score[1, 1]) == pytest.approx(0.9**0.75 * head**0.25, rel=1e-4)
+    alone = both.select(torch.tensor([1]))(regions([[0.2, 0.6], [0.9, 0.1]]))
+    torch.testing.assert_close(alone[:, 0], score[:, 1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, encoder: JointEncoder) -> Path:
+    """The run folder of a training of two steps on six small photos."""
+    root = tmp_path_factory.mktemp("fvlm")
+    encoder.save(root / "encoder")
+    torch.manual_seed(0)
+    network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
+    for head in network.proposal_generator.heads:
+        nn.init.normal_(head.output.weight, std=0.3)  # type: ignore[union-attr,arg-type]
+    config = ProposalNetworkConfig(arch="nanodet", pre_nms=100, post_nms=20)
+    (root / "proposals").mkdir()
+    save_proposals(root / "proposals", network, ProposalCard(model=config.model_dump(mode="json"), sides=(64,)))
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        cv2.imwrite(str(root / f"images/{number}.png"), rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    images = [
+        {"id": n, "file_name": f"{n}.png", "width": 64, "height": 48, "split": "train" if n else "val"}
+        | ({"content": "scene"} if n < 4 else {})
+        for n in range(6)
+    ]
+    boxes = [
+        {"id": n + 1, "image_id": n, "category_id": 1 + n % 2, "bbox": [4, 4, 40, 30], "score": 0.9} for n in range(4)
+    ]
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "car"}]
+    (root / "boxes.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    (root / "labels.json").write_text(json.dumps({"4.png": ["saxophone"], "5.png": ["lamp"]}))
+    arguments = [
+        "--config", "photos/lite_vild.yaml", f"out={root}/run", f"encoder={root}/encoder",
+        f"proposals={root}/proposals", f"cache={root}/cache", f"data.images={root}/images",
+        f"data.annotations=[{root}/boxes.json]", f"data.labels={root}/labels.json", "data.regions=6", "model.side=64",
+        "model.head.hidden=16", "loop.steps=2", "loop.batch_size=2", "optim.warmup_steps=0",
+    ]  # fmt: skip
+    assert ovd_train.main(arguments) == 0
+    return root
+
+
+def test_a_training_ends_with_a_detector_that_takes_any_word(trained: Path) -> None:
+    detector = Detector.load(trained / "run", regions=10)
+    picture = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    found = detector.embed(picture).classify(["dog", "animal", "saxophone", "zzyzx"], threshold=0.0)
+    assert found.names == ("dog", "animal", "saxophone", "zzyzx") and found.box_masks is None
+    assert (found.best > 0).all() and (found.best < 1).all()
+    assert found.xyxy.min() >= 0 and (found.xyxy.max(axis=0) <= [80, 60, 80, 60]).all()
+    alone = detector.embed(picture).classify(["saxophone"], threshold=0.0)
+    assert alone.best[0] == pytest.approx(found.best[2], abs=1e-6)
+
+
+def test_the_detector_holds_its_words_and_its_proposals(trained: Path) -> None:
+    card = json.loads((trained / "run/exported/model.json").read_text())
+    assert card["model"]["arch"] == "fvlm" and card["classes"][:2] == ["dog", "car"]
+    assert {"saxophone", "lamp", "animal"} <= set(card["classes"])
+    theirs, ours = (
+        folder / "model.safetensors" for folder in (trained / "proposals", trained / "run/exported/proposals")
+    )
+    assert theirs.read_bytes() == ours.read_bytes()
+
+
+def photos(trained: Path, **options: object) -> PhotoWords:
+    defaults: dict[str, object] = {
+        "folder": trained / "images",
+        "annotations": [trained / "boxes.json"],
+        "labels": trained / "labels.json",
+        "lexicon": LEXICON,
+        "part": "train",
+        "min_score": 0.08,
+    }
+    return PhotoWords(**(defaults | options))  # type: ignore[arg-type]
+
+
+def test_photos_are_those_of_the_part_and_words_left_out_are_nowhere(trained: Path) -> None:
+    assert [p.file.name for p in photos(trained).photos] == ["1.png", "2.png", "3.png", "4.png", "5.png"]
+    without = photos(trained, leave_out=["saxophone"], withheld=["car"])
+    assert [p.file.name for p in without.photos] == ["1.png", "2.png", "3.png", "5.png"]  # its photo goes as well
+    assert "car" not in without.table.words and "saxophone" not in without.table.words
+    assert sum(len(p.boxes) for p in without.photos) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"part": "test"}, r"no image has this split \(there: train, val\)"), ({"withheld": ["cars"]}, "mean 'car'")],
+)
+def test_a_wrong_part_or_name_is_refused(trained: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        photos(trained, **options)
+
+
+def test_lists_of_nouns(tmp_path: Path) -> None:
+    for content in (["kitchen"], {"place": ["kitchen"], "part": []}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        assert nouns_of(str(tmp_path / "a.json")) == {"kitchen"}
+    (tmp_path / "a.json").write_text('{"place": "kitchen"}')
+    with pytest.raises(UserError, match="neither a JSON list"):
+        nouns_of(str(tmp_path / "a.json"))
+    assert nouns_of(None) == frozenset()
+
+
+def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path) -> None:
+    detector = Detector.load(trained / "run", regions=4)
+    query = detector.query(["red car", "dogs", "zzyzx", "plate of food"])
+    assert query.notices[0] == "'red car' is looked for as 'car': attributes are not understood"
+    assert query.notices[1].startswith("'zzyzx' is no word these weights learned; the nearest they know: ")
+    assert len(query.notices) == 3
+    picture = np.zeros((32, 48, 3), dtype=np.uint8)
+    scores = detector.embed(picture).scores(detector.query(["red car", "car"])).score_RC
+    assert (scores[:, 0] > 0).any()
