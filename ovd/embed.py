@@ -261,7 +261,7 @@ def main(argv: list[str]) -> int:
         if len(argv) != 2:
             raise UserError("usage: python -m ovd.embed verify STORE")
         return verify(argv[1])
-    config, options = command_line(EmbedConfig, argv, prog="python -m ovd.embed", doc=__doc__ or "")
+    config, options = command_line(EmbedConfig, argv, prog="wordbox embed", doc=__doc__ or "")
     require_stages(config)
     # A terminated process gives its leases back on the way out; a killed one is found out by the others.
     signal.signal(signal.SIGTERM, _terminate)

@@ -51,6 +51,7 @@ class GroundTruth:
         sizes: image id -> (height, width) in pixels, or None where the file does not say; ascending by id.
         files: image id -> path below the picture folder, for images that name one; in the order of the file.
         parts: image id -> ``split`` of the image (train, val, …), for images that have one.
+        scenes: files of those images that their ``content`` calls a scene of several things.
         categories: category id -> name.
         annotations: of all images, crowds included.
         warnings: what was odd.
@@ -62,6 +63,7 @@ class GroundTruth:
     parts: Mapping[ImageId, str]
     categories: Mapping[int, str]
     annotations: list[Annotation]
+    scenes: frozenset[str] = frozenset()
     warnings: list[str] = field(default_factory=list)
     where: str = "annotations"
 
@@ -153,6 +155,9 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
         parts=parts,
         categories=categories,
         annotations=annotations,
+        scenes=frozenset(
+            name for entry in gt["images"] if entry.get("content") == "scene" and (name := _file_of(entry))
+        ),
         warnings=warnings,
         where=where,
     )

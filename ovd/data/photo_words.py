@@ -23,9 +23,11 @@ from torchvision.ops import box_iou
 
 from ovd.data.catalog import read_annotated
 from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
+from pretrain.data.folder import look_for
 from pretrain.data.lexicon import Lexicon
-from pretrain.data.photos import parts_of, read_labels
+from pretrain.data.photos import read_labels
 from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
 
 F32 = NDArray[np.float32]
@@ -160,7 +162,8 @@ class PhotoWords:
 
     Args:
         folder: that ``file_name`` is relative to.
-        annotations: COCO files of the same images; the categories of the first are looked for in every photo.
+        annotations: COCO files of the same images, or what was read from any; the categories of the first are looked
+            for in every photo.
         labels: JSON table, file name -> nouns; photos that no file calls a scene and that have one noun are used.
         lexicon: what the words mean.
         part: only images whose ``split`` is this; None: all.
@@ -176,7 +179,7 @@ class PhotoWords:
         self,
         *,
         folder: Path,
-        annotations: Sequence[Path],
+        annotations: Sequence[Path | GroundTruth],
         labels: Path | None,
         lexicon: Lexicon,
         part: str | None,
@@ -185,7 +188,10 @@ class PhotoWords:
         leave_out: Collection[str] = (),
         withheld: Collection[str] = (),
     ) -> None:
-        truths = [read_ground_truth(path, hint="data.annotations must be COCO files") for path in annotations]
+        truths = [
+            one if isinstance(one, GroundTruth) else read_ground_truth(one, hint="data.annotations must be COCO files")
+            for one in annotations
+        ]
         names = {name for truth in truths for name in truth.categories.values()}
         for name in withheld:
             if name not in names:
@@ -195,8 +201,8 @@ class PhotoWords:
         nouns: dict[Path, str] = {}
         closed: set[Path] = set()
         if labels is not None:
-            parts, scenes = parts_of(annotations)
-            for item in read_labels(labels, folder, parts=parts, scenes=scenes, part="all"):
+            scenes = {name for truth in truths for name in truth.scenes}
+            for item in read_labels(labels, folder, parts={}, scenes=scenes, part="all"):
                 if item.word in leave_out:
                     closed.add(item.file)
                 elif item.word not in not_things:
@@ -209,6 +215,9 @@ class PhotoWords:
         if not self.photos:
             there = ", ".join(sorted({p for truth in truths for p in truth.parts.values()})) or "none"
             raise UserError(f"data.part {part}: no image has this split (there: {there})")
+        files = [photo.file.relative_to(folder) for photo in self.photos]
+        if missing := look_for(files, folder, where=truths[0].where, allowed=BAD_IMAGES_ALLOWED):
+            self.notices.append(missing)
 
     def _join(
         self,

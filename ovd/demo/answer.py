@@ -27,6 +27,7 @@ from ovd.inference.region_model import PatchLocator
 from ovd.inference.regions import picture_key
 from ovd.pictures import to_rgb
 from ovd.query import Query
+from pretrain.data.folder import PAGE_PIXELS
 from pretrain.engine.errors import BadImageError, UserError
 
 SCHEMA = 1
@@ -159,7 +160,7 @@ def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
         if len(text) > MAX_CROP_BYTES * 4 // 3:
             raise UserError(f"example {name!r}: the crop has more than {MAX_CROP_BYTES // 1_000_000} MB; shrink it")
         try:
-            pixels = to_rgb(base64.b64decode(text[match.end() :], validate=True))
+            pixels = to_rgb(base64.b64decode(text[match.end() :], validate=True), max_pixels=PAGE_PIXELS)
         except ValueError as problem:
             raise UserError(f"example {name!r}: the data URL is no base64 text") from problem
         except BadImageError as problem:
@@ -183,7 +184,7 @@ def _read(path: Path) -> NDArray[np.uint8]:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UserError(f"The picture has {size / 1e6:.1f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are allowed")
-        return to_rgb(path)
+        return to_rgb(path, max_pixels=PAGE_PIXELS)
     except BadImageError as problem:
         raise UserError(f"This picture cannot be used: {problem.reason.replace(str(path), 'the file')}") from problem
     except OSError as problem:

@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ovd.data.photo_words import PhotoWords
 from ovd.detector import Detector
+from ovd.evaluation.labelled_scenes import labels_of
+from ovd.evaluation.options import DataSpec
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
 from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos
+from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.scoring import Calibration
 from ovd.vocabulary import Vocabulary
+from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
 FLOOR = 0.02
@@ -38,6 +43,34 @@ class TypedPhotos:
     scenes: list[TypedScene]
     named: list[NamedPhoto]
     scorer: WordScorer
+
+
+def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords:
+    """The photos that ``--data`` names, with those of one thing.
+
+    Args:
+        data: as on the command line, see `labels_of`.
+        labels: JSON table, file name -> nouns.
+        part: of the data set, or ``all``; None: as ``data`` says, else ``val`` where there is one.
+
+    Raises:
+        UserError: labels that cannot be read, or no such part.
+    """
+    spec = DataSpec.parse(data).labels
+    named = part or (None if spec is None else spec.part)
+    found = labels_of(data, part="all")  # words of the other parts belong to the vocabulary, too
+    truth = found.truth()
+    there = list(truth.parts.values())
+    if named is None:
+        named = "val" if "val" in there else "all"
+    return PhotoWords(
+        folder=found.root,
+        annotations=[truth],
+        labels=labels,
+        lexicon=read_lexicon(),
+        part=None if named == "all" else next(iter(choose_parts(there, named, (), found.where))),
+        min_score=0.08,
+    )
 
 
 def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPhotos:

@@ -8,6 +8,7 @@ thing have no boxes for it: there a word is right when it names the photo's thin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from ovd.detector import Detector
 from ovd.evaluation.typed import TypedScene
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import RegionSet
+from pretrain.engine.errors import BadImageError
 
 CONFIDENT = 0.3
 """Boxes with this score are there; boxes with a lower one may be."""
@@ -111,7 +113,11 @@ def typed_photos(
     scenes, named = [], []
     for index, photo in enumerate(photos.photos):
         rng = np.random.default_rng([seed, index])
-        regions = detector.embed(photos.load(index)).regions
+        try:
+            regions = detector.embed(photos.load(index)).regions
+        except BadImageError as problem:
+            print(f"warning: {problem}; left out", file=sys.stderr)
+            continue
         scene = typed_photo(photo, regions, table, near=near, absent=absent, rng=rng)
         if scene is not None:
             scenes.append(scene)

@@ -83,6 +83,16 @@ def labelled(root: Path) -> object:
     return labelled_images(data)
 
 
+def labelled_in_text(root: Path) -> object:
+    if not (root / "set").is_dir():
+        (root / "set").mkdir()
+        for number in (1, 2):
+            (root / f"set/{number}.png").symlink_to(root / f"{number}.png")
+            (root / f"set/{number}.txt").write_text("0 .3 .3 .4 .5\n")
+        (root / "set/data.yaml").write_text("train: .\nnames: [cat]\n")
+    return labelled_images(DataConfig(kind="yolo", labels="all", annotations=str(root / "set"), split="all"))
+
+
 def boxed(root: Path) -> object:
     return BoxedImages(folder=root, annotations=[root / "boxes.json"], part=None, confident=0.5, doubtful=0.1)
 
@@ -114,6 +124,9 @@ CASES = [
     (coco_captions, change("captions.json", "cat 2", "dog 2"), {"captions"}),
     (labelled, change_picture, {"pictures"}),
     (labelled, change("boxes.json", "[5, 5, 20, 20]", "[5, 5, 20, 21]"), {"annotations"}),
+    (labelled_in_text, change_picture, {"pictures"}),
+    (labelled_in_text, change("set/2.txt", ".4 .5", ".4 .4"), {"annotations"}),
+    (labelled_in_text, change("set/data.yaml", "cat", "dog"), {"annotations"}),
     (words, change_picture, {"photos"}),
     (words, change("boxes.json", "[5, 5, 20, 20]", "[5, 5, 20, 21]"), {"words and boxes"}),
     (boxed, change_picture, {"pictures"}),

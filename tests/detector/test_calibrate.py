@@ -17,7 +17,7 @@ from pretrain.engine.errors import UserError
 
 def test_a_calibration_is_written_into_the_card_with_figures_and_a_diagram(tmp_path: Path) -> None:
     folder, report, plot = tmp_path / "detector", tmp_path / "report.json", tmp_path / "curve.svg"
-    shutil.copytree(detector_folder("default"), folder)
+    shutil.copytree(detector_folder("vild-sticker"), folder)
     before = json.loads((folder / "model.json").read_text())
     arguments = ["--weights", str(folder), "--second-look", "0", "--scenes", "10", "--size", "128"]
     assert calibrate.main([*arguments, "--report", str(report), "--plot", str(plot)]) == 0
@@ -36,5 +36,14 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model\.json there"):
         calibrate.main(["--weights", str(tmp_path)])
     (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(UserError, match="at least 10 are needed"):
+    with pytest.raises(UserError, match="3 must be at least 10"):
         calibrate.main(["--weights", str(tmp_path), "--scenes", "3"])
+
+
+@pytest.mark.parametrize("flags", [["--labels", "table.json"], ["--part", "val"]])
+def test_what_belongs_to_detectors_of_photographs_is_refused_for_others(flags: list[str]) -> None:
+    weights = ["--weights", str(detector_folder("vild-sticker"))]
+    with pytest.raises(UserError, match="go with --data"):
+        calibrate.main([*weights, *flags])
+    with pytest.raises(UserError, match=r"for detectors of photographs .* part is named in --data: FILE:PART"):
+        calibrate.main([*weights, "--data", "boxes.json", *flags])

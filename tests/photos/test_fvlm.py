@@ -13,11 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from ovd import Detector
+from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.photo_words import Photo, PhotoWords, WordTable, nouns_of, region_targets
 from ovd.data.pooled import RegionBatch
+from ovd.evaluation.photo_calibration import photos_of
+from ovd.formats.read import read_labels
+from ovd.formats.shapes import labelled_pictures
+from ovd.formats.write import write_labels
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.known_words import WordList, singulars
 from ovd.inference.scoring import Calibration, RegionSet
@@ -301,6 +305,34 @@ def test_a_wrong_part_or_name_is_refused(trained: Path, options: dict[str, objec
         photos(trained, **options)
 
 
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_photos_are_the_same_in_any_format(trained: Path, tmp_path: Path, form: str) -> None:
+    boxes, labels = trained / "boxes.json", trained / "labels.json"
+    spec = f"coco:{trained / 'images'}:{boxes}"
+    if form != "coco":
+        write_labels(labelled_pictures(read_labels(boxes, images=trained / "images")), tmp_path, form, place="copy")
+        spec = str(tmp_path / "data.yaml" if form == "yolo" else tmp_path)
+    expected, read = photos(trained, labels=None), photos_of(spec, labels=None, part="train")
+    assert [p.file.name for p in read.photos] == [p.file.name for p in expected.photos]
+    assert sorted(read.table.words) == sorted(expected.table.words)  # VOC's classes have no order
+    for ours, theirs in zip(read.photos, expected.photos, strict=True):
+        np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=0.01)
+        assert [read.table.words[w] for w in ours.words] == [expected.table.words[w] for w in theirs.words]
+    assert [p.file.stem for p in photos_of(spec, labels=None, part=None).photos] == ["0"]  # val, as there is one
+    assert len(photos_of(spec, labels=None, part="all")) == 6
+    if form == "coco":
+        named = photos_of(spec, labels=labels, part="train")
+        assert [p.noun for p in named.photos] == [p.noun for p in photos(trained).photos]
+
+
+def test_calibration_of_a_detector_of_photographs_needs_photos(trained: Path) -> None:
+    weights = ["--weights", str(trained / "run/exported")]
+    with pytest.raises(UserError, match="is calibrated on photos: give --data"):
+        calibrate.main(weights)
+    with pytest.raises(UserError, match="1 photos with boxes; at least 20 are needed"):
+        calibrate.main([*weights, "--data", f"coco:{trained / 'images'}:{trained / 'boxes.json'}"])
+
+
 def test_lists_of_nouns(tmp_path: Path) -> None:
     for content in (["kitchen"], {"place": ["kitchen"], "part": []}):
         (tmp_path / "a.json").write_text(json.dumps(content))
@@ -313,7 +345,7 @@ def test_lists_of_nouns(tmp_path: Path) -> None:
 
 def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
-    query = detector.query(["red car", "dogs", "zzyzx", "plate of food"])
+    query = detector.query(["red car", "dogs", "zzyzx", "cup of coffee"])
     assert query.notices[0] == "'red car' is looked for as 'car': attributes are not understood"
     assert query.notices[1].startswith("'zzyzx' is no word these weights learned; the nearest they know: ")
     assert len(query.notices) == 3
