@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
                 if (there := options.out / f"{name}.jsonl").exists():
                     raise UserError(f"{there}: is there already. Give another --out, or --overwrite to replace it")
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
+        for notice in query.notices:
+            print(f"warning: {notice}", file=sys.stderr)
         if options.tiles:
             detector = TiledDetector(detector, side=options.tile_side)
         for source in opened:

@@ -9,6 +9,7 @@ Shapes: ``P`` proposals of a photo, ``V`` words of the vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from pretrain.data.photos import read_labels
 from pretrain.engine.errors import UserError, did_you_mean
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
+from pretrain.engine.identity import files_identity, text_identity
 
 F32 = NDArray[np.float32]
 
@@ -277,6 +279,17 @@ class PhotoWords:
 
     def __len__(self) -> int:
         return len(self.photos)
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the photos, and what is said of them."""
+        root = Path(os.path.commonpath([photo.file.parent for photo in self.photos]))
+        names = [os.path.relpath(photo.file, root) for photo in self.photos]
+        said = [
+            (name, photo.boxes.tolist(), photo.words.tolist(), photo.scores.tolist(), photo.noun)
+            for name, photo in zip(names, self.photos, strict=True)
+        ]
+        labels = text_identity(self.table.words, self.table.everywhere, said)
+        return {**files_identity("photos", root, names), "words and boxes": labels}
 
     def load(self, index: int) -> NDArray[np.uint8]:
         """Photo ``index``, (H, W, 3) RGB.

@@ -50,6 +50,10 @@ class PooledSource:
     def __len__(self) -> int:
         return len(self.photos)
 
+    def identity(self) -> dict[str, str]:
+        """That of the photos and their labels; the cache has a key of its own."""
+        return self.photos.identity()
+
     def sample(self, index: int, draw: int) -> RegionBatch:
         """Regions of photo ``index``; every draw gives the same."""
         arrays = self.cache.arrays

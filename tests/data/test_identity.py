@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ovd.config import DataConfig
+from ovd.data import photo_words
 from ovd.data.boxes import BoxedImages
 from ovd.training.inputs import labelled_images
 from pretrain.config import CaptionTable, CocoCaptions
@@ -22,6 +23,7 @@ from pretrain.config_views import FolderData, ShardData, ViewConfig
 from pretrain.data.crops import ViewSource
 from pretrain.data.image_text import CaptionedSource, build_captioned
 from pretrain.data.images import build_images
+from pretrain.data.lexicon import read_lexicon
 from pretrain.data.photos import PhotoWordSource, read_photo_words
 from pretrain.data.stickers import Stickers, data_root
 from pretrain.engine.identity import identity_of
@@ -93,6 +95,12 @@ def labelled_in_text(root: Path) -> object:
     return labelled_images(DataConfig(kind="yolo", labels="all", annotations=str(root / "set"), split="all"))
 
 
+def named_boxes(root: Path) -> object:
+    return photo_words.PhotoWords(
+        folder=root, annotations=[root / "boxes.json"], labels=None, lexicon=read_lexicon(), part=None, min_score=0.1
+    )
+
+
 def boxed(root: Path) -> object:
     return BoxedImages(folder=root, annotations=[root / "boxes.json"], part=None, confident=0.5, doubtful=0.1)
 
@@ -129,6 +137,9 @@ CASES = [
     (labelled_in_text, change("set/data.yaml", "cat", "dog"), {"annotations"}),
     (words, change_picture, {"photos"}),
     (words, change("boxes.json", "[5, 5, 20, 20]", "[5, 5, 20, 21]"), {"words and boxes"}),
+    (named_boxes, change_picture, {"photos"}),
+    (named_boxes, change("boxes.json", "[5, 5, 20, 20]", "[5, 5, 20, 21]"), {"words and boxes"}),
+    (named_boxes, change("boxes.json", '"cat"', '"dog"'), {"words and boxes"}),
     (boxed, change_picture, {"pictures"}),
     (boxed, change("boxes.json", "[5, 5, 20, 20]", "[5, 5, 20, 21]"), {"annotations"}),
 ]
