@@ -7,7 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
-from ovd.demo.page import Example, build_page, free_port, launch_page, prepare_environment
+from ovd.demo.page import Example, build_page, launch_page
+from ovd.demo.serving import listen, prepare_environment
 
 
 def main(folder: Path) -> None:
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
 
     detector.model.regions = regions
     page = build_page(Answerer(detector=detector), examples=[Example(folder / "example.png", "red, blue, unicorn")])
-    print(launch_page(page, host="127.0.0.1", port=free_port("127.0.0.1", 0)), flush=True)
+    print(launch_page(page, door=listen("127.0.0.1", 0)).url, flush=True)
     threading.Event().wait()
 
 
