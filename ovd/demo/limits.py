@@ -257,10 +257,10 @@ class Gate:
         try:
             await self._app(scope, body, reply.unless(body))
         except Exception:
-            if body.refused is None:
+            if body.refused is None and not body.gone:
                 raise
         finally:
-            self._uploads.keep(size)
+            self._uploads.keep(size, whole=body.complete)
         if body.refused is not None:
             raise body.refused
 
@@ -305,11 +305,12 @@ class _Stream:
         self._limits = limits
         self._size = 0
         self._start = asyncio.get_running_loop().time()
-        self._complete = False
+        self.complete = False
+        self.gone = False  # the sender
         self.refused: Refused | None = None
 
     async def __call__(self) -> Message:
-        if self._complete:
+        if self.complete:
             return await self._receive()
         # So many bytes are worth so many seconds: what only trickles has none left soon.
         late = self._start + self._limits.patience + self._size / self._limits.rate
@@ -318,13 +319,16 @@ class _Stream:
         except asyncio.TimeoutError:
             self.refused = Refused(408, "The body of the request came too slowly")
             return {"type": "http.disconnect"}
+        if message["type"] == "http.disconnect":
+            self.gone = True
+            return message
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             self.refused = Refused(
                 413, f"The body of the request may have {self._limit / 1e6:.0f} MB; this one has more"
             )
             return {"type": "http.disconnect"}
-        self._complete = not message.get("more_body", False)
+        self.complete = not message.get("more_body", False)
         return message
 
 

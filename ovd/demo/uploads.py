@@ -35,6 +35,7 @@ class Uploads:
         self.most_files = most_files
         self._promised = 0
         self._requests = 0
+        self._fragments = False
         self._at_most = 0  # bytes and files in the folder: counted at the last look, and promised since
         self._files_at_most = 0
         self.look()
@@ -54,10 +55,17 @@ class Uploads:
         self._files_at_most += 1
         return True
 
-    def keep(self, size: int) -> None:
-        """The request that was promised so much has ended."""
+    def keep(self, size: int, *, whole: bool = True) -> None:
+        """The request that was promised so much has ended; what is left of those that were not whole is removed."""
         self._promised -= size
         self._requests -= 1
+        self._fragments |= not whole
+        if self._fragments and not self._requests:
+            self._fragments = False
+            for file in self.folder.iterdir():  # whole uploads lie in folders of their own
+                if file.is_file() and not file.is_symlink():
+                    file.unlink(missing_ok=True)
+            self.look()
 
     def look(self) -> None:
         """Count what is there."""
