@@ -8,15 +8,15 @@ full disk say when to come back (``Retry-After``).
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import logging
 import re
-import socket
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 from ovd.demo.line import Line
+from ovd.demo.names import Names, Refused
 from ovd.demo.questions import BadQuestion, Questions
 from ovd.demo.uploads import Uploads
 
@@ -24,14 +24,17 @@ if TYPE_CHECKING:
     from starlette.datastructures import Headers
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+log = logging.getLogger(__name__)
+
 API = "/gradio_api/"
 _CALL = re.compile(r"call/(?P<version>v2/)?(?P<name>[^/]*)/?")
 _ASKS = re.compile(r"queue/join/?|call/(v2/)?[^/]*/?")
+_ANSWER = re.compile(r"call/(v2/)?(?P<name>[^/]*)/(?P<event>[^/]+)")
 _ENDS = re.compile(r"(cancel|reset)/?")  # small bodies, no model
 _QUICK = re.compile(r"run/predict/?")  # what the page's own fields do without waiting, such as filling in an example
 # Doors of Gradio that this page does not need: to the model past the line, to other sites, to files, to its code.
 _CLOSED = re.compile(
-    r"(proxy=|stream/|deep_link|dev/|vibe|run-history|run/|api/|component_server|process_recording|mcp)"
+    r"(proxy=|file=https?:|stream/|deep_link|dev/|vibe|run-history|run/|api/|component_server|process_recording|mcp)"
 )
 
 
@@ -58,87 +61,6 @@ class Limits:
     patience: float = 30.0
     rate: float = 20_000.0
     drain: float = 2.0
-
-
-class Refused(Exception):
-    """Ends a request: status, one sentence, and seconds until another try makes sense."""
-
-    def __init__(self, status: int, problem: str, *, retry: int | None = None) -> None:
-        super().__init__(problem)
-        self.status = status
-        self.retry = retry
-
-
-@dataclass
-class Names:
-    """Under which names the page is served.
-
-    A foreign site can point a name of its own at this machine and then reads what it likes; an address cannot be
-    pointed anywhere, so addresses are always right.
-
-    Attributes:
-        served: names of this machine.
-        trusted: names whose pages may also send requests: those of a proxy in front.
-    """
-
-    served: set[str] = field(default_factory=set)
-    trusted: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, host: str, allowed: Iterable[str] = ()) -> Names:
-        """Names for a page that listens on ``host``; ``allowed``: more, from the command line."""
-        own = {"localhost", host.lower().strip("[]")}
-        if not _is_address(host) or not ipaddress.ip_address(host.strip("[]")).is_loopback:
-            machine = socket.gethostname().lower()
-            own |= {machine, machine.partition(".")[0], machine.partition(".")[0] + ".local"}
-        trusted = {name.lower().rstrip(".") for name in allowed}
-        return cls(served=own - {""} | trusted, trusted=trusted)
-
-    def trust(self, url: str) -> None:
-        """Serve under the name of this URL too, as with a proxy."""
-        name = _name(urlsplit(url).netloc)
-        self.served.add(name)
-        self.trusted.add(name)
-
-    def check(self, headers: Headers) -> None:
-        """Refuse requests for another name, and what pages of other sites send.
-
-        Raises:
-            Refused: 421 or 403.
-        """
-        host = headers.get("host", "")
-        if host and not self._serves(name := _name(host)):
-            raise Refused(
-                421, f"This page is not served under the name {name[:100]!r}. Start it with --allow-host {name[:100]}"
-            )
-        origin = headers.get("origin")
-        if origin is not None:
-            foreign = (
-                urlsplit(origin).netloc.lower() != host.lower() and _name(urlsplit(origin).netloc) not in self.trusted
-            )
-        else:
-            foreign = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
-        if foreign:
-            raise Refused(403, "Requests from pages of other sites are not answered")
-
-    def _serves(self, name: str) -> bool:
-        return name in self.served or _is_address(name) or name.endswith(".localhost")
-
-
-def _name(netloc: str) -> str:
-    """Host of ``host:port``, lower case, IPv6 without its brackets."""
-    try:
-        return (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
-    except ValueError:
-        return netloc.lower()
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name.strip("[]").partition("%")[0])
-    except ValueError:
-        return False
-    return True
 
 
 class Gate:
@@ -187,12 +109,28 @@ class Gate:
                 await self._post(path, headers, scope, receive, reply)
             elif scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 raise Refused(405, "Only GET and POST are answered")
-            elif path.startswith(API) and _CLOSED.match(unquote(path[len(API) :])):
-                raise Refused(404, "Not part of this page")
             else:
-                await self._app(scope, receive, reply)
+                await self._get(path, scope, receive, reply)
         except Refused as refused:
             await reply.refuse(refused, receive, api=scope["path"].startswith(API), seconds=self._drain(headers))
+
+    async def _get(self, path: str, scope: Scope, receive: Receive, reply: _Reply) -> None:
+        route = path[len(API) :] if path.startswith(API) else ""
+        other_page = any(value for value in parse_qs(scope.get("query_string", b"").decode("latin-1")).get("page", []))
+        if _CLOSED.match(unquote(route)) or other_page:
+            raise Refused(404, "Not part of this page")
+        if (answer := _ANSWER.fullmatch(route)) is not None:
+            self._named(answer["name"])
+            if not self._line.knows(answer["event"]):
+                raise Refused(404, "No such question waits; its answer can be fetched once")
+        from starlette.exceptions import HTTPException
+
+        try:
+            await self._app(scope, receive, reply)
+        except Exception as problem:
+            if not isinstance(problem.__cause__, HTTPException):
+                raise
+            await reply.end()  # a stream of a session that is gone: the client has been told in its own terms
 
     async def _post(self, path: str, headers: Headers, scope: Scope, receive: Receive, reply: _Reply) -> None:
         route = path[len(API) :] if path.startswith(API) else ""
@@ -246,6 +184,8 @@ class Gate:
 
     async def _upload(self, headers: Headers, scope: Scope, receive: Receive, reply: _Reply) -> None:
         limit = self._limits.upload
+        if not re.match(r"multipart/form-data\s*;.*boundary=", headers.get("content-type", ""), re.IGNORECASE):
+            raise Refused(415, "Send the picture as multipart/form-data, in a field named files")
         length = _length(headers)
         if length is not None and length > limit:
             raise self._too_large(length, limit, what="A picture")
@@ -256,9 +196,9 @@ class Gate:
         body = _Stream(receive, limit=limit, limits=self._limits)
         try:
             await self._app(scope, body, reply.unless(body))
-        except Exception:
+        except Exception as problem:
             if body.refused is None and not body.gone:
-                raise
+                raise _why_not_stored(problem) from problem
         finally:
             self._uploads.keep(size, whole=body.complete)
         if body.refused is not None:
@@ -344,13 +284,20 @@ class _Reply:
         await self._send(message)
 
     def unless(self, body: _Stream) -> Send:
-        """``send`` that says nothing more when the body has broken a limit: the refusal is the answer."""
+        """``send`` that keeps what fails inside to itself, be it for a body that broke a limit: the refusal is said."""
+        failed = False
 
         async def send(message: Message) -> None:
-            if body.refused is None:
+            nonlocal failed
+            failed = failed or message.get("status", 0) >= 500
+            if body.refused is None and not failed:
                 await self(message)
 
         return send
+
+    async def end(self) -> None:
+        """End a stream that has begun."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def refuse(self, refused: Refused, receive: Receive, *, api: bool, seconds: float) -> None:
         """Say why, and read on for a while: who still sends would otherwise see a broken connection and no answer."""
@@ -394,6 +341,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
+
+
+def _why_not_stored(problem: Exception) -> Refused:
+    if isinstance(problem, OSError):
+        log.error("an upload could not be stored", exc_info=problem)
+        return Refused(503, "Pictures cannot be stored now; the log says why", retry=60)
+    return Refused(400, "The upload cannot be read as multipart/form-data")
 
 
 def _length(headers: Headers) -> int | None:

@@ -61,6 +61,15 @@ class Line:
         """Whole seconds until the line has come to its end, at least 1."""
         return max(1, math.ceil(len(self) * self._seconds()))
 
+    def knows(self, event: str) -> bool:
+        """Whether a question of that number waits, is answered, or has an answer that was not fetched."""
+        queue = self._queue
+        return (
+            event in queue.event_ids_to_events
+            or event in queue.pending_messages_per_session
+            or any(event in waiting for waiting in queue.pending_event_ids_session.values())
+        )
+
     def enter(self) -> None:
         """A question is on its way to Gradio's queue: it counts until `entered`."""
         self._entering += 1

@@ -12,6 +12,7 @@ from ovd.demo.uploads import Uploads
 if TYPE_CHECKING:
     import gradio as gr
     from gradio.block_function import BlockFunction
+    from gradio.components import Component
 
 GONE = "The picture is not there any more; upload it again"
 NOT_UPLOADED = 'image must be a picture that was uploaded, like {"path": "…"} with what /gradio_api/upload gave'
@@ -32,6 +33,7 @@ class Parameter:
     name: str
     kind: str  # Gradio's name of the component
     needed: bool
+    samples: int = 0  # of a table of examples
 
 
 class Questions:
@@ -112,6 +114,8 @@ class Questions:
                 self._check_picture(value)
             elif parameter.kind == "textbox" and not isinstance(value, str):
                 raise BadQuestion(f"{parameter.name} must be a text, not {_type(value)}")
+            elif parameter.kind == "dataset" and not (type(value) is int and 0 <= value < parameter.samples):
+                raise BadQuestion("there is no such example")
             elif parameter.kind == "number":
                 _check_number(value, parameter.name)
 
@@ -126,11 +130,16 @@ class Questions:
 def _parameters(function: BlockFunction) -> list[Parameter]:
     signature = list(inspect.signature(function.fn).parameters.values()) if function.fn else []
     if len(signature) < len(function.inputs):  # Gradio's own, with *args
-        return [Parameter(f"value {i}", b.get_block_name(), True) for i, b in enumerate(function.inputs, 1)]
+        return [_parameter(f"value {i}", block, needed=True) for i, block in enumerate(function.inputs, 1)]
     return [
-        Parameter(parameter.name, block.get_block_name(), parameter.default is parameter.empty)
+        _parameter(parameter.name, block, needed=parameter.default is parameter.empty)
         for parameter, block in zip(signature, function.inputs, strict=False)
     ]
+
+
+def _parameter(name: str, block: Component, *, needed: bool) -> Parameter:
+    kind = block.get_block_name()
+    return Parameter(name, kind, needed, len(block.samples) if kind == "dataset" else 0)
 
 
 def _by_position(record: dict[str, object], parameters: list[Parameter]) -> list[object]:

@@ -321,8 +321,9 @@ def serve(
     from fastapi import FastAPI
 
     from ovd.demo.lean import give_back
-    from ovd.demo.limits import Gate, Names
+    from ovd.demo.limits import Gate
     from ovd.demo.line import Line
+    from ovd.demo.names import Names
     from ovd.demo.questions import Questions
     from ovd.demo.uploads import Uploads
 

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from ovd.demo.limits import Gate, Limits, Names
+from ovd.demo.limits import Gate, Limits
+from ovd.demo.names import Names
 from ovd.demo.questions import BadQuestion
 from ovd.demo.uploads import Uploads
 
@@ -39,6 +40,9 @@ class FakeLine:
 
     def how_long(self) -> int:
         return 8
+
+    def knows(self, event: str) -> bool:
+        return event == "known"
 
     def enter(self) -> None:
         self.inside += 1
@@ -122,7 +126,7 @@ class Scene:
             else:
                 answer.body += message.get("body", b"")
 
-        given = {"host": "127.0.0.1:7860"} | dict(headers)
+        given = {"host": "127.0.0.1:7860", "content-type": "multipart/form-data; boundary=b"} | dict(headers)
         raw = [(k.encode(), v.encode()) for k, v in given.items()]
         scope = {"type": "http", "method": method, "path": path, "headers": raw, "root_path": ""}
         await self.gate(scope, receive, send)
@@ -157,10 +161,15 @@ def test_there_is_no_way_past_the_line(scene: Scene, route: str) -> None:
     assert scene.seen == []
 
 
-@pytest.mark.parametrize("route", ["proxy=http://127.0.0.1:1/", "proxy%3Dx", "deep_link", "dev/reload", "vibe-code"])
+CLOSED = ("proxy=http://127.0.0.1:1/", "proxy%3Dx", "file=http://a/", "deep_link", "dev/reload", "call/detect/unknown",
+          "call/find/known", "call/v2/detect/unknown")  # fmt: skip
+
+
+@pytest.mark.parametrize("route", CLOSED)
 def test_gradios_other_doors_are_closed(scene: Scene, route: str) -> None:
     assert scene.ask(f"/gradio_api/{route}", method="GET").status == 404
     assert scene.ask("/", method="DELETE").status == 405 and scene.seen == []
+    assert scene.ask("/gradio_api/call/detect/known", method="GET").status == 200
 
 
 SIZES = [(CALL, SMALL.question), (JOIN, SMALL.question), (UPLOAD, SMALL.upload), ("/gradio_api/reset", SMALL.other)]
@@ -295,6 +304,29 @@ def test_the_name_of_a_proxy_can_be_allowed_and_then_asks(tmp_path: Path) -> Non
     assert scene.ask(UPLOAD, [b"x"], headers=asked).status == 200
     assert scene.ask("/", method="GET", headers={"host": "box.example"}).status == 200
     assert scene.ask(UPLOAD, [b"x"], headers={"origin": "http://localhost"}).status == 403
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "image/png", "application/json", "multipart/form-data", "multipart/mixed; boundary=b"]
+)
+def test_an_upload_is_a_form(scene: Scene, kind: str) -> None:
+    assert scene.ask(UPLOAD, [b"x"], headers={"content-type": kind}).status == 415
+    assert scene.seen == []
+
+
+@pytest.mark.parametrize(("problem", "status"), [(OSError("disk full"), 503), (AttributeError("no file"), 400)])
+def test_an_upload_that_breaks_the_parser_is_the_senders_fault_and_a_full_disk_is_not(
+    scene: Scene, problem: Exception, status: int
+) -> None:
+    async def breaks(scope: Any, receive: Any, send: Any) -> None:  # as Starlette does: 500, and the exception goes on
+        await receive()
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"Internal Server Error"})
+        raise problem
+
+    scene.gate._app = breaks
+    answer = scene.ask(UPLOAD, [b"x"])
+    assert answer.status == status and "Internal" not in answer.body.decode()
 
 
 def test_without_room_on_the_disk_uploads_are_put_off(tmp_path: Path) -> None:

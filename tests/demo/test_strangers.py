@@ -101,6 +101,9 @@ def test_wrong_values_are_refused_with_what_is_wrong(
         ("/call/v2/detect", {"image": None}, 422),
         ("/run/detect", {"data": []}, 404),
         ("/run/predict", {"data": [], "fn_index": 0, "session_hash": "s"}, 404),
+        ("/run/predict", {"data": [99], "fn_index": 2, "session_hash": "s"}, 422),
+        ("/run/predict", {"data": ["0"], "fn_index": 2, "session_hash": "s"}, 422),
+        ("/run/predict", {"data": [0], "fn_index": 2, "session_hash": "s"}, 200),
         ("/api/detect", {"data": []}, 404),
         ("/queue/join", {"data": [], "fn_index": 99, "session_hash": "s"}, 404),
         ("/queue/join", {"data": [], "fn_index": "0", "session_hash": "s"}, 404),
@@ -119,6 +122,30 @@ def test_unknown_names_and_shapes_are_the_senders_fault(
     assert http.post(route, json=body).status_code == status
     assert http.post("/call/detect", content=b"{", headers={"content-type": "application/json"}).status_code == 400
     assert log_of(server) == before
+
+
+@pytest.mark.parametrize("route", ["/../?page=x", "/info?page=x", "/call/detect/x", "/call/x/x", "/file=/etc/passwd"])
+def test_what_is_not_there_is_404_or_forbidden(http: Any, server: Server, route: str) -> None:
+    before = log_of(server)
+    assert http.get(route).status_code in (403, 404)
+    assert '"session_not_found":true' in http.get("/queue/data?session_hash=x").text
+    assert log_of(server) == before
+
+
+BROKEN_FORMS = [
+    b"", b"--b", b"--b\r\n\r\n", b"x", b"--b\r\nX\r\n\r\nx--b--",
+    b'--b\r\nContent-Disposition: form-data; name="files"; filename=""\r\n\r\nx\r\n--b--',
+    b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n--b--',
+    b'--b\r\nContent-Disposition: form-data; name="files"; filename="' + b"a" * 9000 + b'"\r\n\r\nx\r\n--b--\r\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BROKEN_FORMS)
+@pytest.mark.parametrize("query", ["", "?upload_id=x"])
+def test_a_broken_upload_is_the_senders_fault(http: Any, server: Server, body: bytes, query: str) -> None:
+    sent = http.post(f"/upload{query}", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert sent.status_code in (200, 400, 413) and (sent.status_code != 200 or isinstance(sent.json(), list))
+    assert "Traceback" not in log_of(server)
 
 
 def test_the_named_values_of_a_program_are_answered(http: Any, pictures: dict[str, Path]) -> None:
