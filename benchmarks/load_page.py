@@ -99,7 +99,7 @@ class GradioClient:
         try:
             answer: dict[str, Any] = self._client.predict(handle_file(str(picture)), words, None, api_name="/detect")
         except (QueueError, AppError) as problem:
-            raise Full(2.0) from problem  # the client keeps the time to itself
+            raise Full(5.0) from problem  # the client keeps the time to itself
         return answer
 
 
@@ -110,6 +110,7 @@ class Figures:
     people: int
     seconds: float
     in_time: int = 0  # answers within these seconds; the last ones come later
+    cpu: float = 0.0  # seconds that the page took of the processor, for all answers and refusals
     accepted: list[float] = field(default_factory=list)  # from the question that was taken to its answer
     waited: list[float] = field(default_factory=list)  # from a person's first try to the answer
     refused: int = 0
@@ -122,7 +123,8 @@ class Figures:
         if not self.accepted:
             return f"no answer ({dict(self.lost)})"
         return (
-            f"{self.in_time / self.seconds:.2f} answers/s; taken to answered {_spread(self.accepted)}; "
+            f"{self.in_time / self.seconds:.2f} answers/s, {self.cpu / len(self.accepted):.2f} s of CPU each; "
+            f"taken to answered {_spread(self.accepted)}; "
             f"first try to answered {_spread(self.waited)}; refused {self.refused / tries:.0%}, "
             f"lost {self.lost.total()}, other answers {self.different} of {len(self.accepted)}"
         )
@@ -247,8 +249,10 @@ def ask_together(
     for one in crowd:
         one.start()
     barrier.wait()
+    before = page.cpu()
     for one in crowd:
         one.join()
+    figures.cpu = page.cpu() - before
     return figures
 
 
@@ -266,6 +270,7 @@ def main() -> None:
         (folder / "page").mkdir()
         questions = write_questions(folder / "questions", options.pictures)
         page, started = start_page(folder / "page", options.weights, options.threads)
+        started_cpu = page.cpu()
         time.sleep(5)
         states, rest = [("at rest, before", page.state())], page.rest()
         single = PlainHttp(page.url)
@@ -284,7 +289,10 @@ def main() -> None:
             page.process.terminate()
             page.process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
-    rows = [("start to HTTP 200", f"{started:.1f} s", "below 5 s"), ("CPU at rest", f"{rest:.2f} %", "below .3 %")]
+    rows = [
+        ("start to HTTP 200", f"{started:.1f} s, {started_cpu:.1f} s of CPU", "below 5 s"),
+        ("CPU at rest", f"{rest:.2f} %", "below .3 %"),
+    ]
     rows.append(("CPU at rest, afterwards", f"{rest_after:.2f} %", "below .3 %"))
     rows += [(f"{c.people} people", c.row(), "") for c in crowds]
     rows += [(what, "; ".join(f"{k} {v:.0f}" for k, v in state.items()), "") for what, state in states]

@@ -6,9 +6,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ _M_ARENA_MAX = -8  # <malloc.h>
 _MADV_DONTNEED = 4  # <linux/mman.h>
 ARENAS = 2
 _COMPILER = "torch._dynamo"
+_STAND_INS = (_COMPILER, f"{_COMPILER}.utils")
 
 
 class _NoCompiler(ModuleType):
@@ -27,7 +30,16 @@ class _NoCompiler(ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__path__: list[str] = []
+        spec = importlib.util.find_spec("torch")
+        folders = (spec.submodule_search_locations or []) if spec is not None else []
+        self.__path__ = [str(Path(folder, "_dynamo")) for folder in folders]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked for comes from the real one, which is imported then."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _remove_stand_ins()
+        return getattr(importlib.import_module(self.__name__), name)
 
     @staticmethod
     def disable(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
@@ -43,18 +55,21 @@ class _NoCompiler(ModuleType):
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Import libraries inside without torch's compiler; afterwards it can be imported as ever."""
-    names = (_COMPILER, f"{_COMPILER}.utils")
-    if any(name in sys.modules for name in names):
+    if any(name in sys.modules for name in _STAND_INS):
         yield
         return
-    for name in names:
+    for name in _STAND_INS:
         sys.modules[name] = _NoCompiler(name)
     try:
         yield
     finally:
-        for name in names:
-            if isinstance(sys.modules.get(name), _NoCompiler):
-                del sys.modules[name]
+        _remove_stand_ins()
+
+
+def _remove_stand_ins() -> None:
+    for name in _STAND_INS:
+        if isinstance(sys.modules.get(name), _NoCompiler):
+            del sys.modules[name]
 
 
 def few_heaps() -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 WAITING = 16  # the next one is told to come back
+UNFETCHED = 128  # askers whose answers are kept until they fetch them, the last ones
 BUSY, REST = 0.005, 0.2  # seconds between two looks of Gradio's loop
 REST_AFTER = 3.0  # seconds without a question
 
@@ -38,7 +39,11 @@ class Line:
         seconds: Callable[[], float] = lambda: 1.0,
         at_rest: Callable[[], None] = lambda: None,
     ) -> None:
+        from gradio.utils import LRUCache
+
         self._queue = page._queue
+        # Gradio keeps the answers of 2,000 askers who never fetch them, with their pictures.
+        self._queue.pending_messages_per_session = LRUCache(UNFETCHED)
         self._queue.sleep_when_free = REST
         self._queue.progress_update_sleep_when_free = 1.0  # nothing here shows a progress bar
         self.most = waiting

@@ -46,6 +46,19 @@ assert torch._dynamo.is_compiling() is False
 """)
 
 
+@pytest.mark.parametrize("wanted", ["from torch._dynamo import is_compiling", "import torch._dynamo.config"])
+def test_who_needs_more_of_the_compiler_gets_the_real_one(wanted: str) -> None:
+    run(f"""
+import sys
+from ovd.demo.lean import without_compiler
+import torch
+with without_compiler():
+    {wanted}
+import torch._dynamo
+assert torch._dynamo.is_compiling() is False and torch._dynamo.__file__ and torch._dynamo.config.cache_size_limit
+""")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_libraries_that_were_forgotten_are_read_again_when_needed() -> None:
     run("""
