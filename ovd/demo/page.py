@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import html
 import logging
-import os
 import socket
-import tempfile
-import time
-import urllib.request
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
+from ovd.demo.serving import Served, load_gradio, serve
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     import gradio as gr
+    from gradio.data_classes import ImageData
+
+    from ovd.demo.limits import Limits
 
 log = logging.getLogger(__name__)
 
-QUEUE = 16  # waiting requests; the next one is told to come back
-THREADS = 8  # Gradio's default of 40 only makes two cores swap between requests
 CACHE = (600, 3600)  # every 10 minutes, uploads older than an hour are deleted
 TITLE = "Open-vocabulary detector"
 PLACEHOLDER = "dog, traffic light\nmug: cup, coffee mug\n-poster"
@@ -50,34 +49,8 @@ ENDPOINT = (
     "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: "
     "null or a list of {name, image, box}: pictures of what to look for."
 )
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-
-
-def prepare_environment(folder: str | Path | None = None) -> Path:
-    """Switch off everything in Gradio that would call out, and give it a private folder for uploads.
-
-    Must run before Gradio is imported.
-
-    Args:
-        folder: where uploads go; a new folder with mode 0700 when None.
-
-    Returns:
-        The folder. The caller deletes it.
-    """
-    target = Path(tempfile.mkdtemp(prefix="ovd-page-")) if folder is None else Path(folder)
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target.chmod(0o700)
-    os.environ["GRADIO_TEMP_DIR"] = str(target)
-    # Telemetry, the version check and model hubs: a page about private pictures has no business on the network.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["DO_NOT_TRACK"] = "1"
-    # Gradio talks to itself once when it starts; behind a proxy that request would be sent to the proxy and fail.
-    for name in ("NO_PROXY", "no_proxy"):
-        known = [part for part in os.environ.get(name, "").split(",") if part]
-        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", "::1"]))
-    return target
+# `Answerer` lets one question at a time to the model; the others are read, or wait in it.
+ONE_LINE: dict[str, Any] = {"concurrency_limit": None, "concurrency_id": "questions"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +106,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
     Returns:
         The Gradio app, queue configured; `launch_page` serves it.
     """
+    load_gradio()
     import gradio as gr
 
     handlers = Handlers(answerer)
@@ -147,7 +121,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             with gr.Column(scale=3, min_width=320):
                 view = _html("view", elem_id="ovd-view")
         inputs = [picture, words, query_examples]
-        run = {"fn": handlers.find, "inputs": inputs, "outputs": view, "api_visibility": "private", **ONE_AT_A_TIME}
+        run = {"fn": handlers.find, "inputs": inputs, "outputs": view, "api_visibility": "private", **ONE_LINE}
         button.click(**run, api_name="find", show_progress="minimal")
         words.submit(**run, api_name="find_submit", show_progress="minimal")
         if ready:
@@ -168,7 +142,8 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             if text := str(answerer.detector.card.get("text", "")):
                 gr.Markdown(text, sanitize_html=True)
         _add_endpoint(handlers, picture, words)
-    page.queue(max_size=QUEUE, default_concurrency_limit=1)
+    # `ovd.demo.line` says when the line is full, before Gradio would; nothing goes past it.
+    page.queue(max_size=1000, default_concurrency_limit=None, api_open=False)
     return page
 
 
@@ -225,6 +200,8 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
         buttons=[],
         elem_id="ovd-image",
     )
+    # Gradio would open the file before `Handlers` do: what is no picture ends there, as "Error" and a traceback.
+    picture.preprocess = _path_of
     words = gr.Textbox(
         label="What to look for",
         lines=4,
@@ -234,6 +211,10 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
         elem_id="ovd-words",
     )
     return picture, words, _html("ask", elem_id="ovd-ask")
+
+
+def _path_of(upload: ImageData | None) -> str | None:
+    return None if upload is None else upload.path
 
 
 def _html(name: str, *, elem_id: str) -> gr.HTML:
@@ -263,46 +244,25 @@ def _add_endpoint(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> N
         outputs=result,
         api_name="detect",
         api_description=ENDPOINT,
-        **ONE_AT_A_TIME,
+        **ONE_LINE,
     )
 
 
-def free_port(host: str, port: int) -> int:
-    """Return a port that can be bound: ``port`` itself, or a free one for 0.
-
-    Raises:
-        UserError: the port is taken or not allowed, or the host is not an address of this machine.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-    except socket.gaierror as problem:
-        raise UserError(f"--host {host}: not an address of this machine") from problem
-    except OverflowError as problem:
-        raise UserError(f"--port {port}: must be between 0 and 65535") from problem
-    except PermissionError as problem:
-        raise UserError(f"--port {port}: not allowed for this user; take one above 1023") from problem
-    except OSError as problem:
-        raise UserError(
-            f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there, or try --port {port + 1}"
-        ) from problem
-
-
-def launch_page(page: gr.Blocks, *, host: str, port: int, share: bool = False, open_browser: bool = False) -> str:
-    """Serve the page from a background thread.
+def launch_page(
+    page: gr.Blocks,
+    *,
+    door: socket.socket,
+    host: str = "127.0.0.1",
+    allow_hosts: Sequence[str] = (),
+    share: bool = False,
+    open_browser: bool = False,
+    seconds: Callable[[], float] = lambda: 1.0,
+    limits: Limits | None = None,
+) -> Served:
+    """Serve the page from a background thread; arguments as in `ovd.demo.serving.serve`.
 
     Args:
         page: from `build_page`.
-        host: address to listen on.
-        port: a free port, see `free_port`.
-        share: make a public link through Gradio's tunnel.
-        open_browser: open the page in a browser.
-
-    Returns:
-        The local URL.
     """
     import gradio as gr
 
@@ -313,50 +273,15 @@ def launch_page(page: gr.Blocks, *, host: str, port: int, share: bool = False, o
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
-    try:
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            inbrowser=open_browser,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=False,
-            max_threads=THREADS,
-            max_file_size="10mb",
-            allowed_paths=[],
-            enable_monitoring=False,
-            state_session_capacity=64,
-            strict_cors=True,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            run_history=False,
-            # Skips Gradio's own look at the page, which gives up after three seconds and calls a busy machine a proxy
-            # problem; `_wait_until_served` looks instead.
-            _frontend=False,
-            footer_links=["api"],
-            theme=theme,
-            head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media
-        )
-    except OSError as problem:
-        raise UserError(f"cannot serve on {host}:{port}: {problem}") from problem
-    _wait_until_served(str(url))
-    return str(url)
-
-
-def _wait_until_served(url: str, *, seconds: float = 120.0) -> None:
-    """Return when the page answers with status 200."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with opener.open(url, timeout=max(1.0, end - time.monotonic())) as answer:
-                if answer.status == 200:
-                    return
-                problem = f"status {answer.status}"
-        except OSError as error:
-            problem = str(error)
-        if time.monotonic() > end:
-            raise UserError(f"the page at {url} did not answer within {seconds:.0f} seconds ({problem})")
-        time.sleep(0.1)
+    return serve(
+        page,
+        door=door,
+        host=host,
+        theme=theme,
+        head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media
+        allow_hosts=allow_hosts,
+        share=share,
+        open_browser=open_browser,
+        seconds=seconds,
+        limits=limits,
+    )
