@@ -320,5 +320,6 @@ def describe(detections: Detections, *, default: float, floor: float) -> dict[st
             }
             for i in range(len(detections))
         ],
+        "masks": detections.box_masks is not None,
         "notices": list(detections.notices),
     }

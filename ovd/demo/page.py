@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from gradio.data_classes import ImageData
 
     from ovd.demo.limits import Limits
+    from ovd.detector import Detector
 
 log = logging.getLogger(__name__)
 
 CACHE = (600, 3600)  # every 10 minutes, uploads older than an hour are deleted
 TITLE = "Open-vocabulary detector"
+EXAMPLES = Path(__file__).parent / "examples"
+STICKER_ENCODER = "clip-sticker"
 PLACEHOLDER = "dog, traffic light\nmug: cup, coffee mug\n-poster"
 CARD_ROWS = {
     "name": "Weights",
@@ -61,14 +64,19 @@ class Example:
     classes: str
 
 
-def shipped_examples(folder: Path | None = None) -> list[Example]:
-    """The examples listed in ``examples/examples.json``, leaving out what is not there."""
-    root = Path(__file__).parent / "examples" if folder is None else folder
-    index = root / "examples.json"
+def kind_of_pictures(detector: Detector) -> str:
+    """Folder of the examples that a detector is made for: stickers, or photos."""
+    card = detector.model.card
+    return "stickers" if card is not None and card.encoder == STICKER_ENCODER else "photos"
+
+
+def shipped_examples(folder: Path) -> list[Example]:
+    """The examples listed in a folder's ``examples.json``, leaving out what is not there."""
+    index = folder / "examples.json"
     if not index.is_file():
         return []
     rows = read_json(index)
-    return [Example(root / row["picture"], row["classes"]) for row in rows if (root / row["picture"]).is_file()]
+    return [Example(folder / row["picture"], row["classes"]) for row in rows if (folder / row["picture"]).is_file()]
 
 
 def _asset(name: str) -> str:
@@ -101,7 +109,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
 
     Args:
         answerer: answers the requests.
-        examples: click-to-try pictures; the shipped ones when None.
+        examples: click-to-try pictures; None: the shipped ones of the kind that the detector is made for.
 
     Returns:
         The Gradio app, queue configured; `launch_page` serves it.
@@ -110,7 +118,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
     import gradio as gr
 
     handlers = Handlers(answerer)
-    ready = shipped_examples() if examples is None else examples
+    ready = shipped_examples(EXAMPLES / kind_of_pictures(answerer.detector)) if examples is None else examples
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
         gr.HTML(_header(answerer.detector.card), padding=False, elem_id="ovd-header", js_on_load=None)
         with gr.Row(equal_height=False):

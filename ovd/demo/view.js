@@ -376,6 +376,7 @@ function show(data) {
   }
   const samePicture = answer && answer.preview === data.preview;
   answer = data;
+  one(".ovd-masks-switch").hidden = !data.masks; // a detector of boxes has none
   chosen = null;
   one(".ovd-empty").hidden = true;
   one(".ovd-result").hidden = false;

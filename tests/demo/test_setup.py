@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from app import parser
-from ovd.demo.page import _card_text, shipped_examples
+from ovd.demo.page import EXAMPLES, _card_text, shipped_examples
 from ovd.demo.serving import listen, prepare_environment, remove_leftovers, url_of
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
@@ -175,13 +175,16 @@ def test_page_module_does_not_import_gradio_by_itself() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_shipped_examples_are_readable_and_their_words_parse() -> None:
+@pytest.mark.parametrize("kind", ["photos", "stickers"])
+def test_shipped_examples_are_readable_and_their_words_parse(kind: str) -> None:
     from pretrain.data.folder import read_image
 
-    examples = shipped_examples()
+    examples = shipped_examples(EXAMPLES / kind)
     assert len(examples) >= 4
+    notice = (EXAMPLES / kind / "NOTICE.md").read_text(encoding="utf-8")
     for example in examples:
-        assert read_image(example.picture).shape == (384, 512, 3)
+        assert min(read_image(example.picture).shape[:2]) >= 280
+        assert example.picture.name in notice or kind == "stickers"
         assert len(Vocabulary.parse(example.classes).names) >= 3
         assert example.picture.stat().st_size < 300_000
 
