@@ -11,7 +11,7 @@ import torch
 from ovd.data.photo_words import PhotoWords
 from ovd.detector import Detector
 from ovd.evaluation.reliability import Reliability, reliability
-from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
+from ovd.evaluation.typed import Outcome, TypedScene, average_precision, run_typed
 from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos
 from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
@@ -66,7 +66,7 @@ def fit(data: TypedPhotos) -> Calibration:
     """
     if len(data.scenes) < LEAST:
         raise UserError(f"--data: {len(data.scenes)} photos with boxes; at least {LEAST} are needed to fit anything")
-    ranking = choose_ranking(data.scenes, data.scorer)
+    ranking = data.scorer.calibration.uncalibrated()
     outcome = run_typed(data.scenes, replace(data.scorer, calibration=ranking), floor=1e-4)
     fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
     if len(data.named) >= LEAST:

@@ -189,27 +189,21 @@ def average_precision(outcome: Outcome) -> float:
 
 def choose_ranking(
     scenes: Sequence[TypedScene],
-    scorer: TypedScorer,
+    scorer: CalibratedScorer,
     *,
     logit_scales: Sequence[float] = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
     objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
-    head_weights: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
 ) -> Calibration:
     """The temperature and objectness exponent with the best pooled average precision, before the sigmoid is fitted.
-
-    Of a `WordScorer`: the weight of its region head.
 
     The other values are those of the scorer's calibration.
     """
     start = scorer.calibration.uncalibrated()
-    if isinstance(scorer, WordScorer):
-        tried = [replace(start, head_weight=weight) for weight in head_weights]
-    else:
-        pairs = [(scale, weight) for scale in logit_scales for weight in objectness_weights]
-        tried = [replace(start, logit_scale=scale, objectness_weight=weight) for scale, weight in pairs]
     best, best_ap = scorer.calibration, -1.0
-    for candidate in tried:
-        ap = average_precision(run_typed(scenes, replace(scorer, calibration=candidate), floor=1e-4))
-        if ap > best_ap:
-            best, best_ap = candidate, ap
+    for scale in logit_scales:
+        for weight in objectness_weights:
+            candidate = replace(start, logit_scale=scale, objectness_weight=weight)
+            ap = average_precision(run_typed(scenes, replace(scorer, calibration=candidate), floor=1e-4))
+            if ap > best_ap:
+                best, best_ap = candidate, ap
     return best
