@@ -17,8 +17,8 @@ def open_clip_module(name: str) -> ModuleType:
     """Import ``open_clip.NAME``, and nothing else of the package where that is possible.
 
     ``import open_clip`` brings all models of timm and torch's compiler: 3 seconds and 250 MB of which a text tower and
-    a tokenizer need nothing. An empty package stands in ``sys.modules`` meanwhile; nothing of it stays there, so a later
-    ``import open_clip`` is an ordinary one.
+    a tokenizer need nothing. An empty package stands in ``sys.modules`` meanwhile; nothing of it stays there, so that a
+    later ``import open_clip`` is an ordinary one.
     """
     whole = f"{_PACKAGE}.{name}"
     spec = importlib.util.find_spec(_PACKAGE) if _PACKAGE not in sys.modules else None
