@@ -168,7 +168,10 @@ class PretextConfig(Section):
     patches: PatchConfig = Field(PatchConfig(), description="query patches")
     grouped: bool = Field(True, description="match a patch among its own queries; false: the official matching")
     attention_mask: bool = Field(True, description="queries of different patches do not see each other")
-    shuffle: bool = Field(False, description="permute the object queries in each step (the authors advise against it)")
+    shuffle: bool = Field(
+        False,
+        description="permute the object queries in each step (UP-DETR section 3.2; its authors: not helpful)",
+    )
     mask_queries: float = Field(0.1, ge=0, lt=1, description="share of queries that get no patch, in training only")
 
 

@@ -16,7 +16,6 @@ Shapes: R regions, C classes, E examples, D joint embedding.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -37,13 +36,14 @@ from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
+from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
-from ovd.text import TextEmbedder, TextEncoder
+from ovd.text import TextEmbedder, TextEncoder, cut_phrases
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.distributed import pick_device
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
@@ -100,7 +100,7 @@ class Detector:
         self.runs = 0  # pictures that went through the network
         self._cache_size = cache_size
         self._cache: OrderedDict[str, RegionSet] = OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = ComputeLock()
 
     @classmethod
     def load(
@@ -201,7 +201,7 @@ class Detector:
             return Query(self.resolve(classes), parsed)
         if classes is None or not isinstance(classes, Vocabulary):
             classes = self._understood(Vocabulary.parse(classes or (), templates=self.templates, alone=False))
-        return Query(classes, parsed)
+        return Query(self._with_notice(classes), parsed)
 
     def _understood(self, vocabulary: Vocabulary) -> Vocabulary:
         """The vocabulary with notices on how the model understands its words."""
@@ -248,9 +248,18 @@ class Detector:
             if self.vocabulary is None:
                 raise UserError('no classes yet: call set_classes(["mug", …]) or pass the words')
             return self.vocabulary
-        if isinstance(vocabulary, Vocabulary):
+        if not isinstance(vocabulary, Vocabulary):
+            vocabulary = self._understood(Vocabulary.parse(vocabulary, templates=self.templates))
+        return self._with_notice(vocabulary)
+
+    def _with_notice(self, vocabulary: Vocabulary) -> Vocabulary:
+        """The vocabulary, with a notice of words whose end the text encoder does not read."""
+        cut = cut_phrases(vocabulary, self.text.encoder)
+        if not cut:
             return vocabulary
-        return self._understood(Vocabulary.parse(vocabulary, templates=self.templates))
+        names = ", ".join(shorten(name, 60) for name in cut[:3]) + (" …" if len(cut) > 3 else "")
+        notice = f"Longer than the text encoder reads, the end is ignored: {names}"
+        return replace(vocabulary, notices=tuple(dict.fromkeys([*vocabulary.notices, notice])))
 
     def set_classes(self, classes: Vocabulary | str | Iterable[str]) -> Vocabulary:
         """Set the words `detect` looks for, and embed them.

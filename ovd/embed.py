@@ -23,6 +23,7 @@ from pretrain.engine.cli import command_line
 from pretrain.engine.config import FREE, Section
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
+from pretrain.engine.stages import require_stages
 
 if TYPE_CHECKING:
     from ovd.regions.layout import ImageSource
@@ -194,7 +195,7 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
         encoder=encoder.fingerprint(),
         dim=encoder.embed_dim,
         proposals=proposals,
-        source=images.fingerprint(),
+        source="" if check else images.fingerprint(),  # reads every picture
         settings=StoreSettings(
             proposals_per_image=config.proposals_per_image,
             crop_size=encoder.image_size,
@@ -261,6 +262,7 @@ def main(argv: list[str]) -> int:
             raise UserError("usage: python -m ovd.embed verify STORE")
         return verify(argv[1])
     config, options = command_line(EmbedConfig, argv, prog="wordbox embed", doc=__doc__ or "")
+    require_stages(config)
     # A terminated process gives its leases back on the way out; a killed one is found out by the others.
     signal.signal(signal.SIGTERM, _terminate)
     if options.check or config.processes == 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.evaluation.options import Options
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import read_json, sha256_of, write_atomically
+from pretrain.engine.files import read_json, require_writable, sha256_of, write_atomically
 
 if TYPE_CHECKING:
     from ovd.evaluation.coco import Metrics
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Parse the arguments, evaluate, print the table, write the files; returns the exit status."""
     options = Options.parse(argv)
+    if options.out:
+        require_writable(Path(options.out))  # now, not after the last picture
     (evaluate_model if options.weights else evaluate_files)(options, argv)
     return 0
 
@@ -40,6 +42,7 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
     assert options.annotations is not None and options.predictions is not None
     gt, results = _ground_truth(options.annotations), read_json(options.predictions)
     proposals = read_json(options.proposals) if options.proposals else None
+    compared = read_json(options.compare) if options.compare else None
     where = (options.annotations, options.predictions)
     split = split_of(options.split, gt, where=where[0]) if options.split else None
     if _federated(options, gt):
@@ -50,7 +53,7 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
         )
     record: dict[str, Any] = {}
     if options.compare:
-        differences, kind = _differences(options, gt, results, metrics)
+        differences, kind = _differences(options, gt, results, compared, metrics)
         print(f"AP50 ({kind}) against {options.compare}, with a 95 % interval over resampled images:")
         for group, d in differences.items():
             print(f"{group:8}" + report.difference_line(d))
@@ -120,7 +123,9 @@ def _federated(options: Options, gt: Any) -> bool:
     return chosen
 
 
-def _differences(options: Options, gt: Any, results: Any, metrics: Metrics) -> tuple[dict[str, Difference], str]:
+def _differences(
+    options: Options, gt: Any, results: Any, compared: Any, metrics: Metrics
+) -> tuple[dict[str, Difference], str]:
     """The differences to the results of `--compare`, by group, and of what: boxes or masks."""
     from ovd.evaluation.compare import bootstrap
     from ovd.evaluation.matching import match_table
@@ -131,7 +136,7 @@ def _differences(options: Options, gt: Any, results: Any, metrics: Metrics) -> t
         match_table(
             gt, content, metrics.split, iou_type=kind, max_dets=options.max_dets, where=(options.annotations, name)
         )
-        for name, content in ((options.compare, read_json(options.compare)), (options.predictions, results))
+        for name, content in ((options.compare, compared), (options.predictions, results))
     )
     return bootstrap(first, second, metrics.split.groups), kind
 

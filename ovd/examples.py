@@ -14,7 +14,6 @@ Shapes: E examples, V crops of one example, D joint embedding.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.regions.crops import RegionEncoder, embed_regions
 from ovd.vocabulary import split_name
@@ -194,7 +194,7 @@ class ExampleEmbedder:
         self.encoder = encoder
         self._keep = keep
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ComputeLock()
 
     def embed(self, examples: Sequence[Example]) -> Tensor:
         """(E, D) float32 unit rows: the mean of an example's unit crop embeddings, normalised again."""

@@ -13,8 +13,10 @@ Writes into the output folder:
     failed.json      pictures that could not be read, and why (only when there are some)
     FORMAT/          the same in each --format: COCO annotations, YOLO, VOC, LabelMe, CVAT, Label Studio, CSV
 
-An interrupted run continues where it stopped when the same command is given again. Exit status: 0; 1 when some pictures
-could not be read (all others are done); 2 when nothing could be started.
+An interrupted run continues where it stopped when the same command is given again. What is kept is known by the
+content of its picture: one that was replaced or repaired is done again, and pictures may be added. Another command
+(other words, threshold, weights …) is refused, with what differs. Exit status: 0; 1 when some pictures could not be
+read (all others are done); 2 when nothing could be started.
 """
 
 from __future__ import annotations
@@ -22,18 +24,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.asking import RARE, add_query_flags, check_words, load_query
 from ovd.formats.names import FORMATS, parse_formats
 from ovd.predict_video import is_video, predict_videos
-from pretrain.engine.errors import BadImageError, UserError, run_cli
-from pretrain.engine.files import write_atomically
+from pretrain.engine.errors import BadImageError, UserError, run_cli, shorten
+from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
@@ -191,25 +195,31 @@ def predict(
 
     query = vocabulary if isinstance(vocabulary, Query) else Query(vocabulary)
     level = detector.threshold_for(query, threshold)
+    for notice in query.notices:
+        print(f"warning: {notice}", file=sys.stderr)
     names = [name for name, _ in files]
     drawn = drawn_names(names)
     job = {
-        "files": hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
-        "vocabulary": query.hash,
+        "words or examples": f"{query.hash} ({shorten(', '.join(query.names))})",
         "threshold": round(level, 6),
-        "weights": str(detector.card.get("sha256", "")),
+        "weights": "{sha256} {settings}".format_map({"sha256": "", "settings": "", **detector.card}),
         "draw": draw,
         "masks": masks,
     }
     try:
-        parts = _claim(out, job, overwrite)
+        parts = _claim(out, job, names, overwrite)
         failed: list[dict[str, str]] = []
         for number, (name, path) in enumerate(files, 1):
-            part = parts / f"{number:08d}.json"
-            record = _finished(part)
-            if record is None:
-                target = out / "drawn" / drawn[number - 1] if draw else None
-                record = _one(detector, query, number, name, path, target, level, masks)
+            part = _part(parts, name)
+            target = out / "drawn" / drawn[number - 1] if draw else None
+            digest = _digest(path)
+            before = _finished(part)
+            if before is not None and _holds(before, digest, out, target):
+                record = before
+            else:
+                record = {"file_name": name, "sha256": digest, **_one(detector, query, path, level, masks, target)}
+                if target is not None:
+                    record["drawn"] = drawn[number - 1]
                 _write_json(part, record)
             if "reason" in record:
                 failed.append({"file_name": name, "reason": record["reason"]})
@@ -224,25 +234,32 @@ def predict(
 
 
 def drawn_names(names: Sequence[str]) -> list[str]:
-    """Names of the drawn pictures: ``cat.png`` gives ``cat.jpg``, and ``cat.png.jpg`` where there is another cat."""
-    stems = [str(Path(name).with_suffix("")) for name in names]
-    count = Counter(stems)
-    return [f"{stem if count[stem] == 1 else name}.jpg" for name, stem in zip(names, stems, strict=True)]
+    """Names of the drawn pictures, all different: ``cat.png`` gives ``cat.jpg``, ``cat.png.jpg`` beside another cat.
+
+    Names that differ only by case count as the same: the folder may be copied to a disk that makes no difference.
+    """
+    drawn = [f"{Path(name).with_suffix('')}.jpg" for name in names]
+    count = Counter(name.casefold() for name in drawn)
+    taken = {name for name, times in count.items() if times == 1}
+    for index, name in enumerate(names):
+        if count[drawn[index].casefold()] > 1:
+            head, last = os.path.split(name)
+            endings = (".jpg" if number == 1 else f"-{number}.jpg" for number in itertools.count(1))
+            choices = (os.path.join(head, fitting_name(last, ending)) for ending in endings)
+            drawn[index] = next(choice for choice in choices if choice.casefold() not in taken)
+            taken.add(drawn[index].casefold())
+    return drawn
 
 
-def _claim(out: Path, job: dict[str, Any], overwrite: bool) -> Path:
+def _claim(out: Path, job: dict[str, Any], names: Sequence[str], overwrite: bool) -> Path:
     """Make the folder ours, or find out that it already is; returns the folder of finished parts."""
     parts = out / PARTS
     stamp = out / "job.json"
     if stamp.is_file() and not overwrite:
-        try:
-            other = json.loads(stamp.read_text(encoding="utf-8"))
-        except ValueError:
-            other = {}
-        changed = [key for key in job if other.get(key) != job[key]]
-        if changed:
+        differing = _differing(read_json(stamp, hint="give another --out, or --overwrite"), job, names)
+        if differing:
             raise UserError(
-                f"{out}: holds results of another command ({', '.join(changed)} differ). "
+                f"{out}: holds results of another command: {'; '.join(differing)}. "
                 "Give another --out, or --overwrite to replace them"
             )
     elif out.exists() and any(out.iterdir()) and not overwrite:
@@ -251,26 +268,59 @@ def _claim(out: Path, job: dict[str, Any], overwrite: bool) -> Path:
     if overwrite:
         for old in parts.glob("*.json"):
             old.unlink()
-    _write_json(stamp, job)
+    _write_json(stamp, {**job, "pictures": list(names)})
     return parts
 
 
-def _finished(part: Path) -> dict[str, Any] | None:
-    if not part.is_file():
+def _differing(before: Any, job: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """What another command had asked for, in words; pictures may be added."""
+    if not isinstance(before, dict) or "pictures" not in before:
+        return ["it was written by another version"]
+    differing = [f"{key} was {before.get(key)}, is {value}" for key, value in job.items() if before.get(key) != value]
+    gone = sorted(set(before["pictures"]) - set(names))
+    if gone:
+        differing.append(f"files differ: {len(gone)} of its pictures are not among these, such as {gone[0]}")
+    return differing
+
+
+def _part(parts: Path, name: str) -> Path:
+    """Where the result of a picture is kept."""
+    return parts / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
+
+
+def _digest(path: Path) -> str | None:
+    """The sha256 of a picture's file; None where it cannot be read, which reading the picture explains."""
+    try:
+        return sha256_of(path)
+    except OSError:
         return None
-    record = json.loads(part.read_text(encoding="utf-8"))  # written under another name and renamed: always whole
+
+
+def _holds(record: Mapping[str, Any], digest: str | None, out: Path, target: Path | None) -> bool:
+    """Whether a kept record is of this very picture, and its drawing is there. Failures are always tried again."""
+    return (
+        "reason" not in record
+        and digest is not None
+        and record.get("sha256") == digest
+        and (target is None or (target == out / "drawn" / str(record.get("drawn")) and target.is_file()))
+    )
+
+
+def _finished(part: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(part.read_text(encoding="utf-8"))  # written under another name and renamed: always whole
+    except (FileNotFoundError, ValueError):
+        return None
     return record if isinstance(record, dict) else None
 
 
 def _one(
     detector: Detector,
     query: Query,
-    number: int,
-    name: str,
     path: Path,
-    target: Path | None,
     threshold: float,
     masks: bool,
+    target: Path | None,
 ) -> dict[str, Any]:
     from ovd.drawing import draw_detections
     from ovd.pictures import to_rgb
@@ -278,7 +328,7 @@ def _one(
     try:
         pixels = to_rgb(path)
     except BadImageError as problem:
-        return {"file_name": name, "reason": problem.reason}
+        return {"reason": problem.reason}
     detections = detector.answer(pixels, query, threshold=threshold)
     if target is not None:
         _save_picture(target, draw_detections(pixels, detections, masks=masks))
@@ -288,21 +338,21 @@ def _one(
     summary = ", ".join(f"{class_name} × {count}" for class_name, count in counts.items()) or "nothing found"
     height, width = detections.size
     return {
-        "file_name": name,
         "width": width,
         "height": height,
-        "results": detections.to_coco(number, masks=masks),
+        "results": detections.to_coco(0, masks=masks),  # of no picture: ids are those of the whole command
         "summary": summary,
     }
 
 
 def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, failed: list[dict[str, str]]) -> None:
-    images, results = [], []
-    for number in range(1, len(names) + 1):
-        record = _finished(parts / f"{number:08d}.json")
+    images: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for number, name in enumerate(names, 1):
+        record = _finished(_part(parts, name))
         if record is not None and "reason" not in record:
             images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
-            results.extend(record["results"])
+            results.extend({**row, "image_id": number} for row in record["results"])
     categories = [{"id": i + 1, "name": class_name} for i, class_name in enumerate(query.names)]
     _write_json(out / "results.json", results)
     _write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
@@ -313,8 +363,9 @@ def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, fai
 
 
 def _write_json(path: Path, value: Any) -> None:
-    # File names of a disk may be no UTF-8; they come back as the bytes they were.
-    write_atomically(path, json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape"))
+    # A file name that is no UTF-8 holds surrogates, which JSON writes as \\udcXX: any reader takes the file, and
+    # Python's os.fsencode gives the name back.
+    write_atomically(path, json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def _save_picture(path: Path, pixels: NDArray[np.uint8]) -> None:

@@ -9,7 +9,6 @@ Shapes: C classes, D embedding.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.locks import ComputeLock
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.distributed import device_of
 
@@ -63,6 +63,23 @@ def embed_phrases(phrases: list[str], encoder: TextEncoder, *, batch_size: int =
     return torch.cat(rows)
 
 
+def cut_phrases(vocabulary: Vocabulary, encoder: TextEncoder) -> list[str]:
+    """Names and synonyms of which the encoder's tokenizer drops the end, in the longest of their prompts."""
+    phrases = list(dict.fromkeys(phrase for one in vocabulary.classes for phrase in one.phrases))
+    prompts = [max(vocabulary.prompts(phrase), key=len) for phrase in phrases]
+    room = encoder.tokenize([""]).shape[1]
+    # No tokenizer makes more tokens than there are bytes, and two that open and close the text.
+    long = [i for i, prompt in enumerate(prompts) if len(prompt.encode("utf-8", "replace")) + 2 > room]
+    if not long:
+        return []
+    whole = encoder.tokenize([prompts[i] for i in long])
+    shorter = encoder.tokenize([prompts[i][:-1] for i in long])
+    longer = encoder.tokenize([f"{prompts[i]} zebra" for i in long])
+    # What is cut stays the same whether its end is taken away or something is added.
+    same = ((whole == shorter) & (whole == longer)).all(dim=1).tolist()
+    return [phrases[i] for i, cut in zip(long, same, strict=True) if cut]
+
+
 class TextEmbedder:
     """Embeds vocabularies with one encoder and remembers the phrases seen last.
 
@@ -81,7 +98,7 @@ class TextEmbedder:
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.fingerprint = encoder.fingerprint()
         self._memory: OrderedDict[tuple[str, tuple[tuple[str, ...], bool, bool]], Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ComputeLock()
 
     def embed(self, vocabulary: Vocabulary) -> Tensor:
         """Embed all classes of a vocabulary, negative words included, in the order of ``vocabulary.classes``.

@@ -28,6 +28,7 @@ from pretrain.engine.cli import Options, command_line
 from pretrain.engine.config import free_keys, keys_at_default, plain
 from pretrain.engine.errors import run_cli
 from pretrain.engine.files import EXPORTED
+from pretrain.engine.stages import require_stages
 
 if TYPE_CHECKING:
     from pretrain.engine.sampling import Source
@@ -52,9 +53,11 @@ PartsT = TypeVar("PartsT", bound=Parts)
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     config, options = command_line(TRAIN_CONFIGS, argv, prog="wordbox train", doc=__doc__ or "")
+    require_stages(config)
     from ovd.training import detr, fvlm, proposals, rcnn
 
     if isinstance(config, DetrTrainConfig):
+        config = detr.for_check(config) if options.check else config
         _train(config, options, build=detr.build, export=detr.export)
     elif isinstance(config, ProposalTrainConfig):
         _train(config, options, build=proposals.build, export=proposals.export)

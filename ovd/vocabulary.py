@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import yaml
 
 from ovd.words import MINUS, cleaned, listed, with_plain_separators
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
 
 MAX_CLASSES = 10_000
 MAX_NAME = 100
@@ -294,11 +294,9 @@ class Vocabulary:
         return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
-        """Write the vocabulary as JSON, through a temporary name."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self._record(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        """Write the vocabulary as JSON, whole or not at all."""
+        text = json.dumps(self._record(), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(Path(path), text.encode("utf-8", "backslashreplace"))
 
     @classmethod
     def load(cls, path: str | Path, *, templates: Sequence[str] = TEMPLATES_STICKER) -> Vocabulary:

@@ -195,8 +195,8 @@ def detector_folder(weights: str | Path) -> Path:
 def read_model_card(folder: Path) -> dict[str, Any]:
     """Return what is known of a detector.
 
-    ``name``, ``sha256`` of its weights file, ``text`` (its ``card.md``) and the keys of its ``card.json`` (``data``,
-    ``metrics``, ``purpose``), where there are such files.
+    ``name``, ``sha256`` of its weights file, ``settings`` (that of its ``model.json``), ``text`` (its ``card.md``) and
+    the keys of its ``card.json`` (``data``, ``metrics``, ``purpose``), where there are such files.
     """
     where = folder.resolve()
     card: dict[str, Any] = {"name": where.parent.name if where.name == EXPORTED else where.name}  # the run's name
@@ -212,6 +212,8 @@ def read_model_card(folder: Path) -> dict[str, Any]:
         if "purpose" not in card and (match := _PURPOSE.search(card["text"])):
             card["purpose"] = " ".join(match.group(1).split())
     card["sha256"] = sha256_of(folder / "model.safetensors")
+    if (folder / "model.json").is_file():
+        card["settings"] = sha256_of(folder / "model.json")  # architecture, encoder, calibration
     return card
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, cast
 
 from pretrain.config import (
@@ -21,6 +22,7 @@ from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import EXPORTED
+from pretrain.engine.stages import require_stages
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,10 +184,14 @@ def main(argv: list[str], *, methods: Methods | None = None, data: Builders | No
     """
     model = extended(methods=list(methods or {}), data=list(data or {}))
     cfg, options = command_line(model, argv, prog="wordbox pretrain", doc=DOC)
+    require_stages(cfg)
 
     from pretrain.engine import distributed
     from pretrain.engine.loop import fit
 
+    warning = smaller_comparison(cfg)
+    if warning and distributed.is_main():
+        print(f"warning: {warning}", file=sys.stderr)
     distributed.seed_everything(cfg.loop.seed)  # the first weights; the loop seeds everything later
     optim = cfg.optim
     task: Task
@@ -217,6 +223,27 @@ def main(argv: list[str], *, methods: Methods | None = None, data: Builders | No
     if not options.check and distributed.is_main():
         print(f"{export(cfg, task)} after {report.step} steps, config {config_hash(cfg)}")
     return 0
+
+
+COMPARED_WITHIN_A_PASS = {
+    "simclr": "negatives",
+    "barlow_twins": "samples of the cross-correlation",
+    "clip": "negatives",
+}
+
+
+def smaller_comparison(cfg: PretrainConfig) -> str | None:
+    """What to warn of where `loop.accumulate` changes the loss: one that compares the samples of a pass."""
+    what, parts = COMPARED_WITHIN_A_PASS.get(cfg.method.name), cfg.loop.accumulate
+    if what is None or parts == 1:
+        return None
+    exact = (
+        "; set method.chunk in place of it: the exact gradient of the whole batch" if cfg.method.name == "clip" else ""
+    )
+    return (
+        f"loop.accumulate={parts}: the {what} of {cfg.method.name} are the {cfg.loop.batch_size // parts} samples of a "
+        f"pass, not the {cfg.loop.batch_size} of a step, so this is another loss than that of the whole batch{exact}"
+    )
 
 
 def build_self_supervised(

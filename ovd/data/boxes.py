@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 from ovd.data.catalog import read_annotated
 from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
 from ovd.data.mapper import TrainingTransform, move_boxes
+from pretrain.data.folder import look_for
 from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
+from pretrain.engine.identity import file_identity, files_identity
 
 
 class BoxedImages:
@@ -51,7 +54,7 @@ class BoxedImages:
         for name in withheld:
             if name not in names:
                 raise UserError(f"data.withheld: no annotation file has a category {name!r}{did_you_mean(name, names)}")
-        self.folder = folder
+        self.folder, self.annotations = folder, tuple(annotations)
         self.files: dict[ImageId, str] = {}
         self.sizes: dict[ImageId, tuple[int, int] | None] = {}
         parts: dict[ImageId, str] = {}
@@ -76,6 +79,10 @@ class BoxedImages:
             raise UserError(f"data.annotations: no image has a box with a score of at least {confident}")
         without = len(chosen) - len(self.image_ids)
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
+        where = ", ".join(map(str, annotations))
+        wanted = [self.files[i] for i in self.image_ids]
+        if missing := look_for(wanted, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
+            self.notices.append(missing)
         if without:
             self.notices.append(f"{without} of {len(chosen)} images have no confident box and are not used")
 
@@ -94,6 +101,11 @@ class BoxedImages:
     def boxes(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """((n, 4) confident, (m, 4) doubtful) boxes of a picture, x1, y1, x2, y2 in pixels."""
         return self._boxes[self.image_ids[index]]
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the pictures, and the annotation files."""
+        names = [self.files[i] for i in self.image_ids]
+        return {**files_identity("pictures", self.folder, names), "annotations": file_identity(self.annotations)}
 
     def load(self, index: int) -> NDArray[np.uint8]:
         """Picture ``index``, (H, W, 3) RGB.
@@ -125,6 +137,10 @@ class BoxSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures and boxes."""
+        return self.images.identity()
 
     def sample(self, index: int, draw: int) -> dict[str, Any]:
         """Sample of picture ``index``; pure function of (index, draw)."""

@@ -16,10 +16,12 @@ import numpy as np
 from ovd.data.coco import Annotation, GroundTruth, ImageId, read_ground_truth
 from ovd.data.masks import decode
 from ovd.data.splits import Split
-from pretrain.data.folder import read_image
+from pretrain.data.folder import look_for, read_image
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
+from pretrain.engine.identity import file_identity, files_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,10 @@ class StickerImages:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def identity(self) -> dict[str, str]:
+        """That of the drawings."""
+        return self.source.stickers.identity()
 
     def load(self, index: int) -> Labelled:
         """Scene ``index``; its image id is the index."""
@@ -163,6 +169,9 @@ class CocoImages:
         if nameless:
             truth.file_of(nameless[0])  # says what it lacks
         self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
+        names = [self._files[i] for i in self.image_ids]
+        if missing := look_for(names, images, where=truth.where, allowed=BAD_IMAGES_ALLOWED):
+            self.notices.append(missing)
         if crowds:
             self.notices.append(f"{truth.where}: {crowds} crowd annotations (iscrowd 1) are not trained on")
         if flat:
@@ -177,6 +186,11 @@ class CocoImages:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the pictures, and the annotation file."""
+        names = [self._files[i] for i in self.image_ids]
+        return {**files_identity("pictures", self.folder, names), "annotations": file_identity([Path(self.where)])}
 
     def load(self, index: int) -> Labelled:
         """Decode image ``index``.

@@ -27,6 +27,7 @@ from ovd.data.samples import LabelledSample, PatchSample
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import too_many_bad
 from pretrain.engine.files import sha256_of, write_atomically
+from pretrain.engine.identity import identity_of
 
 META = "meta.json"
 Sample = TypeVar("Sample")
@@ -217,6 +218,10 @@ class CachedDetection:
     def __len__(self) -> int:
         return len(self.source)
 
+    def identity(self) -> dict[str, str]:
+        """That of the pictures and labels."""
+        return identity_of(self.source)
+
     def sample(self, index: int, draw: int) -> LabelledSample:
         """Features, labels and size of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.source.seed, draw])
@@ -245,14 +250,19 @@ class CachedPatches:
     Args:
         cache: one row per picture: the maps, ``size``, ``patch_boxes`` (V, M, 4), ``patch_embeddings`` (V, M, D).
         features: names of the feature maps.
+        source: that the cache was computed from.
     """
 
-    def __init__(self, *, cache: FeatureCache, features: tuple[str, ...]) -> None:
-        self.cache, self.features = cache, features
+    def __init__(self, *, cache: FeatureCache, features: tuple[str, ...], source: object = None) -> None:
+        self.cache, self.features, self.source = cache, features, source
         self.variants = cache.arrays["patch_boxes"].shape[1]
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures."""
+        return identity_of(self.source)
 
     def sample(self, index: int, draw: int) -> PatchSample:
         """As `PatchSource.sample`, with ``features`` and ``embeddings`` in place of pictures and patches."""

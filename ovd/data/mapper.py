@@ -18,6 +18,7 @@ from fvcore.transforms.transform import CropTransform, HFlipTransform, NoOpTrans
 from ovd.config import CutConfig
 from ovd.data.catalog import Labelled, LabelledImages
 from ovd.regions.store import RegionStore
+from pretrain.engine.identity import identity_of
 from pretrain.engine.sampling import derive_seed
 
 
@@ -184,6 +185,11 @@ class DetectionSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures and labels, and the offline regions."""
+        regions = {} if self.store is None else {"regions": self.store.identity()}
+        return {**identity_of(self.images), **regions}
 
     def sample(self, index: int, draw: int) -> dict[str, Any]:
         """Sample of picture ``index``; pure function of (index, draw)."""

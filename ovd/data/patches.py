@@ -25,6 +25,7 @@ from pretrain.augment import ViewAugment
 from pretrain.config_views import ViewConfig
 from pretrain.data.images import ImageSet
 from pretrain.engine.errors import BadImageError
+from pretrain.engine.identity import identity_of
 from pretrain.engine.sampling import derive_seed
 
 Sampler = Literal["official", "log_uniform", "prior"]
@@ -191,6 +192,10 @@ class PatchSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures."""
+        return identity_of(self.images)
 
     def boxes(self, image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
         """(M, 4) boxes in pixels of ``image``."""

@@ -14,7 +14,7 @@ from ovd.data.lvis import is_lvis, split_of
 from ovd.data.splits import Split
 from ovd.detections import CocoResult
 from ovd.evaluation import coco
-from ovd.evaluation.options import DataSpec, Options
+from ovd.evaluation.options import VILD_REGIONS, DataSpec, Options
 from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
 from ovd.evaluation.run import Predict, run_images, run_source
 from ovd.formats.read import read_spec
@@ -178,6 +178,8 @@ def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Pr
             return predictor, proposals_of(predictor.model, top=options.regions)
     else:
         predictor = by_words(detector, options, pictures.split, record)
+        if options.vild:
+            predictor = as_vild_evaluates(predictor, options, pictures, record)
     if options.queries == "words":
         predictor = with_conditioned_queries(predictor, record)
     return predictor, predictor.propose if options.agnostic == "proposals" else None
@@ -253,6 +255,31 @@ def by_words(detector: Detector, options: Options, split: Split, record: Record)
         "agnostic": options.agnostic,
     }
     return predictor
+
+
+def as_vild_evaluates(predictor: Predictor, options: Options, pictures: Pictures, record: Record) -> Predictor:
+    """The predictor with ViLD's limits before NMS, and its classes embedded with the synonyms that LVIS names."""
+    from ovd.evaluation.predictor import predictor_for
+    from ovd.vocabulary import Vocabulary, VocabularyClass
+
+    said = {c["id"]: tuple(map(str, c.get("synonyms") or ())) for c in (pictures.gt or {}).get("categories", ())}
+    names = categories_of(options, pictures.split)
+    classes = tuple(
+        VocabularyClass(name, tuple(s for s in dict.fromkeys(said.get(i, ())) if s != name))
+        for i, name in names.items()
+    )
+    record |= {"vild": True, "synonyms": sum(len(one.synonyms) for one in classes)}
+    if record["synonyms"]:
+        predictor = predictor_for(
+            predictor.detector,
+            pictures.split,
+            vocabulary=Vocabulary(classes, templates=predictor.detector.templates),
+            categories=names,
+            ensemble=options.ensemble,
+            scale=float(record["scale"]),
+            limit=options.limit,
+        )
+    return replace(predictor, per_class=VILD_REGIONS)
 
 
 def _with_crop_embeddings(detector: Detector, options: Options) -> tuple[Detector, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,8 @@ from pretrain.engine.flags import CommandParser, integer
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
 DEFAULT_SIZE = 256  # pixels, what the shipped configs train at
+
+VILD_REGIONS = 1000  # ViLD's release: proposals of an image at test time, and boxes of each class before NMS
 
 GROUPS = ("all", "known", "base", "novel")  # what --vocabulary may name beside a file
 
@@ -83,6 +85,7 @@ class Options:
     present: bool
     scale: float | None
     regions: int
+    vild: bool
     limit: int
     size: int
     annotations: str | None
@@ -103,6 +106,8 @@ class Options:
             UserError: a flag that is unknown, or flags that do not go together.
         """
         options = cls(**vars(parser().parse_args(argv)))
+        if options.vild:
+            options = replace(options, regions=VILD_REGIONS, crop_refinement=0)
         for wrong, message in COMBINATIONS:
             if wrong(options):
                 raise UserError(message(options))
@@ -155,6 +160,12 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
         lambda o: "--examples goes without a vocabulary file and without --embeddings crops",
     ),
     (
+        lambda o: o.vild and (o.scores != "published" or not o.by_category or o.examples),
+        lambda o: (
+            "--vild goes with published scores of a split's categories: without --scores, a vocabulary or --examples"
+        ),
+    ),
+    (
         lambda o: o.embeddings == "crops" and o.crop_refinement,
         lambda o: "--embeddings crops embeds the crops of all regions; leave --crop-refinement out",
     ),
@@ -176,7 +187,7 @@ def parser() -> CommandParser:
     _add_metric_flags(flags.add_argument_group("metrics").add_argument)
     flags.hide(
         "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings", "crop_refinement",
-        "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets",
+        "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets", "vild",
     )  # fmt: skip
     return flags
 
@@ -193,6 +204,9 @@ def _add_model_flags(add: Add) -> None:
     add("--size", type=integer(1), default=DEFAULT_SIZE,
         help=f"side of the generated scenes (default {DEFAULT_SIZE})")  # fmt: skip
     add("--regions", type=integer(1), default=300, help="regions per image, best objectness first (default 300)")
+    add("--vild", action="store_true",
+        help=f"the evaluation of ViLD's release in full: {VILD_REGIONS} regions, the {VILD_REGIONS} best of each class "
+        "before NMS, embeddings averaged over the synonyms of an LVIS file, no crop refinement (slow)")  # fmt: skip
     add("--limit", type=integer(1), default=300, help="detections per image (default 300)")
 
 

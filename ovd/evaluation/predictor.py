@@ -27,6 +27,7 @@ from ovd.inference.postprocess import (
     PROTOCOL_NMS_IOU,
     Candidates,
     best_pairs,
+    best_per_class,
     postprocess,
 )
 from ovd.inference.scorers import ObjectnessScorer, PublishedScorer, Scorer
@@ -56,6 +57,7 @@ class Predictor:
         scorer: scores the regions for these classes.
         limit: detections per image.
         candidates: (region, class) pairs that enter NMS.
+        per_class: regions of each class that enter NMS, in place of ``candidates``; None: those.
         nms_iou: of the per-class NMS.
         present: image id → COCO ids that are looked for in it; None: all of them in every image.
     """
@@ -65,6 +67,7 @@ class Predictor:
     scorer: Scorer
     limit: int = MAX_DETECTIONS
     candidates: int = PROTOCOL_CANDIDATES
+    per_class: int | None = None
     nms_iou: float = PROTOCOL_NMS_IOU
     present: Mapping[ImageId, frozenset[int]] | None = None
 
@@ -78,7 +81,9 @@ class Predictor:
         score_RC = self.scorer(regions)[:, columns].float().cpu().numpy()
         kept = postprocess(
             regions.boxes.float().cpu().numpy(),
-            best_pairs(score_RC, count=self.candidates),
+            best_pairs(score_RC, count=self.candidates)
+            if self.per_class is None
+            else best_per_class(score_RC, count=self.per_class),
             nms_iou=self.nms_iou,
             cross_class_iou=None,
             limit=self.limit,

@@ -79,12 +79,13 @@ def run_images(
     Raises:
         UserError: an image without a file name, unreadable, or of another size than the file says.
     """
-    from pretrain.data.folder import read_image
+    from pretrain.data.folder import look_for, read_image
 
     collector = _Collector(predict, propose)
     sizes = image_sizes(gt)
-    for n, entry in enumerate(gt["images"]):
-        name = picture_file(entry, where=f"images[{n}]")
+    names = [picture_file(entry, where=f"images[{n}]") for n, entry in enumerate(gt["images"])]
+    look_for(names, folder, where="the annotations")
+    for n, (entry, name) in enumerate(zip(gt["images"], names, strict=True)):
         image = read_image(folder / name)
         size = sizes[entry["id"]]
         if size is not None and image.shape[:2] != size:

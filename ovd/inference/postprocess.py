@@ -82,6 +82,15 @@ def best_pairs(score_RC: NDArray[np.float32], *, count: int) -> Candidates:
     return Candidates(region, class_id, flat[index])
 
 
+def best_per_class(score_RC: NDArray[np.float32], *, count: int) -> Candidates:
+    """The ``count`` best regions of each class, best pair first; of equal scores the first region, then the class."""
+    order = np.argsort(-score_RC, axis=0, kind="stable")[:count]
+    region, class_id = order.ravel(), np.tile(np.arange(score_RC.shape[1]), len(order))
+    score = score_RC[region, class_id]
+    first = np.lexsort((class_id, region, -score))
+    return Candidates(region[first], class_id[first], score[first])
+
+
 def postprocess(
     boxes_R4: NDArray[np.float32],
     candidates: Candidates,

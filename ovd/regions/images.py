@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ovd.data.coco import read_ground_truth
-from pretrain.data.folder import list_images, read_image
+from pretrain.data.folder import list_images, look_for, read_image
 from pretrain.engine.errors import UserError
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -125,6 +126,8 @@ class CocoImages:
             raise UserError(f"{annotations}: lists no pictures")
         self.notices = [f"{annotations}: {warning}" for warning in truth.warnings]
         self._names = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
+        missing = look_for(self._names.values(), self.root, where=str(annotations), allowed=BAD_IMAGES_ALLOWED)
+        self.notices += [missing] if missing else []
         self._boxes: dict[ImageId, list[list[float]]] = {}
         for annotation in truth.annotations:
             x, y, w, h = annotation["bbox"]

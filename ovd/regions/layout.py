@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ovd.regions.crops import Border, CropMode, Resample
 from ovd.regions.proposals import MIN_SIDE
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, shorten
 from pretrain.engine.files import flush_to_disk
 
 if TYPE_CHECKING:
@@ -157,6 +157,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
         known = False
     if not known:
         raise UserError(f"{file}: not a manifest of format {FORMAT}: make the store again with `python -m ovd.embed`")
+    try:
+        StoreSettings(**manifest["settings"])
+        sizes = [manifest["dim"], manifest["images"]["count"], manifest["settings"]["images_per_shard"]]
+        sums = [manifest["images"]["sha256"], *(shard["sha256"] for shard in manifest.get("shards") or ())]
+        sizes += [shard["bytes"] for shard in manifest.get("shards") or ()]
+        if not all(type(n) is int and n > 0 for n in sizes) or not all(type(s) is str and s.isalnum() for s in sums):
+            raise ValueError("a size or a sum is none")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: damaged ({type(error).__name__}: {shorten(str(error))}): make the store again with "
+            "`python -m ovd.embed`"
+        ) from error
     return dict(manifest)
 
 
@@ -174,9 +186,13 @@ def read_ids(path: Path, manifest: dict[str, Any]) -> list[ImageId]:
 
 
 def sidecar(path: Path, shard: int) -> dict[str, Any] | None:
-    """What is written beside a shard once it is whole, or None."""
+    """What is written beside a shard once it is whole, or None: there is none, or a damaged one."""
     text = read_text(sidecar_path(path, shard))
-    return None if text is None else dict(json.loads(text))
+    try:
+        content = json.loads(text or "")
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("sha256"), str) else None
 
 
 def refuse_differences(path: Path, manifest: dict[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -211,9 +227,9 @@ def as_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_text(file: Path) -> str | None:
-    """A file's text, or None when it has just gone."""
+    """A file's text, or None when it has just gone; what is no UTF-8 in it becomes replacement characters."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
 

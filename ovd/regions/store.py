@@ -32,6 +32,7 @@ from ovd.regions.layout import (
 )
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import sha256_of
+from pretrain.engine.identity import text_identity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,6 +138,10 @@ class RegionStore:
                 f"{missing[0]!r}: write a store of all of them with `python -m ovd.embed` and another `out`"
             )
 
+    def identity(self) -> str:
+        """A digest of what is in the store."""
+        return text_identity([shard["sha256"] for shard in self.manifest.get("shards") or ()])
+
     @property
     def dim(self) -> int:
         """``D``, length of an embedding."""
@@ -221,7 +226,7 @@ class RegionStore:
         shard, row = divmod(position, int(self.manifest["settings"]["images_per_shard"]))
         tensors = self._maps.get(shard)
         if tensors is None:
-            if sidecar(self.root, shard) is None:
+            if not self.manifest.get("shards") and sidecar(self.root, shard) is None:
                 raise KeyError(f"{self.root}: picture {image_id!r} is in shard {shard}, which is not written yet")
             tensors = self._maps[shard] = _map_shard(shard_path(self.root, shard))
             if len(self._maps) > 128:  # each holds a file descriptor
@@ -234,7 +239,21 @@ class RegionStore:
 
 
 def _map_shard(file: Path) -> dict[str, NDArray[Any]]:
-    """Memory map a safetensors file: an 8 byte length, a JSON header, then the arrays."""
+    """Memory map a safetensors file: an 8 byte length, a JSON header, then the arrays.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return _mapped(file)
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError, MemoryError) as error:
+        raise UserError(
+            f"{file}: damaged ({type(error).__name__}): run the same `python -m ovd.embed` command again to repair the "
+            "store"
+        ) from error
+
+
+def _mapped(file: Path) -> dict[str, NDArray[Any]]:
     kinds = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -246,4 +265,8 @@ def _map_shard(file: Path) -> dict[str, NDArray[Any]]:
             continue
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         arrays[name] = data[start:stop].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+    rows, proposals, _ = arrays["embeddings"].shape
+    shapes = {"boxes": (rows, proposals, 4), "scores": (rows, proposals), "valid": (rows,)}
+    if {name: arrays[name].shape for name in shapes} != shapes or (arrays["valid"] > proposals).any():
+        raise ValueError("its arrays do not belong together")
     return arrays

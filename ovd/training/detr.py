@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 INIT_SAMPLES = 32  # pictures whose features the projections are initialised from
 
 
+def for_check(config: DetrTrainConfig) -> DetrTrainConfig:
+    """The configuration for ``--check``: features are computed for the batches that are looked at, not cached ahead."""
+    changes: dict[str, Any] = {"cache": None}
+    if config.pretext is not None:
+        held_out = min(config.pretext.held_out_count, config.loop.batch_size)
+        changes["pretext"] = config.pretext.model_copy(update={"held_out_count": held_out})
+    return config.model_copy(update=changes)
+
+
 def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
     """Everything a training needs, before the first step."""
     from ovd.modeling.detr.build import build_detr

@@ -26,6 +26,7 @@ from ovd.data.samples import PatchSample
 from ovd.modeling.detr.network import Detr
 from pretrain.config_views import ImagesConfig
 from pretrain.engine.errors import UserError
+from pretrain.engine.identity import identity_of
 
 BATCH = 16  # pictures per pass of the backbone
 
@@ -49,6 +50,10 @@ class FirstImages:
 
     def __len__(self) -> int:
         return min(self.count, len(self.images))
+
+    def identity(self) -> dict[str, str]:
+        """That of all the pictures."""
+        return identity_of(self.images)
 
     def load(self, index: int) -> Labelled:
         """Picture ``index``."""
@@ -146,7 +151,7 @@ def cached_patches(
     }
     model.eval()
     cache = FeatureCache.open(Path(config.cache or ""), key=key, count=len(source), compute=compute, batch=BATCH)
-    return CachedPatches(cache=cache, features=config.model.backbone.features)
+    return CachedPatches(cache=cache, features=config.model.backbone.features, source=source)
 
 
 def _model_key(config: DetrTrainConfig, model: Detr) -> dict[str, object]:

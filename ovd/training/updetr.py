@@ -22,6 +22,7 @@ from ovd.training.feature_cache import cached_patches
 from pretrain.config_views import ImagesConfig
 from pretrain.data.images import ImageSet, build_images
 from pretrain.engine.distributed import world_size
+from pretrain.engine.identity import identity_of
 from pretrain.nets.towers import JointEncoder
 
 CROP_SCALES = (1.0, 1.5)  # of the joint space's regions (ViLD §3.2)
@@ -98,6 +99,10 @@ class FirstPictures:
 
     def __len__(self) -> int:
         return min(self.count, len(self.images))
+
+    def identity(self) -> dict[str, str]:
+        """That of all the pictures."""
+        return identity_of(self.images)
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """Picture ``index``."""

@@ -24,6 +24,7 @@ from pretrain.config_views import ViewConfig, expand_views
 from pretrain.data.dice import Dice
 from pretrain.data.images import ImageSet
 from pretrain.data.render import U8
+from pretrain.engine.identity import identity_of
 
 
 def crop_box(height: int, width: int, view: ViewConfig, dice: Dice) -> tuple[int, int, int, int]:
@@ -81,6 +82,10 @@ class ViewSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures."""
+        return identity_of(self.images)
 
     def sample(self, index: int, draw: int) -> Views:
         """The views of picture ``index``.

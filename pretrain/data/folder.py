@@ -8,7 +8,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -238,6 +238,31 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
     if not paths:
         raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}). {listing}".rstrip())
     return listing
+
+
+def look_for(names: Iterable[str | Path], folder: Path, *, where: str | Path, allowed: float = 0.0) -> str | None:
+    """Look for the pictures of a list before work on them begins, not hours later at its end.
+
+    Args:
+        names: relative to ``folder``.
+        folder: of the pictures.
+        where: the list, for messages.
+        allowed: share that may be missing.
+
+    Returns:
+        What to warn of when some are missing.
+
+    Raises:
+        UserError: more are missing, or all.
+    """
+    there = [(name, os.path.isfile(folder / name)) for name in names]
+    missing = [name for name, exists in there if not exists]
+    if not missing:
+        return None
+    text = f"{where}: {len(missing)} of its {len(there)} pictures are not there, such as {folder / missing[0]}"
+    if len(missing) > allowed * len(there) or len(missing) == len(there):
+        raise UserError(f"{text}; is {folder} the folder that their names are relative to?")
+    return text
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +21,14 @@ import numpy as np
 from pretrain.config import CaptionedConfig, CaptionedShards, CaptionTable, CocoCaptions
 from pretrain.data.crops import resized
 from pretrain.data.dice import Dice
-from pretrain.data.folder import U8, read_image
+from pretrain.data.folder import U8, look_for, read_image
 from pretrain.data.images import ShardSet
 from pretrain.data.pairs import PairSource
+from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
+from pretrain.engine.identity import files_identity, identity_of, text_identity
 
 
 class CaptionedSet(Protocol):
@@ -66,6 +70,12 @@ class CaptionedFiles:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the files, and the captions."""
+        root = Path(os.path.commonpath([path.parent for path in self.paths]))
+        names = [os.path.relpath(path, root) for path in self.paths]
+        return {**files_identity("pictures", root, names), "captions": text_identity(self.texts)}
 
     def image(self, index: int) -> U8:
         """Decode one file."""
@@ -114,13 +124,8 @@ def table_of(config: CaptionTable) -> CaptionedFiles:
         raise UserError(f"{path} cannot be read as a table in UTF-8: {problem}") from problem
     if not texts:
         raise UserError(f"{path} has a header and no rows")
-    files = [root / name for name in texts]
-    if not os.path.isfile(files[0]):  # the likeliest mistake is all of them; single ones are passed over by the loop
-        raise UserError(
-            f"{path} names {files[0]}, which does not exist; column {config.image!r} (data.image) must hold paths "
-            f"below data.root ({root})"
-        )
-    return CaptionedFiles(files, list(texts.values()))
+    _warn_of_missing(texts, root, where=f"{path}, column {config.image!r} (data.image)")
+    return CaptionedFiles([root / name for name in texts], list(texts.values()))
 
 
 def coco_captions(config: CocoCaptions) -> CaptionedFiles:
@@ -145,9 +150,15 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
         ) from problem
     if not files:
         raise UserError(f"{path} has no captions")
-    if not os.path.isfile(files[0]):
-        raise UserError(f"{files[0]} does not exist; data.images must be the folder of the pictures of {path.name}")
+    _warn_of_missing([names[number] for number in texts], config.images, where=str(path))
     return CaptionedFiles(files, list(texts.values()))
+
+
+def _warn_of_missing(names: Iterable[str], folder: Path, *, where: str) -> None:
+    """Warn of a few pictures that are missing, which the loop passes over; refuse more."""
+    missing = look_for(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED)
+    if missing and is_main():
+        print(f"warning: {missing}", file=sys.stderr)
 
 
 class CaptionedShardSet:
@@ -165,6 +176,10 @@ class CaptionedShardSet:
 
     def __len__(self) -> int:
         return len(self._chosen)
+
+    def identity(self) -> dict[str, str]:
+        """That of the shards."""
+        return self.shards.identity()
 
     def image(self, index: int) -> U8:
         """Read and decode one member."""
@@ -195,6 +210,10 @@ class CaptionedSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """That of the pictures and captions."""
+        return identity_of(self.images)
 
     def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
         """Picture ``index``.

@@ -10,6 +10,7 @@ can be sent to loader workers.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Split, Stickers
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import write_atomically
+from pretrain.engine.identity import files_identity
 
 NO_LABEL = -1
 CIFAR_SIDE = 32
@@ -107,6 +109,10 @@ class FolderSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def identity(self) -> dict[str, str]:
+        """Names and content of the files."""
+        return files_identity("pictures", self.root, self.names)
+
     def image(self, index: int) -> U8:
         """Decode one file."""
         return read_image(self.root / self.names[index])
@@ -150,6 +156,10 @@ class CifarSet:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def identity(self) -> dict[str, str]:
+        """Content of the files."""
+        return {"pictures": hashlib.sha256(self._rows.tobytes()).hexdigest()}
 
     def image(self, index: int) -> U8:
         """(32, 32, 3)."""
@@ -218,6 +228,12 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the shards."""
+        return files_identity(
+            "shards", self.paths[0].parent, [os.path.relpath(p, self.paths[0].parent) for p in self.paths]
+        )
 
     def image(self, index: int) -> U8:
         """Read and decode one member."""
@@ -317,6 +333,10 @@ class SceneSet:
     def __len__(self) -> int:
         return len(self.source)
 
+    def identity(self) -> dict[str, str]:
+        """That of the drawings."""
+        return self.source.stickers.identity()
+
     def image(self, index: int) -> U8:
         """Compose one scene."""
         return self.source.scene(index).image
@@ -339,6 +359,7 @@ class SingleSet:
 
     def __init__(self, stickers: Stickers, *, split: Split, size: int, views: int, seed: int) -> None:
         self.classes = stickers.nouns
+        self.stickers = stickers
         self._styles = [  # each style with a seed of its own: a class must not be on one photo in all of them
             StickerCrops(stickers, style=style, size=size, views=views, seed=seed + (number << 32), photos=split)
             for number, style in enumerate(stickers.styles[split])
@@ -348,6 +369,10 @@ class SingleSet:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def identity(self) -> dict[str, str]:
+        """That of the drawings."""
+        return self.stickers.identity()
 
     def image(self, index: int) -> U8:
         """Compose one picture."""

@@ -82,6 +82,10 @@ class PairSource(StickerSource):
         caption = caption_for([self.stickers.nouns[label] for label in named], dice)
         return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, class_id
 
+    def identity(self) -> dict[str, str]:
+        """That of the drawings and photos."""
+        return self.stickers.identity()
+
     def _draw(self, sprite: Sprite, wide: float, tall: float, dice: Dice) -> Patch:
         degrees = dice.uniform(-20, 20) if dice.chance(0.6) else dice.uniform(-4, 4)
         vivid = self.split == "train"

@@ -12,7 +12,9 @@ of its pictures): a person in every other photo must not crowd out the toaster.
 from __future__ import annotations
 
 import math
+import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +25,14 @@ import cv2
 import numpy as np
 
 from pretrain.config_photos import PhotoWords
-from pretrain.data.folder import U8, read_image
+from pretrain.data.folder import U8, look_for, read_image
 from pretrain.data.lexicon import Lexicon, read_lexicon
 from pretrain.data.pairs import PairSource
 from pretrain.data.render import Dice
 from pretrain.engine.errors import UserError
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
+from pretrain.engine.identity import files_identity, text_identity
 
 Part = Literal["train", "val", "all"]
 Box = tuple[float, float, float, float]
@@ -156,8 +160,9 @@ def read_photo_words(config: PhotoWords) -> Words:
     items = [item for item in named + boxes if item.word not in left_out and item.file not in closed]
     if not items:
         raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
-    if not items[0].file.is_file():
-        raise UserError(f"{items[0].file} does not exist; data.images must be the folder of the photos")
+    names = dict.fromkeys(os.path.relpath(item.file, config.images) for item in items)
+    if missing := look_for(names, config.images, where="data", allowed=BAD_IMAGES_ALLOWED):
+        print(f"warning: {missing}", file=sys.stderr)
     spelt: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     keys = [lexicon.meaning(item.word) or item.word for item in items]
     for key, item in zip(keys, items, strict=True):
@@ -199,6 +204,15 @@ class PhotoWordSource:
 
     def __len__(self) -> int:
         return self.config.length
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the photos, and what is said of them."""
+        items = self.words.items
+        files = sorted({item.file for item in items})
+        root = Path(os.path.commonpath([file.parent for file in files]))
+        names = [os.path.relpath(file, root) for file in files]
+        said = [(os.path.relpath(item.file, root), item.word, item.box) for item in items]
+        return {**files_identity("photos", root, names), "words and boxes": text_identity(said)}
 
     def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
         """The item, its crop and resolution are drawn by (seed, index, draw).

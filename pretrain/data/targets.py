@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pretrain.data.phrases import Phrase, Targets
 from pretrain.engine.errors import UserError
+from pretrain.engine.identity import text_identity
 
 
 class PhraseBatch(NamedTuple):
@@ -77,6 +78,11 @@ class PhraseSource:
 
     def __len__(self) -> int:
         return len(self.cumulative)
+
+    def identity(self) -> dict[str, str]:
+        """Phrases, weights and embeddings."""
+        digest = hashlib.sha256(self.tokens.numpy().tobytes() + self.embeddings.contiguous().numpy().tobytes())
+        return {"phrases and targets": digest.hexdigest(), "weights": text_identity(self.cumulative)}
 
     def sample(self, index: int, draw: int) -> int:
         """The row of a phrase: a function of the draw alone, because weights, not an order, decide."""

@@ -4,9 +4,9 @@
 Layout: ``checkpoints/step_N/{model.safetensors, state.pt, meta.json}``; ``last`` is a link to the newest, for people.
 
 A checkpoint is written under a temporary name, each file flushed to the disk, then the folder is renamed and its parent
-flushed. ``meta.json`` carries size and sha256 of the files; the sums are taken from the bytes as they are produced and
-compared with what is read back before any older checkpoint is deleted. So at every moment the newest *complete*
-checkpoint can be found by looking at the folders, newest first.
+flushed. ``meta.json`` carries size and sha256 of the files, and ends with a sum of itself; the sums are taken from the
+bytes as they are produced and compared with what is read back before any older checkpoint is deleted. So at every
+moment the newest *complete* checkpoint can be found by looking at the folders, newest first.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from pretrain.engine.files import flush_to_disk, sha256_of, write_atomically
 from pretrain.engine.state import load_tensors
 from pretrain.engine.task import Task
 
-FORMAT = 1
+FORMAT = 2  # 1: without a sum of META itself
 MODEL, STATE, META = "model.safetensors", "state.pt", "meta.json"
+_SUM = b',\n "sha256": "%s"\n}\n'  # the end of META
+_UNSUMMED = _SUM % (b"0" * 64)
 FREE_SPACE_MARGIN = 1.1  # of the size of the tensors, for headers and directory entries
 _ALIASES = "aliases"
 
@@ -118,6 +120,24 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     write_atomically(Path(path), pack(tensors, metadata))
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors does, whatever its name: the length of a header, and a JSON object."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse the few lines that Git LFS leaves in place of a file that was not fetched.
+
+    Raises:
+        UserError: it is one, with what to do.
+    """
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/"):
+            raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
+
+
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a weight file.
 
@@ -130,6 +150,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
+    refuse_lfs_pointer(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -163,6 +184,18 @@ class _Damaged(UserError):
     """A checkpoint that an older one can stand in for."""
 
 
+def with_sum(text: str) -> bytes:
+    """A JSON object that ends with the sha256 of its own bytes, the digits of the sum counted as zeros."""
+    body = text.rstrip().removesuffix("}").rstrip().encode()
+    return body + _SUM % hashlib.sha256(body + _UNSUMMED).hexdigest().encode()
+
+
+def is_summed(written: bytes) -> bool:
+    """Whether bytes end with their own sum, see `with_sum`."""
+    body = written[: -len(_UNSUMMED)]
+    return written == body + _SUM % hashlib.sha256(body + _UNSUMMED).hexdigest().encode()
+
+
 def verify(folder: Path) -> Checkpoint:
     """Check sizes and sums of a checkpoint.
 
@@ -170,9 +203,12 @@ def verify(folder: Path) -> Checkpoint:
         UserError: Naming the file that is missing, torn or changed; or if a newer version of the program wrote it.
     """
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        written = (folder / META).read_bytes()
+        meta = json.loads(written.decode("utf-8"))
         checkpoint = Checkpoint(folder, int(meta["step"]), meta)
-        if meta["format"] != FORMAT:  # not damaged: going back to an older one would throw work away
+        if not is_summed(written) and (meta["format"] != 1 or "sha256" in meta):  # format 1 had none
+            raise _Damaged(f"{folder / META}: is damaged (its sha256 is not the one at its end)")
+        if meta["format"] not in (1, FORMAT):  # not damaged: going back to an older one would throw work away
             raise UserError(f"{folder}: has format {meta['format']!r}, this version of the program reads {FORMAT}")
         for name in (MODEL, STATE):
             expected, size = meta["files"][name], (folder / name).stat().st_size
@@ -251,20 +287,20 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".step_*"):
             shutil.rmtree(leftover)
-        check_free_space(root, int(FREE_SPACE_MARGIN * (_size(tensors) + _size(state))))
+        check_free_space(root, int(FREE_SPACE_MARGIN * (size_of(tensors) + size_of(state))))
         temporary.mkdir()
         files = {
             MODEL: _write(temporary / MODEL, lambda file: file.write(pack(tensors, {"step": str(step)}))),
             STATE: _write(temporary / STATE, lambda file: torch.save(state, file)),
         }
         text = json.dumps({"format": FORMAT, "step": step, "files": files, **meta}, indent=1)
-        _write(temporary / META, lambda file: file.write(text.encode()))
+        _write(temporary / META, lambda file: file.write(with_sum(text)))
         flush_to_disk(temporary)
         os.replace(temporary, folder)
         flush_to_disk(root)
         checkpoint = verify(folder)
         _point_last(root.parent / "last", folder)
-        _prune(root, newest_step=step, keep=keep)
+        prune(root, newest_step=step, keep=keep, later=True)
         return checkpoint
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -274,14 +310,14 @@ def save(
         ) from error
 
 
-def _size(value: Any) -> int:
+def size_of(value: Any) -> int:
     """Bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
-        return sum(_size(item) for item in value.values())
+        return sum(size_of(item) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return sum(_size(item) for item in value)
+        return sum(size_of(item) for item in value)
     return 0
 
 
@@ -295,11 +331,20 @@ def _point_last(link: Path, folder: Path) -> None:
     os.replace(temporary, link)
 
 
-def _prune(root: Path, *, newest_step: int, keep: int) -> None:
-    """Keep the one just verified and the ``keep − 1`` before it. Later ones are of a discarded or damaged future."""
+def prune(root: Path, *, newest_step: int, keep: int, later: bool = False) -> None:
+    """Keep a verified checkpoint and the ``keep − 1`` before it.
+
+    A kill between a save and this leaves one too many, so a resumed run does it too.
+
+    Args:
+        root: The ``checkpoints`` folder.
+        newest_step: Of the verified one.
+        keep: How many stay.
+        later: Remove those after it too: they are of a discarded or damaged future.
+    """
     older = [folder for step, folder in step_folders(root) if step < newest_step]
-    later = [folder for step, folder in step_folders(root) if step > newest_step]
-    for folder in older[: max(0, len(older) - (keep - 1))] + later:
+    after = [folder for step, folder in step_folders(root) if step > newest_step] if later else []
+    for folder in older[: max(0, len(older) - (keep - 1))] + after:
         # Out of sight in one step first, so that a kill in the middle leaves no half checkpoint.
         hidden = folder.with_name("." + folder.name)
         os.replace(folder, hidden)

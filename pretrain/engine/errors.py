@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors a person can act on, and the one place where a command turns them into an exit status.
 
-Anything that is not a ``UserError`` is a defect of this program and keeps its traceback.
+Anything that is neither a ``UserError`` nor a fault of the machine (a full disk) is a defect of this program and keeps
+its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+MACHINE_FAULTS = frozenset({
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE,
+    errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE,
+})  # fmt: skip
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a C program killed by ``| head`` reports
@@ -73,6 +80,17 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" - did you mean '{close[0]}'?" if close else ""
 
 
+def fault_of_the_machine(error: OSError) -> str | None:
+    """What to say of a disk that is full, read-only or forbidden, whichever call met it; None: it is none of these."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
+        source, target, reason = error.args[0][0]  # of copying a folder, a list of what could not be copied
+        return f"{source} cannot be copied to {target}: {reason}"
+    if error.errno not in MACHINE_FAULTS:
+        return None
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{where}{error.strerror}; free some space, or choose a folder that you may read and write"
+
+
 def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> NoReturn:
     """Run a command's ``main`` and end the process with its exit status.
 
@@ -82,7 +100,8 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
 
     Raises:
         SystemExit: Always. 2 after a ``UserError`` (printed as ``error: …`` on stderr), 130 after Ctrl-C, 141 when
-            the reader of standard output went away, otherwise what ``main`` returned or raised. Other exceptions pass.
+            the reader of standard output went away, otherwise what ``main`` returned or raised. Also 2 where the
+            machine is at fault (`fault_of_the_machine`). Other exceptions pass.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -102,4 +121,10 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         # The interpreter flushes stdout once more at exit; give it somewhere to go (Python docs, signal module).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        said = fault_of_the_machine(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     sys.exit(0 if status is None else status)

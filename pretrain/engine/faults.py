@@ -6,15 +6,25 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, shorten
 
 MAX_SKIPPED = 3  # consecutive non-finite steps that are skipped; the next one stops the run
+PATIENCE = 300.0  # seconds in one part of a step before a process says where it is
+LOST = (
+    "Timed out waiting",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Socket Timeout",
+    "ncclRemoteError",
+)
 BAD_IMAGES_ALLOWED = 0.01  # of the draws so far
 BAD_IMAGES_IGNORED = 3  # so many prove nothing, whatever their share
 
@@ -83,12 +93,63 @@ def too_many_bad(bad: int, drawn: int) -> bool:
     return bad > max(BAD_IMAGES_IGNORED, allowed + 2 * math.sqrt(allowed))
 
 
-def explained(error: RuntimeError, *, step: int, device: torch.device) -> Exception:
+class Watchdog:
+    """Says where a process of several is when it has been there for long.
+
+    A process that leaves out a collective which the others enter lets all of them wait, without a word. Here each says
+    its rank, its step and the part of the step: the odd one out is the one to look at.
+
+    Args:
+        rank: This process.
+        patience: Seconds in one part of a step after which it says so, once for each part.
+        active: False: there is nobody to wait for.
+    """
+
+    def __init__(self, rank: int, *, active: bool, patience: float | None = None) -> None:
+        self.rank, self.active = rank, active
+        self.patience = PATIENCE if patience is None else patience
+        self._place = (0, "start", time.monotonic())
+        self._stopped = threading.Event()
+
+    def at(self, step: int, part: str) -> None:
+        """Note that this process begins a part of a step."""
+        self._place = (step, part, time.monotonic())
+
+    def __enter__(self) -> Watchdog:
+        if self.active:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        told: tuple[int, str, float] | None = None
+        while not self._stopped.wait(self.patience / 4):
+            place = self._place
+            waited = time.monotonic() - place[2]
+            if waited > self.patience and place is not told:
+                told = place
+                print(
+                    f"warning: process {self.rank} (pid {os.getpid()}) has been in step {place[0]} ({place[1]}) for "
+                    f"{waited:.0f} s. It waits for others, or they for it: look at the process that names another "
+                    "step or part, or none",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def explained(error: RuntimeError, *, step: int, device: torch.device, rank: int = 0) -> Exception:
     """Turn the failures that a user can mend into a message; others stay as they are."""
     text = str(error)
     first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(f"out of memory on {device}: raise loop.accumulate or lower loop.batch_size ({first})")
+    if any(sign in text for sign in LOST):
+        return UserError(
+            f"process {rank} lost the others after step {step} ({shorten(first, 200)}). One of them ended, or waits "
+            "elsewhere: its own lines say why; continue with --resume"
+        )
     if "DataLoader" in text and ("worker" in text or "timed out" in text) and not text.startswith("Caught"):
         return UserError(
             f"a data loading process died or hung after step {step} ({first}). The usual causes are memory and "

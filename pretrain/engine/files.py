@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from pretrain.engine.errors import UserError
 
 EXPORTED = "exported"  # folder of a run with what it hands over
+NAME_BYTES = 255  # of a file's name: ext4, XFS, APFS, NFS and NTFS alike
 
 
 def sha256_of(path: str | Path) -> str:
@@ -65,13 +67,36 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def fitting_name(stem: str, ending: str) -> str:
+    """``stem`` + ``ending``; a stem too long for a file system is cut, and closed by its hash to stay unique."""
+    room = NAME_BYTES - len(os.fsencode(ending))
+    if len(os.fsencode(stem)) <= room:
+        return stem + ending
+    mark = f"~{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}"
+    while len(os.fsencode(stem)) > room - len(mark):
+        stem = stem[:-1]
+    return stem + mark + ending
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder for results that come much later, and write into it once.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written there.
+    """
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    write_atomically(probe, b"")
+    probe.unlink()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content so that a reader sees the old or the new content, never a part.
 
     Raises:
         UserError: If the disk is full or not writable; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines may share a folder, and numbers
+    # Machines may share a folder, and numbers: a random name.
+    temporary = path.with_name(fitting_name(f".{path.name}", f".{uuid.uuid4().hex}.tmp"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -81,6 +106,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder is none
+            temporary.unlink()
         text = f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         raise UserError(text) from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.engine import checkpoint, distributed
+from pretrain.engine import checkpoint, distributed, identity
 from pretrain.engine.config import changed_keys, dump_config
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
@@ -93,18 +93,32 @@ def find_start(
     return latest
 
 
-def refuse_other_inputs(latest: checkpoint.Checkpoint, inputs: Mapping[str, int | str]) -> None:
+def refuse_other_inputs(latest: checkpoint.Checkpoint, inputs: Mapping[str, int | str]) -> list[str]:
     """A run goes on only with the samples and the frozen weights it began with.
+
+    Returns:
+        Warnings: large data whose files were changed or copied, of which a sample is the same.
 
     Raises:
         UserError: what is another one, by name. Checkpoints of older versions, which do not say, are taken.
     """
+    notes = []
     for what, began in latest.meta.get("inputs", {}).items():
-        if inputs.get(what) != began:
-            raise UserError(
-                f"{latest.folder}: cannot resume, the {what} are others now ({inputs.get(what)}) than when it began "
-                f"({began}); put the old ones back, or train into another folder"
+        if inputs.get(what) == began:
+            continue
+        if what.endswith(identity.TIMES):
+            name = what.removesuffix(identity.TIMES)
+            notes.append(
+                f"the files of the {name} were copied or changed since this run began; their names, sizes and a "
+                "sample of their content are the same, so it goes on"
             )
+            continue
+        now, then = (str(value)[:12] for value in (inputs.get(what), began))
+        raise UserError(
+            f"{latest.folder}: cannot resume, the {what} are others now ({now}) than when it began ({then}); "
+            "put the old ones back, or train into another folder with another out="
+        )
+    return notes
 
 
 class FolderLock:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,22 @@ def format_duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as ``1:02:03``."""
     whole = max(0, round(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def forecast(steps: int, seconds: float, size: int, out: Path) -> str:
+    """How long the rest of a run takes, and what its checkpoints need.
+
+    Args:
+        steps: That are left.
+        seconds: Of one.
+        size: Bytes of all checkpoints that lie there at once: one is written before the oldest is deleted.
+        out: Run folder.
+    """
+    free = shutil.disk_usage(out).free
+    return (
+        f"about {format_duration(steps * seconds)} for {steps} more steps, evaluations apart; checkpoints need "
+        f"{size / 2**30:.2g} GiB in {out}, {free / 2**30:.3g} GiB are free"
+    )
 
 
 def format_line(step: int, total: int, values: dict[str, float]) -> str:
@@ -149,7 +166,7 @@ class RunLog:
         if self.out is None:
             return
         try:
-            with open(self.out / name, "a", encoding="utf-8") as file:
+            with open(self.out / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise UserError(

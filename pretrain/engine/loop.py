@@ -21,12 +21,23 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain.engine import checkpoint, distributed, folder
 from pretrain.engine.config import FREE_BY_DEFAULT, LoopConfig, OptimConfig
 from pretrain.engine.errors import UserError
-from pretrain.engine.faults import MAX_SKIPPED, NonFinite, Signals, Stopped, explained, guilty_samples, too_many_bad
-from pretrain.engine.log import RunLog
+from pretrain.engine.faults import (
+    MAX_SKIPPED,
+    NonFinite,
+    Signals,
+    Stopped,
+    Watchdog,
+    explained,
+    guilty_samples,
+    too_many_bad,
+)
+from pretrain.engine.identity import identity_of
+from pretrain.engine.log import RunLog, forecast
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
 from pretrain.engine.task import Task
 
+FORECAST_AFTER = 5  # steps of this process, by which the rest is estimated
 COUNT = " steps"  # behind a metric's name in the window
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,6 +105,9 @@ def fit(
             )
         run = _Run(task, source, loop=loop, optim=optim, out=out, record=record, check=check)
         lock = folder.FolderLock(out)
+        late = [milestone for milestone in optim.milestones if milestone >= loop.steps]
+        if late:
+            notes.append(f"optim.milestones {late}: not before the last step ({loop.steps}), so without effect")
         with Signals() as signals:
             try:
                 if not check:
@@ -102,7 +116,7 @@ def fit(
                 run.begin(start, notes, overwrite=overwrite)
                 return run.train(signals)
             except RuntimeError as error:
-                better = explained(error, step=run.step, device=run.device)
+                better = explained(error, step=run.step, device=run.device, rank=run.rank)
                 if better is error:
                     raise
                 raise better from error
@@ -183,8 +197,11 @@ class _Run:
         """Load the checkpoint, if any; open the folder and the log; wrap the model."""
         distributed.seed_everything(derive_seed(self.loop.seed, self.rank))
         rank_state: dict[str, Any] | None = None
+        if not self.check:  # one process looks at the files
+            told = identity_of(self.data.source) if self.rank == 0 else {}
+            self.inputs |= distributed.all_objects(told)[0]
         if start is not None:
-            folder.refuse_other_inputs(start, self.inputs)
+            notes += folder.refuse_other_inputs(start, self.inputs)
             model, state = checkpoint.load_state(start)
             checkpoint.load_model(self.task, model, untracked=self.untracked, where=start.folder)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -196,6 +213,8 @@ class _Run:
         main, out = self.rank == 0, None if self.check else self.out
         if main and out is not None:
             folder.prepare(out, self.record, device=self.device, overwrite=overwrite)
+            if start is not None:
+                checkpoint.prune(out / "checkpoints", newest_step=start.step, keep=self.loop.keep)
             self.listed = folder.listed_images(out)
         self.log = RunLog(out=out, total=self.loop.steps, start=self.step, speak=main)
         self.metrics = self.log.newest
@@ -217,6 +236,7 @@ class _Run:
     def train(self, signals: Signals) -> FitReport:
         """Run until the last step, a signal or an error."""
         last = 2 if self.check else self.loop.steps
+        started, steady = self.step, time.perf_counter()
         if self.step >= last:
             return FitReport(self.step, self.metrics, self.out)
         feed = batches(
@@ -226,24 +246,32 @@ class _Run:
             workers=self.loop.workers,
             pin=self.device.type == "cuda",
         )
-        with closing(feed):
+        with closing(feed), Watchdog(self.rank, active=self.world > 1) as watchdog:
             while self.step < last:
                 begun = time.perf_counter()
+                watchdog.at(self.step + 1, "loading samples")
                 parts = self._load(feed)
                 loaded = time.perf_counter()
+                watchdog.at(self.step + 1, "forward and backward")
                 values, norm = self._forward_backward(parts)
+                watchdog.at(self.step + 1, "agreeing on the step")
                 bad_loss, bad_images, signum = self._agree(values, parts, signals)
                 good = self._update(values, norm, bad_loss=bad_loss)
                 self.step += 1
                 self._tally(values if good else {}, data_time=loaded - begun, step_time=time.perf_counter() - loaded)
                 if not good:
                     self._report_skip(values, parts)
+                if self.step - started == FORECAST_AFTER:
+                    self._forecast(time.perf_counter() - steady)
+                elif self.step - started == 1:
+                    steady = time.perf_counter()  # the first step plans and allocates; it says little of the others
                 if bad_images:
                     self._report_bad_images(parts)
                 if self.check:
                     self._load(feed)
                     self.log.say(f"check: two batches and one step, loss {values['loss']:.4g}; nothing was written")
                     return FitReport(self.step, values, self.out)
+                watchdog.at(self.step, "logging and saving")
                 self.log.advance(self.step)
                 if self.step % self.loop.log_every == 0 or self.step == last:
                     self._report(lr=values["lr"])
@@ -253,6 +281,13 @@ class _Run:
                     self.log.say(f"{signal.Signals(signum).name}: saved step {self.step}; continue with --resume")
                     raise Stopped(signum, self.step)
         return FitReport(self.step, self.metrics, self.out)
+
+    def _forecast(self, seconds: float) -> None:
+        """Say how long the rest will take, by the steps after the first, and what space the checkpoints will."""
+        size = checkpoint.size_of(self.task.state_dict()) + checkpoint.size_of(self.optimizer.state_dict())
+        each = seconds / (FORECAST_AFTER - 1)
+        if self.rank == 0:
+            self.log.say(forecast(self.loop.steps - self.step, each, size * (self.loop.keep + 1), self.out))
 
     def _load(self, feed: Iterator[Fetched]) -> list[Fetched]:
         parts = [next(feed) for _ in range(self.loop.accumulate)]

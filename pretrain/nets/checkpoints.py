@@ -22,16 +22,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.engine.checkpoint import load_weights
+from pretrain.engine.checkpoint import is_safetensors, load_weights, refuse_lfs_pointer
 from pretrain.engine.errors import UserError
 from pretrain.nets.resnet import LAYERS, ResNet
 
@@ -45,6 +47,16 @@ PREFIXES = (
     "online_encoder.", "encoder.", "backbone.", "visual.backbone.", "visual.", "",
 )  # fmt: skip
 """Where the backbone may hang. Key encoders, targets and momentum copies are not in the list: they are not exported."""
+
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel, of torch.compile
+
+_SCALAR: Any = np.float64().__reduce__()[0]  # makes numpy's numbers out of a type and bytes
+_NUMPY_NUMBERS: list[Any] = [
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # numpy 1
+]
 
 _RENAMES = (
     (re.compile(r"^layer(\d)\."), lambda m: f"res{int(m[1]) + 1}."),
@@ -100,19 +112,22 @@ class Found:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a torch checkpoint opened with ``weights_only=True``.
+    """The tensors of a safetensors file (of any name), or of a torch checkpoint opened with ``weights_only=True``.
 
     Raises:
         UserError: no such file, one that would run code when opened, or one without a table of tensors.
     """
-    if path.suffix == ".safetensors":
-        return load_weights(path)[0]
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    if path.suffix.lower() == ".safetensors" or is_safetensors(path):
+        return load_weights(path)[0]
+    refuse_lfs_pointer(path)
     _refuse_torchscript(path)
     try:
-        # Several repositories store their command line beside the weights; a Namespace holds values and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Several repositories store their command line and figures beside the weights; a Namespace and numpy's numbers
+        # hold values and run nothing.
+        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_NUMBERS]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol, in damaged files above all
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds for a file that is none of its own
         raise UserError(f"{path}: cannot be read as weights only: {_why_unreadable(problem)}") from problem
@@ -124,6 +139,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
     if not tensors:
         raise UserError(f"{path}: holds no table of tensors, neither itself nor under {', '.join(CONTAINERS)}")
+    if all(_WRAPPERS.match(key) for key in tensors):
+        tensors = {_WRAPPERS.sub("", key): value for key, value in tensors.items()}
     return tensors
 
 
@@ -162,7 +179,7 @@ def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None
         UserError: too little matches (anything of the network is missing or has another shape), or it is CLIP's
             modified ResNet. Nothing is ever filled with random numbers.
     """
-    plain = {key.removeprefix("module."): value for key, value in tensors.items()}
+    plain = {_WRAPPERS.sub("", key): value for key, value in tensors.items()}
     best: Found | None = None
     for prefix in PREFIXES:
         inner = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}

@@ -265,7 +265,7 @@ def test_predict_finds_by_example_and_knows_another_example_from_it(tmp_path: Pa
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {names[r["category_id"]]: r["bbox"] for r in results} == {"red": [10, 20, 40, 50],
                                                                      "my mug": [80, 30, 70, 80]}  # fmt: skip
-    with pytest.raises(UserError, match="vocabulary differ"):
+    with pytest.raises(UserError, match=r"words or examples was \w+ \(red, my mug\), is"):
         other = detector.query("red", {"my mug": RED})
         predict(detector=detector, files=files, vocabulary=other, out=tmp_path / "out")
 

@@ -14,6 +14,7 @@ from ovd.inference.postprocess import (
     batched_nms,
     best_class_per_region,
     best_pairs,
+    best_per_class,
     pairs_above,
     postprocess,
 )
@@ -25,6 +26,16 @@ def random_boxes(rng: np.random.Generator, count: int, *, grid: bool) -> NDArray
     corner = np.floor(rng.uniform(0, 200, (count, 2)) / step) * step
     side = np.ceil(rng.uniform(1, 100, (count, 2)) / step) * step
     return np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 50])
+def test_the_best_of_each_class_are_those_of_a_sort(count: int) -> None:
+    score_RC = np.random.default_rng(count).integers(0, 5, (7, 4)).astype(np.float32)  # many are equal
+    pairs = [
+        (-score_RC[r, c], r, c) for c in range(4) for r in sorted(range(7), key=lambda r: (-score_RC[r, c], r))[:count]
+    ]
+    found = best_per_class(score_RC, count=count)
+    assert list(zip(-found.score, found.region, found.class_id, strict=True)) == sorted(pairs)
 
 
 @pytest.mark.parametrize("count", [1, 40, 300, 999, 1000, 1001, 2500])

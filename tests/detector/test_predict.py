@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -93,17 +95,103 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(photos: Path, tmp_p
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"vocabulary": Vocabulary.parse("red")}, {"threshold": 0.5}, {"masks": False}])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"vocabulary": Vocabulary.parse("red")},
+            r"words or examples was \w+ \(blue, red, unicorn\), is \w+ \(red\)\.",
+        ),
+        ({"threshold": 0.5}, r"threshold was 0\.\d+, is 0\.5\."),
+        ({"masks": False}, r"masks was True, is False\."),
+    ],
+)
 def test_a_folder_of_another_command_is_refused_unless_overwritten(
-    photos: Path, tmp_path: Path, change: dict[str, object]
+    photos: Path, tmp_path: Path, change: dict[str, object], said: str
 ) -> None:
     run(photos, tmp_path / "out")
     before = (tmp_path / "out" / "results.json").read_bytes()
-    with pytest.raises(UserError, match=f"{next(iter(change))} differ"):
+    with pytest.raises(UserError, match=said):
         run(photos, tmp_path / "out", **change)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     _, runs = run(photos, tmp_path / "out", overwrite=True, **change)
     assert runs == 3
+
+
+def test_other_weights_or_another_calibration_are_another_command(photos: Path, tmp_path: Path) -> None:
+    detector = make_detector(cache_size=0)
+    for card, refused in (({"sha256": "1", "settings": "2"}, False), ({"sha256": "1", "settings": "3"}, True)):
+        detector.card = card
+        with pytest.raises(UserError, match="weights was 1 2, is 1 3") if refused else nullcontext():
+            predict(detector=detector, files=collect([photos]), vocabulary=WORDS, out=tmp_path / "out")
+
+
+def answers(out: Path) -> dict[str, list[int]]:
+    """Name of each picture → classes found in it."""
+    names = {image["id"]: image["file_name"] for image in json.loads((out / "images.json").read_text())["images"]}
+    found: dict[str, list[int]] = {name: [] for name in names.values()}
+    for row in json.loads((out / "results.json").read_text()):
+        found[names[row["image_id"]]].append(row["category_id"])
+    return found
+
+
+def test_a_picture_with_new_content_is_done_again_and_the_others_are_kept(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out")
+    stamp = (photos / "z.bmp").stat()
+    Image.fromarray(picture([("red", 5, 5, 60, 60)])).save(photos / "z.bmp")
+    os.utime(photos / "z.bmp", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # copied with its time: the content tells
+    _, runs = run(photos, tmp_path / "out")
+    assert runs == 1 and answers(tmp_path / "out") == {"a.png": [2, 1], "sub/a.png": [2], "z.bmp": [2]}
+    run(photos, tmp_path / "whole")
+    for file in ("results.json", "images.json", "drawn/z.jpg"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_pictures_that_came_are_added_and_pictures_that_went_are_refused(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out")
+    Image.fromarray(picture([("blue", 5, 5, 60, 60)])).save(photos / "0.png")
+    _, runs = run(photos, tmp_path / "out")
+    assert runs == 1
+    assert answers(tmp_path / "out") == {"0.png": [1], "a.png": [2, 1], "sub/a.png": [2], "z.bmp": []}
+    (photos / "a.png").unlink()
+    with pytest.raises(UserError, match=r"1 of its pictures are not among these, such as a\.png"):
+        run(photos, tmp_path / "out")
+
+
+def test_a_repaired_picture_is_tried_again(photos: Path, tmp_path: Path) -> None:
+    whole = (photos / "z.bmp").read_bytes()
+    (photos / "z.bmp").write_bytes(whole[:900])
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    assert [one["file_name"] for one in run(photos, tmp_path / "out")[0]] == ["z.bmp"]
+    (photos / "z.bmp").write_bytes(whole)
+    failed, runs = run(photos, tmp_path / "out")
+    assert failed == [] and runs == 1 and not (tmp_path / "out" / "failed.json").exists()
+
+
+def test_a_kept_record_that_was_damaged_or_whose_drawing_went_is_made_again(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    next((tmp_path / "out" / "parts").iterdir()).write_bytes(b'{"file_name": ')
+    assert run(photos, tmp_path / "out")[1] == 1
+    (tmp_path / "out" / "drawn" / "z.jpg").unlink()
+    assert run(photos, tmp_path / "out")[1] == 1
+    assert (tmp_path / "out" / "drawn" / "z.jpg").is_file()
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_names_of_any_bytes_and_any_length_go_through_and_come_back(tmp_path: Path) -> None:
+    photos, names = tmp_path / "photos", [b"caf\xe9.png", "长".encode() * 83 + b".png", b"x" * 250 + b".webp"]
+    photos.mkdir()
+    for name in (*names, names[2].replace(b".webp", b".png")):
+        Image.fromarray(picture()).save(photos / "p.png")
+        os.rename(photos / "p.png", os.path.join(os.fsencode(photos), name[-255:]))
+    for _ in range(2):
+        assert run(photos, tmp_path / "out")[0] == []
+    images = json.loads((tmp_path / "out" / "images.json").read_bytes().decode("utf-8"))["images"]
+    stored = {os.fsencode(image["file_name"]) for image in images}
+    assert stored == set(os.listdir(os.fsencode(photos)))
+    drawn = [name for name in os.listdir(tmp_path / "out" / "drawn") if name.endswith(".jpg")]
+    assert len(drawn) == len(set(drawn)) == 4
 
 
 def test_a_folder_with_other_things_in_it_is_refused(photos: Path, tmp_path: Path) -> None:
@@ -176,7 +264,14 @@ def test_words_are_given_in_one_way() -> None:
         main(["x", "--out", "o"])
 
 
-def test_pictures_of_one_name_and_two_kinds_are_drawn_to_two_files() -> None:
-    assert drawn_names(["cat.png", "dog.png", "cat.jpg", "sub/cat.jpg"]) == [
-        "cat.png.jpg", "dog.jpg", "cat.jpg.jpg", "sub/cat.jpg"
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "drawn"),
+    [
+        (["cat.png", "dog.png", "cat.jpg", "sub/cat.jpg"], ["cat.png.jpg", "dog.jpg", "cat.jpg.jpg", "sub/cat.jpg"]),
+        (["a.jpg", "a.png", "a.png.jpg"], ["a.jpg.jpg", "a.png-2.jpg", "a.png.jpg"]),
+        (["a.jpg", "a.jpg.bmp", "a.png"], ["a.jpg-2.jpg", "a.jpg.jpg", "a.png.jpg"]),
+        (["A.jpg", "a.png"], ["A.jpg.jpg", "a.png.jpg"]),
+    ],
+)
+def test_no_picture_is_drawn_over_another(names: list[str], drawn: list[str]) -> None:
+    assert drawn_names(names) == drawn

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ovd.text import TextEmbedder, embed_phrases, embed_vocabulary
+from ovd.text import TextEmbedder, cut_phrases, embed_phrases, embed_vocabulary
 from ovd.vocabulary import TEMPLATES_63, Vocabulary
-from tests.detector.fakes import WordEncoder
+from pretrain.nets.towers import ClipTokenizer
+from tests.detector.fakes import WordEncoder, make_detector, picture
 
 
 def test_a_class_is_the_normalised_mean_over_synonyms_and_templates() -> None:
@@ -80,3 +81,44 @@ def test_file_cache_saves_encoding_and_belongs_to_one_encoder(tmp_path: Path) ->
     other = Other()
     embed_vocabulary(vocabulary, other, cache_dir=tmp_path)
     assert other.encoded
+
+
+class ShortEncoder(WordEncoder):
+    """CLIP's tokenizer, of 32 tokens with those that open and close a text."""
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        super().tokenize(texts)
+        return ClipTokenizer(32)(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("dog", False),
+        (" ".join(["dog"] * 30), False),
+        (" ".join(["dog"] * 31), True),
+        ("a rather long name of a thing, which is still read whole", False),
+        ("\u6905\u5b50" * 12, True),
+        ("\u6905\u5b50" * 3, False),
+        ("x" * 5000, True),
+    ],
+)
+def test_names_whose_end_is_not_read_are_told_apart(name: str, cut: bool) -> None:
+    vocabulary = Vocabulary.of(["cat", name], templates=["{}"])
+    assert cut_phrases(vocabulary, ShortEncoder()) == ([name] if cut else [])
+
+
+def test_the_longest_prompt_counts_and_synonyms_do() -> None:
+    words = " ".join(["dog"] * 25)
+    vocabulary = Vocabulary.parse(f"cat: {words}", templates=["{}", "a picture of the old {} there"])
+    assert cut_phrases(vocabulary, ShortEncoder()) == [words]
+    assert cut_phrases(vocabulary, WordEncoder()) == []
+
+
+def test_a_detector_gives_a_notice_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = make_detector()
+    monkeypatch.setattr("ovd.detector.cut_phrases", lambda vocabulary, encoder: ["red"])
+    detector.set_classes("red, blue")
+    (notice,) = detector.detect(picture()).notices
+    assert notice == "Longer than the text encoder reads, the end is ignored: red"
+    assert detector.query(detector.vocabulary).notices == (notice,)

@@ -6,18 +6,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.engine import distributed
+from pretrain.engine import distributed, faults
+from pretrain.engine.errors import UserError
 from pretrain.engine.loop import Stopped
 from tests.engine.toy import WIDTH, Contrastive, Everything, Mean, Numbers, train
 
@@ -57,7 +61,9 @@ def everything(folder: Path) -> None:
     train(Mean(), folder / "accumulated", Numbers(30, dtype=torch.float64), **EXACT | {"accumulate": 2})
     resume(folder)
     nonfinite(folder)
+    hanging(folder)
     unreadable(folder)
+    lost(folder)
 
 
 def gradients(folder: Path) -> None:
@@ -123,6 +129,29 @@ def nonfinite(folder: Path) -> None:
     source.dtype = torch.float64
     train(task, folder / "nonfinite", source, steps=4)
     torch.save(task.state_dict(), folder / f"nonfinite_{distributed.rank()}.pt")
+
+
+def hanging(folder: Path) -> None:
+    """Process 1 stays away from step 3, longer than the others are patient; then it comes."""
+    faults.PATIENCE = 0.5
+    task = Everything()
+    task.before = lambda call: time.sleep(2.5) if call == 2 and distributed.rank() == 1 else None
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        train(task, folder / "hanging", steps=4)
+    faults.PATIENCE = 300.0
+    (folder / f"hanging_{distributed.rank()}.txt").write_text(said.getvalue())
+
+
+def lost(folder: Path) -> None:
+    """Process 1 is gone in step 3; nothing can be done together after that."""
+    task = Everything()
+    task.before = lambda call: os._exit(0) if call == 2 and distributed.rank() == 1 else None
+    try:
+        train(task, folder / "lost", steps=4)
+    except UserError as error:
+        (folder / "lost.txt").write_text(str(error))
+    os._exit(0)
 
 
 def unreadable(folder: Path) -> None:

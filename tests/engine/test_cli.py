@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -372,3 +376,38 @@ def test_suggestions() -> None:
     assert did_you_mean("Stpes", ["steps", "seed"]) == " - did you mean 'steps'?"
     assert did_you_mean("zzz", ["steps"]) == ""
     assert shorten("x" * 100, 10) == "xxxxxxx..."
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EMFILE])
+def test_a_fault_of_the_machine_is_one_line_whichever_call_met_it(
+    code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(argv: list[str]) -> None:
+        raise OSError(code, os.strerror(code), "runs/model.json")
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(fails, [])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: runs/model.json: {os.strerror(code)}; ") and said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_copied_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda argv: shutil.copytree(tmp_path / "from", tmp_path / "to") and None, [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/from/link cannot be copied to {tmp_path}/to/link: ")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("of a library"), FileNotFoundError(2, "No such file", "x"), OSError(9999, "?")]
+)
+def test_other_errors_of_files_are_defects(error: OSError) -> None:
+    def fails(argv: list[str]) -> None:
+        raise error
+
+    with pytest.raises(OSError, match=re.escape(str(error))) as raised:
+        run_cli(fails, [])
+    assert raised.value is error

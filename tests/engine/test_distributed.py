@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,19 @@ def test_a_nan_in_one_process_is_skipped_by_all_and_its_samples_are_named(pair: 
 
 def test_unreadable_images_of_all_processes_are_listed_in_one_file(pair: Path) -> None:
     assert {entry["index"] for entry in lines(pair / "unreadable" / "bad_images.jsonl")} == {1, 5}
+
+
+def test_processes_that_wait_for_each_other_say_where_they_are(pair: Path) -> None:
+    for rank in range(2):
+        said = (pair / f"hanging_{rank}.txt").read_text()
+        assert re.search(rf"warning: process {rank} \(pid \d+\) has been in step 3 \(forward and backward\) for", said)
+        assert said.count("warning") == 1, said
+
+
+def test_a_process_whose_others_are_gone_ends_with_its_rank_and_step(pair: Path) -> None:
+    assert re.match(
+        r"process 0 lost the others after step 2 \(.*continue with --resume", (pair / "lost.txt").read_text()
+    )
 
 
 def test_another_number_of_processes_may_resume_with_a_warning(

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
+from pretrain.engine.files import fitting_name, read_json, require_writable, write_atomically
 
 
 def test_content_is_read(tmp_path: Path) -> None:
@@ -39,3 +40,25 @@ def test_missing_files_and_folders_say_what_was_expected(tmp_path: Path) -> None
         read_json(tmp_path / "card.json", hint="export it again")
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)\.$"):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize("stem", ["a", "x" * 300, "长" * 100, os.fsdecode(b"caf\xe9" * 80)])
+def test_a_name_that_is_too_long_is_cut_and_stays_its_own(stem: str) -> None:
+    name = fitting_name(stem, ".jpg")
+    assert len(os.fsencode(name)) <= 255 and name.endswith(".jpg")
+    assert (name == stem + ".jpg") == (len(os.fsencode(stem)) <= 251)
+    assert name != fitting_name(stem + "y", ".jpg")
+
+
+def test_files_with_the_longest_names_are_written(tmp_path: Path) -> None:
+    path = tmp_path / ("长" * 84 + ".jp")  # 255 bytes
+    write_atomically(path, b"x")
+    assert path.read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file"):
+        require_writable(tmp_path / "file")

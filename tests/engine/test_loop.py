@@ -363,3 +363,20 @@ def test_precision_is_that_of_matrix_products(tmp_path: Path, precision: str, ex
     train(Product(), tmp_path / "run", precision=precision, steps=1)
     assert seen == [expected]
     assert load_weights(tmp_path / "run/last/model.safetensors")[0]["layer.weight"].dtype == torch.float32
+
+
+def test_a_run_says_early_how_long_it_takes_and_what_space(tmp_path: Path) -> None:
+    train(Everything(), tmp_path / "run", steps=12, save_every=100)
+    log = (tmp_path / "run" / "train.log").read_text()
+    said = re.search(
+        r"about 0:00:0\d for 7 more steps, evaluations apart; checkpoints need (\S+) GiB in .*run, \S+ GiB", log
+    )
+    assert said is not None and log.index("about") < log.index("step 6/12")
+    size = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / "step_12").iterdir())
+    assert float(said[1]) * 2**30 < 3 * 2 * size, "what a checkpoint is, thrice"
+
+
+def test_a_milestone_after_the_last_step_is_told(tmp_path: Path) -> None:
+    train(Everything(), tmp_path / "run", steps=4, schedule="step", milestones=(3, 4, 9), warmup_steps=0)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "warning: optim.milestones [4, 9]: not before the last step (4), so without effect" in log

@@ -159,7 +159,8 @@ def test_training_on_lvis_hides_rare_labels_and_finds_the_pictures(tmp_path: Pat
     from PIL import Image
 
     (tmp_path / "val2017").mkdir()
-    Image.new("RGB", (100, 100), "red").save(tmp_path / "val2017" / "000000000001.jpg")
+    for number in (1, 3):
+        Image.new("RGB", (100, 100), "red").save(tmp_path / "val2017" / f"{number:012}.jpg")
     (tmp_path / "gt.json").write_text(json.dumps(small()))
     split = split_of("lvis", small(), where="gt.json")
     images = CocoImages(images=tmp_path, annotations=tmp_path / "gt.json", split=split, labels="base")

@@ -268,3 +268,26 @@ def test_data_specifications(text: str, expected: DataSpec) -> None:
 def test_unknown_data_specifications_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"expected stickers-val\[:COUNT\[:SEED\]\], coco"):
         DataSpec.parse(text)
+
+
+def test_vilds_release_in_full_takes_more_regions_limits_classes_and_averages_synonyms(
+    photos: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, path, gt = photos
+    gt["categories"][0]["synonyms"] = ["red", "crimson", "crimson"]
+    path.write_text(json.dumps(gt))
+    asked: dict[str, Any] = {}
+
+    def load(cls: type[Detector], weights: str, **options: Any) -> Detector:
+        asked.update(options)
+        return make_detector()
+
+    monkeypatch.setattr(Detector, "load", classmethod(load))
+    monkeypatch.setattr("ovd.weights.detector_folder", lambda weights: Path("nowhere"))
+    arguments = ["--weights", "x", "--data", f"coco:{folder}:{path}", "--vild", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert asked["regions"] == 1000 and asked["crop_refinement"] == 0
+    run = json.loads((tmp_path / "out" / "metrics.json").read_text())["run"]
+    assert run["vild"] is True and run["synonyms"] == 1 and run["words"] == 4
+    with pytest.raises(UserError, match="--vild goes with published scores"):
+        main([*arguments, "--scores", "calibrated"])

@@ -23,6 +23,7 @@ def write(folder: Path, names: dict[int, str]) -> Path:
         "annotations": annotations,
         "categories": [{"id": i, "name": n} for i, n in names.items()],
     }
+    (folder / "1.png").touch()
     path = folder / "gt.json"
     path.write_text(json.dumps(content))
     return path

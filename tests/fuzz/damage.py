@@ -6,12 +6,25 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from pretrain.engine.errors import UserError
+
 Path = tuple[str | int, ...]
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "55"))  # of each of nine tests; `make fuzz` runs more
+FUZZ = settings(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
+    suppress_health_check=[
+        HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example,
+        HealthCheck.function_scoped_fixture,
+    ],
+)  # fmt: skip
 
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 1.0, 0.5, 2.5, 1e300, -1e300, 10**30, float("nan"), float("inf"), float("-inf"),
@@ -77,3 +90,34 @@ def files(draw: st.DrawFn, document: Any) -> tuple[str, bytes]:
         return ".json", data
     packed = gzip.compress(data, mtime=0)
     return ".json.gz", packed[: draw(st.integers(0, len(packed)))] if draw(st.booleans()) else packed
+
+
+@st.composite
+def broken(draw: st.DrawFn, data: bytes) -> bytes:
+    """Bytes with one to three damages: bits flipped, a part cut out, put in, filled with zeros, or doubled."""
+    for _ in range(draw(st.integers(1, 3))):
+        how = draw(st.sampled_from(["flip", "cut", "insert", "zero", "double", "end"]))
+        # Headers are short and decide most: half of the damages are near the beginning.
+        first = draw(st.integers(0, min(64, len(data)))) if draw(st.booleans()) else draw(st.integers(0, len(data)))
+        length = draw(st.integers(1, 64))
+        if how == "flip" and first < len(data):
+            data = data[:first] + bytes([data[first] ^ 1 << draw(st.integers(0, 7))]) + data[first + 1 :]
+        elif how == "cut":
+            data = data[:first] + data[first + length :]
+        elif how == "insert":
+            data = data[:first] + draw(st.binary(max_size=16)) + data[first:]
+        elif how == "zero":
+            data = data[:first] + bytes(min(length, len(data) - first)) + data[first + length :]
+        elif how == "double":
+            data = data[: first + length] + data[first:]
+        elif how == "end":
+            data = data[:first]
+    return data
+
+
+def one_line_of(error: UserError, *names: str) -> None:
+    """An error that a person can act on: one line, of a length that is read, that names the thing."""
+    text = str(error)
+    assert "\n" not in text, f"more than one line: {text}"
+    assert any(name in text for name in names), f"names nothing: {text}"
+    assert len(text) < 2_000, f"{len(text)} characters"

@@ -86,7 +86,7 @@ def test_two_spellings_are_one_class(folder: Path) -> None:
         ({"part": "val", "labels": None, "annotations": ["nosplit.json"]}, "has split 'val'"),
         ({"annotations": ["broken.json"]}, "no boxes in COCO's format"),
         ({"min_score": 1.0, "labels": None, "annotations": ["pseudo.json.gz"]}, "leaves anything"),
-        ({"images": Path("elsewhere")}, "data.images must be the folder"),
+        ({"images": Path("elsewhere")}, "pictures are not there, such as elsewhere"),
     ],
 )
 def test_errors_name_the_file_or_the_key(folder: Path, change: dict[str, Any], message: str) -> None:

@@ -225,8 +225,11 @@ def test_coco_boxes_and_fingerprint(photos: Path, tmp_path: Path) -> None:
     content["annotations"][0]["bbox"][0] += 1
     (moved / "gt.json").write_text(json.dumps(content))
     assert CocoImages(moved / "gt.json", moved).boxes_fingerprint() != images.boxes_fingerprint()
+    (moved / "a.png").write_bytes(b"no picture")
     with pytest.raises(BadImageError):
-        CocoImages(photos / "gt.json", tmp_path).image(0)
+        CocoImages(moved / "gt.json", moved).image(0)
+    with pytest.raises(UserError, match=r"gt\.json: 3 of its 3 pictures are not there, such as .*; is .* the folder"):
+        CocoImages(photos / "gt.json", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"images": [{"id": 1}]}', '{"images": []}'])

@@ -20,6 +20,7 @@ from pretrain.methods import memory as methods_memory
 from pretrain.methods.build import build_method
 from pretrain.nets.heads import mlp
 from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, standardised
+from pretrain.train import smaller_comparison
 from tests.ssl.small import Views
 from tests.ssl.ssl_cases import METHODS, section, small_method
 
@@ -188,3 +189,18 @@ def test_no_unit_of_a_head_is_normalised_alone() -> None:
     for hidden, groups in ((4096, 16), (128, 16), (68, 4), (16, 2), (6, 1)):
         norm = mlp([5, hidden, 3], norm="gn_ws")[1]
         assert isinstance(norm, nn.GroupNorm) and (norm.num_groups, norm.num_channels) == (groups, hidden)
+
+
+@pytest.mark.parametrize(
+    ("config", "accumulate", "said"),
+    [
+        ("pretrain/simclr.yaml", 4, "the negatives of simclr are the 32 samples of a pass, not the 128 of a step"),
+        ("pretrain/simclr.yaml", 1, None),
+        ("pretrain/barlow_twins.yaml", 2, "samples of the cross-correlation of barlow_twins"),
+        ("pretrain/simsiam.yaml", 2, None),
+        ("paper/clip.yaml", 2, "set method.chunk in place of it"),
+    ],
+)
+def test_accumulation_that_changes_what_is_compared_is_told(config: str, accumulate: int, said: str | None) -> None:
+    warning = smaller_comparison(load_config(PretrainConfig, config, [f"loop.accumulate={accumulate}"]))
+    assert (warning is None) == (said is None) and (said or "") in (warning or "")

@@ -119,7 +119,7 @@ def test_configs__hold_the_published_recipe() -> None:
         10,
         100,
         False,
-        False,
+        True,
     )
     assert up.loop.steps == round(60 * 1_281_167 / 256) and up.optim.milestones == (round(40 * 1_281_167 / 256),)
     fine = load_config(DetrTrainConfig, ROOT / "configs/paper/detr.yaml")

@@ -25,10 +25,11 @@ import numpy as np
 
 from pretrain.data import render
 from pretrain.data.dice import Dice
-from pretrain.data.folder import list_images, read_image
+from pretrain.data.folder import EXTENSIONS, list_images, read_image
 from pretrain.data.render import U8, Sprite
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.identity import files_identity, text_identity
 
 Split = Literal["train", "val"]
 
@@ -132,6 +133,17 @@ class Stickers:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sprites": {}}  # a worker decodes what it draws
+
+    def identity(self) -> dict[str, str]:
+        """Tables, and the content of the drawings and photos."""
+        names = []
+        for where, folders, files in os.walk(self.root):
+            folders[:] = [f for f in folders if Path(where).name != "sprites" or f in self.drawings]
+            names += [os.path.relpath(os.path.join(where, f), self.root) for f in files if f.endswith(EXTENSIONS)]
+        return {
+            **files_identity("drawings and photos", self.root, sorted(names)),
+            "tables": text_identity(self.split_hash, self.extra_hash),
+        }
 
     def drawable(self, split: Split) -> tuple[int, ...]:
         """Sorted ids of the classes that have a sprite in a style of `split`."""

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint files as people have them: figures of numpy beside the weights, wrappers, other suffixes, pointers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pretrain.engine.checkpoint import load_weights
+from pretrain.engine.errors import UserError
+from pretrain.nets.checkpoints import find_resnet, read_tensors
+from pretrain.nets.resnet import ResNet
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3)}
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 46830571\n"
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(1), np.int64(3), np.bool_(True), np.float16(2)])
+def test_figures_of_numpy_beside_the_weights_are_read(tmp_path: Path, number: object) -> None:
+    torch.save({"state_dict": TENSORS, "best": number}, tmp_path / "c.pth")
+    assert torch.equal(read_tensors(tmp_path / "c.pth")["a.weight"], TENSORS["a.weight"])
+
+
+class Runs:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("held", [Runs(), np.array([Runs()], dtype=object), {"deep": [Runs()]}])
+def test_what_runs_code_is_still_refused(tmp_path: Path, held: object, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": TENSORS, "best": held}, tmp_path / "c.pth")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"c\.pth: cannot be read as weights only"):
+        read_tensors(tmp_path / "c.pth")
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_that_wrappers_leave_are_taken_off(tmp_path: Path, wrapper: str) -> None:
+    state = nn.Sequential(nn.Conv2d(1, 1, 1)).state_dict()
+    torch.save({f"{wrapper}{name}": value for name, value in state.items()}, tmp_path / "c.pth")
+    assert read_tensors(tmp_path / "c.pth").keys() == state.keys()
+    network = {f"{wrapper}{name}": value for name, value in ResNet(depth=18, stem="imagenet").state_dict().items()}
+    assert find_resnet(network, source="x").missing == ()
+
+
+@pytest.mark.parametrize("name", ["w.SAFETENSORS", "w.bin", "w.pth", "w"])
+def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+    save_file(TENSORS, tmp_path / "w.tmp")
+    (tmp_path / "w.tmp").rename(tmp_path / name)
+    assert torch.equal(read_tensors(tmp_path / name)["a.weight"], TENSORS["a.weight"])
+
+
+@pytest.mark.parametrize("read", [read_tensors, load_weights])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path: Path, name: str, read: Any) -> None:
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(UserError, match=r"a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"):
+        read(tmp_path / name)
+
+
+def test_a_bare_pickle_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "c.pth").write_bytes(b"\x80\x04}\x94\x8c\x01a\x94K\x01s.")  # {"a": 1}
+    with pytest.raises(UserError, match=r"c\.pth: "):
+        read_tensors(tmp_path / "c.pth")
