@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ovd.calibrate import fit_labels
 from ovd.config import DataConfig
 from ovd.convert import main as convert
+from ovd.embed import PicturesConfig, make_images
 from ovd.evaluate import main as evaluate
 from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.model import pictures_of
@@ -48,6 +49,18 @@ def test_training_sees_the_same_pictures_boxes_and_classes(kind: str, sets: dict
         assert (one.image == other.image).all()
         assert np.abs(one.boxes - other.boxes).max() <= 0.5
         assert [images.names[i] for i in one.classes] == [reference.names[i] for i in other.classes]
+
+
+@pytest.mark.parametrize("kind", ["yolo", "voc", "auto"])
+def test_regions_are_embedded_of_the_pictures_that_are_trained_on(kind: str, sets: dict[str, Path]) -> None:
+    path = str(sets["voc" if kind == "voc" else "yolo"])
+    section = {"kind": kind, "annotations": path}
+    trained = labelled_images(DataConfig.model_validate({**section, "split": "all", "labels": "all"}))
+    embedded = make_images(PicturesConfig.model_validate(section))
+    assert list(embedded.ids) == [trained.load(index).image_id for index in range(2)]
+    assert (embedded.image(0) == trained.load(0).image).all()
+    with pytest.raises(ValidationError, match=rf"pictures\.kind {kind} needs pictures\.annotations"):
+        PicturesConfig.model_validate({"kind": kind})
 
 
 def test_a_part_is_chosen_and_one_that_is_not_there_is_named(sets: dict[str, Path]) -> None:
