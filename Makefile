@@ -72,8 +72,9 @@ $(VENV)/.installed: $(VENV)/.python requirements.lock pyproject.toml scripts/bui
 	$(BIN)/python scripts/build_detectron2.py
 	@touch $@
 
+# --no-deps: the lock file is complete, and leaves out the second OpenCV that trackers asks for.
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
-	$(PIP) install -r requirements-dev.lock
+	$(PIP) install --no-deps -r requirements-dev.lock
 	@touch $@
 
 $(VENV)/.installed-rebuild: $(VENV)/.installed requirements-rebuild.lock

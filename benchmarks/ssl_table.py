@@ -96,9 +96,9 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
         from pretrain.config_views import InputSpec
         from pretrain.evaluation.data import open_data
         from pretrain.evaluation.linear import SMALL
+        from pretrain.evaluation.probe import evaluate
         from pretrain.export import read_source
         from pretrain.nets.backbones import build_backbone
-        from pretrain.probe import evaluate
 
         torch.set_num_threads(1)
         torch.manual_seed(seed)

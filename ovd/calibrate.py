@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m ovd.calibrate --weights FOLDER``: make a detector's scores mean something, and report how well they do.
+"""``wordbox calibrate --weights FOLDER``: make a detector's scores mean something, and report how well they do.
 
 Fits, on scenes of their own (seed 1000; evaluation uses seed 0) and base words only, the temperature and the objectness
 exponent by average precision, then slope and offset by likelihood, then the default threshold: the score an absent word
@@ -9,8 +9,9 @@ fitted on the training styles would promise too much.
 
 Then the same is done once more with every word replaced by one crop in a training style: what a crop's score means.
 
-A detector of photographs is fitted on photos that it was not trained on:
-``python -m ovd.calibrate --weights FOLDER --data coco:IMAGES:ANNOTATIONS.json [--labels TABLE.json] [--part val]``.
+With ``--data`` pictures with labels take the scenes' place: half of them are fitted on, the others measured. What a
+crop's score means stays as it is then. A detector of photographs (``model.arch: fvlm``) takes a COCO file, and photos
+of one thing beside it (``--labels TABLE.json``), which it was not trained on.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
     from ovd.detector import Detector
     from ovd.evaluation.reliability import Reliability
     from ovd.evaluation.typed import Outcome, TypedScene
+    from ovd.formats.labels import Labels
     from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
+    from ovd.vocabulary import Vocabulary
     from pretrain.data.stickers import Stickers
 
 ABSENT_WORDS = 10
@@ -172,32 +176,122 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     return fit(centred_scenes, scorer)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line.
+def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
+    """What scores a detector's regions for words, before anything is fitted."""
+    from ovd.inference.scorers import CalibratedScorer
+    from ovd.inference.scoring import Calibration
+
+    return CalibratedScorer(
+        rows=detector.text.embed(vocabulary),
+        background_words=detector.model.background_words,
+        background=detector.model.background,
+        calibration=Calibration(),
+    )
+
+
+def calibrate_on_scenes(args: argparse.Namespace) -> int:
+    """Fit on some Sticker Scenes, words and examples; measure on others."""
+    from ovd.detector import Detector
+    from pretrain.data.stickers import Stickers
+
+    folder, count, size = Path(args.weights), args.scenes, args.size
+    detector = Detector.load(
+        folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
+    )
+    stickers = Stickers.load()
+    scorer = scorer_of(detector, detector.resolve(list(stickers.nouns)))
+    scenes = typed_scenes(detector, stickers, seed=1000, count=count, size=size, base_only=True)
+    fitted = fit(scenes, scorer)
+    if detector.examples is not None:
+        fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
+    others = typed_scenes(detector, stickers, seed=2000, count=count, size=size, base_only=False)
+    figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
+    write_card(folder / "model.json", calibration=asdict(fitted), crop_refinement=detector.crop_refinement)
+    report(
+        args,
+        {"crop_refinement": detector.crop_refinement, "calibration": asdict(fitted), "other_scenes": figures},
+        curve,
+        caption="typed words, scenes that were not fitted on",
+    )
+    return 0
+
+
+def calibrate_on_labels(args: argparse.Namespace) -> int:
+    """Fit the words' scores on half of the pictures of a data set; measure on the other half."""
+    from ovd.detector import Detector
+    from ovd.evaluation.labelled_scenes import labels_of
+
+    if args.labels:
+        raise UserError(f"--labels: {args.weights} is no detector of photographs (model.arch fvlm); leave it out")
+    labels = labels_of(args.data, part=args.part)
+    folder = Path(args.weights)
+    detector = Detector.load(
+        folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
+    )
+    fitted, figures, curve = fit_labels(detector, labels, count=args.scenes)
+    write_card(folder / "model.json", calibration=asdict(fitted), crop_refinement=detector.crop_refinement)
+    report(
+        args,
+        {"data": args.data, "calibration": asdict(fitted), "other_half": figures},
+        curve,
+        caption="typed words, half of the pictures",
+    )
+    return 0
+
+
+def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calibration, dict[str, float], Reliability]:
+    """The fit on half of a data set's pictures, at most ``count``, and what `measure` says on as many others.
 
     Raises:
-        UserError: no detector in the folder, or too few scenes.
+        UserError: see `labelled_scenes`; or scores without any relation to the labels.
     """
-    parser = argparse.ArgumentParser(prog="python -m ovd.calibrate", description=__doc__)
-    add = parser.add_argument
+    from ovd.evaluation.labelled_scenes import labelled_scenes, vocabulary_of
+
+    scenes = labelled_scenes(detector, labels, count=count, absent=ABSENT_WORDS)
+    scorer = scorer_of(detector, vocabulary_of(scenes, detector))
+    fitted = fit(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
+    if fitted.slope <= 0:  # of a raw score: the better it is, the less likely it is right
+        raise UserError(
+            f"--data {labels.where}: this detector's scores say nothing about these labels (the better a score, the "
+            "less often it is right); train it on such pictures first. Nothing was changed"
+        )
+    return fitted, *measure(scenes.report, replace(scorer, calibration=fitted), {})
+
+
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser(
+        "wordbox calibrate", "Make a detector's scores mean something, and report how well they do.", details=__doc__
+    )
+    add = flags.add_argument
     add("--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten")
-    add("--scenes", type=int, default=150, help="scenes for the fit, and again for the report")
-    add("--data", metavar="coco:IMAGES:ANNOTATIONS.json", help="photos with boxes, for a detector of photographs")
-    add("--labels", type=Path, metavar="TABLE.json", help="with --data: file name -> nouns, photos of one thing")
-    add("--part", help="with --data: only images whose `split` in the file is this")
-    add("--size", type=int, default=256, help="side of the scenes in pixels")
-    add("--crop-refinement", "--second-look", type=int, metavar="N",
+    add("--data", metavar="SPEC", help="labelled pictures to fit on: data.yaml, COCO .json or folder, with :PART "
+        "or not (default: Sticker Scenes)")  # fmt: skip
+    add("--labels", type=Path, metavar="TABLE.json",
+        help="with --data and a detector of photographs: file name -> nouns, photos of one thing")  # fmt: skip
+    add("--part", help="with --data: only pictures of this part")
+    add("--scenes", type=integer(10), default=150,
+        help="scenes or pictures for the fit, and again for the report (default 150)")  # fmt: skip
+    add("--size", type=integer(64, 2048), default=256, help="side of the scenes in pixels (default 256)")
+    add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
         help="regions of a picture that the image encoder embeds as crops too, from now on (default: as in "
         "model.json)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--report", type=Path, metavar="FILE.json", help="write the figures there too")
     add("--plot", type=Path, metavar="FILE.svg", help="draw score against share correct")
-    args = parser.parse_args(argv)
+    return flags
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        UserError: a wrong flag, or no detector in the folder.
+    """
+    args = parser().parse_args(argv)
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
-    if args.scenes < 10:
-        raise UserError(f"--scenes {args.scenes}: at least 10 are needed to fit anything")
     if (args.labels or args.part) and not args.data:
         raise UserError("--labels and --part go with --data")
     return args
@@ -206,7 +300,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     args = parse(argv)
-    return calibrate_on_photos(args) if args.data else calibrate_on_stickers(args)
+    if not args.data:
+        return calibrate_on_scenes(args)
+    model = read_json(Path(args.weights) / "model.json").get("model", {})
+    return calibrate_on_photos(args) if model.get("arch") == "fvlm" else calibrate_on_labels(args)
 
 
 def calibrate_on_photos(args: argparse.Namespace) -> int:
@@ -261,41 +358,6 @@ def report(args: argparse.Namespace, figures: dict[str, Any], curve: Reliability
         write_atomically(args.plot, reliability_svg(curve, title=title, caption=caption).encode())
     if args.report:
         write_atomically(args.report, (text + "\n").encode())
-
-
-def calibrate_on_stickers(args: argparse.Namespace) -> int:
-    """Fit on some scenes, measure on others."""
-    folder = Path(args.weights)
-
-    from ovd.detector import Detector
-    from ovd.inference.scorers import CalibratedScorer
-    from ovd.inference.scoring import Calibration
-    from pretrain.data.stickers import Stickers
-
-    detector = Detector.load(
-        folder, device=args.device, cache_size=0, crop_refinement=args.crop_refinement, masks=False
-    )
-    stickers, model = Stickers.load(), detector.model
-    scorer = CalibratedScorer(
-        rows=detector.text.embed(detector.resolve(list(stickers.nouns))),
-        background_words=model.background_words,
-        background=model.background,
-        calibration=Calibration(),
-    )
-    scenes = typed_scenes(detector, stickers, seed=1000, count=args.scenes, size=args.size, base_only=True)
-    fitted = fit(scenes, scorer)
-    if detector.examples is not None:
-        fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
-    others = typed_scenes(detector, stickers, seed=2000, count=args.scenes, size=args.size, base_only=False)
-    figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
-    write_card(folder / "model.json", calibration=asdict(fitted), crop_refinement=detector.crop_refinement)
-    report(
-        args,
-        {"crop_refinement": detector.crop_refinement, "calibration": asdict(fitted), "other_scenes": figures},
-        curve,
-        caption="typed words, scenes that were not fitted on",
-    )
-    return 0
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ class CutConfig(Section):
 class DataConfig(Section):
     """Labelled pictures for detection."""
 
-    kind: Literal["stickers", "coco"] = Field("stickers", description="Sticker Scenes, or photos with COCO annotations")
+    kind: Literal["stickers", "coco", "yolo", "voc", "auto"] = Field(
+        "stickers", description="Sticker Scenes, or photos with labels in one of three formats; auto: recognised"
+    )
     labels: Literal["base", "all"] = Field(
         "base", description="base: novel annotations never reach training; all: the oracle"
     )
@@ -157,8 +159,15 @@ class DataConfig(Section):
     length: int = Field(4000, ge=1, description="number of different scenes (stickers)")
     size: int = Field(256, ge=64, le=2048, description="side of a scene in pixels (stickers)")
     extra_styles: bool = Field(False, description="scenes in the further training styles too (stickers)")
-    images: str | None = Field(None, description="folder of pictures (coco)")
-    annotations: str | None = Field(None, description="COCO instances file (coco)")
+    images: str | None = Field(None, description="folder of pictures (coco; else looked for)")
+    annotations: str | None = Field(
+        None, description="COCO instances file, YOLO's data.yaml, or the folder of a data set (not stickers)"
+    )
+    part: str | None = Field(
+        None,
+        description="only pictures of this part: train, val, …; null: train, where a data set has one (coco: all)",
+        json_schema_extra=LATER,
+    )
     split: str = Field(
         "stickers", description="base/novel split: stickers, ovcoco, lvis, all (every category is base) or a split file"
     )
@@ -180,8 +189,10 @@ class DataConfig(Section):
     def _coco_files(self) -> DataConfig:
         if self.kind == "coco" and not (self.images and self.annotations):
             raise ValueError("data.kind coco needs data.images and data.annotations")
+        if self.kind in ("yolo", "voc", "auto") and not self.annotations:
+            raise ValueError(f"data.kind {self.kind} needs data.annotations: a data.yaml or the folder of a data set")
         if self.kind == "stickers" and self.split != "stickers":
-            raise ValueError("data.split belongs to data.kind coco; stickers have a split of their own, and labels=all")
+            raise ValueError("data.split belongs to photos; stickers have a split of their own, and labels=all")
         return self
 
 

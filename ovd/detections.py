@@ -7,7 +7,7 @@ Shapes: C classes, n detections, M mask side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -166,7 +166,11 @@ class Detections:
 
     def above(self, threshold: float) -> Detections:
         """The detections with at least this score; equals asking again with a higher threshold."""
-        keep = np.flatnonzero(self.confidence >= threshold)
+        chosen = self.chosen(np.flatnonzero(self.confidence >= threshold))
+        return replace(chosen, threshold=max(threshold, self.threshold))
+
+    def chosen(self, keep: NDArray[np.int64]) -> Detections:
+        """Some of the detections, by index."""
         return Detections(
             xyxy=self.xyxy[keep],
             confidence=self.confidence[keep],
@@ -175,7 +179,7 @@ class Detections:
             size=self.size,
             names=self.names,
             best=self.best,
-            threshold=max(threshold, self.threshold),
+            threshold=self.threshold,
             region=self.region[keep],
             box_masks=None if self.box_masks is None else self.box_masks[torch.from_numpy(keep)],
             notices=self.notices,

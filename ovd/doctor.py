@@ -9,7 +9,6 @@ A finding is ``ok``, ``note`` (something optional is absent or different) or ``W
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -26,6 +25,7 @@ from typing import Literal
 
 from ovd.weights import DEFAULT, problems, read_manifest, weights_root
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.flags import CommandParser
 
 Level = Literal["ok", "note", "WRONG"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,10 @@ PACKAGES = (
 )
 OPTIONAL = {
     "tensorboard": "curves of a training run beside metrics.jsonl",
-    "supervision": "Detections.to_supervision()",
+    "supervision": "Detections.to_supervision(), --tiles, videos",
+    "av": "annotated videos",
+    "pillow-heif": "HEIC pictures",
+    "argcomplete": "completion in the shell",
     "ray": "embedding and predicting on several machines (`ray[data]`)",
 }
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -263,13 +266,16 @@ def report(findings: Iterable[Finding]) -> str:
     return "\n".join(lines)
 
 
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser("wordbox doctor", "Say what is installed and what is wrong.")
+    flags.add_argument("--json", action="store_true", help="print the findings as a JSON list")
+    return flags
+
+
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ovd.doctor", description="Say what is installed and what is wrong."
-    )
-    parser.add_argument("--json", action="store_true", help="print the findings as a JSON list")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     findings = examine()
     print(json.dumps([asdict(finding) for finding in findings], indent=2) if options.json else report(findings))
     return 1 if any(finding.level == "WRONG" for finding in findings) else 0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from pretrain.engine.cli import command_line
-from pretrain.engine.config import FREE, Section
+from pretrain.engine.config import FREE, LATER, Section
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
 from pretrain.engine.stages import require_stages
@@ -35,23 +35,31 @@ GROUND_TRUTH = "ground-truth"
 class PicturesConfig(Section):
     """The pictures whose regions are embedded; the same values as in ``data`` of the training."""
 
-    kind: Literal["stickers", "coco", "folder"] = Field(
-        "stickers", description="Sticker Scenes, photos with a COCO annotation file, or a folder of photos."
+    kind: Literal["stickers", "coco", "yolo", "voc", "auto", "folder"] = Field(
+        "stickers",
+        description="Sticker Scenes, photos with labels (auto: in whatever form they are), or a folder of photos.",
     )
     split: Literal["train", "val"] = Field("train", description="Styles and photos the scenes are made of (stickers).")
     seed: int = Field(0, ge=0, description="Seed of the scenes (stickers).")
     length: int = Field(4000, ge=1, description="How many scenes (stickers); a training may use fewer.")
     size: int = Field(256, ge=64, le=2048, description="Side of a scene in pixels (stickers).")
     extra_styles: bool = Field(False, description="Scenes in the further training styles too (stickers).")
-    images: str | None = Field(None, description="Folder of pictures (coco, folder).")
-    annotations: str | None = Field(None, description="COCO annotation file; only its list of images is read (coco).")
+    images: str | None = Field(None, description="Folder of pictures (coco, folder; else looked for).")
+    annotations: str | None = Field(
+        None, description="COCO annotation file, YOLO's data.yaml, or the folder of a data set (not stickers, folder)."
+    )
+    part: str | None = Field(
+        None,
+        description="Part of a data set: train, val, …; null: train, where it has one (coco: all).",
+        json_schema_extra=LATER,
+    )
 
     @model_validator(mode="after")
     def _files(self) -> PicturesConfig:
-        if self.kind != "stickers" and not self.images:
+        if self.kind in ("coco", "folder") and not self.images:
             raise ValueError(f"pictures.kind {self.kind} needs pictures.images")
-        if self.kind == "coco" and not self.annotations:
-            raise ValueError("pictures.kind coco needs pictures.annotations")
+        if self.kind not in ("stickers", "folder") and not self.annotations:
+            raise ValueError(f"pictures.kind {self.kind} needs pictures.annotations")
         return self
 
 
@@ -121,13 +129,22 @@ def make_images(config: PicturesConfig) -> ImageSource:
     """The pictures that a section describes."""
     from ovd.regions.images import CocoImages, FolderImages, SceneImages
 
-    if config.kind == "coco":
-        photos = CocoImages(config.annotations or "", config.images or "")
+    if config.kind == "folder":
+        return FolderImages(config.images or "")
+    if config.kind != "stickers":
+        from ovd.formats.read import read_labels
+
+        labels = read_labels(
+            config.annotations or "",
+            kind=None if config.kind == "auto" else config.kind,
+            images=Path(config.images) if config.images else None,
+            part=config.part,
+            prefer=() if config.kind == "coco" else ("train",),
+        )
+        photos = CocoImages(labels.truth(), labels.root)
         for notice in photos.notices:
             print(f"warning: {notice}", file=sys.stderr)
         return photos
-    if config.kind == "folder":
-        return FolderImages(config.images or "")
     from pretrain.data.scenes import SceneSource
     from pretrain.data.stickers import Stickers
 
@@ -261,7 +278,7 @@ def main(argv: list[str]) -> int:
         if len(argv) != 2:
             raise UserError("usage: python -m ovd.embed verify STORE")
         return verify(argv[1])
-    config, options = command_line(EmbedConfig, argv, prog="python -m ovd.embed", doc=__doc__ or "")
+    config, options = command_line(EmbedConfig, argv, prog="wordbox embed", doc=__doc__ or "")
     require_stages(config)
     # A terminated process gives its leases back on the way out; a killed one is found out by the others.
     signal.signal(signal.SIGTERM, _terminate)

@@ -40,7 +40,7 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
     from ovd.evaluation.lvis import evaluate_lvis
 
     assert options.annotations is not None and options.predictions is not None
-    gt, results = read_json(options.annotations), read_json(options.predictions)
+    gt, results = _ground_truth(options.annotations), read_json(options.predictions)
     proposals = read_json(options.proposals) if options.proposals else None
     compared = read_json(options.compare) if options.compare else None
     where = (options.annotations, options.predictions)
@@ -61,7 +61,8 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
         record["compare"] = {"file": options.compare, "kind": kind} | {
             g: report.json_safe(asdict(d)) for g, d in differences.items()
         }
-    metrics.dataset_sha256 = sha256_of(options.annotations)
+    path = Path(options.annotations)
+    metrics.dataset_sha256 = sha256_of(path) if path.is_file() else coco.content_sha256(gt)
     _report(metrics, options, argv, record)
     return metrics
 
@@ -92,6 +93,18 @@ def evaluate_model(options: Options, argv: Sequence[str]) -> Metrics:
     record = run.record | {"cpu_seconds": round(time.process_time() - started, 1)}
     _report(metrics, options, argv, record)
     return metrics
+
+
+def _ground_truth(spec: str) -> Any:
+    """Annotations in COCO's form; of other formats the part that is evaluated, with its pictures numbered as read."""
+    from ovd.evaluation.model import EVALUATED_PARTS
+    from ovd.formats.read import read_spec, recognise
+    from ovd.formats.spec import LabelSpec
+
+    named = LabelSpec.parse(spec)
+    if (named.part is None and named.path.is_file() and recognise(named.path) == "coco") or not named.path.exists():
+        return read_json(spec)
+    return read_spec(named, prefer=EVALUATED_PARTS).content
 
 
 def _federated(options: Options, gt: Any) -> bool:

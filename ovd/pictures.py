@@ -10,22 +10,40 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pretrain.data.folder import MAX_PIXELS, read_image, upright
-from pretrain.engine.errors import UserError
+from pretrain.data.folder import FORMATS, formats_of, orientation, pixel_limit, read_image, upright
+from pretrain.engine.errors import BadImageError, UserError
 
 ImageLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 
 
-def to_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def upright_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a picture as it is to be seen, from its header: nothing is decoded.
+
+    Raises:
+        BadImageError: no such file, or no picture.
+    """
+    try:
+        with Image.open(path, formats=formats_of(path, str(path))) as image:
+            width, height = image.size
+            turned = orientation(image) in (5, 6, 7, 8)
+    except FileNotFoundError as error:
+        raise BadImageError(path, "does not exist") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadImageError(path, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def to_rgb(image: ImageLike, *, max_pixels: int | None = None) -> NDArray[np.uint8]:
     """Read any picture into an upright (H, W, 3) uint8 RGB array.
 
     Args:
         image: path, encoded bytes, Pillow image, or array: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8.
-        max_pixels: larger pictures are refused before they are decoded.
+        max_pixels: larger pictures are refused before they are decoded; None: `pretrain.data.folder.pixel_limit`.
 
     Raises:
         UserError: unsupported type, shape, format, size, or a damaged file (`BadImageError` for files).
     """
+    max_pixels = pixel_limit() if max_pixels is None else max_pixels
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise UserError(f"picture arrays must be uint8, 0 to 255, not {image.dtype}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m ovd.predict``: name what is in pictures and folders of pictures.
+"""``wordbox predict``: name what is in pictures and folders of pictures.
 
-    python -m ovd.predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
-    python -m ovd.predict photos/ --vocabulary words.txt --out found/ --threshold 0.4
-    python -m ovd.predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
+    wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
+    wordbox predict photos/ --vocabulary words.txt --out found/ --threshold 0.4
+    wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
 
 Writes into the output folder:
 
@@ -11,6 +11,7 @@ Writes into the output folder:
     images.json      images and categories with their ids, as a COCO annotation file without annotations
     drawn/           the pictures with boxes and masks, without the metadata of the originals
     failed.json      pictures that could not be read, and why (only when there are some)
+    FORMAT/          the same in each --format: COCO annotations, YOLO, VOC, LabelMe, CVAT, Label Studio, CSV
 
 An interrupted run continues where it stopped when the same command is given again. What is kept is known by the
 content of its picture: one that was replaced or repaired is done again, and pictures may be added. Another command
@@ -32,8 +33,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ovd.asking import RARE, add_query_flags, check_words, load_query
+from ovd.formats.names import FORMATS, parse_formats
+from ovd.predict_video import is_video, predict_videos
 from pretrain.engine.errors import BadImageError, UserError, run_cli, shorten
 from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
+from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,86 +50,85 @@ if TYPE_CHECKING:
 
 PARTS = "parts"
 
+DESCRIPTION = """\
+Name what is in pictures and folders of pictures. --out gets results.json (COCO), images.json and the drawn pictures;
+the same command again goes on where it was interrupted.
 
-def parser() -> argparse.ArgumentParser:
+    wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
+    wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
+    wordbox predict clip.mp4 --classes dog --out found/         NAME.mp4 with boxes, NAME.jsonl with tracks"""
+
+
+def parser() -> CommandParser:
     """Return the command line."""
-    flags = argparse.ArgumentParser(
-        prog="python -m ovd.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    flags = CommandParser(
+        "wordbox predict",
+        DESCRIPTION,
+        details=__doc__,
+        usage="wordbox predict PICTURES ... --classes WORDS --out FOLDER",
     )
-    flags.add_argument("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
-    words = flags.add_mutually_exclusive_group()
-    words.add_argument("--classes", help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes')
-    words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
     flags.add_argument(
-        "--example",
-        action="append",
-        default=[],
-        metavar="[NAME=]CROP",
-        help="a picture of the thing to find, may be given often, also beside words; crops of one NAME are averaged, "
-        "the file's name is the default; --example=-NAME=CROP excludes",
+        "pictures",
+        nargs="+",
+        help="picture files and folders (searched with sub folders); or videos, a camera's number, a stream's address",
     )
+    add_query_flags(flags)
     flags.add_argument("--out", type=Path, required=True, help="output folder")
-    flags.add_argument("--threshold", type=float, default=None, help="lowest score (default: the calibrated one)")
-    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
-    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    flags.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
     flags.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
+    flags.add_argument(
+        "--format", metavar="NAMES", help=f"more files, by commas: {', '.join(FORMATS)}; each in a folder of its name"
+    )
+    flags.add_argument(
+        "--tiles", action="store_true", help="look at big pictures in overlapping tiles too: finds small things"
+    )
+    flags.add_argument(
+        "--tile-side",
+        type=integer(64),
+        metavar="N",
+        help="of --tiles, in pixels (default: what the network is made for)",
+    )
+    flags.add_argument(
+        "--every", type=integer(1), default=1, metavar="N", help="of a video every n-th frame (default 1)"
+    )
+    flags.add_argument(
+        "--track", action=argparse.BooleanOptionalAction, default=True, help="follow things through a video"
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace what another command wrote into the folder")
+    flags.hide(*RARE, "draw", "masks", "tile_side", "track")
     return flags
 
 
 def main(argv: list[str]) -> int:
     """Parse, load, predict; returns the exit status."""
     options = parser().parse_args(argv)
-    if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
-    if options.vocabulary is None and options.classes is None and not options.example:
-        raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
-    files = collect(options.pictures, without=options.out)
-    from ovd.examples import parse_examples
-    from ovd.vocabulary import Vocabulary
+    if videos := [text for text in options.pictures if is_video(text)]:
+        if len(videos) < len(options.pictures):
+            raise UserError(f"{videos[0]}: is a video; run pictures and videos separately")
+        return predict_videos(options, videos)
+    formats = parse_formats(options.format) if options.format is not None else ()
+    examples = check_words(options)
+    files = collect([Path(text) for text in options.pictures], without=options.out)
+    detector, query = load_query(options, examples, masks=options.masks)
+    if options.tiles:
+        from ovd.tiles import TiledDetector
 
-    examples = parse_examples([named_example(text) for text in options.example])
-    # Mistakes in words are reported before the network is loaded; the words are read again with the network's prompts.
-    if options.vocabulary is not None:
-        Vocabulary.load(options.vocabulary)
-    elif not any(not e.negative for e in examples):
-        Vocabulary.parse(options.classes or "")
-    import torch
-
-    from ovd.detector import Detector
-
-    if options.threads:
-        torch.set_num_threads(max(1, options.threads))
-    detector = Detector.load(options.weights, device=options.device, masks=options.masks, cache_size=0)
-    words: Vocabulary | str | None = options.classes
-    if options.vocabulary is not None:
-        words = Vocabulary.load(options.vocabulary, templates=detector.templates)
+        detector = TiledDetector(detector, side=options.tile_side)
     failed = predict(
         detector=detector,
         files=files,
-        vocabulary=detector.query(words, examples),
+        vocabulary=query,
         out=options.out,
         threshold=options.threshold,
         draw=options.draw,
         masks=options.masks,
         overwrite=options.overwrite,
     )
+    if formats:
+        from ovd.formats.predictions import write_predictions
+
+        write_predictions(options.out, formats, dict(files))
     return 1 if failed else 0
-
-
-def named_example(text: str) -> tuple[str, Path]:
-    """``NAME=CROP`` or ``CROP`` → (name, path); a file whose own name has an equals sign needs a NAME in front.
-
-    Raises:
-        UserError: no such file.
-    """
-    name, equals, file = text.partition("=")
-    path = Path(file if equals else text)
-    if not path.is_file():
-        raise UserError(f"--example {text}: no such file {str(path)!r}; expected NAME=CROP or CROP, e.g. mug=mug.png")
-    return (name if equals and name.strip() else path.stem), path
 
 
 def collect(given: Sequence[Path], *, without: Path | None = None) -> list[tuple[str, Path]]:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m ovd.train --config vild.yaml``: train a detector and export it.
+"""``wordbox train --config vild.yaml``: train a detector and export it.
 
 ``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, a detection transformer, proposals without
 names, or a region head on a frozen image tower.
 
-python -m ovd.train --config vild.yaml regions=runs/regions               ViLD
-python -m ovd.train --config updetr.yaml                                   UP-DETR's pretext: patches, no labels
-python -m ovd.train --config detr.yaml weights=runs/updetr/exported       fine-tune on labels
-python -m ovd.train --config photos/lite_proposals.yaml data.images=…      class-agnostic proposals for photographs
-python -m ovd.train --config photos/lite_vild.yaml proposals=… data.images=…    names for them
+    wordbox train --config vild.yaml regions=runs/regions              ViLD
+    wordbox train --config updetr.yaml                                 UP-DETR's pretext: patches, no labels
+    wordbox train --config detr.yaml weights=runs/updetr/exported      fine-tune on labels
+    wordbox train --config photos/lite_proposals.yaml data.images=…    class-agnostic proposals for photographs
+    wordbox train --config photos/lite_vild.yaml proposals=… data.images=…    names for them
 
 The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``,
 ``ovd.embed`` and ``weights=`` of another training read.
@@ -52,7 +52,7 @@ PartsT = TypeVar("PartsT", bound=Parts)
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
-    config, options = command_line(TRAIN_CONFIGS, argv, prog="python -m ovd.train", doc=__doc__ or "")
+    config, options = command_line(TRAIN_CONFIGS, argv, prog="wordbox train", doc=__doc__ or "")
     require_stages(config)
     from ovd.training import detr, fvlm, proposals, rcnn
 

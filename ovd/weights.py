@@ -11,7 +11,6 @@ loaded from a folder of the manifest before every one of its files has the size 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
 from pretrain.engine.files import EXPORTED, read_json, sha256_of, write_atomically
+from pretrain.engine.flags import CommandParser
 
 MANIFEST = "manifest.json"
 DEFAULT = "vild-photo"
@@ -282,17 +282,22 @@ def _write(entries: Iterable[Weights], root: Path) -> None:
     write_atomically(root / MANIFEST, (json.dumps(raw, indent=2) + "\n").encode())
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit status (1: something is damaged)."""
-    parser = argparse.ArgumentParser(prog="python -m ovd.weights", description="List, verify and add shipped weights.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser("wordbox weights", "List, verify and add weights.")
+    commands = flags.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what the manifest names, with sizes and hashes")
     verify = commands.add_parser("verify", help="check size and SHA-256 of every file")
     verify.add_argument("names", nargs="*", metavar="NAME", help="only these; all when none is given")
     add = commands.add_parser("add", help="copy a folder into weights/ and write its entry")
     add.add_argument("folder", type=Path, metavar="FOLDER")
     add.add_argument("name", metavar="NAME")
-    options = parser.parse_args(argv)
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit status (1: something is damaged)."""
+    options = parser().parse_args(argv)
 
     if options.command == "add":
         added = add_weights(options.folder, options.name)

@@ -183,7 +183,7 @@ def main(argv: list[str], *, methods: Methods | None = None, data: Builders | No
         data: What opens further sets of pictures, by the class of their section.
     """
     model = extended(methods=list(methods or {}), data=list(data or {}))
-    cfg, options = command_line(model, argv, prog="python -m pretrain.train", doc=DOC)
+    cfg, options = command_line(model, argv, prog="wordbox pretrain", doc=DOC)
     require_stages(cfg)
 
     from pretrain.engine import distributed

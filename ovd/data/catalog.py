@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ovd.data.coco import Annotation, ImageId, read_ground_truth
+from ovd.data.coco import Annotation, GroundTruth, ImageId, read_ground_truth
 from ovd.data.masks import decode
 from ovd.data.splits import Split
 from pretrain.data.folder import look_for, read_image
@@ -116,7 +116,7 @@ class CocoImages:
 
     Args:
         images: folder that ``file_name`` is relative to.
-        annotations: instances file, ``.json`` or ``.json.gz``.
+        annotations: instances file, ``.json`` or ``.json.gz``, or what was read from another format's files.
         split: base and novel category ids.
         labels: ``base`` leaves out the annotations of novel categories.
         part: only images whose ``split`` is this; None: all of them.
@@ -127,13 +127,22 @@ class CocoImages:
     """
 
     def __init__(
-        self, *, images: Path, annotations: Path, split: Split, labels: Literal["base", "all"], part: str | None = None
+        self,
+        *,
+        images: Path,
+        annotations: Path | GroundTruth,
+        split: Split,
+        labels: Literal["base", "all"],
+        part: str | None = None,
     ) -> None:
-        truth = read_ground_truth(annotations, hint="data.annotations must be a COCO instances file")
+        if isinstance(annotations, GroundTruth):
+            truth = annotations
+        else:
+            truth = read_ground_truth(annotations, hint="data.annotations must be a COCO instances file")
         # Ids that mean something else here (renumbered, another data set) would train wrong names without a word.
-        split.check_categories(truth.categories, where=str(annotations))
+        split.check_categories(truth.categories, where=truth.where)
         ids = list(split.ids)
-        self.folder, self.where = images, str(annotations)
+        self.folder, self.where = images, truth.where
         self.category_ids = tuple(ids)
         self.names = tuple(split.names[i] for i in ids)
         self.novel = frozenset(ids.index(i) for i in split.novel)
@@ -142,7 +151,7 @@ class CocoImages:
         chosen = {i for i in truth.sizes if part is None or truth.parts.get(i) == part}
         if not chosen:
             named = ", ".join(sorted(set(truth.parts.values()))) or "none"
-            raise UserError(f"data.part {part}: no image of {annotations} has this split (there: {named})")
+            raise UserError(f"data.part {part}: no image of {truth.where} has this split (there: {named})")
         self._annotations: dict[ImageId, list[Annotation]] = {}
         crowds = flat = 0
         for annotation in truth.annotations:
@@ -159,19 +168,19 @@ class CocoImages:
         nameless = [i for i in self._annotations if i not in truth.files]
         if nameless:
             truth.file_of(nameless[0])  # says what it lacks
-        self.notices = [f"{annotations}: {warning}" for warning in truth.warnings]
+        self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
         names = [self._files[i] for i in self.image_ids]
-        if missing := look_for(names, images, where=annotations, allowed=BAD_IMAGES_ALLOWED):
+        if missing := look_for(names, images, where=truth.where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
         if crowds:
-            self.notices.append(f"{annotations}: {crowds} crowd annotations (iscrowd 1) are not trained on")
+            self.notices.append(f"{truth.where}: {crowds} crowd annotations (iscrowd 1) are not trained on")
         if flat:
-            self.notices.append(f"{annotations}: {flat} boxes without area are not trained on")
+            self.notices.append(f"{truth.where}: {flat} boxes without area are not trained on")
         if empty := len(chosen) - len(self._annotations):
-            self.notices.append(f"{annotations}: {empty} of {len(chosen)} images have no object left and are not used")
+            self.notices.append(f"{truth.where}: {empty} of {len(chosen)} images have no object left and are not used")
         if not self.image_ids:
             raise UserError(
-                f"data.annotations: {annotations} has no annotation that split {split.name!r} (labels={labels}) keeps"
+                f"data.annotations: {truth.where} has no annotation that split {split.name!r} (labels={labels}) keeps"
                 + (f"; {crowds} are crowds (iscrowd 1): set it to 0 if each is one object" if crowds else "")
             )
 

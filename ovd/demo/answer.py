@@ -33,6 +33,7 @@ from ovd.inference.regions import picture_key
 from ovd.pictures import to_rgb
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
+from pretrain.data.folder import PAGE_PIXELS
 from pretrain.engine.errors import BadImageError, UserError
 
 P = ParamSpec("P")
@@ -270,7 +271,7 @@ def _read(path: Path) -> NDArray[np.uint8]:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UserError(f"The picture has {size / 1e6:.1f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are allowed")
-        return to_rgb(path)
+        return to_rgb(path, max_pixels=PAGE_PIXELS)
     except BadImageError as problem:
         raise UserError(f"This picture cannot be used: {problem.reason.replace(str(path), 'the file')}") from problem
     except OSError as problem:

@@ -17,6 +17,7 @@ from ovd.evaluation import coco
 from ovd.evaluation.options import VILD_REGIONS, DataSpec, Options
 from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
 from ovd.evaluation.run import Predict, run_images, run_source
+from ovd.formats.read import read_spec
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, sha256_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ovd.inference.region_model import RegionModel
     from pretrain.data.scenes import SceneSource
 
+EVALUATED_PARTS = ("val", "test")  # of a data set in parts, the first that it has
 DEFAULT_SCALE = 100.0  # ViLD's inverse temperature
 
 Record = dict[str, Any]  # what a reader of the figures must know of the run; stands under `run` in metrics.json
@@ -110,7 +112,7 @@ def pictures_of(options: Options) -> Pictures:
     """Read what ``--data`` and ``--split`` name, and cut the crops of ``--examples`` from photographs."""
     assert options.data is not None
     data = DataSpec.parse(options.data)
-    if data.annotations is None:
+    if data.labels is None and data.annotations is None:
         from pretrain.data.scenes import SceneSource
         from pretrain.data.stickers import Stickers
 
@@ -120,16 +122,22 @@ def pictures_of(options: Options) -> Pictures:
         return Pictures(split=split, scenes=scenes)
     from ovd.evaluation.examples import coco_crops
 
-    assert data.images is not None
-    where = str(data.annotations)
-    gt = read_json(data.annotations)
+    if data.labels is not None:
+        labels = read_spec(data.labels, prefer=EVALUATED_PARTS)
+        gt, where, folder, digest = labels.content, labels.where, labels.root, None
+        for notice in labels.notices:
+            print(f"warning: {where}: {notice}", file=sys.stderr)
+    else:
+        assert data.images is not None and data.annotations is not None
+        gt, where, folder = read_json(data.annotations), str(data.annotations), data.images
+        digest = sha256_of(data.annotations)
     split = Split.everything(check_ground_truth(gt, where=where).categories)
     if options.split or is_lvis(gt):
         split = split_of(options.split or "lvis", gt, where=where)
     if not options.examples:
-        return Pictures(split=split, gt=gt, folder=data.images, sha256=sha256_of(data.annotations))
-    crops, rest = coco_crops(gt, data.images, count=options.examples, categories=categories_of(options, split))
-    return Pictures(split=split, gt=rest, folder=data.images, crops=crops)
+        return Pictures(split=split, gt=gt, folder=folder, sha256=digest)
+    crops, rest = coco_crops(gt, folder, count=options.examples, categories=categories_of(options, split))
+    return Pictures(split=split, gt=rest, folder=folder, crops=crops)
 
 
 def categories_of(options: Options, split: Split) -> dict[int, str]:

@@ -7,9 +7,11 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
+from ovd.formats.spec import LabelSpec
 from pretrain.engine.errors import UserError
+from pretrain.engine.flags import CommandParser, integer
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
@@ -19,14 +21,14 @@ VILD_REGIONS = 1000  # ViLD's release: proposals of an image at test time, and b
 
 GROUPS = ("all", "known", "base", "novel")  # what --vocabulary may name beside a file
 
-DESCRIPTION = "`python -m ovd.evaluate`: COCO metrics by base and novel categories, of a results file or of a model."
+DESCRIPTION = "COCO metrics by base and novel categories, of a results file or of a model."
 EPILOG = """\
 examples:
-  python -m ovd.evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
-  python -m ovd.evaluate --annotations gt.json --predictions results.json          (no split: every category counts)
-  python -m ovd.evaluate --weights vild-sticker --data stickers-val:500
-  python -m ovd.evaluate --weights vild-sticker --data stickers-val:500 --examples 1   (crops in place of words)
-  python -m ovd.evaluate --weights default --data coco:images/:gt.json --split ovcoco
+  wordbox evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
+  wordbox evaluate --annotations gt.json --predictions results.json          (no split: every category counts)
+  wordbox evaluate --weights vild-sticker --data stickers-val:500
+  wordbox evaluate --weights vild-sticker --data stickers-val:500 --examples 1   (crops in place of words)
+  wordbox evaluate --weights default --data coco:images/:gt.json --split ovcoco
 
 A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]}.
 """
@@ -34,16 +36,17 @@ A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What `--data` names: generated scenes (`count`, `seed`) or a COCO file (`images`, `annotations`)."""
+    """What `--data` names: generated scenes (`count`, `seed`), a COCO file (`images`, `annotations`), or `labels`."""
 
     count: int = 0
     seed: int = 0
     images: Path | None = None
     annotations: Path | None = None
+    labels: LabelSpec | None = None
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:
-        """`stickers-val[:count][:seed]` or `coco:IMAGES:ANNOTATIONS`.
+        """`stickers-val[:count][:seed]`, `coco:IMAGES:ANNOTATIONS`, or what `LabelSpec` reads.
 
         Raises:
             UserError: anything else.
@@ -55,7 +58,13 @@ class DataSpec:
             count, seed = [*map(int, parts), *(DEFAULT_COUNT, DEFAULT_SEED)[len(parts) :]]
             if count > 0:
                 return cls(count=count, seed=seed)
-        raise UserError(f"--data {text!r}: expected stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json.")
+        labels = LabelSpec.parse(text)
+        if text and kind != "stickers-val" and labels.path.exists():
+            return cls(labels=labels)
+        raise UserError(
+            f"--data {text!r}: expected stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or "
+            "[KIND:]PATH[:PART] of a data.yaml, a COCO file or the folder of a data set."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +105,7 @@ class Options:
         Raises:
             UserError: a flag that is unknown, or flags that do not go together.
         """
-        options = cls(**vars(_parser().parse_args(argv)))
+        options = cls(**vars(parser().parse_args(argv)))
         if options.vild:
             options = replace(options, regions=VILD_REGIONS, crop_refinement=0)
         for wrong, message in COMBINATIONS:
@@ -125,7 +134,7 @@ def _wrong_data(options: Options) -> bool:
 
 def _about_data(options: Options) -> str:
     given, needed, excluded = _source(options)
-    return f"{given} needs {needed}, and goes without {excluded}; see python -m ovd.evaluate --help."
+    return f"{given} needs {needed}, and goes without {excluded}; see wordbox evaluate --help."
 
 
 COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]], ...] = (
@@ -164,34 +173,23 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
 """What makes a combination wrong, and what is said then; the first that applies."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m ovd.evaluate --help.")
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        number = int(text)
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}" if lowest else "must be 0 or more")
-        return number
-
-    read.__name__ = "integer"  # argparse names it in its message about what is no number
-    return read
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m ovd.evaluate",
-        description=DESCRIPTION,
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser(
+        "wordbox evaluate",
+        DESCRIPTION,
+        usage="wordbox evaluate (--weights NAME --data SPEC | --predictions FILE --annotations FILE) [options]",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_model_flags(parser.add_argument_group("running a model").add_argument)
-    _add_class_flags(parser.add_argument_group("classes and scores of a model").add_argument)
-    _add_file_flags(parser.add_argument_group("evaluating a results file").add_argument)
-    _add_metric_flags(parser.add_argument_group("metrics").add_argument)
-    return parser
+    _add_model_flags(flags.add_argument_group("running a model").add_argument)
+    _add_class_flags(flags.add_argument_group("classes and scores of a model").add_argument)
+    _add_file_flags(flags.add_argument_group("evaluating a results file").add_argument)
+    _add_metric_flags(flags.add_argument_group("metrics").add_argument)
+    flags.hide(
+        "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings", "crop_refinement",
+        "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets", "vild",
+    )  # fmt: skip
+    return flags
 
 
 Add = Callable[..., argparse.Action]
@@ -200,14 +198,16 @@ Add = Callable[..., argparse.Action]
 def _add_model_flags(add: Add) -> None:
     add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
     add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
-    add("--data", metavar="SPEC", help="what to run it on: stickers-val[:COUNT[:SEED]] or coco:IMAGES:ANNOTATIONS.json")
-    add("--size", type=_at_least(1), default=DEFAULT_SIZE,
+    add("--data", metavar="SPEC",
+        help="what to run it on: stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or labels in COCO's, "
+        "YOLO's or VOC's form: data.yaml:test, FOLDER")  # fmt: skip
+    add("--size", type=integer(1), default=DEFAULT_SIZE,
         help=f"side of the generated scenes (default {DEFAULT_SIZE})")  # fmt: skip
-    add("--regions", type=_at_least(1), default=300, help="regions per image, best objectness first (default 300)")
+    add("--regions", type=integer(1), default=300, help="regions per image, best objectness first (default 300)")
     add("--vild", action="store_true",
         help=f"the evaluation of ViLD's release in full: {VILD_REGIONS} regions, the {VILD_REGIONS} best of each class "
         "before NMS, embeddings averaged over the synonyms of an LVIS file, no crop refinement (slow)")  # fmt: skip
-    add("--limit", type=_at_least(1), default=300, help="detections per image (default 300)")
+    add("--limit", type=integer(1), default=300, help="detections per image (default 300)")
 
 
 def _add_class_flags(add: Add) -> None:
@@ -220,7 +220,7 @@ def _add_class_flags(add: Add) -> None:
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
     add("--embeddings", choices=("own", "crops"), default="own",
         help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
-    add("--crop-refinement", "--second-look", type=_at_least(0), metavar="N",
+    add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
         help="regions per image that the image encoder embeds as crops too; 0: the region head alone (default: as the "
         "detector was calibrated)")  # fmt: skip
     add("--queries", choices=("free", "words"), default="free",
@@ -228,7 +228,7 @@ def _add_class_flags(add: Add) -> None:
         "time")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",
         help="what AR is computed from: the regions by objectness (default), or the classified results")  # fmt: skip
-    add("--examples", type=_at_least(1), metavar="N",
+    add("--examples", type=integer(1), metavar="N",
         help="give every class by N crops instead of its name: stickers in another drawing style; with coco: boxes "
         "of the first pictures, which are then not evaluated")  # fmt: skip
     add("--present", action="store_true",
@@ -237,7 +237,7 @@ def _add_class_flags(add: Add) -> None:
 
 
 def _add_file_flags(add: Add) -> None:
-    add("--annotations", metavar="GT.json", help="ground truth in COCO format")
+    add("--annotations", metavar="GT", help="ground truth: COCO .json, or labels as for --data")
     add("--predictions", metavar="RESULTS.json", help="detections in COCO's results format")
     add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")
     add("--compare", metavar="OTHER.json", help="other results on the same annotations: is the AP50 difference clear?")
@@ -249,5 +249,5 @@ def _add_metric_flags(add: Add) -> None:
     add("--protocol", choices=("auto", "coco", "lvis"), default="auto",
         help="auto: LVIS's for files whose images have neg_category_ids, else COCO's")  # fmt: skip
     add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
-    add("--max-dets", type=_at_least(1), default=100, help="detections per image and category for AP (default 100)")
+    add("--max-dets", type=integer(1), default=100, help="detections per image and category for AP (default 100)")
     add("--out", metavar="DIR", help="write metrics.json and per_class.csv here")

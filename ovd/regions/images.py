@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovd.data.coco import read_ground_truth
+from ovd.data.coco import GroundTruth, read_ground_truth
 from pretrain.data.folder import list_images, look_for, read_image
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
@@ -112,21 +112,21 @@ class CocoImages:
     """The pictures of a COCO annotation file, in its order; ids are COCO's.
 
     Args:
-        annotations: the file, ``.json`` or ``.json.gz``.
+        annotations: the file, ``.json`` or ``.json.gz``, or what was read from another format's files.
         root: the folder its file names are relative to.
 
     Raises:
         UserError: a file that `ovd.data.coco.check_ground_truth` refuses, or one that lists no pictures.
     """
 
-    def __init__(self, annotations: str | os.PathLike[str], root: str | os.PathLike[str]) -> None:
+    def __init__(self, annotations: str | os.PathLike[str] | GroundTruth, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        truth = read_ground_truth(Path(annotations))
+        truth = annotations if isinstance(annotations, GroundTruth) else read_ground_truth(Path(annotations))
         if not truth.sizes:
-            raise UserError(f"{annotations}: lists no pictures")
-        self.notices = [f"{annotations}: {warning}" for warning in truth.warnings]
+            raise UserError(f"{truth.where}: lists no pictures")
+        self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
         self._names = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
-        missing = look_for(self._names.values(), self.root, where=str(annotations), allowed=BAD_IMAGES_ALLOWED)
+        missing = look_for(self._names.values(), self.root, where=truth.where, allowed=BAD_IMAGES_ALLOWED)
         self.notices += [missing] if missing else []
         self._boxes: dict[ImageId, list[list[float]]] = {}
         for annotation in truth.annotations:

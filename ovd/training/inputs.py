@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from ovd.config import DataConfig
 from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ovd.data.catalog import LabelledImages
     from ovd.data.mapper import TrainingTransform
-    from ovd.data.splits import Split
     from pretrain.nets.towers import JointEncoder
 
 
@@ -37,6 +35,8 @@ class PixelStats(NamedTuple):
 def labelled_images(data: DataConfig) -> LabelledImages:
     """The training pictures that a data section describes."""
     from ovd.data.catalog import CocoImages, StickerImages
+    from ovd.data.lvis import split_of
+    from ovd.formats.read import read_labels
     from pretrain.data.stickers import Stickers
     from pretrain.engine.distributed import is_main
 
@@ -49,10 +49,17 @@ def labelled_images(data: DataConfig) -> LabelledImages:
             size=data.size,
             labels=data.labels,
         )
+    labels = read_labels(
+        data.annotations or "",
+        kind=None if data.kind == "auto" else data.kind,
+        images=Path(data.images) if data.images else None,
+        part=data.part,
+        prefer=() if data.kind == "coco" else ("train",),
+    )
     photos = CocoImages(
-        images=Path(data.images or ""),
-        annotations=Path(data.annotations or ""),
-        split=load_split(data),
+        images=labels.root,
+        annotations=labels.truth(),
+        split=split_of(data.split, labels.content, where=labels.where),
         labels=data.labels,
     )
     if is_main():
@@ -73,14 +80,6 @@ def training_transform(data: DataConfig) -> TrainingTransform:
         cut=data.cut,
         flip=data.flip,
     )
-
-
-def load_split(data: DataConfig) -> Split:
-    """The split of COCO or LVIS data; a split file may name categories, which the annotation file knows."""
-    from ovd.data.lvis import split_of
-
-    path = data.annotations or ""
-    return split_of(data.split, read_json(path), where=path)
 
 
 def resolve_encoder(spec: str) -> JointEncoder:

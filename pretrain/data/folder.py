@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import warnings
@@ -14,16 +15,30 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from pretrain.engine.errors import BadImageError, UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
-OTHER_EXTENSIONS = (  # pictures too, in formats that are not read here
-    ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".svg", ".tif", ".tiff",
+HAS_AVIF = bool(features.check("avif"))  # Pillow's own packages have it from 11.3 on
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+HEIF = (".heic", ".heif")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", *(("AVIF",) if HAS_AVIF else ()))
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff",
+    *((".avif",) if HAS_AVIF else ()), *(HEIF if HAS_HEIF else ()),
 )  # fmt: skip
-MAX_PIXELS = 25_000_000  # checked on the header, before anything is decoded
+OTHER_EXTENSIONS = tuple(  # pictures too, in formats that are not read here
+    extension
+    for extension in (".avif", ".cr2", ".dng", ".gif", *HEIF, ".jp2", ".jxl", ".nef", ".svg")
+    if extension not in EXTENSIONS
+)
+HEIF_NEEDED = "HEIC needs the package pillow-heif: pip install pillow-heif"
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
+MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
+PILLOWS_LIMIT = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: there Pillow refuses, whatever is wanted here
+PAGE_PIXELS = 25_000_000  # of the page, where strangers send pictures and several are read at once
+LIMIT = "WORDBOX_MAX_PIXELS"
+"""Environment variable that takes the place of `MAX_PIXELS`; a number, so that workers of a loader have it too."""
 U8 = NDArray[np.uint8]
 TURNS = {  # EXIF orientation -> how a picture is stood upright (Exif 2.3, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,7 +54,7 @@ TURNS = {  # EXIF orientation -> how a picture is stood upright (Exif 2.3, tag 2
 def read_image(
     source: str | Path | bytes | BinaryIO,
     *,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     max_side: int | None = None,
     alpha: bool = False,
 ) -> U8:
@@ -47,7 +62,7 @@ def read_image(
 
     Args:
         source: path, the bytes of a file, or an open binary file.
-        max_pixels: larger pictures are refused before they are decoded.
+        max_pixels: larger pictures are refused before they are decoded; None: `pixel_limit`.
         max_side: shrink (area average) so that no side is longer.
         alpha: return RGBA instead of RGB. Without it transparent pixels are laid on white.
 
@@ -55,18 +70,20 @@ def read_image(
         uint8 (H, W, 3) RGB, or (H, W, 4); turned upright as its EXIF orientation says.
 
     Raises:
-        BadImageError: not a JPEG, PNG, WebP or BMP, damaged, or too large; `.path` names the file.
+        BadImageError: not of `FORMATS` (or HEIC, with its package), damaged, or too large; `.path` names the file.
     """
+    remedy = f"shrink it, or set {LIMIT}" if max_pixels is None else "shrink it first"
+    max_pixels = pixel_limit() if max_pixels is None else max_pixels
     name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name", "<bytes>")
     opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
-            with Image.open(opened, formats=FORMATS) as image:
+            with Image.open(opened, formats=formats_of(opened, name)) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise BadImageError(
-                        name, f"has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first."
+                        name, f"has {width}x{height} pixels, more than the limit of {max_pixels:,}; {remedy}."
                     )
                 if max_side is not None and image.format == "JPEG":
                     image.draft("RGB", (max_side, max_side))
@@ -89,15 +106,60 @@ def read_image(
     return np.array(converted)
 
 
+def pixel_limit() -> int:
+    """How many pixels a picture may have: `MAX_PIXELS`, or what the environment says.
+
+    Raises:
+        UserError: the variable is no number.
+    """
+    text = os.environ.get(LIMIT, "").replace("_", "")
+    if not text:
+        return MAX_PIXELS
+    if not text.isdecimal() or not 0 < int(text) <= PILLOWS_LIMIT:
+        raise UserError(f"{LIMIT}={text}: expected a number of pixels, at most {PILLOWS_LIMIT} (Pillow's own limit)")
+    return int(text)
+
+
+def formats_of(source: str | Path | BinaryIO, name: str) -> tuple[str, ...]:
+    """The formats of Pillow that a source may be read as; HEIC's package is asked for where it is one.
+
+    Raises:
+        BadImageError: it is HEIC, and the package is not installed.
+    """
+    if isinstance(source, (str, Path)):
+        try:
+            with open(source, "rb") as file:
+                head = file.read(12)
+        except OSError:
+            return FORMATS  # opening it says what is wrong
+    else:
+        head = source.read(12)
+        source.seek(0)
+    if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
+        return FORMATS
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise BadImageError(name, HEIF_NEEDED) from error
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser raises many kinds for a damaged block; the picture itself is fine
+        return 1
+    return value if isinstance(value, int) else 1
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The picture as its EXIF orientation says it is to be seen.
 
     Pillow's own `exif_transpose` also writes the EXIF block anew, and fails when any other tag in it is odd.
     """
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's parser raises many kinds for a damaged block; the picture itself is fine
-        return image
+    turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -132,7 +194,10 @@ class ImageListing:
     def __str__(self) -> str:
         """What was passed over, or nothing."""
         formats = ", ".join(f"{count} {extension}" for extension, count in sorted(self.skipped.items()))
-        return f"passed over: {formats} (read are {', '.join(EXTENSIONS)}; convert them first)" if formats else ""
+        if not formats:
+            return ""
+        heif = f", and {HEIF_NEEDED}" if set(HEIF) & set(self.skipped) else ""
+        return f"passed over: {formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})"
 
 
 def find_images(folder: str | Path, *, without: Path | None = None) -> ImageListing:

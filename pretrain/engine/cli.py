@@ -17,7 +17,7 @@ from pretrain.engine.config import (
     find_config,
     load_config,
 )
-from pretrain.engine.config_schema import walk
+from pretrain.engine.config_schema import overview, walk
 from pretrain.engine.config_yaml import read_chain, read_overrides
 from pretrain.engine.errors import ConfigError, did_you_mean
 
@@ -64,7 +64,7 @@ def command_line(
 
     Raises:
         ConfigError: With everything wrong on the command line and in the configuration.
-        SystemExit: 0, after ``--help`` or ``--print-config``.
+        SystemExit: 0, after ``--help``, ``--help-all`` or ``--print-config``.
     """
     fields = dict(model.walk() if isinstance(model, ConfigChoice) else walk(model))
     switches = ("print-config", *flags)
@@ -72,14 +72,14 @@ def command_line(
     overrides: list[str] = []
     given: set[str] = set()
     config: str | None = None
-    wants_help, section = False, None
+    wants_help, everything, section = False, False, None
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         key = name.replace("-", "_")
-        if argument in ("-h", "--help"):
-            wants_help = True
+        if argument in ("-h", "--help", "--help-all"):
+            wants_help, everything = True, everything or argument == "--help-all"
             if rest and not rest[0].startswith("-") and "=" not in rest[0]:
                 section = rest.pop(0)
         elif not argument.startswith("-"):
@@ -106,7 +106,9 @@ def command_line(
             else:
                 config = value
         else:
-            hint = did_you_mean(argument, [f"--{known}" for known in ("help", "config", *switches, *fields)])
+            hint = did_you_mean(
+                argument, [f"--{known}" for known in ("help", "help-all", "config", *switches, *fields)]
+            )
             problems.append(f"unknown flag '{argument}'{hint or '; see --help'}")
             if rest and not rest[0].startswith("-") and "=" not in rest[0]:
                 rest.pop(0)  # most likely its value: one mistake, one problem
@@ -114,7 +116,9 @@ def command_line(
         config = default_config
     if wants_help:
         shown = _chosen(model, config, overrides)
-        print(_help(shown, prog, doc, default_config, flags) if section is None else describe(shown, section))
+        print(
+            _help(shown, prog, doc, default_config, flags, everything) if section is None else describe(shown, section)
+        )
         raise SystemExit(0)
     if {"resume", "overwrite"} <= given:
         problems.append("--resume and --overwrite exclude each other")
@@ -142,16 +146,20 @@ def _chosen(
         return model.sections[model.default]
 
 
-def _help(model: type[Section], prog: str, doc: str, default_config: str | None, flags: Sequence[str]) -> str:
+def _help(
+    model: type[Section], prog: str, doc: str, default_config: str | None, flags: Sequence[str], everything: bool
+) -> str:
     default = f" Without it: {default_config}." if default_config else ""
     rows = {
         "--config FILE": f"Configuration; a bare name is looked up under configs/.{default}",
         "key=value": "Set one key, for example loop.steps=100; a later one wins. --key value is the same.",
         "--print-config": "Print the resolved configuration as YAML and its hash, and end.",
         **{f"--{flag}": FLAGS[flag] for flag in flags},
-        "--help [SECTION]": "This text, or one section or key of it.",
+        "--help SECTION": "The keys of one section below, or one key.",
+        "--help-all": "All keys of all sections.",
     }
     usage = f"usage: {prog} [--config FILE] [key=value ...] [flags]"
     lines = [f"  {left:<18} {right}" for left, right in rows.items()]
     plain_doc = inspect.cleandoc(doc).replace("``", "`")  # a module's docstring will do
-    return "\n".join([usage, "", plain_doc, "", *lines, "", describe(model)])
+    keys = describe(model) if everything else overview(model)
+    return "\n".join([usage, "", plain_doc, "", *lines, "", keys])

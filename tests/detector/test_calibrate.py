@@ -36,5 +36,5 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model\.json there"):
         calibrate.main(["--weights", str(tmp_path)])
     (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(UserError, match="at least 10 are needed"):
+    with pytest.raises(UserError, match="3 must be at least 10"):
         calibrate.main(["--weights", str(tmp_path), "--scenes", "3"])

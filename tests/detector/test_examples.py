@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ovd.asking import named_example
 from ovd.detector import Detector
 from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
 from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
-from ovd.predict import main, named_example, predict
+from ovd.predict import main, predict
 from ovd.vocabulary import TEMPLATES_STICKER
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from ovd.commands import COMMANDS
 from pretrain.engine.errors import UserError
 from tests.docs.pages import PAGES, ROOT, blocks, name_of, prose
 
 MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-COMMAND = re.compile(r"(?:[A-Z_]+=\S* )*(?:\S*/)?(?:python3?|torchrun|make) ")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S* )*(?:\S*/)?(?:python3?|torchrun|make|wordbox) ")
 CONFIGURED = frozenset({"ovd.train", "ovd.embed", "pretrain.train"})
 """These read `--config FILE key=value …`; the others have an `argparse` parser."""
 
@@ -48,6 +49,13 @@ def problem(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What is wrong with a command, or nothing."""
     if words[0].endswith("make"):
         return ", ".join(w for w in words[1:] if re.fullmatch(r"[a-z-]+", w) and w not in MAKE_TARGETS)
+    if words[0].endswith("wordbox"):
+        command, arguments = words[1], words[2:]
+        if command.startswith("-"):
+            return ""
+        if command not in COMMANDS:
+            return f"no command {command}"
+        return "" if command == "demo" else refused(COMMANDS[command].module, arguments, capsys)
     if "-m" in words:
         module, *arguments = words[words.index("-m") + 1 :]
         if module.startswith(("ovd.", "pretrain.")):
@@ -71,7 +79,7 @@ def refused(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str
     if main is None or "--help" in arguments:
         return ""
     if module not in CONFIGURED:
-        known = said_by(main, ["--help"], capsys)
+        known = said_by(main, ["--help-all"], capsys)
         return ", ".join(
             flag for word in arguments if (flag := word.partition("=")[0]).startswith("--") and flag not in known
         )

@@ -155,7 +155,7 @@ def help_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_help_shows_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_text(capsys, "--help")
+    text = help_text(capsys, "--help-all")
     for line in (
         "usage: python -m thing [--config FILE] [key=value ...] [flags]",
         "Does a thing.",
@@ -176,9 +176,16 @@ def test_help_shows_every_key_with_type_default_and_meaning(capsys: pytest.Captu
 
 
 def test_help_shows_the_defaults_of_this_command_not_those_of_the_section(capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_text(capsys, "--help")
+    text = help_text(capsys, "--help-all")
     assert "  steps                 integer from 1 to 1000000000; default 77" in text
     assert "  width                 integer >= 1; default 4" in text
+
+
+def test_help_names_the_keys_at_the_top_and_what_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "--help")
+    assert "  out                   required: run folder\n  eval_only             do not train\n" in text
+    assert "  loop.…                the loop\n" in text and "batch_size" not in text
+    assert "  --help-all " in text and "  --help SECTION " in text
 
 
 def test_help_of_one_section_and_of_one_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def test_damaged_files_exit_with_2_and_one_line(
         (["--annotations", "x.json"], "--predictions"),
         (["--predictions", "x.json"], "--annotations"),
         (["--annotations", "nowhere.json", "--predictions", "x.json"], "nowhere.json: no such file"),
-        (["--annotations", ".", "--predictions", "x.json"], "cannot be read"),
+        (["--annotations", ".", "--predictions", "x.json"], "no labels that are known"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--max-dets", "0"], "must be at least 1"),
     ],

@@ -266,7 +266,7 @@ def test_data_specifications(text: str, expected: DataSpec) -> None:
     "text", ["stickers-val:x", "stickers-val:0", "stickers-val:1:2:3", "coco:a", "coco::b", "voc", ""]
 )
 def test_unknown_data_specifications_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"expected stickers-val\[:COUNT\[:SEED\]\] or coco"):
+    with pytest.raises(UserError, match=r"expected stickers-val\[:COUNT\[:SEED\]\], coco"):
         DataSpec.parse(text)
 
 

@@ -19,6 +19,7 @@ from pretrain.config_views import InputSpec
 from pretrain.engine.config import plain
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.loop import fit
+from pretrain.evaluation import probe as measures
 from pretrain.evaluation.data import open_data
 from pretrain.evaluation.features import centre, features, labels, random_crop
 from pretrain.evaluation.knn import KnnProbe, accuracy, knn
@@ -317,7 +318,7 @@ def test_the_command_writes_its_report(
 ) -> None:
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
     net = network()
-    monkeypatch.setattr(probe, "open_backbone", lambda run, folder: (net, probe.Origin("byol", PLAIN)))
+    monkeypatch.setattr(measures, "open_backbone", lambda run, folder: (net, measures.Origin("byol", PLAIN)))
     command = ["--backbone", "x", "--data", str(root), "--size", "8", "--k", "3", "--epochs", "2", "--shots", "1"]
     assert probe.main([*command, "--measures", "knn", "linear", "few", "--out", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -332,8 +333,8 @@ def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path, monkeyp
 
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
     net = build_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224"), sizes=[32])
-    origin = probe.Origin("byol", PLAIN._replace(size=32))
-    monkeypatch.setattr(probe, "open_backbone", lambda run, folder: (net, origin))
+    origin = measures.Origin("byol", PLAIN._replace(size=32))
+    monkeypatch.setattr(measures, "open_backbone", lambda run, folder: (net, origin))
     with pytest.raises(UserError, match=r"--size 48: the backbone of x cannot take .* it was trained on 32 pixels"):
         probe.main(["--backbone", "x", "--data", str(root), "--size", "48"])
 
@@ -356,7 +357,7 @@ def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tm
     )
     task = Monitored(build_method(cfg.method, batch_size=4, device=torch.device("cpu")))  # type: ignore[arg-type]
     fit(task, Views((16, 16)), loop=cfg.loop, optim=cfg.optim, out=cfg.out, record=plain(cfg))
-    found, origin = probe.open_backbone(cfg.out, None)
+    found, origin = measures.open_backbone(cfg.out, None)
     assert origin.method == "byol" and origin.inputs.size == 16 and origin.step == 2
     pixels = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(found.eval()(pixels), task.backbone.eval()(pixels))
@@ -370,7 +371,7 @@ def test_the_image_tower_of_an_encoder_is_probed(tmp_path: Path, kind: str) -> N
     tower = ResNetTower(image_size=32) if kind == "resnet" else vit
     encoder = build_encoder(EncoderConfig(embed_dim=8, image=tower)).eval()
     encoder.save(tmp_path / "exported")
-    for found, origin in (probe.open_backbone(tmp_path, None), probe.open_backbone(None, tmp_path / "exported")):
+    for found, origin in (measures.open_backbone(tmp_path, None), measures.open_backbone(None, tmp_path / "exported")):
         assert origin.method == "clip" and origin.inputs.size == 32 and origin.inputs.mean == encoder.image_mean
         pixels = torch.rand(2, 3, 32, 32)
         features = found(pixels)
@@ -380,12 +381,12 @@ def test_the_image_tower_of_an_encoder_is_probed(tmp_path: Path, kind: str) -> N
         torch.testing.assert_close(features, encoder.encode_image(pixels))
     texts = build_encoder(EncoderConfig(embed_dim=8, text=CbowTower(width=16, hidden=16))).save(tmp_path / "texts")
     with pytest.raises(UserError, match="texts only"):
-        probe.open_backbone(None, texts)
+        measures.open_backbone(None, texts)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no exported backbone and no checkpoint"):
-        probe.open_backbone(tmp_path, None)
+        measures.open_backbone(tmp_path, None)
 
 
 def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:

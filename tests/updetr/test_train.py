@@ -75,11 +75,11 @@ def test_command__an_unknown_arch_is_refused_where_it_stands(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("argv", "key"),
     [
-        (["--help"], "anchor_sizes"),
-        (["--config", "detr.yaml", "--help"], "decoder_layers"),
+        (["--help-all"], "anchor_sizes"),
+        (["--config", "detr.yaml", "--help-all"], "decoder_layers"),
         (["--help", "model", "--config", "detr.yaml"], "decoder_layers"),
         (["model.arch=detr", "--help", "model.queries"], "object queries"),
-        (["--config", "no_such.yaml", "--help"], "anchor_sizes"),
+        (["--config", "no_such.yaml", "--help-all"], "anchor_sizes"),
     ],
 )
 def test_command__help_shows_the_keys_of_the_architecture(

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command looks for: its flags, shared by ``predict`` and ``label``, and the detector with the query."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.engine.errors import UserError
+from pretrain.engine.flags import CommandParser, integer, share
+
+if TYPE_CHECKING:
+    from ovd.detector import Detector
+    from ovd.examples import Example
+    from ovd.query import Query
+
+RARE = ("vocabulary", "device", "threads")
+"""Of the shared flags those that ``--help-all`` shows."""
+
+
+def add_query_flags(flags: CommandParser) -> None:
+    """Words, examples, threshold, weights, device."""
+    words = flags.add_mutually_exclusive_group()
+    words.add_argument("--classes", help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes')
+    words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
+    flags.add_argument(
+        "--example",
+        action="append",
+        default=[],
+        metavar="[NAME=]CROP",
+        help="a picture of the thing to find, may be given often, also beside words; crops of one NAME are averaged, "
+        "the file's name is the default; --example=-NAME=CROP excludes",
+    )
+    flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
+    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
+
+
+def check_words(options: argparse.Namespace) -> tuple[Example, ...]:
+    """Report mistakes in words and examples before anything slow is loaded; returns the examples.
+
+    Raises:
+        UserError: nothing to look for, or words or crops that cannot be read.
+    """
+    if options.vocabulary is None and options.classes is None and not options.example:
+        raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
+    from ovd.examples import parse_examples
+    from ovd.vocabulary import Vocabulary
+
+    examples = parse_examples([named_example(text) for text in options.example])
+    if options.vocabulary is not None:
+        Vocabulary.load(options.vocabulary)
+    elif not any(not e.negative for e in examples):
+        Vocabulary.parse(options.classes or "")
+    return tuple(examples)
+
+
+def load_query(options: argparse.Namespace, examples: tuple[Example, ...], *, masks: bool) -> tuple[Detector, Query]:
+    """The detector, and what it is asked: the words are read again, with the detector's prompts.
+
+    Args:
+        options: of `add_query_flags`.
+        examples: of `check_words`.
+        masks: False finds boxes only, in less time.
+    """
+    import torch
+
+    from ovd.detector import Detector
+    from ovd.vocabulary import Vocabulary
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    detector = Detector.load(options.weights, device=options.device, masks=masks, cache_size=0)
+    words: Vocabulary | str | None = options.classes
+    if options.vocabulary is not None:
+        words = Vocabulary.load(options.vocabulary, templates=detector.templates)
+    return detector, detector.query(words, examples)
+
+
+def named_example(text: str) -> tuple[str, Path]:
+    """``NAME=CROP`` or ``CROP`` → (name, path); a file whose own name has an equals sign needs a NAME in front.
+
+    Raises:
+        UserError: no such file.
+    """
+    name, equals, file = text.partition("=")
+    path = Path(file if equals else text)
+    if not path.is_file():
+        raise UserError(f"--example {text}: no such file {str(path)!r}; expected NAME=CROP or CROP, e.g. mug=mug.png")
+    return (name if equals and name.strip() else path.stem), path

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wordbox COMMAND …``: every command under one name.
+
+Each is the ``main`` of a module and nothing else: ``wordbox predict`` and ``python -m ovd.predict`` are the same. A
+module is imported when its command is called, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ovd.commands import COMMANDS, GROUPS, Command
+from pretrain.engine.errors import UserError, did_you_mean, run_cli
+
+Main = Callable[[list[str]], int | None]
+
+APP = Path(__file__).resolve().parents[1] / "app.py"
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns its exit status."""
+    if "_ARGCOMPLETE" in os.environ:
+        from ovd.completion import complete
+
+        complete()
+    if not argv or argv[0] in ("-h", "--help", "--help-all"):
+        print(help_text())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"wordbox {version()}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        what = "flag" if name.startswith("-") else "command"
+        raise UserError(f"unknown {what} '{name}'{did_you_mean(name, COMMANDS)}; wordbox --help lists the commands")
+    return main_of(COMMANDS[name])(argv[1:]) or 0
+
+
+def help_text() -> str:
+    """Usage and all commands, without importing any of them."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: wordbox COMMAND ...", "", "Type class names, see boxes."]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {command.name:{width}}  {command.does}" for command in commands)]
+    return "\n".join([*lines, "", "wordbox COMMAND --help has the common options, --help-all the others."])
+
+
+def main_of(command: Command) -> Main:
+    """The function that runs a command.
+
+    Raises:
+        UserError: the page, where there is no checkout.
+    """
+    if command.module != "app":
+        main: Main = importlib.import_module(command.module).main
+        return main
+    spec = importlib.util.spec_from_file_location("app", APP) if APP.is_file() else None
+    if spec is None or spec.loader is None:
+        raise UserError(f"wordbox demo: {APP} is not there; install from a checkout: pip install -e .")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page: Main = module.main
+    return page
+
+
+def version() -> str:
+    """Of the installed distribution."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("wordbox")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def run() -> None:
+    """What the console command calls."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wordbox convert``: a labelled data set in another format.
+
+    wordbox convert roboflow/data.yaml --to coco --out as_coco/
+    wordbox convert VOC2012/ --to yolo --out as_yolo/ --part train
+    wordbox convert boxes.json --images photos/ --to voc --out as_voc/ --pictures link
+
+Sources are COCO's ``.json``, YOLO's ``data.yaml`` and folders of both and of Pascal VOC's, Roboflow's and Label
+Studio's exports among them. Every entry is read and checked before anything is written. Classes keep their order; ids
+are numbered from 1. What a format cannot hold is left out: crowds in YOLO, outlines in YOLO (``yolo-seg`` keeps them)
+and VOC, the second half of a pixel in VOC.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ovd.formats.names import DATASET_FORMATS, FORMATS
+from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.flags import CommandParser
+
+
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser(
+        "wordbox convert",
+        "A labelled data set in another format.",
+        details=__doc__,
+        usage="wordbox convert SOURCE --to FORMAT --out FOLDER [options]",
+    )
+    add = flags.add_argument
+    add("source", type=Path, metavar="SOURCE", help="COCO .json, YOLO data.yaml, or the folder of a data set")
+    add("--to", required=True, metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
+    add("--out", required=True, type=Path, metavar="FOLDER", help="where it is written; new or empty")
+    add("--from", dest="kind", choices=("coco", "yolo", "voc"), help="what SOURCE is (default: recognised)")
+    add("--images", type=Path, metavar="FOLDER", help="the pictures of COCO or VOC files (default: looked for)")
+    add("--part", default="all", help="train, val or test (default all)")
+    add("--pictures", choices=("copy", "link", "none"), default="copy",
+        help=f"what becomes of them in {', '.join(DATASET_FORMATS)} (default copy)")  # fmt: skip
+    add("--overwrite", action="store_true", help="write into a folder that is not empty")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Read, check, write; returns the exit status."""
+    options = parser().parse_args(argv)
+    out: Path = options.out
+    if out.exists() and not (out.is_dir() and (options.overwrite or not any(out.iterdir()))):
+        raise UserError(f"{out}: is not empty. Give another --out, or --overwrite to write into it")
+    from ovd.formats.read import read_labels
+    from ovd.formats.shapes import labelled_pictures
+    from ovd.formats.write import write_labels
+
+    part = options.part if options.part != "all" else None
+    labels = read_labels(options.source, kind=options.kind, images=options.images, part=part)
+    labelled = labelled_pictures(labels)
+    missing = [picture.source for picture in labelled.pictures if not picture.source.is_file()]
+    if missing and options.pictures != "none" and options.to in DATASET_FORMATS:
+        raise UserError(
+            f"{labels.where}: {len(missing)} of {len(labelled.pictures)} pictures are not there (first: {missing[0]}); "
+            "give --images, or --pictures none"
+        )
+    for notice in labelled.notices:
+        print(f"warning: {labels.where}: {notice}", file=sys.stderr)
+    crowds = sum(shape.crowd for picture in labelled.pictures for shape in picture.shapes)
+    if crowds and options.to.startswith("yolo"):
+        print(f"warning: {crowds} crowds (or difficult objects) are left out: YOLO knows none", file=sys.stderr)
+    write_labels(labelled, out, options.to, place=options.pictures)
+    objects = sum(len(picture.shapes) for picture in labelled.pictures)
+    print(
+        f"{labels.kind} → {options.to}: {len(labelled.pictures)} pictures, {objects} objects, "
+        f"{len(labelled.names)} classes in {out}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets that other tools train on, written: COCO, YOLO, Pascal VOC. Pictures are copied, linked, or left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
+
+from ovd.formats.labels import coco_categories
+from ovd.formats.shapes import LabelledPictures, Picture, Shape, joined, outlines
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
+
+Place = Literal["copy", "link", "none"]
+"""What becomes of the pictures of a data set that is written."""
+
+
+def write_coco(labelled: LabelledPictures, out: Path, *, place: Place = "copy") -> None:
+    """``annotations/instances_PART.json`` (``instances_all.json`` without parts) and ``images/PART/``."""
+    annotation_id = 0
+    for part in labelled.parts:
+        content: dict[str, list[dict[str, Any]]] = {
+            "images": [], "annotations": [], "categories": coco_categories(labelled.names)
+        }  # fmt: skip
+        for number, picture in enumerate((p for p in labelled.pictures if p.part == part), 1):
+            height, width = picture.size
+            name = place_picture(picture, out / "images", place)
+            content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+            for shape in picture.shapes:
+                annotation_id += 1
+                ids = {"id": annotation_id, "image_id": number, "category_id": shape.index + 1}
+                content["annotations"].append(ids | _coco_annotation(shape))
+        _write_json(out / "annotations" / f"instances_{part or 'all'}.json", content)
+
+
+def _coco_annotation(shape: Shape) -> dict[str, Any]:
+    x1, y1, x2, y2 = shape.box
+    one: dict[str, Any] = {"bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)], "iscrowd": int(shape.crowd)}
+    one["area"] = round(one["bbox"][2] * one["bbox"][3], 3)
+    if shape.segmentation:
+        one["segmentation"] = shape.segmentation
+        del one["area"]  # of the mask: the reader counts its pixels
+    if shape.score is not None:
+        one["score"] = shape.score
+    return one
+
+
+def write_yolo(labelled: LabelledPictures, out: Path, *, place: Place = "copy", outline: bool = False) -> None:
+    """``data.yaml``, ``images/PART/``, ``labels/PART/``. Crowds are left out: YOLO knows none.
+
+    Args:
+        labelled: what is written.
+        out: folder.
+        place: see `Place`.
+        outline: outlines in place of boxes, where there is one.
+    """
+    for picture in labelled.pictures:
+        name = place_picture(picture, out / "images", place)
+        lines = [_yolo_line(shape, picture.size, outline) for shape in picture.shapes if not shape.crowd]
+        write_atomically((out / "labels" / name).with_suffix(".txt"), "".join(lines).encode())
+    parts = [part for part in ("train", "val", "test") if part in labelled.parts]
+    folders = {part: f"images/{part}" for part in parts}
+    first = next(iter(folders.values()), "images")
+    lines = [f"{part}: {folders.get(part, first)}" for part in dict.fromkeys(("train", "val", *parts))]
+    lines += [
+        "names:",
+        *(f"  {index}: {json.dumps(name, ensure_ascii=False)}" for index, name in enumerate(labelled.names)),
+    ]
+    write_atomically(out / "data.yaml", ("\n".join(lines) + "\n").encode())
+
+
+def _yolo_line(shape: Shape, size: tuple[int, int], outline: bool) -> str:
+    height, width = size
+    polygons = outlines(shape, size) if outline else []
+    if polygons:
+        values = [value / (width, height)[i % 2] for i, value in enumerate(joined(polygons))]
+    else:
+        x1, y1, x2, y2 = shape.box
+        values = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
+    return " ".join([str(shape.index), *(f"{min(max(value, 0.0), 1.0):.6f}" for value in values)]) + "\n"
+
+
+def write_voc(labelled: LabelledPictures, out: Path, *, place: Place = "copy") -> None:
+    """``Annotations/``, ``JPEGImages/`` and, for the parts, ``ImageSets/Main/``; names are made flat, as VOC's are."""
+    stems: dict[str, list[str]] = {}
+    for picture in labelled.pictures:
+        name = place_picture(picture, out / "JPEGImages", place, flat=True)
+        stem = PurePosixPath(name).stem
+        stems.setdefault(picture.part, []).append(stem)
+        write_atomically(out / "Annotations" / f"{stem}.xml", _voc_file(picture, name))
+    for part, listed in stems.items():
+        if part:
+            write_atomically(out / "ImageSets" / "Main" / f"{part}.txt", "".join(f"{s}\n" for s in listed).encode())
+
+
+def _voc_file(picture: Picture, name: str) -> bytes:
+    height, width = picture.size
+    root = Element("annotation")
+    _texts(root, {"folder": "JPEGImages", "filename": name})
+    _texts(SubElement(root, "size"), {"width": width, "height": height, "depth": 3})
+    _texts(root, {"segmented": 0})
+    for shape in picture.shapes:
+        x1, y1, x2, y2 = shape.box
+        left, top = min(max(round(x1) + 1, 1), width), min(max(round(y1) + 1, 1), height)
+        element = SubElement(root, "object")
+        _texts(element, {"name": shape.name, "pose": "Unspecified", "truncated": 0, "difficult": int(shape.crowd)})
+        corners = {"xmin": left, "ymin": top, "xmax": max(left, min(round(x2), width)),
+                   "ymax": max(top, min(round(y2), height))}  # fmt: skip
+        _texts(SubElement(element, "bndbox"), corners)
+    indent(root, " ")
+    return tostring(root, encoding="utf-8") + b"\n"
+
+
+def _texts(parent: Element, values: Mapping[str, str | int]) -> None:
+    for tag, value in values.items():
+        SubElement(parent, tag).text = str(value)
+
+
+def place_picture(picture: Picture, folder: Path, place: Place, *, flat: bool = False) -> str:
+    """Put a picture into a folder; returns its path below it.
+
+    Raises:
+        UserError: it cannot be copied or linked.
+    """
+    name = picture.target.replace("/", "_") if flat else (PurePosixPath(picture.part) / picture.target).as_posix()
+    target = folder / name
+    if place == "none":
+        return name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if place == "link":
+            target.unlink(missing_ok=True)
+            target.symlink_to(os.path.abspath(picture.source))
+        elif not (target.is_file() and _same_file(picture.source, target)):
+            partial = target.with_name(f".{target.name}.part")
+            shutil.copyfile(picture.source, partial)
+            shutil.copystat(picture.source, partial)
+            partial.replace(target)
+    except OSError as problem:
+        raise UserError(f"{target}: cannot be written: {problem.strerror or problem}") from problem
+    return name
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether a copy that an earlier run made is still one: size and time."""
+    a, b = one.stat(), other.stat()
+    return (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_atomically(path, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogateescape"))

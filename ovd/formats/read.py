@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One door to labelled data sets: COCO, YOLO and Pascal VOC files as they are, named or recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ovd.data.coco import check_ground_truth, picture_file
+from ovd.formats.labels import PART_NAMES, Labels, choose_parts
+from ovd.formats.spec import Kind, LabelSpec
+from ovd.formats.voc import read_voc, xml_files
+from ovd.formats.yolo import read_yolo, yaml_of
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
+
+ROBOFLOW = "_annotations.coco.json"
+
+
+def read_labels(
+    path: str | Path,
+    *,
+    kind: Kind | None = None,
+    images: Path | None = None,
+    part: str | None = None,
+    prefer: Sequence[str] = (),
+) -> Labels:
+    """Read a labelled data set into COCO's form.
+
+    Args:
+        path: a COCO file, a ``data.yaml``, or the folder of a data set.
+        kind: of its files; None: recognised.
+        images: folder of the pictures, for COCO and VOC; None: looked for where tools put it.
+        part: train, val, test or all; a data set's own words for them will do.
+        prefer: the part that is taken when none is named; all of them where it has none of these.
+
+    Raises:
+        UserError: nothing that can be recognised or read; mistakes are named with file and line.
+    """
+    path = Path(path)
+    kind = kind or recognise(path)
+    if kind == "yolo":
+        return read_yolo(path, part=part, prefer=prefer)
+    if kind == "voc":
+        return read_voc(path, images=images, part=part, prefer=prefer)
+    return _read_coco(path, images, part, prefer)
+
+
+def read_spec(spec: LabelSpec, *, prefer: Sequence[str] = ()) -> Labels:
+    """Read what a command line names; see `read_labels`."""
+    return read_labels(spec.path, kind=spec.kind, part=spec.part, prefer=prefer)
+
+
+def recognise(path: Path) -> Kind:
+    """What a file or folder holds.
+
+    Raises:
+        UserError: nothing that is known.
+    """
+    if path.is_file():
+        if path.name.endswith((".json", ".json.gz")):
+            return "coco"
+        if path.suffix in (".yaml", ".yml"):
+            return "yolo"
+    elif path.is_dir():
+        if yaml_of(path) is not None or (path / "classes.txt").is_file():
+            return "yolo"
+        if _coco_files(path):
+            return "coco"
+        if xml_files(path):
+            return "voc"
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    raise UserError(
+        f"{path}: no labels that are known: give a COCO .json, a YOLO data.yaml, or a folder with one of them or with "
+        "Pascal VOC's XML files"
+    )
+
+
+def _coco_files(folder: Path) -> dict[str, Path]:
+    """Part → annotation file: Roboflow's folders, or COCO's own ``annotations/instances_PART….json``."""
+    if (folder / ROBOFLOW).is_file():
+        return {"": folder / ROBOFLOW}
+    found = {PART_NAMES[name]: file for name in PART_NAMES if (file := folder / name / ROBOFLOW).is_file()}
+    for file in sorted((folder / "annotations").glob("instances_*.json")) if not found else ():
+        name = file.stem.removeprefix("instances_").rstrip("0123456789")
+        found["" if name == "all" else PART_NAMES.get(name, name)] = file
+    return found
+
+
+def _read_coco(path: Path, images: Path | None, part: str | None, prefer: Sequence[str]) -> Labels:
+    if path.is_dir():
+        files = _coco_files(path)
+        if not files:
+            raise UserError(f"{path}: neither {ROBOFLOW} nor annotations/instances_….json in it")
+        chosen = choose_parts(files, part, prefer, str(path))
+        opened = [(name, _read_file(file, images)) for name, file in files.items() if name in chosen]
+        return _joined(path, opened) if len(opened) > 1 else opened[0][1]
+    labels = _read_file(path, images)
+    if part is None and not prefer:
+        return labels
+    check_ground_truth(labels.content, where=labels.where)
+    entries = labels.content["images"]
+    there = [str(entry.get("split") or "") for entry in entries]
+    if not any(there) and part is None:
+        return labels
+    wanted = choose_parts(there, part, prefer, str(path))
+    if wanted >= set(there):
+        return labels
+    kept = [entry for entry in entries if str(entry.get("split") or "") in wanted]
+    ids = {entry["id"] for entry in kept}
+    annotations = [one for one in labels.content["annotations"] if one["image_id"] in ids]
+    content = {**labels.content, "images": kept, "annotations": annotations}
+    return Labels(content=content, root=labels.root, kind="coco", where=labels.where)
+
+
+def _read_file(file: Path, images: Path | None) -> Labels:
+    content = read_json(file, hint="expected a COCO annotation file")
+    root = images if images is not None else _pictures_of(file, content)
+    return Labels(content=content, root=root, kind="coco", where=str(file))
+
+
+def _pictures_of(file: Path, content: dict[str, Any]) -> Path:
+    """The folder that holds a file's first picture, of those where tools put it."""
+    truth = check_ground_truth(content, where=str(file))
+    if not truth.sizes:
+        return file.parent
+    name = truth.file_of(next(iter(truth.sizes)))
+    part = file.name.partition(".")[0].removeprefix("instances_")
+    above = file.parent.parent
+    tried = [file.parent, file.parent / "images", file.parent / part, above / part, above / "images", above]
+    found = next((folder for folder in tried if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{file}: its picture {name} is not in {file.parent}; name the folder of the pictures")
+    return found
+
+
+def _joined(folder: Path, opened: list[tuple[str, Labels]]) -> Labels:
+    """Parts of one data set as one: images and annotations are numbered anew, categories must agree."""
+    first = opened[0][1]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for part, labels in opened:
+        check_ground_truth(labels.content, where=labels.where)
+        if labels.content["categories"] != first.content["categories"]:
+            raise UserError(f"{labels.where}: its categories differ from those of {first.where}")
+        number = {}
+        for entry in labels.content["images"]:
+            number[entry["id"]] = len(images) + 1
+            name = (labels.root / picture_file(entry)).relative_to(folder).as_posix()
+            images.append({**entry, "id": len(images) + 1, "file_name": name, "split": part})
+        for one in labels.content["annotations"]:
+            annotations.append({**one, "id": len(annotations) + 1, "image_id": number[one["image_id"]]})
+    content = {**first.content, "images": images, "annotations": annotations}
+    return Labels(content=content, root=folder, kind="coco", where=str(folder))

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YOLO's labels, read: ``data.yaml`` (Ultralytics', Roboflow's), or a folder with ``classes.txt``.
+
+One text file a picture, one object a line: ``class cx cy width height``, or ``class x1 y1 x2 y2 x3 y3 …`` for an
+outline, in shares of the upright picture. Labels lie where Ultralytics looks: in ``labels/`` for pictures in
+``images/``, else beside the picture. A sixth number after a box is a teacher's score. With ``kpt_shape`` in the file
+(poses) the first four numbers are the box and the others are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ovd.data import masks
+from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
+from ovd.pictures import upright_size
+from pretrain.data.folder import EXTENSIONS, list_images
+from pretrain.engine.errors import BadImageError, UserError
+
+TOLERANCE = 0.01  # by which a number may leave [0, 1]: what rounding and Ultralytics allow
+
+
+class _Source(NamedTuple):
+    """What a data.yaml or a folder says."""
+
+    names: dict[int, str]
+    pictures: list[tuple[str, Path]]  # (part, path)
+    root: Path
+    poses: bool
+
+
+def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()) -> Labels:
+    """Read a data set in YOLO's form.
+
+    Args:
+        path: its ``data.yaml``, or a folder with one, or with ``classes.txt``.
+        part, prefer: see `choose_parts`.
+
+    Raises:
+        UserError: no names, no pictures, no labels, or lines that are none, each with file and line.
+    """
+    file = yaml_of(path)
+    where = str(file or path)
+    source = _from_yaml(file) if file is not None else _from_folder(path)
+    wanted = choose_parts([p for p, _ in source.pictures], part, prefer, where)
+    notes = Notes(where)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    labelled = 0
+    for number, (belongs, picture) in enumerate(source.pictures, 1):
+        if belongs not in wanted:
+            continue
+        try:
+            height, width = upright_size(picture)
+        except BadImageError as problem:
+            notes.odd("pictures cannot be read and are left out", f"{picture}: {problem.reason}")
+            continue
+        name = os.path.relpath(picture, source.root).replace(os.sep, "/")
+        images.append({"id": number, "file_name": name, "height": height, "width": width, "split": belongs})
+        labels = label_file(picture)
+        if labels is None:
+            notes.odd("pictures have no label file: nothing is in them", name)
+            continue
+        labelled += 1
+        for line in _read_lines(labels, notes):
+            one = _object(line, source, (height, width), notes)
+            if one is not None:
+                annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **one})
+    notes.refuse()
+    if not labelled:
+        looked = next((str(_label_places(p)[0]) for _, p in source.pictures), "nowhere")
+        raise UserError(f"{where}: no picture has a label file; looked for {looked} and so on")
+    content = {"images": images, "annotations": annotations, "categories": coco_categories(source.names)}
+    return Labels(content=content, root=source.root, kind="yolo", where=where, notices=notes.notices())
+
+
+def yaml_of(path: Path) -> Path | None:
+    """The file itself, or the ``data.yaml`` (or only ``.yaml``) of a folder; None where it has none."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    for name in ("data.yaml", "data.yml", "dataset.yaml"):
+        if (path / name).is_file():
+            return path / name
+    others = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+    return others[0] if len(others) == 1 else None
+
+
+def label_file(picture: Path) -> Path | None:
+    """The label file of a picture, if there is one."""
+    return next((place for place in _label_places(picture) if place.is_file()), None)
+
+
+def _label_places(picture: Path) -> list[Path]:
+    beside = picture.with_suffix(".txt")
+    parts = list(beside.parts)
+    at = [i for i, name in enumerate(parts[:-1]) if name == "images"]
+    if not at:
+        return [beside]
+    parts[at[-1]] = "labels"
+    return [Path(*parts), beside]
+
+
+def _from_yaml(file: Path) -> _Source:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{file}: cannot be read: {problem}") from problem
+    except yaml.YAMLError as problem:
+        raise UserError(f"{file}: no YAML: {' '.join(str(problem).split())}") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected the keys names, train, val, …; it is a YOLO data.yaml?")
+    names = _names(content, file)
+    root = file.parent
+    if isinstance(base := content.get("path"), str) and base:
+        root = next((p for p in (file.parent / base, Path(base)) if p.is_dir()), file.parent)
+    pictures: list[tuple[str, Path]] = []
+    for key in dict.fromkeys([*PARTS, *PART_NAMES]):
+        places = content.get(key)
+        if places is None or places == "":
+            continue
+        for place in places if isinstance(places, list) else [places]:
+            if not isinstance(place, str):
+                raise UserError(f"{file}: {key}: expected a folder or a text file of paths, found {place!r}")
+            pictures += [(PART_NAMES[key], path) for path in _pictures_at(place, root, file, key)]
+    if not pictures:
+        raise UserError(f"{file}: none of train, val and test names a folder of pictures")
+    return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content)
+
+
+def _names(content: dict[str, Any], file: Path) -> dict[int, str]:
+    given = content.get("names")
+    if isinstance(given, list):
+        given = dict(enumerate(given))
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{file}: names: expected the list of classes")
+    names = {}
+    for index, name in given.items():
+        if (
+            isinstance(index, bool)
+            or not isinstance(index, int)
+            or index < 0
+            or not isinstance(name, str | int | float)
+        ):
+            raise UserError(f"{file}: names: {index!r}: {name!r} is no class index with its name")
+        names[index] = str(name)
+    count = content.get("nc")
+    if isinstance(count, int) and count != len(names):
+        raise UserError(f"{file}: nc is {count}, but names has {len(names)} classes")
+    return names
+
+
+def _pictures_at(place: str, root: Path, file: Path, key: str) -> list[Path]:
+    """The pictures that one entry of a data.yaml names.
+
+    Roboflow writes ``../train/images`` where the pictures are in ``train/images`` beside the file.
+    """
+    tried = [root / place, file.parent / place]
+    if place.startswith("../"):
+        tried += [root / place[3:], file.parent / place[3:]]
+    found = next((path for path in tried if path.exists()), None)
+    if found is None:
+        raise UserError(f"{file}: {key}: {place}: no such folder (looked for {tried[0]})")
+    if found.is_dir():
+        return list_images(found)
+    lines = [line.strip() for line in found.read_text(encoding="utf-8-sig").splitlines()]
+    paths = [found.parent / line if not Path(line).is_absolute() else Path(line) for line in lines if line]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{found}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture")
+    return [path for path in paths if path.suffix.lower() in EXTENSIONS]
+
+
+def _from_folder(folder: Path) -> _Source:
+    """``images/``, ``labels/`` and ``classes.txt``, as LabelImg and Label Studio write them."""
+    listed = next((folder / name for name in ("classes.txt", "labels/classes.txt") if (folder / name).is_file()), None)
+    if listed is None:
+        raise UserError(f"{folder}: neither a data.yaml nor a classes.txt: the names of YOLO's classes are not known")
+    lines = listed.read_text(encoding="utf-8-sig").splitlines()
+    names = {index: line.strip() for index, line in enumerate(lines) if line.strip()}
+    inside = folder / "images" if (folder / "images").is_dir() else folder
+    pictures = [(_part_of(path.relative_to(inside)), path) for path in list_images(inside)]
+    return _Source(names, pictures, folder, poses=False)
+
+
+def _part_of(below: Path) -> str:
+    return PART_NAMES.get(below.parts[0], "") if len(below.parts) > 1 else ""
+
+
+def _without_repeats(pictures: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Each picture once, in the first part that lists it."""
+    seen: dict[Path, tuple[str, Path]] = {}
+    for part, path in pictures:
+        seen.setdefault(path.resolve(), (part, path))
+    return list(seen.values())
+
+
+class _Line(NamedTuple):
+    place: str  # file:line
+    words: list[str]
+
+
+def _read_lines(file: Path, notes: Notes) -> Iterator[_Line]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as problem:
+        notes.mistake(str(file), f"cannot be read: {problem}")
+        return
+    seen: set[str] = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        if line in seen:
+            notes.odd("lines occur twice in their file and count once", f"{file}:{number}")
+            continue
+        seen.add(line)
+        yield _Line(f"{file}:{number}", words)
+
+
+def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -> dict[str, Any] | None:
+    """COCO's annotation of a line without its ids; None after a mistake."""
+    try:
+        numbers = [float(word) for word in line.words]
+    except ValueError:
+        notes.mistake(line.place, f"{' '.join(line.words)[:60]!r}: expected numbers: class cx cy width height")
+        return None
+    index, values = numbers[0], numbers[1:]
+    if not index.is_integer() or int(index) not in source.names:
+        last = max(source.names)
+        notes.mistake(line.place, f"class {line.words[0]} is not in names (0 to {last})")
+        return None
+    if source.poses:
+        values = values[:4]
+    score = values.pop() if len(values) == 5 else None
+    if len(values) < 4 or len(values) % 2:
+        notes.mistake(line.place, f"{len(line.words)} numbers are neither a box (5) nor an outline (7, 9, …)")
+        return None
+    if not all(math.isfinite(v) and -TOLERANCE <= v <= 1 + TOLERANCE for v in values):
+        notes.mistake(line.place, "coordinates must be shares of the picture, from 0 to 1; are these pixels?")
+        return None
+    if score is not None and not 0 <= score <= 1:
+        notes.mistake(line.place, f"the sixth number, {score}, is no score from 0 to 1")
+        return None
+    height, width = size
+    one: dict[str, Any] = {"category_id": int(index) + 1}
+    if len(values) == 4:
+        cx, cy, w, h = values
+        corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+    else:
+        corners = [min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])]
+        outline = [min(max(v, 0.0), 1.0) * (width, height)[i % 2] for i, v in enumerate(values)]
+        one["segmentation"] = [[round(v, 3) for v in outline]]
+    if min(corners) < -TOLERANCE or max(corners) > 1 + TOLERANCE:
+        notes.odd("boxes reach over the border and are cut there", line.place)
+    x1, y1, x2, y2 = (min(max(v, 0.0), 1.0) * (width, height)[i % 2] for i, v in enumerate(corners))
+    if not (x2 > x1 and y2 > y1):
+        notes.odd("boxes without area", line.place)
+    one["bbox"] = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+    if "segmentation" in one:
+        one["area"] = masks.area(one["segmentation"], size, line.place)
+    else:
+        one["area"] = round(one["bbox"][2] * one["bbox"][3], 3)
+    if score is not None:
+        one["score"] = score
+    return one

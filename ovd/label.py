@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wordbox label``: a folder of pictures and some words become a data set that other tools train on.
+
+    wordbox label photos/ --classes "dog, mug: cup" --format yolo --out set/
+    yolo detect train data=set/data.yaml
+
+Writes into the output folder:
+
+    data.yaml, images/, labels/   the data set, or what the other formats consist of
+    contact_sheet.html            what was found of each class, the doubtful first: look through it before you train
+    predictions/                  detections with their scores; the same command goes on from there
+    failed.json                   in predictions/: pictures that could not be read, and why
+
+Pictures in which nothing was found belong to the data set: they teach what the things are not. Every fifth picture, by
+a hash of its name, goes to the part ``val``. Interrupted, or with more pictures in the folder, the same command again
+does what is missing. Exit status: 0; 1 when some pictures could not be read; 2 when nothing could be started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovd.asking import RARE, add_query_flags, check_words, load_query
+from ovd.formats.names import DATASET_FORMATS
+from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.flags import CommandParser, share
+
+if TYPE_CHECKING:
+    from ovd.formats.shapes import LabelledPictures
+
+PREDICTIONS = "predictions"
+SHEET = "contact_sheet.html"
+STAMP = "label.json"
+WRITTEN = ("annotations", "images", "labels", "Annotations", "ImageSets", "JPEGImages", "data.yaml", SHEET)
+"""What the formats write: removed when a folder is written anew with other options."""
+
+DESCRIPTION = """\
+A folder of pictures and some words become a data set that other tools train on, with a contact sheet of what was found;
+the same command again goes on where it was interrupted.
+
+    wordbox label photos/ --classes "dog, mug: cup" --format yolo --out set/"""
+
+
+def parser() -> CommandParser:
+    """Return the command line."""
+    flags = CommandParser(
+        "wordbox label",
+        DESCRIPTION,
+        details=__doc__,
+        usage="wordbox label PICTURES ... --classes WORDS --out FOLDER [options]",
+    )
+    add = flags.add_argument
+    add("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
+    add_query_flags(flags)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the data set")
+    add("--format", choices=DATASET_FORMATS, default="yolo", help="default yolo; yolo-seg has outlines")
+    add("--val", type=share, default=0.2, help="share of the pictures for the part val (default .2; 0: one part)")
+    add("--pictures", dest="place", choices=("copy", "link"), default="copy", help="default copy")
+    add("--masks", action=argparse.BooleanOptionalAction, default=None, help="masks in coco (default: yolo-seg only)")
+    add("--overwrite", action="store_true", help="replace what another command wrote into the folder")
+    flags.hide(*RARE, "place", "masks", "overwrite")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Parse, find, write; returns the exit status."""
+    options = parser().parse_args(argv)
+    from ovd.predict import collect, predict
+
+    out: Path = options.out
+    examples = check_words(options)
+    files = collect(options.pictures, without=out)
+    settings = {"format": options.format, "val": options.val, "pictures": options.place}
+    claim(out, settings, overwrite=options.overwrite)
+    masks = options.format == "yolo-seg" if options.masks is None else options.masks
+    detector, query = load_query(options, examples, masks=masks)
+    failed = predict(
+        detector=detector,
+        files=files,
+        vocabulary=query,
+        out=out / PREDICTIONS,
+        threshold=options.threshold,
+        draw=False,
+        masks=masks,
+        overwrite=options.overwrite,
+    )
+    from ovd.contact_sheet import contact_sheet
+    from ovd.formats.predictions import read_predictions
+    from ovd.formats.write import write_labels
+
+    found = with_parts(read_predictions(out / PREDICTIONS, dict(files)), options.val)
+    if not found.pictures:
+        raise UserError(f"none of the {len(files)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
+    write_labels(found, out, options.format, place=options.place)
+    page = contact_sheet(found, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold))
+    write_atomically(out / SHEET, page.encode())
+    print(summary(found))
+    print(f"{options.format} data set in {out}; look through {out / SHEET} before you train on it")
+    return 1 if failed else 0
+
+
+def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
+    """Make the folder ours, or find out that it already is; a data set of other settings goes with ``overwrite``.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    stamp = out / STAMP
+    if stamp.is_file():
+        before = read_json(stamp, hint="give another --out")
+        before = before if isinstance(before, dict) else {}
+        changed = [
+            f"{key} was {before.get(key)}, is {value}" for key, value in settings.items() if before.get(key) != value
+        ]
+        if changed and not overwrite:
+            raise UserError(
+                f"{out}: holds a data set of another command: {'; '.join(changed)}. Give another --out, or --overwrite "
+                "to replace it"
+            )
+        for name in WRITTEN if overwrite else ():
+            if (path := out / name).is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is not empty, and no data set of wordbox label. Give another --out")
+    write_atomically(stamp, json.dumps(settings).encode())
+
+
+def with_parts(found: LabelledPictures, val: float) -> LabelledPictures:
+    """The pictures in the parts train and val, by a hash of their names: more pictures move none of the others."""
+    if not val:
+        return found
+    rank = {
+        p.id: int.from_bytes(hashlib.sha256(os.fsencode(p.file)).digest()[:8], "big") / 2**64 for p in found.pictures
+    }
+    chosen = {i for i, share_of in rank.items() if share_of < val}
+    if len(rank) > 1 and val < 1:  # few pictures: each part has one
+        chosen = chosen or {min(rank, key=rank.__getitem__)}
+        chosen = chosen if len(chosen) < len(rank) else chosen - {max(rank, key=rank.__getitem__)}
+    pictures = tuple(replace(p, part="val" if p.id in chosen else "train") for p in found.pictures)
+    return replace(found, pictures=pictures)
+
+
+def summary(found: LabelledPictures) -> str:
+    """How often each class was found."""
+    count: Counter[str] = Counter(shape.name for picture in found.pictures for shape in picture.shapes)
+    without = sum(not picture.shapes for picture in found.pictures)
+    lines = [f"{name}: {count[name]}" for name in found.names]
+    return "\n".join([*lines, f"{len(found.pictures)} pictures, {without} of them without any"])
+
+
+if __name__ == "__main__":
+    run_cli(main)

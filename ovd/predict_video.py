@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of ``wordbox predict`` that takes videos, cameras and streams. Imports nothing slow."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovd.asking import check_words, load_query
+from pretrain.engine.errors import UserError
+
+EXTENSIONS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv")
+
+
+def is_video(text: str) -> bool:
+    """Whether an argument names a video file, a stream, or a camera by its number."""
+    return text.lower().endswith(EXTENSIONS) or "://" in text or (text.isdecimal() and not Path(text).exists())
+
+
+def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
+    """Run the command on videos; returns the exit status.
+
+    Raises:
+        UserError: flags that are for pictures, sources that cannot be opened, or results that are there already.
+    """
+    if options.format is not None:
+        raise UserError("--format is for pictures; of a video NAME.jsonl has every box of every frame")
+    examples = check_words(options)
+    for text in sources:
+        if "://" not in text and not text.isdecimal() and not Path(text).is_file():
+            raise UserError(f"{text}: no such file")
+    from ovd.tiles import TiledDetector
+    from ovd.video import Source, predict_video, progress
+
+    opened: list[Source] = []
+    try:
+        for text in sources:
+            opened.append(Source.open(text))
+        names = [source.name for source in opened]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"two videos would be called {twice!r}; run them separately")
+        if not options.overwrite:
+            for name in names:
+                if (there := options.out / f"{name}.jsonl").exists():
+                    raise UserError(f"{there}: is there already. Give another --out, or --overwrite to replace it")
+        detector, query = load_query(options, examples, masks=options.masks and options.draw)
+        if options.tiles:
+            detector = TiledDetector(detector, side=options.tile_side)
+        for source in opened:
+            if source.live:
+                print(f"{source.name}: Ctrl-C ends it", flush=True)
+            done = predict_video(
+                detector=detector,
+                query=query,
+                source=source,
+                out=options.out,
+                threshold=options.threshold,
+                every=options.every,
+                track=options.track,
+                draw=options.draw,
+                masks=options.masks,
+                say=progress,
+            )
+            print(f"{source.name}: {done} frames, see {options.out / source.name}.jsonl", flush=True)
+    finally:
+        for source in opened:
+            source.close()
+    return 0

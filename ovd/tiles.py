@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Big pictures in tiles, through supervision's ``InferenceSlicer``: small things that vanish when a picture is shrunk.
+
+The network sees the whole picture once, and overlapping tiles of it at their own size. What a tile cuts off at its
+inner border is left out: an object smaller than the overlap is whole in some tile, a larger one in the picture.
+
+Shapes: n detections of all tiles, M mask side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ovd.detections import Detections
+from ovd.detector import Detector
+from ovd.inference.postprocess import CROSS_CLASS_IOU, MAX_DETECTIONS, NMS_IOU, Candidates, postprocess
+from ovd.pictures import ImageLike, to_rgb
+from ovd.query import Query
+from pretrain.engine.errors import UserError
+
+OVERLAP = 0.25  # of a tile's side
+CUT = 2.0  # pixels from the border of a tile within which a box counts as cut off there
+SIDES = ("left", "top", "right", "bottom")
+MOST = 10_000  # tiles of a picture
+
+
+class TiledDetector(Detector):
+    """A detector that looks at a picture as a whole and in tiles.
+
+    Args:
+        detector: looks at each.
+        side: of a tile in pixels; None: the short side that the network was trained at.
+
+    Raises:
+        UserError: supervision is not installed.
+    """
+
+    def __init__(self, detector: Detector, *, side: int | None = None) -> None:
+        try:
+            import supervision  # noqa: F401
+        except ImportError as problem:
+            raise UserError("--tiles needs the package supervision: pip install supervision") from problem
+        card = detector.model.card
+        self.side = side or (256 if card is None else card.short_side)
+        # Kept results of another way to look must not pass for these.
+        named = {"sha256": f"{detector.card.get('sha256', '')} in tiles of {self.side}"}
+        super().__init__(
+            model=detector.model,
+            encoder=detector.text.encoder,
+            templates=detector.templates,
+            cache_size=0,
+            text_cache=detector.text.cache_dir,
+            crop_refinement=detector.crop_refinement,
+            card={**detector.card, **named},
+        )
+
+    def answer(self, image: ImageLike, query: Query, *, threshold: float | None = None, **options: Any) -> Detections:
+        """Look at the whole picture and, where it is larger than a tile, at its tiles; see `Detector.answer`."""
+        pixels = to_rgb(image)
+        whole = super().answer(pixels, query, threshold=threshold, **options)
+        height, width = pixels.shape[:2]
+        if max(height, width) <= self.side:
+            return whole
+        step = self.side - round(OVERLAP * self.side)
+        if (tiles := (height // step + 1) * (width // step + 1)) > MOST:
+            raise UserError(
+                f"{width}×{height} pixels are {tiles:,} tiles of {self.side}; give --tile-side a larger number"
+            )
+        parts: list[Detections] = []
+
+        def look(tile: NDArray[np.uint8]) -> Any:
+            found = super(TiledDetector, self).answer(tile, query, threshold=threshold, **options)
+            parts.append(found)
+            return _with_cuts(found, len(parts) - 1)
+
+        import supervision
+
+        slicer = supervision.InferenceSlicer(
+            callback=look,
+            slice_wh=self.side,
+            overlap_wh=round(OVERLAP * self.side),
+            overlap_filter=supervision.OverlapFilter.NONE,
+        )
+        moved = slicer(pixels)
+        return _joined(whole, parts, moved, limit=options.get("limit", MAX_DETECTIONS))
+
+
+def _with_cuts(found: Detections, part: int) -> Any:
+    """A tile's boxes for supervision, with where they come from and the sides at which the tile cuts them off."""
+    from supervision import Detections as Target
+
+    height, width = found.size
+    x1, y1, x2, y2 = found.xyxy.T
+    cut = {"left": x1 < CUT, "top": y1 < CUT, "right": x2 > width - CUT, "bottom": y2 > height - CUT}
+    rows = {"part": np.full(len(found), part), "row": np.arange(len(found))}
+    return Target(
+        xyxy=found.xyxy.copy(),
+        confidence=found.confidence.copy(),
+        class_id=found.class_id.astype(int),
+        data={**cut, **rows},
+    )
+
+
+def _joined(whole: Detections, parts: list[Detections], moved: Any, *, limit: int) -> Detections:
+    """The whole picture's detections and those of the tiles that no tile cuts off, after NMS."""
+    height, width = whole.size
+    boxes, scores, classes, masks = [whole.xyxy], [whole.confidence], [whole.class_id], [whole.box_masks]
+    if len(moved):
+        x1, y1, x2, y2 = moved.xyxy.T
+        at_border = {"left": x1 < CUT, "top": y1 < CUT, "right": x2 > width - CUT, "bottom": y2 > height - CUT}
+        inner = np.zeros(len(moved), dtype=bool)
+        for side in SIDES:
+            inner |= np.asarray(moved.data[side], dtype=bool) & ~at_border[side]
+        kept = moved[~inner]
+        boxes.append(kept.xyxy.astype(np.float32))
+        scores.append(kept.confidence.astype(np.float32))
+        classes.append(kept.class_id.astype(np.int64))
+        for part, row in zip(kept.data["part"], kept.data["row"], strict=True):
+            own = parts[int(part)].box_masks
+            masks.append(None if own is None else own[int(row) : int(row) + 1])
+    xyxy, score = np.concatenate(boxes), np.concatenate(scores)
+    box_masks = None if whole.box_masks is None else torch.cat([m for m in masks if m is not None])
+    candidates = Candidates(np.arange(len(score)), np.concatenate(classes), score)
+    return Detections.of(
+        postprocess(xyxy, candidates, nms_iou=NMS_IOU, cross_class_iou=CROSS_CLASS_IOU, limit=limit),
+        boxes=xyxy,
+        size=whole.size,
+        names=whole.names,
+        best=np.max([whole.best, *(part.best for part in parts)], axis=0),
+        threshold=whole.threshold,
+        masks=box_masks,
+        notices=whole.notices,
+    )

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Videos, webcams and streams: an annotated video, and its tracks as JSON lines.
+
+OpenCV decodes (it knows cameras, streams and turned videos), PyAV encodes H.264, which plays everywhere. The file is
+written in fragments: whatever ends the command, what was written plays.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ovd.detector import Detector
+from ovd.drawing import draw_detections
+from ovd.query import Query
+from ovd.tracking import WEAK, Tracked, Tracker, untracked
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
+
+TICKS = 90_000  # per second, MPEG's clock
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+USUAL_RATE = 30.0  # frames per second of a source that does not say
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A video that is read frame by frame.
+
+    Attributes:
+        name: for file names.
+        live: a camera or a stream: it ends when the person ends it.
+        frames: how many there are; None where that is not known.
+        rate: frames per second.
+        capture: OpenCV's.
+    """
+
+    name: str
+    live: bool
+    frames: int | None
+    rate: float
+    capture: Any
+
+    @classmethod
+    def open(cls, text: str) -> Source:
+        """Open a file, a camera (``0``) or a stream (``rtsp://…``).
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        camera = text.isdecimal() and not Path(text).exists()
+        if not camera and "://" not in text and not Path(text).is_file():
+            raise UserError(f"{text}: no such file")
+        capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
+        if not capture.isOpened():
+            kind = f"camera {text}" if camera else text
+            raise UserError(f"{kind}: cannot be opened as a video" + ("; is it connected, and free?" if camera else ""))
+        live = camera or "://" in text
+        frames, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS))
+        name = f"camera{text}" if camera else Path(text.partition("?")[0]).stem or "stream"
+        return cls(
+            name=name,
+            live=live,
+            frames=frames if frames > 0 and not live else None,
+            rate=rate if 0 < rate <= 1000 else USUAL_RATE,
+            capture=capture,
+        )
+
+    def __iter__(self) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+        """(seconds from the start, (H, W, 3) uint8 RGB) of each frame, later and later."""
+        begun, last, number = time.monotonic(), -1.0, 0
+        while True:
+            there, frame = self.capture.read()
+            if not there:
+                return
+            stamp = self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            seconds = time.monotonic() - begun if self.live else stamp if number and stamp > 0 else number / self.rate
+            last = max(seconds, last + 1 / TICKS)
+            number += 1
+            yield last, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def close(self) -> None:
+        """Give the camera or file back."""
+        self.capture.release()
+
+
+class VideoWriter:
+    """An MP4 file in fragments, H.264; a context manager. The first frame decides the size.
+
+    Args:
+        path: of the file.
+        rate: frames per second, for the encoder.
+
+    Raises:
+        UserError: PyAV is not installed, or the file cannot be written.
+    """
+
+    def __init__(self, path: Path, *, rate: float) -> None:
+        try:
+            import av
+        except ImportError as problem:
+            raise UserError("an annotated video needs the package av: pip install av. Or give --no-draw") from problem
+        self.rate = rate
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: Any = av.open(str(path), "w", options=FRAGMENTS)
+        except (OSError, ValueError) as problem:
+            raise UserError(f"{path}: cannot be written: {problem}") from problem
+        self._av: Any = av
+        self._stream: Any = None
+
+    def write(self, pixels: NDArray[np.uint8], seconds: float) -> None:
+        """Add a frame that is shown from this time on."""
+        from fractions import Fraction
+
+        height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2  # H.264 wants even sides
+        if self._stream is None:
+            self._stream = self._file.add_stream("libx264", rate=Fraction(self.rate).limit_denominator(1001))
+            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+            self._stream.options = {
+                "preset": "veryfast",
+                "crf": "23",
+                "bf": "0",
+                "g": str(max(1, round(2 * self.rate))),
+            }
+            self._stream.time_base = self._stream.codec_context.time_base = Fraction(1, TICKS)
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[:height, :width]), format="rgb24")
+        frame.pts, frame.time_base = round(seconds * TICKS), Fraction(1, TICKS)
+        self._file.mux(self._stream.encode(frame))
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Write what the encoder holds back, and close."""
+        if self._stream is not None:
+            self._file.mux(self._stream.encode(None))
+        self._file.close()
+
+
+@dataclass(kw_only=True)
+class Track:
+    """What is known of a track: its class by most frames, first and last frame, best score."""
+
+    first: int
+    last: int
+    best: float
+    frames: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
+
+    def summary(self, number: int) -> dict[str, Any]:
+        """For the summary file."""
+        name = max(self.classes, key=self.classes.__getitem__)
+        return {"track": number, "class": name, "first": self.first, "last": self.last, "frames": self.frames,
+                "best": round(self.best, 5)}  # fmt: skip
+
+
+def predict_video(
+    *,
+    detector: Detector,
+    query: Query,
+    source: Source,
+    out: Path,
+    threshold: float | None = None,
+    every: int = 1,
+    track: bool = True,
+    draw: bool = True,
+    masks: bool = True,
+    say: Callable[[int, int | None, float], None] | None = None,
+) -> int:
+    """Find and follow things in a video.
+
+    Writes ``NAME.jsonl``, a line for each object of each frame that is looked at; ``NAME.json``, a summary with the
+    tracks; and ``NAME.mp4`` with boxes, where between the frames that are looked at the last ones stay.
+
+    Args:
+        detector, query, threshold: see `Detector.answer`.
+        source: open; is closed.
+        out: folder.
+        every: look at every n-th frame.
+        track: follow objects.
+        draw: write the video.
+        masks: draw masks.
+        say: called after each frame with (frames done, frames in all or None, seconds since the start).
+
+    Returns:
+        Frames read.
+
+    Raises:
+        UserError: a package is missing, or something cannot be written.
+        KeyboardInterrupt: Ctrl-C in a file; all three files are whole up to there. A live source ends without it.
+    """
+    level = detector.threshold_for(query, threshold)
+    tracker = Tracker(threshold=level, rate=source.rate / every) if track else None
+    out.mkdir(parents=True, exist_ok=True)
+    tracks: dict[int, Track] = {}
+    done, complete, begun = 0, False, time.monotonic()
+    shown: Tracked | None = None
+    writer = VideoWriter(out / f"{source.name}.mp4", rate=source.rate) if draw else None
+    try:
+        with open(out / f"{source.name}.jsonl", "w", encoding="utf-8") as lines, writer or _Nothing():
+            for seconds, pixels in source:
+                if done % every == 0:
+                    floor = level * WEAK if tracker else level
+                    found = detector.answer(pixels, query, threshold=floor)
+                    shown = tracker.follow(found) if tracker else untracked(found)
+                    _note(shown, done, seconds, lines, tracks)
+                if writer is not None and shown is not None:
+                    writer.write(draw_detections(pixels, shown.labelled(), masks=masks), seconds)
+                done += 1
+                if say is not None:
+                    say(done, source.frames, time.monotonic() - begun)
+        complete = True
+    except KeyboardInterrupt:
+        if not source.live:
+            raise
+        complete = True
+    finally:
+        source.close()
+        summary = {
+            "source": source.name, "frames": done, "rate": source.rate, "every": every, "threshold": level,
+            "classes": list(query.names), "complete": complete,
+            "tracks": [one.summary(number) for number, one in sorted(tracks.items())],
+        }  # fmt: skip
+        write_atomically(
+            out / f"{source.name}.json", (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode()
+        )
+    if not done:
+        raise UserError(f"{source.name}: holds no frame that can be read")
+    return done
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _note(shown: Tracked, frame: int, seconds: float, lines: TextIO, tracks: dict[int, Track]) -> None:
+    """Write a line for each object, and take it into its track."""
+    found = shown.detections
+    for i, number in enumerate(shown.track.tolist()):
+        name, score = found.class_name[i], float(found.confidence[i])
+        row = {"frame": frame, "time": round(seconds, 3), "track": number or None, "class": name,
+               "score": round(score, 5), "box": [round(float(v), 2) for v in found.xyxy[i]]}  # fmt: skip
+        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if number:
+            one = tracks.setdefault(number, Track(first=frame, last=frame, best=score))
+            one.last, one.best, one.frames = frame, max(one.best, score), one.frames + 1
+            one.classes[name] = one.classes.get(name, 0) + 1
+    lines.flush()  # whoever follows the file sees each frame
+
+
+def progress(done: int, total: int | None, seconds: float) -> None:
+    """A line on standard error: rewritten on a terminal, every tenth of the way (or every 100 frames) otherwise."""
+    rate = done / max(seconds, 1e-9)
+    text = f"{done} frames, {rate:.1f} a second"
+    if total:
+        left = max(0.0, (total - done) / rate)
+        text = f"{done} of {total} frames, {rate:.1f} a second, {_clock(left)} left"
+    if sys.stderr.isatty():
+        print(f"\r{text:<60}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif (done * 10 // total > (done - 1) * 10 // total) if total else done % 100 == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backbone and where it comes from, and the measures of its frozen features as one report.
+
+Shapes: `N` queries, `M` bank, `D` features, `C` classes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pretrain.config_views import InputSpec
+from pretrain.data.images import ImageSet
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import EXPORTED, read_json
+from pretrain.evaluation.features import features, labels
+from pretrain.evaluation.knn import accuracy, knn
+from pretrain.evaluation.linear import PROTOCOLS, few_labels, linear_classifier
+from pretrain.nets.backbones import build_backbone, load_backbone
+
+
+class Origin(NamedTuple):
+    """Where a backbone comes from: its method, what it expects, and the step of its checkpoint (None: exported)."""
+
+    method: str
+    inputs: InputSpec
+    step: int | None = None
+
+
+def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, Origin]:
+    """The online backbone of a run (exported, or of its newest checkpoint), or an exported one.
+
+    Returns:
+        It, and where it comes from.
+
+    Raises:
+        UserError: There is none.
+    """
+    if folder is not None:
+        return _exported(folder)
+    if run is None:
+        raise ValueError("a run or a folder is needed")
+    if (run / EXPORTED).is_dir():
+        return _exported(run / EXPORTED)
+    from pretrain.config import ClipMethod, PretrainConfig, TextDistillMethod
+    from pretrain.engine.checkpoint import load_model, load_state, newest
+    from pretrain.engine.config import load_config
+
+    latest = newest(run / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    if latest is None:
+        raise UserError(f"{run}: no exported backbone and no checkpoint; give the folder of a run (its out=)")
+    method = load_config(PretrainConfig, run / "config.yaml").method
+    if isinstance(method, ClipMethod | TextDistillMethod):
+        raise UserError(f"{run}: an unfinished run of {method.name}; it can be probed when it has an exported/ folder")
+    state, prefix = load_state(latest)[0], "task.backbone."
+    backbone = build_backbone(method.backbone, sizes=[view.size for view in method.views])
+    backbone_state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    load_model(backbone, backbone_state, untracked=(), where=latest.folder)
+    return backbone, Origin(method.name, method.inputs(), latest.step)
+
+
+def _exported(folder: Path) -> tuple[nn.Module, Origin]:
+    """A backbone folder, or the image tower of an encoder folder: a ResNet without the projection into words' space."""
+    from pretrain.nets.encoders import load_encoder
+    from pretrain.nets.towers import FORMAT, image_features
+
+    config = read_json(folder / "config.json", hint="give the folder of a run (its out=), or its exported/")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        backbone, info = load_backbone(folder)
+        return backbone, Origin(str(info["method"]), InputSpec(info["size"], info["mean"], info["std"]))
+    encoder = load_encoder(folder)
+    tower = image_features(encoder)
+    return tower.eval(), Origin("clip", InputSpec(encoder.image_size, encoder.image_mean, encoder.image_std))
+
+
+def evaluate(
+    backbone: nn.Module,
+    train: ImageSet,
+    test: ImageSet,
+    inputs: InputSpec,
+    *,
+    measures: Sequence[str],
+    k: int,
+    temperature: float,
+    recipe: str,
+    epochs: int | None,
+    shots: Sequence[int],
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The chosen measures as one report."""
+    x_test = features(backbone, test, range(len(test)), inputs)
+    y_test, y_train = labels(test, range(len(test))), labels(train, range(len(train)))
+    classes = int(max(y_train.max(), y_test.max())) + 1
+    report: dict[str, Any] = {"train": len(train), "test": len(test), "classes": classes, "width": x_test.shape[1]}
+    x_train = features(backbone, train, range(len(train)), inputs) if {"knn", "few"} & set(measures) else None
+    if x_train is not None and "knn" in measures:
+        scores = knn(x_test, x_train, y_train, classes=classes, k=k, temperature=temperature)
+        report["knn"] = {"top1": accuracy(scores, y_test), "k": min(k, len(train)), "temperature": temperature}
+    for name in ("linear", "linear_cached"):
+        if name in measures:
+            begun = time.perf_counter()
+            head = linear_classifier(
+                backbone, train, inputs, classes=classes, protocol=PROTOCOLS[recipe], epochs=epochs,
+                augment=name == "linear", seed=seed, say=say,
+            )  # fmt: skip
+            with torch.no_grad():
+                top1 = accuracy(head(x_test), y_test)
+            report[name] = {
+                "top1": top1, "protocol": recipe, "epochs": epochs or PROTOCOLS[recipe].epochs,
+                "seconds": time.perf_counter() - begun,
+            }  # fmt: skip
+    if x_train is not None and "few" in measures:
+        report["few"] = []
+        for count in shots:
+            accuracies = [
+                accuracy(few_labels(x_train, y_train, x_test, classes=classes, shots=count, seed=seed + i), y_test)
+                for i in range(5)
+            ]
+            mean, std = float(np.mean(accuracies)), float(np.std(accuracies))
+            report["few"].append({"shots": count, "top1": mean, "std": std, "draws": len(accuracies)})
+    return report

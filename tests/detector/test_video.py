@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Videos: every frame's boxes, one number per object, a file that plays whatever ends the command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from ovd import predict, video
+from ovd.predict_video import is_video
+from ovd.tracking import Tracker
+from ovd.video import Source, predict_video
+from pretrain.engine.errors import UserError
+from tests.detector.fakes import make_detector, picture
+
+FRAMES, RATE = 24, 12.0
+
+
+def frame(number: int) -> np.ndarray:
+    """A red rectangle moves right, a blue one stands still and is away for three frames."""
+    shown = [("red", 5 + 3 * number, 10, 45 + 3 * number, 50)]
+    shown += [] if 10 <= number < 13 else [("blue", 90, 70, 150, 115)]
+    return picture(shown)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), RATE, (160, 120))
+    for number in range(FRAMES):
+        writer.write(cv2.cvtColor(frame(number), cv2.COLOR_RGB2BGR))
+    writer.release()
+    return path
+
+
+def run(clip: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+    detector = make_detector(cache_size=0)
+    predict_video(
+        detector=detector, query=detector.query("red, blue"), source=Source.open(str(clip)), out=out, **options
+    )
+    return [json.loads(line) for line in (out / "clip.jsonl").read_text().splitlines()]
+
+
+def decoded(path: Path) -> list[tuple[float, np.ndarray]]:
+    """(time, RGB) of every frame, by another reader than the one under test."""
+    av = pytest.importorskip("av")
+    frames = []
+    with av.open(str(path)) as file, contextlib.suppress(av.error.InvalidDataError):  # the end of a file that is cut
+        for one in file.decode(video=0):
+            frames.append((float(one.time), one.to_ndarray(format="rgb24")))
+    return frames
+
+
+def test_every_frame_has_its_boxes_with_time(clip: Path, tmp_path: Path) -> None:
+    rows = run(clip, tmp_path / "out", track=False, draw=False)
+    red = {row["frame"]: row for row in rows if row["class"] == "red"}
+    assert sorted(red) == list(range(FRAMES))
+    for number, row in red.items():
+        assert row["box"] == pytest.approx([5 + 3 * number, 10, 45 + 3 * number, 50], abs=2)
+        assert row["time"] == pytest.approx(number / RATE, abs=0.002) and row["track"] is None
+    assert not (tmp_path / "out/clip.mp4").exists()
+
+
+def test_an_object_keeps_its_number_also_after_it_was_away(clip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trackers")
+    rows = run(clip, tmp_path / "out", draw=False)
+    numbers = {name: {r["track"] for r in rows if r["class"] == name and r["track"]} for name in ("red", "blue")}
+    assert len(numbers["red"]) == len(numbers["blue"]) == 1 and numbers["red"] != numbers["blue"]
+    summary = json.loads((tmp_path / "out/clip.json").read_text())
+    by_class = {one["class"]: one for one in summary["tracks"]}
+    assert summary["complete"] and by_class["blue"]["last"] == FRAMES - 1
+    assert by_class["red"]["frames"] - by_class["blue"]["frames"] == 3
+
+
+def test_every_nth_frame_is_looked_at_and_all_are_written(clip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    rows = run(clip, tmp_path / "out", every=5, track=False)
+    assert {row["frame"] for row in rows} == {0, 5, 10, 15, 20}
+    frames = decoded(tmp_path / "out/clip.mp4")
+    assert len(frames) == FRAMES
+    assert [time for time, _ in frames] == pytest.approx([n / RATE for n in range(FRAMES)], abs=0.01)
+    grey = np.abs(frames[7][1].astype(int) - frame(7)).mean(axis=2)
+    assert grey[30:60].mean() > 2  # the box of frame 5 is still drawn
+
+
+def test_ctrl_c_leaves_whole_files_that_play(clip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+
+    def stop(done: int, total: int | None, seconds: float) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, tmp_path / "out", track=False, say=stop)
+    assert len(decoded(tmp_path / "out/clip.mp4")) == 10
+    rows = [json.loads(line) for line in (tmp_path / "out/clip.jsonl").read_text().splitlines()]
+    assert max(row["frame"] for row in rows) == 9
+    summary = json.loads((tmp_path / "out/clip.json").read_text())
+    assert (summary["frames"], summary["complete"]) == (10, False)
+
+
+def test_a_file_cut_off_in_the_middle_plays_up_to_there(tmp_path: Path) -> None:
+    """What a killed process leaves: fragments without an end."""
+    pytest.importorskip("av")
+    with video.VideoWriter(tmp_path / "a.mp4", rate=10) as writer:
+        for number in range(60):
+            writer.write(frame(number % FRAMES), number / 10)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    assert 10 <= len(decoded(tmp_path / "cut.mp4")) < 60
+
+
+class Camera:
+    """What OpenCV gives for a camera: frames without end, no count, no times."""
+
+    def __init__(self) -> None:
+        self.read_frames = 0
+
+    def isOpened(self) -> bool:
+        return True
+
+    def get(self, key: int) -> float:
+        return 0.0
+
+    def read(self) -> tuple[bool, np.ndarray]:
+        self.read_frames += 1
+        if self.read_frames > 4:
+            raise KeyboardInterrupt  # the person at the keyboard
+        return True, cv2.cvtColor(frame(0), cv2.COLOR_RGB2BGR)
+
+    def release(self) -> None: ...
+
+
+def test_a_camera_runs_until_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "VideoCapture", lambda number: Camera())
+    source = Source.open("0")
+    assert (source.name, source.live, source.frames, source.rate) == ("camera0", True, None, video.USUAL_RATE)
+    detector = make_detector(cache_size=0)
+    query = detector.query("red")
+    done = predict_video(detector=detector, query=query, source=source, out=tmp_path, track=False, draw=False)
+    assert done == 4 and json.loads((tmp_path / "camera0.json").read_text())["complete"]
+    times = [json.loads(line)["time"] for line in (tmp_path / "camera0.jsonl").read_text().splitlines()]
+    assert times == sorted(times)
+
+
+def test_weak_boxes_prolong_a_track_and_are_nothing_without_one() -> None:
+    pytest.importorskip("trackers")
+    detector = make_detector(cache_size=0)
+    tracker = Tracker(threshold=0.5, rate=10)
+    for number, score in enumerate((0.9, 0.9, 0.4)):
+        found = detector.answer(frame(number), detector.query("red"), threshold=0.1)
+        found.confidence[:] = score
+        tracked = tracker.follow(found)
+        assert len(tracked.detections) == 1
+    assert tracked.track.tolist() == [1] and tracked.labelled().class_name == ["red #1"]
+    fresh = Tracker(threshold=0.5, rate=10)
+    assert len(fresh.follow(found).detections) == 0
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def load(options: object, examples: object, *, masks: bool) -> tuple[object, object]:
+        detector = make_detector(cache_size=0, masks=masks)
+        return detector, detector.query("red, blue")
+
+    monkeypatch.setattr("ovd.predict_video.load_query", load)
+    yield
+
+
+def test_the_command_takes_a_video_and_says_how_far_it_is(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track", "--no-draw"]
+    assert predict.main(arguments) == 0
+    err = capsys.readouterr().err
+    assert f"{FRAMES} of {FRAMES} frames" in err and "0:00 left" in err
+    with pytest.raises(UserError, match=r"clip\.jsonl: is there already"):
+        predict.main(arguments)
+    assert predict.main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["photo.jpg"], "is a video; run pictures and videos separately"),
+        (["--format", "yolo"], "--format is for pictures"),
+        (["gone.mp4"], "gone.mp4: no such file"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(more: list[str], said: str, clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        predict.main([str(clip), *more, "--classes", "red", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video at all")
+    with pytest.raises(UserError, match=r"a\.mp4: cannot be opened as a video"):
+        Source.open(str(tmp_path / "a.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "said"),
+    [
+        ("av", {"track": False}, r"pip install av\. Or give --no-draw"),
+        ("trackers", {"draw": False}, r"pip install --no-deps trackers pydeprecate\. Or give --no-track"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_way_without(
+    package: str, options: dict[str, bool], said: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=said):
+        run(clip, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a.mp4", True), ("A.MOV", True), ("0", True), ("rtsp://host/x", True), ("a.jpg", False), ("photos", False)],
+)
+def test_what_counts_as_a_video(text: str, expected: bool) -> None:
+    assert is_video(text) is expected

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files for running the page elsewhere name what is there, and start it with flags that it has."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+import app
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^{name} (.+)$", DOCKERFILE, re.MULTILINE)
+
+
+def test_what_the_image_is_made_of_is_there_and_not_ignored() -> None:
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    copied = [words[:-1] for line in instructions("COPY") if (words := line.split())[0][:6] != "--from"]
+    names = [name for words in copied for name in words]
+    assert {"app.py", "ovd", "pretrain", "weights", "datasets", "requirements.lock"} <= set(names)
+    assert [name for name in names if not (ROOT / name).exists() or name.split("/")[0] in ignored] == []
+
+
+def test_the_image_pins_torch_as_the_lock_file_does() -> None:
+    pattern = re.search(r"grep -E '([^']+)' requirements\.lock", DOCKERFILE)
+    assert pattern is not None
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if re.match(pattern[1], line)]
+    assert [line.partition("==")[0] for line in lines] == ["torch", "torchvision"]
+
+
+def test_container_and_service_start_the_page_with_flags_that_it_has() -> None:
+    entry = [*json.loads(instructions("ENTRYPOINT")[0]), *json.loads(instructions("CMD")[-1])]
+    service = (ROOT / "deploy/wordbox.service").read_text(encoding="utf-8")
+    started = re.search(r"^ExecStart=(.+)$", service, re.MULTILINE)
+    assert started is not None
+    for words, host in ((entry, "0.0.0.0"), (shlex.split(started[1]), "127.0.0.1")):
+        assert words[0].endswith("wordbox") and words[1] == "demo"
+        options = app.parser().parse_args(words[2:])
+        assert (options.host, options.port) == (host, 7860)
+    assert instructions("USER") == ["wordbox"] and instructions("EXPOSE") == ["7860"]
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (500, False), (None, False)])
+def test_the_health_check_tells_a_page_that_answers(status: int | None, healthy: bool) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status or 200)
+            self.end_headers()
+            self.wfile.write(b"page")
+
+        def log_message(self, *_: object) -> None: ...
+
+    command = re.search(r"HEALTHCHECK .*CMD (\[.+\])", DOCKERFILE)
+    assert command is not None
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    port = server.server_port
+    if status is None:
+        server.shutdown()
+        server.server_close()
+    _, flag, code = json.loads(command[1])
+    done = subprocess.run([sys.executable, flag, code.replace("7860", str(port))], capture_output=True, check=False)
+    assert (done.returncode == 0) is healthy
+    if status is not None:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_space_runs_the_container() -> None:
+    _, head, _ = (ROOT / "deploy/space/README.md").read_text(encoding="utf-8").split("---\n", 2)
+    settings = yaml.safe_load(head)
+    assert (settings["sdk"], settings["app_port"]) == ("docker", 7860)
+    assert len(settings["short_description"]) <= 60
+
+
+@pytest.mark.parametrize("name", ["bug", "idea", "accuracy"])
+def test_issue_forms_are_forms(name: str) -> None:
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text(encoding="utf-8"))
+    assert form["name"] and form["description"] and form["body"]
+    asked = [part for part in form["body"] if part["type"] != "markdown"]
+    assert all(part["attributes"]["label"] for part in asked)
+    assert len({part["id"] for part in asked}) == len(asked)
+    assert any(part.get("validations", {}).get("required") for part in asked)
