@@ -7,15 +7,15 @@ Nothing is sent anywhere: no telemetry, no fonts from elsewhere, no model downlo
 from __future__ import annotations
 
 import argparse
-import ipaddress
-import logging
 import shutil
 import signal
 import sys
 import threading
 from types import FrameType
 
-from ovd.demo.page import prepare_environment
+from ovd.demo.lean import few_heaps, settle, without_compiler
+from ovd.demo.logs import configure
+from ovd.demo.serving import is_loopback, listen, prepare_environment
 from pretrain.engine.errors import run_cli
 
 
@@ -42,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)"
     )
+    flags.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer under this name, that of a proxy in front of the page (may be given more than once)",
+    )
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument("--threads", type=_threads, default=None, help="CPU threads (default: all cores)")
@@ -50,27 +57,21 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def main(argv: list[str]) -> int:
     """Serve until a signal comes; returns 0 after SIGTERM, 130 after Ctrl-C."""
     options = parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure()
     if options.share:
         print(
             "warning: --share sends pictures and words through Gradio's servers; whoever has the link can use the page",
             file=sys.stderr,
         )
-    if not _is_loopback(options.host):
+    if not is_loopback(options.host):
         print(
             f"warning: --host {options.host} lets all who can reach this machine use the page; there is no password",
             file=sys.stderr,
         )
+    door = listen(options.host, options.port)  # before the slow part: a taken port is told at once
     folder = prepare_environment()
     stop = threading.Event()
     status = 0
@@ -81,25 +82,39 @@ def main(argv: list[str]) -> int:
         stop.set()
 
     try:
-        from ovd.demo.page import build_page, free_port, launch_page
-
-        port = free_port(options.host, options.port)  # before the slow part: a taken port is told at once
+        few_heaps()
         import torch
 
         if options.threads:
             torch.set_num_threads(options.threads)
-        from ovd.demo.answer import Answerer
-        from ovd.detector import Detector
+        with without_compiler():
+            from ovd.demo.answer import Answerer
+            from ovd.demo.page import build_page, launch_page
+            from ovd.detector import Detector
 
-        detector = Detector.load(options.weights, device=options.device)
-        page = build_page(Answerer(detector=detector))
-        url = launch_page(page, host=options.host, port=port, share=options.share, open_browser=options.browser)
+            detector = Detector.load(options.weights, device=options.device)
+        answerer = Answerer(detector=detector)
+        page = build_page(answerer)
+        served = launch_page(
+            page,
+            door=door,
+            host=options.host,
+            allow_hosts=options.allow_host,
+            share=options.share,
+            open_browser=options.browser,
+            seconds=lambda: answerer.seconds,
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, leave)
-        print(f"The page is at {url}  (Ctrl-C stops it)", flush=True)
+        print(f"The page is at {served.url}  (Ctrl-C stops it)", flush=True)
+        if served.share_url:
+            print(f"and for everybody at {served.share_url}", flush=True)
+        settle()
         stop.wait()
-        page.close(verbose=False)
+        answerer.close()
+        served.close()
     finally:
+        door.close()
         shutil.rmtree(folder, ignore_errors=True)
     return status
 

@@ -400,7 +400,7 @@ def _split_text(text: str) -> list[tuple[str, list[str]]]:
         for part in line.split(";"):
             head, colon, tail = part.partition(":")
             names = head.split(",")
-            entries.extend((name, []) for name in names[:-1])
+            entries.extend((name, []) for name in names[:-1] if name and not name.isspace())
             entries.append((names[-1], _split_synonyms(part, tail) if colon else []))
     return entries
 
@@ -411,6 +411,8 @@ def _merge(entries: Iterable[tuple[str, list[str]]]) -> tuple[list[VocabularyCla
     repeated: list[str] = []
     notices: list[str] = []
     for raw, raw_synonyms in entries:
+        if not raw_synonyms and (not raw or raw.isspace()):
+            continue
         name, negative = split_name(raw)
         synonyms = [s for s in map(_clean, raw_synonyms) if s]
         if not name:

@@ -26,7 +26,7 @@ from pretrain.engine.files import EXPORTED, read_json, sha256_of, write_atomical
 from pretrain.engine.flags import CommandParser
 
 MANIFEST = "manifest.json"
-DEFAULT = "vild-sticker"
+DEFAULT = "vild-photo"
 ALIASES = {"default": DEFAULT}
 # What a weights folder may hold: data only, nothing that runs when it is read.
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".txt", ".md", ".csv"})
@@ -131,6 +131,12 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
     """
     entries = read_manifest(root)
     wanted = ALIASES.get(name, name)
+    if wanted not in entries and wanted != name:
+        there_is = ", ".join(entries) or "nothing"
+        raise UserError(
+            f"the default weights, {wanted}, are not in {root or weights_root()} (there is: {there_is}). Restore them "
+            "with `git checkout -- weights`, or name others, as in --weights vild-sticker"
+        )
     if wanted not in entries:
         aliases = [alias for alias, target in ALIASES.items() if target in entries]
         there_is = ", ".join([*aliases, *entries]) or "nothing"

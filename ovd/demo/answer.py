@@ -10,10 +10,15 @@ from __future__ import annotations
 import base64
 import io
 import re
+import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +32,40 @@ from ovd.inference.region_model import PatchLocator
 from ovd.inference.regions import picture_key
 from ovd.pictures import to_rgb
 from ovd.query import Query
+from ovd.vocabulary import Vocabulary
 from pretrain.data.folder import PAGE_PIXELS
 from pretrain.engine.errors import BadImageError, UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SCHEMA = 1
 FLOOR = 0.05  # lowest score sent; the slider's left end
 MAX_FILE_BYTES = 10_000_000
 MAX_CROPS_SENT = 20
 MAX_CROP_BYTES = 2_000_000  # of one crop; the page sends at most 384 × 384 pixels
+MAX_CROP_PIXELS = 4_000_000  # of one crop, read from its header before it is decoded
+MAX_CROPS_PIXELS = 25_000_000  # of all crops of a query: what one picture may have
+SEATS = 3  # questions whose pixels are held: one at the model, one before and one behind it
+LONG_TEXT = 20_000  # characters; longer texts are parsed one at a time
+SLICE = 64  # classes that are embedded in one go, about 40 ms on two CPU cores
+FIRST_SECONDS = 0.5  # a guess, until the first answers have been timed
+SMOOTHING = 8  # answers that the running mean of their time looks back on
 PREVIEW_SIDE = 1600  # pixels; what is shown and saved as PNG
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the model's thread hands back; times in seconds."""
+
+    detections: Detections
+    key: str  # of the picture
+    regions: int
+    cached: bool  # the picture was remembered
+    network: float
+    words: float
+
+
 _DATA_URL = re.compile(r"data:image/(png|jpeg|webp|bmp);base64,")
 
 
@@ -49,8 +79,15 @@ class Answerer:
 
     def __init__(self, *, detector: Detector, previews: int = 8) -> None:
         self.detector = detector
+        self.seconds = FIRST_SECONDS  # that one question holds the model, at present
         self._previews: OrderedDict[str, str] = OrderedDict()
         self._keep = previews
+        self._previewing = threading.Lock()
+        self._seats = threading.Semaphore(SEATS)
+        # One thread each: first come, first served, and torch keeps the scratch memory of two threads only.
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._words = ThreadPoolExecutor(1, thread_name_prefix="words")
+        self._closed = False
 
     def answer(
         self,
@@ -81,42 +118,87 @@ class Answerer:
         if not image:
             raise UserError("Choose a picture first: drop one here, paste it, or click an example")
         # Words first: a typing mistake should not cost a run of the network.
-        query = self.detector.query(classes, decode_examples(examples))
-        pixels = _read(Path(image))
-        read = time.perf_counter()
+        words = self._parsed(classes, alone=not examples)
+        with self._seats:
+            query = self.detector.query(words, decode_examples(examples))
+            if not query.names:
+                replace(words, alone=True)  # which says what is missing
+            default = self.detector.threshold_for(query)
+            floor = min(FLOOR, default / 4)
+            level = floor if threshold is None else threshold
+            pixels = _read(Path(image))
+            read = time.perf_counter()
+            found = self._on(self._model, self._run, pixels, query, level)
+            result = self._described(found, query, default=default, floor=floor)
+            result["ms"]["read"] = _ms(read - start)
+            if preview:
+                result["preview"] = self._preview(found.key, pixels)
+            return result
+
+    def _parsed(self, text: str, *, alone: bool) -> Vocabulary:
+        """Read and embed words on their own thread, in slices that let other people's words in between.
+
+        The embedder remembers phrases: at the model they then cost next to nothing.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"classes must be a text, not {type(text).__name__}")
+        parse = partial(Vocabulary.parse, text, templates=self.detector.templates, alone=alone)
+        words = parse() if len(text) <= LONG_TEXT else self._on(self._words, parse)
+        for start in range(0, len(words.classes), SLICE):
+            part = replace(words, classes=words.classes[start : start + SLICE], alone=False)
+            self._on(self._words, self.detector.text.embed, part)
+        return words
+
+    def _on(self, thread: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Let a thread do it, and wait."""
+        try:
+            return thread.submit(work, *args, **options).result()
+        except (CancelledError, RuntimeError) as problem:
+            if self._closed:
+                raise UserError("The page is being stopped") from problem
+            raise
+
+    def close(self) -> None:
+        """Answer nothing more: what waits is told so, and what is being computed comes to its end."""
+        self._closed = True
+        for thread in (self._words, self._model):
+            thread.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, pixels: NDArray[np.uint8], query: Query, level: float) -> _Found:
+        """What only one question at a time may do: the network, and scoring its regions."""
+        start = time.perf_counter()
         runs = self.detector.runs
-        regions = None if isinstance(self.detector.model, PatchLocator) else self.detector.embed(pixels)
-        embedded = time.perf_counter()
-        default = self.detector.threshold_for(query)
-        floor = min(FLOOR, default / 4)
-        level = floor if threshold is None else threshold
-        if regions is None:
+        if isinstance(self.detector.model, PatchLocator):
             detections = self.detector.answer(pixels, query, threshold=level)
+            key, regions, embedded = picture_key(pixels), len(detections), time.perf_counter()
         else:
-            detections = regions.classify(query, threshold=level)
-        classified = time.perf_counter()
-        result = describe(detections, default=default, floor=floor) | describe_query(query)
+            picture = self.detector.embed(pixels)
+            embedded = time.perf_counter()
+            detections = picture.classify(query, threshold=level)
+            key, regions = picture.key, len(picture)
+        end = time.perf_counter()
+        self.seconds += (end - start - self.seconds) / SMOOTHING
+        return _Found(detections, key, regions, self.detector.runs == runs, embedded - start, end - embedded)
+
+    def _described(self, found: _Found, query: Query, *, default: float, floor: float) -> dict[str, Any]:
+        result = describe(found.detections, default=default, floor=floor) | describe_query(query)
         for row, extra in zip(result["classes"], class_extras(query), strict=True):
             row |= extra
         result["model"] = {key: self.detector.card.get(key) for key in ("name", "sha256")}
-        result["regions"] = len(detections if regions is None else regions)
-        result["cached"] = self.detector.runs == runs
-        result["ms"] = {
-            "read": _ms(read - start),
-            "network": _ms(embedded - read),
-            "words": _ms(classified - embedded),
-        }
-        if preview:
-            result["preview"] = self._preview(picture_key(pixels) if regions is None else regions.key, pixels)
+        result["regions"] = found.regions
+        result["cached"] = found.cached
+        result["ms"] = {"network": _ms(found.network), "words": _ms(found.words)}
         return result
 
     def _preview(self, key: str, pixels: NDArray[np.uint8]) -> str:
-        url = self._previews.get(key)
+        with self._previewing:
+            url = self._previews.get(key)
         if url is None:
             url = data_url(pixels)
-            self._previews[key] = url
-            while len(self._previews) > self._keep:
-                self._previews.popitem(last=False)
+            with self._previewing:
+                self._previews[key] = url
+                while len(self._previews) > self._keep:
+                    self._previews.popitem(last=False)
         return url
 
 
@@ -151,7 +233,8 @@ def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
         raise UserError('examples must be a list like [{"name": "my mug", "image": "data:image/png;base64,…"}]')
     if len(given) > MAX_CROPS_SENT:
         raise UserError(f"{len(given)} crops; at most {MAX_CROPS_SENT} are allowed in one query")
-    crops = []
+    crops: list[tuple[str, Crop]] = []
+    room = MAX_CROPS_PIXELS
     for number, row in enumerate(given, 1):
         name = str(row.get("name") or "").strip() or f"example {number}"
         match = _DATA_URL.match(text) if isinstance(text := row.get("image"), str) else None
@@ -160,11 +243,15 @@ def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
         if len(text) > MAX_CROP_BYTES * 4 // 3:
             raise UserError(f"example {name!r}: the crop has more than {MAX_CROP_BYTES // 1_000_000} MB; shrink it")
         try:
-            pixels = to_rgb(base64.b64decode(text[match.end() :], validate=True), max_pixels=PAGE_PIXELS)
+            data = base64.b64decode(text[match.end() :], validate=True)
+            pixels = to_rgb(data, max_pixels=MAX_CROP_PIXELS)
         except ValueError as problem:
             raise UserError(f"example {name!r}: the data URL is no base64 text") from problem
         except BadImageError as problem:
             raise UserError(f"example {name!r} cannot be used: {problem.reason}") from problem
+        room -= pixels.shape[0] * pixels.shape[1]
+        if room < 0:
+            raise UserError(f"the crops have more than {MAX_CROPS_PIXELS:,} pixels together; shrink them")
         box = row.get("box")
         if box is not None and not (
             isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
@@ -234,5 +321,6 @@ def describe(detections: Detections, *, default: float, floor: float) -> dict[st
             }
             for i in range(len(detections))
         ],
+        "masks": detections.box_masks is not None,
         "notices": list(detections.notices),
     }

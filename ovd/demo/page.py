@@ -8,30 +8,32 @@ from __future__ import annotations
 
 import html
 import logging
-import os
 import socket
-import tempfile
-import time
-import urllib.request
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
+from ovd.demo.serving import Served, load_gradio, serve
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     import gradio as gr
+    from gradio.data_classes import ImageData
+
+    from ovd.demo.limits import Limits
+    from ovd.detector import Detector
 
 log = logging.getLogger(__name__)
 
-QUEUE = 16  # waiting requests; the next one is told to come back
-THREADS = 8  # Gradio's default of 40 only makes two cores swap between requests
 CACHE = (600, 3600)  # every 10 minutes, uploads older than an hour are deleted
 TITLE = "Open-vocabulary detector"
+EXAMPLES = Path(__file__).parent / "examples"
+STICKER_ENCODER = "clip-sticker"
 PLACEHOLDER = "dog, traffic light\nmug: cup, coffee mug\n-poster"
 CARD_ROWS = {
     "name": "Weights",
@@ -50,34 +52,8 @@ ENDPOINT = (
     "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: "
     "null or a list of {name, image, box}: pictures of what to look for."
 )
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-
-
-def prepare_environment(folder: str | Path | None = None) -> Path:
-    """Switch off everything in Gradio that would call out, and give it a private folder for uploads.
-
-    Must run before Gradio is imported.
-
-    Args:
-        folder: where uploads go; a new folder with mode 0700 when None.
-
-    Returns:
-        The folder. The caller deletes it.
-    """
-    target = Path(tempfile.mkdtemp(prefix="ovd-page-")) if folder is None else Path(folder)
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target.chmod(0o700)
-    os.environ["GRADIO_TEMP_DIR"] = str(target)
-    # Telemetry, the version check and model hubs: a page about private pictures has no business on the network.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["DO_NOT_TRACK"] = "1"
-    # Gradio talks to itself once when it starts; behind a proxy that request would be sent to the proxy and fail.
-    for name in ("NO_PROXY", "no_proxy"):
-        known = [part for part in os.environ.get(name, "").split(",") if part]
-        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", "::1"]))
-    return target
+# `Answerer` lets one question at a time to the model; the others are read, or wait in it.
+ONE_LINE: dict[str, Any] = {"concurrency_limit": None, "concurrency_id": "questions"}
 
 
 @dataclass(frozen=True)
@@ -88,14 +64,19 @@ class Example:
     classes: str
 
 
-def shipped_examples(folder: Path | None = None) -> list[Example]:
-    """The examples listed in ``examples/examples.json``, leaving out what is not there."""
-    root = Path(__file__).parent / "examples" if folder is None else folder
-    index = root / "examples.json"
+def kind_of_pictures(detector: Detector) -> str:
+    """Folder of the examples that a detector is made for: stickers, or photos."""
+    card = detector.model.card
+    return "stickers" if card is not None and card.encoder == STICKER_ENCODER else "photos"
+
+
+def shipped_examples(folder: Path) -> list[Example]:
+    """The examples listed in a folder's ``examples.json``, leaving out what is not there."""
+    index = folder / "examples.json"
     if not index.is_file():
         return []
     rows = read_json(index)
-    return [Example(root / row["picture"], row["classes"]) for row in rows if (root / row["picture"]).is_file()]
+    return [Example(folder / row["picture"], row["classes"]) for row in rows if (folder / row["picture"]).is_file()]
 
 
 def _asset(name: str) -> str:
@@ -128,15 +109,16 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
 
     Args:
         answerer: answers the requests.
-        examples: click-to-try pictures; the shipped ones when None.
+        examples: click-to-try pictures; None: the shipped ones of the kind that the detector is made for.
 
     Returns:
         The Gradio app, queue configured; `launch_page` serves it.
     """
+    load_gradio()
     import gradio as gr
 
     handlers = Handlers(answerer)
-    ready = shipped_examples() if examples is None else examples
+    ready = shipped_examples(EXAMPLES / kind_of_pictures(answerer.detector)) if examples is None else examples
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
         gr.HTML(_header(answerer.detector.card), padding=False, elem_id="ovd-header", js_on_load=None)
         with gr.Row(equal_height=False):
@@ -147,7 +129,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             with gr.Column(scale=3, min_width=320):
                 view = _html("view", elem_id="ovd-view")
         inputs = [picture, words, query_examples]
-        run = {"fn": handlers.find, "inputs": inputs, "outputs": view, "api_visibility": "private", **ONE_AT_A_TIME}
+        run = {"fn": handlers.find, "inputs": inputs, "outputs": view, "api_visibility": "private", **ONE_LINE}
         button.click(**run, api_name="find", show_progress="minimal")
         words.submit(**run, api_name="find_submit", show_progress="minimal")
         if ready:
@@ -168,7 +150,8 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
             if text := str(answerer.detector.card.get("text", "")):
                 gr.Markdown(text, sanitize_html=True)
         _add_endpoint(handlers, picture, words)
-    page.queue(max_size=QUEUE, default_concurrency_limit=1)
+    # `ovd.demo.line` says when the line is full, before Gradio would; nothing goes past it.
+    page.queue(max_size=1000, default_concurrency_limit=None, api_open=False)
     return page
 
 
@@ -225,6 +208,8 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
         buttons=[],
         elem_id="ovd-image",
     )
+    # Gradio would open the file before `Handlers` do: what is no picture ends there, as "Error" and a traceback.
+    picture.preprocess = _path_of
     words = gr.Textbox(
         label="What to look for",
         lines=4,
@@ -234,6 +219,10 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
         elem_id="ovd-words",
     )
     return picture, words, _html("ask", elem_id="ovd-ask")
+
+
+def _path_of(upload: ImageData | None) -> str | None:
+    return None if upload is None else upload.path
 
 
 def _html(name: str, *, elem_id: str) -> gr.HTML:
@@ -263,46 +252,25 @@ def _add_endpoint(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> N
         outputs=result,
         api_name="detect",
         api_description=ENDPOINT,
-        **ONE_AT_A_TIME,
+        **ONE_LINE,
     )
 
 
-def free_port(host: str, port: int) -> int:
-    """Return a port that can be bound: ``port`` itself, or a free one for 0.
-
-    Raises:
-        UserError: the port is taken or not allowed, or the host is not an address of this machine.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-    except socket.gaierror as problem:
-        raise UserError(f"--host {host}: not an address of this machine") from problem
-    except OverflowError as problem:
-        raise UserError(f"--port {port}: must be between 0 and 65535") from problem
-    except PermissionError as problem:
-        raise UserError(f"--port {port}: not allowed for this user; take one above 1023") from problem
-    except OSError as problem:
-        raise UserError(
-            f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there, or try --port {port + 1}"
-        ) from problem
-
-
-def launch_page(page: gr.Blocks, *, host: str, port: int, share: bool = False, open_browser: bool = False) -> str:
-    """Serve the page from a background thread.
+def launch_page(
+    page: gr.Blocks,
+    *,
+    door: socket.socket,
+    host: str = "127.0.0.1",
+    allow_hosts: Sequence[str] = (),
+    share: bool = False,
+    open_browser: bool = False,
+    seconds: Callable[[], float] = lambda: 1.0,
+    limits: Limits | None = None,
+) -> Served:
+    """Serve the page from a background thread; arguments as in `ovd.demo.serving.serve`.
 
     Args:
         page: from `build_page`.
-        host: address to listen on.
-        port: a free port, see `free_port`.
-        share: make a public link through Gradio's tunnel.
-        open_browser: open the page in a browser.
-
-    Returns:
-        The local URL.
     """
     import gradio as gr
 
@@ -313,50 +281,15 @@ def launch_page(page: gr.Blocks, *, host: str, port: int, share: bool = False, o
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
-    try:
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            inbrowser=open_browser,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=False,
-            max_threads=THREADS,
-            max_file_size="10mb",
-            allowed_paths=[],
-            enable_monitoring=False,
-            state_session_capacity=64,
-            strict_cors=True,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            run_history=False,
-            # Skips Gradio's own look at the page, which gives up after three seconds and calls a busy machine a proxy
-            # problem; `_wait_until_served` looks instead.
-            _frontend=False,
-            footer_links=["api"],
-            theme=theme,
-            head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media
-        )
-    except OSError as problem:
-        raise UserError(f"cannot serve on {host}:{port}: {problem}") from problem
-    _wait_until_served(str(url))
-    return str(url)
-
-
-def _wait_until_served(url: str, *, seconds: float = 120.0) -> None:
-    """Return when the page answers with status 200."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with opener.open(url, timeout=max(1.0, end - time.monotonic())) as answer:
-                if answer.status == 200:
-                    return
-                problem = f"status {answer.status}"
-        except OSError as error:
-            problem = str(error)
-        if time.monotonic() > end:
-            raise UserError(f"the page at {url} did not answer within {seconds:.0f} seconds ({problem})")
-        time.sleep(0.1)
+    return serve(
+        page,
+        door=door,
+        host=host,
+        theme=theme,
+        head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media
+        allow_hosts=allow_hosts,
+        share=share,
+        open_browser=open_browser,
+        seconds=seconds,
+        limits=limits,
+    )

@@ -366,12 +366,17 @@ function show(data) {
   const alert = one(".ovd-alert");
   alert.hidden = !data?.error;
   alert.textContent = data?.error || "";
-  if (data?.error || !data) {
+  if (data?.error) { // the answer before was to another question: it must not stand beside what went wrong
+    answer = null;
+    one(".ovd-result").hidden = true;
+  }
+  if (!data || data.error) {
     one(".ovd-empty").hidden = Boolean(answer) || Boolean(data?.error);
     return;
   }
   const samePicture = answer && answer.preview === data.preview;
   answer = data;
+  one(".ovd-masks-switch").hidden = !data.masks; // a detector of boxes has none
   chosen = null;
   one(".ovd-empty").hidden = true;
   one(".ovd-result").hidden = false;
@@ -393,3 +398,20 @@ function show(data) {
 }
 
 watch("value", () => show(props.value && typeof props.value === "object" ? JSON.parse(JSON.stringify(props.value)) : null));
+
+// A question that the server refuses never becomes an answer. Gradio would say "Error"; the server says why, and when to
+// come back. Gradio takes 422 for remarks on its fields: with none it stops waiting and adds nothing of its own.
+const fetched = window.fetch;
+window.fetch = async (...request) => {
+  const asks = /\/queue\/join(\?|$)/.test(String(request[0]?.url ?? request[0]));
+  const reply = await fetched(...request).catch((problem) => {
+    if (asks) show({ error: "The page's server does not answer. Is it still running?" });
+    throw problem;
+  });
+  if (!asks || reply.ok) return reply;
+  const body = await reply.text();
+  let words = `The server refused this question (status ${reply.status}).`;
+  try { words = String(JSON.parse(body).detail || words); } catch { /* not from this server: keep the number */ }
+  show({ error: words });
+  return new Response(JSON.stringify({ detail: [] }), { status: 422, headers: { "Content-Type": "application/json" } });
+};

@@ -169,6 +169,7 @@ def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Pr
     if variant == "closed":
         return _closed_set(folder, pictures.split, options, device, record)
     detector = load_detector(options, record)
+    warn_of_pictures(detector, pictures)
     if options.examples:
         predictor = by_examples(detector, options, pictures, record)
         if not isinstance(predictor, Predictor):
@@ -199,6 +200,12 @@ def _closed_set(folder: Path, split: Split, options: Options, device: str, recor
     record["protocol"] = "detector of a closed list of classes"
     predictor = ClosedSetPredictor.of(model, split, limit=options.limit)
     return predictor, proposals_of(model, top=options.regions)
+
+
+def warn_of_pictures(detector: Detector, pictures: Pictures) -> None:
+    """Say on stderr that a detector of photographs is asked about drawings."""
+    if pictures.scenes is not None and not detector.model.softmax:
+        print("warning: these weights are made for photographs, Sticker Scenes are drawings", file=sys.stderr)
 
 
 def load_detector(options: Options, record: Record) -> Detector:

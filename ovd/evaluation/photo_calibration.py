@@ -14,7 +14,7 @@ from ovd.detector import Detector
 from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.options import DataSpec
 from ovd.evaluation.reliability import Reliability, reliability
-from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
+from ovd.evaluation.typed import Outcome, TypedScene, average_precision, run_typed
 from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos
 from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
@@ -26,8 +26,6 @@ from pretrain.engine.errors import UserError
 
 FLOOR = 0.02
 LEAST = 20  # photos of either kind that a fit needs
-SHOWN_RIGHT = 0.7
-"""Of the boxes above the default threshold so many are right: a page of wrong boxes helps nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +92,14 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
 def fit(data: TypedPhotos) -> Calibration:
     """Slope and offset of words that the proposal network knows, of other words, then the default threshold.
 
-    The threshold is the lowest at which an absent word is quiet in 95 % of the photos and `SHOWN_RIGHT` of the boxes
-    are right.
+    The threshold is that of the best F1, or a higher one from which an absent word is quiet in 95 % of the photos.
 
     Raises:
         UserError: too few photos with boxes.
     """
     if len(data.scenes) < LEAST:
         raise UserError(f"--data: {len(data.scenes)} photos with boxes; at least {LEAST} are needed to fit anything")
-    ranking = choose_ranking(data.scenes, data.scorer)
+    ranking = data.scorer.calibration.uncalibrated()
     outcome = run_typed(data.scenes, replace(data.scorer, calibration=ranking), floor=1e-4)
     fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
     if len(data.named) >= LEAST:
@@ -111,16 +108,18 @@ def fit(data: TypedPhotos) -> Calibration:
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
     scorer = replace(data.scorer, calibration=fitted)
     quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
-    threshold = max(quiet, level_of_precision(run_typed(data.scenes, scorer, floor=FLOOR), SHOWN_RIGHT))
+    threshold = max(quiet, best_level(run_typed(data.scenes, scorer, floor=FLOOR)))
     return replace(fitted, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))
 
 
-def level_of_precision(outcome: Outcome, share: float) -> float:
-    """The lowest score from which at least this share of the detections is right; 1 if there is none."""
+def best_level(outcome: Outcome) -> float:
+    """The score from which the detections have the best F1, the harmonic mean of precision and recall."""
+    if not len(outcome.score):
+        return 1.0
     order = np.argsort(-outcome.score, kind="stable")
-    precision = np.cumsum(outcome.correct[order]) / np.arange(1, len(order) + 1)
-    enough = np.flatnonzero(precision >= share)
-    return float(outcome.score[order][enough[-1]]) if len(enough) else 1.0
+    hits = np.cumsum(outcome.correct[order])
+    f1 = 2 * hits / (np.arange(1, len(order) + 1) + max(outcome.labels, 1.0))
+    return float(outcome.score[order][f1.argmax()])
 
 
 def absent_scores(data: TypedPhotos, scorer: WordScorer) -> np.ndarray:

@@ -48,13 +48,13 @@ def reliability(score: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> Reli
 
     Args:
         score: (N,) in [0, 1]; 1 belongs to the last bin.
-        correct: (N,) bool.
+        correct: (N,) bool, or how likely each is right, 0…1.
         bins: how many; 15 as Guo et al. 2017.
 
     Raises:
         ValueError: lengths differ, or a score is outside [0, 1].
     """
-    score_N, correct_N = np.asarray(score, dtype=np.float64), np.asarray(correct, dtype=bool)
+    score_N, correct_N = np.asarray(score, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if score_N.shape != correct_N.shape or score_N.ndim != 1:
         raise ValueError(f"score and correct must be (N,), are {score_N.shape} and {correct_N.shape}")
     if score_N.size and not (score_N.min() >= 0 and score_N.max() <= 1):

@@ -36,7 +36,7 @@ class TypedScene:
         present: indices of the typed words that are in the picture.
         absent: indices of the typed words that are not, near-synonyms of what is there excluded.
         rows: (C, D) unit rows of the vocabulary in this picture, where they differ from picture to picture.
-        doubtful: boxes (m, 4) and classes (m,) of what may or may not be there: a detection on one is not counted.
+        certainty: (n,) 0…1 how likely each label is one, as a teacher says it; None: all are.
     """
 
     regions: RegionSet
@@ -45,7 +45,7 @@ class TypedScene:
     present: tuple[int, ...]
     absent: tuple[int, ...]
     rows: Tensor | None = None
-    doubtful: tuple[Tensor, Tensor] | None = None
+    certainty: Tensor | None = None
 
 
 def draw_words(
@@ -79,15 +79,16 @@ class Outcome:
 
     Attributes:
         score: (N,) of every detection after NMS.
-        correct: (N,) bool, right class and IoU ≥ .5 with a label not yet taken by a better detection.
+        correct: (N,) 0 or 1, right class and IoU ≥ .5 with a label not yet taken by a better detection; of a label that
+            is one with a probability, that.
         best_absent: (M,) best score of each absent word in its picture.
-        labels: number of labelled objects.
+        labels: (expected) number of labelled objects.
     """
 
     score: NDArray[np.float64]
-    correct: NDArray[np.bool_]
+    correct: NDArray[np.float64]
     best_absent: NDArray[np.float64]
-    labels: int
+    labels: float
 
 
 def _classified(scene: TypedScene, words: Sequence[int], scorer: TypedScorer) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,8 +102,8 @@ def _classified(scene: TypedScene, words: Sequence[int], scorer: TypedScorer) ->
 
 def _matched(
     scene: TypedScene, words: Sequence[int], best_R: Tensor, word_R: Tensor, floor: float
-) -> list[tuple[int, bool]]:
-    """(region, right or wrong) of the detections after NMS, best first; every label is matched once."""
+) -> list[tuple[int, float]]:
+    """(region, how right it is, 0…1) of the detections after NMS, best first; every label is matched once."""
     keep = torch.nonzero(best_R >= floor)[:, 0]
     boxes = scene.regions.boxes.float()
     kept = batched_nms(boxes[keep].numpy(), best_R[keep].numpy(), word_R[keep].numpy(), NMS_IOU)
@@ -112,20 +113,13 @@ def _matched(
     matched = []
     for i, region in enumerate(chosen.tolist()):
         fits = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
+        right = 0.0
         if bool(fits.any()):
-            free[int((overlap[i] * fits).argmax())] = False
-        elif _is_doubtful(scene, boxes[region], words[int(word_R[region])]):
-            continue
-        matched.append((region, bool(fits.any())))
+            label = int((overlap[i] * fits).argmax())
+            free[label] = False
+            right = 1.0 if scene.certainty is None else float(scene.certainty[label])
+        matched.append((region, right))
     return matched
-
-
-def _is_doubtful(scene: TypedScene, box: Tensor, word: int) -> bool:
-    """Whether a box is on a doubtful object of a word."""
-    if scene.doubtful is None:
-        return False
-    boxes, classes = scene.doubtful
-    return bool(((box_iou(box[None], boxes.float())[0] >= MATCH_IOU) & (classes == word)).any())
 
 
 def run_typed(scenes: Sequence[TypedScene], scorer: TypedScorer, *, floor: float = 0.01) -> Outcome:
@@ -137,19 +131,22 @@ def run_typed(scenes: Sequence[TypedScene], scorer: TypedScorer, *, floor: float
         floor: detections below it are not counted (before the sigmoid of the calibration).
     """
     scores: list[float] = []
-    correct: list[bool] = []
+    correct: list[float] = []
     best_absent: list[float] = []
-    labels = 0
+    labels = 0.0
     for scene in scenes:
         words = scene.present + scene.absent
         score_RC, best_R, word_R = _classified(scene, words, scorer)
         best_absent.extend(score_RC[:, len(scene.present) :].max(dim=0).values.tolist())
-        labels += len(scene.boxes)
+        labels += len(scene.boxes) if scene.certainty is None else float(scene.certainty.sum())
         for region, hit in _matched(scene, words, best_R, word_R, floor):
             scores.append(float(best_R[region]))
             correct.append(hit)
     return Outcome(
-        score=np.array(scores), correct=np.array(correct, dtype=bool), best_absent=np.array(best_absent), labels=labels
+        score=np.array(scores),
+        correct=np.array(correct, dtype=np.float64),
+        best_absent=np.array(best_absent),
+        labels=labels,
     )
 
 
@@ -192,27 +189,21 @@ def average_precision(outcome: Outcome) -> float:
 
 def choose_ranking(
     scenes: Sequence[TypedScene],
-    scorer: TypedScorer,
+    scorer: CalibratedScorer,
     *,
     logit_scales: Sequence[float] = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
     objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
-    head_weights: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
 ) -> Calibration:
     """The temperature and objectness exponent with the best pooled average precision, before the sigmoid is fitted.
-
-    Of a `WordScorer`: the weight of its region head.
 
     The other values are those of the scorer's calibration.
     """
     start = scorer.calibration.uncalibrated()
-    if isinstance(scorer, WordScorer):
-        tried = [replace(start, head_weight=weight) for weight in head_weights]
-    else:
-        pairs = [(scale, weight) for scale in logit_scales for weight in objectness_weights]
-        tried = [replace(start, logit_scale=scale, objectness_weight=weight) for scale, weight in pairs]
     best, best_ap = scorer.calibration, -1.0
-    for candidate in tried:
-        ap = average_precision(run_typed(scenes, replace(scorer, calibration=candidate), floor=1e-4))
-        if ap > best_ap:
-            best, best_ap = candidate, ap
+    for scale in logit_scales:
+        for weight in objectness_weights:
+            candidate = replace(start, logit_scale=scale, objectness_weight=weight)
+            ap = average_precision(run_typed(scenes, replace(scorer, calibration=candidate), floor=1e-4))
+            if ap > best_ap:
+                best, best_ap = candidate, ap
     return best

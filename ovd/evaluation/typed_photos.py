@@ -25,7 +25,7 @@ from ovd.inference.scoring import RegionSet
 from pretrain.engine.errors import BadImageError
 
 CONFIDENT = 0.3
-"""Boxes with this score are there; boxes with a lower one may be."""
+"""A word is typed as present where a box has this score."""
 CONFUSABLE = 8
 """Nearest words, by their text embeddings, that half of the absent words are drawn from."""
 
@@ -84,14 +84,14 @@ def typed_photo(
     alike = list(dict.fromkeys(w for word in present for w in near[word] if w not in named))
     chosen = rng.permutation(alike).tolist()[: absent // 2]
     chosen += [w for w in rng.permutation(free).tolist() if w not in chosen][: absent - len(chosen)]
-    doubtful = looked & ~sure
+    asked = np.isin(photo.words, present)
     return TypedScene(
         regions=regions,
-        boxes=torch.from_numpy(photo.boxes[sure]),
-        classes=torch.from_numpy(photo.words[sure]),
+        boxes=torch.from_numpy(photo.boxes[asked]),
+        classes=torch.from_numpy(photo.words[asked]),
+        certainty=torch.from_numpy(photo.scores[asked]),
         present=present,
         absent=tuple(chosen),
-        doubtful=(torch.from_numpy(photo.boxes[doubtful]), torch.from_numpy(photo.words[doubtful])),
     )
 
 

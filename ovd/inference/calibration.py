@@ -18,7 +18,7 @@ def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[fl
 
     Args:
         raw: (N,) scores in [0, 1].
-        correct: (N,) bool, whether the detection was right.
+        correct: (N,) whether the detection was right: bool, or its probability.
 
     Returns:
         (slope, offset); (1, 0) when all are right or all wrong, where the likelihood has no maximum.

@@ -104,7 +104,6 @@ class FvlmRegionModel(RegionModel):
             competitors=competitors,
             rivals=rivals,
             known=relations.same_or_below,
-            exact=relations.same.any(dim=1),
             scale=float(self.model.head.scale.detach()),
             calibration=self.calibration,
         )
@@ -117,14 +116,13 @@ class WordScorer:
     A word that the proposal network knows has its score and the region head's, in a geometric mean. Any other word has
     the softmax of the image tower's own embedding against all words that contradict it, times a power of the
     objectness; the head, which learned the known words from many boxes and the others from few photos, is worse at it.
-    A word above known ones takes the better of both.
+    A word above known ones is the best of them: where the embedding's answer was taken too, superordinate words lost.
 
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
         rivals: (C, B) bool: competitors that contradict the class; synonyms and words above or below it do not.
         known: (C, K) bool: known words that are the class or a kind of it.
-        exact: (C,) bool: the class is a known word itself.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
     """
@@ -133,7 +131,6 @@ class WordScorer:
     competitors: Tensor
     rivals: Tensor
     known: Tensor
-    exact: Tensor
     scale: float
     calibration: Calibration
 
@@ -144,13 +141,11 @@ class WordScorer:
             rows=self.rows[columns],
             rivals=self.rivals[columns],
             known=self.known[columns],
-            exact=self.exact[columns],
         )
 
     def __call__(self, regions: RegionSet) -> Tensor:
         """See `Scorer`."""
-        sure_RC, open_RC = self.known_scores(regions), self.open_scores(regions)
-        return torch.where(self.exact, sure_RC, torch.maximum(sure_RC * self.known.any(dim=1), open_RC))
+        return torch.where(self.known.any(dim=1), self.known_scores(regions), self.open_scores(regions))
 
     def known_scores(self, regions: RegionSet) -> Tensor:
         """(R, C) scores by the best known word of each class; near 0 for a class without any."""

@@ -25,12 +25,10 @@ class Relations:
     """Between typed classes and other words; a class is what any of its phrases is.
 
     Attributes:
-        same: (C, K) bool: the class is the known word, or a synonym.
         same_or_below: (C, K) bool: a region that is the known word is also the class (dog, for "animal" or "dog").
         above: (C, K) bool: the class is a kind of the known word (dog, for "terrier").
     """
 
-    same: Tensor
     same_or_below: Tensor
     above: Tensor
 
@@ -97,18 +95,15 @@ class WordList:
     def relations(self, phrases: Phrases) -> Relations:
         """How each class relates to each word."""
         same = torch.zeros(len(phrases), len(self.words), dtype=torch.bool)
-        below, above = torch.zeros_like(same), torch.zeros_like(same)
+        above = torch.zeros_like(same)
         for number, group in enumerate(phrases):
             for line, kinds in ((self.line_of(phrase), self.kinds_of(phrase)) for phrase in group):
                 for column, (word, key, words_line) in enumerate(zip(self.words, self._keys, self._lines, strict=True)):
-                    if line[0] == key:
+                    if line[0] in words_line or word in kinds:
                         same[number, column] = True
-                    elif line[0] in words_line or word in kinds:
-                        below[number, column] = True
                     elif key in line:
                         above[number, column] = True
-        below |= same
-        return Relations(same=same, same_or_below=below, above=above & ~below)
+        return Relations(same_or_below=same, above=above & ~same)
 
 
 def singulars(phrase: str) -> list[str]:

@@ -95,7 +95,9 @@ def read_image(
         raise BadImageError(name, "does not exist") from error
     except UnidentifiedImageError as error:  # whose own text shows the address of a buffer
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: it is none of them") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+        raise BadImageError(name, f"has more pixels than the limit of {max_pixels:,}; shrink it first.") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
     if max_side is not None and max(converted.size) > max_side:
         factor = max_side / max(converted.size)

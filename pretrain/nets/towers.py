@@ -28,6 +28,7 @@ from pretrain.config_photos import TimmTower
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.state import load_tensors
+from pretrain.nets.open_clip_parts import open_clip_module
 from pretrain.nets.resnet import ResNet
 from pretrain.nets.timm_tower import TimmImage
 
@@ -91,9 +92,7 @@ class CbowText(nn.Module):
 
 
 def _text_transformer(*, tower: TransformerTower, embed_dim: int) -> nn.Module:
-    from open_clip.transformer import TextTransformer
-
-    return TextTransformer(
+    return open_clip_module("transformer").TextTransformer(
         context_length=tower.context_length,
         vocab_size=VOCABULARY,
         width=tower.width,
@@ -107,9 +106,7 @@ def _text_transformer(*, tower: TransformerTower, embed_dim: int) -> nn.Module:
 
 
 def _vision_transformer(*, tower: ViTTower, embed_dim: int) -> nn.Module:
-    from open_clip.transformer import VisionTransformer
-
-    return VisionTransformer(
+    return open_clip_module("transformer").VisionTransformer(
         image_size=tower.image_size,
         patch_size=tower.patch_size,
         width=tower.width,
@@ -138,10 +135,8 @@ class ClipTokenizer:
     """CLIP's byte-pair tokenizer (open_clip's), lower case, spaces squeezed: texts -> (N, T) int64, padded with 0."""
 
     def __init__(self, context_length: int) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
         self.context_length = context_length
-        self._tokenizer = SimpleTokenizer(context_length=context_length)
+        self._tokenizer = open_clip_module("tokenizer").SimpleTokenizer(context_length=context_length)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         if isinstance(texts, str):

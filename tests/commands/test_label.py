@@ -169,3 +169,16 @@ def test_the_sheet_needs_nothing_else_and_has_the_doubtful_first(tmp_path: Path)
     scores = [float(s) for s in re.findall(r"<figcaption>(\d\.\d\d)", text)]
     assert scores == sorted(scores) and scores[0] == 0.3
     assert "65 found, the 60 most doubtful are shown" in text and "my &lt;set&gt;" in text and "<p>none</p>" in text
+
+
+def test_a_picture_that_was_replaced_is_looked_at_again_and_more_may_join(
+    photos: Path, tmp_path: Path, fake: list[int]
+) -> None:
+    out = tmp_path / "set"
+    run(photos, out)
+    Image.fromarray(picture([("blue", 10, 10, 60, 60)])).save(photos / "none.png")
+    Image.fromarray(picture([("red", 30, 30, 90, 90)])).save(photos / "new.png")
+    run(photos, out)
+    assert len(fake) == 12
+    truth = read_labels(out).truth()
+    assert len(truth.sizes) == 11 and len(truth.annotations) == 15

@@ -23,7 +23,7 @@ from pretrain.data.folder import (
     look_for,
     pixel_limit,
     read_image,
-)
+)  # fmt: skip
 from pretrain.engine.errors import BadImageError, UserError
 
 # A picture whose four quarters differ, so that any wrong turn shows.
@@ -256,30 +256,6 @@ def test_an_odd_exif_tag_does_not_lose_the_picture() -> None:
     assert read_image(data).shape == UPRIGHT.shape
 
 
-@pytest.mark.parametrize(
-    ("there", "allowed", "said"), [(100, 0.0, None), (99, 0.01, "1 of its 100"), (100, 0.01, None)]
-)
-def test_a_list_of_pictures_is_looked_for_before_the_work(
-    tmp_path: Path, there: int, allowed: float, said: str | None
-) -> None:
-    names = [f"{number}.png" for number in range(100)]
-    for name in names[:there]:
-        (tmp_path / name).touch()
-    answer = look_for(names, tmp_path, where="list.json", allowed=allowed)
-    assert (answer is None) == (said is None) and (said or "") in (answer or "")
-
-
-@pytest.mark.parametrize(("there", "allowed"), [(99, 0.0), (98, 0.01), (0, 1.0)])
-def test_too_many_missing_pictures_are_refused_with_the_first(tmp_path: Path, there: int, allowed: float) -> None:
-    names = [f"{number}.png" for number in range(100)]
-    for name in names[:there]:
-        (tmp_path / name).touch()
-    with pytest.raises(
-        UserError, match=rf"list\.json: {100 - there} of its 100 pictures .* such as .*/{there}\.png; is"
-    ):
-        look_for(names, tmp_path, where="list.json", allowed=allowed)
-
-
 # --- more formats, and the limit --------------------------------------------------------------------------------------
 
 
@@ -334,3 +310,27 @@ def test_the_limit_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORDBOX_MAX_PIXELS", "100 MP")
     with pytest.raises(UserError, match="WORDBOX_MAX_PIXELS=100 MP: expected a number of pixels"):
         read_image(data)
+
+
+@pytest.mark.parametrize(
+    ("there", "allowed", "said"), [(100, 0.0, None), (99, 0.01, "1 of its 100"), (100, 0.01, None)]
+)
+def test_a_list_of_pictures_is_looked_for_before_the_work(
+    tmp_path: Path, there: int, allowed: float, said: str | None
+) -> None:
+    names = [f"{number}.png" for number in range(100)]
+    for name in names[:there]:
+        (tmp_path / name).touch()
+    answer = look_for(names, tmp_path, where="list.json", allowed=allowed)
+    assert (answer is None) == (said is None) and (said or "") in (answer or "")
+
+
+@pytest.mark.parametrize(("there", "allowed"), [(99, 0.0), (98, 0.01), (0, 1.0)])
+def test_too_many_missing_pictures_are_refused_with_the_first(tmp_path: Path, there: int, allowed: float) -> None:
+    names = [f"{number}.png" for number in range(100)]
+    for name in names[:there]:
+        (tmp_path / name).touch()
+    with pytest.raises(
+        UserError, match=rf"list\.json: {100 - there} of its 100 pictures .* such as .*/{there}\.png; is"
+    ):
+        look_for(names, tmp_path, where="list.json", allowed=allowed)

@@ -85,4 +85,7 @@ def pictures(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "huge.bmp").write_bytes(b"BM" + bytes(11_000_000))
     Image.new("1", (6000, 6000)).save(tmp_path / "bomb.png")
     Image.new("RGB", (90, 66)).save(tmp_path / "defect.png")
+    Image.new("RGB", (90, 68)).save(tmp_path / "slow.png")
+    (tmp_path / "text.jpg").write_bytes(b"hello" * 100)
+    (tmp_path / "empty.png").write_bytes(b"")
     return {file.stem: file for file in tmp_path.iterdir()}

@@ -7,17 +7,25 @@ import base64
 import io
 import itertools
 import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import ovd.demo.answer
 from ovd.colours import DASHES, PALETTE, class_styles
-from ovd.demo.answer import FLOOR, PREVIEW_SIDE, Answerer, data_url
+from ovd.demo.answer import FLOOR, PREVIEW_SIDE, SEATS, SLICE, Answerer, data_url, decode_examples
 from ovd.detector import Detector
 from ovd.inference.region_model import ConditionedBoxes, PatchLocator
+from ovd.inference.scoring import RegionSet
+from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture
 
@@ -192,3 +200,143 @@ def test_bad_examples_are_explained(
     with pytest.raises(UserError) as caught:
         answerer.answer(pictures["good"], "red", examples=examples)
     assert message in str(caught.value) and answerer.detector.runs == 0
+
+
+class Traffic:
+    """Two people ask one answerer; what its two threads begin is written down."""
+
+    def __init__(self, answerer: Answerer, pictures: dict[str, Path]) -> None:
+        self.answerer, self.pictures = answerer, pictures
+        self.begun: list[str] = []
+        self.go = threading.Event()  # lets the model end
+        text, network = answerer.detector.text, answerer.detector.model.regions
+        embed = text.embed
+
+        def embedded(words: Vocabulary) -> torch.Tensor:
+            self.begun.append(words.classes[0].name)
+            self.between()
+            return embed(words)
+
+        def regions(image: np.ndarray) -> RegionSet:
+            self.begun.append("model")
+            assert self.go.wait(20)
+            return network(image)
+
+        text.embed, answerer.detector.model.regions = embedded, regions  # type: ignore[method-assign]
+        self.between = lambda: None
+        self.people = ThreadPoolExecutor(4)
+
+    def ask(self, words: str, picture: str = "good") -> Future[dict[str, Any]]:
+        return self.people.submit(self.answerer.answer, self.pictures[picture], words)
+
+    def wait_for(self, *begun: str) -> None:
+        end = time.monotonic() + 20
+        while not set(begun) <= set(self.begun):
+            assert time.monotonic() < end, self.begun
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def traffic(answerer: Answerer, pictures: dict[str, Path]) -> Iterator[Traffic]:
+    traffic = Traffic(answerer, pictures)
+    yield traffic
+    traffic.go.set()
+    traffic.people.shutdown()
+
+
+def long_list(count: int) -> str:
+    return ", ".join(f"thing{i}" for i in range(count))
+
+
+def test_a_long_list_of_words_lets_others_in_between(traffic: Traffic) -> None:
+    traffic.go.set()
+    held = threading.Event()
+
+    def second_slice() -> None:
+        if traffic.begun[-1] == f"thing{SLICE}":
+            held.wait(20)
+
+    traffic.between = second_slice
+    long = traffic.ask(long_list(4 * SLICE))
+    traffic.wait_for(f"thing{SLICE}")
+    short = traffic.ask("red", "green")
+    while traffic.answerer._words._work_queue.qsize() == 0:
+        time.sleep(0.005)
+    held.set()
+    assert short.result(20)["classes"][0]["name"] == "red" and len(long.result(20)["classes"]) == 4 * SLICE
+    order = [name for name in traffic.begun if name != "model"]
+    assert order.index("red") < order.index(f"thing{3 * SLICE}")
+
+
+def test_words_are_read_and_embedded_while_another_question_is_at_the_model(traffic: Traffic) -> None:
+    first = traffic.ask("red")
+    traffic.wait_for("model")
+    long = traffic.ask(long_list(3 * SLICE), "green")
+    mistake = traffic.ask(",;\n" * 10_000, "green")
+    with pytest.raises(UserError, match="Type at least one class name"):
+        mistake.result(20)
+    traffic.wait_for(f"thing{2 * SLICE}")
+    assert not first.done() and traffic.begun.count("model") == 1
+    traffic.go.set()
+    assert first.result(20)["detections"] and long.result(20)["classes"]
+
+
+def test_only_one_question_is_at_the_model_and_few_hold_their_pixels(
+    traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> np.ndarray:
+        traffic.begun.append("pixels")
+        return reads(path)
+
+    reads = ovd.demo.answer._read
+    monkeypatch.setattr("ovd.demo.answer._read", read)
+    asked = [traffic.ask("red", name) for name in ("good", "green", "good", "green")]
+    while traffic.begun.count("pixels") < SEATS or "model" not in traffic.begun:
+        time.sleep(0.005)
+    time.sleep(0.1)
+    assert traffic.begun.count("model") == 1 and traffic.begun.count("pixels") == SEATS == 3
+    traffic.go.set()
+    answers = [one.result(20) for one in asked]
+    assert traffic.begun.count("model") == 2 and sum(a["cached"] for a in answers) == 2
+
+
+def test_a_page_that_stops_says_so_to_those_who_wait(traffic: Traffic) -> None:
+    first = traffic.ask("red")
+    traffic.wait_for("model")
+    waiting = traffic.ask("blue", "green")
+    while traffic.answerer._model._work_queue.qsize() == 0:
+        time.sleep(0.005)
+    closing = traffic.people.submit(traffic.answerer.close)
+    with pytest.raises(UserError, match="being stopped"):
+        waiting.result(20)
+    traffic.go.set()
+    closing.result(20)
+    assert first.result(20)["detections"]
+    with pytest.raises(UserError, match="being stopped"):
+        traffic.answerer.answer(traffic.pictures["good"], "red")
+
+
+def test_crops_are_bounded_in_pixels_before_they_are_decoded() -> None:
+    def url(width: int, height: int) -> str:
+        buffer = io.BytesIO()
+        Image.new("1", (width, height)).save(buffer, "PNG")
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    with pytest.raises(UserError, match="'big' cannot be used: has 2001x2000 pixels, more than the limit of 4,000,000"):
+        decode_examples([{"name": "big", "image": url(2001, 2000)}])
+    fine = {"image": url(2000, 2000)}
+    assert len(decode_examples([fine] * 6) or []) == 6
+    with pytest.raises(UserError, match="25,000,000 pixels together"):
+        decode_examples([fine] * 7)
+
+
+@pytest.mark.parametrize("words", [["red"], 5, {"red": 1}])
+def test_words_of_another_type_are_a_user_error(answerer: Answerer, pictures: dict[str, Path], words: object) -> None:
+    with pytest.raises(UserError, match="classes must be a text"):
+        answerer.answer(pictures["good"], words)  # type: ignore[arg-type]
+
+
+def test_negative_crops_alone_are_nothing_to_look_for(answerer: Answerer, pictures: dict[str, Path]) -> None:
+    crop = {"name": "-red", "image": data_url(picture([("red", 0, 0, 40, 40)])[:40, :40])}
+    with pytest.raises(UserError, match="Type at least one class name"):
+        answerer.answer(pictures["good"], "", examples=[crop])

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from app import parser
-from ovd.demo.page import _card_text, free_port, prepare_environment, shipped_examples
+from ovd.demo.page import EXAMPLES, _card_text, shipped_examples
+from ovd.demo.serving import listen, prepare_environment, remove_leftovers, url_of
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 
@@ -35,17 +36,34 @@ def test_defaults_are_local_and_private() -> None:
     assert (options.host, options.port, options.share, options.browser) == ("127.0.0.1", 7860, False, False)
 
 
-def test_a_taken_port_is_told_at_once_with_status_2_and_no_traceback() -> None:
+def test_a_taken_port_is_told_with_status_2_and_no_traceback() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is taken"):
-            free_port("127.0.0.1", port)
+            listen("127.0.0.1", port)
         command = [sys.executable, "app.py", "--port", str(port)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and str(port) in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and str(port) in done.stderr and done.stderr.count("\n") == 1
+
+
+SLOW = ("torch", "gradio", "numpy", "uvicorn")
+FLAG_ERRORS = (["--help"], ["--port", "x"], ["--host", "no.such.name.invalid"], ["--host", "192.0.2.1"])
+
+
+@pytest.mark.parametrize("arguments", FLAG_ERRORS, ids=" ".join)
+def test_flags_are_answered_before_anything_slow_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import atexit, sys\nfrom app import main\nfrom pretrain.engine.errors import run_cli\n"
+        f"atexit.register(lambda: print('IMPORTED', [m for m in {SLOW} if m in sys.modules]))\nrun_cli(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    assert "IMPORTED []" in done.stdout and "Traceback" not in done.stderr
 
 
 def test_unknown_weights_end_with_status_2() -> None:
@@ -54,33 +72,102 @@ def test_unknown_weights_end_with_status_2() -> None:
     assert done.returncode == 2 and "no/such/weights" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_foreign_host_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="192.0.2.1"):
-        free_port("192.0.2.1", 0)
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no.such.name.invalid", "", "[", "a" * 300])
+def test_a_foreign_host_is_a_user_error(host: str) -> None:
+    with pytest.raises(UserError, match="not an address of this machine"):
+        listen(host, 0)
 
 
-def test_port_0_gives_a_free_port() -> None:
-    port = free_port("127.0.0.1", 0)
-    assert free_port("127.0.0.1", port) == port > 0
+def test_the_port_is_held_from_the_check_on() -> None:
+    with listen("127.0.0.1", 0) as door:
+        port = door.getsockname()[1]
+        assert port > 0
+        door.listen()
+        with pytest.raises(UserError, match="is taken"):
+            listen("127.0.0.1", port)
 
 
-def test_environment_switches_off_every_call_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = (
-        "GRADIO_TEMP_DIR",
-        "GRADIO_ANALYTICS_ENABLED",
-        "HF_HUB_OFFLINE",
-        "HF_HUB_DISABLE_TELEMETRY",
-        "DO_NOT_TRACK",
-    )
-    for name in (*names, "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(name, "True")  # so that the values of before come back
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "example.org")
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("localhost", "http://localhost:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("[::1]", "http://[::1]:80"),
+        ("fe80::1%eth0", "http://[fe80::1%25eth0]:80"),
+    ],
+)
+def test_the_url_can_be_typed_into_a_browser(host: str, url: str) -> None:
+    assert url_of(host, 80) == url
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Whatever a test does to the environment is undone."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return monkeypatch
+
+
+def test_environment_switches_off_every_call_home(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
     folder = prepare_environment(tmp_path / "uploads")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
-    assert os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost,::1"
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_variables_meant_for_gradios_own_launch_do_not_count(
+    tmp_path: Path, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment.setenv("GRADIO_SHARE", "true")
+    environment.setenv("GRADIO_NUM_WORKERS", "many")
+    environment.setenv("GRADIO_ROOT_PATH", "/wordbox")
+    prepare_environment(tmp_path / "uploads")
+    assert "GRADIO_SHARE" not in os.environ and os.environ["GRADIO_ROOT_PATH"] == "/wordbox"
+    assert "GRADIO_NUM_WORKERS, GRADIO_SHARE: ignored" in caplog.text
+    environment.setenv("GRADIO_ROOT_PATH", "wordbox")
+    with pytest.raises(UserError, match="GRADIO_ROOT_PATH"):
+        prepare_environment(tmp_path / "uploads")
+
+
+def test_no_folder_for_uploads_is_a_user_error(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="TMPDIR"):
+        prepare_environment(tmp_path / "file" / "uploads")
+
+
+HOLDER = (
+    "import sys, time; from ovd.demo.serving import prepare_environment as p; print(p(), flush=True); time.sleep(60)"
+)
+
+
+def test_what_a_killed_page_left_behind_is_removed_and_a_living_page_keeps_its_folder(tmp_path: Path) -> None:
+    start = {"cwd": ROOT, "env": os.environ | {"TMPDIR": str(tmp_path)}, "stdout": subprocess.PIPE, "text": True}
+    folders, pages = [], [subprocess.Popen([sys.executable, "-c", HOLDER], **start) for _ in range(2)]
+    for page in pages:
+        assert page.stdout is not None
+        folders.append(Path(page.stdout.readline().strip()))
+    (folders[0] / "secret.png").write_bytes(b"x")
+    (tmp_path / "ovd-page-link").symlink_to(tmp_path)
+    pages[0].kill()
+    pages[0].wait()
+    assert remove_leftovers(tmp_path) == [folders[0]]
+    assert not folders[0].exists() and folders[1].is_dir() and (tmp_path / "ovd-page-link").is_symlink()
+    pages[1].kill()
+    pages[1].wait()
+
+
+PROXIES = ("socks5://127.0.0.1:1", "socks://127.0.0.1:1", "http://127.0.0.1:1", "no proxy at all")
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_no_proxy_keeps_gradio_from_being_imported(proxy: str) -> None:
+    code = (
+        "import os; from ovd.demo.serving import load_gradio; load_gradio(); import gradio\n"
+        "assert os.environ['ALL_PROXY'] == os.environ['http_proxy']"
+    )
+    outside = os.environ | {"ALL_PROXY": proxy, "http_proxy": proxy}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=outside, check=True)
 
 
 def test_page_module_does_not_import_gradio_by_itself() -> None:
@@ -88,13 +175,16 @@ def test_page_module_does_not_import_gradio_by_itself() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_shipped_examples_are_readable_and_their_words_parse() -> None:
+@pytest.mark.parametrize("kind", ["photos", "stickers"])
+def test_shipped_examples_are_readable_and_their_words_parse(kind: str) -> None:
     from pretrain.data.folder import read_image
 
-    examples = shipped_examples()
+    examples = shipped_examples(EXAMPLES / kind)
     assert len(examples) >= 4
+    notice = (EXAMPLES / kind / "NOTICE.md").read_text(encoding="utf-8")
     for example in examples:
-        assert read_image(example.picture).shape == (384, 512, 3)
+        assert min(read_image(example.picture).shape[:2]) >= 280
+        assert example.picture.name in notice or kind == "stickers"
         assert len(Vocabulary.parse(example.classes).names) >= 3
         assert example.picture.stat().st_size < 300_000
 

@@ -47,10 +47,12 @@ def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
     tab.page.close()
 
 
-def test_the_detector_finds_what_is_in_the_shipped_examples() -> None:
+@pytest.mark.parametrize(("weights", "kind"), [("default", "photos"), ("vild-sticker", "stickers")])
+def test_a_detector_finds_what_is_in_its_examples(weights: str, kind: str) -> None:
     from ovd import Detector
-    from ovd.demo.page import shipped_examples
+    from ovd.demo.page import EXAMPLES, kind_of_pictures, shipped_examples
 
-    detector = Detector.load("default")
-    found = [len(detector.embed(e.picture).classify(e.classes)) for e in shipped_examples()]
+    detector = Detector.load(weights)
+    assert kind_of_pictures(detector) == kind
+    found = [len(detector.embed(e.picture).classify(e.classes)) for e in shipped_examples(EXAMPLES / kind)]
     assert sum(count > 0 for count in found) >= len(found) - 1, found

@@ -18,7 +18,7 @@ from pretrain.engine.errors import UserError
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A weights folder with two entries, one of them the default, and the environment pointing to it."""
-    for name in ("vild-sticker", "clip-sticker"):
+    for name in ("vild-photo", "clip-sticker"):
         source = tmp_path / "made" / name
         (source / "sub").mkdir(parents=True)
         (source / "model.safetensors").write_bytes(name.encode() * 100)
@@ -30,21 +30,21 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_added_weights_are_found_by_name_and_by_alias(root: Path) -> None:
-    assert list(read_manifest()) == ["clip-sticker", "vild-sticker"]
+    assert list(read_manifest()) == ["clip-sticker", "vild-photo"]
     assert weights_folder("clip-sticker") == root / "clip-sticker"
-    assert weights_folder() == weights_folder("default") == root / "vild-sticker"
-    assert find_weights("default").card == root / "vild-sticker" / "card.md"
+    assert weights_folder() == weights_folder("default") == root / "vild-photo"
+    assert find_weights("default").card == root / "vild-photo" / "card.md"
     assert find_weights("default").sha256 != find_weights("clip-sticker").sha256
 
 
 def test_manifest_paths_are_relative(root: Path) -> None:
     text = (root / "manifest.json").read_text()
     assert str(root) not in text
-    assert {entry["folder"] for entry in json.loads(text)} == {"clip-sticker", "vild-sticker"}
+    assert {entry["folder"] for entry in json.loads(text)} == {"clip-sticker", "vild-photo"}
 
 
 def test_a_flipped_bit_is_refused_and_the_file_named(root: Path) -> None:
-    path = root / "vild-sticker" / "model.safetensors"
+    path = root / "vild-photo" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(content)
@@ -57,19 +57,19 @@ def test_a_flipped_bit_is_refused_and_the_file_named(root: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "1,199 bytes, the manifest says 1,200"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "999 bytes, the manifest says 1,000"),
         (lambda path: (path.unlink(), path.mkdir()), "bytes, the manifest says|cannot be read"),
     ],
     ids=["missing", "cut short", "a folder"],
 )
 def test_missing_and_cut_files_are_refused(root: Path, damage, message: str) -> None:
-    damage(root / "vild-sticker" / "model.safetensors")
+    damage(root / "vild-photo" / "model.safetensors")
     with pytest.raises(UserError, match=message):
         weights_folder("default")
 
 
 def test_unknown_name_lists_what_there_is(root: Path) -> None:
-    with pytest.raises(UserError, match=r"did you mean 'vild-sticker'.*default, clip-sticker, vild-sticker"):
+    with pytest.raises(UserError, match=r"did you mean 'vild-photo'.*default, clip-sticker, vild-photo"):
         weights_folder("vild-stiker")
 
 
@@ -106,19 +106,19 @@ def test_adding_again_replaces_folder_and_entry(root: Path, tmp_path: Path) -> N
     source = tmp_path / "second"
     source.mkdir()
     (source / "other.safetensors").write_bytes(b"1")
-    before = find_weights("vild-sticker").sha256
-    add_weights(source, "vild-sticker", root)
-    assert [path.name for path in (root / "vild-sticker").iterdir()] == ["other.safetensors"]
-    assert find_weights("vild-sticker").sha256 != before
-    assert problems(find_weights("vild-sticker")) == []
+    before = find_weights("vild-photo").sha256
+    add_weights(source, "vild-photo", root)
+    assert [path.name for path in (root / "vild-photo").iterdir()] == ["other.safetensors"]
+    assert find_weights("vild-photo").sha256 != before
+    assert problems(find_weights("vild-photo")) == []
     assert [path.name for path in root.iterdir() if path.name.endswith(".new")] == []
 
 
 def test_adding_a_folder_that_is_in_place_only_hashes_it(root: Path) -> None:
-    path = root / "vild-sticker" / "model.safetensors"
+    path = root / "vild-photo" / "model.safetensors"
     path.write_bytes(b"retrained")
-    add_weights(root / "vild-sticker", "vild-sticker", root)
-    assert weights_folder("default") == root / "vild-sticker"
+    add_weights(root / "vild-photo", "vild-photo", root)
+    assert weights_folder("default") == root / "vild-photo"
     assert path.read_bytes() == b"retrained"
 
 
@@ -136,16 +136,16 @@ def test_only_data_files_can_be_added(tmp_path: Path, bad: str) -> None:
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "default", "é"])
 def test_bad_names_are_refused(root: Path, name: str) -> None:
     with pytest.raises(UserError):
-        add_weights(root / "vild-sticker", name, root)
+        add_weights(root / "vild-photo", name, root)
 
 
 def test_verify_command_exits_1_and_names_the_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify"]) == 0
     (root / "clip-sticker" / "model.safetensors").write_bytes(b"")
-    assert main(["verify", "vild-sticker"]) == 0
+    assert main(["verify", "vild-photo"]) == 0
     assert main(["verify"]) == 1
     out = capsys.readouterr().out
-    assert "clip-sticker: WRONG" in out and "model.safetensors" in out and "vild-sticker: ok" in out
+    assert "clip-sticker: WRONG" in out and "model.safetensors" in out and "vild-photo: ok" in out
 
 
 def test_command_line_reports_a_user_error_without_traceback(root: Path) -> None:
@@ -160,7 +160,7 @@ def test_command_line_reports_a_user_error_without_traceback(root: Path) -> None
 def test_the_readme_and_the_results_tell_the_figures_of_the_shipped_card() -> None:
     """Weights shipped anew leave stale figures behind in prose; the card is written by the program that measured."""
     repository = Path(__file__).resolve().parents[2]
-    card = json.loads((repository / "weights/vild-sticker/card.json").read_text(encoding="utf-8"))
+    card = json.loads((repository / "weights/vild-photo/card.json").read_text(encoding="utf-8"))
     readme, results = (
         " ".join((repository / name).read_text(encoding="utf-8").split())
         for name in ("README.md", "docs/reports/results.md")

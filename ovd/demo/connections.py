@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which connections may be open: a limit for each address and for all, and a time limit on the head of a request.
+
+Works below HTTP, as asyncio's protocol: what never sends a complete request reaches no application to refuse it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 10.0  # from the first byte, or from opening the connection, to the end of the head
+GRACE = 0.1  # seconds that a new connection gets before it may have to make room
+REFUSALS = 64  # newcomers that are told so at a time; more are only closed
+FROM_ONE = 512  # connections from one address; behind a proxy all people have one
+FROM_ALL = 4096
+SPARE_FILES = 128  # for uploads, weights and libraries
+
+
+def _answer(status: str, text: str, *headers: str) -> bytes:
+    """A whole HTTP answer, for what never gets as far as an application."""
+    lines = [f"HTTP/1.1 {status}", "Connection: close", "Content-Type: text/plain", f"Content-Length: {len(text)}"]
+    return ("\r\n".join([*lines, *headers]) + "\r\n\r\n" + text).encode("ascii")
+
+
+FULL = _answer("503 Service Unavailable", "Too many connections are open; try again in 5 seconds\n", "Retry-After: 5")
+
+
+def raise_file_limit(wanted: int = FROM_ALL + SPARE_FILES) -> int:
+    """Raise this process's limit of open files as far as the system lets it; returns what it is now."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    aim = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (aim, hard))
+    return aim
+
+
+def address_of(peer: object) -> str:
+    """What counts as one address: IPv4 as it stands, IPv6 its /64, which one household or machine has."""
+    host = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+@dataclass
+class Connections:
+    """What is open. A connection *waits* while it has sent no complete head of a request.
+
+    Where a limit is reached, the waiting connection that has been there longest makes room: half-open connections
+    cannot keep anybody out. Without one the newcomer is refused.
+
+    Args:
+        from_one: connections allowed from one address.
+        from_all: connections allowed.
+        head_seconds: for the head of a request.
+        grace: seconds before a connection may have to make room.
+    """
+
+    from_one: int = FROM_ONE
+    from_all: int = FROM_ALL
+    head_seconds: float = HEAD_SECONDS
+    grace: float = GRACE
+    count: int = 0
+    refusing: int = 0
+    count_from: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    waiting: OrderedDict[asyncio.Transport, tuple[str, float]] = field(default_factory=OrderedDict)  # oldest first
+
+    @classmethod
+    def for_this_process(cls) -> Connections:
+        """Limits that the allowed number of open files can bear."""
+        files = raise_file_limit() - SPARE_FILES
+        from_all = max(16, min(FROM_ALL, files))
+        return cls(from_one=max(8, min(FROM_ONE, from_all // 2)), from_all=from_all)
+
+    def admit(self, transport: asyncio.Transport, address: str, now: float) -> bool:
+        """Count a new connection; False: it is one too many."""
+        crowded = self.count_from[address] >= self.from_one
+        if crowded or self.count >= self.from_all:
+            if not self._make_room(address if crowded else None, now):
+                if not self.count_from[address]:
+                    del self.count_from[address]
+                return False
+        self.count += 1
+        self.count_from[address] += 1
+        return True
+
+    def _make_room(self, address: str | None, now: float) -> bool:
+        """Close the connection that waits longest, of the address or of all; its `leave` follows at once."""
+        for transport, (owner, since) in self.waiting.items():
+            if now - since < self.grace:
+                return False
+            if address in (None, owner):
+                del self.waiting[transport]
+                transport.abort()
+                return True
+        return False
+
+    def leave(self, transport: asyncio.Transport, address: str) -> None:
+        """Forget a connection that was admitted."""
+        self.waiting.pop(transport, None)
+        self.count -= 1
+        self.count_from[address] -= 1
+        if not self.count_from[address]:
+            del self.count_from[address]
+
+
+def protocol_class(connections: Connections) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol, with these limits."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class LimitedProtocol(H11Protocol):
+        address = ""
+        admitted = False
+        deadline: asyncio.TimerHandle | None = None
+        refusal: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.address = address_of(transport.get_extra_info("peername"))
+            self.admitted = connections.admit(transport, self.address, self.loop.time())
+            if self.admitted:
+                self._wait_for_a_head()
+            elif connections.refusing < REFUSALS:  # until it has said what it wants, or for a second
+                connections.refusing += 1
+                self.refusal = self.loop.call_later(1.0, transport.abort)
+            else:
+                transport.abort()
+
+        def data_received(self, data: bytes) -> None:
+            if self.admitted:
+                super().data_received(data)
+                self._look()
+            elif self.refusal is not None:
+                if b"\r\n\r\n" in data:
+                    self.transport.write(FULL)
+                self.transport.close()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._look()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            if self.refusal is not None:
+                self.refusal.cancel()
+                connections.refusing -= 1
+            if self.admitted:
+                self.admitted = False
+                connections.leave(self.transport, self.address)
+            super().connection_lost(exc)
+
+        def _look(self) -> None:
+            """Does it wait for a head, or is a request being answered?"""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_waiting()
+            elif self.deadline is None:
+                self._wait_for_a_head()
+
+        def _wait_for_a_head(self) -> None:
+            connections.waiting[self.transport] = (self.address, self.loop.time())
+            self.deadline = self.loop.call_later(connections.head_seconds, self.transport.abort)
+
+        def _stop_waiting(self) -> None:
+            connections.waiting.pop(self.transport, None)
+            if self.deadline is not None:
+                self.deadline.cancel()
+                self.deadline = None
+
+    return LimitedProtocol

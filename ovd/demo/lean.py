@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Less memory for the page: libraries without the compiler they never use, few heaps, and memory given back at rest."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+_M_ARENA_MAX = -8  # <malloc.h>
+_MADV_DONTNEED = 4  # <linux/mman.h>
+ARENAS = 2
+_COMPILER = "torch._dynamo"
+_STAND_INS = (_COMPILER, f"{_COMPILER}.utils")
+
+
+class _NoCompiler(ModuleType):
+    """Stands in for torch's compiler while libraries are imported.
+
+    torchvision and timm import it to ask whether something can be compiled and to mark functions that must not be; the
+    page compiles nothing. The real one takes 2 seconds and, with sympy, triton and distributed tensors, 200 MB.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        spec = importlib.util.find_spec("torch")
+        folders = (spec.submodule_search_locations or []) if spec is not None else []
+        self.__path__ = [str(Path(folder, "_dynamo")) for folder in folders]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked for comes from the real one, which is imported then."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _remove_stand_ins()
+        return getattr(importlib.import_module(self.__name__), name)
+
+    @staticmethod
+    def disable(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
+        """``torch._dynamo.disable``: what is not compiled stays as it is."""
+        return (lambda wrapped: wrapped) if function is None else function
+
+    @staticmethod
+    def is_compile_supported(device_type: str) -> bool:
+        """``torch._dynamo.utils.is_compile_supported``, asked of the real one when somebody calls it."""
+        return bool(importlib.import_module(f"{_COMPILER}.utils").is_compile_supported(device_type))
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import libraries inside without torch's compiler; afterwards it can be imported as ever."""
+    if any(name in sys.modules for name in _STAND_INS):
+        yield
+        return
+    for name in _STAND_INS:
+        sys.modules[name] = _NoCompiler(name)
+    try:
+        yield
+    finally:
+        _remove_stand_ins()
+
+
+def _remove_stand_ins() -> None:
+    for name in _STAND_INS:
+        if isinstance(sys.modules.get(name), _NoCompiler):
+            del sys.modules[name]
+
+
+def few_heaps() -> None:
+    """Let threads share `ARENAS` heaps of glibc; heaps of their own keep what a picture once needed. Call first."""
+    if sys.platform == "linux" and (mallopt := _libc("mallopt")) is not None:
+        mallopt(_M_ARENA_MAX, ARENAS)
+
+
+def settle() -> None:
+    """What is loaded stays: the garbage collector need not look at it again, and what loading alone needed may go."""
+    gc.collect()
+    gc.freeze()
+    give_back()
+    forget_libraries()
+
+
+def forget_libraries() -> int:
+    """Let go of what was read from shared libraries while they were loaded. Returns the number of mappings.
+
+    torch for CUDA reads 150 MB of NVIDIA's libraries on every machine, and on a CPU never looks at them again. Nothing
+    is lost: only mappings are taken that cannot be written and hold no changed page, and what is needed after all is
+    read again from its file, mostly from the system's cache.
+    """
+    madvise = _libc("madvise")
+    if sys.platform != "linux" or madvise is None:
+        return 0
+    forgotten = 0
+    for mapping in _mappings():
+        if "w" not in mapping.rights and mapping.changed == 0 and ".so" in mapping.file:
+            size = ctypes.c_size_t(mapping.end - mapping.start)
+            forgotten += madvise(ctypes.c_void_p(mapping.start), size, _MADV_DONTNEED) == 0
+    return forgotten
+
+
+class _Mapping(NamedTuple):
+    start: int
+    end: int
+    rights: str
+    file: str
+    changed: int  # kB that this process has written, if only while it was loaded
+
+
+def _mappings() -> list[_Mapping]:
+    """What this process has mapped from files."""
+    found: list[_Mapping] = []
+    head: list[str] = []
+    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if not line.partition(" ")[0].endswith(":"):
+                head = line.split(maxsplit=5)
+            elif line.startswith("Anonymous:") and len(head) == 6 and head[5].startswith("/"):
+                start, end = (int(number, 16) for number in head[0].split("-"))
+                found.append(_Mapping(start, end, head[1], head[5].rstrip("\n"), int(line.split()[1])))
+    return found
+
+
+def give_back() -> None:
+    """Return free memory to the system."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := _libc("malloc_trim")) is not None:
+        trim(0)
+
+
+def _libc(name: str) -> Callable[..., int] | None:
+    """A function of glibc; None where the C library is another."""
+    try:
+        function: Callable[..., int] = ctypes.CDLL(None)[name]
+    except (AttributeError, OSError):
+        return None
+    return function

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one line in which all questions wait: how long it is, when it is full, and how fast Gradio looks at it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+WAITING = 16  # the next one is told to come back
+UNFETCHED = 128  # askers whose answers are kept until they fetch them, the last ones
+BUSY, REST = 0.005, 0.2  # seconds between two looks of Gradio's loop
+REST_AFTER = 3.0  # seconds without a question
+
+
+class Line:
+    """Counts the questions in Gradio's queue, those being answered, and those on their way in.
+
+    Gradio polls: its loops look every 1 and every 10 milliseconds whether somebody asked, which costs 6 % of a core for
+    ever, and no option changes that. The two attributes that hold these times are set here, to `BUSY` when a question
+    comes and to `REST` when none has come for a while.
+
+    Args:
+        page: its queue is the line.
+        waiting: questions that may wait while one is answered.
+        seconds: tells what one answer takes at present.
+        at_rest: called in a thread when the last question has been answered for `REST_AFTER` seconds.
+    """
+
+    def __init__(
+        self,
+        page: gr.Blocks,
+        *,
+        waiting: int = WAITING,
+        seconds: Callable[[], float] = lambda: 1.0,
+        at_rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        from gradio.utils import LRUCache
+
+        self._queue = page._queue
+        # Gradio keeps the answers of 2,000 askers who never fetch them, with their pictures.
+        self._queue.pending_messages_per_session = LRUCache(UNFETCHED)
+        self._queue.sleep_when_free = REST
+        self._queue.progress_update_sleep_when_free = 1.0  # nothing here shows a progress bar
+        self.most = waiting
+        self._seconds = seconds
+        self._at_rest = at_rest
+        self._entering = 0
+        self._asked = 0.0  # loop time of the last question
+        self._watch: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        """Questions that wait or are being answered."""
+        return len(self._queue) + self._queue.get_active_worker_count() + self._entering
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `most` wait behind the one that is answered."""
+        return len(self) > self.most
+
+    def how_long(self) -> int:
+        """Whole seconds until the line has come to its end, at least 1."""
+        return max(1, math.ceil(len(self) * self._seconds()))
+
+    def knows(self, event: str) -> bool:
+        """Whether a question of that number waits, is answered, or has an answer that was not fetched."""
+        queue = self._queue
+        return (
+            event in queue.event_ids_to_events
+            or event in queue.pending_messages_per_session
+            or any(event in waiting for waiting in queue.pending_event_ids_session.values())
+        )
+
+    def enter(self) -> None:
+        """A question is on its way to Gradio's queue: it counts until `entered`."""
+        self._entering += 1
+        self.wake()
+
+    def entered(self) -> None:
+        """Gradio has put the question into its queue, or refused it."""
+        self._entering -= 1
+
+    def wake(self) -> None:
+        """Look often, until nobody has come for a while."""
+        self._asked = asyncio.get_running_loop().time()
+        self._queue.sleep_when_free = BUSY
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._until_rest())
+
+    async def _until_rest(self) -> None:
+        loop = asyncio.get_running_loop()
+        while len(self) or loop.time() < self._asked + REST_AFTER:
+            if len(self):
+                self._asked = loop.time()
+            await asyncio.sleep(0.5)
+        self._queue.sleep_when_free = REST
+        await asyncio.to_thread(self._at_rest)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A log that does not repeat itself: strangers must not be able to fill the disk with one line."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+
+EVERY = 60.0  # seconds until the same line may come again
+KINDS = 256
+
+
+class NoRepeats(logging.Filter):
+    """Lets a line through once in `EVERY` seconds, and then says how many like it there were.
+
+    Lines are alike if their format, their level and the place of their exception are: numbers in them do not count.
+
+    Args:
+        every: seconds.
+    """
+
+    def __init__(self, *, every: float = EVERY) -> None:
+        super().__init__()
+        self._every = every
+        self._seen: OrderedDict[tuple[str, int, str, str], tuple[float, int]] = OrderedDict()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        problem = record.exc_info[1] if record.exc_info else None
+        key = (record.name, record.levelno, str(record.msg), f"{type(problem).__name__}{_place(problem)}")
+        now = time.monotonic()
+        since, more = self._seen.get(key, (now - self._every, 0))
+        if now - since < self._every:
+            self._seen[key] = (since, more + 1)
+            return False
+        self._seen[key] = (now, 0)
+        self._seen.move_to_end(key)
+        while len(self._seen) > KINDS:
+            self._seen.popitem(last=False)
+        if more:
+            record.msg = f"{record.getMessage()} ({more} more like this in {now - since:.0f} seconds)"
+            record.args = ()
+        return True
+
+
+def _place(problem: BaseException | None) -> str:
+    trace = problem.__traceback__ if problem is not None else None
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
+
+
+def configure(level: int = logging.WARNING) -> None:
+    """One handler on stderr for all loggers, without repetitions."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(NoRepeats())
+    logging.basicConfig(level=level, handlers=[handler])

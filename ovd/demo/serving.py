@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a page: environment, address, and one uvicorn server in a thread, behind the limits of `ovd.demo.limits`.
+
+Gradio's own ``launch`` is not used: it takes neither a socket nor a protocol nor a limit of connections, asks itself
+over whatever proxy the environment names, and reads a dozen ``GRADIO_`` variables. `gradio.mount_gradio_app` is the
+documented other way. Gradio and torch are not imported at the top: ``app.py --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovd.demo.line import WAITING
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from starlette.types import ASGIApp
+
+    from ovd.demo.limits import Limits
+
+log = logging.getLogger(__name__)
+
+FOLDER_PREFIX = "ovd-page-"
+THREADS = WAITING + 8  # all questions that are let in, most of them waiting, and some for Gradio's own work
+CLOSING = 2  # seconds that running requests get when the page stops
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "ws_proxy", "wss_proxy")
+ROOT_PATH = "GRADIO_ROOT_PATH"  # where a reverse proxy serves the page; the only one of Gradio's variables that counts
+
+
+def prepare_environment(folder: str | Path | None = None) -> Path:
+    """Switch off everything in Gradio that would call out, and give it a private folder for uploads.
+
+    Must run before Gradio is imported. Folders that killed pages left behind are removed.
+
+    Args:
+        folder: where uploads go; a new folder with mode 0700 when None.
+
+    Returns:
+        The folder, locked as long as this process lives. The caller deletes it.
+
+    Raises:
+        UserError: no folder can be made, or a variable of the environment makes no sense.
+    """
+    root_path = os.environ.get(ROOT_PATH, "")
+    if root_path and not root_path.startswith(("/", "http://", "https://")):
+        raise UserError(f"{ROOT_PATH}={root_path!r}: give the path that a proxy serves the page at, like /wordbox")
+    ignored = sorted(n for n in os.environ if n.startswith("GRADIO_") and n != ROOT_PATH)
+    for name in ignored:
+        del os.environ[name]
+    if ignored:
+        log.warning("%s: ignored, the flags of this page decide (--help)", ", ".join(ignored))
+    try:
+        if folder is None:
+            remove_leftovers(Path(tempfile.gettempdir()))
+        target = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX)) if folder is None else Path(folder)
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target.chmod(0o700)
+    except OSError as problem:
+        raise UserError(f"no folder for uploads ({problem}); set TMPDIR to a folder that can be written") from problem
+    _lock(target)
+    os.environ["GRADIO_TEMP_DIR"] = str(target)
+    # Telemetry, the version check and model hubs: a page about private pictures has no business on the network.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+    # Gradio computes a table of the last 10,000 answers after each answer, for a monitoring page that is switched off.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
+    return target
+
+
+def load_gradio() -> None:
+    """Import Gradio with no proxy in the environment, and without its stub files.
+
+    Its httpx fails at import on proxies it does not know (SOCKS), and the page goes through none. And at each import it
+    parses all its components to write ``.pyi`` files beside them, which takes half of the 2.3 seconds; it leaves that
+    when a class has no file.
+    """
+    if "gradio" in sys.modules:
+        return
+    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in PROXIES}
+    file_of = inspect.getfile
+
+    def no_file(thing: Any) -> str:
+        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
+            raise OSError("no stub file is wanted")
+        return file_of(thing)
+
+    inspect.getfile = no_file  # type: ignore[assignment]
+    try:
+        import gradio  # noqa: F401
+    finally:
+        inspect.getfile = file_of
+        os.environ.update(proxies)  # a browser that is opened later needs them
+
+
+_locks: list[
+    int
+] = []  # descriptors, open until the process ends: the kernel lets go of the locks then, however it ends
+
+
+def _lock(folder: Path) -> None:
+    if (descriptor := _locked(folder)) is not None:
+        _locks.append(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None if another process has it, or there are no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise PermissionError
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove_leftovers(parent: Path) -> list[Path]:
+    """Remove the folders of pages that were killed: this user's, and locked by no process. Returns them."""
+    removed = []
+    for folder in sorted(parent.glob(f"{FOLDER_PREFIX}*")):
+        if (descriptor := _locked(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
+            removed.append(folder)
+    return removed
+
+
+def plain_host(host: str) -> str:
+    """An address as sockets want it: ``[::1]`` without its brackets."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(plain_host(host)).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address: nobody can take the port between this check and the start.
+
+    Args:
+        host: name or address, IPv6 with or without brackets.
+        port: 0 for any free one.
+
+    Raises:
+        UserError: the port is taken or not allowed, or the host is not an address of this machine.
+    """
+    plain = plain_host(host)
+    taken = -1
+    try:
+        if not plain:
+            raise socket.gaierror("empty")
+        family, _, _, _, address = socket.getaddrinfo(plain, port, type=socket.SOCK_STREAM)[0]
+        taken = (door := socket.socket(family, socket.SOCK_STREAM)).fileno()
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(address)
+        taken = -1
+        return door
+    except (socket.gaierror, UnicodeError) as problem:
+        raise UserError(f"--host {host}: not an address of this machine") from problem
+    except OverflowError as problem:
+        raise UserError(f"--port {port}: must be between 0 and 65535") from problem
+    except PermissionError as problem:
+        raise UserError(f"--port {port}: not allowed for this user; take one above 1023") from problem
+    except OSError as problem:
+        if problem.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise UserError(f"--host {host}: not an address of this machine ({problem.strerror})") from problem
+        raise UserError(
+            f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there, or try --port {port + 1}"
+        ) from problem
+    finally:
+        if taken >= 0:
+            door.close()
+
+
+def url_of(host: str, port: int) -> str:
+    """What to type into a browser on this machine."""
+    plain = plain_host(host)
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plain, plain)
+    if ":" in name:
+        name = f"[{name.replace('%', '%25')}]"
+    return f"http://{name}:{port}"
+
+
+class Server:
+    """uvicorn in a thread of its own.
+
+    Args:
+        app: ASGI application.
+        door: from `listen`.
+    """
+
+    def __init__(self, app: ASGIApp, *, door: socket.socket) -> None:
+        import uvicorn
+
+        from ovd.demo.connections import Connections, protocol_class
+
+        connections = Connections.for_this_process()
+        self._door = door
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                http=protocol_class(connections),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                backlog=1024,
+                timeout_graceful_shutdown=CLOSING,
+            )
+        )
+        self._thread = threading.Thread(target=self._serve, name="page", daemon=True)
+
+    def _serve(self) -> None:
+        self._server.run(sockets=[self._door])
+
+    def start(self, *, seconds: float = 120.0) -> None:
+        """Return when it accepts requests.
+
+        Raises:
+            UserError: it does not within so many seconds.
+        """
+        self._thread.start()
+        end = time.monotonic() + seconds
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > end:
+                raise UserError("the page's server did not start; the lines above say why")
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        """Stop accepting, give running requests `CLOSING` seconds, and end."""
+        self._server.should_exit = True
+        self._thread.join(CLOSING + 5)
+        self._door.close()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A page that is served.
+
+    Attributes:
+        url: for this machine.
+        share_url: for everybody, or None.
+    """
+
+    url: str
+    share_url: str | None
+    _server: Server
+    _page: gr.Blocks
+
+    def close(self) -> None:
+        """Stop serving; questions that are being answered get a moment."""
+        self._page._queue.close()
+        self._page.is_running = False
+        self._page.app.stop_event.set()  # ends the streams that keep browsers in touch
+        self._server.close()
+
+
+def serve(
+    page: gr.Blocks,
+    *,
+    door: socket.socket,
+    host: str,
+    theme: gr.themes.Base,
+    head: str,
+    allow_hosts: Sequence[str] = (),
+    share: bool = False,
+    open_browser: bool = False,
+    seconds: Callable[[], float] = lambda: 1.0,
+    limits: Limits | None = None,
+) -> Served:
+    """Serve a page from a background thread.
+
+    Args:
+        page: with its queue configured.
+        door: from `listen`.
+        host: as given to `listen`.
+        theme: of the page.
+        head: HTML for its head.
+        allow_hosts: names under which a proxy serves the page.
+        share: make a public link through Gradio's tunnel.
+        open_browser: open the page in a browser.
+        seconds: tells what one answer takes at present.
+        limits: other sizes and times.
+
+    Raises:
+        UserError: it cannot be served or shared.
+    """
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from ovd.demo.lean import give_back
+    from ovd.demo.limits import Gate
+    from ovd.demo.line import Line
+    from ovd.demo.names import Names
+    from ovd.demo.questions import Questions
+    from ovd.demo.uploads import Uploads
+
+    page.max_threads = page._queue.max_thread_count = THREADS
+    page.state_session_capacity = 64
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
+        page,
+        path="/",
+        footer_links=["api"],
+        run_history=False,
+        root_path=os.environ.get(ROOT_PATH) or None,
+        show_error=False,
+        max_file_size="10mb",
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme,
+        head=head,
+    )
+    uploads = Uploads(Path(os.environ["GRADIO_TEMP_DIR"]))
+    names = Names.of(host, allow_hosts)
+    gate = Gate(
+        app,
+        names=names,
+        line=Line(page, seconds=seconds, at_rest=give_back),
+        questions=Questions(page, uploads),
+        uploads=uploads,
+        limits=limits,
+    )
+    server = Server(gate, door=door)
+    server.start()
+    port = door.getsockname()[1]
+    url = url_of(host, port)
+    share_url = None
+    if share:
+        share_url = _share(page, port)
+        names.trust(share_url)
+    if open_browser:
+        webbrowser.open(url)
+    return Served(url, share_url, server, page)
+
+
+def _share(page: gr.Blocks, port: int) -> str:
+    """A public link, through the tunnel that Gradio's ``launch(share=True)`` uses."""
+    from gradio import networking
+
+    try:
+        return networking.setup_tunnel(
+            local_host="127.0.0.1",
+            local_port=port,
+            share_token=page.share_token,
+            share_server_address=None,
+            share_server_tls_certificate=None,
+        )
+    except Exception as problem:  # httpx, a missing or foreign program, a refused connection
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        raise UserError(f"--share: no public link could be made ({reason}); start without it") from problem

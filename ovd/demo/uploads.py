@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much uploads may take on the disk, all together: the oldest go when new ones need their place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+BYTES = 400_000_000
+FILES = 2000
+SHARE = 0.5  # of the free disk, where that is less
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    size: int
+    time: float
+
+
+class Uploads:
+    """The folder of uploads, and the room that requests under way have been promised.
+
+    Args:
+        folder: Gradio's folder for uploads.
+        most_bytes: all files and all promises together.
+        most_files: number of files.
+    """
+
+    def __init__(self, folder: Path, *, most_bytes: int = BYTES, most_files: int = FILES) -> None:
+        self.folder = folder
+        self.most_bytes = most_bytes
+        self.most_files = most_files
+        self._promised = 0
+        self._requests = 0
+        self._fragments = False
+        self._at_most = 0  # bytes and files in the folder: counted at the last look, and promised since
+        self._files_at_most = 0
+        self.look()
+
+    def promise(self, size: int) -> bool:
+        """Keep room for a request; False: there is none, even without all older uploads."""
+        limit = self._limit()
+        if self._promised + size > limit:
+            return False
+        if self._at_most + size > limit or self._files_at_most + 1 > self.most_files:
+            self.look()
+            if self._at_most + size > limit or self._files_at_most + 1 > self.most_files:
+                self._remove_oldest(limit - self._promised - size, self.most_files - self._requests - 1)
+        self._promised += size
+        self._requests += 1
+        self._at_most += size
+        self._files_at_most += 1
+        return True
+
+    def keep(self, size: int, *, whole: bool = True) -> None:
+        """The request that was promised so much has ended; what is left of those that were not whole is removed."""
+        self._promised -= size
+        self._requests -= 1
+        self._fragments |= not whole
+        if self._fragments and not self._requests:
+            self._fragments = False
+            for file in self.folder.iterdir():  # whole uploads lie in folders of their own
+                if file.is_file() and not file.is_symlink():
+                    file.unlink(missing_ok=True)
+            self.look()
+
+    def look(self) -> None:
+        """Count what is there."""
+        files = self._files()
+        self._at_most = sum(f.size for f in files) + self._promised
+        self._files_at_most = len(files) + self._requests
+
+    def holds(self, path: str) -> Path | None:
+        """The upload of that path, or None: no such file, or one outside the folder."""
+        try:
+            found = Path(path).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):
+            return None
+        return found if found.is_file() and found.is_relative_to(self.folder.resolve()) else None
+
+    def _limit(self) -> int:
+        free = shutil.disk_usage(self.folder).free + self._at_most - self._promised
+        return min(self.most_bytes, int(free * SHARE))
+
+    def _files(self) -> list[_File]:
+        found = []
+        for parent, _, names in os.walk(self.folder):
+            for name in names:
+                path = Path(parent, name)
+                try:
+                    state = path.stat(follow_symlinks=False)
+                except OSError:  # removed meanwhile
+                    continue
+                found.append(_File(path, state.st_size, state.st_mtime))
+        return sorted(found, key=lambda f: f.time)
+
+    def _remove_oldest(self, most_bytes: int, most_files: int) -> None:
+        """Remove files until so much is left, a quarter more so that the next request need not look again."""
+        files = self._files()
+        size, count = sum(f.size for f in files), len(files)
+        for file in files:
+            if size <= most_bytes * 3 // 4 and count <= most_files * 3 // 4:
+                break
+            file.path.unlink(missing_ok=True)
+            if file.path.parent != self.folder and not any(file.path.parent.iterdir()):
+                file.path.parent.rmdir()
+            size -= file.size
+            count -= 1
+        self.look()
