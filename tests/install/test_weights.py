@@ -70,7 +70,7 @@ def test_missing_and_cut_files_are_refused(root: Path, damage, message: str) -> 
 
 def test_unknown_name_lists_what_there_is(root: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean 'vild-photo'.*default, clip-sticker, vild-photo"):
-        weights_folder("vild-stiker")
+        weights_folder("vild-foto")
 
 
 @pytest.mark.parametrize(
