@@ -25,6 +25,7 @@ from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
 FLOOR = 0.02
+RAW_FLOOR = 1e-6  # of open words, before their sigmoid: a softmax against some 2,000 words
 LEAST = 20  # photos of either kind that a fit needs
 
 
@@ -103,8 +104,8 @@ def fit(data: TypedPhotos) -> Calibration:
     outcome = run_typed(data.scenes, replace(data.scorer, calibration=ranking), floor=1e-4)
     fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
     if len(data.named) >= LEAST:
-        score, right = named_outcome(data.named, replace(data.scorer, calibration=ranking))
-        slope, offset = fit_platt(torch.from_numpy(score), torch.from_numpy(right))
+        named = named_outcome(data.named, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
+        slope, offset = fit_platt(torch.from_numpy(named.score), torch.from_numpy(named.correct))
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
     scorer = replace(data.scorer, calibration=fitted)
     quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
@@ -124,9 +125,8 @@ def best_level(outcome: Outcome) -> float:
 
 def absent_scores(data: TypedPhotos, scorer: WordScorer) -> np.ndarray:
     """Best scores of absent words, of both kinds of photos."""
-    outcome = run_typed(data.scenes, scorer, floor=FLOOR)
-    score, right = named_outcome(data.named, scorer)
-    return np.concatenate([outcome.best_absent, score[~right]])
+    outcomes = run_typed(data.scenes, scorer, floor=FLOOR), named_outcome(data.named, scorer, floor=FLOOR)
+    return np.concatenate([outcome.best_absent for outcome in outcomes])
 
 
 def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, float], Reliability]:
@@ -136,12 +136,8 @@ def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, floa
     curve = reliability(outcome.score, outcome.correct)
     figures = {"photos": float(len(data.scenes)), **shown(outcome, threshold), "ece": curve.ece}
     if data.named:
-        score, right = named_outcome(data.named, scorer)
-        figures |= {
-            "named_photos": float(len(data.named)),
-            "named_word_shown": float(np.mean(score[right] >= threshold)),
-            "named_absent_quiet": float(np.mean(score[~right] < threshold)),
-        }
+        named = shown(named_outcome(data.named, scorer, floor=FLOOR), threshold)
+        figures |= {"named_photos": float(len(data.named)), **{f"named_{name}": v for name, v in named.items()}}
     return figures, curve
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.data.photo_words import Photo, PhotoWords, WordTable
 from ovd.detector import Detector
-from ovd.evaluation.typed import TypedScene
+from ovd.evaluation.typed import Outcome, TypedScene
 from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.postprocess import NMS_IOU, batched_nms
 from ovd.inference.scoring import RegionSet
 from pretrain.engine.errors import BadImageError
 
@@ -133,13 +133,27 @@ def typed_photos(
     return scenes, named
 
 
-def named_outcome(named: Sequence[NamedPhoto], scorer: WordScorer) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Best score of each word typed for each photo of one thing, and whether it is the thing's."""
+def named_outcome(named: Sequence[NamedPhoto], scorer: WordScorer, *, floor: float) -> Outcome:
+    """Boxes of the words typed for photos of one thing: the best box of its word is right, all others are wrong.
+
+    Nobody drew that box. But a detector that shows the thing's parts beside it is wrong in most photos of one thing.
+    """
     scores: list[float] = []
-    right: list[bool] = []
+    right: list[float] = []
+    best_absent: list[float] = []
     for photo in named:
         words = (photo.present, *photo.absent)
         score_RC = scorer.select(torch.tensor(words))(photo.regions)
-        scores += score_RC.max(dim=0).values.tolist() if len(score_RC) else [0.0] * len(words)
-        right += [True] + [False] * len(photo.absent)
-    return np.array(scores), np.array(right)
+        best_absent += score_RC[:, 1:].max(dim=0).values.tolist() if len(score_RC) else [0.0] * len(photo.absent)
+        region, word = torch.nonzero(score_RC >= floor, as_tuple=True)
+        kept = batched_nms(
+            photo.regions.boxes[region].float().numpy(), score_RC[region, word].numpy(), word.numpy(), NMS_IOU
+        )
+        found = False
+        for i in kept.tolist():
+            scores.append(float(score_RC[region[i], word[i]]))
+            right.append(float(word[i] == 0 and not found))
+            found = found or bool(word[i] == 0)
+    return Outcome(
+        score=np.array(scores), correct=np.array(right), best_absent=np.array(best_absent), labels=float(len(named))
+    )

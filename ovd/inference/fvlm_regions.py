@@ -114,8 +114,8 @@ class WordScorer:
     """Scores words alone: no column depends on another.
 
     A word that the proposal network knows has its score and the region head's, in a geometric mean. Any other word has
-    the softmax of the image tower's own embedding against all words that contradict it, times a power of the
-    objectness; the head, which learned the known words from many boxes and the others from few photos, is worse at it.
+    the softmax of the image tower's own embedding against all words that contradict it, times powers of objectness and
+    area; the head, which learned the known words from many boxes and the others from few photos, is worse at it.
     A word above known ones is the best of them: where the embedding's answer was taken too, superordinate words lost.
 
     Attributes:
@@ -165,7 +165,10 @@ class WordScorer:
         score_RC = competitive_probabilities(
             image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
         )
-        score_RC = score_RC * regions.objectness.to(self.rows).clamp(0, 1).pow(c.open_objectness)[:, None]
+        boxes = regions.boxes.to(self.rows)
+        area_R = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / (regions.size[0] * regions.size[1])
+        whole_R = regions.objectness.to(self.rows).clamp(0, 1).pow(c.open_objectness) * area_R.pow(c.open_area)
+        score_RC = score_RC * whole_R[:, None]
         return (c.open_slope * score_RC.logit(eps=EPS) + c.open_offset).sigmoid()
 
 

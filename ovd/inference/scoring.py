@@ -37,8 +37,10 @@ class Calibration:
         head_weight: exponent of the region head beside the proposal network's own score, for words that the latter
             knows (`ovd.inference.fvlm_regions`); slope and offset are those words'. Of 0 to .4 in tenths, .2 has the
             best mean AP on the photos that the head was chosen on.
-        open_scale, open_objectness: inverse temperature and objectness exponent of all other words, which are scored by
-            the image tower's own embedding; open_slope, open_offset: their sigmoid.
+        open_scale: inverse temperature of all other words, which are scored by the image tower's own embedding.
+        open_objectness, open_area: exponents of the objectness and of the box's share of the picture, for these words:
+            parts of a thing look like the thing.
+        open_slope, open_offset: their sigmoid.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid.
     """
@@ -52,7 +54,8 @@ class Calibration:
     threshold: float = 0.3
     head_weight: float = 0.2
     open_scale: float = 15.0
-    open_objectness: float = 0.5
+    open_objectness: float = 1.0
+    open_area: float = 0.25
     open_slope: float = 1.0
     open_offset: float = 0.0
     example_logit_scale: float = 20.0
