@@ -18,7 +18,7 @@ help:
 	@echo "make test-all  the same with the long ones"
 	@echo "make fuzz      give damaged files to the readers, 50,000 to nine tests (FUZZ_EXAMPLES= to change)"
 	@echo "make lint      ruff and mypy"
-	@echo "make weights   rebuild the shipped weights from nothing; stops and resumes at any point"
+	@echo "make weights   rebuild the sticker weights from nothing; stops and resumes at any point"
 	@echo "make bench     run the benchmarks and print their tables"
 	@echo "make doctor    say what is installed and what is wrong"
 	@echo "make lock      write the lock files again from pyproject.toml (needs uv)"
