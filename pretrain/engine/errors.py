@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -106,6 +107,8 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a Latin-1 terminal must not turn an error into a traceback
+    # Detectron2's libraries are compiled in a way that newer torch advises against: nothing a user could change.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
     try:
         status = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
