@@ -86,7 +86,8 @@ class FvlmRegionModel(RegionModel):
                 if self.trained.understands(phrase):
                     continue
                 if (head := self.trained.head_of(phrase)) is not None:
-                    found.append(f"{phrase!r} is looked for as {head!r}: attributes are not understood")
+                    why = "separate words with commas" if " and " in phrase else "attributes are not understood"
+                    found.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
                     nearest = (self.background_words.to(row) @ row).topk(min(3, len(self.trained.words))).indices
                     near = ", ".join(self.trained.words[i] for i in nearest.tolist())

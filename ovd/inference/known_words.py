@@ -16,6 +16,7 @@ from torch import Tensor
 from ovd.inference.everyday import GROUPS, IRREGULAR, PERSONS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
+ARTICLES = frozenset(("a", "an", "the", "some", "my"))
 Phrases = Sequence[Sequence[str]]
 """For each class its name and synonyms."""
 
@@ -107,7 +108,10 @@ class WordList:
 
 
 def singulars(phrase: str) -> list[str]:
-    """A phrase and what may be its singular, the phrase first."""
+    """A phrase without its article, and what may be its singular; the phrase first."""
+    article, _, rest = phrase.partition(" ")
+    if rest and article in ARTICLES:
+        phrase = rest
     head, _, last = phrase.rpartition(" ")
     forms = [last]
     if last in IRREGULAR:

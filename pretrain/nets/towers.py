@@ -145,6 +145,10 @@ class ClipTokenizer:
             return torch.zeros(0, self.context_length, dtype=torch.long)
         return self._tokenizer(list(texts))
 
+    def __reduce__(self) -> tuple[type[ClipTokenizer], tuple[int]]:
+        """Pickled by its length: open_clip's class may have been imported on its own (`open_clip_module`)."""
+        return ClipTokenizer, (self.context_length,)
+
 
 class JointEncoder(nn.Module):
     """Images and texts in one space.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -45,6 +46,7 @@ WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
     [
         ("dog", {"dog"}, set()),
         ("Dogs", {"dog"}, set()),
+        ("the dog", {"dog"}, set()),
         ("golden retriever", set(), {"dog"}),
         ("tabby", set(), {"cat"}),
         ("television", {"tv"}, set()),
@@ -351,3 +353,13 @@ def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path)
     picture = np.zeros((32, 48, 3), dtype=np.uint8)
     scores = detector.embed(picture).scores(detector.query(["red car", "car"])).score_RC
     assert (scores[:, 0] > 0).any()
+
+
+def test_a_copied_detector_answers_the_same_and_pictures_of_any_shape_are_taken(trained: Path) -> None:
+    detector = Detector.load(trained / "run", regions=10)
+    again = copy.deepcopy(detector)  # as pickling does it
+    for shape in ((60, 80), (1, 1), (2, 300), (300, 3)):
+        picture = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        here, there = (one.embed(picture).classify(["dog", "lamp"], threshold=0.0) for one in (detector, again))
+        np.testing.assert_array_equal(here.confidence, there.confidence)
+        assert (here.xyxy <= [shape[1], shape[0], shape[1], shape[0]]).all()
