@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTEST ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all fuzz lint format weights bench doctor setup setup-dev lock clean
+.PHONY: help demo test test-all fuzz lint format weights weights-photo bench doctor setup setup-dev lock clean
 
 help:
 	@echo "make demo      set up, then serve the page on http://127.0.0.1:$(PORT) (PORT= to change)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  the same with the long ones"
 	@echo "make fuzz      give damaged files to the readers, 50,000 to nine tests (FUZZ_EXAMPLES= to change)"
 	@echo "make lint      ruff and mypy"
+	@echo "make weights-photo PHOTOS=FOLDER   weights of photographs from photos of your own, stage by stage"
 	@echo "make weights   rebuild the sticker weights from nothing; stops and resumes at any point"
 	@echo "make bench     run the benchmarks and print their tables"
 	@echo "make doctor    say what is installed and what is wrong"
@@ -47,6 +48,9 @@ format: setup-dev
 
 weights: $(VENV)/.installed-rebuild
 	$(BIN)/python scripts/make_weights.py
+
+weights-photo: $(VENV)/.installed-rebuild
+	$(BIN)/python scripts/make_photo_weights.py "$(PHOTOS)"
 
 bench: setup-dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit $$?; done

@@ -67,8 +67,10 @@ class FvlmTrainConfig(TrainingConfig):
     templates: Literal["photo", "vild63", "name"] = Field("photo", description="prompts of the words")
     model: FvlmConfig = Field(..., description="the detector")
     data: PhotoDataConfig = Field(..., description="training photos")
-    cache: str = Field(
-        "runs/cache", description="folder for the frozen features of the photos' proposals", json_schema_extra=FREE
+    cache: str | None = Field(
+        "runs/cache",
+        description="folder for the frozen features of the photos' proposals; null: computed anew at every step",
+        json_schema_extra=FREE,
     )
     noun_weight: float = Field(
         0.1, ge=0, description="weight of a word outside the first file's categories in the text loss"

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     elif isinstance(config, ProposalTrainConfig):
         _train(config, options, build=proposals.build, export=proposals.export)
     elif isinstance(config, FvlmTrainConfig):
+        config = fvlm.for_check(config) if options.check else config
         _train(config, options, build=fvlm.build, export=fvlm.export)
     else:
         assert isinstance(config, TrainConfig)

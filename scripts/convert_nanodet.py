@@ -214,6 +214,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("graph", type=Path, help="nanodet.json, with nanodet.bin beside it")
     parser.add_argument("--out", type=Path, required=True, help="folder for nanodet.safetensors and exported/")
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, metavar="PIXELS",
+        help="longest sides at which the export sees a picture; vild-photo has 640 416")  # fmt: skip
     args = parser.parse_args(argv)
     nodes, constants = read_graph(args.graph)
     model = convert(nodes, constants)
@@ -223,7 +225,7 @@ def main(argv: list[str]) -> int:
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_weights(file, tensors, {"format": "nanodet/1", "source": f"nanodet.json sha256 {sha256_of(args.graph)}"})
     config = ProposalNetworkConfig(arch="nanodet")
-    card = ProposalCard(model=config.model_dump(mode="json"), sides=SIDES)
+    card = ProposalCard(model=config.model_dump(mode="json"), sides=tuple(args.sides))
     save_proposals(args.out / EXPORTED, start_model(file, config), card)
     print(f"{file}: {sum(p.numel() for p in model.parameters()):,} numbers; largest difference {worst:.1e}")
     return 0

@@ -173,12 +173,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=known, metavar="STAGE", help=f"of {', '.join(known)}")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
-    RUNS.mkdir(exist_ok=True)
-    book = RUNS / "weights.json"
+    return run_stages([stage for stage in stages() if not args.only or stage.name in args.only], RUNS / "weights.json")
+
+
+def run_stages(chosen: Sequence[Stage], book: Path) -> int:
+    """Run stages that are not done, in order; their times go to the book. Returns the exit status."""
+    book.parent.mkdir(parents=True, exist_ok=True)
     ledger: dict[str, dict[str, float]] = json.loads(book.read_text(encoding="utf-8")) if book.exists() else {}
-    for stage in stages():
-        if args.only and stage.name not in args.only:
-            continue
+    for stage in chosen:
         if stage.result.exists():
             print(f"== {stage.name}: done ({stage.result})", flush=True)
             continue

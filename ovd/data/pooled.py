@@ -6,13 +6,14 @@ Shapes: ``P`` regions kept of each photo, ``N`` regions of a batch, ``V`` words.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.data.features import FeatureCache
 from ovd.data.photo_words import PhotoWords, region_targets
 
 
@@ -41,11 +42,11 @@ class PooledSource:
 
     Args:
         photos: with labels.
-        cache: rows of `features` (P, F), `known` (P, K), `boxes` (P, 4) and `regions`, the number that is there.
+        row: of a photo, by its index: `features` (P, F), `known` (P, K), `boxes` (P, 4), and how many `regions` it has.
     """
 
-    def __init__(self, *, photos: PhotoWords, cache: FeatureCache) -> None:
-        self.photos, self.cache = photos, cache
+    def __init__(self, *, photos: PhotoWords, row: Callable[[int], Mapping[str, NDArray[Any]]]) -> None:
+        self.photos, self.row = photos, row
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -56,13 +57,13 @@ class PooledSource:
 
     def sample(self, index: int, draw: int) -> RegionBatch:
         """Regions of photo ``index``; every draw gives the same."""
-        arrays = self.cache.arrays
-        count = int(arrays["regions"][index])
-        boxes = np.array(arrays["boxes"][index, :count])
+        row = self.row(index)
+        count = int(row["regions"])
+        boxes = row["boxes"][:count]
         targets = region_targets(self.photos.photos[index], boxes, self.photos.table)
         return RegionBatch(
-            features=torch.from_numpy(np.array(arrays["features"][index, :count])),
-            known=torch.from_numpy(np.array(arrays["known"][index, :count])),
+            features=torch.from_numpy(row["features"][:count]),
+            known=torch.from_numpy(row["known"][:count]),
             value=torch.from_numpy(targets.value),
             told=torch.from_numpy(targets.told),
         )

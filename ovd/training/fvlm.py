@@ -6,7 +6,7 @@ All but the head is frozen, so every photo goes through the networks once; the h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ovd.data.features import FeatureCache
     from ovd.data.photo_words import PhotoWords
     from ovd.data.pooled import PooledSource
     from ovd.modeling.fvlm.network import FvlmDetector
@@ -43,6 +42,11 @@ class FvlmParts:
     source: PooledSource
 
 
+def for_check(config: FvlmTrainConfig) -> FvlmTrainConfig:
+    """The configuration for ``--check``: features are computed for the batches that are looked at, not cached ahead."""
+    return config.model_copy(update={"cache": None})
+
+
 def build(config: FvlmTrainConfig) -> FvlmParts:
     """Everything a training needs, before the first step; features that are not cached yet are computed first."""
     from ovd.data.pooled import PooledSource
@@ -63,9 +67,8 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     rows = embed_vocabulary(Vocabulary.of(photos.table.words, templates=TEMPLATE_SETS[config.templates]), encoder)
     proposals = detector_folder(config.proposals)
     model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder)
-    cache = cached_regions(
-        config, model, photos, key={"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}
-    )
+    key = {"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}
+    row = rows_of(config, model, photos, key=key)
     criterion = WordCriterion(
         head=model.head,
         rows=rows,
@@ -79,7 +82,7 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
         proposals=proposals,
         photos=photos,
         task=DetectionTask(model=criterion, pretrained_prefixes=(), pretrained_lr_scale=1.0),
-        source=PooledSource(photos=photos, cache=cache),
+        source=PooledSource(photos=photos, row=row),
     )
 
 
@@ -105,10 +108,10 @@ def _digest(proposals: Path) -> str:
     return sha256_of(proposals / "model.safetensors") + sha256_of(proposals / "model.json")
 
 
-def cached_regions(
+def rows_of(
     config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]
-) -> FeatureCache:
-    """The photos' regions with pooled features, computed where they are not in ``config.cache`` yet.
+) -> Callable[[int], dict[str, NDArray[Any]]]:
+    """What gives a photo's regions with pooled features; where there is a cache, it is filled first.
 
     Args:
         config: of the training.
@@ -121,6 +124,8 @@ def cached_regions(
     from ovd.data.features import FeatureCache, Readable, files_of
 
     regions, readable = config.data.regions, Readable(len(photos))
+    if config.cache is None:
+        return lambda index: _regions_of(model, photos.load(index), count=regions, seed=index)
 
     def compute(indices: list[int]) -> dict[str, NDArray[Any]]:
         rows = [
@@ -136,7 +141,7 @@ def cached_regions(
         "pool": [config.model.head.pool, config.model.head.context],
         "regions": regions,
     }
-    return FeatureCache.open(Path(config.cache), key=described, count=len(photos), compute=compute, batch=BATCH)
+    return FeatureCache.open(Path(config.cache), key=described, count=len(photos), compute=compute, batch=BATCH).row
 
 
 def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, seed: int) -> dict[str, NDArray[Any]]:

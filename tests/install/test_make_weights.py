@@ -157,3 +157,29 @@ def test_every_config_of_the_real_stages_exists(script: ModuleType) -> None:
     configs = SCRIPT.parents[1] / "configs"
     named = [c[c.index("--config") + 1] for stage in script.stages() for c in stage.commands if "--config" in c]
     assert named and all((configs / name).is_file() for name in named)
+
+
+def test_the_photo_stages_are_commands_that_their_programs_take(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ovd.config_detr import TRAIN_CONFIGS
+    from pretrain.config import PretrainConfig
+    from pretrain.engine.config import load_config
+
+    photo = load("make_photo_weights", monkeypatch)
+    photos = tmp_path / "photos"
+    assert photo.main([str(photos)]) == 2
+    assert "images is not there" in capsys.readouterr().err
+    (photos / "images").mkdir(parents=True)
+    for name in ("labels.json", "instances_a.json.gz", "instances_b.json", "nanodet.json"):
+        (photos / name).write_text("{}")
+    monkeypatch.setattr(photo, "ROOT", tmp_path)
+    monkeypatch.setenv("OVD_WEIGHTS", "elsewhere")
+    assert photo.main([str(photos), "--nanodet", str(photos / "nanodet.json"), "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    trainings = [stage.commands[0] for stage in photo.stages(photos, photos / "nanodet.json") if stage.run is not None]
+    assert len(trainings) == 3
+    for _, module, _, config, *overrides in trainings:
+        kind = PretrainConfig if module == "pretrain.train" else TRAIN_CONFIGS
+        loaded = load_config(kind, config, overrides)
+        assert [Path(file).name for file in loaded.data.annotations] == ["instances_a.json.gz", "instances_b.json"]

@@ -219,6 +219,16 @@ def test_other_words_compete_with_what_contradicts_them() -> None:
     assert float(score[1, 0]) == pytest.approx(1 / (1 + own + 2) * whole, rel=1e-3)  # a rival has cosine 1
 
 
+def arguments(root: Path) -> list[str]:
+    """Of the command that trains on the photos of a folder."""
+    return [
+        "--config", "photos/lite_vild.yaml", f"out={root}/run", f"encoder={root}/encoder",
+        f"proposals={root}/proposals", f"cache={root}/cache", f"data.images={root}/images",
+        f"data.annotations=[{root}/boxes.json]", f"data.labels={root}/labels.json", "data.regions=6", "model.side=64",
+        "model.head.hidden=16", "loop.steps=2", "loop.batch_size=2", "optim.warmup_steps=0",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, encoder: JointEncoder) -> Path:
     """The run folder of a training of two steps on six small photos."""
@@ -246,13 +256,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, encoder: JointEncoder) -> 
     categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "car"}]
     (root / "boxes.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
     (root / "labels.json").write_text(json.dumps({"4.png": ["saxophone"], "5.png": ["lamp"]}))
-    arguments = [
-        "--config", "photos/lite_vild.yaml", f"out={root}/run", f"encoder={root}/encoder",
-        f"proposals={root}/proposals", f"cache={root}/cache", f"data.images={root}/images",
-        f"data.annotations=[{root}/boxes.json]", f"data.labels={root}/labels.json", "data.regions=6", "model.side=64",
-        "model.head.hidden=16", "loop.steps=2", "loop.batch_size=2", "optim.warmup_steps=0",
-    ]  # fmt: skip
-    assert ovd_train.main(arguments) == 0
+    assert ovd_train.main(arguments(root)) == 0
     return root
 
 
@@ -265,6 +269,12 @@ def test_a_training_ends_with_a_detector_that_takes_any_word(trained: Path) -> N
     assert found.xyxy.min() >= 0 and (found.xyxy.max(axis=0) <= [80, 60, 80, 60]).all()
     alone = detector.embed(picture).classify(["saxophone"], threshold=0.0)
     assert alone.best[0] == pytest.approx(found.best[2], abs=1e-6)
+
+
+def test_a_check_computes_no_cache_and_writes_nothing(trained: Path, tmp_path: Path) -> None:
+    changed = [f"out={tmp_path}/run", f"cache={tmp_path}/cache", "--check"]
+    assert ovd_train.main([*arguments(trained), *changed]) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_detector_holds_its_words_and_its_proposals(trained: Path) -> None:
