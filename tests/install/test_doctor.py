@@ -21,12 +21,12 @@ def weights(tmp_path: Path) -> Path:
     source = tmp_path / "made"
     source.mkdir()
     (source / "model.safetensors").write_bytes(b"tensors")
-    add_weights(source, "vild-sticker", tmp_path / "weights")
+    add_weights(source, "vild-photo", tmp_path / "weights")
     return tmp_path / "weights"
 
 
 def test_every_wrong_finding_has_a_remedy(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (weights / "vild-sticker" / "model.safetensors").unlink()
+    (weights / "vild-photo" / "model.safetensors").unlink()
     monkeypatch.setattr(doctor, "PACKAGES", ("a-package-that-is-not-there",))
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     findings = [
@@ -45,7 +45,7 @@ def test_every_wrong_finding_has_a_remedy(tmp_path: Path, weights: Path, monkeyp
 def test_verified_weights_are_ok_and_a_changed_byte_is_wrong(weights: Path) -> None:
     (good,) = doctor.check_weights(weights)
     assert good.level == "ok" and "verified" in good.detail
-    (weights / "vild-sticker" / "model.safetensors").write_bytes(b"tensorz")
+    (weights / "vild-photo" / "model.safetensors").write_bytes(b"tensorz")
     (bad,) = doctor.check_weights(weights)
     assert bad.level == "WRONG" and "SHA-256" in bad.detail and "git checkout" in bad.remedy
 
@@ -56,7 +56,7 @@ def test_missing_default_weights_are_wrong(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes(b"tensors")
     add_weights(source, "another", tmp_path / "weights")
     levels = {finding.subject: finding.level for finding in doctor.check_weights(tmp_path / "weights")}
-    assert levels == {"weights vild-sticker": "WRONG", "weights another": "ok"}
+    assert levels == {"weights vild-photo": "WRONG", "weights another": "ok"}
 
 
 def test_another_version_than_the_tested_one_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
