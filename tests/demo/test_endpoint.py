@@ -28,7 +28,7 @@ def test_detect_answers_with_the_documented_keys(client: Any, pictures: dict[str
     answer = ask(client, pictures["good"], "red, blue, unicorn")
     assert set(answer) == {
         "schema", "size", "threshold", "floor", "classes", "detections", "notices", "negatives", "vocabulary", "model",
-        "regions", "cached", "ms",
+        "regions", "cached", "ms", "masks",
     }  # fmt: skip
     assert set(answer["detections"][0]) == {"class", "score", "box", "polygons"}
     assert {answer["classes"][d["class"]]["name"] for d in answer["detections"] if d["score"] > 0.5} == {"red", "blue"}
