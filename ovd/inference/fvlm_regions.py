@@ -175,6 +175,7 @@ class WordScorer:
 
 def best_of(known_RK: Tensor, members_CK: Tensor) -> Tensor:
     """(R, C): the best of each class's known words; 0 for a class without any."""
-    if not members_CK.shape[1]:
-        return known_RK.new_zeros(len(known_RK), len(members_CK))
-    return torch.where(members_CK[None], known_RK[:, None], known_RK.new_zeros(())).amax(dim=2)
+    best_RC = known_RK.new_zeros(len(known_RK), len(members_CK))
+    for column in members_CK.any(dim=1).nonzero()[:, 0].tolist():  # few of many: (R, C, K) at once would be large
+        best_RC[:, column] = known_RK[:, members_CK[column]].amax(dim=1)
+    return best_RC

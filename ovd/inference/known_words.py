@@ -52,12 +52,15 @@ class WordList:
     lexicon: Lexicon
 
     @cached_property
-    def _lines(self) -> list[frozenset[str]]:
-        return [frozenset(self.line_of(word)) for word in self.words]
-
-    @cached_property
-    def _keys(self) -> list[str]:
-        return [self.meaning_of(word) or word for word in self.words]
+    def _columns(self) -> tuple[dict[str, list[int]], dict[str, list[int]], dict[str, int]]:
+        """Meaning -> words that have it or lie below it; meaning -> words that have it; word -> its number."""
+        below: dict[str, list[int]] = {}
+        own: dict[str, list[int]] = {}
+        for number, word in enumerate(self.words):
+            for key in set(self.line_of(word)):
+                below.setdefault(key, []).append(number)
+            own.setdefault(self.meaning_of(word) or word, []).append(number)
+        return below, own, {word: number for number, word in enumerate(self.words)}
 
     def meaning_of(self, phrase: str) -> str | None:
         """Id of the meaning of a phrase as a person types it: capitals and plurals too; None: not in the lexicon."""
@@ -95,15 +98,14 @@ class WordList:
 
     def relations(self, phrases: Phrases) -> Relations:
         """How each class relates to each word."""
+        below, own, number_of = self._columns
         same = torch.zeros(len(phrases), len(self.words), dtype=torch.bool)
         above = torch.zeros_like(same)
-        for number, group in enumerate(phrases):
-            for line, kinds in ((self.line_of(phrase), self.kinds_of(phrase)) for phrase in group):
-                for column, (word, key, words_line) in enumerate(zip(self.words, self._keys, self._lines, strict=True)):
-                    if line[0] in words_line or word in kinds:
-                        same[number, column] = True
-                    elif key in line:
-                        above[number, column] = True
+        for row, phrase in ((row, phrase) for row, group in enumerate(phrases) for phrase in group):
+            line = self.line_of(phrase)
+            same[row, below.get(line[0], [])] = True
+            same[row, [number_of[word] for word in self.kinds_of(phrase) if word in number_of]] = True
+            above[row, [number for key in line for number in own.get(key, [])]] = True
         return Relations(same_or_below=same, above=above & ~same)
 
 
