@@ -16,10 +16,11 @@ from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
 from ovd.data.catalog import read_annotated
-from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
+from ovd.data.coco import ImageId, read_ground_truth
+from ovd.data.joined import check_withheld, join_images, no_such_part
 from ovd.data.mapper import TrainingTransform, move_boxes
 from pretrain.data.folder import look_for
-from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import file_identity, files_identity
 
@@ -50,17 +51,10 @@ class BoxedImages:
     ) -> None:
         hint = "data.annotations must be COCO annotation files"
         truths = [read_ground_truth(path, hint=hint) for path in annotations]
-        names = {name for truth in truths for name in truth.categories.values()}
-        for name in withheld:
-            if name not in names:
-                raise UserError(f"data.withheld: no annotation file has a category {name!r}{did_you_mean(name, names)}")
+        check_withheld(withheld, truths)
         self.folder, self.annotations = folder, tuple(annotations)
-        self.files: dict[ImageId, str] = {}
-        self.sizes: dict[ImageId, tuple[int, int] | None] = {}
-        parts: dict[ImageId, str] = {}
-        for truth in truths:
-            self._join(truth)
-            parts |= truth.parts
+        joined = join_images(truths)
+        self.files, self.sizes = joined.files, joined.sizes
         boxes: dict[ImageId, tuple[list[list[float]], list[list[float]]]] = {}
         for truth in truths:
             for one in truth.annotations:
@@ -69,10 +63,9 @@ class BoxedImages:
                     continue
                 sure = score >= confident and not one["iscrowd"]
                 boxes.setdefault(one["image_id"], ([], []))[0 if sure else 1].append(one["bbox"])
-        chosen = [i for i in self.files if part is None or parts.get(i) == part]
+        chosen = joined.of_part(part)
         if not chosen:
-            there = ", ".join(sorted(set(parts.values()))) or "none"
-            raise UserError(f"data.part {part}: no image has this split (there: {there})")
+            raise no_such_part(part, joined.parts.values())
         self._boxes = {i: (_corners(sure), _corners(unsure)) for i, (sure, unsure) in boxes.items()}
         self.image_ids: list[ImageId] = [i for i in chosen if i in self._boxes and len(self._boxes[i][0])]
         if not self.image_ids:
@@ -85,15 +78,6 @@ class BoxedImages:
             self.notices.append(missing)
         if without:
             self.notices.append(f"{without} of {len(chosen)} images have no confident box and are not used")
-
-    def _join(self, truth: GroundTruth) -> None:
-        for image_id, file in truth.files.items():
-            if self.files.setdefault(image_id, file) != file:
-                raise UserError(
-                    f"{truth.where}: image {image_id!r} is {file}, in another annotation file {self.files[image_id]}; "
-                    "files that are joined must number the same images the same way"
-                )
-            self.sizes.setdefault(image_id, truth.sizes[image_id])
 
     def __len__(self) -> int:
         return len(self.image_ids)

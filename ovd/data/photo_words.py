@@ -24,10 +24,11 @@ from torchvision.ops import box_iou
 
 from ovd.data.catalog import read_annotated
 from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
+from ovd.data.joined import check_withheld, join_images, no_such_part
 from pretrain.data.folder import look_for
 from pretrain.data.lexicon import Lexicon
 from pretrain.data.photos import read_labels
-from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
 from pretrain.engine.identity import files_identity, text_identity
@@ -194,10 +195,7 @@ class PhotoWords:
             one if isinstance(one, GroundTruth) else read_ground_truth(one, hint="data.annotations must be COCO files")
             for one in annotations
         ]
-        names = {name for truth in truths for name in truth.categories.values()}
-        for name in withheld:
-            if name not in names:
-                raise UserError(f"data.withheld: no annotation file has a category {name!r}{did_you_mean(name, names)}")
+        check_withheld(withheld, truths)
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
         self.lexicon = lexicon
         nouns: dict[Path, str] = {}
@@ -215,8 +213,7 @@ class PhotoWords:
         self.table = _table(everywhere, [*others, *nouns.values()], lexicon, silent=silent)
         self.photos = self._join(truths, folder, nouns, closed, part=part, min_score=min_score, withheld=withheld)
         if not self.photos:
-            there = ", ".join(sorted({p for truth in truths for p in truth.parts.values()})) or "none"
-            raise UserError(f"data.part {part}: no image has this split (there: {there})")
+            raise no_such_part(part, (split for truth in truths for split in truth.parts.values()))
         files = [photo.file.relative_to(folder) for photo in self.photos]
         if missing := look_for(files, folder, where=truths[0].where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
@@ -232,19 +229,9 @@ class PhotoWords:
         min_score: float,
         withheld: Collection[str],
     ) -> list[Photo]:
-        files: dict[ImageId, str] = {}
-        sizes: dict[ImageId, tuple[int, int] | None] = {}
-        parts: dict[ImageId, str] = {}
+        joined = join_images(truths)
         labels: dict[ImageId, list[tuple[list[float], int, float]]] = {}
         for truth in truths:
-            for image_id, file in truth.files.items():
-                if files.setdefault(image_id, file) != file:
-                    raise UserError(
-                        f"{truth.where}: image {image_id!r} is {file}, in another annotation file {files[image_id]}; "
-                        "files that are joined must number the same images the same way"
-                    )
-                sizes.setdefault(image_id, truth.sizes[image_id])
-            parts |= truth.parts
             for one in truth.annotations:
                 name, score = truth.categories[one["category_id"]], float(one.get("score", 1.0))
                 if score < min_score or one["iscrowd"] or name in withheld or min(one["bbox"][2:]) <= 0:
@@ -252,15 +239,15 @@ class PhotoWords:
                 x, y, w, h = one["bbox"]
                 labels.setdefault(one["image_id"], []).append(([x, y, x + w, y + h], self.number(name), score))
         photos = []
-        for image_id, name in files.items():
-            path = folder / name
-            if path in closed or (part is not None and parts.get(image_id) != part):
+        for image_id in joined.of_part(part):
+            path = folder / joined.files[image_id]
+            if path in closed:
                 continue
             found = labels.get(image_id, [])
             photos.append(
                 Photo(
                     file=path,
-                    size=sizes[image_id],
+                    size=joined.sizes[image_id],
                     boxes=np.array([box for box, _, _ in found], dtype=np.float32).reshape(-1, 4),
                     words=np.array([word for _, word, _ in found], dtype=np.int64),
                     scores=np.array([score for _, _, score in found], dtype=np.float32),

@@ -58,7 +58,7 @@ class FvlmRegionModel(RegionModel):
     @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
-        pooled = self.model.pooled(image, top=self.top)
+        pooled = self.model.pooled(image, self.model.proposer.regions(image, top=self.top))
         out = self.model.head(pooled.features, pooled.known)
         height, width = image.shape[:2]
         return RegionSet(

@@ -149,19 +149,11 @@ def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, se
     import numpy as np
     import torch
 
-    from ovd.modeling.fvlm.tower import PooledRegions
-
     found = model.proposer.regions(image, top=300)
     half = count // 2
     rest = np.random.default_rng([7, seed]).permutation(np.arange(half, len(found.boxes)))[: count - half]
     chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(found.boxes))), np.sort(rest)]))
-    known = found.words if model.known else found.words[:, :0]
-    kept = PooledRegions(
-        found.boxes[chosen],
-        found.objectness[chosen],
-        known[chosen],
-        model.tower.pooled(image, found.boxes[chosen]),
-    )
+    kept = model.pooled(image, found[chosen])
 
     def padded(values: Tensor, dtype: type[np.floating[Any]]) -> NDArray[Any]:
         rows = np.zeros((count, *values.shape[1:]), dtype=dtype)

@@ -17,7 +17,7 @@ from ovd.config_fvlm import FvlmConfig
 from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
 from ovd.modeling.fvlm.head import FrozenFeatureHead
 from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
-from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer, load_proposals
+from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposals, PhotoProposer, load_proposals
 from pretrain.engine.errors import UserError
 from pretrain.nets.towers import JointEncoder
 
@@ -53,11 +53,11 @@ class FvlmDetector(nn.Module):
         return self._tower[0]
 
     @torch.inference_mode()
-    def pooled(self, image: NDArray[np.uint8], *, top: int) -> PooledRegions:
-        """The best ``top`` regions of an (H, W, 3) RGB picture, before the head."""
-        found = self.proposer.regions(image, top=top)
-        known = found.words if self.known else found.words[:, :0]
-        return PooledRegions(found.boxes, found.objectness, known, self.tower.pooled(image, found.boxes))
+    def pooled(self, image: NDArray[np.uint8], proposals: PhotoProposals) -> PooledRegions:
+        """Proposals of an (H, W, 3) RGB picture, before the head."""
+        known = proposals.words if self.known else proposals.words[:, :0]
+        features = self.tower.pooled(image, proposals.boxes)
+        return PooledRegions(proposals.boxes, proposals.objectness, known, features)
 
 
 def known_words(config: FvlmConfig) -> tuple[str, ...]:

@@ -101,6 +101,15 @@ class PhotoProposals:
     quality: Tensor
     words: Tensor
 
+    def __getitem__(self, index: Tensor) -> PhotoProposals:
+        """Some of them, in the order of ``index``."""
+        return PhotoProposals(
+            boxes=self.boxes[index],
+            objectness=self.objectness[index],
+            quality=self.quality[index],
+            words=self.words[index],
+        )
+
 
 class PhotoProposer:
     """A loaded network that boxes pictures; fits ``ovd.regions.proposals.Proposer``.

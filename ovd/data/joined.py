@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several COCO files of the same images, read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from ovd.data.coco import GroundTruth, ImageId
+from pretrain.engine.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedImages:
+    """Images of all files, in the order in which they first occur.
+
+    Attributes:
+        files: image id -> path below the picture folder.
+        sizes: image id -> (height, width) in pixels, or None where the first file does not say.
+        parts: image id -> its ``split``, for images that have one.
+    """
+
+    files: dict[ImageId, str]
+    sizes: dict[ImageId, tuple[int, int] | None]
+    parts: dict[ImageId, str]
+
+    def of_part(self, part: str | None) -> list[ImageId]:
+        """The images whose ``split`` is ``part``; None: all."""
+        return [i for i in self.files if part is None or self.parts.get(i) == part]
+
+
+def join_images(truths: Sequence[GroundTruth]) -> JoinedImages:
+    """The images of several files.
+
+    Raises:
+        UserError: an image has another file name in another file.
+    """
+    joined = JoinedImages(files={}, sizes={}, parts={})
+    for truth in truths:
+        for image_id, file in truth.files.items():
+            if joined.files.setdefault(image_id, file) != file:
+                raise UserError(
+                    f"{truth.where}: image {image_id!r} is {file}, in another annotation file "
+                    f"{joined.files[image_id]}; files that are joined must number the same images the same way"
+                )
+            joined.sizes.setdefault(image_id, truth.sizes[image_id])
+        joined.parts.update(truth.parts)
+    return joined
+
+
+def no_such_part(part: str | None, parts: Iterable[str]) -> UserError:
+    """What to say where no image is of the part that is asked for."""
+    return UserError(f"data.part {part}: no image has this split (there: {', '.join(sorted(set(parts))) or 'none'})")
+
+
+def check_withheld(withheld: Collection[str], truths: Sequence[GroundTruth]) -> None:
+    """Refuse names that no file has a category of.
+
+    Raises:
+        UserError: there is such a name.
+    """
+    names = {name for truth in truths for name in truth.categories.values()}
+    for name in withheld:
+        if name not in names:
+            raise UserError(f"data.withheld: no annotation file has a category {name!r}{did_you_mean(name, names)}")
