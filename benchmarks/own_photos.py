@@ -102,7 +102,10 @@ def main(argv: list[str]) -> int:
         cells = [
             [100 * row[name] for row in rows] for name in ("ap50", "ap50_any_class", "shown_right", "objects_shown")
         ]
-        text = " ".join(f"{statistics.mean(cell):>6.1f} ± {statistics.pstdev(cell):<4.1f}" for cell in cells)
+        spreads = [statistics.stdev(cell) if len(cell) > 1 else 0.0 for cell in cells]
+        text = " ".join(
+            f"{statistics.mean(cell):>6.1f} ± {spread:<4.1f}" for cell, spread in zip(cells, spreads, strict=True)
+        )
         print(f"{count:>6} {text} {statistics.mean(row['minutes'] for row in rows):>8.1f}", flush=True)
     return 0
 

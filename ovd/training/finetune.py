@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TRUNK = ("csp.", "neck.")
 LEAST_STEPS = 150
+TIE = 0.005
+"""Of AP50: of weights that are as good as each other the later ones are kept, whose scores have seen more."""
 LEAST_RIGHT = 10  # right and wrong boxes that a calibration needs
 
 
@@ -79,9 +81,9 @@ class FinetuneTask(DetectionTask):
             self.best.load_state_dict(self.branch.state_dict())
             return {}, []
         measured = self.measure(self.branch)
-        if measured.ap50 >= float(self.best_ap50):  # of equals the later: it has seen more
+        if measured.ap50 >= float(self.best_ap50) - TIE:
             self.best.load_state_dict(self.branch.state_dict())
-            self.best_ap50.fill_(measured.ap50)
+            self.best_ap50.fill_(max(measured.ap50, float(self.best_ap50)))
         return {"held_out_ap50": measured.ap50, "best_ap50": float(self.best_ap50)}, []
 
     def measure(self, branch: ClassBranch) -> HeldOut:

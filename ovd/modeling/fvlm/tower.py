@@ -129,7 +129,8 @@ class FrozenTower(nn.Module):
     def pooled(self, image: NDArray[np.uint8], boxes_P4: Tensor) -> Tensor:
         """(P, F) features of boxes in pixels of the picture: fine, coarse, last in the box, last around it."""
         maps, (scale_x, scale_y) = self.maps(image)
-        boxes = boxes_P4.to(maps.last.device) * boxes_P4.new_tensor([scale_x, scale_y, scale_x, scale_y])
+        boxes = boxes_P4.to(maps.last.device)
+        boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
         centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
         around = torch.cat([centre - self.context * half, centre + self.context * half], dim=1)
         limit = boxes.new_tensor([image.shape[1] * scale_x, image.shape[0] * scale_y]).repeat(2)
