@@ -13,7 +13,7 @@ import copy
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,27 +23,13 @@ from ovd.modeling.task import DetectionTask
 
 if TYPE_CHECKING:
     from ovd.data.own_photos import CanvasSource, OwnPhotos
+    from ovd.evaluation.own_classes import Found
     from ovd.modeling.proposals.classes import ClassBranch
 
 TRUNK = ("csp.", "neck.")
 LEAST_STEPS = 150
 TIE = 0.005
 """Of AP50: of weights that are as good as each other the later ones are kept, whose scores have seen more."""
-LEAST_RIGHT = 10  # right and wrong boxes that a calibration needs
-
-
-class HeldOut(NamedTuple):
-    """Boxes that a branch finds in held-out photos.
-
-    Attributes:
-        ap50: mean over the classes that are there, AP at IoU .5; NaN where there is none.
-        scores: (N,) uncalibrated.
-        correct: (N,) bool.
-    """
-
-    ap50: float
-    scores: Tensor
-    correct: Tensor
 
 
 class FinetuneTask(DetectionTask):
@@ -86,33 +72,20 @@ class FinetuneTask(DetectionTask):
             self.best_ap50.fill_(max(measured.ap50, float(self.best_ap50)))
         return {"held_out_ap50": measured.ap50, "best_ap50": float(self.best_ap50)}, []
 
-    def measure(self, branch: ClassBranch) -> HeldOut:
-        """Run a branch over the held-out photos."""
-        from ovd.evaluation.coco import evaluate
-        from ovd.evaluation.matching import match_table
+    def measure(self, branch: ClassBranch) -> Found:
+        """What a branch finds in the held-out photos."""
+        from ovd.evaluation.own_classes import find
 
-        was_training = branch.training
-        branch.eval()
-        found: list[dict[str, Any]] = []
-        device = next(branch.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16):
-            for index in self.held_out:
-                boxes, classes, scores = branch.detect(
-                    self.photos.load(index), side=self.side, nms=self.nms, top=self.top
-                )
-                for (x1, y1, x2, y2), category, score in zip(
-                    boxes.tolist(), classes.tolist(), scores.tolist(), strict=True
-                ):
-                    box = [x1, y1, x2 - x1, y2 - y1]
-                    found.append({"image_id": index, "category_id": category + 1, "bbox": box, "score": score})
-        branch.train(was_training)
-        truth = self.photos.as_coco(self.held_out)
-        tables = match_table(truth, found).values()
-        return HeldOut(
-            ap50=evaluate(truth, found, iou_types=("bbox",)).values["bbox/AP50"],
-            scores=torch.cat([torch.from_numpy(one.score[~one.ignored]) for one in tables]),
-            correct=torch.cat([torch.from_numpy(one.correct[~one.ignored]) for one in tables]),
-        )
+        with torch.autocast(next(branch.parameters()).device.type, torch.bfloat16):
+            return find(
+                branch,
+                self.photos,
+                self.held_out,
+                names=self.photos.names,
+                side=self.side,
+                nms=self.nms,
+                top=self.top,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +195,6 @@ def _detector(weights: str) -> Path:
 
 def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     """Write the detector with the new branch beside what it had; its scores are calibrated on the held-out photos."""
-    from ovd.inference.calibration import fit_platt
     from ovd.modeling.export import read_card, write_card
     from ovd.modeling.fvlm.network import PROPOSALS
     from ovd.modeling.fvlm.own_classes import save_branch
@@ -247,10 +219,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     own = replace(own, config_hash=config_hash(config))
     if task.held_out:
         measured = task.measure(task.best)
-        right = int(measured.correct.sum())
-        slope, offset = 1.0, 0.0
-        if min(right, len(measured.correct) - right) >= LEAST_RIGHT:
-            slope, offset = fit_platt(measured.scores, measured.correct)
+        slope, offset = measured.fitted()
         metrics = {"held_out_photos": float(len(task.held_out)), "held_out_ap50": measured.ap50}
         own = replace(own, slope=slope, offset=offset, metrics=metrics)
     write_card(folder, replace(card, own=(*card.own, own)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovd import Detector
+from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.data.coco import check_ground_truth
 from ovd.data.own_photos import CanvasSource, OwnPhotos
@@ -284,3 +285,18 @@ def test_only_detectors_of_photographs_take_classes(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", THINGS)
     with pytest.raises(UserError, match="weights=vild-sticker: classes are added to a detector of photographs"):
         ovd_train.main([*arguments(labels, tmp_path / "run", "vild-sticker"), "--check"])
+
+
+def test_scores_of_own_classes_are_fitted_to_other_photos(learned: Path, tmp_path: Path) -> None:
+    shutil.copytree(learned / "run/exported", tmp_path / "weights")
+    labels = write_photos(tmp_path / "photos", THINGS * 4, seed=9)
+    spec = f"coco:{labels.parent / 'images'}:{labels}"
+    before = json.loads((tmp_path / "weights/model.json").read_text())
+    assert calibrate.main(["--weights", str(tmp_path / "weights"), "--data", spec]) == 0
+    after = json.loads((tmp_path / "weights/model.json").read_text())
+    assert (after["own"][0]["slope"], after["own"][0]["offset"]) != (1.0, 0.0)
+    after["own"][0] |= {"slope": before["own"][0]["slope"], "offset": before["own"][0]["offset"]}
+    assert after == before
+    few = write_photos(tmp_path / "few", [["tile"]], seed=2)
+    with pytest.raises(UserError, match="more photos are needed to fit anything. Nothing was changed"):
+        calibrate.main(["--weights", str(tmp_path / "weights"), "--data", f"coco:{few.parent / 'images'}:{few}"])
