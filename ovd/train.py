@@ -18,6 +18,7 @@ The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -67,7 +68,9 @@ def main(argv: list[str]) -> int:
         config = fvlm.for_check(config) if options.check else config
         _train(config, options, build=fvlm.build, export=fvlm.export)
     elif isinstance(config, FinetuneConfig):
-        _train(finetune.with_steps(config), options, build=finetune.build, export=finetune.export)
+        photos = finetune.read_photos(config)
+        config = finetune.with_steps(config, photos)
+        _train(config, options, build=partial(finetune.build, photos=photos), export=finetune.export)
     else:
         assert isinstance(config, TrainConfig)
         _train(config, options, build=rcnn.build, export=rcnn.export)

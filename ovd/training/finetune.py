@@ -67,9 +67,9 @@ class FinetuneTask(DetectionTask):
             self.best.load_state_dict(self.branch.state_dict())
             return {}, []
         measured = self.measure(self.branch)
-        if measured.ap50 >= float(self.best_ap50) - TIE:
+        if not measured.ap50 < float(self.best_ap50) - TIE:  # no object there: NaN, and the newest weights are kept
             self.best.load_state_dict(self.branch.state_dict())
-            self.best_ap50.fill_(max(measured.ap50, float(self.best_ap50)))
+            self.best_ap50.fill_(max(float(self.best_ap50), measured.ap50))
         return {"held_out_ap50": measured.ap50, "best_ap50": float(self.best_ap50)}, []
 
     def measure(self, branch: ClassBranch) -> Found:
@@ -98,19 +98,18 @@ class FinetuneParts:
     source: CanvasSource
 
 
-def with_steps(config: FinetuneConfig) -> FinetuneConfig:
+def with_steps(config: FinetuneConfig, photos: OwnPhotos) -> FinetuneConfig:
     """The configuration with as many steps as its photos need: ``loop.steps`` at most."""
-    photos = len(read_photos(config))
-    used = min(photos, config.data.images_limit or photos)
+    used = min(len(photos), config.data.images_limit or len(photos))
     steps = min(config.loop.steps, max(LEAST_STEPS, config.steps_per_photo * used))
     return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps})})
 
 
-def build(config: FinetuneConfig) -> FinetuneParts:
+def build(config: FinetuneConfig, *, photos: OwnPhotos) -> FinetuneParts:
     """Everything a training needs, before the first step.
 
     Raises:
-        UserError: the weights are not a detector of photographs, or labels that cannot be learned from.
+        UserError: the weights are not a detector of photographs.
     """
     from ovd.config_proposals import ProposalNetworkConfig
     from ovd.data.own_photos import CanvasSource
@@ -122,7 +121,6 @@ def build(config: FinetuneConfig) -> FinetuneParts:
 
     seed_everything(config.loop.seed)
     folder = _detector(config.weights)
-    photos = read_photos(config)
     chosen, held_out = photos.divided(config.data.held_out, limit=config.data.images_limit, seed=config.loop.seed)
     if is_main():
         for notice in photos.notices:
@@ -159,7 +157,11 @@ def build(config: FinetuneConfig) -> FinetuneParts:
 
 
 def read_photos(config: FinetuneConfig) -> OwnPhotos:
-    """The photos and labels of a data section."""
+    """The photos and labels of a data section.
+
+    Raises:
+        UserError: labels that cannot be read, or nothing to learn from.
+    """
     from ovd.data.own_photos import OwnPhotos
     from ovd.formats.read import read_labels
 
