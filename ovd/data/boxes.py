@@ -16,9 +16,9 @@ from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
 from ovd.data.catalog import read_annotated
-from ovd.data.coco import ImageId, read_ground_truth
 from ovd.data.joined import check_withheld, join_images, no_such_part
 from ovd.data.mapper import TrainingTransform, move_boxes
+from pretrain.data.coco import ImageId, read_ground_truth
 from pretrain.data.folder import look_for
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ovd.data.coco import Annotation, GroundTruth, ImageId, read_ground_truth
-from ovd.data.masks import decode
 from ovd.data.splits import Split
+from pretrain.data.coco import Annotation, GroundTruth, ImageId, read_ground_truth
 from pretrain.data.folder import look_for, read_image
+from pretrain.data.masks import decode
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
@@ -122,8 +122,8 @@ class CocoImages:
         part: only images whose ``split`` is this; None: all of them.
 
     Raises:
-        UserError: a file that `ovd.data.coco.check_ground_truth` refuses, a split that does not fit it, no such part,
-            or nothing left to learn from.
+        UserError: a file that `pretrain.data.coco.check_ground_truth` refuses, a split that does not fit it, no such
+            part, or nothing left to learn from.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ovd.data.coco import ImageId, check_ground_truth
 from ovd.data.splits import Split, lvis_split
+from pretrain.data.coco import ImageId, check_ground_truth
 from pretrain.engine.errors import UserError
 
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}

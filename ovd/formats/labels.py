@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ovd.data.coco import GroundTruth, check_ground_truth
 from ovd.formats.spec import Kind
+from pretrain.data.coco import GroundTruth, check_ground_truth
 from pretrain.engine.errors import UserError
 
 PARTS = ("train", "val", "test")
@@ -43,7 +43,7 @@ class Labels:
         """The checked form, with the notices of the reader among its warnings.
 
         Raises:
-            UserError: see `ovd.data.coco.check_ground_truth`.
+            UserError: see `pretrain.data.coco.check_ground_truth`.
         """
         truth = check_ground_truth(self.content, where=self.where)
         truth.warnings[:0] = self.notices

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ovd.data.coco import check_ground_truth, picture_file
 from ovd.formats.labels import PART_NAMES, Labels, choose_parts
 from ovd.formats.spec import Kind, LabelSpec
 from ovd.formats.voc import read_voc, xml_files
 from ovd.formats.yolo import read_yolo, yaml_of
+from pretrain.data.coco import check_ground_truth, picture_file
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ovd.data import masks
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
 from ovd.pictures import upright_size
+from pretrain.data import masks
 from pretrain.data.folder import EXTENSIONS, list_images
 from pretrain.engine.errors import BadImageError, UserError
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovd.data.coco import GroundTruth, read_ground_truth
+from pretrain.data.coco import GroundTruth, read_ground_truth
 from pretrain.data.folder import list_images, look_for, read_image
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
@@ -116,7 +116,7 @@ class CocoImages:
         root: the folder its file names are relative to.
 
     Raises:
-        UserError: a file that `ovd.data.coco.check_ground_truth` refuses, or one that lists no pictures.
+        UserError: a file that `pretrain.data.coco.check_ground_truth` refuses, or one that lists no pictures.
     """
 
     def __init__(self, annotations: str | os.PathLike[str] | GroundTruth, root: str | os.PathLike[str]) -> None:

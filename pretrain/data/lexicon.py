@@ -24,6 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.data.coco import category_names
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 
@@ -216,7 +217,7 @@ def nouns_of(path: Path) -> list[str]:
     content = read_json(path)
     try:
         if isinstance(content, dict) and "categories" in content:
-            return [str(category["name"]) for category in content["categories"]]
+            return list(category_names(content["categories"], str(path)).values())
         groups = content.values() if isinstance(content, dict) else [content]
         return [str(noun) for group in groups for noun in group]
     except (TypeError, KeyError) as problem:
