@@ -162,14 +162,14 @@ def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tup
     """
     if spec == GROUND_TRUTH:
         from ovd.regions.images import CocoImages
+        from ovd.regions.layout import BoxedImageSource
         from ovd.regions.proposals import GroundTruthProposer
 
-        boxes_of = getattr(images, "boxes", None)
-        if boxes_of is None:
+        if not isinstance(images, BoxedImageSource):
             raise UserError("proposer=ground-truth needs pictures with boxes: pictures.kind stickers or coco")
         if isinstance(images, CocoImages):
-            return GroundTruthProposer(boxes_of), f"{GROUND_TRUTH}:{images.boxes_fingerprint()}"
-        return GroundTruthProposer(boxes_of), GROUND_TRUTH
+            return GroundTruthProposer(images.boxes), f"{GROUND_TRUTH}:{images.boxes_fingerprint()}"
+        return GroundTruthProposer(images.boxes), GROUND_TRUTH
     folder = Path(spec)
     if not folder.exists():
         from ovd.weights import weights_folder

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from ovd.data.catalog import read_annotated
 from ovd.data.joined import check_withheld, join_images, no_such_part
 from ovd.data.mapper import TrainingTransform, move_boxes
+from ovd.data.samples import LabelledSample
 from pretrain.data.coco import ImageId, read_ground_truth
 from pretrain.data.folder import look_for
 from pretrain.engine.errors import UserError
@@ -126,7 +126,7 @@ class BoxSource:
         """That of the pictures and boxes."""
         return self.images.identity()
 
-    def sample(self, index: int, draw: int) -> dict[str, Any]:
+    def sample(self, index: int, draw: int) -> LabelledSample:
         """Sample of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.seed, draw])
         picture = self.images.load(index)
@@ -141,6 +141,6 @@ class BoxSource:
         return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), "instances": instances}
 
     @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def collate(samples: list[LabelledSample]) -> list[LabelledSample]:
         """Detectron2 takes a list."""
         return samples

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled pictures for detection, from Sticker Scenes or COCO files, and their entries in Detectron2's catalog.
+"""Labelled pictures for detection, from Sticker Scenes or COCO files.
 
 Class indices count the whole vocabulary of the split (base and novel, in the order of ``names``); which of them a
 training may see is decided here, once, by ``labels``.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -228,47 +228,3 @@ class CocoImages:
         x1, y1, x2, y2 = np.round(box).astype(int)
         mask[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)] = True
         return mask
-
-
-def register_stickers(name: str, images: StickerImages) -> None:
-    """Register labelled scenes in Detectron2's ``DatasetCatalog`` and ``MetadataCatalog``.
-
-    Records carry ``scene`` (the index) instead of ``file_name``; ``annotations`` hold absolute boxes and RLE masks, so
-    that any Detectron2 tool which reads records, evaluators included, works on them.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.structures import BoxMode
-
-    from pretrain.data.scenes import scene_record
-
-    def records() -> list[dict[str, Any]]:
-        out = []
-        for index in range(len(images)):
-            scene = images.source.scene(index)
-            record = scene_record(scene, index)
-            out.append(
-                {
-                    "image_id": index,
-                    "scene": index,
-                    "height": scene.image.shape[0],
-                    "width": scene.image.shape[1],
-                    "annotations": [
-                        {
-                            "bbox": box.tolist(),
-                            "bbox_mode": BoxMode.XYXY_ABS,
-                            "category_id": int(category),
-                            "segmentation": annotation["segmentation"],
-                            "iscrowd": 0,
-                        }
-                        for box, category, annotation in zip(
-                            scene.boxes, scene.classes, record["annotations"], strict=True
-                        )
-                    ],
-                }
-            )
-        return out
-
-    DatasetCatalog.register(name, records)
-    MetadataCatalog.get(name).set(
-        thing_classes=list(images.names), novel_classes=sorted(images.novel), split_hash=images.split_hash
-    )

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ovd.regions.layout import (
     ImageId,
+    Manifest,
     StoreSettings,
     as_json,
     read_ids,
@@ -44,7 +45,7 @@ class RegionStore:
     Open it with `RegionStore.open`. Shards are memory mapped on first use; an instance may be sent to other processes.
     """
 
-    def __init__(self, root: Path, manifest: dict[str, Any], ids: list[ImageId]) -> None:
+    def __init__(self, root: Path, manifest: Manifest, ids: list[ImageId]) -> None:
         self.root = root
         self.manifest = manifest
         self.ids = ids
@@ -188,8 +189,8 @@ class RegionStore:
         """Pictures that could not be read, with the reason. They have no proposals."""
         found: dict[ImageId, str] = {}
         for shard in range(shard_count(self.manifest)):
-            for image_id, reason in (sidecar(self.root, shard) or {}).get("bad_images", []):
-                found[image_id] = reason
+            if (side := sidecar(self.root, shard)) is not None:
+                found |= dict(side.get("bad_images", ()))
         return found
 
     def verify(self) -> list[str]:

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -269,12 +269,21 @@ def cut_square(picture: U8, window: Box, size: int) -> U8:
     return np.asarray(Image.fromarray(canvas).resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[dict[str, Any]]]:
+@dataclass(frozen=True, kw_only=True)
+class ClassCaptions:
+    """What a picture of a class may be called: its word, synonyms and hypernyms, as numbers of the vocabulary."""
+
+    word: int
+    synonyms: tuple[int, ...]
+    hypernyms: tuple[int, ...]
+
+
+def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[ClassCaptions]]:
     """Words a picture chooses from, and which of them are no mistake for a class.
 
     Returns:
         V words: the classes, their synonyms and hypernyms; (C, V) bool, True where a word means the class itself, or
-        something above or below it; per class its "own" word, "synonyms" and "hypernyms", as numbers of words.
+        something above or below it; the captions of each class.
     """
     lexicon = words.lexicon
     related: list[tuple[str, list[str], list[str]]] = []
@@ -297,10 +306,10 @@ def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[dict[str, A
                 if key is not None and (key == own or key in above_of[own] or own in above_of[key]):
                     spared[row, column] = True
         rows.append(
-            {
-                "own": number[word],
-                "synonyms": [number[n] for n in synonyms],
-                "hypernyms": [number[n] for n in hypernyms],
-            }
+            ClassCaptions(
+                word=number[word],
+                synonyms=tuple(number[n] for n in synonyms),
+                hypernyms=tuple(number[n] for n in hypernyms),
+            )
         )
     return vocabulary, spared, rows

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from pretrain.augment import luma
 from pretrain.config import AugmentConfig
+from pretrain.data.pairs import PairBatch
 from pretrain.engine.task import Task
 from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
@@ -166,7 +167,7 @@ class Clip(Task):
             tower.eval()
         return self
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
 
         Args:

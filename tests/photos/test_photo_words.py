@@ -139,7 +139,7 @@ def test_relatives_are_no_negatives() -> None:
     vocabulary, spared, captions = vocabulary_of(words)
     kept = [{vocabulary[i] for i in np.flatnonzero(row)} for row in spared]
     assert kept == [{"dog", "pug", "animal"}, {"pug", "dog", "animal"}, {"cat", "animal"}]
-    assert [vocabulary[i] for i in captions[1]["hypernyms"]] == ["dog", "animal"]
+    assert [vocabulary[i] for i in captions[1].hypernyms] == ["dog", "animal"]
     assert "hound" not in vocabulary
 
 
