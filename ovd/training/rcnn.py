@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING
 
 from ovd.config import TrainConfig
 from ovd.training.inputs import (
-    PixelStats,
-    backbone_tensors,
-    library_start,
+    backbone_start,
     no_backbone_weights,
     pixel_stats_of,
+    resnet_tower,
     resolve_encoder,
     training_transform,
 )
-from ovd.training.parts import TrainingParts, label_set
-from pretrain.engine.config import config_hash
+from ovd.training.parts import TrainingParts, detector_card, label_set
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +57,7 @@ def start_from_encoder(
 
     from ovd.modeling.backbone import load_bottom_up, verify_conversion
     from ovd.modeling.region_head import start_projection
-    from pretrain.nets.towers import ResNetImage, export_backbone
+    from pretrain.nets.towers import export_backbone
 
     bb = config.model.backbone
     resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
@@ -77,21 +75,21 @@ def start_from_encoder(
         if config.weights is not None:  # the detector brings its backbone
             return prefixes
         raise no_backbone_weights(bb, ", or begin with backbone_start=scratch")
-    if not isinstance(encoder.visual, ResNetImage):
-        raise UserError(
-            f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
-            "set backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch"
-        )
+    tower = resnet_tower(
+        encoder,
+        config.encoder,
+        otherwise="backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch",
+    )
     state = export_backbone(encoder)
     load_bottom_up(resnet, state, source=f"encoder {config.encoder}")
     pixels = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
-    difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
+    difference = verify_conversion(tower.backbone.stages, resnet, pixels)
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
         for name in start_bodies(model, state, source=f"encoder {config.encoder}"):
             head = model.roi_heads.region_heads[name]
             if head.projection is not None:
-                start_projection(head, encoder.visual.proj.weight)
+                start_projection(head, tower.proj.weight)
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
 
@@ -135,17 +133,11 @@ def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
     seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
     encoder = resolve_encoder(config.encoder)
     labels = label_set(config.data, encoder, templates=config.templates)
-    pixel_stats = PixelStats(encoder.image_mean, encoder.image_std)
-    backbone: Mapping[str, Tensor] | None = None
     bb = config.model.backbone
-    if not bb.is_resnet:
-        backbone, pixel_stats = library_start(bb, config.backbone_weights)
-    elif config.backbone_weights is not None:
-        norms: dict[str, str] = {"model.backbone.norm": bb.norm}
-        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose region heads start from the last stage
-            norms["model.head.norm"] = config.model.head.norm
-        backbone, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
-        pixel_stats = trained_on or pixel_stats  # a backbone sees pictures as it was trained to
+    norms: dict[str, str] = {"model.backbone.norm": bb.norm}
+    if bb.kind == "c4" and config.model.variant != "agnostic":  # whose region heads start from the last stage
+        norms["model.head.norm"] = config.model.head.norm
+    backbone, pixel_stats = backbone_start(bb, config.backbone_weights, encoder, norms=norms)
     mean, std = pixel_stats_of(bb, pixel_stats)
     if not bb.is_resnet and config.weights is not None and bb.pixel_mean is None:
         card = read_card(Path(config.weights))  # its backbone replaces the one named here
@@ -207,31 +199,23 @@ def training_source(config: TrainConfig, images: LabelledImages, encoder: JointE
 
 def export(config: TrainConfig, parts: TrainingParts[OpenVocabularyRCNN], folder: Path) -> None:
     """Write the trained detector with its card; scores are uncalibrated until ``python -m ovd.calibrate``."""
-    from dataclasses import asdict
-
     import torch
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.export import DetectorCard, save_detector
+    from ovd.modeling.export import save_detector
 
     labels = parts.labels
     assert labels is not None
     names, bank = labels.images.names, labels.background_words
     has_rows = parts.model.roi_heads.classifier is not None
-    card = DetectorCard(
+    card = detector_card(
+        config,
+        parts,
         model=config.model.model_dump(mode="json"),
-        embed_dim=parts.encoder.embed_dim,
-        pixel_mean=tuple(parts.pixel_mean),
-        pixel_std=tuple(parts.pixel_std),
-        encoder=config.encoder,
-        encoder_fingerprint=parts.encoder.fingerprint(),
-        short_side=config.data.short_side,
-        long_side=config.data.long_side,
         classes=names if has_rows else (),
-        novel=tuple(sorted(labels.novel)) if has_rows else (),
-        bank=tuple(names[i] for i in bank),
-        calibration=asdict(Calibration(logit_scale=config.model.head.scale)),
-        config_hash=config_hash(config),
+        novel=labels.novel if has_rows else (),
+        background=[names[i] for i in bank],
+        calibration=Calibration(logit_scale=config.model.head.scale),
         templates=config.templates,
     )
     save_detector(folder, parts.model, card, bank=labels.rows[torch.tensor(bank)])
