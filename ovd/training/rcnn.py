@@ -102,11 +102,12 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
     Raises:
         UserError: another architecture.
     """
+    from ovd.modeling.export import read_card
     from ovd.modeling.vild.build import load_model
     from ovd.modeling.vild.roi_heads import STORED_NAMES
     from pretrain.engine.state import load_tensors
 
-    other, _, _ = load_model(folder)
+    other, _ = load_model(folder, read_card(folder))
     own, source = model.state_dict(), other.state_dict()
     for key in list(source):
         first, second = (f"roi_heads.{STORED_NAMES[name]}." for name in ("region_head", "image_head"))
