@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, cast, runti
 
 from ovd.regions.crops import Border, CropMode, Resample
 from ovd.regions.proposals import MIN_SIDE
+from pretrain.data.coco import ImageId
+from pretrain.data.images import Pictures
 from pretrain.engine.errors import UserError, shorten
 from pretrain.engine.files import flush_to_disk
 
@@ -41,17 +43,14 @@ if TYPE_CHECKING:
 
 FORMAT = "ovd-regions/1"
 
-ImageId = int | str
 
+class ImageSource(Pictures, Protocol):
+    """The pictures of a store, in a fixed order: picture ``index`` has the id ``ids[index]``.
 
-class ImageSource(Protocol):
-    """The pictures of a store, in a fixed order. See ``ovd.regions.images``."""
+    Those of stickers, folders and COCO files are in ``ovd.regions.images``.
+    """
 
     ids: Sequence[ImageId]
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """uint8 RGB ``(H, W, 3)`` of the picture ``ids[index]``; raises `BadImageError` when it cannot be read."""
-        ...
 
     def fingerprint(self) -> str:
         """A hash that changes when the pictures do."""

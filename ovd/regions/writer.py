@@ -119,7 +119,7 @@ def write_regions(
     """
     path = Path(root)
     manifest = _create(path, source=source, identity=identity)
-    plan = estimate(len(source.ids), identity=identity, root=path)
+    plan = estimate(len(source), identity=identity, root=path)
     _refuse_small_disk(path, plan)
     shards = shard_count(manifest)
     done: set[int] = set()
@@ -170,7 +170,7 @@ def write_regions(
                     # Our lease went stale, and the process that took it over swept our temporary file away.
                     say(f"shard {shard} was taken over by another process")
                     continue
-                _refuse_many_bad(path, bad, len(source.ids))
+                _refuse_many_bad(path, bad, len(source))
                 written += 1
                 progress = True
                 done.add(shard)
@@ -183,7 +183,7 @@ def write_regions(
             time.sleep(min(1.0, lease_seconds / 4))
     complete = len(done) == shards
     if complete:
-        _refuse_many_bad(path, bad, len(source.ids))
+        _refuse_many_bad(path, bad, len(source))
         _finish(path)
     return WriteReport(written=written, kept=kept, bad_images=bad, complete=complete)
 
@@ -207,10 +207,10 @@ def plan_line(
     root: Path | None = None,
 ) -> str:
     """Size and time in one line; the time is that of the second of two pictures (the first one warms up)."""
-    plan = estimate(len(source.ids), identity=identity, root=root)
+    plan = estimate(len(source), identity=identity, root=root)
     settings = identity.settings
     took = 0.0
-    for index in range(min(2, len(source.ids))):
+    for index in range(min(2, len(source))):
         start = time.perf_counter()
         try:
             _, crops = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)

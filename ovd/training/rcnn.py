@@ -175,13 +175,13 @@ def training_source(config: TrainConfig, images: LabelledImages, encoder: JointE
     """
     from ovd.data.catalog import CocoImages, StickerImages
     from ovd.data.mapper import DetectionSource
-    from ovd.regions.images import SceneImages
+    from ovd.regions.images import ScenePictures
     from ovd.regions.store import RegionStore
 
     store = None
     if config.model.variant in ("image", "vild", "ensemble"):
         store = RegionStore.open(Path(config.regions or ""))
-        pictures = SceneImages(images.source).fingerprint() if isinstance(images, StickerImages) else None
+        pictures = ScenePictures(images.source).fingerprint() if isinstance(images, StickerImages) else None
         # A store of other scenes would give every picture somebody else's regions, silently.
         store.require(
             encoder_fingerprint=encoder.fingerprint(),

@@ -23,7 +23,7 @@ from pretrain.data.coco import read_captions
 from pretrain.data.crops import resized
 from pretrain.data.dice import Dice
 from pretrain.data.folder import U8, look_for, read_image
-from pretrain.data.images import ShardSet
+from pretrain.data.images import Pictures, ShardSet
 from pretrain.data.pairs import PairSource
 from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import BadImageError, UserError
@@ -31,13 +31,8 @@ from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import files_identity, identity_of, text_identity
 
 
-class CaptionedSet(Protocol):
+class CaptionedSet(Pictures, Protocol):
     """Pictures with their captions, by number."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> U8:
-        """uint8 (H, W, 3) RGB. ``BadImageError`` if it cannot be read."""
 
     def captions(self, index: int) -> Sequence[str]:
         """At least one."""

@@ -3,8 +3,8 @@
 
 Captioned pictures are in `pretrain.data.image_text`.
 
-Each has `__len__`, `image(index)` → uint8 (H, W, 3) RGB, and `label(index)` → class number, −1 for none. All of them
-can be sent to loader workers.
+Each is an `ImageSet`: `Pictures`, and `label(index)` → class number, −1 for none. All of them can be sent to loader
+workers. `ovd.regions.layout.ImageSource` and `CaptionedSet` are `Pictures` with ids and with captions.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2  # a label, then the red, green and blue pl
 MAX_SHARDS = 1_000_000
 
 
-class ImageSet(Protocol):
-    """Pictures by number."""
+class Pictures(Protocol):
+    """Pictures by number: what every source has that training, embedding and measuring read."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> U8:
-        """uint8 (H, W, 3) RGB. ``BadImageError`` if it cannot be read."""
+        """uint8 (H, W, 3) RGB, upright. ``BadImageError`` if it cannot be read."""
+
+
+class ImageSet(Pictures, Protocol):
+    """Pictures to learn from without captions."""
 
     def label(self, index: int) -> int:
         """Class number, or −1."""
