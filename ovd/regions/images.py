@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the pictures of a region store come from: generated scenes, a COCO file, or a folder.
 
-Each is an `ovd.regions.layout.ImageSource`, or a `BoxedImageSource` where it has ground truth. A fingerprint hashes what
-decides the pixels, not where they lie: a data set may move to another disk, but a picture that is replaced under its
-old name is another one.
+Each is an `ovd.regions.layout.ImageSource`, or a `BoxedImageSource` where it has ground truth. A fingerprint hashes
+what decides the pixels, not where they lie: a data set may move to another disk, but a picture that is replaced under
+its old name is another one.
 """
 
 from __future__ import annotations
