@@ -73,8 +73,8 @@ class BoxedImages:
         without = len(chosen) - len(self.image_ids)
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
         where = ", ".join(map(str, annotations))
-        wanted = [self.files[i] for i in self.image_ids]
-        if missing := look_for(wanted, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
+        names = [self.files[i] for i in self.image_ids]
+        if missing := look_for(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
         if without:
             self.notices.append(f"{without} of {len(chosen)} images have no confident box and are not used")
@@ -135,9 +135,11 @@ class BoxSource:
         size = (image.shape[0], image.shape[1])
         instances = Instances(size)
         moved = [move_boxes(boxes, transforms, size) for boxes in self.images.boxes(index)]
-        kept = [boxes[there] for boxes, there in moved]
-        instances.gt_boxes = Boxes(torch.from_numpy(np.concatenate(kept).reshape(-1, 4)))
-        instances.gt_classes = torch.cat([torch.full((len(boxes),), c) for c, boxes in zip((0, -1), kept, strict=True)])
+        boxes_left = [boxes[there] for boxes, there in moved]
+        instances.gt_boxes = Boxes(torch.from_numpy(np.concatenate(boxes_left).reshape(-1, 4)))
+        instances.gt_classes = torch.cat(
+            [torch.full((len(boxes),), c) for c, boxes in zip((0, -1), boxes_left, strict=True)]
+        )
         return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), "instances": instances}
 
     @staticmethod

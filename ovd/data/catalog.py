@@ -147,7 +147,7 @@ class CocoImages:
         self.names = tuple(split.names[i] for i in ids)
         self.novel = frozenset(ids.index(i) for i in split.novel)
         self._index = {category: i for i, category in enumerate(ids)}
-        wanted = set(split.base) if labels == "base" else set(ids)
+        labelled = set(split.base) if labels == "base" else set(ids)
         chosen = {i for i in truth.sizes if part is None or truth.parts.get(i) == part}
         if not chosen:
             named = ", ".join(sorted(set(truth.parts.values()))) or "none"
@@ -155,7 +155,7 @@ class CocoImages:
         self._annotations: dict[ImageId, list[Annotation]] = {}
         crowds = flat = 0
         for annotation in truth.annotations:
-            if annotation["category_id"] not in wanted or annotation["image_id"] not in chosen:
+            if annotation["category_id"] not in labelled or annotation["image_id"] not in chosen:
                 continue
             _, _, width, height = annotation["bbox"]
             crowds += annotation["iscrowd"]

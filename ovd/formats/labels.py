@@ -109,11 +109,11 @@ def choose_parts(there: Iterable[str], part: str | None, prefer: Sequence[str], 
     if part == "all":
         return frozenset(named)
     if part is not None:
-        wanted = part if part in named else PART_NAMES.get(part.lower(), part)
-        if wanted not in named:
+        requested = part if part in named else PART_NAMES.get(part.lower(), part)
+        if requested not in named:
             listed = ", ".join(filter(None, named)) or "it has no parts"
             raise UserError(f"{where}: no part {part!r} (there: {listed})")
-        return frozenset([wanted])
+        return frozenset([requested])
     chosen = next((name for name in prefer if name in named), None)
     return frozenset(named) if chosen is None else frozenset([chosen])
 

@@ -139,12 +139,12 @@ def _target(file: str, part: str, taken: set[str]) -> str:
 
 def outlines(shape: Shape, size: tuple[int, int]) -> list[list[float]]:
     """The outer outlines of an object, x1, y1, x2, y2, … in pixels; [] where it has a box only. Holes are left out."""
-    given = shape.segmentation
-    if not given:
+    segmentation = shape.segmentation
+    if not segmentation:
         return []
-    if isinstance(given, list):
-        return [[float(v) for v in polygon] for polygon in given if len(polygon) >= 6]
-    return mask_outlines(masks.decode(given, size, shape.name))
+    if isinstance(segmentation, list):
+        return [[float(v) for v in polygon] for polygon in segmentation if len(polygon) >= 6]
+    return mask_outlines(masks.decode(segmentation, size, shape.name))
 
 
 def mask_outlines(mask: NDArray[np.bool_]) -> list[list[float]]:

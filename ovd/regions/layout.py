@@ -245,14 +245,14 @@ def sidecar(path: Path, shard: int) -> Sidecar | None:
     return cast(Sidecar, content) if whole else None
 
 
-def refuse_differences(path: Path, manifest: Manifest, wanted: Mapping[str, Any]) -> None:
+def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, Any]) -> None:
     """Compare a manifest with what the caller has; a wanted None is not compared.
 
     Raises:
         UserError: naming every difference.
     """
     problems = []
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if value is None:
             continue
         present = manifest.get(key)

@@ -251,7 +251,7 @@ def _regions_of(
         boxes, scores = proposer.propose_at(index)
     else:
         boxes, scores = proposer.propose(image, top=settings.proposals_per_image)
-    found = select_proposals(
+    proposals = select_proposals(
         boxes,
         scores,
         width=image.shape[1],
@@ -261,7 +261,7 @@ def _regions_of(
     )
     crops = crop_regions(
         image,
-        found.boxes,
+        proposals.boxes,
         size=settings.crop_size,
         scales=settings.scales,
         mode=settings.crop_mode,
@@ -269,7 +269,7 @@ def _regions_of(
         fill=encoder.image_mean,
         resample=settings.resample,
     )
-    return found, crops
+    return proposals, crops
 
 
 def _write_shard(
@@ -317,14 +317,14 @@ def _write_shard(
 
     for row, index in enumerate(rows):
         try:
-            found, cut = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
+            proposals, cut = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
         except BadImageError as error:
             bad.append((source.ids[index], error.reason))
             continue
         beat()
-        count = len(found.boxes)
-        tensors["boxes"][row, :count] = torch.from_numpy(found.boxes)
-        tensors["scores"][row, :count] = torch.from_numpy(found.scores)
+        count = len(proposals.boxes)
+        tensors["boxes"][row, :count] = torch.from_numpy(proposals.boxes)
+        tensors["scores"][row, :count] = torch.from_numpy(proposals.scores)
         tensors["valid"][row] = count
         if count:
             crops.append(cut)
@@ -370,9 +370,9 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> Manifest:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file: choose another `out`")
         path.mkdir(parents=True, exist_ok=True)
-        strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", "images-"))]
-        if strangers and not target.is_file():  # another process may just have made the store
-            raise UserError(f"{path}: is not a region store and not empty ({strangers[0]} …): choose another `out`")
+        others = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", "images-"))]
+        if others and not target.is_file():  # another process may just have made the store
+            raise UserError(f"{path}: is not a region store and not empty ({others[0]} …): choose another `out`")
         write_text(ids_path(path, manifest), ids_text)
         write_text_once(target, json.dumps(manifest, indent=1))
     present = read_manifest(path)

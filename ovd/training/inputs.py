@@ -136,8 +136,8 @@ def backbone_tensors(
     for key, norm in norms.items():
         fitting = ("GN16",) if groups else BATCH_NORMS
         if norm not in fitting:
-            has, wanted = f"{'group' if groups else 'batch'} norms", " or ".join(fitting)
-            raise UserError(f"backbone_weights={spec}: it has {has}; set {key}={wanted} instead of {norm}")
+            has, expected = f"{'group' if groups else 'batch'} norms", " or ".join(fitting)
+            raise UserError(f"backbone_weights={spec}: it has {has}; set {key}={expected} instead of {norm}")
     if has_stem != stem:
         raise UserError(f"backbone_weights={spec}: its stem is {has_stem}; set model.backbone.stem={has_stem}")
     return tensors, pixel_stats

@@ -108,13 +108,13 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
     from pretrain.engine.state import load_tensors
 
     other, _ = load_model(folder, read_card(folder))
-    own, source = model.state_dict(), other.state_dict()
+    target, source = model.state_dict(), other.state_dict()
     for key in list(source):
         first, second = (f"roi_heads.{STORED_NAMES[name]}." for name in ("region_head", "image_head"))
         if key.startswith(f"{first}body."):
             source.setdefault(second + key.removeprefix(first), source[key])
-    needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
-    lacking = [k for k in needed if k not in source or source[k].shape != own[k].shape]
+    needed = [k for k in target if k.startswith(("backbone.", "proposal_generator."))]
+    lacking = [k for k in needed if k not in source or source[k].shape != target[k].shape]
     if lacking:
         raise UserError(
             f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "

@@ -295,7 +295,7 @@ def _without_twins(categories: dict[int, str], used: set[int], where: str, warni
     by_name: dict[str, list[int]] = {}
     for category_id, name in categories.items():
         by_name.setdefault(name.strip().casefold(), []).append(category_id)
-    kept = dict(categories)
+    unique = dict(categories)
     for ids in by_name.values():
         labelled = [i for i in ids if i in used]
         if len(labelled) > 1:
@@ -306,9 +306,9 @@ def _without_twins(categories: dict[int, str], used: set[int], where: str, warni
         keep = labelled[0] if labelled else ids[0]
         for i in ids:
             if i != keep:
-                del kept[i]
+                del unique[i]
                 warnings.append(f"category {i} is named {categories[i]!r} like category {keep} and has no annotation")
-    return kept
+    return unique
 
 
 def _annotation(

@@ -135,20 +135,20 @@ class CifarSet:
 
     def __init__(self, root: Path, *, split: str = "train") -> None:
         folder = root / "cifar-10-batches-bin" if (root / "cifar-10-batches-bin").is_dir() else root
-        wanted = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-        missing = [name for name in wanted if not (folder / name).is_file()]
+        names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             pickled = [folder, root / "cifar-10-batches-py"]
             if any((place / name).is_file() for place in pickled for name in ("data_batch_1", "test_batch")):
                 raise UserError(
                     f"{root} holds CIFAR-10's version for Python, which is a pickle and is not read: a pickle can run "
-                    f"code; fetch the binary version (cifar-10-binary.tar.gz, with {wanted[0]})"
+                    f"code; fetch the binary version (cifar-10-binary.tar.gz, with {names[0]})"
                 )
             raise UserError(
-                f"{folder / missing[0]} is missing; root must hold CIFAR-10's binary version ({', '.join(wanted)})"
+                f"{folder / missing[0]} is missing; root must hold CIFAR-10's binary version ({', '.join(names)})"
             )
         parts = []
-        for name in wanted:
+        for name in names:
             path = folder / name
             size = path.stat().st_size
             if size == 0 or size % CIFAR_RECORD:
@@ -282,9 +282,9 @@ def _index_of(path: Path) -> list[Place]:
     stamp = [status.st_size, status.st_mtime_ns]
     beside = path.with_name(path.name + ".index.json")
     try:
-        kept = json.loads(beside.read_text(encoding="utf-8"))
-        if kept["format"] == "shard-index/2" and kept["shard"] == stamp:
-            return [(str(key), int(a), int(b), int(c), int(d), int(e)) for key, a, b, c, d, e in kept["pictures"]]
+        stored = json.loads(beside.read_text(encoding="utf-8"))
+        if stored["format"] == "shard-index/2" and stored["shard"] == stamp:
+            return [(str(key), int(a), int(b), int(c), int(d), int(e)) for key, a, b, c, d, e in stored["pictures"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or of another file: make it again
     pictures: list[tuple[str, str, int, int]] = []

@@ -143,9 +143,9 @@ def read_photo_words(config: PhotoWords) -> Words:
             truth, config.images, part=config.part, min_score=config.min_score, min_side=config.min_side
         ):
             by_word[item.word].append(item)
-        for _, found in sorted(by_word.items()):
-            rng.shuffle(found)
-            boxes += found[: config.per_word]
+        for _, group in sorted(by_word.items()):
+            rng.shuffle(group)
+            boxes += group[: config.per_word]
     items = [item for item in named + boxes if item.word not in left_out and item.file not in closed]
     if not items:
         raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
@@ -187,8 +187,8 @@ class PhotoWordSource:
         weights = np.zeros(len(ids))
         for chosen, part in ((boxed, share), (~boxed, 1 - share)):
             counts = np.bincount(ids[chosen], minlength=len(words.classes))
-            own = 1 / np.sqrt(counts[ids[chosen]])  # a class as often as the root of its number
-            weights[chosen] = part * own / own.sum() if len(own) else own
+            class_weights = 1 / np.sqrt(counts[ids[chosen]])  # a class as often as the root of its number
+            weights[chosen] = part * class_weights / class_weights.sum() if len(class_weights) else class_weights
         self._cumulative = np.cumsum(weights) / weights.sum()
 
     def __len__(self) -> int:
@@ -200,8 +200,8 @@ class PhotoWordSource:
         files = sorted({item.file for item in items})
         root = Path(os.path.commonpath([file.parent for file in files]))
         names = [os.path.relpath(file, root) for file in files]
-        said = [(os.path.relpath(item.file, root), item.word, item.box) for item in items]
-        return {**files_identity("photos", root, names), "words and boxes": text_identity(said)}
+        labels = [(os.path.relpath(item.file, root), item.word, item.box) for item in items]
+        return {**files_identity("photos", root, names), "words and boxes": text_identity(labels)}
 
     def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
         """The item, its crop and resolution are drawn by (seed, index, draw).
@@ -299,11 +299,13 @@ def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[ClassCaptio
     spared = np.zeros((len(words.classes), len(vocabulary)), bool)
     rows = []
     for row, (word, synonyms, hypernyms) in enumerate(related):
-        own = lexicon.meaning(word)
+        meaning_of_class = lexicon.meaning(word)
         spared[row, [number[word], *(number[name] for name in synonyms + hypernyms)]] = True
-        if own is not None:
+        if meaning_of_class is not None:
             for column, key in enumerate(meaning):
-                if key is not None and (key == own or key in above_of[own] or own in above_of[key]):
+                if key is not None and (
+                    key == meaning_of_class or key in above_of[meaning_of_class] or meaning_of_class in above_of[key]
+                ):
                     spared[row, column] = True
         rows.append(
             ClassCaptions(

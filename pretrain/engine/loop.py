@@ -198,8 +198,8 @@ class _Run:
         distributed.seed_everything(derive_seed(self.loop.seed, self.rank))
         rank_state: checkpoint.RankState | None = None
         if not self.check:  # one process looks at the files
-            told = identity_of(self.data.source) if self.rank == 0 else {}
-            self.inputs |= distributed.all_objects(told)[0]
+            data_identity = identity_of(self.data.source) if self.rank == 0 else {}
+            self.inputs |= distributed.all_objects(data_identity)[0]
         if start is not None:
             notes += folder.refuse_other_inputs(start, self.inputs)
             model, state = checkpoint.load_state(start)
@@ -358,14 +358,14 @@ class _Run:
 
     def _report_skip(self, values: dict[str, float], parts: list[Fetched]) -> None:
         """Record a step that changed nothing; stop when there were too many in a row."""
-        mine: NonFinite = {
+        values_here: NonFinite = {
             "rank": self.rank,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
             "indices": [index for part in parts for index in part.indices],
             "draws": [draw for part in parts for draw in part.draws],
         }
-        processes = distributed.all_objects(mine)
+        processes = distributed.all_objects(values_here)
         if self.skipped == 0:
             self.log.event(self.step, "loss_scale_lowered", scale=self.scaler.get_scale())
             return

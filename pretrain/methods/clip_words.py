@@ -97,8 +97,8 @@ class WordClip(Clip):
         device = self.encoder.logit_scale.device
         images = batch["image"].to(device)
         with torch.autocast(device.type, enabled=False):
-            looks = draw_changes(self.augmentation, len(images), device)
-            pixels = changed(images.float() / 255, looks, self.augmentation, self.encoder.image_size)
+            parameters = draw_changes(self.augmentation, len(images), device)
+            pixels = changed(images.float() / 255, parameters, self.augmentation, self.encoder.image_size)
             pixels = self.encoder.normalise(pixels).contiguous(memory_format=torch.channels_last)
         tower = cast(TimmImage, self.encoder.visual)
         lower = tower.lower(pixels)

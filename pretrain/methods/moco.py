@@ -187,10 +187,10 @@ class MoCo(SelfSupervised[MoCoMethod]):
         order = torch.randperm(count * processes, device=view.device)
         if processes > 1:
             dist.broadcast(order, src=0)  # one order for all: the first process's
-        mine = slice(rank() * count, (rank() + 1) * count)
-        shuffled = gather_with_grad(view)[order[mine]]
+        local = slice(rank() * count, (rank() + 1) * count)
+        shuffled = gather_with_grad(view)[order[local]]
         keys = F.normalize(self.key_projector(self.key_backbone(shuffled)).float(), dim=1)
-        return gather_with_grad(keys)[order.argsort()[mine]]
+        return gather_with_grad(keys)[order.argsort()[local]]
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:

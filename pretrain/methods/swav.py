@@ -159,9 +159,9 @@ class SwAV(SelfSupervised[SwavMethod]):
         if not self.queue_length or self.queue_filled < self.queue_length:
             return None
         part = self.queue_length // world_size()
-        mine = self.queue[:, rank() * part : (rank() + 1) * part]
+        local = self.queue[:, rank() * part : (rank() + 1) * part]
         with torch.autocast(self.queue.device.type, enabled=False):
-            return [rows.float() @ self.prototypes.float().T for rows in mine]
+            return [rows.float() @ self.prototypes.float().T for rows in local]
 
     @torch.no_grad()
     def _enqueue(self, big: Sequence[Tensor]) -> None:

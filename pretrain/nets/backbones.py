@@ -149,8 +149,8 @@ def problem_with(backbone: nn.Module, size: int) -> str | None:
         return _first_line(problem)
     finally:
         backbone.train(training)
-    wanted = (1, getattr(backbone, "width", shape[-1]))
-    return None if shape == wanted else f"its features have shape {shape}, not {wanted}"
+    expected = (1, getattr(backbone, "width", shape[-1]))
+    return None if shape == expected else f"its features have shape {shape}, not {expected}"
 
 
 def _first_line(problem: Exception) -> str:

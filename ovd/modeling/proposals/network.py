@@ -65,8 +65,8 @@ class NanoDetBackbone(Backbone):
         self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        own = next(self.csp.parameters()).dtype  # an export for a CPU is bfloat16
-        maps = self.neck(self.csp(pixels.to(own, memory_format=torch.channels_last)))
+        dtype = next(self.csp.parameters()).dtype  # an export for a CPU is bfloat16
+        maps = self.neck(self.csp(pixels.to(dtype, memory_format=torch.channels_last)))
         return dict(zip(LEVELS, maps, strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
