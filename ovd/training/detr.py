@@ -18,6 +18,7 @@ from ovd.training.inputs import (
     backbone_start,
     no_backbone_weights,
     pixel_stats_of,
+    require_data,
     resnet_tower,
     resolve_encoder,
     training_transform,
@@ -52,6 +53,8 @@ def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
     from ovd.modeling.detr.build import build_detr
     from pretrain.engine.distributed import pick_device, seed_everything
 
+    if config.pretext is None:
+        require_data(config.data)
     seed_everything(config.loop.seed)
     encoder = resolve_encoder(config.encoder)
     pixel_stats, backbone = read_backbone(config, encoder)

@@ -33,6 +33,17 @@ class PixelStats(NamedTuple):
         return [255.0 * v for v in self.mean], [255.0 * v for v in self.std]
 
 
+def require_data(data: DataConfig) -> None:
+    """Refuse labelled pictures that are not there: before an encoder is fetched, or anything built.
+
+    Raises:
+        UserError: naming the key and what it names.
+    """
+    for key, path in (("data.annotations", data.annotations), ("data.images", data.images)):
+        if data.kind != "stickers" and path and not Path(path).exists():
+            raise UserError(f"{key}: {path}: no such file or folder")
+
+
 def labelled_images(data: DataConfig) -> LabelledImages:
     """The training pictures that a data section describes."""
     from ovd.data.catalog import CocoImages, StickerImages

@@ -12,6 +12,7 @@ from ovd.training.inputs import (
     backbone_start,
     no_backbone_weights,
     pixel_stats_of,
+    require_data,
     resnet_tower,
     resolve_encoder,
     training_transform,
@@ -131,6 +132,7 @@ def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
     from ovd.modeling.vild.build import build_model
     from pretrain.engine.distributed import seed_everything
 
+    require_data(config.data)
     seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
     encoder = resolve_encoder(config.encoder)
     labels = label_set(config.data, encoder, templates=config.templates)
