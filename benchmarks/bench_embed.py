@@ -51,6 +51,9 @@ def main() -> None:
     class Pictures:
         ids: Sequence[int | str] = range(256)
 
+        def __len__(self) -> int:
+            return len(self.ids)
+
         def image(self, index: int) -> np.ndarray:
             return picture
 

@@ -90,7 +90,7 @@ def plain_mask_rcnn(config: ModelConfig, *, classes: int) -> nn.Module:
     )
 
 
-def step_of(model: nn.Module, batches: list[list[dict[str, Any]]]) -> Callable[[], None]:
+def step_of(model: nn.Module, batches: list[list[Any]]) -> Callable[[], None]:
     """Forward, backward and update, on the next of ``batches`` each time."""
     import torch
     from detectron2.utils.events import EventStorage
@@ -129,6 +129,7 @@ def main() -> None:
     from ovd.config import TrainConfig
     from ovd.data.catalog import StickerImages
     from ovd.data.mapper import TrainingTransform, map_sample
+    from ovd.data.samples import LabelledSample
     from ovd.modeling.vild.build import build_model
     from pretrain.data.stickers import Stickers
     from pretrain.engine.config import load_config
@@ -145,7 +146,7 @@ def main() -> None:
     transform = TrainingTransform(short_side=config.data.short_side, long_side=config.data.long_side, flip=0.5)
     dim = 384
 
-    def sample(index: int) -> dict[str, Any]:
+    def sample(index: int) -> LabelledSample:
         count = 2 * config.regions_per_image
         low = rng.uniform(0, 0.7, (count, 2)) * config.data.size
         boxes = np.concatenate([low, low + rng.uniform(0.1, 0.3, (count, 2)) * config.data.size], axis=1)

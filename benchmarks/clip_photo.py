@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.data.coco import read_ground_truth
 from pretrain.data.folder import read_image
 from pretrain.data.lexicon import read_lexicon
-from pretrain.data.photos import Item, cut_square, parts_of, read_boxes, read_labels, square_around
+from pretrain.data.photos import Item, boxes_of, cut_square, parts_of, read_labels, square_around
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
 from pretrain.methods.clip_words import embed_words
@@ -75,7 +76,7 @@ def measure_boxes(encoder: JointEncoder, path: Path, images: Path) -> None:
     """Print the rows of true boxes."""
     lexicon = read_lexicon()
     by_word: dict[str, list[Item]] = defaultdict(list)
-    for item in read_boxes(path, images, part="all", min_score=0.0, min_side=SIDE):
+    for item in boxes_of(read_ground_truth(path), images, part="all", min_score=0.0, min_side=SIDE):
         by_word[item.word].append(item)
     rng = random.Random(0)
     items: list[Item] = []
@@ -112,7 +113,7 @@ def measure_boxes(encoder: JointEncoder, path: Path, images: Path) -> None:
 
 def measure_nouns(encoder: JointEncoder, args: argparse.Namespace) -> None:
     """Print the rows of withheld nouns."""
-    parts, scenes = parts_of(args.annotations)
+    parts, scenes = parts_of([read_ground_truth(path) for path in args.annotations])
     items = read_labels(args.labels, args.photos, parts=parts, scenes=scenes, part="all")
     withheld = {str(noun) for noun in read_json(args.withheld)}
     chosen = [item for item in items if item.word in withheld]

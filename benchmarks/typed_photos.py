@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ovd.data.coco import check_ground_truth
 from ovd.data.photo_words import PhotoWords
 from ovd.data.splits import Split
 from ovd.detector import Detector
@@ -26,6 +25,7 @@ from ovd.evaluation.photo_calibration import measure, prepare
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.run import run_images
 from ovd.inference.known_words import WordList
+from pretrain.data.coco import check_ground_truth
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json

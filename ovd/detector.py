@@ -135,7 +135,7 @@ class Detector:
 
         card = read_card(folder)
         encoder = load_encoder_of(folder, card).to(where)
-        model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
+        model = load_detector_model(folder, device=str(where), masks=masks, top=regions, card=card, encoder=encoder)
         if crop_refinement is None:
             crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(

@@ -127,10 +127,10 @@ class EmbedConfig(Section):
 
 def make_images(config: PicturesConfig) -> ImageSource:
     """The pictures that a section describes."""
-    from ovd.regions.images import CocoImages, FolderImages, SceneImages
+    from ovd.regions.images import CocoPictures, FolderPictures, ScenePictures
 
     if config.kind == "folder":
-        return FolderImages(config.images or "")
+        return FolderPictures(config.images or "")
     if config.kind != "stickers":
         from ovd.formats.read import read_labels
 
@@ -141,7 +141,7 @@ def make_images(config: PicturesConfig) -> ImageSource:
             part=config.part,
             prefer=() if config.kind == "coco" else ("train",),
         )
-        photos = CocoImages(labels.truth(), labels.root)
+        photos = CocoPictures(labels.truth(), labels.root)
         for notice in photos.notices:
             print(f"warning: {notice}", file=sys.stderr)
         return photos
@@ -149,7 +149,7 @@ def make_images(config: PicturesConfig) -> ImageSource:
     from pretrain.data.stickers import Stickers
 
     stickers = Stickers.load(extra_styles=config.extra_styles)
-    return SceneImages(
+    return ScenePictures(
         SceneSource(stickers, split=config.split, seed=config.seed, size=config.size, length=config.length)
     )
 
@@ -161,15 +161,15 @@ def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tup
         UserError: no such detector, or pictures without ground truth.
     """
     if spec == GROUND_TRUTH:
-        from ovd.regions.images import CocoImages
+        from ovd.regions.images import CocoPictures
+        from ovd.regions.layout import BoxedImageSource
         from ovd.regions.proposals import GroundTruthProposer
 
-        boxes_of = getattr(images, "boxes", None)
-        if boxes_of is None:
+        if not isinstance(images, BoxedImageSource):
             raise UserError("proposer=ground-truth needs pictures with boxes: pictures.kind stickers or coco")
-        if isinstance(images, CocoImages):
-            return GroundTruthProposer(boxes_of), f"{GROUND_TRUTH}:{images.boxes_fingerprint()}"
-        return GroundTruthProposer(boxes_of), GROUND_TRUTH
+        if isinstance(images, CocoPictures):
+            return GroundTruthProposer(images.boxes), f"{GROUND_TRUTH}:{images.boxes_fingerprint()}"
+        return GroundTruthProposer(images.boxes), GROUND_TRUTH
     folder = Path(spec)
     if not folder.exists():
         from ovd.weights import weights_folder

@@ -313,10 +313,10 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _data_fits(self) -> PretrainConfig:
-        wanted = {"clip": CAPTIONED, "text_distill": ("phrase_targets",)}.get(self.method.name, IMAGES)
+        allowed = {"clip": CAPTIONED, "text_distill": ("phrase_targets",)}.get(self.method.name, IMAGES)
         of_pictures = isinstance(self.method, SslMethod) and isinstance(self.data, ImageData)
-        if not of_pictures and self.data.kind not in wanted:
-            kinds = " or ".join(wanted)
+        if not of_pictures and self.data.kind not in allowed:
+            kinds = " or ".join(allowed)
             raise ValueError(f"method {self.method.name} learns from data of kind {kinds}, not {self.data.kind}")
         if isinstance(self.method, ClipMethod) and (self.method.words is None) != (self.data.kind != "photo_words"):
             raise ValueError("method.words and data of kind photo_words go together")

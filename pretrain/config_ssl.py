@@ -67,8 +67,8 @@ class SslMethod(Section):
     def _two_views(self) -> SslMethod:
         count = len(expand_views(self.views))
         if count < 2 or (count > 2 and not self.many_views):
-            wanted = "at least two" if self.many_views else "two"
-            raise ValueError(f"views: {wanted} are compared, not {count}; give two entries, or one with count: 2")
+            number = "at least two" if self.many_views else "two"
+            raise ValueError(f"views: {number} are compared, not {count}; give two entries, or one with count: 2")
         return self
 
     def inputs(self) -> InputSpec:
@@ -154,9 +154,9 @@ class ByolMethod(SslMethod):
 
     @model_validator(mode="after")
     def _norm(self) -> ByolMethod:
-        wanted = "gn_ws" if self.name == "byol_gn" else "bn"
-        if self.backbone.norm != wanted:
-            raise ValueError(f"{self.name} goes with backbone.norm: {wanted}, not {self.backbone.norm}")
+        norm = "gn_ws" if self.name == "byol_gn" else "bn"
+        if self.backbone.norm != norm:
+            raise ValueError(f"{self.name} goes with backbone.norm: {norm}, not {self.backbone.norm}")
         return self
 
 

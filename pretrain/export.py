@@ -77,11 +77,11 @@ def read_source(spec: str, *, stem: Stem | None = None) -> Source:
     if path.is_dir():
         path = path / EXPORTED if not (path / "config.json").exists() and (path / EXPORTED).is_dir() else path
         return _read_folder(path)
-    found = find_resnet(read_tensors(path), source=spec, stem=stem)
-    network = ResNet(depth=found.depth, stem=found.stem)
-    network.load_state_dict(found.state, strict=False)  # all there: find_resnet refuses anything less
-    return Source(network=network.eval(), depth=found.depth, stem=found.stem, groups=None, mean=IMAGENET_MEAN,
-                  std=IMAGENET_STD, report=found.report)  # fmt: skip
+    match = find_resnet(read_tensors(path), source=spec, stem=stem)
+    network = ResNet(depth=match.depth, stem=match.stem)
+    network.load_state_dict(match.state, strict=False)  # all there: find_resnet refuses anything less
+    return Source(network=network.eval(), depth=match.depth, stem=match.stem, groups=None, mean=IMAGENET_MEAN,
+                  std=IMAGENET_STD, report=match.report)  # fmt: skip
 
 
 def _read_folder(folder: Path) -> Source:
@@ -119,15 +119,15 @@ def _read_folder(folder: Path) -> Source:
         state, stem = inner.state_dict(), "imagenet"
         from pretrain.nets.checkpoints import find_resnet
 
-        found = find_resnet(state, source=str(folder))
-        if found.unexpected:
+        match = find_resnet(state, source=str(folder))
+        if match.unexpected:
             raise UserError(
-                f"{folder}: {name} is no plain ResNet ({found.report}) and has no counterpart in the target"
+                f"{folder}: {name} is no plain ResNet ({match.report}) and has no counterpart in the target"
             )
-        theirs = inner
-        inner = ResNet(depth=found.depth, stem="imagenet")
-        inner.load_state_dict(found.state, strict=False)
-        require_same_function(theirs, inner, name=name)
+        original = inner
+        inner = ResNet(depth=match.depth, stem="imagenet")
+        inner.load_state_dict(match.state, strict=False)
+        require_same_function(original, inner, name=name)
     plain = folded(inner).eval()
     norms = [m for m in plain.modules() if isinstance(m, nn.GroupNorm)]
     by_channels = {m.num_channels: m.num_groups for m in norms}
@@ -213,15 +213,15 @@ def _group_norm(source: Source) -> Callable[[int], nn.Module]:
     return lambda channels: nn.GroupNorm(groups(channels), channels)
 
 
-def require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, target: str) -> float:
+def require_same(expected: Mapping[str, Tensor], exported: Mapping[str, Tensor], *, target: str) -> float:
     """Largest difference of the features, relative to the largest feature of each.
 
     Raises:
         UserError: more than `TOLERANCE`, or not finite.
     """
     worst = 0.0
-    for name, feature in ours.items():
-        other = theirs[name]
+    for name, feature in expected.items():
+        other = exported[name]
         if feature.shape != other.shape:
             raise UserError(f"{target}: {name} has shape {tuple(other.shape)}, the source {tuple(feature.shape)}")
         difference = float((feature - other).abs().max() / feature.abs().max().clamp_min(1e-12))
@@ -234,7 +234,7 @@ def require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, ta
     return worst
 
 
-def require_same_function(given: nn.Module, rebuilt: nn.Module, *, name: str) -> None:
+def require_same_function(original: nn.Module, rebuilt: nn.Module, *, name: str) -> None:
     """Compare a library's network with our ResNet of the same tensors: some differ in what has no tensors.
 
     Raises:
@@ -244,17 +244,17 @@ def require_same_function(given: nn.Module, rebuilt: nn.Module, *, name: str) ->
 
     pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pooled = [network.eval()(pixels).flatten(1) for network in (given, rebuilt)]
+        pooled = [network.eval()(pixels).flatten(1) for network in (original, rebuilt)]
     require_same({"pooled": pooled[0]}, {"pooled": pooled[1]}, target=f"our ResNet in place of {name}")
 
 
-def real_pictures(given: Path | None, *, count: int = PICTURES, side: int = SIDE) -> Tensor:
+def real_pictures(folder: Path | None, *, count: int = PICTURES, side: int = SIDE) -> Tensor:
     """(N, 3, side, side) uint8: pictures of a folder, or Sticker Scenes."""
     import cv2
     import numpy as np
     import torch
 
-    if given is None:
+    if folder is None:
         from pretrain.data.scenes import SceneSource
         from pretrain.data.stickers import Stickers
 
@@ -263,7 +263,7 @@ def real_pictures(given: Path | None, *, count: int = PICTURES, side: int = SIDE
     else:
         from pretrain.data.folder import list_images, read_image
 
-        files = list_images(given) if given.is_dir() else [given]
+        files = list_images(folder) if folder.is_dir() else [folder]
         pictures = [cv2.resize(read_image(f), (side, side), interpolation=cv2.INTER_AREA) for f in files[:count]]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
@@ -288,14 +288,14 @@ def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Pat
     network = torchvision_network(source) if to == "torchvision" else detectron2_network(source)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (source.mean, source.std))
     with torch.no_grad():
-        ours = cast(Any, source.network).stages((pictures / 255 - mean) / std)
+        expected = cast(Any, source.network).stages((pictures / 255 - mean) / std)
         if to == "torchvision":
             pooled = network((pictures / 255 - mean) / std)
-            worst = require_same({"pooled": ours["layer4"].mean(dim=(2, 3))}, {"pooled": pooled}, target=to)
+            worst = require_same({"pooled": expected["layer4"].mean(dim=(2, 3))}, {"pooled": pooled}, target=to)
         else:
             # Detectron2 subtracts and divides pixels in 0…255.
-            theirs = network((pictures.float() - 255 * mean) / (255 * std))
-            worst = require_same({f"res{n + 1}": ours[f"layer{n}"] for n in (1, 2, 3, 4)}, theirs, target=to)
+            exported = network((pictures.float() - 255 * mean) / (255 * std))
+            worst = require_same({f"res{n + 1}": expected[f"layer{n}"] for n in (1, 2, 3, 4)}, exported, target=to)
     settings: dict[str, Any] = {
         "format": f"export-{to}/1",
         "depth": source.depth,
@@ -385,9 +385,9 @@ def export_open_clip(encoder: JointEncoder, *, out: Path, pictures: Tensor) -> d
         with torch.no_grad():
             pixels = encoder.prepare(pictures)
             tokens = encoder.tokenize(["a dog", "a drawing of a red mug"])
-            ours = {"image": encoder.encode_image(pixels), "text": encoder.encode_text(tokens)}
-            theirs = {"image": other.encode_image(pixels), "text": other.encode_text(tokens)}
-        worst = require_same(ours, theirs, target="open_clip")
+            expected = {"image": encoder.encode_image(pixels), "text": encoder.encode_text(tokens)}
+            exported = {"image": other.encode_image(pixels), "text": other.encode_text(tokens)}
+        worst = require_same(expected, exported, target="open_clip")
         out.mkdir(parents=True, exist_ok=True)
         for file in sorted(partial.iterdir()):
             file.replace(out / file.name)

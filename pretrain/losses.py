@@ -92,9 +92,11 @@ def embedding_distillation(
         if similarity_weight and len(student) > 2:
             # Far below every similarity, yet finite: 0 x (-inf + inf) would be NaN in the divergence.
             itself = torch.eye(len(student), device=student.device) * -1e4
-            theirs = teacher @ teacher.T / temperature + itself
-            ours = student @ student.T / temperature + itself
-            divergence = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), log_target=True, reduction="batchmean")
+            teacher_logits = teacher @ teacher.T / temperature + itself
+            student_logits = student @ student.T / temperature + itself
+            divergence = F.kl_div(
+                student_logits.log_softmax(1), teacher_logits.log_softmax(1), log_target=True, reduction="batchmean"
+            )
             loss = loss + similarity_weight * divergence
         return loss, cosine.detach()
 

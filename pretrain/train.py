@@ -58,10 +58,10 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
         raise TypeError(f"{method.name} trains a backbone, not an encoder")
     config = method.encoder
     if config.text is None and method.text_weights is not None:
-        theirs = load_encoder(method.text_weights).config.get("encoder") or {}
-        if not theirs.get("text"):
+        section = load_encoder(method.text_weights).config.get("encoder") or {}
+        if not section.get("text"):
             raise UserError(f"method.text_weights: {method.text_weights} has no text tower of ours to take over")
-        config = type(config).model_validate({**config.model_dump(), "text": theirs["text"]})
+        config = type(config).model_validate({**config.model_dump(), "text": section["text"]})
     encoder = build_encoder(config)
     if method.start is not None:
         from pretrain.config_photos import TimmTower

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from common import VIEW, WIDTH, augment, experiment, lines, network
 from torch import Tensor
 
+from pretrain.data.crops import ViewBatch
 from pretrain.losses import negative_cosine
 from pretrain.methods.simsiam import SimSiam
 from pretrain.nets.ema import ema_update, momentum_copy
@@ -29,7 +29,7 @@ class Alternating(SimSiam):
         self.steps = steps
         self.fixed_backbone, self.fixed_projector = momentum_copy(self.backbone), momentum_copy(self.projector)
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         a, b = self.augmented(batch)
         z_a, z_b = self.projector(self.backbone(a)), self.projector(self.backbone(b))
         with torch.no_grad():

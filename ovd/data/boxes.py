@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
 from ovd.data.catalog import read_annotated
-from ovd.data.coco import ImageId, read_ground_truth
 from ovd.data.joined import check_withheld, join_images, no_such_part
 from ovd.data.mapper import TrainingTransform, move_boxes
+from ovd.data.samples import LabelledSample
+from pretrain.data.coco import ImageId, read_ground_truth
 from pretrain.data.folder import look_for
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
@@ -73,8 +73,8 @@ class BoxedImages:
         without = len(chosen) - len(self.image_ids)
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
         where = ", ".join(map(str, annotations))
-        wanted = [self.files[i] for i in self.image_ids]
-        if missing := look_for(wanted, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
+        names = [self.files[i] for i in self.image_ids]
+        if missing := look_for(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
         if without:
             self.notices.append(f"{without} of {len(chosen)} images have no confident box and are not used")
@@ -126,7 +126,7 @@ class BoxSource:
         """That of the pictures and boxes."""
         return self.images.identity()
 
-    def sample(self, index: int, draw: int) -> dict[str, Any]:
+    def sample(self, index: int, draw: int) -> LabelledSample:
         """Sample of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.seed, draw])
         picture = self.images.load(index)
@@ -135,12 +135,14 @@ class BoxSource:
         size = (image.shape[0], image.shape[1])
         instances = Instances(size)
         moved = [move_boxes(boxes, transforms, size) for boxes in self.images.boxes(index)]
-        kept = [boxes[there] for boxes, there in moved]
-        instances.gt_boxes = Boxes(torch.from_numpy(np.concatenate(kept).reshape(-1, 4)))
-        instances.gt_classes = torch.cat([torch.full((len(boxes),), c) for c, boxes in zip((0, -1), kept, strict=True)])
+        boxes_left = [boxes[there] for boxes, there in moved]
+        instances.gt_boxes = Boxes(torch.from_numpy(np.concatenate(boxes_left).reshape(-1, 4)))
+        instances.gt_classes = torch.cat(
+            [torch.full((len(boxes),), c) for c, boxes in zip((0, -1), boxes_left, strict=True)]
+        )
         return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), "instances": instances}
 
     @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def collate(samples: list[LabelledSample]) -> list[LabelledSample]:
         """Detectron2 takes a list."""
         return samples

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled pictures for detection, from Sticker Scenes or COCO files, and their entries in Detectron2's catalog.
+"""Labelled pictures for detection, from Sticker Scenes or COCO files.
 
 Class indices count the whole vocabulary of the split (base and novel, in the order of ``names``); which of them a
 training may see is decided here, once, by ``labels``.
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from ovd.data.coco import Annotation, GroundTruth, ImageId, read_ground_truth
-from ovd.data.masks import decode
 from ovd.data.splits import Split
+from pretrain.data.coco import Annotation, GroundTruth, ImageId, read_ground_truth
 from pretrain.data.folder import look_for, read_image
+from pretrain.data.masks import decode
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
@@ -122,8 +122,8 @@ class CocoImages:
         part: only images whose ``split`` is this; None: all of them.
 
     Raises:
-        UserError: a file that `ovd.data.coco.check_ground_truth` refuses, a split that does not fit it, no such part,
-            or nothing left to learn from.
+        UserError: a file that `pretrain.data.coco.check_ground_truth` refuses, a split that does not fit it, no such
+            part, or nothing left to learn from.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class CocoImages:
         self.names = tuple(split.names[i] for i in ids)
         self.novel = frozenset(ids.index(i) for i in split.novel)
         self._index = {category: i for i, category in enumerate(ids)}
-        wanted = set(split.base) if labels == "base" else set(ids)
+        labelled = set(split.base) if labels == "base" else set(ids)
         chosen = {i for i in truth.sizes if part is None or truth.parts.get(i) == part}
         if not chosen:
             named = ", ".join(sorted(set(truth.parts.values()))) or "none"
@@ -155,7 +155,7 @@ class CocoImages:
         self._annotations: dict[ImageId, list[Annotation]] = {}
         crowds = flat = 0
         for annotation in truth.annotations:
-            if annotation["category_id"] not in wanted or annotation["image_id"] not in chosen:
+            if annotation["category_id"] not in labelled or annotation["image_id"] not in chosen:
                 continue
             _, _, width, height = annotation["bbox"]
             crowds += annotation["iscrowd"]
@@ -228,47 +228,3 @@ class CocoImages:
         x1, y1, x2, y2 = np.round(box).astype(int)
         mask[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)] = True
         return mask
-
-
-def register_stickers(name: str, images: StickerImages) -> None:
-    """Register labelled scenes in Detectron2's ``DatasetCatalog`` and ``MetadataCatalog``.
-
-    Records carry ``scene`` (the index) instead of ``file_name``; ``annotations`` hold absolute boxes and RLE masks, so
-    that any Detectron2 tool which reads records, evaluators included, works on them.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.structures import BoxMode
-
-    from pretrain.data.scenes import scene_record
-
-    def records() -> list[dict[str, Any]]:
-        out = []
-        for index in range(len(images)):
-            scene = images.source.scene(index)
-            record = scene_record(scene, index)
-            out.append(
-                {
-                    "image_id": index,
-                    "scene": index,
-                    "height": scene.image.shape[0],
-                    "width": scene.image.shape[1],
-                    "annotations": [
-                        {
-                            "bbox": box.tolist(),
-                            "bbox_mode": BoxMode.XYXY_ABS,
-                            "category_id": int(category),
-                            "segmentation": annotation["segmentation"],
-                            "iscrowd": 0,
-                        }
-                        for box, category, annotation in zip(
-                            scene.boxes, scene.classes, record["annotations"], strict=True
-                        )
-                    ],
-                }
-            )
-        return out
-
-    DatasetCatalog.register(name, records)
-    MetadataCatalog.get(name).set(
-        thing_classes=list(images.names), novel_classes=sorted(images.novel), split_hash=images.split_hash
-    )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ovd.data.coco import GroundTruth, ImageId
+from pretrain.data.coco import GroundTruth, ImageId
 from pretrain.engine.errors import UserError, did_you_mean
 
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ovd.data.coco import ImageId, check_ground_truth
 from ovd.data.splits import Split, lvis_split
+from pretrain.data.coco import ImageId, check_ground_truth
 from pretrain.engine.errors import UserError
 
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
@@ -63,9 +63,9 @@ class Federated:
         Raises:
             UserError: an image without the two lists, or a category without a frequency.
         """
-        found: dict[ImageId, set[int]] = {}
+        present: dict[ImageId, set[int]] = {}
         for annotation in content["annotations"]:
-            found.setdefault(annotation["image_id"], set()).add(annotation["category_id"])
+            present.setdefault(annotation["image_id"], set()).add(annotation["category_id"])
         judged, incomplete = {}, {}
         for n, image in enumerate(content["images"]):
             for key in ("neg_category_ids", "not_exhaustive_category_ids"):
@@ -74,7 +74,7 @@ class Federated:
                         f"{where}: images[{n}] has no list {key!r}, which LVIS's protocol needs; evaluate with "
                         "--protocol coco, or use an LVIS v1 file"
                     )
-            judged[image["id"]] = frozenset(image["neg_category_ids"]) | found.get(image["id"], set())
+            judged[image["id"]] = frozenset(image["neg_category_ids"]) | present.get(image["id"], set())
             incomplete[image["id"]] = frozenset(image["not_exhaustive_category_ids"])
         lvis_split(content["categories"])  # refuses a category without a frequency
         return cls(

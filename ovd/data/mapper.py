@@ -7,8 +7,6 @@ run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from detectron2.data.transforms import ResizeTransform
@@ -17,6 +15,7 @@ from fvcore.transforms.transform import CropTransform, HFlipTransform, NoOpTrans
 
 from ovd.config import CutConfig
 from ovd.data.catalog import Labelled, LabelledImages
+from ovd.data.samples import LabelledSample
 from ovd.regions.store import RegionStore
 from pretrain.engine.identity import identity_of
 from pretrain.engine.sampling import derive_seed
@@ -110,7 +109,7 @@ def map_sample(
     rng: np.random.Generator,
     offline: tuple[np.ndarray, np.ndarray] | None,
     regions_per_image: int,
-) -> dict[str, Any]:
+) -> LabelledSample:
     """Detectron2's training dict.
 
     Args:
@@ -142,7 +141,7 @@ def map_sample(
     instances.gt_boxes = Boxes(torch.from_numpy(boxes[keep].reshape(-1, 4)))
     instances.gt_classes = torch.from_numpy(labelled.classes[keep])
     instances.gt_masks = BitMasks(torch.from_numpy(np.ascontiguousarray(masks[keep])))
-    out: dict[str, Any] = {
+    out: LabelledSample = {
         "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
         "instances": instances,
         "image_id": labelled.image_id,
@@ -191,7 +190,7 @@ class DetectionSource:
         regions = {} if self.store is None else {"regions": self.store.identity()}
         return {**identity_of(self.images), **regions}
 
-    def sample(self, index: int, draw: int) -> dict[str, Any]:
+    def sample(self, index: int, draw: int) -> LabelledSample:
         """Sample of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.seed, draw])
         labelled = self.images.load(index)
@@ -208,6 +207,6 @@ class DetectionSource:
         return out
 
     @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def collate(samples: list[LabelledSample]) -> list[LabelledSample]:
         """Detectron2 takes a list."""
         return samples

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
 from ovd.data.catalog import read_annotated
-from ovd.data.coco import GroundTruth, ImageId, read_ground_truth
 from ovd.data.joined import check_withheld, join_images, no_such_part
+from pretrain.data.coco import GroundTruth, ImageId, read_ground_truth
 from pretrain.data.folder import look_for
 from pretrain.data.lexicon import Lexicon
 from pretrain.data.photos import read_labels

@@ -8,6 +8,8 @@ from typing import TypedDict
 from detectron2.structures import Instances
 from torch import Tensor
 
+from pretrain.data.coco import ImageId
+
 
 class PictureSample(TypedDict, total=False):
     """A picture, or its cached features.
@@ -37,7 +39,7 @@ class LabelledSample(PictureSample, total=False):
     """
 
     instances: Instances
-    image_id: int
+    image_id: ImageId
     regions: Instances
     seed: int
 

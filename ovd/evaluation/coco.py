@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.data.coco import Annotation, GroundTruth, Results, check_ground_truth, check_results
 from ovd.data.lvis import Federated
 from ovd.data.splits import Split
 from ovd.evaluation.matching import SHAPE, group_by, per_category, shaped
 from ovd.evaluation.recall import class_agnostic_recall
+from ovd.evaluation.results import Results, check_results
+from pretrain.data.coco import Annotation, GroundTruth, check_ground_truth
 
 # name -> (index of the IoU threshold or None for the mean of ten, index of COCO's area range: all, small, medium,
 # large)

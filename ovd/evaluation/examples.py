@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ovd.data.coco import ImageId, image_sizes, picture_file
 from ovd.detector import Detector
 from ovd.evaluation.predictor import Predictor, PretextPredictor
 from ovd.examples import MIN_SIDE, Crop, Example
 from ovd.inference.postprocess import MAX_DETECTIONS, NMS_IOU
 from ovd.inference.region_model import PatchLocator
 from ovd.inference.scorers import ExampleScorer
+from pretrain.data.coco import ImageId, image_sizes, picture_file
 from pretrain.data.folder import read_image
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.stickers import Stickers

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 from pycocotools.cocoeval import COCOeval
 
-from ovd.data.coco import Annotation, GroundTruth, ImageId, check_ground_truth, check_results
 from ovd.data.lvis import Federated
-from ovd.data.masks import to_rle
 from ovd.data.splits import Split
+from ovd.evaluation.results import check_results
+from pretrain.data.coco import Annotation, GroundTruth, ImageId, check_ground_truth
+from pretrain.data.masks import to_rle
 from pretrain.engine.errors import UserError
 
 SHAPE = {"bbox": "bbox", "segm": "segmentation"}

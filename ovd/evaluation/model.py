@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovd.data.coco import ImageId, check_ground_truth
 from ovd.data.lvis import is_lvis, split_of
 from ovd.data.splits import Split
 from ovd.detections import CocoResult
@@ -18,6 +17,7 @@ from ovd.evaluation.options import VILD_REGIONS, DataSpec, Options
 from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
 from ovd.evaluation.run import Predict, run_images, run_source
 from ovd.formats.read import read_spec
+from pretrain.data.coco import ImageId, check_ground_truth
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, sha256_of

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.data.coco import ImageId
 from ovd.data.splits import Split
 from ovd.detections import CocoResult, paste_mask
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, text_exponents
@@ -32,6 +31,7 @@ from ovd.inference.postprocess import (
 )
 from ovd.inference.scorers import ObjectnessScorer, PublishedScorer, Scorer
 from ovd.inference.scoring import RegionSet
+from pretrain.data.coco import ImageId
 from pretrain.data.rle import encode_mask
 from pretrain.engine.errors import UserError
 

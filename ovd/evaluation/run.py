@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.data.coco import ImageId, image_sizes, picture_file
 from ovd.detections import CocoResult
+from pretrain.data.coco import ImageId, image_sizes, picture_file
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:

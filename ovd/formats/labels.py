@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ovd.data.coco import GroundTruth, check_ground_truth
 from ovd.formats.spec import Kind
+from pretrain.data.coco import GroundTruth, check_ground_truth
 from pretrain.engine.errors import UserError
 
 PARTS = ("train", "val", "test")
@@ -43,7 +43,7 @@ class Labels:
         """The checked form, with the notices of the reader among its warnings.
 
         Raises:
-            UserError: see `ovd.data.coco.check_ground_truth`.
+            UserError: see `pretrain.data.coco.check_ground_truth`.
         """
         truth = check_ground_truth(self.content, where=self.where)
         truth.warnings[:0] = self.notices
@@ -109,11 +109,11 @@ def choose_parts(there: Iterable[str], part: str | None, prefer: Sequence[str], 
     if part == "all":
         return frozenset(named)
     if part is not None:
-        wanted = part if part in named else PART_NAMES.get(part.lower(), part)
-        if wanted not in named:
+        requested = part if part in named else PART_NAMES.get(part.lower(), part)
+        if requested not in named:
             listed = ", ".join(filter(None, named)) or "it has no parts"
             raise UserError(f"{where}: no part {part!r} (there: {listed})")
-        return frozenset([wanted])
+        return frozenset([requested])
     chosen = next((name for name in prefer if name in named), None)
     return frozenset(named) if chosen is None else frozenset([chosen])
 

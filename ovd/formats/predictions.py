@@ -43,6 +43,6 @@ def write_predictions(out: Path, formats: Sequence[str], sources: Mapping[str, P
     Raises:
         UserError: see `read_predictions`, or what cannot be written.
     """
-    found = read_predictions(out, sources)
+    predictions = read_predictions(out, sources)
     for name in formats:
-        write_labels(found, out / name, name, place="none")
+        write_labels(predictions, out / name, name, place="none")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ovd.data.coco import check_ground_truth, picture_file
 from ovd.formats.labels import PART_NAMES, Labels, choose_parts
 from ovd.formats.spec import Kind, LabelSpec
 from ovd.formats.voc import read_voc, xml_files
 from ovd.formats.yolo import read_yolo, yaml_of
+from pretrain.data.coco import check_ground_truth, picture_file
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -82,11 +82,11 @@ def _coco_files(folder: Path) -> dict[str, Path]:
     """Part → annotation file: Roboflow's folders, or COCO's own ``annotations/instances_PART….json``."""
     if (folder / ROBOFLOW).is_file():
         return {"": folder / ROBOFLOW}
-    found = {PART_NAMES[name]: file for name in PART_NAMES if (file := folder / name / ROBOFLOW).is_file()}
-    for file in sorted((folder / "annotations").glob("instances_*.json")) if not found else ():
+    files = {PART_NAMES[name]: file for name in PART_NAMES if (file := folder / name / ROBOFLOW).is_file()}
+    for file in sorted((folder / "annotations").glob("instances_*.json")) if not files else ():
         name = file.stem.removeprefix("instances_").rstrip("0123456789")
-        found["" if name == "all" else PART_NAMES.get(name, name)] = file
-    return found
+        files["" if name == "all" else PART_NAMES.get(name, name)] = file
+    return files
 
 
 def _read_coco(path: Path, images: Path | None, part: str | None, prefer: Sequence[str]) -> Labels:
@@ -105,13 +105,13 @@ def _read_coco(path: Path, images: Path | None, part: str | None, prefer: Sequen
     there = [str(entry.get("split") or "") for entry in entries]
     if not any(there) and part is None:
         return labels
-    wanted = choose_parts(there, part, prefer, str(path))
-    if wanted >= set(there):
+    requested = choose_parts(there, part, prefer, str(path))
+    if requested >= set(there):
         return labels
-    kept = [entry for entry in entries if str(entry.get("split") or "") in wanted]
-    ids = {entry["id"] for entry in kept}
+    images_left = [entry for entry in entries if str(entry.get("split") or "") in requested]
+    ids = {entry["id"] for entry in images_left}
     annotations = [one for one in labels.content["annotations"] if one["image_id"] in ids]
-    content = {**labels.content, "images": kept, "annotations": annotations}
+    content = {**labels.content, "images": images_left, "annotations": annotations}
     return Labels(content=content, root=labels.root, kind="coco", where=labels.where)
 
 
@@ -130,10 +130,10 @@ def _pictures_of(file: Path, content: dict[str, Any]) -> Path:
     part = file.name.partition(".")[0].removeprefix("instances_")
     above = file.parent.parent
     tried = [file.parent, file.parent / "images", file.parent / part, above / part, above / "images", above]
-    found = next((folder for folder in tried if (folder / name).is_file()), None)
-    if found is None:
+    root = next((folder for folder in tried if (folder / name).is_file()), None)
+    if root is None:
         raise UserError(f"{file}: its picture {name} is not in {file.parent}; name the folder of the pictures")
-    return found
+    return root
 
 
 def _joined(folder: Path, opened: list[tuple[str, Labels]]) -> Labels:

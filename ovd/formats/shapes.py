@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ovd.data import masks
 from ovd.formats.labels import PART_NAMES, Labels
 from ovd.pictures import upright_size
+from pretrain.data import masks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +85,7 @@ def labelled_pictures(labels: Labels, *, sources: Mapping[str, Path] | None = No
         sources: ``file_name`` → path, for pictures that lie in several folders; others are below ``labels.root``.
 
     Raises:
-        UserError: see `ovd.data.coco.check_ground_truth`; a picture without a size that cannot be read.
+        UserError: see `pretrain.data.coco.check_ground_truth`; a picture without a size that cannot be read.
     """
     truth = labels.truth()
     index = {category: i for i, category in enumerate(sorted(truth.categories))}
@@ -139,12 +139,12 @@ def _target(file: str, part: str, taken: set[str]) -> str:
 
 def outlines(shape: Shape, size: tuple[int, int]) -> list[list[float]]:
     """The outer outlines of an object, x1, y1, x2, y2, … in pixels; [] where it has a box only. Holes are left out."""
-    given = shape.segmentation
-    if not given:
+    segmentation = shape.segmentation
+    if not segmentation:
         return []
-    if isinstance(given, list):
-        return [[float(v) for v in polygon] for polygon in given if len(polygon) >= 6]
-    return mask_outlines(masks.decode(given, size, shape.name))
+    if isinstance(segmentation, list):
+        return [[float(v) for v in polygon] for polygon in segmentation if len(polygon) >= 6]
+    return mask_outlines(masks.decode(segmentation, size, shape.name))
 
 
 def mask_outlines(mask: NDArray[np.bool_]) -> list[list[float]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovd.data.masks import decode
 from ovd.formats.shapes import LabelledPictures, Picture
+from pretrain.data.masks import decode
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:

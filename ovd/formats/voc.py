@@ -111,13 +111,13 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
     names = sorted({o.value("name") for d in documents for o in _objects(d.root) if o.value("name")})
     if not any(_objects(d.root) for d in documents):
         raise UserError(f"{path}: no object in {len(files)} XML files")
-    wanted = choose_parts([parts[file] for file in files], part, prefer, str(path))
+    requested = choose_parts([parts[file] for file in files], part, prefer, str(path))
     shift = 0 if any(_counts_from_0(d.root) for d in documents) else 1
     folder = images or root
     content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": coco_categories(names)}
     number = {name: index + 1 for index, name in enumerate(names)}
     for image_id, document in enumerate(documents, 1):
-        if document.part not in wanted or not _measure(document, notes):
+        if document.part not in requested or not _measure(document, notes):
             continue
         height, width = document.size
         content["images"].append(
@@ -190,12 +190,12 @@ def _measure(document: _File, notes: Notes) -> bool:
         notes.odd("pictures cannot be read and are left out", f"{document.picture}: {problem.reason}")
         return False
     size = document.root.find("size")
-    said = tuple(document.root.value(f"size/{side}") for side in ("height", "width"))
-    if size is not None and all(s.isdigit() and int(s) for s in said) and tuple(map(int, said)) != document.size:
+    stated = tuple(document.root.value(f"size/{side}") for side in ("height", "width"))
+    if size is not None and all(s.isdigit() and int(s) for s in stated) and tuple(map(int, stated)) != document.size:
         height, width = document.size
         notes.mistake(
             f"{document.path}:{size.line}",
-            f"says {said[1]} × {said[0]} pixels, {document.picture.name} has {width} × {height} upright",
+            f"says {stated[1]} × {stated[0]} pixels, {document.picture.name} has {width} × {height} upright",
         )
         return False
     return True

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ovd.data import masks
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
 from ovd.pictures import upright_size
+from pretrain.data import masks
 from pretrain.data.folder import EXTENSIONS, list_images
 from pretrain.engine.errors import BadImageError, UserError
 
@@ -48,13 +48,13 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
     file = yaml_of(path)
     where = str(file or path)
     source = _from_yaml(file) if file is not None else _from_folder(path)
-    wanted = choose_parts([p for p, _ in source.pictures], part, prefer, where)
+    requested = choose_parts([p for p, _ in source.pictures], part, prefer, where)
     notes = Notes(where)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     labelled = 0
     for number, (belongs, picture) in enumerate(source.pictures, 1):
-        if belongs not in wanted:
+        if belongs not in requested:
             continue
         try:
             height, width = upright_size(picture)
@@ -136,13 +136,13 @@ def _from_yaml(file: Path) -> _Source:
 
 
 def _names(content: dict[str, Any], file: Path) -> dict[int, str]:
-    given = content.get("names")
-    if isinstance(given, list):
-        given = dict(enumerate(given))
-    if not isinstance(given, dict) or not given:
+    listed = content.get("names")
+    if isinstance(listed, list):
+        listed = dict(enumerate(listed))
+    if not isinstance(listed, dict) or not listed:
         raise UserError(f"{file}: names: expected the list of classes")
     names = {}
-    for index, name in given.items():
+    for index, name in listed.items():
         if (
             isinstance(index, bool)
             or not isinstance(index, int)
@@ -165,16 +165,16 @@ def _pictures_at(place: str, root: Path, file: Path, key: str) -> list[Path]:
     tried = [root / place, file.parent / place]
     if place.startswith("../"):
         tried += [root / place[3:], file.parent / place[3:]]
-    found = next((path for path in tried if path.exists()), None)
-    if found is None:
+    there = next((path for path in tried if path.exists()), None)
+    if there is None:
         raise UserError(f"{file}: {key}: {place}: no such folder (looked for {tried[0]})")
-    if found.is_dir():
-        return list_images(found)
-    lines = [line.strip() for line in found.read_text(encoding="utf-8-sig").splitlines()]
-    paths = [found.parent / line if not Path(line).is_absolute() else Path(line) for line in lines if line]
+    if there.is_dir():
+        return list_images(there)
+    lines = [line.strip() for line in there.read_text(encoding="utf-8-sig").splitlines()]
+    paths = [there.parent / line if not Path(line).is_absolute() else Path(line) for line in lines if line]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{found}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture")
+        raise UserError(f"{there}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture")
     return [path for path in paths if path.suffix.lower() in EXTENSIONS]
 
 

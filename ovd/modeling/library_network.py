@@ -124,10 +124,10 @@ def open_network(name: str) -> LibraryNetwork:
         raise _no_pyramid(name, reason) from problem
     ends = {}
     for stage, stride in STRIDES.items():
-        found = [n for n, part in enumerate(parts) if part.intact and part.side == PROBE // stride]
-        named = [n for n in found if any(f"{parts[n].path}.".startswith(f"{path}.") for path in preferred)]
-        if found:
-            ends[stage] = (named or found)[-1] + 1
+        levels = [n for n, part in enumerate(parts) if part.intact and part.side == PROBE // stride]
+        named = [n for n in levels if any(f"{parts[n].path}.".startswith(f"{path}.") for path in preferred)]
+        if levels:
+            ends[stage] = (named or levels)[-1] + 1
     if "res4" not in ends:
         raise _no_pyramid(name, "no part of it has a map of stride 16 that all later ones are computed from")
     return LibraryNetwork(name=name, parts=tuple(parts), ends=ends, statistics=statistics)
@@ -206,11 +206,11 @@ def _chain(network: nn.Module) -> list[Part]:
     finally:
         for handle in handles:
             handle.remove()
-    kept: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    links: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     x = pixels
     for path, part, expected in called:
         whole = expected.ndim == 4 and expected.shape[2] == expected.shape[3] >= PROBE // STRIDES["res5"]
-        if not whole or any(path == other for other, *_ in kept):
+        if not whole or any(path == other for other, *_ in links):
             break  # pooled, or tokens, or used twice
         try:
             x = part(x)
@@ -218,11 +218,11 @@ def _chain(network: nn.Module) -> list[Part]:
             break
         if not torch.equal(x, expected):
             break
-        kept.append((path, part, x, expected))
+        links.append((path, part, x, expected))
     network.train()
     return [
         Part(path=path, module=part, channels=y.shape[1], side=y.shape[2], intact=torch.equal(y, expected))
-        for path, part, y, expected in kept
+        for path, part, y, expected in links
     ]
 
 
@@ -261,15 +261,19 @@ def read_library_weights(spec: str, name: str) -> tuple[dict[str, Tensor], Stati
         path = path / EXPORTED
     info = read_json(path / "config.json", hint="expected a folder of timm's, or exported/ of a pretrain.train run")
     info = info if isinstance(info, dict) else {}
-    ours = isinstance(info.get("backbone"), dict)
-    found = info["backbone"]["name"] if ours else f"timm:{info.get('architecture')}"
-    if found.partition(".")[0] != name.partition(".")[0]:  # timm writes a tag of the weights behind a dot
-        raise UserError(f"backbone_weights={spec}: weights of {found}; set model.backbone.name={found}")
-    if ours and info["backbone"]["norm"] != "bn":
+    is_export = isinstance(info.get("backbone"), dict)
+    trained = info["backbone"]["name"] if is_export else f"timm:{info.get('architecture')}"
+    if trained.partition(".")[0] != name.partition(".")[0]:  # timm writes a tag of the weights behind a dot
+        raise UserError(f"backbone_weights={spec}: weights of {trained}; set model.backbone.name={trained}")
+    if is_export and info["backbone"]["norm"] != "bn":
         raise UserError(
             f"backbone_weights={spec}: pretrained with norm gn_ws; only norm bn can be a backbone of {name}"
         )
     tensors = load_weights(path / "model.safetensors")[0]
-    looks = info if ours else info.get("pretrained_cfg", {})
-    statistics = (tuple(looks["mean"]), tuple(looks["std"])) if "mean" in looks and "std" in looks else None
+    pixel_stats = info if is_export else info.get("pretrained_cfg", {})
+    statistics = (
+        (tuple(pixel_stats["mean"]), tuple(pixel_stats["std"]))
+        if "mean" in pixel_stats and "std" in pixel_stats
+        else None
+    )
     return {key.removeprefix("network."): value for key, value in tensors.items()}, statistics

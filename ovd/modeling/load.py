@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovd.inference.region_model import RCNNRegionModel, RegionModel
-from ovd.modeling.export import read_card
+from ovd.modeling.export import DetectorCard, read_card
 
 if TYPE_CHECKING:
     from ovd.inference.fvlm_regions import FvlmRegionModel
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def load_detector_model(
-    folder: Path, *, top: int = 150, device: str = "cpu", masks: bool = True, encoder: JointEncoder | None = None
+    folder: Path,
+    *,
+    top: int = 150,
+    device: str = "cpu",
+    masks: bool = True,
+    card: DetectorCard | None = None,
+    encoder: JointEncoder | None = None,
 ) -> RegionModel:
     """Load an exported detector for inference.
 
@@ -28,28 +34,31 @@ def load_detector_model(
         top: regions kept per picture.
         device: where it runs.
         masks: False leaves the mask head out (a transformer has none).
+        card: of the folder, where it is read already.
         encoder: the one that the detector was trained against, where it is loaded already.
 
     Raises:
         UserError: see :func:`ovd.modeling.vild.build.load_model`.
     """
     folder = Path(folder)
-    card = read_card(folder)
+    card = card or read_card(folder)
     if card.arch == "fvlm":
-        return _load_fvlm(folder, encoder, top=top, device=device)
+        return _load_fvlm(folder, card, encoder, top=top, device=device)
     if card.is_transformer:
         from ovd.inference.detr_regions import detr_region_model
         from ovd.modeling.detr.build import load_detr
 
-        detr, card, bank = load_detr(folder)
+        detr, bank = load_detr(folder, card)
         return detr_region_model(detr.to(device), card=card, background_words=bank, top=top)
     from ovd.modeling.vild.build import load_model
 
-    model, card, bank = load_model(folder)
+    model, bank = load_model(folder, card)
     return RCNNRegionModel(model=model.to(device), card=card, background_words=bank, top=top, masks=masks)
 
 
-def _load_fvlm(folder: Path, encoder: JointEncoder | None, *, top: int, device: str) -> FvlmRegionModel:
+def _load_fvlm(
+    folder: Path, card: DetectorCard, encoder: JointEncoder | None, *, top: int, device: str
+) -> FvlmRegionModel:
     from ovd.config_fvlm import FvlmConfig
     from ovd.inference.encoder import load_encoder_of
     from ovd.inference.fvlm_regions import FvlmRegionModel
@@ -58,7 +67,7 @@ def _load_fvlm(folder: Path, encoder: JointEncoder | None, *, top: int, device: 
     from ovd.modeling.fvlm.own_classes import load_own_classes
     from pretrain.data.lexicon import read_lexicon
 
-    model, card, bank = load_fvlm(folder, encoder or load_encoder_of(folder, read_card(folder)), device=device)
+    model, bank = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
     lexicon = read_lexicon()
     config = card.architecture
     assert isinstance(config, FvlmConfig)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the pictures of a region store come from: generated scenes, a COCO file, or a folder.
 
-Each source has ``ids`` (what the store is read by), ``image(index)``, ``fingerprint()``, and ``boxes(index)`` where it
-has ground truth. A fingerprint hashes what decides the pixels, not where they lie: a data set may move to another disk,
-but a picture that is replaced under its old name is another one.
+Each is an `ovd.regions.layout.ImageSource`, or a `BoxedImageSource` where it has ground truth. A fingerprint hashes
+what decides the pixels, not where they lie: a data set may move to another disk, but a picture that is replaced under
+its old name is another one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovd.data.coco import GroundTruth, read_ground_truth
+from pretrain.data.coco import GroundTruth, read_ground_truth
 from pretrain.data.folder import list_images, look_for, read_image
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
@@ -55,7 +55,7 @@ def content_sha256(root: Path, named: Sequence[tuple[ImageId, str]]) -> str:
     return digest.hexdigest()
 
 
-class SceneImages:
+class ScenePictures:
     """Generated scenes; the id of a scene is its index.
 
     Args:
@@ -67,6 +67,9 @@ class SceneImages:
     def __init__(self, source: SceneSource) -> None:
         self.source = source
         self.ids: Sequence[ImageId] = range(len(source))
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 RGB ``(H, W, 3)``."""
@@ -84,7 +87,7 @@ class SceneImages:
         return hashlib.sha256(text.encode() + np.ascontiguousarray(self.image(0)).tobytes()).hexdigest()
 
 
-class FolderImages:
+class FolderPictures:
     """All pictures under a folder, sorted; the id of a picture is its path relative to the folder.
 
     Args:
@@ -99,6 +102,9 @@ class FolderImages:
         self._names = [path.relative_to(self.root).as_posix() for path in list_images(self.root)]
         self.ids: Sequence[ImageId] = list(self._names)
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 RGB ``(H, W, 3)``, upright."""
         return read_image(self.root / self._names[index])
@@ -108,7 +114,7 @@ class FolderImages:
         return content_sha256(self.root, [(name, name) for name in self._names])
 
 
-class CocoImages:
+class CocoPictures:
     """The pictures of a COCO annotation file, in its order; ids are COCO's.
 
     Args:
@@ -116,7 +122,7 @@ class CocoImages:
         root: the folder its file names are relative to.
 
     Raises:
-        UserError: a file that `ovd.data.coco.check_ground_truth` refuses, or one that lists no pictures.
+        UserError: a file that `pretrain.data.coco.check_ground_truth` refuses, or one that lists no pictures.
     """
 
     def __init__(self, annotations: str | os.PathLike[str] | GroundTruth, root: str | os.PathLike[str]) -> None:
@@ -134,6 +140,9 @@ class CocoImages:
             if not annotation["iscrowd"]:
                 self._boxes.setdefault(annotation["image_id"], []).append([x, y, x + w, y + h])
         self.ids: Sequence[ImageId] = [*truth.files]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 RGB ``(H, W, 3)``, upright."""

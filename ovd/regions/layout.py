@@ -28,10 +28,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, cast, runtime_checkable
 
 from ovd.regions.crops import Border, CropMode, Resample
 from ovd.regions.proposals import MIN_SIDE
+from pretrain.data.coco import ImageId
+from pretrain.data.images import Pictures
 from pretrain.engine.errors import UserError, shorten
 from pretrain.engine.files import flush_to_disk
 
@@ -41,20 +43,26 @@ if TYPE_CHECKING:
 
 FORMAT = "ovd-regions/1"
 
-ImageId = int | str
 
+class ImageSource(Pictures, Protocol):
+    """The pictures of a store, in a fixed order: picture ``index`` has the id ``ids[index]``.
 
-class ImageSource(Protocol):
-    """The pictures of a store, in a fixed order. See ``ovd.regions.images``."""
+    Those of stickers, folders and COCO files are in ``ovd.regions.images``.
+    """
 
     ids: Sequence[ImageId]
 
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """uint8 RGB ``(H, W, 3)`` of the picture ``ids[index]``; raises `BadImageError` when it cannot be read."""
-        ...
-
     def fingerprint(self) -> str:
         """A hash that changes when the pictures do."""
+        ...
+
+
+@runtime_checkable
+class BoxedImageSource(ImageSource, Protocol):
+    """Pictures with ground truth."""
+
+    def boxes(self, index: int) -> NDArray[np.float32]:
+        """``(n, 4)`` xyxy boxes of the picture ``ids[index]``."""
         ...
 
 
@@ -108,7 +116,48 @@ class Identity:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def ids_path(path: Path, manifest: dict[str, Any]) -> Path:
+class PictureCount(TypedDict):
+    """How many pictures a store has, and the sha256 of the list of their ids."""
+
+    count: int
+    sha256: str
+
+
+class ShardSum(TypedDict):
+    """A whole shard: sha256 and size of its file, and how many pictures and regions it holds."""
+
+    sha256: str
+    bytes: int
+    images: int
+    regions: int
+
+
+class Sidecar(ShardSum):
+    """What stands beside a shard: its sum, and (id, reason) of the pictures that could not be read."""
+
+    bad_images: list[tuple[ImageId, str]]
+
+
+class _Made(TypedDict, total=False):
+    shards: list[ShardSum]
+    regions: int
+
+
+class Manifest(_Made):
+    """What a store was made from (`Identity`, as JSON); ``shards`` and ``regions`` once it is complete."""
+
+    format: str
+    encoder: str
+    dim: int
+    proposals: str
+    source: str
+    settings: dict[str, Any]
+    images: PictureCount
+    dtype: str
+    notes: dict[str, Any]
+
+
+def ids_path(path: Path, manifest: Manifest) -> Path:
     """The list of picture ids."""
     # The hash in the name keeps a second process with other pictures from writing over the list of the first.
     return path / f"images-{manifest['images']['sha256'][:12]}.json"
@@ -129,18 +178,18 @@ def manifest_path(path: Path) -> Path:
     return path / "manifest.json"
 
 
-def shard_count(manifest: dict[str, Any]) -> int:
+def shard_count(manifest: Manifest) -> int:
     """How many shards a store has when it is whole."""
     return -(-int(manifest["images"]["count"]) // int(manifest["settings"]["images_per_shard"]))
 
 
-def rows_of(manifest: dict[str, Any], shard: int) -> range:
+def rows_of(manifest: Manifest, shard: int) -> range:
     """Positions of the pictures in a shard."""
     size = int(manifest["settings"]["images_per_shard"])
     return range(shard * size, min((shard + 1) * size, int(manifest["images"]["count"])))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """The manifest of the store in a folder.
 
     Raises:
@@ -169,10 +218,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file}: damaged ({type(error).__name__}: {shorten(str(error))}): make the store again with "
             "`python -m ovd.embed`"
         ) from error
-    return dict(manifest)
+    return cast(Manifest, manifest)
 
 
-def read_ids(path: Path, manifest: dict[str, Any]) -> list[ImageId]:
+def read_ids(path: Path, manifest: Manifest) -> list[ImageId]:
     """Picture ids in order.
 
     Raises:
@@ -185,24 +234,25 @@ def read_ids(path: Path, manifest: dict[str, Any]) -> list[ImageId]:
     return list(json.loads(text))
 
 
-def sidecar(path: Path, shard: int) -> dict[str, Any] | None:
+def sidecar(path: Path, shard: int) -> Sidecar | None:
     """What is written beside a shard once it is whole, or None: there is none, or a damaged one."""
     text = read_text(sidecar_path(path, shard))
     try:
         content = json.loads(text or "")
     except ValueError:
         return None
-    return content if isinstance(content, dict) and isinstance(content.get("sha256"), str) else None
+    whole = isinstance(content, dict) and isinstance(content.get("sha256"), str)
+    return cast(Sidecar, content) if whole else None
 
 
-def refuse_differences(path: Path, manifest: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, Any]) -> None:
     """Compare a manifest with what the caller has; a wanted None is not compared.
 
     Raises:
         UserError: naming every difference.
     """
     problems = []
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if value is None:
             continue
         present = manifest.get(key)
@@ -221,7 +271,7 @@ def refuse_differences(path: Path, manifest: dict[str, Any], wanted: Mapping[str
         )
 
 
-def as_json(value: dict[str, Any]) -> dict[str, Any]:
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """As it comes back from JSON (tuples become lists), so that comparisons are fair."""
     return dict(json.loads(json.dumps(value)))
 

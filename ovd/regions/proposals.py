@@ -35,6 +35,15 @@ class Proposer(Protocol):
         ...
 
 
+@runtime_checkable
+class PositionProposer(Proposer, Protocol):
+    """A proposer that knows the boxes of a picture by its position in the source."""
+
+    def propose_at(self, index: int) -> tuple[object, object]:
+        """Boxes ``(P, 4)`` and scores ``(P,)`` of picture ``index``."""
+        ...
+
+
 class GroundTruthProposer:
     """Proposes the annotated boxes of picture ``index``: for tests and upper bounds, never for training.
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ovd.regions.layout import (
     ImageId,
+    Manifest,
     StoreSettings,
     as_json,
     read_ids,
@@ -44,7 +45,7 @@ class RegionStore:
     Open it with `RegionStore.open`. Shards are memory mapped on first use; an instance may be sent to other processes.
     """
 
-    def __init__(self, root: Path, manifest: dict[str, Any], ids: list[ImageId]) -> None:
+    def __init__(self, root: Path, manifest: Manifest, ids: list[ImageId]) -> None:
         self.root = root
         self.manifest = manifest
         self.ids = ids
@@ -123,14 +124,14 @@ class RegionStore:
         Raises:
             UserError: naming every difference.
         """
-        wanted: dict[str, Any] = {
+        expected: dict[str, Any] = {
             "encoder": encoder_fingerprint,
             "proposals": proposals_fingerprint,
             "source": source_fingerprint,
         }
         if settings is not None:
-            wanted["settings"] = as_json(asdict(settings) if isinstance(settings, StoreSettings) else dict(settings))
-        refuse_differences(self.root, self.manifest, wanted)
+            expected["settings"] = as_json(asdict(settings) if isinstance(settings, StoreSettings) else dict(settings))
+        refuse_differences(self.root, self.manifest, expected)
         missing = [image_id for image_id in image_ids or () if image_id not in self]
         if missing:
             raise UserError(
@@ -186,11 +187,11 @@ class RegionStore:
 
     def bad_images(self) -> dict[ImageId, str]:
         """Pictures that could not be read, with the reason. They have no proposals."""
-        found: dict[ImageId, str] = {}
+        reasons: dict[ImageId, str] = {}
         for shard in range(shard_count(self.manifest)):
-            for image_id, reason in (sidecar(self.root, shard) or {}).get("bad_images", []):
-                found[image_id] = reason
-        return found
+            if (side := sidecar(self.root, shard)) is not None:
+                reasons |= dict(side.get("bad_images", ()))
+        return reasons
 
     def verify(self) -> list[str]:
         """Read every byte and compare hashes, counts and values.

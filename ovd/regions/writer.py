@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -23,6 +22,8 @@ from ovd.regions.layout import (
     Identity,
     ImageId,
     ImageSource,
+    Manifest,
+    ShardSum,
     StoreSettings,
     as_json,
     ids_path,
@@ -40,7 +41,7 @@ from ovd.regions.layout import (
     write_text_once,
 )
 from ovd.regions.lease import lease
-from ovd.regions.proposals import Proposals, Proposer, select_proposals
+from ovd.regions.proposals import PositionProposer, Proposals, Proposer, select_proposals
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import flush_to_disk, sha256_of
 
@@ -105,7 +106,7 @@ def write_regions(
     Args:
         root: the folder; made when absent, continued when it holds a store of the same identity.
         source: the pictures.
-        proposer: the proposal model; one with ``propose_at(index)`` is asked by position.
+        proposer: the proposal model, or a `PositionProposer`.
         encoder: the image encoder, in eval mode.
         identity: what goes into the manifest.
         batch_size: crops per forward. Sums in another order may differ in the last bit: keep it when resuming.
@@ -118,7 +119,7 @@ def write_regions(
     """
     path = Path(root)
     manifest = _create(path, source=source, identity=identity)
-    plan = estimate(len(source.ids), identity=identity, root=path)
+    plan = estimate(len(source), identity=identity, root=path)
     _refuse_small_disk(path, plan)
     shards = shard_count(manifest)
     done: set[int] = set()
@@ -127,7 +128,8 @@ def write_regions(
         if _is_whole(path, shard, say):
             done.add(shard)
             kept += 1
-            bad += len((sidecar(path, shard) or {}).get("bad_images", ()))
+            side = sidecar(path, shard)
+            bad += len(side.get("bad_images", ())) if side is not None else 0
     if plan.missing_images:
         line = plan_line(
             source=source,
@@ -168,7 +170,7 @@ def write_regions(
                     # Our lease went stale, and the process that took it over swept our temporary file away.
                     say(f"shard {shard} was taken over by another process")
                     continue
-                _refuse_many_bad(path, bad, len(source.ids))
+                _refuse_many_bad(path, bad, len(source))
                 written += 1
                 progress = True
                 done.add(shard)
@@ -181,7 +183,7 @@ def write_regions(
             time.sleep(min(1.0, lease_seconds / 4))
     complete = len(done) == shards
     if complete:
-        _refuse_many_bad(path, bad, len(source.ids))
+        _refuse_many_bad(path, bad, len(source))
         _finish(path)
     return WriteReport(written=written, kept=kept, bad_images=bad, complete=complete)
 
@@ -205,10 +207,10 @@ def plan_line(
     root: Path | None = None,
 ) -> str:
     """Size and time in one line; the time is that of the second of two pictures (the first one warms up)."""
-    plan = estimate(len(source.ids), identity=identity, root=root)
+    plan = estimate(len(source), identity=identity, root=root)
     settings = identity.settings
     took = 0.0
-    for index in range(min(2, len(source.ids))):
+    for index in range(min(2, len(source))):
         start = time.perf_counter()
         try:
             _, crops = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
@@ -245,9 +247,11 @@ def _regions_of(
     index: int, *, source: ImageSource, proposer: Proposer, encoder: RegionEncoder, settings: StoreSettings
 ) -> tuple[Proposals, torch.Tensor]:
     image = source.image(index)
-    at = getattr(proposer, "propose_at", None)
-    boxes, scores = at(index) if at is not None else proposer.propose(image, top=settings.proposals_per_image)
-    found = select_proposals(
+    if isinstance(proposer, PositionProposer):
+        boxes, scores = proposer.propose_at(index)
+    else:
+        boxes, scores = proposer.propose(image, top=settings.proposals_per_image)
+    proposals = select_proposals(
         boxes,
         scores,
         width=image.shape[1],
@@ -257,7 +261,7 @@ def _regions_of(
     )
     crops = crop_regions(
         image,
-        found.boxes,
+        proposals.boxes,
         size=settings.crop_size,
         scales=settings.scales,
         mode=settings.crop_mode,
@@ -265,14 +269,14 @@ def _regions_of(
         fill=encoder.image_mean,
         resample=settings.resample,
     )
-    return found, crops
+    return proposals, crops
 
 
 def _write_shard(
     path: Path,
     shard: int,
     *,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     source: ImageSource,
     proposer: Proposer,
     encoder: RegionEncoder,
@@ -313,14 +317,14 @@ def _write_shard(
 
     for row, index in enumerate(rows):
         try:
-            found, cut = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
+            proposals, cut = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
         except BadImageError as error:
             bad.append((source.ids[index], error.reason))
             continue
         beat()
-        count = len(found.boxes)
-        tensors["boxes"][row, :count] = torch.from_numpy(found.boxes)
-        tensors["scores"][row, :count] = torch.from_numpy(found.scores)
+        count = len(proposals.boxes)
+        tensors["boxes"][row, :count] = torch.from_numpy(proposals.boxes)
+        tensors["scores"][row, :count] = torch.from_numpy(proposals.scores)
         tensors["valid"][row] = count
         if count:
             crops.append(cut)
@@ -342,7 +346,7 @@ def _write_shard(
     return len(bad)
 
 
-def _create(path: Path, *, source: ImageSource, identity: Identity) -> dict[str, Any]:
+def _create(path: Path, *, source: ImageSource, identity: Identity) -> Manifest:
     """Make the folder and its manifest, or check that the present one is the same store. Safe between processes."""
     ids = list(source.ids)
     if len(set(ids)) != len(ids):
@@ -350,7 +354,7 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> dict[str,
     if not ids:
         raise UserError("there are no pictures to embed")
     ids_text = json.dumps(ids)
-    manifest: dict[str, Any] = {
+    manifest: Manifest = {
         "format": FORMAT,
         "encoder": identity.encoder,
         "dim": identity.dim,
@@ -366,14 +370,14 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> dict[str,
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file: choose another `out`")
         path.mkdir(parents=True, exist_ok=True)
-        strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", "images-"))]
-        if strangers and not target.is_file():  # another process may just have made the store
-            raise UserError(f"{path}: is not a region store and not empty ({strangers[0]} …): choose another `out`")
+        others = [entry.name for entry in path.iterdir() if not entry.name.startswith((".", "images-"))]
+        if others and not target.is_file():  # another process may just have made the store
+            raise UserError(f"{path}: is not a region store and not empty ({others[0]} …): choose another `out`")
         write_text(ids_path(path, manifest), ids_text)
         write_text_once(target, json.dumps(manifest, indent=1))
     present = read_manifest(path)
     compared = ("encoder", "dim", "proposals", "source", "settings", "images")
-    refuse_differences(path, present, {key: manifest[key] for key in compared})
+    refuse_differences(path, present, {key: value for key, value in manifest.items() if key in compared})
     read_ids(path, present)
     return present
 
@@ -381,12 +385,14 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> dict[str,
 def _finish(path: Path) -> None:
     """Put the hashes of all shards into the manifest. Every process that gets here writes the same bytes."""
     manifest = read_manifest(path)
-    records = []
+    records: list[ShardSum] = []
     for shard in range(shard_count(manifest)):
         side = sidecar(path, shard)
         if side is None:
             return  # somebody found it damaged and is writing it again; they will finish
-        records.append({key: side[key] for key in ("sha256", "bytes", "images", "regions")})
+        records.append(
+            ShardSum(sha256=side["sha256"], bytes=side["bytes"], images=side["images"], regions=side["regions"])
+        )
     manifest["shards"] = records
     manifest["regions"] = sum(record["regions"] for record in records)
     write_json(manifest_path(path), manifest)

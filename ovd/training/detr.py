@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ovd.config_detr import DetrTrainConfig
 from ovd.training.inputs import (
     PixelStats,
-    backbone_tensors,
-    library_start,
+    backbone_start,
     no_backbone_weights,
     pixel_stats_of,
+    require_data,
+    resnet_tower,
     resolve_encoder,
     training_transform,
 )
-from ovd.training.parts import LabelSet, TrainingParts, label_set
-from pretrain.engine.config import config_hash
+from ovd.training.parts import LabelSet, TrainingParts, detector_card, label_set
 from pretrain.engine.errors import BadImageError, UserError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
     from ovd.modeling.detr.build import build_detr
     from pretrain.engine.distributed import pick_device, seed_everything
 
+    if config.pretext is None:
+        require_data(config.data)
     seed_everything(config.loop.seed)
     encoder = resolve_encoder(config.encoder)
     pixel_stats, backbone = read_backbone(config, encoder)
@@ -133,25 +135,19 @@ def read_backbone(config: DetrTrainConfig, encoder: JointEncoder) -> tuple[Pixel
     Raises:
         UserError: no ResNet there.
     """
-    from pretrain.nets.towers import ResNetImage, export_backbone
+    from pretrain.nets.towers import export_backbone
 
     bb = config.model.backbone
-    if not bb.is_resnet:
-        state, pixel_stats = library_start(bb, config.backbone_weights)
-        if state is None:
+    norms = {"model.backbone.norm": bb.norm} if bb.is_resnet else {}
+    state, pixel_stats = backbone_start(bb, config.backbone_weights, encoder, norms=norms)
+    if state is None:
+        if not bb.is_resnet:
             raise no_backbone_weights(bb)
-        return pixel_stats, state
-    pixel_stats = PixelStats(encoder.image_mean, encoder.image_std)
-    if config.backbone_weights is not None:
-        norms = {"model.backbone.norm": bb.norm}
-        state, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
-        return trained_on or pixel_stats, state
-    if not isinstance(encoder.visual, ResNetImage):
-        raise UserError(
-            f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
-            "set backbone_weights=FILE or the exported/ folder of a pretrain run"
+        resnet_tower(
+            encoder, config.encoder, otherwise="backbone_weights=FILE or the exported/ folder of a pretrain run"
         )
-    return pixel_stats, export_backbone(encoder)
+        state = export_backbone(encoder)
+    return pixel_stats, state
 
 
 def load_start(config: DetrTrainConfig, model: Detr, encoder: JointEncoder, backbone: Mapping[str, Tensor]) -> None:
@@ -221,14 +217,12 @@ def start_projections(config: DetrTrainConfig, parts: TrainingParts[Detr]) -> st
 
 def export(config: DetrTrainConfig, parts: TrainingParts[Detr], folder: Path) -> None:
     """Write the trained transformer with its card."""
-    from dataclasses import asdict
-
     import torch
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.export import DetectorCard, save_detector
+    from ovd.modeling.export import save_detector
 
-    encoder, labels = parts.encoder, parts.labels
+    labels = parts.labels
     names = labels.images.names if labels is not None else ()
     variant = config.model.variant if labels is not None else "agnostic"
     words = labels if variant == "text" else None
@@ -236,22 +230,14 @@ def export(config: DetrTrainConfig, parts: TrainingParts[Detr], folder: Path) ->
     head: dict[str, Any] = {"scale": config.model.scale}  # what commands read of any detector's card
     if config.pretext is not None:
         head |= {"patches": config.pretext.patches.count, "patch_size": config.pretext.patches.size}
-    card = DetectorCard(
+    card = detector_card(
+        config,
+        parts,
         model={**config.model.model_dump(mode="json"), "variant": variant, "head": head},
-        embed_dim=encoder.embed_dim,
-        pixel_mean=tuple(parts.pixel_mean),
-        pixel_std=tuple(parts.pixel_std),
-        encoder=config.encoder,
-        encoder_fingerprint=encoder.fingerprint(),
-        short_side=config.data.short_side,
-        long_side=config.data.long_side,
         classes=names if variant != "agnostic" else (),
-        novel=tuple(sorted(words.novel)) if words is not None else (),
-        bank=tuple(names[i] for i in bank),
-        calibration=asdict(
-            Calibration(logit_scale=config.model.scale, objectness_weight=1.0, example_objectness_weight=1.0)
-        ),
-        config_hash=config_hash(config),
+        novel=words.novel if words is not None else (),
+        background=[names[i] for i in bank],
+        calibration=Calibration(logit_scale=config.model.scale, objectness_weight=1.0, example_objectness_weight=1.0),
     )
-    rows = words.rows[torch.tensor(bank)] if words is not None else torch.zeros(0, encoder.embed_dim)
+    rows = words.rows[torch.tensor(bank)] if words is not None else torch.zeros(0, parts.encoder.embed_dim)
     save_detector(folder, parts.model, card, bank=rows)

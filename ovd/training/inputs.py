@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ovd.config import DataConfig
+from ovd.config import DataConfig, DetectorBackboneConfig
 from ovd.config_backbone import BATCH_NORMS, NetworkConfig
+from ovd.config_detr import DetrBackboneConfig
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ovd.data.catalog import LabelledImages
     from ovd.data.mapper import TrainingTransform
-    from pretrain.nets.towers import JointEncoder
+    from pretrain.nets.towers import JointEncoder, ResNetImage
 
 
 class PixelStats(NamedTuple):
@@ -30,6 +31,17 @@ class PixelStats(NamedTuple):
     def in_bytes(self) -> tuple[list[float], list[float]]:
         """Both for RGB in 0…255."""
         return [255.0 * v for v in self.mean], [255.0 * v for v in self.std]
+
+
+def require_data(data: DataConfig) -> None:
+    """Refuse labelled pictures that are not there: before an encoder is fetched, or anything built.
+
+    Raises:
+        UserError: naming the key and what it names.
+    """
+    for key, path in (("data.annotations", data.annotations), ("data.images", data.images)):
+        if data.kind != "stickers" and path and not Path(path).exists():
+            raise UserError(f"{key}: {path}: no such file or folder")
 
 
 def labelled_images(data: DataConfig) -> LabelledImages:
@@ -135,8 +147,8 @@ def backbone_tensors(
     for key, norm in norms.items():
         fitting = ("GN16",) if groups else BATCH_NORMS
         if norm not in fitting:
-            has, wanted = f"{'group' if groups else 'batch'} norms", " or ".join(fitting)
-            raise UserError(f"backbone_weights={spec}: it has {has}; set {key}={wanted} instead of {norm}")
+            has, expected = f"{'group' if groups else 'batch'} norms", " or ".join(fitting)
+            raise UserError(f"backbone_weights={spec}: it has {has}; set {key}={expected} instead of {norm}")
     if has_stem != stem:
         raise UserError(f"backbone_weights={spec}: its stem is {has_stem}; set model.backbone.stem={has_stem}")
     return tensors, pixel_stats
@@ -159,6 +171,53 @@ def library_start(network: NetworkConfig, spec: str | None) -> tuple[Mapping[str
         return None, statistics
     tensors, trained_on = read_library_weights(spec, network.name)
     return tensors, PixelStats(*trained_on) if trained_on else statistics
+
+
+def backbone_start(
+    network: DetectorBackboneConfig | DetrBackboneConfig,
+    spec: str | None,
+    encoder: JointEncoder,
+    *,
+    norms: Mapping[str, str],
+) -> tuple[Mapping[str, Tensor] | None, PixelStats]:
+    """(tensors of ``backbone_weights``, or None; pixel statistics): a backbone sees pictures as it was trained to.
+
+    Args:
+        network: the backbone's section.
+        spec: ``backbone_weights``.
+        encoder: whose pixel statistics count where the weights name none.
+        norms: see `backbone_tensors`.
+
+    Raises:
+        UserError: see `backbone_tensors` and `library_start`.
+    """
+    if not network.is_resnet:
+        return library_start(network, spec)
+    statistics = PixelStats(encoder.image_mean, encoder.image_std)
+    if spec is None:
+        return None, statistics
+    tensors, trained_on = backbone_tensors(spec, stem=network.stem, norms=norms)
+    return tensors, trained_on or statistics
+
+
+def resnet_tower(encoder: JointEncoder, spec: str, *, otherwise: str) -> ResNetImage:
+    """The image tower that a backbone can start from.
+
+    Args:
+        encoder: of the configuration.
+        spec: its name there.
+        otherwise: what else the configuration can say, for the message.
+
+    Raises:
+        UserError: it is no ResNet.
+    """
+    from pretrain.nets.towers import ResNetImage
+
+    if not isinstance(encoder.visual, ResNetImage):
+        raise UserError(
+            f"encoder {spec}: its image tower is no ResNet, so no backbone can start from it; set {otherwise}"
+        )
+    return encoder.visual
 
 
 def pixel_stats_of(network: NetworkConfig, trained_on: PixelStats) -> tuple[list[float], list[float]]:

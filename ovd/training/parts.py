@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from pretrain.engine.config import config_hash
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ovd.config import DataConfig
+    from ovd.config import DataConfig, TrainConfig
+    from ovd.config_detr import DetrTrainConfig
     from ovd.data.catalog import LabelledImages
+    from ovd.inference.scoring import Calibration
+    from ovd.modeling.export import DetectorCard
     from ovd.modeling.task import DetectionTask
     from pretrain.engine.sampling import Source
     from pretrain.nets.towers import JointEncoder
@@ -61,6 +66,46 @@ class TrainingParts(Generic[ModelT]):
     source: Source
     pixel_mean: Sequence[float]
     pixel_std: Sequence[float]
+
+
+def detector_card(
+    config: TrainConfig | DetrTrainConfig,
+    parts: TrainingParts[ModelT],
+    *,
+    model: Mapping[str, object],
+    classes: Sequence[str],
+    novel: Collection[int],
+    background: Sequence[str],
+    calibration: Calibration,
+    templates: str = "sticker",
+) -> DetectorCard:
+    """The card of a trained detector.
+
+    Args:
+        config: of the training.
+        parts: what it trained.
+        model: the architecture as plain values.
+        classes, novel, background, templates: see `DetectorCard`.
+        calibration: until ``python -m ovd.calibrate`` fits one.
+    """
+    from ovd.modeling.export import DetectorCard
+
+    return DetectorCard(
+        model=dict(model),
+        embed_dim=parts.encoder.embed_dim,
+        pixel_mean=tuple(parts.pixel_mean),
+        pixel_std=tuple(parts.pixel_std),
+        encoder=config.encoder,
+        encoder_fingerprint=parts.encoder.fingerprint(),
+        short_side=config.data.short_side,
+        long_side=config.data.long_side,
+        classes=tuple(classes),
+        novel=tuple(sorted(novel)),
+        bank=tuple(background),
+        calibration=asdict(calibration),
+        config_hash=config_hash(config),
+        templates=templates,
+    )
 
 
 def label_set(data: DataConfig, encoder: JointEncoder, *, templates: str = "sticker") -> LabelSet:

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 
 from ovd.config import TrainConfig
 from ovd.training.inputs import (
-    PixelStats,
-    backbone_tensors,
-    library_start,
+    backbone_start,
     no_backbone_weights,
     pixel_stats_of,
+    require_data,
+    resnet_tower,
     resolve_encoder,
     training_transform,
 )
-from ovd.training.parts import TrainingParts, label_set
-from pretrain.engine.config import config_hash
+from ovd.training.parts import TrainingParts, detector_card, label_set
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def start_from_encoder(
 
     from ovd.modeling.backbone import load_bottom_up, verify_conversion
     from ovd.modeling.region_head import start_projection
-    from pretrain.nets.towers import ResNetImage, export_backbone
+    from pretrain.nets.towers import export_backbone
 
     bb = config.model.backbone
     resnet: nn.Module = model.backbone if bb.kind == "c4" else model.backbone.bottom_up
@@ -77,21 +76,21 @@ def start_from_encoder(
         if config.weights is not None:  # the detector brings its backbone
             return prefixes
         raise no_backbone_weights(bb, ", or begin with backbone_start=scratch")
-    if not isinstance(encoder.visual, ResNetImage):
-        raise UserError(
-            f"encoder {config.encoder}: its image tower is no ResNet, so no backbone can start from it; "
-            "set backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch"
-        )
+    tower = resnet_tower(
+        encoder,
+        config.encoder,
+        otherwise="backbone_weights=FILE (a torchvision-named ResNet) or backbone_start=scratch",
+    )
     state = export_backbone(encoder)
     load_bottom_up(resnet, state, source=f"encoder {config.encoder}")
     pixels = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
-    difference = verify_conversion(encoder.visual.backbone.stages, resnet, pixels)
+    difference = verify_conversion(tower.backbone.stages, resnet, pixels)
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
         for name in start_bodies(model, state, source=f"encoder {config.encoder}"):
             head = model.roi_heads.region_heads[name]
             if head.projection is not None:
-                start_projection(head, encoder.visual.proj.weight)
+                start_projection(head, tower.proj.weight)
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
 
@@ -104,18 +103,19 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
     Raises:
         UserError: another architecture.
     """
+    from ovd.modeling.export import read_card
     from ovd.modeling.vild.build import load_model
     from ovd.modeling.vild.roi_heads import STORED_NAMES
     from pretrain.engine.state import load_tensors
 
-    other, _, _ = load_model(folder)
-    own, source = model.state_dict(), other.state_dict()
+    other, _ = load_model(folder, read_card(folder))
+    target, source = model.state_dict(), other.state_dict()
     for key in list(source):
         first, second = (f"roi_heads.{STORED_NAMES[name]}." for name in ("region_head", "image_head"))
         if key.startswith(f"{first}body."):
             source.setdefault(second + key.removeprefix(first), source[key])
-    needed = [k for k in own if k.startswith(("backbone.", "proposal_generator."))]
-    lacking = [k for k in needed if k not in source or source[k].shape != own[k].shape]
+    needed = [k for k in target if k.startswith(("backbone.", "proposal_generator."))]
+    lacking = [k for k in needed if k not in source or source[k].shape != target[k].shape]
     if lacking:
         raise UserError(
             f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
@@ -132,20 +132,15 @@ def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
     from ovd.modeling.vild.build import build_model
     from pretrain.engine.distributed import seed_everything
 
+    require_data(config.data)
     seed_everything(config.loop.seed)  # the first weights; the loop seeds everything later
     encoder = resolve_encoder(config.encoder)
     labels = label_set(config.data, encoder, templates=config.templates)
-    pixel_stats = PixelStats(encoder.image_mean, encoder.image_std)
-    backbone: Mapping[str, Tensor] | None = None
     bb = config.model.backbone
-    if not bb.is_resnet:
-        backbone, pixel_stats = library_start(bb, config.backbone_weights)
-    elif config.backbone_weights is not None:
-        norms: dict[str, str] = {"model.backbone.norm": bb.norm}
-        if bb.kind == "c4" and config.model.variant != "agnostic":  # whose region heads start from the last stage
-            norms["model.head.norm"] = config.model.head.norm
-        backbone, trained_on = backbone_tensors(config.backbone_weights, stem=bb.stem, norms=norms)
-        pixel_stats = trained_on or pixel_stats  # a backbone sees pictures as it was trained to
+    norms: dict[str, str] = {"model.backbone.norm": bb.norm}
+    if bb.kind == "c4" and config.model.variant != "agnostic":  # whose region heads start from the last stage
+        norms["model.head.norm"] = config.model.head.norm
+    backbone, pixel_stats = backbone_start(bb, config.backbone_weights, encoder, norms=norms)
     mean, std = pixel_stats_of(bb, pixel_stats)
     if not bb.is_resnet and config.weights is not None and bb.pixel_mean is None:
         card = read_card(Path(config.weights))  # its backbone replaces the one named here
@@ -182,13 +177,13 @@ def training_source(config: TrainConfig, images: LabelledImages, encoder: JointE
     """
     from ovd.data.catalog import CocoImages, StickerImages
     from ovd.data.mapper import DetectionSource
-    from ovd.regions.images import SceneImages
+    from ovd.regions.images import ScenePictures
     from ovd.regions.store import RegionStore
 
     store = None
     if config.model.variant in ("image", "vild", "ensemble"):
         store = RegionStore.open(Path(config.regions or ""))
-        pictures = SceneImages(images.source).fingerprint() if isinstance(images, StickerImages) else None
+        pictures = ScenePictures(images.source).fingerprint() if isinstance(images, StickerImages) else None
         # A store of other scenes would give every picture somebody else's regions, silently.
         store.require(
             encoder_fingerprint=encoder.fingerprint(),
@@ -207,31 +202,23 @@ def training_source(config: TrainConfig, images: LabelledImages, encoder: JointE
 
 def export(config: TrainConfig, parts: TrainingParts[OpenVocabularyRCNN], folder: Path) -> None:
     """Write the trained detector with its card; scores are uncalibrated until ``python -m ovd.calibrate``."""
-    from dataclasses import asdict
-
     import torch
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.export import DetectorCard, save_detector
+    from ovd.modeling.export import save_detector
 
     labels = parts.labels
     assert labels is not None
     names, bank = labels.images.names, labels.background_words
     has_rows = parts.model.roi_heads.classifier is not None
-    card = DetectorCard(
+    card = detector_card(
+        config,
+        parts,
         model=config.model.model_dump(mode="json"),
-        embed_dim=parts.encoder.embed_dim,
-        pixel_mean=tuple(parts.pixel_mean),
-        pixel_std=tuple(parts.pixel_std),
-        encoder=config.encoder,
-        encoder_fingerprint=parts.encoder.fingerprint(),
-        short_side=config.data.short_side,
-        long_side=config.data.long_side,
         classes=names if has_rows else (),
-        novel=tuple(sorted(labels.novel)) if has_rows else (),
-        bank=tuple(names[i] for i in bank),
-        calibration=asdict(Calibration(logit_scale=config.model.head.scale)),
-        config_hash=config_hash(config),
+        novel=labels.novel if has_rows else (),
+        background=[names[i] for i in bank],
+        calibration=Calibration(logit_scale=config.model.head.scale),
         templates=config.templates,
     )
     save_detector(folder, parts.model, card, bank=labels.rows[torch.tensor(bank)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import cv2
 import numpy as np
@@ -66,6 +66,20 @@ class Views:
     label: int
 
 
+class ViewBatch(TypedDict):
+    """A batch of views.
+
+    Attributes:
+        views: V uint8 tensors (N, 3, S, S).
+        index: (N,) int64, the pictures' numbers.
+        label: (N,) int64, −1 where there is none.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+    label: Tensor
+
+
 class ViewSource:
     """Random views of the pictures of a set: a sample source of `pretrain.engine.sampling`.
 
@@ -104,13 +118,8 @@ class ViewSource:
         return Views(crops, index, self.images.label(index))
 
     @staticmethod
-    def collate(samples: list[Views]) -> dict[str, Any]:
-        """A batch.
-
-        Returns:
-            "views": V uint8 tensors (N, 3, S, S), channels last in memory (no copy of what OpenCV and PIL make);
-            "index" (N,) int64; "label" (N,) int64, −1 where there is none.
-        """
+    def collate(samples: list[Views]) -> ViewBatch:
+        """A batch; the views are channels last in memory (no copy of what OpenCV and PIL make)."""
         stacked: list[Tensor] = [
             torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
             for crops in zip(*(sample.crops for sample in samples), strict=True)

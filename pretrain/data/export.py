@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from pretrain.data.scenes import SceneSource, coco_objects
+from pretrain.data.scenes import ObjectEntry, SceneSource, coco_objects
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 
@@ -63,8 +63,8 @@ def export(source: SceneSource, out: Path, *, image_format: str = "jpg", overwri
         if not overwrite:
             raise UserError(f"{out} is not empty; choose another folder, or --overwrite to replace the export in it.")
         _remove_export(out, target)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images: list[dict[str, object]] = []
+    annotations: list[ObjectEntry] = []
     try:
         pictures.mkdir(parents=True, exist_ok=True)
         for index in range(len(source)):

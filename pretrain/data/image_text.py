@@ -19,25 +19,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from pretrain.config import CaptionedConfig, CaptionedShards, CaptionTable, CocoCaptions
+from pretrain.data.coco import read_captions
 from pretrain.data.crops import resized
 from pretrain.data.dice import Dice
 from pretrain.data.folder import U8, look_for, read_image
-from pretrain.data.images import ShardSet
+from pretrain.data.images import Pictures, ShardSet
 from pretrain.data.pairs import PairSource
 from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
-from pretrain.engine.files import read_json
 from pretrain.engine.identity import files_identity, identity_of, text_identity
 
 
-class CaptionedSet(Protocol):
+class CaptionedSet(Pictures, Protocol):
     """Pictures with their captions, by number."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> U8:
-        """uint8 (H, W, 3) RGB. ``BadImageError`` if it cannot be read."""
 
     def captions(self, index: int) -> Sequence[str]:
         """At least one."""
@@ -135,23 +130,12 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
         UserError: Not such a file, or its first picture is not in the folder.
     """
     path = config.annotations
-    content = read_json(path, hint="COCO has captions_train2017.json in annotations_trainval2017.zip")
-    try:
-        names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
-        texts: dict[int, list[str]] = {}
-        for entry in content["annotations"]:
-            if text := str(entry["caption"]).strip():
-                texts.setdefault(int(entry["image_id"]), []).append(text)
-        files = [config.images / names[number] for number in texts]
-    except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(
-            f"{path}: no captions in COCO's format ({type(problem).__name__}: {problem}); data.annotations is "
-            "captions_train2017.json, not instances_train2017.json"
-        ) from problem
-    if not files:
+    hint = "data.annotations is captions_train2017.json of annotations_trainval2017.zip, not instances_train2017.json"
+    captions = read_captions(path, hint=hint)
+    if not captions.files:
         raise UserError(f"{path} has no captions")
-    _warn_of_missing([names[number] for number in texts], config.images, where=str(path))
-    return CaptionedFiles(files, list(texts.values()))
+    _warn_of_missing(captions.files, config.images, where=str(path))
+    return CaptionedFiles([config.images / name for name in captions.files], captions.texts)
 
 
 def _warn_of_missing(names: Iterable[str], folder: Path, *, where: str) -> None:

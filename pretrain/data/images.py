@@ -3,8 +3,8 @@
 
 Captioned pictures are in `pretrain.data.image_text`.
 
-Each has `__len__`, `image(index)` → uint8 (H, W, 3) RGB, and `label(index)` → class number, −1 for none. All of them
-can be sent to loader workers.
+Each is an `ImageSet`: `Pictures`, and `label(index)` → class number, −1 for none. All of them can be sent to loader
+workers. `ovd.regions.layout.ImageSource` and `CaptionedSet` are `Pictures` with ids and with captions.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2  # a label, then the red, green and blue pl
 MAX_SHARDS = 1_000_000
 
 
-class ImageSet(Protocol):
-    """Pictures by number."""
+class Pictures(Protocol):
+    """Pictures by number: what every source has that training, embedding and measuring read."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> U8:
-        """uint8 (H, W, 3) RGB. ``BadImageError`` if it cannot be read."""
+        """uint8 (H, W, 3) RGB, upright. ``BadImageError`` if it cannot be read."""
+
+
+class ImageSet(Pictures, Protocol):
+    """Pictures to learn from without captions."""
 
     def label(self, index: int) -> int:
         """Class number, or −1."""
@@ -131,20 +135,20 @@ class CifarSet:
 
     def __init__(self, root: Path, *, split: str = "train") -> None:
         folder = root / "cifar-10-batches-bin" if (root / "cifar-10-batches-bin").is_dir() else root
-        wanted = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-        missing = [name for name in wanted if not (folder / name).is_file()]
+        names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             pickled = [folder, root / "cifar-10-batches-py"]
             if any((place / name).is_file() for place in pickled for name in ("data_batch_1", "test_batch")):
                 raise UserError(
                     f"{root} holds CIFAR-10's version for Python, which is a pickle and is not read: a pickle can run "
-                    f"code; fetch the binary version (cifar-10-binary.tar.gz, with {wanted[0]})"
+                    f"code; fetch the binary version (cifar-10-binary.tar.gz, with {names[0]})"
                 )
             raise UserError(
-                f"{folder / missing[0]} is missing; root must hold CIFAR-10's binary version ({', '.join(wanted)})"
+                f"{folder / missing[0]} is missing; root must hold CIFAR-10's binary version ({', '.join(names)})"
             )
         parts = []
-        for name in wanted:
+        for name in names:
             path = folder / name
             size = path.stat().st_size
             if size == 0 or size % CIFAR_RECORD:
@@ -278,9 +282,9 @@ def _index_of(path: Path) -> list[Place]:
     stamp = [status.st_size, status.st_mtime_ns]
     beside = path.with_name(path.name + ".index.json")
     try:
-        kept = json.loads(beside.read_text(encoding="utf-8"))
-        if kept["format"] == "shard-index/2" and kept["shard"] == stamp:
-            return [(str(key), int(a), int(b), int(c), int(d), int(e)) for key, a, b, c, d, e in kept["pictures"]]
+        stored = json.loads(beside.read_text(encoding="utf-8"))
+        if stored["format"] == "shard-index/2" and stored["shard"] == stamp:
+            return [(str(key), int(a), int(b), int(c), int(d), int(e)) for key, a, b, c, d, e in stored["pictures"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or of another file: make it again
     pictures: list[tuple[str, str, int, int]] = []

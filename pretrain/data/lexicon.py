@@ -24,6 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.data.coco import category_names
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 
@@ -71,8 +72,8 @@ class Lexicon:
 
     def synonyms(self, noun: str) -> tuple[str, ...]:
         """Other names of the same meaning."""
-        found = self.meaning(noun)
-        return () if found is None else tuple(name for name in self.meanings[found].names if name != noun)
+        key = self.meaning(noun)
+        return () if key is None else tuple(name for name in self.meanings[key].names if name != noun)
 
     def hypernyms(self, noun: str) -> tuple[str, ...]:
         """One name of each meaning above, the nearest first."""
@@ -80,20 +81,20 @@ class Lexicon:
 
     def above(self, meaning: str | None) -> list[str]:
         """The meanings above one, the nearest first."""
-        found: list[str] = []
+        keys: list[str] = []
         current = None if meaning is None else self.meanings[meaning].above
         while current is not None:
-            found.append(current)
+            keys.append(current)
             current = self.meanings[current].above
-        return found
+        return keys
 
     @cached_property
     def _by_name(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+        keys: dict[str, str] = {}
         for key, meaning in self.meanings.items():
             for name in meaning.names:
-                found.setdefault(name, key)
-        return found
+                keys.setdefault(name, key)
+        return keys
 
 
 def read_lexicon(path: Path | None = None) -> Lexicon:
@@ -152,16 +153,16 @@ class Senses:
             return self.wordnet.synsets[offsets[int(number) - 1]] if number else self._best(word)
         words = noun.split(OF, 1)[0].split()
         heads = [" ".join(words[i:]) for i in range(len(words))]
-        return next((found for head in [noun, *heads] if (found := self._best(head)) is not None), None)
+        return next((synset for head in [noun, *heads] if (synset := self._best(head)) is not None), None)
 
     def _best(self, noun: str) -> Synset | None:
         from pretrain.data.nouns import DRAWABLE
 
         for form in self._forms(noun):
-            found = [self.wordnet.synsets[offset] for offset in self.wordnet.senses.get(form, ())]
-            drawable = [s for s in found if s.lexfile in DRAWABLE]
+            candidates = [self.wordnet.synsets[offset] for offset in self.wordnet.senses.get(form, ())]
+            drawable = [s for s in candidates if s.lexfile in DRAWABLE]
             tests = [[s for s in drawable if s.offset in known] for known in self.photographed]
-            tests += [drawable, [s for s in found if s.lexfile == PERSON], found]
+            tests += [drawable, [s for s in candidates if s.lexfile == PERSON], candidates]
             best = next((group[0] for group in tests if group), None)
             if best is not None:
                 return best
@@ -185,7 +186,7 @@ def build_lexicon(wordnet: WordNet, nouns: Iterable[str], senses: Senses, imagen
         senses: What they mean.
         imagenet: Offsets of the classes of ImageNet's networks.
     """
-    found = {noun: synset for noun in sorted(set(nouns)) if (synset := senses.of(noun)) is not None}
+    synsets = {noun: synset for noun in sorted(set(nouns)) if (synset := senses.of(noun)) is not None}
     meanings: dict[str, dict[str, Any]] = {}
 
     def add(synset: Synset) -> str:
@@ -201,7 +202,7 @@ def build_lexicon(wordnet: WordNet, nouns: Iterable[str], senses: Senses, imagen
     return {
         "format": FORMAT,
         "source": "WordNet 3.0",
-        "nouns": {noun: add(synset) for noun, synset in found.items()},
+        "nouns": {noun: add(synset) for noun, synset in synsets.items()},
         "imagenet": [add(wordnet.synsets[offset]) for offset in imagenet],
         "meanings": dict(sorted(meanings.items())),
     }
@@ -216,7 +217,7 @@ def nouns_of(path: Path) -> list[str]:
     content = read_json(path)
     try:
         if isinstance(content, dict) and "categories" in content:
-            return [str(category["name"]) for category in content["categories"]]
+            return list(category_names(content["categories"], str(path)).values())
         groups = content.values() if isinstance(content, dict) else [content]
         return [str(noun) for group in groups for noun in group]
     except (TypeError, KeyError) as problem:

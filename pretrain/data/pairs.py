@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import cv2
 import numpy as np
@@ -20,6 +20,23 @@ from pretrain.data.dice import Dice
 from pretrain.data.render import U8, Patch, Sprite, Stage
 from pretrain.data.stickers import CROP, PAIR, SPLIT_KEY, Backgrounds, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PairBatch(TypedDict):
+    """A batch of pictures with their captions.
+
+    Attributes:
+        image: uint8 (N, 3, S, S).
+        caption: N texts.
+        class_id: (N,) int64.
+    """
+
+    image: Tensor
+    caption: list[str]
+    class_id: Tensor
 
 
 class PairSource(StickerSource):
@@ -149,8 +166,8 @@ class PairSource(StickerSource):
         return False
 
     @staticmethod
-    def collate(samples: list[tuple[U8, str, int]]) -> dict[str, Any]:
-        """{"image": uint8 (N, 3, S, S), "caption": list of N, "class_id": int64 (N,)} as tensors."""
+    def collate(samples: list[tuple[U8, str, int]]) -> PairBatch:
+        """A batch."""
         import torch
 
         return {

@@ -19,12 +19,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
 
 from pretrain.config_photos import PhotoWords
+from pretrain.data.coco import GroundTruth, read_ground_truth
 from pretrain.data.folder import U8, look_for, read_image
 from pretrain.data.lexicon import Lexicon, read_lexicon
 from pretrain.data.pairs import PairSource
@@ -67,54 +68,38 @@ class Words:
     left_out: frozenset[str]
 
 
-def read_boxes(path: Path, images: Path, *, part: Part, min_score: float, min_side: float) -> list[Item]:
-    """Boxes of a COCO file.
+def boxes_of(truth: GroundTruth, images: Path, *, part: Part, min_score: float, min_side: float) -> list[Item]:
+    """Boxes of a COCO file; crowds are left out.
 
     Args:
-        path: ``.json``, or ``.json.gz``.
+        truth: What was read of it.
         images: Folder of the photos.
         part: By ``images[].split``; "all": every photo.
         min_score: Annotations with a ``score`` below are left out; those without a score are taken.
         min_side: Shortest side in pixels.
 
     Raises:
-        UserError: It is no such file, a value is none, or `part` is asked of a file that does not tell parts.
+        UserError: A photo has no file, or `part` is asked of a file that does not tell parts.
     """
-    content = read_json(path, hint="a COCO file has images, annotations and categories")
-    try:
-        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        photos = {entry["id"]: entry for entry in content["images"]}
-        wanted = {key for key, entry in photos.items() if part == "all" or entry.get("split") == part}
-        if photos and not wanted:
-            raise UserError(
-                f"{path}: no photo has split {part!r} (images[].split); set data.part=all to take every one"
-            )
-        items = []
-        for number, entry in enumerate(content["annotations"]):
-            x, y, w, h = (float(value) for value in entry["bbox"])
-            if not all(map(math.isfinite, (x, y, w, h))):
-                raise ValueError(f"annotations[{number}].bbox is {entry['bbox']}")
-            photo = photos[entry["image_id"]]
-            crowd, score = entry.get("iscrowd", 0), float(entry.get("score", 1.0))
-            if entry["image_id"] in wanted and not crowd and score >= min_score and min(w, h) >= min_side:
-                word = names[entry["category_id"]]
-                items.append(Item(images / str(photo["file_name"]), word, (x, y, w, h)))
-    except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(f"{path}: no boxes in COCO's format ({type(problem).__name__}: {problem})") from problem
+    chosen = {key for key in truth.sizes if part == "all" or truth.parts.get(key) == part}
+    if truth.sizes and not chosen:
+        raise UserError(
+            f"{truth.where}: no photo has split {part!r} (images[].split); set data.part=all to take every one"
+        )
+    items = []
+    for one in truth.annotations:
+        x, y, w, h = (float(value) for value in one["bbox"])
+        if one["image_id"] not in chosen or one["iscrowd"] or one.get("score", 1.0) < min_score or min(w, h) < min_side:
+            continue
+        file = images / truth.file_of(one["image_id"])
+        items.append(Item(file, truth.categories[one["category_id"]], (x, y, w, h)))
     return items
 
 
-def parts_of(paths: Sequence[Path]) -> tuple[dict[str, str], set[str]]:
+def parts_of(truths: Sequence[GroundTruth]) -> tuple[dict[str, str], set[str]]:
     """File name -> its ``split`` in the COCO files, and the names whose ``content`` is a scene of several things."""
-    parts: dict[str, str] = {}
-    scenes: set[str] = set()
-    for path in paths:
-        for entry in read_json(path).get("images", []):
-            if isinstance(entry.get("split"), str):
-                parts[str(entry["file_name"])] = entry["split"]
-            if entry.get("content") == "scene":
-                scenes.add(str(entry["file_name"]))
-    return parts, scenes
+    parts = {truth.files[key]: part for truth in truths for key, part in truth.parts.items() if key in truth.files}
+    return parts, {name for truth in truths for name in truth.scenes}
 
 
 def read_labels(path: Path, images: Path, *, parts: Mapping[str, str], scenes: set[str], part: Part) -> list[Item]:
@@ -141,22 +126,26 @@ def read_photo_words(config: PhotoWords) -> Words:
     """
     lexicon = read_lexicon(config.lexicon)
     left_out = frozenset(str(noun) for noun in read_json(config.leave_out)) if config.leave_out else frozenset()
-    parts, scenes = parts_of(config.annotations)
+    truths = [read_ground_truth(path, hint="data.annotations must be COCO files") for path in config.annotations]
+    for truth in truths:
+        for warning in truth.warnings:
+            print(f"warning: {truth.where}: {warning}", file=sys.stderr)
+    parts, scenes = parts_of(truths)
     named: list[Item] = []
     if config.labels is not None:
         named = read_labels(config.labels, config.images, parts=parts, scenes=scenes, part=config.part)
     closed = {item.file for item in named if item.word in left_out}
     boxes: list[Item] = []
     rng = random.Random(0)
-    for path in config.annotations:
+    for truth in truths:
         by_word: dict[str, list[Item]] = defaultdict(list)
-        for item in read_boxes(
-            path, config.images, part=config.part, min_score=config.min_score, min_side=config.min_side
+        for item in boxes_of(
+            truth, config.images, part=config.part, min_score=config.min_score, min_side=config.min_side
         ):
             by_word[item.word].append(item)
-        for _, found in sorted(by_word.items()):
-            rng.shuffle(found)
-            boxes += found[: config.per_word]
+        for _, group in sorted(by_word.items()):
+            rng.shuffle(group)
+            boxes += group[: config.per_word]
     items = [item for item in named + boxes if item.word not in left_out and item.file not in closed]
     if not items:
         raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
@@ -198,8 +187,8 @@ class PhotoWordSource:
         weights = np.zeros(len(ids))
         for chosen, part in ((boxed, share), (~boxed, 1 - share)):
             counts = np.bincount(ids[chosen], minlength=len(words.classes))
-            own = 1 / np.sqrt(counts[ids[chosen]])  # a class as often as the root of its number
-            weights[chosen] = part * own / own.sum() if len(own) else own
+            class_weights = 1 / np.sqrt(counts[ids[chosen]])  # a class as often as the root of its number
+            weights[chosen] = part * class_weights / class_weights.sum() if len(class_weights) else class_weights
         self._cumulative = np.cumsum(weights) / weights.sum()
 
     def __len__(self) -> int:
@@ -211,8 +200,8 @@ class PhotoWordSource:
         files = sorted({item.file for item in items})
         root = Path(os.path.commonpath([file.parent for file in files]))
         names = [os.path.relpath(file, root) for file in files]
-        said = [(os.path.relpath(item.file, root), item.word, item.box) for item in items]
-        return {**files_identity("photos", root, names), "words and boxes": text_identity(said)}
+        labels = [(os.path.relpath(item.file, root), item.word, item.box) for item in items]
+        return {**files_identity("photos", root, names), "words and boxes": text_identity(labels)}
 
     def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:
         """The item, its crop and resolution are drawn by (seed, index, draw).
@@ -280,12 +269,21 @@ def cut_square(picture: U8, window: Box, size: int) -> U8:
     return np.asarray(Image.fromarray(canvas).resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[dict[str, Any]]]:
+@dataclass(frozen=True, kw_only=True)
+class ClassCaptions:
+    """What a picture of a class may be called: its word, synonyms and hypernyms, as numbers of the vocabulary."""
+
+    word: int
+    synonyms: tuple[int, ...]
+    hypernyms: tuple[int, ...]
+
+
+def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[ClassCaptions]]:
     """Words a picture chooses from, and which of them are no mistake for a class.
 
     Returns:
         V words: the classes, their synonyms and hypernyms; (C, V) bool, True where a word means the class itself, or
-        something above or below it; per class its "own" word, "synonyms" and "hypernyms", as numbers of words.
+        something above or below it; the captions of each class.
     """
     lexicon = words.lexicon
     related: list[tuple[str, list[str], list[str]]] = []
@@ -301,17 +299,19 @@ def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[dict[str, A
     spared = np.zeros((len(words.classes), len(vocabulary)), bool)
     rows = []
     for row, (word, synonyms, hypernyms) in enumerate(related):
-        own = lexicon.meaning(word)
+        meaning_of_class = lexicon.meaning(word)
         spared[row, [number[word], *(number[name] for name in synonyms + hypernyms)]] = True
-        if own is not None:
+        if meaning_of_class is not None:
             for column, key in enumerate(meaning):
-                if key is not None and (key == own or key in above_of[own] or own in above_of[key]):
+                if key is not None and (
+                    key == meaning_of_class or key in above_of[meaning_of_class] or meaning_of_class in above_of[key]
+                ):
                     spared[row, column] = True
         rows.append(
-            {
-                "own": number[word],
-                "synonyms": [number[n] for n in synonyms],
-                "hypernyms": [number[n] for n in hypernyms],
-            }
+            ClassCaptions(
+                word=number[word],
+                synonyms=tuple(number[n] for n in synonyms),
+                hypernyms=tuple(number[n] for n in hypernyms),
+            )
         )
     return vocabulary, spared, rows

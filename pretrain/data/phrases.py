@@ -176,8 +176,8 @@ def build_phrases(
             add(plural, 1.0, phrases[singular].definition)
     for text, weight, _ in ranked[:prompted]:
         add(rng.choice(PROMPTS).format(text), weight / 2, phrases[text].definition if text in phrases else "")
-    kept = set(list(dict.fromkeys(p.definition for p in phrases.values() if p.definition))[:definitions])
-    return [p if p.definition in kept else p._replace(definition="") for p in phrases.values()]
+    chosen = set(list(dict.fromkeys(p.definition for p in phrases.values() if p.definition))[:definitions])
+    return [p if p.definition in chosen else p._replace(definition="") for p in phrases.values()]
 
 
 def main(argv: list[str]) -> int:

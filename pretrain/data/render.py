@@ -241,11 +241,11 @@ def harmonise(patch: U8, canvas: U8, amount: int) -> U8:
     """Mix the colours of a patch (h, w, 4) with the mean colour of the canvas below: amount/256 of it."""
     below = [math.floor(mean + 0.5) for mean in cv2.mean(canvas)[:3]]
     alpha = spread(cv2.extractChannel(patch, 3), 4)
-    own_pixels = np.stack([_ramp(256 - amount)] * 3 + [_ramp(256)])
+    patch_table = np.stack([_ramp(256 - amount)] * 3 + [_ramp(256)])
     mixed = np.stack([_ramp(colour * amount // 255) for colour in below] + [np.zeros(256, np.uint8)])
-    own_part = cv2.LUT(patch, np.ascontiguousarray(own_pixels.T)[None])
+    patch_part = cv2.LUT(patch, np.ascontiguousarray(patch_table.T)[None])
     mixed_part = cv2.LUT(alpha, np.ascontiguousarray(mixed.T)[None])
-    return cv2.min(cv2.add(own_part, mixed_part), alpha)
+    return cv2.min(cv2.add(patch_part, mixed_part), alpha)
 
 
 def photo_pyramid(image: U8) -> tuple[U8, ...]:

@@ -6,10 +6,10 @@ Shapes: N images, n objects, m distractors, H and W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from pretrain.data.render import U8, Patch, Stage, extent
 from pretrain.data.rle import encode_mask
 from pretrain.data.stickers import SCENE, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Labels = Literal["all", "base"]
 
@@ -175,23 +178,44 @@ class ImageView:
         return np.ascontiguousarray(self.source.sample(index, draw).image.transpose(2, 0, 1))
 
     @staticmethod
-    def collate(samples: list[U8]) -> dict[str, Any]:
+    def collate(samples: list[U8]) -> dict[str, Tensor]:
         """{"image": uint8 tensor (N, 3, H, W)}."""
         import torch
 
         return {"image": torch.from_numpy(np.stack(samples))}
 
 
-def coco_objects(
-    scene: Scene, *, image_id: int, first_annotation_id: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+class SceneEntry(TypedDict):
+    """A scene in COCO's ``images``."""
+
+    id: int
+    width: int
+    height: int
+    caption: str
+
+
+class ObjectEntry(TypedDict):
+    """An object of a scene in COCO's ``annotations``; visible: share of its pixels that nothing covers."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: int
+    segmentation: Mapping[str, object]
+    iscrowd: int
+    visible: float
+    truncated: bool
+
+
+def coco_objects(scene: Scene, *, image_id: int, first_annotation_id: int) -> tuple[SceneEntry, list[ObjectEntry]]:
     """A scene as COCO's `images` entry and `annotations` entries.
 
     Category ids are class ids plus 1, because COCO tools count from 1. Masks are compressed RLE with text counts; the
     area is that of the mask and the box is its extent.
     """
     height, width = scene.image.shape[:2]
-    objects = []
+    objects: list[ObjectEntry] = []
     for k, (mask, box) in enumerate(zip(scene.masks, scene.boxes, strict=True)):
         x0, y0, x1, y1 = (float(side) for side in box)
         objects.append(
@@ -208,18 +232,3 @@ def coco_objects(
             }
         )
     return {"id": image_id, "width": width, "height": height, "caption": scene.caption}, objects
-
-
-def scene_record(scene: Scene, index: int) -> dict[str, Any]:
-    """A scene as one dict: image id (index + 1), height, width, caption, COCO annotations, unlabelled distractors."""
-    image, objects = coco_objects(scene, image_id=index + 1, first_annotation_id=index * 100 + 1)
-    for entry in objects:
-        entry["class_id"] = entry["category_id"] - 1
-    return {
-        "image_id": image["id"],
-        "height": image["height"],
-        "width": image["width"],
-        "caption": image["caption"],
-        "annotations": objects,
-        "distractors": [[float(side) for side in box] for box in scene.distractors],
-    }

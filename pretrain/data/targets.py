@@ -56,8 +56,8 @@ class PhraseSource:
     ) -> None:
         self.seed = seed
         row = {text: i for i, text in enumerate(targets.phrases)}
-        wanted = [Phrase(text) for text in targets.phrases] if phrases is None else phrases
-        chosen = [p for p in wanted if p.text in row and not held_out(p.text, held_out_share)]
+        every = [Phrase(text) for text in targets.phrases] if phrases is None else phrases
+        chosen = [p for p in every if p.text in row and not held_out(p.text, held_out_share)]
         if not chosen:
             raise UserError("no phrase of the phrase file has a target: were the targets made from another file?")
         self.tokens = tokenize([p.text for p in chosen])

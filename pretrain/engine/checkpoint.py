@@ -17,13 +17,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import StateDict
 
+from pretrain.engine.distributed import RngState
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import flush_to_disk, sha256_of, write_atomically
 from pretrain.engine.state import load_tensors
@@ -37,12 +39,69 @@ FREE_SPACE_MARGIN = 1.1  # of the size of the tensors, for headers and directory
 _ALIASES = "aliases"
 
 
+class FileSum(TypedDict):
+    """Size and sha256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Meta(TypedDict, total=False):
+    """``meta.json``: what a checkpoint is, and of which run.
+
+    Attributes:
+        format: Version of the layout.
+        step: Finished steps.
+        files: Sums of the other files, by name.
+        config: The run's configuration as plain values.
+        inputs: What the run was made from beside it: number and digests of samples, digest of frozen weights.
+        processes: How many there were.
+        torch: Version.
+    """
+
+    format: int
+    step: int
+    files: Mapping[str, FileSum]
+    config: Mapping[str, object]
+    inputs: Mapping[str, int | str]
+    processes: int
+    torch: str
+
+
+class RankState(TypedDict):
+    """What each process has of its own: its generators, and sums since the last log line."""
+
+    rng: RngState
+    window: dict[str, float]
+
+
+class RunState(TypedDict):
+    """Everything of a run beside the model: what ``state.pt`` holds.
+
+    Attributes:
+        step: Finished steps.
+        draw: Samples drawn.
+        skipped: Non-finite steps in a row.
+        bad_draws: Replaced images, over all processes.
+        optimizer, scaler: Their state dictionaries.
+        ranks: One per process.
+    """
+
+    step: int
+    draw: int
+    skipped: int
+    bad_draws: int
+    optimizer: StateDict
+    scaler: StateDict
+    ranks: list[RankState]
+
+
 class Checkpoint(NamedTuple):
     """A verified checkpoint: its folder, its step, and the content of ``meta.json``."""
 
     folder: Path
     step: int
-    meta: dict[str, Any]
+    meta: Meta
 
 
 class _HashingFile:
@@ -62,7 +121,7 @@ class _HashingFile:
     def flush(self) -> None:
         self._file.flush()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> FileSum:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -72,7 +131,7 @@ class _HashingFile:
         self._file.close()
 
 
-def _write(path: Path, produce: Callable[[Any], Any]) -> dict[str, Any]:
+def _write(path: Path, produce: Callable[[Any], object]) -> FileSum:
     """Write and flush one file; returns its size and sha256."""
     file = _HashingFile(path)
     try:
@@ -259,9 +318,7 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def save(
-    root: Path, *, step: int, model: Mapping[str, Any], state: dict[str, Any], meta: dict[str, Any], keep: int
-) -> Checkpoint:
+def save(root: Path, *, step: int, model: Mapping[str, object], state: RunState, meta: Meta, keep: int) -> Checkpoint:
     """Write, verify and publish one checkpoint, then delete old ones.
 
     Args:
@@ -277,7 +334,7 @@ def save(
     """
     folder, temporary = root / f"step_{step}", root / f".step_{step}.tmp"
     tensors = {name: value for name, value in model.items() if isinstance(value, Tensor)}
-    state = {**state, "extra": {name: value for name, value in model.items() if name not in tensors}}
+    content = {**state, "extra": {name: value for name, value in model.items() if name not in tensors}}
     try:
         if folder.is_dir():
             try:
@@ -287,11 +344,11 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".step_*"):
             shutil.rmtree(leftover)
-        check_free_space(root, int(FREE_SPACE_MARGIN * (size_of(tensors) + size_of(state))))
+        check_free_space(root, int(FREE_SPACE_MARGIN * (size_of(tensors) + size_of(content))))
         temporary.mkdir()
         files = {
             MODEL: _write(temporary / MODEL, lambda file: file.write(pack(tensors, {"step": str(step)}))),
-            STATE: _write(temporary / STATE, lambda file: torch.save(state, file)),
+            STATE: _write(temporary / STATE, lambda file: torch.save(content, file)),
         }
         text = json.dumps({"format": FORMAT, "step": step, "files": files, **meta}, indent=1)
         _write(temporary / META, lambda file: file.write(with_sum(text)))
@@ -310,7 +367,7 @@ def save(
         ) from error
 
 
-def size_of(value: Any) -> int:
+def size_of(value: object) -> int:
     """Bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
@@ -351,7 +408,7 @@ def prune(root: Path, *, newest_step: int, keep: int, later: bool = False) -> No
         shutil.rmtree(hidden)
 
 
-def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], RunState]:
     """Read a verified checkpoint.
 
     Returns:
@@ -359,7 +416,7 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     tensors, _ = load_weights(checkpoint.folder / MODEL)
     try:
-        state: dict[str, Any] = torch.load(checkpoint.folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint.folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types; the sum was right, so the file is not ours
         raise UserError(f"{checkpoint.folder / STATE}: cannot be read ({error})") from error
     return {**tensors, **state.pop("extra")}, state

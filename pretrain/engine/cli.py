@@ -70,7 +70,7 @@ def command_line(
     switches = ("print-config", *flags)
     problems: list[str] = []
     overrides: list[str] = []
-    given: set[str] = set()
+    seen: set[str] = set()
     config: str | None = None
     wants_help, everything, section = False, False, None
     rest = list(argv)
@@ -90,7 +90,7 @@ def command_line(
             else:
                 problems.append(f"'{argument}': expected key=value or a flag; see --help")
         elif argument.startswith("--") and not equals and name in switches:
-            given.add(key)
+            seen.add(key)
         elif argument.startswith("--") and (name == "config" or key in fields):
             if not equals and name != "config" and fields[key].annotation is bool:
                 value = "true"
@@ -120,12 +120,12 @@ def command_line(
             _help(shown, prog, doc, default_config, flags, everything) if section is None else describe(shown, section)
         )
         raise SystemExit(0)
-    if {"resume", "overwrite"} <= given:
+    if {"resume", "overwrite"} <= seen:
         problems.append("--resume and --overwrite exclude each other")
     if problems:
         raise ConfigError(problems)
     cfg = load_config(model, config, overrides)
-    options = Options(**dict.fromkeys(given, True), config=config)
+    options = Options(**dict.fromkeys(seen, True), config=config)
     if options.print_config:
         print(f"{dump_config(cfg)}# hash of the training keys: {config_hash(cfg)}")
         raise SystemExit(0)

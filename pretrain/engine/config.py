@@ -191,12 +191,12 @@ def load_config(
     Raises:
         ConfigError: With all problems, each with the file and line, or the override, it comes from.
     """
-    given = list(overrides)
+    texts = list(overrides)
     closing: list[str] = []
     file = None if path is None else find_config(path, search)
     chain, problems = ([], []) if file is None else read_chain(file)
     partial = bool(problems)
-    changes, bad_overrides = read_overrides(given, lambda old, new: _merge(old, new, Shape()))
+    changes, bad_overrides = read_overrides(texts, lambda old, new: _merge(old, new, Shape()))
     problems += bad_overrides
     if isinstance(model, ConfigChoice):
         model = model.choose([*chain, changes])
@@ -211,7 +211,7 @@ def load_config(
         explained, closing = explain(error, model, merged, partial=partial)
         problems += explained
     if problems:
-        raise ConfigError([*_in_order(problems, given), *closing])
+        raise ConfigError([*_in_order(problems, texts), *closing])
     return cfg
 
 
@@ -279,8 +279,8 @@ def _complete(item: Item, shape: Shape, default: Any) -> Item:
     return Item(result, item.where)
 
 
-def _same_tag(given: Mapping[str, Item], default: BaseModel, tag: str) -> bool:
-    return tag not in given or given[tag].plain() == getattr(default, tag, None)
+def _same_tag(items: Mapping[str, Item], default: BaseModel, tag: str) -> bool:
+    return tag not in items or items[tag].plain() == getattr(default, tag, None)
 
 
 def _as_item(value: Any, where: str) -> Item:

@@ -280,21 +280,21 @@ def find_config(path: str | os.PathLike[str], search: Sequence[str | os.PathLike
     text = os.fspath(path)
     if not text or "\0" in text:
         raise ConfigError([f"'{text}' is not a file name"])
-    given = Path(text)
+    direct = Path(text)
     try:
-        folders = [] if given.is_absolute() else _search_folders(search)
+        folders = [] if direct.is_absolute() else _search_folders(search)
         for root in (Path(), *folders):
             for suffix in SUFFIXES:
                 candidate = root / f"{text}{suffix}"
                 if candidate.is_file():
                     return candidate
-        if given.is_dir():
+        if direct.is_dir():
             raise ConfigError([f"{text}: is a folder; name a YAML file"])
-        if given.exists():
+        if direct.exists():
             raise ConfigError([f"{text}: is not a regular file"])
     except OSError as error:  # a name too long, a folder that may not be entered, a circle of links
         raise ConfigError([f"{shorten(text)}: cannot be read: {error.strerror}"]) from None
-    hint = file_hint(text, folders or [given.parent])
+    hint = file_hint(text, folders or [direct.parent])
     raise ConfigError([f"{shorten(text, 200)}: no such file{hint}"])
 
 

@@ -16,11 +16,12 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pretrain.engine.errors import UserError
 
@@ -172,7 +173,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
+class RngState(TypedDict):
+    """The state of every global generator: Python's, numpy's (words, position, has_gauss, gauss), torch's."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Tensor, int, int, float]
+    torch: Tensor
+    cuda: list[Tensor]
+
+
+def rng_state() -> RngState:
     """The state of every global generator, in types that ``torch.load(weights_only=True)`` accepts."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -183,7 +193,7 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: RngState) -> None:
     """Put back what ``rng_state`` returned."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))

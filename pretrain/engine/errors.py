@@ -125,9 +125,9 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
-        said = fault_of_the_machine(error)
-        if said is None:
+        fault = fault_of_the_machine(error)
+        if fault is None:
             raise
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     sys.exit(0 if status is None else status)

@@ -78,10 +78,10 @@ def guilty_samples(processes: Sequence[NonFinite]) -> str:
         processes: What each process saw.
     """
     # Prefer those whose own loss is not finite: after averaging, the gradient is alike everywhere.
-    guilty = [one for one in processes if not math.isfinite(one["loss"])] or processes
-    indices = [index for one in guilty for index in one["indices"]]
-    draws = [draw for one in guilty for draw in one["draws"]]
-    return f"loss {guilty[0]['loss']}, gradient norm {guilty[0]['grad_norm']}; samples {indices}, draws {draws}"
+    failing = [one for one in processes if not math.isfinite(one["loss"])] or processes
+    indices = [index for one in failing for index in one["indices"]]
+    draws = [draw for one in failing for draw in one["draws"]]
+    return f"loss {failing[0]['loss']}, gradient norm {failing[0]['grad_norm']}; samples {indices}, draws {draws}"
 
 
 def too_many_bad(bad: int, drawn: int) -> bool:
@@ -124,12 +124,12 @@ class Watchdog:
         self._stopped.set()
 
     def _watch(self) -> None:
-        told: tuple[int, str, float] | None = None
+        reported: tuple[int, str, float] | None = None
         while not self._stopped.wait(self.patience / 4):
             place = self._place
             waited = time.monotonic() - place[2]
-            if waited > self.patience and place is not told:
-                told = place
+            if waited > self.patience and place is not reported:
+                reported = place
                 print(
                     f"warning: process {self.rank} (pid {os.getpid()}) has been in step {place[0]} ({place[1]}) for "
                     f"{waited:.0f} s. It waits for others, or they for it: look at the process that names another "

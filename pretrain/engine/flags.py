@@ -65,9 +65,9 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` instead of printing the usage and leaving."""
         if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
-            given = unknown[1].split()[0].partition("=")[0]
-            close = nearest(given.lstrip("-"), [flag.lstrip("-") for flag in self.flags()], 1)
-            message += f" - did you mean '--{close[0]}'?" if close and given.startswith("--") else ""
+            unknown_flag = unknown[1].split()[0].partition("=")[0]
+            close = nearest(unknown_flag.lstrip("-"), [flag.lstrip("-") for flag in self.flags()], 1)
+            message += f" - did you mean '--{close[0]}'?" if close and unknown_flag.startswith("--") else ""
         raise UserError(f"{message}; see {self.prog} --help")
 
     def flags(self) -> Iterator[str]:

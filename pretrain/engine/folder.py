@@ -12,7 +12,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,15 +36,15 @@ RUN_FILES = (
 LOCK = ".lock"
 
 
-def as_json(record: dict[str, Any]) -> dict[str, Any]:
+def as_json(record: Mapping[str, object]) -> dict[str, object]:
     """A record in the types that survive ``meta.json`` (lists for tuples, text for paths)."""
-    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    plain: dict[str, object] = json.loads(json.dumps(record, default=str))
     return plain
 
 
 def find_start(
     out: Path,
-    record: dict[str, Any],
+    record: Mapping[str, object],
     *,
     free_keys: Iterable[str],
     at_default: Iterable[str] = (),
@@ -171,7 +170,7 @@ class FolderLock:
             self._descriptor = None
 
 
-def prepare(out: Path, record: dict[str, Any], *, device: torch.device, overwrite: bool) -> None:
+def prepare(out: Path, record: Mapping[str, object], *, device: torch.device, overwrite: bool) -> None:
     """Remove what an overwritten run has left, and write ``config.yaml`` and ``env.json``."""
     if overwrite:
         for name in RUN_FILES:  # by name: a mistyped out= must not empty somebody's folder

@@ -68,15 +68,15 @@ def rewind(path: Path, *, step: int) -> str | None:
     """
     if not path.is_file():
         return None
-    kept: list[str] = []
+    lines: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                lines.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the line that was being written when the run was killed
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())
-    return kept[-1] if kept else None
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
+    return lines[-1] if lines else None
 
 
 class RunLog:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def fit(
     loop: LoopConfig,
     optim: OptimConfig,
     out: Path,
-    record: dict[str, Any],
+    record: Mapping[str, object],
     resume: bool = False,
     overwrite: bool = False,
     check: bool = False,
@@ -159,7 +159,7 @@ class _Run:
         loop: LoopConfig,
         optim: OptimConfig,
         out: Path,
-        record: dict[str, Any],
+        record: Mapping[str, object],
         check: bool,
     ) -> None:
         self.loop, self.optim, self.out, self.record, self.check = loop, optim, out, record, check
@@ -196,10 +196,10 @@ class _Run:
     def begin(self, start: checkpoint.Checkpoint | None, notes: list[str], *, overwrite: bool) -> None:
         """Load the checkpoint, if any; open the folder and the log; wrap the model."""
         distributed.seed_everything(derive_seed(self.loop.seed, self.rank))
-        rank_state: dict[str, Any] | None = None
+        rank_state: checkpoint.RankState | None = None
         if not self.check:  # one process looks at the files
-            told = identity_of(self.data.source) if self.rank == 0 else {}
-            self.inputs |= distributed.all_objects(told)[0]
+            data_identity = identity_of(self.data.source) if self.rank == 0 else {}
+            self.inputs |= distributed.all_objects(data_identity)[0]
         if start is not None:
             notes += folder.refuse_other_inputs(start, self.inputs)
             model, state = checkpoint.load_state(start)
@@ -302,7 +302,7 @@ class _Run:
             old.copy_(buffer)
         lr = set_lr(self.optimizer, self.step, self.optim, total=self.loop.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Any] = {}
+        sums: dict[str, Tensor | float] = {}
         counts: dict[str, int] = {}
         for number, part in enumerate(parts):
             with ExitStack() as stack:
@@ -358,14 +358,14 @@ class _Run:
 
     def _report_skip(self, values: dict[str, float], parts: list[Fetched]) -> None:
         """Record a step that changed nothing; stop when there were too many in a row."""
-        mine: NonFinite = {
+        values_here: NonFinite = {
             "rank": self.rank,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
             "indices": [index for part in parts for index in part.indices],
             "draws": [draw for part in parts for draw in part.draws],
         }
-        processes = distributed.all_objects(mine)
+        processes = distributed.all_objects(values_here)
         if self.skipped == 0:
             self.log.event(self.step, "loss_scale_lowered", scale=self.scaler.get_scale())
             return

@@ -82,15 +82,15 @@ def load_tensors(
     Raises:
         UserError: It does not fit; with counts, first names and the first shapes.
     """
-    given = tensors if rename is None else {rename(name): value for name, value in tensors.items()}
-    own = module.state_dict()
+    source_tensors = tensors if rename is None else {rename(name): value for name, value in tensors.items()}
+    target = module.state_dict()
     left = skip or ("\0",)  # no name begins with it
-    wanted = [name for name in own if not name.startswith(left)]
-    shared = [name for name in wanted if name in given]
-    other_shape = [name for name in shared if _shape(own[name]) != _shape(given[name])]
-    missing = [name for name in wanted if name not in given]
+    expected = [name for name in target if not name.startswith(left)]
+    shared = [name for name in expected if name in source_tensors]
+    other_shape = [name for name in shared if _shape(target[name]) != _shape(source_tensors[name])]
+    missing = [name for name in expected if name not in source_tensors]
     lacking = [name for name in missing if not name.endswith(COUNTER) and not name.startswith(optional or ("\0",))]
-    unexpected = [name for name in given if name not in own and not name.startswith(left)]
+    unexpected = [name for name in source_tensors if name not in target and not name.startswith(left)]
     surplus = [name for name in unexpected if not name.endswith(COUNTER)]
     problems = {
         "missing": lacking if strict in ("both", "module") else [],
@@ -98,16 +98,16 @@ def load_tensors(
         "of another shape": other_shape if strict != "no" else [],
     }
     if any(problems.values()):
-        text = f"{source} does not fit this model: {_misfit(problems, own=own, given=given)}"
+        text = f"{source} does not fit this model: {_misfit(problems, target=target, source_tensors=source_tensors)}"
         raise UserError(f"{text}. {hint}" if hint else text)
     loaded = [name for name in shared if name not in other_shape]
-    module.load_state_dict({**own, **{name: given[name] for name in loaded}})
+    module.load_state_dict({**target, **{name: source_tensors[name] for name in loaded}})
     return LoadReport(
         loaded=tuple(loaded),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         other_shape=tuple(other_shape),
-        skipped=tuple(name for name in given if name.startswith(left)),
+        skipped=tuple(name for name in source_tensors if name.startswith(left)),
     )
 
 
@@ -116,15 +116,17 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _misfit(problems: Mapping[str, list[str]], *, own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def _misfit(problems: Mapping[str, list[str]], *, target: Mapping[str, Any], source_tensors: Mapping[str, Any]) -> str:
     """Counts and the first name of each kind."""
-    compared = [name for name in own if name in given or not name.endswith(COUNTER)]
-    matching = [name for name in compared if name in given and _shape(given[name]) == _shape(own[name])]
+    compared = [name for name in target if name in source_tensors or not name.endswith(COUNTER)]
+    matching = [
+        name for name in compared if name in source_tensors and _shape(source_tensors[name]) == _shape(target[name])
+    ]
     parts = [f"{len(matching)} of {len(compared)} tensors match"]
     for title, names in problems.items():
         if names:
             first, shapes = names[0], ""
             if title == "of another shape":
-                shapes = f": {_shape(given[first])} instead of {_shape(own[first])}"
+                shapes = f": {_shape(source_tensors[first])} instead of {_shape(target[first])}"
             parts.append(f"{len(names)} {title}, such as {first}{shapes}")
     return "; ".join(parts)

@@ -45,9 +45,9 @@ def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data
             "train/CLASS/ and val/CLASS/"
         )
     train_set, test_set = (FolderSet(folder, classes=True) for folder in folders)
-    ours, theirs = train_set.classes, test_set.classes
-    if ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs))
+    train_classes, test_classes = train_set.classes, test_set.classes
+    if train_classes != test_classes:
+        odd = sorted(set(train_classes) ^ set(test_classes))
         raise UserError(
             f"{key} {text}: train and val have different classes, for example {odd[0]!r}; give both the same"
         )

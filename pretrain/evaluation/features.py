@@ -81,13 +81,13 @@ def features(
         view: (picture, index) → picture of the right size; None: the evaluation view.
     """
     world, device = distributed.world_size(), distributed.device_of(backbone)
-    mine = list(indices)[distributed.rank() :: world]
+    shard = list(indices)[distributed.rank() :: world]
     share = -(-len(indices) // world)
-    mine += list(indices)[: share - len(mine)]  # equal shares; what is too much is cut off below
+    shard += list(indices)[: share - len(shard)]  # equal shares; what is too much is cut off below
     rows = []
     with frozen(backbone):
         for start in range(0, share, batch):
-            part = mine[start : start + batch]
+            part = shard[start : start + batch]
             make = view or (lambda picture, index: centre(picture, inputs.size))
             pictures = [make(images.image(i), i) for i in part]
             rows.append(backbone(normalised(pictures, inputs, device)).float())

@@ -112,8 +112,8 @@ class KnnProbe:
 class _CachedViews:
     """Evaluation views, made once."""
 
-    def __init__(self, source: ImageSet, is_bank: bool, kept: dict[tuple[bool, int], U8], size: int) -> None:
-        self.source, self.is_bank, self.kept, self.size = source, is_bank, kept, size
+    def __init__(self, source: ImageSet, is_bank: bool, cache: dict[tuple[bool, int], U8], size: int) -> None:
+        self.source, self.is_bank, self.kept, self.size = source, is_bank, cache, size
 
     def __len__(self) -> int:
         return len(self.source)

@@ -11,13 +11,11 @@ LARS hides that for the weights, not for biases and norms: their rate was tuned 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from pretrain.config_ssl import BarlowTwinsMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.optim import ParamGroup
 from pretrain.losses import barlow_twins
@@ -73,7 +71,7 @@ class BarlowTwins(SelfSupervised[BarlowTwinsMethod]):
         trained = parameter_bytes(cls.build_projector(config, width))
         return HeadMemory(trained, kept=3 * 4 * config.dims[-1] ** 2, kept_for="the correlation matrix")
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
 
         Args:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from pretrain.config_ssl import SslMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.engine.task import Task
 
 ConfigT = TypeVar("ConfigT", bound=SslMethod)
@@ -76,7 +77,7 @@ class SelfSupervised(Task, Generic[ConfigT]):
         return lr
 
     @torch.no_grad()
-    def augmented(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def augmented(self, batch: ViewBatch) -> list[Tensor]:
         """Each view of the batch, (N, 3, S, S) uint8, through its own augmentation.
 
         Raises:

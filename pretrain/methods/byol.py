@@ -13,14 +13,12 @@ step with group norm and weight standardisation in encoder and heads. Here that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from pretrain.config_ssl import ByolMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.losses import byol_regression
 from pretrain.methods.base import Augment, HeadMemory, SelfSupervised, parameter_bytes, width_of
 from pretrain.nets.ema import cosine_momentum, ema_update, flat_parameters, momentum_copy
@@ -80,7 +78,7 @@ class BYOL(SelfSupervised[ByolMethod]):
         trained = projector + parameter_bytes(cls.build_predictor(config))
         return HeadMemory(trained, kept=projector, kept_for="the momentum projector")
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, in [0, 8], and metrics.
 
         Args:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from pretrain.augment import luma
 from pretrain.config import AugmentConfig
+from pretrain.data.pairs import PairBatch
 from pretrain.engine.task import Task
 from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
@@ -52,55 +53,55 @@ def draw_changes(config: AugmentConfig, count: int, device: torch.device) -> dic
         return low + (high - low) * torch.rand(count, *shape, device=device)
 
     stretch = min(0.2, -math.log(max(config.crop_scale[0], 1e-6)))  # width to height 0.82 to 1.22; none without a crop
-    drawn = {"area": uniform(*config.crop_scale), "aspect": uniform(-stretch, stretch).exp()}
-    drawn |= {"x": uniform(-1, 1), "y": uniform(-1, 1), "mirrored": torch.rand(count, device=device) < config.flip}
-    drawn["gain"] = (1 + uniform(-config.brightness, config.brightness, 1, 1, 1)) * (
+    parameters = {"area": uniform(*config.crop_scale), "aspect": uniform(-stretch, stretch).exp()}
+    parameters |= {"x": uniform(-1, 1), "y": uniform(-1, 1), "mirrored": torch.rand(count, device=device) < config.flip}
+    parameters["gain"] = (1 + uniform(-config.brightness, config.brightness, 1, 1, 1)) * (
         1 + uniform(-config.colour, config.colour, 3, 1, 1)
     )
-    drawn["contrast"] = 1 + uniform(-config.contrast, config.contrast, 1, 1, 1)
+    parameters["contrast"] = 1 + uniform(-config.contrast, config.contrast, 1, 1, 1)
     if config.hue:
-        drawn["angle"] = 2 * math.pi * torch.rand(count, device=device)
-        drawn["turned"] = torch.rand(count, device=device) < config.hue
+        parameters["angle"] = 2 * math.pi * torch.rand(count, device=device)
+        parameters["turned"] = torch.rand(count, device=device) < config.hue
     if config.grey:
-        drawn["grey"] = torch.rand(count, device=device) < config.grey
+        parameters["grey"] = torch.rand(count, device=device) < config.grey
     if config.random_filter:
         # a kernel per picture; variance 1 / (3 · 3²) keeps the size of a picture's contrasts (RandConv, §3.1)
         kernel = torch.randn(count * 3, 3, 3, 3, device=device) / math.sqrt(27)
-        drawn["kernel"] = kernel.unflatten(0, (count, 3))
-        drawn["share"] = torch.rand(count, 1, 1, 1, device=device)
-        drawn["filtered"] = torch.rand(count, device=device) < config.random_filter
-    return drawn
+        parameters["kernel"] = kernel.unflatten(0, (count, 3))
+        parameters["share"] = torch.rand(count, 1, 1, 1, device=device)
+        parameters["filtered"] = torch.rand(count, device=device) < config.random_filter
+    return parameters
 
 
-def changed(pixels: Tensor, drawn: Mapping[str, Tensor], config: AugmentConfig, size: int) -> Tensor:
+def changed(pixels: Tensor, parameters: Mapping[str, Tensor], config: AugmentConfig, size: int) -> Tensor:
     """The changes of `draw_changes`; arguments and result as `augment`."""
     count = len(pixels)
     if config.crop_scale != (1.0, 1.0) or config.flip or pixels.shape[-2:] != (size, size):
-        area, aspect = drawn["area"], drawn["aspect"]
+        area, aspect = parameters["area"], parameters["aspect"]
         width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-        x, y = drawn["x"] * (1 - width), drawn["y"] * (1 - height)  # centre, in [-1, 1] coordinates
-        mirror = torch.where(drawn["mirrored"], -1.0, 1.0)
+        x, y = parameters["x"] * (1 - width), parameters["y"] * (1 - height)  # centre, in [-1, 1] coordinates
+        mirror = torch.where(parameters["mirrored"], -1.0, 1.0)
         zero = torch.zeros_like(x)
         matrix = torch.stack([torch.stack([width * mirror, zero, x], -1), torch.stack([zero, height, y], -1)], 1)
         grid = F.affine_grid(matrix, [count, 3, size, size], align_corners=False)
         pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     mean = pixels.mean((1, 2, 3), keepdim=True)
-    pixels = (((pixels - mean) * drawn["contrast"] + mean) * drawn["gain"]).clamp(0, 1)
-    return _recolour(pixels, drawn)
+    pixels = (((pixels - mean) * parameters["contrast"] + mean) * parameters["gain"]).clamp(0, 1)
+    return _recolour(pixels, parameters)
 
 
-def _recolour(pixels: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+def _recolour(pixels: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     """Changes that keep shapes and take colours and textures away: what a drawing style never seen may differ in."""
-    if "angle" in drawn:
-        turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(drawn["angle"]), pixels).clamp(0, 1)
-        pixels = torch.where(_per_picture(drawn["turned"]), turned, pixels)
-    if "grey" in drawn:
-        pixels = torch.where(_per_picture(drawn["grey"]), luma(pixels), pixels)
-    if "kernel" in drawn:
+    if "angle" in parameters:
+        turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(parameters["angle"]), pixels).clamp(0, 1)
+        pixels = torch.where(_per_picture(parameters["turned"]), turned, pixels)
+    if "grey" in parameters:
+        pixels = torch.where(_per_picture(parameters["grey"]), luma(pixels), pixels)
+    if "kernel" in parameters:
         stack = F.pad((pixels - 0.5).flatten(0, 1)[None], (1, 1, 1, 1), mode="replicate")
-        filtered = F.conv2d(stack, drawn["kernel"].flatten(0, 1), groups=len(pixels)).view_as(pixels) + 0.5
-        mixed = (drawn["share"] * pixels + (1 - drawn["share"]) * filtered).clamp(0, 1)
-        pixels = torch.where(_per_picture(drawn["filtered"]), mixed, pixels)
+        filtered = F.conv2d(stack, parameters["kernel"].flatten(0, 1), groups=len(pixels)).view_as(pixels) + 0.5
+        mixed = (parameters["share"] * pixels + (1 - parameters["share"]) * filtered).clamp(0, 1)
+        pixels = torch.where(_per_picture(parameters["filtered"]), mixed, pixels)
     return pixels
 
 
@@ -166,7 +167,7 @@ class Clip(Task):
             tower.eval()
         return self
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
 
         Args:
@@ -174,18 +175,18 @@ class Clip(Task):
         """
         device = self.encoder.logit_scale.device
         images = batch["image"].to(device)
-        drawn = draw_changes(self.augmentation, len(images), device)
+        parameters = draw_changes(self.augmentation, len(images), device)
 
         def encode_image(images: Tensor, *values: Tensor) -> Tensor:  # in pieces, so is what uint8 becomes before it
             with torch.autocast(device.type, enabled=False):
-                changes = dict(zip(drawn, values, strict=True))
+                changes = dict(zip(parameters, values, strict=True))
                 pixels = changed(images.float() / 255, changes, self.augmentation, self.encoder.image_size)
             pixels = self.encoder.normalise(pixels)
             if torch.is_autocast_enabled(device.type):  # on a CPU with bf16 units a fifth faster; in fp32 it is slower
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             return self.encoder.encode_image(pixels)
 
-        image = self._encode(encode_image, images, *drawn.values())
+        image = self._encode(encode_image, images, *parameters.values())
         text = self._encode(self.encoder.encode_text, self.encoder.tokenize(batch["caption"]).to(device))
         labels = batch["class_id"].to(device) if self.same_noun_positive else None
         names = None

@@ -13,7 +13,6 @@ Shapes: `N` pictures, `V` words, `C` classes, `K` classes of ImageNet, `D` joint
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from pretrain.config import AugmentConfig
 from pretrain.config_photos import WordsLoss
 from pretrain.data.lexicon import Lexicon
+from pretrain.data.pairs import PairBatch
 from pretrain.data.photos import Words, vocabulary_of
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.optim import ParamGroup, default_groups
@@ -88,7 +88,7 @@ class WordClip(Clip):
             targets = conse_targets(words.lexicon, encoder, levels=loss.conse_levels, decay=loss.conse_decay)
             self.register_buffer("target_KD", targets, persistent=False)
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
 
         Args:
@@ -97,8 +97,8 @@ class WordClip(Clip):
         device = self.encoder.logit_scale.device
         images = batch["image"].to(device)
         with torch.autocast(device.type, enabled=False):
-            looks = draw_changes(self.augmentation, len(images), device)
-            pixels = changed(images.float() / 255, looks, self.augmentation, self.encoder.image_size)
+            parameters = draw_changes(self.augmentation, len(images), device)
+            pixels = changed(images.float() / 255, parameters, self.augmentation, self.encoder.image_size)
             pixels = self.encoder.normalise(pixels).contiguous(memory_format=torch.channels_last)
         tower = cast(TimmImage, self.encoder.visual)
         lower = tower.lower(pixels)
@@ -128,12 +128,12 @@ class WordClip(Clip):
         chosen = []
         for number, (kind, which) in zip(class_N.tolist(), draw_N2, strict=True):
             row = self.captions[number]
-            names: list[int] = []
+            names: tuple[int, ...] = ()
             if kind < self.loss.hypernym:
-                names = row["hypernyms"]
+                names = row.hypernyms
             elif kind < self.loss.hypernym + self.loss.synonym:
-                names = row["synonyms"]
-            chosen.append(names[int(which * len(names))] if names else row["own"])
+                names = row.synonyms
+            chosen.append(names[int(which * len(names))] if names else row.word)
         return torch.tensor(chosen, device=class_N.device)
 
     @torch.no_grad()

@@ -13,9 +13,6 @@ Shapes: `N` samples of this process, `M` = processes x N, `D` embedding, `K` que
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +20,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from pretrain.config_ssl import MoCoMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
@@ -151,7 +149,7 @@ class MoCo(SelfSupervised[MoCoMethod]):
         kept = projector + 4 * config.queue * config.dim
         return HeadMemory(projector, kept=kept, kept_for="the key projector and the queue")
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
 
         Args:
@@ -189,10 +187,10 @@ class MoCo(SelfSupervised[MoCoMethod]):
         order = torch.randperm(count * processes, device=view.device)
         if processes > 1:
             dist.broadcast(order, src=0)  # one order for all: the first process's
-        mine = slice(rank() * count, (rank() + 1) * count)
-        shuffled = gather_with_grad(view)[order[mine]]
+        local = slice(rank() * count, (rank() + 1) * count)
+        shuffled = gather_with_grad(view)[order[local]]
         keys = F.normalize(self.key_projector(self.key_backbone(shuffled)).float(), dim=1)
-        return gather_with_grad(keys)[order.argsort()[mine]]
+        return gather_with_grad(keys)[order.argsort()[local]]
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:

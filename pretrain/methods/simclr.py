@@ -10,14 +10,14 @@ follows the batch linearly or by its root (appendix B.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from pretrain.config_ssl import SimCLRMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.losses import nt_xent
 from pretrain.methods.base import Augment, SelfSupervised, width_of
 from pretrain.nets.heads import mlp
@@ -59,7 +59,7 @@ class SimCLR(SelfSupervised[SimCLRMethod]):
         """Scaled by the config's rule."""
         return scaled_lr(lr, batch_size, rule=config.lr_rule)
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
 
         Args:

@@ -8,13 +8,11 @@ projector's last batch norm has no affine part, the predictor is a bottleneck wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from pretrain.config_ssl import SimSiamMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.optim import ParamGroup
 from pretrain.losses import negative_cosine
@@ -75,7 +73,7 @@ class SimSiam(SelfSupervised[SimSiamMethod]):
         heads = (cls.build_projector(config, width), cls.build_predictor(config))
         return HeadMemory(sum(parameter_bytes(head) for head in heads))
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, in [-1, 1], and metrics.
 
         Args:

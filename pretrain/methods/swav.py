@@ -12,8 +12,7 @@ Shapes: `N` samples of this process, `V` crops, `D` embedding, `K` prototypes, `
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from pretrain.config_ssl import SwavMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.distributed import gather_with_grad, rank, world_size
 from pretrain.engine.errors import UserError
@@ -118,7 +118,7 @@ class SwAV(SelfSupervised[SwavMethod]):
         trained = parameter_bytes(cls.build_projector(config, width)) + 4 * config.prototypes * config.dim
         return HeadMemory(trained, kept=4 * config.big_crops * config.queue_length * config.dim, kept_for="the queue")
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
 
         Args:
@@ -159,9 +159,9 @@ class SwAV(SelfSupervised[SwavMethod]):
         if not self.queue_length or self.queue_filled < self.queue_length:
             return None
         part = self.queue_length // world_size()
-        mine = self.queue[:, rank() * part : (rank() + 1) * part]
+        local = self.queue[:, rank() * part : (rank() + 1) * part]
         with torch.autocast(self.queue.device.type, enabled=False):
-            return [rows.float() @ self.prototypes.float().T for rows in mine]
+            return [rows.float() @ self.prototypes.float().T for rows in local]
 
     @torch.no_grad()
     def _enqueue(self, big: Sequence[Tensor]) -> None:

@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,8 +149,8 @@ def problem_with(backbone: nn.Module, size: int) -> str | None:
         return _first_line(problem)
     finally:
         backbone.train(training)
-    wanted = (1, getattr(backbone, "width", shape[-1]))
-    return None if shape == wanted else f"its features have shape {shape}, not {wanted}"
+    expected = (1, getattr(backbone, "width", shape[-1]))
+    return None if shape == expected else f"its features have shape {shape}, not {expected}"
 
 
 def _first_line(problem: Exception) -> str:
@@ -201,7 +201,26 @@ def save_backbone(
     return folder
 
 
-def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+class BackboneInfo(TypedDict):
+    """``config.json`` of an exported backbone.
+
+    Attributes:
+        format: Version of the folder.
+        backbone: Its configuration as plain values.
+        method: That trained it.
+        size: Side of the pictures in pixels.
+        mean, std: Of RGB in [0, 1].
+    """
+
+    format: str
+    backbone: dict[str, Any]
+    method: str
+    size: int
+    mean: list[float]
+    std: list[float]
+
+
+def load_backbone(folder: str | Path) -> tuple[nn.Module, BackboneInfo]:
     """(backbone in eval mode, the content of its ``config.json``).
 
     Raises:
@@ -215,4 +234,4 @@ def load_backbone(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]), sizes=[info["size"]])
     tensors, _ = load_weights(folder / "model.safetensors")
     load_tensors(backbone, tensors, source=folder / "model.safetensors", hint="Its config.json describes another model")
-    return backbone.eval(), info
+    return backbone.eval(), cast(BackboneInfo, info)

@@ -185,9 +185,9 @@ def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None
         inner = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
         # lucidrains' BYOL numbers the children of a torchvision network.
         inner = {_numbered(k): v for k, v in inner.items()}
-        found = _match(inner, plain, prefix, stem)
-        if found is not None and (best is None or len(found.state) > len(best.state)):
-            best = found
+        match = _match(inner, plain, prefix, stem)
+        if match is not None and (best is None or len(match.state) > len(best.state)):
+            best = match
     if best is None and "visual.proj" in plain:
         raise UserError(f"{source}: this is CLIP with a vision transformer, no ResNet. Use --to open_clip")
     if best is None:
@@ -232,9 +232,9 @@ def _match(inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str
     kernel = first.shape[-1]
     kind: Stem | None = "imagenet" if kernel == 7 else stem
     with torch.device("meta"):
-        wanted = ResNet(depth=depth, stem=kind or "small").state_dict()
-    wanted = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
-    fits = {k: inner[k] for k, v in wanted.items() if k in inner and inner[k].shape == v.shape}
+        expected = ResNet(depth=depth, stem=kind or "small").state_dict()
+    expected = {k: v for k, v in expected.items() if not k.endswith("num_batches_tracked")}
+    fits = {k: inner[k] for k, v in expected.items() if k in inner and inner[k].shape == v.shape}
     if kind is None:
         fits.pop("conv1.weight", None)  # a 3×3 stem of unknown stride is no match
     left = [k for k in whole if not (k.startswith(prefix) and _numbered(k.removeprefix(prefix)) in fits)]
@@ -243,6 +243,6 @@ def _match(inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str
         depth=depth,
         stem=kind or "small",
         prefix=prefix,
-        missing=tuple(k for k in wanted if k not in fits),
+        missing=tuple(k for k in expected if k not in fits),
         unexpected=tuple(k for k in left if not k.endswith("num_batches_tracked")),
     )

@@ -197,11 +197,11 @@ def load_open_clip(rest: str) -> tuple[JointEncoder, str]:
 
 def _filled(encoder: JointEncoder, tensors: Mapping[str, Tensor], path: Path) -> tuple[JointEncoder, str]:
     """The encoder with a checkpoint's tensors in eval mode, and a report; all of it or nothing."""
-    wanted = encoder.state_dict()
+    expected = encoder.state_dict()
     named, left = {}, []
     for key, value in tensors.items():
         name = OLD_TEXT.sub(r"text.\1", key.removeprefix("module."))
-        if name in (*AUTHORS, "logit_bias") or (name.endswith("position_ids") and name not in wanted):
+        if name in (*AUTHORS, "logit_bias") or (name.endswith("position_ids") and name not in expected):
             left.append(name)  # no weights
         else:
             named[name] = value.reshape(()) if name == "logit_scale" else value

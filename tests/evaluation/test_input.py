@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_tools
 
-from ovd.data.coco import check_ground_truth, check_results
-from ovd.data.masks import to_rle
 from ovd.evaluation.coco import evaluate
+from ovd.evaluation.results import check_results
+from pretrain.data.coco import check_ground_truth
+from pretrain.data.masks import to_rle
 from pretrain.engine.errors import UserError
 from tests.evaluation.cases import rectangle
 

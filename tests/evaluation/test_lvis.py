@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from ovd.data.catalog import CocoImages
-from ovd.data.coco import picture_file
 from ovd.data.lvis import Federated, is_lvis, split_of
 from ovd.evaluate import main
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.lvis import evaluate_lvis
+from pretrain.data.coco import picture_file
 from pretrain.engine.errors import UserError
 
 CATEGORIES = [

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ovd.data.coco import GroundTruth
 from ovd.formats.labels import Labels
+from pretrain.data.coco import GroundTruth
 
 NAMES = ("cat", "red cell", "zebra: crossing")
 SIZES = {"a.jpg": (60, 80), "sub/b.png": (50, 40), "c.jpg": (64, 64)}  # height, width

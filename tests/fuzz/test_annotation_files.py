@@ -22,7 +22,7 @@ from PIL import Image
 
 from ovd import evaluate
 from ovd.config import DataConfig
-from ovd.regions.images import CocoImages
+from ovd.regions.images import CocoPictures
 from ovd.training.inputs import labelled_images
 from pretrain.engine.errors import BadImageError, UserError
 from tests.fuzz.damage import FUZZ, files, one_line_of
@@ -118,7 +118,7 @@ def test_training_and_embedding_read_or_refuse_any_annotation_file(
         except UserError as error:
             about(error, path)
         try:
-            source = CocoImages(path, pictures)
+            source = CocoPictures(path, pictures)
             for index in range(len(source.ids)):
                 assert source.boxes(index).shape[1] == 4
         except UserError as error:

@@ -23,7 +23,7 @@ from ovd.data.mapper import DetectionSource, TrainingTransform
 from ovd.modeling.task import DetectionTask
 from ovd.modeling.vild.build import build_model
 from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
-from ovd.regions.images import SceneImages
+from ovd.regions.images import ScenePictures
 from ovd.regions.layout import Identity, StoreSettings
 from ovd.regions.proposals import GroundTruthProposer
 from ovd.regions.store import RegionStore
@@ -95,7 +95,7 @@ def start(folder: Path, *, world: int) -> list[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 def test_two_processes_train_the_detector_of_one(tmp_path: Path) -> None:
-    pictures, encoder = SceneImages(scenes().source), TinyEncoder()
+    pictures, encoder = ScenePictures(scenes().source), TinyEncoder()
     settings = StoreSettings(proposals_per_image=20, crop_size=16)
     identity = Identity(encoder="e", dim=D, proposals="ground-truth", source="s", settings=settings)
     write_regions(

@@ -73,6 +73,11 @@ def test_doubtful_boxes_crowds_scenes_and_other_parts_are_left_out(folder: Path)
     assert read(folder, per_word=1, min_side=21, annotations=[folder / "true.json"]) == train[2:]
 
 
+def test_what_looks_odd_in_a_file_of_boxes_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read_photo_words(section(folder))
+    assert f"warning: {folder / 'true.json'}: 1 annotations without area" in capsys.readouterr().err
+
+
 def test_two_spellings_are_one_class(folder: Path) -> None:
     words = read_photo_words(section(folder))
     number = {item.word: label for item, label in zip(words.items, words.class_ids, strict=True)}
@@ -84,7 +89,7 @@ def test_two_spellings_are_one_class(folder: Path) -> None:
     ("change", "message"),
     [
         ({"part": "val", "labels": None, "annotations": ["nosplit.json"]}, "has split 'val'"),
-        ({"annotations": ["broken.json"]}, "no boxes in COCO's format"),
+        ({"annotations": ["broken.json"]}, r"broken\.json: annotations\[0\]: bbox must be four finite numbers"),
         ({"min_score": 1.0, "labels": None, "annotations": ["pseudo.json.gz"]}, "leaves anything"),
         ({"images": Path("elsewhere")}, "pictures are not there, such as elsewhere"),
     ],
@@ -93,8 +98,9 @@ def test_errors_name_the_file_or_the_key(folder: Path, change: dict[str, Any], m
     bare = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": []}
     split = [{"id": 1, "file_name": "a.png", "split": "train"}]
     (folder / "nosplit.json").write_text(json.dumps(bare))
+    broken, categories = {"image_id": 1, "category_id": 1, "bbox": [0, 0, "wide", 1]}, [{"id": 1, "name": "tv"}]
     (folder / "broken.json").write_text(
-        json.dumps({**bare, "images": split, "annotations": [{"bbox": [0, 0, "wide", 1]}]})
+        json.dumps({**bare, "images": split, "annotations": [broken], "categories": categories})
     )
     if "annotations" in change:
         change = {**change, "annotations": [folder / name for name in change["annotations"]]}
@@ -133,7 +139,7 @@ def test_relatives_are_no_negatives() -> None:
     vocabulary, spared, captions = vocabulary_of(words)
     kept = [{vocabulary[i] for i in np.flatnonzero(row)} for row in spared]
     assert kept == [{"dog", "pug", "animal"}, {"pug", "dog", "animal"}, {"cat", "animal"}]
-    assert [vocabulary[i] for i in captions[1]["hypernyms"]] == ["dog", "animal"]
+    assert [vocabulary[i] for i in captions[1].hypernyms] == ["dog", "animal"]
     assert "hound" not in vocabulary
 
 

@@ -52,6 +52,9 @@ class NoisePictures:
         self.ids = [1000 + 7 * i for i in range(length)]  # ids that are not positions
         self.opened = 0
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def image(self, index: int) -> NDArray[np.uint8]:
         self.opened += 1
         rng = np.random.default_rng((self.seed, index))

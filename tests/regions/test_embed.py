@@ -17,7 +17,7 @@ from PIL import Image
 
 from ovd import embed
 from ovd.regions.crops import embed_regions
-from ovd.regions.images import CocoImages, FolderImages, SceneImages
+from ovd.regions.images import CocoPictures, FolderPictures, ScenePictures
 from ovd.regions.store import RegionStore
 from pretrain.config import EncoderConfig, ResNetTower
 from pretrain.data.scenes import SceneSource
@@ -84,7 +84,7 @@ def test_coco_pictures_end_in_a_store_read_by_coco_id(photos: Path, encoder_fold
     store = RegionStore.open(
         tmp_path / "s",
         encoder_fingerprint=encoder.fingerprint(),
-        proposals_fingerprint=f"ground-truth:{CocoImages(photos / 'gt.json', photos).boxes_fingerprint()}",
+        proposals_fingerprint=f"ground-truth:{CocoPictures(photos / 'gt.json', photos).boxes_fingerprint()}",
     )
     assert list(store) == [70, 69, 68]
     boxes, embeddings, scores = store[69]
@@ -98,13 +98,13 @@ def test_sticker_scenes_end_in_a_store_that_fits_the_training_source(encoder_fol
     common = [f"out={tmp_path / 's'}", "proposer=ground-truth", f"encoder={encoder_folder}", *pictures]
     assert embed.main(common) == 0
     scenes = SceneSource(Stickers.load(), split="train", seed=5, size=96, length=2, labels="base")
-    fits = SceneImages(scenes)
+    fits = ScenePictures(scenes)
     store = RegionStore.open(tmp_path / "s", source_fingerprint=fits.fingerprint(), image_ids=fits.ids)
     every = SceneSource(Stickers.load(), split="train", seed=5, size=96, length=3).scene(1)
     assert np.array_equal(np.sort(store[1][0], axis=0), np.sort(every.boxes, axis=0))
     for other in ({"seed": 6}, {"size": 128}, {"split": "val"}):
         values = {"split": "train", "seed": 5, "size": 96, "length": 2, **other}
-        fingerprint = SceneImages(SceneSource(Stickers.load(), **values)).fingerprint()
+        fingerprint = ScenePictures(SceneSource(Stickers.load(), **values)).fingerprint()
         with pytest.raises(UserError, match="source: it has"):
             store.require(source_fingerprint=fingerprint)
 
@@ -205,37 +205,37 @@ def test_errors_of_the_command_have_no_traceback(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_by_relative_path(photos: Path, tmp_path: Path) -> None:
-    images = FolderImages(photos)
+    images = FolderPictures(photos)
     assert list(images.ids) == ["a.png", "c.png", "sub/b.png"]
     assert images.image(2).shape == (41, 60, 3)
     before = images.fingerprint()
-    assert FolderImages(photos).fingerprint() == before
+    assert FolderPictures(photos).fingerprint() == before
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    assert FolderImages(tmp_path).fingerprint() != before
+    assert FolderPictures(tmp_path).fingerprint() != before
 
 
 def test_coco_boxes_and_fingerprint(photos: Path, tmp_path: Path) -> None:
-    images = CocoImages(photos / "gt.json", photos)
+    images = CocoPictures(photos / "gt.json", photos)
     assert images.boxes(2).tolist() == [[5, 6, 25, 18]]
     moved = shutil.copytree(photos, tmp_path / "moved")
-    assert CocoImages(moved / "gt.json", moved).fingerprint() == images.fingerprint()  # data sets move
+    assert CocoPictures(moved / "gt.json", moved).fingerprint() == images.fingerprint()  # data sets move
     Image.new("RGB", (60, 41)).save(moved / "a.png")
-    assert CocoImages(moved / "gt.json", moved).fingerprint() != images.fingerprint(), "another picture of that name"
+    assert CocoPictures(moved / "gt.json", moved).fingerprint() != images.fingerprint(), "another picture of that name"
     content = json.loads((moved / "gt.json").read_text())
     content["annotations"][0]["bbox"][0] += 1
     (moved / "gt.json").write_text(json.dumps(content))
-    assert CocoImages(moved / "gt.json", moved).boxes_fingerprint() != images.boxes_fingerprint()
+    assert CocoPictures(moved / "gt.json", moved).boxes_fingerprint() != images.boxes_fingerprint()
     (moved / "a.png").write_bytes(b"no picture")
     with pytest.raises(BadImageError):
-        CocoImages(moved / "gt.json", moved).image(0)
+        CocoPictures(moved / "gt.json", moved).image(0)
     with pytest.raises(UserError, match=r"gt\.json: 3 of its 3 pictures are not there, such as .*; is .* the folder"):
-        CocoImages(photos / "gt.json", tmp_path)
+        CocoPictures(photos / "gt.json", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"images": [{"id": 1}]}', '{"images": []}'])
 def test_a_file_that_is_not_coco_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "gt.json").write_text(text)
     with pytest.raises(UserError, match=r"gt\.json"):
-        CocoImages(tmp_path / "gt.json", tmp_path)
+        CocoPictures(tmp_path / "gt.json", tmp_path)
     with pytest.raises(UserError, match="missing.json"):
-        CocoImages(tmp_path / "missing.json", tmp_path)
+        CocoPictures(tmp_path / "missing.json", tmp_path)

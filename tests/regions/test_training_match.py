@@ -37,11 +37,11 @@ def test_ground_truth_regions_stay_on_the_objects_through_flip_resize_and_crop(
 ) -> None:
     from ovd.data.catalog import StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
-    from ovd.regions.images import SceneImages
+    from ovd.regions.images import ScenePictures
     from pretrain.data.stickers import Stickers
 
     images = StickerImages(stickers=Stickers.load(), split="train", seed=3, length=2, size=128, labels="all")
-    pictures, encoder = SceneImages(images.source), TinyEncoder()
+    pictures, encoder = ScenePictures(images.source), TinyEncoder()
     settings = StoreSettings(proposals_per_image=20, crop_size=16)
     identity = Identity(encoder="e", dim=16, proposals="ground-truth", source="s", settings=settings)
     proposer = GroundTruthProposer(pictures.boxes)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A self-supervised method of one's own: VICReg (arXiv:2105.04906). `python extending_method.py --config my.yaml`"""
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.config_ssl import SslMethod
+from pretrain.data.crops import ViewBatch
 from pretrain.engine.errors import run_cli
 from pretrain.methods.base import SelfSupervised
 from pretrain.nets.heads import mlp
@@ -25,7 +25,7 @@ class VICReg(SelfSupervised[VICRegMethod]):
     def build_projector(cls, config: VICRegMethod, width: int) -> nn.Module:
         return mlp([width, config.dim, config.dim])
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         a_ND, b_ND = self.project(*self.augmented(batch))
         variance, covariance = (regularisers(a_ND)[i] + regularisers(b_ND)[i] for i in (0, 1))
         invariance = (a_ND - b_ND).square().mean()

@@ -148,8 +148,16 @@ def test_other_json_and_other_folders_are_named(photos: Path, tmp_path: Path) ->
         build_captioned(CocoCaptions(kind="coco_captions", images=photos, annotations=path))
 
     images = [{"id": 1, "file_name": "gone.png"}]
-    with pytest.raises(UserError, match=r"no captions in COCO's format \(KeyError: 'caption'\)"):
+    with pytest.raises(UserError, match=r"annotations\[0\]: no caption; data\.annotations is captions_train2017\.json"):
         build({"images": images, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]})
+    with pytest.raises(UserError, match=r"annotations\[0\]: caption is no text"):
+        build({"images": images, "annotations": [{"image_id": 1, "caption": None}]})
+    with pytest.raises(UserError, match=r"annotations\[0\]: image_id '1' is written as a text; .* has 1"):
+        build({"images": images, "annotations": [{"image_id": "1", "caption": "a dog"}]})
+    with pytest.raises(UserError, match=r"images\[1\]: image id 1 occurs twice"):
+        build({"images": images * 2, "annotations": []})
+    with pytest.raises(UserError, match="expected an object with images, annotations; found a list"):
+        build(images)
     with pytest.raises(UserError, match="has no captions"):
         build({"images": images, "annotations": []})
     with pytest.raises(UserError, match=r"instances\.json: 1 of its 1 pictures are not there, such as .*/gone\.png"):

@@ -14,7 +14,7 @@ from ovd.modeling.backbone import build_bottom_up
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.detr.structures import FeatureMap
-from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
 from ovd.modeling.region_head import last_stage_head
 
 REGION_RESOLUTION = 4  # side of the map a region tower reads: the encoder's own res4 at 64 pixels
@@ -113,13 +113,16 @@ def init_projections(
 # --- loading
 
 
-def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
-    """(model in eval mode, card, (B, D) bank) of an exported transformer.
+def load_detr(folder: Path, card: DetectorCard) -> tuple[Detr, Tensor]:
+    """(model in eval mode, (B, D) embeddings of the background words) of an exported transformer.
+
+    Args:
+        folder: of the export.
+        card: of the folder.
 
     Raises:
         UserError: missing file or tensors that do not fit the card.
     """
-    card = read_card(folder)
     state, bank = exported_tensors(folder)
     config = card.architecture
     assert isinstance(config, DetrConfig)
@@ -133,4 +136,4 @@ def load_detr(folder: Path) -> tuple[Detr, DetectorCard, Tensor]:
         pixel_std=card.pixel_std,
     )
     load_exported(model, state, folder)
-    return model.eval(), card, bank
+    return model.eval(), bank

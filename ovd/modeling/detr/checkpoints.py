@@ -108,13 +108,13 @@ def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbon
     notes = ""
     for key in ("query_embed.weight", "query_anchor"):
         if key in expected and key in state and expected[key].shape != state[key].shape:
-            given, fresh = state[key], expected[key]
-            if given.shape[1:] == fresh.shape[1:]:
-                kept = min(len(given), len(fresh))
-                queries[key] = torch.cat([given[:kept].to(fresh), fresh[kept:]])
-                notes = f"query embeddings: the first {kept} of {len(given)} are kept"
-                if len(fresh) > kept:
-                    notes += f", the other {len(fresh) - kept} start anew"
+            loaded, fresh = state[key], expected[key]
+            if loaded.shape[1:] == fresh.shape[1:]:
+                count = min(len(loaded), len(fresh))
+                queries[key] = torch.cat([loaded[:count].to(fresh), fresh[count:]])
+                notes = f"query embeddings: the first {count} of {len(loaded)} are kept"
+                if len(fresh) > count:
+                    notes += f", the other {len(fresh) - count} start anew"
     skip = DROPPED if backbone else (*DROPPED, "backbone.")
     report = load_tensors(model, {**state, **queries}, source=source, strict="no", skip=skip)
     return replace(report, notes=notes)

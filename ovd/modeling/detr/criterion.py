@@ -184,8 +184,8 @@ class SetCriterion:
         w, losses = self.weights, {}
         patches = F.normalize(embeddings_NTD.float(), dim=-1)
         if w.reconstruction:
-            own_patch = patches[assignment.image, assignment.target]
-            losses["loss_reconstruction"] = w.reconstruction * squared_distillation(z_KD, own_patch) / num_targets
+            matched_patch = patches[assignment.image, assignment.target]
+            losses["loss_reconstruction"] = w.reconstruction * squared_distillation(z_KD, matched_patch) / num_targets
         if w.contrast:
             logits = cosine_logits(z_KD, patches[assignment.image], scale=self.patch_scale)
             logits = logits.masked_fill(~targets.real[assignment.image], float("-inf"))

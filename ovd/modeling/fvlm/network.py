@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ovd.config_fvlm import FvlmConfig
-from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
 from ovd.modeling.fvlm.head import FrozenFeatureHead
 from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
 from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposals, PhotoProposer, load_proposals
@@ -83,13 +83,14 @@ def build_fvlm(config: FvlmConfig, *, proposer: PhotoProposer, encoder: JointEnc
     return FvlmDetector(proposer=proposer, tower=tower, head=head, known=config.known)
 
 
-def load_fvlm(folder: Path, encoder: JointEncoder, *, device: str = "cpu") -> tuple[FvlmDetector, DetectorCard, Tensor]:
-    """(detector in eval mode, its card, (B, D) embeddings of the background words) of an exported folder.
+def load_fvlm(
+    folder: Path, card: DetectorCard, encoder: JointEncoder, *, device: str = "cpu"
+) -> tuple[FvlmDetector, Tensor]:
+    """(detector in eval mode, (B, D) embeddings of the background words) of an exported folder.
 
     Raises:
         UserError: missing files, or tensors that do not fit the card.
     """
-    card = read_card(folder)
     config = card.architecture
     if not isinstance(config, FvlmConfig):
         raise UserError(f"{folder}: not a detector of model.arch fvlm")
@@ -98,4 +99,4 @@ def load_fvlm(folder: Path, encoder: JointEncoder, *, device: str = "cpu") -> tu
     state, bank = exported_tensors(folder)
     load_exported(detector, state, folder)
     detector.tower.to(device)
-    return detector.eval().to(device), card, bank
+    return detector.eval().to(device), bank

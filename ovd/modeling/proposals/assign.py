@@ -76,15 +76,15 @@ def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return error**2 * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def distribution_focal_loss(sides: Tensor, wanted: Tensor) -> Tensor:
+def distribution_focal_loss(sides: Tensor, target: Tensor) -> Tensor:
     """(M,) mean cross-entropy of four (M, 4, bins) side distributions with the two bins beside (M, 4) distances.
 
     Distances are in strides; what is beyond the last bin is taken for it (arXiv:2006.04388, equation 6).
     """
     bins = sides.shape[-1]
-    wanted = wanted.clamp(0, bins - 1 - 1e-3)
-    low = wanted.floor().long()
-    share = wanted - low
+    target = target.clamp(0, bins - 1 - 1e-3)
+    low = target.floor().long()
+    share = target - low
     logs = sides.log_softmax(dim=-1)
     below, above = (logs.gather(-1, at[..., None])[..., 0] for at in (low, low + 1))
     return -((1 - share) * below + share * above).mean(dim=-1)
@@ -182,9 +182,9 @@ def _box_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(GIoU loss, loss of the sides' distributions, weight), summed over the positive cells by their targets."""
     positive = assignment.object >= 0
-    wanted, weight = objects[assignment.object[positive]], assignment.target[positive]
-    box = (weight * generalized_box_iou_loss(boxes[positive], wanted, reduction="none")).sum()
+    target, weight = objects[assignment.object[positive]], assignment.target[positive]
+    box = (weight * generalized_box_iou_loss(boxes[positive], target, reduction="none")).sum()
     at, step = centres[positive], strides[positive]
-    reach = torch.cat([at - wanted[:, :2], wanted[:, 2:] - at], dim=1) / step[:, None]
+    reach = torch.cat([at - target[:, :2], target[:, 2:] - at], dim=1) / step[:, None]
     dfl = (weight * distribution_focal_loss(sides[positive], reach)).sum()
     return box, dfl, weight.sum()

@@ -14,7 +14,7 @@ Shapes: ``N`` pictures, ``A`` cells, ``P`` proposals of one picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
+from ovd.data.samples import LabelledSample
 from ovd.modeling.proposals.assign import assign, nameless_losses
 from ovd.modeling.proposals.nanodet import (
     BINS,
@@ -64,8 +65,8 @@ class NanoDetBackbone(Backbone):
         self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        own = next(self.csp.parameters()).dtype  # an export for a CPU is bfloat16
-        maps = self.neck(self.csp(pixels.to(own, memory_format=torch.channels_last)))
+        dtype = next(self.csp.parameters()).dtype  # an export for a CPU is bfloat16
+        maps = self.neck(self.csp(pixels.to(dtype, memory_format=torch.channels_last)))
         return dict(zip(LEVELS, maps, strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -253,7 +254,7 @@ class ProposalDetector(ProposalNetwork):
     canvas: tuple[int, int] | None = None
     frozen: bool = True
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+    def forward(self, batched_inputs: Sequence[LabelledSample]) -> Any:
         """In training the dict of losses; in eval mode the proposals (:class:`Instances`) of each input."""
         images = self.preprocess(batched_inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -262,7 +263,7 @@ class ProposalDetector(ProposalNetwork):
         proposals, losses = self.proposal_generator(images, features, truth)
         return losses if self.training else proposals
 
-    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+    def preprocess(self, batched_inputs: Sequence[LabelledSample]) -> ImageList:
         """RGB 0…255 at the top left, black below and right, then normalised."""
         pixels = [x["image"].to(self.device) for x in batched_inputs]
         sizes = [(p.shape[-2], p.shape[-1]) for p in pixels]

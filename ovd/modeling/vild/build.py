@@ -19,7 +19,7 @@ from torch import Tensor
 from ovd.config import DetectorBackboneConfig, HeadConfig, ModelConfig, ProposalConfig
 from ovd.modeling.backbone import build_bottom_up, build_fpn
 from ovd.modeling.classifier import EmbeddingClassifier
-from ovd.modeling.export import DetectorCard, exported_tensors, load_exported, read_card
+from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
 from ovd.modeling.region_head import RegionHead, conv_fc_head, last_stage_head
 from ovd.modeling.vild.detail_map import DetailBoxHead, DetailMap
 from ovd.modeling.vild.mask_head import MaskHead
@@ -184,13 +184,16 @@ def build_pooler(features: list[str], *, maps: Mapping[str, ShapeSpec], resoluti
     )
 
 
-def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
-    """(model in eval mode, card, (B, D) bank embeddings) of an exported detector.
+def load_model(folder: Path, card: DetectorCard) -> tuple[OpenVocabularyRCNN, Tensor]:
+    """(model in eval mode, (B, D) embeddings of the background words) of an exported detector.
+
+    Args:
+        folder: of the export.
+        card: of the folder.
 
     Raises:
         UserError: missing file or tensors that do not fit the card.
     """
-    card = read_card(folder)
     if card.is_transformer:
         raise UserError(f"{folder}: a detection transformer, where a Mask R-CNN is needed (mask_rcnn.yaml, vild.yaml)")
     state, bank = exported_tensors(folder)
@@ -205,4 +208,4 @@ def load_model(folder: Path) -> tuple[OpenVocabularyRCNN, DetectorCard, Tensor]:
         pixel_std=card.pixel_std,
     )
     load_exported(model, state, folder)
-    return model.eval(), card, bank
+    return model.eval(), bank

@@ -11,6 +11,7 @@ Shapes: ``N`` images, ``R`` regions of the batch, ``D`` joint embedding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.data.samples import LabelledSample
 from ovd.modeling.vild.roi_heads import OpenVocabularyHeads
 
 
@@ -39,7 +41,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     roi_heads: OpenVocabularyHeads
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+    def forward(self, batched_inputs: Sequence[LabelledSample]) -> Any:
         """In training the dict of losses; in eval mode one :class:`RawRegions` per image."""
         if not self.training:
             return self.regions(batched_inputs)
@@ -57,7 +59,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     @torch.no_grad()
     def regions(
-        self, batched_inputs: list[dict[str, Any]], *, top: int = 300, masks: bool = True, refine: bool = True
+        self, batched_inputs: Sequence[LabelledSample], *, top: int = 300, masks: bool = True, refine: bool = True
     ) -> list[RawRegions]:
         """Proposals with refined boxes, embeddings and masks, best objectness first.
 

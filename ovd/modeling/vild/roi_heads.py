@@ -240,8 +240,8 @@ class OpenVocabularyHeads(SeededROIHeads):
         # Detectron2 gives pictures without labels no gt_boxes; none of their regions is foreground.
         target = cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in sampled])[foreground]
         source = cat([p.proposal_boxes.tensor for p in sampled])[foreground]
-        wanted = self.box_transform.get_deltas(source, target)
-        loss = F.smooth_l1_loss(deltas[foreground].float(), wanted, beta=self.box_beta, reduction="sum")
+        target_deltas = self.box_transform.get_deltas(source, target)
+        loss = F.smooth_l1_loss(deltas[foreground].float(), target_deltas, beta=self.box_beta, reduction="sum")
         return loss / max(len(labels), 1)  # normalised by all sampled regions, as Fast R-CNN does
 
     def _mask_loss(self, features: dict[str, Tensor], sampled: list[Instances]) -> Tensor:

@@ -111,8 +111,8 @@ class Stickers:
                     unlabelled[style] += (row["hexcode"],)
         styles = {name: tuple(listed) for name, listed in split["styles"].items()}
         extra = read_json(folder / EXTRA_TABLE, hint=WHERE) if extra_styles else {"styles": {}}
-        for style, drawn in extra_drawings(extra, number, where=folder / EXTRA_TABLE).items():
-            drawings[style], unlabelled[style] = drawn, ()
+        for style, more in extra_drawings(extra, number, where=folder / EXTRA_TABLE).items():
+            drawings[style], unlabelled[style] = more, ()
             styles["train"] += (style,)
         groups_file = folder / "near_synonyms.json"
         groups = read_json(groups_file)["groups"] if groups_file.exists() else []

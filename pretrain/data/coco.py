@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO-format ground truth and results: read, checked, brought into one form.
+"""COCO files of objects and of captions: read, checked, brought into one form. Nothing else reads them.
 
-Nothing here is silent: what cannot be evaluated is refused with the entry's position; what can be, but looks odd, is
-counted and reported as a warning. Inputs are never changed.
+Nothing here is silent: what cannot be used is refused with the entry's position; what can be, but looks odd, is counted
+and reported as a warning. Inputs are never changed.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ovd.data import masks
+from pretrain.data import masks
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -32,7 +32,7 @@ class Annotation(_Optional):
     """One object.
 
     ``id`` counts 1, 2, … in the order of the file; ``bbox`` is x, y, width, height in pixels; ``segmentation`` is as
-    the file has it, checked (`ovd.data.masks` decodes it); ``score`` is a teacher's, in pseudo-labels.
+    the file has it, checked (`pretrain.data.masks` decodes it); ``score`` is a teacher's, in pseudo-labels.
     """
 
     id: int
@@ -81,19 +81,6 @@ class GroundTruth:
         return self.files.get(image_id) or picture_file({"id": image_id}, where=self.where)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """Checked detections: fresh dicts with `image_id`, `category_id`, `score`, and `bbox` and/or `segmentation`."""
-
-    detections: list[dict[str, Any]]
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether every detection has a mask (true for no detections)."""
-        return all("segmentation" in d for d in self.detections)
-
-
 def read_ground_truth(path: str | Path, *, hint: str = "") -> GroundTruth:
     """The annotations of a COCO file, ``.json`` or ``.json.gz``, checked; see `check_ground_truth`."""
     return check_ground_truth(read_json(path, hint=hint), where=str(path))
@@ -114,19 +101,14 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
             size or lies wholly outside its image, boxes given as corners, a segmentation that cannot be decoded, or two
             categories of one name that both have annotations.
     """
-    if not isinstance(gt, dict):
-        hint = " This looks like a results file." if isinstance(gt, list) else ""
-        raise UserError(f"{where}: expected an object with images, annotations, categories; found {_kind(gt)}.{hint}")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(gt.get(key), list):
-            raise UserError(f"{where}: {key!r} must be a list, {'is missing' if key not in gt else _kind(gt[key])}.")
+    _require_lists(gt, ("images", "annotations", "categories"), where)
     warnings: list[str] = []
     sizes, files, parts = _images(gt["images"], where, warnings)
-    categories = _categories(gt["categories"], where)
+    categories = category_names(gt["categories"], where)
     annotations, odd = [], Counter[str]()
     for n, entry in enumerate(gt["annotations"]):
         annotations.append(_annotation(entry, n, f"{where}: annotations[{n}]", sizes, categories, odd))
-    ids = Counter(a["id"] for a in gt["annotations"] if _hashable(a.get("id")))
+    ids = Counter(a["id"] for a in gt["annotations"] if is_id(a.get("id")))
     if ids[0]:
         warnings.append(
             "annotation id 0: pycocotools would count that object as never found; here it is renumbered and counts"
@@ -163,6 +145,55 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Captions of images, in the order in which the file first has one of each.
+
+    Attributes:
+        files: paths below the picture folder.
+        texts: at least one of each.
+    """
+
+    files: tuple[str, ...]
+    texts: list[list[str]]
+
+
+def read_captions(path: str | Path, *, hint: str = "") -> Captions:
+    """The captions of a COCO file, ``.json`` or ``.json.gz``; empty ones are left out.
+
+    Args:
+        path: the file.
+        hint: which file it should be, as a sentence without its end; closes the messages.
+
+    Raises:
+        UserError: a missing list or key, a duplicate or unknown id, an image without a file, a caption that is no text.
+    """
+    content, closing = read_json(path, hint=hint), f"; {hint}" if hint else ""
+    _require_lists(content, ("images", "annotations"), str(path))
+    sizes, files, _ = _images(content["images"], str(path), [])
+    texts: dict[ImageId, list[str]] = {}
+    for n, annotation in enumerate(content["annotations"]):
+        entry = f"{path}: annotations[{n}]"
+        image_id = known_id(required(annotation, "image_id", entry), sizes, f"{entry}: image_id")
+        if not isinstance(caption := annotation.get("caption"), str):
+            raise UserError(f"{entry}: {'caption is no text' if 'caption' in annotation else 'no caption'}{closing}.")
+        if text := caption.strip():
+            texts.setdefault(image_id, []).append(text)
+    named = (files.get(image_id) or picture_file({"id": image_id}, where=str(path)) for image_id in texts)
+    return Captions(files=tuple(named), texts=list(texts.values()))
+
+
+def _require_lists(content: Any, keys: Sequence[str], where: str) -> None:
+    """Refuse what is no object with these lists."""
+    if not isinstance(content, dict):
+        hint = " This looks like a results file." if isinstance(content, list) else ""
+        raise UserError(f"{where}: expected an object with {', '.join(keys)}; found {kind_of(content)}.{hint}")
+    for key in keys:
+        if not isinstance(content.get(key), list):
+            what = "is missing" if key not in content else kind_of(content[key])
+            raise UserError(f"{where}: {key!r} must be a list, {what}.")
+
+
 def image_sizes(gt: Mapping[str, Any], *, where: str = "annotations") -> dict[ImageId, tuple[int, int] | None]:
     """(height, width) of each image as `check_ground_truth` understands it, without looking at the annotations."""
     return _images(gt["images"], where, [])[0]
@@ -178,7 +209,7 @@ def _images(
     written = 0
     for n, image in enumerate(entries):
         entry = f"{where}: images[{n}]"
-        image_id = _key(image, "id", entry)
+        image_id = required(image, "id", entry)
         if isinstance(image_id, float) and image_id.is_integer():
             image_id = int(image_id)
         if isinstance(image_id, bool) or not isinstance(image_id, (int, str)):
@@ -230,15 +261,19 @@ def _pixels(value: Any) -> int | None:
     """A side in pixels, also where it is written as text or as 640.0; None for null, nonsense, zero and less."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         value = int(value)
-    return int(value) if _is_number(value) and value >= 1 and float(value).is_integer() else None
+    return int(value) if is_number(value) and value >= 1 and float(value).is_integer() else None
 
 
-def _categories(entries: list[Any], where: str) -> dict[int, str]:
-    """Category id -> name."""
+def category_names(entries: list[Any], where: str) -> dict[int, str]:
+    """Category id -> name of a file's ``categories``.
+
+    Raises:
+        UserError: an entry without a whole number or a name, or an id that occurs twice.
+    """
     categories: dict[int, str] = {}
     for n, category in enumerate(entries):
         entry = f"{where}: categories[{n}]"
-        category_id, name = _key(category, "id", entry), _key(category, "name", entry)
+        category_id, name = required(category, "id", entry), required(category, "name", entry)
         if isinstance(category_id, float) and category_id.is_integer():
             category_id = int(category_id)
         if isinstance(category_id, bool) or not isinstance(category_id, int):
@@ -260,7 +295,7 @@ def _without_twins(categories: dict[int, str], used: set[int], where: str, warni
     by_name: dict[str, list[int]] = {}
     for category_id, name in categories.items():
         by_name.setdefault(name.strip().casefold(), []).append(category_id)
-    kept = dict(categories)
+    unique = dict(categories)
     for ids in by_name.values():
         labelled = [i for i in ids if i in used]
         if len(labelled) > 1:
@@ -271,9 +306,9 @@ def _without_twins(categories: dict[int, str], used: set[int], where: str, warni
         keep = labelled[0] if labelled else ids[0]
         for i in ids:
             if i != keep:
-                del kept[i]
+                del unique[i]
                 warnings.append(f"category {i} is named {categories[i]!r} like category {keep} and has no annotation")
-    return kept
+    return unique
 
 
 def _annotation(
@@ -285,12 +320,12 @@ def _annotation(
     odd: Counter[str],
 ) -> Annotation:
     """One annotation, checked; oddities are counted in ``odd``."""
-    image_id = _known(_key(a, "image_id", entry), sizes, f"{entry}: image_id")
-    category_id = _known(_key(a, "category_id", entry), categories, f"{entry}: category_id")
-    box, size = _box(_key(a, "bbox", entry), entry), sizes[image_id]
+    image_id = known_id(required(a, "image_id", entry), sizes, f"{entry}: image_id")
+    category_id = known_id(required(a, "category_id", entry), categories, f"{entry}: category_id")
+    box, size = checked_box(required(a, "bbox", entry), entry), sizes[image_id]
     odd["empty"] += box[2] == 0 or box[3] == 0
     if size is not None:
-        over, corners = _over_border(box, size, f"{entry}: bbox {box}", image_id)
+        over, corners = over_border(box, size, f"{entry}: bbox {box}", image_id)
         odd["over"] += over
         odd["corners"] += corners
     height, width = size or (masks.LARGEST_SIDE, masks.LARGEST_SIDE)
@@ -308,17 +343,17 @@ def _annotation(
     if area is None:
         odd["no_area"] += 1
         area = masks.area(a["segmentation"], size, entry) if "segmentation" in one else box[2] * box[3]
-    elif not _is_number(area) or area < 0:
+    elif not is_number(area) or area < 0:
         raise UserError(f"{entry}: area must be a number ≥ 0, is {area!r}.")
     one["area"] = area
     if (score := a.get("score")) is not None:
-        if not _is_number(score) or not 0 <= score <= 1:
+        if not is_number(score) or not 0 <= score <= 1:
             raise UserError(f"{entry}: score must be between 0 and 1, is {score!r}.")
         one["score"] = float(score)
     return one
 
 
-def _over_border(box: Iterable[float], size: tuple[int, int], what: str, image_id: ImageId) -> tuple[bool, bool]:
+def over_border(box: Iterable[float], size: tuple[int, int], what: str, image_id: ImageId) -> tuple[bool, bool]:
     """Whether a box reaches over the border of its image, and whether it would fit as corners.
 
     Raises:
@@ -332,109 +367,58 @@ def _over_border(box: Iterable[float], size: tuple[int, int], what: str, image_i
     return over, over and x < w <= width + 1 and y < h <= height + 1
 
 
-def check_results(
-    results: Any, gt: GroundTruth, *, outside: Collection[int] = (), where: str = "predictions", classes: bool = True
-) -> Results:
-    """Detections in COCO's results format, checked against the ground truth.
-
-    Args:
-        results: a list of `{"image_id", "category_id", "score", "bbox": [x, y, w, h]}` with `"segmentation"` beside or
-            in place of `bbox`.
-        gt: checked ground truth.
-        outside: category ids known without being in `gt.categories`; their detections are dropped and counted.
-        where: the file, for messages.
-        classes: False for class-agnostic proposals, which need no `category_id`.
-
-    Boxes that reach over the border are kept as they are and counted (clipping would change the digits).
+def required(entry: Any, key: str, where: str) -> Any:
+    """The value of an entry's key.
 
     Raises:
-        UserError: not a list, a missing key, an unknown image or category id, a score or box that is not finite, a box
-            of negative size or wholly outside its image, a mask of another size than the image; the message names the
-            entry.
+        UserError: the entry is no object or lacks the key.
     """
-    if not isinstance(results, list):
-        hint = ""
-        if isinstance(results, dict) and isinstance(results.get("annotations"), list):
-            hint = " This looks like a ground-truth file; predictions are a plain list."
-        raise UserError(f"{where}: expected a list of detections, found {_kind(results)}.{hint}")
-    fresh: list[dict[str, Any]] = []
-    over = flat = dropped = corners = 0
-    for n, d in enumerate(results):
-        entry = f"{where}[{n}]"
-        image_id = _known(_key(d, "image_id", entry), gt.sizes, f"{entry}: image_id")
-        one: dict[str, Any] = {"image_id": image_id, "category_id": 0}
-        if classes:
-            category_id = _key(d, "category_id", entry)
-            if _hashable(category_id) and category_id in outside and category_id not in gt.categories:
-                dropped += 1
-                continue
-            one["category_id"] = _known(category_id, gt.categories, f"{entry}: category_id")
-        score = _key(d, "score", entry)
-        if not _is_number(score):
-            raise UserError(f"{entry}: score must be a finite number, is {score!r}.")
-        one["score"] = score
-        size = gt.sizes[image_id]
-        if d.get("segmentation"):
-            one["segmentation"] = masks.to_rle(d["segmentation"], size, entry)
-        if d.get("bbox"):
-            one["bbox"] = _box(d["bbox"], entry)
-            flat += one["bbox"][2] == 0 or one["bbox"][3] == 0
-            if size is not None:
-                reaches, fits = _over_border(one["bbox"], size, f"{entry}: box {one['bbox']}", image_id)
-                over += reaches
-                corners += fits
-        elif "segmentation" not in one:
-            raise UserError(f"{entry}: neither bbox nor segmentation.")
-        fresh.append(one)
-    warnings = []
-    if dropped:
-        warnings.append(f"{dropped} detections of categories that the ground truth does not define are left out")
-    if over:
-        hint = ""
-        if over > len(fresh) / 4 and corners > 0.95 * over:
-            hint = "; are they x1, y1, x2, y2? COCO's are x, y, width, height"
-        warnings.append(f"{over} of {len(fresh)} boxes reach over the border of their image (kept as they are){hint}")
-    if flat:
-        warnings.append(f"{flat} boxes have no area and can match nothing")
-    if not fresh:
-        warnings.append("no detections: every precision and recall is 0")
-    return Results(detections=fresh, warnings=warnings)
-
-
-def _key(entry: Any, key: str, where: str) -> Any:
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object, found {_kind(entry)}.")
+        raise UserError(f"{where}: expected an object, found {kind_of(entry)}.")
     if key not in entry:
         raise UserError(f"{where}: {key!r} is missing.")
     return entry[key]
 
 
-def _hashable(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Whether a value has the type of an id."""
     return isinstance(value, (int, str, float)) and not isinstance(value, bool)
 
 
-def _known(value: Any, known: Mapping[Any, Any], where: str) -> Any:
-    if _hashable(value):
+def known_id(value: Any, known: Mapping[Any, Any], where: str) -> Any:
+    """An id that refers to one of ``known``; 1.0 means 1.
+
+    Raises:
+        UserError: it is not there, or written as another type.
+    """
+    if is_id(value):
         if value in known:
             return int(value) if isinstance(value, float) else value
         other: Any = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else str(value)
         if other in known:
-            raise UserError(f"{where} {value!r} is written as {_kind(value)}; the ground truth has {other!r}.")
+            raise UserError(f"{where} {value!r} is written as {kind_of(value)}; the ground truth has {other!r}.")
     raise UserError(f"{where} {value!r} is not in the ground truth.")
 
 
-def _box(value: Any, entry: str) -> list[float]:
-    if not isinstance(value, (list, tuple)) or len(value) != 4 or not all(_is_number(v) for v in value):
+def checked_box(value: Any, entry: str) -> list[float]:
+    """A box x, y, width, height.
+
+    Raises:
+        UserError: it is not four finite numbers, or has a negative size.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 4 or not all(is_number(v) for v in value):
         raise UserError(f"{entry}: bbox must be four finite numbers x, y, width, height; is {value!r}.")
     if value[2] < 0 or value[3] < 0:
         raise UserError(f"{entry}: bbox {list(value)} has a negative width or height.")
     return list(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true/false"}
     return "null" if value is None else names.get(type(value), type(value).__name__)

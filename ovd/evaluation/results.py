@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections in COCO's results format, checked against a ground truth.
+
+Nothing here is silent: what cannot be evaluated is refused with the entry's position; what can be, but looks odd, is
+counted and reported as a warning. Inputs are never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from pretrain.data import masks
+from pretrain.data.coco import GroundTruth, checked_box, is_id, is_number, kind_of, known_id, over_border, required
+from pretrain.engine.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Checked detections: fresh dicts with `image_id`, `category_id`, `score`, and `bbox` and/or `segmentation`."""
+
+    detections: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every detection has a mask (true for no detections)."""
+        return all("segmentation" in d for d in self.detections)
+
+
+def check_results(
+    results: Any, gt: GroundTruth, *, outside: Collection[int] = (), where: str = "predictions", classes: bool = True
+) -> Results:
+    """Detections in COCO's results format, checked against the ground truth.
+
+    Args:
+        results: a list of `{"image_id", "category_id", "score", "bbox": [x, y, w, h]}` with `"segmentation"` beside or
+            in place of `bbox`.
+        gt: checked ground truth.
+        outside: category ids known without being in `gt.categories`; their detections are dropped and counted.
+        where: the file, for messages.
+        classes: False for class-agnostic proposals, which need no `category_id`.
+
+    Boxes that reach over the border are kept as they are and counted (clipping would change the digits).
+
+    Raises:
+        UserError: not a list, a missing key, an unknown image or category id, a score or box that is not finite, a box
+            of negative size or wholly outside its image, a mask of another size than the image; the message names the
+            entry.
+    """
+    if not isinstance(results, list):
+        hint = ""
+        if isinstance(results, dict) and isinstance(results.get("annotations"), list):
+            hint = " This looks like a ground-truth file; predictions are a plain list."
+        raise UserError(f"{where}: expected a list of detections, found {kind_of(results)}.{hint}")
+    fresh: list[dict[str, Any]] = []
+    over = flat = dropped = corners = 0
+    for n, d in enumerate(results):
+        entry = f"{where}[{n}]"
+        image_id = known_id(required(d, "image_id", entry), gt.sizes, f"{entry}: image_id")
+        one: dict[str, Any] = {"image_id": image_id, "category_id": 0}
+        if classes:
+            category_id = required(d, "category_id", entry)
+            if is_id(category_id) and category_id in outside and category_id not in gt.categories:
+                dropped += 1
+                continue
+            one["category_id"] = known_id(category_id, gt.categories, f"{entry}: category_id")
+        score = required(d, "score", entry)
+        if not is_number(score):
+            raise UserError(f"{entry}: score must be a finite number, is {score!r}.")
+        one["score"] = score
+        size = gt.sizes[image_id]
+        if d.get("segmentation"):
+            one["segmentation"] = masks.to_rle(d["segmentation"], size, entry)
+        if d.get("bbox"):
+            one["bbox"] = checked_box(d["bbox"], entry)
+            flat += one["bbox"][2] == 0 or one["bbox"][3] == 0
+            if size is not None:
+                reaches, fits = over_border(one["bbox"], size, f"{entry}: box {one['bbox']}", image_id)
+                over += reaches
+                corners += fits
+        elif "segmentation" not in one:
+            raise UserError(f"{entry}: neither bbox nor segmentation.")
+        fresh.append(one)
+    warnings = []
+    if dropped:
+        warnings.append(f"{dropped} detections of categories that the ground truth does not define are left out")
+    if over:
+        hint = ""
+        if over > len(fresh) / 4 and corners > 0.95 * over:
+            hint = "; are they x1, y1, x2, y2? COCO's are x, y, width, height"
+        warnings.append(f"{over} of {len(fresh)} boxes reach over the border of their image (kept as they are){hint}")
+    if flat:
+        warnings.append(f"{flat} boxes have no area and can match nothing")
+    if not fresh:
+        warnings.append("no detections: every precision and recall is 0")
+    return Results(detections=fresh, warnings=warnings)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--check` of every shipped configuration takes a step, or says in a line what is missing, and leaves nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ovd import embed
+from ovd import train as detectors
+from pretrain import train as encoders
+from pretrain.engine.errors import UserError
+from pretrain.engine.stages import shipped_stages
+
+ROOT = Path(__file__).resolve().parents[2]
+MAINS = {"pretrain.train": encoders.main, "ovd.embed": embed.main, "ovd.train": detectors.main}
+MODULES = {stage.config: stage.module for stage in shipped_stages()}
+CONFIGS = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+ENCODER = f"{ROOT}/weights/clip-sticker"
+STAND_INS = {  # for what an earlier stage makes
+    "embed.yaml": ["proposer=vild-sticker", "pictures.length=2"],
+    "pretrain/clip.yaml": [f"method.text_weights={ENCODER}", f"method.image_weights={ENCODER}"],
+    "pretrain/clip_hues.yaml": [f"method.text_weights={ENCODER}", f"method.image_weights={ENCODER}"],
+    "pretrain/clip_names.yaml": [f"method.text_weights={ENCODER}", f"method.image_weights={ENCODER}"],
+    "pretrain/clip_start.yaml": [f"method.text_weights={ENCODER}"],
+}
+COMPLETE = {
+    *STAND_INS, "detr.yaml", "mask_rcnn.yaml", "ov_detr.yaml", "updetr.yaml",
+    "pretrain/barlow_twins.yaml", "pretrain/byol.yaml", "pretrain/byol_gn.yaml", "pretrain/moco_v1.yaml",
+    "pretrain/moco_v2.yaml", "pretrain/simclr.yaml", "pretrain/simsiam.yaml", "pretrain/swav.yaml",
+}  # fmt: skip
+"""Configurations that have everything here. The others lack a stage or pictures; the tests of each stage have those."""
+
+
+def test_every_configuration_is_walked() -> None:
+    assert set(CONFIGS) == set(MODULES) >= COMPLETE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+def test_check_takes_a_step_or_says_what_is_missing_and_leaves_nothing(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = MAINS[MODULES[config]]
+    argv = ["--config", config, *STAND_INS.get(config, ()), "--check"]
+    if config in COMPLETE:
+        assert main(argv) == 0
+        assert re.search(r"check: two batches and one step|pictures/s|2 pictures", capsys.readouterr().out)
+    else:
+        with pytest.raises(UserError, match=r"make it with `python |run the command in |data/|photos") as refusal:
+            main(argv)
+        assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
