@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovd.inference.everything import OwnWords, open_shift
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.region_model import RegionModel, unit_rows
 from ovd.inference.scorers import Scorer
@@ -93,6 +94,23 @@ class FvlmRegionModel(RegionModel):
                     near = ", ".join(self.trained.words[i] for i in nearest.tolist())
                     found.append(f"{phrase!r} is no word these weights learned; the nearest they know: {near}")
         return tuple(found)
+
+    def own_words(self) -> OwnWords:
+        """The proposal network's words, and the nouns of the training that are not above them; one of each meaning."""
+        nouns = [w for w in self.trained.words if w in self.trained.lexicon.nouns]
+        relations = self.known.relations([[word] for word in nouns])
+        above = relations.same_or_below.any(dim=1).tolist()
+        one_of = {self.trained.line_of(word)[0]: word for word in reversed([*self.known.words, *nouns])}
+        first = frozenset(one_of.values())
+        others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above.numpy(), above, strict=True)
+                  if w in first and not is_above]  # fmt: skip
+        names = (*self.known.words, *(word for word, _ in others))
+        known = len(self.known.words)
+        kind_of = np.zeros((len(names), len(names)), dtype=bool)
+        kind_of[known:, :known] = np.stack([kinds for _, kinds in others]) if others else False
+        shift = np.full(len(names), open_shift(), dtype=np.float32)
+        shift[:known] = 0
+        return OwnWords(names=names, shift=shift, kind_of=kind_of)
 
     def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.inference.everything import OwnWords
 from ovd.inference.scorers import CalibratedScorer, Scorer
 from ovd.inference.scoring import Calibration, RegionSet
 from pretrain.engine.errors import UserError
@@ -66,6 +67,10 @@ class RegionModel(ABC):
     def notices(self, phrases: Sequence[Sequence[str]], rows: Tensor) -> tuple[str, ...]:
         """What a person should know of how these classes are understood; arguments as those of `scorer`."""
         return ()
+
+    def own_words(self) -> OwnWords:
+        """The words that it can say unasked; none where nothing tells them."""
+        return OwnWords.plain(() if self.card is None else self.card.classes)
 
     def scorer(self, rows: Tensor, phrases: Sequence[Sequence[str]], competitors: Tensor) -> Scorer:
         """What scores regions for typed classes, each alone, as a person sees them.
