@@ -24,7 +24,7 @@ def add_query_flags(flags: CommandParser) -> None:
     words = flags.add_mutually_exclusive_group()
     words.add_argument(
         "--classes",
-        help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes; "everything": all words the weights know',
+        help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes; "everything": all words known',
     )
     words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
     flags.add_argument(

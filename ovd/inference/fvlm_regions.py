@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.inference.everything import OwnWords, open_shift
+from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.region_model import RegionModel, unit_rows
 from ovd.inference.scorers import Scorer
@@ -86,13 +87,15 @@ class FvlmRegionModel(RegionModel):
             for phrase in group:
                 if self.trained.understands(phrase):
                     continue
-                if (head := self.trained.head_of(phrase)) is not None:
+                if len(group) > 1 and self.trained.is_english and (hint := hint_of(phrase)) is not None:
+                    found.append(hint)
+                elif (head := self.trained.head_of(phrase)) is not None:
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
                     found.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
                     nearest = (self.background_words.to(row) @ row).topk(min(3, len(self.trained.words))).indices
-                    near = ", ".join(self.trained.words[i] for i in nearest.tolist())
-                    found.append(f"{phrase!r} is no word these weights learned; the nearest they know: {near}")
+                    words = [self.trained.words[i] for i in nearest.tolist()]
+                    found.append(unknown_word(phrase, words, english=self.trained.is_english))
         return tuple(found)
 
     def own_words(self) -> OwnWords:

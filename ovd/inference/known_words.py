@@ -65,6 +65,11 @@ class WordList:
             own.setdefault(self.meaning_of(word) or word, []).append(number)
         return below, own, {word: number for number, word in enumerate(self.words)}
 
+    @cached_property
+    def is_english(self) -> bool:
+        """Whether most of the words are nouns of the lexicon."""
+        return sum(self.meaning_of(word) is not None for word in self.words) * 2 > len(self.words)
+
     def meaning_of(self, phrase: str) -> str | None:
         """Id of the meaning of a phrase as a person types it: capitals and plurals too; None: not in the lexicon."""
         for form in singulars(phrase.casefold()):
