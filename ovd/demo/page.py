@@ -368,6 +368,9 @@ def launch_page(
         body_text_color_subdued="*neutral_600",
         block_info_text_color="*neutral_600",
         input_placeholder_color="*neutral_500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
     )
     return serve(
         page,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovd.demo.lean import give_back, without_compiler
+from ovd.demo.lean import rest, without_compiler
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -87,7 +87,7 @@ class Shelf:
             with without_compiler():
                 self.current = self.offers[name].load()
             self._loaded = name
-            give_back()
+            rest()
         return self.current
 
 

@@ -7,6 +7,7 @@ Shapes: R regions, C classes, K known words, B background words, D joint embeddi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,8 +94,11 @@ class FvlmRegionModel(RegionModel):
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
                     found.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
-                    nearest = (self.background_words.to(row) @ row).topk(min(3, len(self.trained.words))).indices
-                    words = [self.trained.words[i] for i in nearest.tolist()]
+                    order = (self.background_words.to(row) @ row).argsort(descending=True).tolist()
+                    nouns = (
+                        self.trained.words[i] for i in order if self.trained.words[i] in self.trained.lexicon.nouns
+                    )
+                    words = list(islice(nouns, 3))
                     found.append(unknown_word(phrase, words, english=self.trained.is_english))
         return tuple(found)
 
