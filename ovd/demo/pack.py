@@ -61,7 +61,8 @@ def _content(found: Any) -> dict[str, Any]:
         raise UserError('the answers must be a list like [{"name": "cat.jpg", "size": [640, 480], "boxes": […]}]')
     if not 0 < len(found) <= MOST_PICTURES:
         raise UserError(f"labels of {len(found)} pictures; 1 to {MOST_PICTURES} go into one zip")
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
     taken: set[str] = set()
     for number, one in enumerate(found, 1):

@@ -122,14 +122,15 @@ one(".ovd-link").addEventListener("click", async () => {
 
 // ---- keys ------------------------------------------------------------------------------------------------------
 
-// Enter asks, Shift+Enter begins a new line; Gradio has it the other way round.
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.target !== field() || event.isComposing) return;
-  event.stopPropagation();
-  if (event.shiftKey) return;
-  event.preventDefault();
-  document.querySelector("#ovd-find").click();
-}, true);
+// Enter asks, Shift+Enter begins a new line; Gradio has it the other way round, at keypress.
+for (const kind of ["keydown", "keypress"])
+  document.addEventListener(kind, (event) => {
+    if (event.key !== "Enter" || event.target !== field() || event.isComposing) return;
+    event.stopPropagation();
+    if (event.shiftKey) return;
+    event.preventDefault();
+    if (kind === "keydown" && !event.repeat) document.querySelector("#ovd-find").click();
+  }, true);
 
 // A question that the server refuses never becomes an answer. Gradio would say "Error"; the server says why, and when to
 // come back. Gradio takes 422 for remarks on its fields: with none it stops waiting and adds nothing of its own.

@@ -136,6 +136,8 @@ class RCNNRegionModel(RegionModel):
         masks: whether regions have masks, if the model has a mask head.
     """
 
+    card: DetectorCard
+
     def __init__(
         self,
         *,
