@@ -90,10 +90,11 @@ def main(argv: list[str]) -> int:
         with without_compiler():
             from ovd.demo.answer import Answerer
             from ovd.demo.page import build_page, launch_page
+            from ovd.demo.shelf import shelf_of
             from ovd.detector import Detector
 
-            detector = Detector.load(options.weights, device=options.device)
-        answerer = Answerer(detector=detector)
+            shelf = shelf_of(options.weights, lambda weights: Detector.load(weights, device=options.device))
+        answerer = Answerer(shelf=shelf)
         page = build_page(answerer)
         served = launch_page(
             page,

@@ -22,7 +22,10 @@ RARE = ("vocabulary", "device", "threads")
 def add_query_flags(flags: CommandParser) -> None:
     """Words, examples, threshold, weights, device."""
     words = flags.add_mutually_exclusive_group()
-    words.add_argument("--classes", help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes')
+    words.add_argument(
+        "--classes",
+        help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes; "everything": all words known',
+    )
     words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
     flags.add_argument(
         "--example",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Colours of classes: from the name, never from the order typed, and told apart without colour vision.
 
-Palette: Okabe and Ito's (without black) and three of Paul Tol's *muted* set. A second cue, the dash of the outline,
-repeats what the hue says.
+Palette: Okabe and Ito's (without black), two of Paul Tol's *muted* set, and a violet that is far from all of them with
+every kind of colour blindness. A second cue, the dash of the outline, repeats what the hue says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PALETTE = (
     "#d55e00",
     "#cc79a7",
     "#882255",
-    "#44aa99",
+    "#9933ff",
     "#332288",
 )
 # Dash lengths in line widths; () is a solid line.

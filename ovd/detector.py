@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from ovd.detections import Detections
 from ovd.examples import ExampleEmbedder, parse_examples
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.encoder import image_tower, load_encoder_of
+from ovd.inference.everything import LEVEL, OwnWords, is_everything
 from ovd.inference.postprocess import CROSS_CLASS_IOU, MAX_DETECTIONS, NMS_IOU, Candidates, postprocess
 from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
@@ -172,6 +174,8 @@ class Detector:
         """
         if threshold is None:
             calibration = self.model.calibration
+            if query.naming is not None:
+                return max(LEVEL, calibration.threshold)
             levels = [calibration.threshold] if query.words.positives else []
             levels += [calibration.example_threshold] if query.positive_examples else []
             return max(levels)
@@ -189,7 +193,8 @@ class Detector:
         """Words and examples as one list of classes, for `Regions.classify`.
 
         Args:
-            classes: words as for `set_classes`; None: those of `set_classes`, or with examples no words.
+            classes: words as for `set_classes`; "everything": all words that the detector knows, each thing named once;
+                None: those of `set_classes`, or with examples no words.
             examples: see `ovd.examples.parse_examples`.
             picture: (H, W, 3) uint8 RGB, what boxes among the examples lie on.
 
@@ -197,11 +202,32 @@ class Detector:
             UserError: neither a word nor an example to look for, or an example that cannot be used.
         """
         parsed = parse_examples(examples, picture=picture) if examples is not None else ()
+        if is_everything(classes):
+            return self._everything(parsed)
         if all(e.negative for e in parsed):
             return Query(self.resolve(classes), parsed)
         if classes is None or not isinstance(classes, Vocabulary):
             classes = Vocabulary.parse(classes or (), templates=self.templates, alone=False)
         return Query(self._with_notices(classes), parsed)
+
+    def _everything(self, examples: Sequence[Example]) -> Query:
+        """All words that the model knows.
+
+        Raises:
+            UserError: it tells none, or there are examples beside.
+        """
+        if examples:
+            raise UserError("everything: leave the examples out, or name the classes to look for beside them")
+        own = self.own_words
+        if not own.names:
+            raise UserError("everything: these weights do not say which words they know; name the classes to look for")
+        words = Vocabulary.parse(list(own.names), templates=self.templates)
+        return Query(words, naming=own)
+
+    @cached_property
+    def own_words(self) -> OwnWords:
+        """The words that it says unasked."""
+        return self.model.own_words()
 
     question = query
     """The former name of `query`."""
@@ -320,7 +346,7 @@ class Detector:
 
         Args:
             image: see `to_rgb`.
-            classes: words as for `set_classes`; None: those of `set_classes`, or with examples no words.
+            classes: see `query`.
             examples: ``[crop, …]``, ``{"my mug": [crop, crop]}`` and more, see `ovd.examples.parse_examples`; a box
                 of four numbers lies on ``image``.
             threshold: lowest score; the checkpoint's calibrated default when None.

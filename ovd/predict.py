@@ -2,6 +2,7 @@
 """``wordbox predict``: name what is in pictures and folders of pictures.
 
     wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
+    wordbox predict photos/ --classes everything --out found/
     wordbox predict photos/ --vocabulary words.txt --out found/ --threshold 0.4
     wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
 
@@ -353,7 +354,10 @@ def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, fai
         if record is not None and "reason" not in record:
             images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
             results.extend({**row, "image_id": number} for row in record["results"])
-    categories = [{"id": i + 1, "name": class_name} for i, class_name in enumerate(query.names)]
+    categories = [{"id": i, "name": class_name} for i, class_name in enumerate(query.names, 1)]
+    if query.naming is not None and results:  # of all known words those that were found
+        found = {row["category_id"] for row in results}
+        categories = [category for category in categories if category["id"] in found]
     _write_json(out / "results.json", results)
     _write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
     if failed:

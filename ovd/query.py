@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 
 from ovd.examples import Example
+from ovd.inference.everything import OwnWords
 from ovd.vocabulary import Vocabulary
 
 
@@ -20,6 +21,8 @@ class Query:
 
     words: Vocabulary
     examples: tuple[Example, ...] = ()
+    naming: OwnWords | None = None
+    """Of a query for all words that the detector knows: how it chooses one of them."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,7 +53,9 @@ class Query:
     @property
     def hash(self) -> str:
         """16 hex digits over words, names and crops; the vocabulary's own hash where there are no examples."""
-        if not self.examples:
+        if not self.examples and self.naming is None:
             return self.words.hash
+        if self.naming is not None:
+            return hashlib.sha256(f"everything {self.words.hash}".encode()).hexdigest()[:16]
         record = [self.words.hash, *([e.name, e.negative, e.hash] for e in self.examples)]
         return hashlib.sha256(json.dumps(record, ensure_ascii=True).encode("ascii")).hexdigest()[:16]

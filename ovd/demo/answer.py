@@ -8,12 +8,13 @@ and downloads then work in the browser.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovd.colours import class_styles
+from ovd.demo.pack import pack
+from ovd.demo.shelf import Shelf
 from ovd.detections import Detections
 from ovd.detector import Detector
 from ovd.examples import Crop
+from ovd.inference.everything import is_everything, nearest_words
 from ovd.inference.region_model import PatchLocator
 from ovd.inference.regions import picture_key
 from ovd.pictures import to_rgb
@@ -52,6 +56,7 @@ SLICE = 64  # classes that are embedded in one go, about 40 ms on two CPU cores
 FIRST_SECONDS = 0.5  # a guess, until the first answers have been timed
 SMOOTHING = 8  # answers that the running mean of their time looks back on
 PREVIEW_SIDE = 1600  # pixels; what is shown and saved as PNG
+NEAR = 3  # words of the vocabulary that are told of each box
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class _Found:
     """What the model's thread hands back; times in seconds."""
 
     detections: Detections
+    near: list[list[str]]  # of each detection the words that it looks most like
     key: str  # of the picture
     regions: int
     cached: bool  # the picture was remembered
@@ -73,12 +79,27 @@ class Answerer:
     """Answers requests about pictures with one detector.
 
     Args:
-        detector: shared by all requests.
+        detector: shared by all requests; not with a shelf.
+        shelf: the weights to choose from.
+        examples: ready pictures: an answer says by its name that it is about one of them.
         previews: pictures whose preview is remembered.
     """
 
-    def __init__(self, *, detector: Detector, previews: int = 8) -> None:
-        self.detector = detector
+    def __init__(
+        self,
+        *,
+        detector: Detector | None = None,
+        shelf: Shelf | None = None,
+        examples: Sequence[Path] = (),
+        previews: int = 8,
+    ) -> None:
+        if shelf is None:
+            if detector is None:
+                raise ValueError("a detector or a shelf")
+            shelf = Shelf(detector)
+        self.shelf = shelf
+        self._examples: dict[tuple[int, str], str] = {}
+        self.know(examples)
         self.seconds = FIRST_SECONDS  # that one question holds the model, at present
         self._previews: OrderedDict[str, str] = OrderedDict()
         self._keep = previews
@@ -96,13 +117,15 @@ class Answerer:
         threshold: float | None = None,
         *,
         examples: Any = None,
+        weights: Any = None,
         preview: bool = False,
     ) -> dict[str, Any]:
         """Find the typed classes, and what looks like the examples.
 
         Args:
             image: picture file.
-            classes: words in the grammar of `ovd.vocabulary`.
+            classes: words in the grammar of `ovd.vocabulary`; "everything": all that the weights know.
+            weights: name of an offer of the shelf; None: those of the start.
             threshold: lowest score to send; the floor when None.
             examples: None or a list of ``{"name", "image", "box"}`` as a program or the page sent it, see
                 `decode_examples`.
@@ -117,37 +140,64 @@ class Answerer:
         start = time.perf_counter()
         if not image:
             raise UserError("Choose a picture first: drop one here, paste it, or click an example")
+        wanted = self.shelf.check(weights)
+        holds = self.shelf.holds(wanted)
+        detector = self.shelf.current if holds else self._on(self._model, self.shelf.take, wanted)
         # Words first: a typing mistake should not cost a run of the network.
-        words = self._parsed(classes, alone=not examples)
+        words = self._parsed(detector, classes, alone=not examples)
         with self._seats:
-            query = self.detector.query(words, decode_examples(examples))
+            query = words if isinstance(words, Query) else detector.query(words, decode_examples(examples))
             if not query.names:
-                replace(words, alone=True)  # which says what is missing
-            default = self.detector.threshold_for(query)
+                replace(query.words, alone=True)  # which says what is missing
+            default = detector.threshold_for(query)
             floor = min(FLOOR, default / 4)
             level = floor if threshold is None else threshold
             pixels = _read(Path(image))
             read = time.perf_counter()
-            found = self._on(self._model, self._run, pixels, query, level)
-            result = self._described(found, query, default=default, floor=floor)
+            found = self._on(self._model, self._run, detector, pixels, query, level)
+            result = self._described(detector, found, query, default=default, floor=floor)
+            result["example"] = self._example(Path(image))
             result["ms"]["read"] = _ms(read - start)
             if preview:
                 result["preview"] = self._preview(found.key, pixels)
             return result
 
-    def _parsed(self, text: str, *, alone: bool) -> Vocabulary:
+    def know(self, examples: Sequence[Path]) -> None:
+        """Ready pictures, by their bytes."""
+        for path in examples:
+            data = path.read_bytes()
+            self._examples[len(data), hashlib.sha256(data).hexdigest()] = path.name
+
+    def _example(self, image: Path) -> str | None:
+        """The name of the ready picture that this file is a copy of."""
+        try:
+            size = image.stat().st_size
+            if all(size != known for known, _ in self._examples):
+                return None
+            return self._examples.get((size, hashlib.sha256(image.read_bytes()).hexdigest()))
+        except OSError:  # removed meanwhile
+            return None
+
+    def pack(self, found: Any, form: Any) -> bytes:
+        """See `ovd.demo.pack.pack`; one at a time."""
+        return self._on(self._words, pack, found, form)
+
+    def _parsed(self, detector: Detector, text: str, *, alone: bool) -> Vocabulary | Query:
         """Read and embed words on their own thread, in slices that let other people's words in between.
 
         The embedder remembers phrases: at the model they then cost next to nothing.
         """
         if not isinstance(text, str):
             raise UserError(f"classes must be a text, not {type(text).__name__}")
-        parse = partial(Vocabulary.parse, text, templates=self.detector.templates, alone=alone)
-        words = parse() if len(text) <= LONG_TEXT else self._on(self._words, parse)
+        everything = None
+        if is_everything(text) and alone:
+            everything = self._on(self._words, detector.query, text)
+        parse = partial(Vocabulary.parse, text, templates=detector.templates, alone=alone)
+        words = everything.words if everything else parse() if len(text) <= LONG_TEXT else self._on(self._words, parse)
         for start in range(0, len(words.classes), SLICE):
             part = replace(words, classes=words.classes[start : start + SLICE], alone=False)
-            self._on(self._words, self.detector.text.embed, part)
-        return words
+            self._on(self._words, detector.text.embed, part)
+        return everything or words
 
     def _on(self, thread: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Let a thread do it, and wait."""
@@ -158,33 +208,46 @@ class Answerer:
                 raise UserError("The page is being stopped") from problem
             raise
 
+    @property
+    def detector(self) -> Detector:
+        """The one in memory."""
+        return self.shelf.current
+
     def close(self) -> None:
         """Answer nothing more: what waits is told so, and what is being computed comes to its end."""
         self._closed = True
         for thread in (self._words, self._model):
             thread.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, pixels: NDArray[np.uint8], query: Query, level: float) -> _Found:
+    def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, level: float) -> _Found:
         """What only one question at a time may do: the network, and scoring its regions."""
         start = time.perf_counter()
-        runs = self.detector.runs
-        if isinstance(self.detector.model, PatchLocator):
-            detections = self.detector.answer(pixels, query, threshold=level)
+        runs = detector.runs
+        if isinstance(detector.model, PatchLocator):
+            detections = detector.answer(pixels, query, threshold=level)
             key, regions, embedded = picture_key(pixels), len(detections), time.perf_counter()
+            near: list[list[str]] = [[] for _ in range(regions)]
         else:
-            picture = self.detector.embed(pixels)
+            picture = detector.embed(pixels)
             embedded = time.perf_counter()
             detections = picture.classify(query, threshold=level)
             key, regions = picture.key, len(picture)
+            near = nearest_words(detector.model, picture.regions, detections.region.tolist(), count=NEAR)
         end = time.perf_counter()
         self.seconds += (end - start - self.seconds) / SMOOTHING
-        return _Found(detections, key, regions, self.detector.runs == runs, embedded - start, end - embedded)
+        return _Found(detections, near, key, regions, detector.runs == runs, embedded - start, end - embedded)
 
-    def _described(self, found: _Found, query: Query, *, default: float, floor: float) -> dict[str, Any]:
+    def _described(
+        self, detector: Detector, found: _Found, query: Query, *, default: float, floor: float
+    ) -> dict[str, Any]:
         result = describe(found.detections, default=default, floor=floor) | describe_query(query)
+        for row, near in zip(result["detections"], found.near, strict=True):
+            row["near"] = near
         for row, extra in zip(result["classes"], class_extras(query), strict=True):
             row |= extra
-        result["model"] = {key: self.detector.card.get(key) for key in ("name", "sha256")}
+        if query.naming is not None:
+            keep_found_classes(result)
+        result["model"] = {key: detector.card.get(key) for key in ("name", "sha256")}
         result["regions"] = found.regions
         result["cached"] = found.cached
         result["ms"] = {"network": _ms(found.network), "words": _ms(found.words)}
@@ -205,7 +268,22 @@ class Answerer:
 def describe_query(query: Query) -> dict[str, Any]:
     """What the answer says of the query as a whole."""
     negatives = [c.name for c in query.words.negatives] + [e.name for e in query.examples if e.negative]
-    return {"negatives": negatives, "vocabulary": query.hash}
+    return {"negatives": negatives, "vocabulary": query.hash, "everything": query.naming is not None}
+
+
+def keep_found_classes(result: dict[str, Any]) -> None:
+    """Of more than a thousand words that nobody typed, leave those that were found; in place."""
+    numbers = sorted({row["class"] for row in result["detections"]})
+    names = [result["classes"][old]["name"] for old in numbers]
+    styles = class_styles(names)  # anew: few names share no colour
+    classes = []
+    for new, (old, style) in enumerate(zip(numbers, styles, strict=True)):
+        look = {"colour": style.colour, "ink": style.ink, "dash": list(style.dash)}
+        classes.append(result["classes"][old] | look | {"id": new})
+    new_of = {old: new for new, old in enumerate(numbers)}
+    for row in result["detections"]:
+        row["class"] = new_of[row["class"]]
+    result["classes"] = classes
 
 
 def class_extras(query: Query) -> list[dict[str, Any]]:

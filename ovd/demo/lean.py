@@ -133,6 +133,12 @@ def give_back() -> None:
         trim(0)
 
 
+def rest() -> None:
+    """Nobody asks: what answers needed may go. Libraries that they touched are read again from the system's cache."""
+    give_back()
+    forget_libraries()
+
+
 def _libc(name: str) -> Callable[..., int] | None:
     """A function of glibc; None where the C library is another."""
     try:

@@ -152,7 +152,7 @@ class Gate:
         name = self._named(call["name"]) if call is not None else None
         self._check_line()
         body = await self._read(receive, headers, self._limits.question)
-        self._check(body, name=name, keywords=call is not None and call["version"] is not None)
+        body = self._check(body, name=name, keywords=call is not None and call["version"] is not None)
         self._check_line()  # others came while the body was read
         self._line.enter()
         try:
@@ -167,9 +167,9 @@ class Gate:
             raise Refused(problem.status, str(problem)) from problem
         return name
 
-    def _check(self, body: bytes, *, name: str | None = None, keywords: bool = False, quick: bool = False) -> None:
+    def _check(self, body: bytes, *, name: str | None = None, keywords: bool = False, quick: bool = False) -> bytes:
         try:
-            self._questions.check(body, name=name, keywords=keywords, quick=quick)
+            return self._questions.check(body, name=name, keywords=keywords, quick=quick)
         except BadQuestion as problem:
             raise Refused(problem.status, str(problem)) from problem
 

@@ -6,11 +6,13 @@ Gradio is imported inside functions: `prepare_environment` has to run first, as 
 
 from __future__ import annotations
 
+import base64
 import html
 import logging
 import socket
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
 from ovd.demo.serving import Served, load_gradio, serve
+from ovd.demo.shelf import KINDS, Offer
+from ovd.formats.names import FORMATS
+from ovd.inference.everything import EVERYTHING
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -26,14 +31,12 @@ if TYPE_CHECKING:
     from gradio.data_classes import ImageData
 
     from ovd.demo.limits import Limits
-    from ovd.detector import Detector
 
 log = logging.getLogger(__name__)
 
 CACHE = (600, 3600)  # every 10 minutes, uploads older than an hour are deleted
 TITLE = "Open-vocabulary detector"
 EXAMPLES = Path(__file__).parent / "examples"
-STICKER_ENCODER = "clip-sticker"
 PLACEHOLDER = "dog, traffic light\nmug: cup, coffee mug\n-poster"
 CARD_ROWS = {
     "name": "Weights",
@@ -49,8 +52,13 @@ HELP = (
 
 ENDPOINT = (
     "Find the named classes in one picture. classes: names separated by commas, semicolons or "
-    "lines, `name: synonym, synonym`, `-negative`. threshold: lowest score to return, null for all. examples: "
-    "null or a list of {name, image, box}: pictures of what to look for."
+    "lines, `name: synonym, synonym`, `-negative`; `everything` for all words that the weights know. threshold: lowest "
+    "score to return, null for all. examples: null or a list of {name, image, box}: pictures of what to look for. "
+    "weights: name of those to ask, null for those of the start."
+)
+PACK = (
+    "Labels of many answers as one zip, base64. found: a list of {name, size, boxes: [{name, score, box, polygons}]}. "
+    f"form: {', '.join(FORMATS)}."
 )
 # `Answerer` lets one question at a time to the model; the others are read, or wait in it.
 ONE_LINE: dict[str, Any] = {"concurrency_limit": None, "concurrency_id": "questions"}
@@ -62,12 +70,6 @@ class Example:
 
     picture: Path
     classes: str
-
-
-def kind_of_pictures(detector: Detector) -> str:
-    """Folder of the examples that a detector is made for: stickers, or photos."""
-    card = detector.model.card
-    return "stickers" if card is not None and card.encoder == STICKER_ENCODER else "photos"
 
 
 def shipped_examples(folder: Path) -> list[Example]:
@@ -83,7 +85,7 @@ def _asset(name: str) -> str:
     return (resources.files("ovd.demo") / name).read_text(encoding="utf-8")
 
 
-def _card_text(card: dict[str, Any]) -> str:
+def _card_text(card: Mapping[str, Any]) -> str:
     """Markdown table of the model card panel; values come from the weights folder and are escaped all the same."""
     rows = []
     for key, label in CARD_ROWS.items():
@@ -97,11 +99,31 @@ def _card_text(card: dict[str, Any]) -> str:
     return table or "No card comes with these weights."
 
 
-def _header(card: dict[str, Any]) -> str:
-    """HTML on top of the page; says which weights answer and what they are good for."""
-    purpose = str(card.get("purpose", ""))
-    after = f": {html.escape(purpose)}" if purpose else ""
-    return _asset("header.html").replace("@WEIGHTS@", f"<b>{html.escape(str(card.get('name', 'unnamed')))}</b>{after}")
+def _header(offers: Sequence[Offer]) -> str:
+    """HTML on top of the page: which weights answer, what they are good for, and a choice where there are several."""
+    first = offers[0]
+    purpose = str(first.card.get("purpose", ""))
+    says = f"Weights <b>{html.escape(first.name)}</b>" + (f": {html.escape(purpose)}" if purpose else "")
+    choice = ""
+    if len(offers) > 1:
+        rows = [
+            f'<label><input type="radio" name="ovd-weights" value="{html.escape(o.name)}" data-number="{number}" '
+            f'data-purpose="{html.escape(str(o.card.get("purpose", "")))}"{" checked" if o is first else ""}>'
+            f"<span>{KINDS[o.kind]}</span> <code>{html.escape(o.name)}</code></label>"
+            for number, o in enumerate(offers)
+        ]
+        choice = f"<fieldset><legend>Made for</legend>{''.join(rows)}</fieldset>"
+    return _asset("header.html").replace("@CHOICE@", _literal(choice)).replace("@PURPOSE@", _literal(says))
+
+
+def _literal(text: str) -> str:
+    """HTML whose braces and dollars Gradio's templates leave alone."""
+    return text.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
+
+
+def _of(number: int) -> list[str]:
+    """Classes of what belongs to one of the weights on offer; that of the first is shown at the start."""
+    return [f"ovd-of-{number}", *(["ovd-away"] if number else [])]
 
 
 def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
@@ -109,7 +131,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
 
     Args:
         answerer: answers the requests.
-        examples: click-to-try pictures; None: the shipped ones of the kind that the detector is made for.
+        examples: click-to-try pictures; None: for each of the weights the shipped ones of the kind they are made for.
 
     Returns:
         The Gradio app, queue configured; `launch_page` serves it.
@@ -118,41 +140,63 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
     import gradio as gr
 
     handlers = Handlers(answerer)
-    ready = shipped_examples(EXAMPLES / kind_of_pictures(answerer.detector)) if examples is None else examples
+    offers = list(answerer.shelf.offers.values())
+    ready = [examples] if examples is not None else [shipped_examples(EXAMPLES / offer.kind) for offer in offers]
+    answerer.know([e.picture for group in ready for e in group])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
-        gr.HTML(_header(answerer.detector.card), padding=False, elem_id="ovd-header", js_on_load=None)
+        weights = _html("header", elem_id="ovd-header", template=_header(offers), css=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 picture, words, query_examples = _inputs()
-                button = gr.Button("Find", variant="primary", elem_id="ovd-find")
-                picks = gr.Column(visible=bool(ready), elem_id="ovd-examples")
+                with gr.Row(elem_id="ovd-buttons"):
+                    find = gr.Button("Find", variant="primary", elem_id="ovd-find", min_width=90)
+                    everything = gr.Button("What is in this picture?", elem_id="ovd-everything", min_width=190)
+                picks = gr.Column(visible=any(ready), elem_id="ovd-examples")
             with gr.Column(scale=3, min_width=320):
-                view = _html("view", elem_id="ovd-view")
-        inputs = [picture, words, query_examples]
-        run = {"fn": handlers.find, "inputs": inputs, "outputs": view, "api_visibility": "private", **ONE_LINE}
-        button.click(**run, api_name="find", show_progress="minimal")
-        words.submit(**run, api_name="find_submit", show_progress="minimal")
-        if ready:
-            with picks:
-                gr.Examples(
-                    [[str(e.picture), e.classes] for e in ready],
-                    inputs=[picture, words],
-                    outputs=view,
-                    fn=handlers.find,
-                    run_on_click=True,
-                    cache_examples=False,
-                    label="Examples",
-                    examples_per_page=8,
-                    api_visibility="private",
-                )
+                view = _html("view", elem_id="ovd-view", more=("save", "zoom", "session"))
+        run: dict[str, Any] = {"outputs": view, "api_visibility": "private", "show_progress": "minimal", **ONE_LINE}
+        find.click(fn=handlers.find, inputs=[picture, words, query_examples, weights], api_name="find", **run)
+        with picks:
+            for number, group in enumerate(ready):
+                if group:
+                    with gr.Column(elem_classes=["ovd-ready", *_of(number)]):
+                        _ready(handlers, offers[number], group, picture, words, view)
+        everything.click(fn=handlers.everything, inputs=[picture, weights], api_name="everything", **run)
+        with gr.Accordion("Many pictures at once", open=False):
+            rows = "".join(f'<option value="{name}">{name}</option>' for name in FORMATS)
+            _html("many", elem_id="ovd-many", template=_asset("many.html").replace("@FORMATS@", rows))
         with gr.Accordion("About these weights", open=True, elem_id="ovd-card"):
-            gr.Markdown(_card_text(answerer.detector.card), sanitize_html=True, elem_classes="ovd-facts")
-            if text := str(answerer.detector.card.get("text", "")):
-                gr.Markdown(text, sanitize_html=True)
-        _add_endpoint(handlers, picture, words)
+            for number, offer in enumerate(offers):
+                with gr.Column(elem_classes=_of(number)):
+                    gr.Markdown(_card_text(offer.card), sanitize_html=True, elem_classes="ovd-facts")
+                    if text := str(offer.card.get("text", "")):
+                        gr.Markdown(text, sanitize_html=True)
+        _add_endpoints(handlers, picture, words)
     # `ovd.demo.line` says when the line is full, before Gradio would; nothing goes past it.
     page.queue(max_size=1000, default_concurrency_limit=None, api_open=False)
     return page
+
+
+def _ready(
+    handlers: Handlers, offer: Offer, examples: list[Example], picture: gr.Image, words: gr.Textbox, view: gr.HTML
+) -> None:
+    """Click-to-try pictures of one of the weights on offer, which answer about them."""
+    import gradio as gr
+
+    def find(image: str | None, classes: str) -> dict[str, Any]:
+        return handlers.find(image, classes, weights=offer.name)
+
+    gr.Examples(
+        [[str(e.picture), e.classes] for e in examples],
+        inputs=[picture, words],
+        outputs=view,
+        fn=find,
+        run_on_click=True,
+        cache_examples=False,
+        label="Examples",
+        examples_per_page=8,
+        api_visibility="private",
+    )
 
 
 class Handlers:
@@ -165,27 +209,49 @@ class Handlers:
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
 
-    def find(self, image: str | None, classes: str, examples: Any = None) -> dict[str, Any]:
+    def find(self, image: str | None, classes: str, examples: Any = None, weights: Any = None) -> dict[str, Any]:
         """For the page: errors are part of the answer, drawn as text by the page itself."""
         try:
-            return self.answerer.answer(image, classes or "", examples=examples, preview=True)
+            return self.answerer.answer(image, classes or "", examples=examples, weights=weights, preview=True)
         except UserError as problem:
             return {"error": str(problem)}
         except Exception:
             return {"error": _logged()}
 
+    def everything(self, image: str | None, weights: Any = None) -> dict[str, Any]:
+        """For the page: what is in the picture, without a word typed."""
+        return self.find(image, EVERYTHING, weights=weights)
+
     def detect(
-        self, image: str | None, classes: str, threshold: float | None = None, examples: Any = None
+        self,
+        image: str | None,
+        classes: str,
+        threshold: float | None = None,
+        examples: Any = None,
+        weights: str | None = None,
     ) -> dict[str, Any]:
         """Find the named classes in one picture, and what looks like the examples."""
-        import gradio as gr
+        with _told_to_programs():
+            return self.answerer.answer(image, classes or "", threshold, examples=examples, weights=weights)
 
-        try:
-            return self.answerer.answer(image, classes or "", threshold, examples=examples)
-        except UserError as problem:
-            raise gr.Error(html.escape(str(problem), quote=False), print_exception=False) from problem
-        except Exception as problem:
-            raise gr.Error(_logged(), print_exception=False) from problem
+    def pack(self, found: Any, form: str) -> dict[str, str]:
+        """Labels of many answers as one zip."""
+        with _told_to_programs():
+            data = self.answerer.pack(found, form)
+            return {"name": f"labels-{form}.zip", "zip": base64.b64encode(data).decode("ascii")}
+
+
+@contextmanager
+def _told_to_programs() -> Iterator[None]:
+    """What goes wrong inside becomes the error text of the call."""
+    import gradio as gr
+
+    try:
+        yield
+    except UserError as problem:
+        raise gr.Error(html.escape(str(problem), quote=False), print_exception=False) from problem
+    except Exception as problem:
+        raise gr.Error(_logged(), print_exception=False) from problem
 
 
 def _logged() -> str:
@@ -225,33 +291,51 @@ def _path_of(upload: ImageData | None) -> str | None:
     return None if upload is None else upload.path
 
 
-def _html(name: str, *, elem_id: str) -> gr.HTML:
-    """A component of our own: ``NAME.html``, ``NAME.css`` and ``NAME.js`` of this folder."""
+def _html(
+    name: str, *, elem_id: str, more: Sequence[str] = (), template: str | None = None, css: bool = True
+) -> gr.HTML:
+    """A component of our own: ``NAME.html``, ``NAME.css`` and ``NAME.js`` of this folder.
+
+    Args:
+        name: of the files.
+        elem_id: of the component.
+        more: scripts that follow in the scope of the first.
+        template: in place of ``NAME.html``.
+        css: whether there is a ``NAME.css``.
+    """
     import gradio as gr
 
     return gr.HTML(
         None,
-        html_template=_asset(f"{name}.html"),
-        css_template=_asset(f"{name}.css"),
-        js_on_load=_asset(f"{name}.js"),
+        html_template=_asset(f"{name}.html") if template is None else template,
+        css_template=_asset(f"{name}.css") if css else "",
+        js_on_load="\n".join(_asset(f"{part}.js") for part in (name, *more)),
         apply_default_css=False,
         elem_id=elem_id,
     )
 
 
-def _add_endpoint(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> None:
-    """The ``/detect`` endpoint for programs, on invisible components."""
+def _add_endpoints(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> None:
+    """``/detect`` and ``/pack`` for programs, on invisible components."""
     import gradio as gr
 
     level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
     crops = gr.JSON(value=None, visible=False, label="examples")
-    result = gr.JSON(visible=False, label="result")
+    weights = gr.Textbox(value=None, label="weights", visible=False)
     gr.Button(visible=False).click(
         fn=handlers.detect,
-        inputs=[picture, words, level, crops],
-        outputs=result,
+        inputs=[picture, words, level, crops, weights],
+        outputs=gr.JSON(visible=False, label="result"),
         api_name="detect",
         api_description=ENDPOINT,
+        **ONE_LINE,
+    )
+    gr.Button(visible=False).click(
+        fn=handlers.pack,
+        inputs=[gr.JSON(visible=False, label="found"), gr.Textbox(visible=False, label="form")],
+        outputs=gr.JSON(visible=False, label="zip"),
+        api_name="pack",
+        api_description=PACK,
         **ONE_LINE,
     )
 
@@ -280,6 +364,13 @@ def launch_page(
         radius_size=gr.themes.sizes.radius_md,
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+    ).set(  # Gradio's own have a contrast of 2.6
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
     )
     return serve(
         page,

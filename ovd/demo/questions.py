@@ -69,7 +69,7 @@ class Questions:
             known = ", ".join(f"/{n}" for n in self.names)
             raise BadQuestion(f"no endpoint /{name[:60]}; there is {known}", status=404)
 
-    def check(self, body: bytes, *, name: str | None = None, keywords: bool = False, quick: bool = False) -> None:
+    def check(self, body: bytes, *, name: str | None = None, keywords: bool = False, quick: bool = False) -> bytes:
         """Check the body of ``call/NAME``, or of ``queue/join`` where the body names the function.
 
         Args:
@@ -77,6 +77,9 @@ class Questions:
             name: a known endpoint; None: ``fn_index`` in the body tells.
             quick: only functions that Gradio runs at once, which never reach the model.
             keywords: the values come by name (``call/v2/NAME``), not as a list ``data``.
+
+        Returns:
+            The body, with a null for each value at the end of ``data`` that was left out and need not be there.
 
         Raises:
             BadQuestion: no JSON, no such function, or a value of a wrong type.
@@ -101,7 +104,17 @@ class Questions:
         else:
             number = self._named[name]
         parameters = self._inputs[number]
-        self._check_values(_by_position(record, parameters) if keywords else record.get("data"), parameters)
+        if keywords:
+            self._check_values(_by_position(record, parameters), parameters)
+            return body
+        data = record.get("data")
+        if isinstance(data, list) and len(data) < len(parameters):
+            left_out = parameters[len(data) :]
+            if not any(p.needed for p in left_out):
+                record["data"] = data = [*data, *(None for _ in left_out)]
+                body = orjson.dumps(record)
+        self._check_values(data, parameters)
+        return body
 
     def _check_values(self, data: object, parameters: list[Parameter]) -> None:
         if not isinstance(data, list) or len(data) != len(parameters):

@@ -320,7 +320,7 @@ def serve(
     import gradio as gr
     from fastapi import FastAPI
 
-    from ovd.demo.lean import give_back
+    from ovd.demo.lean import rest
     from ovd.demo.limits import Gate
     from ovd.demo.line import Line
     from ovd.demo.names import Names
@@ -350,7 +350,7 @@ def serve(
     gate = Gate(
         app,
         names=names,
-        line=Line(page, seconds=seconds, at_rest=give_back),
+        line=Line(page, seconds=seconds, at_rest=rest),
         questions=Questions(page, uploads),
         uploads=uploads,
         limits=limits,

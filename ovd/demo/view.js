@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Draws one answer of the detector. Runs inside Gradio's HTML component, which gives `element`, `props` and `watch`.
+// Draws one answer of the detector. Runs inside Gradio's HTML component, which gives `element`, `props` and `watch`;
+// save.js, zoom.js and session.js follow in the same scope.
 // Everything typed by a person goes through textContent or setAttribute, never through HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -131,9 +132,20 @@ function light(i) {
   }
 }
 
+const WHY = "Click a box, or walk through them with the arrow keys, to see what it looks like to these weights.";
+
+function tellWhy(i) {
+  const why = one(".ovd-why");
+  if (i === null || !answer) return why.replaceChildren(WHY);
+  const d = answer.detections[i];
+  why.replaceChildren(make("b", {}, nameOf(d)), ` ${two(d.score)}, ${place(d)}.`);
+  if (d.near?.length) why.append(` Of the words these weights know it looks most like: ${d.near.join(", ")}.`);
+}
+
 function select(i, scroll) {
   chosen = i;
   light(i);
+  tellWhy(i);
   const row = i === null ? null : one(`tbody tr[data-i="${i}"]`);
   if (row && scroll) {
     const box = one(".ovd-table");
@@ -195,12 +207,17 @@ function value(i, key) {
   return { name: nameOf(d).toLowerCase(), score: d.score, left: b[0], top: b[1], width: b[2] - b[0], height: b[3] - b[1] }[key];
 }
 
-function drawTable(visible) {
+// As the table lists them; of one class the best first. The arrow keys walk in this order.
+function ordered(visible) {
   const sign = sort.down ? -1 : 1;
-  const rows = visible.slice().sort((a, b) => {
+  return visible.slice().sort((a, b) => {
     const x = value(a, sort.key), y = value(b, sort.key);
     return x < y ? -sign : x > y ? sign : a - b;
   });
+}
+
+function drawTable(visible) {
+  const rows = ordered(visible);
   for (const head of all("th")) {
     const key = head.firstElementChild.dataset.sort;
     head.setAttribute("aria-sort", key === sort.key ? (sort.down ? "descending" : "ascending") : "none");
@@ -226,77 +243,9 @@ function drawTable(visible) {
 function redraw() {
   if (!answer) return;
   if (chosen !== null && !isShown(answer.detections[chosen])) chosen = null;
+  tellWhy(chosen);
   drawBoxes();
   drawLists();
-}
-
-// ---- downloads: what is shown is what is saved ------------------------------------------------------------------
-
-function save(name, blob) {
-  const link = make("a", { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}
-
-function savePng() {
-  const canvas = make("canvas");
-  canvas.width = picture.naturalWidth;
-  canvas.height = picture.naturalHeight;
-  const c = canvas.getContext("2d"), scale = canvas.width / answer.size[0];
-  c.drawImage(picture, 0, 0);
-  const line = Math.max(2, canvas.width / 320), size = Math.max(12, Math.round(canvas.width / 55));
-  for (const i of shown().reverse()) {
-    const d = answer.detections[i], entry = answer.classes[d.class];
-    const [x1, y1, x2, y2] = d.box.map((v) => v * scale);
-    c.fillStyle = entry.colour;
-    if (one(".ovd-masks").checked) {
-      c.globalAlpha = 0.35;
-      for (const points of d.polygons) {
-        c.beginPath();
-        for (let k = 0; k < points.length; k += 2) c.lineTo(points[k] * scale, points[k + 1] * scale);
-        c.fill();
-      }
-      c.globalAlpha = 1;
-    }
-    c.setLineDash([]);
-    c.lineWidth = line * 1.9; c.strokeStyle = "rgba(255,255,255,.75)"; c.strokeRect(x1, y1, x2 - x1, y2 - y1);
-    c.lineWidth = line; c.strokeStyle = entry.colour; c.setLineDash(entry.dash.map((v) => v * line)); c.strokeRect(x1, y1, x2 - x1, y2 - y1);
-    if (!one(".ovd-labels").checked) continue;
-    c.font = `600 ${size}px system-ui, sans-serif`;
-    const text = `${entry.name} ${two(d.score)}`, w = c.measureText(text).width + size, h = size * 1.5;
-    const x = Math.max(0, Math.min(x1, canvas.width - w)), y = y1 - h >= 0 ? y1 - h : y1;
-    c.fillRect(x, y, w, h);
-    c.fillStyle = entry.ink;
-    c.fillText(text, x + size / 2, y + size * 1.1);
-  }
-  canvas.toBlob((blob) => save("detections.png", blob), "image/png");
-}
-
-function saveJson() {
-  const annotations = shown().map((i, k) => {
-    const d = answer.detections[i], [x1, y1, x2, y2] = d.box, w = x2 - x1, h = y2 - y1;
-    const r = (v) => Math.round(v * 100) / 100;
-    return { id: k + 1, image_id: 1, category_id: d.class + 1, bbox: [x1, y1, w, h].map(r), area: r(w * h), iscrowd: 0, segmentation: d.polygons, score: d.score };
-  });
-  const used = new Set(annotations.map((a) => a.category_id));
-  const data = {
-    info: { description: "Found by an open-vocabulary detector", model: answer.model, threshold: level },
-    images: [{ id: 1, width: answer.size[0], height: answer.size[1], file_name: "picture" }],
-    categories: answer.classes.filter((c) => used.has(c.id + 1) || answer.classes.length <= 1000).map((c) => ({ id: c.id + 1, name: c.name })),
-    annotations,
-  };
-  save("detections.json", new Blob([JSON.stringify(data, null, 1)], { type: "application/json" }));
-}
-
-function saveCsv() {
-  // A spreadsheet runs cells that begin with = + - @ as formulas; an apostrophe stops it.
-  const cell = (text) => `"${(/^[=+\-@\t\r]/.test(text) ? "'" + text : text).replaceAll('"', '""')}"`;
-  const lines = ["class,score,x1,y1,x2,y2"];
-  for (const i of shown()) {
-    const d = answer.detections[i];
-    lines.push([cell(nameOf(d)), d.score, ...d.box].join(","));
-  }
-  save("detections.csv", new Blob(["\ufeff" + lines.join("\r\n") + "\r\n"], { type: "text/csv" }));
 }
 
 // ---- events ----------------------------------------------------------------------------------------------------
@@ -332,37 +281,35 @@ one("thead").addEventListener("click", (event) => {
   sort = { key, down: sort.key === key ? !sort.down : key === "score" || key === "width" || key === "height" };
   drawTable(shown());
 });
+let before = null; // chosen before the pointer went down, which may focus a box and so choose it
+element.addEventListener("pointerdown", () => { before = chosen; }, true);
 for (const place of [svg, one("tbody")]) {
   place.addEventListener("pointerover", (event) => { const at = event.target.closest("[data-i]"); if (at) light(Number(at.dataset.i)); });
   place.addEventListener("pointerout", () => light(chosen));
   place.addEventListener("click", (event) => {
     const at = event.target.closest("[data-i]"), i = at ? Number(at.dataset.i) : null;
-    select(i === chosen ? null : i, place === svg);
+    select(i === before ? null : i, place === svg);
   });
 }
 svg.addEventListener("focusin", (event) => { const at = event.target.closest(".item"); if (at) select(Number(at.dataset.i), true); });
 svg.addEventListener("focusout", () => select(null));
 svg.addEventListener("keydown", (event) => {
-  const order = shown(), at = order.indexOf(chosen);
+  const order = ordered(shown()), at = order.indexOf(chosen);
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
   if (event.key === "Escape") { event.target.blur?.(); select(null); event.preventDefault(); }
   if (!step || !order.length) return;
   event.preventDefault();
-  const next = order[(at + step + order.length) % order.length];
+  const next = order[at < 0 ? 0 : (at + step + order.length) % order.length];
   const node = svg.querySelector(`.item[data-i="${next}"]`);
   for (const item of svg.querySelectorAll(".item")) item.setAttribute("tabindex", item === node ? 0 : -1);
   node?.focus({ preventScroll: true });
-});
-one(".ovd-downloads").addEventListener("click", (event) => {
-  const kind = event.target.closest("button")?.dataset.save;
-  if (answer && kind) ({ png: savePng, json: saveJson, csv: saveCsv })[kind]();
 });
 new ResizeObserver(drawLabels).observe(picture);
 picture.addEventListener("load", drawLabels);
 
 // ---- a new answer ----------------------------------------------------------------------------------------------
 
-function show(data) {
+function show(data, { again = false } = {}) {
   const alert = one(".ovd-alert");
   alert.hidden = !data?.error;
   alert.textContent = data?.error || "";
@@ -376,6 +323,7 @@ function show(data) {
   }
   const samePicture = answer && answer.preview === data.preview;
   answer = data;
+  if (!samePicture) zoomTo(1);
   one(".ovd-masks-switch").hidden = !data.masks; // a detector of boxes has none
   chosen = null;
   one(".ovd-empty").hidden = true;
@@ -392,6 +340,8 @@ function show(data) {
   const ms = answer.ms, network = answer.cached ? "picture remembered" : `network ${Math.round(ms.network)} ms`;
   one(".ovd-timing").textContent = `${answer.regions} regions · ${network} · words ${Math.round(ms.words)} ms`;
   redraw();
+  drawLink();
+  if (!again) remember();
   // On a narrow page the result is below the words: bring it into view.
   if (one(".ovd-result").getBoundingClientRect().top > window.innerHeight * 0.7)
     stage.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
@@ -399,19 +349,3 @@ function show(data) {
 
 watch("value", () => show(props.value && typeof props.value === "object" ? JSON.parse(JSON.stringify(props.value)) : null));
 
-// A question that the server refuses never becomes an answer. Gradio would say "Error"; the server says why, and when to
-// come back. Gradio takes 422 for remarks on its fields: with none it stops waiting and adds nothing of its own.
-const fetched = window.fetch;
-window.fetch = async (...request) => {
-  const asks = /\/queue\/join(\?|$)/.test(String(request[0]?.url ?? request[0]));
-  const reply = await fetched(...request).catch((problem) => {
-    if (asks) show({ error: "The page's server does not answer. Is it still running?" });
-    throw problem;
-  });
-  if (!asks || reply.ok) return reply;
-  const body = await reply.text();
-  let words = `The server refused this question (status ${reply.status}).`;
-  try { words = String(JSON.parse(body).detail || words); } catch { /* not from this server: keep the number */ }
-  show({ error: words });
-  return new Response(JSON.stringify({ detail: [] }), { status: 422, headers: { "Content-Type": "application/json" } });
-};

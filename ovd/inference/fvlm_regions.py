@@ -7,6 +7,7 @@ Shapes: R regions, C classes, K known words, O own classes, B background words, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovd.inference.everything import OwnWords, open_shift
+from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.region_model import RegionModel, unit_rows
 from ovd.inference.scorers import Scorer
@@ -93,14 +96,36 @@ class FvlmRegionModel(RegionModel):
             for phrase in group:
                 if self.trained.understands(phrase) or (self.own is not None and self.own.has(phrase)):
                     continue
-                if (head := self.trained.head_of(phrase)) is not None:
+                if len(group) > 1 and self.trained.is_english and (hint := hint_of(phrase)) is not None:
+                    found.append(hint)
+                elif (head := self.trained.head_of(phrase)) is not None:
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
                     found.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
-                    nearest = (self.background_words.to(row) @ row).topk(min(3, len(self.trained.words))).indices
-                    near = ", ".join(self.trained.words[i] for i in nearest.tolist())
-                    found.append(f"{phrase!r} is no word these weights learned; the nearest they know: {near}")
+                    order = (self.background_words.to(row) @ row).argsort(descending=True).tolist()
+                    nouns = (
+                        self.trained.words[i] for i in order if self.trained.words[i] in self.trained.lexicon.nouns
+                    )
+                    words = list(islice(nouns, 3))
+                    found.append(unknown_word(phrase, words, english=self.trained.is_english))
         return tuple(found)
+
+    def own_words(self) -> OwnWords:
+        """The proposal network's words, and the nouns of the training that are not above them; one of each meaning."""
+        nouns = [w for w in self.trained.words if w in self.trained.lexicon.nouns]
+        relations = self.known.relations([[word] for word in nouns])
+        above = relations.same_or_below.any(dim=1).tolist()
+        one_of = {self.trained.line_of(word)[0]: word for word in reversed([*self.known.words, *nouns])}
+        first = frozenset(one_of.values())
+        others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above.numpy(), above, strict=True)
+                  if w in first and not is_above]  # fmt: skip
+        names = (*self.known.words, *(word for word, _ in others))
+        known = len(self.known.words)
+        kind_of = np.zeros((len(names), len(names)), dtype=bool)
+        kind_of[known:, :known] = np.stack([kinds for _, kinds in others]) if others else False
+        shift = np.full(len(names), open_shift(), dtype=np.float32)
+        shift[:known] = 0
+        return OwnWords(names=names, shift=shift, kind_of=kind_of)
 
     def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""

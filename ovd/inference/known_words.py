@@ -6,6 +6,7 @@ Shapes: ``C`` typed classes, ``K`` known words, ``B`` background words.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ from ovd.inference.everyday import GROUPS, IRREGULAR, PERSONS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
 ARTICLES = frozenset(("a", "an", "the", "some", "my"))
+REMEMBERED = 4
+"""Lists of classes whose relations are kept: 10,000 words take a second, and every picture asks again."""
 Phrases = Sequence[Sequence[str]]
 """For each class its name and synonyms."""
 
@@ -62,6 +65,11 @@ class WordList:
             own.setdefault(self.meaning_of(word) or word, []).append(number)
         return below, own, {word: number for number, word in enumerate(self.words)}
 
+    @cached_property
+    def is_english(self) -> bool:
+        """Whether most of the words are nouns of the lexicon."""
+        return sum(self.meaning_of(word) is not None for word in self.words) * 2 > len(self.words)
+
     def meaning_of(self, phrase: str) -> str | None:
         """Id of the meaning of a phrase as a person types it: capitals and plurals too; None: not in the lexicon."""
         for form in singulars(phrase.casefold()):
@@ -102,8 +110,20 @@ class WordList:
         """Words that people group as the phrase, in whatever number it is typed."""
         return frozenset(word for form in singulars(phrase.casefold()) for word in GROUPS.get(form, ()))
 
+    @cached_property
+    def _remembered(self) -> OrderedDict[Phrases, Relations]:
+        return OrderedDict()
+
     def relations(self, phrases: Phrases) -> Relations:
-        """How each class relates to each word."""
+        """How each class relates to each word; the last lists asked for are remembered."""
+        key = tuple(tuple(group) for group in phrases)
+        if (found := self._remembered.get(key)) is None:
+            found = self._remembered[key] = self._relate(key)
+            while len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        return found
+
+    def _relate(self, phrases: Phrases) -> Relations:
         below, own, number_of = self._columns
         same = torch.zeros(len(phrases), len(self.words), dtype=torch.bool)
         above = torch.zeros_like(same)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,8 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.inference.everything import OwnWords
+from ovd.inference.hints import unknown_word
+from ovd.inference.known_words import WordList
 from ovd.inference.scorers import CalibratedScorer, Scorer
 from ovd.inference.scoring import Calibration, RegionSet
+from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +71,10 @@ class RegionModel(ABC):
     def notices(self, phrases: Sequence[Sequence[str]], rows: Tensor) -> tuple[str, ...]:
         """What a person should know of how these classes are understood; arguments as those of `scorer`."""
         return ()
+
+    def own_words(self) -> OwnWords:
+        """The words that it can say unasked; none where nothing tells them."""
+        return OwnWords.plain(() if self.card is None else self.card.classes)
 
     def scorer(self, rows: Tensor, phrases: Sequence[Sequence[str]], competitors: Tensor) -> Scorer:
         """What scores regions for typed classes, each alone, as a person sees them.
@@ -127,6 +136,8 @@ class RCNNRegionModel(RegionModel):
         masks: whether regions have masks, if the model has a mask head.
     """
 
+    card: DetectorCard
+
     def __init__(
         self,
         *,
@@ -137,11 +148,37 @@ class RCNNRegionModel(RegionModel):
         masks: bool = True,
     ) -> None:
         self.model, self.card, self.top, self.masks = model, card, top, masks
+        self._class_names = frozenset(name.casefold() for name in (*card.classes, *card.bank))
         self.background_words = unit_rows(background_words)
         self.calibration = Calibration(**card.calibration)
         classifier = model.roi_heads.classifier
         self.background = F.normalize(classifier.background.detach().cpu(), dim=0) if classifier else None
         self.to_input = InputSize(card.short_side, card.long_side)
+
+    def notices(self, phrases: Sequence[Sequence[str]], rows: Tensor) -> tuple[str, ...]:
+        """Of words that no class of the training and no noun of WordNet's is: what is near, or which language it is.
+
+        An encoder by name (``open_clip:…``) knows more than these lists, and other languages: nothing is said of it.
+        """
+        if ":" in self.card.encoder or not len(self.background_words):
+            return ()
+        alone = {group[0]: row for group, row in zip(phrases, rows, strict=True) if len(group) == 1}
+        unknown = [word for word in alone if not self._understands(word)]
+        found = []
+        for word in unknown:
+            near = (self.background_words.to(rows) @ alone[word]).topk(min(3, len(self.card.bank))).indices
+            nearest = [self.card.bank[i] for i in near.tolist()]
+            found.append(unknown_word(word, nearest, english=self._words.is_english))
+        return tuple(found)
+
+    @cached_property
+    def _words(self) -> WordList:
+        return WordList(words=self.card.classes, lexicon=read_lexicon())
+
+    def _understands(self, word: str) -> bool:
+        if word.casefold() in self._class_names:
+            return True
+        return self._words.understands(word) or self._words.head_of(word) is not None
 
     @torch.no_grad()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
+from ovd.inference.everything import LEVEL, OVERLAP
 from ovd.inference.postprocess import (
     CROSS_CLASS_IOU,
     MAX_DETECTIONS,
@@ -76,7 +77,8 @@ class Regions:
         A region that looks more like a negative word or example than like a class is left out.
 
         Args:
-            vocabulary: words, or words and examples (`Detector.query`); those of `Detector.set_classes` when None.
+            vocabulary: words, or words and examples (`Detector.query`); "everything" for all that the detector knows;
+                those of `Detector.set_classes` when None.
             threshold: lowest score listed; the checkpoint's calibrated default when None.
             limit: at most so many detections, best first.
             one_class_per_region: show each region under its best class only; False lists every class above the
@@ -87,12 +89,14 @@ class Regions:
         Raises:
             UserError: no words, or a threshold outside [0, 1].
         """
-        query = vocabulary if isinstance(vocabulary, Query) else Query(self.detector.resolve(vocabulary))
+        query = vocabulary if isinstance(vocabulary, Query) else self.detector.query(vocabulary)
         level = self.detector.threshold_for(query, threshold)
         scores = self.scores(query)
         score_RC, negative_RN = (part.float().numpy() for part in scores)
         if negative_RN.shape[1]:
             score_RC = np.where(score_RC < negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
+        if query.naming is not None:
+            score_RC, cross_class_iou = query.naming.one_name(score_RC, level=LEVEL), OVERLAP
         best_C = score_RC.max(axis=0, initial=0.0)
         candidates = (best_class_per_region if one_class_per_region else pairs_above)(score_RC, threshold=level)
         boxes = self.regions.boxes.cpu().float().numpy()

@@ -19,6 +19,7 @@ def main(folder: Path) -> None:
     from PIL import Image
 
     from ovd.demo.answer import Answerer
+    from ovd.demo.shelf import Offer, Shelf
     from tests.detector.fakes import make_detector, picture
 
     Image.fromarray(picture()).save(folder / "example.png")
@@ -34,7 +35,12 @@ def main(folder: Path) -> None:
         return network(image)
 
     detector.model.regions = regions
-    page = build_page(Answerer(detector=detector), examples=[Example(folder / "example.png", "red, blue, unicorn")])
+    strict = make_detector(threshold=0.5)
+    strict.card = {"name": "strict-fake", "purpose": "Answers from .5.", "text": "Stricter."}
+    offers = [Offer(name=d.card["name"], kind=kind, card=d.card, load=lambda d=d: d)  # type: ignore[misc]
+              for d, kind in ((detector, "photos"), (strict, "stickers"))]  # fmt: skip
+    shelf = Shelf(detector, {offer.name: offer for offer in offers})
+    page = build_page(Answerer(shelf=shelf), examples=[Example(folder / "example.png", "red, blue, unicorn")])
     print(launch_page(page, door=listen("127.0.0.1", 0)).url, flush=True)
     threading.Event().wait()
 

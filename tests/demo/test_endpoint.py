@@ -28,9 +28,9 @@ def test_detect_answers_with_the_documented_keys(client: Any, pictures: dict[str
     answer = ask(client, pictures["good"], "red, blue, unicorn")
     assert set(answer) == {
         "schema", "size", "threshold", "floor", "classes", "detections", "notices", "negatives", "vocabulary", "model",
-        "regions", "cached", "ms", "masks",
+        "regions", "cached", "ms", "masks", "everything", "example",
     }  # fmt: skip
-    assert set(answer["detections"][0]) == {"class", "score", "box", "polygons"}
+    assert set(answer["detections"][0]) == {"class", "score", "box", "polygons", "near"}
     assert {answer["classes"][d["class"]]["name"] for d in answer["detections"] if d["score"] > 0.5} == {"red", "blue"}
 
 
@@ -38,6 +38,31 @@ def test_threshold_is_optional_and_works(client: Any, pictures: dict[str, Path])
     words = "red, blue sea far away from here"
     assert len(ask(client, pictures["good"], words)["detections"]) == 2
     assert len(ask(client, pictures["good"], words, 0.9999)["detections"]) == 1
+
+
+def test_values_at_the_end_may_be_left_out(server: Server, pictures: dict[str, Path]) -> None:
+    base = f"{server.url}/gradio_api"
+    with pictures["good"].open("rb") as file:
+        path = httpx.post(f"{base}/upload", files={"files": file}).json()[0]
+    picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    for data in ([picture, "red"], [picture, "red", None, None], [picture, "red", None, None, "strict-fake"]):
+        event = httpx.post(f"{base}/call/detect", json={"data": data}).json()["event_id"]
+        assert '"red"' in httpx.get(f"{base}/call/detect/{event}").text
+
+
+def test_weights_are_chosen_by_name(client: Any, pictures: dict[str, Path]) -> None:
+    image = gradio_client.handle_file(str(pictures["good"]))
+    chosen = client.predict(image, "red", weights="strict-fake", api_name="/detect")
+    assert (chosen["model"]["name"], chosen["threshold"]) == ("strict-fake", 0.5)
+    assert ask(client, pictures["good"], "red")["model"]["name"] == "colour-fake"
+    with pytest.raises(Exception, match="no weights 'nothing'"):
+        client.predict(image, "red", weights="nothing", api_name="/detect")
+
+
+def test_everything_answers_with_the_words_that_were_found(client: Any, pictures: dict[str, Path]) -> None:
+    answer = ask(client, pictures["good"], "everything")
+    assert answer["everything"] and {c["name"] for c in answer["classes"]} == {"red", "blue"}
+    assert [c["id"] for c in answer["classes"]] == [0, 1] and len(answer["detections"]) == 2
 
 
 def test_new_words_on_a_known_picture_are_answered_from_memory(client: Any, pictures: dict[str, Path]) -> None:

@@ -38,21 +38,28 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
     tab = Tab(browser.new_page(), url)
-    tab.page.locator("#ovd-examples tr.tr-body").first.click()
+    tab.page.locator("#ovd-examples tr.tr-body:visible").first.click()
     tab.page.locator(".ovd-result:not([hidden])").wait_for()
     tab.slide(float(tab.page.locator(".ovd-threshold").get_attribute("min")))
     assert tab.boxes() >= 1
     assert "vild-photo" in tab.page.locator("#ovd-header").inner_text()
     assert tab.page.locator(".ovd-alert").is_hidden() and tab.errors == []
+    # The other weights are loaded when they are first asked, and have examples of their own.
+    tab.page.locator("#ovd-header label", has_text="Drawings").click()
+    assert "drawn stickers" in tab.page.locator("#ovd-header").inner_text()
+    tab.page.locator("#ovd-examples tr.tr-body:visible").first.click()
+    tab.page.locator(".ovd-past li").nth(1).wait_for()
+    tab.page.locator(".ovd-masks-switch").wait_for()  # which photographs' weights have not
     tab.page.close()
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("default", "photos"), ("vild-sticker", "stickers")])
 def test_a_detector_finds_what_is_in_its_examples(weights: str, kind: str) -> None:
     from ovd import Detector
-    from ovd.demo.page import EXAMPLES, kind_of_pictures, shipped_examples
+    from ovd.demo.page import EXAMPLES, shipped_examples
+    from ovd.demo.shelf import kind_of
 
     detector = Detector.load(weights)
-    assert kind_of_pictures(detector) == kind
+    assert kind_of(detector) == kind
     found = [len(detector.embed(e.picture).classify(e.classes)) for e in shipped_examples(EXAMPLES / kind)]
     assert sum(count > 0 for count in found) >= len(found) - 1, found

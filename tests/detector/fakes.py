@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.detector import Detector
+from ovd.inference.everything import OwnWords
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet
 
@@ -91,6 +92,9 @@ class ColourModel(RegionModel):
         self.calibration = Calibration(
             logit_scale=20.0, threshold=threshold, example_logit_scale=20.0, example_threshold=threshold
         )
+
+    def own_words(self) -> OwnWords:
+        return OwnWords.plain([*COLOURS, "red thing", "unicorn"])
 
     def regions(self, image: np.ndarray) -> RegionSet:
         self.runs += 1

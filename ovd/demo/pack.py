@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The answers of many pictures as one zip of labels, in a format that other tools read."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from ovd.formats.names import FORMATS
+from pretrain.engine.errors import UserError, did_you_mean
+
+MOST_PICTURES = 200
+MOST_BOXES = 60_000  # 300 in each
+STAMP = (1980, 1, 1, 0, 0, 0)  # of all files in the zip: the same answers give the same bytes
+
+
+def pack(found: Any, form: Any) -> bytes:
+    """A zip of labels without pictures.
+
+    Args:
+        found: as a program or the page sent it: a list of ``{"name": "cat.jpg", "size": [width, height], "boxes":
+            [{"name", "score", "box": [x1, y1, x2, y2], "polygons": [[x, y, …]]}]}``.
+        form: one of `ovd.formats.names.FORMATS`.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        UserError: what is sent is not that, or too much.
+    """
+    if form not in FORMATS:
+        hint = did_you_mean(form, FORMATS) if isinstance(form, str) else ""
+        raise UserError(f"there is no format {str(form)[:40]!r}{hint}; there is {', '.join(FORMATS)}")
+    content = _content(found)
+    from ovd.formats.labels import Labels
+    from ovd.formats.shapes import labelled_pictures
+    from ovd.formats.write import write_labels
+
+    # In the page's own folder, which goes with the page, or at the next start.
+    with tempfile.TemporaryDirectory(prefix="pack-", dir=os.environ.get("GRADIO_TEMP_DIR") or None) as folder:
+        root = Path(folder)
+        labels = Labels(content=content, root=root, kind="coco", where="the answers")
+        out = root / "labels"
+        out.mkdir()
+        write_labels(labelled_pictures(labels), out, form, place="none")
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(p for p in out.rglob("*") if p.is_file()):
+                archive.writestr(zipfile.ZipInfo(path.relative_to(out).as_posix(), STAMP), path.read_bytes(),
+                                 zipfile.ZIP_DEFLATED)  # fmt: skip
+    return buffer.getvalue()
+
+
+def _content(found: Any) -> dict[str, Any]:
+    """COCO's annotation file of the answers; the writers check the rest."""
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError('the answers must be a list like [{"name": "cat.jpg", "size": [640, 480], "boxes": […]}]')
+    if not 0 < len(found) <= MOST_PICTURES:
+        raise UserError(f"labels of {len(found)} pictures; 1 to {MOST_PICTURES} go into one zip")
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    numbers: dict[str, int] = {}
+    taken: set[str] = set()
+    for number, one in enumerate(found, 1):
+        name = _file_name(one.get("name"), number, taken)
+        width, height = _numbers(one.get("size"), 2, f"size of {name}")
+        images.append({"id": number, "file_name": name, "width": int(width), "height": int(height)})
+        boxes = one.get("boxes")
+        if not isinstance(boxes, list) or not all(isinstance(box, dict) for box in boxes):
+            raise UserError(f"{name}: boxes must be a list of objects")
+        if len(annotations) + len(boxes) > MOST_BOXES:
+            raise UserError(f"more than {MOST_BOXES:,} boxes; send fewer pictures at once")
+        for box in boxes:
+            x1, y1, x2, y2 = _numbers(box.get("box"), 4, f"box of {name}")
+            row: dict[str, Any] = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": numbers.setdefault(_class_name(box.get("name"), name), len(numbers) + 1),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "iscrowd": 0,
+                "score": _numbers([box.get("score")], 1, f"score of {name}")[0],
+            }
+            if polygons := box.get("polygons"):
+                row["segmentation"] = polygons
+            annotations.append(row)
+    categories = [{"id": i, "name": name} for name, i in numbers.items()]
+    return {"images": images, "annotations": annotations, "categories": categories or [{"id": 1, "name": "nothing"}]}
+
+
+def _file_name(given: Any, number: int, taken: set[str]) -> str:
+    """A name without folders that no other picture has."""
+    text = str(given or "").replace("\\", "/").rsplit("/", 1)[-1]
+    text = "".join(c for c in text if c.isprintable())[-200:].lstrip(".") or f"picture {number}"
+    path, extra = Path(text), 1
+    while text.casefold() in taken:
+        extra += 1
+        text = f"{path.stem}_{extra}{path.suffix}"
+    taken.add(text.casefold())
+    return text
+
+
+def _class_name(given: Any, picture: str) -> str:
+    if not isinstance(given, str) or not given.strip() or len(given) > 100:
+        raise UserError(f"{picture}: a box needs a name of 1 to 100 letters")
+    return given
+
+
+def _numbers(given: Any, count: int, what: str) -> list[float]:
+    if not isinstance(given, list) or len(given) != count:
+        raise UserError(f"{what}: expected {count} numbers")
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in given):
+        raise UserError(f"{what}: expected {count} numbers")
+    return [float(v) for v in given]

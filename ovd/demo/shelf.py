@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights that the page can answer with. One detector is in memory; asking for another one replaces it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovd.demo.lean import rest, without_compiler
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json
+
+if TYPE_CHECKING:
+    from ovd.detector import Detector
+
+log = logging.getLogger(__name__)
+
+STICKER_ENCODER = "clip-sticker"
+KINDS = {"photos": "Photographs", "stickers": "Drawings"}
+"""Kind of pictures (and folder of the page's examples) -> how the page calls it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """Weights to choose from.
+
+    Attributes:
+        name: that the page sends.
+        kind: of pictures that they are made for, a key of `KINDS`.
+        card: what is known of them, as `ovd.weights.read_model_card` gives it.
+        load: loads them.
+    """
+
+    name: str
+    kind: str
+    card: Mapping[str, Any]
+    load: Callable[[], Detector]
+
+
+@dataclass(eq=False)
+class Shelf:
+    """The weights of a page. `take` is for the model's thread alone; `offers` and `current` for all.
+
+    Attributes:
+        current: the detector in memory. Questions that began with another one keep it until they are answered.
+        offers: by name, that of the start first.
+    """
+
+    current: Detector
+    offers: dict[str, Offer] = field(default_factory=dict)
+    _loaded: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.offers:
+            name = str(self.current.card.get("name", "unnamed"))
+            detector = self.current
+            self.offers = {name: Offer(name=name, kind=kind_of(detector), card=detector.card, load=lambda: detector)}
+        self._loaded = next(iter(self.offers))
+
+    def check(self, name: object) -> str:
+        """The name of weights; that of the start for None.
+
+        Raises:
+            UserError: there are no such weights here.
+        """
+        if name is None or name == "":
+            return next(iter(self.offers))
+        if not isinstance(name, str) or name not in self.offers:
+            raise UserError(f"no weights {str(name)[:60]!r} on this page; there is {', '.join(self.offers)}")
+        return name
+
+    def holds(self, name: str) -> bool:
+        """Whether these are the weights in memory."""
+        return name == self._loaded
+
+    def take(self, name: str) -> Detector:
+        """The detector of these weights, loaded now if another one is in memory.
+
+        Raises:
+            UserError: their files are missing or damaged.
+        """
+        if not self.holds(name):
+            log.info("loading %s", name)
+            with without_compiler():
+                self.current = self.offers[name].load()
+            self._loaded = name
+            rest()
+        return self.current
+
+
+def kind_of(detector: Detector) -> str:
+    """Kind of pictures that a detector is made for, by its encoder."""
+    card = detector.model.card
+    return "stickers" if card is not None and card.encoder == STICKER_ENCODER else "photos"
+
+
+def shelf_of(weights: str | Path, load: Callable[[str | Path], Detector]) -> Shelf:
+    """A shelf with these weights loaded, and the shipped ones beside them.
+
+    Args:
+        weights: name or folder, as for `ovd.Detector.load`.
+        load: loads a detector.
+
+    Raises:
+        UserError: of ``load``.
+    """
+    detector = load(weights)
+    name = str(detector.card.get("name", "unnamed"))
+    first = Offer(name=name, kind=kind_of(detector), card=detector.card, load=lambda: load(weights))
+    return Shelf(detector, {name: first} | {offer.name: offer for offer in _shipped(load) if offer.name != name})
+
+
+def _shipped(load: Callable[[str | Path], Detector]) -> list[Offer]:
+    from ovd.weights import read_manifest, read_model_card
+
+    offers = []
+    try:
+        entries = read_manifest()
+    except UserError:
+        return []
+    for entry in entries.values():
+        settings = entry.folder / "model.json"
+        try:
+            encoder = read_json(settings).get("encoder") if settings.is_file() else None
+            card = read_model_card(entry.folder) if encoder is not None else {}
+        except (UserError, AttributeError, OSError) as problem:
+            log.warning("%s is not offered: %s", entry.name, problem)
+            continue
+        if encoder is not None:  # else these are no detector
+            kind = "stickers" if encoder == STICKER_ENCODER else "photos"
+
+            def loaded(name: str = entry.name) -> Detector:
+                return load(name)
+
+            offers.append(Offer(name=entry.name, kind=kind, card=card | {"name": entry.name}, load=loaded))
+    return offers

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in this picture? A detector asks itself for all the words it knows, and names each thing once.
+
+Shapes: R regions, C words, D joint embedding. NumPy only, but for `nearest_words`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ovd.inference.region_model import RegionModel
+    from ovd.inference.scoring import RegionSet
+
+EVERYTHING = "everything"
+"""Typed alone, in place of class names."""
+
+LEVEL = 0.3
+"""Lowest score shown. 1,250 words that nobody typed need more certainty than few that somebody did: of the boxes that
+450 validation photos can judge .84 are right at .3 and .73 at .22, the threshold of typed words."""
+
+OPEN_LEVEL = 0.4
+"""The score of a word outside the proposal network's own that counts as `LEVEL`. On the same photos .70 of such boxes
+are right from .4, .51 from .3 (those that a label can judge)."""
+
+OVERLAP = 0.5
+"""IoU above which two words are two names for one thing."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OwnWords:
+    """The words that a detector knows well enough to say them unasked.
+
+    Attributes:
+        names: one for each meaning.
+        shift: (C,) added to the logit of each word's score.
+        kind_of: (C, C) bool: the word in the row is a kind of the word in the column.
+    """
+
+    names: tuple[str, ...]
+    shift: NDArray[np.float32]
+    kind_of: NDArray[np.bool_]
+
+    @classmethod
+    def plain(cls, names: Sequence[str]) -> OwnWords:
+        """Words of equal standing."""
+        names = tuple(dict.fromkeys(names))
+        return cls(names=names, shift=np.zeros(len(names), np.float32), kind_of=np.zeros((len(names),) * 2, bool))
+
+    def one_name(self, score_RC: NDArray[np.float32], *, level: float = LEVEL) -> NDArray[np.float32]:
+        """Scores on one scale, where what is named *dog* is not named *beagle* too.
+
+        A kind of a word that reaches the level itself is left out: names of kinds are guessed from fewer photos.
+        """
+        logit = np.log(np.clip(score_RC, 1e-7, 1 - 1e-7))
+        logit = logit - np.log1p(-np.clip(score_RC, 1e-7, 1 - 1e-7)) + self.shift
+        shifted = (1 / (1 + np.exp(-logit))).astype(np.float32)
+        general = np.flatnonzero(self.kind_of.any(axis=0))
+        sure = (score_RC[:, general] >= level).astype(np.float32)
+        covered = sure @ self.kind_of[:, general].T.astype(np.float32) > 0
+        return np.where(covered, np.float32(0), shifted)
+
+
+def open_shift(*, level: float = LEVEL, open_level: float = OPEN_LEVEL) -> float:
+    """What moves the logit of ``open_level`` to that of ``level``."""
+    return float(np.log(level / (1 - level)) - np.log(open_level / (1 - open_level)))
+
+
+def is_everything(classes: object) -> bool:
+    """Whether class names are the one word that stands for all."""
+    if isinstance(classes, (list, tuple)) and len(classes) == 1:
+        classes = classes[0]
+    return isinstance(classes, str) and classes.strip().casefold() == EVERYTHING
+
+
+def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *, count: int = 3) -> list[list[str]]:
+    """Of some regions the words, among those the detector can say, whose text embeddings are nearest, best first.
+
+    Args:
+        model: whose background words are searched.
+        regions: of one picture.
+        rows: numbers of regions.
+        count: words for each.
+    """
+    import torch
+
+    card, own = model.card, frozenset(model.own_words().names)
+    chosen = [i for i, word in enumerate(() if card is None else card.bank) if word in own]
+    chosen_rows = list(rows)
+    if card is None or not chosen or not chosen_rows:
+        return [[] for _ in chosen_rows]
+    with torch.inference_mode():
+        words_BD = model.background_words[chosen]
+        near = (regions.distilled[chosen_rows].to(words_BD) @ words_BD.T).topk(min(count, len(chosen)), dim=1).indices
+    return [[card.bank[chosen[i]] for i in line] for line in near.tolist()]

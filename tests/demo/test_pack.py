@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of many pictures as one zip of labels."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovd.demo.pack import MOST_PICTURES, pack
+from ovd.formats.names import FORMATS
+from ovd.formats.read import read_labels
+from pretrain.engine.errors import UserError
+
+BOXES = [
+    {"name": "red", "score": 0.9, "box": [10, 20, 50, 70], "polygons": [[10, 20, 50, 20, 50, 70]]},
+    {"name": "blue", "score": 0.4, "box": [80, 30, 150, 110], "polygons": []},
+]
+FOUND = [
+    {"name": "good.png", "size": [160, 120], "boxes": BOXES},
+    {"name": "../../good.png", "size": [160, 120], "boxes": []},
+    {"name": "C:\\photos\\.hidden.jpg", "size": [300, 200], "boxes": BOXES[1:]},
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "uploads").mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    return tmp_path / "uploads"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_holds_both_names_and_nothing_stays_behind(form: str, folder: Path) -> None:
+    data = pack(FOUND, form)
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    text = "".join(archive.read(name).decode() for name in archive.namelist())
+    assert "red" in text and "blue" in text
+    assert all(not name.startswith(("/", "..")) and ".." not in name for name in archive.namelist())
+    assert list(folder.iterdir()) == [] and pack(FOUND, form) == data
+
+
+def test_coco_is_what_was_found_under_names_of_their_own(tmp_path: Path) -> None:
+    zipfile.ZipFile(io.BytesIO(pack(FOUND, "coco"))).extractall(tmp_path / "out")
+    content = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())
+    assert [Path(i["file_name"]).name for i in content["images"]] == ["good.png", "good_2.png", "hidden.jpg"]
+    assert [a["bbox"] for a in content["annotations"]][:2] == [[10, 20, 40, 50], [80, 30, 70, 80]]
+    labels = read_labels(next((tmp_path / "out").rglob("*.json")), kind="coco")
+    assert sorted(labels.truth().categories.values()) == ["blue", "red"]
+
+
+def test_pictures_without_a_box_alone_are_packed_too() -> None:
+    assert zipfile.ZipFile(io.BytesIO(pack(FOUND[1:2], "csv"))).namelist()
+
+
+@pytest.mark.parametrize(
+    ("found", "form", "message"),
+    [
+        (FOUND, "yolov8", "no format 'yolov8'"),
+        (FOUND, None, "no format"),
+        (FOUND, ["yolo"], "no format"),
+        ("text", "yolo", "must be a list"),
+        ([], "yolo", "0 pictures"),
+        (FOUND * MOST_PICTURES, "yolo", "pictures; 1 to"),
+        ([{"name": "a.png", "size": [1], "boxes": []}], "yolo", "size of a.png: expected 2 numbers"),
+        ([{"name": "a.png", "size": [9, float("nan")], "boxes": []}], "yolo", "size of a.png"),
+        ([{"name": "a.png", "size": [9, 9], "boxes": {}}], "yolo", "boxes must be a list"),
+        ([{"name": "a.png", "size": [9, 9], "boxes": [{"name": "x", "score": 1, "box": [0, 0, 1]}]}], "yolo", "box of"),
+        ([{"name": "a.png", "size": [9, 9], "boxes": [{"score": 1, "box": [0, 0, 1, 1]}]}], "yolo", "needs a name"),
+        ([{"name": "a.png", "size": [9, 9], "boxes": [BOXES[0] | {"polygons": "x"}]}], "yolo-seg", "segmentation"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(found: Any, form: Any, message: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        pack(found, form)
+    assert list(folder.iterdir()) == []

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in this picture: all words that a detector knows, each thing named once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ovd.detector import Detector
+from ovd.inference.everything import LEVEL, OPEN_LEVEL, OwnWords, is_everything, nearest_words, open_shift
+from ovd.predict import main, predict
+from ovd.query import Query
+from ovd.vocabulary import Vocabulary
+from pretrain.engine.errors import UserError
+from tests.detector.fakes import ColourModel, WordEncoder, make_detector, picture
+
+
+def test_each_thing_is_named_once_best_first() -> None:
+    detector = make_detector()
+    detections = detector.find(picture(), "everything")
+    assert sorted(detections.class_name) == ["blue", "red"]  # and not "red thing" too
+    assert list(detections.confidence) == sorted(detections.confidence, reverse=True)
+    assert detector.find(picture(), ["Everything "]).class_name == detections.class_name
+    assert detector.embed(picture()).classify("everything").class_name == detections.class_name
+
+
+def test_a_kind_of_a_sure_word_is_not_said_and_a_kind_alone_is() -> None:
+    words = OwnWords(
+        names=("dog", "beagle", "cup"),
+        shift=np.array([0, open_shift(), 0], np.float32),
+        kind_of=np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], bool),
+    )
+    score = words.one_name(np.array([[0.31, 0.9, 0.2], [0.29, 0.9, 0.2]], np.float32))
+    assert score[0].argmax() == 0 and score[0, 1] == 0
+    assert score[1].argmax() == 1
+
+
+def test_the_shift_moves_one_level_to_the_other_and_keeps_the_order() -> None:
+    words = OwnWords(names=("fox",), shift=np.array([open_shift()], np.float32), kind_of=np.zeros((1, 1), bool))
+    given = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
+    moved = words.one_name(given)[:, 0]
+    assert moved[int(OPEN_LEVEL * 100)] == pytest.approx(LEVEL, abs=1e-5)
+    assert np.all(np.diff(moved) > 0) and 0 <= moved[0] < 1e-6 and moved[-1] > 1 - 1e-6
+    odds = 0.8 / 0.2 * (LEVEL / (1 - LEVEL)) / (OPEN_LEVEL / (1 - OPEN_LEVEL))
+    assert moved[80] == pytest.approx(odds / (1 + odds), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [("everything", True), (" Everything\n", True), (["everything"], True), ("everything, dog", False),
+     ("-everything", False), (None, False), (["everything", "dog"], False), ([], False)],
+)  # fmt: skip
+def test_only_the_word_alone_stands_for_all(classes: Any, expected: bool) -> None:
+    assert is_everything(classes) is expected
+
+
+def test_it_is_another_query_than_the_same_words_typed_with_a_threshold_of_its_own() -> None:
+    detector = make_detector(threshold=0.1)
+    query = detector.query("everything")
+    typed = Query(Vocabulary.parse(list(query.names), templates=detector.templates))
+    assert query.hash != typed.hash and query.names == typed.names
+    assert (detector.threshold_for(query), detector.threshold_for(typed)) == (LEVEL, 0.1)
+    assert make_detector(threshold=0.6).threshold_for(make_detector().query("everything")) == 0.6
+
+
+def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
+    class Dumb(ColourModel):
+        def own_words(self) -> OwnWords:
+            return OwnWords.plain(())
+
+    encoder = WordEncoder()
+    with pytest.raises(UserError, match="do not say which words they know"):
+        Detector(model=Dumb(encoder), encoder=encoder).query("everything")
+    with pytest.raises(UserError, match="leave the examples out"):
+        make_detector().query("everything", [picture()])
+
+
+def test_folders_get_the_words_that_were_found_as_categories(tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    detector = make_detector()
+    files = [("a.png", tmp_path / "a.png")]
+    predict(detector=detector, files=files, vocabulary=detector.query("everything"), out=tmp_path / "out")
+    images = json.loads((tmp_path / "out" / "images.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [c["name"] for c in images["categories"]] == ["red", "blue"]
+    assert {r["category_id"] for r in results} == {c["id"] for c in images["categories"]}
+
+
+def test_the_command_takes_the_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    monkeypatch.setattr(Detector, "load", lambda *_, **__: make_detector())
+    assert main([str(tmp_path / "a.png"), "--classes", "everything", "--out", str(tmp_path / "out")]) == 0
+    assert "red × 1" in capsys.readouterr().out
+
+
+def test_nearest_words_are_those_whose_embeddings_are() -> None:
+    detector = make_detector()
+    model = detector.model
+    model.background_words = torch.stack([detector.text.encoder.word(w) for w in ("sea", "red", "blue", "unicorn")])
+    model.card = SimpleNamespace(bank=("sea", "red", "blue", "unicorn"))  # type: ignore[assignment]
+    regions = detector.embed(picture())
+    colour = {tuple(box): i for i, box in enumerate(regions.regions.boxes.int().tolist())}
+    rows = [colour[10, 20, 50, 70], colour[80, 30, 150, 110]]
+    near = nearest_words(model, regions.regions, rows, count=2)
+    assert [line[0] for line in near] == ["red", "blue"]
+    assert all("sea" not in line for line in near)  # which the detector cannot say
+    assert nearest_words(model, regions.regions, []) == []

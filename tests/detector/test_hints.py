@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words that English weights do not know: what is said, and what is not claimed."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+
+from ovd.inference.hints import LANGUAGES, english_of, hint_of, script_of, unknown_word
+from ovd.inference.known_words import WordList
+from pretrain.data.lexicon import read_lexicon
+
+
+@pytest.mark.parametrize(
+    ("word", "english", "language"),
+    [("Hund", "dog", "German"), ("KATZE", "cat", "German"), ("möbel", "furniture", "German"),
+     ("chien", "dog", "French"), ("vélos", "bicycle", "French"), ("狗", "dog", "Chinese"),
+     ("椅子", "chair", "Chinese")],
+)  # fmt: skip
+def test_a_listed_name_is_told_with_its_english(word: str, english: str, language: str) -> None:
+    assert english_of(word) == english_of(unicodedata.normalize("NFD", word)) == (english, language)
+    assert hint_of(word) == (
+        f"{word!r} is {language} for {english!r}, and these weights know English words only: type {english!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "script"),
+    [("собака", "Cyrillic script"), ("いぬ", "Japanese script"), ("개", "Korean script"), ("كلب", "Arabic script"),
+     ("龘", "Chinese characters"), ("blorple", None), ("jalapeño", None), ("42", None), ("☕", None), ("", None)],
+)  # fmt: skip
+def test_a_script_is_told_and_latin_letters_are_no_language(word: str, script: str | None) -> None:
+    assert script_of(word) == script
+    assert (hint_of(word) is None) == (script is None)
+
+
+def test_what_nothing_is_known_of_gets_the_nearest_words_and_no_claim() -> None:
+    said = unknown_word("blorple", ["ball", "apple"], english=True)
+    assert said == "'blorple' is no word these weights learned; the nearest they know: ball, apple"
+    # Weights that were trained on other words than English ones are not said to know English only.
+    assert "English" not in unknown_word("Hund", ["Katze"], english=False)
+
+
+def test_every_english_name_is_understood_so_that_the_advice_helps() -> None:
+    from ovd.inference.hints import _english
+
+    words = WordList(words=("person",), lexicon=read_lexicon())
+    assert {language for _, language in _english().values()} == set(LANGUAGES)
+    assert sorted({e for e, _ in _english().values() if not (words.understands(e) or words.head_of(e))}) == []
+
+
+def test_a_list_is_english_by_its_words() -> None:
+    lexicon = read_lexicon()
+    assert WordList(words=("dog", "cat", "blorple"), lexicon=lexicon).is_english
+    assert not WordList(words=("Hund", "Katze", "dog"), lexicon=lexicon).is_english
