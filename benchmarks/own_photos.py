@@ -20,7 +20,7 @@ from typing import Any
 
 from _common import machine
 
-from ovd.data.coco import check_ground_truth
+from pretrain.data.coco import check_ground_truth
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation import coco

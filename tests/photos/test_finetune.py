@@ -16,7 +16,7 @@ import torch
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
-from ovd.data.coco import check_ground_truth
+from pretrain.data.coco import check_ground_truth
 from ovd.data.own_photos import CanvasSource, OwnPhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
