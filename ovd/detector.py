@@ -48,6 +48,9 @@ from pretrain.engine.errors import UserError, shorten
 if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
 
+REGIONS = 150
+"""Kept per picture, where nobody says how many."""
+
 
 class Detector:
     """Finds what is typed.
@@ -110,8 +113,9 @@ class Detector:
         device: str = "auto",
         crop_refinement: int | None = None,
         masks: bool = True,
-        regions: int = 150,
+        regions: int | None = None,
         second_look: int | None = None,
+        encoder: str | None = None,
         **options: Any,
     ) -> Detector:
         """Load a trained detector.
@@ -121,8 +125,11 @@ class Detector:
             device: "auto", "cpu", "cuda" or "cuda:N".
             crop_refinement: see the constructor; None: as many regions as the scores were calibrated for.
             masks: False finds boxes only, in less time.
-            regions: kept per picture, best objectness first.
+            regions: kept per picture, best objectness first (default 150, with ``encoder`` 50).
             second_look: the former name of ``crop_refinement``.
+            encoder: another image-text encoder that names crops of the boxes, such as
+                ``"open_clip:ViT-B-32:laion2b_s34b_b79k"`` (fetched once) or ``"open_clip:ViT-B-32:FILE"``; see
+                `ovd.with_encoder`.
             options: ``cache_size``, ``text_cache`` of the constructor.
 
         Raises:
@@ -130,17 +137,24 @@ class Detector:
         """
         where = pick_device(device)
         folder = detector_folder(weights)
+        if encoder is not None:
+            from ovd.with_encoder import load_with_encoder
+
+            if crop_refinement or second_look:
+                raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
+            named = load_with_encoder(folder, encoder, device=where, masks=masks, regions=regions)
+            return cls(model=named.model, encoder=named.encoder, templates=named.templates, card=named.card, **options)
         from ovd.modeling.export import read_card
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
         card = read_card(folder)
-        encoder = load_encoder_of(folder, card).to(where)
-        model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
+        own = load_encoder_of(folder, card).to(where)
+        model = load_detector_model(folder, device=str(where), masks=masks, top=regions or REGIONS, encoder=own)
         if crop_refinement is None:
             crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(
             model=model,
-            encoder=encoder,
+            encoder=own,
             templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
             crop_refinement=crop_refinement,
             card=read_model_card(folder),
