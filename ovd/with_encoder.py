@@ -129,6 +129,7 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     Raises:
         UserError: nothing there that boxes pictures.
     """
+    from ovd.config_fvlm import FvlmConfig
     from ovd.modeling.export import read_card
     from ovd.modeling.fvlm.network import PROPOSALS, known_words
     from ovd.modeling.load import load_detector_model, load_proposer
@@ -137,8 +138,8 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     if holds_proposals(folder):
         return PhotoBoxes(proposer=load_proposals(folder, device=device), top=top), None
     card = read_card(folder)
-    if card.arch == "fvlm":
-        known = bool(known_words(card.architecture))
+    if isinstance(config := card.architecture, FvlmConfig):
+        known = bool(known_words(config))
         return PhotoBoxes(proposer=load_proposals(folder / PROPOSALS, device=device), top=top, known=known), card
     if card.model.get("variant") in ("agnostic", "closed"):
         return ProposedBoxes(proposer=load_proposer(folder, device=device), top=top), card

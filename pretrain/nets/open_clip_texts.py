@@ -9,10 +9,15 @@ Shapes: `N` texts, `T` tokens, `D` joint embedding.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
 from pretrain.nets.towers import JointEncoder
+
+if TYPE_CHECKING:
+    from open_clip.transformer import TextTransformer
 
 
 class ShortTextEncoder(JointEncoder):
@@ -25,7 +30,7 @@ class ShortTextEncoder(JointEncoder):
         return encode_without_padding(self.text, tokens)
 
 
-def padding_is_idle(tower: nn.Module) -> bool:
+def padding_is_idle(tower: nn.Module) -> TypeGuard[TextTransformer]:
     """Whether a text tower is causal and read off at the end of the text, as CLIP's is and SigLIP's is not."""
     from open_clip.transformer import TextTransformer  # slow, and imported already where such a tower was built
 
@@ -39,16 +44,15 @@ def padding_is_idle(tower: nn.Module) -> bool:
     )
 
 
-def encode_without_padding(tower: nn.Module, tokens: Tensor) -> Tensor:
+def encode_without_padding(tower: TextTransformer, tokens: Tensor) -> Tensor:
     """(N, T) tokens of a tower with `padding_is_idle` -> (N, D); the end of the text is its largest token."""
-    parts = dict(tower.named_children()) | dict(tower.named_parameters(recurse=False))
     end = tokens.argmax(dim=1)
     length = int(end.max()) + 1
-    mask = dict(tower.named_buffers(recurse=False))["attn_mask"][:length, :length]
-    x = parts["token_embedding"](tokens[:, :length]) + parts["positional_embedding"][:length]
-    x = parts["ln_final"](parts["transformer"](x, attn_mask=mask))
+    mask = tower.attn_mask[:length, :length]
+    x = tower.token_embedding(tokens[:, :length]) + tower.positional_embedding[:length]
+    x = tower.ln_final(tower.transformer(x, attn_mask=mask))
     pooled = x[torch.arange(len(x), device=x.device), end.to(x.device)]
-    projection = parts.get("text_projection")
+    projection = tower.text_projection
     if projection is None:
         return pooled
     return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
