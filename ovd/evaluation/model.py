@@ -315,7 +315,7 @@ def _with_crop_embeddings(detector: Detector, options: Options) -> tuple[Detecto
     if not isinstance(encoder, JointEncoder):
         raise UserError(f"--embeddings crops: the encoder of {options.weights} has no image tower")
     crops = CropEmbeddings(model=detector.model, encoder=encoder)
-    return detector.with_model(crops), float(encoder.logit_scale.exp())
+    return detector.with_model(crops), float(encoder.logit_scale.detach().exp())
 
 
 def by_examples(
