@@ -21,6 +21,8 @@ from pretrain.engine.files import write_atomically
 
 RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)  # COCO's
 IOUS = (0.5, 0.75)
+FLOOR = 0.05
+"""Lowest score of the reliability; below it the many boxes that nobody sees would decide the mean."""
 COLOURS = ("#3b6fb5", "#d9822b", "#4a8f5c", "#8a5aa8")
 DARK = "#222222"
 
@@ -47,10 +49,11 @@ def mean_curve(table: Mapping[int, CategoryMatches], ids: Sequence[int]) -> NDAr
 
 
 def score_reliability(table: Mapping[int, CategoryMatches]) -> Reliability:
-    """Score against share that is right, of all categories' detections; those on crowds count neither way."""
+    """Score against share that is right, of all detections from `FLOOR` on; those on crowds count neither way."""
     score = np.concatenate([one.score[~one.ignored] for one in table.values()])
     correct = np.concatenate([one.correct[~one.ignored] for one in table.values()])
-    return reliability(score, correct)
+    shown = score >= FLOOR
+    return reliability(score[shown], correct[shown])
 
 
 def write_plots(
@@ -73,7 +76,7 @@ def write_plots(
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "precision_recall.svg", folder / "reliability.svg"
     write_atomically(paths[0], curves_svg(curves, title=title).encode())
-    caption = f"{len(tables[IOUS[0]])} words in every picture, IoU {IOUS[0]}"
+    caption = f"{len(tables[IOUS[0]])} words in every picture, IoU {IOUS[0]}, scores from {FLOOR} on"
     curve = score_reliability(tables[IOUS[0]])
     write_atomically(paths[1], reliability_svg(curve, title=title, caption=caption).encode())
     return paths
