@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ovd.examples import Example
     from ovd.query import Query
 
-RARE = ("vocabulary", "encoder", "device", "threads")
+RARE = ("vocabulary", "encoder", "sides", "device", "threads")
 """Of the shared flags those that ``--help-all`` shows."""
 
 
@@ -36,6 +36,7 @@ def add_query_flags(flags: CommandParser) -> None:
     flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
     add_encoder_flag(flags.add_argument)
+    add_sides_flag(flags.add_argument)
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
@@ -47,6 +48,18 @@ def add_encoder_flag(add: Callable[..., argparse.Action]) -> None:
         metavar="SPEC",
         help="name crops of the boxes by another image-text encoder: open_clip:MODEL:TAG (fetched once, its size is "
         "said first), open_clip:MODEL:FILE, or a folder (slow on a CPU)",
+    )
+
+
+def add_sides_flag(add: Callable[..., argparse.Action]) -> None:
+    """``--sides``, of every command that runs a detector."""
+    add(
+        "--sides",
+        type=integer(1),
+        nargs="+",
+        metavar="N",
+        help="longest sides, in pixels, at which a detector of photographs looks for boxes: 416 is fast, 960 640 416 "
+        "finds smaller things (default: as shipped, 640 416)",
     )
 
 

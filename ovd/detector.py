@@ -36,6 +36,7 @@ from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
+from ovd.inference.sides import look_at_sides
 from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
@@ -116,6 +117,7 @@ class Detector:
         regions: int | None = None,
         second_look: int | None = None,
         encoder: str | None = None,
+        sides: Sequence[int] | None = None,
         **options: Any,
     ) -> Detector:
         """Load a trained detector.
@@ -130,6 +132,8 @@ class Detector:
             encoder: another image-text encoder that names crops of the boxes, such as
                 ``"open_clip:ViT-B-32:laion2b_s34b_b79k"`` (fetched once) or ``"open_clip:ViT-B-32:FILE"``; see
                 `ovd.with_encoder`.
+            sides: longest sides, in pixels, at which a detector of photographs looks for boxes, such as ``[640, 416]``;
+                more and larger ones find smaller things in more time. None: as shipped.
             options: ``cache_size``, ``text_cache`` of the constructor.
 
         Raises:
@@ -143,6 +147,7 @@ class Detector:
             if crop_refinement or second_look:
                 raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
             named = load_with_encoder(folder, encoder, device=where, masks=masks, regions=regions)
+            look_at_sides(named.model, sides)
             return cls(model=named.model, encoder=named.encoder, templates=named.templates, card=named.card, **options)
         from ovd.modeling.export import read_card
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
@@ -150,6 +155,7 @@ class Detector:
         card = read_card(folder)
         own = load_encoder_of(folder, card).to(where)
         model = load_detector_model(folder, device=str(where), masks=masks, top=regions or REGIONS, encoder=own)
+        look_at_sides(model, sides)
         if crop_refinement is None:
             crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(

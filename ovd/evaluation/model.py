@@ -234,7 +234,10 @@ def load_detector(options: Options, record: Record) -> Detector:
         masks=options.iou_types != ["bbox"],
         regions=options.regions,
         encoder=options.encoder,
+        sides=options.sides,
     )
+    if options.sides:
+        record["sides"] = options.sides
     card = detector.model.card
     if options.encoder:
         record |= {"encoder": options.encoder, "calibrated": bool(detector.card["calibrated"])}

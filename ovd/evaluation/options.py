@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ovd.asking import add_encoder_flag
+from ovd.asking import add_encoder_flag, add_sides_flag
 from ovd.formats.spec import LabelSpec
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer
@@ -74,6 +74,7 @@ class Options:
 
     weights: str | None
     encoder: str | None
+    sides: list[int] | None
     device: str
     data: str | None
     vocabulary: str
@@ -195,8 +196,9 @@ def parser() -> CommandParser:
     _add_file_flags(flags.add_argument_group("evaluating a results file").add_argument)
     _add_metric_flags(flags.add_argument_group("metrics").add_argument)
     flags.hide(
-        "encoder", "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings", "crop_refinement",
-        "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets", "vild", "plots",
+        "encoder", "sides", "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings",
+        "crop_refinement", "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets",
+        "vild", "plots",
     )  # fmt: skip
     return flags
 
@@ -207,6 +209,7 @@ Add = Callable[..., argparse.Action]
 def _add_model_flags(add: Add) -> None:
     add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
     add_encoder_flag(add)
+    add_sides_flag(add)
     add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
     add("--data", metavar="SPEC",
         help="what to run it on: stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or labels in COCO's, "
