@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ovd import Detector, calibrate, evaluate, predict
-from ovd.inference.crop_names import CropNames, embed_boxes
+from ovd.inference.crop_names import CropNames, PhotoBoxes, embed_boxes
 from ovd.user_files import calibration_file, read_calibration, user_folder
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
@@ -158,3 +158,14 @@ def test_the_user_s_folders_follow_the_environment() -> None:
     assert folder == Path("/c/wordbox/text")
     assert user_folder("text", "XDG_CACHE_HOME", ".cache", environment={"WORDBOX_HOME": "/w"}) == Path("/w/text")
     assert user_folder("t", "X", ".cache", environment={}) == Path.home() / ".cache/wordbox/t"
+
+
+def test_sides_are_those_that_the_proposal_network_looks_at(clip: str) -> None:
+    detector = Detector.load(PROPOSALS, encoder=clip, regions=12, sides=[96, 64, 96])
+    model = detector.model
+    assert isinstance(model, CropNames) and isinstance(model.source, PhotoBoxes)
+    assert model.source.proposer.sides == (96, 64)
+    with pytest.raises(UserError, match="one or more numbers of 64 to 2048 pixels"):
+        Detector.load(PROPOSALS, encoder=clip, sides=[20])
+    with pytest.raises(UserError, match="this one looks at pictures in one size"):
+        Detector.load("vild-sticker", sides=[320])
