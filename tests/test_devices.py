@@ -17,7 +17,9 @@ from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.typed import run_typed
+from ovd.inference.crop_names import CropNames, DetectorBoxes
 from ovd.inference.detr_regions import OpenVocabularyDetr
+from ovd.inference.known_words import WordList
 from ovd.inference.region_model import RCNNRegionModel
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration
@@ -27,6 +29,7 @@ from ovd.modeling.export import DetectorCard
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
 from pretrain.config_views import InputSpec
+from pretrain.data.lexicon import read_lexicon
 from pretrain.data.stickers import Stickers
 from pretrain.engine.loop import PRECISIONS
 from pretrain.evaluate import embed_words
@@ -256,6 +259,26 @@ def test_evaluation__names_regions_of_a_gpu(scores: Any) -> None:
         assert len(predict(picture(), 1)) == 5 and predict.propose(picture(), 1)
         crops = CropEmbeddings(model=detector.model, encoder=detector.text.encoder)  # type: ignore[arg-type]
         assert len(predictor_for(detector.with_model(crops), split, scores=scores, limit=5)(picture(32), 1)) == 5
+
+
+def test_another_encoder__names_crops_of_boxes_beside_a_gpu() -> None:
+    detector = small_detector(0)
+    lexicon = read_lexicon()
+    names = CropNames(
+        source=DetectorBoxes(model=detector.model),
+        encoder=detector.text.encoder,  # type: ignore[arg-type]
+        name="small",
+        background_words=torch.randn(2, rcnn.D),
+        words=WordList(words=("cat", "car"), lexicon=lexicon),
+        known=WordList(words=(), lexicon=lexicon),
+        calibration=Calibration(),
+        calibrated=False,
+    )
+    plain = detector.with_model(names).find(picture(), "dog, -cat", threshold=0.0)
+    with pretend_cuda():
+        move(detector)
+        found = detector.with_model(names).find(picture(), "dog, -cat", threshold=0.0)
+    np.testing.assert_allclose(found.confidence, plain.confidence, atol=1e-4)
 
 
 def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:
