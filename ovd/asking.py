@@ -58,7 +58,7 @@ def add_sides_flag(add: Callable[..., argparse.Action]) -> None:
         type=integer(1),
         nargs="+",
         metavar="N",
-        help="longest sides, in pixels, at which a detector of photographs looks for boxes: 416 is fast, 960 640 416 "
+        help="longest sides, in pixels, at which a detector of photographs looks for boxes: 416 is fast, 832 640 416 "
         "finds smaller things (default: as shipped, 640 416)",
     )
 

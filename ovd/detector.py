@@ -36,7 +36,7 @@ from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
-from ovd.inference.sides import look_at_sides
+from ovd.inference.sides import card_with_sides, look_at_sides
 from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
@@ -148,7 +148,13 @@ class Detector:
                 raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
             named = load_with_encoder(folder, encoder, device=where, masks=masks, regions=regions)
             look_at_sides(named.model, sides)
-            return cls(model=named.model, encoder=named.encoder, templates=named.templates, card=named.card, **options)
+            return cls(
+                model=named.model,
+                encoder=named.encoder,
+                templates=named.templates,
+                card=card_with_sides(named.card, sides),
+                **options,
+            )
         from ovd.modeling.export import read_card
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
@@ -163,7 +169,7 @@ class Detector:
             encoder=own,
             templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
             crop_refinement=crop_refinement,
-            card=read_model_card(folder),
+            card=card_with_sides(read_model_card(folder), sides),
             **options,
         )
 

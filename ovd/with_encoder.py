@@ -94,7 +94,7 @@ def load_with_encoder(
         calibrated=stored is not None,
         card=card,
     )
-    return Named(model, encoder, templates, _card(folder, spec, stored))
+    return Named(model, encoder, templates, _card(folder, spec, encoder.fingerprint(), stored))
 
 
 def fetch(spec: str) -> None:
@@ -168,7 +168,7 @@ def _embed_words(words: Sequence[str], templates: Sequence[str], encoder: JointE
     return embed_vocabulary(vocabulary, encoder, cache_dir=cache)
 
 
-def _card(folder: Path, spec: str, stored: StoredCalibration | None) -> dict[str, Any]:
+def _card(folder: Path, spec: str, fingerprint: str, stored: StoredCalibration | None) -> dict[str, Any]:
     """The weights' card, without figures that were measured with their own encoder."""
     card = read_model_card(folder)
     card.pop("metrics", None)
@@ -178,7 +178,8 @@ def _card(folder: Path, spec: str, stored: StoredCalibration | None) -> dict[str
     card["text"] = "\n\n".join(
         [f"**{card['purpose']}** What follows is about {name} as it is shipped.", str(card.get("text", ""))]
     )
-    card["settings"] = f"{card.get('settings', '')} {spec} {stored.key if stored else 'uncalibrated'}"
+    fitted = "uncalibrated" if stored is None else sorted(stored.calibration.items())
+    card["settings"] = f"{card.get('settings', '')} {spec} {fingerprint[:16]} {fitted}"
     return card | {"name": f"{name} + {spec}", "encoder": spec, "calibrated": stored is not None}
 
 

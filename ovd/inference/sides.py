@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ovd.inference.region_model import RegionModel
 from pretrain.engine.errors import UserError
@@ -33,3 +34,10 @@ def look_at_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
     else:
         raise UserError("sides are for detectors of photographs; this one looks at pictures in one size")
     proposer.sides = tuple(dict.fromkeys(sides))
+
+
+def card_with_sides(card: Mapping[str, Any], sides: Sequence[int] | None) -> dict[str, Any]:
+    """A model card whose ``settings`` tell sides that were asked for: results of others must not pass for these."""
+    if sides is None:
+        return dict(card)
+    return {**card, "settings": f"{card.get('settings', '')} sides {' '.join(map(str, sides))}"}

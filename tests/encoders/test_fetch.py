@@ -61,6 +61,16 @@ def test_without_a_network_there_is_one_line(tmp_path: Path, environment: dict[s
     assert lines[0].endswith("name it: open_clip:ViT-B-32:FILE")
 
 
+def test_the_page_fetches_before_it_starts_and_stops_where_that_fails() -> None:
+    run = subprocess.run(
+        [sys.executable, "app.py", "--port", "0", "--encoder", "open_clip:ViT-B32:openai"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.splitlines()[-1].startswith("error: open_clip has no model 'ViT-B32'; did you mean ViT-B-32")
+
+
 class Hub:
     """Stands for the hub: some files of one repository, and what was asked of it."""
 

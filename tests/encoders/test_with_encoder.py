@@ -165,6 +165,7 @@ def test_sides_are_those_that_the_proposal_network_looks_at(clip: str) -> None:
     model = detector.model
     assert isinstance(model, CropNames) and isinstance(model.source, PhotoBoxes)
     assert model.source.proposer.sides == (96, 64)
+    assert detector.card["settings"].endswith(" sides 96 64 96")  # `predict` goes on with a folder of the same only
     with pytest.raises(UserError, match="one or more numbers of 64 to 2048 pixels"):
         Detector.load(PROPOSALS, encoder=clip, sides=[20])
     with pytest.raises(UserError, match="this one looks at pictures in one size"):
