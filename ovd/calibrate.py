@@ -301,6 +301,8 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     args = parse(argv)
     if args.encoder:
+        from ovd.calibrate_encoder import calibrate_encoder
+
         return calibrate_encoder(args)
     from ovd.modeling.export import read_card
 
@@ -315,6 +317,8 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")
+    if calibrate_own_classes(args):
+        return 0
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     for notice in photos.notices:
         print(f"warning: {notice}", file=sys.stderr)
@@ -329,41 +333,40 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     return 0
 
 
-def calibrate_encoder(args: argparse.Namespace) -> int:
-    """Fit an encoder's scores on one half of the photos, measure on the other, keep the fit for the user."""
-    from ovd.detector import Detector
-    from ovd.evaluation.encoder_calibration import fit_encoder, prepare_encoder
-    from ovd.evaluation.photo_calibration import measure, photos_of
-    from ovd.user_files import StoredCalibration, calibration_file, calibration_key, write_calibration
-    from ovd.weights import detector_folder
+def calibrate_own_classes(args: argparse.Namespace) -> bool:
+    """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
+    from ovd.data.own_photos import OwnPhotos
+    from ovd.evaluation.labelled_scenes import labels_of
+    from ovd.evaluation.own_classes import recalibrated
+    from ovd.evaluation.reliability import reliability_svg
+    from ovd.inference.fvlm_regions import FvlmRegionModel
+    from ovd.modeling.export import read_card, write_card
 
-    folder = detector_folder(args.weights)
-    photos = photos_of(args.data, labels=args.labels, part=args.part)
-    for notice in photos.notices:
-        print(f"warning: {notice}", file=sys.stderr)
-    detector = Detector.load(args.weights, device=args.device, cache_size=0, masks=False, encoder=args.encoder)
-    typed = prepare_encoder(detector, photos, limit=2 * args.scenes)
-    fit, report = (replace(typed, scenes=typed.scenes[n::2], named=typed.named[n::2]) for n in (0, 1))
-    fitted = fit_encoder(fit)
-    figures, curve = measure(report, fitted)
-    stored = StoredCalibration(
-        weights=folder.resolve().name,
-        encoder=args.encoder,
-        key=calibration_key(folder, detector.text.encoder),
-        data=args.data,
-        scenes=len(fit.scenes),
-        calibration=asdict(fitted),
-        figures=figures,
-    )
-    file = calibration_file(folder, args.encoder, detector.text.encoder)
-    write_calibration(file, stored)
-    text = json.dumps({"calibration": asdict(fitted), "data": args.data, "other_half": figures}, indent=1)
+    folder = Path(args.weights)
+    card = read_card(folder)
+    if not card.own:
+        return False
+    labels = labels_of(args.data, part=args.part)
+    photos = OwnPhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
+    names = {name.casefold() for own in card.own for name in own.names}
+    if not names & {name.casefold() for name in photos.names}:
+        return False
+    others = [name for name in photos.names if name.casefold() not in names]
+    if others:
+        print(f"warning: {labels.where}: no own classes, left as they are: {', '.join(others)}", file=sys.stderr)
+    model = load(args).model
+    assert isinstance(model, FvlmRegionModel) and model.own is not None
+    fitted, figures, curve = recalibrated(card, model.own, photos)
+    write_card(folder, fitted)
+    report = {"own": [asdict(own) for own in fitted.own], "data": args.data, "other_half": figures}
+    text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)
-    print(f"kept in {file}", file=sys.stderr)
-    draw(args, curve, title=f"Scores of {args.weights} + {args.encoder}", caption="typed words, photos not fitted on")
+    if args.plot:
+        svg = reliability_svg(curve, title=f"Scores of {args.weights}", caption="own classes, half of the photos")
+        write_atomically(args.plot, svg.encode())
     if args.report:
         write_atomically(args.report, (text + "\n").encode())
-    return 0
+    return True
 
 
 def load(args: argparse.Namespace) -> Detector:

@@ -55,6 +55,7 @@ def _load_fvlm(folder: Path, encoder: JointEncoder | None, *, top: int, device: 
     from ovd.inference.fvlm_regions import FvlmRegionModel
     from ovd.inference.known_words import WordList
     from ovd.modeling.fvlm.network import known_words, load_fvlm
+    from ovd.modeling.fvlm.own_classes import load_own_classes
     from pretrain.data.lexicon import read_lexicon
 
     model, card, bank = load_fvlm(folder, encoder or load_encoder_of(folder, read_card(folder)), device=device)
@@ -67,6 +68,7 @@ def _load_fvlm(folder: Path, encoder: JointEncoder | None, *, top: int, device: 
         background_words=bank,
         known=WordList(words=known_words(config), lexicon=lexicon),
         trained=WordList(words=card.bank, lexicon=lexicon),
+        own=load_own_classes(folder, card.own, lexicon=lexicon, device=device),
         top=top,
     )
 
