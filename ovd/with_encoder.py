@@ -140,6 +140,9 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     card = read_card(folder)
     if isinstance(config := card.architecture, FvlmConfig):
         known = bool(known_words(config))
+        if card.own:
+            names = ", ".join(name for own in card.own for name in own.names)
+            print(f"warning: what {folder} learned of {names} is not used: the encoder names them", file=sys.stderr)
         return PhotoBoxes(proposer=load_proposals(folder / PROPOSALS, device=device), top=top, known=known), card
     if card.model.get("variant") in ("agnostic", "closed"):
         return ProposedBoxes(proposer=load_proposer(folder, device=device), top=top), card

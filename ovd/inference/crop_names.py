@@ -247,6 +247,7 @@ def embed_boxes(
         masks=None if regions.masks is None else regions.masks[keep],
         known=boxes.new_zeros(len(boxes), 0) if regions.known is None else regions.known[keep],
         bias=None,
+        own=None,
     )
 
 
