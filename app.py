@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         help="also answer under this name, that of a proxy in front of the page (may be given more than once)",
     )
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    flags.add_argument(
+        "--encoder",
+        metavar="SPEC",
+        help="name the boxes by another image-text encoder: open_clip:MODEL:TAG (fetched once) or open_clip:MODEL:FILE",
+    )
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument("--threads", type=_threads, default=None, help="CPU threads (default: all cores)")
     flags.add_argument("--share", action="store_true", help="public link; pictures then leave the machine")
@@ -71,6 +76,11 @@ def main(argv: list[str]) -> int:
             f"warning: --host {options.host} lets all who can reach this machine use the page; there is no password",
             file=sys.stderr,
         )
+    if options.encoder:
+        from ovd.with_encoder import fetch_elsewhere
+
+        if (status := fetch_elsewhere(options.encoder)) != 0:  # before the page shuts itself off from the hub
+            return status
     door = listen(options.host, options.port)  # before the slow part: a taken port is told at once
     folder = prepare_environment()
     stop = threading.Event()
@@ -93,7 +103,10 @@ def main(argv: list[str]) -> int:
             from ovd.demo.shelf import shelf_of
             from ovd.detector import Detector
 
-            shelf = shelf_of(options.weights, lambda weights: Detector.load(weights, device=options.device))
+            shelf = shelf_of(
+                options.weights,
+                lambda weights: Detector.load(weights, device=options.device, encoder=options.encoder),
+            )
         answerer = Answerer(shelf=shelf)
         page = build_page(answerer)
         served = launch_page(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ovd.examples import Example
     from ovd.query import Query
 
-RARE = ("vocabulary", "device", "threads")
+RARE = ("vocabulary", "encoder", "sides", "device", "threads")
 """Of the shared flags those that ``--help-all`` shows."""
 
 
@@ -37,8 +38,32 @@ def add_query_flags(flags: CommandParser) -> None:
     )
     flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    add_encoder_flag(flags.add_argument)
+    add_sides_flag(flags.add_argument)
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
+
+
+def add_encoder_flag(add: Callable[..., argparse.Action]) -> None:
+    """``--encoder``, of every command that runs a detector."""
+    add(
+        "--encoder",
+        metavar="SPEC",
+        help="name crops of the boxes by another image-text encoder: open_clip:MODEL:TAG (fetched once, its size is "
+        "said first), open_clip:MODEL:FILE, or a folder (slow on a CPU)",
+    )
+
+
+def add_sides_flag(add: Callable[..., argparse.Action]) -> None:
+    """``--sides``, of every command that runs a detector."""
+    add(
+        "--sides",
+        type=integer(1),
+        nargs="+",
+        metavar="N",
+        help="longest sides, in pixels, at which a detector of photographs looks for boxes: 416 is fast, 832 640 416 "
+        "finds smaller things (default: as shipped, 640 416)",
+    )
 
 
 def check_words(options: argparse.Namespace) -> tuple[Example, ...]:
@@ -75,7 +100,7 @@ def load_query(options: argparse.Namespace, examples: tuple[Example, ...], *, ma
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    detector = Detector.load(options.weights, device=options.device, masks=masks, cache_size=0)
+    detector = Detector.load(options.weights, device=options.device, masks=masks, cache_size=0, encoder=options.encoder)
     words: Vocabulary | str | None = options.classes
     if options.vocabulary is not None:
         words = Vocabulary.load(options.vocabulary, templates=detector.templates)

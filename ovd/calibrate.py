@@ -12,6 +12,10 @@ Then the same is done once more with every word replaced by one crop in a traini
 With ``--data`` pictures with labels take the scenes' place: half of them are fitted on, the others measured. What a
 crop's score means stays as it is then.
 
+With ``--encoder`` the crops of the detector's boxes are named by another image-text encoder, and what is fitted is kept
+in the user's folder (``ovd.user_files``), where the same encoder on the same boxes finds it again; the weights stay as
+they are. It needs ``--data``, of which it takes ``--scenes`` pictures for the fit and as many for the report.
+
 A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and takes photos
 of one thing beside them (``--labels TABLE.json``). It is measured on half of them and then fitted on all.
 """
@@ -25,6 +29,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ovd.asking import add_encoder_flag
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.engine.flags import CommandParser, integer
@@ -250,7 +255,10 @@ def parser() -> CommandParser:
         "wordbox calibrate", "Make a detector's scores mean something, and report how well they do.", details=__doc__
     )
     add = flags.add_argument
-    add("--weights", required=True, metavar="FOLDER", help="exported detector; its model.json is rewritten")
+    add("--weights", required=True, metavar="FOLDER",
+        help="exported detector; its model.json is rewritten. With --encoder also a name of shipped weights, which are "
+        "not changed")  # fmt: skip
+    add_encoder_flag(add)
     add("--data", metavar="SPEC", help="labelled pictures to fit on: data.yaml, COCO .json or folder, with :PART "
         "or not (default: Sticker Scenes)")  # fmt: skip
     add("--labels", type=Path, metavar="TABLE.json",
@@ -277,6 +285,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: a wrong flag, or no detector in the folder.
     """
     args = parser().parse_args(argv)
+    if args.encoder:
+        if not args.data or args.crop_refinement:
+            raise UserError("--encoder needs --data, labelled photos to fit on, and goes without --crop-refinement")
+        return args
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
@@ -288,6 +300,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     args = parse(argv)
+    if args.encoder:
+        from ovd.calibrate_encoder import calibrate_encoder
+
+        return calibrate_encoder(args)
     from ovd.modeling.export import read_card
 
     if read_card(Path(args.weights)).arch == "fvlm":
@@ -372,8 +388,6 @@ def write(
     caption: str,
 ) -> None:
     """Write the calibration into the card, print the figures, and write what ``--plot`` and ``--report`` name."""
-    from ovd.evaluation.reliability import reliability_svg
-
     path = Path(args.weights) / "model.json"
     values = {"crop_refinement": detector.crop_refinement, "calibration": asdict(fitted)}
     card = read_json(path)
@@ -381,11 +395,17 @@ def write(
     write_atomically(path, (json.dumps(card | values, indent=1, ensure_ascii=False) + "\n").encode())
     text = json.dumps(values | {"data": args.data or "stickers"} | figures, indent=1)
     print(text)
-    if args.plot:
-        title = f"Scores of {args.weights}"
-        write_atomically(args.plot, reliability_svg(curve, title=title, caption=caption).encode())
+    draw(args, curve, title=f"Scores of {args.weights}", caption=caption)
     if args.report:
         write_atomically(args.report, (text + "\n").encode())
+
+
+def draw(args: argparse.Namespace, curve: Reliability, *, title: str, caption: str) -> None:
+    """The picture of ``--plot``, where it is wanted."""
+    if args.plot:
+        from ovd.evaluation.reliability import reliability_svg
+
+        write_atomically(args.plot, reliability_svg(curve, title=title, caption=caption).encode())
 
 
 if __name__ == "__main__":

@@ -218,9 +218,10 @@ class TrainingConfig(RunConfig):
 class TrainConfig(TrainingConfig):
     """``python -m ovd.train``: train a Mask R-CNN, class-agnostic or with ViLD's heads."""
 
-    templates: Literal["sticker", "vild63", "name"] = Field(
+    templates: Literal["sticker", "clip", "vild63", "name"] = Field(
         "sticker",
-        description="prompts of the class names: four short ones, ViLD's 63, or the bare name; the detector keeps them",
+        description="prompts of the class names: four short ones, CLIP's one, ViLD's 63, or the bare name; the "
+        "detector keeps them",
     )
     weights: str | None = Field(
         None, description="start from this exported detector (folder); null: from the encoder's backbone"

@@ -38,6 +38,7 @@ from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
+from ovd.inference.sides import card_with_sides, look_at_sides
 from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
@@ -49,6 +50,9 @@ from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
+
+REGIONS = 150
+"""Kept per picture, where nobody says how many."""
 
 
 class Detector:
@@ -112,8 +116,10 @@ class Detector:
         device: str = "auto",
         crop_refinement: int | None = None,
         masks: bool = True,
-        regions: int = 150,
+        regions: int | None = None,
         second_look: int | None = None,
+        encoder: str | None = None,
+        sides: Sequence[int] | None = None,
         **options: Any,
     ) -> Detector:
         """Load a trained detector.
@@ -123,8 +129,13 @@ class Detector:
             device: "auto", "cpu", "cuda" or "cuda:N".
             crop_refinement: see the constructor; None: as many regions as the scores were calibrated for.
             masks: False finds boxes only, in less time.
-            regions: kept per picture, best objectness first.
+            regions: kept per picture, best objectness first (default 150, with ``encoder`` 50).
             second_look: the former name of ``crop_refinement``.
+            encoder: another image-text encoder that names crops of the boxes, such as
+                ``"open_clip:ViT-B-32:laion2b_s34b_b79k"`` (fetched once) or ``"open_clip:ViT-B-32:FILE"``; see
+                `ovd.with_encoder`.
+            sides: longest sides, in pixels, at which a detector of photographs looks for boxes, such as ``[640, 416]``;
+                more and larger ones find smaller things in more time. None: as shipped.
             options: ``cache_size``, ``text_cache`` of the constructor.
 
         Raises:
@@ -132,20 +143,36 @@ class Detector:
         """
         where = pick_device(device)
         folder = detector_folder(weights)
+        if encoder is not None:
+            from ovd.with_encoder import load_with_encoder
+
+            if crop_refinement or second_look:
+                raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
+            named = load_with_encoder(folder, encoder, device=where, masks=masks, regions=regions)
+            look_at_sides(named.model, sides)
+            return cls(
+                model=named.model,
+                encoder=named.encoder,
+                templates=named.templates,
+                card=card_with_sides(named.card, sides),
+                **options,
+            )
         from ovd.modeling.export import read_card
         from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
 
         card = read_card(folder)
-        encoder = load_encoder_of(folder, card).to(where)
-        model = load_detector_model(folder, device=str(where), masks=masks, top=regions, card=card, encoder=encoder)
+        own = load_encoder_of(folder, card).to(where)
+        top = regions or REGIONS
+        model = load_detector_model(folder, device=str(where), masks=masks, top=top, card=card, encoder=own)
+        look_at_sides(model, sides)
         if crop_refinement is None:
             crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(
             model=model,
-            encoder=encoder,
+            encoder=own,
             templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
             crop_refinement=crop_refinement,
-            card=read_model_card(folder),
+            card=card_with_sides(read_model_card(folder), sides),
             **options,
         )
 

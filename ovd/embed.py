@@ -181,8 +181,13 @@ def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tup
 
 
 def detector_fingerprint(folder: Path) -> str:
-    """sha256 over what decides a detector's boxes: its weights, architecture and input size, not its calibration."""
+    """sha256 over what decides a detector's boxes: its weights, architecture and input size, not its calibration.
+
+    Of a detector of photographs (``model.arch: fvlm``) that is its proposal network alone.
+    """
     card = read_json(folder / "model.json")
+    if isinstance(card.get("model"), dict) and card["model"].get("arch") == "fvlm":
+        return detector_fingerprint(folder / "proposals")
     decisive = {key: card.get(key) for key in ("model", "pixel_mean", "pixel_std", "short_side", "long_side")}
     if "sides" in card:  # proposals without words; the others' fingerprints stay what they were
         decisive["sides"] = card["sides"]

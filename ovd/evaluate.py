@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
     options = Options.parse(argv)
     if options.out:
         require_writable(Path(options.out))  # now, not after the last picture
+    if options.plots:
+        require_writable(Path(options.plots))
     (evaluate_model if options.weights else evaluate_files)(options, argv)
     return 0
 
@@ -64,6 +66,7 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
     path = Path(options.annotations)
     metrics.dataset_sha256 = sha256_of(path) if path.is_file() else coco.content_sha256(gt)
     _report(metrics, options, argv, record)
+    _draw(metrics, options, gt, results, options.predictions)
     return metrics
 
 
@@ -92,6 +95,9 @@ def evaluate_model(options: Options, argv: Sequence[str]) -> Metrics:
     metrics.dataset_sha256 = run.dataset_sha256
     record = run.record | {"cpu_seconds": round(time.process_time() - started, 1)}
     _report(metrics, options, argv, record)
+    if run.results is not None:
+        name = f"{options.weights} + {options.encoder}" if options.encoder else str(options.weights)
+        _draw(metrics, options, run.gt, run.results, name)
     return metrics
 
 
@@ -139,6 +145,17 @@ def _differences(
         for name, content in ((options.compare, compared), (options.predictions, results))
     )
     return bootstrap(first, second, metrics.split.groups), kind
+
+
+def _draw(metrics: Metrics, options: Options, gt: Any, results: Any, name: str) -> None:
+    """The pictures of ``--plots``."""
+    if options.plots is None:
+        return
+    from ovd.evaluation.plots import write_plots
+
+    kind = "bbox" if any(key.startswith("bbox/") for key in metrics.values) else "segm"
+    paths = write_plots(gt, results, metrics.split, Path(options.plots), title=name, kind=kind)
+    print("drawn: " + ", ".join(shlex.quote(str(path)) for path in paths))
 
 
 def _show_progress(done: int, total: int) -> None:

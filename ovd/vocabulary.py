@@ -113,6 +113,7 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "sticker": TEMPLATES_STICKER,
     "name": ("{}",),
     "photo": ("a photo of a {}",),  # as the encoder of photographs is trained
+    "clip": ("a photo of {article} {}.",),  # CLIP's own default (arXiv:2103.00020, section 3.1.4)
 }
 """By the name that a detector's configuration and card give."""
 

@@ -5,6 +5,7 @@
 loaded from a folder of the manifest before every one of its files has the size and hash written there.
 
     python -m ovd.weights list
+    python -m ovd.weights words NAME            the words it was trained on, one a line
     python -m ovd.weights verify [NAME ...]
     python -m ovd.weights add FOLDER NAME       copy FOLDER to weights/NAME and write its entry
 """
@@ -223,6 +224,20 @@ def read_model_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def trained_words(weights: str) -> list[str]:
+    """The words that a detector was trained on, in the order of its card: of photographs COCO's 80 first.
+
+    Raises:
+        UserError: no such weights, or some that know no words.
+    """
+    folder = detector_folder(weights)
+    card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+    words = card.get("classes") if isinstance(card, dict) else None
+    if not isinstance(words, list) or not words:
+        raise UserError(f"{weights}: no detector with words; wordbox weights list shows what there is")
+    return [str(word) for word in words]
+
+
 def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
     """Copy a folder to ``<root>/<name>`` and write its entry; an entry of that name is replaced.
 
@@ -289,6 +304,8 @@ def parser() -> CommandParser:
     commands.add_parser("list", help="what the manifest names, with sizes and hashes")
     verify = commands.add_parser("verify", help="check size and SHA-256 of every file")
     verify.add_argument("names", nargs="*", metavar="NAME", help="only these; all when none is given")
+    words = commands.add_parser("words", help="the words that a detector was trained on, one a line")
+    words.add_argument("name", metavar="NAME", help="of the manifest, or the folder of a detector")
     add = commands.add_parser("add", help="copy a folder into weights/ and write its entry")
     add.add_argument("folder", type=Path, metavar="FOLDER")
     add.add_argument("name", metavar="NAME")
@@ -302,6 +319,9 @@ def main(argv: list[str]) -> int:
     if options.command == "add":
         added = add_weights(options.folder, options.name)
         print(f"{added.name}: {len(added.files)} files, {added.bytes / 1e6:.1f} MB, {added.sha256[:12]}")
+        return 0
+    if options.command == "words":
+        print("\n".join(trained_words(options.name)))
         return 0
     if options.command == "list":
         for entry in read_manifest().values():

@@ -19,6 +19,7 @@ from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.typed import run_typed
+from ovd.inference.crop_names import CropNames, DetectorBoxes
 from ovd.inference.detr_regions import OpenVocabularyDetr
 from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.known_words import WordList
@@ -266,6 +267,26 @@ def test_evaluation__names_regions_of_a_gpu(scores: Any) -> None:
         assert len(predict(picture(), 1)) == 5 and predict.propose(picture(), 1)
         crops = CropEmbeddings(model=detector.model, encoder=detector.text.encoder)  # type: ignore[arg-type]
         assert len(predictor_for(detector.with_model(crops), split, scores=scores, limit=5)(picture(32), 1)) == 5
+
+
+def test_another_encoder__names_crops_of_boxes_beside_a_gpu() -> None:
+    detector = small_detector(0)
+    lexicon = read_lexicon()
+    names = CropNames(
+        source=DetectorBoxes(model=detector.model),
+        encoder=detector.text.encoder,  # type: ignore[arg-type]
+        name="small",
+        background_words=torch.randn(2, rcnn.D),
+        words=WordList(words=("cat", "car"), lexicon=lexicon),
+        known=WordList(words=(), lexicon=lexicon),
+        calibration=Calibration(),
+        calibrated=False,
+    )
+    plain = detector.with_model(names).find(picture(), "dog, -cat", threshold=0.0)
+    with pretend_cuda():
+        move(detector)
+        found = detector.with_model(names).find(picture(), "dog, -cat", threshold=0.0)
+    np.testing.assert_allclose(found.confidence, plain.confidence, atol=1e-4)
 
 
 def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:

@@ -161,6 +161,8 @@ def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Pr
             f"--examples: {options.weights} (model.variant={variant}) compares nothing with crops; "
             "leave it out, or evaluate a detector of model.variant=text or a pretext's transformer"
         )
+    if options.encoder:
+        return _with_encoder(options, pictures, record)
     if variant == "agnostic" and not options.examples:
         from ovd.modeling.load import load_proposer
 
@@ -184,6 +186,18 @@ def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Pr
     if options.queries == "words":
         predictor = with_conditioned_queries(predictor, record)
     return predictor, predictor.propose if options.agnostic == "proposals" else None
+
+
+def _with_encoder(options: Options, pictures: Pictures, record: Record) -> tuple[Predict, Predict | None]:
+    """Boxes of any detector, named by the crops that another encoder sees."""
+    detector = load_detector(options, record)
+    predictor: Predict | PretextPredictor | Predictor
+    if options.examples:
+        predictor = by_examples(detector, options, pictures, record)
+    else:
+        predictor = by_words(detector, options, pictures.split, record)
+    proposals = options.agnostic == "proposals" and isinstance(predictor, Predictor)
+    return predictor, proposals_of(detector.model, top=options.regions) if proposals else None
 
 
 def _load(folder: Path, device: str, *, top: int = 150) -> RegionModel:
@@ -219,8 +233,14 @@ def load_detector(options: Options, record: Record) -> Detector:
         crop_refinement=0 if options.embeddings == "crops" else options.crop_refinement,
         masks=options.iou_types != ["bbox"],
         regions=options.regions,
+        encoder=options.encoder,
+        sides=options.sides,
     )
+    if options.sides:
+        record["sides"] = options.sides
     card = detector.model.card
+    if options.encoder:
+        record |= {"encoder": options.encoder, "calibrated": bool(detector.card["calibrated"])}
     record |= {
         "weights_sha256": detector.card.get("sha256"),
         "config_hash": None if card is None else card.config_hash,
@@ -298,7 +318,7 @@ def _with_crop_embeddings(detector: Detector, options: Options) -> tuple[Detecto
     if not isinstance(encoder, JointEncoder):
         raise UserError(f"--embeddings crops: the encoder of {options.weights} has no image tower")
     crops = CropEmbeddings(model=detector.model, encoder=encoder)
-    return detector.with_model(crops), float(encoder.logit_scale.exp())
+    return detector.with_model(crops), float(encoder.logit_scale.detach().exp())
 
 
 def by_examples(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ovd.asking import add_encoder_flag, add_sides_flag
 from ovd.formats.spec import LabelSpec
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer
@@ -72,6 +73,8 @@ class Options:
     """The flags, as ``--help`` explains them; dashes are underscores."""
 
     weights: str | None
+    encoder: str | None
+    sides: list[int] | None
     device: str
     data: str | None
     vocabulary: str
@@ -97,6 +100,7 @@ class Options:
     iou_types: list[str] | None
     max_dets: int
     out: str | None
+    plots: str | None
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Options:
@@ -166,6 +170,12 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
         ),
     ),
     (
+        lambda o: o.encoder and (not o.weights or o.crop_refinement or o.queries == "words" or o.vild),
+        lambda o: (
+            "--encoder names the boxes of --weights; it goes without --crop-refinement, --queries words and --vild"
+        ),
+    ),
+    (
         lambda o: o.embeddings == "crops" and o.crop_refinement,
         lambda o: "--embeddings crops embeds the crops of all regions; leave --crop-refinement out",
     ),
@@ -186,8 +196,9 @@ def parser() -> CommandParser:
     _add_file_flags(flags.add_argument_group("evaluating a results file").add_argument)
     _add_metric_flags(flags.add_argument_group("metrics").add_argument)
     flags.hide(
-        "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings", "crop_refinement",
-        "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets", "vild",
+        "encoder", "sides", "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings",
+        "crop_refinement", "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets",
+        "vild", "plots",
     )  # fmt: skip
     return flags
 
@@ -197,6 +208,8 @@ Add = Callable[..., argparse.Action]
 
 def _add_model_flags(add: Add) -> None:
     add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
+    add_encoder_flag(add)
+    add_sides_flag(add)
     add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
     add("--data", metavar="SPEC",
         help="what to run it on: stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or labels in COCO's, "
@@ -219,7 +232,8 @@ def _add_class_flags(add: Add) -> None:
         help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
     add("--embeddings", choices=("own", "crops"), default="own",
-        help="own: of the detector; crops: the image encoder's, of the regions' crops (slow)")  # fmt: skip
+        help="own: of the detector; crops: the image encoder's, of the regions' crops (slow; with --encoder: by the "
+        "published softmax, and without what the proposals know of words)")  # fmt: skip
     add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
         help="regions per image that the image encoder embeds as crops too; 0: the region head alone (default: as the "
         "detector was calibrated)")  # fmt: skip
@@ -251,3 +265,5 @@ def _add_metric_flags(add: Add) -> None:
     add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
     add("--max-dets", type=integer(1), default=100, help="detections per image and category for AP (default 100)")
     add("--out", metavar="DIR", help="write metrics.json and per_class.csv here")
+    add("--plots", metavar="DIR",
+        help="draw precision against recall, and how often a score is right, as SVG files in this folder")  # fmt: skip

@@ -79,7 +79,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
         UserError: the detector is not one of photographs.
     """
     if not isinstance(detector.model, FvlmRegionModel):
-        raise UserError("--data: these weights are calibrated on Sticker Scenes; leave --data out")
+        raise UserError("--data: these weights are no detector of photographs")
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed)

@@ -96,7 +96,13 @@ def typed_photo(
 
 
 def typed_photos(
-    detector: Detector, photos: PhotoWords, rows_CD: Tensor, *, absent: int = 10, seed: int = 0
+    detector: Detector,
+    photos: PhotoWords,
+    rows_CD: Tensor,
+    *,
+    absent: int = 10,
+    seed: int = 0,
+    limit: int | None = None,
 ) -> tuple[list[TypedScene], list[NamedPhoto]]:
     """The photos with boxes and those of one thing whose word is not looked for everywhere, through the detector.
 
@@ -106,12 +112,17 @@ def typed_photos(
         rows_CD: text embeddings of the photos' words.
         absent: absent words in each photo.
         seed: of the words drawn.
+        limit: photos at most, drawn by the seed; None: all.
     """
     table = photos.table
     near = confusable(rows_CD, table)
     nouns = sorted({photo.noun for photo in photos.photos if photo.noun is not None and photo.noun >= table.everywhere})
     scenes, named = [], []
-    for index, photo in enumerate(photos.photos):
+    chosen: Sequence[int] = range(len(photos.photos))
+    if limit is not None and limit < len(chosen):
+        chosen = sorted(np.random.default_rng(seed).permutation(len(chosen))[:limit].tolist())
+    for index in chosen:
+        photo = photos.photos[index]
         rng = np.random.default_rng([seed, index])
         try:
             regions = detector.embed(photos.load(index)).regions

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovd.inference.crop_names import CropNames
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import RegionSet
 from ovd.regions.crops import embed_regions
@@ -40,6 +41,8 @@ class CropEmbeddings(RegionModel):
     @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """The model's regions with the encoder's embeddings; boxes under two pixels cannot be cropped."""
+        if isinstance(self.model, CropNames):  # it crops for itself, once
+            return replace(self.model.regions(image), image=None)
         regions = self.model.regions(image)
         keep = large_enough(regions.boxes)
         boxes = regions.boxes[keep]

@@ -93,4 +93,8 @@ def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:
     folder = Path(folder)
     if holds_proposals(folder):
         return load_proposals(folder, device=device)
+    if read_card(folder).arch == "fvlm":
+        from ovd.modeling.fvlm.network import PROPOSALS
+
+        return load_proposals(folder / PROPOSALS, device=device)
     return load_detector_model(folder, device=device)

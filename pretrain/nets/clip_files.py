@@ -9,16 +9,18 @@ activation: the authors' own files carry three numbers beside the weights (`inpu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, did_you_mean, nearest
 from pretrain.engine.files import read_json
 from pretrain.engine.state import load_tensors
 from pretrain.nets.checkpoints import read_tensors
+from pretrain.nets.clip_fetch import fetch_weights, hub_tokenizer
+from pretrain.nets.open_clip_texts import ShortTextEncoder
 from pretrain.nets.towers import ClipTokenizer, JointEncoder, Tokenize
 
 OLD_TEXT = re.compile(r"^(text_projection|positional_embedding|token_embedding|transformer|ln_final)(?=$|\.)")
@@ -105,39 +107,50 @@ def _blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)})
 
 
-def build_open_clip(settings: Mapping[str, Any]) -> JointEncoder:
-    """From open_clip's own configuration: `{"name", "model": {embed_dim, vision_cfg, text_cfg}, "mean", "std"}`."""
-    import open_clip
+def build_open_clip(settings: Mapping[str, Any], *, beside: Path | None = None) -> JointEncoder:
+    """From open_clip's own configuration: `{"name", "model": {embed_dim, vision_cfg, text_cfg}, "mean", "std"}`.
+
+    Args:
+        settings: as above.
+        beside: folder of the weights, which may hold the tokenizer's files.
+
+    Raises:
+        UserError: it does not build, or its tokenizer cannot be had.
+    """
     from open_clip.model import CustomTextCLIP
 
     model_config = {k: v for k, v in settings["model"].items() if k not in ("custom_text",)}
     name = settings["name"]
     if "multimodal_cfg" in model_config:
         raise UserError(f"open_clip:{name}: captioning models (CoCa) are not supported; choose a CLIP model")
-    hf_name = model_config.get("text_cfg", {}).get("hf_tokenizer_name") or model_config.get("text_cfg", {}).get(
-        "hf_model_name"
-    )
+    text = model_config.get("text_cfg", {})
     try:
         model = CustomTextCLIP(**model_config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise UserError(f"open_clip:{name}: the model configuration does not build: {error}") from error
-    tokenizer: Tokenize
-    if hf_name is None:
-        tokenizer = ClipTokenizer(model.context_length)
-    else:
-        tokenizer = open_clip.get_tokenizer(name)
     size = model.visual.image_size
-    encoder = JointEncoder(
+    return ShortTextEncoder(
         visual=model.visual,
         text=model.text,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(text, name=name, beside=beside),
         embed_dim=model_config["embed_dim"],
         image_size=size if isinstance(size, int) else size[0],
         image_mean=tuple(settings["mean"]),
         image_std=tuple(settings["std"]),
         config={"open_clip": dict(settings)},
     )
-    return encoder
+
+
+def tokenizer_of(text: Mapping[str, Any], *, name: str, beside: Path | None) -> Tokenize:
+    """CLIP's tokenizer, or the one that a model's ``text_cfg`` names at the hub.
+
+    Raises:
+        UserError: see `hub_tokenizer`.
+    """
+    length = int(text.get("context_length", 77))
+    if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+        return hub_tokenizer(text, name=name, beside=beside, context_length=length)
+    return ClipTokenizer(length)
 
 
 def load_open_clip(rest: str) -> tuple[JointEncoder, str]:
@@ -146,53 +159,70 @@ def load_open_clip(rest: str) -> tuple[JointEncoder, str]:
     Raises:
         UserError: No such model or weights, or they do not fit each other.
     """
+    settings, path = find_open_clip(rest)
+    return _filled(build_open_clip(settings, beside=path.parent), read_tensors(path), path)
+
+
+def find_open_clip(rest: str) -> tuple[dict[str, Any], Path]:
+    """What `build_open_clip` needs for `MODEL:WEIGHTS`, and the file of weights, fetched where a tag names it.
+
+    Raises:
+        UserError: No such model, tag or file, or it cannot be fetched.
+    """
     import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
 
     name, _, weights = rest.partition(":")
+    said: Mapping[str, Any] = {}
     if name.endswith(".json"):
-        model_config = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
-        if not isinstance(model_config, dict):
-            raise UserError(f"{name}: no configuration of open_clip's, which is a table with vision_cfg and text_cfg")
-        model_config = model_config.get("model_cfg", model_config)
+        model_config, said = _own_configuration(name)
         tags: list[str] = []
     else:
         model_config = open_clip.get_model_config(name)
         if model_config is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UserError(f"open_clip has no model {name!r}{hint}")
+            hint = ", ".join(nearest(name, open_clip.list_models()))
+            raise UserError(f"open_clip has no model {name!r}" + (f"; did you mean {hint}?" if hint else ""))
         tags = open_clip.list_pretrained_tags_by_model(name)
     if not weights:
         raise UserError(f"open_clip:{name} names no weights: add :TAG ({', '.join(tags) or 'none known'}) or :FILE")
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     path = Path(weights)
     if path.suffix in (".safetensors", ".pt", ".bin", ".pth") or path.exists():
         if not path.is_file():
             raise UserError(f"no weights file at {path}")
+        said = said or _statistics_of([get_pretrained_cfg(name, tag) for tag in tags])
     elif weights in tags:
-        from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-        pretrained = get_pretrained_cfg(name, weights)
-        mean, std = pretrained.get("mean") or mean, pretrained.get("std") or std
+        said = get_pretrained_cfg(name, weights)
         model_for_file = name
-        if pretrained.get("quick_gelu"):  # openai's weights were trained with it; open_clip's plain names are not
+        if said.get("quick_gelu"):  # openai's weights were trained with it; open_clip's plain names are not
             model_config["quick_gelu"] = True
             model_for_file = f"{name.removesuffix('-quickgelu')}-quickgelu"  # a file does not say
-        try:
-            path = Path(download_pretrained(pretrained))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the weights {name}:{weights} could not be fetched ({error}). Fetch the file on another machine and "
-                f"name it: open_clip:{model_for_file}:FILE"
-            ) from error
+        path = fetch_weights(said, name=f"open_clip:{rest}", instead=f"open_clip:{model_for_file}:FILE")
     else:
+        hint = did_you_mean(weights, tags)
         raise UserError(
-            f"open_clip has no weights {weights!r} for {name}; known: {', '.join(tags) or 'none'}; or name a file"
+            f"open_clip has no weights {weights!r} for {name}{hint}; known: {', '.join(tags) or 'none'}; or name a file"
         )
-    encoder = build_open_clip({"name": name, "model": model_config, "mean": list(mean), "std": list(std)})
-    return _filled(encoder, read_tensors(path), path)
+    mean = said.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    std = said.get("std") or open_clip.OPENAI_DATASET_STD
+    return {"name": name, "model": model_config, "mean": list(mean), "std": list(std)}, path
+
+
+def _own_configuration(name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """(model, preprocessing) of a configuration file, such as the `open_clip_config.json` beside a model."""
+    found = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
+    if not isinstance(found, dict):
+        raise UserError(f"{name}: no configuration of open_clip's, which is a table with vision_cfg and text_cfg")
+    said = found.get("preprocess_cfg")
+    return found.get("model_cfg", found), said if isinstance(said, dict) else {}
+
+
+def _statistics_of(published: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What the published weights of a model say of their pixels, where all of them say the same (SigLIP's: .5).
+
+    A file does not say which of them it is.
+    """
+    statistics = {(tuple(one.get("mean") or ()), tuple(one.get("std") or ())) for one in published}
+    return published[0] if len(statistics) == 1 else {}
 
 
 def _filled(encoder: JointEncoder, tensors: Mapping[str, Tensor], path: Path) -> tuple[JointEncoder, str]:

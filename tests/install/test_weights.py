@@ -37,6 +37,15 @@ def test_added_weights_are_found_by_name_and_by_alias(root: Path) -> None:
     assert find_weights("default").sha256 != find_weights("clip-sticker").sha256
 
 
+def test_the_words_of_a_detector_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.json").write_text('{"classes": ["dog", "t\u00e9l\u00e9"]}', encoding="utf-8")
+    assert main(["words", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "dog\nt\u00e9l\u00e9\n"
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="no detector with words"):
+        main(["words", str(tmp_path)])
+
+
 def test_manifest_paths_are_relative(root: Path) -> None:
     text = (root / "manifest.json").read_text()
     assert str(root) not in text

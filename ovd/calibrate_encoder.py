@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wordbox calibrate --encoder``: fit what a borrowed encoder's scores mean on the boxes of some weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+
+from ovd.detector import Detector
+from ovd.evaluation.encoder_calibration import fit_encoder, prepare_encoder
+from ovd.evaluation.photo_calibration import measure, photos_of
+from ovd.evaluation.reliability import reliability_svg
+from ovd.user_files import StoredCalibration, calibration_file, calibration_key, write_calibration
+from ovd.weights import detector_folder
+from pretrain.engine.files import write_atomically
+
+
+def calibrate_encoder(args: argparse.Namespace) -> int:
+    """Fit an encoder's scores on one half of the photos, measure on the other, keep the fit for the user."""
+    folder = detector_folder(args.weights)
+    photos = photos_of(args.data, labels=args.labels, part=args.part)
+    for notice in photos.notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    detector = Detector.load(args.weights, device=args.device, cache_size=0, masks=False, encoder=args.encoder)
+    typed = prepare_encoder(detector, photos, limit=2 * args.scenes)
+    fit, report = (replace(typed, scenes=typed.scenes[n::2], named=typed.named[n::2]) for n in (0, 1))
+    fitted = fit_encoder(fit)
+    figures, curve = measure(report, fitted)
+    stored = StoredCalibration(
+        weights=folder.resolve().name,
+        encoder=args.encoder,
+        key=calibration_key(folder, detector.text.encoder),
+        data=args.data,
+        scenes=len(fit.scenes),
+        calibration=asdict(fitted),
+        figures=figures,
+    )
+    file = calibration_file(folder, args.encoder, detector.text.encoder)
+    write_calibration(file, stored)
+    text = json.dumps({"calibration": asdict(fitted), "data": args.data, "other_half": figures}, indent=1)
+    print(text)
+    print(f"kept in {file}", file=sys.stderr)
+    if args.plot:
+        title = f"Scores of {args.weights} + {args.encoder}"
+        svg = reliability_svg(curve, title=title, caption="typed words, photos not fitted on")
+        write_atomically(args.plot, svg.encode())
+    if args.report:
+        write_atomically(args.report, (text + "\n").encode())
+    return 0

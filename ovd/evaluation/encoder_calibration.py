@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting what the scores of a borrowed encoder mean on somebody's boxes (`ovd.calibrate --encoder`).
+
+First how crops rank: temperature, objectness and area, one after the other, each by average precision of words that the
+encoder alone names; then its share beside the proposal network's own words; then what a score means, and the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ovd.data.photo_words import PhotoWords
+from ovd.detector import Detector
+from ovd.evaluation.photo_calibration import FLOOR, LEAST, TypedPhotos, absent_scores, best_level
+from ovd.evaluation.typed import average_precision, run_typed
+from ovd.evaluation.typed_photos import typed_photos
+from ovd.inference.calibration import absent_class_threshold, fit_platt
+from ovd.inference.crop_names import CropNames, CropScorer
+from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.scoring import Calibration
+from ovd.vocabulary import Vocabulary
+from pretrain.engine.errors import UserError
+
+RAW_FLOOR = 1e-5
+TEMPERATURES = (1.0, 0.5, 0.25)  # times the encoder's own
+OBJECTNESS = (0.0, 0.25, 0.5, 1.0)
+AREA = (0.0, 0.25)
+SHARES = (0.1, 0.2, 0.35, 0.5)
+
+
+def prepare_encoder(detector: Detector, photos: PhotoWords, *, limit: int, seed: int = 0) -> TypedPhotos:
+    """Run the detector over at most ``limit`` of the photos, drawn by seed.
+
+    Raises:
+        UserError: too few photos with boxes.
+    """
+    model = detector.model
+    assert isinstance(model, CropNames)
+    vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
+    rows = detector.text.embed(vocabulary)
+    scenes, named = typed_photos(detector, photos, rows, seed=seed, limit=limit)
+    if len(scenes) < 2 * LEAST:
+        raise UserError(
+            f"--data: {len(scenes)} photos with boxes; at least {2 * LEAST} are needed, half of them to measure on"
+        )
+    scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words.to(rows))
+    assert isinstance(scorer, CropScorer)
+    return TypedPhotos(scenes=scenes, named=named, scorer=scorer)
+
+
+def fit_encoder(data: TypedPhotos) -> Calibration:
+    """The calibration of an encoder's crops.
+
+    Raises:
+        UserError: scores without any relation to the labels.
+    """
+    alone = replace(data.scorer, known=torch.zeros_like(data.scorer.known))
+    ranking = data.scorer.calibration.uncalibrated()
+    own = ranking.open_scale
+    ranking = _best(data, alone, [replace(ranking, open_scale=own * factor) for factor in TEMPERATURES])
+    ranking = _best(data, alone, [replace(ranking, open_objectness=value) for value in OBJECTNESS])
+    ranking = _best(data, alone, [replace(ranking, open_area=value) for value in AREA])
+    slope, offset = _platt(data, replace(alone, calibration=ranking))
+    fitted = replace(ranking, open_slope=slope, open_offset=offset)
+    if bool(data.scorer.known.any()):
+        fitted = _best(data, data.scorer, [replace(fitted, head_weight=share) for share in SHARES])
+        slope, offset = _platt(data, replace(data.scorer, calibration=fitted))
+        fitted = replace(fitted, slope=slope, offset=offset)
+    if min(fitted.slope, fitted.open_slope) <= 0:
+        raise UserError(
+            "--data: this encoder's scores say nothing about these labels (the better a score, the less often it is "
+            "right). Nothing was changed"
+        )
+    scorer = replace(data.scorer, calibration=fitted)
+    quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
+    threshold = max(quiet, best_level(run_typed(data.scenes, scorer, floor=FLOOR)))
+    return replace(fitted, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))
+
+
+def _best(data: TypedPhotos, scorer: WordScorer, candidates: Sequence[Calibration]) -> Calibration:
+    """The candidate with the best average precision."""
+    scored = [run_typed(data.scenes, replace(scorer, calibration=one), floor=RAW_FLOOR) for one in candidates]
+    return max(zip(map(average_precision, scored), candidates, strict=True), key=lambda pair: pair[0])[1]
+
+
+def _platt(data: TypedPhotos, scorer: WordScorer) -> tuple[float, float]:
+    outcome = run_typed(data.scenes, scorer, floor=RAW_FLOOR)
+    return fit_platt(torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two pictures of an evaluation: precision against recall, and how often a score is right.
+
+Both count as COCO does (`ovd.evaluation.matching`), so the area under a precision-recall curve is the AP of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovd.data.splits import Split
+from ovd.evaluation.matching import CategoryMatches, match_table
+from ovd.evaluation.reliability import Reliability, reliability, reliability_svg
+from pretrain.engine.files import write_atomically
+
+RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)  # COCO's
+IOUS = (0.5, 0.75)
+FLOOR = 0.05
+"""Lowest score of the reliability; below it the many boxes that nobody sees would decide the mean."""
+COLOURS = ("#3b6fb5", "#d9822b", "#4a8f5c", "#8a5aa8")
+DARK = "#222222"
+
+
+def precision_at_recalls(matches: CategoryMatches) -> NDArray[np.float64] | None:
+    """(101,) interpolated precision of one category at COCO's recalls; None without an object to find."""
+    objects = int(matches.objects.sum())
+    if not objects:
+        return None
+    counted = ~matches.ignored
+    order = np.argsort(-matches.score[counted], kind="stable")
+    hits = np.cumsum(matches.correct[counted][order])
+    if not len(hits):
+        return np.zeros(len(RECALLS))
+    precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
+    place = np.searchsorted(hits / objects, RECALLS, side="left")
+    return np.where(place < len(precision), precision[np.minimum(place, len(precision) - 1)], 0.0)
+
+
+def mean_curve(table: Mapping[int, CategoryMatches], ids: Sequence[int]) -> NDArray[np.float64]:
+    """(101,) mean over categories with objects; its mean is their AP at the table's IoU."""
+    curves = [curve for i in ids if (curve := precision_at_recalls(table[i])) is not None]
+    return np.mean(curves, axis=0) if curves else np.zeros(len(RECALLS))
+
+
+def score_reliability(table: Mapping[int, CategoryMatches]) -> Reliability:
+    """Score against share that is right, of all detections from `FLOOR` on; those on crowds count neither way."""
+    score = np.concatenate([one.score[~one.ignored] for one in table.values()])
+    correct = np.concatenate([one.correct[~one.ignored] for one in table.values()])
+    shown = score >= FLOOR
+    return reliability(score[shown], correct[shown])
+
+
+def write_plots(
+    gt: Mapping[str, Any], results: Sequence[Mapping[str, Any]], split: Split, folder: Path, *, title: str, kind: str
+) -> tuple[Path, Path]:
+    """Write ``precision_recall.svg`` and ``reliability.svg``; returns both paths.
+
+    Args:
+        gt, results: as for `ovd.evaluation.coco.evaluate`.
+        split: curves are drawn of all its categories, and of base and novel ones where there are both.
+        folder: is made.
+        title: of the pictures.
+        kind: bbox or segm.
+    """
+    tables = {iou: match_table(gt, results, split, iou_type=kind, iou=iou) for iou in IOUS}
+    curves = {f"IoU {iou:.2f}": mean_curve(table, split.ids) for iou, table in tables.items()}
+    if split.novel:
+        for name, ids in (("base", split.base), ("novel", split.novel)):
+            curves[f"{name}, IoU {IOUS[0]:.2f}"] = mean_curve(tables[IOUS[0]], sorted(ids))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "precision_recall.svg", folder / "reliability.svg"
+    write_atomically(paths[0], curves_svg(curves, title=title).encode())
+    caption = f"{len(tables[IOUS[0]])} words in every picture, IoU {IOUS[0]}, scores from {FLOOR} on"
+    curve = score_reliability(tables[IOUS[0]])
+    write_atomically(paths[1], reliability_svg(curve, title=title, caption=caption).encode())
+    return paths
+
+
+def curves_svg(curves: Mapping[str, NDArray[np.float64]], *, title: str) -> str:
+    """Precision against recall as a self-contained SVG; a curve's mean stands beside its name."""
+    left, top, side = 56, 40, 320
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 {420 + 16 * len(curves)}" font-family="sans-serif" '
+        f'font-size="12" role="img" aria-label="{escape(title, quote=True)}">'
+        f'<rect width="420" height="{420 + 16 * len(curves)}" fill="#ffffff"/>',
+        f'<text x="{left}" y="24" font-size="15" fill="{DARK}">{escape(title)}</text>',
+    ]
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x, y = left + side * tick, top + side * (1 - tick)
+        parts.append(f'<path d="M{left} {y}h{side}M{x} {top}v{side}" stroke="#e3e3e3"/>')
+        parts.append(f'<text x="{x}" y="{top + side + 16}" text-anchor="middle" fill="{DARK}">{tick:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="{DARK}">{tick:g}</text>')
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        points = " ".join(
+            f"{left + side * r:.1f},{top + side * (1 - p):.1f}" for r, p in zip(RECALLS, curve, strict=True)
+        )
+        y = top + side + 58 + 16 * number
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<path d="M{left} {y - 4}h20" stroke="{colour}" stroke-width="2"/>')
+        parts.append(
+            f'<text x="{left + 28}" y="{y}" fill="{DARK}">{escape(name)}: AP {100 * float(curve.mean()):.1f}</text>'
+        )
+    parts.append(f'<text x="{left + side / 2}" y="{top + side + 34}" text-anchor="middle" fill="{DARK}">recall</text>')
+    parts.append(
+        f'<text transform="translate(16 {top + side / 2}) rotate(-90)" text-anchor="middle" fill="{DARK}">'
+        "precision, mean over words</text>"
+    )
+    return "\n".join([*parts, "</svg>"]) + "\n"

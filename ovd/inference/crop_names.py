@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes of one network, names by an image-text encoder that sees a crop of each: any CLIP on the shipped proposals.
+
+A word c of a region is scored alone, as `ovd.inference.fvlm_regions` scores words that no network was trained on:
+
+    p_c = e^{s·cos(crop, c)} / (e^{s·cos(crop, c)} + Σ_b e^{s·cos(crop, b)})
+    raw = p_c · objectness^a · area^e
+
+with the encoder's own inverse temperature s, and b over the background words that contradict c: no synonym of it, no
+word above or below it. A sigmoid encoder's bias (SigLIP's `logit_bias`) is the same for every word and cancels in p.
+Words that the proposal network was trained on have its score beside p, in a geometric mean.
+
+Shapes: R regions, C classes, B background words, K known words, D joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovd.inference.crop_refinement import LONG_SIDE
+from ovd.inference.fvlm_regions import EPS, WordScorer, best_of
+from ovd.inference.known_words import Phrases, WordList
+from ovd.inference.region_model import RegionModel, unit_rows
+from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
+from ovd.regions.crops import embed_regions
+from ovd.regions.proposals import large_enough, resize_boxes
+
+if TYPE_CHECKING:
+    from ovd.inference.scorers import Scorer
+    from ovd.modeling.export import DetectorCard
+    from ovd.modeling.proposals.build import PhotoProposer
+    from ovd.regions.crops import RegionEncoder
+    from ovd.regions.proposals import Proposer
+
+CROPS = 50
+"""Regions of a picture that are cropped and embedded where nobody says how many."""
+
+SCALES = (1.2,)
+"""Of the crops: the box with a tenth of its sides around it. A second scale would double the time."""
+
+
+class BoxSource(Protocol):
+    """What boxes pictures for an encoder that names them."""
+
+    def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
+        """Regions of a uint8 (H, W, 3) RGB picture, best objectness first; their embeddings are not used."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoBoxes:
+    """Boxes of the proposal network of photographs, with its scores of the words it was trained on.
+
+    Attributes:
+        proposer: the network.
+        top: boxes kept.
+        known: whether its scores of words are kept.
+    """
+
+    proposer: PhotoProposer
+    top: int
+    known: bool = True
+
+    def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
+        """See `BoxSource`."""
+        found = self.proposer.regions(image, top=self.top)
+        return RegionSet(
+            boxes=found.boxes,
+            objectness=found.objectness,
+            text=found.boxes.new_zeros(len(found.boxes), 0),
+            image=None,
+            masks=None,
+            size=(image.shape[0], image.shape[1]),
+            known=found.words if self.known else found.words[:, :0],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorBoxes:
+    """Regions of a detector that knows words, with its masks; the words are not asked.
+
+    Attributes:
+        model: the detector; it says how many regions.
+    """
+
+    model: RegionModel
+
+    def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
+        """See `BoxSource`."""
+        return self.model.regions(image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposedBoxes:
+    """Boxes of anything that proposes, such as a class-agnostic detector.
+
+    Attributes:
+        proposer: the network.
+        top: boxes kept.
+    """
+
+    proposer: Proposer
+    top: int
+
+    def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
+        """See `BoxSource`."""
+        boxes, objectness = (torch.as_tensor(values) for values in self.proposer.propose(image, top=self.top))
+        return RegionSet(
+            boxes=boxes.float(),
+            objectness=objectness.float(),
+            text=boxes.new_zeros(len(boxes), 0),
+            image=None,
+            masks=None,
+            size=(image.shape[0], image.shape[1]),
+        )
+
+
+class CropNames(RegionModel):
+    """Regions of a box source, embedded by an encoder that sees their crops.
+
+    Args:
+        source: boxes pictures.
+        encoder: embeds crops, and elsewhere words.
+        name: of the encoder, for notices.
+        background_words: (B, D) embeddings by ``encoder`` of ``words.words``.
+        words: the background words and their places in the lexicon.
+        known: the words that the source scores; none where it scores none.
+        calibration: ``open_scale`` is the encoder's inverse temperature.
+        calibrated: whether the calibration was fitted for this encoder and these boxes.
+        card: of the detector that the boxes come from, where it has one.
+        batch_size: crops per forward pass of the encoder.
+    """
+
+    softmax = False
+
+    def __init__(
+        self,
+        *,
+        source: BoxSource,
+        encoder: RegionEncoder,
+        name: str,
+        background_words: Tensor,
+        words: WordList,
+        known: WordList,
+        calibration: Calibration,
+        calibrated: bool,
+        card: DetectorCard | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self.source, self.encoder, self.name, self.card = source, encoder, name, card
+        self.background_words = unit_rows(background_words)
+        self.words, self.known = words, known
+        self.calibration, self.calibrated = calibration, calibrated
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def regions(self, image: NDArray[np.uint8]) -> RegionSet:
+        """See `RegionModel.regions`; boxes with a side under two pixels cannot be cropped and are left out."""
+        return embed_boxes(self.source(image), image, self.encoder, batch_size=self.batch_size)
+
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `RegionModel.propose`: nothing is cropped for boxes alone."""
+        regions = self.source(image)
+        best = regions.objectness.argsort(descending=True)[:top]
+        return regions.boxes[best].cpu().numpy(), regions.objectness[best].cpu().numpy()
+
+    def notices(self, phrases: Phrases, rows: Tensor) -> tuple[str, ...]:
+        """That the scores are not calibrated, where they are not."""
+        return () if self.calibrated else (uncalibrated(self.name),)
+
+    def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
+        """See `RegionModel.scorer`; the background words come first among the competitors."""
+        asked = [tuple(phrase for phrase in group if self.words.understands(phrase)) for group in phrases]
+        spared = self.words.relations(asked).related
+        rivals = torch.ones(len(phrases), len(competitors), dtype=torch.bool)
+        rivals[:, : spared.shape[1]] = ~spared
+        return CropScorer(
+            rows=rows,
+            competitors=competitors,
+            rivals=rivals,
+            known=self.known.relations(asked).same_or_below,
+            scale=self.calibration.open_scale,
+            calibration=self.calibration,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropScorer(WordScorer):
+    """Scores words alone by the embeddings of crops; ``head_weight`` of the calibration is the encoder's share.
+
+    A phrase that is no noun of the lexicon ("red car") is asked of the encoder alone, and its noun is among its rivals.
+    """
+
+    def known_scores(self, regions: RegionSet) -> Tensor:
+        """(R, C) geometric means of the best known word of each class and the encoder's p; near 0 without any."""
+        assert regions.known is not None and regions.image is not None
+        c = self.calibration
+        named_RC = competitive_probabilities(
+            regions.image.to(self.rows), self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+        )
+        own_RC = best_of(regions.known.to(self.rows), self.known)
+        score_RC = own_RC ** (1 - c.head_weight) * named_RC**c.head_weight
+        return (c.slope * score_RC.logit(eps=EPS) + c.offset).sigmoid()
+
+
+def embed_boxes(
+    regions: RegionSet,
+    image: NDArray[np.uint8],
+    encoder: RegionEncoder,
+    *,
+    scales: Sequence[float] = SCALES,
+    batch_size: int = 32,
+) -> RegionSet:
+    """Regions with the encoder's embeddings of their crops in place of their own.
+
+    Large pictures are shrunk before they are cropped, as `ovd.inference.crop_refinement` does.
+
+    Args:
+        regions: of one picture; those with a side under two pixels are left out.
+        image: (H, W, 3) uint8 RGB, the picture.
+        encoder: embeds the crops.
+        scales: of the crops, see `ovd.regions.crops.crop_regions`.
+        batch_size: crops per forward pass.
+    """
+    keep = large_enough(regions.boxes)
+    boxes = seen = regions.boxes[keep]
+    height, width = image.shape[:2]
+    if (shrink := LONG_SIDE / max(height, width)) < 1:
+        smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
+        image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
+        seen = resize_boxes(boxes, (height, width), smaller)
+    rows = embed_regions(encoder, image, seen, scales=scales, resample="bicubic", batch_size=batch_size)
+    return replace(
+        regions,
+        boxes=boxes,
+        objectness=regions.objectness[keep],
+        text=rows,
+        image=rows,
+        masks=None if regions.masks is None else regions.masks[keep],
+        known=boxes.new_zeros(len(boxes), 0) if regions.known is None else regions.known[keep],
+        bias=None,
+        own=None,
+    )
+
+
+def uncalibrated(name: str) -> str:
+    """What a person is told of scores that were never fitted."""
+    return (
+        f"scores of {name} are not calibrated on these boxes: they rank, and .7 does not mean seven in ten; "
+        "fit them with `wordbox calibrate --encoder`"
+    )

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Detector.load(weights, encoder=…)``: the boxes of trained weights, named by another image-text encoder.
+
+    detector = Detector.load("default", encoder="open_clip:ViT-B-32:laion2b_s34b_b79k")
+
+What is kept for the user (embeddings of the background words, fitted calibrations) is in `ovd.user_files`.
+``python -m ovd.with_encoder SPEC`` fetches an encoder and loads nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ovd.data.splits import COCO_NAMES
+from ovd.inference.crop_names import CROPS, BoxSource, CropNames, DetectorBoxes, PhotoBoxes, ProposedBoxes, uncalibrated
+from ovd.inference.known_words import WordList
+from ovd.inference.scoring import Calibration
+from ovd.text import embed_vocabulary
+from ovd.user_files import StoredCalibration, read_calibration, text_cache
+from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
+from ovd.weights import read_model_card
+from pretrain.data.lexicon import read_lexicon
+from pretrain.engine.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    import torch
+
+    from ovd.modeling.export import DetectorCard
+    from pretrain.nets.towers import JointEncoder
+
+OWN_TEMPLATES = {"clip-photo": "photo", "clip-sticker": "sticker"}
+"""Prompts that the shipped encoders were trained with; any other encoder gets CLIP's (`TEMPLATE_SETS["clip"]`)."""
+
+UNFITTED = Calibration(head_weight=0.2, open_objectness=0.5, open_area=0.0, threshold=0.25)
+"""Before anything is fitted; the inverse temperature is the encoder's own."""
+
+
+class Named(NamedTuple):
+    """What `ovd.Detector` is made of.
+
+    Attributes:
+        model: the boxes, embedded by the encoder.
+        encoder: of crops and words.
+        templates: its prompts.
+        card: what is known of both.
+    """
+
+    model: CropNames
+    encoder: JointEncoder
+    templates: tuple[str, ...]
+    card: dict[str, Any]
+
+
+def load_with_encoder(
+    folder: Path, spec: str, *, device: torch.device, masks: bool = True, regions: int | None = None
+) -> Named:
+    """The boxes of an exported detector, named by an encoder.
+
+    Args:
+        folder: of the detector, or of a proposal network.
+        spec: ``open_clip:MODEL:WEIGHTS`` or whatever `ovd.training.inputs.resolve_encoder` takes.
+        device: where both run.
+        masks: False leaves a mask head out.
+        regions: cropped and embedded per picture, best objectness first; None: `CROPS`.
+
+    Raises:
+        UserError: no such detector or encoder, or an encoder without an image or a text tower.
+    """
+    from ovd.training.inputs import resolve_encoder
+
+    top = CROPS if regions is None else regions
+    source, card = box_source(folder, device=str(device), masks=masks, top=top)
+    encoder = resolve_encoder(spec).to(device)
+    if encoder.visual is None or encoder.text is None:
+        raise UserError(f"--encoder {spec}: names need both an image and a text tower")
+    templates = TEMPLATE_SETS[OWN_TEMPLATES.get(Path(spec).name, "clip")]
+    lexicon = read_lexicon()
+    words = tuple(COCO_NAMES.values()) if card is None or not card.bank else card.bank
+    stored = read_calibration(folder, encoder)
+    model = CropNames(
+        source=source,
+        encoder=encoder,
+        name=spec,
+        background_words=_embed_words(words, templates, encoder, spec),
+        words=WordList(words=words, lexicon=lexicon),
+        known=WordList(words=_known(source), lexicon=lexicon),
+        calibration=Calibration(**stored.calibration) if stored else _unfitted(encoder),
+        calibrated=stored is not None,
+        card=card,
+    )
+    return Named(model, encoder, templates, _card(folder, spec, encoder.fingerprint(), stored))
+
+
+def fetch(spec: str) -> None:
+    """Fetch what an encoder consists of, where it is not there yet; one of a file or a folder is there.
+
+    Raises:
+        UserError: no such model, or it cannot be fetched.
+    """
+    if spec.startswith("open_clip:"):
+        from pretrain.nets.clip_files import find_open_clip, tokenizer_of
+
+        settings, path = find_open_clip(spec.removeprefix("open_clip:"))
+        tokenizer_of(settings["model"].get("text_cfg", {}), name=settings["name"], beside=path.parent)
+
+
+def fetch_elsewhere(spec: str) -> int:
+    """`fetch` in a process of its own, so that this one can stay without a network; returns its exit status."""
+    return subprocess.run([sys.executable, "-m", "ovd.with_encoder", spec], check=False).returncode
+
+
+def main(argv: list[str]) -> int:
+    """Fetch the encoder that is named; returns the exit status."""
+    if len(argv) != 1:
+        raise UserError("usage: python -m ovd.with_encoder open_clip:MODEL:TAG")
+    fetch(argv[0])
+    return 0
+
+
+def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[BoxSource, DetectorCard | None]:
+    """What boxes pictures in an exported folder, and its card where it is a detector's.
+
+    Raises:
+        UserError: nothing there that boxes pictures.
+    """
+    from ovd.config_fvlm import FvlmConfig
+    from ovd.modeling.export import read_card
+    from ovd.modeling.fvlm.network import PROPOSALS, known_words
+    from ovd.modeling.load import load_detector_model, load_proposer
+    from ovd.modeling.proposals.build import holds_proposals, load_proposals
+
+    if holds_proposals(folder):
+        return PhotoBoxes(proposer=load_proposals(folder, device=device), top=top), None
+    card = read_card(folder)
+    if isinstance(config := card.architecture, FvlmConfig):
+        known = bool(known_words(config))
+        if card.own:
+            names = ", ".join(name for own in card.own for name in own.names)
+            print(f"warning: what {folder} learned of {names} is not used: the encoder names them", file=sys.stderr)
+        return PhotoBoxes(proposer=load_proposals(folder / PROPOSALS, device=device), top=top, known=known), card
+    if card.model.get("variant") in ("agnostic", "closed"):
+        return ProposedBoxes(proposer=load_proposer(folder, device=device), top=top), card
+    return DetectorBoxes(model=load_detector_model(folder, device=device, masks=masks, top=top)), card
+
+
+def _known(source: BoxSource) -> tuple[str, ...]:
+    """The words that a source scores."""
+    from ovd.modeling.proposals.build import KNOWN_WORDS
+
+    return KNOWN_WORDS if isinstance(source, PhotoBoxes) and source.known else ()
+
+
+def _unfitted(encoder: JointEncoder) -> Calibration:
+    """`UNFITTED` with the encoder's inverse temperature."""
+    return replace(UNFITTED, open_scale=math.exp(float(encoder.logit_scale.detach())))
+
+
+def _embed_words(words: Sequence[str], templates: Sequence[str], encoder: JointEncoder, spec: str) -> torch.Tensor:
+    """(B, D) unit rows of the background words, kept for the next time where the user's cache can be written."""
+    vocabulary = Vocabulary.of(words, templates=templates)
+    cache = text_cache()
+    known = cache is not None and (cache / f"{vocabulary.hash}-{encoder.fingerprint()[:16]}.safetensors").is_file()
+    if not known:
+        print(f"{spec}: embedding {len(words):,} background words, once ({cache or 'not kept'})", file=sys.stderr)
+    return embed_vocabulary(vocabulary, encoder, cache_dir=cache)
+
+
+def _card(folder: Path, spec: str, fingerprint: str, stored: StoredCalibration | None) -> dict[str, Any]:
+    """The weights' card, without figures that were measured with their own encoder."""
+    card = read_model_card(folder)
+    card.pop("metrics", None)
+    said = uncalibrated(spec) if stored is None else f"scores fitted on {stored.data}, {stored.scenes} pictures"
+    name = card.get("name", folder.name)
+    card["purpose"] = f"Boxes of {name}, named by {spec}: {said}."
+    card["text"] = "\n\n".join(
+        [f"**{card['purpose']}** What follows is about {name} as it is shipped.", str(card.get("text", ""))]
+    )
+    fitted = "uncalibrated" if stored is None else sorted(stored.calibration.items())
+    card["settings"] = f"{card.get('settings', '')} {spec} {fingerprint[:16]} {fitted}"
+    return card | {"name": f"{name} + {spec}", "encoder": spec, "calibrated": stored is not None}
+
+
+if __name__ == "__main__":
+    run_cli(main)
