@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ovd.examples import Example
     from ovd.query import Query
 
-RARE = ("vocabulary", "device", "threads")
+RARE = ("vocabulary", "device", "runtime", "threads")
 """Of the shared flags those that ``--help-all`` shows."""
 
 
@@ -35,6 +35,9 @@ def add_query_flags(flags: CommandParser) -> None:
     flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    flags.add_argument(
+        "--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)"
+    )
     flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
 
@@ -65,14 +68,17 @@ def load_query(options: argparse.Namespace, examples: tuple[Example, ...], *, ma
         examples: of `check_words`.
         masks: False finds boxes only, in less time.
     """
-    import torch
-
     from ovd.detector import Detector
     from ovd.vocabulary import Vocabulary
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    detector = Detector.load(options.weights, device=options.device, masks=masks, cache_size=0)
+    detector = Detector.load(
+        options.weights,
+        device=options.device,
+        runtime=options.runtime,
+        threads=options.threads,
+        masks=masks,
+        cache_size=0,
+    )
     words: Vocabulary | str | None = options.classes
     if options.vocabulary is not None:
         words = Vocabulary.load(options.vocabulary, templates=detector.templates)

@@ -57,7 +57,6 @@ def typed_scenes(
 ) -> list[TypedScene]:
     """Regions and words of ``count`` validation-style scenes; with ``base_only`` neither words nor labels are novel."""
     import numpy as np
-    import torch
 
     from ovd.evaluation.typed import TypedScene, draw_words
     from pretrain.data.scenes import SceneSource
@@ -82,8 +81,8 @@ def typed_scenes(
         scenes.append(
             TypedScene(
                 regions=detector.embed(scene.image).regions,
-                boxes=torch.from_numpy(scene.boxes[known]),
-                classes=torch.from_numpy(scene.classes[known]),
+                boxes=scene.boxes[known],
+                classes=scene.classes[known],
                 present=present,
                 absent=absent,
             )
@@ -150,7 +149,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     Returns:
         The values in the plain fields, for `Calibration.with_examples`.
     """
-    import torch
+    import numpy as np
 
     from ovd.evaluation.examples import class_examples, sticker_crops
     from ovd.inference.scorers import CalibratedScorer
@@ -159,7 +158,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     typed = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
     crops = sticker_crops(stickers, count=1, classes=typed)
     background_words = detector.model.background_words
-    rows = torch.zeros(len(stickers.nouns), background_words.shape[1])
+    rows = np.zeros((len(stickers.nouns), background_words.shape[1]), np.float32)
     rows[list(crops)] = detector.embed_examples(class_examples(crops))
     centred_scenes = []
     for scene in scenes:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ovd.runtime.files import read_runtime_card
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
 from pretrain.engine.files import EXPORTED, read_json, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser
@@ -29,7 +30,7 @@ MANIFEST = "manifest.json"
 DEFAULT = "vild-photo"
 ALIASES = {"default": DEFAULT}
 # What a weights folder may hold: data only, nothing that runs when it is read.
-ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".txt", ".md", ".csv"})
+ALLOWED_SUFFIXES = frozenset({".safetensors", ".onnx", ".npy", ".json", ".yaml", ".txt", ".md", ".csv"})
 CARD = "card.md"
 _PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md
 
@@ -217,7 +218,8 @@ def read_model_card(folder: Path) -> dict[str, Any]:
         card["text"] = text.read_text(encoding="utf-8")
         if "purpose" not in card and (match := _PURPOSE.search(card["text"])):
             card["purpose"] = " ".join(match.group(1).split())
-    card["sha256"] = sha256_of(folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    card["sha256"] = sha256_of(weights) if weights.is_file() else read_runtime_card(folder).sources[weights.name]
     if (folder / "model.json").is_file():
         card["settings"] = sha256_of(folder / "model.json")  # architecture, encoder, calibration
     return card

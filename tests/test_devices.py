@@ -18,7 +18,7 @@ from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.typed import run_typed
 from ovd.inference.detr_regions import OpenVocabularyDetr
-from ovd.inference.region_model import RCNNRegionModel
+from ovd.inference.rcnn_regions import RCNNRegionModel
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration
 from ovd.inference.strategies import CropEmbeddings

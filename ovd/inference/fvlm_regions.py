@@ -1,36 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector of photographs for inference: its regions, and what scores them.
+"""The detector of photographs for inference: what scores its regions, whatever runs its networks.
+
+`ovd.inference.fvlm_torch` runs them with torch, `ovd.runtime.regions` with ONNX Runtime.
 
 Shapes: R regions, C classes, K known words, B background words, D joint embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.region_model import RegionModel, unit_rows
+from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
-    from ovd.modeling.fvlm.network import FvlmDetector
 
 EPS = 1e-6
+
+
+class FvlmNetwork(Protocol):
+    """The networks of a detector of photographs."""
+
+    @property
+    def scale(self) -> float:
+        """Inverse temperature of the region head."""
+
+    def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
+        """The best ``top`` regions of a uint8 (H, W, 3) RGB picture."""
+
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
+        """((P, 4) boxes in its pixels, (P,) objectness) of the proposal network alone."""
 
 
 class FvlmRegionModel(RegionModel):
     """A region head on a frozen image tower, at the boxes of a proposal network.
 
     Args:
-        model: in eval mode.
+        network: all three.
         card: its card.
         background_words: (B, D) embeddings of the training's words.
         known: the words that the proposal network scores.
@@ -43,42 +58,27 @@ class FvlmRegionModel(RegionModel):
     def __init__(
         self,
         *,
-        model: FvlmDetector,
+        network: FvlmNetwork,
         card: DetectorCard,
-        background_words: Tensor,
+        background_words: Floats,
         known: WordList,
         trained: WordList,
         top: int = 150,
     ) -> None:
-        self.model, self.card, self.top = model, card, top
+        self.network, self.card, self.top = network, card, top
         self.background_words = unit_rows(background_words)
         self.known, self.trained = known, trained
         self.calibration = Calibration(**card.calibration)
 
-    @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
-        pooled = self.model.pooled(image, self.model.proposer.regions(image, top=self.top))
-        out = self.model.head(pooled.features, pooled.known)
-        height, width = image.shape[:2]
-        return RegionSet(
-            boxes=pooled.boxes.cpu(),
-            objectness=pooled.objectness.cpu(),
-            text=out.embedding.cpu(),
-            image=self.model.tower.embed(pooled.features).cpu(),
-            masks=None,
-            size=(height, width),
-            known=pooled.known.cpu(),
-            bias=out.bias.cpu(),
-        )
+        return self.network.regions(image, top=self.top)
 
-    @torch.inference_mode()
-    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
         """The proposal network's own boxes; see `RegionModel.propose`."""
-        boxes, scores = self.model.proposer.propose(image, top=top)
-        return boxes.numpy(), scores.numpy()
+        return self.network.propose(image, top=top)
 
-    def notices(self, phrases: Phrases, rows: Tensor) -> tuple[str, ...]:
+    def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
         """Of phrases that are no noun of the lexicon: what is looked for, or the nearest words of the training."""
         found = []
         for group, row in zip(phrases, rows, strict=True):
@@ -89,23 +89,23 @@ class FvlmRegionModel(RegionModel):
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
                     found.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
-                    nearest = (self.background_words.to(row) @ row).topk(min(3, len(self.trained.words))).indices
+                    nearest = best_first(self.background_words[: len(self.trained.words)] @ row, 3)
                     near = ", ".join(self.trained.words[i] for i in nearest.tolist())
                     found.append(f"{phrase!r} is no word these weights learned; the nearest they know: {near}")
         return tuple(found)
 
-    def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
+    def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
         relations = self.known.relations(phrases)
         spared = self.trained.relations(phrases).related
-        rivals = torch.ones(len(phrases), len(competitors), dtype=torch.bool)
+        rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
         return WordScorer(
             rows=rows,
             competitors=competitors,
             rivals=rivals,
             known=relations.same_or_below,
-            scale=float(self.model.head.scale.detach()),
+            scale=self.network.scale,
             calibration=self.calibration,
         )
 
@@ -128,54 +128,49 @@ class WordScorer:
         calibration: of the checkpoint.
     """
 
-    rows: Tensor
-    competitors: Tensor
-    rivals: Tensor
-    known: Tensor
+    rows: Floats
+    competitors: Floats
+    rivals: NDArray[np.bool_]
+    known: NDArray[np.bool_]
     scale: float
     calibration: Calibration
 
-    def select(self, columns: Tensor) -> WordScorer:
+    def select(self, columns: Sequence[int]) -> WordScorer:
         """See `Scorer`."""
-        return replace(
-            self,
-            rows=self.rows[columns],
-            rivals=self.rivals[columns],
-            known=self.known[columns],
-        )
+        chosen = list(columns)
+        return replace(self, rows=self.rows[chosen], rivals=self.rivals[chosen], known=self.known[chosen])
 
-    def __call__(self, regions: RegionSet) -> Tensor:
+    def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
-        return torch.where(self.known.any(dim=1), self.known_scores(regions), self.open_scores(regions))
+        known = self.known.any(axis=1)
+        score_RC = np.empty((len(regions), len(self.rows)), np.float32)
+        score_RC[:, known] = self.select(np.flatnonzero(known).tolist()).known_scores(regions)
+        score_RC[:, ~known] = self.select(np.flatnonzero(~known).tolist()).open_scores(regions)
+        return score_RC
 
-    def known_scores(self, regions: RegionSet) -> Tensor:
+    def known_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best known word of each class; near 0 for a class without any."""
         assert regions.bias is not None and regions.known is not None
-        head_RC = (
-            self.scale * regions.text.to(self.rows) @ self.rows.T + regions.bias.to(self.rows)[:, None]
-        ).sigmoid()
-        own_RC = best_of(regions.known.to(self.rows), self.known)
+        head_RC = sigmoid(self.scale * (regions.text @ self.rows.T) + regions.bias[:, None])
         c = self.calibration
-        score_RC = own_RC ** (1 - c.head_weight) * head_RC**c.head_weight
-        return (c.slope * score_RC.logit(eps=EPS) + c.offset).sigmoid()
+        score_RC = best_of(regions.known, self.known) ** (1 - c.head_weight) * head_RC**c.head_weight
+        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
-    def open_scores(self, regions: RegionSet) -> Tensor:
+    def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""
         assert regions.image is not None
-        image, c = regions.image.to(self.rows), self.calibration
+        c = self.calibration
         score_RC = competitive_probabilities(
-            image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+            regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
         )
-        boxes = regions.boxes.to(self.rows)
-        area_R = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / (regions.size[0] * regions.size[1])
-        whole_R = regions.objectness.to(self.rows).clamp(0, 1).pow(c.open_objectness) * area_R.pow(c.open_area)
-        score_RC = score_RC * whole_R[:, None]
-        return (c.open_slope * score_RC.logit(eps=EPS) + c.open_offset).sigmoid()
+        area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
+        whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
+        return sigmoid(c.open_slope * logit(score_RC * whole_R[:, None], eps=EPS) + c.open_offset)
 
 
-def best_of(known_RK: Tensor, members_CK: Tensor) -> Tensor:
+def best_of(known_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:
     """(R, C): the best of each class's known words; 0 for a class without any."""
-    best_RC = known_RK.new_zeros(len(known_RK), len(members_CK))
-    for column in members_CK.any(dim=1).nonzero()[:, 0].tolist():  # few of many: (R, C, K) at once would be large
-        best_RC[:, column] = known_RK[:, members_CK[column]].amax(dim=1)
+    best_RC = np.zeros((len(known_RK), len(members_CK)), np.float32)
+    for column in np.flatnonzero(members_CK.any(axis=1)):  # few of many: (R, C, K) at once would be large
+        best_RC[:, column] = known_RK[:, members_CK[column]].max(axis=1)
     return best_RC

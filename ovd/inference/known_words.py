@@ -6,17 +6,20 @@ Shapes: ``C`` typed classes, ``K`` known words, ``B`` background words.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ovd.inference.everyday import GROUPS, IRREGULAR, PERSONS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
 ARTICLES = frozenset(("a", "an", "the", "some", "my"))
+REMEMBERED = 4
+"""Lists of classes whose relations are kept: 10,000 words take a second, and every picture asks again."""
 Phrases = Sequence[Sequence[str]]
 """For each class its name and synonyms."""
 
@@ -30,11 +33,11 @@ class Relations:
         above: (C, K) bool: the class is a kind of the known word (dog, for "terrier").
     """
 
-    same_or_below: Tensor
-    above: Tensor
+    same_or_below: NDArray[np.bool_]
+    above: NDArray[np.bool_]
 
     @property
-    def related(self) -> Tensor:
+    def related(self) -> NDArray[np.bool_]:
         """(C, K) bool: words that do not contradict the class."""
         return self.same_or_below | self.above
 
@@ -96,11 +99,23 @@ class WordList:
         """Words that people group as the phrase, in whatever number it is typed."""
         return frozenset(word for form in singulars(phrase.casefold()) for word in GROUPS.get(form, ()))
 
+    @cached_property
+    def _remembered(self) -> OrderedDict[Phrases, Relations]:
+        return OrderedDict()
+
     def relations(self, phrases: Phrases) -> Relations:
-        """How each class relates to each word."""
+        """How each class relates to each word; the last lists asked for are remembered."""
+        key = tuple(tuple(group) for group in phrases)
+        if (found := self._remembered.get(key)) is None:
+            found = self._remembered[key] = self._relate(key)
+            while len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        return found
+
+    def _relate(self, phrases: Phrases) -> Relations:
         below, own, number_of = self._columns
-        same = torch.zeros(len(phrases), len(self.words), dtype=torch.bool)
-        above = torch.zeros_like(same)
+        same = np.zeros((len(phrases), len(self.words)), dtype=bool)
+        above = np.zeros_like(same)
         for row, phrase in ((row, phrase) for row, group in enumerate(phrases) for phrase in group):
             line = self.line_of(phrase)
             same[row, below.get(line[0], [])] = True

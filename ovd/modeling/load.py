@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovd.inference.region_model import RCNNRegionModel, RegionModel
 from ovd.modeling.export import read_card
 
 if TYPE_CHECKING:
     from ovd.inference.fvlm_regions import FvlmRegionModel
+    from ovd.inference.region_model import RegionModel
     from ovd.regions.proposals import Proposer
     from pretrain.nets.towers import JointEncoder
 
@@ -42,17 +42,19 @@ def load_detector_model(
         from ovd.modeling.detr.build import load_detr
 
         detr, card, bank = load_detr(folder)
-        return detr_region_model(detr.to(device), card=card, background_words=bank, top=top)
+        return detr_region_model(detr.to(device), card=card, background_words=bank.numpy(), top=top)
+    from ovd.inference.rcnn_regions import RCNNRegionModel
     from ovd.modeling.vild.build import load_model
 
     model, card, bank = load_model(folder)
-    return RCNNRegionModel(model=model.to(device), card=card, background_words=bank, top=top, masks=masks)
+    return RCNNRegionModel(model=model.to(device), card=card, background_words=bank.numpy(), top=top, masks=masks)
 
 
 def _load_fvlm(folder: Path, encoder: JointEncoder | None, *, top: int, device: str) -> FvlmRegionModel:
     from ovd.config_fvlm import FvlmConfig
     from ovd.inference.encoder import load_encoder_of
     from ovd.inference.fvlm_regions import FvlmRegionModel
+    from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.inference.known_words import WordList
     from ovd.modeling.fvlm.network import known_words, load_fvlm
     from pretrain.data.lexicon import read_lexicon
@@ -62,9 +64,9 @@ def _load_fvlm(folder: Path, encoder: JointEncoder | None, *, top: int, device: 
     config = card.architecture
     assert isinstance(config, FvlmConfig)
     return FvlmRegionModel(
-        model=model,
+        network=TorchNetwork(model),
         card=card,
-        background_words=bank,
+        background_words=bank.numpy(),
         known=WordList(words=known_words(config), lexicon=lexicon),
         trained=WordList(words=card.bank, lexicon=lexicon),
         top=top,

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of a detector of photographs, run by torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ovd.inference.arrays import Floats
+from ovd.inference.scoring import RegionSet
+
+if TYPE_CHECKING:
+    from ovd.modeling.fvlm.network import FvlmDetector
+
+
+class TorchNetwork:
+    """`ovd.inference.fvlm_regions.FvlmNetwork` of a loaded detector.
+
+    Args:
+        model: in eval mode.
+    """
+
+    def __init__(self, model: FvlmDetector) -> None:
+        self.model = model
+
+    @property
+    def scale(self) -> float:
+        """See `FvlmNetwork`."""
+        return float(self.model.head.scale.detach())
+
+    @torch.inference_mode()
+    def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
+        """See `FvlmNetwork`."""
+        pooled = self.model.pooled(image, self.model.proposer.regions(image, top=top))
+        out = self.model.head(pooled.features, pooled.known)
+        return RegionSet(
+            boxes=pooled.boxes.cpu().numpy(),
+            objectness=pooled.objectness.cpu().numpy(),
+            text=out.embedding.cpu().numpy(),
+            image=self.model.tower.embed(pooled.features).cpu().numpy(),
+            masks=None,
+            size=(image.shape[0], image.shape[1]),
+            known=pooled.known.cpu().numpy(),
+            bias=out.bias.cpu().numpy(),
+        )
+
+    @torch.inference_mode()
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
+        """See `FvlmNetwork`."""
+        boxes, scores = self.model.proposer.propose(image, top=top)
+        return boxes.numpy(), scores.numpy()
