@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTEST ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all fuzz lint format weights weights-photo bench doctor setup setup-dev lock clean
+.PHONY: help demo wheel test test-all fuzz lint format weights weights-photo bench doctor setup setup-dev lock clean
 
 help:
 	@echo "make demo      set up, then serve the page on http://127.0.0.1:$(PORT) (PORT= to change)"
@@ -21,6 +21,7 @@ help:
 	@echo "make weights-photo PHOTOS=FOLDER   weights of photographs from photos of your own, stage by stage"
 	@echo "make weights   rebuild the sticker weights from nothing; stops and resumes at any point"
 	@echo "make bench     run the benchmarks and print their tables"
+	@echo "make wheel     dist/wordbox-*.whl: page, predict and label without torch"
 	@echo "make doctor    say what is installed and what is wrong"
 	@echo "make lock      write the lock files again from pyproject.toml (needs uv)"
 	@echo "make clean     remove .venv, caches and build folders"
@@ -54,6 +55,9 @@ weights-photo: $(VENV)/.installed-rebuild
 
 bench: setup-dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit $$?; done
+
+wheel: setup
+	$(BIN)/python scripts/build_wheel.py
 
 doctor: setup
 	$(BIN)/python -m ovd.doctor

@@ -19,18 +19,19 @@ from _common import milliseconds, parser, pictures, ratio, report, set_threads, 
 
 if TYPE_CHECKING:
     from ovd.inference.detr_regions import DetrRegionModel
-    from ovd.inference.region_model import RCNNRegionModel
+    from ovd.inference.rcnn_regions import RCNNRegionModel
 
 NAMES = ("ViLD", "transformer")
 
 
 def load(name: str, weights: str, transformer: Path | None) -> RCNNRegionModel | DetrRegionModel:
     """One of the two detectors, for inference."""
+    import numpy as np
     import torch
 
     from ovd.config_detr import DetrTrainConfig
     from ovd.inference.detr_regions import DetrRegionModel, OpenVocabularyDetr
-    from ovd.inference.region_model import RCNNRegionModel
+    from ovd.inference.rcnn_regions import RCNNRegionModel
     from ovd.modeling.detr.build import build_detr
     from ovd.modeling.export import read_card
     from ovd.modeling.load import load_detector_model
@@ -57,7 +58,9 @@ def load(name: str, weights: str, transformer: Path | None) -> RCNNRegionModel |
         pixel_std=shipped.pixel_std,
     )
     card = replace(shipped, model=config.model.model_dump(mode="json"))
-    return OpenVocabularyDetr(model=model.eval(), card=card, background_words=torch.zeros(0, shipped.embed_dim))
+    return OpenVocabularyDetr(
+        model=model.eval(), card=card, background_words=np.zeros((0, shipped.embed_dim), np.float32)
+    )
 
 
 def peak(name: str) -> float:
@@ -84,7 +87,7 @@ def main() -> None:
 
     # before anything large is loaded here: a child's peak begins at the size its parent had when it was forked
     memory = {name: peak(name) for name in NAMES}
-    from ovd.inference.region_model import InputSize
+    from ovd.inference.rcnn_regions import InputSize
 
     models = {name: load(name, options.weights, options.transformer) for name in NAMES}
     rows: list[tuple[str, str, str]] = []

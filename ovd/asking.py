@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ovd.examples import Example
     from ovd.query import Query
 
-RARE = ("vocabulary", "encoder", "sides", "device", "threads")
+RARE = ("vocabulary", "encoder", "sides", "device", "runtime", "threads")
 """Of the shared flags those that ``--help-all`` shows."""
 
 
@@ -41,6 +41,9 @@ def add_query_flags(flags: CommandParser) -> None:
     add_encoder_flag(flags.add_argument)
     add_sides_flag(flags.add_argument)
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    flags.add_argument(
+        "--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)"
+    )
     flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
 
@@ -93,14 +96,19 @@ def load_query(options: argparse.Namespace, examples: tuple[Example, ...], *, ma
         examples: of `check_words`.
         masks: False finds boxes only, in less time.
     """
-    import torch
-
     from ovd.detector import Detector
     from ovd.vocabulary import Vocabulary
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    detector = Detector.load(options.weights, device=options.device, masks=masks, cache_size=0, encoder=options.encoder)
+    detector = Detector.load(
+        options.weights,
+        device=options.device,
+        runtime=options.runtime,
+        threads=options.threads,
+        masks=masks,
+        cache_size=0,
+        encoder=options.encoder,
+        sides=options.sides,
+    )
     words: Vocabulary | str | None = options.classes
     if options.vocabulary is not None:
         words = Vocabulary.load(options.vocabulary, templates=detector.templates)

@@ -62,7 +62,6 @@ def typed_scenes(
 ) -> list[TypedScene]:
     """Regions and words of ``count`` validation-style scenes; with ``base_only`` neither words nor labels are novel."""
     import numpy as np
-    import torch
 
     from ovd.evaluation.typed import TypedScene, draw_words
     from pretrain.data.scenes import SceneSource
@@ -87,8 +86,8 @@ def typed_scenes(
         scenes.append(
             TypedScene(
                 regions=detector.embed(scene.image).regions,
-                boxes=torch.from_numpy(scene.boxes[known]),
-                classes=torch.from_numpy(scene.classes[known]),
+                boxes=scene.boxes[known],
+                classes=scene.classes[known],
                 present=present,
                 absent=absent,
             )
@@ -155,7 +154,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     Returns:
         The values in the plain fields, for `Calibration.with_examples`.
     """
-    import torch
+    import numpy as np
 
     from ovd.evaluation.examples import class_examples, sticker_crops
     from ovd.inference.scorers import CalibratedScorer
@@ -164,7 +163,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     typed = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
     crops = sticker_crops(stickers, count=1, classes=typed)
     background_words = detector.model.background_words
-    rows = torch.zeros(len(stickers.nouns), background_words.shape[1])
+    rows = np.zeros((len(stickers.nouns), background_words.shape[1]), np.float32)
     rows[list(crops)] = detector.embed_examples(class_examples(crops))
     centred_scenes = []
     for scene in scenes:
@@ -340,6 +339,7 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
     from ovd.evaluation.own_classes import recalibrated
     from ovd.evaluation.reliability import reliability_svg
     from ovd.inference.fvlm_regions import FvlmRegionModel
+    from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.modeling.export import read_card, write_card
 
     folder = Path(args.weights)
@@ -355,8 +355,9 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
     if others:
         print(f"warning: {labels.where}: no own classes, left as they are: {', '.join(others)}", file=sys.stderr)
     model = load(args).model
-    assert isinstance(model, FvlmRegionModel) and model.own is not None
-    fitted, figures, curve = recalibrated(card, model.own, photos)
+    assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
+    assert model.network.own is not None
+    fitted, figures, curve = recalibrated(card, model.network.own, photos)
     write_card(folder, fitted)
     report = {"own": [asdict(own) for own in fitted.own], "data": args.data, "other_half": figures}
     text = json.dumps(report, indent=1, ensure_ascii=False)

@@ -8,17 +8,13 @@ module is imported when its command is called, so that help and mistakes answer 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from ovd.commands import COMMANDS, GROUPS, Command
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
 
 Main = Callable[[list[str]], int | None]
-
-APP = Path(__file__).resolve().parents[1] / "app.py"
 
 
 def main(argv: list[str]) -> int:
@@ -50,21 +46,9 @@ def help_text() -> str:
 
 
 def main_of(command: Command) -> Main:
-    """The function that runs a command.
-
-    Raises:
-        UserError: the page, where there is no checkout.
-    """
-    if command.module != "app":
-        main: Main = importlib.import_module(command.module).main
-        return main
-    spec = importlib.util.spec_from_file_location("app", APP) if APP.is_file() else None
-    if spec is None or spec.loader is None:
-        raise UserError(f"wordbox demo: {APP} is not there; install from a checkout: pip install -e .")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    page: Main = module.main
-    return page
+    """The function that runs a command."""
+    main: Main = importlib.import_module(command.module).main
+    return main
 
 
 def version() -> str:

@@ -25,7 +25,7 @@ class Command:
 
 GROUPS: dict[str, tuple[Command, ...]] = {
     "find things": (
-        Command(name="demo", module="app", does="the web page"),
+        Command(name="demo", module="ovd.demo.command", does="the web page"),
         Command(name="predict", module="ovd.predict", does="boxes in pictures, folders and videos"),
         Command(name="label", module="ovd.label", does="a folder of pictures becomes a data set"),
     ),
@@ -48,6 +48,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(name="probe", module="pretrain.probe", does="how good are a backbone's features?"),
     ),
     "files": (
+        Command(name="export", module="ovd.export", does="the detector for ONNX Runtime, without torch"),
         Command(name="convert", module="ovd.convert", does="labels in another format"),
         Command(name="weights", module="ovd.weights", does="list, verify and add weights"),
         Command(name="doctor", module="ovd.doctor", does="what is installed, and what is wrong"),

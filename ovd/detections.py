@@ -11,10 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from pretrain.data.rle import encode_mask
 from pretrain.engine.errors import UserError
@@ -40,7 +37,13 @@ class CocoResult(_Mask):
     score: float
 
 
-def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold: float = MASK_THRESHOLD) -> Tensor:
+def paste_mask(
+    mask_MM: NDArray[np.float32],
+    box: NDArray[np.float32],
+    size: tuple[int, int],
+    *,
+    threshold: float = MASK_THRESHOLD,
+) -> NDArray[np.bool_]:
     """Draw one mask from the frame of its box onto the picture.
 
     Bilinear, with cell centres at (i + ½) / M of the box; a pixel is set when the value at its centre is at least
@@ -56,7 +59,7 @@ def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold
         (height, width) bool.
     """
     height, width = size
-    canvas = torch.zeros(height, width, dtype=torch.bool)
+    canvas = np.zeros((height, width), dtype=bool)
     x1, y1, x2, y2 = (float(v) for v in box)
     if not (x2 > x1 and y2 > y1):
         return canvas
@@ -65,13 +68,25 @@ def paste_mask(mask_MM: Tensor, box: Tensor, size: tuple[int, int], *, threshold
     top, bottom = max(0, int(np.ceil(y1 - 0.5))), min(height, int(np.floor(y2 - 0.5)) + 1)
     if left >= right or top >= bottom:
         return canvas
-    u = (torch.arange(left, right, dtype=torch.float32) + 0.5 - x1) / (x2 - x1) * 2 - 1
-    v = (torch.arange(top, bottom, dtype=torch.float32) + 0.5 - y1) / (y2 - y1) * 2 - 1
-    grid = torch.stack([u.expand(len(v), -1), v[:, None].expand(-1, len(u))], dim=-1)
-    # Border padding: the outer half cell belongs to the mask, it must not fade to zero inside the box.
-    values = F.grid_sample(mask_MM[None, None].float(), grid[None], align_corners=False, padding_mode="border")[0, 0]
-    canvas[top:bottom, left:right] = values >= threshold
+    u = (np.arange(left, right, dtype=np.float32) + np.float32(0.5 - x1)) / np.float32(x2 - x1)
+    v = (np.arange(top, bottom, dtype=np.float32) + np.float32(0.5 - y1)) / np.float32(y2 - y1)
+    canvas[top:bottom, left:right] = sampled(mask_MM, v, u) >= threshold
     return canvas
+
+
+def sampled(mask_MM: NDArray[np.float32], v: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bilinear values of a mask at every pair of ``v`` (down) and ``u`` (right), in shares of its side.
+
+    The outer half cell belongs to the mask: it does not fade to zero inside the box.
+    """
+    side = len(mask_MM)
+    values = np.asarray(mask_MM, dtype=np.float32)
+    for at in (v, u):  # first the rows, then, turned, the columns
+        cell = np.clip(at * side - np.float32(0.5), 0, side - 1)
+        low = np.minimum(cell.astype(np.int64), max(side - 2, 0))
+        share = (cell - low)[:, None]
+        values = ((1 - share) * values[low] + share * values[np.minimum(low + 1, side - 1)]).T
+    return values
 
 
 @dataclass(kw_only=True)
@@ -101,7 +116,7 @@ class Detections:
     best: NDArray[np.float32]
     threshold: float
     region: NDArray[np.int64]
-    box_masks: Tensor | None = None
+    box_masks: NDArray[np.float32] | None = None
     notices: tuple[str, ...] = ()
 
     @classmethod
@@ -114,7 +129,7 @@ class Detections:
         names: tuple[str, ...],
         best: NDArray[np.float32],
         threshold: float,
-        masks: Tensor | None = None,
+        masks: NDArray[np.float32] | None = None,
         notices: tuple[str, ...] = (),
     ) -> Detections:
         """Detections of what `ovd.inference.postprocess.postprocess` kept.
@@ -135,7 +150,7 @@ class Detections:
             best=best,
             threshold=threshold,
             region=kept.region,
-            box_masks=None if masks is None else masks[torch.from_numpy(kept.region)],
+            box_masks=None if masks is None else masks[kept.region],
             notices=notices,
         )
 
@@ -146,7 +161,7 @@ class Detections:
         """The (H, W) bool mask of one detection, or None when the model has no masks."""
         if self.box_masks is None:
             return None
-        return paste_mask(self.box_masks[index], torch.from_numpy(self.xyxy[index]), self.size).numpy()
+        return paste_mask(self.box_masks[index], self.xyxy[index], self.size)
 
     @property
     def mask(self) -> NDArray[np.bool_] | None:
@@ -181,7 +196,7 @@ class Detections:
             best=self.best,
             threshold=self.threshold,
             region=self.region[keep],
-            box_masks=None if self.box_masks is None else self.box_masks[torch.from_numpy(keep)],
+            box_masks=None if self.box_masks is None else self.box_masks[keep],
             notices=self.notices,
         )
 
@@ -240,8 +255,8 @@ class Detections:
         import cv2
 
         x1, y1, x2, y2 = (float(v) for v in self.xyxy[index])
-        fine = F.interpolate(self.box_masks[index][None, None].float(), size=(side, side), mode="bilinear")[0, 0]
-        binary = np.pad((fine >= MASK_THRESHOLD).numpy().astype(np.uint8), 1)
+        centres = (np.arange(side, dtype=np.float32) + np.float32(0.5)) / np.float32(side)
+        binary = np.pad((sampled(self.box_masks[index], centres, centres) >= MASK_THRESHOLD).astype(np.uint8), 1)
         contours, _ = cv2.findContours(binary, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         result = []
         for contour in contours:

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ovd.detections import Detections
 from ovd.examples import ExampleEmbedder, parse_examples
+from ovd.inference.arrays import Floats
 from ovd.inference.crop_refinement import refine_with_crops
-from ovd.inference.encoder import image_tower, load_encoder_of
+from ovd.inference.encoder import image_tower
 from ovd.inference.everything import LEVEL, OwnWords, is_everything
 from ovd.inference.postprocess import CROSS_CLASS_IOU, MAX_DETECTIONS, NMS_IOU, Candidates, postprocess
 from ovd.inference.region_model import PatchLocator, RegionModel
@@ -40,12 +39,13 @@ from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
 from ovd.inference.sides import card_with_sides, look_at_sides
 from ovd.locks import ComputeLock
+from ovd.modeling.export import read_card
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
+from ovd.runtime.choice import Runtime, load_networks
 from ovd.text import TextEmbedder, TextEncoder, cut_phrases
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from ovd.weights import detector_folder, read_model_card
-from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class Detector:
         weights: str | Path = "default",
         *,
         device: str = "auto",
+        runtime: Runtime = "auto",
+        threads: int | None = None,
         crop_refinement: int | None = None,
         masks: bool = True,
         regions: int | None = None,
@@ -127,6 +129,9 @@ class Detector:
         Args:
             weights: name in ``weights/manifest.json`` ("default") or a folder written by ``python -m ovd.train``.
             device: "auto", "cpu", "cuda" or "cuda:N".
+            runtime: "onnx" (`wordbox export --format onnx` wrote it; a CPU, no torch), "torch", or "auto", see
+                `ovd.runtime.choice`.
+            threads: of a CPU; None: as many as the runtime takes by itself.
             crop_refinement: see the constructor; None: as many regions as the scores were calibrated for.
             masks: False finds boxes only, in less time.
             regions: kept per picture, best objectness first (default 150, with ``encoder`` 50).
@@ -141,14 +146,15 @@ class Detector:
         Raises:
             UserError: unknown name, missing or damaged files.
         """
-        where = pick_device(device)
         folder = detector_folder(weights)
         if encoder is not None:
             from ovd.with_encoder import load_with_encoder
 
             if crop_refinement or second_look:
                 raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
-            named = load_with_encoder(folder, encoder, device=where, masks=masks, regions=regions)
+            if runtime == "onnx":
+                raise UserError("an encoder of your own runs with torch: leave runtime onnx out")
+            named = load_with_encoder(folder, encoder, device=device, threads=threads, masks=masks, regions=regions)
             look_at_sides(named.model, sides)
             return cls(
                 model=named.model,
@@ -157,19 +163,16 @@ class Detector:
                 card=card_with_sides(named.card, sides),
                 **options,
             )
-        from ovd.modeling.export import read_card
-        from ovd.modeling.load import load_detector_model  # Detectron2: slow, and not needed to say "no such weights"
-
         card = read_card(folder)
-        own = load_encoder_of(folder, card).to(where)
-        top = regions or REGIONS
-        model = load_detector_model(folder, device=str(where), masks=masks, top=top, card=card, encoder=own)
-        look_at_sides(model, sides)
+        networks = load_networks(
+            folder, card, runtime=runtime, device=device, threads=threads, masks=masks, regions=regions or REGIONS
+        )
+        look_at_sides(networks.model, sides)
         if crop_refinement is None:
             crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(
-            model=model,
-            encoder=own,
+            model=networks.model,
+            encoder=networks.encoder,
             templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
             crop_refinement=crop_refinement,
             card=card_with_sides(read_model_card(folder), sides),
@@ -269,15 +272,15 @@ class Detector:
         return QueryScorer(
             words=words,
             phrases=tuple(c.phrases for c in query.words.classes),
-            word_is_negative=torch.tensor([c.negative for c in query.words.classes], dtype=torch.bool),
+            word_is_negative=np.array([c.negative for c in query.words.classes], dtype=bool),
             examples=self.embed_examples(query.examples) if query.examples else words[:0],
-            example_is_negative=torch.tensor([e.negative for e in query.examples], dtype=torch.bool),
+            example_is_negative=np.array([e.negative for e in query.examples], dtype=bool),
             columns=query.columns,
             classes=len(query.names),
             model=self.model,
         )
 
-    def embed_examples(self, examples: Sequence[Example]) -> Tensor:
+    def embed_examples(self, examples: Sequence[Example]) -> Floats:
         """(E, D) unit rows of examples in the space of the regions.
 
         Raises:
@@ -336,10 +339,9 @@ class Detector:
         with self._lock:
             regions = self._cache.get(key)
             if regions is None:
-                with torch.inference_mode():
-                    regions = self.model.regions(pixels)
-                    if self._refiner is not None:
-                        regions = refine_with_crops(regions, pixels, self._refiner, count=self.crop_refinement)
+                regions = self.model.regions(pixels)
+                if self._refiner is not None:
+                    regions = refine_with_crops(regions, pixels, self._refiner, count=self.crop_refinement)
                 self.runs += 1
                 if self._cache_size:
                     self._cache[key] = regions
@@ -397,8 +399,7 @@ class Detector:
             return self._locate(self.model, to_rgb(image), query, threshold, **options)
         return self.embed(image).classify(query, threshold=threshold, **options)
 
-    @torch.inference_mode()
-    def patch_rows(self, model: PatchLocator, examples: Sequence[Example]) -> Tensor:
+    def patch_rows(self, model: PatchLocator, examples: Sequence[Example]) -> Floats:
         """(E, D) embeddings that condition a pretext model's queries: the mean over the crops of each example.
 
         Raises:
@@ -407,9 +408,8 @@ class Detector:
         if model.example_encoder is None:
             return self.embed_examples(examples)
         crops = [[(crop.pixels, crop.corners) for crop in example.crops] for example in examples]
-        return torch.stack([model.patch_rows(one).mean(0) for one in crops])
+        return np.stack([model.patch_rows(one).mean(axis=0) for one in crops])
 
-    @torch.inference_mode()
     def _locate(
         self,
         model: PatchLocator,
@@ -435,8 +435,8 @@ class Detector:
         with self._lock:
             located = model.locate(pixels, self.patch_rows(model, query.positive_examples))
             self.runs += 1
-        boxes, score = located.boxes.float().numpy(), located.score.float().numpy()
-        class_id = np.array(query.columns, dtype=np.int64)[located.class_id.numpy()]
+        boxes, score = located.boxes, located.score
+        class_id = np.array(query.columns, dtype=np.int64)[located.class_id]
         best_C = np.zeros(len(query.names), dtype=np.float32)
         np.maximum.at(best_C, class_id, score)
         candidates = Candidates(np.arange(len(score)), class_id, score)[score >= np.float32(level)]

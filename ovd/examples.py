@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
+from ovd.inference.arrays import Floats, unit_rows
 from ovd.locks import ComputeLock
 from ovd.pictures import ImageLike, to_rgb
-from ovd.regions.crops import RegionEncoder, embed_regions
+from ovd.regions.cutting import CropEncoder, crop_rows
 from ovd.vocabulary import split_name
 from pretrain.engine.errors import UserError
 
@@ -190,24 +188,24 @@ class ExampleEmbedder:
         keep: crops remembered; the least recently used one goes first.
     """
 
-    def __init__(self, *, encoder: RegionEncoder, keep: int = 256) -> None:
+    def __init__(self, *, encoder: CropEncoder, keep: int = 256) -> None:
         self.encoder = encoder
         self._keep = keep
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+        self._memory: OrderedDict[str, Floats] = OrderedDict()
         self._lock = ComputeLock()
 
-    def embed(self, examples: Sequence[Example]) -> Tensor:
+    def embed(self, examples: Sequence[Example]) -> Floats:
         """(E, D) float32 unit rows: the mean of an example's unit crop embeddings, normalised again."""
         if not examples:
-            return torch.zeros(0, self.encoder.embed_dim)
+            return np.zeros((0, self.encoder.embed_dim), np.float32)
         with self._lock:
-            rows = [torch.stack([self._crop(crop) for crop in e.crops]).mean(0) for e in examples]
-        return F.normalize(torch.stack(rows), dim=1)
+            rows = [np.stack([self._crop(crop) for crop in e.crops]).mean(axis=0) for e in examples]
+        return unit_rows(np.stack(rows))
 
-    def _crop(self, crop: Crop) -> Tensor:
+    def _crop(self, crop: Crop) -> Floats:
         key = crop.hash
         if key not in self._memory:
-            self._memory[key] = embed_regions(self.encoder, crop.pixels, np.array([crop.corners]))[0]
+            self._memory[key] = crop_rows(self.encoder, crop.pixels, np.array([crop.corners]))[0]
         self._memory.move_to_end(key)
         while len(self._memory) > self._keep:
             self._memory.popitem(last=False)

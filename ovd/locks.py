@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock for what computes with torch: shared by threads, sent to processes, inherited by forked children."""
+"""A lock for what computes: shared by threads, sent to processes, inherited by forked children."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from types import TracebackType
-
-import torch
 
 
 class ComputeLock:
@@ -26,7 +25,8 @@ class ComputeLock:
     def __enter__(self) -> ComputeLock:
         if self._process != os.getpid():
             self._renew()
-            torch.set_num_threads(1)
+            if (torch := sys.modules.get("torch")) is not None:
+                torch.set_num_threads(1)
         self._lock.acquire()
         return self
 

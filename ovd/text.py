@@ -10,16 +10,18 @@ Shapes: C classes, D embedding.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
+from numpy.typing import NDArray
 
+from ovd.inference.arrays import Floats, unit_rows
 from ovd.locks import ComputeLock
 from ovd.vocabulary import Vocabulary
-from pretrain.engine.distributed import device_of
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
 
 
 class TextEncoder(Protocol):
@@ -29,20 +31,19 @@ class TextEncoder(Protocol):
 
     @property
     def has_image_tower(self) -> bool:
-        """Whether it also embeds pictures, as a `ovd.regions.crops.RegionEncoder`."""
+        """Whether it also embeds pictures, as a `ovd.regions.cutting.CropEncoder`."""
 
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """Return (N, T) token ids."""
+    def token_ids(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """(N, T) tokens; longer texts are cut off."""
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Return (N, D) embeddings, not normalised."""
+    def text_rows(self, texts: Sequence[str]) -> Floats:
+        """(N, D) embeddings, not normalised."""
 
     def fingerprint(self) -> str:
         """Return a hash over configuration and weights."""
 
 
-@torch.inference_mode()
-def embed_phrases(phrases: list[str], encoder: TextEncoder, *, batch_size: int = 512) -> Tensor:
+def embed_phrases(phrases: list[str], encoder: TextEncoder, *, batch_size: int = 512) -> Floats:
     """Encode texts as they are.
 
     Args:
@@ -51,32 +52,28 @@ def embed_phrases(phrases: list[str], encoder: TextEncoder, *, batch_size: int =
         batch_size: texts per forward pass; bounds memory.
 
     Returns:
-        (N, D) float32 unit rows on the CPU.
+        (N, D) float32 unit rows.
     """
     if not phrases:
-        return torch.zeros(0, encoder.embed_dim)
-    device = device_of(encoder)
-    rows = []
-    for start in range(0, len(phrases), batch_size):
-        tokens = encoder.tokenize(phrases[start : start + batch_size]).to(device)
-        rows.append(F.normalize(encoder.encode_text(tokens).float(), dim=-1).cpu())
-    return torch.cat(rows)
+        return np.zeros((0, encoder.embed_dim), np.float32)
+    starts = range(0, len(phrases), batch_size)
+    return np.concatenate([unit_rows(encoder.text_rows(phrases[start : start + batch_size])) for start in starts])
 
 
 def cut_phrases(vocabulary: Vocabulary, encoder: TextEncoder) -> list[str]:
     """Names and synonyms of which the encoder's tokenizer drops the end, in the longest of their prompts."""
     phrases = list(dict.fromkeys(phrase for one in vocabulary.classes for phrase in one.phrases))
     prompts = [max(vocabulary.prompts(phrase), key=len) for phrase in phrases]
-    room = encoder.tokenize([""]).shape[1]
+    room = encoder.token_ids([""]).shape[1]
     # No tokenizer makes more tokens than there are bytes, and two that open and close the text.
     long = [i for i, prompt in enumerate(prompts) if len(prompt.encode("utf-8", "replace")) + 2 > room]
     if not long:
         return []
-    whole = encoder.tokenize([prompts[i] for i in long])
-    shorter = encoder.tokenize([prompts[i][:-1] for i in long])
-    longer = encoder.tokenize([f"{prompts[i]} zebra" for i in long])
+    whole = encoder.token_ids([prompts[i] for i in long])
+    shorter = encoder.token_ids([prompts[i][:-1] for i in long])
+    longer = encoder.token_ids([f"{prompts[i]} zebra" for i in long])
     # What is cut stays the same whether its end is taken away or something is added.
-    same = ((whole == shorter) & (whole == longer)).all(dim=1).tolist()
+    same = ((whole == shorter) & (whole == longer)).all(axis=1).tolist()
     return [phrases[i] for i, cut in zip(long, same, strict=True) if cut]
 
 
@@ -97,17 +94,17 @@ class TextEmbedder:
         self.max_phrases = max_phrases
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.fingerprint = encoder.fingerprint()
-        self._memory: OrderedDict[tuple[str, tuple[tuple[str, ...], bool, bool]], Tensor] = OrderedDict()
+        self._memory: OrderedDict[tuple[str, tuple[tuple[str, ...], bool, bool]], Floats] = OrderedDict()
         self._lock = ComputeLock()
 
-    def embed(self, vocabulary: Vocabulary) -> Tensor:
+    def embed(self, vocabulary: Vocabulary) -> Floats:
         """Embed all classes of a vocabulary, negative words included, in the order of ``vocabulary.classes``.
 
         Returns:
             (C, D) float32 unit rows.
         """
         if not vocabulary.classes:
-            return torch.zeros(0, self.encoder.embed_dim)
+            return np.zeros((0, self.encoder.embed_dim), np.float32)
         cached = self._read(vocabulary)
         if cached is not None:
             return cached
@@ -115,15 +112,16 @@ class TextEmbedder:
         with self._lock:
             means = self._phrase_means(vocabulary, phrases)
         row_of = {phrase: i for i, phrase in enumerate(phrases)}
-        owner = torch.tensor([i for i, c in enumerate(vocabulary.classes) for _ in c.phrases])
-        member = torch.tensor([row_of[p] for c in vocabulary.classes for p in c.phrases])
+        owner = [i for i, c in enumerate(vocabulary.classes) for _ in c.phrases]
+        member = [row_of[p] for c in vocabulary.classes for p in c.phrases]
         # All phrases have as many templates: a sum of means points where the mean over all prompts points.
-        sums = torch.zeros(len(vocabulary.classes), means.shape[1]).index_add_(0, owner, means[member])
-        result = F.normalize(sums, dim=-1)
+        sums = np.zeros((len(vocabulary.classes), means.shape[1]), np.float32)
+        np.add.at(sums, owner, means[member])
+        result = unit_rows(sums)
         self._write(vocabulary, result)
         return result
 
-    def _phrase_means(self, vocabulary: Vocabulary, phrases: list[str]) -> Tensor:
+    def _phrase_means(self, vocabulary: Vocabulary, phrases: list[str]) -> Floats:
         style = (vocabulary.templates, vocabulary.this_is, vocabulary.parity)
         known = {p: self._memory[(p, style)] for p in phrases if (p, style) in self._memory}
         missing = {p: vocabulary.prompts(p) for p in phrases if p not in known}
@@ -138,38 +136,42 @@ class TextEmbedder:
             self._memory.move_to_end((p, style))
         while len(self._memory) > self.max_phrases:
             self._memory.popitem(last=False)
-        return torch.stack([known[p] for p in phrases])
+        return np.stack([known[p] for p in phrases])
 
     def _file(self, vocabulary: Vocabulary) -> Path | None:
         if self.cache_dir is None:
             return None
         return self.cache_dir / f"{vocabulary.hash}-{self.fingerprint[:16]}.safetensors"
 
-    def _read(self, vocabulary: Vocabulary) -> Tensor | None:
+    def _read(self, vocabulary: Vocabulary) -> Floats | None:
         file = self._file(vocabulary)
         if file is None or not file.is_file():
             return None
-        from pretrain.engine.checkpoint import load_weights
+        from safetensors import SafetensorError, safe_open
 
-        tensors, metadata = load_weights(file)
-        rows = tensors.get("embeddings")
+        try:
+            with safe_open(file, framework="np") as stored:
+                metadata = stored.metadata() or {}
+                rows: Floats | None = stored.get_tensor("embeddings") if "embeddings" in stored.keys() else None
+        except (SafetensorError, OSError) as problem:
+            raise UserError(f"{file}: cannot be read ({problem}); delete it, it is written again") from problem
         wanted = (len(vocabulary.classes), self.encoder.embed_dim)
-        if rows is None or tuple(rows.shape) != wanted or metadata.get("fingerprint") != self.fingerprint:
+        if rows is None or rows.shape != wanted or metadata.get("fingerprint") != self.fingerprint:
             return None  # another encoder with the same 16 digits, or a foreign file: embed again and overwrite it
-        return rows.float()
+        return rows.astype(np.float32)
 
-    def _write(self, vocabulary: Vocabulary, rows: Tensor) -> None:
+    def _write(self, vocabulary: Vocabulary, rows: Floats) -> None:
         file = self._file(vocabulary)
         if file is None:
             return
-        from pretrain.engine.checkpoint import save_weights
+        from safetensors.numpy import save
 
         file.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"vocabulary": vocabulary.hash, "fingerprint": self.fingerprint}
-        save_weights(file, {"embeddings": rows.contiguous()}, metadata)
+        write_atomically(file, save({"embeddings": np.ascontiguousarray(rows)}, metadata))
 
 
-def embed_vocabulary(vocabulary: Vocabulary, encoder: TextEncoder, *, cache_dir: str | Path | None = None) -> Tensor:
+def embed_vocabulary(vocabulary: Vocabulary, encoder: TextEncoder, *, cache_dir: str | Path | None = None) -> Floats:
     """Embed all classes of a vocabulary, negative words included; see `TextEmbedder` to keep phrases in memory.
 
     Args:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
@@ -123,7 +122,7 @@ def _joined(whole: Detections, parts: list[Detections], moved: Any, *, limit: in
             own = parts[int(part)].box_masks
             masks.append(None if own is None else own[int(row) : int(row) + 1])
     xyxy, score = np.concatenate(boxes), np.concatenate(scores)
-    box_masks = None if whole.box_masks is None else torch.cat([m for m in masks if m is not None])
+    box_masks = None if whole.box_masks is None else np.concatenate([m for m in masks if m is not None])
     candidates = Candidates(np.arange(len(score)), np.concatenate(classes), score)
     return Detections.of(
         postprocess(xyxy, candidates, nms_iou=NMS_IOU, cross_class_iou=CROSS_CLASS_IOU, limit=limit),

@@ -19,18 +19,23 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ovd.runtime.files import read_runtime_card
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
 from pretrain.engine.files import EXPORTED, read_json, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser
 
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHIPPED = "shipped"
+"""Folder of the package that `scripts/build_wheel.py` fills."""
 MANIFEST = "manifest.json"
 DEFAULT = "vild-photo"
 ALIASES = {"default": DEFAULT}
 # What a weights folder may hold: data only, nothing that runs when it is read.
-ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".txt", ".md", ".csv"})
+ALLOWED_SUFFIXES = frozenset({".safetensors", ".onnx", ".npy", ".json", ".yaml", ".txt", ".md", ".csv"})
 CARD = "card.md"
 _PURPOSE = re.compile(r"\*\*What it is for\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", re.DOTALL)  # paragraph of a card.md
 
@@ -66,16 +71,33 @@ class Weights:
 
 
 def weights_root() -> Path:
-    """The folder with the manifest: ``OVD_WEIGHTS``, or ``weights`` in the repository."""
-    override = os.environ.get("OVD_WEIGHTS")
-    return Path(override) if override else Path(__file__).resolve().parent.parent / "weights"
+    """The folder with the manifest: ``OVD_WEIGHTS``; ``weights`` in a checkout; what came with an installed wheel."""
+    if override := os.environ.get("OVD_WEIGHTS"):
+        return Path(override)
+    checkout, wheel = CHECKOUT / "weights", Path(str(resources.files("ovd") / SHIPPED))
+    return wheel if not checkout.is_dir() and (wheel / MANIFEST).is_file() else checkout
+
+
+def added_root() -> Path:
+    """Where `add_weights` puts weights: among the others, or, where those belong to an installed wheel, to the user.
+
+    The user's folder is ``WORDBOX_HOME/weights``, else ``wordbox/weights`` under ``XDG_DATA_HOME``
+    (``~/.local/share``).
+    """
+    root = weights_root()
+    if os.environ.get("OVD_WEIGHTS") or (root.parent == CHECKOUT and root.is_dir()):
+        return root
+    if home := os.environ.get("WORDBOX_HOME"):
+        return Path(home) / "weights"
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "wordbox" / "weights"
 
 
 def read_manifest(root: Path | None = None) -> dict[str, Weights]:
     """Read the manifest.
 
     Args:
-        root: Folder with ``manifest.json``; `weights_root()` when None.
+        root: Folder with ``manifest.json``; None: `weights_root()`, and `added_root()` where that is another.
 
     Returns:
         The entries by name, in the manifest's order.
@@ -83,7 +105,11 @@ def read_manifest(root: Path | None = None) -> dict[str, Weights]:
     Raises:
         UserError: no manifest, or one that is not as described above.
     """
-    root = weights_root() if root is None else root
+    if root is None:
+        shipped, added = weights_root(), added_root()
+        if added == shipped or not (added / MANIFEST).is_file():
+            return read_manifest(shipped)
+        return (read_manifest(shipped) if (shipped / MANIFEST).is_file() else {}) | read_manifest(added)
     path = root / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -218,7 +244,8 @@ def read_model_card(folder: Path) -> dict[str, Any]:
         card["text"] = text.read_text(encoding="utf-8")
         if "purpose" not in card and (match := _PURPOSE.search(card["text"])):
             card["purpose"] = " ".join(match.group(1).split())
-    card["sha256"] = sha256_of(folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    card["sha256"] = sha256_of(weights) if weights.is_file() else read_runtime_card(folder).sources[weights.name]
     if (folder / "model.json").is_file():
         card["settings"] = sha256_of(folder / "model.json")  # architecture, encoder, calibration
     return card
@@ -244,12 +271,12 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
     Args:
         source: Folder with safetensors, JSON, YAML, text and Markdown files; ``card.md`` in it becomes the model card.
         name: Letters, digits, ``-``, ``_`` and ``.``.
-        root: Folder with the manifest; `weights_root()` when None. Both are created when absent.
+        root: Folder with the manifest; `added_root()` when None. Both are created when absent.
 
     Raises:
         UserError: bad name, no such folder, no safetensors file, or a file of another kind in it.
     """
-    root = weights_root() if root is None else root
+    root = added_root() if root is None else root
     if not name or not all(char.isascii() and (char.isalnum() or char in "-_.") for char in name) or name[0] == ".":
         raise UserError(f"'{name}' cannot name weights: use letters, digits, '-', '_' and '.'")
     if name in ALIASES:
@@ -260,7 +287,7 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
     other = [path for path in paths if path.suffix not in ALLOWED_SUFFIXES or path.is_symlink()]
     if other:
         raise UserError(f"{other[0]}: weights folders hold only regular files {', '.join(sorted(ALLOWED_SUFFIXES))}")
-    if not any(path.suffix == ".safetensors" for path in paths):
+    if not any(path.suffix in (".safetensors", ".onnx") for path in paths):
         raise UserError(f"{source}: holds no .safetensors file")
     root.mkdir(parents=True, exist_ok=True)
     entries = read_manifest(root) if (root / MANIFEST).exists() else {}

@@ -17,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from ovd.data.splits import COCO_NAMES
+from ovd.inference.arrays import Floats
 from ovd.inference.crop_names import CROPS, BoxSource, CropNames, DetectorBoxes, PhotoBoxes, ProposedBoxes, uncalibrated
 from ovd.inference.known_words import WordList
 from ovd.inference.scoring import Calibration
@@ -26,6 +29,7 @@ from ovd.user_files import StoredCalibration, read_calibration, text_cache
 from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
 from ovd.weights import read_model_card
 from pretrain.data.lexicon import read_lexicon
+from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -58,14 +62,21 @@ class Named(NamedTuple):
 
 
 def load_with_encoder(
-    folder: Path, spec: str, *, device: torch.device, masks: bool = True, regions: int | None = None
+    folder: Path,
+    spec: str,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    masks: bool = True,
+    regions: int | None = None,
 ) -> Named:
     """The boxes of an exported detector, named by an encoder.
 
     Args:
         folder: of the detector, or of a proposal network.
         spec: ``open_clip:MODEL:WEIGHTS`` or whatever `ovd.training.inputs.resolve_encoder` takes.
-        device: where both run.
+        device: "auto", "cpu", "cuda" or "cuda:N", where both run.
+        threads: of a CPU; None: as many as torch takes by itself.
         masks: False leaves a mask head out.
         regions: cropped and embedded per picture, best objectness first; None: `CROPS`.
 
@@ -74,9 +85,12 @@ def load_with_encoder(
     """
     from ovd.training.inputs import resolve_encoder
 
+    where = pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
     top = CROPS if regions is None else regions
-    source, card = box_source(folder, device=str(device), masks=masks, top=top)
-    encoder = resolve_encoder(spec).to(device)
+    source, card = box_source(folder, device=str(where), masks=masks, top=top)
+    encoder = resolve_encoder(spec).to(where)
     if encoder.visual is None or encoder.text is None:
         raise UserError(f"--encoder {spec}: names need both an image and a text tower")
     templates = TEMPLATE_SETS[OWN_TEMPLATES.get(Path(spec).name, "clip")]
@@ -161,7 +175,7 @@ def _unfitted(encoder: JointEncoder) -> Calibration:
     return replace(UNFITTED, open_scale=math.exp(float(encoder.logit_scale.detach())))
 
 
-def _embed_words(words: Sequence[str], templates: Sequence[str], encoder: JointEncoder, spec: str) -> torch.Tensor:
+def _embed_words(words: Sequence[str], templates: Sequence[str], encoder: JointEncoder, spec: str) -> Floats:
     """(B, D) unit rows of the background words, kept for the next time where the user's cache can be written."""
     vocabulary = Vocabulary.of(words, templates=templates)
     cache = text_cache()

@@ -54,11 +54,11 @@ def main() -> int:
         print("error: uv is not installed; `pip install uv` in any environment on the path", file=sys.stderr)
         return 2
     runtime_file = ROOT / "requirements.lock"
-    runtime = resolve(["build"], pins(runtime_file), [], upgrade)
+    runtime = resolve(["build", "train"], pins(runtime_file), [], upgrade)
     runtime_file.write_text(HEADER + "\n".join(runtime) + "\n", encoding="utf-8")
     for extra in ("dev", "rebuild"):
         file = ROOT / f"requirements-{extra}.lock"
-        more = resolve([extra, "build"], runtime + pins(file), runtime, upgrade)
+        more = resolve([extra, "build", "train"], runtime + pins(file), runtime, upgrade)
         own = [line for line in more if line not in runtime]
         file.write_text(HEADER + "-r requirements.lock\n" + "\n".join(own) + "\n", encoding="utf-8")
     return 0

@@ -23,7 +23,7 @@ from ovd.inference.crop_names import CropNames, DetectorBoxes
 from ovd.inference.detr_regions import OpenVocabularyDetr
 from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.known_words import WordList
-from ovd.inference.region_model import RCNNRegionModel
+from ovd.inference.rcnn_regions import RCNNRegionModel
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration
 from ovd.inference.strategies import CropEmbeddings

@@ -47,7 +47,7 @@ def prepare_encoder(detector: Detector, photos: PhotoWords, *, limit: int, seed:
         raise UserError(
             f"--data: {len(scenes)} photos with boxes; at least {2 * LEAST} are needed, half of them to measure on"
         )
-    scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words.to(rows))
+    scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words)
     assert isinstance(scorer, CropScorer)
     return TypedPhotos(scenes=scenes, named=named, scorer=scorer)
 
@@ -58,7 +58,7 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
     Raises:
         UserError: scores without any relation to the labels.
     """
-    alone = replace(data.scorer, known=torch.zeros_like(data.scorer.known))
+    alone = replace(data.scorer, known=np.zeros_like(data.scorer.known))
     ranking = data.scorer.calibration.uncalibrated()
     own = ranking.open_scale
     ranking = _best(data, alone, [replace(ranking, open_scale=own * factor) for factor in TEMPERATURES])

@@ -151,7 +151,7 @@ def example_predictor(
     rows = detector.embed_examples(examples)
     scorer = ExampleScorer(
         rows=rows,
-        background_words=model.background_words.to(rows),
+        background_words=model.background_words,
         negatives=rows[:0],
         calibration=model.calibration,
     )

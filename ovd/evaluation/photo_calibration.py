@@ -83,9 +83,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed)
-    scorer = detector.model.scorer(
-        rows, [c.phrases for c in vocabulary.classes], detector.model.background_words.to(rows)
-    )
+    scorer = detector.model.scorer(rows, [c.phrases for c in vocabulary.classes], detector.model.background_words)
     assert isinstance(scorer, WordScorer)
     return TypedPhotos(scenes=scenes, named=named, scorer=scorer)
 

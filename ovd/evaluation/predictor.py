@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ovd.data.splits import Split
 from ovd.detections import CocoResult, paste_mask
+from ovd.inference.arrays import Floats, best_first
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, text_exponents
 from ovd.inference.postprocess import (
     MAX_DETECTIONS,
@@ -71,16 +70,15 @@ class Predictor:
     nms_iou: float = PROTOCOL_NMS_IOU
     present: Mapping[ImageId, frozenset[int]] | None = None
 
-    @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         columns = columns_for(self.category_ids, self.present, image_id)
         if not columns:
             return []
         regions = self.detector.embed(image).regions
-        score_RC = self.scorer(regions)[:, columns].float().cpu().numpy()
+        score_RC = self.scorer(regions)[:, columns]
         kept = postprocess(
-            regions.boxes.float().cpu().numpy(),
+            regions.boxes,
             best_pairs(score_RC, count=self.candidates)
             if self.per_class is None
             else best_per_class(score_RC, count=self.per_class),
@@ -95,7 +93,6 @@ class Predictor:
                 result["segmentation"] = segmentations[region]
         return results
 
-    @torch.inference_mode()
     def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """The same picture's regions as class-agnostic proposals, scored by objectness."""
         regions = self.detector.embed(image).regions
@@ -123,22 +120,21 @@ class PretextPredictor:
 
     model: PatchLocator
     category_ids: tuple[int, ...]
-    rows: Tensor
+    rows: Floats
     nms_iou: float
     limit: int = MAX_DETECTIONS
     present: Mapping[ImageId, frozenset[int]] | None = None
 
-    @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         columns = columns_for(self.category_ids, self.present, image_id)
         if not columns:
             return []
         located = self.model.locate(image, self.rows[columns])
-        score = located.score.float().numpy()
+        score = located.score
         kept = postprocess(
-            located.boxes.float().numpy(),
-            Candidates(np.arange(len(score)), located.class_id.numpy(), score),
+            located.boxes,
+            Candidates(np.arange(len(score)), located.class_id, score),
             nms_iou=self.nms_iou,
             cross_class_iou=None,
             limit=self.limit,
@@ -175,12 +171,11 @@ class ClosedSetPredictor:
             )
         return cls(model=model, category_ids=ids, limit=limit)
 
-    @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         boxes, scores, classes = self.model.labels(image)
-        order = scores.argsort(descending=True)
-        kept = Candidates(order.numpy(), classes[order].numpy(), scores[order].float().numpy())
+        order = best_first(scores)
+        kept = Candidates(order, classes[order], scores[order])
         evaluated = np.array(self.category_ids)[kept.class_id] >= 0
         return coco_results(kept[evaluated][: self.limit], boxes, image_id, self.category_ids)
 
@@ -235,14 +230,14 @@ def predictor_for(
             raise UserError("vocabulary: negative words have no place in an evaluation; remove the minus entries.")
         ids = tuple(by_name[n.casefold()] for n in vocabulary.names)
     rows, model = detector.text.embed(vocabulary), detector.model
-    background = None if model.background is None else model.background.to(rows)
+    background = model.background
     scorer: Scorer
     if scores == "calibrated" or not model.softmax:
-        scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words.to(rows))
+        scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words)
     else:
-        exponent: float | Tensor = FIXED_TEXT_WEIGHT
+        exponent: float | Floats = FIXED_TEXT_WEIGHT
         if ensemble == "base-novel":
-            exponent = text_exponents(torch.tensor([split.group_of(i) == "base" for i in ids]))
+            exponent = text_exponents(np.array([split.group_of(i) == "base" for i in ids]))
         scorer = PublishedScorer(rows=rows, background=background, scale=scale, exponent=exponent)
     if model.objectness_weight:  # the embedding alone does not say that a region is nothing
         scorer = ObjectnessScorer(scorer=scorer, weight=model.objectness_weight)
@@ -260,7 +255,7 @@ def proposals_of(model: Proposer, *, top: int) -> Predict:
     return propose
 
 
-def coco_results(kept: Candidates, boxes: Tensor, image_id: ImageId, category_ids: Sequence[int]) -> list[CocoResult]:
+def coco_results(kept: Candidates, boxes: Floats, image_id: ImageId, category_ids: Sequence[int]) -> list[CocoResult]:
     """Rows of a COCO results file; ``boxes`` are those of all regions, ``category_ids`` of all classes."""
     return [
         coco_result(boxes[region].tolist(), image_id, category_ids[class_id], score)
@@ -274,7 +269,7 @@ def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
     """Compressed run lengths, as JSON holds them, of one region's mask at the size of the picture."""
     if regions.masks is None:
         raise ValueError("these regions have no masks")
-    return encode_mask(paste_mask(regions.masks[index], regions.boxes[index], regions.size).numpy())
+    return encode_mask(paste_mask(regions.masks[index], regions.boxes[index], regions.size))
 
 
 def coco_result(corners: Sequence[float], image_id: ImageId, category_id: int, score: float) -> CocoResult:

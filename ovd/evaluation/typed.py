@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torchvision.ops import box_iou
 
+from ovd.inference.arrays import Floats
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.postprocess import NMS_IOU, batched_nms
 from ovd.inference.scorers import CalibratedScorer
@@ -40,12 +38,12 @@ class TypedScene:
     """
 
     regions: RegionSet
-    boxes: Tensor
-    classes: Tensor
+    boxes: Floats
+    classes: NDArray[np.int64]
     present: tuple[int, ...]
     absent: tuple[int, ...]
-    rows: Tensor | None = None
-    certainty: Tensor | None = None
+    rows: Floats | None = None
+    certainty: Floats | None = None
 
 
 def draw_words(
@@ -91,35 +89,44 @@ class Outcome:
     labels: float
 
 
-def _classified(scene: TypedScene, words: Sequence[int], scorer: TypedScorer) -> tuple[Tensor, Tensor, Tensor]:
+def _classified(
+    scene: TypedScene, words: Sequence[int], scorer: TypedScorer
+) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """(score_RC, best score of each region, its word) of one scene."""
     if scene.rows is not None:
         scorer = replace(scorer, rows=scene.rows)
-    score_RC = scorer.select(torch.tensor(words))(scene.regions)
-    best_R, word_R = score_RC.max(dim=1)
-    return score_RC, best_R, word_R
+    score_RC = scorer.select(words)(scene.regions)
+    return score_RC, score_RC.max(axis=1), score_RC.argmax(axis=1)
 
 
 def _matched(
-    scene: TypedScene, words: Sequence[int], best_R: Tensor, word_R: Tensor, floor: float
+    scene: TypedScene, words: Sequence[int], best_R: Floats, word_R: NDArray[np.int64], floor: float
 ) -> list[tuple[int, float]]:
     """(region, how right it is, 0…1) of the detections after NMS, best first; every label is matched once."""
-    keep = torch.nonzero(best_R >= floor)[:, 0]
-    boxes = scene.regions.boxes.float()
-    kept = batched_nms(boxes[keep].numpy(), best_R[keep].numpy(), word_R[keep].numpy(), NMS_IOU)
-    chosen = keep[torch.from_numpy(kept)]
-    overlap = box_iou(boxes[chosen], scene.boxes.float())
-    free = torch.ones(len(scene.boxes), dtype=torch.bool)
+    keep = np.flatnonzero(best_R >= np.float32(floor))
+    boxes = scene.regions.boxes
+    chosen = keep[batched_nms(boxes[keep], best_R[keep], word_R[keep], NMS_IOU)]
+    overlap = box_ious(boxes[chosen], scene.boxes)
+    free = np.ones(len(scene.boxes), dtype=bool)
     matched = []
     for i, region in enumerate(chosen.tolist()):
         fits = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
         right = 0.0
-        if bool(fits.any()):
+        if fits.any():
             label = int((overlap[i] * fits).argmax())
             free[label] = False
             right = 1.0 if scene.certainty is None else float(scene.certainty[label])
         matched.append((region, right))
     return matched
+
+
+def box_ious(first: Floats, second: Floats) -> Floats:
+    """(N, M) intersection over union of corner boxes (N, 4) and (M, 4); 0 of boxes without area."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    shared = np.prod(np.clip(high - low, 0, None), axis=2)
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (first, second)]
+    return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-12)
 
 
 def run_typed(scenes: Sequence[TypedScene], scorer: TypedScorer, *, floor: float = 0.01) -> Outcome:
@@ -137,7 +144,7 @@ def run_typed(scenes: Sequence[TypedScene], scorer: TypedScorer, *, floor: float
     for scene in scenes:
         words = scene.present + scene.absent
         score_RC, best_R, word_R = _classified(scene, words, scorer)
-        best_absent.extend(score_RC[:, len(scene.present) :].max(dim=0).values.tolist())
+        best_absent.extend(score_RC[:, len(scene.present) :].max(axis=0).tolist())
         labels += len(scene.boxes) if scene.certainty is None else float(scene.certainty.sum())
         for region, hit in _matched(scene, words, best_R, word_R, floor):
             scores.append(float(best_R[region]))

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ovd.data.photo_words import Photo, PhotoWords, WordTable
 from ovd.detector import Detector
 from ovd.evaluation.typed import Outcome, TypedScene
+from ovd.inference.arrays import Floats
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.postprocess import NMS_IOU, batched_nms
 from ovd.inference.scoring import RegionSet
@@ -44,10 +43,10 @@ def related(table: WordTable, word: int) -> frozenset[int]:
     return frozenset(table.implied[word]) | frozenset(table.below[word])
 
 
-def confusable(rows_CD: Tensor, table: WordTable) -> list[list[int]]:
+def confusable(rows_CD: Floats, table: WordTable) -> list[list[int]]:
     """For each word looked for everywhere the nearest others that are not related to it."""
     cosines = rows_CD[: table.everywhere] @ rows_CD[: table.everywhere].T
-    order = cosines.argsort(dim=1, descending=True).tolist()
+    order = np.argsort(-cosines, axis=1, kind="stable").tolist()
     return [[w for w in near if w not in related(table, word)][:CONFUSABLE] for word, near in enumerate(order)]
 
 
@@ -87,9 +86,9 @@ def typed_photo(
     asked = np.isin(photo.words, present)
     return TypedScene(
         regions=regions,
-        boxes=torch.from_numpy(photo.boxes[asked]),
-        classes=torch.from_numpy(photo.words[asked]),
-        certainty=torch.from_numpy(photo.scores[asked]),
+        boxes=photo.boxes[asked],
+        classes=photo.words[asked],
+        certainty=photo.scores[asked],
         present=present,
         absent=tuple(chosen),
     )
@@ -98,7 +97,7 @@ def typed_photo(
 def typed_photos(
     detector: Detector,
     photos: PhotoWords,
-    rows_CD: Tensor,
+    rows_CD: Floats,
     *,
     absent: int = 10,
     seed: int = 0,
@@ -154,12 +153,10 @@ def named_outcome(named: Sequence[NamedPhoto], scorer: WordScorer, *, floor: flo
     best_absent: list[float] = []
     for photo in named:
         words = (photo.present, *photo.absent)
-        score_RC = scorer.select(torch.tensor(words))(photo.regions)
-        best_absent += score_RC[:, 1:].max(dim=0).values.tolist() if len(score_RC) else [0.0] * len(photo.absent)
-        region, word = torch.nonzero(score_RC >= floor, as_tuple=True)
-        kept = batched_nms(
-            photo.regions.boxes[region].float().numpy(), score_RC[region, word].numpy(), word.numpy(), NMS_IOU
-        )
+        score_RC = scorer.select(words)(photo.regions)
+        best_absent += score_RC[:, 1:].max(axis=0).tolist() if len(score_RC) else [0.0] * len(photo.absent)
+        region, word = np.nonzero(score_RC >= np.float32(floor))
+        kept = batched_nms(photo.regions.boxes[region], score_RC[region, word], word, NMS_IOU)
         found = False
         for i in kept.tolist():
             scores.append(float(score_RC[region[i], word[i]]))

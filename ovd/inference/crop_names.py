@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ovd.inference.arrays import Floats, as_array, best_first, logit, sigmoid, unit_rows
 from ovd.inference.crop_refinement import LONG_SIDE
 from ovd.inference.fvlm_regions import EPS, WordScorer, best_of
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.region_model import RegionModel, unit_rows
+from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 from ovd.regions.crops import embed_regions
 from ovd.regions.proposals import large_enough, resize_boxes
@@ -73,13 +72,13 @@ class PhotoBoxes:
         """See `BoxSource`."""
         found = self.proposer.regions(image, top=self.top)
         return RegionSet(
-            boxes=found.boxes,
-            objectness=found.objectness,
-            text=found.boxes.new_zeros(len(found.boxes), 0),
+            boxes=found.boxes.numpy(),
+            objectness=found.objectness.numpy(),
+            text=np.zeros((len(found.boxes), 0), np.float32),
             image=None,
             masks=None,
             size=(image.shape[0], image.shape[1]),
-            known=found.words if self.known else found.words[:, :0],
+            known=(found.words if self.known else found.words[:, :0]).numpy(),
         )
 
 
@@ -112,11 +111,11 @@ class ProposedBoxes:
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `BoxSource`."""
-        boxes, objectness = (torch.as_tensor(values) for values in self.proposer.propose(image, top=self.top))
+        boxes, objectness = (as_array(values) for values in self.proposer.propose(image, top=self.top))
         return RegionSet(
-            boxes=boxes.float(),
-            objectness=objectness.float(),
-            text=boxes.new_zeros(len(boxes), 0),
+            boxes=boxes.astype(np.float32),
+            objectness=objectness.astype(np.float32),
+            text=np.zeros((len(boxes), 0), np.float32),
             image=None,
             masks=None,
             size=(image.shape[0], image.shape[1]),
@@ -147,7 +146,7 @@ class CropNames(RegionModel):
         source: BoxSource,
         encoder: RegionEncoder,
         name: str,
-        background_words: Tensor,
+        background_words: Floats,
         words: WordList,
         known: WordList,
         calibration: Calibration,
@@ -161,7 +160,6 @@ class CropNames(RegionModel):
         self.calibration, self.calibrated = calibration, calibrated
         self.batch_size = batch_size
 
-    @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`; boxes with a side under two pixels cannot be cropped and are left out."""
         return embed_boxes(self.source(image), image, self.encoder, batch_size=self.batch_size)
@@ -169,18 +167,18 @@ class CropNames(RegionModel):
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """See `RegionModel.propose`: nothing is cropped for boxes alone."""
         regions = self.source(image)
-        best = regions.objectness.argsort(descending=True)[:top]
-        return regions.boxes[best].cpu().numpy(), regions.objectness[best].cpu().numpy()
+        best = best_first(regions.objectness, top)
+        return regions.boxes[best], regions.objectness[best]
 
-    def notices(self, phrases: Phrases, rows: Tensor) -> tuple[str, ...]:
+    def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
         """That the scores are not calibrated, where they are not."""
         return () if self.calibrated else (uncalibrated(self.name),)
 
-    def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
+    def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the background words come first among the competitors."""
         asked = [tuple(phrase for phrase in group if self.words.understands(phrase)) for group in phrases]
         spared = self.words.relations(asked).related
-        rivals = torch.ones(len(phrases), len(competitors), dtype=torch.bool)
+        rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
         return CropScorer(
             rows=rows,
@@ -199,16 +197,15 @@ class CropScorer(WordScorer):
     A phrase that is no noun of the lexicon ("red car") is asked of the encoder alone, and its noun is among its rivals.
     """
 
-    def known_scores(self, regions: RegionSet) -> Tensor:
+    def known_scores(self, regions: RegionSet) -> Floats:
         """(R, C) geometric means of the best known word of each class and the encoder's p; near 0 without any."""
         assert regions.known is not None and regions.image is not None
         c = self.calibration
         named_RC = competitive_probabilities(
-            regions.image.to(self.rows), self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+            regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
         )
-        own_RC = best_of(regions.known.to(self.rows), self.known)
-        score_RC = own_RC ** (1 - c.head_weight) * named_RC**c.head_weight
-        return (c.slope * score_RC.logit(eps=EPS) + c.offset).sigmoid()
+        score_RC = best_of(regions.known, self.known) ** (1 - c.head_weight) * named_RC**c.head_weight
+        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
 
 def embed_boxes(
@@ -237,7 +234,7 @@ def embed_boxes(
         smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
         image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
         seen = resize_boxes(boxes, (height, width), smaller)
-    rows = embed_regions(encoder, image, seen, scales=scales, resample="bicubic", batch_size=batch_size)
+    rows = as_array(embed_regions(encoder, image, seen, scales=scales, resample="bicubic", batch_size=batch_size))
     return replace(
         regions,
         boxes=boxes,
@@ -245,7 +242,7 @@ def embed_boxes(
         text=rows,
         image=rows,
         masks=None if regions.masks is None else regions.masks[keep],
-        known=boxes.new_zeros(len(boxes), 0) if regions.known is None else regions.known[keep],
+        known=np.zeros((len(boxes), 0), np.float32) if regions.known is None else regions.known[keep],
         bias=None,
         own=None,
     )

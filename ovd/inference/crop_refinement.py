@@ -14,17 +14,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import cv2
-from torch.nn import functional as F
 
+from ovd.inference.arrays import best_first, unit_rows
 from ovd.inference.scoring import RegionSet
-from ovd.regions.crops import embed_regions
+from ovd.regions.cutting import crop_rows
 from ovd.regions.proposals import large_enough, resize_boxes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ovd.regions.crops import RegionEncoder
+    from ovd.regions.cutting import CropEncoder
 
 ENCODER_SHARE = 0.7
 """Weight of the encoder's embedding in the average. Average precision of typed base words on the scenes that
@@ -36,7 +36,7 @@ LONG_SIDE = 1280
 crop of one has enough left, and eighty crops of a phone's picture would otherwise take longer than the network."""
 
 
-def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: RegionEncoder, *, count: int) -> RegionSet:
+def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: CropEncoder, *, count: int) -> RegionSet:
     """Average the embeddings of the best regions with the encoder's embeddings of their crops.
 
     Args:
@@ -53,7 +53,7 @@ def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: Reg
     Raises:
         UserError: the encoder returns NaN, infinity or a zero vector.
     """
-    order = regions.objectness.argsort(descending=True, stable=True)[:count]
+    order = best_first(regions.objectness, count)
     chosen = order[large_enough(regions.boxes[order])]
     if not len(chosen):
         return regions
@@ -64,8 +64,8 @@ def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: Reg
         smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
         image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
         boxes = resize_boxes(boxes, (height, width), smaller)
-    crops = embed_regions(encoder, image, boxes)
+    crops = crop_rows(encoder, image, boxes)
     head = regions.distilled
-    mixed = head.clone()
-    mixed[chosen] = F.normalize((1 - ENCODER_SHARE) * head[chosen] + ENCODER_SHARE * crops.to(head), dim=1)
+    mixed = head.copy()
+    mixed[chosen] = unit_rows((1 - ENCODER_SHARE) * head[chosen] + ENCODER_SHARE * crops)
     return replace(regions, text=mixed) if regions.image is None else replace(regions, image=mixed)

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from ovd.inference.region_model import ConditionedBoxes, InputSize, PatchLocator, RegionModel, unit_rows
+from ovd.inference.arrays import Floats, as_array, unit_rows
+from ovd.inference.rcnn_regions import InputSize
+from ovd.inference.region_model import ConditionedBoxes, PatchLocator, RegionModel
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.boxes import box_cxcywh_to_xyxy
 from ovd.modeling.detr.attention_mask import query_groups
@@ -51,7 +53,7 @@ class DetrRegionModel(RegionModel):
 
     objectness_weight = OBJECTNESS
 
-    def __init__(self, *, model: Detr, card: DetectorCard, background_words: Tensor, top: int = 150) -> None:
+    def __init__(self, *, model: Detr, card: DetectorCard, background_words: Floats, top: int = 150) -> None:
         self.detr, self.card, self.top = model, card, top
         self.background_words = unit_rows(background_words)
         self.calibration = Calibration(**card.calibration)
@@ -65,11 +67,11 @@ class DetrRegionModel(RegionModel):
         """Raise: only `OpenVocabularyDetr` has regions to classify."""
         raise UserError(KNOWS_NO_WORDS)
 
-    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
         """Boxes of the free queries; see `RegionModel.propose`."""
         boxes, objectness, _ = self.free_queries(image)
         order = objectness.argsort(descending=True)[:top]
-        return boxes[order].cpu().numpy(), objectness[order].cpu().numpy()
+        return as_array(boxes[order]), as_array(objectness[order])
 
     @torch.no_grad()
     def free_queries(self, image: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +80,7 @@ class DetrRegionModel(RegionModel):
         return in_pixels(output.boxes[0], image), output.logits[0].sigmoid(), output.embeddings[0]
 
     def conditioned_queries(
-        self, image: NDArray[np.uint8], rows_CD: Tensor, *, classes_per_pass: int
+        self, image: NDArray[np.uint8], rows_CD: Floats, *, classes_per_pass: int
     ) -> ConditionedBoxes:
         """Search for words, crops or means of both with queries conditioned on their embeddings.
 
@@ -88,8 +90,9 @@ class DetrRegionModel(RegionModel):
             classes_per_pass: classes that share the queries; at most as many as queries. Training used
                 ``model.conditioned``.
         """
-        boxes, score, class_id = self.decode_conditioned(self.memory(image), rows_CD, classes_per_pass)
-        return ConditionedBoxes(in_pixels(boxes, image).cpu(), score.cpu(), class_id.cpu())
+        rows = torch.as_tensor(rows_CD)
+        boxes, score, class_id = self.decode_conditioned(self.memory(image), rows, classes_per_pass)
+        return ConditionedBoxes(as_array(in_pixels(boxes, image)), as_array(score), as_array(class_id))
 
     @torch.no_grad()
     def memory(self, image: NDArray[np.uint8]) -> Memory:
@@ -97,8 +100,10 @@ class DetrRegionModel(RegionModel):
         return self.detr.memory([{"image": self.to_input(image)}])
 
     @torch.no_grad()
-    def decode_conditioned(self, memory: Memory, rows_CD: Tensor, classes_per_pass: int) -> ConditionedBoxes:
-        """`conditioned_queries` of a picture's memory; boxes are centre boxes in [0, 1]."""
+    def decode_conditioned(
+        self, memory: Memory, rows_CD: Tensor, classes_per_pass: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and rows of `conditioned_queries`; boxes are centre boxes in [0, 1]."""
         count = min(classes_per_pass, self.detr.queries)
         passes = -(-len(rows_CD) // count)
         # The last pass repeats its first classes rather than giving each more queries than in training.
@@ -112,7 +117,7 @@ class DetrRegionModel(RegionModel):
             scores.append(output.logits.sigmoid())
         class_id = (torch.arange(passes)[:, None] * count + group).flatten().to(self.detr.device)
         real = class_id < len(rows_CD)
-        return ConditionedBoxes(torch.cat(boxes).flatten(0, 1)[real], torch.cat(scores).flatten()[real], class_id[real])
+        return torch.cat(boxes).flatten(0, 1)[real], torch.cat(scores).flatten()[real], class_id[real]
 
 
 class OpenVocabularyDetr(DetrRegionModel):
@@ -124,7 +129,7 @@ class OpenVocabularyDetr(DetrRegionModel):
         order = objectness.argsort(descending=True)[: self.top]
         return region_set(boxes[order], objectness[order], embedding[order], image)
 
-    def conditioned_regions(self, image: NDArray[np.uint8], rows_CD: Tensor, *, classes_per_pass: int) -> RegionSet:
+    def conditioned_regions(self, image: NDArray[np.uint8], rows_CD: Floats, *, classes_per_pass: int) -> RegionSet:
         """Regions that conditioned queries found, best score first.
 
         Scores of queries conditioned on different words are not comparable, so words only help to *find*: the region is
@@ -138,12 +143,12 @@ class OpenVocabularyDetr(DetrRegionModel):
             At most as many regions as there are queries (and as ``top``), no two of which overlap by more than
             `CONDITIONED_NMS_IOU`.
         """
-        memory = self.memory(image)
-        centre_boxes, score, class_id = self.decode_conditioned(memory, rows_CD, classes_per_pass)
+        memory, rows = self.memory(image), torch.as_tensor(rows_CD)
+        centre_boxes, score, class_id = self.decode_conditioned(memory, rows, classes_per_pass)
         boxes = in_pixels(centre_boxes, image)
         kept = nms(boxes.float(), score, CONDITIONED_NMS_IOU)[: min(self.top, self.detr.queries)]
         if self.detr.region_tower is None:
-            embedding = rows_CD.to(boxes)[class_id[kept]]
+            embedding = rows.to(boxes)[class_id[kept]]
         else:
             with torch.no_grad():
                 embedding = self.detr.region_embeddings(memory, torch.zeros_like(kept), centre_boxes[kept])
@@ -160,34 +165,34 @@ class ClosedSetDetr(DetrRegionModel):
         return self.card.classes
 
     @torch.no_grad()
-    def labels(self, image: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor]:
+    def labels(self, image: NDArray[np.uint8]) -> tuple[Floats, Floats, NDArray[np.int64]]:
         """(Q, 4) boxes in pixels, (Q,) scores and (Q,) best classes of the free queries."""
         output = self.detr.predict(self.memory(image))
         assert output.classes is not None  # a network with `class_embed`
         score, label = output.classes[0].softmax(-1)[:, :-1].max(-1)
-        return in_pixels(output.boxes[0], image).cpu(), score.cpu(), label.cpu()
+        return as_array(in_pixels(output.boxes[0], image)), as_array(score), as_array(label)
 
 
 class PretextDetr(DetrRegionModel, PatchLocator):
     """A transformer of UP-DETR's pretext."""
 
-    def locate(self, image: NDArray[np.uint8], rows_CD: Tensor) -> ConditionedBoxes:
+    def locate(self, image: NDArray[np.uint8], rows_CD: Floats) -> ConditionedBoxes:
         """Search with as many patches per pass as in pretraining; see `PatchLocator.locate`."""
         return self.conditioned_queries(image, rows_CD, classes_per_pass=self.patches)
 
     @torch.no_grad()
-    def patch_rows(self, crops: Sequence[tuple[NDArray[np.uint8], Sequence[float]]]) -> Tensor:
+    def patch_rows(self, crops: Sequence[tuple[NDArray[np.uint8], Sequence[float]]]) -> Floats:
         """See `PatchLocator.patch_rows`."""
         if self.example_encoder is None:
             raise UserError("this transformer's patches live in the image-text encoder's space: embed crops with it")
         patches = [
             crop_regions(picture, np.array([box]), size=self.patch_size, scales=(1.0,))[0] for picture, box in crops
         ]
-        return self.detr.pooled(torch.cat(patches).to(self.detr.device))
+        return as_array(self.detr.pooled(torch.cat(patches).to(self.detr.device)))
 
 
 class PatchEncoder:
-    """The transformer's own image space as the encoder of a person's crops (`ovd.regions.crops.RegionEncoder`).
+    """The transformer's own image space as the encoder of a person's crops (`ovd.regions.cutting.CropEncoder`).
 
     Args:
         model: its backbone embeds.
@@ -211,9 +216,14 @@ class PatchEncoder:
         """(N, 3, S, S) → (N, D)."""
         return self.model.pooled(pixels)
 
+    @torch.inference_mode()
+    def crop_rows(self, crops: NDArray[np.uint8]) -> Floats:
+        """See `CropEncoder`."""
+        return as_array(self.encode_image(self.prepare(torch.from_numpy(crops))))
+
 
 def detr_region_model(
-    model: Detr, *, card: DetectorCard, background_words: Tensor, top: int = 150
+    model: Detr, *, card: DetectorCard, background_words: Floats, top: int = 150
 ) -> OpenVocabularyDetr | ClosedSetDetr | PretextDetr:
     """The class that fits what a transformer was trained for: words, a closed list, or neither; arguments as theirs."""
     kind: type[OpenVocabularyDetr | ClosedSetDetr | PretextDetr] = PretextDetr
@@ -231,11 +241,11 @@ def in_pixels(boxes: Tensor, image: NDArray[np.uint8]) -> Tensor:
 
 
 def region_set(boxes: Tensor, objectness: Tensor, embedding: Tensor, image: NDArray[np.uint8]) -> RegionSet:
-    """Regions of one head without masks, on the CPU."""
+    """Regions of one head without masks."""
     return RegionSet(
-        boxes=boxes.cpu(),
-        objectness=objectness.cpu(),
-        text=embedding.cpu(),
+        boxes=as_array(boxes),
+        objectness=as_array(objectness),
+        text=as_array(embedding),
         image=None,
         masks=None,
         size=(image.shape[0], image.shape[1]),

@@ -12,13 +12,13 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
-    from ovd.regions.crops import RegionEncoder
+    from ovd.regions.cutting import CropEncoder
     from pretrain.nets.towers import JointEncoder
 
 
-def image_tower(encoder: TextEncoder) -> RegionEncoder | None:
+def image_tower(encoder: TextEncoder) -> CropEncoder | None:
     """The encoder as an encoder of crops, or None where it knows texts only."""
-    return cast("RegionEncoder", encoder) if encoder.has_image_tower else None
+    return cast("CropEncoder", encoder) if encoder.has_image_tower else None
 
 
 def load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:

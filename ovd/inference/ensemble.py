@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from ovd.inference.arrays import Floats
 
 BASE_NOVEL_WEIGHT = 2.0 / 3.0
 """ViLD section 3.4: the text head's exponent on base classes, and the image head's on novel ones."""
@@ -14,21 +16,20 @@ FIXED_TEXT_WEIGHT = 0.6
 sets."""
 
 
-def text_exponents(is_base_C: Tensor, *, weight: float = BASE_NOVEL_WEIGHT) -> Tensor:
+def text_exponents(is_base_C: NDArray[np.bool_], *, weight: float = BASE_NOVEL_WEIGHT) -> Floats:
     """(C,) exponents of the text head: ``weight`` on base classes and ``1 − weight`` on novel ones."""
-    return torch.where(is_base_C.bool(), weight, 1.0 - weight)
+    return np.where(is_base_C, np.float32(weight), np.float32(1.0 - weight))
 
 
-def geometric_ensemble(text_RC: Tensor, image_RC: Tensor, exponent: Tensor | float) -> Tensor:
+def geometric_ensemble(text_RC: Floats, image_RC: Floats, exponent: Floats | float) -> Floats:
     """``text^e · image^(1−e)``, elementwise, not renormalised.
 
     The result is a score and no distribution: with exponents that differ between classes a row can sum to more than 1,
-        so a
-    softmax must never be rebuilt from it.
+    so a softmax must never be rebuilt from it.
 
     Args:
         text_RC: probabilities of the text head.
         image_RC: probabilities of the image head.
         exponent: scalar or (C,), see :func:`text_exponents`.
     """
-    return text_RC.pow(exponent) * image_RC.pow(1.0 - exponent)
+    return text_RC**exponent * image_RC ** (1.0 - exponent)

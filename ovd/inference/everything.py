@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is in this picture? A detector asks itself for all the words it knows, and names each thing once.
 
-Shapes: R regions, C words, D joint embedding. NumPy only, but for `nearest_words`.
+Shapes: R regions, C words, D joint embedding. NumPy only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ovd.inference.arrays import best_first
 
 if TYPE_CHECKING:
     from ovd.inference.region_model import RegionModel
@@ -87,14 +89,10 @@ def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *
         rows: numbers of regions.
         count: words for each.
     """
-    import torch
-
     card, own = model.card, frozenset(model.own_words().names)
     chosen = [i for i, word in enumerate(() if card is None else card.bank) if word in own]
     chosen_rows = list(rows)
     if card is None or not chosen or not chosen_rows:
         return [[] for _ in chosen_rows]
-    with torch.inference_mode():
-        words_BD = model.background_words[chosen]
-        near = (regions.distilled[chosen_rows].to(words_BD) @ words_BD.T).topk(min(count, len(chosen)), dim=1).indices
-    return [[card.bank[chosen[i]] for i in line] for line in near.tolist()]
+    cosines = regions.distilled[chosen_rows] @ model.background_words[chosen].T
+    return [[card.bank[chosen[i]] for i in best_first(row, count).tolist()] for row in cosines]

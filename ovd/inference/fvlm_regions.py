@@ -1,45 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector of photographs for inference: its regions, and what scores them.
+"""The detector of photographs for inference: what scores its regions, whatever runs its networks.
+
+`ovd.inference.fvlm_torch` runs them with torch, `ovd.runtime.regions` with ONNX Runtime.
 
 Shapes: R regions, C classes, K known words, O own classes, B background words, D joint embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.everything import OwnWords, open_shift
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.region_model import RegionModel, unit_rows
+from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
-    from ovd.modeling.fvlm.network import FvlmDetector
-    from ovd.modeling.fvlm.own_classes import OwnClasses
 
 EPS = 1e-6
+
+
+class FvlmNetwork(Protocol):
+    """The networks of a detector of photographs.
+
+    Attributes:
+        sides: longest sides, in pixels, at which the proposal network looks at a picture.
+    """
+
+    sides: tuple[int, ...]
+
+    @property
+    def scale(self) -> float:
+        """Inverse temperature of the region head."""
+
+    def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
+        """The best ``top`` regions of a uint8 (H, W, 3) RGB picture."""
+
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
+        """((P, 4) boxes in its pixels, (P,) objectness) of the proposal network alone."""
 
 
 class FvlmRegionModel(RegionModel):
     """A region head on a frozen image tower, at the boxes of a proposal network.
 
     Args:
-        model: in eval mode.
+        network: all three.
         card: its card.
         background_words: (B, D) embeddings of the training's words.
         known: the words that the proposal network scores.
         trained: the training's words.
-        own: classes that were added by fine-tuning; None: there are none.
+        own: classes that were added by fine-tuning, in the order of the regions' scores of them; None: there are none.
         top: regions kept per picture.
     """
 
@@ -48,53 +68,33 @@ class FvlmRegionModel(RegionModel):
     def __init__(
         self,
         *,
-        model: FvlmDetector,
+        network: FvlmNetwork,
         card: DetectorCard,
-        background_words: Tensor,
+        background_words: Floats,
         known: WordList,
         trained: WordList,
-        own: OwnClasses | None = None,
+        own: WordList | None = None,
         top: int = 150,
     ) -> None:
-        self.model, self.card, self.own, self.top = model, card, own, top
+        self.network, self.card, self.own, self.top = network, card, own, top
         self.background_words = unit_rows(background_words)
         self.known, self.trained = known, trained
         self.calibration = Calibration(**card.calibration)
 
-    @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
-        proposals = self.model.proposer.regions(image, top=self.top)
-        own_RO = None
-        if self.own is not None:
-            proposals, own_RO = self.own.beside(proposals, image)
-        pooled = self.model.pooled(image, proposals)
-        out = self.model.head(pooled.features, pooled.known)
-        height, width = image.shape[:2]
-        return RegionSet(
-            boxes=pooled.boxes.cpu(),
-            objectness=pooled.objectness.cpu(),
-            text=out.embedding.cpu(),
-            image=self.model.tower.embed(pooled.features).cpu(),
-            masks=None,
-            size=(height, width),
-            known=pooled.known.cpu(),
-            bias=out.bias.cpu(),
-            own=own_RO,
-        )
+        return self.network.regions(image, top=self.top)
 
-    @torch.inference_mode()
-    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
         """The proposal network's own boxes; see `RegionModel.propose`."""
-        boxes, scores = self.model.proposer.propose(image, top=top)
-        return boxes.numpy(), scores.numpy()
+        return self.network.propose(image, top=top)
 
-    def notices(self, phrases: Phrases, rows: Tensor) -> tuple[str, ...]:
+    def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
         """Of phrases that are no noun of the lexicon: what is looked for, or the nearest words of the training."""
         found = []
         for group, row in zip(phrases, rows, strict=True):
             for phrase in group:
-                if self.trained.understands(phrase) or (self.own is not None and self.own.has(phrase)):
+                if self.trained.understands(phrase) or (self.own is not None and self.own.is_one(phrase)):
                     continue
                 if len(group) > 1 and self.trained.is_english and (hint := hint_of(phrase)) is not None:
                     found.append(hint)
@@ -102,7 +102,7 @@ class FvlmRegionModel(RegionModel):
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
                     found.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
-                    order = (self.background_words.to(row) @ row).argsort(descending=True).tolist()
+                    order = best_first(self.background_words[: len(self.trained.words)] @ row).tolist()
                     nouns = (
                         self.trained.words[i] for i in order if self.trained.words[i] in self.trained.lexicon.nouns
                     )
@@ -114,10 +114,10 @@ class FvlmRegionModel(RegionModel):
         """The proposal network's words, and the nouns of the training that are not above them; one of each meaning."""
         nouns = [w for w in self.trained.words if w in self.trained.lexicon.nouns]
         relations = self.known.relations([[word] for word in nouns])
-        above = relations.same_or_below.any(dim=1).tolist()
+        above: list[bool] = relations.same_or_below.any(axis=1).tolist()  # type: ignore[assignment]
         one_of = {self.trained.line_of(word)[0]: word for word in reversed([*self.known.words, *nouns])}
         first = frozenset(one_of.values())
-        others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above.numpy(), above, strict=True)
+        others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above, above, strict=True)
                   if w in first and not is_above]  # fmt: skip
         names = (*self.known.words, *(word for word, _ in others))
         known = len(self.known.words)
@@ -127,27 +127,28 @@ class FvlmRegionModel(RegionModel):
         shift[:known] = 0
         return OwnWords(names=names, shift=shift, kind_of=kind_of)
 
-    def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
+    def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
         relations = self.known.relations(phrases)
         spared = self.trained.relations(phrases).related
-        rivals = torch.ones(len(phrases), len(competitors), dtype=torch.bool)
+        rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
         own_CO = own_only_C = None
         if self.own is not None:
-            own_CO = self.own.words.relations(phrases).same_or_below
-            own_only_C = torch.tensor(
+            own_CO = self.own.relations(phrases).same_or_below
+            own_only_C = np.array(
                 [
-                    any(self.own.has(phrase) for phrase in group) and not any(self.known.is_one(p) for p in group)
+                    any(self.own.is_one(p) for p in group) and not any(self.known.is_one(p) for p in group)
                     for group in phrases
-                ]
+                ],
+                dtype=bool,
             )
         return WordScorer(
             rows=rows,
             competitors=competitors,
             rivals=rivals,
             known=relations.same_or_below,
-            scale=float(self.model.head.scale.detach()),
+            scale=self.network.scale,
             calibration=self.calibration,
             own=own_CO,
             own_only=own_only_C,
@@ -174,61 +175,60 @@ class WordScorer:
         own_only: (C,) bool: the class is an own one, and the proposal network does not know it: no other box is it.
     """
 
-    rows: Tensor
-    competitors: Tensor
-    rivals: Tensor
-    known: Tensor
+    rows: Floats
+    competitors: Floats
+    rivals: NDArray[np.bool_]
+    known: NDArray[np.bool_]
     scale: float
     calibration: Calibration
-    own: Tensor | None = None
-    own_only: Tensor | None = None
+    own: NDArray[np.bool_] | None = None
+    own_only: NDArray[np.bool_] | None = None
 
-    def select(self, columns: Tensor) -> WordScorer:
+    def select(self, columns: Sequence[int]) -> WordScorer:
         """See `Scorer`."""
+        chosen = list(columns)
         return replace(
             self,
-            rows=self.rows[columns],
-            rivals=self.rivals[columns],
-            known=self.known[columns],
-            own=None if self.own is None else self.own[columns],
-            own_only=None if self.own_only is None else self.own_only[columns],
+            rows=self.rows[chosen],
+            rivals=self.rivals[chosen],
+            known=self.known[chosen],
+            own=None if self.own is None else self.own[chosen],
+            own_only=None if self.own_only is None else self.own_only[chosen],
         )
 
-    def __call__(self, regions: RegionSet) -> Tensor:
+    def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
-        score_RC = torch.where(self.known.any(dim=1), self.known_scores(regions), self.open_scores(regions))
+        known = self.known.any(axis=1)
+        score_RC = np.empty((len(regions), len(self.rows)), np.float32)
+        score_RC[:, known] = self.select(np.flatnonzero(known).tolist()).known_scores(regions)
+        score_RC[:, ~known] = self.select(np.flatnonzero(~known).tolist()).open_scores(regions)
         if self.own is None or self.own_only is None or regions.own is None:
             return score_RC
-        return torch.maximum(score_RC * ~self.own_only, best_of(regions.own.to(score_RC), self.own))
+        return np.maximum(score_RC * ~self.own_only, best_of(regions.own, self.own))
 
-    def known_scores(self, regions: RegionSet) -> Tensor:
+    def known_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best known word of each class; near 0 for a class without any."""
         assert regions.bias is not None and regions.known is not None
-        head_RC = (
-            self.scale * regions.text.to(self.rows) @ self.rows.T + regions.bias.to(self.rows)[:, None]
-        ).sigmoid()
-        own_RC = best_of(regions.known.to(self.rows), self.known)
+        head_RC = sigmoid(self.scale * (regions.text @ self.rows.T) + regions.bias[:, None])
         c = self.calibration
-        score_RC = own_RC ** (1 - c.head_weight) * head_RC**c.head_weight
-        return (c.slope * score_RC.logit(eps=EPS) + c.offset).sigmoid()
+        score_RC = best_of(regions.known, self.known) ** (1 - c.head_weight) * head_RC**c.head_weight
+        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
-    def open_scores(self, regions: RegionSet) -> Tensor:
+    def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""
         assert regions.image is not None
-        image, c = regions.image.to(self.rows), self.calibration
+        c = self.calibration
         score_RC = competitive_probabilities(
-            image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+            regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
         )
-        boxes = regions.boxes.to(self.rows)
-        area_R = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / (regions.size[0] * regions.size[1])
-        whole_R = regions.objectness.to(self.rows).clamp(0, 1).pow(c.open_objectness) * area_R.pow(c.open_area)
-        score_RC = score_RC * whole_R[:, None]
-        return (c.open_slope * score_RC.logit(eps=EPS) + c.open_offset).sigmoid()
+        area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
+        whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
+        return sigmoid(c.open_slope * logit(score_RC * whole_R[:, None], eps=EPS) + c.open_offset)
 
 
-def best_of(known_RK: Tensor, members_CK: Tensor) -> Tensor:
+def best_of(known_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:
     """(R, C): the best of each class's known words; 0 for a class without any."""
-    best_RC = known_RK.new_zeros(len(known_RK), len(members_CK))
-    for column in members_CK.any(dim=1).nonzero()[:, 0].tolist():  # few of many: (R, C, K) at once would be large
-        best_RC[:, column] = known_RK[:, members_CK[column]].amax(dim=1)
+    best_RC = np.zeros((len(known_RK), len(members_CK)), np.float32)
+    for column in np.flatnonzero(members_CK.any(axis=1)):  # few of many: (R, C, K) at once would be large
+        best_RC[:, column] = known_RK[:, members_CK[column]].max(axis=1)
     return best_RC

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ovd.inference.everyday import GROUPS, IRREGULAR, PERSONS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
@@ -33,11 +33,11 @@ class Relations:
         above: (C, K) bool: the class is a kind of the known word (dog, for "terrier").
     """
 
-    same_or_below: Tensor
-    above: Tensor
+    same_or_below: NDArray[np.bool_]
+    above: NDArray[np.bool_]
 
     @property
-    def related(self) -> Tensor:
+    def related(self) -> NDArray[np.bool_]:
         """(C, K) bool: words that do not contradict the class."""
         return self.same_or_below | self.above
 
@@ -125,8 +125,8 @@ class WordList:
 
     def _relate(self, phrases: Phrases) -> Relations:
         below, own, number_of = self._columns
-        same = torch.zeros(len(phrases), len(self.words), dtype=torch.bool)
-        above = torch.zeros_like(same)
+        same = np.zeros((len(phrases), len(self.words)), dtype=bool)
+        above = np.zeros_like(same)
         for row, phrase in ((row, phrase) for row, group in enumerate(phrases) for phrase in group):
             line = self.line_of(phrase)
             same[row, below.get(line[0], [])] = True

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
@@ -51,7 +50,6 @@ class Regions:
     def __len__(self) -> int:
         return len(self.regions)
 
-    @torch.inference_mode()
     def scores(self, query: Query | Vocabulary) -> QueryScores:
         """Score all regions.
 
@@ -61,7 +59,6 @@ class Regions:
         query = Query(query) if isinstance(query, Vocabulary) else query
         return self.detector.scorer(query)(self.regions)
 
-    @torch.inference_mode()
     def classify(
         self,
         vocabulary: Query | Vocabulary | str | Iterable[str] | None = None,
@@ -91,15 +88,14 @@ class Regions:
         """
         query = vocabulary if isinstance(vocabulary, Query) else self.detector.query(vocabulary)
         level = self.detector.threshold_for(query, threshold)
-        scores = self.scores(query)
-        score_RC, negative_RN = (part.float().numpy() for part in scores)
+        score_RC, negative_RN = self.scores(query)
         if negative_RN.shape[1]:
             score_RC = np.where(score_RC < negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
         if query.naming is not None:
             score_RC, cross_class_iou = query.naming.one_name(score_RC, level=LEVEL), OVERLAP
         best_C = score_RC.max(axis=0, initial=0.0)
         candidates = (best_class_per_region if one_class_per_region else pairs_above)(score_RC, threshold=level)
-        boxes = self.regions.boxes.cpu().float().numpy()
+        boxes = self.regions.boxes
         return Detections.of(
             postprocess(boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit),
             boxes=boxes,
@@ -107,7 +103,7 @@ class Regions:
             names=query.names,
             best=best_C,
             threshold=level,
-            masks=None if self.regions.masks is None else self.regions.masks.cpu(),
+            masks=self.regions.masks,
             notices=query.notices,
         )
 

@@ -6,12 +6,14 @@ Shapes: R regions, C classes, E examples, N negatives, B background words, D joi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from ovd.inference.arrays import Floats
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT
 from ovd.inference.scoring import Calibration, RegionSet, score_examples, score_regions, vocabulary_probabilities
 
@@ -23,13 +25,13 @@ class Scorer(Protocol):
     """Scores regions for a fixed list of classes."""
 
     @property
-    def rows(self) -> Tensor:
+    def rows(self) -> Floats:
         """(C, D) embeddings of the classes."""
 
-    def __call__(self, regions: RegionSet) -> Tensor:
+    def __call__(self, regions: RegionSet) -> Floats:
         """(R, C) scores in [0, 1]."""
 
-    def select(self, columns: Tensor) -> Scorer:
+    def select(self, columns: Sequence[int]) -> Scorer:
         """The same for some of the classes, by their numbers."""
 
 
@@ -44,22 +46,21 @@ class PublishedScorer:
         exponent: of the text head where there are two heads; a number or (C,).
     """
 
-    rows: Tensor
-    background: Tensor | None
+    rows: Floats
+    background: Floats | None
     scale: float = 100.0
-    exponent: float | Tensor = FIXED_TEXT_WEIGHT
+    exponent: float | Floats = FIXED_TEXT_WEIGHT
 
-    def __call__(self, regions: RegionSet) -> Tensor:
+    def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
-        text, image = _heads(regions, like=self.rows)
         return vocabulary_probabilities(
-            text, image, self.rows, self.background, scale=self.scale, exponent=self.exponent
+            regions.text, regions.image, self.rows, self.background, scale=self.scale, exponent=self.exponent
         )
 
-    def select(self, columns: Tensor) -> PublishedScorer:
+    def select(self, columns: Sequence[int]) -> PublishedScorer:
         """See `Scorer`; the softmax is over those that are left."""
-        exponent = self.exponent[columns] if isinstance(self.exponent, Tensor) else self.exponent
-        return replace(self, rows=self.rows[columns], exponent=exponent)
+        exponent = self.exponent[list(columns)] if isinstance(self.exponent, np.ndarray) else self.exponent
+        return replace(self, rows=self.rows[list(columns)], exponent=exponent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +74,26 @@ class CalibratedScorer:
         calibration: of the checkpoint.
     """
 
-    rows: Tensor
-    background_words: Tensor
-    background: Tensor | None
+    rows: Floats
+    background_words: Floats
+    background: Floats | None
     calibration: Calibration
 
-    def __call__(self, regions: RegionSet) -> Tensor:
+    def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
-        text, image = _heads(regions, like=self.rows)
-        objectness = regions.objectness.to(self.rows)
         return score_regions(
-            text, image, objectness, self.rows, self.background_words, self.background, self.calibration
+            regions.text,
+            regions.image,
+            regions.objectness,
+            self.rows,
+            self.background_words,
+            self.background,
+            self.calibration,
         )
 
-    def select(self, columns: Tensor) -> CalibratedScorer:
+    def select(self, columns: Sequence[int]) -> CalibratedScorer:
         """See `Scorer`."""
-        return replace(self, rows=self.rows[columns])
+        return replace(self, rows=self.rows[list(columns)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,20 +107,20 @@ class ExampleScorer:
         calibration: of the checkpoint; its example values are used.
     """
 
-    rows: Tensor
-    background_words: Tensor
-    negatives: Tensor
+    rows: Floats
+    background_words: Floats
+    negatives: Floats
     calibration: Calibration
 
-    def __call__(self, regions: RegionSet) -> Tensor:
+    def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
         if not len(self.rows):
-            return self.rows.new_zeros(len(regions), 0)
+            return np.zeros((len(regions), 0), np.float32)
         return score_examples(regions, self.rows, self.background_words, self.negatives, self.calibration)
 
-    def select(self, columns: Tensor) -> ExampleScorer:
+    def select(self, columns: Sequence[int]) -> ExampleScorer:
         """See `Scorer`."""
-        return replace(self, rows=self.rows[columns])
+        return replace(self, rows=self.rows[list(columns)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +136,17 @@ class ObjectnessScorer:
     weight: float
 
     @property
-    def rows(self) -> Tensor:
+    def rows(self) -> Floats:
         """See `Scorer`."""
         return self.scorer.rows
 
-    def __call__(self, regions: RegionSet) -> Tensor:
+    def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
         score_RC = self.scorer(regions)
-        objectness_R1 = regions.objectness.to(score_RC)[:, None].clamp(0, 1)
+        objectness_R1 = regions.objectness[:, None].clip(0, 1)
         return score_RC ** (1 - self.weight) * objectness_R1**self.weight
 
-    def select(self, columns: Tensor) -> ObjectnessScorer:
+    def select(self, columns: Sequence[int]) -> ObjectnessScorer:
         """See `Scorer`."""
         return replace(self, scorer=self.scorer.select(columns))
 
@@ -154,8 +159,8 @@ class QueryScores(NamedTuple):
         negative_RN: of the negative words and examples.
     """
 
-    score_RC: Tensor
-    negative_RN: Tensor
+    score_RC: Floats
+    negative_RN: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,54 +178,49 @@ class QueryScorer:
         model: whose background words, background and calibration count.
     """
 
-    words: Tensor
+    words: Floats
     phrases: tuple[tuple[str, ...], ...]
-    word_is_negative: Tensor
-    examples: Tensor
-    example_is_negative: Tensor
+    word_is_negative: NDArray[np.bool_]
+    examples: Floats
+    example_is_negative: NDArray[np.bool_]
     columns: list[int]
     classes: int
     model: RegionModel
 
     def __call__(self, regions: RegionSet) -> QueryScores:
-        """Score all regions of a picture; scores are on the CPU."""
+        """Score all regions of a picture."""
         negative_words, negative_examples = self.words[self.word_is_negative], self.examples[self.example_is_negative]
-        background_words = self.model.background_words.to(self.words)
-        competitors = torch.cat([background_words, negative_words])
+        background_words = self.model.background_words
+        competitors = np.concatenate([background_words, negative_words])
         # Negatives are scored against the checkpoint's background words only: they do not compete with one another.
-        column_RK = torch.cat(
+        column_RK = np.concatenate(
             [
                 self._score_words(regions, ~self.word_is_negative, competitors),
                 self._score_examples(regions, self.examples[~self.example_is_negative], competitors, negative_examples),
             ],
-            dim=1,
+            axis=1,
         )
-        negative_RN = torch.cat(
+        negative_RN = np.concatenate(
             [
                 self._score_words(regions, self.word_is_negative, background_words),
                 self._score_examples(regions, negative_examples, background_words, negative_examples[:0]),
             ],
-            dim=1,
+            axis=1,
         )
         if not len(self.examples):
-            return QueryScores(column_RK.cpu(), negative_RN.cpu())
-        class_K = torch.tensor(self.columns, device=column_RK.device).expand(len(column_RK), -1)
-        score_RC = column_RK.new_zeros(len(column_RK), self.classes).scatter_reduce(1, class_K, column_RK, "amax")
-        return QueryScores(score_RC.cpu(), negative_RN.cpu())
+            return QueryScores(column_RK, negative_RN)
+        score_RC = np.zeros((len(column_RK), self.classes), np.float32)
+        np.maximum.at(score_RC, (slice(None), self.columns), column_RK)
+        return QueryScores(score_RC, negative_RN)
 
-    def _score_words(self, regions: RegionSet, chosen: Tensor, competitors: Tensor) -> Tensor:
-        if not bool(chosen.any()):
-            return self.words.new_zeros(len(regions), 0)
+    def _score_words(self, regions: RegionSet, chosen: NDArray[np.bool_], competitors: Floats) -> Floats:
+        if not chosen.any():
+            return np.zeros((len(regions), 0), np.float32)
         phrases = [group for group, taken in zip(self.phrases, chosen.tolist(), strict=True) if taken]
         return self.model.scorer(self.words[chosen], phrases, competitors)(regions)
 
-    def _score_examples(self, regions: RegionSet, rows: Tensor, competitors: Tensor, negatives: Tensor) -> Tensor:
+    def _score_examples(self, regions: RegionSet, rows: Floats, competitors: Floats, negatives: Floats) -> Floats:
         scorer = ExampleScorer(
             rows=rows, background_words=competitors, negatives=negatives, calibration=self.model.calibration
         )
         return scorer(regions)
-
-
-def _heads(regions: RegionSet, *, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Embeddings of both heads with the device and type of ``like``."""
-    return regions.text.to(like), None if regions.image is None else regions.image.to(like)

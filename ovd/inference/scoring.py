@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
+from numpy.typing import NDArray
 
+from ovd.inference.arrays import Floats, as_array, logit, sigmoid, softmax, unit_rows
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
 CENTRE_PRIOR = 10.0
@@ -95,6 +95,8 @@ class Calibration:
 class RegionSet:
     """Everything a detector knows of one picture before any word is typed.
 
+    Arrays; tensors of whatever device are brought here when one is made.
+
     Attributes:
         boxes: (R, 4) float32 x1, y1, x2, y2 in pixels of the original picture.
         objectness: (R,) in [0, 1].
@@ -108,70 +110,77 @@ class RegionSet:
             objectness 0 and no score of any other word.
     """
 
-    boxes: Tensor
-    objectness: Tensor
-    text: Tensor
-    image: Tensor | None
-    masks: Tensor | None
+    boxes: Floats
+    objectness: Floats
+    text: Floats
+    image: Floats | None
+    masks: Floats | None
     size: tuple[int, int]
-    known: Tensor | None = None
-    bias: Tensor | None = None
-    own: Tensor | None = None
+    known: Floats | None = None
+    bias: Floats | None = None
+    own: Floats | None = None
+
+    def __post_init__(self) -> None:
+        self.boxes, self.objectness, self.text = (as_array(x) for x in (self.boxes, self.objectness, self.text))
+        self.image, self.masks, self.known, self.bias, self.own = (
+            None if x is None else as_array(x) for x in (self.image, self.masks, self.known, self.bias, self.own)
+        )
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     @property
-    def distilled(self) -> Tensor:
+    def distilled(self) -> Floats:
         """(R, D) of the head that was distilled from image embeddings: the image head, or the one head of both."""
         return self.text if self.image is None else self.image
 
 
-def competitor_mask(classes_CD: Tensor, words_BD: Tensor, *, limit: float) -> Tensor:
+def competitor_mask(classes_CD: Floats, words_BD: Floats, *, limit: float) -> NDArray[np.bool_]:
     """(C, B) bool: True where a background word competes with a class, False for its near-synonyms."""
     return classes_CD @ words_BD.T <= limit
 
 
 def competitive_probabilities(
-    regions_RD: Tensor,
-    classes_CD: Tensor,
-    words_BD: Tensor,
-    background_D: Tensor | None,
+    regions_RD: Floats,
+    classes_CD: Floats,
+    words_BD: Floats,
+    background_D: Floats | None,
     *,
     scale: float,
-    keep_CB: Tensor,
-) -> Tensor:
+    keep_CB: NDArray[np.bool_],
+) -> Floats:
     """(R, C) probability of each class against the background words and the background, each column on its own.
 
     ``p_c = e^{s·c} / (e^{s·c} + Σ_competitors e^{s·b} + e^{s·bg})``. All inputs are unit rows; ``keep_CB`` (C, B) bool
     says which background words compete with which class.
     """
-    classes_RC = scale * regions_RD @ classes_CD.T
-    words_RB = scale * regions_RD @ words_BD.T
+    classes_RC = scale * (regions_RD @ classes_CD.T)
+    words_RB = scale * (regions_RD @ words_BD.T)
     if background_D is not None:
-        words_RB = torch.cat([words_RB, scale * (regions_RD @ background_D)[:, None]], dim=1)
-    keep_CB = keep_CB.to(words_RB.dtype)
-    if background_D is not None:
-        keep_CB = F.pad(keep_CB, (0, 1), value=1.0)
+        words_RB = np.concatenate([words_RB, scale * (regions_RD @ background_D)[:, None]], axis=1)
+        keep_CB = np.pad(keep_CB, ((0, 0), (0, 1)), constant_values=True)
     if words_RB.shape[1] == 0:
         raise ValueError("scores need at least one competitor: a background word or a background embedding")
     # One shift per region keeps every exponential in range; a sum over the kept words (never total − left out) keeps
     # the digits.
-    shift_R1 = words_RB.max(dim=1, keepdim=True).values
-    against_RC = (words_RB - shift_R1).exp() @ keep_CB.T
-    log_odds_RC = classes_RC - shift_R1 - against_RC.clamp_min(1e-30).log()
-    return log_odds_RC.sigmoid()
+    shift_R1 = words_RB.max(axis=1, keepdims=True)
+    odds_RB = np.exp(words_RB - shift_R1)
+    against_RC = np.empty_like(classes_RC)
+    all_C = keep_CB.all(axis=1)  # most of ten thousand words have no near-synonym: their sum is one and the same
+    against_RC[:, all_C] = odds_RB.sum(axis=1, keepdims=True)
+    against_RC[:, ~all_C] = odds_RB @ keep_CB[~all_C].T.astype(odds_RB.dtype)
+    return sigmoid(classes_RC - shift_R1 - np.log(np.maximum(against_RC, 1e-30)))
 
 
 def score_regions(
-    text_RD: Tensor,
-    image_RD: Tensor | None,
-    objectness_R: Tensor,
-    classes_CD: Tensor,
-    words_BD: Tensor,
-    background_D: Tensor | None,
+    text_RD: Floats,
+    image_RD: Floats | None,
+    objectness_R: Floats,
+    classes_CD: Floats,
+    words_BD: Floats,
+    background_D: Floats | None,
     calibration: Calibration,
-) -> Tensor:
+) -> Floats:
     """(R, C) scores in [0, 1]; column c depends on class c alone.
 
     Args:
@@ -190,15 +199,15 @@ def score_regions(
         image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, keep_CB=keep_CB)
         score = geometric_ensemble(score, image, calibration.text_weight)
     if calibration.objectness_weight:
-        score = score * objectness_R.clamp(0.0, 1.0).pow(calibration.objectness_weight)[:, None]
+        score = score * objectness_R.clip(0, 1)[:, None] ** calibration.objectness_weight
     if (calibration.slope, calibration.offset) != (1.0, 0.0):
-        score = (calibration.slope * torch.logit(score, eps=1e-6) + calibration.offset).sigmoid()
+        score = sigmoid(calibration.slope * logit(score, eps=1e-6) + calibration.offset)
     return score
 
 
 def score_examples(
-    regions: RegionSet, examples_ED: Tensor, words_BD: Tensor, negatives_ND: Tensor, calibration: Calibration
-) -> Tensor:
+    regions: RegionSet, examples_ED: Floats, words_BD: Floats, negatives_ND: Floats, calibration: Calibration
+) -> Floats:
     """(R, E) scores in [0, 1] of classes given by crops; column e depends on the picture and example e alone.
 
     Image embeddings share a large common part (what all crops look like) that says nothing about the thing, and they
@@ -215,43 +224,43 @@ def score_examples(
         calibration: the checkpoint's; its example values are used.
     """
     centred, (example_ED, negatives_ND) = centred_on_picture(regions, examples_ED, negatives_ND)
-    against_BD = torch.cat([centred_texts(words_BD), negatives_ND])
+    against_BD = np.concatenate([centred_texts(words_BD), negatives_ND])
     return score_regions(
         centred.text, None, centred.objectness, example_ED, against_BD, None, calibration.of_examples()
     )
 
 
-def centred_on_picture(regions: RegionSet, *images_ED: Tensor) -> tuple[RegionSet, list[Tensor]]:
+def centred_on_picture(regions: RegionSet, *images_ED: Floats) -> tuple[RegionSet, list[Floats]]:
     """The regions with one head, minus what the picture's regions share, and other image embeddings likewise."""
     region_RD = regions.distilled
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
-    common_D = region_RD.sum(dim=0) / (len(region_RD) + CENTRE_PRIOR)
-    moved = [F.normalize(x - common_D, dim=1) for x in (region_RD, *images_ED)]
+    common_D = region_RD.sum(axis=0) / (len(region_RD) + CENTRE_PRIOR)
+    moved = [unit_rows(x - common_D) for x in (region_RD, *images_ED)]
     return replace(regions, text=moved[0], image=None), moved[1:]
 
 
-def centred_texts(words_BD: Tensor) -> Tensor:
+def centred_texts(words_BD: Floats) -> Floats:
     """Unit rows minus their mean, normalised again; a single word stays as it is."""
-    return F.normalize(words_BD - words_BD.mean(dim=0), dim=1) if len(words_BD) > 1 else words_BD
+    return unit_rows(words_BD - words_BD.mean(axis=0)) if len(words_BD) > 1 else words_BD
 
 
 def vocabulary_probabilities(
-    text_RD: Tensor,
-    image_RD: Tensor | None,
-    classes_CD: Tensor,
-    background_D: Tensor | None,
+    text_RD: Floats,
+    image_RD: Floats | None,
+    classes_CD: Floats,
+    background_D: Floats | None,
     *,
     scale: float,
-    exponent: Tensor | float = FIXED_TEXT_WEIGHT,
-) -> Tensor:
+    exponent: Floats | float = FIXED_TEXT_WEIGHT,
+) -> Floats:
     """(R, C) scores of the published evaluation: one softmax over the whole vocabulary, background column dropped.
 
     The text head's softmax includes the background, the image head's does not (released code).
     """
-    logits = scale * text_RD @ classes_CD.T
+    logits = scale * (text_RD @ classes_CD.T)
     if background_D is not None:
-        logits = torch.cat([logits, scale * (text_RD @ background_D)[:, None]], dim=1)
-    score = logits.softmax(dim=1)[:, : len(classes_CD)]
+        logits = np.concatenate([logits, scale * (text_RD @ background_D)[:, None]], axis=1)
+    score = softmax(logits)[:, : len(classes_CD)]
     if image_RD is not None:
-        score = geometric_ensemble(score, (scale * image_RD @ classes_CD.T).softmax(dim=1), exponent)
+        score = geometric_ensemble(score, softmax(scale * (image_RD @ classes_CD.T)), exponent)
     return score

@@ -28,12 +28,11 @@ def look_at_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
     if not sides or not all(LEAST <= side <= MOST for side in sides):
         raise UserError(f"sides {list(sides)}: one or more numbers of {LEAST} to {MOST} pixels")
     if isinstance(model, FvlmRegionModel):
-        proposer = model.model.proposer
+        model.network.sides = tuple(dict.fromkeys(sides))
     elif isinstance(model, CropNames) and isinstance(model.source, PhotoBoxes):
-        proposer = model.source.proposer
+        model.source.proposer.sides = tuple(dict.fromkeys(sides))
     else:
         raise UserError("sides are for detectors of photographs; this one looks at pictures in one size")
-    proposer.sides = tuple(dict.fromkeys(sides))
 
 
 def card_with_sides(card: Mapping[str, Any], sides: Sequence[int] | None) -> dict[str, Any]:

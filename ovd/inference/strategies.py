@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ovd.inference.arrays import Floats
 from ovd.inference.crop_names import CropNames
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import RegionSet
@@ -50,7 +50,7 @@ class CropEmbeddings(RegionModel):
             regions,
             boxes=boxes,
             objectness=regions.objectness[keep],
-            text=embed_regions(self.encoder, image, boxes),
+            text=embed_regions(self.encoder, image, boxes).numpy(),
             image=None,
             masks=None if regions.masks is None else regions.masks[keep],
         )
@@ -65,7 +65,7 @@ class ConditionedQueries(RegionModel):
         classes_per_pass: as in training.
     """
 
-    def __init__(self, *, model: OpenVocabularyDetr, rows: Tensor, classes_per_pass: int) -> None:
+    def __init__(self, *, model: OpenVocabularyDetr, rows: Floats, classes_per_pass: int) -> None:
         self.model, self.rows, self.classes_per_pass, self.card = model, rows, classes_per_pass, model.card
         self.background_words, self.background = model.background_words, model.background
         self.calibration, self.objectness_weight = model.calibration, model.objectness_weight

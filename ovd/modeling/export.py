@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported detectors of any kind: a folder with a card (``model.json``) and weights (``model.safetensors``)."""
+"""Exported detectors of any kind: a folder with a card (``model.json``) and weights (``model.safetensors``).
+
+The card is read without torch; only what touches tensors imports it.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from ovd.config import ModelConfig
-from ovd.config_detr import DetrConfig
-from ovd.config_fvlm import FvlmConfig
 from ovd.vocabulary import TEMPLATE_SETS
-from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
-from pretrain.engine.state import load_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ovd.config import ModelConfig
+    from ovd.config_detr import DetrConfig
+    from ovd.config_fvlm import FvlmConfig
 
 FORMAT = 1
 """Version of ``model.json``."""
@@ -106,6 +108,10 @@ class DetectorCard:
     @property
     def architecture(self) -> ModelConfig | DetrConfig | FvlmConfig:
         """The configuration that the model was built from."""
+        from ovd.config import ModelConfig
+        from ovd.config_detr import DetrConfig
+        from ovd.config_fvlm import FvlmConfig
+
         if self.arch == "mask_rcnn":
             return ModelConfig.model_validate(self.model)
         if self.arch == "fvlm":
@@ -115,6 +121,8 @@ class DetectorCard:
     @property
     def trainable(self) -> Tensor:
         """(C,) bool: False for the classes that no label of training named."""
+        import torch
+
         kept = torch.ones(len(self.classes), dtype=torch.bool)
         kept[list(self.novel)] = False
         return kept
@@ -122,6 +130,8 @@ class DetectorCard:
 
 def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: Tensor, half: bool = True) -> None:
     """Write ``model.safetensors`` and ``model.json``; floats as fp16 when ``half``."""
+    from pretrain.engine.checkpoint import save_weights
+
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{k}": v.detach().cpu() for k, v in model.state_dict().items()}
     tensors["bank"] = bank.cpu()
@@ -165,6 +175,8 @@ def read_card(folder: Path) -> DetectorCard:
 
 def exported_tensors(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     """(state dict, (B, D) bank embeddings) of an exported detector, in full precision."""
+    from pretrain.engine.checkpoint import load_weights
+
     tensors, _ = load_weights(folder / "model.safetensors")
     state = {
         k.removeprefix("model."): v.float() if v.is_floating_point() else v
@@ -180,5 +192,7 @@ def load_exported(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -
     Raises:
         UserError: it does not fit the card that the model was built from.
     """
+    from pretrain.engine.state import load_tensors
+
     hint = "Its model.json describes another model; export it again"
     load_tensors(model, state, source=folder / "model.safetensors", hint=hint)

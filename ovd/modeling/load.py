@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovd.inference.region_model import RCNNRegionModel, RegionModel
 from ovd.modeling.export import DetectorCard, read_card
 
 if TYPE_CHECKING:
     from ovd.inference.fvlm_regions import FvlmRegionModel
+    from ovd.inference.region_model import RegionModel
     from ovd.regions.proposals import Proposer
     from pretrain.nets.towers import JointEncoder
 
@@ -49,11 +49,12 @@ def load_detector_model(
         from ovd.modeling.detr.build import load_detr
 
         detr, bank = load_detr(folder, card)
-        return detr_region_model(detr.to(device), card=card, background_words=bank, top=top)
+        return detr_region_model(detr.to(device), card=card, background_words=bank.numpy(), top=top)
+    from ovd.inference.rcnn_regions import RCNNRegionModel
     from ovd.modeling.vild.build import load_model
 
     model, bank = load_model(folder, card)
-    return RCNNRegionModel(model=model.to(device), card=card, background_words=bank, top=top, masks=masks)
+    return RCNNRegionModel(model=model.to(device), card=card, background_words=bank.numpy(), top=top, masks=masks)
 
 
 def _load_fvlm(
@@ -62,6 +63,7 @@ def _load_fvlm(
     from ovd.config_fvlm import FvlmConfig
     from ovd.inference.encoder import load_encoder_of
     from ovd.inference.fvlm_regions import FvlmRegionModel
+    from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.inference.known_words import WordList
     from ovd.modeling.fvlm.network import known_words, load_fvlm
     from ovd.modeling.fvlm.own_classes import load_own_classes
@@ -69,15 +71,16 @@ def _load_fvlm(
 
     model, bank = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
     lexicon = read_lexicon()
+    own = load_own_classes(folder, card.own, lexicon=lexicon, device=device)
     config = card.architecture
     assert isinstance(config, FvlmConfig)
     return FvlmRegionModel(
-        model=model,
+        network=TorchNetwork(model, own=own),
         card=card,
-        background_words=bank,
+        background_words=bank.numpy(),
         known=WordList(words=known_words(config), lexicon=lexicon),
         trained=WordList(words=card.bank, lexicon=lexicon),
-        own=load_own_classes(folder, card.own, lexicon=lexicon, device=device),
+        own=None if own is None else own.words,
         top=top,
     )
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
+
+from ovd.inference.arrays import as_array
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,18 +93,16 @@ def select_proposals(
     return Proposals(np.ascontiguousarray(box_P4[order]), np.ascontiguousarray(score_P[order]))
 
 
-def large_enough(boxes: torch.Tensor, *, min_side: float = MIN_SIDE) -> torch.Tensor:
+def large_enough(boxes: NDArray[np.float32], *, min_side: float = MIN_SIDE) -> NDArray[np.bool_]:
     """(P,) bool: which of ``(P, 4)`` boxes have both sides of at least ``min_side`` pixels."""
-    return ((boxes[:, 2:] - boxes[:, :2]) >= min_side).all(dim=1)
+    return ((boxes[:, 2:] - boxes[:, :2]) >= min_side).all(axis=1)
 
 
-def resize_boxes(boxes: torch.Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> torch.Tensor:
+def resize_boxes(boxes: NDArray[np.float32], old_hw: tuple[int, int], new_hw: tuple[int, int]) -> NDArray[np.float32]:
     """Scale ``(P, 4)`` boxes with a picture resized from ``old_hw`` to ``new_hw`` (height, width)."""
     sy, sx = new_hw[0] / old_hw[0], new_hw[1] / old_hw[1]
-    return boxes * boxes.new_tensor([sx, sy, sx, sy])
+    return boxes * np.array([sx, sy, sx, sy], dtype=np.float32)
 
 
 def _array(value: object) -> NDArray[np.float32]:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
-    return np.asarray(value, dtype=np.float32)
+    return as_array(value).astype(np.float32, copy=False)

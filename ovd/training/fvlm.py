@@ -64,7 +64,10 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     for notice in photos.notices:
         print(notice)
     encoder = resolve_encoder(config.encoder)
-    rows = embed_vocabulary(Vocabulary.of(photos.table.words, templates=TEMPLATE_SETS[config.templates]), encoder)
+    import torch
+
+    words = Vocabulary.of(photos.table.words, templates=TEMPLATE_SETS[config.templates])
+    rows = torch.from_numpy(embed_vocabulary(words, encoder))
     proposals = detector_folder(config.proposals)
     model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder)
     key = {"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}

@@ -123,7 +123,7 @@ def label_set(data: DataConfig, encoder: JointEncoder, *, templates: str = "stic
     from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
 
     images = labelled_images(data)
-    rows = embed_vocabulary(Vocabulary.of(images.names, templates=TEMPLATE_SETS[templates]), encoder)
+    rows = torch.from_numpy(embed_vocabulary(Vocabulary.of(images.names, templates=TEMPLATE_SETS[templates]), encoder))
     novel = images.novel if data.labels == "base" else frozenset()
     trainable = torch.ones(len(images.names), dtype=torch.bool)
     trainable[sorted(novel)] = False

@@ -21,7 +21,9 @@ from pretrain.engine.errors import ConfigError, nearest, shorten
 MAX_BYTES = 1_000_000  # of one file
 MAX_NODES = 20_000  # of one file after its aliases are expanded: stops "billion laughs"
 MAX_DEPTH = 32  # of nesting in a file, and of ``base:`` links
-REPOSITORY = Path(__file__).resolve().parents[2]
+_ABOVE = Path(__file__).resolve().parents
+REPOSITORY = _ABOVE[2] if (_ABOVE[2] / "configs").is_dir() else _ABOVE[1]
+"""The folder with ``configs``: the checkout, or in an installed wheel the package."""
 _TOO_MANY = f"more than {MAX_NODES} values, counting what aliases repeat"
 SUFFIXES = ("", ".yaml", ".yml")
 

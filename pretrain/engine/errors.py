@@ -22,6 +22,11 @@ MACHINE_FAULTS = frozenset({
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE,
     errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE,
 })  # fmt: skip
+NEEDS_TORCH = 'pip install "wordbox[train]"'
+"""The line that brings torch and all that trains."""
+TRAINING_PACKAGES = frozenset(
+    {"detectron2", "fvcore", "open_clip", "pycocotools", "scipy", "timm", "torch", "torchvision"}
+)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a C program killed by ``| head`` reports
@@ -116,6 +121,11 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         # Every process that torchrun starts reads the same configuration: one of them says what is wrong with it.
         if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in TRAINING_PACKAGES:
+            raise
+        print(f"error: this needs {error.name}, which is not installed: {NEEDS_TORCH}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -19,13 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
 from pretrain.config_photos import TimmTower
 from pretrain.engine.checkpoint import save_weights
+from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
 from pretrain.engine.state import load_tensors
 from pretrain.nets.open_clip_parts import open_clip_module
@@ -242,6 +245,22 @@ class JointEncoder(nn.Module):
         if self.text is None:
             raise UserError("this encoder has an image tower only: it cannot read text")
         return self.text(tokens)
+
+    def token_ids(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """`tokenize` as an array."""
+        return self.tokenize(texts).numpy()
+
+    @torch.inference_mode()
+    def text_rows(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts -> (N, D), in arrays."""
+        tokens = self.tokenize(texts).to(device_of(self))
+        return self.encode_text(tokens).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def crop_rows(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """RGB crops (N, 3, h, w) -> (N, D), in arrays."""
+        pixels = self.prepare(torch.from_numpy(crops).to(device_of(self)))
+        return self.encode_image(pixels).float().cpu().numpy()
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Both embeddings, so that DistributedDataParallel sees one forward pass."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ovd.demo.answer
@@ -157,11 +156,11 @@ def test_examples_need_no_words_and_no_examples_need_words(answerer: Answerer, p
 class LocatingModel(ColourModel, PatchLocator):
     """Finds two boxes, whatever the crops."""
 
-    def locate(self, image: np.ndarray, rows_CD: torch.Tensor) -> ConditionedBoxes:
-        boxes = torch.tensor([[10.0, 20, 50, 70], [80, 30, 150, 110]])
-        return ConditionedBoxes(boxes, torch.tensor([0.9, 0.4]), torch.arange(2) % len(rows_CD))
+    def locate(self, image: np.ndarray, rows_CD: np.ndarray) -> ConditionedBoxes:
+        boxes = np.array([[10, 20, 50, 70], [80, 30, 150, 110]], np.float32)
+        return ConditionedBoxes(boxes, np.array([0.9, 0.4], np.float32), np.arange(2) % len(rows_CD))
 
-    def patch_rows(self, crops: object) -> torch.Tensor:
+    def patch_rows(self, crops: object) -> np.ndarray:
         raise AssertionError("its patches are embedded by the image-text encoder")
 
 
@@ -212,7 +211,7 @@ class Traffic:
         text, network = answerer.detector.text, answerer.detector.model.regions
         embed = text.embed
 
-        def embedded(words: Vocabulary) -> torch.Tensor:
+        def embedded(words: Vocabulary) -> np.ndarray:
             self.begun.append(words.classes[0].name)
             self.between()
             return embed(words)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.detector import Detector
+from ovd.inference.arrays import unit_rows
 from ovd.inference.everything import OwnWords
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet
@@ -47,17 +50,16 @@ class WordEncoder(nn.Module):
     def fingerprint(self) -> str:
         return "f" * 64
 
-    def tokenize(self, texts: list[str]) -> Tensor:
+    def token_ids(self, texts: Sequence[str]) -> NDArray[np.int64]:
         start = len(self._texts)
         self._texts.extend(texts)
-        return torch.arange(start, start + len(texts))[:, None]
+        return np.arange(start, start + len(texts))[:, None]
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        texts = [self._texts[int(i)] for i in tokens[:, 0]]
+    def text_rows(self, texts: Sequence[str]) -> NDArray[np.float32]:
         self.encoded.extend(texts)
-        return torch.stack([self._vector(t) for t in texts])
+        return np.stack([self.vector(t).numpy() for t in texts])
 
-    def _vector(self, text: str) -> Tensor:
+    def vector(self, text: str) -> Tensor:
         words = [w for w in text.lower().replace(".", " ").replace(",", " ").split() if w not in FILLER] or ["nothing"]
         total = torch.zeros(DIM)
         for word in words:
@@ -74,10 +76,13 @@ class WordEncoder(nn.Module):
         palette = torch.tensor([*COLOURS.values(), GREY], dtype=torch.float32)
         nearest = (pixels.permute(0, 2, 3, 1)[..., None, :] - palette).norm(dim=-1).argmin(dim=-1)
         share = F.one_hot(nearest, len(names)).float().mean(dim=(1, 2))
-        return share @ torch.stack([self.word(name) for name in names])
+        return share @ torch.stack([F.normalize(self.vector(name), dim=0) for name in names])
 
-    def word(self, text: str) -> Tensor:
-        return F.normalize(self._vector(text), dim=0)
+    def crop_rows(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.encode_image(self.prepare(torch.from_numpy(crops))).numpy()
+
+    def word(self, text: str) -> NDArray[np.float32]:
+        return F.normalize(self.vector(text), dim=0).numpy()
 
 
 class ColourModel(RegionModel):
@@ -87,7 +92,7 @@ class ColourModel(RegionModel):
         self.encoder = encoder
         self.runs = 0
         self.with_masks = masks
-        self.background_words = torch.stack([encoder.word(f"bank{i}") for i in range(12)])
+        self.background_words = np.stack([encoder.word(f"bank{i}") for i in range(12)])
         self.background = encoder.word("background")
         self.calibration = Calibration(
             logit_scale=20.0, threshold=threshold, example_logit_scale=20.0, example_threshold=threshold
@@ -112,17 +117,17 @@ class ColourModel(RegionModel):
                 boxes.append([x, y, x + w, y + h])
                 text.append(self.encoder.word(name))
                 part = torch.from_numpy(inside[y : y + h, x : x + w]).float()
-                masks.append(F.interpolate(part[None, None], size=(28, 28), mode="area")[0, 0])
+                masks.append(F.interpolate(part[None, None], size=(28, 28), mode="area")[0, 0].numpy())
         # One region that is nothing in particular, as every real detector has.
         boxes.append([0, 0, width, height])
         text.append(self.background)
-        masks.append(torch.ones(28, 28))
+        masks.append(np.ones((28, 28), np.float32))
         return RegionSet(
-            boxes=torch.tensor(boxes, dtype=torch.float32),
-            objectness=torch.full((len(boxes),), 0.9),
-            text=F.normalize(torch.stack(text), dim=-1),
+            boxes=np.array(boxes, np.float32),
+            objectness=np.full(len(boxes), 0.9, np.float32),
+            text=unit_rows(np.stack(text)),
             image=None,
-            masks=torch.stack(masks) if self.with_masks else None,
+            masks=np.stack(masks) if self.with_masks else None,
             size=(height, width),
         )
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from ovd.asking import named_example
 from ovd.detector import Detector
 from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
+from ovd.inference.arrays import unit_rows
 from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
 from ovd.predict import main, predict
 from ovd.vocabulary import TEMPLATES_STICKER
@@ -67,7 +67,7 @@ def test_a_word_and_a_crop_of_one_name_are_one_class_and_the_better_score_counts
     mixed, _ = regions.scores(query)
     word, _ = regions.scores(detector.query("red"))
     crop, _ = regions.scores(detector.query(None, {"x": BLUE}))
-    torch.testing.assert_close(mixed[:, 0], torch.maximum(word[:, 0], crop[:, 0]))
+    np.testing.assert_allclose(mixed[:, 0], np.maximum(word[:, 0], crop[:, 0]), rtol=1e-6)
 
 
 def test_a_score_depends_on_no_other_word_and_no_other_example() -> None:
@@ -75,7 +75,7 @@ def test_a_score_depends_on_no_other_word_and_no_other_example() -> None:
     regions = detector.embed(picture(SCENE))
     alone, _ = regions.scores(detector.query(None, {"a": RED}))
     many, _ = regions.scores(detector.query("green, yellow, blue", {"b": BLUE, "a": RED}))
-    torch.testing.assert_close(many[:, 4], alone[:, 0])
+    np.testing.assert_allclose(many[:, 4], alone[:, 0], rtol=1e-5)
 
 
 def test_negative_examples_and_negative_words_take_regions_away() -> None:
@@ -94,8 +94,8 @@ def test_several_crops_of_one_name_are_embedded_alone_and_averaged() -> None:
     embedder = ExampleEmbedder(encoder=encoder)
     (pair,) = parse_examples([("x", RED), ("X", BLUE)])
     assert pair.name == "x" and len(pair.crops) == 2
-    expected = F.normalize(encoder.word("red") + encoder.word("blue"), dim=0)
-    torch.testing.assert_close(embedder.embed([pair])[0], expected)
+    (expected,) = unit_rows((encoder.word("red") + encoder.word("blue"))[None])
+    np.testing.assert_allclose(embedder.embed([pair])[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_box_is_embedded_with_its_surroundings_as_the_regions_were() -> None:
@@ -104,7 +104,7 @@ def test_a_box_is_embedded_with_its_surroundings_as_the_regions_were() -> None:
     row = ExampleEmbedder(encoder=encoder).embed([Example("x", (crop,))])[0]
     # 1x shows red alone, 1.5x shows 1/2.25 red on grey (ViLD: the sum of both, normalised).
     wide = encoder.word("red") / 2.25 + encoder.word("grey") * (1 - 1 / 2.25)
-    expected = F.normalize(encoder.word("red") + wide, dim=0)
+    (expected,) = unit_rows((encoder.word("red") + wide)[None])
     assert float(row @ expected) > 0.999
     assert float(row @ encoder.word("red")) < 0.95
 
@@ -183,10 +183,14 @@ def test_a_model_may_bring_its_own_image_space() -> None:
     assert [10, 20, 50, 70] not in detector.find(picture(SCENE), examples={"r": RED}, threshold=0.1).xyxy.tolist()
 
 
+def direction(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x)
+
+
 def test_an_example_is_scored_as_derived_by_hand() -> None:
     """The image head where there are two; images centred on the picture's regions, words on their own mean."""
-    unit = F.normalize(torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).double(), dim=1)
-    regions = RegionSet(boxes=torch.zeros(2, 4), objectness=torch.tensor([0.5, 1.0]).double(), text=unit[:2],
+    unit = unit_rows(np.random.default_rng(0).standard_normal((9, 8)))
+    regions = RegionSet(boxes=np.zeros((2, 4)), objectness=np.array([0.5, 1.0]), text=unit[:2],
                         image=unit[2:4], masks=None, size=(1, 1))  # fmt: skip
     calibration = Calibration(
         bank_limit=1.0, example_logit_scale=7.0, example_objectness_weight=1.0, example_slope=2.0, example_offset=-1.0
@@ -194,32 +198,31 @@ def test_an_example_is_scored_as_derived_by_hand() -> None:
     got = score_examples(regions, unit[4:5], unit[5:8], unit[8:], calibration)
     mean = (unit[2] + unit[3]) / (2 + CENTRE_PRIOR)
     for r in range(2):
-        z = (unit[2 + r] - mean) / (unit[2 + r] - mean).norm()
-        likeness = 7.0 * float(z @ (unit[4] - mean) / (unit[4] - mean).norm())
-        rivals = [float(z @ (w - unit[5:8].mean(0)) / (w - unit[5:8].mean(0)).norm()) for w in unit[5:8]]
-        rivals.append(float(z @ (unit[8] - mean) / (unit[8] - mean).norm()))
+        z = direction(unit[2 + r] - mean)
+        likeness = 7.0 * float(z @ direction(unit[4] - mean))
+        rivals = [float(z @ direction(w - unit[5:8].mean(0))) for w in unit[5:8]]
+        rivals.append(float(z @ direction(unit[8] - mean)))
         p = math.exp(likeness) / (math.exp(likeness) + sum(math.exp(7.0 * v) for v in rivals)) * (0.5, 1.0)[r]
         assert float(got[r, 0]) == pytest.approx(1 / (1 + math.exp(1.0) * ((1 - p) / p) ** 2), rel=1e-6)
 
 
 def test_what_all_regions_share_does_not_count_as_likeness() -> None:
-    common = torch.zeros(8).index_fill(0, torch.tensor([0]), 3.0)
-    parts = torch.eye(8)[1:]
-    regions = RegionSet(boxes=torch.zeros(7, 4), objectness=torch.ones(7), text=F.normalize(parts + common, dim=1),
+    common, parts = 3.0 * np.eye(8)[0], np.eye(8)[1:]
+    regions = RegionSet(boxes=np.zeros((7, 4)), objectness=np.ones(7), text=unit_rows(parts + common),
                         image=None, masks=None, size=(1, 1))  # fmt: skip
-    example = F.normalize(parts[:1] + common, dim=1)
-    many = RegionSet(**{**vars(regions), "boxes": torch.zeros(140, 4), "objectness": torch.ones(140),
-                        "text": regions.text.repeat(20, 1)})  # fmt: skip
-    bank = F.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    example = unit_rows(parts[:1] + common)
+    many = RegionSet(**{**vars(regions), "boxes": np.zeros((140, 4)), "objectness": np.ones(140),
+                        "text": np.tile(regions.text, (20, 1))})  # fmt: skip
+    bank = unit_rows(np.random.default_rng(1).standard_normal((12, 8)))
     score = score_examples(many, example, bank, bank[:0], Calibration(example_logit_scale=10.0))[:7, 0]
     assert float(regions.text[0] @ example[0] - regions.text[1] @ example[0]) < 0.11
     assert float(score[0]) > 0.9 and float(score[1:].max()) < 0.2
 
 
 def test_a_picture_without_regions_has_no_scores() -> None:
-    empty = RegionSet(boxes=torch.zeros(0, 4), objectness=torch.zeros(0), text=torch.zeros(0, 8), image=None,
+    empty = RegionSet(boxes=np.zeros((0, 4)), objectness=np.zeros(0), text=np.zeros((0, 8)), image=None,
                       masks=None, size=(1, 1))  # fmt: skip
-    assert score_examples(empty, torch.eye(8)[:2], torch.eye(8), torch.eye(8)[:0], Calibration()).shape == (0, 2)
+    assert score_examples(empty, np.eye(8)[:2], np.eye(8), np.eye(8)[:0], Calibration()).shape == (0, 2)
 
 
 def test_a_calibration_of_examples_leaves_the_words_alone() -> None:

@@ -31,7 +31,7 @@ def shrinking_detector(*, masks: bool = True) -> TiledDetector:
         small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
         found = network(small)
         sides = found.boxes[:, 2:] - found.boxes[:, :2]
-        found.objectness[sides.min(dim=1).values < 6] = 0.0
+        found.objectness[sides.min(axis=1) < 6] = 0.0
         found.boxes /= scale
         found.size = (image.shape[0], image.shape[1])
         keep = found.objectness > 0

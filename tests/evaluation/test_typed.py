@@ -13,8 +13,8 @@ from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.inference.strategies import CropEmbeddings
 
-ROWS = torch.eye(6)  # six words, each its own axis
-BACKGROUND_WORDS = torch.eye(6)[5:]
+ROWS = np.eye(6, dtype=np.float32)  # six words, each its own axis
+BACKGROUND_WORDS = ROWS[5:]
 
 
 def scene(
@@ -23,17 +23,17 @@ def scene(
     """Regions that look exactly like the words ``axes``; the first len(present) boxes are the labels."""
     count = len(axes)
     regions = RegionSet(
-        boxes=torch.tensor(boxes),
-        objectness=torch.full((count,), 0.9),
-        text=torch.eye(6)[axes],
+        boxes=np.array(boxes, np.float32),
+        objectness=np.full(count, 0.9, np.float32),
+        text=ROWS[axes],
         image=None,
         masks=None,
         size=(100, 100),
     )
     return TypedScene(
         regions=regions,
-        boxes=torch.tensor(boxes[: len(present)]),
-        classes=torch.tensor(present),
+        boxes=np.array(boxes[: len(present)], np.float32),
+        classes=np.array(present),
         present=present,
         absent=absent,
     )
@@ -86,9 +86,8 @@ def test_average_precision__without_labels_or_detections_is_zero() -> None:
 def test_ranking__uses_objectness_where_only_objectness_tells_right_from_wrong() -> None:
     """The wrong region looks more like the word than the right one; objectness knows better."""
     made = scene([0, 0], present=(0,), absent=(1,), boxes=[A, B])
-    text = torch.stack([torch.tensor([0.8, 0, 0, 0, 0, 0.6]), torch.eye(6)[0]])
-    made.regions.text = text
-    made.regions.objectness = torch.tensor([0.99, 0.01])
+    made.regions.text = np.stack([np.array([0.8, 0, 0, 0, 0, 0.6], np.float32), ROWS[0]])
+    made.regions.objectness = np.array([0.99, 0.01], np.float32)
     chosen = choose_ranking([made], scorer(Calibration()), logit_scales=(5.0,))
     assert chosen.objectness_weight > 0.0
 
@@ -109,28 +108,32 @@ def test_crops__regions_are_named_by_the_encoder_and_slivers_are_left_out() -> N
             return []
 
     class Boxes(RegionModel):
-        background_words, calibration = torch.zeros(0, 3), Calibration()
+        background_words, calibration = np.zeros((0, 3), np.float32), Calibration()
 
         def regions(self, image: np.ndarray) -> RegionSet:
-            boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0], [60.0, 60.0, 61.0, 90.0], [60.0, 10.0, 90.0, 40.0]])
+            boxes = np.array([[10, 10, 30, 30], [60, 60, 61, 90], [60, 10, 90, 40]], np.float32)
             return RegionSet(
-                boxes=boxes, objectness=torch.tensor([0.9, 0.8, 0.7]), text=torch.zeros(3, 3), image=None, masks=None,
+                boxes=boxes,
+                objectness=np.array([0.9, 0.8, 0.7]),
+                text=np.zeros((3, 3), np.float32),
+                image=None,
+                masks=None,
                 size=(100, 100),
-            )  # fmt: skip
+            )
 
     image = np.zeros((100, 100, 3), dtype=np.uint8)
     image[:, :50, 0] = 255
     image[:, 50:, 2] = 255
     got = CropEmbeddings(model=Boxes(), encoder=Colour()).regions(image)
     assert got.objectness.tolist() == pytest.approx([0.9, 0.7])
-    torch.testing.assert_close(got.text, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(got.text, [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], atol=1e-5)
 
 
 def test_distractors__a_region_that_goes_by_another_word_is_gone_and_others_keep_their_score() -> None:
     from ovd.evaluation.typed import distractor_scores
 
     made = scene([0, 1], present=(0, 1), absent=(), boxes=[A, B])
-    made.regions.text = torch.stack([torch.eye(6)[0], torch.tensor([0.0, 0.7, 0.72, 0, 0, 0])])
+    made.regions.text = np.array([[1, 0, 0, 0, 0, 0], [0, 0.7, 0.72, 0, 0, 0]], np.float32)
     calibration = Calibration(logit_scale=10.0, threshold=0.2)
     before, after = distractor_scores([made], [(3, 4)], scorer(calibration))
     np.testing.assert_allclose(before, after)

@@ -99,11 +99,16 @@ def test_distillation__sends_no_gradient_to_the_teacher() -> None:
     assert b.grad is None
 
 
+def rows(*shape: int, seed: int) -> np.ndarray:
+    """Unit rows in double precision."""
+    return unit(*shape, seed=seed).double().numpy()
+
+
 def test_ensemble__base_leans_on_text_and_novel_on_image_by_two_thirds() -> None:
-    text, image = torch.tensor([[0.8, 0.3]]), torch.tensor([[0.2, 0.6]])
-    got = geometric_ensemble(text, image, text_exponents(torch.tensor([True, False])))
+    text, image = np.array([[0.8, 0.3]]), np.array([[0.2, 0.6]])
+    got = geometric_ensemble(text, image, text_exponents(np.array([True, False])))
     wanted = [0.8 ** (2 / 3) * 0.2 ** (1 / 3), 0.3 ** (1 / 3) * 0.6 ** (2 / 3)]
-    np.testing.assert_allclose(got[0].numpy(), wanted, rtol=1e-6)
+    np.testing.assert_allclose(got[0], wanted, rtol=1e-6)
 
 
 def brute_force_score(region: np.ndarray, word: np.ndarray, rivals: list[np.ndarray], scale: float) -> float:
@@ -113,55 +118,55 @@ def brute_force_score(region: np.ndarray, word: np.ndarray, rivals: list[np.ndar
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_scores__equal_a_softmax_against_bank_and_background(with_image: bool) -> None:
-    text, image, words, bank = unit(4, 6, seed=1), unit(4, 6, seed=2), unit(3, 6, seed=3), unit(5, 6, seed=4)
-    background = unit(1, 6, seed=5)[0]
+    text, image, words, bank = rows(4, 6, seed=1), rows(4, 6, seed=2), rows(3, 6, seed=3), rows(5, 6, seed=4)
+    background = rows(1, 6, seed=5)[0]
     calibration = Calibration(logit_scale=20.0, bank_limit=0.4, text_weight=0.6)
-    got = score_regions(text, image if with_image else None, torch.ones(4), words, bank, background, calibration)
+    got = score_regions(text, image if with_image else None, np.ones(4), words, bank, background, calibration)
     for r in range(4):
         for c in range(3):
-            rivals = [b.double().numpy() for b in bank if float(words[c] @ b) <= 0.4]
-            bg = [*rivals, background.double().numpy()]
-            wanted = brute_force_score(text[r].double().numpy(), words[c].double().numpy(), bg, 20.0)
+            rivals = [b for b in bank if float(words[c] @ b) <= 0.4]
+            bg = [*rivals, background]
+            wanted = brute_force_score(text[r], words[c], bg, 20.0)
             if with_image:
-                other = brute_force_score(image[r].double().numpy(), words[c].double().numpy(), rivals, 20.0)
+                other = brute_force_score(image[r], words[c], rivals, 20.0)
                 wanted = wanted**0.6 * other**0.4
             assert float(got[r, c]) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_scores__do_not_depend_on_what_else_is_typed() -> None:
-    text, words, bank = unit(9, 16, seed=1), unit(90, 16, seed=2), unit(40, 16, seed=3)
+    text, words, bank = rows(9, 16, seed=1), rows(90, 16, seed=2), rows(40, 16, seed=3)
     calibration = Calibration(slope=0.7, offset=-1.0, objectness_weight=0.5)
-    objectness = torch.rand(9)
+    objectness = np.random.default_rng(0).random(9)
     alone = score_regions(text, None, objectness, words[:1], bank, None, calibration)
     among = score_regions(text, None, objectness, words, bank, None, calibration)
-    torch.testing.assert_close(alone[:, 0], among[:, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(alone[:, 0], among[:, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_scores__one_typed_word_is_below_one_and_varies_between_regions() -> None:
     scores = score_regions(
-        unit(50, 16, seed=1), None, torch.ones(50), unit(1, 16, seed=2), unit(40, 16, seed=3), None, Calibration()
+        rows(50, 16, seed=1), None, np.ones(50), rows(1, 16, seed=2), rows(40, 16, seed=3), None, Calibration()
     )
     assert float(scores.max()) < 1.0 and float(scores.std()) > 0.0
 
 
 def test_scores__stay_finite_at_extreme_scales() -> None:
     scores = score_regions(
-        unit(9, 16, seed=1),
+        rows(9, 16, seed=1),
         None,
-        torch.zeros(9),
-        unit(3, 16, seed=2),
-        unit(4, 16, seed=3),
+        np.zeros(9),
+        rows(3, 16, seed=2),
+        rows(4, 16, seed=3),
         None,
         Calibration(logit_scale=1e4),
     )
-    assert torch.isfinite(scores).all()
+    assert np.isfinite(scores).all()
 
 
 def test_vocabulary_softmax__background_takes_part_and_is_dropped() -> None:
-    text, words, background = unit(3, 8, seed=1), unit(4, 8, seed=2), unit(1, 8, seed=3)[0]
+    text, words, background = rows(3, 8, seed=1), rows(4, 8, seed=2), rows(1, 8, seed=3)[0]
     got = vocabulary_probabilities(text, None, words, background, scale=10.0)
-    e = np.exp(10.0 * text.double().numpy() @ np.vstack([words.numpy(), background.numpy()[None]]).T.astype(np.float64))
-    np.testing.assert_allclose(got.numpy(), (e / e.sum(axis=1, keepdims=True))[:, :4], rtol=1e-5)
+    e = np.exp(10.0 * text @ np.vstack([words, background[None]]).T)
+    np.testing.assert_allclose(got, (e / e.sum(axis=1, keepdims=True))[:, :4], rtol=1e-5)
 
 
 def test_platt__recovers_slope_and_offset_of_simulated_detections() -> None:

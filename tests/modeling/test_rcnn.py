@@ -326,7 +326,7 @@ def test_export__without_masks_the_mask_head_does_not_run(tmp_path: Path, monkey
 
 def test_export__boxes_follow_the_original_size() -> None:
     model = make("vild").eval()
-    from ovd.inference.region_model import RCNNRegionModel
+    from ovd.inference.rcnn_regions import RCNNRegionModel
 
     small = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     large = small.repeat(2, axis=0).repeat(2, axis=1)

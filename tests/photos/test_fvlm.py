@@ -56,14 +56,14 @@ WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
 )  # fmt: skip
 def test_a_typed_word_finds_the_known_words_it_has_to_do_with(phrase: str, same: set[str], above: set[str]) -> None:
     relations = WORDS.relations([[phrase]])
-    named = {KNOWN_WORDS[i] for i in relations.same_or_below[0].nonzero()[:, 0].tolist()}
-    over = {KNOWN_WORDS[i] for i in relations.above[0].nonzero()[:, 0].tolist()}
+    named = {KNOWN_WORDS[i] for i in np.flatnonzero(relations.same_or_below[0])}
+    over = {KNOWN_WORDS[i] for i in np.flatnonzero(relations.above[0])}
     assert (named, over) == (same, above)
 
 
 def test_a_superordinate_word_is_all_its_kinds_and_synonyms_count_for_their_class() -> None:
     relations = WORDS.relations([["animal"], ["vehicle"], ["gizmo", "teddy bear"]])
-    kinds = [{KNOWN_WORDS[i] for i in row.nonzero()[:, 0].tolist()} for row in relations.same_or_below]
+    kinds = [{KNOWN_WORDS[i] for i in np.flatnonzero(row)} for row in relations.same_or_below]
     assert {"bird", "cat", "dog", "horse", "zebra"} <= kinds[0] and "car" not in kinds[0]
     assert {"car", "bus", "bicycle", "truck"} <= kinds[1] and "dog" not in kinds[1]
     assert kinds[2] == {"teddy bear"}
@@ -160,24 +160,24 @@ def test_another_image_tower_is_refused(encoder: JointEncoder) -> None:
 def regions(known: list[list[float]]) -> RegionSet:
     count = len(known)
     return RegionSet(
-        boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0]] * count),
-        objectness=torch.full((count,), 0.5),
-        text=torch.eye(4)[:count],
-        image=torch.eye(4)[:count],
+        boxes=np.array([[0.0, 0.0, 10.0, 10.0]] * count, np.float32),
+        objectness=np.full(count, 0.5, np.float32),
+        text=np.eye(4, dtype=np.float32)[:count],
+        image=np.eye(4, dtype=np.float32)[:count],
         masks=None,
         size=(20, 20),
-        known=torch.tensor(known),
-        bias=torch.full((count,), -1.0),
+        known=np.array(known, np.float32),
+        bias=np.full(count, -1, np.float32),
     )
 
 
 def scorer(known: list[list[bool]]) -> WordScorer:
     count = len(known)
     return WordScorer(
-        rows=torch.eye(4)[:count],
-        competitors=torch.eye(4),
-        rivals=~torch.eye(4, dtype=torch.bool)[:count],
-        known=torch.tensor(known),
+        rows=np.eye(4, dtype=np.float32)[:count],
+        competitors=np.eye(4, dtype=np.float32),
+        rivals=~np.eye(4, dtype=bool)[:count],
+        known=np.array(known),
         scale=4.0,
         calibration=Calibration(head_weight=0.25, open_scale=10.0),
     )
@@ -189,8 +189,8 @@ def test_known_words_are_a_geometric_mean_and_no_column_depends_on_another() -> 
     head = 1 / (1 + math.exp(-3.0))  # of a region with its own word
     assert float(score[0, 0]) == pytest.approx(0.2**0.75 * head**0.25, rel=1e-4)
     assert float(score[1, 1]) == pytest.approx(0.9**0.75 * head**0.25, rel=1e-4)
-    alone = both.select(torch.tensor([1]))(regions([[0.2, 0.6], [0.9, 0.1]]))
-    torch.testing.assert_close(alone[:, 0], score[:, 1])
+    alone = both.select([1])(regions([[0.2, 0.6], [0.9, 0.1]]))
+    np.testing.assert_allclose(alone[:, 0], score[:, 1], rtol=1e-6)
 
 
 def test_other_words_compete_with_what_contradicts_them() -> None:

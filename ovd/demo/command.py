@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web page. ``wordbox demo`` (or ``python app.py``) serves it on http://127.0.0.1:7860 with the shipped weights.
+
+Nothing is sent anywhere: no telemetry, no fonts from elsewhere, no model downloads. Ctrl-C stops it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from ovd.demo.lean import few_heaps, settle, without_compiler
+from ovd.demo.logs import configure
+from ovd.demo.serving import is_loopback, listen, prepare_environment
+
+
+def _port(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 65535 (0: any free port)")
+    return value
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads (1 or more)")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    flags = argparse.ArgumentParser(prog="app.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flags.add_argument("--port", type=_port, default=7860, help="port to listen on, 0 for any free one (default 7860)")
+    flags.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)"
+    )
+    flags.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer under this name, that of a proxy in front of the page (may be given more than once)",
+    )
+    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    flags.add_argument(
+        "--encoder",
+        metavar="SPEC",
+        help="name the boxes by another image-text encoder: open_clip:MODEL:TAG (fetched once) or open_clip:MODEL:FILE",
+    )
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    flags.add_argument(
+        "--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)"
+    )
+    flags.add_argument("--threads", type=_threads, default=None, help="CPU threads (default: all cores)")
+    flags.add_argument("--share", action="store_true", help="public link; pictures then leave the machine")
+    flags.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open a browser")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Serve until a signal comes; returns 0 after SIGTERM, 130 after Ctrl-C."""
+    options = parser().parse_args(argv)
+    configure()
+    if options.share:
+        print(
+            "warning: --share sends pictures and words through Gradio's servers; whoever has the link can use the page",
+            file=sys.stderr,
+        )
+    if not is_loopback(options.host):
+        print(
+            f"warning: --host {options.host} lets all who can reach this machine use the page; there is no password",
+            file=sys.stderr,
+        )
+    if options.encoder:
+        from ovd.with_encoder import fetch_elsewhere
+
+        if (status := fetch_elsewhere(options.encoder)) != 0:  # before the page shuts itself off from the hub
+            return status
+    door = listen(options.host, options.port)  # before the slow part: a taken port is told at once
+    folder = prepare_environment()
+    stop = threading.Event()
+    status = 0
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        nonlocal status
+        status = 130 if number == signal.SIGINT else 0
+        stop.set()
+
+    try:
+        few_heaps()
+        with without_compiler():
+            from ovd.demo.answer import Answerer
+            from ovd.demo.page import build_page, launch_page
+            from ovd.demo.shelf import shelf_of
+            from ovd.detector import Detector
+
+            def load(weights: str | Path) -> Detector:
+                return Detector.load(
+                    weights,
+                    device=options.device,
+                    runtime=options.runtime,
+                    threads=options.threads,
+                    encoder=options.encoder,
+                )
+
+            shelf = shelf_of(options.weights, load)
+        answerer = Answerer(shelf=shelf)
+        page = build_page(answerer)
+        served = launch_page(
+            page,
+            door=door,
+            host=options.host,
+            allow_hosts=options.allow_host,
+            share=options.share,
+            open_browser=options.browser,
+            seconds=lambda: answerer.seconds,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, leave)
+        print(f"The page is at {served.url}  (Ctrl-C stops it)", flush=True)
+        if served.share_url:
+            print(f"and for everybody at {served.share_url}", flush=True)
+        settle()
+        stop.wait()
+        answerer.close()
+        served.close()
+    finally:
+        door.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    return status

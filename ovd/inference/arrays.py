@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few functions of arrays that scoring needs. NumPy only: scores are the same whatever ran the network."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """An array of what a network gave: an array as it is, a tensor of any device and precision as float32."""
+    torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
+    if torch is not None and isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)
+
+
+def unit_rows(rows: Floats) -> Floats:
+    """Rows of length 1; a row of zeros stays one."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + e^-x), without overflow and with all digits of small values."""
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, small) / (1 + small)
+
+
+def logit(p: Floats, *, eps: float) -> Floats:
+    """log(p / (1 − p)) of probabilities that are kept ``eps`` away from 0 and 1."""
+    p = np.clip(p, eps, 1 - eps)
+    return np.log(p / (1 - p))
+
+
+def softmax(logits: Floats) -> Floats:
+    """Along the rows."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def best_first(scores: Floats, count: int | None = None) -> NDArray[np.int64]:
+    """Indices of the best scores; of equal ones the first comes first."""
+    return np.argsort(-scores, kind="stable")[:count]

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of a detector of photographs, run by torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ovd.inference.arrays import Floats
+from ovd.inference.scoring import RegionSet
+
+if TYPE_CHECKING:
+    from ovd.modeling.fvlm.network import FvlmDetector
+    from ovd.modeling.fvlm.own_classes import OwnClasses
+
+
+class TorchNetwork:
+    """`ovd.inference.fvlm_regions.FvlmNetwork` of a loaded detector.
+
+    Args:
+        model: in eval mode.
+        own: branches of classes that were added by fine-tuning; None: there are none.
+    """
+
+    def __init__(self, model: FvlmDetector, *, own: OwnClasses | None = None) -> None:
+        self.model, self.own = model, own
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """See `FvlmNetwork`."""
+        return self.model.proposer.sides
+
+    @sides.setter
+    def sides(self, sides: tuple[int, ...]) -> None:
+        self.model.proposer.sides = sides
+
+    @property
+    def scale(self) -> float:
+        """See `FvlmNetwork`."""
+        return float(self.model.head.scale.detach())
+
+    @torch.inference_mode()
+    def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
+        """See `FvlmNetwork`."""
+        proposals = self.model.proposer.regions(image, top=top)
+        own_RO = None
+        if self.own is not None:
+            proposals, own_RO = self.own.beside(proposals, image)
+        pooled = self.model.pooled(image, proposals)
+        out = self.model.head(pooled.features, pooled.known)
+        return RegionSet(
+            boxes=pooled.boxes.cpu().numpy(),
+            objectness=pooled.objectness.cpu().numpy(),
+            text=out.embedding.cpu().numpy(),
+            image=self.model.tower.embed(pooled.features).cpu().numpy(),
+            masks=None,
+            size=(image.shape[0], image.shape[1]),
+            known=pooled.known.cpu().numpy(),
+            bias=out.bias.cpu().numpy(),
+            own=own_RO if own_RO is None else own_RO.numpy(),
+        )
+
+    @torch.inference_mode()
+    def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
+        """See `FvlmNetwork`."""
+        boxes, scores = self.model.proposer.propose(image, top=top)
+        return boxes.numpy(), scores.numpy()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the two runtimes runs a detector, and loading it.
+
+"auto" takes ONNX Runtime where the weights have an export (`ovd.runtime.files`) that was made of them, unless a GPU is
+asked for or found; torch elsewhere. On a CPU without bfloat16 arithmetic ONNX Runtime is the faster one, and it starts
+in a fraction of the time on any (docs/reports/runtime.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+from ovd.runtime.files import find_export, stale
+from pretrain.engine.errors import NEEDS_TORCH, UserError
+
+if TYPE_CHECKING:
+    from ovd.inference.region_model import RegionModel
+    from ovd.modeling.export import DetectorCard
+    from ovd.text import TextEncoder
+
+Runtime = Literal["auto", "onnx", "torch"]
+
+
+class Networks(NamedTuple):
+    """A detector's regions, and the encoder that they were trained against."""
+
+    model: RegionModel
+    encoder: TextEncoder
+
+
+def load_networks(
+    folder: Path,
+    card: DetectorCard,
+    *,
+    runtime: Runtime = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    masks: bool = True,
+    regions: int = 150,
+) -> Networks:
+    """Load a detector's networks.
+
+    Args:
+        folder: exported detector, by ``ovd.train`` or `wordbox export`.
+        card: its card.
+        runtime: see the module.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: of a CPU; None: as many as the runtime takes by itself.
+        masks: False finds boxes only.
+        regions: kept per picture.
+
+    Raises:
+        UserError: the runtime cannot run these weights, with what to do.
+    """
+    if runtime not in get_args(Runtime):
+        raise UserError(f"runtime {runtime!r} is unknown: auto, onnx or torch")
+    export = _export_for(folder, card, runtime=runtime, device=device)
+    if export is not None:
+        from ovd.runtime.regions import load_onnx
+
+        return Networks(*load_onnx(export, card, threads=threads, top=regions))
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder}: holds an export for ONNX Runtime only; load it with runtime onnx on a CPU")
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{folder.name} has no export for ONNX Runtime and needs torch: {NEEDS_TORCH}")
+    return _load_torch(folder, card, device=device, threads=threads, masks=masks, regions=regions)
+
+
+def _export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: str) -> Path | None:
+    """The export to be run; None: torch runs the weights."""
+    if runtime == "torch":
+        return None
+    export = find_export(folder)
+    if runtime == "onnx":
+        if card.arch != "fvlm":
+            raise UserError(
+                f"{folder.name} (model.arch {card.arch}) cannot be exported to ONNX, only detectors of photographs "
+                f"(fvlm) can; use runtime torch, which needs: {NEEDS_TORCH}"
+            )
+        if device not in ("auto", "cpu"):
+            raise UserError(f"runtime onnx runs on a CPU, not on {device}; use runtime torch")
+        if export is None:
+            raise UserError(
+                f"{folder}: no export for ONNX Runtime; write one: wordbox export --format onnx --weights "
+                f"{folder.name} (this needs torch)"
+            )
+        if stale(folder, export):
+            raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
+        return export
+    on_gpu = device not in ("auto", "cpu") or (device == "auto" and _has_gpu() and export != folder)
+    return None if on_gpu or export is None or stale(folder, export) else export
+
+
+def _has_gpu() -> bool:
+    """Whether torch may find a GPU, without importing it."""
+    return importlib.util.find_spec("torch") is not None and shutil.which("nvidia-smi") is not None
+
+
+def _load_torch(
+    folder: Path, card: DetectorCard, *, device: str, threads: int | None, masks: bool, regions: int
+) -> Networks:
+    import torch
+
+    from ovd.inference.encoder import load_encoder_of
+    from ovd.modeling.load import load_detector_model
+    from pretrain.engine.distributed import pick_device
+
+    where = pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    encoder = load_encoder_of(folder, card).to(where)
+    model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
+    return Networks(model, encoder)

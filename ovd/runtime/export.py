@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a detector of photographs as ONNX files (needs torch and the package onnx).
+
+Weights are stored in half precision where nothing is lost by it (the shipped ones are), and widened when a graph is
+loaded. Words stay free: scoring is a matrix product outside of the graphs.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from ovd.modeling.export import read_card
+from ovd.modeling.fvlm.head import KNOWN_EPS
+from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
+from ovd.modeling.fvlm.network import load_fvlm
+from ovd.modeling.fvlm.tower import COARSE, FINE
+from ovd.modeling.proposals.build import KNOWN_WORDS
+from ovd.modeling.proposals.build import read_card as read_proposal_card
+from ovd.modeling.proposals.nanodet import PIXEL_MEAN, PIXEL_STD, STRIDES, gather
+from ovd.runtime.files import (
+    BACKGROUND,
+    MERGES,
+    PROPOSALS,
+    REGIONS,
+    TEXT,
+    TOWER,
+    RuntimeCard,
+    sources_of,
+    write_runtime_card,
+)
+from pretrain.engine.errors import UserError
+from pretrain.nets.timm_tower import TimmImage
+from pretrain.nets.towers import CbowText, JointEncoder
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ovd.modeling.fvlm.network import FvlmDetector
+
+OPSET = 17
+COPIED = ("model.json", "card.json", "card.md")
+HALF_FROM = 1024  # numbers: smaller tensors stay in single precision
+
+
+class _Cells(nn.Module):
+    """(1, 3, H, W) to the logits of words and sides."""
+
+    def __init__(self, detector: FvlmDetector) -> None:
+        super().__init__()
+        network = detector.proposer.model.float()
+        self.backbone, self.neck = network.backbone.csp, network.backbone.neck
+        self.heads = network.proposal_generator.heads
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        cells = gather(self.heads, self.neck(self.backbone(pixels)))
+        return cells.words, cells.sides
+
+
+class _Tower(nn.Module):
+    """(N, 3, H, W) to three maps and the encoder's embedding of the whole picture."""
+
+    def __init__(self, detector: FvlmDetector) -> None:
+        super().__init__()
+        tower = detector.tower.float()
+        self.stem, self.stages, self.top, self.proj = tower.stem, tower.stages, tower.top, tower.proj
+        self.fine_stage = tower.fine_stage
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = fine = self.stem(pixels)
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            fine = x if number == self.fine_stage else fine
+        last = self.top(x)
+        return fine, x, last, self.proj(last.mean((2, 3)))
+
+
+class _Regions(nn.Module):
+    """Maps, boxes and known words to what is said of each region."""
+
+    def __init__(self, detector: FvlmDetector) -> None:
+        super().__init__()
+        self.head, self.proj, self.pool = detector.head.float(), detector.tower.proj, detector.tower.pool
+
+    def forward(
+        self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.proj.in_features
+        read = [(fine, boxes, self.pool, FINE, 2), (coarse, boxes, self.pool, COARSE, 2),
+                (last, boxes, 1, COARSE, 0), (last, around, 1, COARSE, 0)]  # fmt: skip
+        features = torch.cat(
+            [
+                roi_align(values, [where], side, 1 / stride, sampling_ratio=samples, aligned=True).flatten(1)
+                for values, where, side, stride, samples in read
+            ],
+            dim=1,
+        )
+        inputs = [features]
+        if self.head.known:
+            share = known.clamp(KNOWN_EPS, 1 - KNOWN_EPS)
+            inputs.append(torch.log(share / (1 - share)))
+        hidden = self.head.layers(self.head.norm(torch.cat(inputs, dim=1)))
+        return (
+            F.normalize(self.head.projection(hidden), dim=1),
+            self.head.bias(hidden)[:, 0],
+            F.normalize(self.proj(features[:, -2 * width : -width]), dim=1),
+        )
+
+
+class _BagOfWords(nn.Module):
+    """`CbowText` without the shortcut that depends on the longest text of a batch."""
+
+    def __init__(self, text: CbowText) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        from pretrain.nets.towers import START
+
+        counted = ((tokens != 0) & (tokens < START)).unsqueeze(-1).float()
+        total = (self.text.token_embedding(tokens) * counted).sum(1)
+        bag = self.text.norm(total / counted.sum(1).clamp(min=1))
+        return self.text.proj(F.gelu(self.text.hidden(bag))) + self.text.skip(bag)
+
+
+def export_onnx(source: Path, encoder: JointEncoder, target: Path) -> None:
+    """Write the export of a detector's folder; `ovd.runtime.files` says what is in it.
+
+    Args:
+        source: exported detector with ``model.arch: fvlm``.
+        encoder: its encoder.
+        target: is made, and replaced where it is an export.
+
+    Raises:
+        UserError: networks of which this knows no export.
+    """
+    try:
+        import onnx  # noqa: F401
+    except ImportError as problem:
+        raise UserError("export --format onnx needs the package onnx: pip install onnx") from problem
+    card = read_card(source)
+    if card.own:
+        names = ", ".join(name for own in card.own for name in own.names)
+        raise UserError(f"{source}: classes that were added by fine-tuning ({names}) run with torch only")
+    detector, background = load_fvlm(source, card, encoder)
+    proposals = read_proposal_card(source / PROPOSALS_FOLDER)
+    if detector.proposer.model.proposal_generator.ranking != "words":
+        raise UserError(f"{source}: only proposals that are ranked by words can be exported to ONNX")
+    if not isinstance(encoder.visual, TimmImage):
+        raise UserError(f"{source}: only encoders with an image tower of timm can be exported to ONNX")
+    generator = detector.proposer.model.proposal_generator
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    _write_graphs(detector, encoder, fresh)
+    np.save(fresh / BACKGROUND, background.numpy().astype(np.float16))
+    (fresh / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, fresh / name)
+    write_runtime_card(
+        fresh,
+        RuntimeCard(
+            sources=sources_of(source),
+            encoder_fingerprint=encoder.fingerprint(),
+            embed_dim=encoder.embed_dim,
+            image_size=encoder.image_size,
+            image_mean=encoder.image_mean,
+            image_std=encoder.image_std,
+            context_length=encoder.token_ids([""]).shape[1],
+            side=detector.tower.side,
+            context=detector.tower.context,
+            scale=float(detector.head.scale.detach()),
+            words=KNOWN_WORDS if detector.known else (),
+            proposal_sides=proposals.sides,
+            proposal_mean=PIXEL_MEAN,
+            proposal_std=PIXEL_STD,
+            strides=STRIDES,
+            nms=generator.nms,
+            pre_nms=generator.pre_nms,
+            post_nms=generator.post_nms,
+        ),
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -> None:
+    if isinstance(encoder.text, CbowText):
+        text: nn.Module = _BagOfWords(encoder.text)
+    elif encoder.text is not None:
+        text = encoder.text
+    else:
+        raise UserError("this encoder has no text tower")
+    tower = _Tower(detector).eval()
+    pixels = torch.rand(1, 3, 96, 128)
+    with torch.no_grad():
+        fine, coarse, last, _ = tower(pixels)
+    boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [30.0, 20.0, 120.0, 90.0]])
+    known = torch.rand(2, len(KNOWN_WORDS) if detector.known else 0)
+    height_width = {2: "h", 3: "w"}
+    _write(folder / PROPOSALS, _Cells(detector), {"pixels": pixels}, ["words", "sides"], {
+        "pixels": height_width, "words": {1: "cells"}, "sides": {1: "cells"},
+    })  # fmt: skip
+    _write(folder / TOWER, tower, {"pixels": pixels}, ["fine", "coarse", "last", "row"], {
+        "pixels": {0: "n", **height_width}, "fine": {0: "n", 2: "fh", 3: "fw"}, "coarse": {0: "n", 2: "ch", 3: "cw"},
+        "last": {0: "n", 2: "ch", 3: "cw"}, "row": {0: "n"},
+    })  # fmt: skip
+    maps = {"fine": fine, "coarse": coarse, "last": last, "boxes": boxes, "around": boxes, "known": known}
+    _write(folder / REGIONS, _Regions(detector), maps, ["embedding", "bias", "image"], {
+        "fine": {2: "fh", 3: "fw"}, "coarse": {2: "ch", 3: "cw"}, "last": {2: "ch", 3: "cw"}, "boxes": {0: "r"},
+        "around": {0: "r"}, "known": {0: "r"}, "embedding": {0: "r"}, "bias": {0: "r"}, "image": {0: "r"},
+    })  # fmt: skip
+    tokens = torch.from_numpy(encoder.token_ids(["a photo of a dog", "cat"]))
+    _write(folder / TEXT, text, {"tokens": tokens}, ["row"], {"tokens": {0: "n"}, "row": {0: "n"}})
+
+
+def _write(
+    file: Path,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: list[str],
+    free: Mapping[str, Mapping[int, str]],
+) -> None:
+    """Trace a module and write its graph; ``free`` names the sizes that may change."""
+    import onnx
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the tracing exporter's age, and sizes that the trace holds fixed
+        torch.onnx.export(
+            module.eval().to(memory_format=torch.contiguous_format),
+            tuple(inputs.values()),
+            buffer,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_axes={name: dict(axes) for name, axes in free.items()},
+            opset_version=OPSET,
+            # Batch norms stay as they are, so that their convolutions keep the stored weights; the runtime folds them.
+            training=torch.onnx.TrainingMode.PRESERVE,
+            dynamo=False,
+        )
+    model = onnx.load_from_string(buffer.getvalue())
+    _halve(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+    file.write_bytes(model.SerializeToString())
+
+
+def _halve(graph: onnx.GraphProto) -> None:
+    """Store large tensors in half precision where that loses nothing, each with a cast."""
+    import onnx
+    from onnx import numpy_helper
+
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if values.size < HALF_FROM or not np.array_equal(half.astype(np.float32), values):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(half, name=f"{name}.half"))
+        casts.append(onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _merges() -> list[str]:
+    """CLIP's merges, best first, as open_clip ships them."""
+    import gzip
+    from importlib import resources
+
+    from pretrain.nets.towers import VOCABULARY
+
+    packed = (resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")
+    return lines[1 : VOCABULARY - 512 - 2 + 1]  # after the heading; 256 bytes and the same at a word's end, two marks

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `wordbox export --format onnx` writes, and what reads it: a folder with ``runtime.json`` beside the graphs.
+
+    runtime.json            `RuntimeCard`
+    model.json, card.*      as in the folder that was exported
+    proposals.onnx          pixels (1, 3, H, W) -> words (1, A, K), sides (1, A, 4, bins)
+    tower.onnx              pixels (N, 3, H, W) -> fine, coarse, last: maps; row (N, D): the picture's embedding
+    regions.onnx            the three maps, boxes and around (R, 4), known (R, K) -> embedding, bias, image
+    text.onnx               tokens (N, T) -> row (N, D)
+    background_words.npy    (B, D) float16
+    merges.txt              of the tokenizer, best first
+
+H and W are multiples of 32, A cells, K known words, D joint embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import read_json, sha256_of, write_atomically
+
+FORMAT = "wordbox-onnx/1"
+CARD = "runtime.json"
+BESIDE = "onnx"
+"""Folder of an export in the folder of the weights that it was made of."""
+PROPOSALS, TOWER, REGIONS, TEXT = "proposals.onnx", "tower.onnx", "regions.onnx", "text.onnx"
+BACKGROUND, MERGES = "background_words.npy", "merges.txt"
+SOURCES = ("model.safetensors", "proposals/model.safetensors")
+"""Files of a detector of photographs that its export is made of, beside its encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeCard:
+    """What stands in ``runtime.json``.
+
+    Attributes:
+        sources: sha256 of each of `SOURCES`.
+        encoder_fingerprint: of the encoder.
+        embed_dim: D.
+        image_size: side of the crops that the encoder embeds; 0: it knows texts only.
+        image_mean, image_std: of the encoder's and the tower's pixels, RGB, 0…1.
+        context_length: T.
+        side: longest side of a picture in the tower, pixels.
+        context: factor on the box in which the last map is pooled once more.
+        scale: inverse temperature of the region head.
+        words: that the proposal network knows; empty where its scores of them are not used.
+        proposal_sides: longest sides of a picture in the proposal network, pixels.
+        proposal_mean, proposal_std: of its pixels, RGB, 0…255.
+        strides: of its levels, pixels.
+        nms, pre_nms, post_nms: see `ovd.modeling.proposals.network.DenseProposals`.
+    """
+
+    sources: dict[str, str]
+    encoder_fingerprint: str
+    embed_dim: int
+    image_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    context_length: int
+    side: int
+    context: float
+    scale: float
+    words: tuple[str, ...]
+    proposal_sides: tuple[int, ...]
+    proposal_mean: tuple[float, float, float]
+    proposal_std: tuple[float, float, float]
+    strides: tuple[int, ...]
+    nms: float
+    pre_nms: int
+    post_nms: int
+    format: str = FORMAT
+
+
+def write_runtime_card(folder: Path, card: RuntimeCard) -> None:
+    """Write ``runtime.json``."""
+    write_atomically(folder / CARD, (json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_runtime_card(folder: Path) -> RuntimeCard:
+    """The card of an export.
+
+    Raises:
+        UserError: none there, or one that this version cannot read.
+    """
+    path = folder / CARD
+    raw = read_json(path, hint="`wordbox export --format onnx` writes it")
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{path}: not of format {FORMAT}; export the weights again with this version")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    try:
+        return RuntimeCard(**values)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; export the weights again with this version") from error
+
+
+def sources_of(folder: Path) -> dict[str, str]:
+    """sha256 of the files that an export is made of."""
+    return {name: sha256_of(folder / name) for name in SOURCES}
+
+
+def find_export(folder: Path) -> Path | None:
+    """The export of a detector's folder: the folder itself, or the one that it holds; None: there is none."""
+    return next((place for place in (folder, folder / BESIDE) if (place / CARD).is_file()), None)
+
+
+def stale(folder: Path, export: Path) -> bool:
+    """Whether an export was made of other weights than lie beside it."""
+    if export == folder:
+        return False
+    return read_runtime_card(export).sources != sources_of(folder)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX Runtime on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.engine.errors import UserError
+
+
+class Graph:
+    """A graph of a file, loaded when it is first run.
+
+    Args:
+        file: `.onnx`.
+        threads: that compute; None: one for each core.
+    """
+
+    def __init__(self, file: Path, *, threads: int | None = None) -> None:
+        self.file, self.threads = file, threads
+        self._session: object | None = None
+
+    def __call__(self, outputs: list[str], **inputs: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        """Run it; values by the names of its outputs and inputs."""
+        if self._session is None:
+            self._session = open_session(self.file, threads=self.threads)
+        return self._session.run(outputs, inputs)  # type: ignore[attr-defined]
+
+
+def open_session(file: Path, *, threads: int | None = None) -> object:
+    """An `onnxruntime.InferenceSession`.
+
+    Raises:
+        UserError: ONNX Runtime is not installed, or cannot read the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as problem:
+        raise UserError("runtime onnx needs the package onnxruntime: pip install onnxruntime") from problem
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings are about sizes that differ from the traced ones
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads or 0
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as problem:  # onnxruntime's own exceptions have no common base that it names
+        raise UserError(f"{file}: ONNX Runtime cannot load it ({problem}); export the weights again") from problem

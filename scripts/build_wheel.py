@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build ``wordbox-*.whl`` with the exported default detector in it.
+
+    python scripts/build_wheel.py               # dist/wordbox-VERSION-py3-none-any.whl
+    python scripts/build_wheel.py --out FOLDER
+
+The wheel needs no torch: ``pip install dist/wordbox-*.whl``, then ``wordbox demo`` or ``wordbox predict``. The export
+lies in ``ovd/shipped`` while the wheel is built; git ignores that folder, and it is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ovd.export import export
+from ovd.weights import DEFAULT, SHIPPED, add_weights
+from pretrain.engine.errors import UserError, run_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGEST = 95_000_000  # bytes: package indexes refuse files of 100 MB
+
+
+def build(out: Path) -> Path:
+    """Export, build, and return the wheel.
+
+    Raises:
+        UserError: the wheel is not built, or too large.
+    """
+    shipped = ROOT / "ovd" / SHIPPED
+    shutil.rmtree(shipped, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            add_weights(export(DEFAULT, Path(folder, DEFAULT)), DEFAULT, shipped)
+            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
+            command += ["--no-build-isolation", "--wheel-dir", folder, str(ROOT)]
+            if subprocess.run(command, check=False).returncode:
+                raise UserError("pip cannot build the wheel; its message is above")
+            (made,) = Path(folder).glob("wordbox-*.whl")
+            out.mkdir(parents=True, exist_ok=True)
+            wheel = Path(shutil.copy(made, out / made.name))
+    finally:
+        shutil.rmtree(shipped, ignore_errors=True)
+    if wheel.stat().st_size > LARGEST:
+        raise UserError(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}")
+    return wheel
+
+
+def main(argv: list[str]) -> int:
+    """Build the wheel; returns the exit status."""
+    flags = argparse.ArgumentParser(description="Build the wheel with the exported default detector.")
+    flags.add_argument("--out", type=Path, default=ROOT / "dist", help="folder (default dist)")
+    wheel = build(flags.parse_args(argv).out)
+    print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
