@@ -438,8 +438,6 @@ def test_region_model__told_words_find_regions_that_are_named_by_what_they_show(
     told = loaded.conditioned_regions(image, rows, classes_per_pass=4)
     # As many as there are queries.
     kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), detr_regions.CONDITIONED_NMS_IOU)[:8]
-        :8
-    ]  # as many as there are queries
     assert told.size == (128, 192) and len(told) == len(kept) < len(boxes)
     np.testing.assert_allclose(told.boxes, boxes[kept], rtol=1e-4)
     np.testing.assert_allclose(told.objectness, scores[kept], rtol=1e-4)
