@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX Runtime gives torch's answers, needs no torch, and says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovd import cli
+from ovd.detections import Detections
+from ovd.detector import Detector
+from ovd.runtime import choice
+from ovd.runtime.choice import Runtime
+from ovd.runtime.files import BESIDE, CARD, SOURCES, find_export
+from ovd.weights import detector_folder, read_model_card
+from pretrain.engine.errors import UserError
+from tests.runtime.conftest import PHOTOS
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "person, dog, animal, chair, mug: cup, coffee cup, guitar, car, wine bottle, red lamp, gizmo, bird, table, plant, wheel, window, plate, drum, food, furniture, face, -horse"
+
+
+def partners(asked: Detections, answered: Detections) -> Sequence[bool]:
+    """Of each detection, whether the other list has it: box within half a pixel, score within .005."""
+    found = []
+    for box, score, name in zip(asked.xyxy, asked.confidence, asked.class_name, strict=True):
+        same = np.array([other == name for other in answered.class_name], dtype=bool)
+        near = np.abs(answered.xyxy - box).max(axis=1) <= 0.5
+        found.append(bool((same & near & (np.abs(answered.confidence - score) <= 0.005)).any()))
+    return found
+
+
+def test_both_runtimes_find_the_same(by_torch: Detector, by_onnx: Detector) -> None:
+    found: list[bool] = []
+    for photo in PHOTOS:
+        one, other = (detector.find(photo, WORDS, threshold=0.02) for detector in (by_torch, by_onnx))
+        assert one.notices == other.notices and one.names == other.names
+        np.testing.assert_allclose(other.best, one.best, atol=0.005)
+        found += [*partners(one, other), *partners(other, one)]
+    assert len(found) > 60 and np.mean(found) >= 0.99
+
+
+def test_crops_thresholds_and_regions_are_the_same(by_torch: Detector, by_onnx: Detector) -> None:
+    scene = np.asarray(Image.open(PHOTOS[0]).convert("RGB"))
+    examples = {"bird": [(20, 40, 220, 300)], "-wall": [(0, 0, 90, 60)]}
+    answers = [detector.find(scene, "grass", examples=examples) for detector in (by_torch, by_onnx)]
+    assert answers[0].threshold == answers[1].threshold and len(answers[0]) == len(answers[1]) > 0
+    np.testing.assert_allclose(answers[1].confidence, answers[0].confidence, atol=1e-3)
+    one, other = (detector.embed(scene).regions for detector in (by_torch, by_onnx))
+    np.testing.assert_allclose(other.boxes, one.boxes, atol=0.05)
+    assert one.image is not None and other.image is not None
+    assert float((one.image * other.image).sum(axis=1).min()) > 0.9999
+
+
+@pytest.mark.parametrize("size", [(9, 400), (33, 20), (700, 64)])
+def test_pictures_of_any_shape(by_torch: Detector, by_onnx: Detector, size: tuple[int, int]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    one, other = (detector.embed(picture).regions for detector in (by_torch, by_onnx))
+    assert len(one) == len(other)
+    np.testing.assert_allclose(np.sort(other.objectness), np.sort(one.objectness), atol=1e-3)
+
+
+def test_an_export_is_the_same_weights(exported: Path, by_onnx: Detector) -> None:
+    assert read_model_card(exported)["sha256"] == read_model_card(detector_folder("default"))["sha256"]
+    assert by_onnx.card["settings"] == read_model_card(detector_folder("default"))["settings"]
+
+
+WITHOUT = """
+import sys
+for name in ("torch", "torchvision", "detectron2", "open_clip", "timm", "scipy", "onnx", "pycocotools"):
+    sys.modules[name] = None  # as if it were not installed
+from ovd.cli import run
+run()
+"""
+
+
+def without_torch(*argv: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process where nothing of torch can be imported."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-c", WITHOUT, *argv]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_predict_runs_without_torch(exported: Path, by_onnx: Detector, tmp_path: Path) -> None:
+    words, out = "chicken, mug: cup, -person", tmp_path / "out"
+    done = without_torch(
+        "predict", str(PHOTOS[0]), "--classes", words, "--weights", str(exported), "--out", str(out), "--format", "yolo"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((out / "results.json").read_text())
+    found = by_onnx.find(PHOTOS[0], words)
+    assert [row["score"] for row in rows] == pytest.approx(found.confidence.tolist(), abs=1e-4)
+    assert (out / "drawn").is_dir() and len(rows) == len(found) > 0
+
+
+def test_the_page_is_made_without_torch(exported: Path) -> None:
+    code = (
+        "from ovd.demo.answer import Answerer\nfrom ovd.demo.page import build_page\nfrom ovd.detector import Detector\n"
+        f"answerer = Answerer(detector=Detector.load({str(exported)!r}))\nbuild_page(answerer)\n"
+        f"print(len(answerer.answer({str(PHOTOS[0])!r}, 'chicken')['detections']))\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    source = WITHOUT.replace("from ovd.cli import run\nrun()\n", code)
+    done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and int(done.stdout.split()[-1]) > 0, done.stderr
+
+
+def test_a_command_that_needs_torch_names_the_line_that_installs_it() -> None:
+    done = without_torch("evaluate", "--weights", "vild-sticker", "--data", "stickers")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ") and 'pip install "wordbox[train]"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("weights", "runtime", "device", "said"),
+    [
+        ("vild-sticker", "onnx", "auto", r"model.arch mask_rcnn\) cannot be exported to ONNX.*wordbox\[train\]"),
+        ("default", "onnx", "auto", "no export for ONNX Runtime; write one: wordbox export"),
+        ("default", "onnx", "cuda", "runs on a CPU, not on cuda"),
+        ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx or torch"),
+    ],
+)
+def test_what_the_runtime_cannot_do_is_one_line(weights: str, runtime: Runtime, device: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        Detector.load(weights, runtime=runtime, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_without_an_export_ask_for_torch_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'vild-sticker has no export.*pip install "wordbox\[train\]"'):
+        Detector.load("vild-sticker")
+
+
+def beside(folder: Path, exported: Path) -> Path:
+    """A detector's folder with the export in it."""
+    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(BESIDE))
+    shutil.copytree(exported, folder / BESIDE)
+    return folder
+
+
+def test_an_export_beside_its_weights_runs_with_their_calibration(exported: Path, tmp_path: Path) -> None:
+    folder = beside(tmp_path / "mine", exported)
+    assert find_export(folder) == folder / BESIDE
+    card = json.loads((folder / "model.json").read_text())
+    card["calibration"]["threshold"] = 0.61
+    (folder / "model.json").write_text(json.dumps(card))
+    assert Detector.load(folder, runtime="onnx").threshold == 0.61
+
+
+def test_an_export_of_other_weights_is_not_run(exported: Path, tmp_path: Path) -> None:
+    folder = beside(tmp_path / "mine", exported)
+    record = json.loads((folder / BESIDE / CARD).read_text())
+    record["sources"][SOURCES[0]] = "0" * 64
+    (folder / BESIDE / CARD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+        Detector.load(folder, runtime="onnx")
+
+
+def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "damaged")
+    (folder / "tower.onnx").write_bytes(b"no graph")
+    detector = Detector.load(folder, runtime="onnx")
+    with pytest.raises(UserError, match=r"tower\.onnx: ONNX Runtime cannot load it"):
+        detector.find(PHOTOS[0], "dog")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--weights", "vild-sticker"], "has no export to ONNX"),
+        (["--output", "FULL"], "holds something that is no export"),
+    ],
+)
+def test_export_refuses(argv: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match=said):
+        cli.main(["export", *(str(tmp_path) if part == "FULL" else part for part in argv)])
+    assert (tmp_path / "note.txt").read_text() == "mine"
