@@ -110,7 +110,7 @@ class FvlmRegionModel(RegionModel):
         rivals[:, : spared.shape[1]] = ~spared
         own_CO = own_only_C = None
         if self.own is not None:
-            own_CO = self.own.words.relations(phrases).same_or_below
+            own_CO = self.own.answering(phrases)
             own_only_C = torch.tensor(
                 [
                     any(self.own.has(phrase) for phrase in group) and not any(self.known.is_one(p) for p in group)

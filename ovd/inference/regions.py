@@ -73,7 +73,7 @@ class Regions:
     ) -> Detections:
         """Classify the regions by the words and examples given; the network is not run.
 
-        A region that looks more like a negative word or example than like a class is left out.
+        A region that looks as much like a negative word or example as like a class, or more, is left out.
 
         Args:
             vocabulary: words, or words and examples (`Detector.query`); those of `Detector.set_classes` when None.
@@ -92,7 +92,7 @@ class Regions:
         scores = self.scores(query)
         score_RC, negative_RN = (part.float().numpy() for part in scores)
         if negative_RN.shape[1]:
-            score_RC = np.where(score_RC < negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
+            score_RC = np.where(score_RC <= negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
         best_C = score_RC.max(axis=0, initial=0.0)
         candidates = (best_class_per_region if one_class_per_region else pairs_above)(score_RC, threshold=level)
         boxes = self.regions.boxes.cpu().float().numpy()

@@ -126,6 +126,13 @@ class RegionSet:
         """(R, D) of the head that was distilled from image embeddings: the image head, or the one head of both."""
         return self.text if self.image is None else self.image
 
+    @property
+    def added(self) -> Tensor:
+        """(R,) bool: boxes that answer for classes that were added, and for nothing else."""
+        if self.own is None:
+            return torch.zeros(len(self), dtype=torch.bool, device=self.boxes.device)
+        return (self.own > 0).any(dim=1)
+
 
 def competitor_mask(classes_CD: Tensor, words_BD: Tensor, *, limit: float) -> Tensor:
     """(C, B) bool: True where a background word competes with a class, False for its near-synonyms."""
@@ -225,7 +232,8 @@ def centred_on_picture(regions: RegionSet, *images_ED: Tensor) -> tuple[RegionSe
     """The regions with one head, minus what the picture's regions share, and other image embeddings likewise."""
     region_RD = regions.distilled
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
-    common_D = region_RD.sum(dim=0) / (len(region_RD) + CENTRE_PRIOR)
+    shared_RD = region_RD[~regions.added]
+    common_D = shared_RD.sum(dim=0) / (len(shared_RD) + CENTRE_PRIOR)
     moved = [F.normalize(x - common_D, dim=1) for x in (region_RD, *images_ED)]
     return replace(regions, text=moved[0], image=None), moved[1:]
 

@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.inference.known_words import WordList
+from ovd.inference.known_words import Phrases, WordList
 from ovd.modeling.export import OwnClassesCard
 from ovd.modeling.proposals.build import PhotoProposals
 from ovd.modeling.proposals.classes import ClassBranch
+from ovd.words import name_key
 from pretrain.data.lexicon import Lexicon
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -53,7 +54,7 @@ class OwnClasses:
 
     Attributes:
         branches: oldest first.
-        words: the O names, in small letters, with their meanings where they have one.
+        words: the O names (`ovd.words.name_key`), with their meanings where they have one.
     """
 
     branches: tuple[Branch, ...]
@@ -61,7 +62,21 @@ class OwnClasses:
 
     def has(self, phrase: str) -> bool:
         """Whether a phrase, in whatever number, is one of the classes."""
-        return self.words.is_one(phrase)
+        return name_key(phrase) in self.words.words or self.words.is_one(phrase)
+
+    def answering(self, phrases: Phrases) -> Tensor:
+        """(C, O) bool: own classes whose objects are also the typed class.
+
+        A name as it was learned is that class alone: of *vehicle* and *bus* in one file the labels say which is which.
+        Any other phrase is what it means, and what lies below it.
+        """
+        column = {name: number for number, name in enumerate(self.words.words)}
+        named = [[name_key(phrase) for phrase in group] for group in phrases]
+        others = [[phrase for phrase in group if phrase not in column] for group in named]
+        answering_CO = self.words.relations(others).same_or_below
+        for row, group in enumerate(named):
+            answering_CO[row, [column[phrase] for phrase in group if phrase in column]] = True
+        return answering_CO
 
     def beside(self, proposals: PhotoProposals, image: NDArray[np.uint8]) -> tuple[PhotoProposals, Tensor]:
         """(proposals and the branches' boxes after them, (R, O) calibrated scores of own classes).
@@ -93,6 +108,18 @@ class OwnClasses:
         return joined, torch.cat(scores)
 
 
+def still_asked(cards: Sequence[OwnClassesCard], names: Sequence[str]) -> tuple[OwnClassesCard, ...]:
+    """The branches that a class is left of when a new branch takes over ``names``."""
+    taken = {name_key(name) for name in names}
+    kept: list[OwnClassesCard] = []
+    for card in reversed(cards):
+        mine = {name_key(name) for name in card.names}
+        if mine - taken:
+            kept.insert(0, card)
+        taken |= mine
+    return tuple(kept)
+
+
 def save_branch(
     folder: Path,
     network: ClassBranch,
@@ -121,8 +148,8 @@ def load_own_classes(
     """
     if not cards:
         return None
-    names = tuple(dict.fromkeys(name.casefold() for card in cards for name in card.names))
-    newest = {name.casefold(): number for number, card in enumerate(cards) for name in card.names}
+    names = tuple(dict.fromkeys(name_key(name) for card in cards for name in card.names))
+    newest = {name_key(name): number for number, card in enumerate(cards) for name in card.names}
     branches = []
     for number, card in enumerate(cards):
         file = folder / card.file
@@ -135,6 +162,6 @@ def load_own_classes(
         load_tensors(network, tensors, source=file)
         network.eval().to(memory_format=torch.channels_last)
         network.to(torch.bfloat16).to(device)
-        mine = [names.index(n.casefold()) if newest[n.casefold()] == number else -1 for n in card.names]
+        mine = [names.index(key) if newest[key] == number else -1 for key in map(name_key, card.names)]
         branches.append(Branch(card=card, network=network, columns=torch.tensor(mine)))
     return OwnClasses(branches=tuple(branches), words=WordList(words=names, lexicon=lexicon))
