@@ -106,7 +106,7 @@ def recalibrated(
         UserError: too few boxes are found to fit anything.
     """
     if len(photos) < 2:
-        raise UserError(f"{photos.where}: calibration needs at least two photos. Nothing was changed")
+        raise UserError(f"{photos.where}: one photo; more photos are needed to fit anything. Nothing was changed")
     shown = {name_key(name) for name in photos.names}
     cards, scores, correct, figures = [], [], [], {}
     for branch in own.branches:
@@ -135,7 +135,8 @@ def recalibrated(
         if both.fitted() == (1.0, 0.0):
             names = ", ".join(name for name in asked if name is not None)
             raise UserError(
-                f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {names} are found; more photos are needed to fit anything. Nothing was changed"
+                f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {names} are found; more photos are "
+                "needed to fit anything. Nothing was changed"
             )
         slope, offset = halves[0].fitted()
         scores.append((slope * halves[1].scores.logit(eps=1e-6) + offset).sigmoid())
