@@ -341,6 +341,7 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
     from ovd.inference.fvlm_regions import FvlmRegionModel
     from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.modeling.export import read_card, write_card
+    from ovd.words import name_key
 
     folder = Path(args.weights)
     card = read_card(folder)
@@ -348,10 +349,12 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
         return False
     labels = labels_of(args.data, part=args.part)
     photos = OwnPhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
-    names = {name.casefold() for own in card.own for name in own.names}
-    if not names & {name.casefold() for name in photos.names}:
+    names = {name_key(name) for own in card.own for name in own.names}
+    if not names & {name_key(name) for name in photos.names}:
         return False
-    others = [name for name in photos.names if name.casefold() not in names]
+    for notice in photos.notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    others = [name for name in photos.names if name_key(name) not in names]
     if others:
         print(f"warning: {labels.where}: no own classes, left as they are: {', '.join(others)}", file=sys.stderr)
     model = load(args).model

@@ -50,6 +50,11 @@ def cleaned(text: str) -> str:
     return " ".join(text.split())
 
 
+def name_key(name: str) -> str:
+    """What names have in common that are one class when a person types them: ``Red_Cell`` and ``red  cell``."""
+    return cleaned(name.replace("_", " ")).casefold()
+
+
 def _means_something(text: str, index: int) -> bool:
     """Whether the invisible character at ``index`` changes how its neighbours look."""
     character = text[index]

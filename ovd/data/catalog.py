@@ -102,10 +102,20 @@ def read_annotated(path: Path, size: tuple[int, int] | None) -> np.ndarray:
         BadImageError: it cannot be read, or is of another size.
     """
     image = read_image(path)
-    height, width = image.shape[:2]
-    if size is not None and size != (height, width):
-        raise BadImageError(path, f"is {width} × {height} pixels upright, the annotations say {size[1]} × {size[0]}")
+    refuse_other_size(path, size, image.shape[:2])
     return image
+
+
+def refuse_other_size(path: Path, stated: tuple[int, int] | None, found: tuple[int, int]) -> None:
+    """Compare the (height, width) that annotations state, if they do, with that of the picture.
+
+    Raises:
+        BadImageError: they differ.
+    """
+    if stated is not None and stated != found:
+        raise BadImageError(
+            path, f"is {found[1]} × {found[0]} pixels upright, the annotations say {stated[1]} × {stated[0]}"
+        )
 
 
 class CocoImages:

@@ -18,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.data.catalog import read_annotated
-from ovd.pictures import resized
+from ovd.data.catalog import read_annotated, refuse_other_size
+from ovd.pictures import resized, upright_size
+from ovd.vocabulary import Vocabulary
+from ovd.words import cleaned, name_key
 from pretrain.data.coco import GroundTruth, ImageId
 from pretrain.data.folder import look_for
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import files_identity, text_identity
 
@@ -60,21 +62,33 @@ class OwnSample(TypedDict):
 class OwnPhotos:
     """Photos with boxes of classes.
 
+    Photos that are missing, of which a few may, or cannot be read are left out, with a notice.
+
     Args:
         folder: that the file names are relative to.
         truth: what was read from their labels.
         confident, doubtful: thresholds on an annotation's ``score``; without one it is confident, a crowd doubtful.
 
+    Attributes:
+        names: of the classes that have a confident box, in the form that a person types (`ovd.words.cleaned`).
+        image_ids: of the photos, in the order of their indices.
+        notices: what a person should know of the labels.
+
     Raises:
-        UserError: no confident box at all, or photos that are missing.
+        UserError: no confident box at all, two classes of one name, or too many photos that are missing or unreadable.
     """
 
     def __init__(self, *, folder: Path, truth: GroundTruth, confident: float, doubtful: float) -> None:
         self.folder, self.where = folder, truth.where
+        self._sizes = truth.sizes
+        self._files = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
+        self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
+        self.image_ids: list[ImageId] = self._there()
+        there = set(self.image_ids)
         boxes: dict[ImageId, list[tuple[list[float], int]]] = {}
         for one in truth.annotations:
             score = float(one.get("score", 1.0))
-            if score < doubtful or min(one["bbox"][2:]) <= 0:
+            if score < doubtful or min(one["bbox"][2:]) <= 0 or one["image_id"] not in there:
                 continue
             sure = score >= confident and not one["iscrowd"]
             boxes.setdefault(one["image_id"], []).append((one["bbox"], one["category_id"] if sure else -1))
@@ -82,23 +96,54 @@ class OwnPhotos:
         used = [category for category in truth.categories if category in labelled]
         if not used:
             raise UserError(f"{truth.where}: no box to learn from (with a score, from {confident} on)")
-        self.names = tuple(truth.categories[category] for category in used)
+        self.names = tuple(cleaned(truth.categories[category]) for category in used)
+        self._check_names()
         number = {-1: -1, **{category: n for n, category in enumerate(used)}}
         self._boxes = {
             image_id: _labels([box for box, _ in labels], [number[category] for _, category in labels])
             for image_id, labels in boxes.items()
         }
-        self._sizes = truth.sizes
-        self._files = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
-        self.image_ids: list[ImageId] = list(truth.sizes)
-        self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
-        if missing := look_for(
-            [self._files[i] for i in self.image_ids], folder, where=truth.where, allowed=BAD_IMAGES_ALLOWED
-        ):
-            self.notices.append(missing)
         unused = [name for category, name in truth.categories.items() if category not in labelled]
         if unused:
             self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not learned")
+
+    def _there(self) -> list[ImageId]:
+        """The photos that can be opened and have the size that the labels say.
+
+        Raises:
+            UserError: more than a few are missing, or more than half cannot be read.
+        """
+        files = self._files
+        if missing := look_for(list(files.values()), self.folder, where=self.where, allowed=BAD_IMAGES_ALLOWED):
+            self.notices.append(missing)
+        there, unread = [], []
+        for image_id, name in files.items():
+            path = self.folder / name
+            if not path.is_file():
+                continue
+            try:
+                refuse_other_size(path, self._sizes[image_id], upright_size(path))
+                there.append(image_id)
+            except BadImageError as problem:
+                unread.append(str(problem))
+        if unread:
+            text = f"{self.where}: {len(unread)} of {len(files)} photos cannot be used (first: {unread[0]})"
+            if len(unread) > len(there):
+                raise UserError(f"{text}; repair or remove them")
+            self.notices.append(f"{text}; left out")
+        return there
+
+    def _check_names(self) -> None:
+        """Refuse classes that nobody could tell apart by what is typed; a notice on names that cannot be typed."""
+        keys: dict[str, str] = {}
+        for name in self.names:
+            if (other := keys.setdefault(name_key(name), name)) is not name:
+                raise UserError(f"{self.where}: classes {other!r} and {name!r} are one when typed; rename one of them")
+            if not _can_be_typed(name):
+                self.notices.append(
+                    f"{self.where}: class {name!r} cannot be typed as it stands; better rename it, without commas, "
+                    "colons, quotes or a minus in front"
+                )
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -149,7 +194,8 @@ class OwnPhotos:
     def divided(self, share: float, *, limit: int | None, seed: int) -> tuple[list[int], list[int]]:
         """(to train on, held out): photos drawn by the seed, in their order.
 
-        Every class keeps at least half of its boxes for training: a rare class's photos are taken back.
+        Every class keeps at least half of its boxes for training: a rare class's photos are taken back. Photos that
+        cannot be decoded are not held out, and none is where no object is in them: they could choose nothing.
 
         Args:
             share: of the photos that are held out.
@@ -168,7 +214,26 @@ class OwnPhotos:
                     break
                 held.remove(photo)
                 kept.append(photo)
+        unread = [photo for photo in held if not self._decodes(photo)]
+        kept, held = [*kept, *unread], [photo for photo in held if photo not in unread]
+        if not any((self.boxes(photo).classes >= 0).any() for photo in held):
+            kept, held = [*kept, *held], []
         return sorted(kept), sorted(held)
+
+    def _decodes(self, index: int) -> bool:
+        try:
+            self.load(index)
+        except BadImageError:
+            return False
+        return True
+
+
+def _can_be_typed(name: str) -> bool:
+    """Whether the name, typed alone, asks for one class of this name."""
+    try:
+        return Vocabulary.parse(name).names == (name,)
+    except UserError:
+        return False
 
 
 def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> Boxes:
@@ -214,12 +279,16 @@ class CanvasSource:
         return len(self.chosen)
 
     def identity(self) -> dict[str, str]:
-        """That of the photos that are trained on."""
-        return self.photos.identity(self.chosen)
+        """That of all photos, held-out ones too: they choose the weights."""
+        return self.photos.identity(range(len(self.photos)))
 
     def sample(self, index: int, draw: int) -> OwnSample:
-        """A canvas with photo ``index`` in it; pure function of (index, draw)."""
-        rng = np.random.default_rng([self.seed, draw])
+        """A canvas with photo ``index`` in it; pure function of (index, draw).
+
+        Raises:
+            BadImageError: one of its photos cannot be read. With another index the others are others, too.
+        """
+        rng = np.random.default_rng([self.seed, draw, index])
         canvas = np.zeros((self.side, self.side, 3), dtype=np.uint8)
         if rng.random() < self.mosaic:
             half = self.side // 2

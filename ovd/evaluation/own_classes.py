@@ -18,6 +18,7 @@ from ovd.inference.calibration import fit_platt
 from ovd.modeling.export import DetectorCard
 from ovd.modeling.fvlm.own_classes import OwnClasses
 from ovd.modeling.proposals.classes import ClassBranch
+from ovd.words import name_key
 from pretrain.engine.errors import UserError
 
 LEAST_RIGHT = 3
@@ -56,7 +57,7 @@ def find(
     photos: OwnPhotos,
     chosen: Sequence[int],
     *,
-    names: Sequence[str],
+    names: Sequence[str | None],
     side: int,
     nms: float,
     top: int,
@@ -67,11 +68,12 @@ def find(
         branch: of own classes.
         photos: with labels.
         chosen: of them.
-        names: of the branch's classes; the photos' classes are found among them by name, others are left out.
+        names: of the branch's classes; the photos' classes are found among them by name, others are left out;
+            None: a class that is not asked any more.
         side, nms, top: of `ClassBranch.detect`.
     """
-    category = {name.casefold(): number + 1 for number, name in enumerate(photos.names)}
-    there = [category.get(name.casefold()) for name in names]
+    category = {name_key(name): number + 1 for number, name in enumerate(photos.names)}
+    there = [None if name is None else category.get(name_key(name)) for name in names]
     was_training = branch.training
     branch.eval()
     results: list[dict[str, Any]] = []
@@ -103,11 +105,14 @@ def recalibrated(
     Raises:
         UserError: too few boxes are found to fit anything.
     """
-    shown = {name.casefold() for name in photos.names}
+    if len(photos) < 2:
+        raise UserError(f"{photos.where}: one photo; more photos are needed to fit anything. Nothing was changed")
+    shown = {name_key(name) for name in photos.names}
     cards, scores, correct, figures = [], [], [], {}
     for branch in own.branches:
         one = branch.card
-        if not shown & {name.casefold() for name in one.names}:
+        asked = [name if column >= 0 else None for name, column in zip(one.names, branch.columns.tolist(), strict=True)]
+        if not shown & {name_key(name) for name in asked if name is not None}:
             cards.append(one)
             continue
         halves = [
@@ -115,7 +120,7 @@ def recalibrated(
                 branch.network,
                 photos,
                 range(start, len(photos), 2),
-                names=one.names,
+                names=asked,
                 side=one.side,
                 nms=one.nms,
                 top=one.top,
@@ -128,9 +133,10 @@ def recalibrated(
             correct=torch.cat([half.correct for half in halves]),
         )
         if both.fitted() == (1.0, 0.0):
+            names = ", ".join(name for name in asked if name is not None)
             raise UserError(
-                f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {', '.join(one.names)} are found; "
-                "more photos are needed to fit anything. Nothing was changed"
+                f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {names} are found; more photos are "
+                "needed to fit anything. Nothing was changed"
             )
         slope, offset = halves[0].fitted()
         scores.append((slope * halves[1].scores.logit(eps=1e-6) + offset).sigmoid())

@@ -20,6 +20,7 @@ from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.everything import OwnWords, open_shift
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
+from ovd.inference.own_names import OwnNames
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
@@ -73,7 +74,7 @@ class FvlmRegionModel(RegionModel):
         background_words: Floats,
         known: WordList,
         trained: WordList,
-        own: WordList | None = None,
+        own: OwnNames | None = None,
         top: int = 150,
     ) -> None:
         self.network, self.card, self.own, self.top = network, card, own, top
@@ -94,7 +95,7 @@ class FvlmRegionModel(RegionModel):
         found = []
         for group, row in zip(phrases, rows, strict=True):
             for phrase in group:
-                if self.trained.understands(phrase) or (self.own is not None and self.own.is_one(phrase)):
+                if self.trained.understands(phrase) or (self.own is not None and self.own.has(phrase)):
                     continue
                 if len(group) > 1 and self.trained.is_english and (hint := hint_of(phrase)) is not None:
                     found.append(hint)
@@ -111,7 +112,8 @@ class FvlmRegionModel(RegionModel):
         return tuple(found)
 
     def own_words(self) -> OwnWords:
-        """The proposal network's words, and the nouns of the training that are not above them; one of each meaning."""
+        """The proposal network's words, classes that were added, and the nouns of the training that are not above the
+        former; one of each meaning."""
         nouns = [w for w in self.trained.words if w in self.trained.lexicon.nouns]
         relations = self.known.relations([[word] for word in nouns])
         above: list[bool] = relations.same_or_below.any(axis=1).tolist()  # type: ignore[assignment]
@@ -119,12 +121,14 @@ class FvlmRegionModel(RegionModel):
         first = frozenset(one_of.values())
         others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above, above, strict=True)
                   if w in first and not is_above]  # fmt: skip
-        names = (*self.known.words, *(word for word, _ in others))
-        known = len(self.known.words)
+        added = () if self.own is None else tuple(n for n in self.own.spelled if not self.known.is_one(n))
+        others = [(w, kinds) for w, kinds in others if self.own is None or not self.own.has(w)]
+        names = (*self.known.words, *added, *(word for word, _ in others))
+        known, learned = len(self.known.words), len(self.known.words) + len(added)
         kind_of = np.zeros((len(names), len(names)), dtype=bool)
-        kind_of[known:, :known] = np.stack([kinds for _, kinds in others]) if others else False
+        kind_of[learned:, :known] = np.stack([kinds for _, kinds in others]) if others else False
         shift = np.full(len(names), open_shift(), dtype=np.float32)
-        shift[:known] = 0
+        shift[:learned] = 0
         return OwnWords(names=names, shift=shift, kind_of=kind_of)
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
@@ -135,10 +139,10 @@ class FvlmRegionModel(RegionModel):
         rivals[:, : spared.shape[1]] = ~spared
         own_CO = own_only_C = None
         if self.own is not None:
-            own_CO = self.own.relations(phrases).same_or_below
+            own_CO = self.own.answering(phrases)
             own_only_C = np.array(
                 [
-                    any(self.own.is_one(p) for p in group) and not any(self.known.is_one(p) for p in group)
+                    any(self.own.has(p) for p in group) and not any(self.known.is_one(p) for p in group)
                     for group in phrases
                 ],
                 dtype=bool,

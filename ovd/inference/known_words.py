@@ -85,7 +85,7 @@ class WordList:
 
     def understands(self, phrase: str) -> bool:
         """Whether a phrase, as it is, has a meaning here."""
-        forms = set(singulars(phrase.casefold()))
+        forms = {phrase.casefold(), *singulars(phrase.casefold())}  # an article may be part of a name
         return self.meaning_of(phrase) is not None or bool(forms & (PERSONS | GROUPS.keys() | set(self.words)))
 
     def is_one(self, phrase: str) -> bool:

@@ -71,7 +71,7 @@ class Regions:
     ) -> Detections:
         """Classify the regions by the words and examples given; the network is not run.
 
-        A region that looks more like a negative word or example than like a class is left out.
+        A region that looks as much like a negative word or example as like a class, or more, is left out.
 
         Args:
             vocabulary: words, or words and examples (`Detector.query`); "everything" for all that the detector knows;
@@ -90,7 +90,7 @@ class Regions:
         level = self.detector.threshold_for(query, threshold)
         score_RC, negative_RN = self.scores(query)
         if negative_RN.shape[1]:
-            score_RC = np.where(score_RC < negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
+            score_RC = np.where(score_RC <= negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
         if query.naming is not None:
             score_RC, cross_class_iou = query.naming.one_name(score_RC, level=LEVEL), OVERLAP
         best_C = score_RC.max(axis=0, initial=0.0)

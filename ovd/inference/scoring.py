@@ -134,6 +134,13 @@ class RegionSet:
         """(R, D) of the head that was distilled from image embeddings: the image head, or the one head of both."""
         return self.text if self.image is None else self.image
 
+    @property
+    def added(self) -> NDArray[np.bool_]:
+        """(R,) bool: boxes that answer for classes that were added, and for nothing else."""
+        if self.own is None:
+            return np.zeros(len(self), dtype=bool)
+        return (self.own > 0).any(axis=1)
+
 
 def competitor_mask(classes_CD: Floats, words_BD: Floats, *, limit: float) -> NDArray[np.bool_]:
     """(C, B) bool: True where a background word competes with a class, False for its near-synonyms."""
@@ -234,7 +241,8 @@ def centred_on_picture(regions: RegionSet, *images_ED: Floats) -> tuple[RegionSe
     """The regions with one head, minus what the picture's regions share, and other image embeddings likewise."""
     region_RD = regions.distilled
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
-    common_D = region_RD.sum(axis=0) / (len(region_RD) + CENTRE_PRIOR)
+    shared_RD = region_RD[~regions.added]
+    common_D = shared_RD.sum(axis=0) / (len(shared_RD) + CENTRE_PRIOR)
     moved = [unit_rows(x - common_D) for x in (region_RD, *images_ED)]
     return replace(regions, text=moved[0], image=None), moved[1:]
 

@@ -80,7 +80,7 @@ def _load_fvlm(
         background_words=bank.numpy(),
         known=WordList(words=known_words(config), lexicon=lexicon),
         trained=WordList(words=card.bank, lexicon=lexicon),
-        own=None if own is None else own.words,
+        own=None if own is None else own.names,
         top=top,
     )
 

@@ -10,6 +10,7 @@ scores calibrated on them.
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,9 +100,20 @@ class FinetuneParts:
 
 
 def with_steps(config: FinetuneConfig, photos: OwnPhotos) -> FinetuneConfig:
-    """The configuration with as many steps as its photos need: ``loop.steps`` at most."""
+    """The configuration with as many steps as its photos need: ``loop.steps`` at most.
+
+    Raises:
+        UserError: so few that the warm-up would not end.
+    """
+    from pretrain.engine.errors import UserError
+
     used = min(len(photos), config.data.images_limit or len(photos))
     steps = min(config.loop.steps, max(LEAST_STEPS, config.steps_per_photo * used))
+    if steps <= config.optim.warmup_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps}: {used} photos are learned in {steps} steps; take fewer, "
+            "or raise steps_per_photo"
+        )
     return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps})})
 
 
@@ -109,7 +121,7 @@ def build(config: FinetuneConfig, *, photos: OwnPhotos) -> FinetuneParts:
     """Everything a training needs, before the first step.
 
     Raises:
-        UserError: the weights are not a detector of photographs.
+        UserError: the weights are not a detector of photographs, or lie in the folder that is written.
     """
     from ovd.config_proposals import ProposalNetworkConfig
     from ovd.data.own_photos import CanvasSource
@@ -120,12 +132,14 @@ def build(config: FinetuneConfig, *, photos: OwnPhotos) -> FinetuneParts:
     from pretrain.engine.distributed import is_main, seed_everything
 
     seed_everything(config.loop.seed)
-    folder = _detector(config.weights)
+    folder = _detector(config)
     chosen, held_out = photos.divided(config.data.held_out, limit=config.data.images_limit, seed=config.loop.seed)
     if is_main():
         for notice in photos.notices:
             print(notice)
         print(f"{len(chosen)} photos to learn from, {len(held_out)} held out; classes: {', '.join(photos.names)}")
+        if not held_out:
+            print("no photo with an object is held out: the last weights are exported, their scores uncalibrated")
     branch = ClassBranch(classes=len(photos.names))
     proposals = ProposalNetworkConfig.model_validate(read_proposals(folder / PROPOSALS).model)
     branch.start_from(start_model(folder / PROPOSALS, proposals))
@@ -164,6 +178,7 @@ def read_photos(config: FinetuneConfig) -> OwnPhotos:
     """
     from ovd.data.own_photos import OwnPhotos
     from ovd.formats.read import read_labels
+    from pretrain.engine.errors import UserError
 
     data = config.data
     labels = read_labels(
@@ -173,20 +188,30 @@ def read_photos(config: FinetuneConfig) -> OwnPhotos:
         part=data.part,
         prefer=("train",),
     )
+    if labels.kind == "yolo" and data.images:
+        raise UserError(
+            f"data.images={data.images}: {labels.where} itself says where its pictures are; leave data.images out"
+        )
     return OwnPhotos(folder=labels.root, truth=labels.truth(), confident=data.confident, doubtful=data.doubtful)
 
 
-def _detector(weights: str) -> Path:
-    """The folder of a detector of photographs, by name or path.
+def _detector(config: FinetuneConfig) -> Path:
+    """The folder of the detector of photographs that ``weights`` names.
 
     Raises:
-        UserError: it is another detector.
+        UserError: it is another detector, or lies in the run's own folder: its files are copied after the training.
     """
     from ovd.modeling.export import read_card
     from ovd.weights import detector_folder
     from pretrain.engine.errors import UserError
 
+    weights, out = config.weights, Path(config.out)
     folder = detector_folder(weights)
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(
+            f"weights={weights}: lies in out={out}, which this training writes; give it another folder, as in "
+            f"out={out}_more"
+        )
     if read_card(folder).arch != "fvlm":
         raise UserError(
             f"weights={weights}: classes are added to a detector of photographs (vild-photo, or what was made from "
@@ -196,32 +221,39 @@ def _detector(weights: str) -> Path:
 
 
 def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
-    """Write the detector with the new branch beside what it had; its scores are calibrated on the held-out photos."""
+    """Write the detector with the new branch beside what it had; its scores are calibrated on the held-out photos.
+
+    An earlier branch is left out when the new one names all that is left of it. The folder appears when it is whole.
+    """
     from ovd.modeling.export import read_card, write_card
     from ovd.modeling.fvlm.network import PROPOSALS
-    from ovd.modeling.fvlm.own_classes import save_branch
+    from ovd.modeling.fvlm.own_classes import save_branch, still_asked
     from pretrain.engine.config import config_hash
 
     card, task = read_card(parts.folder), parts.task
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    shutil.copytree(parts.folder / PROPOSALS, folder / PROPOSALS)
-    for file in ("model.safetensors", *(branch.file for branch in card.own)):
-        (folder / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(parts.folder / file, folder / file)
+    slope, offset, metrics = 1.0, 0.0, {"held_out_photos": float(len(task.held_out))}
+    if task.held_out:
+        measured = task.measure(task.best)
+        slope, offset = measured.fitted()
+        metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    shutil.copytree(parts.folder / PROPOSALS, fresh / PROPOSALS)
+    earlier = still_asked(card.own, parts.photos.names)
+    for file in ("model.safetensors", *(branch.file for branch in earlier)):
+        (fresh / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(parts.folder / file, fresh / file)
     own = save_branch(
-        folder,
+        fresh,
         task.best,
-        number=len(card.own) + 1,
+        number=1 + max((int(Path(branch.file).stem) for branch in earlier), default=0),
         names=parts.photos.names,
         side=task.side,
         nms=task.nms,
         top=task.top,
     )
-    own = replace(own, config_hash=config_hash(config))
-    if task.held_out:
-        measured = task.measure(task.best)
-        slope, offset = measured.fitted()
-        metrics = {"held_out_photos": float(len(task.held_out)), "held_out_ap50": measured.ap50}
-        own = replace(own, slope=slope, offset=offset, metrics=metrics)
-    write_card(folder, replace(card, own=(*card.own, own)))
+    own = replace(own, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
+    write_card(fresh, replace(card, own=(*earlier, own)))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)

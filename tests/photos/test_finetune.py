@@ -176,31 +176,31 @@ def test_each_class_of_a_cell_learns_the_overlap_of_its_own_objects() -> None:
 
 def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
     regions = RegionSet(
-        boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 2),
-        objectness=torch.tensor([0.5, 0.0]),
-        text=torch.eye(4)[:2],
-        image=torch.eye(4)[:2],
+        boxes=np.array([[0.0, 0.0, 10.0, 10.0]] * 2, dtype=np.float32),
+        objectness=np.array([0.5, 0.0], dtype=np.float32),
+        text=np.eye(4, dtype=np.float32)[:2],
+        image=np.eye(4, dtype=np.float32)[:2],
         masks=None,
         size=(20, 20),
-        known=torch.tensor([[0.9], [0.0]]),
-        bias=torch.zeros(2),
-        own=torch.tensor([[0.0, 0.0], [0.7, 0.0]]),
+        known=np.array([[0.9], [0.0]], dtype=np.float32),
+        bias=np.zeros(2, np.float32),
+        own=np.array([[0.0, 0.0], [0.7, 0.0]], dtype=np.float32),
     )
     scorer = WordScorer(
-        rows=torch.eye(4)[[0, 1, 2]],
-        competitors=torch.eye(4),
-        rivals=torch.zeros(3, 4, dtype=torch.bool),
-        known=torch.tensor([[True], [False], [False]]),
+        rows=np.eye(4, dtype=np.float32)[[0, 1, 2]],
+        competitors=np.eye(4, dtype=np.float32),
+        rivals=np.zeros((3, 4), dtype=bool),
+        known=np.array([[True], [False], [False]]),
         scale=4.0,
         calibration=Calibration(),
-        own=torch.tensor([[True, False], [True, False], [False, True]]),
-        own_only=torch.tensor([False, True, True]),
+        own=np.array([[True, False], [True, False], [False, True]]),
+        own_only=np.array([False, True, True]),
     )
     score = scorer(regions)
     assert float(score[0, 0]) > 0.5 and float(score[1, 0]) == pytest.approx(0.7)  # known, and a kind that was added
     assert score[:, 1].tolist() == pytest.approx([0.0, 0.7])
     assert score[:, 2].tolist() == [0.0, 0.0]
-    torch.testing.assert_close(scorer.select(torch.tensor([1]))(regions)[:, 0], score[:, 1])
+    np.testing.assert_allclose(scorer.select([1])(regions)[:, 0], score[:, 1])
 
 
 def arguments(labels: Path, out: Path, weights: Path | str = "vild-photo") -> list[str]:

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.inference.known_words import WordList
+from ovd.inference.own_names import OwnNames
 from ovd.modeling.export import OwnClassesCard
 from ovd.modeling.proposals.build import PhotoProposals
 from ovd.modeling.proposals.classes import ClassBranch
+from ovd.words import name_key
 from pretrain.data.lexicon import Lexicon
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -53,15 +55,11 @@ class OwnClasses:
 
     Attributes:
         branches: oldest first.
-        words: the O names, in small letters, with their meanings where they have one.
+        names: the O names.
     """
 
     branches: tuple[Branch, ...]
-    words: WordList
-
-    def has(self, phrase: str) -> bool:
-        """Whether a phrase, in whatever number, is one of the classes."""
-        return self.words.is_one(phrase)
+    names: OwnNames
 
     def beside(self, proposals: PhotoProposals, image: NDArray[np.uint8]) -> tuple[PhotoProposals, Tensor]:
         """(proposals and the branches' boxes after them, (R, O) calibrated scores of own classes).
@@ -69,7 +67,10 @@ class OwnClasses:
         The branches' boxes have objectness 0 and say nothing of any other word, so that what a detector says of other
         words does not change.
         """
-        boxes, scores = [proposals.boxes], [proposals.boxes.new_zeros(len(proposals.boxes), len(self.words.words))]
+        boxes, scores = (
+            [proposals.boxes],
+            [proposals.boxes.new_zeros(len(proposals.boxes), len(self.names.words.words))],
+        )
         for branch in self.branches:
             card = branch.card
             found = branch.network.detect(image, side=card.side, nms=card.nms, top=card.top)
@@ -78,7 +79,9 @@ class OwnClasses:
             score = (card.slope * score + card.offset).sigmoid()[column >= 0]
             box, column = torch.from_numpy(found.boxes)[column >= 0], column[column >= 0]
             boxes.append(box.to(proposals.boxes))
-            scores.append(torch.zeros(len(box), len(self.words.words)).scatter_(1, column[:, None], score[:, None]))
+            scores.append(
+                torch.zeros(len(box), len(self.names.words.words)).scatter_(1, column[:, None], score[:, None])
+            )
         added = sum(map(len, boxes[1:]))
 
         def padded(values: Tensor) -> Tensor:
@@ -91,6 +94,18 @@ class OwnClasses:
             words=padded(proposals.words),
         )
         return joined, torch.cat(scores)
+
+
+def still_asked(cards: Sequence[OwnClassesCard], names: Sequence[str]) -> tuple[OwnClassesCard, ...]:
+    """The branches that a class is left of when a new branch takes over ``names``."""
+    taken = {name_key(name) for name in names}
+    kept: list[OwnClassesCard] = []
+    for card in reversed(cards):
+        mine = {name_key(name) for name in card.names}
+        if mine - taken:
+            kept.insert(0, card)
+        taken |= mine
+    return tuple(kept)
 
 
 def save_branch(
@@ -121,8 +136,9 @@ def load_own_classes(
     """
     if not cards:
         return None
-    names = tuple(dict.fromkeys(name.casefold() for card in cards for name in card.names))
-    newest = {name.casefold(): number for number, card in enumerate(cards) for name in card.names}
+    names = tuple(dict.fromkeys(name_key(name) for card in cards for name in card.names))
+    newest = {name_key(name): number for number, card in enumerate(cards) for name in card.names}
+    spelled = {name_key(name): name for card in cards for name in card.names}
     branches = []
     for number, card in enumerate(cards):
         file = folder / card.file
@@ -135,6 +151,9 @@ def load_own_classes(
         load_tensors(network, tensors, source=file)
         network.eval().to(memory_format=torch.channels_last)
         network.to(torch.bfloat16).to(device)
-        mine = [names.index(n.casefold()) if newest[n.casefold()] == number else -1 for n in card.names]
+        mine = [names.index(key) if newest[key] == number else -1 for key in map(name_key, card.names)]
         branches.append(Branch(card=card, network=network, columns=torch.tensor(mine)))
-    return OwnClasses(branches=tuple(branches), words=WordList(words=names, lexicon=lexicon))
+    return OwnClasses(
+        branches=tuple(branches),
+        names=OwnNames(words=WordList(words=names, lexicon=lexicon), spelled=tuple(spelled[name] for name in names)),
+    )

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels and names as people have them: which photos and classes are taken, and what a typed word asks for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from ovd import train as ovd_train
+from ovd.data.own_photos import CanvasSource, OwnPhotos
+from ovd.detector import Detector
+from ovd.inference.known_words import WordList
+from ovd.inference.own_names import OwnNames
+from ovd.inference.regions import Regions
+from ovd.inference.scorers import QueryScores
+from ovd.inference.scoring import RegionSet, centred_on_picture
+from ovd.modeling.export import OwnClassesCard
+from ovd.modeling.fvlm.own_classes import still_asked
+from ovd.query import Query
+from ovd.vocabulary import Vocabulary
+from pretrain.data.coco import check_ground_truth
+from pretrain.data.lexicon import read_lexicon
+from pretrain.engine.errors import BadImageError, UserError
+
+
+def write_photos(folder: Path, boxes_of: list[list[int]], names: list[str]) -> Path:
+    """Grey photos of 64 × 48 pixels, with a box for each class index."""
+    folder.mkdir(parents=True)
+    gt: dict[str, Any] = {"images": [], "annotations": []}
+    gt["categories"] = [{"id": n + 1, "name": name} for n, name in enumerate(names)]
+    for number, classes in enumerate(boxes_of):
+        noise = np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{number}.jpg"), noise)
+        gt["images"].append({"id": number, "file_name": f"{number}.jpg", "width": 64, "height": 48})
+        for one in classes:
+            box = {"bbox": [8, 8, 24, 24], "area": 576, "iscrowd": 0, "image_id": number, "category_id": one + 1}
+            gt["annotations"].append({"id": len(gt["annotations"]) + 1, **box})
+    (folder / "labels.json").write_text(json.dumps(gt))
+    return folder / "labels.json"
+
+
+def read(labels: Path) -> OwnPhotos:
+    truth = check_ground_truth(json.loads(labels.read_text()), where=str(labels))
+    return OwnPhotos(folder=labels.parent, truth=truth, confident=0.3, doubtful=0.1)
+
+
+def cut_off(file: Path) -> None:
+    """Leave the header, and a part of what it promises."""
+    file.write_bytes(file.read_bytes()[:700])
+
+
+def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
+    photos = read(write_photos(tmp_path / "a", [[0, 1, 2]], [" red   cell", "Ba\u0308ume", "cup, mug"]))
+    assert photos.names == ("red cell", "B\u00e4ume", "cup, mug")
+    assert [note for note in photos.notices if "cannot be typed as it stands" in note and "'cup, mug'" in note]
+    with pytest.raises(UserError, match="classes 'red cell' and 'Red_Cell' are one when typed; rename one"):
+        read(write_photos(tmp_path / "b", [[0, 1]], ["red  cell", "Red_Cell"]))
+
+
+def test_photos_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path / "photos", [[0], [1], [0], [0]], ["mug", "lamp"])
+    (labels.parent / "1.jpg").write_bytes(b"no picture")
+    photos = read(labels)
+    assert photos.image_ids == [0, 2, 3] and photos.names == ("mug",)  # the only lamp was in the other
+    assert any("1 of 4 photos cannot be used (first: " in note and "1.jpg" in note for note in photos.notices)
+    cv2.imwrite(str(labels.parent / "0.jpg"), np.zeros((64, 48, 3), dtype=np.uint8))
+    assert any("0.jpg: is 48 × 64 pixels upright, the annotations say 64 × 48" in note for note in read(labels).notices)
+    (labels.parent / "2.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="3 of 4 photos cannot be used .* repair or remove them"):
+        read(labels)
+
+
+def test_a_damaged_photo_in_a_mosaic_is_replaced_with_its_neighbours(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path / "photos", [[0]] * 8, ["mug"])
+    cut_off(labels.parent / "3.jpg")
+    photos = read(labels)
+    source = CanvasSource(
+        photos=photos, chosen=range(8), side=64, scale=(1.0, 1.0), mosaic=1.0, flip=0.0, flip_vertical=0.0,
+        colour=0.0, seed=0,
+    )  # fmt: skip
+
+    def works(index: int, draw: int) -> bool:
+        try:
+            source.sample(index, draw)
+        except BadImageError:
+            return False
+        return True
+
+    failing = [draw for draw in range(30) if not works(0, draw)]
+    assert failing  # 0 is fine, but stands beside 3
+    assert all(any(works(index, draw) for index in (1, 2, 4, 5)) for draw in failing)
+
+
+def test_held_out_photos_can_be_decoded_and_show_an_object(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path / "photos", [[0], [0], [0], [0], [0], []], ["mug"])
+    cut_off(labels.parent / "1.jpg")
+    photos = read(labels)
+    divisions = [photos.divided(0.34, limit=None, seed=seed) for seed in range(12)]
+    assert all(sorted([*kept, *held]) == list(range(6)) for kept, held in divisions)
+    assert not any(1 in held or held == [5] for _, held in divisions)
+    assert any(held for _, held in divisions)
+
+
+WORDS = ("vehicle", "bus", "the north face", "red cell")
+
+
+@pytest.mark.parametrize(
+    ("phrase", "found"),
+    [
+        ("Vehicle", {"vehicle"}),  # as it was learned: that class alone
+        ("vehicles", {"vehicle", "bus"}),  # what it means, and its kinds
+        ("bus", {"bus"}),
+        ("The North Face", {"the north face"}),
+        ("face", set()),
+        ("Red_Cell", {"red cell"}),
+        ("red cells", {"red cell"}),
+    ],
+)
+def test_what_a_typed_word_asks_of_own_classes(phrase: str, found: set[str]) -> None:
+    own = OwnNames(words=WordList(words=WORDS, lexicon=read_lexicon()), spelled=WORDS)
+    (row,) = own.answering([[phrase]]).tolist()
+    assert {word for word, yes in zip(WORDS, row, strict=True) if yes} == found
+    assert own.has(phrase) == bool(found)
+    assert own.answering([[phrase, "bus"]])[0, 1]  # a synonym adds what it finds
+
+
+def test_branches_go_when_all_their_classes_are_learned_again() -> None:
+    def card(number: int, *names: str) -> OwnClassesCard:
+        return OwnClassesCard(names=names, file=f"classes/{number:02}.safetensors", sha256="", side=64, nms=0.6, top=10)
+
+    first, second, third = card(1, "mug", "lamp"), card(2, "Lamp"), card(3, "fork")
+    assert still_asked((first, second, third), ["spoon"]) == (first, second, third)
+    assert still_asked((first, second, third), ["MUG"]) == (second, third)  # the second has the lamp
+    assert still_asked((first, third), ["fork"]) == (first,)
+
+
+def regions(added: int) -> RegionSet:
+    """Three boxes, and as many again of an own class."""
+    rows = torch.nn.functional.normalize(torch.randn(3 + added, 8, generator=torch.Generator().manual_seed(0)))
+    own = torch.zeros(3 + added, 1)
+    own[3:] = 0.4
+    return RegionSet(
+        boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(3 + added, 1) + 20 * torch.arange(3 + added)[:, None],
+        objectness=torch.tensor([0.5] * 3 + [0.0] * added),
+        text=rows,
+        image=rows,
+        masks=None,
+        size=(100, 100),
+        own=own if added else None,
+    )
+
+
+def test_search_by_crop_is_the_same_beside_own_boxes() -> None:
+    crops = np.eye(8, dtype=np.float32)[:2]
+    plain, (moved,) = centred_on_picture(regions(0), crops)
+    beside, (moved_beside,) = centred_on_picture(replace_rows(regions(4), regions(0)), crops)
+    np.testing.assert_allclose(beside.text[:3], plain.text)
+    np.testing.assert_allclose(moved_beside, moved)
+
+
+def replace_rows(larger: RegionSet, smaller: RegionSet) -> RegionSet:
+    assert larger.image is not None and smaller.image is not None
+    larger.image[:3] = smaller.image
+    return larger
+
+
+def test_an_own_class_with_a_minus_takes_its_boxes_from_what_is_above_it() -> None:
+    """*terrier* was added, and a person asks for "dog, -terrier": the box has one score, for both words."""
+    scores = QueryScores(np.array([[0.8], [0.7], [0.0]], np.float32), np.array([[0.1], [0.7], [0.0]], np.float32))
+    detector = SimpleNamespace(threshold_for=lambda query, level: 0.3, scorer=lambda query: lambda regions: scores)
+    seen = Regions(regions=regions(0), key="", detector=cast(Detector, detector))
+    found = seen.classify(Query(Vocabulary.parse("dog, -terrier")))
+    assert found.confidence.tolist() == pytest.approx([0.8])
+
+
+def test_weights_in_the_folder_that_is_written_are_refused(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path / "photos", [[0]] * 4, ["mug"])
+    out = tmp_path / "run"
+    (out / "exported").mkdir(parents=True)
+    (out / "exported/model.json").write_text("{}")
+    options = ["--config", "photos/finetune.yaml", f"out={out}", f"data.annotations={labels}"]
+    with pytest.raises(UserError, match="exported: lies in out=.*, which this training writes; give it another folder"):
+        ovd_train.main([*options, f"weights={out}/exported", "--overwrite"])
+    assert (out / "exported/model.json").is_file()
+    with pytest.raises(UserError, match=r"optim\.warmup_steps=200: 4 photos are learned in 150 steps; take fewer"):
+        ovd_train.main([*options, "optim.warmup_steps=200", "--check"])
