@@ -75,15 +75,15 @@ def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return error**2 * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def distribution_focal_loss(sides: Tensor, target: Tensor) -> Tensor:
+def distribution_focal_loss(sides: Tensor, wanted: Tensor) -> Tensor:
     """(M,) mean cross-entropy of four (M, 4, bins) side distributions with the two bins beside (M, 4) distances.
 
     Distances are in strides; what is beyond the last bin is taken for it (arXiv:2006.04388, equation 6).
     """
     bins = sides.shape[-1]
-    target = target.clamp(0, bins - 1 - 1e-3)
-    low = target.floor().long()
-    share = target - low
+    wanted = wanted.clamp(0, bins - 1 - 1e-3)
+    low = wanted.floor().long()
+    share = wanted - low
     logs = sides.log_softmax(dim=-1)
     below, above = (logs.gather(-1, at[..., None])[..., 0] for at in (low, low + 1))
     return -((1 - share) * below + share * above).mean(dim=-1)
@@ -128,14 +128,14 @@ def nameless_losses(
     zero = sides.sum() * 0.0 + quality.sum() * 0.0
     if not bool(positive.any()):
         return BoxLosses(loss, zero, zero, zero, zero.detach(), zero.detach())
-    target = objects[assignment.object[positive]]
+    wanted = objects[assignment.object[positive]]
     weight = assignment.target[positive]
-    predicted = boxes[positive]
-    box = (weight * generalized_box_iou_loss(predicted, target, reduction="none")).sum()
+    found = boxes[positive]
+    box = (weight * generalized_box_iou_loss(found, wanted, reduction="none")).sum()
     at, step = centres[positive], strides[positive]
-    reach = torch.cat([at - target[:, :2], target[:, 2:] - at], dim=1) / step[:, None]
+    reach = torch.cat([at - wanted[:, :2], wanted[:, 2:] - at], dim=1) / step[:, None]
     dfl = (weight * distribution_focal_loss(sides[positive], reach)).sum()
     with torch.no_grad():
-        overlap = box_iou(predicted, target).diagonal()
+        overlap = box_iou(found, wanted).diagonal()
     localised = F.binary_cross_entropy_with_logits(quality[positive], overlap, reduction="sum")
     return BoxLosses(loss, box, dfl, localised, weight.sum(), positive.sum().to(weight))
