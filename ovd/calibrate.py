@@ -301,6 +301,8 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")
+    if calibrate_own_classes(args):
+        return 0
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     for notice in photos.notices:
         print(f"warning: {notice}", file=sys.stderr)
@@ -313,6 +315,42 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     fitted = fit(typed)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0
+
+
+def calibrate_own_classes(args: argparse.Namespace) -> bool:
+    """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
+    from ovd.data.own_photos import OwnPhotos
+    from ovd.evaluation.labelled_scenes import labels_of
+    from ovd.evaluation.own_classes import recalibrated
+    from ovd.evaluation.reliability import reliability_svg
+    from ovd.inference.fvlm_regions import FvlmRegionModel
+    from ovd.modeling.export import read_card, write_card
+
+    folder = Path(args.weights)
+    card = read_card(folder)
+    if not card.own:
+        return False
+    labels = labels_of(args.data, part=args.part)
+    photos = OwnPhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
+    names = {name.casefold() for own in card.own for name in own.names}
+    if not names & {name.casefold() for name in photos.names}:
+        return False
+    others = [name for name in photos.names if name.casefold() not in names]
+    if others:
+        print(f"warning: {labels.where}: no own classes, left as they are: {', '.join(others)}", file=sys.stderr)
+    model = load(args).model
+    assert isinstance(model, FvlmRegionModel) and model.own is not None
+    fitted, figures, curve = recalibrated(card, model.own, photos)
+    write_card(folder, fitted)
+    report = {"own": [asdict(own) for own in fitted.own], "data": args.data, "other_half": figures}
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    print(text)
+    if args.plot:
+        svg = reliability_svg(curve, title=f"Scores of {args.weights}", caption="own classes, half of the photos")
+        write_atomically(args.plot, svg.encode())
+    if args.report:
+        write_atomically(args.report, (text + "\n").encode())
+    return True
 
 
 def load(args: argparse.Namespace) -> Detector:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ovd.config import DataConfig, RunConfig, TrainConfig, TrainingConfig
 from ovd.config_backbone import NetworkConfig
+from ovd.config_finetune import FinetuneConfig
 from ovd.config_fvlm import FvlmTrainConfig
 from ovd.config_proposals import ProposalTrainConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
@@ -236,6 +237,7 @@ TRAIN_CONFIGS: ConfigChoice[RunConfig] = ConfigChoice(
         "detr": DetrTrainConfig,
         "nanodet": ProposalTrainConfig,
         "fvlm": FvlmTrainConfig,
+        "finetune": FinetuneConfig,
     },
     default="mask_rcnn",
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -31,6 +32,16 @@ def upright_size(path: Path) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadImageError(path, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
     return (width, height) if turned else (height, width)
+
+
+def resized(image: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
+    """An (H, W, 3) picture with both sides times ``factor``, at least a pixel each; averaged where it shrinks."""
+    height, width = image.shape[:2]
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    if size == (height, width):
+        return image
+    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    return cv2.resize(image, size[::-1], interpolation=how).astype(np.uint8)
 
 
 def to_rgb(image: ImageLike, *, max_pixels: int | None = None) -> NDArray[np.uint8]:

@@ -2,13 +2,14 @@
 """``wordbox train --config vild.yaml``: train a detector and export it.
 
 ``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, a detection transformer, proposals without
-names, or a region head on a frozen image tower.
+names, a region head on a frozen image tower, or classes of one's own beside it.
 
     wordbox train --config vild.yaml regions=runs/regions              ViLD
     wordbox train --config updetr.yaml                                 UP-DETR's pretext: patches, no labels
     wordbox train --config detr.yaml weights=runs/updetr/exported      fine-tune on labels
     wordbox train --config photos/lite_proposals.yaml data.images=…    class-agnostic proposals for photographs
     wordbox train --config photos/lite_vild.yaml proposals=…           names for them
+    wordbox train --config photos/finetune.yaml data.images=…          classes of your own
 
 The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``), which ``Detector.load``,
 ``ovd.embed`` and ``weights=`` of another training read.
@@ -17,11 +18,13 @@ The run folder ends with ``exported/`` (``model.safetensors`` and ``model.json``
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ovd.config import TrainConfig
 from ovd.config_detr import TRAIN_CONFIGS, DetrTrainConfig
+from ovd.config_finetune import FinetuneConfig
 from ovd.config_fvlm import FvlmTrainConfig
 from ovd.config_proposals import ProposalTrainConfig
 from pretrain.engine.cli import Options, command_line
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from pretrain.engine.sampling import Source
     from pretrain.engine.task import Task
 
-ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig, ProposalTrainConfig, FvlmTrainConfig)
+ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig, ProposalTrainConfig, FvlmTrainConfig, FinetuneConfig)
 
 
 class Parts(Protocol):
@@ -54,7 +57,7 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     config, options = command_line(TRAIN_CONFIGS, argv, prog="wordbox train", doc=__doc__ or "")
     require_stages(config)
-    from ovd.training import detr, fvlm, proposals, rcnn
+    from ovd.training import detr, finetune, fvlm, proposals, rcnn
 
     if isinstance(config, DetrTrainConfig):
         config = detr.for_check(config) if options.check else config
@@ -64,6 +67,10 @@ def main(argv: list[str]) -> int:
     elif isinstance(config, FvlmTrainConfig):
         config = fvlm.for_check(config) if options.check else config
         _train(config, options, build=fvlm.build, export=fvlm.export)
+    elif isinstance(config, FinetuneConfig):
+        photos = finetune.read_photos(config)
+        config = finetune.with_steps(config, photos)
+        _train(config, options, build=partial(finetune.build, photos=photos), export=finetune.export)
     else:
         assert isinstance(config, TrainConfig)
         _train(config, options, build=rcnn.build, export=rcnn.export)

@@ -13,20 +13,30 @@ import torch
 from torch import nn
 
 from ovd.calibrate import typed_scenes
+from ovd.config_fvlm import FvlmConfig
+from ovd.data.own_photos import OwnSample
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.typed import run_typed
 from ovd.inference.detr_regions import OpenVocabularyDetr
+from ovd.inference.fvlm_regions import FvlmRegionModel
+from ovd.inference.known_words import WordList
 from ovd.inference.region_model import RCNNRegionModel
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration
 from ovd.inference.strategies import CropEmbeddings
 from ovd.modeling.detr.build import init_projections
 from ovd.modeling.export import DetectorCard
+from ovd.modeling.fvlm.network import build_fvlm
+from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer
+from ovd.modeling.proposals.classes import ClassBranch
+from ovd.modeling.proposals.network import build_proposal_detector
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
+from pretrain.config_photos import TimmTower
 from pretrain.config_views import InputSpec
+from pretrain.data.lexicon import read_lexicon
 from pretrain.data.stickers import Stickers
 from pretrain.engine.loop import PRECISIONS
 from pretrain.evaluate import embed_words
@@ -292,3 +302,54 @@ def test_transformer__answers_words_and_crops_beside_a_gpu() -> None:
             regions.conditioned_queries(picture(), torch.randn(3, detr.D), classes_per_pass=2).boxes.device.type
             == "cpu"
         )
+
+
+# --- photographs
+
+
+def test_proposals__losses_and_boxes_are_computed_on_the_gpu() -> None:
+    model = build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=100, post_nms=20)
+    with pretend_cuda():
+        to_cuda(model)
+        losses = model.train()(rcnn.batch(label=0, regions=False))
+        assert all(loss.device.type == "cuda" for loss in losses.values())
+        found = PhotoProposer(model=model, sides=(64,), precision=torch.float32).regions(picture(), top=10)
+        assert found.boxes.device.type == "cpu"
+
+
+def test_own_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
+    branch = ClassBranch(classes=2)
+    image = torch.from_numpy(picture().transpose(2, 0, 1).copy())
+    canvas = OwnSample(
+        image=image, boxes=torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 9.0, 9.0]]), classes=torch.tensor([1, -1])
+    )
+    with pretend_cuda():
+        to_cuda(branch)
+        losses = branch.train()([canvas, canvas])
+        assert all(loss.device.type == "cuda" and bool(torch.isfinite(loss)) for loss in losses.values())
+        boxes = branch.eval().detect(picture(), side=64, nms=0.6, top=10).boxes
+        assert 0 < len(boxes) <= 10
+
+
+def test_photographs__regions_are_embedded_on_the_gpu() -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(
+        EncoderConfig(
+            embed_dim=8,
+            image=TimmTower(kind="timm", name="tf_efficientnet_lite0", image_size=64),
+            text=CbowTower(kind="cbow", width=16, hidden=16, context_length=8),
+        )
+    ).eval()
+    config = FvlmConfig(arch="fvlm", side=64)
+    network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
+    with pretend_cuda():
+        proposer = PhotoProposer(model=to_cuda(network), sides=(64,), precision=torch.float32)
+        detector = build_fvlm(config, proposer=proposer, encoder=encoder).eval()
+        to_cuda(detector.tower)
+        to_cuda(detector)
+        words = WordList(words=KNOWN_WORDS, lexicon=read_lexicon())
+        model = FvlmRegionModel(
+            model=detector, card=card("text"), background_words=torch.eye(8)[:5], known=words, trained=words, top=10
+        )
+        regions = model.regions(picture())
+        assert regions.text.shape == (len(regions), 8) and regions.text.device.type == "cpu"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The detector of photographs for inference: its regions, and what scores them.
 
-Shapes: R regions, C classes, K known words, B background words, D joint embedding.
+Shapes: R regions, C classes, K known words, O own classes, B background words, D joint embedding.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilit
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
     from ovd.modeling.fvlm.network import FvlmDetector
+    from ovd.modeling.fvlm.own_classes import OwnClasses
 
 EPS = 1e-6
 
@@ -35,6 +36,7 @@ class FvlmRegionModel(RegionModel):
         background_words: (B, D) embeddings of the training's words.
         known: the words that the proposal network scores.
         trained: the training's words.
+        own: classes that were added by fine-tuning; None: there are none.
         top: regions kept per picture.
     """
 
@@ -48,9 +50,10 @@ class FvlmRegionModel(RegionModel):
         background_words: Tensor,
         known: WordList,
         trained: WordList,
+        own: OwnClasses | None = None,
         top: int = 150,
     ) -> None:
-        self.model, self.card, self.top = model, card, top
+        self.model, self.card, self.own, self.top = model, card, own, top
         self.background_words = unit_rows(background_words)
         self.known, self.trained = known, trained
         self.calibration = Calibration(**card.calibration)
@@ -58,7 +61,11 @@ class FvlmRegionModel(RegionModel):
     @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
-        pooled = self.model.pooled(image, self.model.proposer.regions(image, top=self.top))
+        proposals = self.model.proposer.regions(image, top=self.top)
+        own_RO = None
+        if self.own is not None:
+            proposals, own_RO = self.own.beside(proposals, image)
+        pooled = self.model.pooled(image, proposals)
         out = self.model.head(pooled.features, pooled.known)
         height, width = image.shape[:2]
         return RegionSet(
@@ -70,6 +77,7 @@ class FvlmRegionModel(RegionModel):
             size=(height, width),
             known=pooled.known.cpu(),
             bias=out.bias.cpu(),
+            own=own_RO,
         )
 
     @torch.inference_mode()
@@ -83,7 +91,7 @@ class FvlmRegionModel(RegionModel):
         found = []
         for group, row in zip(phrases, rows, strict=True):
             for phrase in group:
-                if self.trained.understands(phrase):
+                if self.trained.understands(phrase) or (self.own is not None and self.own.has(phrase)):
                     continue
                 if (head := self.trained.head_of(phrase)) is not None:
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
@@ -100,6 +108,15 @@ class FvlmRegionModel(RegionModel):
         spared = self.trained.relations(phrases).related
         rivals = torch.ones(len(phrases), len(competitors), dtype=torch.bool)
         rivals[:, : spared.shape[1]] = ~spared
+        own_CO = own_only_C = None
+        if self.own is not None:
+            own_CO = self.own.words.relations(phrases).same_or_below
+            own_only_C = torch.tensor(
+                [
+                    any(self.own.has(phrase) for phrase in group) and not any(self.known.is_one(p) for p in group)
+                    for group in phrases
+                ]
+            )
         return WordScorer(
             rows=rows,
             competitors=competitors,
@@ -107,6 +124,8 @@ class FvlmRegionModel(RegionModel):
             known=relations.same_or_below,
             scale=float(self.model.head.scale.detach()),
             calibration=self.calibration,
+            own=own_CO,
+            own_only=own_only_C,
         )
 
 
@@ -126,6 +145,8 @@ class WordScorer:
         known: (C, K) bool: known words that are the class or a kind of it.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
+        own: (C, O) bool: an object of the own class is also one of the class; None: there are no own classes.
+        own_only: (C,) bool: the class is an own one, and the proposal network does not know it: no other box is it.
     """
 
     rows: Tensor
@@ -134,6 +155,8 @@ class WordScorer:
     known: Tensor
     scale: float
     calibration: Calibration
+    own: Tensor | None = None
+    own_only: Tensor | None = None
 
     def select(self, columns: Tensor) -> WordScorer:
         """See `Scorer`."""
@@ -142,11 +165,16 @@ class WordScorer:
             rows=self.rows[columns],
             rivals=self.rivals[columns],
             known=self.known[columns],
+            own=None if self.own is None else self.own[columns],
+            own_only=None if self.own_only is None else self.own_only[columns],
         )
 
     def __call__(self, regions: RegionSet) -> Tensor:
         """See `Scorer`."""
-        return torch.where(self.known.any(dim=1), self.known_scores(regions), self.open_scores(regions))
+        score_RC = torch.where(self.known.any(dim=1), self.known_scores(regions), self.open_scores(regions))
+        if self.own is None or self.own_only is None or regions.own is None:
+            return score_RC
+        return torch.maximum(score_RC * ~self.own_only, best_of(regions.own.to(score_RC), self.own))
 
     def known_scores(self, regions: RegionSet) -> Tensor:
         """(R, C) scores by the best known word of each class; near 0 for a class without any."""

@@ -80,6 +80,12 @@ class WordList:
         forms = set(singulars(phrase.casefold()))
         return self.meaning_of(phrase) is not None or bool(forms & (PERSONS | GROUPS.keys() | set(self.words)))
 
+    def is_one(self, phrase: str) -> bool:
+        """Whether a phrase, in whatever number, is one of the words or a synonym of one; not a kind or a group."""
+        _, own, number_of = self._columns
+        meaning = self.meaning_of(phrase)
+        return meaning in own if meaning is not None else bool(set(singulars(phrase.casefold())) & number_of.keys())
+
     def line_of(self, phrase: str) -> list[str]:
         """The meaning of a phrase and those above it; the phrase itself where the lexicon does not have it."""
         if not self.understands(phrase):

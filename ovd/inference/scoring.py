@@ -104,6 +104,8 @@ class RegionSet:
         size: (height, width) of the original picture.
         known: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
         bias: (R,) logit of any word beside its cosine to the text head, or None (`ovd.modeling.fvlm.head`).
+        own: (R, O) in [0, 1], calibrated scores of classes that were added by fine-tuning, or None. Their boxes have
+            objectness 0 and no score of any other word.
     """
 
     boxes: Tensor
@@ -114,6 +116,7 @@ class RegionSet:
     size: tuple[int, int]
     known: Tensor | None = None
     bias: Tensor | None = None
+    own: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)

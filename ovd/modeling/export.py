@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,34 @@ from pretrain.engine.state import load_tensors
 
 FORMAT = 1
 """Version of ``model.json``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnClassesCard:
+    """A branch of a person's own classes beside a detector of photographs (`ovd.modeling.fvlm.own_classes`).
+
+    Attributes:
+        names: of the classes, in the order of the branch's scores.
+        file: of its tensors, below the detector's folder.
+        sha256: of that file: cached results of other branches are not taken for this one's.
+        side: longest side of a picture in the branch, pixels.
+        nms: IoU above which the lesser of two boxes of a class goes.
+        top: boxes of a picture.
+        slope, offset: of the scores' sigmoid, see `ovd.inference.calibration.fit_platt`.
+        config_hash: of the training configuration.
+        metrics: what was measured on the photos that were held out of its training.
+    """
+
+    names: tuple[str, ...]
+    file: str
+    sha256: str
+    side: int
+    nms: float
+    top: int
+    slope: float = 1.0
+    offset: float = 0.0
+    config_hash: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +72,7 @@ class DetectorCard:
         templates: name of the prompts that the classes were embedded with.
         crop_refinement: regions of a picture that the image encoder embeds too, as the calibration was fitted
             (`ovd.inference.crop_refinement`); ``second_look`` in older files.
+        own: branches of classes that were added later, oldest first.
     """
 
     model: dict[str, Any]
@@ -62,6 +91,7 @@ class DetectorCard:
     format: int = FORMAT
     templates: str = "sticker"  # cards that do not say are older than the choice
     crop_refinement: int = 0
+    own: tuple[OwnClassesCard, ...] = ()
 
     @property
     def is_transformer(self) -> bool:
@@ -98,7 +128,15 @@ def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: T
     if half:
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     save_weights(folder / "model.safetensors", {k: v.contiguous() for k, v in tensors.items()}, {"format": str(FORMAT)})
-    (folder / "model.json").write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(folder, card)
+
+
+def write_card(folder: Path, card: DetectorCard) -> None:
+    """Write ``model.json``; what a card has nothing of is left out."""
+    content = asdict(card)
+    if not card.own:
+        del content["own"]
+    (folder / "model.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_card(folder: Path) -> DetectorCard:
@@ -116,11 +154,12 @@ def read_card(folder: Path) -> DetectorCard:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         if "second_look" in values:  # the field's former name
             values.setdefault("crop_refinement", values.pop("second_look"))
+        values["own"] = tuple(OwnClassesCard(**{**one, "names": tuple(one["names"])}) for one in values.get("own", ()))
         card = DetectorCard(**values)
         if card.templates not in TEMPLATE_SETS:
             raise TypeError(f"unknown templates {card.templates!r}")
         return card
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise UserError(f"{path}: {error}; export the model again with this version") from error
 
 

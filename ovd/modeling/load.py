@@ -64,6 +64,7 @@ def _load_fvlm(
     from ovd.inference.fvlm_regions import FvlmRegionModel
     from ovd.inference.known_words import WordList
     from ovd.modeling.fvlm.network import known_words, load_fvlm
+    from ovd.modeling.fvlm.own_classes import load_own_classes
     from pretrain.data.lexicon import read_lexicon
 
     model, bank = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
@@ -76,6 +77,7 @@ def _load_fvlm(
         background_words=bank,
         known=WordList(words=known_words(config), lexicon=lexicon),
         trained=WordList(words=card.bank, lexicon=lexicon),
+        own=load_own_classes(folder, card.own, lexicon=lexicon, device=device),
         top=top,
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ovd.modeling.detr.task import DetrTask
+from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.network import build_proposal_detector
 from ovd.modeling.task import DetectionTask
 from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
@@ -50,6 +51,9 @@ def without_objects(samples: list[Any]) -> list[Any]:
     empty = []
     for sample in samples:
         height, width = sample["image"].shape[-2:]
+        if "boxes" in sample:
+            empty.append({**sample, "boxes": sample["boxes"][:0], "classes": sample["classes"][:0]})
+            continue
         one = {**sample, "instances": nothing(height, width)}
         if "regions" in sample:
             one["regions"] = sample["regions"][:0]
@@ -69,6 +73,13 @@ def proposals() -> tuple[Task, list[Any]]:
     return DetectionTask(model=model, pretrained_prefixes=(), pretrained_lr_scale=1.0), batch(label=0, regions=False)
 
 
+def own_classes() -> tuple[Task, list[Any]]:
+    torch.manual_seed(0)
+    canvas = {"image": torch.zeros(3, 64, 64), "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]])}
+    task = DetectionTask(model=ClassBranch(classes=2), pretrained_prefixes=(), pretrained_lr_scale=1.0)
+    return task, [{**canvas, "classes": torch.tensor([n])} for n in range(2)]
+
+
 def transformer(arch: str, **options: Any) -> tuple[Task, list[Any]]:
     if options.get("variant") == "text":
         tower = small.conv_fc_head(
@@ -82,6 +93,7 @@ def transformer(arch: str, **options: Any) -> tuple[Task, list[Any]]:
 CASES: dict[str, Callable[[], tuple[Task, list[Any]]]] = {
     **{f"{variant}, {kind}": lambda v=variant, k=kind: rcnn(v, k) for variant, kind in RCNNS},  # type: ignore[misc]
     "proposals": proposals,
+    "own classes": own_classes,
     "detr": lambda: transformer("detr", variant="closed"),
     "conditional detr": lambda: transformer("conditional", variant="text", denoising=1),
     "ov-detr": lambda: transformer("conditional", variant="text", denoising=1, conditioned=3),

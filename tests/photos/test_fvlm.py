@@ -8,15 +8,12 @@ import json
 import math
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
-from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.photo_words import Photo, PhotoWords, WordTable, nouns_of, region_targets
 from ovd.data.pooled import RegionBatch
 from ovd.evaluation.photo_calibration import photos_of
@@ -29,13 +26,12 @@ from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.head import FrozenFeatureHead
 from ovd.modeling.fvlm.tower import FrozenTower
-from ovd.modeling.proposals.build import KNOWN_WORDS, ProposalCard, save_proposals
-from ovd.modeling.proposals.network import build_proposal_detector
+from ovd.modeling.proposals.build import KNOWN_WORDS
 from pretrain.config import CbowTower, EncoderConfig
-from pretrain.config_photos import TimmTower
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 from pretrain.nets.towers import JointEncoder, build_encoder
+from tests.photos.conftest import arguments
 
 LEXICON = read_lexicon()
 WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
@@ -141,20 +137,6 @@ def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
     assert float(criterion(batch)["loss_words"].detach()) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def encoder() -> JointEncoder:
-    torch.manual_seed(0)
-    return build_encoder(
-        EncoderConfig(
-            embed_dim=16,
-            image=TimmTower(kind="timm", name="tf_efficientnet_lite0", image_size=64),
-            text=CbowTower(kind="cbow", width=16, hidden=32, context_length=16),
-            image_mean=(0.5, 0.5, 0.5),
-            image_std=(0.5, 0.5, 0.5),
-        )
-    ).eval()
-
-
 def test_a_box_of_the_whole_picture_is_embedded_as_the_encoder_embeds_it(encoder: JointEncoder) -> None:
     tower = FrozenTower(encoder, side=64, pool=2, context=1.5, precision=torch.float32)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -217,47 +199,6 @@ def test_other_words_compete_with_what_contradicts_them() -> None:
     own, other = math.exp(10.0), 3.0  # cosine 1 with its own row, 0 with the three others
     assert float(score[0, 0]) == pytest.approx(own / (own + other) * whole, rel=1e-4)
     assert float(score[1, 0]) == pytest.approx(1 / (1 + own + 2) * whole, rel=1e-3)  # a rival has cosine 1
-
-
-def arguments(root: Path) -> list[str]:
-    """Of the command that trains on the photos of a folder."""
-    return [
-        "--config", "photos/lite_vild.yaml", f"out={root}/run", f"encoder={root}/encoder",
-        f"proposals={root}/proposals", f"cache={root}/cache", f"data.images={root}/images",
-        f"data.annotations=[{root}/boxes.json]", f"data.labels={root}/labels.json", "data.regions=6", "model.side=64",
-        "model.head.hidden=16", "loop.steps=2", "loop.batch_size=2", "optim.warmup_steps=0",
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, encoder: JointEncoder) -> Path:
-    """The run folder of a training of two steps on six small photos."""
-    root = tmp_path_factory.mktemp("fvlm")
-    encoder.save(root / "encoder")
-    torch.manual_seed(0)
-    network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
-    for head in network.proposal_generator.heads:
-        nn.init.normal_(head.output.weight, std=0.3)  # type: ignore[union-attr,arg-type]
-    config = ProposalNetworkConfig(arch="nanodet", pre_nms=100, post_nms=20)
-    (root / "proposals").mkdir()
-    save_proposals(root / "proposals", network, ProposalCard(model=config.model_dump(mode="json"), sides=(64,)))
-    (root / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(6):
-        cv2.imwrite(str(root / f"images/{number}.png"), rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    images = [
-        {"id": n, "file_name": f"{n}.png", "width": 64, "height": 48, "split": "train" if n else "val"}
-        | ({"content": "scene"} if n < 4 else {})
-        for n in range(6)
-    ]
-    boxes = [
-        {"id": n + 1, "image_id": n, "category_id": 1 + n % 2, "bbox": [4, 4, 40, 30], "score": 0.9} for n in range(4)
-    ]
-    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "car"}]
-    (root / "boxes.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
-    (root / "labels.json").write_text(json.dumps({"4.png": ["saxophone"], "5.png": ["lamp"]}))
-    assert ovd_train.main(arguments(root)) == 0
-    return root
 
 
 def test_a_training_ends_with_a_detector_that_takes_any_word(trained: Path) -> None:

@@ -57,7 +57,7 @@ class FvlmDetector(nn.Module):
         """Proposals of an (H, W, 3) RGB picture, before the head."""
         known = proposals.words if self.known else proposals.words[:, :0]
         features = self.tower.pooled(image, proposals.boxes)
-        return PooledRegions(proposals.boxes, proposals.objectness, known, features)
+        return PooledRegions(proposals.boxes, proposals.objectness, known.to(features.device), features)
 
 
 def known_words(config: FvlmConfig) -> tuple[str, ...]:

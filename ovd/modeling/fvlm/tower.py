@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from typing import NamedTuple, cast
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from ovd.pictures import resized
 from pretrain.engine.errors import UserError
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import JointEncoder
@@ -111,11 +111,8 @@ class FrozenTower(nn.Module):
     def maps(self, image: NDArray[np.uint8]) -> tuple[TowerMaps, tuple[float, float]]:
         """Maps of a picture, and the factors (x, y) from its pixels to those of the tower's input."""
         height, width = image.shape[:2]
-        scale = self.side / max(height, width)
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        if size != (height, width):
-            how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            image = cv2.resize(image, size[::-1], interpolation=how).astype(np.uint8)
+        image = resized(image, self.side / max(height, width))
+        size = image.shape[:2]
         device = self.proj.weight.device
         pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
         pixels = (pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std)
@@ -132,7 +129,8 @@ class FrozenTower(nn.Module):
     def pooled(self, image: NDArray[np.uint8], boxes_P4: Tensor) -> Tensor:
         """(P, F) features of boxes in pixels of the picture: fine, coarse, last in the box, last around it."""
         maps, (scale_x, scale_y) = self.maps(image)
-        boxes = boxes_P4.to(maps.last.device) * boxes_P4.new_tensor([scale_x, scale_y, scale_x, scale_y])
+        boxes = boxes_P4.to(maps.last.device)
+        boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
         centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
         around = torch.cat([centre - self.context * half, centre + self.context * half], dim=1)
         limit = boxes.new_tensor([image.shape[1] * scale_x, image.shape[0] * scale_y]).repeat(2)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cells answer for which object, and the losses of boxes that have no name.
+"""Which cells answer for which object, and the losses of boxes, with names and without.
 
-Shapes: ``A`` cells of one picture, ``T`` labelled objects, ``I`` ignored boxes.
+Shapes: ``A`` cells of one picture, ``T`` labelled objects, ``I`` ignored boxes, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Assignment(NamedTuple):
 def assign(
     boxes: Tensor, scores: Tensor, centres: Tensor, objects: Tensor, ignored: Tensor, *, cells_per_object: int = 13
 ) -> Assignment:
-    """Task-aligned assignment (TOOD, Feng et al., arXiv:2108.07755, section 3.3), for one class.
+    """Task-aligned assignment (TOOD, Feng et al., arXiv:2108.07755, section 3.3).
 
     Of the cells whose centre lies in the object, those answer whose present box and score fit it best:
     score · IoU⁶. The best cell's target is its IoU, the others' shrink with their fit.
 
     Args:
         boxes: (A, 4) that the cells give now.
-        scores: (A,) 0…1, their objectness now.
+        scores: 0…1, what the cells say now: (A,) of any object, or (A, T) of each object's class.
         centres: (A, 2) in pixels.
         objects: (T, 4).
         ignored: (I, 4) neither objects nor background: cells whose box overlaps one by more than half, and which answer
@@ -52,7 +52,8 @@ def assign(
     if len(objects):
         iou_AT = box_iou(boxes, objects)
         reach = torch.cat([centres[:, None] - objects[:, :2], objects[:, 2:] - centres[:, None]], dim=2)
-        fit_AT = scores[:, None] * iou_AT**6 * (reach.amin(dim=2) > 0)
+        score_AT = scores[:, None] if scores.ndim == 1 else scores
+        fit_AT = score_AT * iou_AT**6 * (reach.amin(dim=2) > 0)
         best = fit_AT.topk(min(cells_per_object, count), dim=0).indices
         chosen_AT = torch.zeros_like(fit_AT, dtype=torch.bool).scatter_(0, best, True) & (fit_AT > 0)
         # A cell that two objects want goes to the one that it overlaps more.
@@ -128,14 +129,62 @@ def nameless_losses(
     zero = sides.sum() * 0.0 + quality.sum() * 0.0
     if not bool(positive.any()):
         return BoxLosses(loss, zero, zero, zero, zero.detach(), zero.detach())
-    wanted = objects[assignment.object[positive]]
-    weight = assignment.target[positive]
-    found = boxes[positive]
-    box = (weight * generalized_box_iou_loss(found, wanted, reduction="none")).sum()
+    box, dfl, weight = _box_losses(sides, boxes, centres, strides, objects, assignment)
+    with torch.no_grad():
+        overlap = box_iou(boxes[positive], objects[assignment.object[positive]]).diagonal()
+    localised = F.binary_cross_entropy_with_logits(quality[positive], overlap, reduction="sum")
+    return BoxLosses(loss, box, dfl, localised, weight, positive.sum().to(weight))
+
+
+class ClassLosses(NamedTuple):
+    """Sums over the cells of one picture, and the weight that they are divided by."""
+
+    scores: Tensor
+    box: Tensor
+    sides: Tensor
+    weight: Tensor
+
+
+def class_losses(
+    *,
+    words: Tensor,
+    sides: Tensor,
+    boxes: Tensor,
+    centres: Tensor,
+    strides: Tensor,
+    objects: Tensor,
+    classes: Tensor,
+    assignment: Assignment,
+) -> ClassLosses:
+    """Losses of one picture whose objects have classes: a cell's score of its object's class learns the box's IoU.
+
+    Args:
+        words: (A, C) logits.
+        sides: (A, 4, bins) logits.
+        boxes: (A, 4) decoded from them.
+        centres, strides: (A, 2) and (A,), pixels.
+        objects: (T, 4).
+        classes: (T,) int64.
+        assignment: of :func:`assign`.
+    """
+    positive = assignment.object >= 0
+    target = torch.zeros_like(words)
+    target[positive, classes[assignment.object[positive]]] = assignment.target[positive].to(words)
+    scores = quality_focal_loss(words[assignment.counts], target[assignment.counts]).sum()
+    if not bool(positive.any()):
+        zero = sides.sum() * 0.0
+        return ClassLosses(scores, zero, zero, zero.detach())
+    return ClassLosses(scores, *_box_losses(sides, boxes, centres, strides, objects, assignment))
+
+
+def _box_losses(
+    sides: Tensor, boxes: Tensor, centres: Tensor, strides: Tensor, objects: Tensor, assignment: Assignment
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(GIoU loss, loss of the sides' distributions, weight), summed over the positive cells by their targets."""
+    positive = assignment.object >= 0
+    wanted, weight = objects[assignment.object[positive]], assignment.target[positive]
+    box = (weight * generalized_box_iou_loss(boxes[positive], wanted, reduction="none")).sum()
     at, step = centres[positive], strides[positive]
     reach = torch.cat([at - wanted[:, :2], wanted[:, 2:] - at], dim=1) / step[:, None]
     dfl = (weight * distribution_focal_loss(sides[positive], reach)).sum()
-    with torch.no_grad():
-        overlap = box_iou(found, wanted).diagonal()
-    localised = F.binary_cross_entropy_with_logits(quality[positive], overlap, reduction="sum")
-    return BoxLosses(loss, box, dfl, localised, weight.sum(), positive.sum().to(weight))
+    return box, dfl, weight.sum()

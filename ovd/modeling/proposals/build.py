@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from torchvision.ops import nms
 from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.splits import COCO_NAMES
 from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, start_from_nanodet
+from ovd.pictures import resized
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
@@ -146,11 +146,8 @@ class PhotoProposer:
     def _at(self, image: NDArray[np.uint8], side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(boxes in pixels of the picture, objectness, quality, words) with its longest side at ``side`` pixels."""
         height, width = image.shape[:2]
-        scale = side / max(height, width)
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        if size != (height, width):
-            how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            image = cv2.resize(image, size[::-1], interpolation=how).astype(np.uint8)
+        image = resized(image, side / max(height, width))
+        size = image.shape[:2]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         (found,) = self.model([{"image": pixels}])
         back = torch.tensor([width / size[1], height / size[0]], device=self.model.device).repeat(2)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning on few labelled photos: AP50 on the last fifth of a data set, by how many of the others were learned.
+
+python benchmarks/own_photos.py IMAGES ANNOTATIONS.json --photos 29 73 --seeds 0 1 2
+
+Every run is the product's own: `configs/photos/finetune.yaml` on photos that the seed draws from the first four fifths,
+then the exported detector, asked for all classes by their names. Also: what it shows at its default threshold. Runs
+that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _common import machine
+
+from ovd.data.coco import check_ground_truth
+from ovd.data.splits import Split
+from ovd.detector import Detector
+from ovd.evaluation import coco
+from ovd.evaluation.matching import match_table
+from ovd.evaluation.predictor import predictor_for
+from ovd.evaluation.run import run_images
+from ovd.train import main as train
+from pretrain.engine.errors import run_cli
+from pretrain.engine.files import read_json, write_atomically
+
+
+def parts_of(gt: dict[str, Any], classes: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(first four fifths, last fifth) of a file's images with their annotations; only some classes where named."""
+    categories = [one for one in gt["categories"] if classes is None or one["name"] in classes]
+    ids = {one["id"] for one in categories}
+    first = round(0.8 * len(gt["images"]))
+    out = []
+    for images in (gt["images"][:first], gt["images"][first:]):
+        there = {image["id"] for image in images}
+        boxes = [one for one in gt["annotations"] if one["image_id"] in there and one["category_id"] in ids]
+        out.append({"images": images, "annotations": boxes, "categories": categories})
+    return out[0], out[1]
+
+
+def measure(weights: Path, test: dict[str, Any], images: Path) -> dict[str, float]:
+    """What a detector finds of the classes in photos that it never saw."""
+    detector = Detector.load(weights)
+    split = Split.everything(check_ground_truth(test).categories)
+    results, _ = run_images(test, images, predictor_for(detector, split))
+    assert results is not None
+    figures = {"ap50": coco.evaluate(test, results, split, ["bbox"]).values["bbox/AP50"]}
+    merged = coco.as_one_category(test, results)
+    figures["ap50_any_class"] = coco.evaluate(*merged, None, ["bbox"]).values["bbox/AP50"]
+    tables = match_table(test, results, split).values()
+    shown = [(one.score >= detector.threshold) & ~one.ignored for one in tables]
+    right = sum(int(one.correct[seen].sum()) for one, seen in zip(tables, shown, strict=True))
+    figures["shown_right"] = right / max(1, sum(int(seen.sum()) for seen in shown))
+    figures["objects_shown"] = right / sum(int(one.objects.sum()) for one in tables)
+    return figures
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument(
+        "--photos", type=int, nargs="+", default=[29, 73], help="how many are learned, held-out included"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--classes", nargs="+", help="only these (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("runs/own_photos"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    learned, test = parts_of(read_json(args.annotations), args.classes)
+    labels = args.out / "learned.json"
+    write_atomically(labels, json.dumps(learned).encode())
+    print(json.dumps(machine()))
+    print(f"{'photos':>6} {'AP50':>13} {'any class':>13} {'right/shown':>13} {'shown/all':>13} {'minutes':>8}")
+    for count in args.photos:
+        rows = []
+        for seed in args.seeds:
+            out = args.out / f"{count}_{seed}"
+            record = args.out / f"{count}_{seed}.json"
+            if not record.is_file():
+                begun = time.perf_counter()
+                train(
+                    [
+                        "--config", "photos/finetune.yaml", f"out={out}", f"data.images={args.images}",
+                        f"data.annotations={labels}", f"data.images_limit={count}", f"loop.seed={seed}",
+                        *args.set, "--overwrite",
+                    ]
+                )  # fmt: skip
+                minutes = (time.perf_counter() - begun) / 60
+                figures = measure(out / "exported", test, args.images) | {"minutes": minutes}
+                write_atomically(record, json.dumps(figures, indent=1).encode())
+            rows.append(read_json(record))
+        cells = [
+            [100 * row[name] for row in rows] for name in ("ap50", "ap50_any_class", "shown_right", "objects_shown")
+        ]
+        spreads = [statistics.stdev(cell) if len(cell) > 1 else 0.0 for cell in cells]
+        text = " ".join(
+            f"{statistics.mean(cell):>6.1f} ± {spread:<4.1f}" for cell, spread in zip(cells, spreads, strict=True)
+        )
+        print(f"{count:>6} {text} {statistics.mean(row['minutes'] for row in rows):>8.1f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

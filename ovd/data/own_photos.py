@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labelled photos of a person's own, and the canvases that a detector learns their classes from.
+
+Photos without any object are kept: they show what the classes are not.
+
+Shapes: ``T`` boxes of a photo or canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovd.data.catalog import read_annotated
+from ovd.data.coco import GroundTruth, ImageId
+from ovd.pictures import resized
+from pretrain.data.folder import look_for
+from pretrain.engine.errors import UserError
+from pretrain.engine.faults import BAD_IMAGES_ALLOWED
+from pretrain.engine.identity import files_identity, text_identity
+
+LEAST_LEFT = 0.25
+"""Share of a box that a cut must leave for it to stay a label; less is neither object nor background."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boxes:
+    """Labels of a photo.
+
+    Attributes:
+        corners: (T, 4) float32 x1, y1, x2, y2 in pixels.
+        classes: (T,) int64, -1 for a doubtful box or a crowd.
+    """
+
+    corners: NDArray[np.float32]
+    classes: NDArray[np.int64]
+
+
+class OwnSample(TypedDict):
+    """A training canvas.
+
+    Attributes:
+        image: (3, S, S) uint8 RGB.
+        boxes: (T, 4) x1, y1, x2, y2 in its pixels.
+        classes: (T,) int64, -1 where nobody knows what it is.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    classes: Tensor
+
+
+class OwnPhotos:
+    """Photos with boxes of classes.
+
+    Args:
+        folder: that the file names are relative to.
+        truth: what was read from their labels.
+        confident, doubtful: thresholds on an annotation's ``score``; without one it is confident, a crowd doubtful.
+
+    Raises:
+        UserError: no confident box at all, or photos that are missing.
+    """
+
+    def __init__(self, *, folder: Path, truth: GroundTruth, confident: float, doubtful: float) -> None:
+        self.folder, self.where = folder, truth.where
+        boxes: dict[ImageId, list[tuple[list[float], int]]] = {}
+        for one in truth.annotations:
+            score = float(one.get("score", 1.0))
+            if score < doubtful or min(one["bbox"][2:]) <= 0:
+                continue
+            sure = score >= confident and not one["iscrowd"]
+            boxes.setdefault(one["image_id"], []).append((one["bbox"], one["category_id"] if sure else -1))
+        labelled = {category for labels in boxes.values() for _, category in labels}
+        used = [category for category in truth.categories if category in labelled]
+        if not used:
+            raise UserError(f"{truth.where}: no box to learn from (with a score, from {confident} on)")
+        self.names = tuple(truth.categories[category] for category in used)
+        number = {-1: -1, **{category: n for n, category in enumerate(used)}}
+        self._boxes = {
+            image_id: _labels([box for box, _ in labels], [number[category] for _, category in labels])
+            for image_id, labels in boxes.items()
+        }
+        self._sizes = truth.sizes
+        self._files = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
+        self.image_ids: list[ImageId] = list(truth.sizes)
+        self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
+        if missing := look_for(
+            [self._files[i] for i in self.image_ids], folder, where=truth.where, allowed=BAD_IMAGES_ALLOWED
+        ):
+            self.notices.append(missing)
+        unused = [name for category, name in truth.categories.items() if category not in labelled]
+        if unused:
+            self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not learned")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def boxes(self, index: int) -> Boxes:
+        """Labels of photo ``index``."""
+        return self._boxes.get(self.image_ids[index]) or _labels([], [])
+
+    def as_coco(self, chosen: Collection[int]) -> dict[str, Any]:
+        """COCO's form of the labels of some photos, which are numbered by index; doubtful boxes are crowds."""
+        annotations: list[dict[str, Any]] = []
+        for index in chosen:
+            labels = self.boxes(index)
+            for (x1, y1, x2, y2), number in zip(labels.corners.tolist(), labels.classes.tolist(), strict=True):
+                w, h = x2 - x1, y2 - y1
+                for category in range(len(self.names)) if number < 0 else [number]:
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": index,
+                            "category_id": category + 1,
+                            "bbox": [x1, y1, w, h],
+                            "area": w * h,
+                            "iscrowd": int(number < 0),
+                        }
+                    )
+        return {
+            "images": [{"id": index} for index in chosen],
+            "categories": [{"id": n + 1, "name": name} for n, name in enumerate(self.names)],
+            "annotations": annotations,
+        }
+
+    def load(self, index: int) -> NDArray[np.uint8]:
+        """Photo ``index``, (H, W, 3) RGB.
+
+        Raises:
+            BadImageError: it cannot be read, or is not of the size that the annotations say.
+        """
+        image_id = self.image_ids[index]
+        return read_annotated(self.folder / self._files[image_id], self._sizes[image_id])
+
+    def identity(self, chosen: Collection[int]) -> dict[str, str]:
+        """Names and content of some photos, and their labels."""
+        labels = [(self.boxes(i).corners.tolist(), self.boxes(i).classes.tolist()) for i in chosen]
+        names = [self._files[self.image_ids[i]] for i in chosen]
+        return {**files_identity("photos", self.folder, names), "boxes": text_identity(self.names, labels)}
+
+    def divided(self, share: float, *, limit: int | None, seed: int) -> tuple[list[int], list[int]]:
+        """(to train on, held out): photos drawn by the seed, in their order.
+
+        Every class keeps at least half of its boxes for training: a rare class's photos are taken back.
+
+        Args:
+            share: of the photos that are held out.
+            limit: use so many photos in all; None: all.
+            seed: of the draw.
+        """
+        order = np.random.default_rng([seed, 11]).permutation(len(self))[:limit].tolist()
+        held, kept = order[: round(share * len(order))], order[round(share * len(order)) :]
+        for number in range(len(self.names)):
+
+            def count(photos: Sequence[int], number: int = number) -> int:
+                return sum(int((self.boxes(i).classes == number).sum()) for i in photos)
+
+            for photo in [i for i in held if count([i])]:
+                if count(kept) >= count(held):
+                    break
+                held.remove(photo)
+                kept.append(photo)
+        return sorted(kept), sorted(held)
+
+
+def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> Boxes:
+    corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    return Boxes(corners=corners, classes=np.array(classes, dtype=np.int64))
+
+
+class CanvasSource:
+    """The training loop's samples: square canvases with one photo or four, each flipped, resized and cut by chance.
+
+    All canvases have one size: each new shape costs seconds of planning on a CPU.
+
+    Args:
+        photos: with labels.
+        chosen: of them, to be trained on.
+        side: of a canvas, pixels.
+        scale: range of a random factor on a photo whose longest side fits its place.
+        mosaic: probability of four photos instead of one (YOLOv4, arXiv:2004.10934, section 3.3).
+        flip, flip_vertical: probabilities.
+        colour: largest change of each channel's brightness, as a share.
+        seed: with the draw number it seeds each sample.
+    """
+
+    def __init__(
+        self,
+        *,
+        photos: OwnPhotos,
+        chosen: Sequence[int],
+        side: int,
+        scale: tuple[float, float],
+        mosaic: float,
+        flip: float,
+        flip_vertical: float,
+        colour: float,
+        seed: int,
+    ) -> None:
+        self.photos, self.chosen, self.side, self.scale = photos, tuple(chosen), side, scale
+        self.mosaic, self.flip, self.flip_vertical = mosaic, flip, flip_vertical
+        self.colour, self.seed = colour, seed
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def identity(self) -> dict[str, str]:
+        """That of the photos that are trained on."""
+        return self.photos.identity(self.chosen)
+
+    def sample(self, index: int, draw: int) -> OwnSample:
+        """A canvas with photo ``index`` in it; pure function of (index, draw)."""
+        rng = np.random.default_rng([self.seed, draw])
+        canvas = np.zeros((self.side, self.side, 3), dtype=np.uint8)
+        if rng.random() < self.mosaic:
+            half = self.side // 2
+            others = rng.integers(len(self.chosen), size=3).tolist()
+            places = [(0, 0), (half, 0), (0, half), (half, half)]
+            parts = [
+                self._place(photo, canvas, x, y, half, rng)
+                for photo, (x, y) in zip([index, *others], places, strict=True)
+            ]
+        else:
+            parts = [self._place(index, canvas, 0, 0, self.side, rng)]
+        return OwnSample(
+            image=torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))),
+            boxes=torch.from_numpy(np.concatenate([part.corners for part in parts])),
+            classes=torch.from_numpy(np.concatenate([part.classes for part in parts])),
+        )
+
+    def _place(
+        self, index: int, canvas: NDArray[np.uint8], left: int, top: int, side: int, rng: np.random.Generator
+    ) -> Boxes:
+        """Put a photo into a square of the canvas; its boxes there."""
+        photo = self.chosen[index]
+        image, labels = self.photos.load(photo), self.photos.boxes(photo)
+        height, width = image.shape[:2]
+        factor = side / max(height, width) * float(np.exp(rng.uniform(*np.log(self.scale))))
+        image = resized(image, factor)
+        boxes = labels.corners * np.array([image.shape[1] / width, image.shape[0] / height] * 2, dtype=np.float32)
+        height, width = image.shape[:2]
+        if rng.random() < self.flip:
+            image = image[:, ::-1]
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        if rng.random() < self.flip_vertical:
+            image = image[::-1]
+            boxes[:, [1, 3]] = height - boxes[:, [3, 1]]
+        gain = rng.uniform(1 - self.colour, 1 + self.colour, 3).astype(np.float32)
+        x, y = int(rng.integers(max(0, width - side) + 1)), int(rng.integers(max(0, height - side) + 1))
+        cut = image[y : y + side, x : x + side]
+        canvas[top : top + cut.shape[0], left : left + cut.shape[1]] = (cut * gain).clip(0, 255).astype(np.uint8)
+        return _cut(boxes - np.array([x, y] * 2, dtype=np.float32), labels.classes, cut.shape[:2], (left, top))
+
+    @staticmethod
+    def collate(samples: list[OwnSample]) -> list[OwnSample]:
+        """A list: canvases have different numbers of boxes."""
+        return samples
+
+
+def _cut(
+    boxes: NDArray[np.float32], classes: NDArray[np.int64], size: tuple[int, int], offset: tuple[int, int]
+) -> Boxes:
+    """Boxes clipped to (height, width) and moved; of what is mostly cut off nobody says what it is."""
+
+    def area(corners: NDArray[np.float32]) -> NDArray[np.float32]:
+        sides: NDArray[np.float32] = (corners[:, 2:] - corners[:, :2]).clip(0)
+        return sides[:, 0] * sides[:, 1]
+
+    limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
+    clipped = boxes.clip(0, limit)
+    there = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
+    whole = area(clipped) >= LEAST_LEFT * area(boxes)
+    moved = clipped + np.array(offset * 2, dtype=np.float32)
+    return Boxes(corners=moved[there], classes=np.where(whole, classes, -1)[there])

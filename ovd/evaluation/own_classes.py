@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a branch of own classes finds them in labelled photos, and what its scores mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ovd.data.own_photos import OwnPhotos
+from ovd.evaluation.coco import evaluate
+from ovd.evaluation.matching import match_table
+from ovd.evaluation.reliability import Reliability, reliability
+from ovd.inference.calibration import fit_platt
+from ovd.modeling.export import DetectorCard
+from ovd.modeling.fvlm.own_classes import OwnClasses
+from ovd.modeling.proposals.classes import ClassBranch
+from pretrain.engine.errors import UserError
+
+LEAST_RIGHT = 3
+"""Right and wrong boxes, of each so many, that a sigmoid is fitted to."""
+
+
+class Found(NamedTuple):
+    """What a branch finds in photos.
+
+    Attributes:
+        ap50: mean over the classes that are there, AP at IoU .5; NaN where there is none.
+        scores: (N,) uncalibrated.
+        correct: (N,) bool.
+    """
+
+    ap50: float
+    scores: Tensor
+    correct: Tensor
+
+    def fitted(self) -> tuple[float, float]:
+        """Slope and offset of the scores' sigmoid; (1, 0) where too little was found to say.
+
+        Few boxes may be separated without a fault, and the sigmoid be a step. So targets are drawn to the middle as
+        if one more box of each kind had been seen (Platt 1999, section 2.2).
+        """
+        right = int(self.correct.sum())
+        wrong = len(self.correct) - right
+        if min(right, wrong) < LEAST_RIGHT:
+            return 1.0, 0.0
+        target = torch.where(self.correct, (right + 1) / (right + 2), 1 / (wrong + 2))
+        return fit_platt(self.scores, target)
+
+
+def find(
+    branch: ClassBranch,
+    photos: OwnPhotos,
+    chosen: Sequence[int],
+    *,
+    names: Sequence[str],
+    side: int,
+    nms: float,
+    top: int,
+) -> Found:
+    """Run a branch over some photos, in eval mode.
+
+    Args:
+        branch: of own classes.
+        photos: with labels.
+        chosen: of them.
+        names: of the branch's classes; the photos' classes are found among them by name, others are left out.
+        side, nms, top: of `ClassBranch.detect`.
+    """
+    category = {name.casefold(): number + 1 for number, name in enumerate(photos.names)}
+    there = [category.get(name.casefold()) for name in names]
+    was_training = branch.training
+    branch.eval()
+    results: list[dict[str, Any]] = []
+    for index in chosen:
+        boxes, classes, scores = branch.detect(photos.load(index), side=side, nms=nms, top=top)
+        for (x1, y1, x2, y2), number, score in zip(boxes.tolist(), classes.tolist(), scores.tolist(), strict=True):
+            if (one := there[number]) is not None:
+                box = [x1, y1, x2 - x1, y2 - y1]
+                results.append({"image_id": index, "category_id": one, "bbox": box, "score": score})
+    branch.train(was_training)
+    truth = photos.as_coco(chosen)
+    known = {one for one in there if one is not None}
+    truth["annotations"] = [one for one in truth["annotations"] if one["category_id"] in known]
+    tables = match_table(truth, results).values()
+    return Found(
+        ap50=evaluate(truth, results, iou_types=("bbox",)).values["bbox/AP50"],
+        scores=torch.cat([torch.from_numpy(one.score[~one.ignored]) for one in tables]),
+        correct=torch.cat([torch.from_numpy(one.correct[~one.ignored]) for one in tables]),
+    )
+
+
+def recalibrated(
+    card: DetectorCard, own: OwnClasses, photos: OwnPhotos
+) -> tuple[DetectorCard, dict[str, float], Reliability]:
+    """The card with the scores of own classes fitted to photos; figures of a fit on one half of them on the other.
+
+    Branches of which the photos show no class stay as they are.
+
+    Raises:
+        UserError: too few boxes are found to fit anything.
+    """
+    shown = {name.casefold() for name in photos.names}
+    cards, scores, correct, figures = [], [], [], {}
+    for branch in own.branches:
+        one = branch.card
+        if not shown & {name.casefold() for name in one.names}:
+            cards.append(one)
+            continue
+        halves = [
+            find(
+                branch.network,
+                photos,
+                range(start, len(photos), 2),
+                names=one.names,
+                side=one.side,
+                nms=one.nms,
+                top=one.top,
+            )
+            for start in (0, 1)
+        ]
+        both = Found(
+            ap50=float("nan"),
+            scores=torch.cat([half.scores for half in halves]),
+            correct=torch.cat([half.correct for half in halves]),
+        )
+        if both.fitted() == (1.0, 0.0):
+            raise UserError(
+                f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {', '.join(one.names)} are found; "
+                "more photos are needed to fit anything. Nothing was changed"
+            )
+        slope, offset = halves[0].fitted()
+        scores.append((slope * halves[1].scores.logit(eps=1e-6) + offset).sigmoid())
+        correct.append(halves[1].correct)
+        figures[f"ap50_{one.file}"] = halves[1].ap50
+        slope, offset = both.fitted()
+        cards.append(replace(one, slope=slope, offset=offset))
+    curve = reliability(torch.cat(scores).numpy(), torch.cat(correct).numpy())
+    figures["ece"] = curve.ece
+    return replace(card, own=tuple(cards)), figures, curve

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes that were added to a detector of photographs by fine-tuning: branches, as files and beside its proposals.
+
+Each training adds a branch (`ovd.modeling.proposals.classes`); those before it stay as they were. A class that a later
+branch names, too, is the later one's.
+
+Shapes: ``R`` boxes of a picture, ``O`` own classes of all branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovd.inference.known_words import WordList
+from ovd.modeling.export import OwnClassesCard
+from ovd.modeling.proposals.build import PhotoProposals
+from ovd.modeling.proposals.classes import ClassBranch
+from pretrain.data.lexicon import Lexicon
+from pretrain.engine.checkpoint import load_weights, save_weights
+from pretrain.engine.errors import UserError
+from pretrain.engine.files import sha256_of
+from pretrain.engine.state import load_tensors
+
+FORMAT = "own-classes/1"
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A loaded branch.
+
+    Attributes:
+        card: what it is.
+        network: in eval mode.
+        columns: (classes,) where each of its classes stands among all own classes; -1: a later branch's.
+    """
+
+    card: OwnClassesCard
+    network: ClassBranch
+    columns: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnClasses:
+    """All branches of a detector.
+
+    Attributes:
+        branches: oldest first.
+        words: the O names, in small letters, with their meanings where they have one.
+    """
+
+    branches: tuple[Branch, ...]
+    words: WordList
+
+    def has(self, phrase: str) -> bool:
+        """Whether a phrase, in whatever number, is one of the classes."""
+        return self.words.is_one(phrase)
+
+    def beside(self, proposals: PhotoProposals, image: NDArray[np.uint8]) -> tuple[PhotoProposals, Tensor]:
+        """(proposals and the branches' boxes after them, (R, O) calibrated scores of own classes).
+
+        The branches' boxes have objectness 0 and say nothing of any other word, so that what a detector says of other
+        words does not change.
+        """
+        boxes, scores = [proposals.boxes], [proposals.boxes.new_zeros(len(proposals.boxes), len(self.words.words))]
+        for branch in self.branches:
+            card = branch.card
+            found = branch.network.detect(image, side=card.side, nms=card.nms, top=card.top)
+            column = branch.columns[torch.from_numpy(found.classes)]
+            score = torch.from_numpy(found.scores).logit(eps=EPS)
+            score = (card.slope * score + card.offset).sigmoid()[column >= 0]
+            box, column = torch.from_numpy(found.boxes)[column >= 0], column[column >= 0]
+            boxes.append(box.to(proposals.boxes))
+            scores.append(torch.zeros(len(box), len(self.words.words)).scatter_(1, column[:, None], score[:, None]))
+        added = sum(map(len, boxes[1:]))
+
+        def padded(values: Tensor) -> Tensor:
+            return torch.cat([values, values.new_zeros(added, *values.shape[1:])])
+
+        joined = PhotoProposals(
+            boxes=torch.cat(boxes),
+            objectness=padded(proposals.objectness),
+            quality=padded(proposals.quality),
+            words=padded(proposals.words),
+        )
+        return joined, torch.cat(scores)
+
+
+def save_branch(
+    folder: Path,
+    network: ClassBranch,
+    *,
+    number: int,
+    names: tuple[str, ...],
+    side: int,
+    nms: float,
+    top: int,
+) -> OwnClassesCard:
+    """Write a branch's tensors, in half precision, into a detector's folder; its card, uncalibrated."""
+    file = f"classes/{number:02}.safetensors"
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
+    save_weights(folder / file, tensors, {"format": FORMAT})
+    return OwnClassesCard(names=names, file=file, sha256=sha256_of(folder / file), side=side, nms=nms, top=top)
+
+
+def load_own_classes(
+    folder: Path, cards: Sequence[OwnClassesCard], *, lexicon: Lexicon, device: str = "cpu"
+) -> OwnClasses | None:
+    """The branches of an exported detector; None where it has none.
+
+    Raises:
+        UserError: a file is missing, damaged, or another than the card describes.
+    """
+    if not cards:
+        return None
+    names = tuple(dict.fromkeys(name.casefold() for card in cards for name in card.names))
+    newest = {name.casefold(): number for number, card in enumerate(cards) for name in card.names}
+    branches = []
+    for number, card in enumerate(cards):
+        file = folder / card.file
+        if file.is_file() and sha256_of(file) != card.sha256:
+            raise UserError(f"{file}: is not the file that {folder / 'model.json'} describes; copy the folder again")
+        tensors, facts = load_weights(file)
+        if facts.get("format") != FORMAT:
+            raise UserError(f"{file}: has format {facts.get('format')!r}, not {FORMAT!r}")
+        network = ClassBranch(classes=len(card.names))
+        load_tensors(network, tensors, source=file)
+        network.eval().to(memory_format=torch.channels_last)
+        network.to(torch.bfloat16).to(device)
+        mine = [names.index(n.casefold()) if newest[n.casefold()] == number else -1 for n in card.names]
+        branches.append(Branch(card=card, network=network, columns=torch.tensor(mine)))
+    return OwnClasses(branches=tuple(branches), words=WordList(words=names, lexicon=lexicon))

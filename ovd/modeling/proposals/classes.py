@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A branch for a person's own classes: NanoDet once more, with a word head of its own, trained on their labels.
+
+The detector it is added to stays as it is, and so does what it says of every other word. The trunk starts as a copy of
+the proposal network's and learns slowly; each level's head starts with its boxes, and with rows of random weights for
+the classes: a row is a class's learned embedding, whatever its name means to a text encoder.
+
+Shapes: ``N`` pictures, ``A`` cells, ``C`` own classes, ``P`` boxes of one picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovd.inference.postprocess import batched_nms
+from ovd.modeling.proposals.assign import assign, class_losses
+from ovd.modeling.proposals.nanodet import (
+    BINS,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    STRIDES,
+    Cells,
+    CspBackbone,
+    DenseHead,
+    PathAggregation,
+    cell_centres,
+    decode,
+    gather,
+)
+from ovd.modeling.proposals.network import BOX_WEIGHT, CHANNELS, SIDES_WEIGHT, ProposalDetector
+from ovd.pictures import resized
+from pretrain.engine.distributed import shares
+
+if TYPE_CHECKING:
+    from ovd.data.own_photos import OwnSample
+
+PRIOR = 0.01
+"""Score of a class everywhere at the start (RetinaNet, arXiv:1708.02002, section 4.1)."""
+CANDIDATES = 1000
+"""Best (cell, class) pairs that the suppression looks at."""
+LEAST_SCORE = 1e-3
+
+
+class OwnBoxes(NamedTuple):
+    """Boxes of one picture, best first.
+
+    Attributes:
+        boxes: (P, 4) x1, y1, x2, y2 in its pixels.
+        classes: (P,) int64.
+        scores: (P,) 0…1, as trained: the expected IoU with an object of the class.
+    """
+
+    boxes: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+
+class ClassBranch(nn.Module):
+    """NanoDet for ``classes`` classes. In training it returns losses, see `forward`."""
+
+    def __init__(self, *, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.csp = CspBackbone()
+        self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
+        self.heads = nn.ModuleList([DenseHead(CHANNELS, words=classes, bins=BINS) for _ in STRIDES])
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+
+    def start_from(self, proposals: ProposalDetector) -> None:
+        """Copy trunk and boxes; class rows are drawn anew."""
+        self.csp.load_state_dict(proposals.backbone.csp.state_dict())
+        self.neck.load_state_dict(proposals.backbone.neck.state_dict())
+        for own, head in zip(self.heads, proposals.proposal_generator.heads, strict=True):
+            assert isinstance(own, DenseHead) and own.output.bias is not None and head.output.bias is not None
+            own.hidden.load_state_dict(head.hidden.state_dict())
+            with torch.no_grad():
+                nn.init.normal_(own.output.weight[: self.classes], std=0.01)
+                own.output.bias[: self.classes] = math.log(PRIOR / (1 - PRIOR))
+                own.output.weight[self.classes :] = head.output.weight[head.words :]
+                own.output.bias[self.classes :] = head.output.bias[head.words :]
+
+    def cells(self, pixels_N3HW: Tensor) -> Cells:
+        """What each cell says of RGB 0…255; H and W multiples of 32."""
+        normal = (pixels_N3HW.float() - cast(Tensor, self.mean)) / cast(Tensor, self.std)
+        own = next(self.csp.parameters()).dtype
+        return gather(self.heads, self.neck(self.csp(normal.to(own, memory_format=torch.channels_last))))
+
+    def forward(self, batch: Sequence[OwnSample]) -> dict[str, Tensor]:
+        """Losses of a batch of canvases of one size, over all processes' positives."""
+        device = next(self.parameters()).device
+        pixels = torch.stack([one["image"] for one in batch]).to(device)
+        cells = self.cells(pixels)
+        centres, strides = cell_centres(*pixels.shape[-2:], device=device)
+        words, sides = cells.words.float(), cells.sides.float()
+        boxes = decode(sides, centres, strides)
+        sums = []
+        for n, one in enumerate(batch):
+            truth, classes = one["boxes"].to(device), one["classes"].to(device)
+            objects, ignored = truth[classes >= 0], truth[classes < 0]
+            mine = classes[classes >= 0]
+            assignment = assign(boxes[n], words[n].sigmoid()[:, mine], centres, objects, ignored)
+            sums.append(
+                class_losses(
+                    words=words[n],
+                    sides=sides[n],
+                    boxes=boxes[n],
+                    centres=centres,
+                    strides=strides,
+                    objects=objects,
+                    classes=mine,
+                    assignment=assignment,
+                )
+            )
+        scores, box, dfl, weight = (torch.stack(values).sum() for values in zip(*sums, strict=True))
+        weight = weight.clamp_min(1.0)
+        (share,) = shares([float(weight)])
+        return {
+            "loss_classes": share * scores / weight,
+            "loss_box": share * BOX_WEIGHT * box / weight,
+            "loss_sides": share * SIDES_WEIGHT * dfl / weight,
+        }
+
+    @torch.inference_mode()
+    def detect(self, image: NDArray[np.uint8], *, side: int, nms: float, top: int) -> OwnBoxes:
+        """The best boxes of an (H, W, 3) RGB picture with its longest side at ``side`` pixels."""
+        height, width = image.shape[:2]
+        image = resized(image, side / max(height, width))
+        size = image.shape[:2]
+        device = next(self.parameters()).device
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)
+        pixels = F.pad(pixels, (0, -size[1] % STRIDES[-1], 0, -size[0] % STRIDES[-1]))
+        cells = self.cells(pixels[None])
+        centres, strides = cell_centres(*pixels.shape[-2:], device=device)
+        score_AC = cells.words[0].float().sigmoid().nan_to_num(0.0)
+        best = score_AC.flatten().topk(min(CANDIDATES, score_AC.numel()))
+        pairs = best.indices[best.values >= LEAST_SCORE]
+        cell, class_id = pairs // self.classes, pairs % self.classes
+        boxes = decode(cells.sides[0][cell].float(), centres[cell], strides[cell]).nan_to_num(0.0)
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[1]) * (width / size[1])
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[0]) * (height / size[0])
+        there = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
+        found = OwnBoxes(
+            boxes[there].cpu().numpy(),
+            class_id[there].cpu().numpy(),
+            score_AC.flatten()[pairs][there].cpu().numpy(),
+        )
+        kept = batched_nms(found.boxes, found.scores, found.classes, nms, limit=top)
+        return OwnBoxes(found.boxes[kept], found.classes[kept], found.scores[kept])

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``python -m ovd.train`` does with a person's own classes (``model.arch: finetune``).
+
+    python -m ovd.train --config photos/finetune.yaml data.images=photos data.annotations=photos/labels.json
+
+Only the branch is trained. Part of the photos is held out: the weights that find most there are exported, and the
+scores calibrated on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ovd.config_finetune import FinetuneConfig
+from ovd.modeling.task import DetectionTask
+
+if TYPE_CHECKING:
+    from ovd.data.own_photos import CanvasSource, OwnPhotos
+    from ovd.evaluation.own_classes import Found
+    from ovd.modeling.proposals.classes import ClassBranch
+
+TRUNK = ("csp.", "neck.")
+LEAST_STEPS = 150
+TIE = 0.005
+"""Of AP50: of weights that are as good as each other the later ones are kept, whose scores have seen more."""
+
+
+class FinetuneTask(DetectionTask):
+    """Trains a branch and keeps the weights that were best on held-out photos.
+
+    Args:
+        branch: is trained.
+        photos: with labels.
+        held_out: numbers of the held-out ones.
+        side, nms, top: of the exported branch.
+        trunk_lr_scale: learning-rate factor of the trunk.
+    """
+
+    def __init__(
+        self,
+        *,
+        branch: ClassBranch,
+        photos: OwnPhotos,
+        held_out: list[int],
+        side: int,
+        nms: float,
+        top: int,
+        trunk_lr_scale: float,
+    ) -> None:
+        super().__init__(model=branch, pretrained_prefixes=TRUNK, pretrained_lr_scale=trunk_lr_scale)
+        self.branch, self.photos, self.held_out = branch, photos, held_out
+        self.side, self.nms, self.top = side, nms, top
+        self.best = copy.deepcopy(branch).requires_grad_(False)
+        self.best_ap50: Tensor
+        self.register_buffer("best_ap50", torch.tensor(-1.0))
+
+    def report(self) -> tuple[dict[str, float], list[str]]:
+        """AP50 on the held-out photos; the same in every process."""
+        if not self.held_out:
+            self.best.load_state_dict(self.branch.state_dict())
+            return {}, []
+        measured = self.measure(self.branch)
+        if not measured.ap50 < float(self.best_ap50) - TIE:  # no object there: NaN, and the newest weights are kept
+            self.best.load_state_dict(self.branch.state_dict())
+            self.best_ap50.fill_(max(float(self.best_ap50), measured.ap50))
+        return {"held_out_ap50": measured.ap50, "best_ap50": float(self.best_ap50)}, []
+
+    def measure(self, branch: ClassBranch) -> Found:
+        """What a branch finds in the held-out photos."""
+        from ovd.evaluation.own_classes import find
+
+        with torch.autocast(next(branch.parameters()).device.type, torch.bfloat16):
+            return find(
+                branch,
+                self.photos,
+                self.held_out,
+                names=self.photos.names,
+                side=self.side,
+                nms=self.nms,
+                top=self.top,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneParts:
+    """What a fine-tuning consists of."""
+
+    folder: Path
+    photos: OwnPhotos
+    task: FinetuneTask
+    source: CanvasSource
+
+
+def with_steps(config: FinetuneConfig, photos: OwnPhotos) -> FinetuneConfig:
+    """The configuration with as many steps as its photos need: ``loop.steps`` at most."""
+    used = min(len(photos), config.data.images_limit or len(photos))
+    steps = min(config.loop.steps, max(LEAST_STEPS, config.steps_per_photo * used))
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps})})
+
+
+def build(config: FinetuneConfig, *, photos: OwnPhotos) -> FinetuneParts:
+    """Everything a training needs, before the first step.
+
+    Raises:
+        UserError: the weights are not a detector of photographs.
+    """
+    from ovd.config_proposals import ProposalNetworkConfig
+    from ovd.data.own_photos import CanvasSource
+    from ovd.modeling.fvlm.network import PROPOSALS
+    from ovd.modeling.proposals.build import read_card as read_proposals
+    from ovd.modeling.proposals.build import start_model
+    from ovd.modeling.proposals.classes import ClassBranch
+    from pretrain.engine.distributed import is_main, seed_everything
+
+    seed_everything(config.loop.seed)
+    folder = _detector(config.weights)
+    chosen, held_out = photos.divided(config.data.held_out, limit=config.data.images_limit, seed=config.loop.seed)
+    if is_main():
+        for notice in photos.notices:
+            print(notice)
+        print(f"{len(chosen)} photos to learn from, {len(held_out)} held out; classes: {', '.join(photos.names)}")
+    branch = ClassBranch(classes=len(photos.names))
+    proposals = ProposalNetworkConfig.model_validate(read_proposals(folder / PROPOSALS).model)
+    branch.start_from(start_model(folder / PROPOSALS, proposals))
+    data = config.data
+    return FinetuneParts(
+        folder=folder,
+        photos=photos,
+        task=FinetuneTask(
+            branch=branch,
+            photos=photos,
+            held_out=held_out,
+            side=data.side,
+            nms=config.model.nms,
+            top=config.model.top,
+            trunk_lr_scale=config.trunk_lr_scale,
+        ),
+        source=CanvasSource(
+            photos=photos,
+            chosen=chosen,
+            side=data.side,
+            scale=data.scale,
+            mosaic=data.mosaic,
+            flip=data.flip,
+            flip_vertical=data.flip_vertical,
+            colour=data.colour,
+            seed=config.loop.seed,
+        ),
+    )
+
+
+def read_photos(config: FinetuneConfig) -> OwnPhotos:
+    """The photos and labels of a data section.
+
+    Raises:
+        UserError: labels that cannot be read, or nothing to learn from.
+    """
+    from ovd.data.own_photos import OwnPhotos
+    from ovd.formats.read import read_labels
+
+    data = config.data
+    labels = read_labels(
+        data.annotations,
+        kind=None if data.kind == "auto" else data.kind,
+        images=Path(data.images) if data.images else None,
+        part=data.part,
+        prefer=("train",),
+    )
+    return OwnPhotos(folder=labels.root, truth=labels.truth(), confident=data.confident, doubtful=data.doubtful)
+
+
+def _detector(weights: str) -> Path:
+    """The folder of a detector of photographs, by name or path.
+
+    Raises:
+        UserError: it is another detector.
+    """
+    from ovd.modeling.export import read_card
+    from ovd.weights import detector_folder
+    from pretrain.engine.errors import UserError
+
+    folder = detector_folder(weights)
+    if read_card(folder).arch != "fvlm":
+        raise UserError(
+            f"weights={weights}: classes are added to a detector of photographs (vild-photo, or what was made from "
+            "it); others are fine-tuned with their own configuration, such as vild.yaml or detr.yaml"
+        )
+    return folder
+
+
+def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
+    """Write the detector with the new branch beside what it had; its scores are calibrated on the held-out photos."""
+    from ovd.modeling.export import read_card, write_card
+    from ovd.modeling.fvlm.network import PROPOSALS
+    from ovd.modeling.fvlm.own_classes import save_branch
+    from pretrain.engine.config import config_hash
+
+    card, task = read_card(parts.folder), parts.task
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copytree(parts.folder / PROPOSALS, folder / PROPOSALS)
+    for file in ("model.safetensors", *(branch.file for branch in card.own)):
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(parts.folder / file, folder / file)
+    own = save_branch(
+        folder,
+        task.best,
+        number=len(card.own) + 1,
+        names=parts.photos.names,
+        side=task.side,
+        nms=task.nms,
+        top=task.top,
+    )
+    own = replace(own, config_hash=config_hash(config))
+    if task.held_out:
+        measured = task.measure(task.best)
+        slope, offset = measured.fitted()
+        metrics = {"held_out_photos": float(len(task.held_out)), "held_out_ap50": measured.ap50}
+        own = replace(own, slope=slope, offset=offset, metrics=metrics)
+    write_card(folder, replace(card, own=(*card.own, own)))

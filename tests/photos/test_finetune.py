@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes of one's own: the canvases they are learned from, their losses, and what a detector says afterwards."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from ovd import Detector, calibrate
+from ovd import train as ovd_train
+from ovd.data.coco import check_ground_truth
+from ovd.data.own_photos import CanvasSource, OwnPhotos
+from ovd.detections import Detections
+from ovd.formats.read import read_labels
+from ovd.formats.shapes import labelled_pictures
+from ovd.formats.write import write_labels
+from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.scoring import Calibration, RegionSet
+from ovd.modeling.proposals.assign import assign, class_losses
+from pretrain.engine.errors import UserError
+
+COLOURS = {"blob": (220, 30, 30), "tile": (30, 60, 220)}
+
+
+def photo(rng: np.random.Generator, things: list[str]) -> tuple[np.ndarray, list[list[float]]]:
+    """Grey noise with discs and squares, and their boxes (x, y, w, h)."""
+    image = rng.integers(100, 150, (96, 128, 3), dtype=np.uint8)
+    boxes = []
+    for number, thing in enumerate(things):
+        side = int(rng.integers(24, 32))
+        x, y = 4 + 60 * (number % 2) + int(rng.integers(20)), 4 + int(rng.integers(50))
+        if thing == "blob":
+            centre = (x + side // 2, y + side // 2)
+            cv2.circle(image, centre, side // 2, COLOURS[thing], -1)
+        else:
+            image[y : y + side, x : x + side] = COLOURS[thing]
+        boxes.append([float(x), float(y), float(side), float(side)])
+    return image, boxes
+
+
+def write_photos(folder: Path, contents: list[list[str]], *, seed: int = 0, **extra: Any) -> Path:
+    """Photos and their COCO file."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    names = sorted({thing for things in contents for thing in things})
+    gt: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": n + 1, "name": name} for n, name in enumerate(names)],
+    }
+    for number, things in enumerate(contents):
+        image, boxes = photo(rng, things)
+        cv2.imwrite(str(folder / f"images/{number}.png"), image[:, :, ::-1])
+        gt["images"].append({"id": number, "file_name": f"{number}.png", "width": 128, "height": 96})
+        for thing, box in zip(things, boxes, strict=True):
+            gt["annotations"].append(
+                {
+                    "id": len(gt["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": names.index(thing) + 1,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                    **extra,
+                }
+            )
+    (folder / "labels.json").write_text(json.dumps(gt))
+    return folder / "labels.json"
+
+
+def own_photos(labels: Path, **options: float) -> OwnPhotos:
+    truth = check_ground_truth(json.loads(labels.read_text()), where=str(labels))
+    return OwnPhotos(folder=labels.parent / "images", truth=truth, **({"confident": 0.3, "doubtful": 0.1} | options))
+
+
+def canvases(photos: OwnPhotos, **options: Any) -> CanvasSource:
+    plain: dict[str, Any] = {
+        "chosen": range(len(photos)), "side": 128, "scale": (1.0, 1.0), "mosaic": 0.0, "flip": 0.0,
+        "flip_vertical": 0.0, "colour": 0.0, "seed": 0,
+    }  # fmt: skip
+    return CanvasSource(photos=photos, **(plain | options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"flip": 1.0}, {"flip_vertical": 1.0}, {"mosaic": 1.0}, {"scale": (1.5, 1.5)}, {"scale": (0.5, 0.5)}],
+    ids=str,
+)
+def test_boxes_move_with_what_they_hold(tmp_path: Path, options: dict[str, Any]) -> None:
+    photos = own_photos(write_photos(tmp_path, [["blob", "tile"], ["tile"], [], ["blob"]]))
+    source = canvases(photos, **options)
+    seen = 0
+    for draw in range(6):
+        sample = source.sample(draw % 4, draw)
+        image = sample["image"].permute(1, 2, 0).numpy().astype(int)
+        assert image.shape == (128, 128, 3)
+        for box, number in zip(sample["boxes"].tolist(), sample["classes"].tolist(), strict=True):
+            if number < 0:
+                continue
+            x1, y1, x2, y2 = box
+            middle = image[int((y1 + y2) / 2), int((x1 + x2) / 2)]
+            assert np.abs(middle - COLOURS[photos.names[number]]).max() < 40
+            seen += 1
+        again = source.sample(draw % 4, draw)
+        assert torch.equal(again["image"], sample["image"]) and torch.equal(again["boxes"], sample["boxes"])
+    assert seen
+
+
+def test_what_is_mostly_cut_off_is_neither_object_nor_background(tmp_path: Path) -> None:
+    photos = own_photos(write_photos(tmp_path, [["tile", "tile"]] * 2))
+    source = canvases(photos, scale=(4.0, 4.0))
+    kinds = {int(n) for draw in range(40) for n in source.sample(0, draw)["classes"]}
+    assert kinds == {0, -1}
+
+
+def test_doubtful_boxes_teach_nothing_and_photos_without_objects_are_used(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path, [["tile"], []], score=0.2)
+    with pytest.raises(UserError, match="no box to learn from"):
+        own_photos(labels, confident=0.3, doubtful=0.25)
+    photos = own_photos(labels, confident=0.15)
+    assert len(photos) == 2 and photos.names == ("tile",)
+    content = json.loads(labels.read_text())
+    content["annotations"].append({**content["annotations"][0], "id": 2, "image_id": 1, "score": 0.9})
+    labels.write_text(json.dumps(content))
+    mixed = own_photos(labels)
+    assert [mixed.boxes(i).classes.tolist() for i in range(2)] == [[-1], [0]]
+    assert [one["iscrowd"] for one in mixed.as_coco([0, 1])["annotations"]] == [1, 0]
+
+
+def test_held_out_photos_are_a_share_and_leave_rare_classes_to_learn_from(tmp_path: Path) -> None:
+    photos = own_photos(write_photos(tmp_path, [["tile"]] * 18 + [["blob", "tile"]] + [[]]))
+    for seed in range(8):
+        kept, held = photos.divided(0.4, limit=None, seed=seed)
+        assert sorted([*kept, *held]) == list(range(20))
+        assert 18 in kept and 7 <= len(held) <= 8
+    kept, held = photos.divided(0.25, limit=8, seed=0)
+    assert len(kept) + len(held) == 8 and photos.divided(0.0, limit=None, seed=0)[1] == []
+
+
+def test_each_class_of_a_cell_learns_the_overlap_of_its_own_objects() -> None:
+    torch.manual_seed(0)
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 28.0], [50.0, 50.0, 60.0, 60.0]])
+    centres = torch.tensor([[5.0, 5.0], [25.0, 24.0], [55.0, 55.0]])
+    objects, classes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]]), torch.tensor([1, 0])
+    words, sides = torch.randn(3, 2), torch.randn(3, 4, 11)
+    given = assign(boxes, words.sigmoid()[:, classes], centres, objects, torch.zeros(0, 4))
+    assert given.object.tolist() == [0, 1, -1]
+    losses = class_losses(
+        words=words,
+        sides=sides,
+        boxes=boxes,
+        centres=centres,
+        strides=torch.full((3,), 8.0),
+        objects=objects,
+        classes=classes,
+        assignment=given,
+    )
+    expected = 0.0  # quality focal loss, cell by cell: the best cell's target is its IoU
+    for cell, target in enumerate([[0.0, 1.0], [0.8, 0.0], [0.0, 0.0]]):
+        for column in range(2):
+            p = 1 / (1 + math.exp(-float(words[cell, column])))
+            t = target[column]
+            expected -= (t - p) ** 2 * (t * math.log(p) + (1 - t) * math.log(1 - p))
+    assert float(losses.scores) == pytest.approx(expected, rel=1e-4)
+    assert float(losses.weight) == pytest.approx(1.8, rel=1e-5)
+    assert float(losses.box) == pytest.approx(0.8 * 0.2, rel=1e-4)  # 1 − GIoU of a box within the object is 1 − IoU
+
+
+def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
+    regions = RegionSet(
+        boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 2),
+        objectness=torch.tensor([0.5, 0.0]),
+        text=torch.eye(4)[:2],
+        image=torch.eye(4)[:2],
+        masks=None,
+        size=(20, 20),
+        known=torch.tensor([[0.9], [0.0]]),
+        bias=torch.zeros(2),
+        own=torch.tensor([[0.0, 0.0], [0.7, 0.0]]),
+    )
+    scorer = WordScorer(
+        rows=torch.eye(4)[[0, 1, 2]],
+        competitors=torch.eye(4),
+        rivals=torch.zeros(3, 4, dtype=torch.bool),
+        known=torch.tensor([[True], [False], [False]]),
+        scale=4.0,
+        calibration=Calibration(),
+        own=torch.tensor([[True, False], [True, False], [False, True]]),
+        own_only=torch.tensor([False, True, True]),
+    )
+    score = scorer(regions)
+    assert float(score[0, 0]) > 0.5 and float(score[1, 0]) == pytest.approx(0.7)  # known, and a kind that was added
+    assert score[:, 1].tolist() == pytest.approx([0.0, 0.7])
+    assert score[:, 2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(scorer.select(torch.tensor([1]))(regions)[:, 0], score[:, 1])
+
+
+def arguments(labels: Path, out: Path, weights: Path | str = "vild-photo") -> list[str]:
+    return [
+        "--config", "photos/finetune.yaml", f"out={out}", f"weights={weights}", f"data.annotations={labels}",
+        "data.side=128", "data.scale=[0.8, 1.2]", "loop.batch_size=4", "loop.log_every=20", "loop.save_every=60",
+    ]  # fmt: skip
+
+
+THINGS = [["blob", "tile"], ["tile"], ["blob"], [], ["tile", "tile"], ["blob", "blob"]]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped detector after learning two classes from twelve photos."""
+    root = tmp_path_factory.mktemp("own")
+    labels = write_photos(root / "photos", THINGS * 2)
+    assert ovd_train.main([*arguments(labels, root / "run"), "loop.steps=80"]) == 0
+    return root
+
+
+def find(detector: Detector, picture: np.ndarray, *words: str, threshold: float = 0.3) -> Detections:
+    return detector.embed(picture).classify(list(words), threshold=threshold)
+
+
+def test_a_few_photos_teach_new_classes(learned: Path) -> None:
+    detector = Detector.load(learned / "run", regions=30)
+    card = json.loads((learned / "run/exported/model.json").read_text())["own"]
+    assert [one["names"] for one in card] == [["blob", "tile"]] and card[0]["metrics"]["held_out_ap50"] > 0.6
+    rng = np.random.default_rng(5)
+    hits = 0
+    for things in (["blob", "tile"], ["tile", "blob"], ["blob", "blob"]):
+        picture, boxes = photo(rng, things)
+        found = find(detector, picture, "Blobs", "tile")
+        for thing, (x, y, w, h) in zip(things, boxes, strict=True):
+            name = "Blobs" if thing == "blob" else "tile"
+            near = np.abs(found.xyxy - [x, y, x + w, y + h]).max(axis=1, initial=0) < 8
+            hits += any(n and found.names[c] == name for n, c in zip(near, found.class_id, strict=True))
+    assert hits >= 5
+    assert detector.query(["blob"]).notices == ()  # a word that the encoder does not know, and need not
+
+
+def test_other_words_are_answered_as_before(learned: Path) -> None:
+    before, after = Detector.load("vild-photo", regions=30), Detector.load(learned / "run", regions=30)
+    picture = photo(np.random.default_rng(5), ["blob", "tile"])[0]
+    for word in ("person", "animal", "terrier", "red car", "zzyzx"):
+        ours, theirs = (find(detector, picture, word, threshold=0.001) for detector in (after, before))
+        np.testing.assert_array_equal(ours.xyxy, theirs.xyxy)
+        np.testing.assert_array_equal(ours.confidence, theirs.confidence)
+
+
+def test_another_class_can_be_added_and_one_learned_again(learned: Path, tmp_path: Path) -> None:
+    labels = write_photos(tmp_path / "photos", [["tile"], ["tile", "tile"], []], seed=3)
+    content = json.loads(labels.read_text())
+    content["categories"].append({"id": 2, "name": "moon"})
+    content["annotations"][-1]["category_id"] = 2
+    labels.write_text(json.dumps(content))
+    options = [*arguments(labels, tmp_path / "run", learned / "run"), "data.held_out=0", "loop.steps=2"]
+    assert ovd_train.main([*options, "optim.warmup_steps=0"]) == 0
+    detector = Detector.load(tmp_path / "run", regions=30)
+    first = Detector.load(learned / "run", regions=30)
+    picture = photo(np.random.default_rng(5), ["blob", "tile"])[0]
+    ours, theirs = (find(one, picture, "blob") for one in (detector, first))
+    np.testing.assert_array_equal(ours.confidence, theirs.confidence)  # the earlier branch is untouched
+    assert len(find(first, picture, "tile")) and not len(find(detector, picture, "tile"))  # two steps teach nothing
+    assert detector.query(["moon", "blob"]).notices == ()
+    (tmp_path / "run/exported/classes/01.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"classes/01\.safetensors: is not the file that .*model\.json describes"):
+        Detector.load(tmp_path / "run")
+
+
+def test_labels_in_yolo_form_are_read_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = write_photos(tmp_path / "photos", THINGS)
+    pictures = labelled_pictures(read_labels(labels, images=labels.parent / "images"))
+    write_labels(pictures, tmp_path / "yolo", "yolo", place="copy")
+    assert ovd_train.main([*arguments(tmp_path / "yolo/data.yaml", tmp_path / "run"), "--check"]) == 0
+    assert "5 photos to learn from, 1 held out; classes: blob, tile" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_detectors_of_photographs_take_classes(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path / "photos", THINGS)
+    with pytest.raises(UserError, match="weights=vild-sticker: classes are added to a detector of photographs"):
+        ovd_train.main([*arguments(labels, tmp_path / "run", "vild-sticker"), "--check"])
+
+
+def test_scores_of_own_classes_are_fitted_to_other_photos(learned: Path, tmp_path: Path) -> None:
+    shutil.copytree(learned / "run/exported", tmp_path / "weights")
+    labels = write_photos(tmp_path / "photos", THINGS * 4, seed=9)
+    spec = f"coco:{labels.parent / 'images'}:{labels}"
+    before = json.loads((tmp_path / "weights/model.json").read_text())
+    assert calibrate.main(["--weights", str(tmp_path / "weights"), "--data", spec]) == 0
+    after = json.loads((tmp_path / "weights/model.json").read_text())
+    assert (after["own"][0]["slope"], after["own"][0]["offset"]) != (1.0, 0.0)
+    after["own"][0] |= {"slope": before["own"][0]["slope"], "offset": before["own"][0]["offset"]}
+    assert after == before
+    few = write_photos(tmp_path / "few", [["tile"]], seed=2)
+    with pytest.raises(UserError, match="more photos are needed to fit anything. Nothing was changed"):
+        calibrate.main(["--weights", str(tmp_path / "weights"), "--data", f"coco:{few.parent / 'images'}:{few}"])
