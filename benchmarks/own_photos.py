@@ -20,7 +20,6 @@ from typing import Any
 
 from _common import machine
 
-from ovd.data.coco import check_ground_truth
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation import coco
@@ -28,6 +27,7 @@ from ovd.evaluation.matching import match_table
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.run import run_images
 from ovd.train import main as train
+from pretrain.data.coco import check_ground_truth
 from pretrain.engine.errors import run_cli
 from pretrain.engine.files import read_json, write_atomically
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.data.catalog import read_annotated
-from ovd.data.coco import GroundTruth, ImageId
 from ovd.pictures import resized
+from pretrain.data.coco import GroundTruth, ImageId
 from pretrain.data.folder import look_for
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED

@@ -16,7 +16,6 @@ import torch
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
-from ovd.data.coco import check_ground_truth
 from ovd.data.own_photos import CanvasSource, OwnPhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
@@ -25,6 +24,7 @@ from ovd.formats.write import write_labels
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.proposals.assign import assign, class_losses
+from pretrain.data.coco import check_ground_truth
 from pretrain.engine.errors import UserError
 
 COLOURS = {"blob": (220, 30, 30), "tile": (30, 60, 220)}
