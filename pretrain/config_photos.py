@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of an encoder of photographs: a tower of timm, where it starts, what it is told. Imports no torch."""
+"""Configuration of an encoder of photographs: a tower of timm, where it starts, its captions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ImageStart(Section):
 
 
 class WordsLoss(Section):
-    """What a picture of a thing is told: which word of a vocabulary fits, and what ImageNet's network said (ConSE)."""
+    """Targets of a picture: the word of a vocabulary that fits, and what ImageNet's network predicts (ConSE)."""
 
     synonym: Share = Field(default=0.1, description="Probability that the caption is a synonym.")
     hypernym: Share = Field(default=0.3, description="Probability that the caption is a more general word.")

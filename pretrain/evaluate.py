@@ -142,18 +142,18 @@ def teacher_lookup(path: Path) -> Callable[[Sequence[str]], Tensor]:
     return embed
 
 
-def taught_lookup(path: Path, phrases: Path) -> Callable[[Sequence[str]], Tensor]:
+def defined_teacher(path: Path, phrases: Path) -> Callable[[Sequence[str]], Tensor]:
     """What the text tower was asked to learn: the teacher's embedding of a phrase plus that of its definition."""
     embed, meaning = teacher_lookup(path), {p.text: p.definition for p in read_phrases(phrases)}
 
-    def taught(words: Sequence[str]) -> Tensor:
+    def with_definitions(words: Sequence[str]) -> Tensor:
         rows = embed(words)
         defined = [i for i, word in enumerate(words) if meaning.get(word)]
         if defined:
             rows[defined] = F.normalize(rows[defined] + embed([meaning[words[i]] for i in defined]), dim=-1)
         return rows
 
-    return taught
+    return with_definitions
 
 
 def keyword_pairs(stickers: Stickers) -> list[SynonymPair]:
@@ -188,7 +188,7 @@ def report_synonyms(
     if teacher is not None:
         embedders["teacher"] = teacher_lookup(teacher)
         if phrases is not None:
-            embedders["teacher_with_definitions"] = taught_lookup(teacher, phrases)
+            embedders["teacher_with_definitions"] = defined_teacher(teacher, phrases)
     words = [w for w, _ in EVERYDAY]
     nearest = (embed_words(encoder, words) @ embed_words(encoder, nouns).T).argmax(1)
     report: dict[str, Any] = {"everyday": {w: nouns[int(i)] for w, i in zip(words, nearest, strict=True)}}

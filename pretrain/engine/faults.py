@@ -71,7 +71,7 @@ class NonFinite(TypedDict):
     draws: list[int]
 
 
-def guilty_samples(processes: Sequence[NonFinite]) -> str:
+def non_finite_samples(processes: Sequence[NonFinite]) -> str:
     """Name the samples of a non-finite step.
 
     Args:

@@ -28,7 +28,7 @@ from pretrain.engine.faults import (
     Stopped,
     Watchdog,
     explained,
-    guilty_samples,
+    non_finite_samples,
     too_many_bad,
 )
 from pretrain.engine.identity import identity_of
@@ -370,7 +370,7 @@ class _Run:
             self.log.event(self.step, "loss_scale_lowered", scale=self.scaler.get_scale())
             return
         self.log.event(self.step, "non_finite", in_a_row=self.skipped, lr=values["lr"], processes=processes)
-        text = f"step {self.step}: {guilty_samples(processes)}"
+        text = f"step {self.step}: {non_finite_samples(processes)}"
         if self.skipped > MAX_SKIPPED or self.check:
             raise UserError(
                 f"{text}: {self.skipped} consecutive non-finite steps; none of them changed the weights. "

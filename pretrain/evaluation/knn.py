@@ -113,20 +113,20 @@ class _CachedViews:
     """Evaluation views, made once."""
 
     def __init__(self, source: ImageSet, is_bank: bool, cache: dict[tuple[bool, int], U8], size: int) -> None:
-        self.source, self.is_bank, self.kept, self.size = source, is_bank, cache, size
+        self.source, self.is_bank, self.cache, self.size = source, is_bank, cache, size
 
     def __len__(self) -> int:
         return len(self.source)
 
     def image(self, index: int) -> U8:
         key = (self.is_bank, index)
-        if key not in self.kept:
+        if key not in self.cache:
             try:
-                self.kept[key] = centre(self.source.image(index), self.size)
+                self.cache[key] = centre(self.source.image(index), self.size)
             except BadImageError as error:  # a training does not end for it, and every process must go on alike
                 print(f"warning: probe: a grey picture stands for {error}", file=sys.stderr, flush=True)
-                self.kept[key] = np.full((self.size, self.size, 3), 128, np.uint8)
-        return self.kept[key]
+                self.cache[key] = np.full((self.size, self.size, 3), 128, np.uint8)
+        return self.cache[key]
 
     def label(self, index: int) -> int:
         return self.source.label(index)

@@ -69,7 +69,7 @@ class BarlowTwins(SelfSupervised[BarlowTwinsMethod]):
     def head_memory(cls, config: BarlowTwinsMethod, width: int) -> HeadMemory:
         """The projector, and the correlation matrix with its gradient and its square."""
         trained = parameter_bytes(cls.build_projector(config, width))
-        return HeadMemory(trained, kept=3 * 4 * config.dims[-1] ** 2, kept_for="the correlation matrix")
+        return HeadMemory(trained, extra=3 * 4 * config.dims[-1] ** 2, extra_for="the correlation matrix")
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.

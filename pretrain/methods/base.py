@@ -23,8 +23,8 @@ class HeadMemory(NamedTuple):
     """Bytes that a method needs beside its backbone."""
 
     trained: int  # parameters of the heads, each with a gradient and a velocity
-    kept: int = 0  # everything else
-    kept_for: str = ""  # what that is, for the error message
+    extra: int = 0  # everything else
+    extra_for: str = ""  # what that is, for the error message
 
 
 class SelfSupervised(Task, Generic[ConfigT]):

@@ -76,7 +76,7 @@ class BYOL(SelfSupervised[ByolMethod]):
         """Both heads, and the momentum copy of the projector."""
         projector = parameter_bytes(cls.build_projector(config, width))
         trained = projector + parameter_bytes(cls.build_predictor(config))
-        return HeadMemory(trained, kept=projector, kept_for="the momentum projector")
+        return HeadMemory(trained, extra=projector, extra_for="the momentum projector")
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, in [0, 8], and metrics.

@@ -32,17 +32,17 @@ def refuse_too_wide(method: type[SelfSupervised[Any]], config: SslMethod, width:
     with torch.device("meta"):
         memory = method.head_memory(config, width)
     heads, free = COPIES * memory.trained, free_memory(device)
-    if heads + memory.kept <= free:
+    if heads + memory.extra <= free:
         return
     sizes = config.model_dump()
     widths = ("dims", "hidden", "dim", "queue", "queue_length", "prototypes")
     named = {name: sizes[name] for name in widths if sizes.get(name)}
     largest = max(named, key=lambda name: max(named[name]) if name == "dims" else named[name], default="")
-    kept = f" and {memory.kept / GIB:.1f} GiB for {memory.kept_for}" if memory.kept_for else ""
+    extra = f" and {memory.extra / GIB:.1f} GiB for {memory.extra_for}" if memory.extra_for else ""
     key = f"method.{largest}" if largest else f"method {config.name}"  # the largest is the likeliest mistake
     raise UserError(
         f"{key}: heads of {', '.join(f'{name} {value}' for name, value in named.items())} need about "
-        f"{heads / GIB:.1f} GiB to train{kept}; {free / GIB:.1f} GiB are free on {device}. Take smaller ones"
+        f"{heads / GIB:.1f} GiB to train{extra}; {free / GIB:.1f} GiB are free on {device}. Take smaller ones"
     )
 
 

@@ -146,8 +146,8 @@ class MoCo(SelfSupervised[MoCoMethod]):
     def head_memory(cls, config: MoCoMethod, width: int) -> HeadMemory:
         """The projector, its momentum copy, and the queue."""
         projector = parameter_bytes(cls.build_projector(config, width))
-        kept = projector + 4 * config.queue * config.dim
-        return HeadMemory(projector, kept=kept, kept_for="the key projector and the queue")
+        extra = projector + 4 * config.queue * config.dim
+        return HeadMemory(projector, extra=extra, extra_for="the key projector and the queue")
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.

@@ -116,7 +116,7 @@ class SwAV(SelfSupervised[SwavMethod]):
     def head_memory(cls, config: SwavMethod, width: int) -> HeadMemory:
         """The projector with the prototypes, and the queue."""
         trained = parameter_bytes(cls.build_projector(config, width)) + 4 * config.prototypes * config.dim
-        return HeadMemory(trained, kept=4 * config.big_crops * config.queue_length * config.dim, kept_for="the queue")
+        return HeadMemory(trained, extra=4 * config.big_crops * config.queue_length * config.dim, extra_for="the queue")
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.

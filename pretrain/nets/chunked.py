@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
+def buffers_restored(module: nn.Module) -> Iterator[None]:
     """Put every buffer back to what it was: batch norm normalises as ever, and its running statistics stay."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
@@ -46,7 +46,7 @@ def encode_in_chunks(encode: Callable[..., Tensor], *inputs: Tensor, chunk: int,
     """
 
     def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        return contextlib.nullcontext(), buffers_kept(module)
+        return contextlib.nullcontext(), buffers_restored(module)
 
     split = zip(*(values.split(chunk) for values in inputs), strict=True)
     pieces = [checkpoint(encode, *piece, use_reentrant=False, context_fn=contexts) for piece in split]

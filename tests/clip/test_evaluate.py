@@ -16,10 +16,10 @@ from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
 from pretrain.evaluate import (
     SYNONYMS,
+    defined_teacher,
     embed_words,
     keyword_pairs,
     synonym_accuracy,
-    taught_lookup,
     teacher_lookup,
     zero_shot,
 )
@@ -117,7 +117,7 @@ def test_the_teacher_answers_by_phrase_and_names_what_it_never_saw(tmp_path: Pat
 def test_what_was_taught_adds_the_definition(tmp_path: Path) -> None:
     write_targets(tmp_path / "t.safetensors", ["dog", "cat", "dog: a pet"], torch.eye(3).numpy())
     write_phrases(tmp_path / "p.txt", [Phrase("dog", 1.0, "dog: a pet"), Phrase("cat")])
-    taught = taught_lookup(tmp_path / "t.safetensors", tmp_path / "p.txt")
+    taught = defined_teacher(tmp_path / "t.safetensors", tmp_path / "p.txt")
     torch.testing.assert_close(taught(["cat", "dog"]), torch.tensor([[0, 1, 0], [0.5**0.5, 0, 0.5**0.5]]))
 
 

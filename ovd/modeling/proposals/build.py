@@ -65,10 +65,10 @@ def start_model(weights: Path, config: ProposalNetworkConfig) -> ProposalDetecto
     exported = weights.is_dir()
     file = weights / "model.safetensors" if exported else weights
     tensors, facts = load_weights(file)
-    expected = FORMAT if exported else "nanodet/1"
-    if facts.get("format") != expected:
+    wanted = FORMAT if exported else "nanodet/1"
+    if facts.get("format") != wanted:
         raise UserError(
-            f"weights={weights}: has format {facts.get('format')!r}, not {expected!r}; give nanodet.safetensors of "
+            f"weights={weights}: has format {facts.get('format')!r}, not {wanted!r}; give nanodet.safetensors of "
             "scripts/convert_nanodet.py, or the exported/ folder of a training with model.arch nanodet"
         )
     if exported:
@@ -149,15 +149,15 @@ class PhotoProposer:
         image = resized(image, side / max(height, width))
         size = image.shape[:2]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        (proposals,) = self.model([{"image": pixels}])
+        (found,) = self.model([{"image": pixels}])
         back = torch.tensor([width / size[1], height / size[0]], device=self.model.device).repeat(2)
-        score = proposals.objectness_logits.sigmoid()
-        return proposals.proposal_boxes.tensor * back, score, proposals.quality, proposals.words
+        score = found.objectness_logits.sigmoid()
+        return found.proposal_boxes.tensor * back, score, found.quality, found.words
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Tensor, Tensor]:
         """((P, 4) boxes in original pixels, (P,) scores), best first."""
-        proposals = self.regions(image, top=top)
-        return proposals.boxes, proposals.objectness
+        found = self.regions(image, top=top)
+        return found.boxes, found.objectness
 
 
 def holds_proposals(folder: Path) -> bool:
