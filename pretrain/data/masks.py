@@ -11,7 +11,6 @@ from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as mask_tools
 
 from pretrain.engine.errors import UserError
 
@@ -63,6 +62,8 @@ def to_rle(segmentation: object, size: Size | None, entry: str) -> Rle:
             not fill the mask, polygons on a picture of unknown size, a coordinate that is not finite or far outside,
             or no polygon with three points.
     """
+    from pycocotools import mask as mask_tools
+
     if isinstance(segmentation, list):
         if size is None:
             raise UserError(f"{entry}: polygons need the image's width and height in the ground truth.")
@@ -77,11 +78,15 @@ def to_rle(segmentation: object, size: Size | None, entry: str) -> Rle:
 
 def decode(segmentation: object, size: Size, entry: str) -> NDArray[np.bool_]:
     """(H, W) mask of a segmentation; see `to_rle` for arguments and errors."""
+    from pycocotools import mask as mask_tools
+
     return np.asarray(mask_tools.decode(to_rle(segmentation, size, entry))).astype(bool)
 
 
 def area(segmentation: object, size: Size | None, entry: str) -> float:
     """Pixels of a segmentation; see `to_rle` for arguments and errors."""
+    from pycocotools import mask as mask_tools
+
     return float(mask_tools.area(to_rle(segmentation, size, entry)))
 
 

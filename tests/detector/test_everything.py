@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ovd.detector import Detector
+from ovd.inference.arrays import as_array
 from ovd.inference.everything import LEVEL, OPEN_LEVEL, OwnWords, is_everything, nearest_words, open_shift
 from ovd.predict import main, predict
 from ovd.query import Query
@@ -105,12 +105,13 @@ def test_the_command_takes_the_word(
 def test_nearest_words_are_those_whose_embeddings_are() -> None:
     detector = make_detector()
     model = detector.model
-    model.background_words = torch.stack([detector.text.encoder.word(w) for w in ("sea", "red", "blue", "unicorn")])
+    rows = [as_array(detector.text.encoder.word(word)) for word in ("sea", "red", "blue", "unicorn")]
+    model.background_words = np.stack(rows)
     model.card = SimpleNamespace(bank=("sea", "red", "blue", "unicorn"))  # type: ignore[assignment]
     regions = detector.embed(picture())
-    colour = {tuple(box): i for i, box in enumerate(regions.regions.boxes.int().tolist())}
-    rows = [colour[10, 20, 50, 70], colour[80, 30, 150, 110]]
-    near = nearest_words(model, regions.regions, rows, count=2)
+    colour = {tuple(box): i for i, box in enumerate(regions.regions.boxes.astype(int).tolist())}
+    asked = [colour[10, 20, 50, 70], colour[80, 30, 150, 110]]
+    near = nearest_words(model, regions.regions, asked, count=2)
     assert [line[0] for line in near] == ["red", "blue"]
     assert all("sea" not in line for line in near)  # which the detector cannot say
     assert nearest_words(model, regions.regions, []) == []
