@@ -40,6 +40,8 @@ def test_what_is_in_this_picture_needs_no_words(tab: Tab, pictures: dict[str, Pa
     tab.page.locator("#ovd-everything").click()
     tab.page.locator(".ovd-result:not([hidden])").wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
+    tab.slide(0.97)
+    assert tab.boxes() < 2
     assert tab.page.locator(".ovd-missing li").count() == 0  # nobody asked for what is not there
 
 
