@@ -40,17 +40,25 @@ class OwnWords:
         names: one for each meaning.
         shift: (C,) added to the logit of each word's score.
         kind_of: (C, C) bool: the word in the row is a kind of the word in the column.
+        family: (C,) the most general of the words that each is a kind of, itself where there is none: boxes of one
+            family (*guitar*, *electric guitar*) suppress each other as boxes of one class do.
     """
 
     names: tuple[str, ...]
     shift: NDArray[np.float32]
     kind_of: NDArray[np.bool_]
+    family: NDArray[np.int64]
 
     @classmethod
     def plain(cls, names: Sequence[str]) -> OwnWords:
         """Words of equal standing."""
         names = tuple(dict.fromkeys(names))
-        return cls(names=names, shift=np.zeros(len(names), np.float32), kind_of=np.zeros((len(names),) * 2, bool))
+        return cls(
+            names=names,
+            shift=np.zeros(len(names), np.float32),
+            kind_of=np.zeros((len(names), len(names)), bool),
+            family=np.arange(len(names)),
+        )
 
     def one_name(self, score_RC: NDArray[np.float32], *, level: float = LEVEL) -> NDArray[np.float32]:
         """Scores on one scale, where what is named *dog* is not named *beagle* too.

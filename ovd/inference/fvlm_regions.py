@@ -117,7 +117,9 @@ class FvlmRegionModel(RegionModel):
         kind_of[known:, :known] = np.stack([kinds for _, kinds in others]) if others else False
         shift = np.full(len(names), open_shift(), dtype=np.float32)
         shift[:known] = 0
-        return OwnWords(names=names, shift=shift, kind_of=kind_of)
+        number = {self.trained.line_of(name)[0]: i for i, name in enumerate(names)}
+        family = [next(number[k] for k in reversed(self.trained.line_of(name)) if k in number) for name in names]
+        return OwnWords(names=names, shift=shift, kind_of=kind_of, family=np.array(family))
 
     def scorer(self, rows: Tensor, phrases: Phrases, competitors: Tensor) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
