@@ -31,7 +31,7 @@ from ovd.examples import ExampleEmbedder, parse_examples
 from ovd.inference.arrays import Floats
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.encoder import image_tower
-from ovd.inference.everything import LEVEL, OwnWords, is_everything
+from ovd.inference.everything import LEVEL, is_everything
 from ovd.inference.postprocess import CROSS_CLASS_IOU, MAX_DETECTIONS, NMS_IOU, Candidates, postprocess
 from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
@@ -248,16 +248,14 @@ class Detector:
         """
         if examples:
             raise UserError("everything: leave the examples out, or name the classes to look for beside them")
-        own = self.own_words
-        if not own.names:
-            raise UserError("everything: these weights do not say which words they know; name the classes to look for")
-        words = Vocabulary.parse(list(own.names), templates=self.templates)
-        return Query(words, naming=own)
+        return self._all_words
 
     @cached_property
-    def own_words(self) -> OwnWords:
-        """The words that it says unasked."""
-        return self.model.own_words()
+    def _all_words(self) -> Query:
+        own = self.model.prompt_free_words()
+        if not own.names:
+            raise UserError("everything: these weights do not say which words they know; name the classes to look for")
+        return Query(Vocabulary.parse(list(own.names), templates=self.templates), naming=own)
 
     question = query
     """The former name of `query`."""

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 from ovd.examples import Example
-from ovd.inference.everything import OwnWords
+from ovd.inference.everything import PromptFreeWords
 from ovd.vocabulary import Vocabulary
 
 
@@ -21,7 +21,7 @@ class Query:
 
     words: Vocabulary
     examples: tuple[Example, ...] = ()
-    naming: OwnWords | None = None
+    naming: PromptFreeWords | None = None
     """Of a query for all words that the detector knows: how it chooses one of them."""
 
     @property

@@ -236,7 +236,7 @@ def test_pretext__finds_patches_on_the_gpu(denoising: int) -> None:
 def small_detector(crop_refinement: int) -> Detector:
     torch.manual_seed(0)
     encoder = small_encoder(rcnn.D).eval()
-    model = RCNNRegionModel(model=rcnn.make("vild").eval(), card=card("vild"), background_words=torch.randn(4, rcnn.D))
+    model = RCNNRegionModel(model=rcnn.make("vild").eval(), card=card("vild"), background_words=torch.randn(4, rcnn.D).numpy())
     return Detector(model=model, encoder=encoder, crop_refinement=crop_refinement)
 
 
@@ -276,7 +276,7 @@ def test_another_encoder__names_crops_of_boxes_beside_a_gpu() -> None:
         source=DetectorBoxes(model=detector.model),
         encoder=detector.text.encoder,  # type: ignore[arg-type]
         name="small",
-        background_words=torch.randn(2, rcnn.D),
+        background_words=torch.randn(2, rcnn.D).numpy(),
         words=WordList(words=("cat", "car"), lexicon=lexicon),
         known=WordList(words=(), lexicon=lexicon),
         calibration=Calibration(),
@@ -314,7 +314,7 @@ def test_regions_of_a_store_are_embedded_on_a_gpu() -> None:
 
 def test_transformer__answers_words_and_crops_beside_a_gpu() -> None:
     model = detr.make(region_tower=region_tower(), conditioned=2).eval()
-    regions = OpenVocabularyDetr(model=model, card=card("text"), background_words=torch.randn(4, detr.D))
+    regions = OpenVocabularyDetr(model=model, card=card("text"), background_words=torch.randn(4, detr.D).numpy())
     with pretend_cuda():
         to_cuda(model)
         assert len(regions.regions(picture())) == model.queries
@@ -370,7 +370,7 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         to_cuda(detector)
         words = WordList(words=KNOWN_WORDS, lexicon=read_lexicon())
         model = FvlmRegionModel(
-            model=detector, card=card("text"), background_words=torch.eye(8)[:5], known=words, trained=words, top=10
+            network=TorchNetwork(detector), card=card("text"), background_words=np.eye(8, dtype=np.float32)[:5], known=words, trained=words, top=10
         )
         regions = model.regions(picture())
         assert regions.text.shape == (len(regions), 8) and regions.text.device.type == "cpu"

@@ -31,7 +31,7 @@ from ovd.demo.shelf import Shelf
 from ovd.detections import Detections
 from ovd.detector import Detector
 from ovd.examples import Crop
-from ovd.inference.everything import is_everything, nearest_words
+from ovd.inference.everything import EVERYTHING, is_everything, nearest_words
 from ovd.inference.region_model import PatchLocator
 from ovd.inference.regions import picture_key
 from ovd.pictures import to_rgb
@@ -141,14 +141,13 @@ class Answerer:
         if not image:
             raise UserError("Choose a picture first: drop one here, paste it, or click an example")
         wanted = self.shelf.check(weights)
-        holds = self.shelf.holds(wanted)
-        detector = self.shelf.current if holds else self._on(self._model, self.shelf.take, wanted)
+        detector = self.shelf.ready(wanted) or self._on(self._model, self.shelf.take, wanted)
         # Words first: a typing mistake should not cost a run of the network.
         words = self._parsed(detector, classes, alone=not examples)
         with self._seats:
-            query = words if isinstance(words, Query) else detector.query(words, decode_examples(examples))
+            query = detector.query(EVERYTHING if is_everything(classes) else words, decode_examples(examples))
             if not query.names:
-                replace(query.words, alone=True)  # which says what is missing
+                replace(words, alone=True)  # which says what is missing
             default = detector.threshold_for(query)
             floor = min(FLOOR, default / 4)
             level = floor if threshold is None else threshold
@@ -182,22 +181,22 @@ class Answerer:
         """See `ovd.demo.pack.pack`; one at a time."""
         return self._on(self._words, pack, found, form)
 
-    def _parsed(self, detector: Detector, text: str, *, alone: bool) -> Vocabulary | Query:
+    def _parsed(self, detector: Detector, text: str, *, alone: bool) -> Vocabulary:
         """Read and embed words on their own thread, in slices that let other people's words in between.
 
         The embedder remembers phrases: at the model they then cost next to nothing.
         """
         if not isinstance(text, str):
             raise UserError(f"classes must be a text, not {type(text).__name__}")
-        everything = None
-        if is_everything(text) and alone:
-            everything = self._on(self._words, detector.query, text)
         parse = partial(Vocabulary.parse, text, templates=detector.templates, alone=alone)
-        words = everything.words if everything else parse() if len(text) <= LONG_TEXT else self._on(self._words, parse)
+        if is_everything(text):
+            words = self._on(self._words, detector.query, text).words
+        else:
+            words = parse() if len(text) <= LONG_TEXT else self._on(self._words, parse)
         for start in range(0, len(words.classes), SLICE):
             part = replace(words, classes=words.classes[start : start + SLICE], alone=False)
             self._on(self._words, detector.text.embed, part)
-        return everything or words
+        return words
 
     def _on(self, thread: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Let a thread do it, and wait."""

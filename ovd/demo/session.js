@@ -55,6 +55,7 @@ function remember() {
 
 function drawPast() {
   one(".ovd-past").hidden = past.length < 2;
+  if (past.length < 2) return;
   one(".ovd-past ol").replaceChildren(...past.map((p) => {
     const item = make("li"), button = make("button", { type: "button" });
     const words = p.answer.everything ? "What is in this picture?" : p.words.replace(/\s*\n\s*/g, ", ").trim() || p.answer.classes.map((c) => c.name).join(", ");

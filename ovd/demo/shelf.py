@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,25 +40,25 @@ class Offer:
     load: Callable[[], Detector]
 
 
-@dataclass(eq=False)
 class Shelf:
-    """The weights of a page. `take` is for the model's thread alone; `offers` and `current` for all.
+    """The weights of a page. `take` is for the model's thread alone, all else for every thread.
 
-    Attributes:
-        current: the detector in memory. Questions that began with another one keep it until they are answered.
-        offers: by name, that of the start first.
+    Args:
+        detector: in memory at the start.
+        offers: by name, that of the start first; None: no others.
     """
 
-    current: Detector
-    offers: dict[str, Offer] = field(default_factory=dict)
-    _loaded: str = ""
+    def __init__(self, detector: Detector, offers: Mapping[str, Offer] | None = None) -> None:
+        if not offers:
+            name = str(detector.card.get("name", "unnamed"))
+            offers = {name: Offer(name=name, kind=kind_of(detector), card=detector.card, load=lambda: detector)}
+        self.offers = dict(offers)
+        self._held = (next(iter(self.offers)), detector)  # one value: name and detector change together
 
-    def __post_init__(self) -> None:
-        if not self.offers:
-            name = str(self.current.card.get("name", "unnamed"))
-            detector = self.current
-            self.offers = {name: Offer(name=name, kind=kind_of(detector), card=detector.card, load=lambda: detector)}
-        self._loaded = next(iter(self.offers))
+    @property
+    def current(self) -> Detector:
+        """The detector in memory. Questions that began with another one keep it until they are answered."""
+        return self._held[1]
 
     def check(self, name: object) -> str:
         """The name of weights; that of the start for None.
@@ -72,9 +72,10 @@ class Shelf:
             raise UserError(f"no weights {str(name)[:60]!r} on this page; there is {', '.join(self.offers)}")
         return name
 
-    def holds(self, name: str) -> bool:
-        """Whether these are the weights in memory."""
-        return name == self._loaded
+    def ready(self, name: str) -> Detector | None:
+        """The detector of these weights, if it is the one in memory."""
+        held, detector = self._held
+        return detector if held == name else None
 
     def take(self, name: str) -> Detector:
         """The detector of these weights, loaded now if another one is in memory.
@@ -82,11 +83,10 @@ class Shelf:
         Raises:
             UserError: their files are missing or damaged.
         """
-        if not self.holds(name):
+        if self.ready(name) is None:
             log.info("loading %s", name)
             with without_compiler():
-                self.current = self.offers[name].load()
-            self._loaded = name
+                self._held = (name, self.offers[name].load())
             rest()
         return self.current
 

@@ -172,7 +172,7 @@ function drawLists() {
   }
   if (found.length > MOST_CHIPS) chips.append(make("span", {}, `and ${found.length - MOST_CHIPS} more`));
 
-  const missing = answer.classes.filter((c) => !above.has(c.id));
+  const missing = answer.everything ? [] : answer.classes.filter((c) => !above.has(c.id)); // nobody asked for those
   const list = one(".ovd-missing");
   list.replaceChildren();
   for (const c of missing.slice(0, MOST_MISSING)) {

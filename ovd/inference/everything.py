@@ -35,24 +35,32 @@ OVERLAP = 0.5
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OwnWords:
+class PromptFreeWords:
     """The words that a detector knows well enough to say them unasked.
 
     Attributes:
         names: one for each meaning.
         shift: (C,) added to the logit of each word's score.
         kind_of: (C, C) bool: the word in the row is a kind of the word in the column.
+        family: (C,) the most general of the words that each is a kind of, itself where there is none: boxes of one
+            family (*guitar*, *electric guitar*) suppress each other as boxes of one class do.
     """
 
     names: tuple[str, ...]
     shift: NDArray[np.float32]
     kind_of: NDArray[np.bool_]
+    family: NDArray[np.int64]
 
     @classmethod
-    def plain(cls, names: Sequence[str]) -> OwnWords:
+    def plain(cls, names: Sequence[str]) -> PromptFreeWords:
         """Words of equal standing."""
         names = tuple(dict.fromkeys(names))
-        return cls(names=names, shift=np.zeros(len(names), np.float32), kind_of=np.zeros((len(names),) * 2, bool))
+        return cls(
+            names=names,
+            shift=np.zeros(len(names), np.float32),
+            kind_of=np.zeros((len(names), len(names)), bool),
+            family=np.arange(len(names)),
+        )
 
     def one_name(self, score_RC: NDArray[np.float32], *, level: float = LEVEL) -> NDArray[np.float32]:
         """Scores on one scale, where what is named *dog* is not named *beagle* too.
@@ -89,7 +97,7 @@ def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *
         rows: numbers of regions.
         count: words for each.
     """
-    card, own = model.card, frozenset(model.own_words().names)
+    card, own = model.card, frozenset(model.prompt_free_words().names)
     chosen = [i for i, word in enumerate(() if card is None else card.bank) if word in own]
     chosen_rows = list(rows)
     if card is None or not chosen or not chosen_rows:

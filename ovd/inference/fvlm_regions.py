@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
-from ovd.inference.everything import OwnWords, open_shift
+from ovd.inference.everything import PromptFreeWords, open_shift
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.own_names import OwnNames
@@ -111,7 +111,7 @@ class FvlmRegionModel(RegionModel):
                     found.append(unknown_word(phrase, words, english=self.trained.is_english))
         return tuple(found)
 
-    def own_words(self) -> OwnWords:
+    def prompt_free_words(self) -> PromptFreeWords:
         """The proposal network's words, classes that were added, and the nouns of the training that are not above the
         former; one of each meaning."""
         nouns = [w for w in self.trained.words if w in self.trained.lexicon.nouns]
@@ -129,7 +129,9 @@ class FvlmRegionModel(RegionModel):
         kind_of[learned:, :known] = np.stack([kinds for _, kinds in others]) if others else False
         shift = np.full(len(names), open_shift(), dtype=np.float32)
         shift[:learned] = 0
-        return OwnWords(names=names, shift=shift, kind_of=kind_of)
+        number = {self.trained.line_of(name)[0]: i for i, name in enumerate(names)}
+        family = [next(number[k] for k in reversed(self.trained.line_of(name)) if k in number) for name in names]
+        return PromptFreeWords(names=names, shift=shift, kind_of=kind_of, family=np.array(family))
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""

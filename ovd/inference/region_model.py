@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first
-from ovd.inference.everything import OwnWords
+from ovd.inference.everything import PromptFreeWords
 from ovd.inference.scorers import CalibratedScorer, Scorer
 from ovd.inference.scoring import Calibration, RegionSet
 
@@ -64,9 +64,9 @@ class RegionModel(ABC):
         """What a person should know of how these classes are understood; arguments as those of `scorer`."""
         return ()
 
-    def own_words(self) -> OwnWords:
+    def prompt_free_words(self) -> PromptFreeWords:
         """The words that it can say unasked; none where nothing tells them."""
-        return OwnWords.plain(() if self.card is None else self.card.classes)
+        return PromptFreeWords.plain(() if self.card is None else self.card.classes)
 
     def scorer(self, rows: Floats, phrases: Sequence[Sequence[str]], competitors: Floats) -> Scorer:
         """What scores regions for typed classes, each alone, as a person sees them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,13 +91,18 @@ class Regions:
         score_RC, negative_RN = self.scores(query)
         if negative_RN.shape[1]:
             score_RC = np.where(score_RC <= negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
-        if query.naming is not None:
-            score_RC, cross_class_iou = query.naming.one_name(score_RC, level=LEVEL), OVERLAP
+        if (naming := query.naming) is not None:
+            one_class_per_region = True
+            score_RC, cross_class_iou = naming.one_name(score_RC, level=LEVEL), OVERLAP
         best_C = score_RC.max(axis=0, initial=0.0)
         candidates = (best_class_per_region if one_class_per_region else pairs_above)(score_RC, threshold=level)
         boxes = self.regions.boxes
+        alike = candidates if naming is None else replace(candidates, class_id=naming.family[candidates.class_id])
+        kept = postprocess(boxes, alike, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit)
+        if naming is not None:  # back from families to words
+            kept = replace(kept, class_id=score_RC.argmax(axis=1)[kept.region])
         return Detections.of(
-            postprocess(boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit),
+            kept,
             boxes=boxes,
             size=self.regions.size,
             names=query.names,

@@ -120,8 +120,8 @@ def test_a_path_on_the_server_is_no_picture(client: Any, server: Server) -> None
     assert "root:" not in text and "cannot be used" not in text
 
 
-def test_only_detect_is_public(client: Any) -> None:
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/detect"}
+def test_only_two_endpoints_are_public(client: Any) -> None:
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/detect", "/pack"}
 
 
 def test_no_monitoring_page(server: Server) -> None:

@@ -64,9 +64,10 @@ class FakeQuestions:
         if name != "detect":
             raise BadQuestion(f"no endpoint /{name}", status=404)
 
-    def check(self, body: bytes, **_: object) -> None:
+    def check(self, body: bytes, **_: object) -> bytes:
         if body == b"bad":
             raise BadQuestion("bad")
+        return body
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from ovd.data.coco import check_ground_truth
 from ovd.demo.pack import MOST_PICTURES, pack
 from ovd.formats.names import FORMATS
-from ovd.formats.read import read_labels
 from pretrain.engine.errors import UserError
 
 BOXES = [
@@ -49,8 +49,7 @@ def test_coco_is_what_was_found_under_names_of_their_own(tmp_path: Path) -> None
     content = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())
     assert [Path(i["file_name"]).name for i in content["images"]] == ["good.png", "good_2.png", "hidden.jpg"]
     assert [a["bbox"] for a in content["annotations"]][:2] == [[10, 20, 40, 50], [80, 30, 70, 80]]
-    labels = read_labels(next((tmp_path / "out").rglob("*.json")), kind="coco")
-    assert sorted(labels.truth().categories.values()) == ["blue", "red"]
+    assert sorted(check_ground_truth(content).categories.values()) == ["blue", "red"]
 
 
 def test_pictures_without_a_box_alone_are_packed_too() -> None:
@@ -71,7 +70,7 @@ def test_pictures_without_a_box_alone_are_packed_too() -> None:
         ([{"name": "a.png", "size": [9, 9], "boxes": {}}], "yolo", "boxes must be a list"),
         ([{"name": "a.png", "size": [9, 9], "boxes": [{"name": "x", "score": 1, "box": [0, 0, 1]}]}], "yolo", "box of"),
         ([{"name": "a.png", "size": [9, 9], "boxes": [{"score": 1, "box": [0, 0, 1, 1]}]}], "yolo", "needs a name"),
-        ([{"name": "a.png", "size": [9, 9], "boxes": [BOXES[0] | {"polygons": "x"}]}], "yolo-seg", "segmentation"),
+        ([{"name": "a.png", "size": [99, 99], "boxes": [BOXES[0] | {"polygons": "x"}]}], "yolo-seg", "segmentation"),
     ],
 )
 def test_what_cannot_be_packed_is_said(found: Any, form: Any, message: str, folder: Path) -> None:

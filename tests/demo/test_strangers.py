@@ -71,8 +71,10 @@ WRONG: list[tuple[list[object], str]] = [
     ([{"url": "data:image/png;base64,AAAA"}, "red", None, None], "uploaded"),
     ([{"path": "/etc/passwd"}, "red", None, None], "not there any more"),
     ([{"path": "../../etc/passwd"}, "red", None, None], "not there any more"),
-    ([GOOD, "red"], "4 values: image, classes, threshold, examples"),
-    ([], "4 values"),
+    ([GOOD, "red", None, None, 7], "weights must be a text"),
+    ([GOOD, "red", None, None, None, None], "5 values: image, classes, threshold, examples, weights"),
+    ([GOOD], "5 values"),
+    ([], "5 values"),
 ]
 
 

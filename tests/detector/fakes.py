@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ovd.detector import Detector
 from ovd.inference.arrays import unit_rows
-from ovd.inference.everything import OwnWords
+from ovd.inference.everything import PromptFreeWords
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet
 
@@ -98,8 +98,8 @@ class ColourModel(RegionModel):
             logit_scale=20.0, threshold=threshold, example_logit_scale=20.0, example_threshold=threshold
         )
 
-    def own_words(self) -> OwnWords:
-        return OwnWords.plain([*COLOURS, "red thing", "unicorn"])
+    def prompt_free_words(self) -> PromptFreeWords:
+        return PromptFreeWords.plain([*COLOURS, "red thing", "unicorn"])
 
     def regions(self, image: np.ndarray) -> RegionSet:
         self.runs += 1

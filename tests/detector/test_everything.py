@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ovd.detector import Detector
 from ovd.inference.arrays import as_array
-from ovd.inference.everything import LEVEL, OPEN_LEVEL, OwnWords, is_everything, nearest_words, open_shift
+from ovd.inference.everything import LEVEL, OPEN_LEVEL, PromptFreeWords, is_everything, nearest_words, open_shift
 from ovd.predict import main, predict
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
@@ -31,11 +32,33 @@ def test_each_thing_is_named_once_best_first() -> None:
     assert detector.embed(picture()).classify("everything").class_name == detections.class_name
 
 
+def test_boxes_of_one_family_suppress_each_other_as_those_of_one_class() -> None:
+    class Two(ColourModel):
+        related = True
+
+        def prompt_free_words(self) -> PromptFreeWords:
+            own = PromptFreeWords.plain(["red", "green"])
+            return replace(own, family=np.zeros(2, int)) if self.related else own
+
+        def regions(self, image: np.ndarray) -> Any:  # the green box moved onto the red one: IoU .43
+            found = super().regions(image)
+            found.boxes[1] = found.boxes[0] + torch.tensor([16.0, 0, 16, 0])
+            return found
+
+    encoder = WordEncoder()
+    model = Two(encoder)
+    scene = picture([("red", 10, 20, 50, 70), ("green", 80, 30, 120, 80)])
+    assert len(Detector(model=model, encoder=encoder).find(scene, "everything")) == 1
+    model.related = False
+    assert sorted(Detector(model=model, encoder=encoder).find(scene, "everything").class_name) == ["green", "red"]
+
+
 def test_a_kind_of_a_sure_word_is_not_said_and_a_kind_alone_is() -> None:
-    words = OwnWords(
+    words = PromptFreeWords(
         names=("dog", "beagle", "cup"),
         shift=np.array([0, open_shift(), 0], np.float32),
         kind_of=np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], bool),
+        family=np.array([0, 0, 2]),
     )
     score = words.one_name(np.array([[0.31, 0.9, 0.2], [0.29, 0.9, 0.2]], np.float32))
     assert score[0].argmax() == 0 and score[0, 1] == 0
@@ -43,7 +66,7 @@ def test_a_kind_of_a_sure_word_is_not_said_and_a_kind_alone_is() -> None:
 
 
 def test_the_shift_moves_one_level_to_the_other_and_keeps_the_order() -> None:
-    words = OwnWords(names=("fox",), shift=np.array([open_shift()], np.float32), kind_of=np.zeros((1, 1), bool))
+    words = replace(PromptFreeWords.plain(["fox"]), shift=np.array([open_shift()], np.float32))
     given = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
     moved = words.one_name(given)[:, 0]
     assert moved[int(OPEN_LEVEL * 100)] == pytest.approx(LEVEL, abs=1e-5)
@@ -72,8 +95,8 @@ def test_it_is_another_query_than_the_same_words_typed_with_a_threshold_of_its_o
 
 def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
     class Dumb(ColourModel):
-        def own_words(self) -> OwnWords:
-            return OwnWords.plain(())
+        def prompt_free_words(self) -> PromptFreeWords:
+            return PromptFreeWords.plain(())
 
     encoder = WordEncoder()
     with pytest.raises(UserError, match="do not say which words they know"):
