@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from ovd.data.catalog import CocoImages
 from ovd.data.splits import Split
@@ -110,8 +109,8 @@ def _scenes(
         present, missing = draw_words(classes, words=range(words), others=classes, near={}, absent=absent, rng=rng)
         yield TypedScene(
             regions=detector.embed(labelled.image).regions,
-            boxes=torch.from_numpy(labelled.boxes),
-            classes=torch.from_numpy(labelled.classes),
+            boxes=labelled.boxes,
+            classes=labelled.classes,
             present=present,
             absent=missing,
         )

@@ -144,7 +144,8 @@ class ObjectnessScorer:
         """See `Scorer`."""
         score_RC = self.scorer(regions)
         objectness_R1 = regions.objectness[:, None].clip(0, 1)
-        return score_RC ** (1 - self.weight) * objectness_R1**self.weight
+        result: Floats = score_RC ** (1 - self.weight) * np.power(objectness_R1, self.weight, dtype=score_RC.dtype)
+        return result
 
     def select(self, columns: Sequence[int]) -> ObjectnessScorer:
         """See `Scorer`."""
@@ -210,7 +211,8 @@ class QueryScorer:
         if not len(self.examples):
             return QueryScores(column_RK, negative_RN)
         score_RC = np.zeros((len(column_RK), self.classes), np.float32)
-        np.maximum.at(score_RC, (slice(None), self.columns), column_RK)
+        for column, class_id in enumerate(self.columns):
+            score_RC[:, class_id] = np.maximum(score_RC[:, class_id], column_RK[:, column])
         return QueryScores(score_RC, negative_RN)
 
     def _score_words(self, regions: RegionSet, chosen: NDArray[np.bool_], competitors: Floats) -> Floats:

@@ -196,7 +196,7 @@ def score_regions(
         image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, keep_CB=keep_CB)
         score = geometric_ensemble(score, image, calibration.text_weight)
     if calibration.objectness_weight:
-        score = score * objectness_R.clip(0, 1)[:, None] ** calibration.objectness_weight
+        score = score * np.power(objectness_R.clip(0, 1), calibration.objectness_weight, dtype=score.dtype)[:, None]
     if (calibration.slope, calibration.offset) != (1.0, 0.0):
         score = sigmoid(calibration.slope * logit(score, eps=1e-6) + calibration.offset)
     return score
