@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -140,12 +141,18 @@ class WordScorer:
         chosen = list(columns)
         return replace(self, rows=self.rows[chosen], rivals=self.rivals[chosen], known=self.known[chosen])
 
+    @cached_property
+    def _split(self) -> tuple[NDArray[np.bool_], WordScorer, WordScorer]:
+        """(C,) which classes have a known word; those alone; the others alone."""
+        known = self.known.any(axis=1)
+        return known, self.select(np.flatnonzero(known).tolist()), self.select(np.flatnonzero(~known).tolist())
+
     def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
-        known = self.known.any(axis=1)
+        known, known_words, other_words = self._split
         score_RC = np.empty((len(regions), len(self.rows)), np.float32)
-        score_RC[:, known] = self.select(np.flatnonzero(known).tolist()).known_scores(regions)
-        score_RC[:, ~known] = self.select(np.flatnonzero(~known).tolist()).open_scores(regions)
+        score_RC[:, known] = known_words.known_scores(regions)
+        score_RC[:, ~known] = other_words.open_scores(regions)
         return score_RC
 
     def known_scores(self, regions: RegionSet) -> Floats:

@@ -18,6 +18,7 @@ from PIL import Image
 from ovd import cli
 from ovd.detections import Detections
 from ovd.detector import Detector
+from ovd.modeling.export import read_card
 from ovd.runtime import choice
 from ovd.runtime.choice import Runtime
 from ovd.runtime.files import BESIDE, CARD, SOURCES, find_export
@@ -136,7 +137,6 @@ def test_a_command_that_needs_torch_names_the_line_that_installs_it() -> None:
     ("weights", "runtime", "device", "said"),
     [
         ("vild-sticker", "onnx", "auto", r"model.arch mask_rcnn\) cannot be exported to ONNX.*wordbox\[train\]"),
-        ("default", "onnx", "auto", "no export for ONNX Runtime; write one: wordbox export"),
         ("default", "onnx", "cuda", "runs on a CPU, not on cuda"),
         ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx or torch"),
     ],
@@ -145,6 +145,12 @@ def test_what_the_runtime_cannot_do_is_one_line(weights: str, runtime: Runtime, 
     with pytest.raises(UserError, match=said) as caught:
         Detector.load(weights, runtime=runtime, device=device)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_without_an_export_name_the_command_that_writes_one(tmp_path: Path) -> None:
+    folder = shutil.copytree(detector_folder("default"), tmp_path / "mine", ignore=shutil.ignore_patterns(BESIDE))
+    with pytest.raises(UserError, match="no export for ONNX Runtime; write one: wordbox export"):
+        Detector.load(folder, runtime="onnx")
 
 
 def test_weights_without_an_export_ask_for_torch_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,3 +204,30 @@ def test_export_refuses(argv: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         cli.main(["export", *(str(tmp_path) if part == "FULL" else part for part in argv)])
     assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "gpu", "device", "taken"),
+    [
+        (False, None, "auto", True),
+        (True, None, "auto", False),
+        (False, "smi", "auto", False),
+        (False, "smi", "cpu", True),
+        (False, None, "cuda", False),
+    ],
+)
+def test_auto_takes_the_faster(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: bool,
+    gpu: str | None,
+    device: str,
+    taken: bool,
+) -> None:
+    folder = beside(tmp_path / "mine", exported)
+    monkeypatch.setattr(choice, "_computes_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(choice.shutil, "which", lambda name: gpu)
+    card = read_card(folder)
+    assert (choice.export_for(folder, card, runtime="auto", device=device) is not None) is taken
+    assert choice.export_for(exported, card, runtime="auto", device="auto") == exported
