@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 REGIONS = 150
 """Kept per picture, where nobody says how many."""
+SCORERS = 4
+"""Queries whose scorers are kept: preparing one for 10,000 words takes as long as a picture."""
 
 
 class Detector:
@@ -106,6 +108,7 @@ class Detector:
         self.runs = 0  # pictures that went through the network
         self._cache_size = cache_size
         self._cache: OrderedDict[str, RegionSet] = OrderedDict()
+        self._scorers: list[tuple[Query, QueryScorer]] = []  # the last first
         self._lock = ComputeLock()
 
     @classmethod
@@ -266,8 +269,11 @@ class Detector:
         Raises:
             UserError: examples, but no image encoder.
         """
+        for asked, scorer in self._scorers:  # many pictures are asked the same
+            if asked is query:
+                return scorer
         words = self.text.embed(query.words)
-        return QueryScorer(
+        scorer = QueryScorer(
             words=words,
             phrases=tuple(c.phrases for c in query.words.classes),
             word_is_negative=np.array([c.negative for c in query.words.classes], dtype=bool),
@@ -277,6 +283,8 @@ class Detector:
             classes=len(query.names),
             model=self.model,
         )
+        self._scorers = [(query, scorer), *self._scorers[: SCORERS - 1]]
+        return scorer
 
     def embed_examples(self, examples: Sequence[Example]) -> Floats:
         """(E, D) unit rows of examples in the space of the regions.

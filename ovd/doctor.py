@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from ovd.weights import DEFAULT, problems, read_manifest, weights_root
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
 
 Level = Literal["ok", "note", "WRONG"]
@@ -32,21 +32,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUP = "run `make setup` (or `make demo`) in the repository"
 
 # Distribution names of what the code imports directly.
-PACKAGES = (
-    "torch",
-    "torchvision",
+LIGHT_PACKAGES = (
     "numpy",
+    "onnxruntime",
     "pillow",
     "opencv-python-headless",
-    "scipy",
+    "pycocotools",
     "pydantic",
     "pyyaml",
     "safetensors",
-    "open_clip_torch",
-    "pycocotools",
     "gradio",
-    "fvcore",
 )
+PACKAGES = ("torch", "torchvision", *LIGHT_PACKAGES, "scipy", "open_clip_torch", "fvcore")
 OPTIONAL = {
     "tensorboard": "curves of a training run beside metrics.jsonl",
     "supervision": "Detections.to_supervision(), --tiles, videos",
@@ -79,9 +76,14 @@ def check_python(version: tuple[int, int] | None = None) -> Finding:
     return Finding("ok", "Python", detail)
 
 
-def check_packages(lock: Path = ROOT / "requirements.lock") -> list[Finding]:
+def is_light() -> bool:
+    """Whether this is the installed wheel without what trains: no checkout, no torch."""
+    return not (ROOT / "pyproject.toml").is_file() and importlib.util.find_spec("torch") is None
+
+
+def check_packages(lock: Path = ROOT / "requirements.lock", *, names: Iterable[str] | None = None) -> list[Finding]:
     """Installed versions of what is imported directly, beside those that were tested."""
-    return [_check_package(name, _locked_versions(lock)) for name in PACKAGES] + [
+    return [_check_package(name, _locked_versions(lock)) for name in names or PACKAGES] + [
         _check_optional(name, use) for name, use in OPTIONAL.items()
     ]
 
@@ -238,6 +240,11 @@ def check_chromium(which: Callable[[str], str | None] = shutil.which) -> Finding
 
 def examine() -> list[Finding]:
     """Every check, in the order in which they are reported."""
+    if is_light():
+        detail = "not installed: the page, predict and label do without"
+        training = Finding("note", "torch", detail, f"`{NEEDS_TORCH}` for training, evaluation and export")
+        packages = check_packages(names=LIGHT_PACKAGES)
+        return [check_python(), *packages, training, *check_weights(), check_disk()]
     return [
         check_python(),
         *check_packages(),

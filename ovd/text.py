@@ -112,12 +112,10 @@ class TextEmbedder:
         with self._lock:
             means = self._phrase_means(vocabulary, phrases)
         row_of = {phrase: i for i, phrase in enumerate(phrases)}
-        owner = [i for i, c in enumerate(vocabulary.classes) for _ in c.phrases]
+        first = np.cumsum([0, *(len(c.phrases) for c in vocabulary.classes[:-1])])
         member = [row_of[p] for c in vocabulary.classes for p in c.phrases]
         # All phrases have as many templates: a sum of means points where the mean over all prompts points.
-        sums = np.zeros((len(vocabulary.classes), means.shape[1]), np.float32)
-        np.add.at(sums, owner, means[member])
-        result = unit_rows(sums)
+        result = unit_rows(np.add.reduceat(means[member], first))
         self._write(vocabulary, result)
         return result
 

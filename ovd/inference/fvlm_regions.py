@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -202,12 +203,18 @@ class WordScorer:
             own_only=None if self.own_only is None else self.own_only[chosen],
         )
 
+    @cached_property
+    def _split(self) -> tuple[NDArray[np.bool_], WordScorer, WordScorer]:
+        """(C,) which classes have a known word; those alone; the others alone."""
+        known = self.known.any(axis=1)
+        return known, self.select(np.flatnonzero(known).tolist()), self.select(np.flatnonzero(~known).tolist())
+
     def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
-        known = self.known.any(axis=1)
+        known, known_words, other_words = self._split
         score_RC = np.empty((len(regions), len(self.rows)), np.float32)
-        score_RC[:, known] = self.select(np.flatnonzero(known).tolist()).known_scores(regions)
-        score_RC[:, ~known] = self.select(np.flatnonzero(~known).tolist()).open_scores(regions)
+        score_RC[:, known] = known_words.known_scores(regions)
+        score_RC[:, ~known] = other_words.open_scores(regions)
         if self.own is None or self.own_only is None or regions.own is None:
             return score_RC
         return np.maximum(score_RC * ~self.own_only, best_of(regions.own, self.own))

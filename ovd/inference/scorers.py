@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -144,7 +145,8 @@ class ObjectnessScorer:
         """See `Scorer`."""
         score_RC = self.scorer(regions)
         objectness_R1 = regions.objectness[:, None].clip(0, 1)
-        return score_RC ** (1 - self.weight) * objectness_R1**self.weight
+        result: Floats = score_RC ** (1 - self.weight) * np.power(objectness_R1, self.weight, dtype=score_RC.dtype)
+        return result
 
     def select(self, columns: Sequence[int]) -> ObjectnessScorer:
         """See `Scorer`."""
@@ -187,40 +189,45 @@ class QueryScorer:
     classes: int
     model: RegionModel
 
+    @cached_property
+    def _parts(self) -> tuple[list[Scorer], list[Scorer]]:
+        """What scores the classes to look for, words first, and what scores the negatives.
+
+        Negatives are scored against the checkpoint's background words only: they do not compete with one another.
+        """
+        background_words = self.model.background_words
+        negative_words, negatives = self.words[self.word_is_negative], self.examples[self.example_is_negative]
+        competitors = np.concatenate([background_words, negative_words])
+        return (
+            [
+                *self._of_words(~self.word_is_negative, competitors),
+                self._of_examples(self.examples[~self.example_is_negative], competitors, negatives),
+            ],
+            [
+                *self._of_words(self.word_is_negative, background_words),
+                self._of_examples(negatives, background_words, negatives[:0]),
+            ],
+        )
+
     def __call__(self, regions: RegionSet) -> QueryScores:
         """Score all regions of a picture."""
-        negative_words, negative_examples = self.words[self.word_is_negative], self.examples[self.example_is_negative]
-        background_words = self.model.background_words
-        competitors = np.concatenate([background_words, negative_words])
-        # Negatives are scored against the checkpoint's background words only: they do not compete with one another.
-        column_RK = np.concatenate(
-            [
-                self._score_words(regions, ~self.word_is_negative, competitors),
-                self._score_examples(regions, self.examples[~self.example_is_negative], competitors, negative_examples),
-            ],
-            axis=1,
-        )
-        negative_RN = np.concatenate(
-            [
-                self._score_words(regions, self.word_is_negative, background_words),
-                self._score_examples(regions, negative_examples, background_words, negative_examples[:0]),
-            ],
-            axis=1,
+        column_RK, negative_RN = (
+            np.concatenate([scorer(regions) for scorer in scorers], axis=1) for scorers in self._parts
         )
         if not len(self.examples):
             return QueryScores(column_RK, negative_RN)
         score_RC = np.zeros((len(column_RK), self.classes), np.float32)
-        np.maximum.at(score_RC, (slice(None), self.columns), column_RK)
+        for column, class_id in enumerate(self.columns):
+            score_RC[:, class_id] = np.maximum(score_RC[:, class_id], column_RK[:, column])
         return QueryScores(score_RC, negative_RN)
 
-    def _score_words(self, regions: RegionSet, chosen: NDArray[np.bool_], competitors: Floats) -> Floats:
+    def _of_words(self, chosen: NDArray[np.bool_], competitors: Floats) -> list[Scorer]:
         if not chosen.any():
-            return np.zeros((len(regions), 0), np.float32)
+            return []
         phrases = [group for group, taken in zip(self.phrases, chosen.tolist(), strict=True) if taken]
-        return self.model.scorer(self.words[chosen], phrases, competitors)(regions)
+        return [self.model.scorer(self.words[chosen], phrases, competitors)]
 
-    def _score_examples(self, regions: RegionSet, rows: Floats, competitors: Floats, negatives: Floats) -> Floats:
-        scorer = ExampleScorer(
+    def _of_examples(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
+        return ExampleScorer(
             rows=rows, background_words=competitors, negatives=negatives, calibration=self.model.calibration
         )
-        return scorer(regions)

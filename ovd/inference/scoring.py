@@ -172,11 +172,12 @@ def competitive_probabilities(
     # the digits.
     shift_R1 = words_RB.max(axis=1, keepdims=True)
     odds_RB = np.exp(words_RB - shift_R1)
-    against_RC = np.empty_like(classes_RC)
     all_C = keep_CB.all(axis=1)  # most of ten thousand words have no near-synonym: their sum is one and the same
-    against_RC[:, all_C] = odds_RB.sum(axis=1, keepdims=True)
-    against_RC[:, ~all_C] = odds_RB @ keep_CB[~all_C].T.astype(odds_RB.dtype)
-    return sigmoid(classes_RC - shift_R1 - np.log(np.maximum(against_RC, 1e-30)))
+    against_RC = np.empty_like(classes_RC)
+    against_RC[:, all_C] = shift_R1 + np.log(np.maximum(odds_RB.sum(axis=1, keepdims=True), 1e-30))
+    some_RC = odds_RB @ keep_CB[~all_C].T.astype(odds_RB.dtype)
+    against_RC[:, ~all_C] = shift_R1 + np.log(np.maximum(some_RC, 1e-30))
+    return sigmoid(classes_RC - against_RC)
 
 
 def score_regions(
@@ -206,7 +207,7 @@ def score_regions(
         image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, keep_CB=keep_CB)
         score = geometric_ensemble(score, image, calibration.text_weight)
     if calibration.objectness_weight:
-        score = score * objectness_R.clip(0, 1)[:, None] ** calibration.objectness_weight
+        score = score * np.power(objectness_R.clip(0, 1), calibration.objectness_weight, dtype=score.dtype)[:, None]
     if (calibration.slope, calibration.offset) != (1.0, 0.0):
         score = sigmoid(calibration.slope * logit(score, eps=1e-6) + calibration.offset)
     return score

@@ -95,7 +95,7 @@ def select_proposals(
 
 def large_enough(boxes: NDArray[np.float32], *, min_side: float = MIN_SIDE) -> NDArray[np.bool_]:
     """(P,) bool: which of ``(P, 4)`` boxes have both sides of at least ``min_side`` pixels."""
-    return ((boxes[:, 2:] - boxes[:, :2]) >= min_side).all(axis=1)
+    return (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= min_side
 
 
 def resize_boxes(boxes: NDArray[np.float32], old_hw: tuple[int, int], new_hw: tuple[int, int]) -> NDArray[np.float32]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of the two runtimes runs a detector, and loading it.
 
-"auto" takes ONNX Runtime where the weights have an export (`ovd.runtime.files`) that was made of them, unless a GPU is
-asked for or found; torch elsewhere. On a CPU without bfloat16 arithmetic ONNX Runtime is the faster one, and it starts
-in a fraction of the time on any (docs/reports/runtime.md).
+"auto" takes ONNX Runtime where the folder is nothing but an export (`ovd.runtime.files`), and where an export lies
+beside the weights that it was made of and is the faster: on a CPU without bfloat16 arithmetic, when no GPU is asked for
+or found (docs/reports/runtime.md). Elsewhere it takes torch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def load_networks(
     """
     if runtime not in get_args(Runtime):
         raise UserError(f"runtime {runtime!r} is unknown: auto, onnx or torch")
-    export = _export_for(folder, card, runtime=runtime, device=device)
+    export = export_for(folder, card, runtime=runtime, device=device)
     if export is not None:
         from ovd.runtime.regions import load_onnx
 
@@ -69,7 +69,7 @@ def load_networks(
     return _load_torch(folder, card, device=device, threads=threads, masks=masks, regions=regions)
 
 
-def _export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: str) -> Path | None:
+def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: str) -> Path | None:
     """The export to be run; None: torch runs the weights."""
     if runtime == "torch":
         return None
@@ -90,13 +90,20 @@ def _export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: s
         if stale(folder, export):
             raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
         return export
-    on_gpu = device not in ("auto", "cpu") or (device == "auto" and _has_gpu() and export != folder)
-    return None if on_gpu or export is None or stale(folder, export) else export
+    if export is None or device not in ("auto", "cpu"):
+        return None
+    if export == folder or importlib.util.find_spec("torch") is None:
+        return export
+    slower = _computes_bfloat16() or (device == "auto" and shutil.which("nvidia-smi") is not None)
+    return None if slower or stale(folder, export) else export
 
 
-def _has_gpu() -> bool:
-    """Whether torch may find a GPU, without importing it."""
-    return importlib.util.find_spec("torch") is not None and shutil.which("nvidia-smi") is not None
+def _computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16, in which torch runs the networks; only Linux tells."""
+    try:
+        return "_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
 
 
 def _load_torch(

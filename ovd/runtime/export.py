@@ -241,7 +241,7 @@ def _write(
         torch.onnx.export(
             module.eval().to(memory_format=torch.contiguous_format),
             tuple(inputs.values()),
-            buffer,
+            buffer,  # type: ignore[arg-type]
             input_names=list(inputs),
             output_names=outputs,
             dynamic_axes={name: dict(axes) for name, axes in free.items()},

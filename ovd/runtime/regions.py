@@ -41,8 +41,9 @@ class Proposed(NamedTuple):
     objectness: Floats
     words: Floats
 
-    def __getitem__(self, index: NDArray[np.int64]) -> Proposed:  # type: ignore[override]
-        return Proposed(*(values[index] for values in (self.boxes, self.objectness, self.words)))
+    def at(self, index: NDArray[np.int64]) -> Proposed:
+        """Some of them, in the order of ``index``."""
+        return Proposed(self.boxes[index], self.objectness[index], self.words[index])
 
 
 class OnnxNetwork:
@@ -101,7 +102,7 @@ class OnnxNetwork:
         sides = dict.fromkeys(min(side, limit) for side in self.sides)
         parts = [self._at(image, side) for side in sides]
         found = Proposed(*(np.concatenate(values) for values in zip(*parts, strict=True)))
-        return found[kept(found.boxes, found.objectness, self.card.nms)[:top]]
+        return found.at(kept(found.boxes, found.objectness, self.card.nms)[:top])
 
     def _at(self, image: NDArray[np.uint8], side: int) -> Proposed:
         """Proposals in pixels of the picture, of the picture with its longest side at ``side`` pixels."""

@@ -24,9 +24,7 @@ MACHINE_FAULTS = frozenset({
 })  # fmt: skip
 NEEDS_TORCH = 'pip install "wordbox[train]"'
 """The line that brings torch and all that trains."""
-TRAINING_PACKAGES = frozenset(
-    {"detectron2", "fvcore", "open_clip", "pycocotools", "scipy", "timm", "torch", "torchvision"}
-)
+TRAINING_PACKAGES = frozenset({"detectron2", "fvcore", "open_clip", "scipy", "timm", "torch", "torchvision"})
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a C program killed by ``| head`` reports

@@ -145,3 +145,12 @@ def test_the_command_runs_here_and_its_status_agrees_with_its_words() -> None:
     for subject in ("Python", "torch", "Detectron2", "device cpu", "weights", "Sticker Scenes", "disk", "Chromium"):
         assert subject in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_wheel_without_torch_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    findings = doctor.examine()
+    assert [finding.subject for finding in findings if finding.level == "WRONG"] == []
+    (torch,) = [finding for finding in findings if finding.subject == "torch"]
+    assert torch.level == "note" and 'pip install "wordbox[train]"' in torch.remedy

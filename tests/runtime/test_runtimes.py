@@ -18,6 +18,7 @@ from PIL import Image
 from ovd import cli
 from ovd.detections import Detections
 from ovd.detector import Detector
+from ovd.modeling.export import read_card
 from ovd.runtime import choice
 from ovd.runtime.choice import Runtime
 from ovd.runtime.files import BESIDE, CARD, SOURCES, find_export
@@ -26,7 +27,10 @@ from pretrain.engine.errors import UserError
 from tests.runtime.conftest import PHOTOS
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "person, dog, animal, chair, mug: cup, coffee cup, guitar, car, wine bottle, red lamp, gizmo, bird, table, plant, wheel, window, plate, drum, food, furniture, face, -horse"
+WORDS = (
+    "person, dog, animal, chair, mug: cup, coffee cup, guitar, car, wine bottle, red lamp, gizmo, bird, table, plant, "
+    "wheel, window, plate, drum, food, furniture, face, -horse"
+)
 
 
 def partners(asked: Detections, answered: Detections) -> Sequence[bool]:
@@ -76,7 +80,7 @@ def test_an_export_is_the_same_weights(exported: Path, by_onnx: Detector) -> Non
 
 WITHOUT = """
 import sys
-for name in ("torch", "torchvision", "detectron2", "open_clip", "timm", "scipy", "onnx", "pycocotools"):
+for name in ("torch", "torchvision", "detectron2", "open_clip", "timm", "scipy", "onnx"):
     sys.modules[name] = None  # as if it were not installed
 from ovd.cli import run
 run()
@@ -102,9 +106,18 @@ def test_predict_runs_without_torch(exported: Path, by_onnx: Detector, tmp_path:
     assert (out / "drawn").is_dir() and len(rows) == len(found) > 0
 
 
+def test_a_folder_is_labelled_without_torch(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    done = without_torch(
+        "label", str(PHOTOS[0].parent), "--classes", "chicken, dog", "--weights", str(exported), "--out", str(out)
+    )
+    assert done.returncode == 0, done.stderr
+    assert (out / "data.yaml").is_file()
+
+
 def test_the_page_is_made_without_torch(exported: Path) -> None:
     code = (
-        "from ovd.demo.answer import Answerer\nfrom ovd.demo.page import build_page\nfrom ovd.detector import Detector\n"
+        "from ovd import Detector\nfrom ovd.demo.answer import Answerer\nfrom ovd.demo.page import build_page\n"
         f"answerer = Answerer(detector=Detector.load({str(exported)!r}))\nbuild_page(answerer)\n"
         f"print(len(answerer.answer({str(PHOTOS[0])!r}, 'chicken')['detections']))\n"
     )
@@ -124,7 +137,6 @@ def test_a_command_that_needs_torch_names_the_line_that_installs_it() -> None:
     ("weights", "runtime", "device", "said"),
     [
         ("vild-sticker", "onnx", "auto", r"model.arch mask_rcnn\) cannot be exported to ONNX.*wordbox\[train\]"),
-        ("default", "onnx", "auto", "no export for ONNX Runtime; write one: wordbox export"),
         ("default", "onnx", "cuda", "runs on a CPU, not on cuda"),
         ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx or torch"),
     ],
@@ -133,6 +145,12 @@ def test_what_the_runtime_cannot_do_is_one_line(weights: str, runtime: Runtime, 
     with pytest.raises(UserError, match=said) as caught:
         Detector.load(weights, runtime=runtime, device=device)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_without_an_export_name_the_command_that_writes_one(tmp_path: Path) -> None:
+    folder = shutil.copytree(detector_folder("default"), tmp_path / "mine", ignore=shutil.ignore_patterns(BESIDE))
+    with pytest.raises(UserError, match="no export for ONNX Runtime; write one: wordbox export"):
+        Detector.load(folder, runtime="onnx")
 
 
 def test_weights_without_an_export_ask_for_torch_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +204,30 @@ def test_export_refuses(argv: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         cli.main(["export", *(str(tmp_path) if part == "FULL" else part for part in argv)])
     assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "gpu", "device", "taken"),
+    [
+        (False, None, "auto", True),
+        (True, None, "auto", False),
+        (False, "smi", "auto", False),
+        (False, "smi", "cpu", True),
+        (False, None, "cuda", False),
+    ],
+)
+def test_auto_takes_the_faster(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: bool,
+    gpu: str | None,
+    device: str,
+    taken: bool,
+) -> None:
+    folder = beside(tmp_path / "mine", exported)
+    monkeypatch.setattr(choice, "_computes_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(choice.shutil, "which", lambda name: gpu)
+    card = read_card(folder)
+    assert (choice.export_for(folder, card, runtime="auto", device=device) is not None) is taken
+    assert choice.export_for(exported, card, runtime="auto", device="auto") == exported

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX Runtime against torch: a photo of 640×480 with 20 words, in pairs, and 10,000 words against one.
+
+    wordbox export --format onnx
+    python benchmarks/bench_runtimes.py --threads 1
+    python benchmarks/bench_runtimes.py --threads 2
+
+Words are embedded before anything is timed. Each pair is the two runtimes one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTO = ROOT / "ovd/demo/examples/photos/dogs.jpg"
+WORDS = (
+    "person, dog, cat, car, chair, table, cup, bottle, tree, grass, ball, bird, horse, bicycle, window, door, lamp, "
+    "shoe, hat, bag"
+)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    """Print milliseconds and ratios."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flags.add_argument("--threads", type=int, default=1, help="of both runtimes (default 1)")
+    flags.add_argument("--pairs", type=int, default=10, help="(default 10)")
+    options = flags.parse_args()
+    from ovd.detector import Detector
+    from pretrain.data.lexicon import read_lexicon
+
+    cv2.setNumThreads(options.threads)
+    photo = np.asarray(Image.open(PHOTO).convert("RGB").resize((640, 480)))
+    both = {
+        name: Detector.load("default", runtime=name, device="cpu", threads=options.threads, cache_size=0)
+        for name in ("torch", "onnx")
+    }
+    queries = {name: detector.query(WORDS) for name, detector in both.items()}
+    for name, detector in both.items():  # the first run plans kernels
+        detector.answer(photo, queries[name])
+    pairs = [
+        [seconds(lambda n=name: both[n].answer(photo, queries[n])) for name in both]  # type: ignore[misc]
+        for _ in range(options.pairs)
+    ]
+    torch_ms, onnx_ms = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
+    ratios = [torch / onnx for torch, onnx in pairs]
+    print(f"threads {options.threads}: torch {torch_ms:.0f} ms, onnx {onnx_ms:.0f} ms")
+    print(f"torch / onnx: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    nouns = list(read_lexicon().nouns)
+    many = [*nouns, *(f"thing number {i}" for i in range(10_000 - len(nouns)))][:10_000]
+    detector = both["onnx"]
+    one, all_of = detector.query("dog"), detector.query(many)
+    detector.answer(photo, all_of)
+    pairs = [[seconds(lambda q=query: detector.answer(photo, q)) for query in (one, all_of)] for _ in range(5)]  # type: ignore[misc]
+    print(f"10,000 words / one word, onnx: median {statistics.median(b / a for a, b in pairs):.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
