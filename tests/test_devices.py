@@ -236,7 +236,9 @@ def test_pretext__finds_patches_on_the_gpu(denoising: int) -> None:
 def small_detector(crop_refinement: int) -> Detector:
     torch.manual_seed(0)
     encoder = small_encoder(rcnn.D).eval()
-    model = RCNNRegionModel(model=rcnn.make("vild").eval(), card=card("vild"), background_words=torch.randn(4, rcnn.D).numpy())
+    model = RCNNRegionModel(
+        model=rcnn.make("vild").eval(), card=card("vild"), background_words=torch.randn(4, rcnn.D).numpy()
+    )
     return Detector(model=model, encoder=encoder, crop_refinement=crop_refinement)
 
 
@@ -370,7 +372,12 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         to_cuda(detector)
         words = WordList(words=KNOWN_WORDS, lexicon=read_lexicon())
         model = FvlmRegionModel(
-            network=TorchNetwork(detector), card=card("text"), background_words=np.eye(8, dtype=np.float32)[:5], known=words, trained=words, top=10
+            network=TorchNetwork(detector),
+            card=card("text"),
+            background_words=np.eye(8, dtype=np.float32)[:5],
+            known=words,
+            trained=words,
+            top=10,
         )
         regions = model.regions(picture())
         assert regions.text.shape == (len(regions), 8) and regions.text.device.type == "cpu"

@@ -139,7 +139,7 @@ class RegionSet:
         """(R,) bool: boxes that answer for classes that were added, and for nothing else."""
         if self.own is None:
             return np.zeros(len(self), dtype=bool)
-        return (self.own > 0).any(axis=1)
+        return np.asarray((self.own > 0).any(axis=1))
 
 
 def competitor_mask(classes_CD: Floats, words_BD: Floats, *, limit: float) -> NDArray[np.bool_]:
