@@ -22,6 +22,7 @@ from ovd.evaluation.typed import run_typed
 from ovd.inference.crop_names import CropNames, DetectorBoxes
 from ovd.inference.detr_regions import OpenVocabularyDetr
 from ovd.inference.fvlm_regions import FvlmRegionModel
+from ovd.inference.fvlm_torch import TorchNetwork
 from ovd.inference.known_words import WordList
 from ovd.inference.rcnn_regions import RCNNRegionModel
 from ovd.inference.scorers import CalibratedScorer
