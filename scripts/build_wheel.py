@@ -5,7 +5,8 @@
     python scripts/build_wheel.py --out FOLDER
 
 The wheel needs no torch: ``pip install dist/wordbox-*.whl``, then ``wordbox demo`` or ``wordbox predict``. The export
-lies in ``ovd/shipped`` while the wheel is built; git ignores that folder, and it is removed afterwards.
+lies in ``ovd/shipped`` while the wheel is built, the configurations in ``pretrain/configs``; git ignores both folders,
+and they are removed afterwards.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ def build(out: Path) -> Path:
     Raises:
         UserError: the wheel is not built, or too large.
     """
-    shipped = ROOT / "ovd" / SHIPPED
-    shutil.rmtree(shipped, ignore_errors=True)
+    shipped, configs = ROOT / "ovd" / SHIPPED, ROOT / "pretrain/configs"
+    for folder_made in (shipped, configs):
+        shutil.rmtree(folder_made, ignore_errors=True)
     try:
+        shutil.copytree(ROOT / "configs", configs)
         with tempfile.TemporaryDirectory() as folder:
             add_weights(export(DEFAULT, Path(folder, DEFAULT)), DEFAULT, shipped)
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
@@ -44,7 +47,8 @@ def build(out: Path) -> Path:
             out.mkdir(parents=True, exist_ok=True)
             wheel = Path(shutil.copy(made, out / made.name))
     finally:
-        shutil.rmtree(shipped, ignore_errors=True)
+        for folder_made in (shipped, configs):
+            shutil.rmtree(folder_made, ignore_errors=True)
     if wheel.stat().st_size > LARGEST:
         raise UserError(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}")
     return wheel

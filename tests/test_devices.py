@@ -294,7 +294,7 @@ def test_another_encoder__names_crops_of_boxes_beside_a_gpu() -> None:
 
 def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:
     detector, stickers = small_detector(3), Stickers.load()
-    rows = torch.randn(len(stickers.nouns), rcnn.D)
+    rows = torch.randn(len(stickers.nouns), rcnn.D).numpy()
     with pretend_cuda():
         move(detector)
         scenes = typed_scenes(detector, stickers, seed=1, count=2, size=96, base_only=True)
@@ -322,10 +322,8 @@ def test_transformer__answers_words_and_crops_beside_a_gpu() -> None:
         to_cuda(model)
         assert len(regions.regions(picture())) == model.queries
         assert regions.propose(picture(), top=3)[0].shape == (3, 4)
-        assert (
-            regions.conditioned_queries(picture(), torch.randn(3, detr.D), classes_per_pass=2).boxes.device.type
-            == "cpu"
-        )
+        rows = torch.randn(3, detr.D).numpy()
+        assert isinstance(regions.conditioned_queries(picture(), rows, classes_per_pass=2).boxes, np.ndarray)
 
 
 # --- photographs
@@ -381,4 +379,4 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
             top=10,
         )
         regions = model.regions(picture())
-        assert regions.text.shape == (len(regions), 8) and regions.text.device.type == "cpu"
+        assert isinstance(regions.text, np.ndarray) and regions.text.shape == (len(regions), 8)

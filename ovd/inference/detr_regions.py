@@ -55,7 +55,7 @@ class DetrRegionModel(RegionModel):
 
     def __init__(self, *, model: Detr, card: DetectorCard, background_words: Floats, top: int = 150) -> None:
         self.detr, self.card, self.top = model, card, top
-        self.background_words = unit_rows(background_words)
+        self.background_words = unit_rows(as_array(background_words))
         self.calibration = Calibration(**card.calibration)
         self.to_input = InputSize(card.short_side, card.long_side)
         head = card.model.get("head", {})

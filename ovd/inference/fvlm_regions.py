@@ -206,7 +206,7 @@ class WordScorer:
     @cached_property
     def _split(self) -> tuple[NDArray[np.bool_], WordScorer, WordScorer]:
         """(C,) which classes have a known word; those alone; the others alone."""
-        known = np.asarray(self.known.any(axis=1))
+        known: NDArray[np.bool_] = np.asarray(self.known.any(axis=1))
         return known, self.select(np.flatnonzero(known).tolist()), self.select(np.flatnonzero(~known).tolist())
 
     def __call__(self, regions: RegionSet) -> Floats:

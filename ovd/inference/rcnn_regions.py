@@ -53,7 +53,7 @@ class RCNNRegionModel(RegionModel):
     ) -> None:
         self.model, self.card, self.top, self.masks = model, card, top, masks
         self._class_names = frozenset(name.casefold() for name in (*card.classes, *card.bank))
-        self.background_words = unit_rows(background_words)
+        self.background_words = unit_rows(as_array(background_words))
         self.calibration = Calibration(**card.calibration)
         classifier = model.roi_heads.classifier
         self.background = unit_rows(as_array(classifier.background)[None])[0] if classifier else None

@@ -42,7 +42,7 @@ def test_boxes_of_one_family_suppress_each_other_as_those_of_one_class() -> None
 
         def regions(self, image: np.ndarray) -> Any:  # the green box moved onto the red one: IoU .43
             found = super().regions(image)
-            found.boxes[1] = found.boxes[0] + torch.tensor([16.0, 0, 16, 0])
+            found.boxes[1] = found.boxes[0] + np.array([16, 0, 16, 0], np.float32)
             return found
 
     encoder = WordEncoder()

@@ -149,7 +149,7 @@ def test_a_training_step_then_export_and_back(tmp_path: Path, form: str) -> None
     image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     loaded = load_detector_model(tmp_path / "exported")
     wanted = model.half().float().eval()([{"image": torch.from_numpy(image).permute(2, 0, 1)}])[0]
-    torch.testing.assert_close(loaded.regions(image).text, wanted.text[:150], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(loaded.regions(image).text), wanted.text[:150], atol=1e-3, rtol=1e-3)
     assert loaded.card.pixel_mean == (127.0,) * 3
     again = load_config(
         TrainConfig, "vild_text.yaml", [*SMALL, *extra, f"weights={tmp_path / 'exported'}", f"out={tmp_path / 'b'}"]

@@ -308,8 +308,8 @@ def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant:
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     got = loaded.regions(image)
     wanted = model([{"image": torch.from_numpy(image).permute(2, 0, 1)}])[0]
-    torch.testing.assert_close(got.text, wanted.text[: len(got)])
-    torch.testing.assert_close(got.boxes, wanted.boxes[: len(got)])
+    torch.testing.assert_close(torch.from_numpy(got.text), wanted.text[: len(got)])
+    torch.testing.assert_close(torch.from_numpy(got.boxes), wanted.boxes[: len(got)])
     assert loaded.calibration.threshold == 0.25 and loaded.background_words.shape == (2, D)
 
 
@@ -330,7 +330,7 @@ def test_export__boxes_follow_the_original_size() -> None:
 
     small = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     large = small.repeat(2, axis=0).repeat(2, axis=1)
-    region_model = RCNNRegionModel(model=model, card=card_for("vild"), background_words=torch.randn(2, D))
+    region_model = RCNNRegionModel(model=model, card=card_for("vild"), background_words=torch.randn(2, D).numpy())
     assert region_model.regions(large).size == (2 * SIDE, 2 * SIDE)
     assert float(region_model.regions(large).boxes.max()) > SIDE + 1
 

@@ -2,8 +2,8 @@
 """ONNX Runtime against torch: a photo of 640×480 with 20 words, in pairs, and 10,000 words against one.
 
     wordbox export --format onnx
-    python benchmarks/bench_runtimes.py --threads 1
-    python benchmarks/bench_runtimes.py --threads 2
+    python benchmarks/runtimes.py --threads 1
+    python benchmarks/runtimes.py --threads 2
 
 Words are embedded before anything is timed. Each pair is the two runtimes one after the other.
 """
