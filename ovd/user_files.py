@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovd.embed import detector_fingerprint
 from ovd.inference.scoring import Calibration
+from ovd.weights import user_folder
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, write_atomically
 
@@ -51,22 +51,6 @@ class StoredCalibration:
     calibration: dict[str, float]
     figures: dict[str, float]
     format: str = FORMAT
-
-
-def user_folder(kind: str, variable: str, default: str, *, environment: Mapping[str, str] | None = None) -> Path:
-    """A folder of the user's own; not created.
-
-    Args:
-        kind: its name under ``WORDBOX_HOME``.
-        variable: of the XDG base directories.
-        default: under the home directory, where the variable is not set.
-        environment: in place of the process's.
-    """
-    values = os.environ if environment is None else environment
-    if home := values.get("WORDBOX_HOME"):
-        return Path(home) / kind
-    base = values.get(variable)
-    return (Path(base) if base else Path.home() / default) / "wordbox" / kind
 
 
 def text_cache() -> Path | None:

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -87,10 +87,23 @@ def added_root() -> Path:
     root = weights_root()
     if os.environ.get("OVD_WEIGHTS") or (root.parent == CHECKOUT and root.is_dir()):
         return root
-    if home := os.environ.get("WORDBOX_HOME"):
-        return Path(home) / "weights"
-    data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "wordbox" / "weights"
+    return user_folder("weights", "XDG_DATA_HOME", ".local/share")
+
+
+def user_folder(kind: str, variable: str, default: str, *, environment: Mapping[str, str] | None = None) -> Path:
+    """A folder of the user's own; not created.
+
+    Args:
+        kind: its name under ``WORDBOX_HOME``.
+        variable: of the XDG base directories.
+        default: under the home directory, where the variable is not set.
+        environment: in place of the process's.
+    """
+    values = os.environ if environment is None else environment
+    if home := values.get("WORDBOX_HOME"):
+        return Path(home) / kind
+    base = values.get(variable)
+    return (Path(base) if base else Path.home() / default) / "wordbox" / kind
 
 
 def read_manifest(root: Path | None = None) -> dict[str, Weights]:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ovd import Detector, calibrate, evaluate, predict
 from ovd.inference.crop_names import CropNames, PhotoBoxes, embed_boxes
-from ovd.user_files import calibration_file, read_calibration, user_folder
-from ovd.weights import detector_folder
+from ovd.user_files import calibration_file, read_calibration
+from ovd.weights import detector_folder, user_folder
 from pretrain.engine.errors import UserError
 from pretrain.nets.encoders import load_encoder
 from tests.encoders.small import MODEL, PREPROCESS, photo, save_clip, spec_of, write_photos
