@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from ovd.data.coco import check_ground_truth
 from ovd.demo.pack import MOST_PICTURES, pack
 from ovd.formats.names import FORMATS
+from pretrain.data.coco import check_ground_truth
 from pretrain.engine.errors import UserError
 
 BOXES = [
