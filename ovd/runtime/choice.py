@@ -80,6 +80,8 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
                 f"{folder.name} (model.arch {card.arch}) cannot be exported to ONNX, only detectors of photographs "
                 f"(fvlm) can; use runtime torch, which needs: {NEEDS_TORCH}"
             )
+        if card.own:
+            raise UserError(f"{folder.name}: classes that were added by fine-tuning run with torch only: {NEEDS_TORCH}")
         if device not in ("auto", "cpu"):
             raise UserError(f"runtime onnx runs on a CPU, not on {device}; use runtime torch")
         if export is None:

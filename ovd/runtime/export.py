@@ -149,9 +149,6 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path) -> None:
     except ImportError as problem:
         raise UserError("export --format onnx needs the package onnx: pip install onnx") from problem
     card = read_card(source)
-    if card.own:
-        names = ", ".join(name for own in card.own for name in own.names)
-        raise UserError(f"{source}: classes that were added by fine-tuning ({names}) run with torch only")
     detector, background = load_fvlm(source, card, encoder)
     proposals = read_proposal_card(source / PROPOSALS_FOLDER)
     if detector.proposer.model.proposal_generator.ranking != "words":
