@@ -113,8 +113,11 @@ class FvlmRegionModel(RegionModel):
         return tuple(found)
 
     def prompt_free_words(self) -> PromptFreeWords:
-        """The proposal network's words, classes that were added, and the nouns of the training that are not above the
-        former; one of each meaning."""
+        """The proposal network's words, and the nouns of the training that are not above them; one of each meaning.
+
+        Classes that were added are found where somebody asks: a branch knows the photos that it was trained on, and on
+        others it finds its classes where nothing is.
+        """
         nouns = [w for w in self.trained.words if w in self.trained.lexicon.nouns]
         relations = self.known.relations([[word] for word in nouns])
         above: list[bool] = relations.same_or_below.any(axis=1).tolist()  # type: ignore[assignment]
@@ -122,14 +125,12 @@ class FvlmRegionModel(RegionModel):
         first = frozenset(one_of.values())
         others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above, above, strict=True)
                   if w in first and not is_above]  # fmt: skip
-        added = () if self.own is None else tuple(n for n in self.own.spelled if not self.known.is_one(n))
-        others = [(w, kinds) for w, kinds in others if self.own is None or not self.own.has(w)]
-        names = (*self.known.words, *added, *(word for word, _ in others))
-        known, learned = len(self.known.words), len(self.known.words) + len(added)
+        names = (*self.known.words, *(word for word, _ in others))
+        known = len(self.known.words)
         kind_of = np.zeros((len(names), len(names)), dtype=bool)
-        kind_of[learned:, :known] = np.stack([kinds for _, kinds in others]) if others else False
+        kind_of[known:, :known] = np.stack([kinds for _, kinds in others]) if others else False
         shift = np.full(len(names), open_shift(), dtype=np.float32)
-        shift[:learned] = 0
+        shift[:known] = 0
         number = {self.trained.line_of(name)[0]: i for i, name in enumerate(names)}
         family = [next(number[k] for k in reversed(self.trained.line_of(name)) if k in number) for name in names]
         return PromptFreeWords(names=names, shift=shift, kind_of=kind_of, family=np.array(family))

@@ -21,11 +21,9 @@ class OwnNames:
 
     Attributes:
         words: the O names (`ovd.words.name_key`), with their meanings where they have one.
-        spelled: (O,) as they were written in the labels.
     """
 
     words: WordList
-    spelled: tuple[str, ...]
 
     def has(self, phrase: str) -> bool:
         """Whether a phrase, in whatever number, is one of the classes."""

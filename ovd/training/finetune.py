@@ -10,6 +10,7 @@ scores calibrated on them.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -254,6 +255,11 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         top=task.top,
     )
     own = replace(own, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
-    write_card(fresh, replace(card, own=(*earlier, own)))
+    added = (*earlier, own)
+    write_card(fresh, replace(card, own=added))
+    names = ", ".join(name for branch in added for name in branch.names)
+    start = config.weights if "/" not in config.weights else "what it started from"
+    purpose = f"Finds {names}; answers all other words as {start} does."
+    (fresh / "card.json").write_text(json.dumps({"purpose": purpose}, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)

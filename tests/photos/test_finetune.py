@@ -240,6 +240,8 @@ def test_a_few_photos_teach_new_classes(learned: Path) -> None:
             near = np.abs(found.xyxy - [x, y, x + w, y + h]).max(axis=1, initial=0) < 8
             hits += any(n and found.names[c] == name for n, c in zip(near, found.class_id, strict=True))
     assert hits >= 5
+    assert detector.card["purpose"] == "Finds blob, tile; answers all other words as vild-photo does."
+    assert "blob" not in detector.query("everything").names  # on other photos it would find them where nothing is
     assert detector.query(["blob"]).notices == ()  # a word that the encoder does not know, and need not
 
 

@@ -124,7 +124,7 @@ WORDS = ("vehicle", "bus", "the north face", "red cell")
     ],
 )
 def test_what_a_typed_word_asks_of_own_classes(phrase: str, found: set[str]) -> None:
-    own = OwnNames(words=WordList(words=WORDS, lexicon=read_lexicon()), spelled=WORDS)
+    own = OwnNames(words=WordList(words=WORDS, lexicon=read_lexicon()))
     (row,) = own.answering([[phrase]]).tolist()
     assert {word for word, yes in zip(WORDS, row, strict=True) if yes} == found
     assert own.has(phrase) == bool(found)

@@ -138,7 +138,6 @@ def load_own_classes(
         return None
     names = tuple(dict.fromkeys(name_key(name) for card in cards for name in card.names))
     newest = {name_key(name): number for number, card in enumerate(cards) for name in card.names}
-    spelled = {name_key(name): name for card in cards for name in card.names}
     branches = []
     for number, card in enumerate(cards):
         file = folder / card.file
@@ -153,7 +152,4 @@ def load_own_classes(
         network.to(torch.bfloat16).to(device)
         mine = [names.index(key) if newest[key] == number else -1 for key in map(name_key, card.names)]
         branches.append(Branch(card=card, network=network, columns=torch.tensor(mine)))
-    return OwnClasses(
-        branches=tuple(branches),
-        names=OwnNames(words=WordList(words=names, lexicon=lexicon), spelled=tuple(spelled[name] for name in names)),
-    )
+    return OwnClasses(branches=tuple(branches), names=OwnNames(words=WordList(words=names, lexicon=lexicon)))
