@@ -337,7 +337,7 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
     from ovd.data.own_photos import OwnPhotos
     from ovd.evaluation.labelled_scenes import labels_of
     from ovd.evaluation.own_classes import recalibrated
-    from ovd.evaluation.reliability import reliability_svg
+    from ovd.evaluation.reliability import report_fit
     from ovd.inference.fvlm_regions import FvlmRegionModel
     from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.modeling.export import read_card, write_card
@@ -362,14 +362,15 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
     assert model.network.own is not None
     fitted, figures, curve = recalibrated(card, model.network.own, photos)
     write_card(folder, fitted)
-    report = {"own": [asdict(own) for own in fitted.own], "data": args.data, "other_half": figures}
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    print(text)
-    if args.plot:
-        svg = reliability_svg(curve, title=f"Scores of {args.weights}", caption="own classes, half of the photos")
-        write_atomically(args.plot, svg.encode())
-    if args.report:
-        write_atomically(args.report, (text + "\n").encode())
+    content = {"own": [asdict(own) for own in fitted.own], "data": args.data, "other_half": figures}
+    report_fit(
+        content,
+        curve,
+        title=f"Scores of {args.weights}",
+        caption="own classes, half of the photos",
+        plot=args.plot,
+        file=args.report,
+    )
     return True
 
 
@@ -392,24 +393,15 @@ def write(
     caption: str,
 ) -> None:
     """Write the calibration into the card, print the figures, and write what ``--plot`` and ``--report`` name."""
+    from ovd.evaluation.reliability import report_fit
+
     path = Path(args.weights) / "model.json"
     values = {"crop_refinement": detector.crop_refinement, "calibration": asdict(fitted)}
     card = read_json(path)
     card.pop("second_look", None)  # crop_refinement's former name
     write_atomically(path, (json.dumps(card | values, indent=1, ensure_ascii=False) + "\n").encode())
-    text = json.dumps(values | {"data": args.data or "stickers"} | figures, indent=1)
-    print(text)
-    draw(args, curve, title=f"Scores of {args.weights}", caption=caption)
-    if args.report:
-        write_atomically(args.report, (text + "\n").encode())
-
-
-def draw(args: argparse.Namespace, curve: Reliability, *, title: str, caption: str) -> None:
-    """The picture of ``--plot``, where it is wanted."""
-    if args.plot:
-        from ovd.evaluation.reliability import reliability_svg
-
-        write_atomically(args.plot, reliability_svg(curve, title=title, caption=caption).encode())
+    content = values | {"data": args.data or "stickers"} | figures
+    report_fit(content, curve, title=f"Scores of {args.weights}", caption=caption, plot=args.plot, file=args.report)
 
 
 if __name__ == "__main__":

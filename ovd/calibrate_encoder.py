@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 
 from ovd.detector import Detector
 from ovd.evaluation.encoder_calibration import fit_encoder, prepare_encoder
 from ovd.evaluation.photo_calibration import measure, photos_of
-from ovd.evaluation.reliability import reliability_svg
+from ovd.evaluation.reliability import report_fit
 from ovd.user_files import StoredCalibration, calibration_file, calibration_key, write_calibration
 from ovd.weights import detector_folder
-from pretrain.engine.files import write_atomically
 
 
 def calibrate_encoder(args: argparse.Namespace) -> int:
@@ -39,13 +37,13 @@ def calibrate_encoder(args: argparse.Namespace) -> int:
     )
     file = calibration_file(folder, args.encoder, detector.text.encoder)
     write_calibration(file, stored)
-    text = json.dumps({"calibration": asdict(fitted), "data": args.data, "other_half": figures}, indent=1)
-    print(text)
+    report_fit(
+        {"calibration": asdict(fitted), "data": args.data, "other_half": figures},
+        curve,
+        title=f"Scores of {args.weights} + {args.encoder}",
+        caption="typed words, photos not fitted on",
+        plot=args.plot,
+        file=args.report,
+    )
     print(f"kept in {file}", file=sys.stderr)
-    if args.plot:
-        title = f"Scores of {args.weights} + {args.encoder}"
-        svg = reliability_svg(curve, title=title, caption="typed words, photos not fitted on")
-        write_atomically(args.plot, svg.encode())
-    if args.report:
-        write_atomically(args.report, (text + "\n").encode())
     return 0

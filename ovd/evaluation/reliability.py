@@ -6,11 +6,16 @@ Pure functions of arrays; `N` detections or pictures.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from pretrain.engine.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +150,29 @@ def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: 
     for n, line in enumerate([figures, caption] if caption else [figures]):
         parts.append(f'<text x="{left}" y="{top + side + 58 + 16 * n}" fill="{dark}">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def report_fit(
+    content: Mapping[str, object],
+    curve: Reliability,
+    *,
+    title: str,
+    caption: str,
+    plot: Path | None,
+    file: Path | None,
+) -> None:
+    """Print what was fitted and measured.
+
+    Args:
+        content: as plain values.
+        curve: measured on what was not fitted on.
+        title, caption: of the plot.
+        plot: SVG of the curve; None: none is drawn.
+        file: what is printed is written there too; None: it is not.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    print(text)
+    if plot is not None:
+        write_atomically(plot, reliability_svg(curve, title=title, caption=caption).encode())
+    if file is not None:
+        write_atomically(file, (text + "\n").encode())

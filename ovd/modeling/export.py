@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
+from pretrain.engine.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -146,7 +146,7 @@ def write_card(folder: Path, card: DetectorCard) -> None:
     content = asdict(card)
     if not card.own:
         del content["own"]
-    (folder / "model.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(folder / "model.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_card(folder: Path) -> DetectorCard:
