@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
 from ovd.data.catalog import read_annotated
-from ovd.data.joined import check_withheld, join_images, no_such_part
+from ovd.data.joined import check_withheld, corners_of, is_object, join_images, no_such_part
 from ovd.data.mapper import TrainingTransform, move_boxes
 from ovd.data.samples import LabelledSample
 from pretrain.data.coco import ImageId, read_ground_truth
@@ -58,15 +58,14 @@ class BoxedImages:
         boxes: dict[ImageId, tuple[list[list[float]], list[list[float]]]] = {}
         for truth in truths:
             for one in truth.annotations:
-                score = one.get("score", 1.0)
-                if score < doubtful or truth.categories[one["category_id"]] in withheld or min(one["bbox"][2:]) <= 0:
+                sure = is_object(one, confident=confident, doubtful=doubtful)
+                if sure is None or truth.categories[one["category_id"]] in withheld:
                     continue
-                sure = score >= confident and not one["iscrowd"]
                 boxes.setdefault(one["image_id"], ([], []))[0 if sure else 1].append(one["bbox"])
         chosen = joined.of_part(part)
         if not chosen:
             raise no_such_part(part, joined.parts.values())
-        self._boxes = {i: (_corners(sure), _corners(unsure)) for i, (sure, unsure) in boxes.items()}
+        self._boxes = {i: (corners_of(sure), corners_of(unsure)) for i, (sure, unsure) in boxes.items()}
         self.image_ids: list[ImageId] = [i for i in chosen if i in self._boxes and len(self._boxes[i][0])]
         if not self.image_ids:
             raise UserError(f"data.annotations: no image has a box with a score of at least {confident}")
@@ -99,12 +98,6 @@ class BoxedImages:
         """
         image_id = self.image_ids[index]
         return read_annotated(self.folder / self.files[image_id], self.sizes[image_id])
-
-
-def _corners(boxes: list[list[float]]) -> NDArray[np.float32]:
-    corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    return corners
 
 
 class BoxSource:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several COCO files of the same images, read as one."""
+"""What is shared by readers of COCO's labels: several files of the same images as one, and what a box is."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from pretrain.data.coco import GroundTruth, ImageId
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.data.coco import Annotation, GroundTruth, ImageId
 from pretrain.engine.errors import UserError, did_you_mean
 
 
@@ -46,6 +49,26 @@ def join_images(truths: Sequence[GroundTruth]) -> JoinedImages:
             joined.sizes.setdefault(image_id, truth.sizes[image_id])
         joined.parts.update(truth.parts)
     return joined
+
+
+def is_object(annotation: Annotation, *, confident: float, doubtful: float) -> bool | None:
+    """Whether a box is an object; False: doubtful or a crowd, neither object nor background; None: nothing.
+
+    Args:
+        annotation: without a ``score`` it is confident.
+        confident, doubtful: lowest scores of either.
+    """
+    score = float(annotation.get("score", 1.0))
+    if score < doubtful or min(annotation["bbox"][2:]) <= 0:
+        return None
+    return score >= confident and not annotation["iscrowd"]
+
+
+def corners_of(boxes: Sequence[Sequence[float]]) -> NDArray[np.float32]:
+    """(n, 4) x1, y1, x2, y2 of COCO's x, y, width, height."""
+    corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    return corners
 
 
 def no_such_part(part: str | None, parts: Iterable[str]) -> UserError:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.data.catalog import read_annotated, refuse_other_size
+from ovd.data.joined import corners_of, is_object
 from ovd.pictures import resized, upright_size
 from ovd.vocabulary import Vocabulary
 from ovd.words import cleaned, name_key
@@ -87,10 +88,9 @@ class OwnPhotos:
         there = set(self.image_ids)
         boxes: dict[ImageId, list[tuple[list[float], int]]] = {}
         for one in truth.annotations:
-            score = float(one.get("score", 1.0))
-            if score < doubtful or min(one["bbox"][2:]) <= 0 or one["image_id"] not in there:
+            sure = is_object(one, confident=confident, doubtful=doubtful)
+            if sure is None or one["image_id"] not in there:
                 continue
-            sure = score >= confident and not one["iscrowd"]
             boxes.setdefault(one["image_id"], []).append((one["bbox"], one["category_id"] if sure else -1))
         labelled = {category for labels in boxes.values() for _, category in labels}
         used = [category for category in truth.categories if category in labelled]
@@ -237,9 +237,7 @@ def _can_be_typed(name: str) -> bool:
 
 
 def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> Boxes:
-    corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    return Boxes(corners=corners, classes=np.array(classes, dtype=np.int64))
+    return Boxes(corners=corners_of(boxes), classes=np.array(classes, dtype=np.int64))
 
 
 class CanvasSource:
