@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from ovd.data.splits import Split
 from ovd.evaluation.matching import CategoryMatches, match_table
-from ovd.evaluation.reliability import Reliability, reliability, reliability_svg
+from ovd.evaluation.reliability import (
+    DARK,
+    LEFT,
+    SIDE,
+    TOP,
+    Reliability,
+    axis_names,
+    open_axes,
+    reliability,
+    reliability_svg,
+)
 from pretrain.engine.files import write_atomically
 
 RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)  # COCO's
@@ -24,7 +34,6 @@ IOUS = (0.5, 0.75)
 FLOOR = 0.05
 """Lowest score of the reliability; below it the many boxes that nobody sees would decide the mean."""
 COLOURS = ("#3b6fb5", "#d9822b", "#4a8f5c", "#8a5aa8")
-DARK = "#222222"
 
 
 def precision_at_recalls(matches: CategoryMatches) -> NDArray[np.float64] | None:
@@ -84,18 +93,8 @@ def write_plots(
 
 def curves_svg(curves: Mapping[str, NDArray[np.float64]], *, title: str) -> str:
     """Precision against recall as a self-contained SVG; a curve's mean stands beside its name."""
-    left, top, side = 56, 40, 320
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 {420 + 16 * len(curves)}" font-family="sans-serif" '
-        f'font-size="12" role="img" aria-label="{escape(title, quote=True)}">'
-        f'<rect width="420" height="{420 + 16 * len(curves)}" fill="#ffffff"/>',
-        f'<text x="{left}" y="24" font-size="15" fill="{DARK}">{escape(title)}</text>',
-    ]
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + side * tick, top + side * (1 - tick)
-        parts.append(f'<path d="M{left} {y}h{side}M{x} {top}v{side}" stroke="#e3e3e3"/>')
-        parts.append(f'<text x="{x}" y="{top + side + 16}" text-anchor="middle" fill="{DARK}">{tick:g}</text>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="{DARK}">{tick:g}</text>')
+    left, top, side = LEFT, TOP, SIDE
+    parts = open_axes(title=title, height=420 + 16 * len(curves))
     for number, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         points = " ".join(
@@ -107,9 +106,5 @@ def curves_svg(curves: Mapping[str, NDArray[np.float64]], *, title: str) -> str:
         parts.append(
             f'<text x="{left + 28}" y="{y}" fill="{DARK}">{escape(name)}: AP {100 * float(curve.mean()):.1f}</text>'
         )
-    parts.append(f'<text x="{left + side / 2}" y="{top + side + 34}" text-anchor="middle" fill="{DARK}">recall</text>')
-    parts.append(
-        f'<text transform="translate(16 {top + side / 2}) rotate(-90)" text-anchor="middle" fill="{DARK}">'
-        "precision, mean over words</text>"
-    )
+    parts += axis_names("recall", "precision, mean over words")
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -112,20 +112,39 @@ def score_drift(before: ArrayLike, after: ArrayLike, *, limit: float = 0.05) -> 
     return Drift(count=moved.size, mean=float(moved.mean()), largest=float(moved.max()), within=within, limit=limit)
 
 
-def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: str = "") -> str:
-    """The reliability diagram as a self-contained SVG: bars are accuracy (darker: more detections), lines scores."""
-    left, top, side = 56, 40, 320
-    dark, bar, gap = "#222222", "#3b6fb5", "#d9822b"
+LEFT, TOP, SIDE = 56, 40, 320
+DARK = "#222222"
+"""Place and side of the unit square of a plot, in its units, and the colour of its letters."""
+
+
+def open_axes(*, title: str, height: int) -> list[str]:
+    """The beginning of a self-contained SVG, 420 wide: title, and the unit square with its ticks."""
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 460" font-family="sans-serif" font-size="12" '
-        f'role="img" aria-label="{escape(title, quote=True)}"><rect width="420" height="460" fill="#ffffff"/>',
-        f'<text x="{left}" y="24" font-size="15" fill="{dark}">{escape(title)}</text>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 {height}" font-family="sans-serif" font-size="12" '
+        f'role="img" aria-label="{escape(title, quote=True)}"><rect width="420" height="{height}" fill="#ffffff"/>',
+        f'<text x="{LEFT}" y="24" font-size="15" fill="{DARK}">{escape(title)}</text>',
     ]
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + side * tick, top + side * (1 - tick)
-        parts.append(f'<path d="M{left} {y}h{side}M{x} {top}v{side}" stroke="#e3e3e3"/>')
-        parts.append(f'<text x="{x}" y="{top + side + 16}" text-anchor="middle" fill="{dark}">{tick:g}</text>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="{dark}">{tick:g}</text>')
+        x, y = LEFT + SIDE * tick, TOP + SIDE * (1 - tick)
+        parts.append(f'<path d="M{LEFT} {y}h{SIDE}M{x} {TOP}v{SIDE}" stroke="#e3e3e3"/>')
+        parts.append(f'<text x="{x}" y="{TOP + SIDE + 16}" text-anchor="middle" fill="{DARK}">{tick:g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end" fill="{DARK}">{tick:g}</text>')
+    return parts
+
+
+def axis_names(x: str, y: str) -> list[str]:
+    """What stands below and beside the unit square."""
+    return [
+        f'<text x="{LEFT + SIDE / 2}" y="{TOP + SIDE + 34}" text-anchor="middle" fill="{DARK}">{x}</text>',
+        f'<text transform="translate(16 {TOP + SIDE / 2}) rotate(-90)" text-anchor="middle" fill="{DARK}">{y}</text>',
+    ]
+
+
+def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: str = "") -> str:
+    """The reliability diagram as a self-contained SVG: bars are accuracy (darker: more detections), lines scores."""
+    left, top, side = LEFT, TOP, SIDE
+    bar, gap = "#3b6fb5", "#d9822b"
+    parts = open_axes(title=title, height=460)
     most = max(1, int(curve.count.max(initial=0)))
     for low, high, n, confidence, accuracy in zip(
         curve.edges, curve.edges[1:], curve.count, curve.confidence, curve.accuracy, strict=False
@@ -140,15 +159,11 @@ def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: 
             f"correct {accuracy:.3f}</title></rect>"
             f'<path d="M{x + 1:.2f} {expected:.2f}h{width - 2:.2f}" stroke="{gap}" stroke-width="2"/>'
         )
-    parts.append(f'<path d="M{left} {top + side}L{left + side} {top}" stroke="{dark}" stroke-dasharray="4 4"/>')
-    parts.append(f'<text x="{left + side / 2}" y="{top + side + 34}" text-anchor="middle" fill="{dark}">score</text>')
-    parts.append(
-        f'<text transform="translate(16 {top + side / 2}) rotate(-90)" text-anchor="middle" fill="{dark}">'
-        "share correct (bars), mean score (lines)</text>"
-    )
+    parts.append(f'<path d="M{left} {top + side}L{left + side} {top}" stroke="{DARK}" stroke-dasharray="4 4"/>')
+    parts += axis_names("score", "share correct (bars), mean score (lines)")
     figures = f"ECE {curve.ece:.3f}, largest gap {curve.mce:.3f}, {int(curve.count.sum())} detections"
     for n, line in enumerate([figures, caption] if caption else [figures]):
-        parts.append(f'<text x="{left}" y="{top + side + 58 + 16 * n}" fill="{dark}">{escape(line)}</text>')
+        parts.append(f'<text x="{left}" y="{top + side + 58 + 16 * n}" fill="{DARK}">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
