@@ -170,21 +170,28 @@ class CropNames(RegionModel):
         best = best_first(regions.objectness, top)
         return regions.boxes[best], regions.objectness[best]
 
+    def set_sides(self, sides: tuple[int, ...]) -> None:
+        """See `RegionModel.set_sides`."""
+        if not isinstance(self.source, PhotoBoxes):
+            super().set_sides(sides)
+        else:
+            self.source.proposer.sides = sides
+
     def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
         """That the scores are not calibrated, where they are not."""
         return () if self.calibrated else (uncalibrated(self.name),)
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the background words come first among the competitors."""
-        asked = [tuple(phrase for phrase in group if self.words.understands(phrase)) for group in phrases]
-        spared = self.words.relations(asked).related
+        understood = [tuple(phrase for phrase in group if self.words.understands(phrase)) for group in phrases]
+        spared = self.words.relations(understood).related
         rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
         return CropScorer(
             rows=rows,
             competitors=competitors,
             rivals=rivals,
-            known=self.known.relations(asked).same_or_below,
+            known=self.known.relations(understood).same_or_below,
             scale=self.calibration.open_scale,
             calibration=self.calibration,
         )

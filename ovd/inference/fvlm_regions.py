@@ -91,6 +91,10 @@ class FvlmRegionModel(RegionModel):
         """The proposal network's own boxes; see `RegionModel.propose`."""
         return self.network.propose(image, top=top)
 
+    def set_sides(self, sides: tuple[int, ...]) -> None:
+        """See `RegionModel.set_sides`."""
+        self.network.sides = sides
+
     def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
         """Of phrases that are no noun of the lexicon: what is looked for, or the nearest words of the training."""
         found = []

@@ -17,6 +17,7 @@ from ovd.inference.arrays import Floats, best_first
 from ovd.inference.everything import PromptFreeWords
 from ovd.inference.scorers import CalibratedScorer, Scorer
 from ovd.inference.scoring import Calibration, RegionSet
+from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -59,6 +60,14 @@ class RegionModel(ABC):
         regions = self.regions(image)
         best = best_first(regions.objectness, top)
         return regions.boxes[best], regions.objectness[best]
+
+    def set_sides(self, sides: tuple[int, ...]) -> None:
+        """Look for boxes in pictures with these longest sides, in pixels.
+
+        Raises:
+            UserError: a network of one input size.
+        """
+        raise UserError("sides are for detectors of photographs; this one looks at pictures in one size")
 
     def notices(self, phrases: Sequence[Sequence[str]], rows: Floats) -> tuple[str, ...]:
         """What a person should know of how these classes are understood; arguments as those of `scorer`."""

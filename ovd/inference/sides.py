@@ -15,28 +15,20 @@ LEAST, MOST = 64, 2048
 def look_at_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
     """Let a model's proposal network look at a photo with these longest sides, in place of its own; None: leave them.
 
-    A photo is enlarged by a third at most, whatever is asked (`ovd.modeling.proposals.build.MAX_ENLARGEMENT`).
+    A photo is enlarged by a third at most, whatever is given (`ovd.modeling.proposals.build.MAX_ENLARGEMENT`).
 
     Raises:
         UserError: sides out of range, or a detector that has one input size.
     """
     if sides is None:
         return
-    from ovd.inference.crop_names import CropNames, PhotoBoxes
-    from ovd.inference.fvlm_regions import FvlmRegionModel
-
     if not sides or not all(LEAST <= side <= MOST for side in sides):
         raise UserError(f"sides {list(sides)}: one or more numbers of {LEAST} to {MOST} pixels")
-    if isinstance(model, FvlmRegionModel):
-        model.network.sides = tuple(dict.fromkeys(sides))
-    elif isinstance(model, CropNames) and isinstance(model.source, PhotoBoxes):
-        model.source.proposer.sides = tuple(dict.fromkeys(sides))
-    else:
-        raise UserError("sides are for detectors of photographs; this one looks at pictures in one size")
+    model.set_sides(tuple(dict.fromkeys(sides)))
 
 
 def card_with_sides(card: Mapping[str, Any], sides: Sequence[int] | None) -> dict[str, Any]:
-    """A model card whose ``settings`` tell sides that were asked for: results of others must not pass for these."""
+    """A model card whose ``settings`` tell the sides that were given: results of others must not pass for these."""
     if sides is None:
         return dict(card)
     return {**card, "settings": f"{card.get('settings', '')} sides {' '.join(map(str, sides))}"}
