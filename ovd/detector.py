@@ -269,8 +269,8 @@ class Detector:
         Raises:
             UserError: examples, but no image encoder.
         """
-        for asked, scorer in self._scorers:  # many pictures are asked the same
-            if asked is query:
+        for known, scorer in self._scorers:  # many pictures get the same query
+            if known is query:
                 return scorer
         words = self.text.embed(query.words)
         scorer = QueryScorer(

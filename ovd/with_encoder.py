@@ -189,9 +189,9 @@ def _card(folder: Path, spec: str, fingerprint: str, stored: StoredCalibration |
     """The weights' card, without figures that were measured with their own encoder."""
     card = read_model_card(folder)
     card.pop("metrics", None)
-    said = uncalibrated(spec) if stored is None else f"scores fitted on {stored.data}, {stored.scenes} pictures"
+    scores = uncalibrated(spec) if stored is None else f"scores fitted on {stored.data}, {stored.scenes} pictures"
     name = card.get("name", folder.name)
-    card["purpose"] = f"Boxes of {name}, named by {spec}: {said}."
+    card["purpose"] = f"Boxes of {name}, named by {spec}: {scores}."
     card["text"] = "\n\n".join(
         [f"**{card['purpose']}** What follows is about {name} as it is shipped.", str(card.get("text", ""))]
     )

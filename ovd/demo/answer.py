@@ -245,7 +245,7 @@ class Answerer:
         for row, extra in zip(result["classes"], class_extras(query), strict=True):
             row |= extra
         if query.naming is not None:
-            keep_found_classes(result)
+            drop_missing_classes(result)
         result["model"] = {key: detector.card.get(key) for key in ("name", "sha256")}
         result["regions"] = found.regions
         result["cached"] = found.cached
@@ -270,7 +270,7 @@ def describe_query(query: Query) -> dict[str, Any]:
     return {"negatives": negatives, "vocabulary": query.hash, "everything": query.naming is not None}
 
 
-def keep_found_classes(result: dict[str, Any]) -> None:
+def drop_missing_classes(result: dict[str, Any]) -> None:
     """Of more than a thousand words that nobody typed, leave those that were found; in place."""
     numbers = sorted({row["class"] for row in result["detections"]})
     names = [result["classes"][old]["name"] for old in numbers]

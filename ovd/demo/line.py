@@ -50,7 +50,7 @@ class Line:
         self._seconds = seconds
         self._at_rest = at_rest
         self._entering = 0
-        self._asked = 0.0  # loop time of the last question
+        self._last_question = 0.0  # loop time of the last question
         self._watch: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -86,16 +86,16 @@ class Line:
 
     def wake(self) -> None:
         """Look often, until nobody has come for a while."""
-        self._asked = asyncio.get_running_loop().time()
+        self._last_question = asyncio.get_running_loop().time()
         self._queue.sleep_when_free = BUSY
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._until_rest())
 
     async def _until_rest(self) -> None:
         loop = asyncio.get_running_loop()
-        while len(self) or loop.time() < self._asked + REST_AFTER:
+        while len(self) or loop.time() < self._last_question + REST_AFTER:
             if len(self):
-                self._asked = loop.time()
+                self._last_question = loop.time()
             await asyncio.sleep(0.5)
         self._queue.sleep_when_free = REST
         await asyncio.to_thread(self._at_rest)

@@ -231,18 +231,18 @@ class Handlers:
         weights: str | None = None,
     ) -> dict[str, Any]:
         """Find the named classes in one picture, and what looks like the examples."""
-        with _told_to_programs():
+        with _documented_for_programs():
             return self.answerer.answer(image, classes or "", threshold, examples=examples, weights=weights)
 
     def pack(self, found: Any, form: str) -> dict[str, str]:
         """Labels of many answers as one zip."""
-        with _told_to_programs():
+        with _documented_for_programs():
             data = self.answerer.pack(found, form)
             return {"name": f"labels-{form}.zip", "zip": base64.b64encode(data).decode("ascii")}
 
 
 @contextmanager
-def _told_to_programs() -> Iterator[None]:
+def _documented_for_programs() -> Iterator[None]:
     """What goes wrong inside becomes the error text of the call."""
     import gradio as gr
 

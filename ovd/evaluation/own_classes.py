@@ -69,7 +69,7 @@ def find(
         photos: with labels.
         chosen: of them.
         names: of the branch's classes; the photos' classes are found among them by name, others are left out;
-            None: a class that is not asked any more.
+            None: a class that a later branch took over.
         side, nms, top: of `ClassBranch.detect`.
     """
     category = {name_key(name): number + 1 for number, name in enumerate(photos.names)}
@@ -111,8 +111,10 @@ def recalibrated(
     cards, scores, correct, figures = [], [], [], {}
     for branch in own.branches:
         one = branch.card
-        asked = [name if column >= 0 else None for name, column in zip(one.names, branch.columns.tolist(), strict=True)]
-        if not shown & {name_key(name) for name in asked if name is not None}:
+        active = [
+            name if column >= 0 else None for name, column in zip(one.names, branch.columns.tolist(), strict=True)
+        ]
+        if not shown & {name_key(name) for name in active if name is not None}:
             cards.append(one)
             continue
         halves = [
@@ -120,7 +122,7 @@ def recalibrated(
                 branch.network,
                 photos,
                 range(start, len(photos), 2),
-                names=asked,
+                names=active,
                 side=one.side,
                 nms=one.nms,
                 top=one.top,
@@ -133,7 +135,7 @@ def recalibrated(
             correct=torch.cat([half.correct for half in halves]),
         )
         if both.fitted() == (1.0, 0.0):
-            names = ", ".join(name for name in asked if name is not None)
+            names = ", ".join(name for name in active if name is not None)
             raise UserError(
                 f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {names} are found; more photos are "
                 "needed to fit anything. Nothing was changed"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ovd.config_finetune import FinetuneConfig
 from ovd.modeling.task import DetectionTask
+from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.data.own_photos import CanvasSource, OwnPhotos
@@ -106,7 +107,6 @@ def with_steps(config: FinetuneConfig, photos: OwnPhotos) -> FinetuneConfig:
     Raises:
         UserError: so few that the warm-up would not end.
     """
-    from pretrain.engine.errors import UserError
 
     used = min(len(photos), config.data.images_limit or len(photos))
     steps = min(config.loop.steps, max(LEAST_STEPS, config.steps_per_photo * used))
@@ -179,7 +179,6 @@ def read_photos(config: FinetuneConfig) -> OwnPhotos:
     """
     from ovd.data.own_photos import OwnPhotos
     from ovd.formats.read import read_labels
-    from pretrain.engine.errors import UserError
 
     data = config.data
     labels = read_labels(
@@ -204,7 +203,6 @@ def _detector(config: FinetuneConfig) -> Path:
     """
     from ovd.modeling.export import read_card
     from ovd.weights import detector_folder
-    from pretrain.engine.errors import UserError
 
     weights, out = config.weights, Path(config.out)
     folder = detector_folder(weights)
@@ -228,7 +226,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     """
     from ovd.modeling.export import read_card, write_card
     from ovd.modeling.fvlm.network import PROPOSALS
-    from ovd.modeling.fvlm.own_classes import save_branch, still_asked
+    from ovd.modeling.fvlm.own_classes import remaining_branches, save_branch
     from pretrain.engine.config import config_hash
 
     card, task = read_card(parts.folder), parts.task
@@ -241,7 +239,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     shutil.copytree(parts.folder / PROPOSALS, fresh / PROPOSALS)
-    earlier = still_asked(card.own, parts.photos.names)
+    earlier = remaining_branches(card.own, parts.photos.names)
     for file in ("model.safetensors", *(branch.file for branch in earlier)):
         (fresh / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(parts.folder / file, fresh / file)

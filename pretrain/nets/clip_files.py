@@ -173,9 +173,9 @@ def find_open_clip(rest: str) -> tuple[dict[str, Any], Path]:
     from open_clip.pretrained import get_pretrained_cfg
 
     name, _, weights = rest.partition(":")
-    said: Mapping[str, Any] = {}
+    published: Mapping[str, Any] = {}
     if name.endswith(".json"):
-        model_config, said = _own_configuration(name)
+        model_config, published = _own_configuration(name)
         tags: list[str] = []
     else:
         model_config = open_clip.get_model_config(name)
@@ -189,21 +189,21 @@ def find_open_clip(rest: str) -> tuple[dict[str, Any], Path]:
     if path.suffix in (".safetensors", ".pt", ".bin", ".pth") or path.exists():
         if not path.is_file():
             raise UserError(f"no weights file at {path}")
-        said = said or _statistics_of([get_pretrained_cfg(name, tag) for tag in tags])
+        published = published or _statistics_of([get_pretrained_cfg(name, tag) for tag in tags])
     elif weights in tags:
-        said = get_pretrained_cfg(name, weights)
+        published = get_pretrained_cfg(name, weights)
         model_for_file = name
-        if said.get("quick_gelu"):  # openai's weights were trained with it; open_clip's plain names are not
+        if published.get("quick_gelu"):  # openai's weights were trained with it; open_clip's plain names are not
             model_config["quick_gelu"] = True
             model_for_file = f"{name.removesuffix('-quickgelu')}-quickgelu"  # a file does not say
-        path = fetch_weights(said, name=f"open_clip:{rest}", instead=f"open_clip:{model_for_file}:FILE")
+        path = fetch_weights(published, name=f"open_clip:{rest}", instead=f"open_clip:{model_for_file}:FILE")
     else:
         hint = did_you_mean(weights, tags)
         raise UserError(
             f"open_clip has no weights {weights!r} for {name}{hint}; known: {', '.join(tags) or 'none'}; or name a file"
         )
-    mean = said.get("mean") or open_clip.OPENAI_DATASET_MEAN
-    std = said.get("std") or open_clip.OPENAI_DATASET_STD
+    mean = published.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    std = published.get("std") or open_clip.OPENAI_DATASET_STD
     return {"name": name, "model": model_config, "mean": list(mean), "std": list(std)}, path
 
 
@@ -212,8 +212,8 @@ def _own_configuration(name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
     found = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
     if not isinstance(found, dict):
         raise UserError(f"{name}: no configuration of open_clip's, which is a table with vision_cfg and text_cfg")
-    said = found.get("preprocess_cfg")
-    return found.get("model_cfg", found), said if isinstance(said, dict) else {}
+    published = found.get("preprocess_cfg")
+    return found.get("model_cfg", found), published if isinstance(published, dict) else {}
 
 
 def _statistics_of(published: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from ovd.inference.regions import Regions
 from ovd.inference.scorers import QueryScores
 from ovd.inference.scoring import RegionSet, centred_on_picture
 from ovd.modeling.export import OwnClassesCard
-from ovd.modeling.fvlm.own_classes import still_asked
+from ovd.modeling.fvlm.own_classes import remaining_branches
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
 from pretrain.data.coco import check_ground_truth
@@ -136,9 +136,9 @@ def test_branches_go_when_all_their_classes_are_learned_again() -> None:
         return OwnClassesCard(names=names, file=f"classes/{number:02}.safetensors", sha256="", side=64, nms=0.6, top=10)
 
     first, second, third = card(1, "mug", "lamp"), card(2, "Lamp"), card(3, "fork")
-    assert still_asked((first, second, third), ["spoon"]) == (first, second, third)
-    assert still_asked((first, second, third), ["MUG"]) == (second, third)  # the second has the lamp
-    assert still_asked((first, third), ["fork"]) == (first,)
+    assert remaining_branches((first, second, third), ["spoon"]) == (first, second, third)
+    assert remaining_branches((first, second, third), ["MUG"]) == (second, third)  # the second has the lamp
+    assert remaining_branches((first, third), ["fork"]) == (first,)
 
 
 def regions(added: int) -> RegionSet:

@@ -96,7 +96,7 @@ class OwnClasses:
         return joined, torch.cat(scores)
 
 
-def still_asked(cards: Sequence[OwnClassesCard], names: Sequence[str]) -> tuple[OwnClassesCard, ...]:
+def remaining_branches(cards: Sequence[OwnClassesCard], names: Sequence[str]) -> tuple[OwnClassesCard, ...]:
     """The branches that a class is left of when a new branch takes over ``names``."""
     taken = {name_key(name) for name in names}
     kept: list[OwnClassesCard] = []
