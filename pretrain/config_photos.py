@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pretrain.config_views import DataSection
-from pretrain.engine.config import Section
+from pretrain.engine.config import LATER, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -68,6 +68,12 @@ class PhotoWords(DataSection):
     lexicon: Path | None = Field(default=None, description="What nouns mean; null: the shipped file.")
     leave_out: Path | None = Field(
         default=None, description="JSON list of nouns: neither their photos nor their words are learnt from."
+    )
+    novel: tuple[str, ...] = Field(
+        default=(),
+        description="Words that must stay unknown, as the novel ones of a split: neither their photos, boxes and names "
+        "nor those of kinds of them are learnt from.",
+        json_schema_extra=LATER,
     )
     min_score: Share = Field(default=0.45, description="Boxes with a score below are left out.")
     min_side: float = Field(default=14.0, ge=1, le=1000, description="Shortest side of a box, in pixels of the photo.")

@@ -88,6 +88,11 @@ class Lexicon:
             current = self.meanings[current].above
         return keys
 
+    def at_or_below(self, words: Iterable[str]) -> frozenset[str]:
+        """Ids of the meanings of some words, and of all that are kinds of them."""
+        tops = {key for key in map(self.meaning, words) if key is not None}
+        return frozenset(key for key in self.meanings if not tops.isdisjoint((key, *self.above(key))))
+
     @cached_property
     def _by_name(self) -> dict[str, str]:
         keys: dict[str, str] = {}

@@ -126,6 +126,7 @@ def read_photo_words(config: PhotoWords) -> Words:
     """
     lexicon = read_lexicon(config.lexicon)
     left_out = frozenset(str(noun) for noun in read_json(config.leave_out)) if config.leave_out else frozenset()
+    left_out |= novel_names(config.novel, lexicon)
     truths = [read_ground_truth(path, hint="data.annotations must be COCO files") for path in config.annotations]
     for truth in truths:
         for warning in truth.warnings:
@@ -165,6 +166,19 @@ def read_photo_words(config: PhotoWords) -> Words:
         lexicon=lexicon,
         left_out=left_out,
     )
+
+
+def novel_names(novel: Sequence[str], lexicon: Lexicon) -> frozenset[str]:
+    """All names of words that must stay unknown and of their kinds: dog, domestic dog, terrier, …
+
+    Raises:
+        UserError: the lexicon does not know a word, so what its kinds are cannot be told.
+    """
+    if unknown := [word for word in novel if lexicon.meaning(word) is None]:
+        raise UserError(f"data.novel: the lexicon does not know {unknown[0]!r}; leave it out with data.leave_out")
+    below = lexicon.at_or_below(novel)
+    spelt = (noun for noun, key in lexicon.nouns.items() if key in below)
+    return frozenset((*spelt, *(name for key in below for name in lexicon.meanings[key].names)))
 
 
 class PhotoWordSource:
