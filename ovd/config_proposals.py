@@ -8,7 +8,20 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ovd.config import RunConfig
-from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fits
+from ovd.config_backbone import NetworkConfig
+from pretrain.engine.config import LATER, LoopConfig, OptimConfig, Section, warm_up_fits
+
+
+class PyramidConfig(NetworkConfig):
+    """A frozen network with a feature pyramid of its own (FPN, arXiv:1612.03144) at strides 8, 16 and 32."""
+
+    name: str = Field("timm:tf_efficientnet_lite2", description="timm:NAME or torchvision:NAME")
+
+    @model_validator(mode="after")
+    def _of_a_library(self) -> PyramidConfig:
+        if self.is_resnet:
+            raise ValueError("model.backbone.name: give timm:NAME or torchvision:NAME")
+        return self
 
 
 class ProposalNetworkConfig(Section):
@@ -16,6 +29,12 @@ class ProposalNetworkConfig(Section):
 
     arch: Literal["nanodet"] = Field(..., description="NanoDet-G with a second head that boxes things without names")
     variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
+    backbone: PyramidConfig | None = Field(
+        None,
+        description="a frozen network of a library, whose pyramid and heads learn boxes from nothing and know no words; "
+        "null: NanoDet-G, which knows 80",
+        json_schema_extra=LATER,
+    )
     ranking: Literal["words", "objectness", "quality", "both"] = Field(
         "words",
         description="what orders the boxes: words (the best known word, NanoDet as it is), objectness (objects against "
@@ -25,6 +44,14 @@ class ProposalNetworkConfig(Section):
     pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that the suppression looks at")
     post_nms: int = Field(300, ge=1, description="boxes kept of a picture, at each of its sizes")
     frozen: bool = Field(True, description="train the nameless heads only; false: the trunk too")
+
+    @model_validator(mode="after")
+    def _words_are_known(self) -> ProposalNetworkConfig:
+        if self.backbone is not None and self.ranking == "words":
+            raise ValueError("ranking words: a backbone of a library knows none; take objectness, quality or both")
+        if self.backbone is not None and not self.frozen:
+            raise ValueError("frozen: a backbone of a library stays frozen; its pyramid and the heads are trained")
+        return self
 
 
 class BoxDataConfig(Section):
@@ -61,7 +88,9 @@ class ProposalTrainConfig(RunConfig):
     """``python -m ovd.train``: fine-tune class-agnostic proposals."""
 
     weights: str = Field(
-        ..., description="what it starts from: nanodet.safetensors of scripts/convert_nanodet.py, or an exported folder"
+        ...,
+        description="what it starts from: nanodet.safetensors of scripts/convert_nanodet.py, or an exported folder; for "
+        "a backbone of a library its weights, or package:NAME, a package of the index that carries them",
     )
     model: ProposalNetworkConfig = Field(..., description="the network")
     sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(

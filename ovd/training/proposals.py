@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovd.config_proposals import ProposalTrainConfig
+from ovd.config_proposals import ProposalNetworkConfig, ProposalTrainConfig
 
 if TYPE_CHECKING:
     from ovd.data.boxes import BoxSource
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalParts:
-    """What a training of proposals consists of."""
+    """What a training of proposals consists of.
 
+    Attributes:
+        network: its configuration, with the pixel statistics of its weights.
+    """
+
+    network: ProposalNetworkConfig
     model: ProposalDetector
     task: DetectionTask
     source: BoxSource
@@ -32,16 +37,18 @@ def build(config: ProposalTrainConfig) -> ProposalParts:
     """Everything a training needs, before the first step."""
     from ovd.data.boxes import BoxedImages, BoxSource
     from ovd.data.mapper import TrainingTransform
-    from ovd.modeling.proposals.build import start_model
+    from ovd.modeling.proposals.build import start_model, with_statistics
     from ovd.modeling.task import DetectionTask
     from pretrain.engine.distributed import seed_everything
 
     seed_everything(config.loop.seed)
     data = config.data
-    model = start_model(Path(config.weights), config.model)
+    network = with_statistics(config.model, config.weights)
+    model = start_model(config.weights, network)
     model.canvas = (data.side, data.side)
-    for part in (model.proposal_generator.heads, *([model.backbone] if config.model.frozen else [])):
-        part.requires_grad_(False)
+    model.proposal_generator.heads.requires_grad_(False)
+    if config.model.frozen:
+        model.backbone.freeze()
     images = BoxedImages(
         folder=Path(data.images),
         annotations=[Path(path) for path in data.annotations],
@@ -60,7 +67,7 @@ def build(config: ProposalTrainConfig) -> ProposalParts:
         seed=config.loop.seed,
     )
     task = DetectionTask(model=model, pretrained_prefixes=("backbone.",), pretrained_lr_scale=config.trunk_lr_scale)
-    return ProposalParts(model=model, task=task, source=source)
+    return ProposalParts(network=network, model=model, task=task, source=source)
 
 
 def export(config: ProposalTrainConfig, parts: ProposalParts, folder: Path) -> None:
@@ -68,5 +75,5 @@ def export(config: ProposalTrainConfig, parts: ProposalParts, folder: Path) -> N
     from ovd.modeling.proposals.build import ProposalCard, save_proposals
     from pretrain.engine.config import config_hash
 
-    card = ProposalCard(model=config.model.model_dump(mode="json"), sides=config.sides, config_hash=config_hash(config))
+    card = ProposalCard(model=parts.network.model_dump(mode="json"), sides=config.sides, config_hash=config_hash(config))
     save_proposals(folder, parts.model, card)

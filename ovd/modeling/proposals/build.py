@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torchvision.ops import nms
 
 from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.splits import COCO_NAMES
-from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, start_from_nanodet
+from ovd.modeling.proposals.network import CHANNELS, ProposalDetector, build_proposal_detector, start_from_nanodet
+from ovd.modeling.proposals.pyramid import FrozenPyramid, pixel_statistics, start_from_library
 from ovd.pictures import resized
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -52,19 +54,58 @@ class ProposalCard:
     format: str = FORMAT
 
 
-def start_model(weights: Path, config: ProposalNetworkConfig) -> ProposalDetector:
-    """The network with the tensors of a converted NanoDet (a file) or of an exported folder.
+def build_model(config: ProposalNetworkConfig) -> ProposalDetector:
+    """The network with random weights; pixels of a library's network are normalised as `config` says.
 
     Raises:
-        UserError: neither of them, or tensors that do not fit.
+        UserError: nobody knows its backbone.
     """
-    model = build_proposal_detector(
-        ranking=config.ranking, nms=config.nms, pre_nms=config.pre_nms, post_nms=config.post_nms
+    build = partial(
+        build_proposal_detector,
+        ranking=config.ranking,
+        nms=config.nms,
+        pre_nms=config.pre_nms,
+        post_nms=config.post_nms,
     )
-    model.frozen = config.frozen
-    exported = weights.is_dir()
-    file = weights / "model.safetensors" if exported else weights
-    tensors, facts = load_weights(file)
+    pyramid = config.backbone
+    if pyramid is None:
+        return build()
+    if pyramid.pixel_mean is None or pyramid.pixel_std is None:
+        raise ValueError("model.backbone: pixel_mean and pixel_std are unknown; see with_statistics")
+    return build(
+        words=0,
+        backbone=FrozenPyramid(pyramid.name, channels=CHANNELS),
+        pixel_mean=pyramid.pixel_mean,
+        pixel_std=pyramid.pixel_std,
+    )
+
+
+def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetworkConfig:
+    """The configuration with the pixel statistics that a backbone's weights were trained with, where it has none.
+
+    Raises:
+        UserError: no such weights.
+    """
+    pyramid = config.backbone
+    if pyramid is None or pyramid.pixel_mean is not None:
+        return config
+    mean, std = pixel_statistics(pyramid.name, weights)
+    return config.model_copy(update={"backbone": pyramid.model_copy(update={"pixel_mean": mean, "pixel_std": std})})
+
+
+def start_model(weights: str | Path, config: ProposalNetworkConfig) -> ProposalDetector:
+    """The network with the tensors of an exported folder, of a converted NanoDet (a file), or of a library's network.
+
+    Raises:
+        UserError: none of them, or tensors that do not fit.
+    """
+    model = build_model(config)
+    path = Path(weights)
+    exported = holds_proposals(path)
+    if config.backbone is not None and not exported:
+        start_from_library(model.backbone, str(weights), name=config.backbone.name)
+        return model
+    tensors, facts = load_weights(path / "model.safetensors" if exported or path.is_dir() else path)
     wanted = FORMAT if exported else "nanodet/1"
     if facts.get("format") != wanted:
         raise UserError(
@@ -93,7 +134,8 @@ class PhotoProposals:
         boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
         objectness: (P,) 0…1, the score that orders them.
         quality: (P,) 0…1, expected IoU with whatever it boxes.
-        words: (P, 80) 0…1, how likely each of `KNOWN_WORDS` is, independent of each other, as NanoDet says it.
+        words: (P, K) 0…1, how likely each of `KNOWN_WORDS` is, independent of each other, as NanoDet says it; K is 0
+            on another backbone.
     """
 
     boxes: Tensor

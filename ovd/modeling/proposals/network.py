@@ -7,13 +7,15 @@ nanodet_backbone``, ``MODEL.PROPOSAL_GENERATOR.NAME: DenseProposals``, ``MODEL.M
 Each level has two heads. NanoDet's own is frozen and keeps saying how likely each of its 80 words is. The other starts
 as its copy and learns boxes without names: *objectness*, which starts at the best word's logit (so that an untrained
 network ranks as NanoDet does) and learns from objects and background, and *quality*, the IoU of the box, which learns
-from objects alone.
+from objects alone. On another backbone (`ovd.modeling.proposals.pyramid`) there is only the other, which starts at
+random.
 
-Shapes: ``N`` pictures, ``A`` cells, ``P`` proposals of one picture.
+Shapes: ``N`` pictures, ``A`` cells, ``K`` known words, ``P`` proposals of one picture.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -50,6 +52,8 @@ from pretrain.engine.state import load_tensors
 Ranking = Literal["words", "objectness", "quality", "both"]
 CHANNELS = 128
 LEVELS = ("p3", "p4", "p5")
+PRIOR = 0.01
+"""Probability of an object at the start of heads that know no words (arXiv:1708.02002, section 4.1)."""
 BOX_WEIGHT, SIDES_WEIGHT = 2.0, 0.25
 """Of the box's GIoU and of the sides' distributions (arXiv:2006.04388, section 4)."""
 
@@ -69,6 +73,10 @@ class NanoDetBackbone(Backbone):
         maps = self.neck(self.csp(pixels.to(dtype, memory_format=torch.channels_last)))
         return dict(zip(LEVELS, maps, strict=True))
 
+    def freeze(self) -> None:
+        """Train none of it."""
+        self.requires_grad_(False)
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {name: ShapeSpec(channels=CHANNELS, stride=s) for name, s in zip(LEVELS, STRIDES, strict=True)}
 
@@ -80,9 +88,12 @@ def nanodet_backbone(cfg: Any, input_shape: ShapeSpec) -> NanoDetBackbone:
 
 
 class NamelessHead(nn.Module):
-    """(N, C, h, w) to objectness (added to the best word's logit), quality and sides: (N, 1 + 1 + 4·bins, h, w)."""
+    """(N, C, h, w) to objectness (added to the best word's logit), quality and sides: (N, 1 + 1 + 4·bins, h, w).
 
-    def __init__(self, channels: int, *, bins: int) -> None:
+    ``prior``: probability of an object at the start, where there are no words.
+    """
+
+    def __init__(self, channels: int, *, bins: int, prior: float | None = None) -> None:
         super().__init__()
         self.hidden = DenseHead(channels, words=0, bins=bins).hidden
         self.scores = nn.Conv2d(channels, 2, 1)
@@ -90,6 +101,8 @@ class NamelessHead(nn.Module):
         nn.init.zeros_(self.scores.weight)
         assert self.scores.bias is not None
         nn.init.zeros_(self.scores.bias)
+        if prior is not None:
+            nn.init.constant_(self.scores.bias[:1], math.log(prior / (1 - prior)))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.hidden(x)
@@ -114,7 +127,7 @@ class DenseProposals(nn.Module):
         nms: IoU above which the lesser of two boxes goes.
         pre_nms: best boxes of a picture that the suppression looks at.
         post_nms: boxes kept of a picture.
-        words: that the frozen heads know.
+        words: K, that the frozen heads know; 0: there are no such heads, and no ranking by words.
     """
 
     @configurable
@@ -131,8 +144,9 @@ class DenseProposals(nn.Module):
         super().__init__()
         self.in_features, self.ranking, self.nms = in_features, ranking, nms
         self.pre_nms, self.post_nms = pre_nms, post_nms
-        self.heads = nn.ModuleList([DenseHead(CHANNELS, words=words, bins=BINS) for _ in in_features])
-        self.nameless = nn.ModuleList([NamelessHead(CHANNELS, bins=BINS) for _ in in_features])
+        self.heads = nn.ModuleList([DenseHead(CHANNELS, words=words, bins=BINS) for _ in in_features] if words else [])
+        prior = None if words else PRIOR
+        self.nameless = nn.ModuleList([NamelessHead(CHANNELS, bins=BINS, prior=prior) for _ in in_features])
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
@@ -146,21 +160,25 @@ class DenseProposals(nn.Module):
         """(proposals, losses): proposals in eval mode only, losses in training only.
 
         Proposals have ``proposal_boxes``, ``objectness_logits`` (of the ranking's score, best first), ``quality`` (P,)
-        and ``words`` (P, 80), both 0…1. ``gt_instances`` have ``gt_boxes`` and, where something is neither object nor
+        and ``words`` (P, K), both 0…1. ``gt_instances`` have ``gt_boxes`` and, where something is neither object nor
         background, ``gt_classes`` of -1 there.
         """
         maps = [features[name] for name in self.in_features]
-        with torch.no_grad():
-            words, own_sides = gather(self.heads, maps)
-        centres, strides = cell_centres(*images.tensor.shape[-2:], device=words.device)
-        words = words.float()
-        if self.ranking == "words" and not self.training:
+        centres, strides = cell_centres(*images.tensor.shape[-2:], device=images.tensor.device)
+        words, own_sides = maps[0].new_zeros(len(images), len(centres), 0).float(), None
+        if self.heads:
+            with torch.no_grad():
+                words, own_sides = gather(self.heads, maps)
+            words = words.float()
+        if self.ranking == "words" and not self.training and own_sides is not None:
             # NanoDet's scores were trained to be the IoU of its own boxes, so the best one is also the quality.
             objectness = quality = words.amax(dim=2)
             sides = own_sides
         else:
             answer = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
-            objectness, quality = words.amax(dim=2) + answer[..., 0], answer[..., 1]
+            objectness, quality = answer[..., 0], answer[..., 1]
+            if self.heads:
+                objectness = words.amax(dim=2) + objectness
             sides = answer[..., 2:].unflatten(2, (4, -1))
         if self.training:
             if gt_instances is None:
@@ -248,17 +266,15 @@ class ProposalDetector(ProposalNetwork):
     """Detectron2's network of a backbone and a proposal generator, on pictures padded with black as NanoDet's were.
 
     ``canvas``: in training every picture is padded to this (height, width), so that all batches have one shape: each
-    new one costs seconds of planning on a CPU. ``frozen``: the trunk stays as it is.
+    new one costs seconds of planning on a CPU.
     """
 
     canvas: tuple[int, int] | None = None
-    frozen: bool = True
 
     def forward(self, batched_inputs: Sequence[LabelledSample]) -> Any:
         """In training the dict of losses; in eval mode the proposals (:class:`Instances`) of each input."""
         images = self.preprocess(batched_inputs)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.backbone(images.tensor)
+        features = self.backbone(images.tensor)
         truth = [x["instances"].to(self.device) for x in batched_inputs] if self.training else None
         proposals, losses = self.proposal_generator(images, features, truth)
         return losses if self.training else proposals
@@ -277,14 +293,28 @@ class ProposalDetector(ProposalNetwork):
 
 
 def build_proposal_detector(
-    *, ranking: Ranking, nms: float, pre_nms: int, post_nms: int, words: int = WORDS
+    *,
+    ranking: Ranking,
+    nms: float,
+    pre_nms: int,
+    post_nms: int,
+    words: int = WORDS,
+    backbone: Backbone | None = None,
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN,
+    pixel_std: tuple[float, ...] = PIXEL_STD,
 ) -> ProposalDetector:
-    """The network with random weights."""
+    """The network with random weights.
+
+    Args:
+        ranking, nms, pre_nms, post_nms, words: of `DenseProposals`.
+        backbone: with ``freeze()``; None: NanoDet's.
+        pixel_mean, pixel_std: of RGB, 0…255.
+    """
     return ProposalDetector(
-        backbone=NanoDetBackbone(),
+        backbone=backbone or NanoDetBackbone(),
         proposal_generator=DenseProposals(ranking=ranking, nms=nms, pre_nms=pre_nms, post_nms=post_nms, words=words),
-        pixel_mean=PIXEL_MEAN,
-        pixel_std=PIXEL_STD,
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
     )
 
 
