@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ovd.config import TrainingConfig
-from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, warm_up_fits
 
 
 class FvlmHeadConfig(Section):
@@ -27,7 +27,11 @@ class FvlmConfig(Section):
     """The detector: boxes of a proposal network, names from the frozen image tower of an image-text encoder."""
 
     arch: Literal["fvlm"] = Field(..., description="a region head on a frozen image tower (F-VLM, arXiv:2209.15639)")
-    variant: Literal["text"] = Field("text", description="the head is trained on words")
+    variant: Literal["text", "fvlm", "vild", "ensemble"] = Field(
+        "text",
+        description="text: the head learns words (ViLD-text); fvlm: and the tower's own embedding has a say where "
+        "known is false; vild: the head's embedding learns the encoder's of crops, too; ensemble: another head does",
+    )
     side: int = Field(448, ge=64, le=2048, multiple_of=32, description="longest side of a picture in the tower, pixels")
     known: bool = Field(
         True,
@@ -35,6 +39,20 @@ class FvlmConfig(Section):
         "for a split whose novel words it was trained with",
     )
     head: FvlmHeadConfig = Field(FvlmHeadConfig(), description="region head")
+
+    @model_validator(mode="after")
+    def _offline_regions_have_no_words(self) -> FvlmConfig:
+        if self.variant == "vild" and self.known:
+            raise ValueError(
+                "variant vild: the head reads the proposal network's words, which offline regions lack: set "
+                "known=false, or variant=ensemble, whose image head reads none"
+            )
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether the variant learns from embeddings of crops."""
+        return self.variant in ("vild", "ensemble")
 
 
 class PhotoDataConfig(Section):
@@ -57,6 +75,12 @@ class PhotoDataConfig(Section):
         None, description="JSON list of nouns: neither their photos nor their words are learned, to measure them"
     )
     withheld: tuple[str, ...] = Field((), description="category names whose boxes are left out, to measure them")
+    novel: tuple[str, ...] = Field(
+        (),
+        description="words that must stay unknown, as the novel ones of a split: boxes, photos and names of them and "
+        "of their kinds are left out",
+        json_schema_extra=LATER,
+    )
     regions: int = Field(40, ge=4, le=300, description="proposals kept of a photo: half the best, half drawn")
 
 
@@ -72,6 +96,14 @@ class FvlmTrainConfig(TrainingConfig):
         description="folder for the frozen features of the photos' proposals; null: computed anew at every step",
         json_schema_extra=FREE,
     )
+    regions: str | None = Field(
+        None,
+        description="store of offline regions written by ovd.embed, for the variants that distil",
+        json_schema_extra=LATER,
+    )
+    image_weight: float = Field(
+        0.5, ge=0, description="weight of the distillation (ViLD, section 3.3)", json_schema_extra=LATER
+    )
     noun_weight: float = Field(
         0.1, ge=0, description="weight of a word outside the first file's categories in the text loss"
     )
@@ -81,4 +113,9 @@ class FvlmTrainConfig(TrainingConfig):
     @model_validator(mode="after")
     def _fits(self) -> FvlmTrainConfig:
         warm_up_fits(self.loop, self.optim)
+        if (self.regions is not None) != self.model.distils:
+            raise ValueError(
+                f"variant {self.model.variant!r} and regions {self.regions}: vild and ensemble distil from offline "
+                "regions: set regions=FOLDER, which python -m ovd.embed writes; the others need none: regions=null"
+            )
         return self

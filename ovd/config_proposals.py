@@ -31,8 +31,8 @@ class ProposalNetworkConfig(Section):
     variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
     backbone: PyramidConfig | None = Field(
         None,
-        description="a frozen network of a library, whose pyramid and heads learn boxes from nothing and know no words; "
-        "null: NanoDet-G, which knows 80",
+        description="a frozen network of a library, whose pyramid and heads learn boxes from nothing and know no "
+        "words; null: NanoDet-G, which knows 80",
         json_schema_extra=LATER,
     )
     ranking: Literal["words", "objectness", "quality", "both"] = Field(
@@ -89,8 +89,8 @@ class ProposalTrainConfig(RunConfig):
 
     weights: str = Field(
         ...,
-        description="what it starts from: nanodet.safetensors of scripts/convert_nanodet.py, or an exported folder; for "
-        "a backbone of a library its weights, or package:NAME, a package of the index that carries them",
+        description="what it starts from: nanodet.safetensors of scripts/convert_nanodet.py, or an exported folder; "
+        "for a backbone of a library its weights, or package:NAME, a package of the index that carries them",
     )
     model: ProposalNetworkConfig = Field(..., description="the network")
     sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(

@@ -27,7 +27,7 @@ from ovd.data.joined import check_withheld, join_images, no_such_part
 from pretrain.data.coco import GroundTruth, ImageId, read_ground_truth
 from pretrain.data.folder import look_for
 from pretrain.data.lexicon import Lexicon
-from pretrain.data.photos import read_labels
+from pretrain.data.photos import novel_names, read_labels
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
@@ -94,6 +94,7 @@ class Photo:
         words: (n,) numbers of the vocabulary.
         scores: (n,) 0…1.
         noun: number of the one thing that the photo shows, or None.
+        image_id: in the annotation files.
     """
 
     file: Path
@@ -102,6 +103,7 @@ class Photo:
     words: NDArray[np.int64]
     scores: F32
     noun: int | None
+    image_id: ImageId = -1
 
 
 class RegionTargets(NamedTuple):
@@ -173,6 +175,7 @@ class PhotoWords:
         min_score: boxes with a lower score are left out.
         not_things, leave_out: nouns that are not learned; those left out take their photos with them.
         withheld: names of categories whose boxes are left out.
+        novel: words that must stay unknown, and with them their kinds: boxes, photos and names are left out.
 
     Raises:
         UserError: unreadable or contradicting files, an unknown part or name, or no photo at all.
@@ -190,12 +193,16 @@ class PhotoWords:
         not_things: Collection[str] = (),
         leave_out: Collection[str] = (),
         withheld: Collection[str] = (),
+        novel: Collection[str] = (),
     ) -> None:
         truths = [
             one if isinstance(one, GroundTruth) else read_ground_truth(one, hint="data.annotations must be COCO files")
             for one in annotations
         ]
         check_withheld(withheld, truths)
+        unknown = novel_names(novel, lexicon)
+        leave_out = {*leave_out, *unknown}
+        withheld = {*withheld, *(name for truth in truths for name in truth.categories.values() if name in unknown)}
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
         self.lexicon = lexicon
         nouns: dict[Path, str] = {}
@@ -252,6 +259,7 @@ class PhotoWords:
                     words=np.array([word for _, word, _ in found], dtype=np.int64),
                     scores=np.array([score for _, _, score in found], dtype=np.float32),
                     noun=self.number(nouns[path]) if path in nouns else None,
+                    image_id=image_id,
                 )
             )
         return photos

@@ -58,24 +58,26 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
     Raises:
         UserError: scores without any relation to the labels.
     """
-    alone = replace(data.scorer, known=np.zeros_like(data.scorer.known))
-    ranking = data.scorer.calibration.uncalibrated()
+    words = data.scorer
+    assert isinstance(words, WordScorer)
+    alone = replace(words, known=np.zeros_like(words.known))
+    ranking = words.calibration.uncalibrated()
     own = ranking.open_scale
     ranking = _best(data, alone, [replace(ranking, open_scale=own * factor) for factor in TEMPERATURES])
     ranking = _best(data, alone, [replace(ranking, open_objectness=value) for value in OBJECTNESS])
     ranking = _best(data, alone, [replace(ranking, open_area=value) for value in AREA])
     slope, offset = _platt(data, replace(alone, calibration=ranking))
     fitted = replace(ranking, open_slope=slope, open_offset=offset)
-    if bool(data.scorer.known.any()):
-        fitted = _best(data, data.scorer, [replace(fitted, head_weight=share) for share in SHARES])
-        slope, offset = _platt(data, replace(data.scorer, calibration=fitted))
+    if bool(words.known.any()):
+        fitted = _best(data, words, [replace(fitted, head_weight=share) for share in SHARES])
+        slope, offset = _platt(data, replace(words, calibration=fitted))
         fitted = replace(fitted, slope=slope, offset=offset)
     if min(fitted.slope, fitted.open_slope) <= 0:
         raise UserError(
             "--data: this encoder's scores say nothing about these labels (the better a score, the less often it is "
             "right). Nothing was changed"
         )
-    scorer = replace(data.scorer, calibration=fitted)
+    scorer = replace(words, calibration=fitted)
     quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
     threshold = max(quiet, best_level(run_typed(data.scenes, scorer, floor=FLOOR)))
     return replace(fitted, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))

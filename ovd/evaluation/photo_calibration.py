@@ -18,6 +18,7 @@ from ovd.evaluation.typed import Outcome, TypedScene, average_precision, run_typ
 from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos
 from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
+from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.scoring import Calibration
 from ovd.vocabulary import Vocabulary
@@ -41,7 +42,7 @@ class TypedPhotos:
 
     scenes: list[TypedScene]
     named: list[NamedPhoto]
-    scorer: WordScorer
+    scorer: WordScorer | EnsembleScorer
 
 
 def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords:
@@ -84,7 +85,9 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed)
     scorer = detector.model.scorer(rows, [c.phrases for c in vocabulary.classes], detector.model.background_words)
-    assert isinstance(scorer, WordScorer)
+    assert isinstance(scorer, WordScorer | EnsembleScorer)
+    if isinstance(scorer, EnsembleScorer):
+        named = []  # one sigmoid for all words, fitted on boxes
     return TypedPhotos(scenes=scenes, named=named, scorer=scorer)
 
 
@@ -121,7 +124,7 @@ def best_level(outcome: Outcome) -> float:
     return float(outcome.score[order][f1.argmax()])
 
 
-def absent_scores(data: TypedPhotos, scorer: WordScorer) -> np.ndarray:
+def absent_scores(data: TypedPhotos, scorer: WordScorer | EnsembleScorer) -> np.ndarray:
     """Best scores of absent words, of both kinds of photos."""
     outcomes = run_typed(data.scenes, scorer, floor=FLOOR), named_outcome(data.named, scorer, floor=FLOOR)
     return np.concatenate([outcome.best_absent for outcome in outcomes])

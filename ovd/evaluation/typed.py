@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
+from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.postprocess import NMS_IOU, batched_nms
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration, RegionSet
 
 MATCH_IOU = 0.5
-TypedScorer = CalibratedScorer | WordScorer
+TypedScorer = CalibratedScorer | WordScorer | EnsembleScorer
 
 
 @dataclass(frozen=True, kw_only=True)

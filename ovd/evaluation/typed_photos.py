@@ -18,8 +18,8 @@ from ovd.data.photo_words import Photo, PhotoWords, WordTable
 from ovd.detector import Detector
 from ovd.evaluation.typed import Outcome, TypedScene
 from ovd.inference.arrays import Floats
-from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.postprocess import NMS_IOU, batched_nms
+from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import RegionSet
 from pretrain.engine.errors import BadImageError
 
@@ -143,7 +143,7 @@ def typed_photos(
     return scenes, named
 
 
-def named_outcome(named: Sequence[NamedPhoto], scorer: WordScorer, *, floor: float) -> Outcome:
+def named_outcome(named: Sequence[NamedPhoto], scorer: Scorer, *, floor: float) -> Outcome:
     """Boxes of the words typed for photos of one thing: the best box of its word is right, all others are wrong.
 
     Nobody drew that box. But a detector that shows the thing's parts beside it is wrong in most photos of one thing.

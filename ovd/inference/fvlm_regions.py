@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.everything import PromptFreeWords, open_shift
+from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.own_names import OwnNames
@@ -66,6 +67,7 @@ class FvlmRegionModel(RegionModel):
     """
 
     softmax = False
+    card: DetectorCard
 
     def __init__(
         self,
@@ -145,6 +147,18 @@ class FvlmRegionModel(RegionModel):
         spared = self.trained.relations(phrases).related
         rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
+        if not self.known.words:
+            labelled = WordList(words=self.card.classes, lexicon=self.trained.lexicon).relations(phrases)
+            return EnsembleScorer(
+                rows=rows,
+                competitors=competitors,
+                rivals=rivals,
+                exponent=head_exponents(
+                    str(self.card.model.get("variant")), np.asarray(labelled.same_or_below.any(axis=1))
+                ),
+                scale=self.network.scale,
+                calibration=self.calibration,
+            )
         own_CO = own_only_C = None
         if self.own is not None:
             own_CO = self.own.answering(phrases)

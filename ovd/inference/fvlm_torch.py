@@ -55,7 +55,7 @@ class TorchNetwork:
             boxes=pooled.boxes.cpu().numpy(),
             objectness=pooled.objectness.cpu().numpy(),
             text=out.embedding.cpu().numpy(),
-            image=self.model.tower.embed(pooled.features).cpu().numpy(),
+            image=self.model.image_embedding(pooled.features).cpu().numpy(),
             masks=None,
             size=(image.shape[0], image.shape[1]),
             known=pooled.known.cpu().numpy(),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ovd.data.pooled import PooledSource
     from ovd.modeling.fvlm.network import FvlmDetector
     from ovd.modeling.task import DetectionTask
+    from ovd.regions.store import RegionStore
     from pretrain.nets.towers import JointEncoder
 
 BATCH = 8  # photos between two writings of the cache
@@ -70,13 +71,15 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     rows = torch.from_numpy(embed_vocabulary(words, encoder))
     proposals = detector_folder(config.proposals)
     model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder)
+    store = None if config.regions is None else open_store(Path(config.regions), photos, encoder)
     key = {"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}
-    row = rows_of(config, model, photos, key=key)
+    row = rows_of(config, model, photos, store=store, key=key)
     criterion = WordCriterion(
-        head=model.head,
+        model=model,
         rows=rows,
         everywhere=photos.table.everywhere,
         noun_weight=config.noun_weight,
+        image_weight=None if store is None else config.image_weight,
     )
     return FvlmParts(
         encoder=encoder,
@@ -85,7 +88,7 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
         proposals=proposals,
         photos=photos,
         task=DetectionTask(model=criterion, pretrained_prefixes=(), pretrained_lr_scale=1.0),
-        source=PooledSource(photos=photos, row=row),
+        source=PooledSource(photos=photos, row=row, store=store),
     )
 
 
@@ -104,6 +107,7 @@ def read_photos(data: PhotoDataConfig) -> PhotoWords:
         not_things=nouns_of(data.not_things),
         leave_out=nouns_of(data.leave_out),
         withheld=data.withheld,
+        novel=data.novel,
     )
 
 
@@ -111,8 +115,25 @@ def _digest(proposals: Path) -> str:
     return sha256_of(proposals / "model.safetensors") + sha256_of(proposals / "model.json")
 
 
+def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder) -> RegionStore:
+    """The photos' offline regions.
+
+    Raises:
+        UserError: a store of another encoder, or one that lacks a photo.
+    """
+    from ovd.regions.store import RegionStore
+
+    image_ids = [photo.image_id for photo in photos.photos]
+    return RegionStore.open(folder, encoder_fingerprint=encoder.fingerprint(), image_ids=image_ids)
+
+
 def rows_of(
-    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]
+    config: FvlmTrainConfig,
+    model: FvlmDetector,
+    photos: PhotoWords,
+    *,
+    store: RegionStore | None,
+    key: Mapping[str, str],
 ) -> Callable[[int], dict[str, NDArray[Any]]]:
     """What gives a photo's regions with pooled features; where there is a cache, it is filled first.
 
@@ -120,6 +141,7 @@ def rows_of(
         config: of the training.
         model: whose proposals and tower give them.
         photos: one row each.
+        store: whose boxes are pooled, too; None: nothing is distilled.
         key: digests of the networks.
     """
     import numpy as np
@@ -127,13 +149,22 @@ def rows_of(
     from ovd.data.features import FeatureCache, Readable, files_of
 
     regions, readable = config.data.regions, Readable(len(photos))
+
+    def compute_row(index: int) -> dict[str, NDArray[Any]]:
+        image = photos.load(index)
+        row = _regions_of(model, image, count=regions, seed=index)
+        if store is not None:
+            boxes = store[photos.photos[index].image_id][0]
+            row["offline_features"] = _padded(
+                model.tower.pooled(image, boxes), store.settings.proposals_per_image, np.float16
+            )
+        return row
+
     if config.cache is None:
-        return lambda index: _regions_of(model, photos.load(index), count=regions, seed=index)
+        return compute_row
 
     def compute(indices: list[int]) -> dict[str, NDArray[Any]]:
-        rows = [
-            readable(index, lambda i: _regions_of(model, photos.load(i), count=regions, seed=i)) for index in indices
-        ]
+        rows = [readable(index, compute_row) for index in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     described: dict[str, object] = {
@@ -143,6 +174,7 @@ def rows_of(
         "model": config.model.model_dump(mode="json", include={"side", "known"}),
         "pool": [config.model.head.pool, config.model.head.context],
         "regions": regions,
+        **({} if store is None else {"offline regions": store.identity()}),
     }
     return FeatureCache.open(Path(config.cache), key=described, count=len(photos), compute=compute, batch=BATCH).row
 
@@ -157,18 +189,21 @@ def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, se
     rest = np.random.default_rng([7, seed]).permutation(np.arange(half, len(found.boxes)))[: count - half]
     chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(found.boxes))), np.sort(rest)]))
     kept = model.pooled(image, found[chosen])
-
-    def padded(values: Tensor, dtype: type[np.floating[Any]]) -> NDArray[Any]:
-        rows = np.zeros((count, *values.shape[1:]), dtype=dtype)
-        rows[: len(values)] = values.cpu().float().numpy()
-        return rows
-
     return {
-        "features": padded(kept.features, np.float16),
-        "known": padded(kept.known, np.float16),
-        "boxes": padded(kept.boxes, np.float32),
+        "features": _padded(kept.features, count, np.float16),
+        "known": _padded(kept.known, count, np.float16),
+        "boxes": _padded(kept.boxes, count, np.float32),
         "regions": np.array(len(chosen)),
     }
+
+
+def _padded(values: Tensor, count: int, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """As many rows as a cache has for every photo."""
+    import numpy as np
+
+    rows = np.zeros((count, *values.shape[1:]), dtype=dtype)
+    rows[: len(values)] = values.cpu().float().numpy()
+    return rows
 
 
 def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
@@ -191,7 +226,7 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         encoder_fingerprint=parts.encoder.fingerprint(),
         short_side=config.model.side,
         long_side=config.model.side,
-        classes=table.words,
+        classes=table.words[: table.everywhere],
         novel=(),
         bank=table.words,
         calibration=asdict(Calibration(open_scale=float(parts.encoder.logit_scale.detach().exp()))),

@@ -75,5 +75,7 @@ def export(config: ProposalTrainConfig, parts: ProposalParts, folder: Path) -> N
     from ovd.modeling.proposals.build import ProposalCard, save_proposals
     from pretrain.engine.config import config_hash
 
-    card = ProposalCard(model=parts.network.model_dump(mode="json"), sides=config.sides, config_hash=config_hash(config))
+    card = ProposalCard(
+        model=parts.network.model_dump(mode="json"), sides=config.sides, config_hash=config_hash(config)
+    )
     save_proposals(folder, parts.model, card)

@@ -16,7 +16,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -168,7 +168,7 @@ def read_photo_words(config: PhotoWords) -> Words:
     )
 
 
-def novel_names(novel: Sequence[str], lexicon: Lexicon) -> frozenset[str]:
+def novel_names(novel: Collection[str], lexicon: Lexicon) -> frozenset[str]:
     """All names of words that must stay unknown and of their kinds: dog, domestic dog, terrier, …
 
     Raises:

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -25,8 +26,9 @@ from ovd.inference.known_words import WordList, singulars
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.head import FrozenFeatureHead
+from ovd.modeling.fvlm.network import FvlmDetector
 from ovd.modeling.fvlm.tower import FrozenTower
-from ovd.modeling.proposals.build import KNOWN_WORDS
+from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -118,7 +120,8 @@ def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
     torch.manual_seed(0)
     head = FrozenFeatureHead(features=6, known=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     rows = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
-    criterion = WordCriterion(head=head, rows=rows, everywhere=1, noun_weight=0.25).eval()
+    model = FvlmDetector(proposer=cast(PhotoProposer, None), tower=cast(FrozenTower, None), head=head, known=True)
+    criterion = WordCriterion(model=model, rows=rows, everywhere=1, noun_weight=0.25).eval()
     batch = RegionBatch(
         features=torch.randn(2, 6),
         known=torch.rand(2, 2),
@@ -220,8 +223,8 @@ def test_a_check_computes_no_cache_and_writes_nothing(trained: Path, tmp_path: P
 
 def test_the_detector_holds_its_words_and_its_proposals(trained: Path) -> None:
     card = json.loads((trained / "run/exported/model.json").read_text())
-    assert card["model"]["arch"] == "fvlm" and card["classes"][:2] == ["dog", "car"]
-    assert {"saxophone", "lamp", "animal"} <= set(card["classes"])
+    assert card["model"]["arch"] == "fvlm" and card["classes"] == card["bank"][:2] == ["dog", "car"]
+    assert {"saxophone", "lamp", "animal"} <= set(card["bank"])
     theirs, ours = (
         folder / "model.safetensors" for folder in (trained / "proposals", trained / "run/exported/proposals")
     )

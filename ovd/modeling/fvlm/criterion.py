@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a region head on cached features: binary cross-entropy over the words.
+"""The losses of a region head on cached features: binary cross-entropy over the words, and ViLD's distillation.
 
-Shapes: ``N`` regions of a batch, ``V`` words, ``D`` joint embedding.
+Shapes: ``N`` regions of a batch, ``M`` offline regions of it, ``V`` words, ``D`` joint embedding.
 """
 
 from __future__ import annotations
@@ -12,23 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd.data.pooled import RegionBatch
-from ovd.modeling.fvlm.head import FrozenFeatureHead
+from ovd.data.pooled import OfflineBatch, RegionBatch
+from ovd.modeling.distillation import l1_distillation
+from ovd.modeling.fvlm.network import FvlmDetector
 
 
 class WordCriterion(nn.Module):
-    """A head and its loss.
+    """A detector's heads and their losses.
 
     Args:
-        head: is trained.
+        model: whose heads are trained.
         rows: (V, D) unit text embeddings.
         everywhere: so many of the first words weigh 1.
         noun_weight: weight of the other words.
+        image_weight: weight of the distillation; None: nothing is distilled.
     """
 
-    def __init__(self, *, head: FrozenFeatureHead, rows: Tensor, everywhere: int, noun_weight: float) -> None:
+    def __init__(
+        self,
+        *,
+        model: FvlmDetector,
+        rows: Tensor,
+        everywhere: int,
+        noun_weight: float,
+        image_weight: float | None = None,
+    ) -> None:
         super().__init__()
-        self.head = head
+        self.model = model
+        self.image_weight = image_weight
         weight_V = torch.full((len(rows),), noun_weight)
         weight_V[:everywhere] = 1.0
         self.register_buffer("rows", rows, persistent=False)
@@ -38,7 +49,21 @@ class WordCriterion(nn.Module):
         """The loss per region; a target of .4 means that four in ten such regions are right."""
         rows, weight_V = cast(Tensor, self.rows), cast(Tensor, self.weight_V)
         batch = batch.to(rows.device)
-        out = self.head(batch.features, batch.known)
-        logits_NV = self.head.scale * out.embedding @ rows.T + out.bias[:, None]
+        head = self.model.head
+        out = head(batch.features, batch.known)
+        logits_NV = head.scale * out.embedding @ rows.T + out.bias[:, None]
         each_NV = F.binary_cross_entropy_with_logits(logits_NV, batch.value, reduction="none")
-        return {"loss_words": (each_NV * batch.told * weight_V).sum(1).mean()}
+        losses = {"loss_words": (each_NV * batch.told * weight_V).sum(1).mean()}
+        if self.image_weight is not None:
+            assert batch.offline is not None, "distillation needs offline regions"
+            losses["loss_image"] = self.image_weight * self._distillation(batch.offline)
+        return losses
+
+    def _distillation(self, offline: OfflineBatch) -> Tensor:
+        """ViLD-image of the image head, or of the head that learns words (ViLD) where there is none."""
+        if self.model.image_head is None:
+            unknown_M0 = offline.features.new_zeros(len(offline.features), 0)
+            embedding_MD = self.model.head(offline.features, unknown_M0).embedding
+        else:
+            embedding_MD = self.model.image_embedding(offline.features)
+        return l1_distillation(embedding_MD, offline.target)

@@ -78,3 +78,37 @@ class FrozenFeatureHead(nn.Module):
         hidden = self.layers(self.norm(torch.cat(inputs, dim=1)))
         embedding = F.normalize(self.projection(hidden).float(), dim=1)
         return HeadOutputs(embedding, self.bias(hidden).float()[:, 0])
+
+
+class ImageHead(nn.Module):
+    """What the encoder would say of a region's crop: its own projection of the map in the box, corrected.
+
+    A map pooled in a box says less than a crop that the whole tower saw (F-VLM's answer against CLIP's on crops). The
+    correction starts at zero and is distilled (ViLD-image, arXiv:2104.13921, section 3.3).
+
+    Args:
+        features: F.
+        hidden: units of each hidden layer.
+        embed_dim: D.
+        dropout: after each hidden layer.
+    """
+
+    def __init__(self, *, features: int, hidden: int, embed_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features, affine=False)
+        self.layers = nn.Sequential(
+            nn.Linear(features, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+        )
+        self.projection = nn.Linear(hidden, embed_dim)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, features_PF: Tensor, tower_PD: Tensor) -> Tensor:
+        """(P, D) unit rows; ``tower_PD`` is the projection of the map in the box, unit rows."""
+        correction_PD = self.projection(self.layers(self.norm(features_PF.float()))).float()
+        return F.normalize(tower_PD + correction_PD, dim=1)

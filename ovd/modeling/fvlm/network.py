@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ovd.config_fvlm import FvlmConfig
 from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
-from ovd.modeling.fvlm.head import FrozenFeatureHead
+from ovd.modeling.fvlm.head import FrozenFeatureHead, ImageHead
 from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
 from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposals, PhotoProposer, load_proposals
 from pretrain.engine.errors import UserError
@@ -33,13 +33,23 @@ class FvlmDetector(nn.Module):
         tower: of the encoder.
         head: to be trained.
         known: whether the proposer's scores of known words are used.
+        image_head: to be distilled; None: the tower's own embedding stands for a crop's.
     """
 
-    def __init__(self, *, proposer: PhotoProposer, tower: FrozenTower, head: FrozenFeatureHead, known: bool) -> None:
+    def __init__(
+        self,
+        *,
+        proposer: PhotoProposer,
+        tower: FrozenTower,
+        head: FrozenFeatureHead,
+        known: bool,
+        image_head: ImageHead | None = None,
+    ) -> None:
         super().__init__()
         self._proposer = (proposer,)  # a tuple: it is stored in a folder of its own
         self._tower = (tower,)  # likewise: the encoder's folder has it
         self.head = head
+        self.image_head = image_head
         self.known = known
 
     @property
@@ -58,6 +68,11 @@ class FvlmDetector(nn.Module):
         known = proposals.words if self.known else proposals.words[:, :0]
         features = self.tower.pooled(image, proposals.boxes)
         return PooledRegions(proposals.boxes, proposals.objectness, known.to(features.device), features)
+
+    def image_embedding(self, features_PF: Tensor) -> Tensor:
+        """(P, D) unit rows: what the encoder says, or would say, of each region's crop."""
+        tower_PD = self.tower.embed(features_PF)
+        return tower_PD if self.image_head is None else self.image_head(features_PF, tower_PD)
 
 
 def known_words(config: FvlmConfig) -> tuple[str, ...]:
@@ -80,7 +95,15 @@ def build_fvlm(config: FvlmConfig, *, proposer: PhotoProposer, encoder: JointEnc
         dropout=config.head.dropout,
         scale=config.head.scale,
     )
-    return FvlmDetector(proposer=proposer, tower=tower, head=head, known=config.known)
+    image_head = None
+    if config.variant == "ensemble":
+        image_head = ImageHead(
+            features=tower.features,
+            hidden=config.head.hidden,
+            embed_dim=encoder.embed_dim,
+            dropout=config.head.dropout,
+        )
+    return FvlmDetector(proposer=proposer, tower=tower, head=head, known=config.known, image_head=image_head)
 
 
 def load_fvlm(

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of a detector of photographs whose proposals know no words: its heads alone name the regions (ViLD, F-VLM).
+
+Shapes: R regions, C classes, B background words, D joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovd.inference.arrays import Floats, logit, sigmoid
+from ovd.inference.ensemble import geometric_ensemble, text_exponents
+from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
+
+EPS = 1e-6
+ALONE = frozenset(("text", "vild"))
+"""Values of `model.variant` whose head of words has the only say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleScorer:
+    """The head's probability of a word and the image embedding's, in ViLD-ensemble's geometric mean.
+
+    The first is that of the word and of a good box. The second is a softmax against all words that contradict the
+    class, times a power of objectness, which says whether it is a good box of anything.
+
+    Attributes:
+        rows: (C, D) unit text embeddings.
+        competitors: (B, D) unit text embeddings of what a region may be instead.
+        rivals: (C, B) bool: competitors that contradict the class.
+        exponent: (C,) of the head's probability; 1: it stands alone.
+        scale: inverse temperature of the head.
+        calibration: of the checkpoint.
+    """
+
+    rows: Floats
+    competitors: Floats
+    rivals: NDArray[np.bool_]
+    exponent: Floats
+    scale: float
+    calibration: Calibration
+
+    def select(self, columns: Sequence[int]) -> EnsembleScorer:
+        """See `ovd.inference.scorers.Scorer`."""
+        chosen = list(columns)
+        return replace(self, rows=self.rows[chosen], rivals=self.rivals[chosen], exponent=self.exponent[chosen])
+
+    def __call__(self, regions: RegionSet) -> Floats:
+        """See `ovd.inference.scorers.Scorer`."""
+        assert regions.bias is not None
+        c = self.calibration
+        score_RC = sigmoid(self.scale * (regions.text @ self.rows.T) + regions.bias[:, None])
+        if (self.exponent < 1).any():
+            assert regions.image is not None
+            image_RC = competitive_probabilities(
+                regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+            )
+            image_RC *= regions.objectness.clip(0, 1)[:, None] ** c.open_objectness
+            score_RC = geometric_ensemble(score_RC, image_RC, self.exponent)
+        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
+
+
+def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_]) -> Floats:
+    """(C,) exponents of the head that learned words, by `model.variant` and whether labels named the class."""
+    if variant in ALONE:
+        return np.ones(len(is_labelled_C), np.float32)
+    return text_exponents(is_labelled_C)
