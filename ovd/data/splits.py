@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.coco_entries import CocoJson
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -206,7 +207,7 @@ class Split:
         return cls(name=name, base=tuple(categories), novel=(), names=categories)
 
 
-def lvis_split(categories: list[dict[str, Any]], *, name: str = "lvis") -> Split:
+def lvis_split(categories: Iterable[CocoJson], *, name: str = "lvis") -> Split:
     """Base = frequent and common, novel = rare (ViLD §4.1), from the `frequency` field (`f`, `c`, `r`) of LVIS
     categories.
 

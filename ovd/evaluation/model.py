@@ -17,7 +17,8 @@ from ovd.evaluation.options import VILD_REGIONS, DataSpec, Options
 from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
 from ovd.evaluation.run import Predict, run_images, run_source
 from ovd.formats.read import read_spec
-from pretrain.data.coco import ImageId, check_ground_truth
+from pretrain.data.coco import check_ground_truth
+from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, sha256_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 EVALUATED_PARTS = ("val", "test")  # of a data set in parts, the first that it has
 DEFAULT_SCALE = 100.0  # ViLD's inverse temperature
 
-Record = dict[str, Any]  # what a reader of the figures must know of the run; stands under `run` in metrics.json
+Record = dict[str, object]  # what a reader of the figures must know of the run; stands under `run` in metrics.json
 
 
 @dataclass(kw_only=True)
@@ -48,7 +49,7 @@ class Pictures:
     """
 
     split: Split
-    gt: dict[str, Any] | None = None
+    gt: CocoJson | None = None
     folder: Path | None = None
     scenes: SceneSource | None = None
     crops: dict[int, list[Crop]] | None = None
@@ -68,7 +69,7 @@ class ModelRun:
         record: see `Record`.
     """
 
-    gt: dict[str, Any]
+    gt: CocoJson
     results: list[CocoResult] | None
     proposals: list[CocoResult] | None
     split: Split
@@ -295,15 +296,17 @@ def as_vild_evaluates(predictor: Predictor, options: Options, pictures: Pictures
         VocabularyClass(name, tuple(s for s in dict.fromkeys(said.get(i, ())) if s != name))
         for i, name in names.items()
     )
-    record |= {"vild": True, "synonyms": sum(len(one.synonyms) for one in classes)}
-    if record["synonyms"]:
+    synonyms, scale = sum(len(one.synonyms) for one in classes), record["scale"]
+    record |= {"vild": True, "synonyms": synonyms}
+    if synonyms:
+        assert isinstance(scale, float)
         predictor = predictor_for(
             predictor.detector,
             pictures.split,
             vocabulary=Vocabulary(classes, templates=predictor.detector.templates),
             categories=names,
             ensemble=options.ensemble,
-            scale=float(record["scale"]),
+            scale=scale,
             limit=options.limit,
         )
     return replace(predictor, per_class=VILD_REGIONS)

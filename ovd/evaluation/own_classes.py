@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ovd.data.own_photos import OwnPhotos
+from ovd.detections import CocoResult
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.matching import match_table
 from ovd.evaluation.reliability import Reliability, reliability
@@ -76,7 +77,7 @@ def find(
     there = [None if name is None else category.get(name_key(name)) for name in names]
     was_training = branch.training
     branch.eval()
-    results: list[dict[str, Any]] = []
+    results: list[CocoResult] = []
     for index in chosen:
         boxes, classes, scores = branch.detect(photos.load(index), side=side, nms=nms, top=top)
         for (x1, y1, x2, y2), number, score in zip(boxes.tolist(), classes.tolist(), scores.tolist(), strict=True):
@@ -86,7 +87,8 @@ def find(
     branch.train(was_training)
     truth = photos.as_coco(chosen)
     known = {one for one in there if one is not None}
-    truth["annotations"] = [one for one in truth["annotations"] if one["category_id"] in known]
+    annotations = [one for one in truth["annotations"] if one["category_id"] in known]
+    truth = {**truth, "annotations": annotations}
     tables = match_table(truth, results).values()
     return Found(
         ap50=evaluate(truth, results, iou_types=("bbox",)).values["bbox/AP50"],

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import CocoResult
-from pretrain.data.coco import ImageId, image_sizes, picture_file
+from pretrain.data.coco import image_sizes, picture_file
+from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def run_source(
     *,
     propose: Predict | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], list[CocoResult] | None, list[CocoResult] | None]:
+) -> tuple[CocoJson, list[CocoResult] | None, list[CocoResult] | None]:
     """Run a model over generated scenes; nothing touches the disk.
 
     Args:
@@ -42,26 +43,28 @@ def run_source(
         UserError: a source that hides the labels of novel objects.
     """
     from pretrain.data.export import coco_header
-    from pretrain.data.scenes import coco_objects
+    from pretrain.data.scenes import ObjectEntry, SceneEntry, coco_objects
 
     if source.labels != "all":
         raise UserError("this source hides the labels of novel objects (labels=base), so nothing can be said of them.")
-    gt: dict[str, Any] = {**coco_header(source.stickers, source), "images": [], "annotations": []}
+    images: list[SceneEntry] = []
+    annotations: list[ObjectEntry] = []
     collector = _Collector(predict, propose)
     for index in range(len(source)):
         scene = source.scene(index)
         image_id = index + 1
-        image, objects = coco_objects(scene, image_id=image_id, first_annotation_id=len(gt["annotations"]) + 1)
-        gt["images"].append(image)
-        gt["annotations"] += objects
+        image, objects = coco_objects(scene, image_id=image_id, first_annotation_id=len(annotations) + 1)
+        images.append(image)
+        annotations += objects
         collector(scene.image, image_id)
         if on_image is not None:
             on_image(image_id, len(source))
+    gt = {**coco_header(source.stickers, source), "images": images, "annotations": annotations}
     return gt, collector.results, collector.proposals
 
 
 def run_images(
-    gt: Mapping[str, Any],
+    gt: CocoJson,
     folder: Path,
     predict: Predict | None,
     *,
