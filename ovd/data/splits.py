@@ -128,7 +128,7 @@ class Split:
             listed = _some(f"{i} is {self.names[i]!r} in the split but {categories[i]!r} there" for i in other)
             raise UserError(f"split {self.name!r} does not fit {where}: {listed}. Were the ids renumbered?")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON content that `Split.load` reads back to an equal split."""
         return {"name": self.name, "base": list(self.base), "novel": list(self.novel),
                 "names": {str(i): n for i, n in sorted(self.names.items())}, "hash": self.hash}  # fmt: skip
