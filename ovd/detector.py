@@ -29,17 +29,11 @@ from numpy.typing import NDArray
 from ovd.detections import Detections
 from ovd.examples import ExampleEmbedder, parse_examples
 from ovd.inference.arrays import Floats
+from ovd.inference.conditioned import conditioned_detections, require_examples_only
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.encoder import image_tower
 from ovd.inference.everything import LEVEL, is_everything
-from ovd.inference.postprocess import (
-    CROSS_CLASS_IOU,
-    MAX_DETECTIONS,
-    NMS_IOU,
-    Candidates,
-    ClassifyOptions,
-    postprocess,
-)
+from ovd.inference.postprocess import ClassifyOptions
 from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
@@ -438,37 +432,17 @@ class Detector:
         pixels: NDArray[np.uint8],
         query: Query,
         threshold: float | None,
-        *,
-        limit: int = MAX_DETECTIONS,
-        nms_iou: float = NMS_IOU,
-        cross_class_iou: float | None = CROSS_CLASS_IOU,
-        one_class_per_region: bool = True,  # each query has one class
+        **options: Unpack[ClassifyOptions],
     ) -> Detections:
-        """Find examples with queries conditioned on them; a score is the query's objectness.
+        """Find examples with queries conditioned on them.
 
         Raises:
             UserError: words or negative examples, which such a model does not know.
         """
-        if query.words.classes or len(query.positive_examples) < len(query.examples):
-            raise UserError(
-                "this transformer was pretrained on patches: it finds what examples show, and knows neither words nor "
-                "things to leave out; ask with examples only, or train it on labels with model.variant=text"
-            )
+        require_examples_only(query)
         level = self.threshold_for(query, threshold)
         with self._lock:
             located = model.locate(pixels, self.patch_rows(model, query.positive_examples))
             self.runs += 1
-        boxes, score = located.boxes, located.score
-        class_id = np.array(query.columns, dtype=np.int64)[located.class_id]
-        best_C = np.zeros(len(query.names), dtype=np.float32)
-        np.maximum.at(best_C, class_id, score)
-        candidates = Candidates(np.arange(len(score)), class_id, score)[score >= np.float32(level)]
-        return Detections.of(
-            postprocess(boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit),
-            boxes=boxes,
-            size=(pixels.shape[0], pixels.shape[1]),
-            names=query.names,
-            best=best_C,
-            threshold=level,
-            notices=query.notices,
-        )
+        size = (pixels.shape[0], pixels.shape[1])
+        return conditioned_detections(located, query, size=size, threshold=level, **options)

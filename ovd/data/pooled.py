@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training samples of a region head: a photo's regions with their cached features, and what they are told.
+"""Training samples of a region head: a photo's regions with their cached features and their targets.
 
 Shapes: ``P`` regions kept of each photo, ``N`` regions of a batch, ``V`` words.
 """
@@ -7,7 +7,7 @@ Shapes: ``P`` regions kept of each photo, ``N`` regions of a batch, ``V`` words.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,17 +24,22 @@ class RegionBatch:
     Attributes:
         features: (N, F).
         known: (N, K) 0…1.
-        value, told: (N, V), see `ovd.data.photo_words.RegionTargets`.
+        target, mask: (N, V), see `ovd.data.photo_words.RegionTargets`.
     """
 
     features: Tensor
     known: Tensor
-    value: Tensor
-    told: Tensor
+    target: Tensor
+    mask: Tensor
 
     def to(self, device: torch.device) -> RegionBatch:
         """The same on a device."""
-        return RegionBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return RegionBatch(
+            features=self.features.to(device),
+            known=self.known.to(device),
+            target=self.target.to(device),
+            mask=self.mask.to(device),
+        )
 
 
 class PooledSource:
@@ -64,11 +69,16 @@ class PooledSource:
         return RegionBatch(
             features=torch.from_numpy(row["features"][:count]),
             known=torch.from_numpy(row["known"][:count]),
-            value=torch.from_numpy(targets.value),
-            told=torch.from_numpy(targets.told),
+            target=torch.from_numpy(targets.target),
+            mask=torch.from_numpy(targets.mask),
         )
 
     @staticmethod
     def collate(samples: list[RegionBatch]) -> RegionBatch:
         """All regions in one batch."""
-        return RegionBatch(**{f.name: torch.cat([getattr(s, f.name) for s in samples]) for f in fields(RegionBatch)})
+        return RegionBatch(
+            features=torch.cat([one.features for one in samples]),
+            known=torch.cat([one.known for one in samples]),
+            target=torch.cat([one.target for one in samples]),
+            mask=torch.cat([one.mask for one in samples]),
+        )

@@ -40,5 +40,5 @@ class WordCriterion(nn.Module):
         batch = batch.to(rows.device)
         out = self.head(batch.features, batch.known)
         logits_NV = self.head.scale * out.embedding @ rows.T + out.bias[:, None]
-        each_NV = F.binary_cross_entropy_with_logits(logits_NV, batch.value, reduction="none")
-        return {"loss_words": (each_NV * batch.told * weight_V).sum(1).mean()}
+        each_NV = F.binary_cross_entropy_with_logits(logits_NV, batch.target, reduction="none")
+        return {"loss_words": (each_NV * batch.mask * weight_V).sum(1).mean()}
