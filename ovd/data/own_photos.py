@@ -177,7 +177,7 @@ class OwnPhotos:
             "annotations": annotations,
         }
 
-    def load(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> NDArray[np.uint8]:
         """Photo ``index``, (H, W, 3) RGB.
 
         Raises:
@@ -223,7 +223,7 @@ class OwnPhotos:
 
     def _decodes(self, index: int) -> bool:
         try:
-            self.load(index)
+            self.image(index)
         except BadImageError:
             return False
         return True
@@ -310,7 +310,7 @@ class CanvasSource:
     ) -> Boxes:
         """Put a photo into a square of the canvas; its boxes there."""
         photo = self.chosen[index]
-        image, labels = self.photos.load(photo), self.photos.boxes(photo)
+        image, labels = self.photos.image(photo), self.photos.boxes(photo)
         height, width = image.shape[:2]
         factor = side / max(height, width) * float(np.exp(rng.uniform(*np.log(self.scale))))
         image = resized(image, factor)

@@ -278,7 +278,7 @@ class PhotoWords:
         labels = text_identity(self.table.words, self.table.everywhere, said)
         return {**files_identity("photos", root, names), "words and boxes": labels}
 
-    def load(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> NDArray[np.uint8]:
         """Photo ``index``, (H, W, 3) RGB.
 
         Raises:

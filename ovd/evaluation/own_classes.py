@@ -79,7 +79,7 @@ def find(
     branch.eval()
     results: list[CocoResult] = []
     for index in chosen:
-        boxes, classes, scores = branch.detect(photos.load(index), side=side, nms=nms, top=top)
+        boxes, classes, scores = branch.detect(photos.image(index), side=side, nms=nms, top=top)
         for (x1, y1, x2, y2), number, score in zip(boxes.tolist(), classes.tolist(), scores.tolist(), strict=True):
             if (one := there[number]) is not None:
                 box = [x1, y1, x2 - x1, y2 - y1]

@@ -128,11 +128,11 @@ def rows_of(
 
     regions, readable = config.data.regions, Readable(len(photos))
     if config.cache is None:
-        return lambda index: _regions_of(model, photos.load(index), count=regions, seed=index)
+        return lambda index: _regions_of(model, photos.image(index), count=regions, seed=index)
 
     def compute(indices: list[int]) -> dict[str, NDArray[Any]]:
         rows = [
-            readable(index, lambda i: _regions_of(model, photos.load(i), count=regions, seed=i)) for index in indices
+            readable(index, lambda i: _regions_of(model, photos.image(i), count=regions, seed=i)) for index in indices
         ]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
