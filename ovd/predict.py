@@ -34,9 +34,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
-from ovd.asking import RARE, add_query_flags, check_words, load_query
 from ovd.formats.names import FORMATS, parse_formats
 from ovd.predict_video import is_video, predict_videos
+from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import BadImageError, UserError, run_cli, shorten
 from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser, integer

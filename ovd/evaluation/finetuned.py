@@ -17,7 +17,7 @@ from ovd.evaluation.matching import match_table
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.inference.calibration import fit_platt
 from ovd.modeling.export import DetectorCard
-from ovd.modeling.fvlm.own_classes import OwnClasses
+from ovd.modeling.fvlm.finetuned import OwnClasses
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.words import name_key
 from pretrain.engine.errors import UserError
