@@ -29,7 +29,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovd.asking import add_encoder_flag
+from ovd.query_flags import add_encoder_flag
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.engine.flags import CommandParser, integer
@@ -335,8 +335,8 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 def calibrate_own_classes(args: argparse.Namespace) -> bool:
     """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
     from ovd.data.own_photos import OwnPhotos
+    from ovd.evaluation.finetuned import recalibrated
     from ovd.evaluation.labelled_scenes import labels_of
-    from ovd.evaluation.own_classes import recalibrated
     from ovd.evaluation.reliability import report_fit
     from ovd.inference.fvlm_regions import FvlmRegionModel
     from ovd.inference.fvlm_torch import TorchNetwork

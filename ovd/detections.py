@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.rle import encode_mask
+from pretrain.data.rle import JsonRle, encode_mask
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MASK_THRESHOLD = 0.5
 
 
 class _Mask(TypedDict, total=False):
-    segmentation: dict[str, Any]
+    segmentation: JsonRle
 
 
 class CocoResult(_Mask):

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from ovd.detections import Detections
 from ovd.examples import ExampleEmbedder, parse_examples
 from ovd.inference.arrays import Floats
+from ovd.inference.conditioned import conditioned_detections, require_examples_only
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.encoder import image_tower
 from ovd.inference.everything import LEVEL, is_everything
-from ovd.inference.postprocess import CROSS_CLASS_IOU, MAX_DETECTIONS, NMS_IOU, Candidates, postprocess
+from ovd.inference.postprocess import ClassifyOptions
 from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
@@ -45,10 +46,12 @@ from ovd.query import Query
 from ovd.runtime.choice import Runtime, load_networks
 from ovd.text import TextEmbedder, TextEncoder, cut_phrases
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
-from ovd.weights import detector_folder, read_model_card
+from ovd.weights import ModelCard, detector_folder, read_model_card
 from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ovd.examples import Example, ExamplesLike
 
 REGIONS = 150
@@ -88,7 +91,7 @@ class Detector:
         cache_size: int = 8,
         text_cache: str | Path | None = None,
         crop_refinement: int = 0,
-        card: dict[str, Any] | None = None,
+        card: ModelCard | None = None,
         second_look: int | None = None,
     ) -> None:
         self.model = model
@@ -103,7 +106,7 @@ class Detector:
         example_encoder = model.example_encoder or image_encoder
         self.examples = None if example_encoder is None else ExampleEmbedder(encoder=example_encoder)
         self.templates = tuple(templates)
-        self.card = dict(card or {})
+        self.card = ModelCard(**(card or {}))
         self.vocabulary: Vocabulary | None = None
         self.runs = 0  # pictures that went through the network
         self._cache_size = cache_size
@@ -125,7 +128,8 @@ class Detector:
         second_look: int | None = None,
         encoder: str | None = None,
         sides: Sequence[int] | None = None,
-        **options: Any,
+        cache_size: int = 8,
+        text_cache: str | Path | None = None,
     ) -> Detector:
         """Load a trained detector.
 
@@ -144,7 +148,7 @@ class Detector:
                 `ovd.with_encoder`.
             sides: longest sides, in pixels, at which a detector of photographs looks for boxes, such as ``[640, 416]``;
                 more and larger ones find smaller things in more time. None: as shipped.
-            options: ``cache_size``, ``text_cache`` of the constructor.
+            cache_size, text_cache: see the constructor.
 
         Raises:
             UserError: unknown name, missing or damaged files.
@@ -164,7 +168,8 @@ class Detector:
                 encoder=named.encoder,
                 templates=named.templates,
                 card=card_with_sides(named.card, sides),
-                **options,
+                cache_size=cache_size,
+                text_cache=text_cache,
             )
         card = read_card(folder)
         networks = load_networks(
@@ -179,7 +184,8 @@ class Detector:
             templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
             crop_refinement=crop_refinement,
             card=card_with_sides(read_model_card(folder), sides),
-            **options,
+            cache_size=cache_size,
+            text_cache=text_cache,
         )
 
     def with_model(self, model: RegionModel) -> Detector:
@@ -357,7 +363,9 @@ class Detector:
                 self._cache.move_to_end(key)
         return Regions(regions=regions, key=key, detector=self)
 
-    def detect(self, image: ImageLike, threshold: float | None = None, **options: Any) -> Detections:
+    def detect(
+        self, image: ImageLike, threshold: float | None = None, **options: Unpack[ClassifyOptions]
+    ) -> Detections:
         """Find the classes of `set_classes` in a picture.
 
         Args:
@@ -375,7 +383,7 @@ class Detector:
         *,
         examples: ExamplesLike | None = None,
         threshold: float | None = None,
-        **options: Any,
+        **options: Unpack[ClassifyOptions],
     ) -> Detections:
         """Find words, things given by crops, or both in one picture.
 
@@ -394,7 +402,9 @@ class Detector:
         query = self.query(classes, examples, picture=pixels)  # first: a mistake should not cost a run
         return self.answer(pixels, query, threshold=threshold, **options)
 
-    def answer(self, image: ImageLike, query: Query, *, threshold: float | None = None, **options: Any) -> Detections:
+    def answer(
+        self, image: ImageLike, query: Query, *, threshold: float | None = None, **options: Unpack[ClassifyOptions]
+    ) -> Detections:
         """Run a prepared query: classify regions, or condition a UP-DETR pretext model's queries on the examples.
 
         Args:
@@ -422,36 +432,17 @@ class Detector:
         pixels: NDArray[np.uint8],
         query: Query,
         threshold: float | None,
-        *,
-        limit: int = MAX_DETECTIONS,
-        nms_iou: float = NMS_IOU,
-        cross_class_iou: float | None = CROSS_CLASS_IOU,
+        **options: Unpack[ClassifyOptions],
     ) -> Detections:
-        """Find examples with queries conditioned on them; a score is the query's objectness.
+        """Find examples with queries conditioned on them.
 
         Raises:
             UserError: words or negative examples, which such a model does not know.
         """
-        if query.words.classes or len(query.positive_examples) < len(query.examples):
-            raise UserError(
-                "this transformer was pretrained on patches: it finds what examples show, and knows neither words nor "
-                "things to leave out; ask with examples only, or train it on labels with model.variant=text"
-            )
+        require_examples_only(query)
         level = self.threshold_for(query, threshold)
         with self._lock:
             located = model.locate(pixels, self.patch_rows(model, query.positive_examples))
             self.runs += 1
-        boxes, score = located.boxes, located.score
-        class_id = np.array(query.columns, dtype=np.int64)[located.class_id]
-        best_C = np.zeros(len(query.names), dtype=np.float32)
-        np.maximum.at(best_C, class_id, score)
-        candidates = Candidates(np.arange(len(score)), class_id, score)[score >= np.float32(level)]
-        return Detections.of(
-            postprocess(boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit),
-            boxes=boxes,
-            size=(pixels.shape[0], pixels.shape[1]),
-            names=query.names,
-            best=best_C,
-            threshold=level,
-            notices=query.notices,
-        )
+        size = (pixels.shape[0], pixels.shape[1])
+        return conditioned_detections(located, query, size=size, threshold=level, **options)

@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from pretrain.engine.files import read_json, require_writable, sha256_of, write_
 if TYPE_CHECKING:
     from ovd.evaluation.coco import Metrics
     from ovd.evaluation.compare import Difference
+    from pretrain.data.coco_entries import CocoJson
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +45,7 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
     assert options.annotations is not None and options.predictions is not None
     gt, results = _ground_truth(options.annotations), read_json(options.predictions)
     proposals = read_json(options.proposals) if options.proposals else None
-    compared = read_json(options.compare) if options.compare else None
+    compared: Any = read_json(options.compare) if options.compare else None
     where = (options.annotations, options.predictions)
     split = split_of(options.split, gt, where=where[0]) if options.split else None
     if _federated(options, gt):
@@ -53,7 +54,7 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
         metrics = coco.evaluate(
             gt, results, split, options.iou_types, max_dets=options.max_dets, proposals=proposals, where=where
         )
-    record: dict[str, Any] = {}
+    record: dict[str, object] = {}
     if options.compare:
         differences, kind = _differences(options, gt, results, compared, metrics)
         print(f"AP50 ({kind}) against {options.compare}, with a 95 % interval over resampled images:")
@@ -101,7 +102,7 @@ def evaluate_model(options: Options, argv: Sequence[str]) -> Metrics:
     return metrics
 
 
-def _ground_truth(spec: str) -> Any:
+def _ground_truth(spec: str) -> CocoJson:
     """Annotations in COCO's form; of other formats the part that is evaluated, with its pictures numbered as read."""
     from ovd.evaluation.model import EVALUATED_PARTS
     from ovd.formats.read import read_spec, recognise
@@ -113,7 +114,7 @@ def _ground_truth(spec: str) -> Any:
     return read_spec(named, prefer=EVALUATED_PARTS).content
 
 
-def _federated(options: Options, gt: Any) -> bool:
+def _federated(options: Options, gt: CocoJson) -> bool:
     """Whether LVIS's protocol applies: by `--protocol`, or as the file has LVIS's fields.
 
     Raises:
@@ -130,7 +131,7 @@ def _federated(options: Options, gt: Any) -> bool:
 
 
 def _differences(
-    options: Options, gt: Any, results: Any, compared: Any, metrics: Metrics
+    options: Options, gt: CocoJson, results: Sequence[CocoJson], compared: Sequence[CocoJson], metrics: Metrics
 ) -> tuple[dict[str, Difference], str]:
     """The differences to the results of `--compare`, by group, and of what: boxes or masks."""
     from ovd.evaluation.compare import bootstrap
@@ -147,7 +148,7 @@ def _differences(
     return bootstrap(first, second, metrics.split.groups), kind
 
 
-def _draw(metrics: Metrics, options: Options, gt: Any, results: Any, name: str) -> None:
+def _draw(metrics: Metrics, options: Options, gt: CocoJson, results: Sequence[CocoJson], name: str) -> None:
     """The pictures of ``--plots``."""
     if options.plots is None:
         return
@@ -167,7 +168,7 @@ def _show_progress(done: int, total: int) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _report(metrics: Metrics, options: Options, argv: Sequence[str], record: dict[str, Any]) -> None:
+def _report(metrics: Metrics, options: Options, argv: Sequence[str], record: Mapping[str, object]) -> None:
     """Print warnings and table; write the files of `--out`."""
     from ovd.evaluation import report
 

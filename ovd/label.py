@@ -28,8 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovd.asking import RARE, add_query_flags, check_words, load_query
 from ovd.formats.names import DATASET_FORMATS
+from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.engine.flags import CommandParser, share

@@ -32,11 +32,11 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
-from ovd.asking import RARE, add_query_flags, check_words, load_query
 from ovd.formats.names import FORMATS, parse_formats
 from ovd.predict_video import is_video, predict_videos
+from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import BadImageError, UserError, run_cli, shorten
 from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser, integer
@@ -45,11 +45,30 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ovd.detections import CocoResult
     from ovd.detector import Detector
     from ovd.query import Query
     from ovd.vocabulary import Vocabulary
+    from pretrain.data.coco_entries import CocoImage
 
 PARTS = "parts"
+
+
+class PictureRecord(TypedDict, total=False):
+    """What is kept of a finished picture; one that cannot be used has a ``reason`` in place of results.
+
+    ``sha256`` is that of its file, ``drawn`` the name of its drawing; ``results`` are of image 0.
+    """
+
+    file_name: str
+    sha256: str | None
+    reason: str
+    width: int
+    height: int
+    results: list[CocoResult]
+    summary: str
+    drawn: str
+
 
 DESCRIPTION = """\
 Name what is in pictures and folders of pictures. --out gets results.json (COCO), images.json and the drawn pictures;
@@ -215,6 +234,7 @@ def predict(
             target = out / "drawn" / drawn[number - 1] if draw else None
             digest = _digest(path)
             before = _finished(part)
+            record: PictureRecord
             if before is not None and _holds(before, digest, out, target):
                 record = before
             else:
@@ -252,7 +272,7 @@ def drawn_names(names: Sequence[str]) -> list[str]:
     return drawn
 
 
-def _claim(out: Path, job: dict[str, Any], names: Sequence[str], overwrite: bool) -> Path:
+def _claim(out: Path, job: Mapping[str, object], names: Sequence[str], overwrite: bool) -> Path:
     """Make the folder ours, or find out that it already is; returns the folder of finished parts."""
     parts = out / PARTS
     stamp = out / "job.json"
@@ -273,7 +293,7 @@ def _claim(out: Path, job: dict[str, Any], names: Sequence[str], overwrite: bool
     return parts
 
 
-def _differing(before: Any, job: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _differing(before: object, job: Mapping[str, object], names: Sequence[str]) -> list[str]:
     """What another command had asked for, in words; pictures may be added."""
     if not isinstance(before, dict) or "pictures" not in before:
         return ["it was written by another version"]
@@ -297,7 +317,7 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _holds(record: Mapping[str, Any], digest: str | None, out: Path, target: Path | None) -> bool:
+def _holds(record: PictureRecord, digest: str | None, out: Path, target: Path | None) -> bool:
     """Whether a kept record is of this very picture, and its drawing is there. Failures are always tried again."""
     return (
         "reason" not in record
@@ -307,12 +327,12 @@ def _holds(record: Mapping[str, Any], digest: str | None, out: Path, target: Pat
     )
 
 
-def _finished(part: Path) -> dict[str, Any] | None:
+def _finished(part: Path) -> PictureRecord | None:
     try:
         record = json.loads(part.read_text(encoding="utf-8"))  # written under another name and renamed: always whole
     except (FileNotFoundError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    return cast("PictureRecord", record) if isinstance(record, dict) else None
 
 
 def _one(
@@ -322,7 +342,8 @@ def _one(
     threshold: float,
     masks: bool,
     target: Path | None,
-) -> dict[str, Any]:
+) -> PictureRecord:
+    """A picture's detections, or why it cannot be used; ``target`` is where it is drawn."""
     from ovd.drawing import draw_detections
     from ovd.pictures import to_rgb
 
@@ -347,12 +368,13 @@ def _one(
 
 
 def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, failed: list[dict[str, str]]) -> None:
-    images: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
+    images: list[CocoImage] = []
+    results: list[CocoResult] = []
     for number, name in enumerate(names, 1):
         record = _finished(_part(parts, name))
         if record is not None and "reason" not in record:
-            images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
+            name, width, height = record["file_name"], record["width"], record["height"]
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
             results.extend({**row, "image_id": number} for row in record["results"])
     categories = [{"id": i, "name": class_name} for i, class_name in enumerate(query.names, 1)]
     if query.naming is not None and results:  # of all known words those that were found
@@ -366,7 +388,7 @@ def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, fai
         (out / "failed.json").unlink(missing_ok=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     # A file name that is no UTF-8 holds surrogates, which JSON writes as \\udcXX: any reader takes the file, and
     # Python's os.fsencode gives the name back.
     write_atomically(path, json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"))

@@ -9,17 +9,27 @@ Shapes: n detections of all tiles, M mask side.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
 from ovd.detector import Detector
-from ovd.inference.postprocess import CROSS_CLASS_IOU, MAX_DETECTIONS, NMS_IOU, Candidates, postprocess
+from ovd.inference.postprocess import (
+    CROSS_CLASS_IOU,
+    MAX_DETECTIONS,
+    NMS_IOU,
+    Candidates,
+    ClassifyOptions,
+    postprocess,
+)
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
 from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OVERLAP = 0.25  # of a tile's side
 CUT = 2.0  # pixels from the border of a tile within which a box counts as cut off there
@@ -46,7 +56,7 @@ class TiledDetector(Detector):
         card = detector.model.card
         self.side = side or (256 if card is None else card.short_side)
         # Kept results of another way to look must not pass for these.
-        named = {"sha256": f"{detector.card.get('sha256', '')} in tiles of {self.side}"}
+        digest = f"{detector.card.get('sha256', '')} in tiles of {self.side}"
         super().__init__(
             model=detector.model,
             encoder=detector.text.encoder,
@@ -54,10 +64,12 @@ class TiledDetector(Detector):
             cache_size=0,
             text_cache=detector.text.cache_dir,
             crop_refinement=detector.crop_refinement,
-            card={**detector.card, **named},
+            card={**detector.card, "sha256": digest},
         )
 
-    def answer(self, image: ImageLike, query: Query, *, threshold: float | None = None, **options: Any) -> Detections:
+    def answer(
+        self, image: ImageLike, query: Query, *, threshold: float | None = None, **options: Unpack[ClassifyOptions]
+    ) -> Detections:
         """Look at the whole picture and, where it is larger than a tile, at its tiles; see `Detector.answer`."""
         pixels = to_rgb(image)
         whole = super().answer(pixels, query, threshold=threshold, **options)

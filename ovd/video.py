@@ -157,7 +157,7 @@ class Track:
     frames: int = 0
     classes: dict[str, int] = field(default_factory=dict)
 
-    def summary(self, number: int) -> dict[str, Any]:
+    def summary(self, number: int) -> dict[str, object]:
         """For the summary file."""
         name = max(self.classes, key=self.classes.__getitem__)
         return {"track": number, "class": name, "first": self.first, "last": self.last, "frames": self.frames,

@@ -278,7 +278,7 @@ class Vocabulary:
         """The filled templates of one phrase."""
         return [fill_template(t, phrase, parity=self.parity, this_is=self.this_is) for t in self.templates]
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> dict[str, object]:
         rows = [{"name": c.name, "synonyms": list(c.synonyms), "negative": c.negative} for c in self.classes]
         return {
             "format": FILE_FORMAT,

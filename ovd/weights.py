@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from ovd.runtime.files import read_runtime_card
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
@@ -68,6 +68,32 @@ class Weights:
         """One hash over names and hashes of all files: what a page or a report shows as the weights' identity."""
         lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(self.files, key=lambda file: file.path))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class ModelCard(TypedDict, total=False):
+    """What is known of weights, as `read_model_card` gives it; `ovd.with_encoder` sets the last two.
+
+    Attributes:
+        name: of the run or the shipped weights.
+        sha256: of the weights file.
+        settings: digest of architecture, encoder and calibration.
+        text: the ``card.md``.
+        purpose: what they are good for.
+        data: what they were trained on.
+        metrics: figure by name.
+        encoder: of crops and words, where it is not their own.
+        calibrated: whether scores were fitted for that encoder.
+    """
+
+    name: str
+    sha256: str
+    settings: str
+    text: str
+    purpose: str
+    data: str
+    metrics: dict[str, float]
+    encoder: str
+    calibrated: bool
 
 
 def weights_root() -> Path:
@@ -238,20 +264,16 @@ def detector_folder(weights: str | Path) -> Path:
     return weights_folder(str(weights))
 
 
-def read_model_card(folder: Path) -> dict[str, Any]:
-    """Return what is known of a detector.
-
-    ``name``, ``sha256`` of its weights file, ``settings`` (that of its ``model.json``), ``text`` (its ``card.md``) and
-    the keys of its ``card.json`` (``data``, ``metrics``, ``purpose``), where there are such files.
-    """
+def read_model_card(folder: Path) -> ModelCard:
+    """Return what is known of a detector: of its files, and the keys of its ``card.json``, where there is one."""
     where = folder.resolve()
-    card: dict[str, Any] = {"name": where.parent.name if where.name == EXPORTED else where.name}  # the run's name
+    card: ModelCard = {"name": where.parent.name if where.name == EXPORTED else where.name}  # the run's name
     file = folder / "card.json"
     if file.is_file():
         stored = read_json(file)
         if not isinstance(stored, dict):
             raise UserError(f"{file}: must hold one JSON object")
-        card.update(stored)
+        card.update(cast(ModelCard, stored))
     text = folder / "card.md"
     if text.is_file():
         card["text"] = text.read_text(encoding="utf-8")

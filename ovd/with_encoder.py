@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ from ovd.inference.scoring import Calibration
 from ovd.text import embed_vocabulary
 from ovd.user_files import StoredCalibration, read_calibration, text_cache
 from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
-from ovd.weights import read_model_card
+from ovd.weights import ModelCard, read_model_card
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, run_cli
@@ -58,7 +58,7 @@ class Named(NamedTuple):
     model: CropNames
     encoder: JointEncoder
     templates: tuple[str, ...]
-    card: dict[str, Any]
+    card: ModelCard
 
 
 def load_with_encoder(
@@ -185,7 +185,7 @@ def _embed_words(words: Sequence[str], templates: Sequence[str], encoder: JointE
     return embed_vocabulary(vocabulary, encoder, cache_dir=cache)
 
 
-def _card(folder: Path, spec: str, fingerprint: str, stored: StoredCalibration | None) -> dict[str, Any]:
+def _card(folder: Path, spec: str, fingerprint: str, stored: StoredCalibration | None) -> ModelCard:
     """The weights' card, without figures that were measured with their own encoder."""
     card = read_model_card(folder)
     card.pop("metrics", None)
@@ -197,7 +197,7 @@ def _card(folder: Path, spec: str, fingerprint: str, stored: StoredCalibration |
     )
     fitted = "uncalibrated" if stored is None else sorted(stored.calibration.items())
     card["settings"] = f"{card.get('settings', '')} {spec} {fingerprint[:16]} {fitted}"
-    return card | {"name": f"{name} + {spec}", "encoder": spec, "calibrated": stored is not None}
+    return {**card, "name": f"{name} + {spec}", "encoder": spec, "calibrated": stored is not None}
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ class ViewConfig(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> ViewConfig:
-        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
+        ranges = {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio, "blur_sigma": self.blur_sigma}
+        for name, (low, high) in ranges.items():
             if low > high:
                 raise ValueError(f"{name} [{low}, {high}] is not in order; give the smaller value first")
         return self

@@ -181,7 +181,7 @@ def report_synonyms(
     pairs: Sequence[SynonymPair],
     teacher: Path | None = None,
     phrases: Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Synonym accuracy of the text tower, everyday examples; the teacher beside it, bare and with definitions."""
     nouns = list(stickers.nouns)
     embedders: dict[str, Callable[[Sequence[str]], Tensor]] = {"text": lambda words: embed_words(encoder, words)}
@@ -191,7 +191,7 @@ def report_synonyms(
             embedders["teacher_with_definitions"] = defined_teacher(teacher, phrases)
     words = [w for w, _ in EVERYDAY]
     nearest = (embed_words(encoder, words) @ embed_words(encoder, nouns).T).argmax(1)
-    report: dict[str, Any] = {"everyday": {w: nouns[int(i)] for w, i in zip(words, nearest, strict=True)}}
+    report: dict[str, dict[str, float]] = {}
     keywords = keyword_pairs(stickers)
     if teacher is not None:  # the teacher is known by phrase only
         known = set(read_targets(teacher).phrases)
@@ -208,12 +208,12 @@ def report_synonyms(
                 for key, value in report[name].items()
                 if key.startswith("top1") and value
             }
-    return report
+    return {"everyday": {w: nouns[int(i)] for w, i in zip(words, nearest, strict=True)}, **report}
 
 
 def report_zero_shot(
     encoder: JointEncoder, stickers: Stickers, *, per_class: int, seed: int, pairs: Sequence[SynonymPair]
-) -> dict[str, Any]:
+) -> dict[str, dict[str, float]]:
     """Zero-shot accuracy on the held-out style; and words without a picture asked of the same pictures.
 
     `synonyms_on_pictures`: a query is right when, among the mean embeddings of each class's pictures, the nearest is a
@@ -225,7 +225,7 @@ def report_zero_shot(
     count = min(per_class * len(source.classes), len(source))
     image_ND, labels_N = embed_crops(encoder, source, count)
     nouns = list(stickers.nouns)
-    report: dict[str, Any] = {}
+    report: dict[str, dict[str, float]] = {}
     for name, templates in (("name", ("{}",)), ("templates", TEMPLATES)):
         report[name] = zero_shot(
             image_ND,
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> int:
     pairs = load_pairs(args.pairs, stickers.nouns)
     encoder = load_encoder(args.encoder).to(pick_device(args.device))
     both = not (args.zero_shot or args.synonyms)
-    report: dict[str, Any] = {"encoder": encoder.fingerprint(), "classes": len(stickers.nouns)}
+    report: dict[str, object] = {"encoder": encoder.fingerprint(), "classes": len(stickers.nouns)}
     if args.synonyms or both:
         report["synonyms"] = report_synonyms(encoder, stickers, pairs, args.teacher, args.phrases)
     if args.zero_shot or both:

@@ -17,25 +17,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import EXPORTED, write_atomically
+from pretrain.nets.same_function import real_pictures, require_same, require_same_function
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pretrain.nets.checkpoints import Stem
+    from pretrain.nets.resnet import ResNet
     from pretrain.nets.towers import JointEncoder
 
 Target = Literal["torchvision", "detectron2", "open_clip"]
-TOLERANCE = 1e-5  # of the largest feature of a stage
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, used by all official codes
-PICTURES = 4  # that the two networks are compared on
-SIDE = 128  # pixels of the comparison: four cells at stride 32
 
 
 @dataclass(kw_only=True)
@@ -64,6 +63,22 @@ class Source:
         return {k: v for k, v in self.network.state_dict().items() if not k.endswith("num_batches_tracked")}
 
 
+class ExportSettings(TypedDict, total=False):
+    """``settings.json`` of an export; ``largest_difference`` is that of `require_same`."""
+
+    format: str
+    depth: int
+    stem: Stem
+    norm: str
+    channels: str
+    source: str
+    largest_difference: float
+    mean: list[float]
+    std: list[float]
+    pixels: str
+    yaml: str
+
+
 def read_source(spec: str, *, stem: Stem | None = None) -> Source:
     """A ResNet from a backbone folder, an encoder folder or a checkpoint file.
 
@@ -87,7 +102,7 @@ def read_source(spec: str, *, stem: Stem | None = None) -> Source:
 def _read_folder(folder: Path) -> Source:
     from torch import nn
 
-    from pretrain.nets.backbones import FORMAT, load_backbone
+    from pretrain.nets.backbones import FORMAT, Pooled, load_backbone
     from pretrain.nets.encoders import load_encoder
     from pretrain.nets.resnet import ResNet
     from pretrain.nets.standardised import folded
@@ -112,7 +127,7 @@ def _read_folder(folder: Path) -> Source:
         mean, std = encoder.image_mean, encoder.image_std
         by_stem: dict[Any, Stem] = {((7, 7), (2, 2)): "imagenet", ((3, 3), (2, 2)): "small", ((3, 3), (1, 1)): "cifar"}
         stem = by_stem[network.conv1.kernel_size, network.conv1.stride]
-    inner = getattr(network, "network", network)  # torchvision's own ResNets hang one step lower
+    inner = network.network if isinstance(network, Pooled) else network
     if not hasattr(inner, "layer4") or not hasattr(inner, "conv1"):
         raise UserError(f"{folder}: {name} is no ResNet of torchvision's names and has no counterpart in the target")
     if not isinstance(inner, ResNet):
@@ -128,7 +143,7 @@ def _read_folder(folder: Path) -> Source:
         inner = ResNet(depth=match.depth, stem="imagenet")
         inner.load_state_dict(match.state, strict=False)
         require_same_function(original, inner, name=name)
-    plain = folded(inner).eval()
+    plain = cast("ResNet", folded(inner).eval())
     norms = [m for m in plain.modules() if isinstance(m, nn.GroupNorm)]
     by_channels = {m.num_channels: m.num_groups for m in norms}
     depth = _depth_of(plain)
@@ -136,12 +151,11 @@ def _read_folder(folder: Path) -> Source:
                   mean=mean, std=std, report=f"{name}: ResNet-{depth}, {stem} stem")  # fmt: skip
 
 
-def _depth_of(network: nn.Module) -> int:
+def _depth_of(network: ResNet) -> int:
     from pretrain.nets.resnet import LAYERS
 
-    layers = [len(cast(Any, getattr(network, f"layer{n}"))) for n in (1, 2, 3, 4)]
-    wide = hasattr(cast(Any, network).layer1[0], "conv3")
-    return next(d for d, (block, known) in LAYERS.items() if known == layers and (block.expansion == 4) == wide)
+    layers = [len(stage) for stage in (network.layer1, network.layer2, network.layer3, network.layer4)]
+    return next(d for d, (block, known) in LAYERS.items() if known == layers and isinstance(network.layer1[0], block))
 
 
 def torchvision_network(source: Source) -> nn.Module:
@@ -191,10 +205,9 @@ def detectron2_network(source: Source) -> nn.Module:
     block, layers = LAYERS[source.depth]
     for index, blocks in enumerate(layers):
         width, strides = 64 * 2**index, [1 if index == 0 else 2] + [1] * (blocks - 1)
-        more: dict[str, Any] = {}
-        if block.expansion == 4:
-            more = {"bottleneck_channels": width, "stride_in_1x1": False}
-        kind = BottleneckBlock if more else BasicBlock
+        wide = block.expansion == 4
+        kind = BottleneckBlock if wide else BasicBlock
+        more = {"bottleneck_channels": width, "stride_in_1x1": False} if wide else {}
         stages.append(
             ResNet.make_stage(kind, blocks, in_channels=channels, out_channels=width * block.expansion,
                               stride_per_block=strides, norm=norm, **more)
@@ -213,62 +226,7 @@ def _group_norm(source: Source) -> Callable[[int], nn.Module]:
     return lambda channels: nn.GroupNorm(groups(channels), channels)
 
 
-def require_same(expected: Mapping[str, Tensor], exported: Mapping[str, Tensor], *, target: str) -> float:
-    """Largest difference of the features, relative to the largest feature of each.
-
-    Raises:
-        UserError: more than `TOLERANCE`, or not finite.
-    """
-    worst = 0.0
-    for name, feature in expected.items():
-        other = exported[name]
-        if feature.shape != other.shape:
-            raise UserError(f"{target}: {name} has shape {tuple(other.shape)}, the source {tuple(feature.shape)}")
-        difference = float((feature - other).abs().max() / feature.abs().max().clamp_min(1e-12))
-        if not difference <= TOLERANCE:  # NaN too
-            raise UserError(
-                f"{target}: {name} differs from the source by {difference:.1e} of its largest feature, more than "
-                f"{TOLERANCE:.0e}. Nothing was written"
-            )
-        worst = max(worst, difference)
-    return worst
-
-
-def require_same_function(original: nn.Module, rebuilt: nn.Module, *, name: str) -> None:
-    """Compare a library's network with our ResNet of the same tensors: some differ in what has no tensors.
-
-    Raises:
-        UserError: they are different functions.
-    """
-    import torch
-
-    pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        pooled = [network.eval()(pixels).flatten(1) for network in (original, rebuilt)]
-    require_same({"pooled": pooled[0]}, {"pooled": pooled[1]}, target=f"our ResNet in place of {name}")
-
-
-def real_pictures(folder: Path | None, *, count: int = PICTURES, side: int = SIDE) -> Tensor:
-    """(N, 3, side, side) uint8: pictures of a folder, or Sticker Scenes."""
-    import cv2
-    import numpy as np
-    import torch
-
-    if folder is None:
-        from pretrain.data.scenes import SceneSource
-        from pretrain.data.stickers import Stickers
-
-        source = SceneSource(Stickers.load(), split="val", seed=4000, size=side, length=count)
-        pictures = [source.scene(i).image for i in range(count)]
-    else:
-        from pretrain.data.folder import list_images, read_image
-
-        files = list_images(folder) if folder.is_dir() else [folder]
-        pictures = [cv2.resize(read_image(f), (side, side), interpolation=cv2.INTER_AREA) for f in files[:count]]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Path, pictures: Tensor) -> dict[str, Any]:
+def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Path, pictures: Tensor) -> ExportSettings:
     """Build the target network, compare, write; returns the settings written.
 
     Args:
@@ -296,7 +254,7 @@ def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Pat
             # Detectron2 subtracts and divides pixels in 0…255.
             exported = network((pictures.float() - 255 * mean) / (255 * std))
             worst = require_same({f"res{n + 1}": expected[f"layer{n}"] for n in (1, 2, 3, 4)}, exported, target=to)
-    settings: dict[str, Any] = {
+    settings: ExportSettings = {
         "format": f"export-{to}/1",
         "depth": source.depth,
         "stem": source.stem,
@@ -307,10 +265,10 @@ def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Pat
     }
     if to == "torchvision":
         state = source.state
-        settings |= {"mean": list(source.mean), "std": list(source.std), "pixels": "0 to 1"}
+        settings["mean"], settings["std"], settings["pixels"] = list(source.mean), list(source.std), "0 to 1"
     else:
         state = to_detectron2(source.state)
-        settings |= {"pixels": "0 to 255", "yaml": "detectron2.yaml"}
+        settings["pixels"], settings["yaml"] = "0 to 255", "detectron2.yaml"
     out.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().contiguous() for k, v in state.items()}
     save_weights(out / "model.safetensors", tensors, {"format": settings["format"]})
@@ -352,7 +310,7 @@ def detectron2_yaml(source: Source) -> str:
     return "\n".join(lines) + "\n"
 
 
-def export_open_clip(encoder: JointEncoder, *, out: Path, pictures: Tensor) -> dict[str, Any]:
+def export_open_clip(encoder: JointEncoder, *, out: Path, pictures: Tensor) -> ExportSettings:
     """Write an encoder that has open_clip's architecture as a folder that open_clip reads (``local-dir:FOLDER``).
 
     Raises:

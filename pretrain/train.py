@@ -69,10 +69,12 @@ def build_encoder_for(cfg: PretrainConfig) -> JointEncoder:
 
         if isinstance(config.image, TimmTower):
             start_tower(encoder.visual, method.start, name=config.image.name)
-    for which, path in (("text", method.text_weights), ("visual", method.image_weights)):
-        if path is not None:
-            read_config(path)
-            copy_tower(encoder, load_encoder(path), which=which)
+    if method.text_weights is not None:
+        read_config(method.text_weights)
+        copy_tower(encoder, load_encoder(method.text_weights), which="text")
+    if method.image_weights is not None:
+        read_config(method.image_weights)
+        copy_tower(encoder, load_encoder(method.image_weights), which="visual")
     return encoder
 
 

@@ -90,7 +90,7 @@ class BoxedImages:
         names = [self.files[i] for i in self.image_ids]
         return {**files_identity("pictures", self.folder, names), "annotations": file_identity(self.annotations)}
 
-    def load(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> NDArray[np.uint8]:
         """Picture ``index``, (H, W, 3) RGB.
 
         Raises:
@@ -122,7 +122,7 @@ class BoxSource:
     def sample(self, index: int, draw: int) -> LabelledSample:
         """Sample of picture ``index``; pure function of (index, draw)."""
         rng = np.random.default_rng([self.seed, draw])
-        picture = self.images.load(index)
+        picture = self.images.image(index)
         transforms = self.transform.draw(picture.shape[0], picture.shape[1], rng)
         image = transforms.apply_image(picture)
         size = (image.shape[0], image.shape[1])

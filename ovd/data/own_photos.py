@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from ovd.data.joined import corners_of, is_object
 from ovd.pictures import resized, upright_size
 from ovd.vocabulary import Vocabulary
 from ovd.words import cleaned, name_key
-from pretrain.data.coco import GroundTruth, ImageId
+from pretrain.data.coco import GroundTruth
+from pretrain.data.coco_entries import CocoAnnotation, CocoJson, ImageId
 from pretrain.data.folder import look_for
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
@@ -152,9 +153,9 @@ class OwnPhotos:
         """Labels of photo ``index``."""
         return self._boxes.get(self.image_ids[index]) or _labels([], [])
 
-    def as_coco(self, chosen: Collection[int]) -> dict[str, Any]:
+    def as_coco(self, chosen: Collection[int]) -> CocoJson:
         """COCO's form of the labels of some photos, which are numbered by index; doubtful boxes are crowds."""
-        annotations: list[dict[str, Any]] = []
+        annotations: list[CocoAnnotation] = []
         for index in chosen:
             labels = self.boxes(index)
             for (x1, y1, x2, y2), number in zip(labels.corners.tolist(), labels.classes.tolist(), strict=True):
@@ -176,7 +177,7 @@ class OwnPhotos:
             "annotations": annotations,
         }
 
-    def load(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> NDArray[np.uint8]:
         """Photo ``index``, (H, W, 3) RGB.
 
         Raises:
@@ -222,7 +223,7 @@ class OwnPhotos:
 
     def _decodes(self, index: int) -> bool:
         try:
-            self.load(index)
+            self.image(index)
         except BadImageError:
             return False
         return True
@@ -309,7 +310,7 @@ class CanvasSource:
     ) -> Boxes:
         """Put a photo into a square of the canvas; its boxes there."""
         photo = self.chosen[index]
-        image, labels = self.photos.load(photo), self.photos.boxes(photo)
+        image, labels = self.photos.image(photo), self.photos.boxes(photo)
         height, width = image.shape[:2]
         factor = side / max(height, width) * float(np.exp(rng.uniform(*np.log(self.scale))))
         image = resized(image, factor)

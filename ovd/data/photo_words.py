@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos with named boxes, and what each proposal of a photo is told of every word of the vocabulary.
+"""Photos with named boxes, and the soft targets of their proposals for every word of the vocabulary.
 
 A word is a meaning of the lexicon: files that spell it differently (tv, television) give one word. A box of a terrier
 is also one of a dog and of an animal; whether a box of a dog is a terrier, nobody said.
@@ -36,7 +36,7 @@ from pretrain.engine.identity import files_identity, text_identity
 F32 = NDArray[np.float32]
 
 MIN_IOU, FULL_IOU = 0.4, 0.9
-"""A proposal's target grows from 0 at IoU .3 to the label's score at .9, and is 0 below .4: a head that is told to call
+"""A proposal's target grows from 0 at IoU .3 to the label's score at .9, and is 0 below .4: a head that learns to call
 every overlapping box right lets duplicates rise."""
 LABELLED = 0.25
 """Proposals with a target from here on are labelled: every unrelated word is wrong for them."""
@@ -107,37 +107,37 @@ class Photo:
 
 
 class RegionTargets(NamedTuple):
-    """What the proposals of a photo are told.
+    """Targets of a photo's proposals.
 
     Attributes:
-        value: (P, V) 0…1: how likely the proposal is that word and a good box.
-        told: (P, V) bool: whether anything is said of the word.
+        target: (P, V) 0…1: how likely the proposal is that word and a good box.
+        mask: (P, V) bool: where there is a target; elsewhere the word has no loss.
     """
 
-    value: F32
-    told: NDArray[np.bool_]
+    target: F32
+    mask: NDArray[np.bool_]
 
 
 def region_targets(photo: Photo, boxes_P4: F32, table: WordTable) -> RegionTargets:
     """Targets of a photo's proposals (x1, y1, x2, y2 in its pixels)."""
     count, width = len(boxes_P4), len(table.words)
-    value = np.zeros((count, width), dtype=np.float32)
-    told = np.zeros((count, width), dtype=bool)
-    told[:, : table.everywhere] = True
+    target = np.zeros((count, width), dtype=np.float32)
+    mask = np.zeros((count, width), dtype=bool)
+    mask[:, : table.everywhere] = True
     boxes, words, scores = _with_noun(photo, boxes_P4, table)
     if not len(boxes) or not count:
-        return RegionTargets(value, told)
+        return RegionTargets(target, mask)
     overlap = box_iou(torch.from_numpy(boxes_P4.astype(np.float32)), torch.from_numpy(boxes)).numpy()
     quality = np.where(overlap >= MIN_IOU, ((overlap - 0.3) / (FULL_IOU - 0.3)).clip(0, 1), 0) * scores
     for label, word in enumerate(words.tolist()):
         for column in table.implied[word]:
-            np.maximum(value[:, column], quality[:, label], out=value[:, column])
+            np.maximum(target[:, column], quality[:, label], out=target[:, column])
     labelled = quality >= LABELLED
-    told[labelled.any(axis=1)] = True
+    mask[labelled.any(axis=1)] = True
     for region, label in zip(*np.nonzero(labelled), strict=True):
-        told[region, list(table.below[int(words[label])])] = False  # a dog may be a terrier: nobody looked
-    told |= value > 0
-    return RegionTargets(value, told)
+        mask[region, list(table.below[int(words[label])])] = False  # a dog may be a terrier: nobody looked
+    mask |= target > 0
+    return RegionTargets(target, mask)
 
 
 def _with_noun(photo: Photo, boxes_P4: F32, table: WordTable) -> tuple[F32, NDArray[np.int64], F32]:
@@ -286,7 +286,7 @@ class PhotoWords:
         labels = text_identity(self.table.words, self.table.everywhere, said)
         return {**files_identity("photos", root, names), "words and boxes": labels}
 
-    def load(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> NDArray[np.uint8]:
         """Photo ``index``, (H, W, 3) RGB.
 
         Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training samples of a region head: a photo's regions with their cached features, and what they are told.
+"""Training samples of a region head: a photo's regions with their cached features and their targets.
 
 Shapes: ``P`` regions kept of each photo, ``N`` regions of a batch, ``M`` offline regions of it, ``V`` words, ``F``
 pooled features, ``K`` known words, ``D`` joint embedding.
@@ -8,7 +8,7 @@ pooled features, ``K`` known words, ``D`` joint embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class OfflineBatch:
 
     def to(self, device: torch.device) -> OfflineBatch:
         """The same on a device."""
-        return OfflineBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return OfflineBatch(features=self.features.to(device), target=self.target.to(device))
 
     @staticmethod
     def joined(parts: Sequence[OfflineBatch]) -> OfflineBatch:
         """All regions in one batch."""
-        return OfflineBatch(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(OfflineBatch)})
+        return OfflineBatch(
+            features=torch.cat([one.features for one in parts]), target=torch.cat([one.target for one in parts])
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +50,25 @@ class RegionBatch:
     Attributes:
         features: (N, F).
         known: (N, K) 0…1.
-        value, told: (N, V), see `ovd.data.photo_words.RegionTargets`.
+        target, mask: (N, V), see `ovd.data.photo_words.RegionTargets`.
         offline: what is distilled; None: nothing is.
     """
 
     features: Tensor
     known: Tensor
-    value: Tensor
-    told: Tensor
+    target: Tensor
+    mask: Tensor
     offline: OfflineBatch | None = None
 
     def to(self, device: torch.device) -> RegionBatch:
         """The same on a device."""
-        moved = {name: getattr(self, name).to(device) for name in TENSORS}
-        return RegionBatch(**moved, offline=None if self.offline is None else self.offline.to(device))
-
-
-TENSORS = ("features", "known", "value", "told")
+        return RegionBatch(
+            features=self.features.to(device),
+            known=self.known.to(device),
+            target=self.target.to(device),
+            mask=self.mask.to(device),
+            offline=None if self.offline is None else self.offline.to(device),
+        )
 
 
 class PooledSource:
@@ -103,8 +107,8 @@ class PooledSource:
         return RegionBatch(
             features=torch.from_numpy(row["features"][:count]),
             known=torch.from_numpy(row["known"][:count]),
-            value=torch.from_numpy(targets.value),
-            told=torch.from_numpy(targets.told),
+            target=torch.from_numpy(targets.target),
+            mask=torch.from_numpy(targets.mask),
             offline=None if self.store is None else self._offline(self.store, index, row),
         )
 
@@ -117,8 +121,11 @@ class PooledSource:
     @staticmethod
     def collate(samples: list[RegionBatch]) -> RegionBatch:
         """All regions in one batch."""
-        offline = [sample.offline for sample in samples if sample.offline is not None]
+        offline = [one.offline for one in samples if one.offline is not None]
         return RegionBatch(
-            **{name: torch.cat([getattr(sample, name) for sample in samples]) for name in TENSORS},
+            features=torch.cat([one.features for one in samples]),
+            known=torch.cat([one.known for one in samples]),
+            target=torch.cat([one.target for one in samples]),
+            mask=torch.cat([one.mask for one in samples]),
             offline=OfflineBatch.joined(offline) if offline else None,
         )

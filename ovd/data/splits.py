@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.coco_entries import CocoJson
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -127,7 +128,7 @@ class Split:
             listed = _some(f"{i} is {self.names[i]!r} in the split but {categories[i]!r} there" for i in other)
             raise UserError(f"split {self.name!r} does not fit {where}: {listed}. Were the ids renumbered?")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON content that `Split.load` reads back to an equal split."""
         return {"name": self.name, "base": list(self.base), "novel": list(self.novel),
                 "names": {str(i): n for i, n in sorted(self.names.items())}, "hash": self.hash}  # fmt: skip
@@ -206,7 +207,7 @@ class Split:
         return cls(name=name, base=tuple(categories), novel=(), names=categories)
 
 
-def lvis_split(categories: list[dict[str, Any]], *, name: str = "lvis") -> Split:
+def lvis_split(categories: Iterable[CocoJson], *, name: str = "lvis") -> Split:
     """Base = frequent and common, novel = rare (ViLD §4.1), from the `frequency` field (`f`, `c`, `r`) of LVIS
     categories.
 

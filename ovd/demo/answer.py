@@ -27,6 +27,7 @@ from PIL import Image
 
 from ovd.colours import class_styles
 from ovd.demo.pack import pack
+from ovd.demo.schema import Answer, AnsweredClass
 from ovd.demo.shelf import Shelf
 from ovd.detections import Detections
 from ovd.detector import Detector
@@ -119,7 +120,7 @@ class Answerer:
         examples: Any = None,
         weights: Any = None,
         preview: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Find the typed classes, and what looks like the examples.
 
         Args:
@@ -236,14 +237,11 @@ class Answerer:
         self.seconds += (end - start - self.seconds) / SMOOTHING
         return _Found(detections, near, key, regions, detector.runs == runs, embedded - start, end - embedded)
 
-    def _described(
-        self, detector: Detector, found: _Found, query: Query, *, default: float, floor: float
-    ) -> dict[str, Any]:
-        result = describe(found.detections, default=default, floor=floor) | describe_query(query)
+    def _described(self, detector: Detector, found: _Found, query: Query, *, default: float, floor: float) -> Answer:
+        result = describe(found.detections, default=default, floor=floor)
+        add_query(result, query)
         for row, near in zip(result["detections"], found.near, strict=True):
             row["near"] = near
-        for row, extra in zip(result["classes"], class_extras(query), strict=True):
-            row |= extra
         if query.naming is not None:
             drop_missing_classes(result)
         result["model"] = {key: detector.card.get(key) for key in ("name", "sha256")}
@@ -264,34 +262,31 @@ class Answerer:
         return url
 
 
-def describe_query(query: Query) -> dict[str, Any]:
-    """What the answer says of the query as a whole."""
-    negatives = [c.name for c in query.words.negatives] + [e.name for e in query.examples if e.negative]
-    return {"negatives": negatives, "vocabulary": query.hash, "everything": query.naming is not None}
+def add_query(result: Answer, query: Query) -> None:
+    """Add what the answer says of the query: as a whole, and of each class its synonyms and crops."""
+    result["negatives"] = [c.name for c in query.words.negatives] + [e.name for e in query.examples if e.negative]
+    result["vocabulary"] = query.hash
+    result["everything"] = query.naming is not None
+    synonyms = {c.name.casefold(): list(c.synonyms) for c in query.words.positives}
+    crops = {e.name.casefold(): len(e.crops) for e in query.positive_examples}
+    for row, name in zip(result["classes"], query.names, strict=True):
+        row["synonyms"] = synonyms.get(name.casefold(), [])
+        row["crops"] = crops.get(name.casefold(), 0)
 
 
-def drop_missing_classes(result: dict[str, Any]) -> None:
+def drop_missing_classes(result: Answer) -> None:
     """Of more than a thousand words that nobody typed, leave those that were found; in place."""
     numbers = sorted({row["class"] for row in result["detections"]})
     names = [result["classes"][old]["name"] for old in numbers]
     styles = class_styles(names)  # anew: few names share no colour
-    classes = []
+    classes: list[AnsweredClass] = []
     for new, (old, style) in enumerate(zip(numbers, styles, strict=True)):
-        look = {"colour": style.colour, "ink": style.ink, "dash": list(style.dash)}
-        classes.append(result["classes"][old] | look | {"id": new})
+        drawn: AnsweredClass = {"id": new, "colour": style.colour, "ink": style.ink, "dash": list(style.dash)}
+        classes.append({**result["classes"][old], **drawn})
     new_of = {old: new for new, old in enumerate(numbers)}
     for row in result["detections"]:
         row["class"] = new_of[row["class"]]
     result["classes"] = classes
-
-
-def class_extras(query: Query) -> list[dict[str, Any]]:
-    """Synonyms and number of crops of each class, in the order of their names."""
-    synonyms = {c.name.casefold(): list(c.synonyms) for c in query.words.positives}
-    crops = {e.name.casefold(): len(e.crops) for e in query.positive_examples}
-    return [
-        {"synonyms": synonyms.get(name.casefold(), []), "crops": crops.get(name.casefold(), 0)} for name in query.names
-    ]
 
 
 def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
@@ -364,7 +359,7 @@ def data_url(pixels: NDArray[np.uint8], *, side: int = PREVIEW_SIDE) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def describe(detections: Detections, *, default: float, floor: float) -> dict[str, Any]:
+def describe(detections: Detections, *, default: float, floor: float) -> Answer:
     """Turn detections into the JSON of the page and the endpoint.
 
     Args:

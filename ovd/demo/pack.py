@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ovd.formats.names import FORMATS
+from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoJson
 from pretrain.engine.errors import UserError, did_you_mean
 
 MOST_PICTURES = 200
@@ -55,14 +56,14 @@ def pack(found: Any, form: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _content(found: Any) -> dict[str, Any]:
+def _content(found: Any) -> CocoJson:
     """COCO's annotation file of the answers; the writers check the rest."""
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise UserError('the answers must be a list like [{"name": "cat.jpg", "size": [640, 480], "boxes": […]}]')
     if not 0 < len(found) <= MOST_PICTURES:
         raise UserError(f"labels of {len(found)} pictures; 1 to {MOST_PICTURES} go into one zip")
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images: list[CocoImage] = []
+    annotations: list[CocoAnnotation] = []
     numbers: dict[str, int] = {}
     taken: set[str] = set()
     for number, one in enumerate(found, 1):
@@ -76,7 +77,7 @@ def _content(found: Any) -> dict[str, Any]:
             raise UserError(f"more than {MOST_BOXES:,} boxes; send fewer pictures at once")
         for box in boxes:
             x1, y1, x2, y2 = _numbers(box.get("box"), 4, f"box of {name}")
-            row: dict[str, Any] = {
+            row: CocoAnnotation = {
                 "id": len(annotations) + 1,
                 "image_id": number,
                 "category_id": numbers.setdefault(_class_name(box.get("name"), name), len(numbers) + 1),

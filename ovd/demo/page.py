@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
+from ovd.demo.schema import Answer
 from ovd.demo.serving import Served, load_gradio, serve
 from ovd.demo.shelf import KINDS, Offer
 from ovd.formats.names import FORMATS
@@ -183,7 +184,7 @@ def _ready(
     """Click-to-try pictures of one of the weights on offer, which answer about them."""
     import gradio as gr
 
-    def find(image: str | None, classes: str) -> dict[str, Any]:
+    def find(image: str | None, classes: str) -> Answer:
         return handlers.find(image, classes, weights=offer.name)
 
     gr.Examples(
@@ -209,7 +210,7 @@ class Handlers:
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
 
-    def find(self, image: str | None, classes: str, examples: Any = None, weights: Any = None) -> dict[str, Any]:
+    def find(self, image: str | None, classes: str, examples: Any = None, weights: Any = None) -> Answer:
         """For the page: errors are part of the answer, drawn as text by the page itself."""
         try:
             return self.answerer.answer(image, classes or "", examples=examples, weights=weights, preview=True)
@@ -218,7 +219,7 @@ class Handlers:
         except Exception:
             return {"error": _logged()}
 
-    def everything(self, image: str | None, weights: Any = None) -> dict[str, Any]:
+    def everything(self, image: str | None, weights: Any = None) -> Answer:
         """For the page: what is in the picture, without a word typed."""
         return self.find(image, EVERYTHING, weights=weights)
 
@@ -229,7 +230,7 @@ class Handlers:
         threshold: float | None = None,
         examples: Any = None,
         weights: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Find the named classes in one picture, and what looks like the examples."""
         with _documented_for_programs():
             return self.answerer.answer(image, classes or "", threshold, examples=examples, weights=weights)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ovd.demo.lean import rest, without_compiler
 from pretrain.engine.errors import UserError
@@ -15,6 +15,7 @@ from pretrain.engine.files import read_json
 
 if TYPE_CHECKING:
     from ovd.detector import Detector
+    from ovd.weights import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Offer:
 
     name: str
     kind: str
-    card: Mapping[str, Any]
+    card: ModelCard
     load: Callable[[], Detector]
 
 

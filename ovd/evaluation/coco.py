@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,9 @@ from ovd.data.lvis import Federated
 from ovd.data.splits import Split
 from ovd.evaluation.matching import SHAPE, group_by, per_category, shaped
 from ovd.evaluation.recall import class_agnostic_recall
-from ovd.evaluation.results import Results, check_results
+from ovd.evaluation.results import CheckedResult, Results, check_results
 from pretrain.data.coco import Annotation, GroundTruth, check_ground_truth
+from pretrain.data.coco_entries import CocoJson
 
 # name -> (index of the IoU threshold or None for the mean of ten, index of COCO's area range: all, small, medium,
 # large)
@@ -40,6 +42,31 @@ LVIS_DETECTIONS = 300
 
 
 @dataclass(kw_only=True)
+class ClassMetrics:
+    """The figures of one category.
+
+    Attributes:
+        id, name, split: of the category; ``split`` is its group.
+        n_gt, n_det: objects that are no crowds, and detections.
+        values: AP, AP50 …, for masks ``segm_AP`` …
+    """
+
+    id: int
+    name: str
+    split: str
+    n_gt: int
+    n_det: int
+    values: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, str | int | float]:
+        """Its line of ``per_class.csv``."""
+        line: dict[str, str | int | float] = {
+            "id": self.id, "class": self.name, "split": self.split, "n_gt": self.n_gt, "n_det": self.n_det
+        }  # fmt: skip
+        return line | self.values
+
+
+@dataclass(kw_only=True)
 class Metrics:
     """The figures of an evaluation.
 
@@ -47,7 +74,7 @@ class Metrics:
         values: `TYPE/NAME[_base|_novel]` -> value in [0, 1] or NaN where there is nothing to average; TYPE is bbox or
             segm, NAME is AP, AP50, AP75, APs, APm, APl, AR100, AR300 (IoU .5:.95), or AR100…@50 with the `@50` last
             (`bbox/AR100_novel@50`).
-        per_class: one row per category of the split: id, class, split, n_gt, n_det, then the values of each type.
+        per_class: one row per category of the split.
         split: the split used.
         counts: images, objects and detections that entered, and what was left out.
         warnings: what was odd in the input.
@@ -55,7 +82,7 @@ class Metrics:
     """
 
     values: dict[str, float]
-    per_class: list[dict[str, Any]]
+    per_class: list[ClassMetrics]
     split: Split
     counts: dict[str, int]
     warnings: list[str] = field(default_factory=list)
@@ -63,13 +90,13 @@ class Metrics:
 
 
 def evaluate(
-    gt: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]] | None,
+    gt: CocoJson,
+    results: Sequence[CocoJson] | None,
     split: Split | None = None,
     iou_types: Sequence[str] | None = None,
     *,
     max_dets: int = 100,
-    proposals: Sequence[Mapping[str, Any]] | None = None,
+    proposals: Sequence[CocoJson] | None = None,
     where: tuple[str, str] = ("annotations", "predictions"),
     federated: Federated | None = None,
 ) -> Metrics:
@@ -107,7 +134,7 @@ def evaluate(
     elif iou_types is None:
         iou_types, why = _kinds(truth, checked.detections)
         warnings += why
-    boxes: list[dict[str, Any]] = []
+    boxes: list[CheckedResult] = []
     if proposals is not None:
         agnostic = check_results(proposals, truth, where="proposals", classes=False)
         warnings += [f"proposals: {w}" for w in agnostic.warnings]
@@ -148,12 +175,12 @@ class _Entries:
     """The annotations and detections that are evaluated, and how many there were."""
 
     annotations: list[Annotation]
-    detections: list[dict[str, Any]]
+    detections: list[CheckedResult]
     counts: dict[str, int]
 
 
 def _entries(
-    truth: GroundTruth, detections: list[dict[str, Any]], split: Split, federated: Federated | None
+    truth: GroundTruth, detections: list[CheckedResult], split: Split, federated: Federated | None
 ) -> _Entries:
     """What belongs to the split; under LVIS's protocol, of the best detections of each image those that are judged."""
     evaluated = set(split.ids)
@@ -186,16 +213,14 @@ def _odd(entries: _Entries, truth: GroundTruth) -> list[str]:
     return warnings
 
 
-def _rows(entries: _Entries, split: Split) -> dict[int, dict[str, Any]]:
+def _rows(entries: _Entries, split: Split) -> dict[int, ClassMetrics]:
     """The beginning of the table per category: names and counts."""
-    rows: dict[int, dict[str, Any]] = {
-        i: {"id": i, "class": split.names[i], "split": split.group_of(i), "n_gt": 0, "n_det": 0} for i in split.ids
+    objects = Counter(a["category_id"] for a in entries.annotations if not a["iscrowd"])
+    detections = Counter(d["category_id"] for d in entries.detections)
+    return {
+        i: ClassMetrics(id=i, name=split.names[i], split=split.group_of(i), n_gt=objects[i], n_det=detections[i])
+        for i in split.ids
     }
-    for a in entries.annotations:
-        rows[a["category_id"]]["n_gt"] += not a["iscrowd"]
-    for d in entries.detections:
-        rows[d["category_id"]]["n_det"] += 1
-    return rows
 
 
 def _average_precision(
@@ -203,7 +228,7 @@ def _average_precision(
     curves: list[NDArray[np.float64]],
     split: Split,
     values: dict[str, float],
-    rows: dict[int, dict[str, Any]],
+    rows: dict[int, ClassMetrics],
 ) -> None:
     """Write the means of precision curves into ``values``, by group, and into ``rows``, by category.
 
@@ -223,18 +248,16 @@ def _average_precision(
             values[_key(kind, name, group)] = _mean(part if t is None else part[t])
         for n, i in enumerate(split.ids):
             one = precision[:, :, n, area]
-            rows[i][name if kind == "bbox" else f"segm_{name}"] = _mean(one if t is None else one[t])
+            rows[i].values[name if kind == "bbox" else f"segm_{name}"] = _mean(one if t is None else one[t])
 
 
-def content_sha256(content: Any) -> str:
+def content_sha256(content: object) -> str:
     """sha256 of a JSON value's content, whatever its spacing and key order."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=_jsonable)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def as_one_category(
-    gt: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def as_one_category(gt: CocoJson, detections: Iterable[CocoJson]) -> tuple[CocoJson, list[CocoJson]]:
     """Ground truth and results for AP of any thing: every object and every detection is of category 1, "thing".
 
     Args:
@@ -242,7 +265,7 @@ def as_one_category(
         detections: COCO results or proposals. A box that comes under several categories counts once, with its best
             score.
     """
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    best: dict[tuple[Any, ...], CocoJson] = {}
     for one in detections:
         key = (one["image_id"], *one["bbox"])
         if key not in best or best[key]["score"] < one["score"]:
@@ -251,7 +274,7 @@ def as_one_category(
     return {**gt, "categories": [{"id": 1, "name": "thing"}], "annotations": objects}, list(best.values())
 
 
-def _kinds(truth: GroundTruth, detections: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:
+def _kinds(truth: GroundTruth, detections: list[CheckedResult]) -> tuple[tuple[str, ...], list[str]]:
     masked = sum("segmentation" in d for d in detections)
     if detections and not masked:
         return ("bbox",), []
@@ -262,7 +285,7 @@ def _kinds(truth: GroundTruth, detections: list[dict[str, Any]]) -> tuple[tuple[
     return ("bbox", "segm"), []
 
 
-def _best_of_each_image(detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _best_of_each_image(detections: list[CheckedResult]) -> list[CheckedResult]:
     """The `LVIS_DETECTIONS` best of each image; of equal scores the first."""
     images = group_by(detections, "image_id").values()
     return [d for image in images for d in sorted(image, key=lambda d: -d["score"])[:LVIS_DETECTIONS]]
@@ -277,7 +300,7 @@ def _mean(precision: NDArray[np.float64]) -> float:
     return float(np.mean(real)) if real.size else math.nan
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: object) -> object:
     if isinstance(value, bytes):
         return value.decode("ascii")
     if isinstance(value, np.generic):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,8 @@ from ovd.examples import MIN_SIDE, Crop, Example
 from ovd.inference.postprocess import MAX_DETECTIONS, NMS_IOU
 from ovd.inference.region_model import PatchLocator
 from ovd.inference.scorers import ExampleScorer
-from pretrain.data.coco import ImageId, image_sizes, picture_file
+from pretrain.data.coco import image_sizes, picture_file
+from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.data.folder import read_image
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.stickers import Stickers
@@ -59,8 +59,8 @@ def sticker_crops(stickers: Stickers, *, count: int, classes: frozenset[int]) ->
 
 
 def coco_crops(
-    gt: Mapping[str, Any], folder: Path, *, count: int, categories: Collection[int] | None = None
-) -> tuple[dict[int, list[Crop]], dict[str, Any]]:
+    gt: CocoJson, folder: Path, *, count: int, categories: Collection[int] | None = None
+) -> tuple[dict[int, list[Crop]], CocoJson]:
     """``count`` boxes of each category, and the annotations without the pictures that they are from.
 
     Pictures are taken in the file's order; each gives a category its largest box that is no crowd, with what is around
@@ -79,7 +79,7 @@ def coco_crops(
     labelled = {one["category_id"] for one in gt["annotations"]}
     crops: dict[int, list[Crop]] = {i: [] for i in names if i in labelled and (categories is None or i in categories)}
     sizes = image_sizes(gt)
-    boxes: dict[Any, dict[int, tuple[float, float, float, float]]] = {}
+    boxes: dict[ImageId, dict[int, tuple[float, float, float, float]]] = {}
     for one in gt["annotations"]:
         if one.get("iscrowd") or one["category_id"] not in crops:
             continue

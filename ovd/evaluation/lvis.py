@@ -48,7 +48,7 @@ def evaluate_lvis(
     for kind, prefix in (("bbox", ""), ("segm", "segm_")):
         for name in ("AP", "AP50", "AP75") if f"{kind}/AP" in metrics.values else ():
             for frequency in FREQUENCIES:
-                rows = [r for r in metrics.per_class if labels.frequency[r["id"]] == frequency]
-                known = [r[prefix + name] for r in rows if not math.isnan(r[prefix + name])]
+                rows = [r for r in metrics.per_class if labels.frequency[r.id] == frequency]
+                known = [value for r in rows if not math.isnan(value := r.values[prefix + name])]
                 metrics.values[f"{kind}/{name}{frequency}"] = sum(known) / len(known) if known else math.nan
     return metrics

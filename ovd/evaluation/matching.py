@@ -6,9 +6,9 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,50 @@ from pycocotools.cocoeval import COCOeval
 
 from ovd.data.lvis import Federated
 from ovd.data.splits import Split
-from ovd.evaluation.results import check_results
-from pretrain.data.coco import Annotation, GroundTruth, ImageId, check_ground_truth
-from pretrain.data.masks import to_rle
+from ovd.evaluation.results import CheckedResult, check_results
+from pretrain.data.coco import Annotation, GroundTruth, check_ground_truth
+from pretrain.data.coco_entries import CocoJson, ImageId
+from pretrain.data.masks import Rle, to_rle
 from pretrain.engine.errors import UserError
 
 SHAPE = {"bbox": "bbox", "segm": "segmentation"}
+T = TypeVar("T", bound=Mapping[str, object])
+
+
+class _Shape(TypedDict, total=False):
+    bbox: list[float]
+    segmentation: Rle
+    score: float
+    ignore: int
+
+
+class CocoEntry(_Shape):
+    """An object or a detection as pycocotools compares them: with `bbox` or `segmentation`, a detection with `score`.
+
+    ``id`` counts from 1; 0 means "unmatched".
+    """
+
+    id: int
+    image_id: ImageId
+    category_id: int
+    area: float
+    iscrowd: int
+
+
+class MatchedImage(TypedDict):
+    """pycocotools' record of one image and category; n detections, m objects, T IoU thresholds."""
+
+    image_id: ImageId
+    category_id: int
+    aRng: list[float]
+    maxDet: int
+    dtIds: list[int]
+    gtIds: list[int]
+    dtMatches: NDArray[np.float64]  # (T, n) id of the object, 0: none
+    gtMatches: NDArray[np.float64]  # (T, m) id of the detection, 0: none
+    dtScores: list[float]
+    gtIgnore: NDArray[np.float64]  # (m,)
+    dtIgnore: NDArray[np.bool_]  # (T, n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +83,8 @@ class CategoryMatches:
 
 
 def match_table(
-    gt: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
+    gt: CocoJson,
+    results: Sequence[CocoJson],
     split: Split | None = None,
     *,
     iou_type: str = "bbox",
@@ -84,46 +122,53 @@ def match_table(
 def shaped(
     truth: GroundTruth,
     annotations: Sequence[Annotation],
-    detections: list[dict[str, Any]],
+    detections: Sequence[CheckedResult],
     kind: str,
     where: tuple[str, str] = ("annotations", "predictions"),
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[CocoEntry], list[CocoEntry]]:
     """Objects and detections with the shape and area that one kind of evaluation compares.
 
     Returns:
-        New dicts: annotations with the file's area; detections with their own, of the box or of the mask.
+        Objects with the file's area; detections with their own, of the box or of the mask.
 
     Raises:
         UserError: masks wanted, and an object or a detection without one.
     """
     if kind not in SHAPE:
         raise ValueError(f"iou type must be bbox or segm, is {kind!r}")
+    gts = [_object(a) for a in annotations]
+    dts = [_detection(d, n) for n, d in enumerate(detections, 1)]
     if kind == "bbox":
-        gts = [{k: v for k, v in a.items() if k != "segmentation"} for a in annotations]
-        dts = []
-        for n, d in enumerate(detections):
-            box = d["bbox"] if "bbox" in d else mask_tools.toBbox(d["segmentation"]).tolist()
-            dts.append(_detection(d, n, bbox=box, area=box[2] * box[3]))
+        for dt, d in zip(dts, detections, strict=True):
+            dt["bbox"] = d["bbox"] if "bbox" in d else mask_tools.toBbox(d["segmentation"]).tolist()
+            dt["area"] = dt["bbox"][2] * dt["bbox"][3]
         return gts, dts
-    gts = []
-    for a in annotations:
+    for gt, a in zip(gts, annotations, strict=True):
         entry = f"{where[0]}: annotations[{a['id'] - 1}]"
         if "segmentation" not in a:
             raise UserError(f"{entry} has no segmentation; evaluate boxes only.")
-        gts.append({**a, "segmentation": to_rle(a["segmentation"], truth.sizes[a["image_id"]], entry)})
-    dts = []
-    for n, d in enumerate(detections):
+        gt["segmentation"] = to_rle(a["segmentation"], truth.sizes[a["image_id"]], entry)
+    for dt, d in zip(dts, detections, strict=True):
         if "segmentation" not in d:
             raise UserError(
                 f"{where[1]}: a detection of image {d['image_id']!r} has no segmentation; evaluate boxes only."
             )
-        dts.append(_detection(d, n, segmentation=d["segmentation"], area=float(mask_tools.area(d["segmentation"]))))
+        dt["segmentation"], dt["area"] = d["segmentation"], float(mask_tools.area(d["segmentation"]))
     return gts, dts
 
 
-def _detection(d: dict[str, Any], n: int, **shape: Any) -> dict[str, Any]:
-    keep = {k: d[k] for k in ("image_id", "category_id", "score")}
-    return keep | shape | {"id": n + 1, "iscrowd": 0}  # ids from 1: COCO's 0 means "unmatched"
+def _object(a: Annotation) -> CocoEntry:
+    return {
+        "id": a["id"], "image_id": a["image_id"], "category_id": a["category_id"],
+        "bbox": a["bbox"], "area": a["area"], "iscrowd": a["iscrowd"],
+    }  # fmt: skip
+
+
+def _detection(d: CheckedResult, number: int) -> CocoEntry:
+    return {
+        "id": number, "image_id": d["image_id"], "category_id": d["category_id"],
+        "score": d["score"], "area": 0.0, "iscrowd": 0,
+    }  # fmt: skip
 
 
 class CategoryEvaluation(COCOeval):
@@ -132,8 +177,8 @@ class CategoryEvaluation(COCOeval):
     def __init__(
         self,
         kind: str,
-        gts: list[dict[str, Any]],
-        dts: list[dict[str, Any]],
+        gts: list[CocoEntry],
+        dts: list[CocoEntry],
         category_id: int,
         max_dets: int,
         incomplete: frozenset[ImageId] = frozenset(),
@@ -148,18 +193,18 @@ class CategoryEvaluation(COCOeval):
     def _prepare(self) -> None:
         self._gts, self._dts = defaultdict(list), defaultdict(list)
         for a in self.mine_gt:
-            self._gts[a["image_id"], a["category_id"]].append(a | {"ignore": a["iscrowd"]})
+            self._gts[a["image_id"], a["category_id"]].append({**a, "ignore": a["iscrowd"]})
         for d in self.mine_dt:
             self._dts[d["image_id"], d["category_id"]].append(d)
 
-    def evaluateImg(self, imgId: Any, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
+    def evaluateImg(self, imgId: ImageId, catId: int, aRng: list[float], maxDet: int) -> MatchedImage | None:
         """As COCO's; where the labels are incomplete, a detection that matches nothing counts neither way."""
         entry = self._evaluate_image(imgId, catId, aRng, maxDet)
         if entry is not None and imgId in self.incomplete:
             entry["dtIgnore"] = np.logical_or(entry["dtIgnore"], entry["dtMatches"] == 0)
         return entry
 
-    def _evaluate_image(self, imgId: Any, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
+    def _evaluate_image(self, imgId: ImageId, catId: int, aRng: list[float], maxDet: int) -> MatchedImage | None:
         """The short way for images without an object of the category, which are the most: nothing can match."""
         if self._gts.get((imgId, catId)):
             return super().evaluateImg(imgId, catId, aRng, maxDet)
@@ -186,18 +231,18 @@ class CategoryEvaluation(COCOeval):
             self.accumulate()
         return np.asarray(self.eval["precision"])[:, :, 0, :, 0]
 
-    def matches(self, t: int, position: Mapping[Any, int]) -> CategoryMatches:
+    def matches(self, t: int, position: Mapping[ImageId, int]) -> CategoryMatches:
         """Detections with their fate at IoU threshold number `t`, all sizes."""
         self.params.areaRng, self.params.areaRngLbl = self.params.areaRng[:1], self.params.areaRngLbl[:1]
         objects = np.zeros(len(position), dtype=np.int64)
         for a in self.mine_gt:
             objects[position[a["image_id"]]] += not a["iscrowd"]
-        cells: list[Any] = []
+        cells: list[MatchedImage] = []
         if self.params.imgIds:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.evaluate()
             cells = [e for e in self.evalImgs if e is not None]
-        empty: list[Any] = [np.zeros(0)]
+        empty = [np.zeros(0)]
         ignored = np.concatenate([e["dtIgnore"][t] for e in cells] or empty).astype(bool)
         matched = np.concatenate([e["dtMatches"][t] for e in cells] or empty) > 0
         return CategoryMatches(
@@ -213,8 +258,8 @@ class CategoryEvaluation(COCOeval):
 
 def per_category(
     kind: str,
-    gts: list[dict[str, Any]],
-    dts: list[dict[str, Any]],
+    gts: list[CocoEntry],
+    dts: list[CocoEntry],
     split: Split,
     max_dets: int,
     federated: Federated | None = None,
@@ -227,8 +272,9 @@ def per_category(
     return {i: CategoryEvaluation(kind, by_gt[i], by_dt[i], i, max_dets, frozenset(incomplete[i])) for i in split.ids}
 
 
-def group_by(entries: list[dict[str, Any]], key: str) -> defaultdict[Any, list[dict[str, Any]]]:
-    grouped: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
+def group_by(entries: Iterable[T], key: str) -> defaultdict[Any, list[T]]:
+    """The entries by their value of a key, in their order."""
+    grouped: defaultdict[Any, list[T]] = defaultdict(list)
     for e in entries:
         grouped[e[key]].append(e)
     return grouped

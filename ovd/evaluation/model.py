@@ -17,7 +17,8 @@ from ovd.evaluation.options import VILD_REGIONS, DataSpec, Options
 from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
 from ovd.evaluation.run import Predict, run_images, run_source
 from ovd.formats.read import read_spec
-from pretrain.data.coco import ImageId, check_ground_truth
+from pretrain.data.coco import check_ground_truth
+from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, sha256_of
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 EVALUATED_PARTS = ("val", "test")  # of a data set in parts, the first that it has
 DEFAULT_SCALE = 100.0  # ViLD's inverse temperature
 
-Record = dict[str, Any]  # what a reader of the figures must know of the run; stands under `run` in metrics.json
+Record = dict[str, object]  # what a reader of the figures must know of the run; stands under `run` in metrics.json
 
 
 @dataclass(kw_only=True)
-class Pictures:
+class EvaluatedData:
     """What a detector is evaluated on: a COCO file and its folder, or generated scenes.
 
     Attributes:
@@ -48,7 +49,7 @@ class Pictures:
     """
 
     split: Split
-    gt: dict[str, Any] | None = None
+    gt: CocoJson | None = None
     folder: Path | None = None
     scenes: SceneSource | None = None
     crops: dict[int, list[Crop]] | None = None
@@ -57,7 +58,7 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRun:
-    """The results of a detector on its pictures.
+    """The results of a detector on its data.
 
     Attributes:
         gt: the annotations.
@@ -68,7 +69,7 @@ class ModelRun:
         record: see `Record`.
     """
 
-    gt: dict[str, Any]
+    gt: CocoJson
     results: list[CocoResult] | None
     proposals: list[CocoResult] | None
     split: Split
@@ -87,28 +88,28 @@ def run_model(options: Options, *, on_image: Callable[[int, int], None]) -> Mode
     Raises:
         UserError: flags that do not fit the detector or the data.
     """
-    pictures = pictures_of(options)
+    data = read_data(options)
     record: Record = {"weights": str(options.weights), "data": options.data, "regions": options.regions}
-    predict, propose = predictors(options, pictures, record)
-    gt = pictures.gt
+    predict, propose = predictors(options, data, record)
+    gt = data.gt
     if gt is not None:
-        assert pictures.folder is not None
-        results, proposals = run_images(gt, pictures.folder, predict, propose=propose, on_image=on_image)
+        assert data.folder is not None
+        results, proposals = run_images(gt, data.folder, predict, propose=propose, on_image=on_image)
     else:
-        assert pictures.scenes is not None
-        gt, results, proposals = run_source(pictures.scenes, predict, propose=propose, on_image=on_image)
+        assert data.scenes is not None
+        gt, results, proposals = run_source(data.scenes, predict, propose=propose, on_image=on_image)
     return ModelRun(
         gt=gt,
         results=results,
         proposals=proposals,
-        split=pictures.split,
-        generated=pictures.scenes is not None,
-        dataset_sha256=pictures.sha256 or coco.content_sha256(gt),
+        split=data.split,
+        generated=data.scenes is not None,
+        dataset_sha256=data.sha256 or coco.content_sha256(gt),
         record=record,
     )
 
 
-def pictures_of(options: Options) -> Pictures:
+def read_data(options: Options) -> EvaluatedData:
     """Read what ``--data`` and ``--split`` name, and cut the crops of ``--examples`` from photographs."""
     assert options.data is not None
     data = DataSpec.parse(options.data)
@@ -119,7 +120,7 @@ def pictures_of(options: Options) -> Pictures:
         shipped = Split.load("stickers")
         split = Split.load(options.split, categories=shipped.names) if options.split else shipped
         scenes = SceneSource(Stickers.load(), split="val", seed=data.seed, size=options.size, length=data.count)
-        return Pictures(split=split, scenes=scenes)
+        return EvaluatedData(split=split, scenes=scenes)
     from ovd.evaluation.examples import coco_crops
 
     if data.labels is not None:
@@ -135,9 +136,9 @@ def pictures_of(options: Options) -> Pictures:
     if options.split or is_lvis(gt):
         split = split_of(options.split or "lvis", gt, where=where)
     if not options.examples:
-        return Pictures(split=split, gt=gt, folder=folder, sha256=digest)
+        return EvaluatedData(split=split, gt=gt, folder=folder, sha256=digest)
     crops, rest = coco_crops(gt, folder, count=options.examples, categories=categories_of(options, split))
-    return Pictures(split=split, gt=rest, folder=folder, crops=crops)
+    return EvaluatedData(split=split, gt=rest, folder=folder, crops=crops)
 
 
 def categories_of(options: Options, split: Split) -> dict[int, str]:
@@ -146,7 +147,7 @@ def categories_of(options: Options, split: Split) -> dict[int, str]:
     return {i: split.names[i] for i in group}
 
 
-def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Predict | None, Predict | None]:
+def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[Predict | None, Predict | None]:
     """What gives the results and what gives the proposals of a picture; None where there is none."""
     from ovd.weights import detector_folder
 
@@ -162,40 +163,40 @@ def predictors(options: Options, pictures: Pictures, record: Record) -> tuple[Pr
             "leave it out, or evaluate a detector of model.variant=text or a pretext's transformer"
         )
     if options.encoder:
-        return _with_encoder(options, pictures, record)
+        return _with_encoder(options, data, record)
     if variant == "agnostic" and not options.examples:
         from ovd.modeling.load import load_proposer
 
         record["protocol"] = "class-agnostic detector: recall only"
         return None, proposals_of(load_proposer(folder, device=device), top=options.regions)
     if variant == "closed":
-        return _closed_set(folder, pictures.split, options, device, record)
+        return _closed_set(folder, data.split, options, device, record)
     detector = load_detector(options, record)
-    warn_of_pictures(detector, pictures)
+    warn_of_pictures(detector, data)
     if options.examples:
-        predictor = by_examples(detector, options, pictures, record)
+        predictor = by_examples(detector, options, data, record)
         if not isinstance(predictor, Predictor):
             record |= {
                 "protocol": "UP-DETR pretext: queries are conditioned on the crops", "scores": "objectness"
             }  # fmt: skip
             return predictor, proposals_of(predictor.model, top=options.regions)
     else:
-        predictor = by_words(detector, options, pictures.split, record)
+        predictor = by_words(detector, options, data.split, record)
         if options.vild:
-            predictor = as_vild_evaluates(predictor, options, pictures, record)
+            predictor = as_vild_evaluates(predictor, options, data, record)
     if options.queries == "words":
         predictor = with_conditioned_queries(predictor, record)
     return predictor, predictor.propose if options.agnostic == "proposals" else None
 
 
-def _with_encoder(options: Options, pictures: Pictures, record: Record) -> tuple[Predict, Predict | None]:
+def _with_encoder(options: Options, data: EvaluatedData, record: Record) -> tuple[Predict, Predict | None]:
     """Boxes of any detector, named by the crops that another encoder sees."""
     detector = load_detector(options, record)
     predictor: Predict | PretextPredictor | Predictor
     if options.examples:
-        predictor = by_examples(detector, options, pictures, record)
+        predictor = by_examples(detector, options, data, record)
     else:
-        predictor = by_words(detector, options, pictures.split, record)
+        predictor = by_words(detector, options, data.split, record)
     proposals = options.agnostic == "proposals" and isinstance(predictor, Predictor)
     return predictor, proposals_of(detector.model, top=options.regions) if proposals else None
 
@@ -216,9 +217,9 @@ def _closed_set(folder: Path, split: Split, options: Options, device: str, recor
     return predictor, proposals_of(model, top=options.regions)
 
 
-def warn_of_pictures(detector: Detector, pictures: Pictures) -> None:
+def warn_of_pictures(detector: Detector, data: EvaluatedData) -> None:
     """Say on stderr that a detector of photographs is asked about drawings."""
-    if pictures.scenes is not None and not detector.model.softmax:
+    if data.scenes is not None and not detector.model.softmax:
         print("warning: these weights are made for photographs, Sticker Scenes are drawings", file=sys.stderr)
 
 
@@ -284,26 +285,28 @@ def by_words(detector: Detector, options: Options, split: Split, record: Record)
     return predictor
 
 
-def as_vild_evaluates(predictor: Predictor, options: Options, pictures: Pictures, record: Record) -> Predictor:
+def as_vild_evaluates(predictor: Predictor, options: Options, data: EvaluatedData, record: Record) -> Predictor:
     """The predictor with ViLD's limits before NMS, and its classes embedded with the synonyms that LVIS names."""
     from ovd.evaluation.predictor import predictor_for
     from ovd.vocabulary import Vocabulary, VocabularyClass
 
-    said = {c["id"]: tuple(map(str, c.get("synonyms") or ())) for c in (pictures.gt or {}).get("categories", ())}
-    names = categories_of(options, pictures.split)
+    synonyms = {c["id"]: tuple(map(str, c.get("synonyms") or ())) for c in (data.gt or {}).get("categories", ())}
+    names = categories_of(options, data.split)
     classes = tuple(
-        VocabularyClass(name, tuple(s for s in dict.fromkeys(said.get(i, ())) if s != name))
+        VocabularyClass(name, tuple(s for s in dict.fromkeys(synonyms.get(i, ())) if s != name))
         for i, name in names.items()
     )
-    record |= {"vild": True, "synonyms": sum(len(one.synonyms) for one in classes)}
-    if record["synonyms"]:
+    count, scale = sum(len(one.synonyms) for one in classes), record["scale"]
+    record |= {"vild": True, "synonyms": count}
+    if count:
+        assert isinstance(scale, float)
         predictor = predictor_for(
             predictor.detector,
-            pictures.split,
+            data.split,
             vocabulary=Vocabulary(classes, templates=predictor.detector.templates),
             categories=names,
             ensemble=options.ensemble,
-            scale=float(record["scale"]),
+            scale=scale,
             limit=options.limit,
         )
     return replace(predictor, per_class=VILD_REGIONS)
@@ -322,36 +325,36 @@ def _with_crop_embeddings(detector: Detector, options: Options) -> tuple[Detecto
 
 
 def by_examples(
-    detector: Detector, options: Options, pictures: Pictures, record: Record
+    detector: Detector, options: Options, data: EvaluatedData, record: Record
 ) -> Predictor | PretextPredictor:
     """A predictor for crops: those of the pictures, or stickers."""
     from ovd.evaluation.examples import category_crops, example_predictor
     from pretrain.data.stickers import Stickers
 
     assert options.examples is not None
-    crops: Mapping[int, Sequence[Crop]] | None = pictures.crops
+    crops: Mapping[int, Sequence[Crop]] | None = data.crops
     if crops is None:
-        crops = category_crops(Stickers.load(), categories_of(options, pictures.split), count=options.examples)
+        crops = category_crops(Stickers.load(), categories_of(options, data.split), count=options.examples)
     record |= {"examples": options.examples, "scores": "calibrated"}
     present = None
     if options.present:
-        present = present_categories(pictures)
+        present = present_categories(data)
         record["present"] = "each picture is searched for what is in it only"
     return example_predictor(detector, crops, present=present, limit=options.limit)
 
 
-def present_categories(pictures: Pictures) -> dict[ImageId, frozenset[int]]:
+def present_categories(data: EvaluatedData) -> dict[ImageId, frozenset[int]]:
     """Image id → COCO ids of what is in it."""
     from pretrain.data.scenes import coco_objects
 
     present: dict[ImageId, set[int]] = {}
-    if pictures.scenes is not None:  # as run_source numbers them
-        for index in range(len(pictures.scenes)):
-            _, objects = coco_objects(pictures.scenes.scene(index), image_id=index + 1, first_annotation_id=1)
+    if data.scenes is not None:  # as run_source numbers them
+        for index in range(len(data.scenes)):
+            _, objects = coco_objects(data.scenes.scene(index), image_id=index + 1, first_annotation_id=1)
             present[index + 1] = {one["category_id"] for one in objects}
-    elif pictures.gt is not None:
-        present = {entry["id"]: set() for entry in pictures.gt["images"]}
-        for one in pictures.gt["annotations"]:
+    elif data.gt is not None:
+        present = {entry["id"]: set() for entry in data.gt["images"]}
+        for one in data.gt["annotations"]:
             if not one.get("iscrowd"):
                 present[one["image_id"]].add(one["category_id"])
     return {image: frozenset(ids) for image, ids in present.items()}

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ovd.asking import add_encoder_flag, add_sides_flag
 from ovd.formats.spec import LabelSpec
+from ovd.query_flags import add_encoder_flag, add_sides_flag
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from ovd.inference.postprocess import (
 from ovd.inference.scorers import ObjectnessScorer, PublishedScorer, Scorer
 from ovd.inference.scoring import RegionSet
 from pretrain.data.coco import ImageId
-from pretrain.data.rle import encode_mask
+from pretrain.data.rle import JsonRle, encode_mask
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def coco_results(kept: Candidates, boxes: Floats, image_id: ImageId, category_id
     ]
 
 
-def region_rle(regions: RegionSet, index: int) -> dict[str, Any]:
+def region_rle(regions: RegionSet, index: int) -> JsonRle:
     """Compressed run lengths, as JSON holds them, of one region's mask at the size of the picture."""
     if regions.masks is None:
         raise ValueError("these regions have no masks")

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ovd.data.lvis import FREQUENCIES
 from ovd.evaluation.coco import AVERAGES, RECALL_CAPS, Metrics
@@ -52,7 +51,9 @@ def table(metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def to_json(metrics: Metrics, *, command: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def to_json(
+    metrics: Metrics, *, command: Sequence[str] = (), extra: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """Content of `metrics.json`: keys at the top are the metrics' names; NaN becomes null.
 
     Args:
@@ -73,7 +74,7 @@ def to_json(metrics: Metrics, *, command: Sequence[str] = (), extra: Mapping[str
 
 
 def write(
-    metrics: Metrics, out: Path, *, command: Sequence[str] = (), extra: Mapping[str, Any] | None = None
+    metrics: Metrics, out: Path, *, command: Sequence[str] = (), extra: Mapping[str, object] | None = None
 ) -> tuple[Path, Path]:
     """Write `metrics.json` and `per_class.csv` into a folder, which is made; returns both paths."""
     out.mkdir(parents=True, exist_ok=True)
@@ -81,10 +82,10 @@ def write(
     content = to_json(metrics, command=command, extra=extra)
     json_path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
     with csv_path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(metrics.per_class[0]))
+        writer = csv.DictWriter(file, fieldnames=list(metrics.per_class[0].row()))
         writer.writeheader()
-        for row in metrics.per_class:
-            writer.writerow({k: _cell(v) for k, v in row.items()})
+        for one in metrics.per_class:
+            writer.writerow({k: _cell(v) for k, v in one.row().items()})
     return json_path, csv_path
 
 
@@ -97,12 +98,12 @@ def difference_line(d: Difference) -> str:
     return f"{percent(d.a)} -> {percent(d.b)}: {100 * d.difference:+.1f} [{low}, {high}]{verdict}"
 
 
-def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
+def json_safe(values: Mapping[str, object]) -> dict[str, object]:
     """The same values with NaN, which JSON does not have, as None."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
-def _cell(entry: Any) -> Any:
+def _cell(entry: str | int | float) -> str | int:
     if isinstance(entry, float):
         return "" if math.isnan(entry) else f"{entry:.6f}"
     return entry

@@ -9,18 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from pretrain.data import masks
 from pretrain.data.coco import GroundTruth, checked_box, is_id, is_number, kind_of, known_id, over_border, required
+from pretrain.data.coco_entries import ImageId
 from pretrain.engine.errors import UserError
+
+
+class _Shapes(TypedDict, total=False):
+    bbox: list[float]
+    segmentation: masks.Rle
+
+
+class CheckedResult(_Shapes):
+    """A detection that can be evaluated; it has `bbox` (x, y, width, height), `segmentation`, or both."""
+
+    image_id: ImageId
+    category_id: int
+    score: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Checked detections: fresh dicts with `image_id`, `category_id`, `score`, and `bbox` and/or `segmentation`."""
+    """Checked detections, copied from what was given."""
 
-    detections: list[dict[str, Any]]
+    detections: list[CheckedResult]
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -54,22 +68,22 @@ def check_results(
         if isinstance(results, dict) and isinstance(results.get("annotations"), list):
             hint = " This looks like a ground-truth file; predictions are a plain list."
         raise UserError(f"{where}: expected a list of detections, found {kind_of(results)}.{hint}")
-    fresh: list[dict[str, Any]] = []
+    fresh: list[CheckedResult] = []
     over = flat = dropped = corners = 0
     for n, d in enumerate(results):
         entry = f"{where}[{n}]"
         image_id = known_id(required(d, "image_id", entry), gt.sizes, f"{entry}: image_id")
-        one: dict[str, Any] = {"image_id": image_id, "category_id": 0}
+        category = 0
         if classes:
             category_id = required(d, "category_id", entry)
             if is_id(category_id) and category_id in outside and category_id not in gt.categories:
                 dropped += 1
                 continue
-            one["category_id"] = known_id(category_id, gt.categories, f"{entry}: category_id")
+            category = known_id(category_id, gt.categories, f"{entry}: category_id")
         score = required(d, "score", entry)
         if not is_number(score):
             raise UserError(f"{entry}: score must be a finite number, is {score!r}.")
-        one["score"] = score
+        one: CheckedResult = {"image_id": image_id, "category_id": category, "score": score}
         size = gt.sizes[image_id]
         if d.get("segmentation"):
             one["segmentation"] = masks.to_rle(d["segmentation"], size, entry)

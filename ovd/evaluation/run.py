@@ -3,21 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import CocoResult
-from pretrain.data.coco import ImageId, image_sizes, picture_file
+from pretrain.data.coco import image_sizes, picture_file
+from pretrain.data.coco_entries import CocoJson, ImageId
+from pretrain.data.images import Pictures
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from pretrain.data.scenes import SceneSource
+    from pretrain.data.scenes import ObjectEntry, SceneEntry, SceneSource
 
 Predict = Callable[[NDArray[np.uint8], ImageId], list[CocoResult]]
+OnImage = Callable[[int, int], None]
+
+
+class NumberedPictures(Pictures, Protocol):
+    """Pictures with the ids that results name them by."""
+
+    ids: Sequence[ImageId]
 
 
 def run_source(
@@ -25,8 +34,8 @@ def run_source(
     predict: Predict | None,
     *,
     propose: Predict | None = None,
-    on_image: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], list[CocoResult] | None, list[CocoResult] | None]:
+    on_image: OnImage | None = None,
+) -> tuple[CocoJson, list[CocoResult] | None, list[CocoResult] | None]:
     """Run a model over generated scenes; nothing touches the disk.
 
     Args:
@@ -41,32 +50,20 @@ def run_source(
     Raises:
         UserError: a source that hides the labels of novel objects.
     """
-    from pretrain.data.export import coco_header
-    from pretrain.data.scenes import coco_objects
-
     if source.labels != "all":
         raise UserError("this source hides the labels of novel objects (labels=base), so nothing can be said of them.")
-    gt: dict[str, Any] = {**coco_header(source.stickers, source), "images": [], "annotations": []}
-    collector = _Collector(predict, propose)
-    for index in range(len(source)):
-        scene = source.scene(index)
-        image_id = index + 1
-        image, objects = coco_objects(scene, image_id=image_id, first_annotation_id=len(gt["annotations"]) + 1)
-        gt["images"].append(image)
-        gt["annotations"] += objects
-        collector(scene.image, image_id)
-        if on_image is not None:
-            on_image(image_id, len(source))
-    return gt, collector.results, collector.proposals
+    scenes = _Scenes(source)
+    results, proposals = _run(scenes, predict, propose, on_image)
+    return scenes.ground_truth(), results, proposals
 
 
 def run_images(
-    gt: Mapping[str, Any],
+    gt: CocoJson,
     folder: Path,
     predict: Predict | None,
     *,
     propose: Predict | None = None,
-    on_image: Callable[[int, int], None] | None = None,
+    on_image: OnImage | None = None,
 ) -> tuple[list[CocoResult] | None, list[CocoResult] | None]:
     """The model's results, and its proposals, on the pictures of a COCO file.
 
@@ -79,36 +76,78 @@ def run_images(
     Raises:
         UserError: an image without a file name, unreadable, or of another size than the file says.
     """
-    from pretrain.data.folder import look_for, read_image
+    return _run(_Files(gt, folder), predict, propose, on_image)
 
-    collector = _Collector(predict, propose)
-    sizes = image_sizes(gt)
-    names = [picture_file(entry, where=f"images[{n}]") for n, entry in enumerate(gt["images"])]
-    look_for(names, folder, where="the annotations")
-    for n, (entry, name) in enumerate(zip(gt["images"], names, strict=True)):
-        image = read_image(folder / name)
-        size = sizes[entry["id"]]
+
+def _run(
+    pictures: NumberedPictures, predict: Predict | None, propose: Predict | None, on_image: OnImage | None
+) -> tuple[list[CocoResult] | None, list[CocoResult] | None]:
+    results: list[CocoResult] = []
+    proposals: list[CocoResult] = []
+    for index, image_id in enumerate(pictures.ids):
+        image = pictures.image(index)
+        if predict is not None:
+            results += predict(image, image_id)
+        if propose is not None:
+            proposals += propose(image, image_id)
+        if on_image is not None:
+            on_image(index + 1, len(pictures))
+    return None if predict is None else results, None if propose is None else proposals
+
+
+class _Scenes:
+    """Generated scenes, whose labels are noted as they are read."""
+
+    def __init__(self, source: SceneSource) -> None:
+        self.source = source
+        self.ids: Sequence[ImageId] = range(1, len(source) + 1)
+        self._images: list[SceneEntry] = []
+        self._annotations: list[ObjectEntry] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Scene ``index``; each is read once, in their order."""
+        from pretrain.data.scenes import coco_objects
+
+        scene = self.source.scene(index)
+        image, objects = coco_objects(scene, image_id=index + 1, first_annotation_id=len(self._annotations) + 1)
+        self._images.append(image)
+        self._annotations += objects
+        return scene.image
+
+    def ground_truth(self) -> CocoJson:
+        """Labels of the scenes that were read."""
+        from pretrain.data.export import coco_header
+
+        header = coco_header(self.source.stickers, self.source)
+        return {**header, "images": self._images, "annotations": self._annotations}
+
+
+class _Files:
+    """The pictures of a COCO file; see `run_images`."""
+
+    def __init__(self, gt: CocoJson, folder: Path) -> None:
+        from pretrain.data.folder import look_for
+
+        self.folder, self.sizes = folder, image_sizes(gt)
+        self.names = [picture_file(entry, where=f"images[{n}]") for n, entry in enumerate(gt["images"])]
+        self.ids: Sequence[ImageId] = [entry["id"] for entry in gt["images"]]
+        look_for(self.names, folder, where="the annotations")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Picture ``index``, of the size that the file says."""
+        from pretrain.data.folder import read_image
+
+        path, size = self.folder / self.names[index], self.sizes[self.ids[index]]
+        image = read_image(path)
         if size is not None and image.shape[:2] != size:
             raise UserError(
-                f"{folder / name}: {image.shape[1]}×{image.shape[0]} px, but the annotations say "
+                f"{path}: {image.shape[1]}×{image.shape[0]} px, but the annotations say "
                 f"{size[1]}×{size[0]}: boxes would be off. (Resized, or turned by its EXIF orientation?)"
             )
-        collector(image, entry["id"])
-        if on_image is not None:
-            on_image(n + 1, len(gt["images"]))
-    return collector.results, collector.proposals
-
-
-class _Collector:
-    """Results and proposals of one picture after another; None for what is not wanted."""
-
-    def __init__(self, predict: Predict | None, propose: Predict | None) -> None:
-        self.predict, self.propose = predict, propose
-        self.results: list[CocoResult] | None = None if predict is None else []
-        self.proposals: list[CocoResult] | None = None if propose is None else []
-
-    def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> None:
-        if self.predict is not None and self.results is not None:
-            self.results += self.predict(image, image_id)
-        if self.propose is not None and self.proposals is not None:
-            self.proposals += self.propose(image, image_id)
+        return image

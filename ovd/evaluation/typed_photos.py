@@ -124,7 +124,7 @@ def typed_photos(
         photo = photos.photos[index]
         rng = np.random.default_rng([seed, index])
         try:
-            regions = detector.embed(photos.load(index)).regions
+            regions = detector.embed(photos.image(index)).regions
         except BadImageError as problem:
             print(f"warning: {problem}; left out", file=sys.stderr)
             continue

@@ -8,11 +8,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from ovd.formats.labels import coco_categories
 from ovd.formats.shapes import LabelledPictures, Picture, Shape, joined, outlines
+from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
 
@@ -24,27 +25,27 @@ def write_coco(labelled: LabelledPictures, out: Path, *, place: Place = "copy") 
     """``annotations/instances_PART.json`` (``instances_all.json`` without parts) and ``images/PART/``."""
     annotation_id = 0
     for part in labelled.parts:
-        content: dict[str, list[dict[str, Any]]] = {
-            "images": [], "annotations": [], "categories": coco_categories(labelled.names)
-        }  # fmt: skip
+        images: list[CocoImage] = []
+        annotations: list[CocoAnnotation] = []
         for number, picture in enumerate((p for p in labelled.pictures if p.part == part), 1):
             height, width = picture.size
             name = place_picture(picture, out / "images", place)
-            content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+            images.append({"id": number, "file_name": name, "height": height, "width": width})
             for shape in picture.shapes:
                 annotation_id += 1
-                ids = {"id": annotation_id, "image_id": number, "category_id": shape.index + 1}
-                content["annotations"].append(ids | _coco_annotation(shape))
+                annotations.append({"id": annotation_id, "image_id": number, **_coco_object(shape)})
+        content = {"images": images, "annotations": annotations, "categories": coco_categories(labelled.names)}
         _write_json(out / "annotations" / f"instances_{part or 'all'}.json", content)
 
 
-def _coco_annotation(shape: Shape) -> dict[str, Any]:
+def _coco_object(shape: Shape) -> CocoObject:
     x1, y1, x2, y2 = shape.box
-    one: dict[str, Any] = {"bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)], "iscrowd": int(shape.crowd)}
-    one["area"] = round(one["bbox"][2] * one["bbox"][3], 3)
+    box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+    one: CocoObject = {"category_id": shape.index + 1, "bbox": box, "iscrowd": int(shape.crowd)}
     if shape.segmentation:
-        one["segmentation"] = shape.segmentation
-        del one["area"]  # of the mask: the reader counts its pixels
+        one["segmentation"] = shape.segmentation  # its area is left out: the reader counts the pixels of the mask
+    else:
+        one["area"] = round(box[2] * box[3], 3)
     if shape.score is not None:
         one["score"] = shape.score
     return one

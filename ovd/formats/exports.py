@@ -8,7 +8,6 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from ovd.formats.shapes import LabelledPictures, Picture, Shape, outlines
@@ -37,7 +36,7 @@ def write_labelme(labelled: LabelledPictures, out: Path) -> None:
     for picture in labelled.pictures:
         height, width = picture.size
         file = out / f"{picture.target}.json"
-        content: dict[str, Any] = {
+        content: dict[str, object] = {
             "version": LABELME_VERSION,
             "flags": {},
             "shapes": [one for shape in picture.shapes for one in _labelme_shapes(shape, picture)],
@@ -49,13 +48,13 @@ def write_labelme(labelled: LabelledPictures, out: Path) -> None:
         write_atomically(file, json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
 
 
-def _labelme_shapes(shape: Shape, picture: Picture) -> list[dict[str, Any]]:
+def _labelme_shapes(shape: Shape, picture: Picture) -> list[dict[str, object]]:
     x1, y1, x2, y2 = shape.box
     polygons = outlines(shape, picture.size)
     forms: list[tuple[str, list[list[float]]]] = [
         ("polygon", [[p[i], p[i + 1]] for i in range(0, len(p), 2)]) for p in polygons
     ]
-    common: dict[str, Any] = {"label": shape.name, "group_id": None, "description": "", "flags": {}}
+    common: dict[str, object] = {"label": shape.name, "group_id": None, "description": "", "flags": {}}
     common |= {} if shape.score is None else {"score": shape.score}
     return [
         {**common, "shape_type": kind, "points": points}
@@ -99,7 +98,7 @@ def write_label_studio(labelled: LabelledPictures, out: Path) -> None:
     for picture in labelled.pictures:
         results = [one for n, shape in enumerate(picture.shapes) for one in _studio_results(shape, picture, n)]
         scores = [shape.score for shape in picture.shapes if shape.score is not None]
-        prediction: dict[str, Any] = {"model_version": "wordbox", "result": results}
+        prediction: dict[str, object] = {"model_version": "wordbox", "result": results}
         prediction |= {"score": min(scores)} if scores else {}
         tasks.append({"data": {"image": LABEL_STUDIO_ROOT + picture.file}, "predictions": [prediction]})
     text = json.dumps(tasks, ensure_ascii=False, indent=1)
@@ -114,10 +113,10 @@ def write_label_studio(labelled: LabelledPictures, out: Path) -> None:
     write_atomically(out / "label_config.xml", tostring(view, encoding="utf-8") + b"\n")
 
 
-def _studio_results(shape: Shape, picture: Picture, number: int) -> list[dict[str, Any]]:
+def _studio_results(shape: Shape, picture: Picture, number: int) -> list[dict[str, object]]:
     """Label Studio's results of one object: corners and sides in per cent of the picture."""
     height, width = picture.size
-    common: dict[str, Any] = {
+    common: dict[str, object] = {
         "to_name": "image", "original_width": width, "original_height": height, "image_rotation": 0
     }  # fmt: skip
     common |= {} if shape.score is None else {"score": shape.score}
@@ -138,5 +137,5 @@ def _studio_results(shape: Shape, picture: Picture, number: int) -> list[dict[st
         ]
     x1, y1, x2, y2 = shape.box
     sides = {"x": x1 / width, "y": y1 / height, "width": (x2 - x1) / width, "height": (y2 - y1) / height}
-    value = {key: side * 100 for key, side in sides.items()} | {"rotation": 0, "rectanglelabels": [shape.name]}
+    value = {**{key: side * 100 for key, side in sides.items()}, "rotation": 0, "rectanglelabels": [shape.name]}
     return [{**common, "id": f"{picture.id}-{number}", "from_name": "label", "type": "rectanglelabels", "value": value}]

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ovd.formats.spec import Kind
 from pretrain.data.coco import GroundTruth, check_ground_truth
+from pretrain.data.coco_entries import CocoCategory, CocoJson
 from pretrain.engine.errors import UserError
 
 PARTS = ("train", "val", "test")
@@ -33,7 +33,7 @@ class Labels:
         notices: what was odd in them.
     """
 
-    content: dict[str, Any]
+    content: CocoJson
     root: Path
     kind: Kind
     where: str
@@ -118,7 +118,7 @@ def choose_parts(there: Iterable[str], part: str | None, prefer: Sequence[str], 
     return frozenset(named) if chosen is None else frozenset([chosen])
 
 
-def coco_categories(names: Mapping[int, str] | Sequence[str]) -> list[dict[str, Any]]:
+def coco_categories(names: Mapping[int, str] | Sequence[str]) -> list[CocoCategory]:
     """COCO's categories of class indices 0, 1, …, with ids from 1."""
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
     return [{"id": index + 1, "name": name} for index, name in pairs]

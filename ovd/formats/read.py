@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ovd.formats.labels import PART_NAMES, Labels, choose_parts
 from ovd.formats.spec import Kind, LabelSpec
 from ovd.formats.voc import read_voc, xml_files
 from ovd.formats.yolo import read_yolo, yaml_of
 from pretrain.data.coco import check_ground_truth, picture_file
+from pretrain.data.coco_entries import CocoJson
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -121,7 +121,7 @@ def _read_file(file: Path, images: Path | None) -> Labels:
     return Labels(content=content, root=root, kind="coco", where=str(file))
 
 
-def _pictures_of(file: Path, content: dict[str, Any]) -> Path:
+def _pictures_of(file: Path, content: object) -> Path:
     """The folder that holds a file's first picture, of those where tools put it."""
     truth = check_ground_truth(content, where=str(file))
     if not truth.sizes:
@@ -139,8 +139,8 @@ def _pictures_of(file: Path, content: dict[str, Any]) -> Path:
 def _joined(folder: Path, opened: list[tuple[str, Labels]]) -> Labels:
     """Parts of one data set as one: images and annotations are numbered anew, categories must agree."""
     first = opened[0][1]
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images: list[CocoJson] = []
+    annotations: list[CocoJson] = []
     for part, labels in opened:
         check_ground_truth(labels.content, where=labels.where)
         if labels.content["categories"] != first.content["categories"]:

@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.parsers import expat
 
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
 from ovd.pictures import upright_size
+from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.data.folder import EXTENSIONS
 from pretrain.engine.errors import BadImageError, UserError
 
@@ -114,22 +114,23 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
     requested = choose_parts([parts[file] for file in files], part, prefer, str(path))
     shift = 0 if any(_counts_from_0(d.root) for d in documents) else 1
     folder = images or root
-    content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": coco_categories(names)}
+    pictures: list[CocoImage] = []
+    annotations: list[CocoAnnotation] = []
     number = {name: index + 1 for index, name in enumerate(names)}
     for image_id, document in enumerate(documents, 1):
         if document.part not in requested or not _measure(document, notes):
             continue
         height, width = document.size
-        content["images"].append(
+        pictures.append(
             {"id": image_id, "file_name": document.picture.relative_to(folder).as_posix(),
              "height": height, "width": width, "split": document.part}
         )  # fmt: skip
         for element in _objects(document.root):
             one = _object(element, document, number, shift, notes)
             if one is not None:
-                ids = {"id": len(content["annotations"]) + 1, "image_id": image_id}
-                content["annotations"].append(ids | one)
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **one})
     notes.refuse()
+    content = {"images": pictures, "annotations": annotations, "categories": coco_categories(names)}
     return Labels(content=content, root=folder, kind="voc", where=str(path), notices=notes.notices())
 
 
@@ -209,9 +210,7 @@ def _counts_from_0(root: Element) -> bool:
     return any(o.value(f"bndbox/{c}") in ("0", "0.0") for o in _objects(root) for c in ("xmin", "ymin"))
 
 
-def _object(
-    element: Element, document: _File, number: dict[str, int], shift: int, notes: Notes
-) -> dict[str, Any] | None:
+def _object(element: Element, document: _File, number: dict[str, int], shift: int, notes: Notes) -> CocoObject | None:
     """COCO's annotation of an object without its ids; None after a mistake."""
     place = f"{document.path}:{element.line}"
     name = element.value("name")
@@ -240,5 +239,5 @@ def _object(
     difficult = element.value("difficult") == "1"
     if difficult:
         notes.odd("objects are difficult: not trained on, and neither right nor wrong in evaluation", place)
-    one = {"category_id": number[name], "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
-    return one | {"iscrowd": int(difficult)}
+    w, h = x2 - x1, y2 - y1
+    return {"category_id": number[name], "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": int(difficult)}

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
 from ovd.pictures import upright_size
 from pretrain.data import masks
+from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.data.folder import EXTENSIONS, list_images
 from pretrain.engine.errors import BadImageError, UserError
 
@@ -50,8 +51,8 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
     source = _from_yaml(file) if file is not None else _from_folder(path)
     requested = choose_parts([p for p, _ in source.pictures], part, prefer, where)
     notes = Notes(where)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images: list[CocoImage] = []
+    annotations: list[CocoAnnotation] = []
     labelled = 0
     for number, (belongs, picture) in enumerate(source.pictures, 1):
         if belongs not in requested:
@@ -135,7 +136,7 @@ def _from_yaml(file: Path) -> _Source:
     return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content)
 
 
-def _names(content: dict[str, Any], file: Path) -> dict[int, str]:
+def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
     listed = content.get("names")
     if isinstance(listed, list):
         listed = dict(enumerate(listed))
@@ -225,7 +226,7 @@ def _read_lines(file: Path, notes: Notes) -> Iterator[_Line]:
         yield _Line(f"{file}:{number}", words)
 
 
-def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -> dict[str, Any] | None:
+def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -> CocoObject | None:
     """COCO's annotation of a line without its ids; None after a mistake."""
     try:
         numbers = [float(word) for word in line.words]
@@ -250,7 +251,7 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -
         notes.mistake(line.place, f"the sixth number, {score}, is no score from 0 to 1")
         return None
     height, width = size
-    one: dict[str, Any] = {"category_id": int(index) + 1}
+    one: CocoObject = {"category_id": int(index) + 1}
     if len(values) == 4:
         cx, cy, w, h = values
         corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.everything import PromptFreeWords, open_shift
+from ovd.inference.finetuned_names import OwnNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.own_names import OwnNames
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities

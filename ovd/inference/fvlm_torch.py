@@ -13,8 +13,8 @@ from ovd.inference.arrays import Floats
 from ovd.inference.scoring import RegionSet
 
 if TYPE_CHECKING:
+    from ovd.modeling.fvlm.finetuned import OwnClasses
     from ovd.modeling.fvlm.network import FvlmDetector
-    from ovd.modeling.fvlm.own_classes import OwnClasses
 
 
 class TorchNetwork:

@@ -9,6 +9,7 @@ Shapes: R regions, C classes, K candidates: (region, class) pairs with a score.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,20 @@ PROTOCOL_CANDIDATES = 5000
 
 TRICK_LIMIT = 1000
 """Boxes up to which torchvision separates classes by shifting their boxes apart, on a CPU."""
+
+
+class PostprocessOptions(TypedDict, total=False):
+    """What a caller may change of `postprocess`, with the defaults of `ovd.inference.regions.Regions.classify`."""
+
+    limit: int
+    nms_iou: float
+    cross_class_iou: float | None
+
+
+class ClassifyOptions(PostprocessOptions, total=False):
+    """Keyword arguments of `ovd.inference.regions.Regions.classify` besides the query and the threshold."""
+
+    one_class_per_region: bool
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ovd.inference.region_model import RegionModel
 from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from ovd.weights import ModelCard
 
 LEAST, MOST = 64, 2048
 
@@ -27,8 +30,8 @@ def look_at_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
     model.set_sides(tuple(dict.fromkeys(sides)))
 
 
-def card_with_sides(card: Mapping[str, Any], sides: Sequence[int] | None) -> dict[str, Any]:
+def card_with_sides(card: ModelCard, sides: Sequence[int] | None) -> ModelCard:
     """A model card whose ``settings`` tell the sides that were given: results of others must not pass for these."""
     if sides is None:
-        return dict(card)
+        return card
     return {**card, "settings": f"{card.get('settings', '')} sides {' '.join(map(str, sides))}"}

@@ -29,7 +29,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class OwnClassesCard:
-    """A branch of a person's own classes beside a detector of photographs (`ovd.modeling.fvlm.own_classes`).
+    """A branch of a person's own classes beside a detector of photographs (`ovd.modeling.fvlm.finetuned`).
 
     Attributes:
         names: of the classes, in the order of the branch's scores.

@@ -65,8 +65,8 @@ def _load_fvlm(
     from ovd.inference.fvlm_regions import FvlmRegionModel
     from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.inference.known_words import WordList
+    from ovd.modeling.fvlm.finetuned import load_own_classes
     from ovd.modeling.fvlm.network import known_words, load_fvlm
-    from ovd.modeling.fvlm.own_classes import load_own_classes
     from pretrain.data.lexicon import read_lexicon
 
     model, bank = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)

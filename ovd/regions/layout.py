@@ -113,7 +113,22 @@ class Identity:
     proposals: str
     source: str
     settings: StoreSettings
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+
+class SettingsRecord(TypedDict):
+    """`StoreSettings` as JSON."""
+
+    proposals_per_image: int
+    crop_size: int
+    scales: list[float]
+    crop_mode: CropMode
+    border: Border
+    resample: Resample
+    normalise_each: bool
+    precision: Literal["fp32", "bf16"]
+    min_side: float
+    images_per_shard: int
 
 
 class PictureCount(TypedDict):
@@ -151,10 +166,10 @@ class Manifest(_Made):
     dim: int
     proposals: str
     source: str
-    settings: dict[str, Any]
+    settings: SettingsRecord
     images: PictureCount
     dtype: str
-    notes: dict[str, Any]
+    notes: dict[str, object]
 
 
 def ids_path(path: Path, manifest: Manifest) -> Path:
@@ -181,6 +196,12 @@ def manifest_path(path: Path) -> Path:
 def shard_count(manifest: Manifest) -> int:
     """How many shards a store has when it is whole."""
     return -(-int(manifest["images"]["count"]) // int(manifest["settings"]["images_per_shard"]))
+
+
+def settings_of(manifest: Manifest) -> StoreSettings:
+    """The settings a store was made with."""
+    values: dict[str, Any] = {**manifest["settings"], "scales": tuple(manifest["settings"]["scales"])}
+    return StoreSettings(**values)
 
 
 def rows_of(manifest: Manifest, shard: int) -> range:
@@ -245,7 +266,7 @@ def sidecar(path: Path, shard: int) -> Sidecar | None:
     return cast(Sidecar, content) if whole else None
 
 
-def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, Any]) -> None:
+def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, object]) -> None:
     """Compare a manifest with what the caller has; a wanted None is not compared.
 
     Raises:
@@ -271,7 +292,7 @@ def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, An
         )
 
 
-def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(value: Mapping[str, object]) -> dict[str, object]:
     """As it comes back from JSON (tuples become lists), so that comparisons are fair."""
     return dict(json.loads(json.dumps(value)))
 
@@ -284,7 +305,7 @@ def read_text(file: Path) -> str | None:
         return None
 
 
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_json(file: Path, value: Mapping[str, object]) -> None:
     """`write_text` of JSON."""
     write_text(file, json.dumps(value, indent=1))
 

@@ -27,6 +27,7 @@ from ovd.regions.layout import (
     read_manifest,
     refuse_differences,
     rows_of,
+    settings_of,
     shard_count,
     shard_path,
     sidecar,
@@ -60,7 +61,7 @@ class RegionStore:
         encoder_fingerprint: str | None = None,
         proposals_fingerprint: str | None = None,
         source_fingerprint: str | None = None,
-        settings: StoreSettings | Mapping[str, Any] | None = None,
+        settings: StoreSettings | Mapping[str, object] | None = None,
         image_ids: Iterable[ImageId] | None = None,
         partial: bool = False,
     ) -> RegionStore:
@@ -109,7 +110,7 @@ class RegionStore:
         encoder_fingerprint: str | None = None,
         proposals_fingerprint: str | None = None,
         source_fingerprint: str | None = None,
-        settings: StoreSettings | Mapping[str, Any] | None = None,
+        settings: StoreSettings | Mapping[str, object] | None = None,
         image_ids: Iterable[ImageId] | None = None,
     ) -> None:
         """Refuse a store that was made from something else. None skips a check.
@@ -124,7 +125,7 @@ class RegionStore:
         Raises:
             UserError: naming every difference.
         """
-        expected: dict[str, Any] = {
+        expected: dict[str, object] = {
             "encoder": encoder_fingerprint,
             "proposals": proposals_fingerprint,
             "source": source_fingerprint,
@@ -151,9 +152,7 @@ class RegionStore:
     @property
     def settings(self) -> StoreSettings:
         """The settings the store was made with."""
-        values = dict(self.manifest["settings"])
-        values["scales"] = tuple(values["scales"])
-        return StoreSettings(**values)
+        return settings_of(self.manifest)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -234,7 +233,7 @@ class RegionStore:
                 self._maps.popitem(last=False)
         return tensors, row
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Memory maps would be pickled as whole arrays.
         return {**self.__dict__, "_maps": OrderedDict()}
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save
@@ -23,6 +24,7 @@ from ovd.regions.layout import (
     ImageId,
     ImageSource,
     Manifest,
+    SettingsRecord,
     ShardSum,
     StoreSettings,
     as_json,
@@ -360,7 +362,7 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> Manifest:
         "dim": identity.dim,
         "proposals": identity.proposals,
         "source": identity.source,
-        "settings": as_json(asdict(identity.settings)),
+        "settings": cast(SettingsRecord, as_json(asdict(identity.settings))),
         "images": {"count": len(ids), "sha256": hashlib.sha256(ids_text.encode()).hexdigest()},
         "dtype": "float16",
         "notes": as_json(dict(identity.notes)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ovd.config_detr import DetrTrainConfig
 from ovd.training.inputs import (
@@ -41,11 +41,11 @@ INIT_SAMPLES = 32  # pictures whose features the projections are initialised fro
 
 def for_check(config: DetrTrainConfig) -> DetrTrainConfig:
     """The configuration for ``--check``: features are computed for the batches that are looked at, not cached ahead."""
-    changes: dict[str, Any] = {"cache": None}
-    if config.pretext is not None:
-        held_out = min(config.pretext.held_out_count, config.loop.batch_size)
-        changes["pretext"] = config.pretext.model_copy(update={"held_out_count": held_out})
-    return config.model_copy(update=changes)
+    checked = config.model_copy(update={"cache": None})
+    if config.pretext is None:
+        return checked
+    held_out = min(config.pretext.held_out_count, config.loop.batch_size)
+    return checked.model_copy(update={"pretext": config.pretext.model_copy(update={"held_out_count": held_out})})
 
 
 def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
@@ -227,7 +227,7 @@ def export(config: DetrTrainConfig, parts: TrainingParts[Detr], folder: Path) ->
     variant = config.model.variant if labels is not None else "agnostic"
     words = labels if variant == "text" else None
     bank = words.background_words if words is not None else []
-    head: dict[str, Any] = {"scale": config.model.scale}  # what commands read of any detector's card
+    head = {"scale": config.model.scale}  # what commands read of any detector's card
     if config.pretext is not None:
         head |= {"patches": config.pretext.patches.count, "patch_size": config.pretext.patches.size}
     card = detector_card(

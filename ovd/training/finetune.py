@@ -26,7 +26,7 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.data.own_photos import CanvasSource, OwnPhotos
-    from ovd.evaluation.own_classes import Found
+    from ovd.evaluation.finetuned import Found
     from ovd.modeling.proposals.classes import ClassBranch
 
 TRUNK = ("csp.", "neck.")
@@ -77,7 +77,7 @@ class FinetuneTask(DetectionTask):
 
     def measure(self, branch: ClassBranch) -> Found:
         """What a branch finds in the held-out photos."""
-        from ovd.evaluation.own_classes import find
+        from ovd.evaluation.finetuned import find
 
         with torch.autocast(next(branch.parameters()).device.type, torch.bfloat16):
             return find(
@@ -225,8 +225,8 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     An earlier branch is left out when the new one names all that is left of it. The folder appears when it is whole.
     """
     from ovd.modeling.export import read_card, write_card
+    from ovd.modeling.fvlm.finetuned import remaining_branches, save_branch
     from ovd.modeling.fvlm.network import PROPOSALS
-    from ovd.modeling.fvlm.own_classes import remaining_branches, save_branch
     from pretrain.engine.config import config_hash
 
     card, task = read_card(parts.folder), parts.task

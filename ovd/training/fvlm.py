@@ -151,7 +151,7 @@ def rows_of(
     regions, readable = config.data.regions, Readable(len(photos))
 
     def compute_row(index: int) -> dict[str, NDArray[Any]]:
-        image = photos.load(index)
+        image = photos.image(index)
         row = _regions_of(model, image, count=regions, seed=index)
         if store is not None:
             boxes = store[photos.photos[index].image_id][0]

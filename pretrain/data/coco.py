@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pretrain.data import masks
+from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
-
-ImageId = int | str
 
 BORDER = 0.5  # pixels that a box may reach over the border of its picture: what rounding does
 
@@ -194,7 +193,7 @@ def _require_lists(content: Any, keys: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: {key!r} must be a list, {what}.")
 
 
-def image_sizes(gt: Mapping[str, Any], *, where: str = "annotations") -> dict[ImageId, tuple[int, int] | None]:
+def image_sizes(gt: CocoJson, *, where: str = "annotations") -> dict[ImageId, tuple[int, int] | None]:
     """(height, width) of each image as `check_ground_truth` understands it, without looking at the annotations."""
     return _images(gt["images"], where, [])[0]
 
@@ -235,7 +234,7 @@ def _images(
     return sizes, files, parts
 
 
-def picture_file(image: Mapping[str, Any], *, where: str = "images") -> str:
+def picture_file(image: CocoJson, *, where: str = "images") -> str:
     """An image's path below the picture folder: ``file_name``, or the last two parts of LVIS's ``coco_url``.
 
     The picture folder of LVIS therefore holds ``train2017`` and ``val2017``: its validation pictures are of both.
@@ -248,7 +247,7 @@ def picture_file(image: Mapping[str, Any], *, where: str = "images") -> str:
     raise UserError(f"{where}: image {image.get('id')!r} has neither 'file_name' nor 'coco_url': it cannot be found.")
 
 
-def _file_of(image: Mapping[str, Any]) -> str | None:
+def _file_of(image: CocoJson) -> str | None:
     name, url = image.get("file_name"), image.get("coco_url")
     if isinstance(name, str) and name:
         return name

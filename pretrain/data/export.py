@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -24,7 +23,7 @@ LICENCES = (
 )  # fmt: skip
 
 
-def coco_header(stickers: Stickers, source: SceneSource) -> dict[str, Any]:
+def coco_header(stickers: Stickers, source: SceneSource) -> dict[str, object]:
     """The `info`, `licenses` and `categories` of an export; category id = class id + 1."""
     return {
         "info": {
@@ -71,8 +70,11 @@ def export(source: SceneSource, out: Path, *, image_format: str = "jpg", overwri
             scene = source.scene(index)
             entry, objects = coco_objects(scene, image_id=index + 1, first_annotation_id=len(annotations) + 1)
             path = pictures / f"{index + 1:06d}.{image_format}"
-            options: dict[str, Any] = {"quality": JPEG_QUALITY, "subsampling": 0} if image_format == "jpg" else {}
-            Image.fromarray(scene.image).save(path, **options)
+            picture = Image.fromarray(scene.image)
+            if image_format == "jpg":
+                picture.save(path, quality=JPEG_QUALITY, subsampling=0)
+            else:
+                picture.save(path)
             images.append({**entry, "file_name": path.relative_to(out).as_posix(), "license": 1})
             annotations += objects
         data = {**coco_header(source.stickers, source), "images": images, "annotations": annotations}

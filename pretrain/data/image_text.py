@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -93,8 +93,10 @@ def table_of(config: CaptionTable) -> CaptionedFiles:
     texts: dict[str, list[str]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-            rows = csv.DictReader(file, **style)  # a .tsv has no quotes: one in a caption is a character like others
+            if tabs:  # a .tsv has no quotes: one in a caption is a character like others
+                rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            else:
+                rows = csv.DictReader(file, strict=True)
             if not rows.fieldnames:
                 raise UserError(f"{path} is empty; it needs a header with the columns {config.image}, {config.caption}")
             missing = [name for name in (config.image, config.caption) if name not in rows.fieldnames]

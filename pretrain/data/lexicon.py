@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from pretrain.data.coco import category_names
 from pretrain.engine.errors import UserError, run_cli
@@ -182,7 +182,24 @@ class Senses:
         return forms
 
 
-def build_lexicon(wordnet: WordNet, nouns: Iterable[str], senses: Senses, imagenet: Sequence[int]) -> dict[str, Any]:
+class MeaningRecord(TypedDict):
+    """A meaning in a lexicon file: its names, and the key of the one above it."""
+
+    names: list[str]
+    above: str | None
+
+
+class LexiconRecord(TypedDict):
+    """A lexicon file: key of the meaning of each noun, and of ImageNet's classes in their order."""
+
+    format: str
+    source: str
+    nouns: dict[str, str]
+    imagenet: list[str]
+    meanings: dict[str, MeaningRecord]
+
+
+def build_lexicon(wordnet: WordNet, nouns: Iterable[str], senses: Senses, imagenet: Sequence[int]) -> LexiconRecord:
     """The content of a lexicon file.
 
     Args:
@@ -192,7 +209,7 @@ def build_lexicon(wordnet: WordNet, nouns: Iterable[str], senses: Senses, imagen
         imagenet: Offsets of the classes of ImageNet's networks.
     """
     synsets = {noun: synset for noun in sorted(set(nouns)) if (synset := senses.of(noun)) is not None}
-    meanings: dict[str, dict[str, Any]] = {}
+    meanings: dict[str, MeaningRecord] = {}
 
     def add(synset: Synset) -> str:
         key = f"n{synset.offset:08d}"

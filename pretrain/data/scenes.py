@@ -6,7 +6,7 @@ Shapes: N images, n objects, m distractors, H and W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -18,7 +18,7 @@ from pretrain.data import render
 from pretrain.data.caption_templates import caption_for
 from pretrain.data.dice import Dice
 from pretrain.data.render import U8, Patch, Stage, extent
-from pretrain.data.rle import encode_mask
+from pretrain.data.rle import JsonRle, encode_mask
 from pretrain.data.stickers import SCENE, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
 
@@ -202,7 +202,7 @@ class ObjectEntry(TypedDict):
     category_id: int
     bbox: list[float]
     area: int
-    segmentation: Mapping[str, object]
+    segmentation: JsonRle
     iscrowd: int
     visible: float
     truncated: bool

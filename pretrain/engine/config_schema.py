@@ -37,7 +37,7 @@ def is_later(info: FieldInfo) -> bool:
     return _is_marked(info, LATER)
 
 
-def _is_marked(info: FieldInfo, mark: dict[str, Any]) -> bool:
+def _is_marked(info: FieldInfo, mark: Mapping[str, Any]) -> bool:
     return isinstance(info.json_schema_extra, dict) and mark.items() <= info.json_schema_extra.items()
 
 
@@ -187,7 +187,7 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def _bounds_text(metadata: Iterable[Any]) -> str:
-    bounds: dict[str, Any] = {}
+    bounds: dict[str, float] = {}
     bounds_texts: list[str] = []
     for entry in metadata:
         bounds |= {

@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 from collections.abc import Generator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -221,8 +221,17 @@ def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: boo
             worker.join()
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """A batch that moves itself."""
+
+    def to(self, device: torch.device) -> object:
+        """The same on a device."""
+        ...
+
+
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move tensors, and objects with ``.to``, inside lists, tuples and dicts."""
+    """Move tensors, and what is `Movable`, inside lists, tuples and dicts."""
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -231,4 +240,4 @@ def to_device(value: Any, device: torch.device) -> Any:
         return type(value)(to_device(item, device) for item in value)
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    return value.to(device) if hasattr(value, "to") else value
+    return value.to(device) if isinstance(value, Movable) else value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.engine.config import Section, find_config, plain
-from pretrain.engine.config_yaml import REPOSITORY, read_chain
+from pretrain.engine.config_yaml import REPOSITORY, Item, read_chain
 from pretrain.engine.errors import ConfigError, UserError
 
 OUTPUTS = ("out", "cache")  # keys that name what a run writes itself
@@ -70,7 +70,7 @@ def shipped_stages() -> list[Stage]:
             chain, _ = read_chain(find_config(name))
         except ConfigError:
             continue
-        merged: dict[str, Any] = {}
+        merged: dict[str, Item] = {}
         for layer in chain:  # the innermost base first
             merged |= layer.value if isinstance(layer.value, dict) else {}
         module = "pretrain.train" if "method" in merged else "ovd.embed" if "proposer" in merged else "ovd.train"

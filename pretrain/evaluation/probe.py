@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,12 +94,12 @@ def evaluate(
     shots: Sequence[int],
     seed: int,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The chosen measures as one report."""
     x_test = features(backbone, test, range(len(test)), inputs)
     y_test, y_train = labels(test, range(len(test))), labels(train, range(len(train)))
     classes = int(max(y_train.max(), y_test.max())) + 1
-    report: dict[str, Any] = {"train": len(train), "test": len(test), "classes": classes, "width": x_test.shape[1]}
+    report: dict[str, object] = {"train": len(train), "test": len(test), "classes": classes, "width": x_test.shape[1]}
     x_train = features(backbone, train, range(len(train)), inputs) if {"knn", "few"} & set(measures) else None
     if x_train is not None and "knn" in measures:
         scores = knn(x_test, x_train, y_train, classes=classes, k=k, temperature=temperature)
@@ -118,12 +118,13 @@ def evaluate(
                 "seconds": time.perf_counter() - begun,
             }  # fmt: skip
     if x_train is not None and "few" in measures:
-        report["few"] = []
+        few = []
         for count in shots:
             accuracies = [
                 accuracy(few_labels(x_train, y_train, x_test, classes=classes, shots=count, seed=seed + i), y_test)
                 for i in range(5)
             ]
             mean, std = float(np.mean(accuracies)), float(np.std(accuracies))
-            report["few"].append({"shots": count, "top1": mean, "std": std, "draws": len(accuracies)})
+            few.append({"shots": count, "top1": mean, "std": std, "draws": len(accuracies)})
+        report["few"] = few
     return report

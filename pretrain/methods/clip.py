@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +155,7 @@ class Clip(Task):
         self.untracked: tuple[str, ...] = ()
         if freeze_text:
             projected = isinstance(encoder.text, ProjectedText)
-            frozen: Any = encoder.text.trunk if projected else encoder.text
+            frozen = encoder.text.trunk if isinstance(encoder.text, ProjectedText) else encoder.text
             self._frozen = (frozen.requires_grad_(False),)
             self.untracked = ("encoder.text.trunk." if projected else "encoder.text.",)
 

@@ -81,7 +81,7 @@ def _torchvision(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Modu
         raise UserError(f"method.backbone.name: torchvision has no image classifier {name!r}{_near(name, known)}")
     if name in UNPLAIN:
         raise UserError(f"method.backbone.name: torchvision's {name!r} returns no plain features; take another model")
-    fixed: dict[str, Any] = {"image_size": sizes[0]} if name.startswith("vit_") else {}
+    fixed: dict[str, int | bool] = {"image_size": sizes[0]} if name.startswith("vit_") else {}
     if name.startswith(("resnet", "resnext", "wide_resnet")):
         fixed["zero_init_residual"] = zero_init
     try:
@@ -103,12 +103,12 @@ def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
 
     if not timm.is_model(name):
         raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
-    places: dict[str, Any] = {}
+    places: dict[str, int | bool] = {}
     try:
-        fixed = bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+        published = timm.get_pretrained_cfg(name)
     except RuntimeError as problem:  # a tag behind a dot that timm does not know
         raise UserError(f"method.backbone.name: timm:{name}: {_first_line(problem)}") from problem
-    if fixed:
+    if published is not None and published.fixed_input_size:
         places = {"img_size": sizes[0], **({"dynamic_img_size": True} if len(set(sizes)) > 1 else {})}
     try:
         network = _created(name, zero_init=zero_init, **places)
@@ -149,7 +149,7 @@ def problem_with(backbone: nn.Module, size: int) -> str | None:
         return _first_line(problem)
     finally:
         backbone.train(training)
-    expected = (1, getattr(backbone, "width", shape[-1]))
+    expected = (1, backbone.width if isinstance(backbone, Pooled | ResNet) else shape[-1])
     return None if shape == expected else f"its features have shape {shape}, not {expected}"
 
 

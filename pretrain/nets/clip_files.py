@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def load_clip_file(path: Path) -> tuple[JointEncoder, str]:
         )
     import open_clip
 
-    settings = {
+    settings: OpenClipSettings = {
         "name": path.stem, "model": {**model, "quick_gelu": True},
         "mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD),
     }  # fmt: skip
@@ -107,11 +107,26 @@ def _blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)})
 
 
-def build_open_clip(settings: Mapping[str, Any], *, beside: Path | None = None) -> JointEncoder:
-    """From open_clip's own configuration: `{"name", "model": {embed_dim, vision_cfg, text_cfg}, "mean", "std"}`.
+class OpenClipSettings(TypedDict):
+    """A model of open_clip's.
+
+    Attributes:
+        name: its own, or that of the file.
+        model: open_clip's configuration: embed_dim, vision_cfg, text_cfg.
+        mean, std: of RGB in [0, 1].
+    """
+
+    name: str
+    model: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+
+
+def build_open_clip(settings: OpenClipSettings, *, beside: Path | None = None) -> JointEncoder:
+    """An encoder of open_clip's architecture.
 
     Args:
-        settings: as above.
+        settings: what it is.
         beside: folder of the weights, which may hold the tokenizer's files.
 
     Raises:
@@ -128,15 +143,15 @@ def build_open_clip(settings: Mapping[str, Any], *, beside: Path | None = None) 
         model = CustomTextCLIP(**model_config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise UserError(f"open_clip:{name}: the model configuration does not build: {error}") from error
-    size = model.visual.image_size
+    size, mean, std = model.visual.image_size, settings["mean"], settings["std"]
     return ShortTextEncoder(
         visual=model.visual,
         text=model.text,
         tokenizer=tokenizer_of(text, name=name, beside=beside),
         embed_dim=model_config["embed_dim"],
         image_size=size if isinstance(size, int) else size[0],
-        image_mean=tuple(settings["mean"]),
-        image_std=tuple(settings["std"]),
+        image_mean=(mean[0], mean[1], mean[2]),
+        image_std=(std[0], std[1], std[2]),
         config={"open_clip": dict(settings)},
     )
 
@@ -163,7 +178,7 @@ def load_open_clip(rest: str) -> tuple[JointEncoder, str]:
     return _filled(build_open_clip(settings, beside=path.parent), read_tensors(path), path)
 
 
-def find_open_clip(rest: str) -> tuple[dict[str, Any], Path]:
+def find_open_clip(rest: str) -> tuple[OpenClipSettings, Path]:
     """What `build_open_clip` needs for `MODEL:WEIGHTS`, and the file of weights, fetched where a tag names it.
 
     Raises:
@@ -175,7 +190,7 @@ def find_open_clip(rest: str) -> tuple[dict[str, Any], Path]:
     name, _, weights = rest.partition(":")
     published: Mapping[str, Any] = {}
     if name.endswith(".json"):
-        model_config, published = _own_configuration(name)
+        model_config, published = _read_configuration(name)
         tags: list[str] = []
     else:
         model_config = open_clip.get_model_config(name)
@@ -207,13 +222,13 @@ def find_open_clip(rest: str) -> tuple[dict[str, Any], Path]:
     return {"name": name, "model": model_config, "mean": list(mean), "std": list(std)}, path
 
 
-def _own_configuration(name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def _read_configuration(name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """(model, preprocessing) of a configuration file, such as the `open_clip_config.json` beside a model."""
-    found = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
-    if not isinstance(found, dict):
+    content = read_json(name, hint="open_clip:MODEL.json:WEIGHTS needs the model's configuration")
+    if not isinstance(content, dict):
         raise UserError(f"{name}: no configuration of open_clip's, which is a table with vision_cfg and text_cfg")
-    published = found.get("preprocess_cfg")
-    return found.get("model_cfg", found), published if isinstance(published, dict) else {}
+    published = content.get("preprocess_cfg")
+    return content.get("model_cfg", content), published if isinstance(published, dict) else {}
 
 
 def _statistics_of(published: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

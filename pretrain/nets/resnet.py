@@ -50,9 +50,9 @@ class ResNet(TorchvisionResNet):
         """Feature maps `layer1` … `layer4` at strides 4, 8, 16, 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(pixels))))
         stages = {}
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            x = getattr(self, name)(x)
-            stages[name] = x
+        for number, layer in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
+            x = layer(x)
+            stages[f"layer{number}"] = x
         return stages
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -346,13 +346,13 @@ def export_backbone(encoder: JointEncoder) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in encoder.visual.backbone.state_dict().items()}
 
 
-def copy_tower(target: JointEncoder, source: JointEncoder, *, which: str) -> None:
+def copy_tower(target: JointEncoder, source: JointEncoder, *, which: Literal["visual", "text"]) -> None:
     """Copy `source`'s "visual" or "text" tower into `target`; a text tower may be put under a fresh projection.
 
     Raises:
         UserError: A tower is missing, or the two are not built alike.
     """
-    to, origin = getattr(target, which), getattr(source, which)
+    to, origin = (target.visual, source.visual) if which == "visual" else (target.text, source.text)
     if origin is None or to is None:
         raise UserError(
             f"cannot take over the {which} tower: {'the source' if origin is None else 'the target'} has none"

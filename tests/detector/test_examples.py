@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ovd.asking import named_example
 from ovd.detector import Detector
 from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
 from ovd.inference.arrays import unit_rows
 from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
 from ovd.predict import main, predict
+from ovd.query_flags import named_example
 from ovd.vocabulary import TEMPLATES_STICKER
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture

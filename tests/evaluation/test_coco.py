@@ -67,14 +67,14 @@ def test_masks_equal_pycocotools_although_the_results_carry_boxes_too(seed: int)
 def test_every_class_equals_its_slice_of_the_oracle() -> None:
     gt, results = random_case(3, images=20)
     run = official(gt, results)
-    for column, row in enumerate(sorted(evaluate(gt, results).per_class, key=lambda r: r["id"])):
+    for column, row in enumerate(sorted(evaluate(gt, results).per_class, key=lambda r: r.id)):
         for name, t, area in (("AP", slice(None), 0), ("AP50", 0, 0), ("AP75", 5, 0), ("APl", slice(None), 3)):
             curve = run.eval["precision"][t, :, column, area, 2]
-            assert row["n_gt"] == sum(a["category_id"] == row["id"] and not a["iscrowd"] for a in gt["annotations"])
+            assert row.n_gt == sum(a["category_id"] == row.id and not a["iscrowd"] for a in gt["annotations"])
             if (curve > -1).any():
-                assert row[name] == pytest.approx(curve.mean(), abs=1e-12)
+                assert row.values[name] == pytest.approx(curve.mean(), abs=1e-12)
             else:
-                assert math.isnan(row[name])
+                assert math.isnan(row.values[name])
 
 
 @pytest.mark.parametrize("cap", [1, 3, 300])
@@ -107,8 +107,8 @@ def test_absent_category_is_left_out_of_the_mean_and_not_averaged_as_zero_or_min
     results.append({"image_id": 1, "category_id": 9, "bbox": [0, 0, 9, 9], "score": 0.99})
     metrics = evaluate(gt, results, None, ("bbox",))
     assert metrics.values["bbox/AP50"] == pytest.approx(1.0)
-    assert math.isnan(metrics.per_class[1]["AP"])
-    assert metrics.per_class[1]["n_det"] == 1
+    assert math.isnan(metrics.per_class[1].values["AP"])
+    assert metrics.per_class[1].n_det == 1
 
 
 def test_precision_beyond_the_reached_recall_counts_as_zero() -> None:
@@ -246,7 +246,7 @@ def test_categories_outside_the_split_touch_no_number() -> None:
     all_of_it, only = evaluate(gt, results, split, ("bbox",)), evaluate(without, kept, split, ("bbox",))
     assert all_of_it.values == pytest.approx(only.values, abs=0, nan_ok=True)
     assert all_of_it.counts["detections_outside_split"] == len(results) - len(kept) > 0
-    assert {r["id"] for r in all_of_it.per_class} == set(split.ids)
+    assert {r.id for r in all_of_it.per_class} == set(split.ids)
 
 
 def test_inputs_are_left_as_they_were() -> None:

@@ -17,7 +17,7 @@ from ovd.convert import main as convert
 from ovd.embed import PicturesConfig, make_images
 from ovd.evaluate import main as evaluate
 from ovd.evaluation.labelled_scenes import labels_of
-from ovd.evaluation.model import pictures_of
+from ovd.evaluation.model import read_data
 from ovd.evaluation.options import Options
 from ovd.training.inputs import labelled_images
 from pretrain.engine.errors import UserError
@@ -76,7 +76,7 @@ def test_a_part_is_chosen_and_one_that_is_not_there_is_named(sets: dict[str, Pat
 @pytest.mark.parametrize("kind", ["coco", "yolo", "voc"])
 def test_a_model_is_evaluated_on_the_part_for_it(kind: str, sets: dict[str, Path]) -> None:
     for text, files in ((f"{kind}:{sets[kind]}", {"c.jpg"}), (f"{sets[kind]}:train", {"a.jpg", "b.png"})):
-        pictures = pictures_of(Options.parse(["--weights", "default", "--data", text]))
+        pictures = read_data(Options.parse(["--weights", "default", "--data", text]))
         assert pictures.gt is not None and pictures.folder is not None
         named = [pictures.folder / entry["file_name"] for entry in pictures.gt["images"]]
         assert all(path.is_file() for path in named)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector of photographs: what regions are told, what is pooled, how words are scored, and one training whole."""
+"""The detector of photographs: targets of regions, what is pooled, how words are scored, and one training whole."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def photo(words: list[int], scores: list[float], noun: int | None = None) -> Pho
 
 
 def test_targets_grow_with_overlap_and_are_the_label_score_at_most() -> None:
-    value, told = region_targets(photo([0], [0.8]), BOXES, TABLE)
-    assert value[:, 0].tolist() == pytest.approx([0.8, 0.8, 0.8 * (0.5 - 0.3) / 0.6, 0.0], abs=1e-6)
-    assert value[:, 3].tolist() == pytest.approx(value[:, 0].tolist())  # a dog is an animal
-    assert not value[:, [1, 2, 4]].any()
+    target, mask = region_targets(photo([0], [0.8]), BOXES, TABLE)
+    assert target[:, 0].tolist() == pytest.approx([0.8, 0.8, 0.8 * (0.5 - 0.3) / 0.6, 0.0], abs=1e-6)
+    assert target[:, 3].tolist() == pytest.approx(target[:, 0].tolist())  # a dog is an animal
+    assert not target[:, [1, 2, 4]].any()
     # Labelled regions: a saxophone it is not, a terrier it may be. The others: only what is looked for everywhere.
-    assert told.tolist() == [
+    assert mask.tolist() == [
         [True, True, False, True, True],
         [True, True, False, True, True],
         [True, True, False, True, True],
@@ -112,8 +112,8 @@ def test_a_photo_noun_refines_a_general_box_or_goes_to_the_largest_proposal() ->
     assert refined[:, 2].tolist() == pytest.approx(refined[:, 0].tolist())
     largest, _ = region_targets(photo([], [], noun=4), BOXES, TABLE)
     assert largest[:, 4].tolist() == pytest.approx([0, 0, 0, 0.7], abs=1e-6)
-    none, told = region_targets(photo([], []), BOXES, TABLE)
-    assert not none.any() and told[:, :2].all() and not told[:, 2:].any()
+    none, mask = region_targets(photo([], []), BOXES, TABLE)
+    assert not none.any() and mask[:, :2].all() and not mask[:, 2:].any()
 
 
 def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
@@ -125,17 +125,17 @@ def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
     batch = RegionBatch(
         features=torch.randn(2, 6),
         known=torch.rand(2, 2),
-        value=torch.tensor([[0.4, 0.0, 1.0], [0.0, 0.0, 0.0]]),
-        told=torch.tensor([[True, True, True], [True, False, False]]),
+        target=torch.tensor([[0.4, 0.0, 1.0], [0.0, 0.0, 0.0]]),
+        mask=torch.tensor([[True, True, True], [True, False, False]]),
     )
     out = head(batch.features, batch.known)
     expected = 0.0
     for n in range(2):
         for v in range(3):
-            if not batch.told[n, v]:
+            if not batch.mask[n, v]:
                 continue
             logit = 5.0 * float((out.embedding[n] @ rows[v]).detach()) + float(out.bias[n].detach())
-            p, t = 1 / (1 + math.exp(-logit)), float(batch.value[n, v])
+            p, t = 1 / (1 + math.exp(-logit)), float(batch.target[n, v])
             expected -= (1.0 if v == 0 else 0.25) * (t * math.log(p) + (1 - t) * math.log(1 - p)) / 2
     assert float(criterion(batch)["loss_words"].detach()) == pytest.approx(expected, rel=1e-5)
 

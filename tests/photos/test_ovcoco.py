@@ -155,8 +155,8 @@ def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> Non
     features, target = torch.randn(5, 6), nn.functional.normalize(torch.randn(5, 4), dim=1)
     torch.testing.assert_close(model.image_embedding(features), tower.embed(features))
     batch = RegionBatch(
-        features=torch.randn(2, 6), known=torch.zeros(2, 0), value=torch.zeros(2, 3),
-        told=torch.zeros(2, 3, dtype=torch.bool), offline=OfflineBatch(features=features, target=target),
+        features=torch.randn(2, 6), known=torch.zeros(2, 0), target=torch.zeros(2, 3),
+        mask=torch.zeros(2, 3, dtype=torch.bool), offline=OfflineBatch(features=features, target=target),
     )  # fmt: skip
     criterion = WordCriterion(model=model, rows=torch.eye(3, 4), everywhere=3, noun_weight=1.0, image_weight=0.5)
     losses = criterion(batch)

@@ -16,9 +16,10 @@ from torchvision.models import resnet18, resnet50
 from pretrain.config_ssl import BackboneConfig
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
-from pretrain.export import detectron2_network, export, main, read_source, real_pictures, require_same
+from pretrain.export import detectron2_network, export, main, read_source
 from pretrain.nets.backbones import build_backbone, save_backbone
 from pretrain.nets.checkpoints import find_resnet, read_tensors, to_detectron2
+from pretrain.nets.same_function import real_pictures, require_same
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 

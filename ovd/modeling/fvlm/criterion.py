@@ -52,8 +52,8 @@ class WordCriterion(nn.Module):
         head = self.model.head
         out = head(batch.features, batch.known)
         logits_NV = head.scale * out.embedding @ rows.T + out.bias[:, None]
-        each_NV = F.binary_cross_entropy_with_logits(logits_NV, batch.value, reduction="none")
-        losses = {"loss_words": (each_NV * batch.told * weight_V).sum(1).mean()}
+        each_NV = F.binary_cross_entropy_with_logits(logits_NV, batch.target, reduction="none")
+        losses = {"loss_words": (each_NV * batch.mask * weight_V).sum(1).mean()}
         if self.image_weight is not None:
             assert batch.offline is not None, "distillation needs offline regions"
             losses["loss_image"] = self.image_weight * self._distillation(batch.offline)

@@ -131,7 +131,7 @@ class Stickers:
             extra_hash=content_hash(extra) if extra_styles else "",
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_sprites": {}}  # a worker decodes what it draws
 
     def identity(self) -> dict[str, str]:
@@ -220,7 +220,7 @@ class Backgrounds:
         listed = [folders] if isinstance(folders, (str, Path)) else list(folders)
         return cls([path for folder in listed for path in list_images(folder)])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"paths": self.paths, "_levels": {}}
 
     def photo(self, dice: Dice) -> tuple[U8, ...]:

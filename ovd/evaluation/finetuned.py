@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ovd.data.own_photos import OwnPhotos
+from ovd.detections import CocoResult
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.matching import match_table
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.inference.calibration import fit_platt
 from ovd.modeling.export import DetectorCard
-from ovd.modeling.fvlm.own_classes import OwnClasses
+from ovd.modeling.fvlm.finetuned import OwnClasses
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.words import name_key
 from pretrain.engine.errors import UserError
@@ -76,9 +77,9 @@ def find(
     there = [None if name is None else category.get(name_key(name)) for name in names]
     was_training = branch.training
     branch.eval()
-    results: list[dict[str, Any]] = []
+    results: list[CocoResult] = []
     for index in chosen:
-        boxes, classes, scores = branch.detect(photos.load(index), side=side, nms=nms, top=top)
+        boxes, classes, scores = branch.detect(photos.image(index), side=side, nms=nms, top=top)
         for (x1, y1, x2, y2), number, score in zip(boxes.tolist(), classes.tolist(), scores.tolist(), strict=True):
             if (one := there[number]) is not None:
                 box = [x1, y1, x2 - x1, y2 - y1]
@@ -86,7 +87,8 @@ def find(
     branch.train(was_training)
     truth = photos.as_coco(chosen)
     known = {one for one in there if one is not None}
-    truth["annotations"] = [one for one in truth["annotations"] if one["category_id"] in known]
+    annotations = [one for one in truth["annotations"] if one["category_id"] in known]
+    truth = {**truth, "annotations": annotations}
     tables = match_table(truth, results).values()
     return Found(
         ap50=evaluate(truth, results, iou_types=("bbox",)).values["bbox/AP50"],

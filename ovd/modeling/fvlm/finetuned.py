@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovd.inference.finetuned_names import OwnNames
 from ovd.inference.known_words import WordList
-from ovd.inference.own_names import OwnNames
 from ovd.modeling.export import OwnClassesCard
 from ovd.modeling.proposals.build import PhotoProposals
 from ovd.modeling.proposals.classes import ClassBranch

@@ -16,13 +16,13 @@ import torch
 from ovd import train as ovd_train
 from ovd.data.own_photos import CanvasSource, OwnPhotos
 from ovd.detector import Detector
+from ovd.inference.finetuned_names import OwnNames
 from ovd.inference.known_words import WordList
-from ovd.inference.own_names import OwnNames
 from ovd.inference.regions import Regions
 from ovd.inference.scorers import QueryScores
 from ovd.inference.scoring import RegionSet, centred_on_picture
 from ovd.modeling.export import OwnClassesCard
-from ovd.modeling.fvlm.own_classes import remaining_branches
+from ovd.modeling.fvlm.finetuned import remaining_branches
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
 from pretrain.data.coco import check_ground_truth
