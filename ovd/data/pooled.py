@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ovd.data.photo_words import PhotoWords, region_targets
 from ovd.regions.store import RegionStore
+from pretrain.data.coco import ImageId
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +72,33 @@ class RegionBatch:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfflineRegions:
+    """What is distilled.
+
+    Attributes:
+        store: the photos' offline regions, by image id.
+        row: of a photo, by its index: `features` (M, F) of these regions.
+    """
+
+    store: RegionStore
+    row: Callable[[int], Mapping[str, NDArray[Any]]]
+
+    def sample(self, image_id: ImageId, index: int) -> OfflineBatch:
+        """Those of one photo."""
+        _, embeddings_MD, _ = self.store[image_id]
+        return OfflineBatch(
+            features=torch.from_numpy(self.row(index)["features"][: len(embeddings_MD)]), target=embeddings_MD
+        )
+
+
 class PooledSource:
     """The training loop's samples, one photo each.
 
     Args:
         photos: with labels.
-        row: of a photo, by its index: `features` (P, F), `known` (P, K), `boxes` (P, 4), and how many `regions` it has;
-            where something is distilled, `offline_features` (M, F), too.
-        store: the photos' offline regions, by image id; None: nothing is distilled.
+        row: of a photo, by its index: `features` (P, F), `known` (P, K), `boxes` (P, 4), and how many `regions` it has.
+        offline: what is distilled; None: nothing is.
     """
 
     def __init__(
@@ -86,16 +106,16 @@ class PooledSource:
         *,
         photos: PhotoWords,
         row: Callable[[int], Mapping[str, NDArray[Any]]],
-        store: RegionStore | None = None,
+        offline: OfflineRegions | None = None,
     ) -> None:
-        self.photos, self.row, self.store = photos, row, store
+        self.photos, self.row, self.offline = photos, row, offline
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def identity(self) -> dict[str, str]:
         """That of the photos, their labels and offline regions; the cache has a key of its own."""
-        store = {} if self.store is None else {"offline regions": self.store.identity()}
+        store = {} if self.offline is None else {"offline regions": self.offline.store.identity()}
         return {**self.photos.identity(), **store}
 
     def sample(self, index: int, draw: int) -> RegionBatch:
@@ -103,19 +123,14 @@ class PooledSource:
         row = self.row(index)
         count = int(row["regions"])
         boxes = row["boxes"][:count]
-        targets = region_targets(self.photos.photos[index], boxes, self.photos.table)
+        photo = self.photos.photos[index]
+        targets = region_targets(photo, boxes, self.photos.table)
         return RegionBatch(
             features=torch.from_numpy(row["features"][:count]),
             known=torch.from_numpy(row["known"][:count]),
             target=torch.from_numpy(targets.target),
             mask=torch.from_numpy(targets.mask),
-            offline=None if self.store is None else self._offline(self.store, index, row),
-        )
-
-    def _offline(self, store: RegionStore, index: int, row: Mapping[str, NDArray[Any]]) -> OfflineBatch:
-        _, embeddings_MD, _ = store[self.photos.photos[index].image_id]
-        return OfflineBatch(
-            features=torch.from_numpy(row["offline_features"][: len(embeddings_MD)]), target=embeddings_MD
+            offline=None if self.offline is None else self.offline.sample(photo.image_id, index),
         )
 
     @staticmethod

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 BATCH = 8  # photos between two writings of the cache
 
+Rows = Callable[[int], "dict[str, NDArray[Any]]"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FvlmParts:
@@ -50,7 +52,7 @@ def for_check(config: FvlmTrainConfig) -> FvlmTrainConfig:
 
 def build(config: FvlmTrainConfig) -> FvlmParts:
     """Everything a training needs, before the first step; features that are not cached yet are computed first."""
-    from ovd.data.pooled import PooledSource
+    from ovd.data.pooled import OfflineRegions, PooledSource
     from ovd.modeling.fvlm.criterion import WordCriterion
     from ovd.modeling.fvlm.network import build_fvlm
     from ovd.modeling.proposals.build import load_proposals
@@ -73,7 +75,12 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder)
     store = None if config.regions is None else open_store(Path(config.regions), photos, encoder)
     key = {"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}
-    row = rows_of(config, model, photos, store=store, key=key)
+    row = rows_of(config, model, photos, key=key)
+    offline = None
+    if store is not None:
+        offline = OfflineRegions(
+            store=store, row=offline_rows_of(config, model, photos, store, encoder=encoder.fingerprint())
+        )
     criterion = WordCriterion(
         model=model,
         rows=rows,
@@ -88,7 +95,7 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
         proposals=proposals,
         photos=photos,
         task=DetectionTask(model=criterion, pretrained_prefixes=(), pretrained_lr_scale=1.0),
-        source=PooledSource(photos=photos, row=row, store=store),
+        source=PooledSource(photos=photos, row=row, offline=offline),
     )
 
 
@@ -127,56 +134,75 @@ def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder) -> Regio
     return RegionStore.open(folder, encoder_fingerprint=encoder.fingerprint(), image_ids=image_ids)
 
 
-def rows_of(
-    config: FvlmTrainConfig,
-    model: FvlmDetector,
-    photos: PhotoWords,
-    *,
-    store: RegionStore | None,
-    key: Mapping[str, str],
-) -> Callable[[int], dict[str, NDArray[Any]]]:
+def rows_of(config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]) -> Rows:
     """What gives a photo's regions with pooled features; where there is a cache, it is filled first.
 
     Args:
         config: of the training.
         model: whose proposals and tower give them.
         photos: one row each.
-        store: whose boxes are pooled, too; None: nothing is distilled.
         key: digests of the networks.
     """
+    regions = config.data.regions
+
+    def compute(index: int) -> dict[str, NDArray[Any]]:
+        return _regions_of(model, photos.image(index), count=regions, seed=index)
+
+    more = {"model": config.model.model_dump(mode="json", include={"side", "known"}), "regions": regions}
+    return _cached(config, photos, compute, key={**key, **more})
+
+
+def offline_rows_of(
+    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, store: RegionStore, *, encoder: str
+) -> Rows:
+    """What gives the features of a photo's offline regions; see `rows_of`.
+
+    Args:
+        config: of the training.
+        model: whose tower gives them.
+        photos: one row each.
+        store: of the regions.
+        encoder: fingerprint of the tower's encoder.
+    """
+    import numpy as np
+
+    count = store.settings.proposals_per_image
+
+    def compute(index: int) -> dict[str, NDArray[Any]]:
+        boxes = store[photos.photos[index].image_id][0]
+        return {"features": _padded(model.tower.pooled(photos.image(index), boxes), count, np.float16)}
+
+    more = {"side": config.model.side, "offline regions": store.identity()}
+    return _cached(config, photos, compute, key={"encoder": encoder, **more})
+
+
+def _cached(
+    config: FvlmTrainConfig,
+    photos: PhotoWords,
+    compute: Callable[[int], dict[str, NDArray[Any]]],
+    *,
+    key: Mapping[str, object],
+) -> Rows:
+    """`compute`, or the rows of a cache, which is filled first."""
     import numpy as np
 
     from ovd.data.features import FeatureCache, Readable, files_of
 
-    regions, readable = config.data.regions, Readable(len(photos))
-
-    def compute_row(index: int) -> dict[str, NDArray[Any]]:
-        image = photos.image(index)
-        row = _regions_of(model, image, count=regions, seed=index)
-        if store is not None:
-            boxes = store[photos.photos[index].image_id][0]
-            row["offline_features"] = _padded(
-                model.tower.pooled(image, boxes), store.settings.proposals_per_image, np.float16
-            )
-        return row
-
     if config.cache is None:
-        return compute_row
+        return compute
+    readable = Readable(len(photos))
 
-    def compute(indices: list[int]) -> dict[str, NDArray[Any]]:
-        rows = [readable(index, compute_row) for index in indices]
+    def several(indices: list[int]) -> dict[str, NDArray[Any]]:
+        rows = [readable(index, compute) for index in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     described: dict[str, object] = {
         **key,
         "photos": [str(photo.file.relative_to(config.data.images)) for photo in photos.photos],
         **files_of({"images": config.data.images}),
-        "model": config.model.model_dump(mode="json", include={"side", "known"}),
         "pool": [config.model.head.pool, config.model.head.context],
-        "regions": regions,
-        **({} if store is None else {"offline regions": store.identity()}),
     }
-    return FeatureCache.open(Path(config.cache), key=described, count=len(photos), compute=compute, batch=BATCH).row
+    return FeatureCache.open(Path(config.cache), key=described, count=len(photos), compute=several, batch=BATCH).row
 
 
 def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, seed: int) -> dict[str, NDArray[Any]]:
