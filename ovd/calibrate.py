@@ -316,7 +316,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")
-    if calibrate_own_classes(args):
+    if calibrate_finetuned(args):
         return 0
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     for notice in photos.notices:
@@ -332,7 +332,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     return 0
 
 
-def calibrate_own_classes(args: argparse.Namespace) -> bool:
+def calibrate_finetuned(args: argparse.Namespace) -> bool:
     """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
     from ovd.data.own_photos import OwnPhotos
     from ovd.evaluation.finetuned import recalibrated
@@ -349,7 +349,7 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
         return False
     labels = labels_of(args.data, part=args.part)
     photos = OwnPhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
-    names = {name_key(name) for own in card.own for name in own.names}
+    names = {name_key(name) for branch in card.own for name in branch.names}
     if not names & {name_key(name) for name in photos.names}:
         return False
     for notice in photos.notices:
@@ -359,10 +359,10 @@ def calibrate_own_classes(args: argparse.Namespace) -> bool:
         print(f"warning: {labels.where}: no own classes, left as they are: {', '.join(others)}", file=sys.stderr)
     model = load(args).model
     assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
-    assert model.network.own is not None
-    fitted, figures, curve = recalibrated(card, model.network.own, photos)
+    assert model.network.finetuned is not None
+    fitted, figures, curve = recalibrated(card, model.network.finetuned, photos)
     write_card(folder, fitted)
-    content = {"own": [asdict(own) for own in fitted.own], "data": args.data, "other_half": figures}
+    content = {"own": [asdict(branch) for branch in fitted.own], "data": args.data, "other_half": figures}
     report_fit(
         content,
         curve,

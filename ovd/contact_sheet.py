@@ -39,7 +39,7 @@ figure img{background:#2a2a2a}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _Sample:
     picture: Picture
     shape: Shape
 
@@ -48,29 +48,29 @@ class _Found:
         return 1.0 if self.shape.score is None else self.shape.score
 
 
-def contact_sheet(found: LabelledPictures, *, title: str, threshold: float) -> str:
+def contact_sheet(labelled: LabelledPictures, *, title: str, threshold: float) -> str:
     """The page.
 
     Args:
-        found: pictures with their detections.
+        labelled: pictures with their detections.
         title: of the page.
         threshold: from which detections are listed, for the page to say.
 
     Returns:
         HTML; thumbnails are in it.
     """
-    by_class: dict[str, list[_Found]] = {name: [] for name in found.names}
-    for picture in found.pictures:
+    by_class: dict[str, list[_Sample]] = {name: [] for name in labelled.names}
+    for picture in labelled.pictures:
         for shape in picture.shapes:
-            by_class[shape.name].append(_Found(picture=picture, shape=shape))
-    shown = {name: sorted(rows, key=lambda f: f.score)[:PER_CLASS] for name, rows in by_class.items()}
-    without = [picture for picture in found.pictures if not picture.shapes]
-    thumbnails = _thumbnails([f for rows in shown.values() for f in rows], without[:WITHOUT])
+            by_class[shape.name].append(_Sample(picture=picture, shape=shape))
+    chosen = {name: sorted(rows, key=lambda f: f.score)[:PER_CLASS] for name, rows in by_class.items()}
+    without = [picture for picture in labelled.pictures if not picture.shapes]
+    thumbnails = _thumbnails([f for rows in chosen.values() for f in rows], without[:WITHOUT])
     sections = []
-    for (name, rows), style in zip(by_class.items(), class_styles(found.names), strict=True):
-        figures = [_figure(thumbnails[id(f)], f"{f.score:.2f}", f.picture.file) for f in shown[name]]
+    for (name, rows), style in zip(by_class.items(), class_styles(labelled.names), strict=True):
+        figures = [_figure(thumbnails[id(f)], f"{f.score:.2f}", f.picture.file) for f in chosen[name]]
         note = f"{len(rows)} found" + (
-            f", the {len(shown[name])} most doubtful are shown" if len(rows) > PER_CLASS else ""
+            f", the {len(chosen[name])} most doubtful are shown" if len(rows) > PER_CLASS else ""
         )
         sections.append(_section(name, note, figures, colour=style.colour))
     if without:
@@ -81,7 +81,7 @@ def contact_sheet(found: LabelledPictures, *, title: str, threshold: float) -> s
         f'<a href="#c{i}">{html.escape(name)} ({len(rows)})</a>' for i, (name, rows) in enumerate(by_class.items())
     )
     head = (
-        f"<h1>{html.escape(title)}</h1>\n<p>{len(found.pictures)} pictures, "
+        f"<h1>{html.escape(title)}</h1>\n<p>{len(labelled.pictures)} pictures, "
         f"{sum(map(len, by_class.values()))} objects from a score of {threshold:.2f} on. In each class the doubtful "
         f"come first: if they are wrong, ask again with a higher --threshold.</p>\n<nav>{links}</nav>"
     )
@@ -105,10 +105,10 @@ def _figure(data: str, score: str, file: str) -> str:
     return f'<figure title="{name}"><img alt="{name}" src="{data}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _thumbnails(found: Sequence[_Found], whole: Sequence[Picture]) -> dict[int, str]:
+def _thumbnails(samples: Sequence[_Sample], whole: Sequence[Picture]) -> dict[int, str]:
     """Data URLs by the identity of what they show; every picture is read once."""
-    wanted: dict[str, list[_Found]] = {}
-    for one in found:
+    wanted: dict[str, list[_Sample]] = {}
+    for one in samples:
         wanted.setdefault(one.picture.file, []).append(one)
     result: dict[int, str] = {}
     for rows in wanted.values():

@@ -261,10 +261,10 @@ class Detector:
 
     @cached_property
     def _all_words(self) -> Query:
-        own = self.model.prompt_free_words()
-        if not own.names:
+        known = self.model.prompt_free_words()
+        if not known.names:
             raise UserError("everything: these weights do not say which words they know; name the classes to look for")
-        return Query(Vocabulary.parse(list(own.names), templates=self.templates), naming=own)
+        return Query(Vocabulary.parse(list(known.names), templates=self.templates), naming=known)
 
     question = query
     """The former name of `query`."""

@@ -254,10 +254,10 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
         lease_seconds=config.lease_seconds,
         say=lambda line: print(line, flush=True),
     )
-    found = (
+    unreadable = (
         f"; {report.bad_images} unreadable pictures are listed in its shard-*.json files" if report.bad_images else ""
     )
-    print(f"{config.out}: {report.written} shards written, {report.kept} were whole already{found}", flush=True)
+    print(f"{config.out}: {report.written} shards written, {report.kept} were whole already{unreadable}", flush=True)
 
 
 def verify(folder: str) -> int:

@@ -97,13 +97,15 @@ def main(argv: list[str]) -> int:
     from ovd.formats.predictions import read_predictions
     from ovd.formats.write import write_labels
 
-    found = with_parts(read_predictions(out / PREDICTIONS, dict(files)), options.val)
-    if not found.pictures:
+    labelled = with_parts(read_predictions(out / PREDICTIONS, dict(files)), options.val)
+    if not labelled.pictures:
         raise UserError(f"none of the {len(files)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
-    write_labels(found, out, options.format, place=options.place)
-    page = contact_sheet(found, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold))
+    write_labels(labelled, out, options.format, place=options.place)
+    page = contact_sheet(
+        labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)
+    )
     write_atomically(out / SHEET, page.encode())
-    print(summary(found))
+    print(summary(labelled))
     print(f"{options.format} data set in {out}; look through {out / SHEET} before you train on it")
     return 1 if failed else 0
 
@@ -136,27 +138,27 @@ def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
     write_atomically(stamp, json.dumps(settings).encode())
 
 
-def with_parts(found: LabelledPictures, val: float) -> LabelledPictures:
+def with_parts(labelled: LabelledPictures, val: float) -> LabelledPictures:
     """The pictures in the parts train and val, by a hash of their names: more pictures move none of the others."""
     if not val:
-        return found
+        return labelled
     rank = {
-        p.id: int.from_bytes(hashlib.sha256(os.fsencode(p.file)).digest()[:8], "big") / 2**64 for p in found.pictures
+        p.id: int.from_bytes(hashlib.sha256(os.fsencode(p.file)).digest()[:8], "big") / 2**64 for p in labelled.pictures
     }
     chosen = {i for i, share_of in rank.items() if share_of < val}
     if len(rank) > 1 and val < 1:  # few pictures: each part has one
         chosen = chosen or {min(rank, key=rank.__getitem__)}
         chosen = chosen if len(chosen) < len(rank) else chosen - {max(rank, key=rank.__getitem__)}
-    pictures = tuple(replace(p, part="val" if p.id in chosen else "train") for p in found.pictures)
-    return replace(found, pictures=pictures)
+    pictures = tuple(replace(p, part="val" if p.id in chosen else "train") for p in labelled.pictures)
+    return replace(labelled, pictures=pictures)
 
 
-def summary(found: LabelledPictures) -> str:
+def summary(labelled: LabelledPictures) -> str:
     """How often each class was found."""
-    count: Counter[str] = Counter(shape.name for picture in found.pictures for shape in picture.shapes)
-    without = sum(not picture.shapes for picture in found.pictures)
-    lines = [f"{name}: {count[name]}" for name in found.names]
-    return "\n".join([*lines, f"{len(found.pictures)} pictures, {without} of them without any"])
+    count: Counter[str] = Counter(shape.name for picture in labelled.pictures for shape in picture.shapes)
+    without = sum(not picture.shapes for picture in labelled.pictures)
+    lines = [f"{name}: {count[name]}" for name in labelled.names]
+    return "\n".join([*lines, f"{len(labelled.pictures)} pictures, {without} of them without any"])
 
 
 if __name__ == "__main__":

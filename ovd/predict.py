@@ -378,8 +378,8 @@ def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, fai
             results.extend({**row, "image_id": number} for row in record["results"])
     categories = [{"id": i, "name": class_name} for i, class_name in enumerate(query.names, 1)]
     if query.naming is not None and results:  # of all known words those that were found
-        found = {row["category_id"] for row in results}
-        categories = [category for category in categories if category["id"] in found]
+        detected = {row["category_id"] for row in results}
+        categories = [category for category in categories if category["id"] in detected]
     _write_json(out / "results.json", results)
     _write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
     if failed:

@@ -43,8 +43,8 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
             raise UserError(f"two videos would be called {twice!r}; run them separately")
         if not options.overwrite:
             for name in names:
-                if (there := options.out / f"{name}.jsonl").exists():
-                    raise UserError(f"{there}: is there already. Give another --out, or --overwrite to replace it")
+                if (existing := options.out / f"{name}.jsonl").exists():
+                    raise UserError(f"{existing}: is there already. Give another --out, or --overwrite to replace it")
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
         for notice in query.notices:
             print(f"warning: {notice}", file=sys.stderr)

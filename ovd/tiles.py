@@ -83,15 +83,15 @@ class TiledDetector(Detector):
             )
         parts: list[Detections] = []
 
-        def look(tile: NDArray[np.uint8]) -> Any:
-            found = super(TiledDetector, self).answer(tile, query, threshold=threshold, **options)
-            parts.append(found)
-            return _with_cuts(found, len(parts) - 1)
+        def detect(tile: NDArray[np.uint8]) -> Any:
+            detections = super(TiledDetector, self).answer(tile, query, threshold=threshold, **options)
+            parts.append(detections)
+            return _with_cuts(detections, len(parts) - 1)
 
         import supervision
 
         slicer = supervision.InferenceSlicer(
-            callback=look,
+            callback=detect,
             slice_wh=self.side,
             overlap_wh=round(OVERLAP * self.side),
             overlap_filter=supervision.OverlapFilter.NONE,
@@ -100,18 +100,18 @@ class TiledDetector(Detector):
         return _joined(whole, parts, moved, limit=options.get("limit", MAX_DETECTIONS))
 
 
-def _with_cuts(found: Detections, part: int) -> Any:
+def _with_cuts(detections: Detections, part: int) -> Any:
     """A tile's boxes for supervision, with where they come from and the sides at which the tile cuts them off."""
     from supervision import Detections as Target
 
-    height, width = found.size
-    x1, y1, x2, y2 = found.xyxy.T
+    height, width = detections.size
+    x1, y1, x2, y2 = detections.xyxy.T
     cut = {"left": x1 < CUT, "top": y1 < CUT, "right": x2 > width - CUT, "bottom": y2 > height - CUT}
-    rows = {"part": np.full(len(found), part), "row": np.arange(len(found))}
+    rows = {"part": np.full(len(detections), part), "row": np.arange(len(detections))}
     return Target(
-        xyxy=found.xyxy.copy(),
-        confidence=found.confidence.copy(),
-        class_id=found.class_id.astype(int),
+        xyxy=detections.xyxy.copy(),
+        confidence=detections.confidence.copy(),
+        class_id=detections.class_id.astype(int),
         data={**cut, **rows},
     )
 
@@ -131,8 +131,8 @@ def _joined(whole: Detections, parts: list[Detections], moved: Any, *, limit: in
         scores.append(kept.confidence.astype(np.float32))
         classes.append(kept.class_id.astype(np.int64))
         for part, row in zip(kept.data["part"], kept.data["row"], strict=True):
-            own = parts[int(part)].box_masks
-            masks.append(None if own is None else own[int(row) : int(row) + 1])
+            tile_masks = parts[int(part)].box_masks
+            masks.append(None if tile_masks is None else tile_masks[int(row) : int(row) + 1])
     xyxy, score = np.concatenate(boxes), np.concatenate(scores)
     box_masks = None if whole.box_masks is None else np.concatenate([m for m in masks if m is not None])
     candidates = Candidates(np.arange(len(score)), np.concatenate(classes), score)

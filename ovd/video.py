@@ -79,8 +79,8 @@ class Source:
         """(seconds from the start, (H, W, 3) uint8 RGB) of each frame, later and later."""
         begun, last, number = time.monotonic(), -1.0, 0
         while True:
-            there, frame = self.capture.read()
-            if not there:
+            read, frame = self.capture.read()
+            if not read:
                 return
             stamp = self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             seconds = time.monotonic() - begun if self.live else stamp if number and stamp > 0 else number / self.rate
@@ -204,18 +204,18 @@ def predict_video(
     out.mkdir(parents=True, exist_ok=True)
     tracks: dict[int, Track] = {}
     done, complete, begun = 0, False, time.monotonic()
-    shown: Tracked | None = None
+    tracked: Tracked | None = None
     writer = VideoWriter(out / f"{source.name}.mp4", rate=source.rate) if draw else None
     try:
         with open(out / f"{source.name}.jsonl", "w", encoding="utf-8") as lines, writer or _Nothing():
             for seconds, pixels in source:
                 if done % every == 0:
                     floor = level * WEAK if tracker else level
-                    found = detector.answer(pixels, query, threshold=floor)
-                    shown = tracker.follow(found) if tracker else untracked(found)
-                    _note(shown, done, seconds, lines, tracks)
-                if writer is not None and shown is not None:
-                    writer.write(draw_detections(pixels, shown.labelled(), masks=masks), seconds)
+                    detections = detector.answer(pixels, query, threshold=floor)
+                    tracked = tracker.follow(detections) if tracker else untracked(detections)
+                    _note(tracked, done, seconds, lines, tracks)
+                if writer is not None and tracked is not None:
+                    writer.write(draw_detections(pixels, tracked.labelled(), masks=masks), seconds)
                 done += 1
                 if say is not None:
                     say(done, source.frames, time.monotonic() - begun)
@@ -245,13 +245,13 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
-def _note(shown: Tracked, frame: int, seconds: float, lines: TextIO, tracks: dict[int, Track]) -> None:
+def _note(tracked: Tracked, frame: int, seconds: float, lines: TextIO, tracks: dict[int, Track]) -> None:
     """Write a line for each object, and take it into its track."""
-    found = shown.detections
-    for i, number in enumerate(shown.track.tolist()):
-        name, score = found.class_name[i], float(found.confidence[i])
+    detections = tracked.detections
+    for i, number in enumerate(tracked.track.tolist()):
+        name, score = detections.class_name[i], float(detections.confidence[i])
         row = {"frame": frame, "time": round(seconds, 3), "track": number or None, "class": name,
-               "score": round(score, 5), "box": [round(float(v), 2) for v in found.xyxy[i]]}  # fmt: skip
+               "score": round(score, 5), "box": [round(float(v), 2) for v in detections.xyxy[i]]}  # fmt: skip
         lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         if number:
             one = tracks.setdefault(number, Track(first=frame, last=frame, best=score))

@@ -198,16 +198,16 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
     entries = read_manifest(root)
     wanted = ALIASES.get(name, name)
     if wanted not in entries and wanted != name:
-        there_is = ", ".join(entries) or "nothing"
+        listed = ", ".join(entries) or "nothing"
         raise UserError(
-            f"the default weights, {wanted}, are not in {root or weights_root()} (there is: {there_is}). Restore them "
+            f"the default weights, {wanted}, are not in {root or weights_root()} (there is: {listed}). Restore them "
             "with `git checkout -- weights`, or name others, as in --weights vild-sticker"
         )
     if wanted not in entries:
         aliases = [alias for alias, target in ALIASES.items() if target in entries]
-        there_is = ", ".join([*aliases, *entries]) or "nothing"
+        listed = ", ".join([*aliases, *entries]) or "nothing"
         hint = did_you_mean(name, [*ALIASES, *entries])
-        raise UserError(f"no weights named '{name}'{hint}. There is: {there_is}. A path to a folder works too")
+        raise UserError(f"no weights named '{name}'{hint}. There is: {listed}. A path to a folder works too")
     return entries[wanted]
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
     from pretrain.nets.towers import JointEncoder
 
-OWN_TEMPLATES = {"clip-photo": "photo", "clip-sticker": "sticker"}
+SHIPPED_TEMPLATES = {"clip-photo": "photo", "clip-sticker": "sticker"}
 """Prompts that the shipped encoders were trained with; any other encoder gets CLIP's (`TEMPLATE_SETS["clip"]`)."""
 
 UNFITTED = Calibration(head_weight=0.2, open_objectness=0.5, open_area=0.0, threshold=0.25)
@@ -93,7 +93,7 @@ def load_with_encoder(
     encoder = resolve_encoder(spec).to(where)
     if encoder.visual is None or encoder.text is None:
         raise UserError(f"--encoder {spec}: names need both an image and a text tower")
-    templates = TEMPLATE_SETS[OWN_TEMPLATES.get(Path(spec).name, "clip")]
+    templates = TEMPLATE_SETS[SHIPPED_TEMPLATES.get(Path(spec).name, "clip")]
     lexicon = read_lexicon()
     words = tuple(COCO_NAMES.values()) if card is None or not card.bank else card.bank
     stored = read_calibration(folder, encoder)
@@ -155,7 +155,7 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     if isinstance(config := card.architecture, FvlmConfig):
         known = bool(known_words(config))
         if card.own:
-            names = ", ".join(name for own in card.own for name in own.names)
+            names = ", ".join(name for branch in card.own for name in branch.names)
             print(f"warning: what {folder} learned of {names} is not used: the encoder names them", file=sys.stderr)
         return PhotoBoxes(proposer=load_proposals(folder / PROPOSALS, device=device), top=top, known=known), card
     if card.model.get("variant") in ("agnostic", "closed"):

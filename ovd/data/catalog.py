@@ -106,15 +106,15 @@ def read_annotated(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     return image
 
 
-def refuse_other_size(path: Path, stated: tuple[int, int] | None, found: tuple[int, int]) -> None:
+def refuse_other_size(path: Path, stated: tuple[int, int] | None, actual: tuple[int, int]) -> None:
     """Compare the (height, width) that annotations state, if they do, with that of the picture.
 
     Raises:
         BadImageError: they differ.
     """
-    if stated is not None and stated != found:
+    if stated is not None and stated != actual:
         raise BadImageError(
-            path, f"is {found[1]} × {found[0]} pixels upright, the annotations say {stated[1]} × {stated[0]}"
+            path, f"is {actual[1]} × {actual[0]} pixels upright, the annotations say {stated[1]} × {stated[0]}"
         )
 
 

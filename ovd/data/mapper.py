@@ -149,10 +149,10 @@ def map_sample(
     if offline is not None:
         region_boxes, embeddings = offline
         chosen = rng.permutation(len(region_boxes))[:regions_per_image]
-        moved, there = move_boxes(region_boxes[chosen], transforms, size)
+        moved, visible = move_boxes(region_boxes[chosen], transforms, size)
         regions = Instances(size)
-        regions.proposal_boxes = Boxes(torch.from_numpy(moved[there].reshape(-1, 4)))
-        regions.embedding = torch.from_numpy(np.asarray(embeddings[chosen][there], dtype=np.float32))
+        regions.proposal_boxes = Boxes(torch.from_numpy(moved[visible].reshape(-1, 4)))
+        regions.embedding = torch.from_numpy(np.asarray(embeddings[chosen][visible], dtype=np.float32))
         out["regions"] = regions
     return out
 

@@ -85,12 +85,12 @@ class OwnPhotos:
         self._sizes = truth.sizes
         self._files = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
         self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
-        self.image_ids: list[ImageId] = self._there()
-        there = set(self.image_ids)
+        self.image_ids: list[ImageId] = self._usable()
+        usable = set(self.image_ids)
         boxes: dict[ImageId, list[tuple[list[float], int]]] = {}
         for one in truth.annotations:
             sure = is_object(one, confident=confident, doubtful=doubtful)
-            if sure is None or one["image_id"] not in there:
+            if sure is None or one["image_id"] not in usable:
                 continue
             boxes.setdefault(one["image_id"], []).append((one["bbox"], one["category_id"] if sure else -1))
         labelled = {category for labels in boxes.values() for _, category in labels}
@@ -108,7 +108,7 @@ class OwnPhotos:
         if unused:
             self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not learned")
 
-    def _there(self) -> list[ImageId]:
+    def _usable(self) -> list[ImageId]:
         """The photos that can be opened and have the size that the labels say.
 
         Raises:
@@ -117,22 +117,22 @@ class OwnPhotos:
         files = self._files
         if missing := look_for(list(files.values()), self.folder, where=self.where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
-        there, unread = [], []
+        usable, unread = [], []
         for image_id, name in files.items():
             path = self.folder / name
             if not path.is_file():
                 continue
             try:
                 refuse_other_size(path, self._sizes[image_id], upright_size(path))
-                there.append(image_id)
+                usable.append(image_id)
             except BadImageError as problem:
                 unread.append(str(problem))
         if unread:
             text = f"{self.where}: {len(unread)} of {len(files)} photos cannot be used (first: {unread[0]})"
-            if len(unread) > len(there):
+            if len(unread) > len(usable):
                 raise UserError(f"{text}; repair or remove them")
             self.notices.append(f"{text}; left out")
-        return there
+        return usable
 
     def _check_names(self) -> None:
         """Refuse classes that nobody could tell apart by what is typed; a notice on names that cannot be typed."""
@@ -345,7 +345,7 @@ def _cut(
 
     limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
     clipped = boxes.clip(0, limit)
-    there = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
+    visible = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
     whole = area(clipped) >= LEAST_LEFT * area(boxes)
     moved = clipped + np.array(offset * 2, dtype=np.float32)
-    return Boxes(corners=moved[there], classes=np.where(whole, classes, -1)[there])
+    return Boxes(corners=moved[visible], classes=np.where(whole, classes, -1)[visible])

@@ -76,11 +76,11 @@ class WordTable:
     @cached_property
     def below(self) -> tuple[tuple[int, ...], ...]:
         """For each word those of the vocabulary that it is above of."""
-        found: list[list[int]] = [[] for _ in self.words]
+        below: list[list[int]] = [[] for _ in self.words]
         for number, above in enumerate(self.implied):
             for other in above[1:]:
-                found[other].append(number)
-        return tuple(tuple(numbers) for numbers in found)
+                below[other].append(number)
+        return tuple(tuple(numbers) for numbers in below)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,14 +250,14 @@ class PhotoWords:
             path = folder / joined.files[image_id]
             if path in closed:
                 continue
-            found = labels.get(image_id, [])
+            boxes_of = labels.get(image_id, [])
             photos.append(
                 Photo(
                     file=path,
                     size=joined.sizes[image_id],
-                    boxes=np.array([box for box, _, _ in found], dtype=np.float32).reshape(-1, 4),
-                    words=np.array([word for _, word, _ in found], dtype=np.int64),
-                    scores=np.array([score for _, _, score in found], dtype=np.float32),
+                    boxes=np.array([box for box, _, _ in boxes_of], dtype=np.float32).reshape(-1, 4),
+                    words=np.array([word for _, word, _ in boxes_of], dtype=np.int64),
+                    scores=np.array([score for _, _, score in boxes_of], dtype=np.float32),
                     noun=self.number(nouns[path]) if path in nouns else None,
                     image_id=image_id,
                 )
@@ -279,11 +279,11 @@ class PhotoWords:
         """Names and content of the photos, and what is said of them."""
         root = Path(os.path.commonpath([photo.file.parent for photo in self.photos]))
         names = [os.path.relpath(photo.file, root) for photo in self.photos]
-        said = [
+        contents = [
             (name, photo.boxes.tolist(), photo.words.tolist(), photo.scores.tolist(), photo.noun)
             for name, photo in zip(names, self.photos, strict=True)
         ]
-        labels = text_identity(self.table.words, self.table.everywhere, said)
+        labels = text_identity(self.table.words, self.table.everywhere, contents)
         return {**files_identity("photos", root, names), "words and boxes": labels}
 
     def image(self, index: int) -> NDArray[np.uint8]:
@@ -303,7 +303,7 @@ def _table(everywhere: Sequence[str], others: Sequence[str], lexicon: Lexicon, *
     chosen: dict[str, str] = {}
     for name in (*everywhere, *sorted(usual, key=lambda one: (-usual[one], one))):
         chosen.setdefault(lexicon.meaning(name) or name, name)
-    above = [key for own in list(chosen) if own in lexicon.meanings for key in lexicon.above(own)]
+    above = [key for meaning in list(chosen) if meaning in lexicon.meanings for key in lexicon.above(meaning)]
     for key in sorted(set(above)):
         if key not in silent_meanings:
             chosen.setdefault(key, lexicon.meanings[key].names[0])

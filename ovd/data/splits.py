@@ -170,21 +170,21 @@ class Split:
         if unknown := sorted(set(content) - {"name", "base", "novel", "names", "hash"}):
             raise UserError(f"{where}: unknown key {_some(map(repr, unknown))}; known: name, base, novel, names, hash.")
         names = dict(categories or {})
-        own = content.get("names", {})
-        if not isinstance(own, dict) or not all(_is_id(k) and isinstance(v, str) for k, v in own.items()):
+        named = content.get("names", {})
+        if not isinstance(named, dict) or not all(_is_id(k) and isinstance(v, str) for k, v in named.items()):
             raise UserError(f"{where}: 'names' must map category ids to names.")
-        names |= {int(k): v for k, v in own.items()}
+        names |= {int(k): v for k, v in named.items()}
         by_name: dict[str, list[int]] = {}
         for i, n in names.items():
             by_name.setdefault(_same(n), []).append(i)
 
         def resolve(group: str, entry: Any) -> int:
             if isinstance(entry, str):
-                found = by_name.get(_same(entry), [])
-                if len(found) != 1:
-                    what = "unknown category name" if not found else f"ids {found} share the name"
+                matching = by_name.get(_same(entry), [])
+                if len(matching) != 1:
+                    what = "unknown category name" if not matching else f"ids {matching} share the name"
                     raise UserError(f"{where}: {group}: {what} {entry!r}.{_close(entry, by_name)}")
-                return found[0]
+                return matching[0]
             if isinstance(entry, bool) or not isinstance(entry, int):
                 raise UserError(f"{where}: {group}: {entry!r} is neither a category id nor a name.")
             if entry not in names:
@@ -259,5 +259,5 @@ def _some(items: Iterable[str], limit: int = 5) -> str:
 def _close(name: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
-    found = get_close_matches(_same(name), list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    matching = get_close_matches(_same(name), list(known), n=1)
+    return f" Did you mean {matching[0]!r}?" if matching else ""

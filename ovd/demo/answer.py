@@ -61,7 +61,7 @@ NEAR = 3  # words of the vocabulary that are told of each box
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ModelAnswer:
     """What the model's thread hands back; times in seconds."""
 
     detections: Detections
@@ -154,12 +154,12 @@ class Answerer:
             level = floor if threshold is None else threshold
             pixels = _read(Path(image))
             read = time.perf_counter()
-            found = self._on(self._model, self._run, detector, pixels, query, level)
-            result = self._described(detector, found, query, default=default, floor=floor)
+            answered = self._on(self._model, self._run, detector, pixels, query, level)
+            result = self._described(detector, answered, query, default=default, floor=floor)
             result["example"] = self._example(Path(image))
             result["ms"]["read"] = _ms(read - start)
             if preview:
-                result["preview"] = self._preview(found.key, pixels)
+                result["preview"] = self._preview(answered.key, pixels)
             return result
 
     def know(self, examples: Sequence[Path]) -> None:
@@ -178,9 +178,9 @@ class Answerer:
         except OSError:  # removed meanwhile
             return None
 
-    def pack(self, found: Any, form: Any) -> bytes:
+    def pack(self, answered: Any, form: Any) -> bytes:
         """See `ovd.demo.pack.pack`; one at a time."""
-        return self._on(self._words, pack, found, form)
+        return self._on(self._words, pack, answered, form)
 
     def _parsed(self, detector: Detector, text: str, *, alone: bool) -> Vocabulary:
         """Read and embed words on their own thread, in slices that let other people's words in between.
@@ -219,7 +219,7 @@ class Answerer:
         for thread in (self._words, self._model):
             thread.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, level: float) -> _Found:
+    def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, level: float) -> _ModelAnswer:
         """What only one question at a time may do: the network, and scoring its regions."""
         start = time.perf_counter()
         runs = detector.runs
@@ -235,19 +235,21 @@ class Answerer:
             near = nearest_words(detector.model, picture.regions, detections.region.tolist(), count=NEAR)
         end = time.perf_counter()
         self.seconds += (end - start - self.seconds) / SMOOTHING
-        return _Found(detections, near, key, regions, detector.runs == runs, embedded - start, end - embedded)
+        return _ModelAnswer(detections, near, key, regions, detector.runs == runs, embedded - start, end - embedded)
 
-    def _described(self, detector: Detector, found: _Found, query: Query, *, default: float, floor: float) -> Answer:
-        result = describe(found.detections, default=default, floor=floor)
+    def _described(
+        self, detector: Detector, answered: _ModelAnswer, query: Query, *, default: float, floor: float
+    ) -> Answer:
+        result = describe(answered.detections, default=default, floor=floor)
         add_query(result, query)
-        for row, near in zip(result["detections"], found.near, strict=True):
+        for row, near in zip(result["detections"], answered.near, strict=True):
             row["near"] = near
         if query.naming is not None:
             drop_missing_classes(result)
         result["model"] = {key: detector.card.get(key) for key in ("name", "sha256")}
-        result["regions"] = found.regions
-        result["cached"] = found.cached
-        result["ms"] = {"network": _ms(found.network), "words": _ms(found.words)}
+        result["regions"] = answered.regions
+        result["cached"] = answered.cached
+        result["ms"] = {"network": _ms(answered.network), "words": _ms(answered.words)}
         return result
 
     def _preview(self, key: str, pixels: NDArray[np.uint8]) -> str:

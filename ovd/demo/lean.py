@@ -114,7 +114,7 @@ class _Mapping(NamedTuple):
 
 def _mappings() -> list[_Mapping]:
     """What this process has mapped from files."""
-    found: list[_Mapping] = []
+    mappings: list[_Mapping] = []
     head: list[str] = []
     with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
@@ -122,8 +122,8 @@ def _mappings() -> list[_Mapping]:
                 head = line.split(maxsplit=5)
             elif line.startswith("Anonymous:") and len(head) == 6 and head[5].startswith("/"):
                 start, end = (int(number, 16) for number in head[0].split("-"))
-                found.append(_Mapping(start, end, head[1], head[5].rstrip("\n"), int(line.split()[1])))
-    return found
+                mappings.append(_Mapping(start, end, head[1], head[5].rstrip("\n"), int(line.split()[1])))
+    return mappings
 
 
 def give_back() -> None:

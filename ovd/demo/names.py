@@ -41,12 +41,12 @@ class Names:
     @classmethod
     def of(cls, host: str, allowed: Iterable[str] = ()) -> Names:
         """Names for a page that listens on ``host``; ``allowed``: more, from the command line."""
-        own = {"localhost", host.lower().strip("[]")}
+        served = {"localhost", host.lower().strip("[]")}
         if not _is_address(host) or not ipaddress.ip_address(host.strip("[]")).is_loopback:
             machine = socket.gethostname().lower()
-            own |= {machine, machine.partition(".")[0], machine.partition(".")[0] + ".local"}
+            served |= {machine, machine.partition(".")[0], machine.partition(".")[0] + ".local"}
         trusted = {name.lower().rstrip(".") for name in allowed}
-        return cls(served=own - {""} | trusted, trusted=trusted)
+        return cls(served=served - {""} | trusted, trusted=trusted)
 
     def trust(self, url: str) -> None:
         """Serve under the name of this URL too, as with a proxy."""

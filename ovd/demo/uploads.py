@@ -76,17 +76,17 @@ class Uploads:
     def holds(self, path: str) -> Path | None:
         """The upload of that path, or None: no such file, or one outside the folder."""
         try:
-            found = Path(path).resolve(strict=True)
+            upload = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):
             return None
-        return found if found.is_file() and found.is_relative_to(self.folder.resolve()) else None
+        return upload if upload.is_file() and upload.is_relative_to(self.folder.resolve()) else None
 
     def _limit(self) -> int:
         free = shutil.disk_usage(self.folder).free + self._at_most - self._promised
         return min(self.most_bytes, int(free * SHARE))
 
     def _files(self) -> list[_File]:
-        found = []
+        files = []
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 path = Path(parent, name)
@@ -94,8 +94,8 @@ class Uploads:
                     state = path.stat(follow_symlinks=False)
                 except OSError:  # removed meanwhile
                     continue
-                found.append(_File(path, state.st_size, state.st_mtime))
-        return sorted(found, key=lambda f: f.time)
+                files.append(_File(path, state.st_size, state.st_mtime))
+        return sorted(files, key=lambda f: f.time)
 
     def _remove_oldest(self, most_bytes: int, most_files: int) -> None:
         """Remove files until so much is left, a quarter more so that the next request need not look again."""

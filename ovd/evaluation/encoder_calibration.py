@@ -62,8 +62,8 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
     assert isinstance(words, WordScorer)
     alone = replace(words, known=np.zeros_like(words.known))
     ranking = words.calibration.uncalibrated()
-    own = ranking.open_scale
-    ranking = _best(data, alone, [replace(ranking, open_scale=own * factor) for factor in TEMPERATURES])
+    scale = ranking.open_scale
+    ranking = _best(data, alone, [replace(ranking, open_scale=scale * factor) for factor in TEMPERATURES])
     ranking = _best(data, alone, [replace(ranking, open_objectness=value) for value in OBJECTNESS])
     ranking = _best(data, alone, [replace(ranking, open_area=value) for value in AREA])
     slope, offset = _platt(data, replace(alone, calibration=ranking))

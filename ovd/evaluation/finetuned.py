@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a branch of own classes finds them in labelled photos, and what its scores mean."""
+"""How well a branch of fine-tuned classes finds them in labelled photos, and what its scores mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ovd.evaluation.matching import match_table
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.inference.calibration import fit_platt
 from ovd.modeling.export import DetectorCard
-from ovd.modeling.fvlm.finetuned import OwnClasses
+from ovd.modeling.fvlm.finetuned import FinetunedClasses
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.words import name_key
 from pretrain.engine.errors import UserError
@@ -26,8 +26,8 @@ LEAST_RIGHT = 3
 """Right and wrong boxes, of each so many, that a sigmoid is fitted to."""
 
 
-class Found(NamedTuple):
-    """What a branch finds in photos.
+class BranchScores(NamedTuple):
+    """How well a branch detects its classes in photos.
 
     Attributes:
         ap50: mean over the classes that are there, AP at IoU .5; NaN where there is none.
@@ -53,7 +53,7 @@ class Found(NamedTuple):
         return fit_platt(self.scores, target)
 
 
-def find(
+def score_branch(
     branch: ClassBranch,
     photos: OwnPhotos,
     chosen: Sequence[int],
@@ -62,11 +62,11 @@ def find(
     side: int,
     nms: float,
     top: int,
-) -> Found:
+) -> BranchScores:
     """Run a branch over some photos, in eval mode.
 
     Args:
-        branch: of own classes.
+        branch: of fine-tuned classes.
         photos: with labels.
         chosen: of them.
         names: of the branch's classes; the photos' classes are found among them by name, others are left out;
@@ -74,23 +74,23 @@ def find(
         side, nms, top: of `ClassBranch.detect`.
     """
     category = {name_key(name): number + 1 for number, name in enumerate(photos.names)}
-    there = [None if name is None else category.get(name_key(name)) for name in names]
+    ids = [None if name is None else category.get(name_key(name)) for name in names]
     was_training = branch.training
     branch.eval()
     results: list[CocoResult] = []
     for index in chosen:
         boxes, classes, scores = branch.detect(photos.image(index), side=side, nms=nms, top=top)
         for (x1, y1, x2, y2), number, score in zip(boxes.tolist(), classes.tolist(), scores.tolist(), strict=True):
-            if (one := there[number]) is not None:
+            if (category_id := ids[number]) is not None:
                 box = [x1, y1, x2 - x1, y2 - y1]
-                results.append({"image_id": index, "category_id": one, "bbox": box, "score": score})
+                results.append({"image_id": index, "category_id": category_id, "bbox": box, "score": score})
     branch.train(was_training)
     truth = photos.as_coco(chosen)
-    known = {one for one in there if one is not None}
+    known = {category_id for category_id in ids if category_id is not None}
     annotations = [one for one in truth["annotations"] if one["category_id"] in known]
     truth = {**truth, "annotations": annotations}
     tables = match_table(truth, results).values()
-    return Found(
+    return BranchScores(
         ap50=evaluate(truth, results, iou_types=("bbox",)).values["bbox/AP50"],
         scores=torch.cat([torch.from_numpy(one.score[~one.ignored]) for one in tables]),
         correct=torch.cat([torch.from_numpy(one.correct[~one.ignored]) for one in tables]),
@@ -98,9 +98,9 @@ def find(
 
 
 def recalibrated(
-    card: DetectorCard, own: OwnClasses, photos: OwnPhotos
+    card: DetectorCard, finetuned: FinetunedClasses, photos: OwnPhotos
 ) -> tuple[DetectorCard, dict[str, float], Reliability]:
-    """The card with the scores of own classes fitted to photos; figures of a fit on one half of them on the other.
+    """The card with its fine-tuned classes' scores fitted to photos; figures of a fit to one half of them on the other.
 
     Branches of which the photos show no class stay as they are.
 
@@ -109,18 +109,18 @@ def recalibrated(
     """
     if len(photos) < 2:
         raise UserError(f"{photos.where}: one photo; more photos are needed to fit anything. Nothing was changed")
-    shown = {name_key(name) for name in photos.names}
+    named = {name_key(name) for name in photos.names}
     cards, scores, correct, figures = [], [], [], {}
-    for branch in own.branches:
+    for branch in finetuned.branches:
         one = branch.card
         active = [
             name if column >= 0 else None for name, column in zip(one.names, branch.columns.tolist(), strict=True)
         ]
-        if not shown & {name_key(name) for name in active if name is not None}:
+        if not named & {name_key(name) for name in active if name is not None}:
             cards.append(one)
             continue
         halves = [
-            find(
+            score_branch(
                 branch.network,
                 photos,
                 range(start, len(photos), 2),
@@ -131,7 +131,7 @@ def recalibrated(
             )
             for start in (0, 1)
         ]
-        both = Found(
+        both = BranchScores(
             ap50=float("nan"),
             scores=torch.cat([half.scores for half in halves]),
             correct=torch.cat([half.correct for half in halves]),

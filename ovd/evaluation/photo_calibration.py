@@ -58,17 +58,17 @@ def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords
     """
     spec = DataSpec.parse(data).labels
     named = part or (None if spec is None else spec.part)
-    found = labels_of(data, part="all")  # words of the other parts belong to the vocabulary, too
-    truth = found.truth()
-    there = list(truth.parts.values())
+    labels_read = labels_of(data, part="all")  # words of the other parts belong to the vocabulary, too
+    truth = labels_read.truth()
+    parts = list(truth.parts.values())
     if named is None:
-        named = "val" if "val" in there else "all"
+        named = "val" if "val" in parts else "all"
     return PhotoWords(
-        folder=found.root,
+        folder=labels_read.root,
         annotations=[truth],
         labels=labels,
         lexicon=read_lexicon(),
-        part=None if named == "all" else next(iter(choose_parts(there, named, (), found.where))),
+        part=None if named == "all" else next(iter(choose_parts(parts, named, (), labels_read.where))),
         min_score=0.08,
     )
 
@@ -135,14 +135,14 @@ def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, floa
     scorer, threshold = replace(data.scorer, calibration=calibration), calibration.threshold
     outcome = run_typed(data.scenes, scorer, floor=FLOOR)
     curve = reliability(outcome.score, outcome.correct)
-    figures = {"photos": float(len(data.scenes)), **shown(outcome, threshold), "ece": curve.ece}
+    figures = {"photos": float(len(data.scenes)), **at_threshold(outcome, threshold), "ece": curve.ece}
     if data.named:
-        named = shown(named_outcome(data.named, scorer, floor=FLOOR), threshold)
+        named = at_threshold(named_outcome(data.named, scorer, floor=FLOOR), threshold)
         figures |= {"named_photos": float(len(data.named)), **{f"named_{name}": v for name, v in named.items()}}
     return figures, curve
 
 
-def shown(outcome: Outcome, threshold: float) -> dict[str, float]:
+def at_threshold(outcome: Outcome, threshold: float) -> dict[str, float]:
     """What a person sees at a threshold: how much of it is right, how many objects, how often an absent word."""
     listed = outcome.score >= threshold
     hits = outcome.correct[listed]

@@ -61,8 +61,8 @@ def score_reliability(table: Mapping[int, CategoryMatches]) -> Reliability:
     """Score against share that is right, of all detections from `FLOOR` on; those on crowds count neither way."""
     score = np.concatenate([one.score[~one.ignored] for one in table.values()])
     correct = np.concatenate([one.correct[~one.ignored] for one in table.values()])
-    shown = score >= FLOOR
-    return reliability(score[shown], correct[shown])
+    kept = score >= FLOOR
+    return reliability(score[kept], correct[kept])
 
 
 def write_plots(

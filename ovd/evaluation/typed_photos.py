@@ -69,8 +69,8 @@ def typed_photo(
         absent: how many absent words.
         rng: of this photo.
     """
-    looked = photo.words < table.everywhere
-    sure = looked & (photo.scores >= CONFIDENT)
+    everywhere = photo.words < table.everywhere
+    sure = everywhere & (photo.scores >= CONFIDENT)
     present = tuple(sorted(set(photo.words[sure].tolist())))
     if not present:
         return None
@@ -83,12 +83,12 @@ def typed_photo(
     alike = list(dict.fromkeys(w for word in present for w in near[word] if w not in named))
     chosen = rng.permutation(alike).tolist()[: absent // 2]
     chosen += [w for w in rng.permutation(free).tolist() if w not in chosen][: absent - len(chosen)]
-    asked = np.isin(photo.words, present)
+    typed = np.isin(photo.words, present)
     return TypedScene(
         regions=regions,
-        boxes=photo.boxes[asked],
-        classes=photo.words[asked],
-        certainty=photo.scores[asked],
+        boxes=photo.boxes[typed],
+        classes=photo.words[typed],
+        certainty=photo.scores[typed],
         present=present,
         absent=tuple(chosen),
     )
@@ -157,11 +157,11 @@ def named_outcome(named: Sequence[NamedPhoto], scorer: Scorer, *, floor: float) 
         best_absent += score_RC[:, 1:].max(axis=0).tolist() if len(score_RC) else [0.0] * len(photo.absent)
         region, word = np.nonzero(score_RC >= np.float32(floor))
         kept = batched_nms(photo.regions.boxes[region], score_RC[region, word], word, NMS_IOU)
-        found = False
+        matched = False
         for i in kept.tolist():
             scores.append(float(score_RC[region[i], word[i]]))
-            right.append(float(word[i] == 0 and not found))
-            found = found or bool(word[i] == 0)
+            right.append(float(word[i] == 0 and not matched))
+            matched = matched or bool(word[i] == 0)
     return Outcome(
         score=np.array(scores), correct=np.array(right), best_absent=np.array(best_absent), labels=float(len(named))
     )

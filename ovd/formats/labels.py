@@ -17,7 +17,7 @@ PARTS = ("train", "val", "test")
 PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """How tools call the parts of a data set → what they are called here. Roboflow's folder of validation is ``valid``."""
 
-SHOWN = 8  # mistakes quoted in one message
+QUOTED = 8  # mistakes quoted in one message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,10 @@ class Notes:
             return
         if len(self._mistakes) == 1:
             raise UserError(self._mistakes[0])
-        rest = len(self._mistakes) - SHOWN
+        rest = len(self._mistakes) - QUOTED
         more = [f"and {rest} more"] if rest > 0 else []
         raise UserError(
-            "\n  ".join([f"{len(self._mistakes)} mistakes in {self.where}:", *self._mistakes[:SHOWN], *more])
+            "\n  ".join([f"{len(self._mistakes)} mistakes in {self.where}:", *self._mistakes[:QUOTED], *more])
         )
 
     def notices(self) -> list[str]:
@@ -93,19 +93,19 @@ class Notes:
         return [f"{count} {text} (first: {self._first[text]})" for text, count in self._odd.items()]
 
 
-def choose_parts(there: Iterable[str], part: str | None, prefer: Sequence[str], where: str) -> frozenset[str]:
+def choose_parts(parts: Iterable[str], part: str | None, prefer: Sequence[str], where: str) -> frozenset[str]:
     """The parts of a data set that are wanted.
 
     Args:
-        there: those it has, some of which may be ``""``: pictures of no part.
+        parts: those it has, some of which may be ``""``: pictures of no part.
         part: the one that was asked for, in any of the names that tools use; ``all``: every one.
-        prefer: without ``part`` the first of these that is there; none of them or empty: all.
+        prefer: without ``part`` the first of these that it has; none of them or empty: all.
         where: the data set, for the message.
 
     Raises:
         UserError: no such part.
     """
-    named = list(dict.fromkeys(there))
+    named = list(dict.fromkeys(parts))
     if part == "all":
         return frozenset(named)
     if part is not None:

@@ -102,11 +102,11 @@ def _read_coco(path: Path, images: Path | None, part: str | None, prefer: Sequen
         return labels
     check_ground_truth(labels.content, where=labels.where)
     entries = labels.content["images"]
-    there = [str(entry.get("split") or "") for entry in entries]
-    if not any(there) and part is None:
+    parts = [str(entry.get("split") or "") for entry in entries]
+    if not any(parts) and part is None:
         return labels
-    requested = choose_parts(there, part, prefer, str(path))
-    if requested >= set(there):
+    requested = choose_parts(parts, part, prefer, str(path))
+    if requested >= set(parts):
         return labels
     images_left = [entry for entry in entries if str(entry.get("split") or "") in requested]
     ids = {entry["id"] for entry in images_left}

@@ -171,6 +171,6 @@ def joined(polygons: Sequence[Sequence[float]]) -> list[float]:
     """Several outlines as one, for formats that hold one: each is entered and left at its first point."""
     if len(polygons) == 1:
         return list(polygons[0])
-    there = [value for polygon in polygons for value in [*polygon, *polygon[:2]]]
+    forth = [value for polygon in polygons for value in [*polygon, *polygon[:2]]]
     back = [value for polygon in reversed(polygons[:-1]) for value in polygon[:2]]
-    return there + back
+    return forth + back

@@ -75,8 +75,8 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **one})
     notes.refuse()
     if not labelled:
-        looked = next((str(_label_places(p)[0]) for _, p in source.pictures), "nowhere")
-        raise UserError(f"{where}: no picture has a label file; looked for {looked} and so on")
+        expected = next((str(_label_places(p)[0]) for _, p in source.pictures), "nowhere")
+        raise UserError(f"{where}: no picture has a label file; looked for {expected} and so on")
     content = {"images": images, "annotations": annotations, "categories": coco_categories(source.names)}
     return Labels(content=content, root=source.root, kind="yolo", where=where, notices=notes.notices())
 
@@ -166,16 +166,16 @@ def _pictures_at(place: str, root: Path, file: Path, key: str) -> list[Path]:
     tried = [root / place, file.parent / place]
     if place.startswith("../"):
         tried += [root / place[3:], file.parent / place[3:]]
-    there = next((path for path in tried if path.exists()), None)
-    if there is None:
+    source = next((path for path in tried if path.exists()), None)
+    if source is None:
         raise UserError(f"{file}: {key}: {place}: no such folder (looked for {tried[0]})")
-    if there.is_dir():
-        return list_images(there)
-    lines = [line.strip() for line in there.read_text(encoding="utf-8-sig").splitlines()]
-    paths = [there.parent / line if not Path(line).is_absolute() else Path(line) for line in lines if line]
+    if source.is_dir():
+        return list_images(source)
+    lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
+    paths = [source.parent / line if not Path(line).is_absolute() else Path(line) for line in lines if line]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{there}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture")
+        raise UserError(f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture")
     return [path for path in paths if path.suffix.lower() in EXTENSIONS]
 
 

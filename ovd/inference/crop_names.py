@@ -70,15 +70,15 @@ class PhotoBoxes:
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `BoxSource`."""
-        found = self.proposer.regions(image, top=self.top)
+        proposals = self.proposer.regions(image, top=self.top)
         return RegionSet(
-            boxes=found.boxes.numpy(),
-            objectness=found.objectness.numpy(),
-            text=np.zeros((len(found.boxes), 0), np.float32),
+            boxes=proposals.boxes.numpy(),
+            objectness=proposals.objectness.numpy(),
+            text=np.zeros((len(proposals.boxes), 0), np.float32),
             image=None,
             masks=None,
             size=(image.shape[0], image.shape[1]),
-            known=(found.words if self.known else found.words[:, :0]).numpy(),
+            known=(proposals.words if self.known else proposals.words[:, :0]).numpy(),
         )
 
 
@@ -251,7 +251,7 @@ def embed_boxes(
         masks=None if regions.masks is None else regions.masks[keep],
         known=np.zeros((len(boxes), 0), np.float32) if regions.known is None else regions.known[keep],
         bias=None,
-        own=None,
+        finetuned=None,
     )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of classes that were added to a detector by fine-tuning, and which typed words they answer.
 
-Shapes: ``C`` typed classes, ``O`` own classes.
+Shapes: ``C`` typed classes, ``O`` fine-tuned classes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ovd.words import name_key
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnNames:
-    """The names of all own classes of a detector.
+class FinetunedNames:
+    """The names of all fine-tuned classes of a detector.
 
     Attributes:
         words: the O names (`ovd.words.name_key`), with their meanings where they have one.
@@ -30,7 +30,7 @@ class OwnNames:
         return name_key(phrase) in self.words.words or self.words.is_one(phrase)
 
     def answering(self, phrases: Phrases) -> NDArray[np.bool_]:
-        """(C, O) bool: own classes whose objects are also the typed class.
+        """(C, O) bool: fine-tuned classes whose objects are also the typed class.
 
         A name as it was learned is that class alone: of *vehicle* and *bus* in one file the labels say which is which.
         Any other phrase is what it means, and what lies below it.

@@ -3,7 +3,7 @@
 
 `ovd.inference.fvlm_torch` runs them with torch, `ovd.runtime.regions` with ONNX Runtime.
 
-Shapes: R regions, C classes, K known words, O own classes, B background words, D joint embedding.
+Shapes: R regions, C classes, K known words, O fine-tuned classes, B background words, D joint embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.everything import PromptFreeWords, open_shift
-from ovd.inference.finetuned_names import OwnNames
+from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
@@ -62,7 +62,7 @@ class FvlmRegionModel(RegionModel):
         background_words: (B, D) embeddings of the training's words.
         known: the words that the proposal network scores.
         trained: the training's words.
-        own: classes that were added by fine-tuning, in the order of the regions' scores of them; None: there are none.
+        finetuned: classes that were added, in the order of the regions' scores of them; None: there are none.
         top: regions kept per picture.
     """
 
@@ -77,10 +77,10 @@ class FvlmRegionModel(RegionModel):
         background_words: Floats,
         known: WordList,
         trained: WordList,
-        own: OwnNames | None = None,
+        finetuned: FinetunedNames | None = None,
         top: int = 150,
     ) -> None:
-        self.network, self.card, self.own, self.top = network, card, own, top
+        self.network, self.card, self.finetuned, self.top = network, card, finetuned, top
         self.background_words = unit_rows(background_words)
         self.known, self.trained = known, trained
         self.calibration = Calibration(**card.calibration)
@@ -99,24 +99,24 @@ class FvlmRegionModel(RegionModel):
 
     def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
         """Of phrases that are no noun of the lexicon: what is looked for, or the nearest words of the training."""
-        found = []
+        notices = []
         for group, row in zip(phrases, rows, strict=True):
             for phrase in group:
-                if self.trained.understands(phrase) or (self.own is not None and self.own.has(phrase)):
+                if self.trained.understands(phrase) or (self.finetuned is not None and self.finetuned.has(phrase)):
                     continue
                 if len(group) > 1 and self.trained.is_english and (hint := hint_of(phrase)) is not None:
-                    found.append(hint)
+                    notices.append(hint)
                 elif (head := self.trained.head_of(phrase)) is not None:
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
-                    found.append(f"{phrase!r} is looked for as {head!r}: {why}")
+                    notices.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
                     order = best_first(self.background_words[: len(self.trained.words)] @ row).tolist()
                     nouns = (
                         self.trained.words[i] for i in order if self.trained.words[i] in self.trained.lexicon.nouns
                     )
                     words = list(islice(nouns, 3))
-                    found.append(unknown_word(phrase, words, english=self.trained.is_english))
-        return tuple(found)
+                    notices.append(unknown_word(phrase, words, english=self.trained.is_english))
+        return tuple(notices)
 
     def prompt_free_words(self) -> PromptFreeWords:
         """The proposal network's words, and the nouns of the training that are not above them; one of each meaning.
@@ -159,12 +159,12 @@ class FvlmRegionModel(RegionModel):
                 scale=self.network.scale,
                 calibration=self.calibration,
             )
-        own_CO = own_only_C = None
-        if self.own is not None:
-            own_CO = self.own.answering(phrases)
-            own_only_C = np.array(
+        finetuned_CO = finetuned_only_C = None
+        if self.finetuned is not None:
+            finetuned_CO = self.finetuned.answering(phrases)
+            finetuned_only_C = np.array(
                 [
-                    any(self.own.has(p) for p in group) and not any(self.known.is_one(p) for p in group)
+                    any(self.finetuned.has(p) for p in group) and not any(self.known.is_one(p) for p in group)
                     for group in phrases
                 ],
                 dtype=bool,
@@ -176,8 +176,8 @@ class FvlmRegionModel(RegionModel):
             known=relations.same_or_below,
             scale=self.network.scale,
             calibration=self.calibration,
-            own=own_CO,
-            own_only=own_only_C,
+            finetuned=finetuned_CO,
+            finetuned_only=finetuned_only_C,
         )
 
 
@@ -197,8 +197,8 @@ class WordScorer:
         known: (C, K) bool: known words that are the class or a kind of it.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
-        own: (C, O) bool: an object of the own class is also one of the class; None: there are no own classes.
-        own_only: (C,) bool: the class is an own one, and the proposal network does not know it: no other box is it.
+        finetuned: (C, O) bool: an object of the fine-tuned class is also one of the class; None: there are none.
+        finetuned_only: (C,) bool: a fine-tuned class that the proposal network does not know: no other box is it.
     """
 
     rows: Floats
@@ -207,8 +207,8 @@ class WordScorer:
     known: NDArray[np.bool_]
     scale: float
     calibration: Calibration
-    own: NDArray[np.bool_] | None = None
-    own_only: NDArray[np.bool_] | None = None
+    finetuned: NDArray[np.bool_] | None = None
+    finetuned_only: NDArray[np.bool_] | None = None
 
     def select(self, columns: Sequence[int]) -> WordScorer:
         """See `Scorer`."""
@@ -218,8 +218,8 @@ class WordScorer:
             rows=self.rows[chosen],
             rivals=self.rivals[chosen],
             known=self.known[chosen],
-            own=None if self.own is None else self.own[chosen],
-            own_only=None if self.own_only is None else self.own_only[chosen],
+            finetuned=None if self.finetuned is None else self.finetuned[chosen],
+            finetuned_only=None if self.finetuned_only is None else self.finetuned_only[chosen],
         )
 
     @cached_property
@@ -234,9 +234,9 @@ class WordScorer:
         score_RC = np.empty((len(regions), len(self.rows)), np.float32)
         score_RC[:, known] = known_words.known_scores(regions)
         score_RC[:, ~known] = other_words.open_scores(regions)
-        if self.own is None or self.own_only is None or regions.own is None:
+        if self.finetuned is None or self.finetuned_only is None or regions.finetuned is None:
             return score_RC
-        return np.maximum(score_RC * ~self.own_only, best_of(regions.own, self.own))
+        return np.maximum(score_RC * ~self.finetuned_only, best_of(regions.finetuned, self.finetuned))
 
     def known_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best known word of each class; near 0 for a class without any."""

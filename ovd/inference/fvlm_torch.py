@@ -13,7 +13,7 @@ from ovd.inference.arrays import Floats
 from ovd.inference.scoring import RegionSet
 
 if TYPE_CHECKING:
-    from ovd.modeling.fvlm.finetuned import OwnClasses
+    from ovd.modeling.fvlm.finetuned import FinetunedClasses
     from ovd.modeling.fvlm.network import FvlmDetector
 
 
@@ -22,11 +22,11 @@ class TorchNetwork:
 
     Args:
         model: in eval mode.
-        own: branches of classes that were added by fine-tuning; None: there are none.
+        finetuned: branches of classes that were added by fine-tuning; None: there are none.
     """
 
-    def __init__(self, model: FvlmDetector, *, own: OwnClasses | None = None) -> None:
-        self.model, self.own = model, own
+    def __init__(self, model: FvlmDetector, *, finetuned: FinetunedClasses | None = None) -> None:
+        self.model, self.finetuned = model, finetuned
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -46,9 +46,9 @@ class TorchNetwork:
     def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
         """See `FvlmNetwork`."""
         proposals = self.model.proposer.regions(image, top=top)
-        own_RO = None
-        if self.own is not None:
-            proposals, own_RO = self.own.beside(proposals, image)
+        finetuned_RO = None
+        if self.finetuned is not None:
+            proposals, finetuned_RO = self.finetuned.beside(proposals, image)
         pooled = self.model.pooled(image, proposals)
         out = self.model.head(pooled.features, pooled.known)
         return RegionSet(
@@ -60,7 +60,7 @@ class TorchNetwork:
             size=(image.shape[0], image.shape[1]),
             known=pooled.known.cpu().numpy(),
             bias=out.bias.cpu().numpy(),
-            own=own_RO if own_RO is None else own_RO.numpy(),
+            finetuned=finetuned_RO if finetuned_RO is None else finetuned_RO.numpy(),
         )
 
     @torch.inference_mode()

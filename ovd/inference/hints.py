@@ -127,13 +127,13 @@ _SCRIPTS = {
 @cache
 def _english() -> dict[str, tuple[str, str]]:
     """Foreign name -> (English, language)."""
-    found: dict[str, tuple[str, str]] = {}
+    english_names: dict[str, tuple[str, str]] = {}
     for line in _NAMES.strip().splitlines():
         english, _, rest = line.partition(":")
         for language, names in zip(LANGUAGES, rest.split("/"), strict=True):
             for name in filter(None, (part.strip().casefold() for part in names.split(","))):
-                found.setdefault(name, (english, language))
-    return found
+                english_names.setdefault(name, (english, language))
+    return english_names
 
 
 def english_of(word: str) -> tuple[str, str] | None:
@@ -152,8 +152,8 @@ def script_of(word: str) -> str | None:
 
 def hint_of(word: str) -> str | None:
     """What to say of a word that English weights do not know, where something tells why; None: nothing does."""
-    if (found := english_of(word)) is not None:
-        english, language = found
+    if (translation := english_of(word)) is not None:
+        english, language = translation
         return f"{word!r} is {language} for {english!r}, and these weights know English words only: type {english!r}"
     if (script := script_of(word)) is not None:
         return f"{word!r} is written in {script}, and these weights know English words only: type its English name"

@@ -58,12 +58,12 @@ class WordList:
     def _columns(self) -> tuple[dict[str, list[int]], dict[str, list[int]], dict[str, int]]:
         """Meaning -> words that have it or lie below it; meaning -> words that have it; word -> its number."""
         below: dict[str, list[int]] = {}
-        own: dict[str, list[int]] = {}
+        same: dict[str, list[int]] = {}
         for number, word in enumerate(self.words):
             for key in set(self.line_of(word)):
                 below.setdefault(key, []).append(number)
-            own.setdefault(self.meaning_of(word) or word, []).append(number)
-        return below, own, {word: number for number, word in enumerate(self.words)}
+            same.setdefault(self.meaning_of(word) or word, []).append(number)
+        return below, same, {word: number for number, word in enumerate(self.words)}
 
     @cached_property
     def is_english(self) -> bool:
@@ -73,8 +73,8 @@ class WordList:
     def meaning_of(self, phrase: str) -> str | None:
         """Id of the meaning of a phrase as a person types it: capitals and plurals too; None: not in the lexicon."""
         for form in singulars(phrase.casefold()):
-            if (found := self.lexicon.meaning(SYNONYMS.get(form, form))) is not None:
-                return found
+            if (meaning := self.lexicon.meaning(SYNONYMS.get(form, form))) is not None:
+                return meaning
         return None
 
     def head_of(self, phrase: str) -> str | None:
@@ -90,17 +90,17 @@ class WordList:
 
     def is_one(self, phrase: str) -> bool:
         """Whether a phrase, in whatever number, is one of the words or a synonym of one; not a kind or a group."""
-        _, own, number_of = self._columns
+        _, same, number_of = self._columns
         meaning = self.meaning_of(phrase)
-        return meaning in own if meaning is not None else bool(set(singulars(phrase.casefold())) & number_of.keys())
+        return meaning in same if meaning is not None else bool(set(singulars(phrase.casefold())) & number_of.keys())
 
     def line_of(self, phrase: str) -> list[str]:
         """The meaning of a phrase and those above it; the phrase itself where the lexicon does not have it."""
         if not self.understands(phrase):
             phrase = self.head_of(phrase) or phrase
         forms = singulars(phrase.casefold())
-        own = self.meaning_of(phrase)
-        line = [own, *self.lexicon.above(own)] if own is not None else [SYNONYMS.get(forms[-1], forms[-1])]
+        meaning = self.meaning_of(phrase)
+        line = [meaning, *self.lexicon.above(meaning)] if meaning is not None else [SYNONYMS.get(forms[-1], forms[-1])]
         person = self.lexicon.meaning("person")
         if person is not None and PERSONS & set(forms):
             line.append(person)
@@ -117,21 +117,21 @@ class WordList:
     def relations(self, phrases: Phrases) -> Relations:
         """How each class relates to each word; the last lists asked for are remembered."""
         key = tuple(tuple(group) for group in phrases)
-        if (found := self._remembered.get(key)) is None:
-            found = self._remembered[key] = self._relate(key)
+        if (relations := self._remembered.get(key)) is None:
+            relations = self._remembered[key] = self._relate(key)
             while len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
-        return found
+        return relations
 
     def _relate(self, phrases: Phrases) -> Relations:
-        below, own, number_of = self._columns
+        below, with_meaning, number_of = self._columns
         same = np.zeros((len(phrases), len(self.words)), dtype=bool)
         above = np.zeros_like(same)
         for row, phrase in ((row, phrase) for row, group in enumerate(phrases) for phrase in group):
             line = self.line_of(phrase)
             same[row, below.get(line[0], [])] = True
             same[row, [number_of[word] for word in self.kinds_of(phrase) if word in number_of]] = True
-            above[row, [number for key in line for number in own.get(key, [])]] = True
+            above[row, [number for key in line for number in with_meaning.get(key, [])]] = True
         return Relations(same_or_below=same, above=above & ~same)
 
 

@@ -68,12 +68,12 @@ class RCNNRegionModel(RegionModel):
             return ()
         alone = {group[0]: row for group, row in zip(phrases, rows, strict=True) if len(group) == 1}
         unknown = [word for word in alone if not self._understands(word)]
-        found = []
+        notices = []
         for word in unknown:
             near = best_first(self.background_words @ alone[word], 3)
             nearest = [self.card.bank[i] for i in near.tolist()]
-            found.append(unknown_word(word, nearest, english=self._words.is_english))
-        return tuple(found)
+            notices.append(unknown_word(word, nearest, english=self._words.is_english))
+        return tuple(notices)
 
     @cached_property
     def _words(self) -> WordList:

@@ -106,8 +106,8 @@ class RegionSet:
         size: (height, width) of the original picture.
         known: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
         bias: (R,) logit of any word beside its cosine to the text head, or None (`ovd.modeling.fvlm.head`).
-        own: (R, O) in [0, 1], calibrated scores of classes that were added by fine-tuning, or None. Their boxes have
-            objectness 0 and no score of any other word.
+        finetuned: (R, O) in [0, 1], calibrated scores of classes that were added by fine-tuning, or None. Their boxes
+            have objectness 0 and no score of any other word.
     """
 
     boxes: Floats
@@ -118,12 +118,12 @@ class RegionSet:
     size: tuple[int, int]
     known: Floats | None = None
     bias: Floats | None = None
-    own: Floats | None = None
+    finetuned: Floats | None = None
 
     def __post_init__(self) -> None:
         self.boxes, self.objectness, self.text = (as_array(x) for x in (self.boxes, self.objectness, self.text))
-        self.image, self.masks, self.known, self.bias, self.own = (
-            None if x is None else as_array(x) for x in (self.image, self.masks, self.known, self.bias, self.own)
+        self.image, self.masks, self.known, self.bias, self.finetuned = (
+            None if x is None else as_array(x) for x in (self.image, self.masks, self.known, self.bias, self.finetuned)
         )
 
     def __len__(self) -> int:
@@ -137,9 +137,9 @@ class RegionSet:
     @property
     def added(self) -> NDArray[np.bool_]:
         """(R,) bool: boxes that answer for classes that were added, and for nothing else."""
-        if self.own is None:
+        if self.finetuned is None:
             return np.zeros(len(self), dtype=bool)
-        return np.asarray((self.own > 0).any(axis=1))
+        return np.asarray((self.finetuned > 0).any(axis=1))
 
 
 def competitor_mask(classes_CD: Floats, words_BD: Floats, *, limit: float) -> NDArray[np.bool_]:

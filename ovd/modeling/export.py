@@ -28,8 +28,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnClassesCard:
-    """A branch of a person's own classes beside a detector of photographs (`ovd.modeling.fvlm.finetuned`).
+class FinetunedCard:
+    """A branch of fine-tuned classes beside a detector of photographs (`ovd.modeling.fvlm.finetuned`).
 
     Attributes:
         names: of the classes, in the order of the branch's scores.
@@ -93,7 +93,7 @@ class DetectorCard:
     format: int = FORMAT
     templates: str = "sticker"  # cards that do not say are older than the choice
     crop_refinement: int = 0
-    own: tuple[OwnClassesCard, ...] = ()
+    own: tuple[FinetunedCard, ...] = ()
 
     @property
     def is_transformer(self) -> bool:
@@ -164,7 +164,7 @@ def read_card(folder: Path) -> DetectorCard:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         if "second_look" in values:  # the field's former name
             values.setdefault("crop_refinement", values.pop("second_look"))
-        values["own"] = tuple(OwnClassesCard(**{**one, "names": tuple(one["names"])}) for one in values.get("own", ()))
+        values["own"] = tuple(FinetunedCard(**{**one, "names": tuple(one["names"])}) for one in values.get("own", ()))
         card = DetectorCard(**values)
         if card.templates not in TEMPLATE_SETS:
             raise TypeError(f"unknown templates {card.templates!r}")

@@ -65,22 +65,22 @@ def _load_fvlm(
     from ovd.inference.fvlm_regions import FvlmRegionModel
     from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.inference.known_words import WordList
-    from ovd.modeling.fvlm.finetuned import load_own_classes
+    from ovd.modeling.fvlm.finetuned import load_finetuned
     from ovd.modeling.fvlm.network import known_words, load_fvlm
     from pretrain.data.lexicon import read_lexicon
 
     model, bank = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
     lexicon = read_lexicon()
-    own = load_own_classes(folder, card.own, lexicon=lexicon, device=device)
+    finetuned = load_finetuned(folder, card.own, lexicon=lexicon, device=device)
     config = card.architecture
     assert isinstance(config, FvlmConfig)
     return FvlmRegionModel(
-        network=TorchNetwork(model, own=own),
+        network=TorchNetwork(model, finetuned=finetuned),
         card=card,
         background_words=bank.numpy(),
         known=WordList(words=known_words(config), lexicon=lexicon),
         trained=WordList(words=card.bank, lexicon=lexicon),
-        own=None if own is None else own.names,
+        finetuned=None if finetuned is None else finetuned.names,
         top=top,
     )
 

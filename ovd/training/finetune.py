@@ -26,7 +26,7 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from ovd.data.own_photos import CanvasSource, OwnPhotos
-    from ovd.evaluation.finetuned import Found
+    from ovd.evaluation.finetuned import BranchScores
     from ovd.modeling.proposals.classes import ClassBranch
 
 TRUNK = ("csp.", "neck.")
@@ -75,12 +75,12 @@ class FinetuneTask(DetectionTask):
             self.best_ap50.fill_(max(float(self.best_ap50), measured.ap50))
         return {"held_out_ap50": measured.ap50, "best_ap50": float(self.best_ap50)}, []
 
-    def measure(self, branch: ClassBranch) -> Found:
+    def measure(self, branch: ClassBranch) -> BranchScores:
         """What a branch finds in the held-out photos."""
-        from ovd.evaluation.finetuned import find
+        from ovd.evaluation.finetuned import score_branch
 
         with torch.autocast(next(branch.parameters()).device.type, torch.bfloat16):
-            return find(
+            return score_branch(
                 branch,
                 self.photos,
                 self.held_out,
@@ -243,7 +243,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     for file in ("model.safetensors", *(branch.file for branch in earlier)):
         (fresh / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(parts.folder / file, fresh / file)
-    own = save_branch(
+    branch = save_branch(
         fresh,
         task.best,
         number=1 + max((int(Path(branch.file).stem) for branch in earlier), default=0),
@@ -252,8 +252,8 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         nms=task.nms,
         top=task.top,
     )
-    own = replace(own, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
-    added = (*earlier, own)
+    branch = replace(branch, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
+    added = (*earlier, branch)
     write_card(fresh, replace(card, own=added))
     names = ", ".join(name for branch in added for name in branch.names)
     start = config.weights if "/" not in config.weights else "what it started from"

@@ -210,11 +210,11 @@ def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, se
     import numpy as np
     import torch
 
-    found = model.proposer.regions(image, top=300)
+    proposals = model.proposer.regions(image, top=300)
     half = count // 2
-    rest = np.random.default_rng([7, seed]).permutation(np.arange(half, len(found.boxes)))[: count - half]
-    chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(found.boxes))), np.sort(rest)]))
-    kept = model.pooled(image, found[chosen])
+    rest = np.random.default_rng([7, seed]).permutation(np.arange(half, len(proposals.boxes)))[: count - half]
+    chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(proposals.boxes))), np.sort(rest)]))
+    kept = model.pooled(image, proposals[chosen])
     return {
         "features": _padded(kept.features, count, np.float16),
         "known": _padded(kept.known, count, np.float16),

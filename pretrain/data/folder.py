@@ -257,12 +257,12 @@ def look_for(names: Iterable[str | Path], folder: Path, *, where: str | Path, al
     Raises:
         UserError: more are missing, or all.
     """
-    there = [(name, os.path.isfile(folder / name)) for name in names]
-    missing = [name for name, exists in there if not exists]
+    present = [(name, os.path.isfile(folder / name)) for name in names]
+    missing = [name for name, exists in present if not exists]
     if not missing:
         return None
-    text = f"{where}: {len(missing)} of its {len(there)} pictures are not there, such as {folder / missing[0]}"
-    if len(missing) > allowed * len(there) or len(missing) == len(there):
+    text = f"{where}: {len(missing)} of its {len(present)} pictures are not there, such as {folder / missing[0]}"
+    if len(missing) > allowed * len(present) or len(missing) == len(present):
         raise UserError(f"{text}; is {folder} the folder that their names are relative to?")
     return text
 

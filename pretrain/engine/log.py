@@ -44,11 +44,11 @@ def forecast(steps: int, seconds: float, size: int, out: Path) -> str:
 def format_line(step: int, total: int, values: dict[str, float]) -> str:
     """One plain log line: the step, the metrics, then the times."""
     times = ("data_time", "step_time", "eta", "per_second")
-    shown = [f"step {step}/{total}"]
-    shown += [f"{name} {value:.4g}" for name, value in values.items() if name not in times]
-    shown.append(f"data {values['data_time']:.3f} s  step {values['step_time']:.3f} s  {values['per_second']:.1f}/s")
-    shown.append(f"eta {format_duration(values['eta'])}")
-    return "  ".join(shown)
+    parts = [f"step {step}/{total}"]
+    parts += [f"{name} {value:.4g}" for name, value in values.items() if name not in times]
+    parts.append(f"data {values['data_time']:.3f} s  step {values['step_time']:.3f} s  {values['per_second']:.1f}/s")
+    parts.append(f"eta {format_duration(values['eta'])}")
+    return "  ".join(parts)
 
 
 def strict_json(value: Any) -> Any:

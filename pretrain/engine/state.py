@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pretrain.engine.errors import UserError
 
 COUNTER = "num_batches_tracked"  # of batch norms; no result depends on it, and files often lack it
-SHOWN = 6  # names in a report; the rest are counted
+QUOTED = 6  # names in a report; the rest are counted
 
 Strict = Literal["both", "module", "file", "no"]
 
@@ -48,7 +48,7 @@ class LoadReport:
         parts = [f"{len(self.loaded)} tensors loaded"]
         for title, names in groups.items():
             if names:
-                parts.append(f"{title} {len(names)}: {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}")
+                parts.append(f"{title} {len(names)}: {', '.join(names[:QUOTED])}{' …' if len(names) > QUOTED else ''}")
         return "; ".join(parts + [self.notes] * bool(self.notes))
 
 

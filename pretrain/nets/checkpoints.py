@@ -80,7 +80,7 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class ResNetMatch:
     """A ResNet found in a checkpoint.
 
     Attributes:
@@ -166,7 +166,7 @@ def _why_unreadable(problem: Exception) -> str:
     return f"it is no checkpoint of torch's, or damaged ({type(problem).__name__})"
 
 
-def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None = None) -> Found:
+def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None = None) -> ResNetMatch:
     """Find a torchvision-named ResNet by its keys.
 
     Args:
@@ -180,7 +180,7 @@ def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None
             modified ResNet. Nothing is ever filled with random numbers.
     """
     plain = {_WRAPPERS.sub("", key): value for key, value in tensors.items()}
-    best: Found | None = None
+    best: ResNetMatch | None = None
     for prefix in PREFIXES:
         inner = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
         # lucidrains' BYOL numbers the children of a torchvision network.
@@ -215,7 +215,9 @@ def _numbered(key: str) -> str:
     return f"{_CHILDREN[first]}{dot}{rest}" if first in _CHILDREN and dot else key
 
 
-def _match(inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str, stem: Stem | None) -> Found | None:
+def _match(
+    inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str, stem: Stem | None
+) -> ResNetMatch | None:
     """What of the tensors under a prefix is a ResNet; None when not even its first and last stage show."""
     first = inner.get("conv1.weight")
     blocks = [len({k.split(".")[1] for k in inner if k.startswith(f"layer{n}.")}) for n in (1, 2, 3, 4)]
@@ -238,7 +240,7 @@ def _match(inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str
     if kind is None:
         fits.pop("conv1.weight", None)  # a 3×3 stem of unknown stride is no match
     left = [k for k in whole if not (k.startswith(prefix) and _numbered(k.removeprefix(prefix)) in fits)]
-    return Found(
+    return ResNetMatch(
         state={k: v.float().contiguous() for k, v in fits.items()},
         depth=depth,
         stem=kind or "small",

@@ -74,8 +74,8 @@ def fetch_file(repository: str, names: tuple[str, ...], *, name: str, instead: s
         raise UserError(f"{name} is not in the hub's cache, and the hub is set offline (HF_HUB_OFFLINE). {advice}")
     for file in names:
         try:
-            found = _within(PATIENCE, partial(get_hf_file_metadata, hf_hub_url(repository, file), timeout=10))
-            size = "of unknown size" if found.size is None else f"{found.size / 1e6:,.0f} MB"
+            file_info = _within(PATIENCE, partial(get_hf_file_metadata, hf_hub_url(repository, file), timeout=10))
+            size = "of unknown size" if file_info.size is None else f"{file_info.size / 1e6:,.0f} MB"
             print(f"{name}: fetching {file} of {repository} from {host}, {size}, once", file=sys.stderr, flush=True)
             return Path(hf_hub_download(repository, file))
         except RemoteEntryNotFoundError:

@@ -184,7 +184,7 @@ def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
         size=(20, 20),
         known=np.array([[0.9], [0.0]], dtype=np.float32),
         bias=np.zeros(2, np.float32),
-        own=np.array([[0.0, 0.0], [0.7, 0.0]], dtype=np.float32),
+        finetuned=np.array([[0.0, 0.0], [0.7, 0.0]], dtype=np.float32),
     )
     scorer = WordScorer(
         rows=np.eye(4, dtype=np.float32)[[0, 1, 2]],
@@ -193,8 +193,8 @@ def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
         known=np.array([[True], [False], [False]]),
         scale=4.0,
         calibration=Calibration(),
-        own=np.array([[True, False], [True, False], [False, True]]),
-        own_only=np.array([False, True, True]),
+        finetuned=np.array([[True, False], [True, False], [False, True]]),
+        finetuned_only=np.array([False, True, True]),
     )
     score = scorer(regions)
     assert float(score[0, 0]) > 0.5 and float(score[1, 0]) == pytest.approx(0.7)  # known, and a kind that was added

@@ -16,12 +16,12 @@ import torch
 from ovd import train as ovd_train
 from ovd.data.own_photos import CanvasSource, OwnPhotos
 from ovd.detector import Detector
-from ovd.inference.finetuned_names import OwnNames
+from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.known_words import WordList
 from ovd.inference.regions import Regions
 from ovd.inference.scorers import QueryScores
 from ovd.inference.scoring import RegionSet, centred_on_picture
-from ovd.modeling.export import OwnClassesCard
+from ovd.modeling.export import FinetunedCard
 from ovd.modeling.fvlm.finetuned import remaining_branches
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
@@ -124,16 +124,16 @@ WORDS = ("vehicle", "bus", "the north face", "red cell")
     ],
 )
 def test_what_a_typed_word_asks_of_own_classes(phrase: str, found: set[str]) -> None:
-    own = OwnNames(words=WordList(words=WORDS, lexicon=read_lexicon()))
-    (row,) = own.answering([[phrase]]).tolist()
+    finetuned = FinetunedNames(words=WordList(words=WORDS, lexicon=read_lexicon()))
+    (row,) = finetuned.answering([[phrase]]).tolist()
     assert {word for word, yes in zip(WORDS, row, strict=True) if yes} == found
-    assert own.has(phrase) == bool(found)
-    assert own.answering([[phrase, "bus"]])[0, 1]  # a synonym adds what it finds
+    assert finetuned.has(phrase) == bool(found)
+    assert finetuned.answering([[phrase, "bus"]])[0, 1]  # a synonym adds what it finds
 
 
 def test_branches_go_when_all_their_classes_are_learned_again() -> None:
-    def card(number: int, *names: str) -> OwnClassesCard:
-        return OwnClassesCard(names=names, file=f"classes/{number:02}.safetensors", sha256="", side=64, nms=0.6, top=10)
+    def card(number: int, *names: str) -> FinetunedCard:
+        return FinetunedCard(names=names, file=f"classes/{number:02}.safetensors", sha256="", side=64, nms=0.6, top=10)
 
     first, second, third = card(1, "mug", "lamp"), card(2, "Lamp"), card(3, "fork")
     assert remaining_branches((first, second, third), ["spoon"]) == (first, second, third)
@@ -144,8 +144,8 @@ def test_branches_go_when_all_their_classes_are_learned_again() -> None:
 def regions(added: int) -> RegionSet:
     """Three boxes, and as many again of an own class."""
     rows = torch.nn.functional.normalize(torch.randn(3 + added, 8, generator=torch.Generator().manual_seed(0)))
-    own = torch.zeros(3 + added, 1)
-    own[3:] = 0.4
+    finetuned = torch.zeros(3 + added, 1)
+    finetuned[3:] = 0.4
     return RegionSet(
         boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(3 + added, 1) + 20 * torch.arange(3 + added)[:, None],
         objectness=torch.tensor([0.5] * 3 + [0.0] * added),
@@ -153,7 +153,7 @@ def regions(added: int) -> RegionSet:
         image=rows,
         masks=None,
         size=(100, 100),
-        own=own if added else None,
+        finetuned=finetuned if added else None,
     )
 
 

@@ -4,7 +4,7 @@
 Each training adds a branch (`ovd.modeling.proposals.classes`); those before it stay as they were. A class that a later
 branch names, too, is the later one's.
 
-Shapes: ``R`` boxes of a picture, ``O`` own classes of all branches.
+Shapes: ``R`` boxes of a picture, ``O`` fine-tuned classes of all branches.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.inference.finetuned_names import OwnNames
+from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.known_words import WordList
-from ovd.modeling.export import OwnClassesCard
+from ovd.modeling.export import FinetunedCard
 from ovd.modeling.proposals.build import PhotoProposals
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.words import name_key
@@ -41,16 +41,16 @@ class Branch:
     Attributes:
         card: what it is.
         network: in eval mode.
-        columns: (classes,) where each of its classes stands among all own classes; -1: a later branch's.
+        columns: (classes,) where each of its classes stands among all fine-tuned classes; -1: a later branch's.
     """
 
-    card: OwnClassesCard
+    card: FinetunedCard
     network: ClassBranch
     columns: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnClasses:
+class FinetunedClasses:
     """All branches of a detector.
 
     Attributes:
@@ -59,10 +59,10 @@ class OwnClasses:
     """
 
     branches: tuple[Branch, ...]
-    names: OwnNames
+    names: FinetunedNames
 
     def beside(self, proposals: PhotoProposals, image: NDArray[np.uint8]) -> tuple[PhotoProposals, Tensor]:
-        """(proposals and the branches' boxes after them, (R, O) calibrated scores of own classes).
+        """(proposals and the branches' boxes after them, (R, O) calibrated scores of fine-tuned classes).
 
         The branches' boxes have objectness 0 and say nothing of any other word, so that what a detector says of other
         words does not change.
@@ -73,11 +73,11 @@ class OwnClasses:
         )
         for branch in self.branches:
             card = branch.card
-            found = branch.network.detect(image, side=card.side, nms=card.nms, top=card.top)
-            column = branch.columns[torch.from_numpy(found.classes)]
-            score = torch.from_numpy(found.scores).logit(eps=EPS)
+            detected = branch.network.detect(image, side=card.side, nms=card.nms, top=card.top)
+            column = branch.columns[torch.from_numpy(detected.classes)]
+            score = torch.from_numpy(detected.scores).logit(eps=EPS)
             score = (card.slope * score + card.offset).sigmoid()[column >= 0]
-            box, column = torch.from_numpy(found.boxes)[column >= 0], column[column >= 0]
+            box, column = torch.from_numpy(detected.boxes)[column >= 0], column[column >= 0]
             boxes.append(box.to(proposals.boxes))
             scores.append(
                 torch.zeros(len(box), len(self.names.words.words)).scatter_(1, column[:, None], score[:, None])
@@ -96,10 +96,10 @@ class OwnClasses:
         return joined, torch.cat(scores)
 
 
-def remaining_branches(cards: Sequence[OwnClassesCard], names: Sequence[str]) -> tuple[OwnClassesCard, ...]:
+def remaining_branches(cards: Sequence[FinetunedCard], names: Sequence[str]) -> tuple[FinetunedCard, ...]:
     """The branches that a class is left of when a new branch takes over ``names``."""
     taken = {name_key(name) for name in names}
-    kept: list[OwnClassesCard] = []
+    kept: list[FinetunedCard] = []
     for card in reversed(cards):
         mine = {name_key(name) for name in card.names}
         if mine - taken:
@@ -117,18 +117,18 @@ def save_branch(
     side: int,
     nms: float,
     top: int,
-) -> OwnClassesCard:
+) -> FinetunedCard:
     """Write a branch's tensors, in half precision, into a detector's folder; its card, uncalibrated."""
     file = f"classes/{number:02}.safetensors"
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
     save_weights(folder / file, tensors, {"format": FORMAT})
-    return OwnClassesCard(names=names, file=file, sha256=sha256_of(folder / file), side=side, nms=nms, top=top)
+    return FinetunedCard(names=names, file=file, sha256=sha256_of(folder / file), side=side, nms=nms, top=top)
 
 
-def load_own_classes(
-    folder: Path, cards: Sequence[OwnClassesCard], *, lexicon: Lexicon, device: str = "cpu"
-) -> OwnClasses | None:
+def load_finetuned(
+    folder: Path, cards: Sequence[FinetunedCard], *, lexicon: Lexicon, device: str = "cpu"
+) -> FinetunedClasses | None:
     """The branches of an exported detector; None where it has none.
 
     Raises:
@@ -152,4 +152,6 @@ def load_own_classes(
         network.to(torch.bfloat16).to(device)
         mine = [names.index(key) if newest[key] == number else -1 for key in map(name_key, card.names)]
         branches.append(Branch(card=card, network=network, columns=torch.tensor(mine)))
-    return OwnClasses(branches=tuple(branches), names=OwnNames(words=WordList(words=names, lexicon=lexicon)))
+    return FinetunedClasses(
+        branches=tuple(branches), names=FinetunedNames(words=WordList(words=names, lexicon=lexicon))
+    )
