@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(name="demo", module="ovd.demo.command", does="the web page"),
         Command(name="predict", module="ovd.predict", does="boxes in pictures, folders and videos"),
         Command(name="label", module="ovd.label", does="a folder of pictures becomes a data set"),
+        Command(name="serve", module="ovd.serve", does="boxes for Label Studio, while people label"),
     ),
     "train and measure": (
         Command(name="train", module="ovd.train", does="train a detector", config="ovd.config_detr:TRAIN_CONFIGS"),

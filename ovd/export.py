@@ -6,11 +6,12 @@
 
 `ovd.runtime.files` says what is written. An export in the folder ``onnx`` of its weights is found there by every
 command; one in another folder is given as ``--weights FOLDER``. Only detectors of photographs (``model.arch: fvlm``)
-have an export.
+have an export. It needs torch; that of the shipped default is put together without (`ovd.runtime.assemble`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from ovd.runtime.files import BESIDE
@@ -69,6 +70,11 @@ def export(weights: str | Path, output: Path | None = None) -> Path:
         raise UserError(f"{source}: is an export itself; give the weights that it was made of")
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / CARD).is_file())):
         raise UserError(f"--output {target}: holds something that is no export; give another folder")
+    if importlib.util.find_spec("torch") is None:
+        from ovd.runtime.assemble import assemble
+
+        assemble(source, target)
+        return target
     from ovd.inference.encoder import load_encoder_of
     from ovd.runtime.export import export_onnx
 

@@ -7,14 +7,12 @@ full disk say when to come back (``Retry-After``).
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
+from ovd.demo.bodies import BodyStream, Limits, Reply, length_of, replay
 from ovd.demo.line import Line
 from ovd.demo.names import Names, Refused
 from ovd.demo.questions import BadQuestion, Questions
@@ -22,7 +20,7 @@ from ovd.demo.uploads import Uploads
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
@@ -36,31 +34,6 @@ _QUICK = re.compile(r"run/predict/?")  # what the page's own fields do without w
 _CLOSED = re.compile(
     r"(proxy=|file=https?:|stream/|deep_link|dev/|vibe|run-history|run/|api/|component_server|process_recording|mcp)"
 )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes in bytes, times in seconds.
-
-    Attributes:
-        question: body of a question: words and crops.
-        small: bodies up to this size are always taken; larger ones share `together`.
-        together: all larger bodies that are being read.
-        upload: body of an upload: one picture, and the lines around it.
-        other: body of anything else.
-        patience: until a body must have begun to arrive at `rate`.
-        rate: bytes a second that a body has to keep up after that.
-        drain: for reading on after a refusal, so that the sender gets to see it.
-    """
-
-    question: int = 16_000_000
-    small: int = 1_000_000
-    together: int = 96_000_000
-    upload: int = 10_100_000
-    other: int = 64_000
-    patience: float = 30.0
-    rate: float = 20_000.0
-    drain: float = 2.0
 
 
 class Gate:
@@ -101,7 +74,7 @@ class Gate:
         from starlette.datastructures import Headers
 
         headers = Headers(scope=scope)
-        reply = _Reply(send)
+        reply = Reply(send)
         try:
             self._names.check(headers)
             path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -114,7 +87,7 @@ class Gate:
         except Refused as refused:
             await reply.refuse(refused, receive, api=scope["path"].startswith(API), seconds=self._drain(headers))
 
-    async def _get(self, path: str, scope: Scope, receive: Receive, reply: _Reply) -> None:
+    async def _get(self, path: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         route = path[len(API) :] if path.startswith(API) else ""
         other_page = any(value for value in parse_qs(scope.get("query_string", b"").decode("latin-1")).get("page", []))
         if _CLOSED.match(unquote(route)) or other_page:
@@ -132,7 +105,7 @@ class Gate:
                 raise
             await reply.end()  # a stream of a session that is gone: the client has been told in its own terms
 
-    async def _post(self, path: str, headers: Headers, scope: Scope, receive: Receive, reply: _Reply) -> None:
+    async def _post(self, path: str, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         route = path[len(API) :] if path.startswith(API) else ""
         if route.rstrip("/") == "upload":
             await self._upload(headers, scope, receive, reply)
@@ -142,12 +115,12 @@ class Gate:
             body = await self._read(receive, headers, self._limits.other)
             if _QUICK.fullmatch(route):
                 self._check(body, quick=True)
-            await self._app(scope, _replay(body, receive), reply)
+            await self._app(scope, replay(body, receive), reply)
         else:
             names = ", ".join(f"{API}call/{n}" for n in self._questions.names)
             raise Refused(404, f"Questions go through the line: POST {names} (or gradio_client)")
 
-    async def _ask(self, route: str, headers: Headers, scope: Scope, receive: Receive, reply: _Reply) -> None:
+    async def _ask(self, route: str, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         call = _CALL.fullmatch(route)
         name = self._named(call["name"]) if call is not None else None
         self._check_line()
@@ -156,7 +129,7 @@ class Gate:
         self._check_line()  # others came while the body was read
         self._line.enter()
         try:
-            await self._app(scope, _replay(body, receive), reply)
+            await self._app(scope, replay(body, receive), reply)
         finally:
             self._line.entered()
 
@@ -182,18 +155,18 @@ class Gate:
                 retry=seconds,
             )
 
-    async def _upload(self, headers: Headers, scope: Scope, receive: Receive, reply: _Reply) -> None:
+    async def _upload(self, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         limit = self._limits.upload
         if not re.match(r"multipart/form-data\s*;.*boundary=", headers.get("content-type", ""), re.IGNORECASE):
             raise Refused(415, "Send the picture as multipart/form-data, in a field named files")
-        length = _length(headers)
+        length = length_of(headers)
         if length is not None and length > limit:
             raise self._too_large(length, limit, what="A picture")
         size = limit if length is None else length
         if not self._uploads.promise(size):
             raise Refused(503, "There is no room for more pictures now; try again in a minute", retry=60)
         self._line.wake()
-        body = _Stream(receive, limit=limit, limits=self._limits)
+        body = BodyStream(receive, limit=limit, limits=self._limits)
         try:
             await self._app(scope, body, reply.unless(body))
         except Exception as problem:
@@ -206,11 +179,11 @@ class Gate:
 
     async def _read(self, receive: Receive, headers: Headers, limit: int) -> bytes:
         """The whole body."""
-        length = _length(headers)
+        length = length_of(headers)
         if length is not None and length > limit:
             raise self._too_large(length, limit, what="A question")
         body, counted = bytearray(), 0
-        stream = _Stream(receive, limit=limit, limits=self._limits)
+        stream = BodyStream(receive, limit=limit, limits=self._limits)
         try:
             while True:
                 message = await stream()
@@ -236,123 +209,11 @@ class Gate:
         return 0.0 if headers.get("expect", "").lower() == "100-continue" else self._limits.drain
 
 
-class _Stream:
-    """``receive`` that counts and times a body; what breaks a limit ends it, and `refused` says why."""
-
-    def __init__(self, receive: Receive, *, limit: int, limits: Limits) -> None:
-        self._receive = receive
-        self._limit = limit
-        self._limits = limits
-        self._size = 0
-        self._start = asyncio.get_running_loop().time()
-        self.complete = False
-        self.gone = False  # the sender
-        self.refused: Refused | None = None
-
-    async def __call__(self) -> Message:
-        if self.complete:
-            return await self._receive()
-        # So many bytes are worth so many seconds: what only trickles has none left soon.
-        late = self._start + self._limits.patience + self._size / self._limits.rate
-        try:
-            message = await asyncio.wait_for(self._receive(), late - asyncio.get_running_loop().time())
-        except asyncio.TimeoutError:
-            self.refused = Refused(408, "The body of the request came too slowly")
-            return {"type": "http.disconnect"}
-        if message["type"] == "http.disconnect":
-            self.gone = True
-            return message
-        self._size += len(message.get("body", b""))
-        if self._size > self._limit:
-            self.refused = Refused(
-                413, f"The body of the request may have {self._limit / 1e6:.0f} MB; this one has more"
-            )
-            return {"type": "http.disconnect"}
-        self.complete = not message.get("more_body", False)
-        return message
-
-
-class _Reply:
-    """``send`` that knows whether an answer has begun."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._begun = False
-
-    async def __call__(self, message: Message) -> None:
-        self._begun = True
-        await self._send(message)
-
-    def unless(self, body: _Stream) -> Send:
-        """``send`` that keeps what fails inside to itself, be it for a body that broke a limit: the refusal is said."""
-        failed = False
-
-        async def send(message: Message) -> None:
-            nonlocal failed
-            failed = failed or message.get("status", 0) >= 500
-            if body.refused is None and not failed:
-                await self(message)
-
-        return send
-
-    async def end(self) -> None:
-        """End a stream that has begun."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def refuse(self, refused: Refused, receive: Receive, *, api: bool, seconds: float) -> None:
-        """Say why, and read on for a while: who still sends would otherwise see a broken connection and no answer."""
-        import orjson
-
-        if self._begun:
-            return
-        text = str(refused)
-        body = orjson.dumps({"detail": text}) if api else f"{text}\n".encode()
-        headers = [
-            (b"content-type", b"application/json" if api else b"text/plain; charset=utf-8"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        if refused.retry is not None:
-            headers.append((b"retry-after", str(refused.retry).encode()))
-        await self({"type": "http.response.start", "status": refused.status, "headers": headers})
-        await self({"type": "http.response.body", "body": body, "more_body": True})
-        try:
-            await asyncio.wait_for(_drained(receive), seconds)
-        except asyncio.TimeoutError:
-            pass
-        await self({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _drained(receive: Receive, *, most: int = 32_000_000) -> None:
-    size, more = 0, True
-    while more and size < most:
-        message = await receive()
-        size += len(message.get("body", b""))
-        more = message.get("more_body", False)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """``receive`` for a body that has been read."""
-    messages: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def again() -> Message:
-        for message in messages:
-            return message
-        return await receive()
-
-    return again
-
-
 def _why_not_stored(problem: Exception) -> Refused:
     if isinstance(problem, OSError):
         log.error("an upload could not be stored", exc_info=problem)
         return Refused(503, "Pictures cannot be stored now; the log says why", retry=60)
     return Refused(400, "The upload cannot be read as multipart/form-data")
-
-
-def _length(headers: Headers) -> int | None:
-    text = headers.get("content-length", "")
-    return int(text) if text.isdecimal() else None
 
 
 def _seconds(count: int) -> str:

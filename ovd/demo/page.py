@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import gradio as gr
     from gradio.data_classes import ImageData
 
-    from ovd.demo.limits import Limits
+    from ovd.demo.bodies import Limits
 
 log = logging.getLogger(__name__)
 

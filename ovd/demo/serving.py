@@ -31,8 +31,9 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     import gradio as gr
     from starlette.types import ASGIApp
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    from ovd.demo.limits import Limits
+    from ovd.demo.bodies import Limits
 
 log = logging.getLogger(__name__)
 
@@ -217,19 +218,26 @@ class Server:
     Args:
         app: ASGI application.
         door: from `listen`.
+        protocol: makes another protocol of the limited one, or None.
     """
 
-    def __init__(self, app: ASGIApp, *, door: socket.socket) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        door: socket.socket,
+        protocol: Callable[[type[H11Protocol]], type[H11Protocol]] | None = None,
+    ) -> None:
         import uvicorn
 
         from ovd.demo.connections import Connections, protocol_class
 
-        connections = Connections.for_this_process()
+        limited = protocol_class(Connections.for_this_process())
         self._door = door
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=protocol_class(connections),
+                http=limited if protocol is None else protocol(limited),
                 ws="none",
                 lifespan="on",
                 log_config=None,

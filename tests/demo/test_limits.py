@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from ovd.demo.limits import Gate, Limits
+from ovd.demo.bodies import Limits
+from ovd.demo.limits import Gate
 from ovd.demo.names import Names
 from ovd.demo.questions import BadQuestion
 from ovd.demo.uploads import Uploads

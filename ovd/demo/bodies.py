@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bodies of requests, counted and timed while they are read, and refusals that the sender gets to see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ovd.demo.names import Refused
+
+if TYPE_CHECKING:
+    from starlette.datastructures import Headers
+    from starlette.types import Message, Receive, Send
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes in bytes, times in seconds.
+
+    Attributes:
+        question: body of a question: words and crops.
+        small: bodies up to this size are always taken; larger ones share `together`.
+        together: all larger bodies that are being read.
+        upload: body of an upload: one picture, and the lines around it.
+        other: body of anything else.
+        patience: until a body must have begun to arrive at `rate`.
+        rate: bytes a second that a body has to keep up after that.
+        drain: for reading on after a refusal, so that the sender gets to see it.
+    """
+
+    question: int = 16_000_000
+    small: int = 1_000_000
+    together: int = 96_000_000
+    upload: int = 10_100_000
+    other: int = 64_000
+    patience: float = 30.0
+    rate: float = 20_000.0
+    drain: float = 2.0
+
+
+class BodyStream:
+    """``receive`` that counts and times a body; what breaks a limit ends it, and `refused` says why."""
+
+    def __init__(self, receive: Receive, *, limit: int, limits: Limits) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._limits = limits
+        self._size = 0
+        self._start = asyncio.get_running_loop().time()
+        self.complete = False
+        self.gone = False  # the sender
+        self.refused: Refused | None = None
+
+    async def __call__(self) -> Message:
+        if self.complete:
+            return await self._receive()
+        # So many bytes are worth so many seconds: what only trickles has none left soon.
+        late = self._start + self._limits.patience + self._size / self._limits.rate
+        try:
+            message = await asyncio.wait_for(self._receive(), late - asyncio.get_running_loop().time())
+        except asyncio.TimeoutError:
+            self.refused = Refused(408, "The body of the request came too slowly")
+            return {"type": "http.disconnect"}
+        if message["type"] == "http.disconnect":
+            self.gone = True
+            return message
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit:
+            self.refused = Refused(
+                413, f"The body of the request may have {self._limit / 1e6:.0f} MB; this one has more"
+            )
+            return {"type": "http.disconnect"}
+        self.complete = not message.get("more_body", False)
+        return message
+
+
+class Reply:
+    """``send`` that knows whether an answer has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._begun = False
+
+    async def __call__(self, message: Message) -> None:
+        self._begun = True
+        await self._send(message)
+
+    def unless(self, body: BodyStream) -> Send:
+        """``send`` that keeps what fails inside to itself, be it for a body that broke a limit: the refusal is said."""
+        failed = False
+
+        async def send(message: Message) -> None:
+            nonlocal failed
+            failed = failed or message.get("status", 0) >= 500
+            if body.refused is None and not failed:
+                await self(message)
+
+        return send
+
+    async def end(self) -> None:
+        """End a stream that has begun."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def refuse(self, refused: Refused, receive: Receive, *, api: bool, seconds: float) -> None:
+        """Say why, and read on for a while: who still sends would otherwise see a broken connection and no answer."""
+        import orjson
+
+        if self._begun:
+            return
+        text = str(refused)
+        body = orjson.dumps({"detail": text}) if api else f"{text}\n".encode()
+        headers = [
+            (b"content-type", b"application/json" if api else b"text/plain; charset=utf-8"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        if refused.retry is not None:
+            headers.append((b"retry-after", str(refused.retry).encode()))
+        await self({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await self({"type": "http.response.body", "body": body, "more_body": True})
+        try:
+            await asyncio.wait_for(_drained(receive), seconds)
+        except asyncio.TimeoutError:
+            pass
+        await self({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drained(receive: Receive, *, most: int = 32_000_000) -> None:
+    size, more = 0, True
+    while more and size < most:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """``receive`` for a body that has been read."""
+    messages: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def again() -> Message:
+        for message in messages:
+            return message
+        return await receive()
+
+    return again
+
+
+def length_of(headers: Headers) -> int | None:
+    """The announced size of a body in bytes; None where there is none."""
+    text = headers.get("content-length", "")
+    return int(text) if text.isdecimal() else None

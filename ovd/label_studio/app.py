@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend's five endpoints, as Label Studio's client calls them, behind the page's checks of host and body.
+
+    GET  /health     {"status": "UP", …}
+    POST /setup      {project, schema, hostname, access_token, extra_params} -> {"model_version": …}
+    POST /predict    {tasks, project, label_config, params} -> {"results": [[prediction], …], "model_version": …}
+    POST /webhook    {action, …}; nothing is learned here
+    GET  /versions   {"versions": […]}
+
+``hostname`` and ``access_token`` of a set-up are left unread: where pictures are fetched, the command line says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from ovd.demo.bodies import BodyStream, Limits, Reply, length_of, replay
+from ovd.demo.names import Names, Refused
+from ovd.label_studio.backend import Backend, Task
+from ovd.label_studio.reason import reason_header
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+WAITING = 16
+"""Requests that may wait while one is answered; Label Studio's own workers are fewer."""
+BODY = 96_000_000
+"""Bytes: hundreds of tasks with their annotations, or tens with pictures in them."""
+NO_TRAINING = (
+    "wordbox does not learn from annotations inside Label Studio; export them as COCO or YOLO and run: wordbox train "
+    "--config photos/finetune.yaml"
+)
+
+
+class Gate:
+    """Middleware: under which names, for whom, and how large.
+
+    Args:
+        app: the endpoints.
+        names: under which it is served.
+        credentials: user and password of basic authentication, or None.
+        limits: sizes and times.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, names: Names, credentials: tuple[str, str] | None = None, limits: Limits | None = None
+    ) -> None:
+        self._app = app
+        self._names = names
+        pair = None if credentials is None else base64.b64encode(":".join(credentials).encode())
+        self._authorization = None if pair is None else b"Basic " + pair
+        self._limits = limits or Limits(question=BODY)
+        self._reading = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, refuse, or hand on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        from starlette.datastructures import Headers
+
+        headers = Headers(scope=scope)
+        reply = Reply(send)
+        try:
+            self._names.check(headers)
+            if not self._knows(headers.get("authorization", "")):
+                await _unauthorized()(scope, receive, reply)
+                return
+            if scope["method"] == "POST":
+                body = await self._read(receive, length_of(headers))
+                receive = replay(body, receive)
+            await self._app(scope, receive, reply)
+        except Refused as refused:
+            await reply.refuse(refused, receive, api=True, seconds=self._limits.drain)
+
+    def _knows(self, given: str) -> bool:
+        return self._authorization is None or hmac.compare_digest(given.encode("latin-1"), self._authorization)
+
+    async def _read(self, receive: Receive, length: int | None) -> bytes:
+        limit = self._limits.question
+        if length is not None and length > limit:
+            raise Refused(413, f"A request may have {limit / 1e6:.0f} MB; this one has {length / 1e6:.1f} MB")
+        stream = BodyStream(receive, limit=limit, limits=self._limits)
+        body, counted = bytearray(), 0
+        try:
+            while True:
+                message = await stream()
+                if stream.refused is not None:
+                    raise stream.refused
+                if message["type"] == "http.disconnect":
+                    raise Refused(400, "The request ended too early")
+                body += message.get("body", b"")
+                self._reading += len(body) - counted
+                counted = len(body)
+                if self._reading > self._limits.together:
+                    raise Refused(503, "Too many large requests arrive at once; try again in 5 seconds", retry=5)
+                if not message.get("more_body", False):
+                    return bytes(body)
+        finally:
+            self._reading -= counted
+
+
+def build_app(backend: Backend) -> Starlette:
+    """The endpoints.
+
+    Args:
+        backend: answers them.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.routing import Route
+
+    turn = asyncio.Lock()  # one at a time: the detector has all cores
+    waiting = 0
+
+    async def health(_: Request) -> Response:
+        return _answer({"status": "UP", "model_class": "wordbox"})
+
+    async def versions(_: Request) -> Response:
+        return _answer({"versions": backend.versions()})
+
+    async def setup(request: Request) -> Response:
+        body = _object(await request.body())
+        plan = await run_in_threadpool(backend.plan, _text(body, "schema"))
+        return _answer({"model_version": plan.version})
+
+    async def predict(request: Request) -> Response:
+        nonlocal waiting
+        since = time.monotonic()
+        body = _object(await request.body())
+        config, tasks = _text(body, "label_config"), _tasks(body)
+        if waiting >= WAITING:
+            return _problem(503, f"{waiting} requests wait already; try again in a minute", retry=60)
+        waiting += 1
+        try:
+            async with turn:
+                results = await run_in_threadpool(backend.predict, config, tasks, since=since)
+                plan = backend.plan(config)
+        finally:
+            waiting -= 1
+        return _answer({"results": results, "model_version": plan.version})
+
+    async def webhook(request: Request) -> Response:
+        # Label Studio tells of every annotation. To start a training is a person's wish, which must not go unanswered.
+        if _object(await request.body()).get("action") == "START_TRAINING":
+            return _problem(501, NO_TRAINING)
+        return _answer({"status": "ok"})
+
+    return Starlette(
+        routes=[
+            Route("/", health),
+            Route("/health", health),
+            Route("/versions", versions),
+            Route("/setup", _told(setup), methods=["POST"]),
+            Route("/predict", _told(predict), methods=["POST"]),
+            Route("/webhook", _told(webhook), methods=["POST"]),
+        ]
+    )
+
+
+def _told(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint, with what is wrong in its status line and in the log."""
+
+    async def told(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except UserError as problem:
+            log.warning("%s: %s", request.url.path, problem)
+            return _problem(422, str(problem))
+
+    return told
+
+
+def _answer(content: object) -> Response:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(content)
+
+
+def _problem(status: int, text: str, *, retry: int | None = None) -> Response:
+    from starlette.responses import JSONResponse
+
+    response = JSONResponse({"error": text}, status_code=status)
+    response.raw_headers.append(reason_header(text))
+    if retry is not None:
+        response.headers["Retry-After"] = str(retry)
+    return response
+
+
+def _unauthorized() -> Response:
+    response = _problem(401, "user and password are not those that wordbox serve was started with")
+    response.headers["WWW-Authenticate"] = 'Basic realm="wordbox"'
+    return response
+
+
+def _object(body: bytes) -> dict[str, object]:
+    """The request's JSON object.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"the request is no JSON ({problem})") from problem
+    if not isinstance(content, dict):
+        raise UserError("the request is no JSON object")
+    return content
+
+
+def _text(body: dict[str, object], key: str) -> str:
+    text = body.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"the request has no labelling configuration ({key})")
+    return text
+
+
+def _tasks(body: dict[str, object]) -> list[Task]:
+    raw = body.get("tasks")
+    if not isinstance(raw, list) or not raw:
+        raise UserError("the request has no tasks")
+    tasks = []
+    for item in raw:
+        data = item.get("data") if isinstance(item, dict) else None
+        if not isinstance(data, dict):
+            raise UserError("a task of the request has no data")
+        number = item.get("id")
+        tasks.append(Task(id=number if isinstance(number, int) else None, data=data))
+    return tasks

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backend answers: a detector's boxes as Label Studio's predictions.
+
+Label Studio sends all tasks of *Retrieve Predictions* in one request, waits 100 seconds for it, and drops the whole
+answer when that time is over. So a request has a time budget here: tasks that it does not reach get no prediction, are
+not stored as done, and are what the next *Retrieve Predictions* asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+from ovd.label_studio.config import BoxControl, read_config
+from ovd.pictures import to_rgb
+from ovd.query import Query
+from ovd.vocabulary import Vocabulary, VocabularyClass
+from pretrain.engine.errors import BadImageError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ovd.detections import Detections
+    from ovd.detector import Detector
+    from ovd.label_studio.pictures import PictureSource
+
+log = logging.getLogger(__name__)
+
+SECONDS = 80.0
+"""Budget of a request, below the 100 that Label Studio waits (``ML_TIMEOUT_PREDICT``)."""
+PLANS = 32
+"""Labelling configurations that are remembered: each costs an embedding of its words."""
+
+
+class _Labels(TypedDict, total=False):
+    rectanglelabels: list[str]
+    labels: list[str]
+
+
+class Value(_Labels):
+    """Corner, width and height in per cent of the picture, and the label."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    rotation: int
+
+
+class Result(TypedDict):
+    """One entry of a prediction's ``result``."""
+
+    id: str
+    from_name: str
+    to_name: str
+    type: str
+    original_width: int
+    original_height: int
+    image_rotation: int
+    score: float
+    value: Value
+
+
+class Prediction(TypedDict):
+    """What Label Studio stores of a task; ``score`` is that of its most doubtful box, None without any."""
+
+    model_version: str
+    score: float | None
+    result: list[Result]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task: its number, and its data as imported."""
+
+    id: int | None
+    data: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a labelling configuration asks for.
+
+    Attributes:
+        controls: with the query of each.
+        version: of weights, settings and words together: with other words predictions are old.
+    """
+
+    controls: tuple[tuple[BoxControl, Query], ...]
+    version: str
+
+
+class Backend:
+    """Predicts tasks. Threads may share it; they wait for one another in the detector.
+
+    Args:
+        detector: the detector.
+        pictures: where the tasks' pictures come from.
+        name: of the weights, for the version.
+        threshold: lowest score where a control says none; None: the calibrated one.
+        seconds: budget of a request.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        pictures: PictureSource,
+        *,
+        name: str,
+        threshold: float | None = None,
+        seconds: float = SECONDS,
+    ) -> None:
+        self._detector = detector
+        self._pictures = pictures
+        self._name = name
+        self._threshold = threshold
+        self._seconds = seconds
+        self._plans: OrderedDict[str, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def versions(self) -> list[str]:
+        """Those of the configurations that were seen, the newest first."""
+        with self._lock:
+            return list(dict.fromkeys(plan.version for plan in reversed(self._plans.values())))
+
+    def plan(self, config: str) -> Plan:
+        """What a labelling configuration asks for.
+
+        Raises:
+            UserError: see `read_config`.
+        """
+        with self._lock:
+            if config in self._plans:
+                self._plans.move_to_end(config)
+                return self._plans[config]
+        controls = tuple((control, self._query(control)) for control in read_config(config))
+        for _, query in controls:
+            for notice in query.notices:
+                log.warning("%s", notice)
+        record = [self._detector.card.get("sha256", ""), self._detector.card.get("settings", "")]
+        record += [[c.name, [label.stored for label in c.labels], q.hash, self._level(c, q)] for c, q in controls]
+        digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
+        plan = Plan(controls=controls, version=f"{self._name}-{digest}")
+        with self._lock:
+            self._plans[config] = plan
+            while len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        return plan
+
+    def predict(self, config: str, tasks: Sequence[Task], *, since: float) -> list[list[Prediction]]:
+        """The predictions of each task: one, or none for a task whose picture cannot be read or whose turn never came.
+
+        Args:
+            config: the labelling configuration.
+            tasks: in the request's order.
+            since: `time.monotonic` when the request came.
+
+        Raises:
+            UserError: see `read_config`, or what is wrong with the pictures where none of them can be used.
+        """
+        plan = self.plan(config)
+        answers: list[list[Prediction]] = []
+        problems: list[UserError] = []
+        for number, task in enumerate(tasks):
+            if number and time.monotonic() - since > self._seconds:
+                log.warning(
+                    "%d of %d tasks in %.0f seconds; choose Retrieve Predictions again for the others",
+                    *(number, len(tasks), time.monotonic() - since),
+                )
+                answers += [[] for _ in range(len(tasks) - number)]
+                break
+            try:
+                answers.append([self._one(plan, task)])
+            except UserError as problem:
+                problems.append(problem)
+                log.warning("task %s gets no prediction: %s", task.id, problem)
+                answers.append([])
+        if problems and not any(answers):
+            raise problems[0]
+        return answers
+
+    def _query(self, control: BoxControl) -> Query:
+        classes = tuple(VocabularyClass(label.words[0], label.words[1:]) for label in control.labels)
+        return self._detector.query(Vocabulary(classes, self._detector.templates))
+
+    def _level(self, control: BoxControl, query: Query) -> float:
+        given = self._threshold if control.threshold is None else control.threshold
+        return self._detector.threshold_for(query, given)
+
+    def _one(self, plan: Plan, task: Task) -> Prediction:
+        results: list[Result] = []
+        for control, query in plan.controls:
+            pixels = self._pixels(task, control)
+            found = self._detector.answer(pixels, query, threshold=self._level(control, query))
+            results += _results(control, found)
+        scores = [result["score"] for result in results]
+        return {"model_version": plan.version, "score": min(scores, default=None), "result": results}
+
+    def _pixels(self, task: Task, control: BoxControl) -> NDArray[np.uint8]:
+        value = task.data.get(control.field)
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"the task's data has no {control.field!r}, where its picture should be named")
+        try:
+            return to_rgb(self._pictures.read(value, task=task.id))
+        except BadImageError as problem:
+            raise UserError(f"its picture: {problem.reason}") from problem
+
+
+def _results(control: BoxControl, found: Detections) -> list[Result]:
+    """The boxes of one control; with ``<Labels>`` each is a pair, a rectangle and its label under one id."""
+    height, width = found.size
+    results: list[Result] = []
+    for number in range(len(found)):
+        x1, y1, x2, y2 = (float(v) for v in found.xyxy[number])
+        x1, x2 = max(0.0, x1) / width * 100, min(float(width), x2) / width * 100
+        y1, y2 = max(0.0, y1) / height * 100, min(float(height), y2) / height * 100
+        sides: Value = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "rotation": 0}
+        stored = [control.labels[found.class_id[number]].stored]
+        if control.rectangle is None:
+            parts: list[tuple[str, str, Value]] = [
+                (control.name, "rectanglelabels", {**sides, "rectanglelabels": stored})
+            ]
+        else:
+            parts = [(control.rectangle, "rectangle", sides), (control.name, "labels", {**sides, "labels": stored})]
+        results += [
+            {
+                "id": f"{control.image}-{control.name}-{number}",
+                "from_name": name,
+                "to_name": control.image,
+                "type": kind,
+                "original_width": width,
+                "original_height": height,
+                "image_rotation": 0,
+                "score": round(float(found.confidence[number]), 4),
+                "value": value,
+            }
+            for name, kind, value in parts
+        ]
+    return results
