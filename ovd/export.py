@@ -63,9 +63,6 @@ def export(weights: str | Path, output: Path | None = None) -> Path:
         raise UserError(
             f"{source.name} (model.arch {card.arch}) has no export to ONNX, only detectors of photographs (fvlm) have"
         )
-    if card.own:
-        names = ", ".join(name for own in card.own for name in own.names)
-        raise UserError(f"{source.name}: classes that were added by fine-tuning ({names}) run with torch only")
     if not (source / "model.safetensors").is_file():
         raise UserError(f"{source}: is an export itself; give the weights that it was made of")
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / CARD).is_file())):

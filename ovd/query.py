@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from ovd.examples import Example
 from ovd.inference.everything import PromptFreeWords
@@ -24,7 +25,7 @@ class Query:
     naming: PromptFreeWords | None = None
     """Of a query for all words that the detector knows: how it chooses one of them."""
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the classes; the index is the ``class_id`` of detections."""
         words = self.words.names
@@ -36,15 +37,17 @@ class Query:
         """The examples to look for."""
         return tuple(e for e in self.examples if not e.negative)
 
-    @property
+    @cached_property
     def columns(self) -> list[int]:
         """The class of each score column: the words to look for, then the examples to look for."""
         number = {name.casefold(): i for i, name in enumerate(self.names)}
         return [number[name.casefold()] for name in (*self.words.names, *(e.name for e in self.positive_examples))]
 
-    @property
+    @cached_property
     def notices(self) -> tuple[str, ...]:
         """What parsing changed, and what a mixed class means."""
+        if not self.positive_examples:
+            return self.words.notices
         words = {name.casefold() for name in self.words.names}
         both = [e.name for e in self.positive_examples if e.name.casefold() in words]
         mixed = (f"Asked by word and by example, the better score counts: {', '.join(both[:5])}",) if both else ()

@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from ovd.asking import add_encoder_flag, add_sides_flag
+from ovd.query_flags import add_encoder_flag, add_sides_flag
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.flags import CommandParser, integer, share
 

@@ -46,4 +46,11 @@ def softmax(logits: Floats) -> Floats:
 
 def best_first(scores: Floats, count: int | None = None) -> NDArray[np.int64]:
     """Indices of the best scores; of equal ones the first comes first."""
-    return np.argsort(-scores, kind="stable")[:count]
+    order = -scores
+    if count is None or not 0 < count < len(order):
+        return np.argsort(order, kind="stable")[:count]
+    last = np.partition(order, count - 1)[count - 1]
+    if np.isnan(last):
+        return np.argsort(order, kind="stable")[:count]
+    index = np.flatnonzero(order <= last)  # few of many: only these are sorted
+    return index[np.argsort(order[index], kind="stable")[:count]]

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, as_array, best_first, logit, sigmoid, unit_rows
 from ovd.inference.crop_refinement import LONG_SIDE
-from ovd.inference.fvlm_regions import EPS, WordScorer, best_of
+from ovd.inference.fvlm_regions import WordScorer, best_of
 from ovd.inference.known_words import Phrases, WordList
+from ovd.inference.open_words import EPS
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 from ovd.regions.crops import embed_regions

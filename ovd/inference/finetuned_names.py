@@ -6,13 +6,19 @@ Shapes: ``C`` typed classes, ``O`` fine-tuned classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.known_words import Phrases, WordList
 from ovd.words import name_key
+from pretrain.data.lexicon import Lexicon
+
+if TYPE_CHECKING:
+    from ovd.modeling.export import FinetunedCard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,23 @@ class FinetunedNames:
     """
 
     words: WordList
+
+    @classmethod
+    def of(cls, cards: Sequence[FinetunedCard], *, lexicon: Lexicon) -> FinetunedNames | None:
+        """The names of a detector's branches, oldest branch first; None where it has none."""
+        if not cards:
+            return None
+        names = tuple(dict.fromkeys(name_key(name) for card in cards for name in card.names))
+        return cls(words=WordList(words=names, lexicon=lexicon))
+
+    def columns(self, cards: Sequence[FinetunedCard]) -> list[list[int]]:
+        """For each branch where its classes stand among all fine-tuned classes; -1: a later branch's."""
+        newest = {name_key(name): number for number, card in enumerate(cards) for name in card.names}
+        column = {name: number for number, name in enumerate(self.words.words)}
+        return [
+            [column[key] if newest[key] == number else -1 for key in map(name_key, card.names)]
+            for number, card in enumerate(cards)
+        ]
 
     def has(self, phrase: str) -> bool:
         """Whether a phrase, in whatever number, is one of the classes."""

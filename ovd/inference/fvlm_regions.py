@@ -23,14 +23,13 @@ from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
+from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, distinct_rows
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
-from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
+from ovd.inference.scoring import Calibration, RegionSet
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
-
-EPS = 1e-6
 
 
 class FvlmNetwork(Protocol):
@@ -228,34 +227,46 @@ class WordScorer:
         known: NDArray[np.bool_] = np.asarray(self.known.any(axis=1))
         return known, self.select(np.flatnonzero(known).tolist()), self.select(np.flatnonzero(~known).tolist())
 
+    @cached_property
+    def _open(self) -> OpenWords:
+        return OpenWords(
+            rows=self.rows,
+            competitors=self.competitors,
+            rivals=Rivals.of(self.rivals),
+            calibration=self.calibration,
+        )
+
+    @cached_property
+    def _kinds(self) -> DistinctRows:
+        return distinct_rows(self.known)
+
     def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
         known, known_words, other_words = self._split
-        score_RC = np.empty((len(regions), len(self.rows)), np.float32)
-        score_RC[:, known] = known_words.known_scores(regions)
-        score_RC[:, ~known] = other_words.open_scores(regions)
-        if self.finetuned is None or self.finetuned_only is None or regions.finetuned is None:
-            return score_RC
-        return np.maximum(score_RC * ~self.finetuned_only, best_of(regions.finetuned, self.finetuned))
+        score_CR = np.empty((len(self.rows), len(regions)), np.float32)
+        if known.any():
+            score_CR[known] = known_words.known_scores(regions).T
+        if not known.all():
+            score_CR[~known] = other_words.open_scores(regions).T
+        if self.finetuned is not None and self.finetuned_only is not None and regions.finetuned is not None:
+            score_CR[self.finetuned_only] = 0
+            concerned = np.flatnonzero(self.finetuned.any(axis=1))
+            finetuned_CR = best_of(regions.finetuned, self.finetuned[concerned]).T
+            score_CR[concerned] = np.maximum(score_CR[concerned], finetuned_CR)
+        return score_CR.T
 
     def known_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best known word of each class; near 0 for a class without any."""
         assert regions.bias is not None and regions.known is not None
         head_RC = sigmoid(self.scale * (regions.text @ self.rows.T) + regions.bias[:, None])
         c = self.calibration
-        score_RC = best_of(regions.known, self.known) ** (1 - c.head_weight) * head_RC**c.head_weight
+        best_RC = best_of(regions.known, self._kinds.rows)[:, self._kinds.of]
+        score_RC = best_RC ** (1 - c.head_weight) * head_RC**c.head_weight
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""
-        assert regions.image is not None
-        c = self.calibration
-        score_RC = competitive_probabilities(
-            regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
-        )
-        area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
-        whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
-        return sigmoid(c.open_slope * logit(score_RC * whole_R[:, None], eps=EPS) + c.open_offset)
+        return self._open(regions).T
 
 
 def best_of(known_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:

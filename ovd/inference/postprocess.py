@@ -72,10 +72,11 @@ class Candidates:
 
 def best_class_per_region(score_RC: NDArray[np.float32], *, threshold: float) -> Candidates:
     """Each region under its best class, if that reaches the threshold."""
-    class_R = score_RC.argmax(axis=1) if score_RC.size else np.zeros(len(score_RC), dtype=np.int64)
-    top_R = score_RC[np.arange(len(score_RC)), class_R] if score_RC.size else np.zeros(0, dtype=np.float32)
-    region = np.flatnonzero(top_R >= np.float32(threshold))
-    return Candidates(region, class_R[region], top_R[region])
+    if not score_RC.size:
+        return Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    top_R = score_RC.max(axis=1)
+    region = np.flatnonzero(top_R >= np.float32(threshold))  # few of many; only of these the class is looked for
+    return Candidates(region, score_RC[region].argmax(axis=1), top_R[region])
 
 
 def pairs_above(score_RC: NDArray[np.float32], *, threshold: float) -> Candidates:

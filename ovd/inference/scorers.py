@@ -211,9 +211,7 @@ class QueryScorer:
 
     def __call__(self, regions: RegionSet) -> QueryScores:
         """Score all regions of a picture."""
-        column_RK, negative_RN = (
-            np.concatenate([scorer(regions) for scorer in scorers], axis=1) for scorers in self._parts
-        )
+        column_RK, negative_RN = (beside([scorer(regions) for scorer in scorers]) for scorers in self._parts)
         if not len(self.examples):
             return QueryScores(column_RK, negative_RN)
         score_RC = np.zeros((len(column_RK), self.classes), np.float32)
@@ -231,3 +229,9 @@ class QueryScorer:
         return ExampleScorer(
             rows=rows, background_words=competitors, negatives=negatives, calibration=self.model.calibration
         )
+
+
+def beside(scores: list[Floats]) -> Floats:
+    """Columns of several scorers as one table; the only ones that there are are not copied."""
+    there = [one for one in scores if one.shape[1]]
+    return there[0] if len(there) == 1 else np.concatenate(scores, axis=1)

@@ -145,7 +145,7 @@ class Backend:
         for _, query in controls:
             for notice in query.notices:
                 log.warning("%s", notice)
-        record = [self._detector.card.get("sha256", ""), self._detector.card.get("settings", "")]
+        record: list[object] = [self._detector.card.get("sha256", ""), self._detector.card.get("settings", "")]
         record += [[c.name, [label.stored for label in c.labels], q.hash, self._level(c, q)] for c, q in controls]
         digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
         plan = Plan(controls=controls, version=f"{self._name}-{digest}")

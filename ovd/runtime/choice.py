@@ -80,8 +80,6 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
                 f"{folder.name} (model.arch {card.arch}) cannot be exported to ONNX, only detectors of photographs "
                 f"(fvlm) can; use runtime torch, which needs: {NEEDS_TORCH}"
             )
-        if card.own:
-            raise UserError(f"{folder.name}: classes that were added by fine-tuning run with torch only: {NEEDS_TORCH}")
         if device not in ("auto", "cpu"):
             raise UserError(f"runtime onnx runs on a CPU, not on {device}; use runtime torch")
         if export is None:
@@ -89,7 +87,7 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
                 f"{folder}: no export for ONNX Runtime; write one: wordbox export --format onnx --weights "
                 f"{folder.name} (this needs torch)"
             )
-        if stale(folder, export):
+        if stale(folder, export, card.own):
             raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
         return export
     if export is None or device not in ("auto", "cpu"):
@@ -97,7 +95,7 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
     if export == folder or importlib.util.find_spec("torch") is None:
         return export
     slower = _computes_bfloat16() or (device == "auto" and shutil.which("nvidia-smi") is not None)
-    return None if slower or stale(folder, export) else export
+    return None if slower or stale(folder, export, card.own) else export
 
 
 def _computes_bfloat16() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from ovd.modeling.export import read_card
+from ovd.modeling.export import FinetunedCard, read_card
+from ovd.modeling.fvlm.finetuned import load_finetuned
 from ovd.modeling.fvlm.head import KNOWN_EPS
 from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
 from ovd.modeling.fvlm.network import load_fvlm
 from ovd.modeling.fvlm.tower import COARSE, FINE
 from ovd.modeling.proposals.build import KNOWN_WORDS
 from ovd.modeling.proposals.build import read_card as read_proposal_card
+from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import PIXEL_MEAN, PIXEL_STD, STRIDES, gather
 from ovd.runtime.files import (
     BACKGROUND,
@@ -36,9 +38,11 @@ from ovd.runtime.files import (
     TEXT,
     TOWER,
     RuntimeCard,
+    branch_graph,
     sources_of,
     write_runtime_card,
 )
+from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import CbowText, JointEncoder
@@ -67,6 +71,18 @@ class _Cells(nn.Module):
         return cells.words, cells.sides
 
 
+class _FinetunedCells(nn.Module):
+    """The same of a branch of fine-tuned classes."""
+
+    def __init__(self, branch: ClassBranch) -> None:
+        super().__init__()
+        self.csp, self.neck, self.heads = branch.csp, branch.neck, branch.heads
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        cells = gather(self.heads, self.neck(self.csp(pixels)))
+        return cells.words, cells.sides
+
+
 class _Tower(nn.Module):
     """(N, 3, H, W) to three maps and the encoder's embedding of the whole picture."""
 
@@ -91,6 +107,7 @@ class _Regions(nn.Module):
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
         self.head, self.proj, self.pool = detector.head.float(), detector.tower.proj, detector.tower.pool
+        self.image_head = detector.image_head
 
     def forward(
         self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, known: Tensor
@@ -110,11 +127,10 @@ class _Regions(nn.Module):
             share = known.clamp(KNOWN_EPS, 1 - KNOWN_EPS)
             inputs.append(torch.log(share / (1 - share)))
         hidden = self.head.layers(self.head.norm(torch.cat(inputs, dim=1)))
-        return (
-            F.normalize(self.head.projection(hidden), dim=1),
-            self.head.bias(hidden)[:, 0],
-            F.normalize(self.proj(features[:, -2 * width : -width]), dim=1),
-        )
+        image = F.normalize(self.proj(features[:, -2 * width : -width]), dim=1)
+        if self.image_head is not None:
+            image = self.image_head(features, image)
+        return F.normalize(self.head.projection(hidden), dim=1), self.head.bias(hidden)[:, 0], image
 
 
 class _BagOfWords(nn.Module):
@@ -160,6 +176,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     _write_graphs(detector, encoder, fresh)
+    _write_branches(source, card.own, fresh)
     np.save(fresh / BACKGROUND, background.numpy().astype(np.float16))
     (fresh / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
     for name in COPIED:
@@ -168,7 +185,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path) -> None:
     write_runtime_card(
         fresh,
         RuntimeCard(
-            sources=sources_of(source),
+            sources=sources_of(source, card.own),
             encoder_fingerprint=encoder.fingerprint(),
             embed_dim=encoder.embed_dim,
             image_size=encoder.image_size,
@@ -206,9 +223,7 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
     boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [30.0, 20.0, 120.0, 90.0]])
     known = torch.rand(2, len(KNOWN_WORDS) if detector.known else 0)
     height_width = {2: "h", 3: "w"}
-    _write(folder / PROPOSALS, _Cells(detector), {"pixels": pixels}, ["words", "sides"], {
-        "pixels": height_width, "words": {1: "cells"}, "sides": {1: "cells"},
-    })  # fmt: skip
+    _write_cells(folder / PROPOSALS, _Cells(detector))
     _write(folder / TOWER, tower, {"pixels": pixels}, ["fine", "coarse", "last", "row"], {
         "pixels": {0: "n", **height_width}, "fine": {0: "n", 2: "fh", 3: "fw"}, "coarse": {0: "n", 2: "ch", 3: "cw"},
         "last": {0: "n", 2: "ch", 3: "cw"}, "row": {0: "n"},
@@ -220,6 +235,17 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
     })  # fmt: skip
     tokens = torch.from_numpy(encoder.token_ids(["a photo of a dog", "cat"]))
     _write(folder / TEXT, text, {"tokens": tokens}, ["row"], {"tokens": {0: "n"}, "row": {0: "n"}})
+
+
+def _write_branches(source: Path, cards: Sequence[FinetunedCard], folder: Path) -> None:
+    finetuned = load_finetuned(source, cards, lexicon=read_lexicon(), precision=torch.float32)
+    for branch in () if finetuned is None else finetuned.branches:
+        _write_cells(folder / branch_graph(branch.card), _FinetunedCells(branch.network))
+
+
+def _write_cells(file: Path, cells: nn.Module) -> None:
+    free = {"pixels": {2: "h", 3: "w"}, "words": {1: "cells"}, "sides": {1: "cells"}}
+    _write(file, cells, {"pixels": torch.rand(1, 3, 96, 128)}, ["words", "sides"], free)
 
 
 def _write(

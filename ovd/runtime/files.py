@@ -7,6 +7,7 @@
     tower.onnx              pixels (N, 3, H, W) -> fine, coarse, last: maps; row (N, D): the picture's embedding
     regions.onnx            the three maps, boxes and around (R, 4), known (R, K) -> embedding, bias, image
     text.onnx               tokens (N, T) -> row (N, D)
+    classes-NN.onnx         for each branch of fine-tuned classes: pixels -> words (1, A, classes), sides
     background_words.npy    (B, D) float16
     merges.txt              of the tokenizer, best first
 
@@ -16,12 +17,16 @@ H and W are multiples of 32, A cells, K known words, D joint embedding.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, sha256_of, write_atomically
+
+if TYPE_CHECKING:
+    from ovd.modeling.export import FinetunedCard
 
 FORMAT = "wordbox-onnx/1"
 CARD = "runtime.json"
@@ -30,7 +35,7 @@ BESIDE = "onnx"
 PROPOSALS, TOWER, REGIONS, TEXT = "proposals.onnx", "tower.onnx", "regions.onnx", "text.onnx"
 BACKGROUND, MERGES = "background_words.npy", "merges.txt"
 SOURCES = ("model.safetensors", "proposals/model.safetensors")
-"""Files of a detector of photographs that its export is made of, beside its encoder."""
+"""Files of a detector of photographs that its export is made of, beside its encoder and branches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class RuntimeCard:
     """What stands in ``runtime.json``.
 
     Attributes:
-        sources: sha256 of each of `SOURCES`.
+        sources: sha256 of each file of `sources_of`.
         encoder_fingerprint: of the encoder.
         embed_dim: D.
         image_size: side of the crops that the encoder embeds; 0: it knows texts only.
@@ -97,9 +102,15 @@ def read_runtime_card(folder: Path) -> RuntimeCard:
         raise UserError(f"{path}: {error}; export the weights again with this version") from error
 
 
-def sources_of(folder: Path) -> dict[str, str]:
-    """sha256 of the files that an export is made of."""
-    return {name: sha256_of(folder / name) for name in SOURCES}
+def branch_graph(card: FinetunedCard) -> str:
+    """Name of the graph of a branch of fine-tuned classes."""
+    return f"classes-{Path(card.file).stem}.onnx"
+
+
+def sources_of(folder: Path, finetuned: Sequence[FinetunedCard]) -> dict[str, str]:
+    """sha256 of the files that an export is made of; ``finetuned``: the branches on the detector's card."""
+    names = (*SOURCES, *(card.file for card in finetuned))
+    return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
 
 
 def find_export(folder: Path) -> Path | None:
@@ -107,8 +118,8 @@ def find_export(folder: Path) -> Path | None:
     return next((place for place in (folder, folder / BESIDE) if (place / CARD).is_file()), None)
 
 
-def stale(folder: Path, export: Path) -> bool:
-    """Whether an export was made of other weights than lie beside it."""
+def stale(folder: Path, export: Path, finetuned: Sequence[FinetunedCard]) -> bool:
+    """Whether an export was made of other weights, or other branches of fine-tuned classes, than lie beside it."""
     if export == folder:
         return False
-    return read_runtime_card(export).sources != sources_of(folder)
+    return read_runtime_card(export).sources != sources_of(folder, finetuned)

@@ -16,19 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, sigmoid
+from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.known_words import WordList
 from ovd.inference.postprocess import batched_nms
 from ovd.inference.scoring import RegionSet
 from ovd.modeling.export import DetectorCard
 from ovd.pictures import resized
+from ovd.runtime.cells import CellGraph, padded
 from ovd.runtime.encoder import OnnxEncoder
 from ovd.runtime.files import BACKGROUND, PROPOSALS, REGIONS, TOWER, RuntimeCard, read_runtime_card
+from ovd.runtime.finetuned import OnnxBranches
 from ovd.runtime.session import Graph
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
-STEP = 32  # inputs are padded to a multiple of it
 MAX_ENLARGEMENT = 4 / 3
 """Of a small picture in the proposal network, as in `ovd.modeling.proposals.build`."""
 LEAST_SIDE = 1.0  # of a proposal, in pixels of the network's input
@@ -45,6 +47,15 @@ class Proposed(NamedTuple):
         """Some of them, in the order of ``index``."""
         return Proposed(self.boxes[index], self.objectness[index], self.words[index])
 
+    def beside(self, boxes: Floats) -> Proposed:
+        """These, and after them boxes of which nothing is said: objectness and known words are 0."""
+        added = len(boxes)
+        return Proposed(
+            np.concatenate([self.boxes, boxes]),
+            np.pad(self.objectness, (0, added)),
+            np.pad(self.words, ((0, added), (0, 0))),
+        )
+
 
 class OnnxNetwork:
     """`ovd.inference.fvlm_regions.FvlmNetwork` of an export.
@@ -53,18 +64,31 @@ class OnnxNetwork:
         folder: of the export.
         card: its card.
         tower: its image tower.
+        finetuned: branches of classes that were added by fine-tuning; None: there are none.
         threads: see `Graph`.
     """
 
-    def __init__(self, folder: Path, card: RuntimeCard, *, tower: Graph, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        card: RuntimeCard,
+        *,
+        tower: Graph,
+        finetuned: OnnxBranches | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.card, self.scale, self.sides = card, card.scale, card.proposal_sides
-        self._proposals, self._head = (Graph(folder / name, threads=threads) for name in (PROPOSALS, REGIONS))
-        self._tower = tower
+        self._proposals = CellGraph(folder / PROPOSALS, card, threads=threads)
+        self._head, self._tower, self._finetuned = Graph(folder / REGIONS, threads=threads), tower, finetuned
         self._mean, self._std = (255 * np.array(x, np.float32) for x in (card.image_mean, card.image_std))
 
     def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
         """See `FvlmNetwork`."""
-        found = self._proposed(image, top=top)
+        found, finetuned_RO = self._proposed(image, top=top), None
+        if self._finetuned is not None:
+            added, scores = self._finetuned(image)
+            finetuned_RO = np.pad(scores, ((len(found.boxes), 0), (0, 0)))
+            found = found.beside(added)
         height, width = image.shape[:2]
         small = resized(image, self.card.side / max(height, width))
         pixels = padded((small - self._mean) / self._std)
@@ -72,7 +96,7 @@ class OnnxNetwork:
         scale = np.array([small.shape[1] / width, small.shape[0] / height] * 2, np.float32)
         boxes = found.boxes * scale
         known = found.words if self.card.words else found.words[:, :0]
-        embedding, bias, own = self._head(
+        embedding, bias, own_row = self._head(
             ["embedding", "bias", "image"],
             fine=fine,
             coarse=coarse,
@@ -85,11 +109,12 @@ class OnnxNetwork:
             boxes=found.boxes,
             objectness=found.objectness,
             text=embedding,
-            image=own,
+            image=own_row,
             masks=None,
             size=(height, width),
             known=known,
             bias=bias,
+            finetuned=finetuned_RO,
         )
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
@@ -106,22 +131,15 @@ class OnnxNetwork:
 
     def _at(self, image: NDArray[np.uint8], side: int) -> Proposed:
         """Proposals in pixels of the picture, of the picture with its longest side at ``side`` pixels."""
-        card = self.card
-        small = resized(image, side / max(image.shape[:2]))
-        height, width = small.shape[:2]
-        black = np.pad(small, ((0, -height % STEP), (0, -width % STEP), (0, 0)))
-        mean, std = np.array(card.proposal_mean, np.float32), np.array(card.proposal_std, np.float32)
-        words, sides = self._proposals(["words", "sides"], pixels=padded((black - mean) / std))
-        centres, strides = cell_centres(black.shape[:2], card.strides)
-        objectness = np.nan_to_num(sigmoid(words[0].max(axis=1)))
+        card, cells = self.card, self._proposals(image, side=side)
+        objectness = np.nan_to_num(sigmoid(cells.words.max(axis=1)))
         best = best_first(objectness, card.pre_nms)
-        boxes = np.nan_to_num(decode(sides[0][best], centres[best], strides[best]))
-        boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
+        boxes = cells.boxes(best)
         there = ((boxes[:, 2:] - boxes[:, :2]) > LEAST_SIDE).all(axis=1)
         best, boxes = best[there], boxes[there]
         first = kept(boxes, objectness[best], card.nms)[: card.post_nms]
-        back = np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32)
-        return Proposed(boxes[first] * back, objectness[best[first]], sigmoid(words[0][best[first]]))
+        best = best[first]
+        return Proposed(boxes[first] * cells.back, objectness[best], sigmoid(cells.words[best]))
 
 
 def load_onnx(
@@ -145,21 +163,20 @@ def load_onnx(
         raise UserError(f"{folder / BACKGROUND}: cannot be read ({problem}); export the weights again") from problem
     tower = Graph(folder / TOWER, threads=threads)
     lexicon = read_lexicon()
+    names = FinetunedNames.of(detector.own, lexicon=lexicon)
+    finetuned = None
+    if names is not None:
+        finetuned = OnnxBranches(folder, card, branches=detector.own, names=names, threads=threads)
     model = FvlmRegionModel(
-        network=OnnxNetwork(folder, card, tower=tower, threads=threads),
+        network=OnnxNetwork(folder, card, tower=tower, finetuned=finetuned, threads=threads),
         card=detector,
         background_words=background,
         known=WordList(words=card.words, lexicon=lexicon),
         trained=WordList(words=detector.bank, lexicon=lexicon),
+        finetuned=names,
         top=top,
     )
     return model, OnnxEncoder(folder, card, tower=tower, threads=threads)
-
-
-def padded(pixels: Floats) -> Floats:
-    """(h, w, 3) to (1, 3, H, W), with zeros below and right up to a multiple of `STEP`."""
-    height, width = pixels.shape[:2]
-    return np.pad(pixels.transpose(2, 0, 1), ((0, 0), (0, -height % STEP), (0, -width % STEP)))[None]
 
 
 def widened(boxes: Floats, factor: float, size: tuple[int, int]) -> Floats:
@@ -167,23 +184,6 @@ def widened(boxes: Floats, factor: float, size: tuple[int, int]) -> Floats:
     centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     grown = np.concatenate([centre - factor * half, centre + factor * half], axis=1)
     return np.clip(grown, 0, np.array([size[1], size[0]] * 2, np.float32))
-
-
-def cell_centres(size: tuple[int, int], strides: tuple[int, ...]) -> tuple[Floats, Floats]:
-    """((A, 2) x and y of the centres, (A,) strides) in pixels, finest level first, rows before columns."""
-    points, steps = [], []
-    for stride in strides:
-        y, x = np.mgrid[: size[0] // stride, : size[1] // stride].astype(np.float32) + np.float32(0.5)
-        points.append(np.stack([x, y], axis=-1).reshape(-1, 2) * stride)
-        steps.append(np.full(x.size, stride, np.float32))
-    return np.concatenate(points), np.concatenate(steps)
-
-
-def decode(sides: Floats, centres: Floats, strides: Floats) -> Floats:
-    """(P, 4, bins) logits to (P, 4) boxes: each side is the expectation of its bins, in strides from the centre."""
-    powers = np.exp(sides - sides.max(axis=-1, keepdims=True))
-    reach = powers @ np.arange(sides.shape[-1], dtype=np.float32) / powers.sum(axis=-1) * strides[:, None]
-    return np.concatenate([centres - reach[:, :2], centres + reach[:, 2:]], axis=1)
 
 
 def kept(boxes: Floats, scores: Floats, iou: float) -> NDArray[np.int64]:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.inference.finetuned_names import FinetunedNames
-from ovd.inference.known_words import WordList
 from ovd.modeling.export import FinetunedCard
 from ovd.modeling.proposals.build import PhotoProposals
 from ovd.modeling.proposals.classes import ClassBranch
@@ -127,19 +126,23 @@ def save_branch(
 
 
 def load_finetuned(
-    folder: Path, cards: Sequence[FinetunedCard], *, lexicon: Lexicon, device: str = "cpu"
+    folder: Path,
+    cards: Sequence[FinetunedCard],
+    *,
+    lexicon: Lexicon,
+    device: str = "cpu",
+    precision: torch.dtype = torch.bfloat16,
 ) -> FinetunedClasses | None:
     """The branches of an exported detector; None where it has none.
 
     Raises:
         UserError: a file is missing, damaged, or another than the card describes.
     """
-    if not cards:
+    names = FinetunedNames.of(cards, lexicon=lexicon)
+    if names is None:
         return None
-    names = tuple(dict.fromkeys(name_key(name) for card in cards for name in card.names))
-    newest = {name_key(name): number for number, card in enumerate(cards) for name in card.names}
     branches = []
-    for number, card in enumerate(cards):
+    for card, columns in zip(cards, names.columns(cards), strict=True):
         file = folder / card.file
         if file.is_file() and sha256_of(file) != card.sha256:
             raise UserError(f"{file}: is not the file that {folder / 'model.json'} describes; copy the folder again")
@@ -149,9 +152,6 @@ def load_finetuned(
         network = ClassBranch(classes=len(card.names))
         load_tensors(network, tensors, source=file)
         network.eval().to(memory_format=torch.channels_last)
-        network.to(torch.bfloat16).to(device)
-        mine = [names.index(key) if newest[key] == number else -1 for key in map(name_key, card.names)]
-        branches.append(Branch(card=card, network=network, columns=torch.tensor(mine)))
-    return FinetunedClasses(
-        branches=tuple(branches), names=FinetunedNames(words=WordList(words=names, lexicon=lexicon))
-    )
+        network.to(precision).to(device)
+        branches.append(Branch(card=card, network=network, columns=torch.tensor(columns)))
+    return FinetunedClasses(branches=tuple(branches), names=names)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ten thousand words are scored by the formulas, one pair of a region and a word at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ovd.inference.arrays import best_first, unit_rows
+from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.open_words import OpenWords, Rivals, distinct_rows
+from ovd.inference.postprocess import best_class_per_region
+from ovd.inference.scoring import Calibration, RegionSet
+
+CALIBRATION = Calibration(
+    slope=1.7, offset=0.1, open_scale=15.0, open_objectness=0.8, open_area=0.25, open_slope=1.2, open_offset=3.9
+)
+
+
+def regions(rng: np.random.Generator, count: int = 7, dim: int = 16) -> RegionSet:
+    corner = rng.uniform(0, 50, (count, 2))
+    return RegionSet(
+        boxes=np.concatenate([corner, corner + rng.uniform(5, 50, (count, 2))], axis=1).astype(np.float32),
+        objectness=rng.uniform(0, 1, count).astype(np.float32),
+        text=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
+        image=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
+        masks=None,
+        size=(100, 120),
+        known=rng.uniform(0, 1, (count, 3)).astype(np.float32),
+        bias=rng.normal(size=count).astype(np.float32),
+    )
+
+
+def squashed(slope: float, offset: float, p: float) -> float:
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    return 1 / (1 + math.exp(-(slope * math.log(p / (1 - p)) + offset)))
+
+
+def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float:
+    """The score of one pair in double precision, sum by sum."""
+    c = words.calibration
+    known = [float(p) for p, member in zip(seen.known[region], words.known[word], strict=True) if member]
+    if known:
+        cosine = float(seen.text[region].astype(float) @ words.rows[word].astype(float))
+        head = 1 / (1 + math.exp(-(words.scale * cosine + float(seen.bias[region]))))
+        return squashed(c.slope, c.offset, max(known) ** (1 - c.head_weight) * head**c.head_weight)
+    image = seen.image[region].astype(float)
+    mine = math.exp(c.open_scale * float(image @ words.rows[word].astype(float)))
+    pairs = zip(words.competitors, words.rivals[word], strict=True)
+    others = sum(math.exp(c.open_scale * float(image @ row.astype(float))) for row, rival in pairs if rival)
+    x1, y1, x2, y2 = (float(v) for v in seen.boxes[region])
+    area = (x2 - x1) * (y2 - y1) / (seen.size[0] * seen.size[1])
+    whole = float(seen.objectness[region]) ** c.open_objectness * area**c.open_area
+    return squashed(c.open_slope, c.open_offset, mine / (mine + others) * whole)
+
+
+def scorer(rng: np.random.Generator, count: int, dim: int = 16) -> WordScorer:
+    rivals = rng.random((count, 12)) > 0.2
+    rivals[::3] = True  # many have no synonym
+    known = rng.random((count, 3)) > 0.9
+    return WordScorer(
+        rows=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
+        competitors=unit_rows(rng.normal(size=(12, dim)).astype(np.float32)),
+        rivals=rivals,
+        known=known,
+        scale=4.0,
+        calibration=CALIBRATION,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_scores_are_the_formulas(count: int) -> None:
+    rng = np.random.default_rng(count)
+    seen, words = regions(rng), scorer(rng, count)
+    expected = [[by_hand(seen, r, words, w) for w in range(count)] for r in range(len(seen))]
+    np.testing.assert_allclose(words(seen), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_many_words_are_scored_as_each_alone_is() -> None:
+    """More than one block of them, and of a few regions."""
+    rng = np.random.default_rng(0)
+    seen, words = regions(rng, count=150), scorer(rng, 2000)
+    together = words(seen)
+    for word in rng.choice(2000, 30, replace=False).tolist():
+        np.testing.assert_allclose(words.select([word])(seen)[:, 0], together[:, word], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [15.0, 60.0])
+def test_a_synonym_that_outshines_all_others_leaves_their_digits(scale: float) -> None:
+    """Nearly all of the competitors' odds are left out: what remains is not total minus left out."""
+    rows = np.eye(4, dtype=np.float32)
+    seen = regions(np.random.default_rng(0), count=1, dim=4)
+    seen.image, seen.objectness = rows[:1], np.ones(1, np.float32)
+    seen.boxes, seen.size = np.array([[0, 0, 10, 10]], np.float32), (10, 10)
+    rivals = np.array([[False, True, True, True], [True, True, True, True], [False] * 4])
+    plain = Calibration(open_scale=scale)
+    words = OpenWords(rows=rows[[1, 0, 1]], competitors=rows, rivals=Rivals.of(rivals), calibration=plain)
+    assert words(seen)[0, 0] == pytest.approx(1 / 4, rel=1e-5)  # against three others that are as far away
+    assert words(seen)[1, 0] == pytest.approx(1 / 2, rel=1e-4)  # against itself
+    assert words(seen)[2, 0] > 0.99  # against none
+
+
+@pytest.mark.parametrize("shape", [(50, 12), (5, 0), (0, 3), (1, 1)])
+def test_distinct_rows_are_the_table(shape: tuple[int, int]) -> None:
+    table = np.random.default_rng(1).random(shape) > 0.8
+    distinct = distinct_rows(table)
+    np.testing.assert_array_equal(distinct.rows[distinct.of], table)
+    assert len({row.tobytes() for row in distinct.rows}) == len(distinct.rows)
+
+
+@pytest.mark.parametrize("count", [None, 0, 1, 7, 60, 100])
+def test_the_best_are_those_of_a_stable_sort(count: int | None) -> None:
+    scores = np.random.default_rng(2).integers(0, 6, 60).astype(np.float32)
+    for values in (scores, np.where(scores == 5, np.float32("nan"), scores)):
+        np.testing.assert_array_equal(best_first(values, count), np.argsort(-values, kind="stable")[:count])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_each_region_has_its_first_best_class(order: str) -> None:
+    score = np.asarray(np.random.default_rng(3).integers(0, 9, (30, 20)) / 8, np.float32, order=order)  # type: ignore[call-overload]
+    found = best_class_per_region(score, threshold=1.0)
+    expected = [(r, row.index(max(row))) for r, row in enumerate(score.tolist()) if max(row) >= 1.0]
+    assert list(zip(found.region.tolist(), found.class_id.tolist(), strict=True)) == expected
+    np.testing.assert_array_equal(found.score, score[found.region, found.class_id])

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes that were added by fine-tuning are exported too, and found by both runtimes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ovd.detector import Detector
+from ovd.export import export
+from ovd.inference.fvlm_regions import FvlmRegionModel
+from ovd.inference.fvlm_torch import TorchNetwork
+from ovd.modeling.export import read_card, write_card
+from ovd.modeling.fvlm.finetuned import load_finetuned, save_branch
+from ovd.modeling.proposals.build import load_proposals
+from ovd.modeling.proposals.classes import ClassBranch
+from ovd.modeling.proposals.nanodet import DenseHead
+from ovd.runtime.choice import export_for
+from ovd.runtime.files import BESIDE
+from ovd.weights import detector_folder
+from pretrain.data.lexicon import read_lexicon
+from pretrain.engine.errors import UserError
+from tests.runtime.conftest import PHOTOS
+from tests.runtime.test_runtimes import partners, without_torch
+
+BRANCHES = (("comb", "zorp", "beak"), ("Comb", "perch"))  # the second takes the comb over
+
+
+def branch(classes: int, seed: int) -> ClassBranch:
+    """A copy of the proposal network with random classes, each of which is somewhere."""
+    torch.manual_seed(seed)
+    network = ClassBranch(classes=classes)
+    network.start_from(load_proposals(detector_folder("default") / "proposals", precision=torch.float32).model)
+    for head in network.heads:
+        assert isinstance(head, DenseHead) and head.output.bias is not None
+        nn.init.normal_(head.output.weight[:classes], std=0.1)
+        nn.init.constant_(head.output.bias[:classes], -1.0)
+    return network
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped default with two branches of untrained classes, and its export beside them."""
+    folder = tmp_path_factory.mktemp("taught") / "mine"
+    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(BESIDE))
+    own = tuple(
+        replace(
+            save_branch(folder, branch(len(names), n), number=n, names=names, side=256 + 64 * n, nms=0.6, top=20),
+            slope=0.9,
+            offset=0.2 * n,
+        )
+        for n, names in enumerate(BRANCHES, start=1)
+    )
+    write_card(folder, replace(read_card(folder), own=own))
+    export(folder)
+    return folder
+
+
+def test_own_classes_are_the_same_in_both_runtimes(taught: Path, by_torch: Detector) -> None:
+    model = by_torch.model
+    assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
+    finetuned = load_finetuned(taught, read_card(taught).own, lexicon=read_lexicon(), precision=torch.float32)
+    assert finetuned is not None
+    with_finetuned = FvlmRegionModel(
+        network=TorchNetwork(model.network.model, finetuned=finetuned),
+        card=model.card,
+        background_words=model.background_words,
+        known=model.known,
+        trained=model.trained,
+        finetuned=finetuned.names,
+    )
+    one, other = by_torch.with_model(with_finetuned), Detector.load(taught, runtime="onnx")
+    found, seen = [], set()
+    for photo in PHOTOS[:3]:
+        a, b = (detector.find(photo, "comb, zorp, beak, perch, bird, dog", threshold=0.1) for detector in (one, other))
+        assert a.notices == b.notices
+        np.testing.assert_allclose(b.best, a.best, atol=0.005)
+        found += [*partners(a, b), *partners(b, a)]
+        seen |= {*a.class_name}
+    assert len(found) > 40 and np.mean(found) >= 0.99
+    assert {"comb", "zorp", "perch"} <= seen
+
+
+def test_other_words_are_as_without_own_classes(taught: Path, by_onnx: Detector) -> None:
+    words = "chicken, dog, mug: cup, wheel"
+    plain, beside = (detector.find(PHOTOS[0], words) for detector in (by_onnx, Detector.load(taught, runtime="onnx")))
+    np.testing.assert_array_equal(beside.xyxy, plain.xyxy)
+    np.testing.assert_allclose(beside.confidence, plain.confidence, atol=1e-6)
+
+
+def test_own_classes_are_found_without_torch(taught: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = without_torch(
+        "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(taught / BESIDE), "--out", str(out)
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((out / "results.json").read_text())) > 0
+
+
+def test_an_export_of_other_branches_is_not_run(taught: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(taught, tmp_path / "mine")
+    card = read_card(folder)
+    assert export_for(folder, card, runtime="onnx", device="cpu") == folder / BESIDE
+    write_card(folder, replace(card, own=card.own[:1]))
+    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+        Detector.load(folder, runtime="onnx")
+    write_card(folder, card)
+    (folder / card.own[0].file).write_bytes((folder / card.own[1].file).read_bytes())
+    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+        Detector.load(folder, runtime="onnx")
