@@ -4,6 +4,9 @@ PORT   ?= 7860
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 VENV   := .venv
+# Page and wheel need no torch: where the full environment is not there, they have a small one of their own.
+LIGHT  := .venv-light
+DEMO   := $(if $(wildcard $(VENV)/.installed),$(VENV),$(LIGHT))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Extra flags for one run, for example `make test PYTEST="-k vocabulary -x"`.
@@ -13,7 +16,7 @@ PYTEST ?=
 .PHONY: help demo wheel test test-all fuzz lint format weights weights-photo bench doctor setup setup-dev lock clean
 
 help:
-	@echo "make demo      set up, then serve the page on http://127.0.0.1:$(PORT) (PORT= to change)"
+	@echo "make demo      serve the page on http://127.0.0.1:$(PORT) (PORT= to change); sets up without torch"
 	@echo "make test      set up, lint, types, and all tests but the long ones"
 	@echo "make test-all  the same with the long ones"
 	@echo "make fuzz      give damaged files to the readers, 50,000 to nine tests (FUZZ_EXAMPLES= to change)"
@@ -24,10 +27,10 @@ help:
 	@echo "make wheel     dist/wordbox-*.whl: page, predict and label without torch"
 	@echo "make doctor    say what is installed and what is wrong"
 	@echo "make lock      write the lock files again from pyproject.toml (needs uv)"
-	@echo "make clean     remove .venv, caches and build folders"
+	@echo "make clean     remove .venv, .venv-light, caches and build folders"
 
-demo: setup
-	$(BIN)/python app.py --port $(PORT)
+demo: $(DEMO)/.installed
+	$(DEMO)/bin/python app.py --port $(PORT)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
@@ -56,8 +59,8 @@ weights-photo: $(VENV)/.installed-rebuild
 bench: setup-dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit $$?; done
 
-wheel: setup
-	$(BIN)/python scripts/build_wheel.py
+wheel: $(DEMO)/.installed
+	$(DEMO)/bin/python scripts/build_wheel.py
 
 doctor: setup
 	$(BIN)/python -m ovd.doctor
@@ -69,15 +72,22 @@ setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
 # Each stamp is younger than the files it was made from; a changed lock file installs again, anything else is quick.
-$(VENV)/.python:
+$(VENV)/.python $(LIGHT)/.python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 or newer found; install one, or run make PYTHON=/path/to/python3" >&2; exit 2; }
-	@"$(PYTHON)" -m venv --clear $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@"$(PYTHON)" -m venv --clear $(@D) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python requirements.lock pyproject.toml scripts/build_detectron2.py
 	$(PIP) install -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --quiet --editable .
 	$(BIN)/python scripts/build_detectron2.py
+	@touch $@
+
+# The graphs of the default detector are put together from its weights, which takes a second.
+$(LIGHT)/.installed: $(LIGHT)/.python requirements-light.lock pyproject.toml weights/vild-photo-graphs.zip
+	$(LIGHT)/bin/python -m pip --disable-pip-version-check --no-input install --no-deps -r requirements-light.lock
+	$(LIGHT)/bin/python -m pip --disable-pip-version-check --no-input install --no-deps --no-build-isolation --quiet --editable .
+	$(LIGHT)/bin/python -m ovd.export
 	@touch $@
 
 # --no-deps: the lock file is complete, and leaves out the second OpenCV that trackers asks for.
@@ -90,5 +100,5 @@ $(VENV)/.installed-rebuild: $(VENV)/.installed requirements-rebuild.lock
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LIGHT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,7 +46,7 @@ def resolve(extras: list[str], old: list[str], fixed: list[str], upgrade: bool) 
 
 
 def main() -> int:
-    """Write the three files; returns the exit status."""
+    """Write the four files; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write the lock files from pyproject.toml.")
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit")
     upgrade = parser.parse_args().upgrade
@@ -56,6 +56,8 @@ def main() -> int:
     runtime_file = ROOT / "requirements.lock"
     runtime = resolve(["build", "train"], pins(runtime_file), [], upgrade)
     runtime_file.write_text(HEADER + "\n".join(runtime) + "\n", encoding="utf-8")
+    light_file = ROOT / "requirements-light.lock"  # a part of the former: the page, predict, label and serve
+    light_file.write_text(HEADER + "\n".join(resolve(["build"], runtime, runtime, upgrade)) + "\n", encoding="utf-8")
     for extra in ("dev", "rebuild"):
         file = ROOT / f"requirements-{extra}.lock"
         more = resolve([extra, "build", "train"], runtime + pins(file), runtime, upgrade)

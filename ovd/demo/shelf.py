@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovd.demo.lean import rest, without_compiler
+from ovd.runtime.files import find_export
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -130,7 +132,8 @@ def _shipped(load: Callable[[str | Path], Detector]) -> list[Offer]:
         except (UserError, AttributeError, OSError) as problem:
             log.warning("%s is not offered: %s", entry.name, problem)
             continue
-        if encoder is not None:  # else these are no detector
+        runs = find_export(entry.folder) is not None or importlib.util.find_spec("torch") is not None
+        if encoder is not None and runs:  # else these are no detector, or none without torch
             kind = "stickers" if encoder == STICKER_ENCODER else "photos"
 
             def loaded(name: str = entry.name) -> Detector:

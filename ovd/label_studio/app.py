@@ -178,7 +178,7 @@ def _told(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Reque
         try:
             return await endpoint(request)
         except UserError as problem:
-            log.warning("%s: %s", request.url.path, problem)
+            log.warning(f"{request.url.path}: {problem}")
             return _problem(422, str(problem))
 
     return told

@@ -142,9 +142,9 @@ class Backend:
                 self._plans.move_to_end(config)
                 return self._plans[config]
         controls = tuple((control, self._query(control)) for control in read_config(config))
-        for _, query in controls:
-            for notice in query.notices:
-                log.warning("%s", notice)
+        for control, query in controls:
+            if query.notices:
+                log.warning(f"labels of {control.name!r}: {'; '.join(query.notices)}")  # whole: alike lines come once
         record: list[object] = [self._detector.card.get("sha256", ""), self._detector.card.get("settings", "")]
         record += [[c.name, [label.stored for label in c.labels], q.hash, self._level(c, q)] for c, q in controls]
         digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
@@ -181,7 +181,7 @@ class Backend:
                 answers.append([self._one(plan, task)])
             except UserError as problem:
                 problems.append(problem)
-                log.warning("task %s gets no prediction: %s", task.id, problem)
+                log.warning(f"task {task.id} gets no prediction: {problem}")
                 answers.append([])
         if problems and not any(answers):
             raise problems[0]
