@@ -37,7 +37,7 @@ def milliseconds(call: Callable[[], object]) -> tuple[float, float]:
 
 def typical(call: Callable[[], object], rounds: int) -> str:
     """Medians of a call as text."""
-    clock, processor = (statistics.median(times) for times in zip(*(milliseconds(call) for _ in range(rounds))))
+    clock, processor = np.median([milliseconds(call) for _ in range(rounds)], axis=0).tolist()
     return f"{clock:.1f} ms, {processor:.1f} of the processor"
 
 
@@ -71,7 +71,9 @@ def main() -> int:
     one, all_of = detector.query("dog"), detector.query(many)
     for query in (one, all_of):  # the first answer prepares the scorer, and plans the networks' kernels
         detector.answer(photo, query)
-    pairs = [[milliseconds(lambda q=query: detector.answer(photo, q)) for query in (one, all_of)] for _ in range(options.pairs)]  # type: ignore[misc]  # fmt: skip
+    pairs = []
+    for _ in range(options.pairs):
+        pairs.append([milliseconds(lambda q=query: detector.answer(photo, q)) for query in (one, all_of)])  # type: ignore[misc]
     for number, clock in enumerate(("clock", "processor")):
         ratios = sorted(b[number] / a[number] for a, b in pairs)
         once = statistics.median(a[number] for a, _ in pairs)
