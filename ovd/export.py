@@ -3,6 +3,7 @@
 
     wordbox export --format onnx                                    the shipped default, into weights/vild-photo/onnx
     wordbox export --format onnx --weights runs/mine --output FOLDER
+    wordbox export --format onnx --int8 --calibrate-on photos/      convolutions in 8 bits, into …/onnx-int8
 
 `ovd.runtime.files` says what is written. An export in the folder ``onnx`` of its weights is found there by every
 command; one in another folder is given as ``--weights FOLDER``. Only detectors of photographs (``model.arch: fvlm``)
@@ -14,9 +15,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ovd.runtime.files import BESIDE
+from ovd.runtime.files import BESIDE, INT8_BESIDE
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.flags import CommandParser
+
+EXAMPLES = Path(__file__).parent / "demo/examples/photos"
+"""Photos that ranges are taken from where nobody gives others."""
 
 
 def parser() -> CommandParser:
@@ -32,7 +36,15 @@ def parser() -> CommandParser:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help=f"is made, or replaced where it is an export (default: {BESIDE} in the folder of the weights)",
+        help=f"is made, or replaced where it is an export (default: {BESIDE}, or {INT8_BESIDE}, in the folder of the "
+        "weights)",
+    )
+    flags.add_argument("--int8", action="store_true", help="convolutions in 8 bits: a smaller and less exact export")
+    flags.add_argument(
+        "--calibrate-on",
+        type=Path,
+        metavar="FOLDER",
+        help="with --int8: photos that show which values occur, 20 or more like yours (default: the page's examples)",
     )
     return flags
 
@@ -40,17 +52,25 @@ def parser() -> CommandParser:
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(argv)
-    folder = export(options.weights, options.output)
+    if options.calibrate_on is not None and not options.int8:
+        raise UserError("--calibrate-on is for --int8: an export in single precision needs no photos")
+    photos = (options.calibrate_on or EXAMPLES) if options.int8 else None
+    folder = export(options.weights, options.output, int8_photos=photos)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:.1f} MB, runs with ONNX Runtime")
     return 0
 
 
-def export(weights: str | Path, output: Path | None = None) -> Path:
+def export(weights: str | Path, output: Path | None = None, *, int8_photos: Path | None = None) -> Path:
     """Export a detector; returns the folder.
 
+    Args:
+        weights: name, or folder.
+        output: of the export; None: in the folder of the weights.
+        int8_photos: folder with photos for which convolutions are quantised; None: they are not.
+
     Raises:
-        UserError: a detector of another kind, or a folder that holds something else.
+        UserError: a detector of another kind, a folder that holds something else, or photos that cannot be read.
     """
     from ovd.modeling.export import read_card
     from ovd.runtime.files import CARD
@@ -58,7 +78,7 @@ def export(weights: str | Path, output: Path | None = None) -> Path:
 
     source = detector_folder(weights)
     card = read_card(source)
-    target = source / BESIDE if output is None else output
+    target = source / (BESIDE if int8_photos is None else INT8_BESIDE) if output is None else output
     if card.arch != "fvlm":
         raise UserError(
             f"{source.name} (model.arch {card.arch}) has no export to ONNX, only detectors of photographs (fvlm) have"
@@ -74,8 +94,10 @@ def export(weights: str | Path, output: Path | None = None) -> Path:
         return target
     from ovd.inference.encoder import load_encoder_of
     from ovd.runtime.export import export_onnx
+    from ovd.runtime.quantise import read_photos
 
-    export_onnx(source, load_encoder_of(source, card), target)
+    photos = () if int8_photos is None else read_photos(int8_photos)
+    export_onnx(source, load_encoder_of(source, card), target, photos=photos)
     return target
 
 

@@ -5,8 +5,7 @@ Every formula is that of `ovd.inference.scoring.competitive_probabilities` and o
 order: what many words share is computed once, words are taken in blocks that stay in a processor's cache, and the
 logarithm and the exponential that undo each other are left out.
 
-Shapes: R regions, C words, B competitors, G groups of words with the same rivals, N competitors left out by them in
-all, D joint embedding.
+Shapes: R regions, C words, B competitors, G groups of words with the same rivals, D joint embedding.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from ovd.inference.arrays import Floats
 from ovd.inference.scoring import Calibration, RegionSet
 
 EPS = 1e-6
+LAYERS = 64
+"""Of a group's left-out competitors, as many are subtracted; the sum of a group with more is added up anew."""
 BLOCK = 1 << 17
 """Scores computed at a time: half a megabyte."""
 LEAST_SHARE = 1e-5
@@ -47,11 +48,17 @@ class Rivals:
         return cls(left_out=distinct.rows, group=distinct.of)
 
     @cached_property
-    def _pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(groups that leave out any, (N,) what they leave out, where each of them begins in it)."""
+    def _layers(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """(groups, what they leave out): the first of each group that leaves out any, the second, and so on."""
         group, word = np.nonzero(self.left_out)
-        groups, first = np.unique(group, return_index=True)
-        return groups, word, first
+        _, first, count = np.unique(group, return_index=True, return_counts=True)
+        place = np.arange(len(group)) - np.repeat(first, count)
+        return [(group[place == n], word[place == n]) for n in range(min(int(count.max(initial=0)), LAYERS))]
+
+    @cached_property
+    def _many(self) -> NDArray[np.bool_]:
+        """(G,) groups that leave out more than the layers hold."""
+        return np.asarray(self.left_out.sum(axis=1) > LAYERS)
 
     def sums(self, odds_BR: Floats) -> Floats:
         """(G, R) sums of odds over the competitors that count.
@@ -59,11 +66,10 @@ class Rivals:
         A difference from the total loses digits where nearly all of it is left out; single precision would show that.
         """
         total_R = odds_BR.sum(axis=0, dtype=np.float64)
-        groups, word, first = self._pairs
         sum_GR = np.tile(total_R, (len(self.left_out), 1))
-        if len(groups):
-            sum_GR[groups] -= np.add.reduceat(odds_BR[word].astype(np.float64), first, axis=0)
-        for group in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1)):
+        for group, word in self._layers:  # no group twice in one
+            sum_GR[group] -= odds_BR[word]
+        for group in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many):
             sum_GR[group] = odds_BR[~self.left_out[group]].sum(axis=0, dtype=np.float64)
         return sum_GR.astype(np.float32)
 

@@ -95,7 +95,10 @@ class Regions:
             one_class_per_region = True
             score_RC, cross_class_iou = naming.one_name(score_RC, level=LEVEL), OVERLAP
         best_C = score_RC.max(axis=0, initial=0.0)
-        candidates = (best_class_per_region if one_class_per_region else pairs_above)(score_RC, threshold=level)
+        there = np.flatnonzero(best_C >= level)  # few of many words: no other has a box to show
+        select = best_class_per_region if one_class_per_region else pairs_above
+        candidates = select(score_RC[:, there], threshold=level)
+        candidates = replace(candidates, class_id=there[candidates.class_id])
         boxes = self.regions.boxes
         alike = candidates if naming is None else replace(candidates, class_id=naming.family[candidates.class_id])
         kept = postprocess(boxes, alike, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit)

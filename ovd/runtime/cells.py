@@ -56,20 +56,31 @@ class CellGraph:
     """
 
     def __init__(self, file: Path, card: RuntimeCard, *, threads: int | None = None) -> None:
-        self._graph, self._strides = Graph(file, threads=threads), card.strides
-        self._mean, self._std = (np.array(x, np.float32) for x in (card.proposal_mean, card.proposal_std))
+        self._graph, self._card = Graph(file, threads=threads), card
 
     def __call__(self, image: NDArray[np.uint8], *, side: int) -> Cells:
         """Cells of an (H, W, 3) RGB picture with its longest side at ``side`` pixels."""
         small = resized(image, side / max(image.shape[:2]))
         height, width = small.shape[:2]
-        black = np.pad(small, ((0, -height % STEP), (0, -width % STEP), (0, 0)))
-        words, sides = self._graph(["words", "sides"], pixels=padded((black - self._mean) / self._std))
-        centres, strides = cell_centres(black.shape[:2], self._strides)
-        back = np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32)
+        pixels = pixels_for_cells(small, self._card)
+        words, sides = self._graph(["words", "sides"], pixels=pixels)
+        centres, strides = cell_centres((pixels.shape[2], pixels.shape[3]), self._card.strides)
         return Cells(
-            words=words[0], sides=sides[0], centres=centres, strides=strides, size=(height, width), back=back
-        )  # fmt: skip
+            words=words[0],
+            sides=sides[0],
+            centres=centres,
+            strides=strides,
+            size=(height, width),
+            back=np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32),
+        )
+
+
+def pixels_for_cells(small: NDArray[np.uint8], card: RuntimeCard) -> Floats:
+    """(1, 3, H, W) of a resized (h, w, 3) RGB picture; what is added to it is black."""
+    height, width = small.shape[:2]
+    black = np.pad(small, ((0, -height % STEP), (0, -width % STEP), (0, 0)))
+    mean, std = (np.array(x, np.float32) for x in (card.proposal_mean, card.proposal_std))
+    return padded((black - mean) / std)
 
 
 def padded(pixels: Floats) -> Floats:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
@@ -149,13 +150,14 @@ class _BagOfWords(nn.Module):
         return self.text.proj(F.gelu(self.text.hidden(bag))) + self.text.skip(bag)
 
 
-def export_onnx(source: Path, encoder: JointEncoder, target: Path) -> None:
+def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Sequence[NDArray[np.uint8]] = ()) -> None:
     """Write the export of a detector's folder; `ovd.runtime.files` says what is in it.
 
     Args:
         source: exported detector with ``model.arch: fvlm``.
         encoder: its encoder.
         target: is made, and replaced where it is an export.
+        photos: (H, W, 3) RGB; where there are any, convolutions are quantised for them (`ovd.runtime.quantise`).
 
     Raises:
         UserError: networks of which this knows no export.
@@ -182,29 +184,32 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path) -> None:
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, fresh / name)
-    write_runtime_card(
-        fresh,
-        RuntimeCard(
-            sources=sources_of(source, card.own),
-            encoder_fingerprint=encoder.fingerprint(),
-            embed_dim=encoder.embed_dim,
-            image_size=encoder.image_size,
-            image_mean=encoder.image_mean,
-            image_std=encoder.image_std,
-            context_length=encoder.token_ids([""]).shape[1],
-            side=detector.tower.side,
-            context=detector.tower.context,
-            scale=float(detector.head.scale.detach()),
-            words=KNOWN_WORDS if detector.known else (),
-            proposal_sides=proposals.sides,
-            proposal_mean=PIXEL_MEAN,
-            proposal_std=PIXEL_STD,
-            strides=STRIDES,
-            nms=generator.nms,
-            pre_nms=generator.pre_nms,
-            post_nms=generator.post_nms,
-        ),
+    runtime = RuntimeCard(
+        sources=sources_of(source, card.own),
+        encoder_fingerprint=encoder.fingerprint(),
+        embed_dim=encoder.embed_dim,
+        image_size=encoder.image_size,
+        image_mean=encoder.image_mean,
+        image_std=encoder.image_std,
+        context_length=encoder.token_ids([""]).shape[1],
+        side=detector.tower.side,
+        context=detector.tower.context,
+        scale=float(detector.head.scale.detach()),
+        words=KNOWN_WORDS if detector.known else (),
+        proposal_sides=proposals.sides,
+        proposal_mean=PIXEL_MEAN,
+        proposal_std=PIXEL_STD,
+        strides=STRIDES,
+        nms=generator.nms,
+        pre_nms=generator.pre_nms,
+        post_nms=generator.post_nms,
+        precision="int8" if photos else "float32",
     )
+    if photos:
+        from ovd.runtime.quantise import quantise
+
+        quantise(fresh, runtime, card.own, photos)
+    write_runtime_card(fresh, runtime)
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
 
@@ -274,12 +279,12 @@ def _write(
             dynamo=False,
         )
     model = onnx.load_from_string(buffer.getvalue())
-    _halve(model.graph)
+    halve(model.graph)
     onnx.checker.check_model(model, full_check=True)
     file.write_bytes(model.SerializeToString())
 
 
-def _halve(graph: onnx.GraphProto) -> None:
+def halve(graph: onnx.GraphProto) -> None:
     """Store large tensors in half precision where that loses nothing, each with a cast."""
     import onnx
     from onnx import numpy_helper

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 FORMAT = "wordbox-onnx/1"
 CARD = "runtime.json"
-BESIDE = "onnx"
-"""Folder of an export in the folder of the weights that it was made of."""
+BESIDE, INT8_BESIDE = "onnx", "onnx-int8"
+"""Folders of exports in the folder of the weights that they were made of; the second is run where it is asked for."""
 PROPOSALS, TOWER, REGIONS, TEXT = "proposals.onnx", "tower.onnx", "regions.onnx", "text.onnx"
 BACKGROUND, MERGES = "background_words.npy", "merges.txt"
 SOURCES = ("model.safetensors", "proposals/model.safetensors")
@@ -57,6 +57,7 @@ class RuntimeCard:
         proposal_mean, proposal_std: of its pixels, RGB, 0…255.
         strides: of its levels, pixels.
         nms, pre_nms, post_nms: see `ovd.modeling.proposals.network.DenseProposals`.
+        precision: of the convolutions: "float32", or "int8" (`ovd.runtime.quantise`).
     """
 
     sources: dict[str, str]
@@ -77,6 +78,7 @@ class RuntimeCard:
     nms: float
     pre_nms: int
     post_nms: int
+    precision: str = "float32"
     format: str = FORMAT
 
 

@@ -80,7 +80,6 @@ class OnnxNetwork:
         self.card, self.scale, self.sides = card, card.scale, card.proposal_sides
         self._proposals = CellGraph(folder / PROPOSALS, card, threads=threads)
         self._head, self._tower, self._finetuned = Graph(folder / REGIONS, threads=threads), tower, finetuned
-        self._mean, self._std = (255 * np.array(x, np.float32) for x in (card.image_mean, card.image_std))
 
     def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
         """See `FvlmNetwork`."""
@@ -91,7 +90,7 @@ class OnnxNetwork:
             found = found.beside(added)
         height, width = image.shape[:2]
         small = resized(image, self.card.side / max(height, width))
-        pixels = padded((small - self._mean) / self._std)
+        pixels = pixels_for_tower(small, self.card)
         fine, coarse, last = self._tower(["fine", "coarse", "last"], pixels=pixels)
         scale = np.array([small.shape[1] / width, small.shape[0] / height] * 2, np.float32)
         boxes = found.boxes * scale
@@ -177,6 +176,12 @@ def load_onnx(
         top=top,
     )
     return model, OnnxEncoder(folder, card, tower=tower, threads=threads)
+
+
+def pixels_for_tower(small: NDArray[np.uint8], card: RuntimeCard) -> Floats:
+    """(1, 3, H, W) of a resized (h, w, 3) RGB picture; what is added to it is the mean colour."""
+    mean, std = (255 * np.array(x, np.float32) for x in (card.image_mean, card.image_std))
+    return padded((small - mean) / std)
 
 
 def widened(boxes: Floats, factor: float, size: tuple[int, int]) -> Floats:

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export in 8 bits is smaller, finds what the other one finds, and keeps its first and last convolutions."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from ovd import cli
+from ovd.detector import Detector
+from ovd.pictures import to_rgb
+from ovd.runtime import export as writing
+from ovd.runtime.files import INT8_BESIDE, PROPOSALS, TOWER, read_runtime_card
+from ovd.runtime.quantise import MOST, quantise, read_photos
+from ovd.weights import detector_folder
+from pretrain.engine.errors import UserError
+from tests.runtime.conftest import PHOTOS
+
+WORDS = "person, dog, chicken, cup, guitar, drum, car, horse, wine bottle, sofa"
+
+
+@pytest.fixture(scope="module")
+def small(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of the shipped default with its convolutions quantised on three photos."""
+    folder = shutil.copytree(exported, tmp_path_factory.mktemp("int8") / "vild-photo")
+    quantise(folder, read_runtime_card(folder), (), [to_rgb(photo) for photo in PHOTOS[:3]])
+    return folder
+
+
+def overlap(one: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """IoU of a box with others."""
+    sides = np.minimum(one[2:], boxes[:, 2:]) - np.maximum(one[:2], boxes[:, :2])
+    shared = np.prod(np.maximum(sides, 0), axis=1)
+    areas = [np.prod(x[..., 2:] - x[..., :2], axis=-1) for x in (one, boxes)]
+    return np.asarray(shared / (areas[0] + areas[1] - shared))
+
+
+def test_it_finds_what_single_precision_finds(small: Path, by_onnx: Detector) -> None:
+    detector, found = Detector.load(small, runtime="onnx"), []
+    for photo in PHOTOS[3:6]:  # not those that it was quantised on
+        one, other = (each.find(photo, WORDS, threshold=level) for each, level in ((by_onnx, 0.4), (detector, 0.2)))
+        for box, score, name in zip(one.xyxy, one.confidence, one.class_name, strict=True):
+            same = np.array([x == name for x in other.class_name], dtype=bool)
+            near = np.abs(other.confidence - score) < 0.2
+            found.append(bool((same & near & (overlap(box, other.xyxy) > 0.7)).any()))
+    assert len(found) >= 5 and np.mean(found) > 0.8
+
+
+@pytest.mark.parametrize(("file", "kept"), [(PROPOSALS, 1 + 3), (TOWER, 1 + 1)])
+def test_first_and_last_convolutions_keep_their_precision(exported: Path, small: Path, file: str, kept: int) -> None:
+    before, after = (onnx.load(str(folder / file)).graph for folder in (exported, small))
+    weights = {name: node.op_type for node in after.node for name in node.output}
+    convolutions = [node for node in after.node if node.op_type == "Conv"]
+    assert len(convolutions) == sum(node.op_type == "Conv" for node in before.node)
+    single = [node for node in convolutions if weights.get(node.input[1]) != "DequantizeLinear"]
+    assert len(single) == kept
+    assert "pixels" in {node.input[0] for node in single}
+    assert (small / file).stat().st_size < 0.75 * (exported / file).stat().st_size  # of half precision
+
+
+def test_photos_are_taken_evenly_from_a_folder(tmp_path: Path) -> None:
+    for number in range(MOST + 36):
+        cv2.imwrite(str(tmp_path / f"{number:03}.bmp"), np.full((8, 8, 3), number, np.uint8))
+    seen = [int(photo[0, 0, 0]) for photo in read_photos(tmp_path)]
+    assert len(seen) == MOST and seen[0] == 0 and seen[-1] > 95 and len(set(seen)) == MOST
+
+
+def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def write(source: Path, encoder: object, target: Path, *, photos: Sequence[NDArray[np.uint8]]) -> None:
+        asked.update(target=target, photos=photos)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(writing, "export_onnx", write)
+    for argv, folder, count in ((["--int8"], INT8_BESIDE, len(PHOTOS)), ([], "onnx", 0)):
+        with pytest.raises(UserError, match="far enough"):
+            cli.main(["export", *argv])
+        assert asked["target"] == detector_folder("default") / folder
+        assert len(asked["photos"]) == count
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--calibrate-on", "HERE"], "--calibrate-on is for --int8"),
+        (["--int8", "--calibrate-on", "HERE"], "holds no picture"),
+        (["--int8", "--calibrate-on", "HERE/nowhere"], "is not a folder"),
+        (["--int8", "--weights", "vild-sticker"], "has no export to ONNX"),
+    ],
+)
+def test_wrong_combinations_are_one_line(argv: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        cli.main(["export", "--output", str(tmp_path / "out"), *(x.replace("HERE", str(tmp_path)) for x in argv)])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
