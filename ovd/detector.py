@@ -38,7 +38,7 @@ from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
 from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
-from ovd.inference.sides import card_with_sides, look_at_sides
+from ovd.inference.sides import apply_sides, card_with_sides
 from ovd.locks import ComputeLock
 from ovd.modeling.export import read_card
 from ovd.pictures import ImageLike, to_rgb
@@ -162,7 +162,7 @@ class Detector:
             if runtime == "onnx":
                 raise UserError("an encoder of your own runs with torch: leave runtime onnx out")
             named = load_with_encoder(folder, encoder, device=device, threads=threads, masks=masks, regions=regions)
-            look_at_sides(named.model, sides)
+            apply_sides(named.model, sides)
             return cls(
                 model=named.model,
                 encoder=named.encoder,
@@ -175,7 +175,7 @@ class Detector:
         networks = load_networks(
             folder, card, runtime=runtime, device=device, threads=threads, masks=masks, regions=regions or REGIONS
         )
-        look_at_sides(networks.model, sides)
+        apply_sides(networks.model, sides)
         if crop_refinement is None:
             crop_refinement = card.crop_refinement if second_look is None else second_look
         return cls(

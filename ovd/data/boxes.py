@@ -19,7 +19,7 @@ from ovd.data.joined import check_withheld, corners_of, is_object, join_images, 
 from ovd.data.mapper import TrainingTransform, move_boxes
 from ovd.data.samples import LabelledSample
 from pretrain.data.coco import ImageId, read_ground_truth
-from pretrain.data.folder import look_for
+from pretrain.data.folder import require_files
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import file_identity, files_identity
@@ -73,7 +73,7 @@ class BoxedImages:
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
         where = ", ".join(map(str, annotations))
         names = [self.files[i] for i in self.image_ids]
-        if missing := look_for(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
+        if missing := require_files(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
         if without:
             self.notices.append(f"{without} of {len(chosen)} images have no confident box and are not used")

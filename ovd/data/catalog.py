@@ -15,7 +15,7 @@ import numpy as np
 
 from ovd.data.splits import Split
 from pretrain.data.coco import Annotation, GroundTruth, ImageId, read_ground_truth
-from pretrain.data.folder import look_for, read_image
+from pretrain.data.folder import read_image, require_files
 from pretrain.data.masks import decode
 from pretrain.data.scenes import SceneSource
 from pretrain.data.stickers import Stickers
@@ -180,7 +180,7 @@ class CocoImages:
             truth.file_of(nameless[0])  # says what it lacks
         self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
         names = [self._files[i] for i in self.image_ids]
-        if missing := look_for(names, images, where=truth.where, allowed=BAD_IMAGES_ALLOWED):
+        if missing := require_files(names, images, where=truth.where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
         if crowds:
             self.notices.append(f"{truth.where}: {crowds} crowd annotations (iscrowd 1) are not trained on")

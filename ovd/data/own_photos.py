@@ -25,7 +25,7 @@ from ovd.vocabulary import Vocabulary
 from ovd.words import cleaned, name_key
 from pretrain.data.coco import GroundTruth
 from pretrain.data.coco_entries import CocoAnnotation, CocoJson, ImageId
-from pretrain.data.folder import look_for
+from pretrain.data.folder import require_files
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import files_identity, text_identity
@@ -115,7 +115,7 @@ class OwnPhotos:
             UserError: more than a few are missing, or more than half cannot be read.
         """
         files = self._files
-        if missing := look_for(list(files.values()), self.folder, where=self.where, allowed=BAD_IMAGES_ALLOWED):
+        if missing := require_files(list(files.values()), self.folder, where=self.where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
         usable, unread = [], []
         for image_id, name in files.items():

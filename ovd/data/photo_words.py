@@ -25,7 +25,7 @@ from torchvision.ops import box_iou
 from ovd.data.catalog import read_annotated
 from ovd.data.joined import check_withheld, join_images, no_such_part
 from pretrain.data.coco import GroundTruth, ImageId, read_ground_truth
-from pretrain.data.folder import look_for
+from pretrain.data.folder import require_files
 from pretrain.data.lexicon import Lexicon
 from pretrain.data.photos import novel_names, read_labels
 from pretrain.engine.errors import UserError
@@ -222,7 +222,7 @@ class PhotoWords:
         if not self.photos:
             raise no_such_part(part, (split for truth in truths for split in truth.parts.values()))
         files = [photo.file.relative_to(folder) for photo in self.photos]
-        if missing := look_for(files, folder, where=truths[0].where, allowed=BAD_IMAGES_ALLOWED):
+        if missing := require_files(files, folder, where=truths[0].where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
 
     def _join(

@@ -147,7 +147,7 @@ def protocol_class(connections: Connections) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             if self.admitted:
                 super().data_received(data)
-                self._look()
+                self._update_deadline()
             elif self.refusal is not None:
                 if b"\r\n\r\n" in data:
                     self.transport.write(FULL)
@@ -155,7 +155,7 @@ def protocol_class(connections: Connections) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._look()
+            self._update_deadline()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
@@ -167,7 +167,7 @@ def protocol_class(connections: Connections) -> type[H11Protocol]:
                 connections.leave(self.transport, self.address)
             super().connection_lost(exc)
 
-        def _look(self) -> None:
+        def _update_deadline(self) -> None:
             """Does it wait for a head, or is a request being answered?"""
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop_waiting()

@@ -11,7 +11,7 @@ import html
 import logging
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
 from ovd.demo.schema import Answer
-from ovd.demo.serving import Served, load_gradio, serve
+from ovd.demo.serving import Served, ServeOptions, load_gradio, serve
 from ovd.demo.shelf import KINDS, Offer
 from ovd.formats.names import FORMATS
 from ovd.inference.everything import EVERYTHING
@@ -30,8 +30,8 @@ from pretrain.engine.files import read_json
 if TYPE_CHECKING:
     import gradio as gr
     from gradio.data_classes import ImageData
+    from typing_extensions import Unpack
 
-    from ovd.demo.bodies import Limits
 
 log = logging.getLogger(__name__)
 
@@ -346,16 +346,14 @@ def launch_page(
     *,
     door: socket.socket,
     host: str = "127.0.0.1",
-    allow_hosts: Sequence[str] = (),
-    share: bool = False,
-    open_browser: bool = False,
-    seconds: Callable[[], float] = lambda: 1.0,
-    limits: Limits | None = None,
+    **options: Unpack[ServeOptions],
 ) -> Served:
-    """Serve the page from a background thread; arguments as in `ovd.demo.serving.serve`.
+    """Serve the page from a background thread.
 
     Args:
         page: from `build_page`.
+        door, host: see `ovd.demo.serving.serve`.
+        options: see `ServeOptions`.
     """
     import gradio as gr
 
@@ -379,9 +377,5 @@ def launch_page(
         host=host,
         theme=theme,
         head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media
-        allow_hosts=allow_hosts,
-        share=share,
-        open_browser=open_browser,
-        seconds=seconds,
-        limits=limits,
+        **options,
     )

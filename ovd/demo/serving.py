@@ -23,13 +23,14 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ovd.demo.line import WAITING
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     import gradio as gr
+    from fastapi import FastAPI
     from starlette.types import ASGIApp
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -295,6 +296,24 @@ class Served:
         self._server.close()
 
 
+class ServeOptions(TypedDict, total=False):
+    """How a page is served.
+
+    Attributes:
+        allow_hosts: names under which a proxy serves the page.
+        share: make a public link through Gradio's tunnel.
+        open_browser: open the page in a browser.
+        seconds: tells what one answer takes at present.
+        limits: other sizes and times.
+    """
+
+    allow_hosts: Sequence[str]
+    share: bool
+    open_browser: bool
+    seconds: Callable[[], float]
+    limits: Limits | None
+
+
 def serve(
     page: gr.Blocks,
     *,
@@ -316,18 +335,11 @@ def serve(
         host: as given to `listen`.
         theme: of the page.
         head: HTML for its head.
-        allow_hosts: names under which a proxy serves the page.
-        share: make a public link through Gradio's tunnel.
-        open_browser: open the page in a browser.
-        seconds: tells what one answer takes at present.
-        limits: other sizes and times.
+        allow_hosts, share, open_browser, seconds, limits: see `ServeOptions`.
 
     Raises:
         UserError: it cannot be served or shared.
     """
-    import gradio as gr
-    from fastapi import FastAPI
-
     from ovd.demo.lean import rest
     from ovd.demo.limits import Gate
     from ovd.demo.line import Line
@@ -337,22 +349,7 @@ def serve(
 
     page.max_threads = page._queue.max_thread_count = THREADS
     page.state_session_capacity = 64
-    app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
-        page,
-        path="/",
-        footer_links=["api"],
-        run_history=False,
-        root_path=os.environ.get(ROOT_PATH) or None,
-        show_error=False,
-        max_file_size="10mb",
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        theme=theme,
-        head=head,
-    )
+    app = _mounted(page, theme, head)
     uploads = Uploads(Path(os.environ["GRADIO_TEMP_DIR"]))
     names = Names.of(host, allow_hosts)
     gate = Gate(
@@ -374,6 +371,29 @@ def serve(
     if open_browser:
         webbrowser.open(url)
     return Served(url, share_url, server, page)
+
+
+def _mounted(page: gr.Blocks, theme: gr.themes.Base, head: str) -> FastAPI:
+    """Gradio's application with the page, without its pages and reports for developers."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    return gr.mount_gradio_app(
+        FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
+        page,
+        path="/",
+        footer_links=["api"],
+        run_history=False,
+        root_path=os.environ.get(ROOT_PATH) or None,
+        show_error=False,
+        max_file_size="10mb",
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme,
+        head=head,
+    )
 
 
 def _share(page: gr.Blocks, port: int) -> str:

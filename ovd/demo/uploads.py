@@ -38,7 +38,7 @@ class Uploads:
         self._fragments = False
         self._at_most = 0  # bytes and files in the folder: counted at the last look, and promised since
         self._files_at_most = 0
-        self.look()
+        self.recount()
 
     def promise(self, size: int) -> bool:
         """Keep room for a request; False: there is none, even without all older uploads."""
@@ -46,7 +46,7 @@ class Uploads:
         if self._promised + size > limit:
             return False
         if self._at_most + size > limit or self._files_at_most + 1 > self.most_files:
-            self.look()
+            self.recount()
             if self._at_most + size > limit or self._files_at_most + 1 > self.most_files:
                 self._remove_oldest(limit - self._promised - size, self.most_files - self._requests - 1)
         self._promised += size
@@ -65,9 +65,9 @@ class Uploads:
             for file in self.folder.iterdir():  # whole uploads lie in folders of their own
                 if file.is_file() and not file.is_symlink():
                     file.unlink(missing_ok=True)
-            self.look()
+            self.recount()
 
-    def look(self) -> None:
+    def recount(self) -> None:
         """Count what is there."""
         files = self._files()
         self._at_most = sum(f.size for f in files) + self._promised
@@ -109,4 +109,4 @@ class Uploads:
                 file.path.parent.rmdir()
             size -= file.size
             count -= 1
-        self.look()
+        self.recount()

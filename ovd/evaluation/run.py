@@ -129,12 +129,12 @@ class _Files:
     """The pictures of a COCO file; see `run_images`."""
 
     def __init__(self, gt: CocoJson, folder: Path) -> None:
-        from pretrain.data.folder import look_for
+        from pretrain.data.folder import require_files
 
         self.folder, self.sizes = folder, image_sizes(gt)
         self.names = [picture_file(entry, where=f"images[{n}]") for n, entry in enumerate(gt["images"])]
         self.ids: Sequence[ImageId] = [entry["id"] for entry in gt["images"]]
-        look_for(self.names, folder, where="the annotations")
+        require_files(self.names, folder, where="the annotations")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LEAST, MOST = 64, 2048
 
 
-def look_at_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
+def apply_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
     """Let a model's proposal network look at a photo with these longest sides, in place of its own; None: leave them.
 
     A photo is enlarged by a third at most, whatever is given (`ovd.modeling.proposals.build.MAX_ENLARGEMENT`).

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pretrain.data.coco import GroundTruth, read_ground_truth
-from pretrain.data.folder import list_images, look_for, read_image
+from pretrain.data.folder import list_images, read_image, require_files
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 
@@ -132,7 +132,7 @@ class CocoPictures:
             raise UserError(f"{truth.where}: lists no pictures")
         self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
         self._names = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
-        missing = look_for(self._names.values(), self.root, where=truth.where, allowed=BAD_IMAGES_ALLOWED)
+        missing = require_files(self._names.values(), self.root, where=truth.where, allowed=BAD_IMAGES_ALLOWED)
         self.notices += [missing] if missing else []
         self._boxes: dict[ImageId, list[list[float]]] = {}
         for annotation in truth.annotations:

@@ -8,25 +8,19 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
-from safetensors.torch import save
-
-from ovd.regions.crops import RegionEncoder, crop_regions, embed_crops
+from ovd.regions.crops import RegionEncoder, embed_crops
 from ovd.regions.layout import (
     FORMAT,
     Identity,
-    ImageId,
     ImageSource,
     Manifest,
     SettingsRecord,
     ShardSum,
-    StoreSettings,
     as_json,
     ids_path,
     manifest_path,
@@ -43,9 +37,10 @@ from ovd.regions.layout import (
     write_text_once,
 )
 from ovd.regions.lease import lease
-from ovd.regions.proposals import PositionProposer, Proposals, Proposer, select_proposals
+from ovd.regions.proposals import Proposer
+from ovd.regions.shard import RegionEmbedder, write_shard
 from pretrain.engine.errors import BadImageError, UserError
-from pretrain.engine.files import flush_to_disk, sha256_of
+from pretrain.engine.files import sha256_of
 
 BAD_IMAGE_SHARE = 0.01
 """Share of unreadable pictures above which writing stops."""
@@ -119,84 +114,107 @@ def write_regions(
     Raises:
         UserError: another identity in ``root``, not enough disk, or too many unreadable pictures.
     """
-    path = Path(root)
-    manifest = _create(path, source=source, identity=identity)
-    plan = estimate(len(source), identity=identity, root=path)
-    _refuse_small_disk(path, plan)
-    shards = shard_count(manifest)
-    done: set[int] = set()
-    written = kept = bad = 0
-    for shard in range(shards):
-        if _is_whole(path, shard, say):
-            done.add(shard)
-            kept += 1
-            side = sidecar(path, shard)
-            bad += len(side.get("bad_images", ())) if side is not None else 0
+    writer = _Writer(
+        Path(root),
+        embedder=RegionEmbedder(
+            source=source, proposer=proposer, encoder=encoder, settings=identity.settings, batch_size=batch_size
+        ),
+        identity=identity,
+        lease_seconds=lease_seconds,
+        say=say,
+    )
+    plan = estimate(len(source), identity=identity, root=writer.path)
+    _refuse_small_disk(writer.path, plan)
+    writer.count_whole()
     if plan.missing_images:
-        line = plan_line(
-            source=source,
-            proposer=proposer,
-            encoder=encoder,
-            identity=identity,
-            batch_size=batch_size,
-            root=path,
-        )
-        say(line)
-    while len(done) < shards:
-        progress = False
-        for shard in range(shards):
-            if shard in done:
-                continue
-            if sidecar(path, shard) is not None and _is_whole(path, shard, say):  # another process was faster
-                done.add(shard)
-                progress = True
-                continue
-            with lease(path / f"shard-{shard:05d}.lease", lease_seconds) as beat:
-                if beat is None or sidecar(path, shard) is not None:
-                    continue
-                start = time.monotonic()
-                _sweep(path, shard)
-                try:
-                    bad += _write_shard(
-                        path,
-                        shard,
-                        manifest=manifest,
-                        source=source,
-                        proposer=proposer,
-                        encoder=encoder,
-                        settings=identity.settings,
-                        batch_size=batch_size,
-                        beat=beat,
-                    )
-                except FileNotFoundError:
-                    # Our lease went stale, and the process that took it over swept our temporary file away.
-                    say(f"shard {shard} was taken over by another process")
-                    continue
-                _refuse_many_bad(path, bad, len(source))
-                written += 1
-                progress = True
-                done.add(shard)
-                rows = len(rows_of(manifest, shard))
-                took = max(time.monotonic() - start, 1e-9)
-                say(f"shard {len(done)}/{shards}: {rows} pictures in {took:.1f} s ({rows / took:.2f} pictures/s)")
-        if not progress and len(done) < shards:
+        say(_plan_line(writer.embedder, plan, identity.dim))
+    while not writer.complete:
+        if not writer.write_free() and not writer.complete:
             if not wait:
                 break
             time.sleep(min(1.0, lease_seconds / 4))
-    complete = len(done) == shards
-    if complete:
-        _refuse_many_bad(path, bad, len(source))
-        _finish(path)
-    return WriteReport(written=written, kept=kept, bad_images=bad, complete=complete)
+    if writer.complete:
+        writer.refuse_many_bad()
+        _finish(writer.path)
+    return WriteReport(written=writer.written, kept=writer.kept, bad_images=writer.bad, complete=writer.complete)
 
 
-def _refuse_many_bad(path: Path, bad: int, pictures: int) -> None:
-    """Stop when more pictures than a few are unreadable, also where an earlier run met them."""
-    if bad > max(1, int(BAD_IMAGE_SHARE * pictures)):
-        raise UserError(
-            f"{path}: {bad} of {pictures} pictures cannot be read, more than {BAD_IMAGE_SHARE:.0%}; they are listed in "
-            "the shard-*.json files"
+class _Writer:
+    """One process's work on a store, beside others.
+
+    Attributes:
+        written, kept, bad: see `WriteReport`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        embedder: RegionEmbedder,
+        identity: Identity,
+        lease_seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self.path, self.embedder, self.lease_seconds, self.say = path, embedder, lease_seconds, say
+        self.manifest = _create(path, source=embedder.source, identity=identity)
+        self.shards = shard_count(self.manifest)
+        self.done: set[int] = set()
+        self.written = self.kept = self.bad = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is written, by whomever."""
+        return len(self.done) == self.shards
+
+    def count_whole(self) -> None:
+        """Keep the shards that earlier runs wrote, and count their unreadable pictures."""
+        for shard in range(self.shards):
+            if _is_whole(self.path, shard, self.say):
+                self.done.add(shard)
+                self.kept += 1
+                side = sidecar(self.path, shard)
+                self.bad += len(side.get("bad_images", ())) if side is not None else 0
+
+    def write_free(self) -> bool:
+        """Write each missing shard that no other process is writing; whether any got done, here or elsewhere."""
+        before = len(self.done)
+        for shard in range(self.shards):
+            if shard in self.done:
+                continue
+            if sidecar(self.path, shard) is not None and _is_whole(self.path, shard, self.say):
+                self.done.add(shard)  # another process was faster
+                continue
+            with lease(self.path / f"shard-{shard:05d}.lease", self.lease_seconds) as beat:
+                if beat is not None and sidecar(self.path, shard) is None:
+                    self._write(shard, beat)
+        return len(self.done) > before
+
+    def _write(self, shard: int, beat: Callable[[], None]) -> None:
+        start = time.monotonic()
+        _sweep(self.path, shard)
+        try:
+            self.bad += write_shard(self.path, shard, manifest=self.manifest, embedder=self.embedder, beat=beat)
+        except FileNotFoundError:
+            # Our lease went stale, and the process that took it over swept our temporary file away.
+            self.say(f"shard {shard} was taken over by another process")
+            return
+        self.refuse_many_bad()
+        self.written += 1
+        self.done.add(shard)
+        rows = len(rows_of(self.manifest, shard))
+        took = max(time.monotonic() - start, 1e-9)
+        self.say(
+            f"shard {len(self.done)}/{self.shards}: {rows} pictures in {took:.1f} s ({rows / took:.2f} pictures/s)"
         )
+
+    def refuse_many_bad(self) -> None:
+        """Stop when more pictures than a few are unreadable, also where an earlier run met them."""
+        pictures = len(self.embedder.source)
+        if self.bad > max(1, int(BAD_IMAGE_SHARE * pictures)):
+            raise UserError(
+                f"{self.path}: {self.bad} of {pictures} pictures cannot be read, more than {BAD_IMAGE_SHARE:.0%}; they "
+                "are listed in the shard-*.json files"
+            )
 
 
 def plan_line(
@@ -209,21 +227,26 @@ def plan_line(
     root: Path | None = None,
 ) -> str:
     """Size and time in one line; the time is that of the second of two pictures (the first one warms up)."""
-    plan = estimate(len(source), identity=identity, root=root)
-    settings = identity.settings
-    took = 0.0
-    for index in range(min(2, len(source))):
+    embedder = RegionEmbedder(
+        source=source, proposer=proposer, encoder=encoder, settings=identity.settings, batch_size=batch_size
+    )
+    return _plan_line(embedder, estimate(len(source), identity=identity, root=root), identity.dim)
+
+
+def _plan_line(embedder: RegionEmbedder, plan: Estimate, dim: int) -> str:
+    settings, took = embedder.settings, 0.0
+    for index in range(min(2, len(embedder.source))):
         start = time.perf_counter()
         try:
-            _, crops = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
+            _, crops = embedder.regions(index)
         except BadImageError:
             continue
-        embed_crops(encoder, crops, batch_size=batch_size, precision=settings.precision)
+        embed_crops(embedder.encoder, crops, batch_size=embedder.batch_size, precision=settings.precision)
         took = time.perf_counter() - start
     minutes = took * plan.missing_images / 60
     duration = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
     return (
-        f"{plan.images} pictures x {settings.proposals_per_image} proposals x {identity.dim} numbers: "
+        f"{plan.images} pictures x {settings.proposals_per_image} proposals x {dim} numbers: "
         f"{_human(plan.total_bytes)} in all; {plan.missing_images} pictures to go: {_human(plan.missing_bytes)}, "
         f"about {duration} for one process ({took:.2f} s per picture)"
     )
@@ -243,109 +266,6 @@ def remove_store(root: str | os.PathLike[str]) -> None:
     for pattern in ("shard-*", "images-*.json", ".*.tmp"):
         for file in path.glob(pattern):
             file.unlink(missing_ok=True)
-
-
-def _regions_of(
-    index: int, *, source: ImageSource, proposer: Proposer, encoder: RegionEncoder, settings: StoreSettings
-) -> tuple[Proposals, torch.Tensor]:
-    image = source.image(index)
-    if isinstance(proposer, PositionProposer):
-        boxes, scores = proposer.propose_at(index)
-    else:
-        boxes, scores = proposer.propose(image, top=settings.proposals_per_image)
-    proposals = select_proposals(
-        boxes,
-        scores,
-        width=image.shape[1],
-        height=image.shape[0],
-        top=settings.proposals_per_image,
-        min_side=settings.min_side,
-    )
-    crops = crop_regions(
-        image,
-        proposals.boxes,
-        size=settings.crop_size,
-        scales=settings.scales,
-        mode=settings.crop_mode,
-        border=settings.border,
-        fill=encoder.image_mean,
-        resample=settings.resample,
-    )
-    return proposals, crops
-
-
-def _write_shard(
-    path: Path,
-    shard: int,
-    *,
-    manifest: Manifest,
-    source: ImageSource,
-    proposer: Proposer,
-    encoder: RegionEncoder,
-    settings: StoreSettings,
-    batch_size: int,
-    beat: Callable[[], None],
-) -> int:
-    rows = rows_of(manifest, shard)
-    top, dim = settings.proposals_per_image, int(manifest["dim"])
-    tensors = {
-        "embeddings": torch.zeros(len(rows), top, dim, dtype=torch.float16),
-        "boxes": torch.zeros(len(rows), top, 4),
-        "scores": torch.zeros(len(rows), top),
-        "valid": torch.zeros(len(rows), dtype=torch.int64),
-    }
-    flat = tensors["embeddings"].view(-1, dim)
-    boxes_per_batch = max(1, batch_size // len(settings.scales))
-    crops: list[torch.Tensor] = []
-    slots: list[int] = []
-    bad: list[tuple[ImageId, str]] = []
-
-    def flush(every: bool) -> None:
-        nonlocal crops, slots
-        waiting = torch.cat(crops) if crops else torch.zeros(0)
-        while len(slots) >= boxes_per_batch or (every and slots):
-            batch, waiting = waiting[:boxes_per_batch], waiting[boxes_per_batch:]
-            rows_of_batch, slots = slots[:boxes_per_batch], slots[boxes_per_batch:]
-            embedded = embed_crops(
-                encoder,
-                batch,
-                normalise_each=settings.normalise_each,
-                batch_size=boxes_per_batch * len(settings.scales),
-                precision=settings.precision,
-            )
-            flat[torch.tensor(rows_of_batch)] = embedded.to(torch.float16)
-            beat()
-        crops = [waiting] if len(waiting) else []
-
-    for row, index in enumerate(rows):
-        try:
-            proposals, cut = _regions_of(index, source=source, proposer=proposer, encoder=encoder, settings=settings)
-        except BadImageError as error:
-            bad.append((source.ids[index], error.reason))
-            continue
-        beat()
-        count = len(proposals.boxes)
-        tensors["boxes"][row, :count] = torch.from_numpy(proposals.boxes)
-        tensors["scores"][row, :count] = torch.from_numpy(proposals.scores)
-        tensors["valid"][row] = count
-        if count:
-            crops.append(cut)
-            slots.extend(range(row * top, row * top + count))
-        if len(slots) >= boxes_per_batch:
-            flush(every=False)
-    flush(every=True)
-
-    # One key of metadata: safetensors writes several in random order. Its own file writer makes files private (0600).
-    data = save(tensors, metadata={"format": FORMAT})
-    digest, size = hashlib.sha256(data).hexdigest(), len(data)
-    temporary = path / f".shard-{shard:05d}.safetensors.{uuid.uuid4().hex}.tmp"
-    temporary.write_bytes(data)
-    flush_to_disk(temporary)
-    os.replace(temporary, shard_path(path, shard))
-    flush_to_disk(path)
-    counts = {"images": len(rows), "regions": int(tensors["valid"].sum())}
-    write_json(sidecar_path(path, shard), {"sha256": digest, "bytes": size, **counts, "bad_images": bad})
-    return len(bad)
 
 
 def _create(path: Path, *, source: ImageSource, identity: Identity) -> Manifest:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT8 for an export (needs the package onnx): convolutions of the proposal network, of branches of own classes and of
-the image tower, with the ranges that their activations have on some photos.
+"""INT8 for an export (needs the package onnx): convolutions of the proposal network, of its branches and of the image
+tower, with the ranges that their activations have on some photos.
 
 Static quantisation of ONNX Runtime: weights in 8 bits for each output channel, activations in 8 bits for each tensor.
 Of each graph the first convolution, which sees pixels, and those after which no other comes, whose outputs are the
@@ -29,7 +29,7 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
-    from ovd.modeling.export import OwnClassesCard
+    from ovd.modeling.export import FinetunedCard
 
 MOST = 64
 """Photos that are looked at; more change no range that matters, and take time."""
@@ -37,14 +37,14 @@ QUANTISED = ("Conv", "LeakyRelu", "Relu", "Clip", "Add", "Concat", "MaxPool", "R
 
 
 def quantise(
-    folder: Path, card: RuntimeCard, own: Sequence[OwnClassesCard], photos: Sequence[NDArray[np.uint8]]
+    folder: Path, card: RuntimeCard, finetuned: Sequence[FinetunedCard], photos: Sequence[NDArray[np.uint8]]
 ) -> None:
     """Replace graphs of an export by quantised ones.
 
     Args:
         folder: of the export.
         card: its card.
-        own: branches of own classes on the detector's card.
+        finetuned: branches of fine-tuned classes on the detector's card.
         photos: (H, W, 3) RGB, like those that the detector is for.
 
     Raises:
@@ -57,7 +57,7 @@ def quantise(
     cells = [pixels_for_cells(photo, card) for side in card.proposal_sides for photo in small(side)]
     _quantise(folder / PROPOSALS, cells)
     _quantise(folder / TOWER, [pixels_for_tower(photo, card) for photo in small(card.side)])
-    for branch in own:
+    for branch in finetuned:
         _quantise(folder / branch_graph(branch), [pixels_for_cells(photo, card) for photo in small(branch.side)])
 
 

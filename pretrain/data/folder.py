@@ -242,7 +242,7 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
     return listing
 
 
-def look_for(names: Iterable[str | Path], folder: Path, *, where: str | Path, allowed: float = 0.0) -> str | None:
+def require_files(names: Iterable[str | Path], folder: Path, *, where: str | Path, allowed: float = 0.0) -> str | None:
     """Look for the pictures of a list before work on them begins, not hours later at its end.
 
     Args:

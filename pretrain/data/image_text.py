@@ -22,7 +22,7 @@ from pretrain.config import CaptionedConfig, CaptionedShards, CaptionTable, Coco
 from pretrain.data.coco import read_captions
 from pretrain.data.crops import resized
 from pretrain.data.dice import Dice
-from pretrain.data.folder import U8, look_for, read_image
+from pretrain.data.folder import U8, read_image, require_files
 from pretrain.data.images import Pictures, ShardSet
 from pretrain.data.pairs import PairSource
 from pretrain.engine.distributed import is_main
@@ -142,7 +142,7 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
 
 def _warn_of_missing(names: Iterable[str], folder: Path, *, where: str) -> None:
     """Warn of a few pictures that are missing, which the loop passes over; refuse more."""
-    missing = look_for(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED)
+    missing = require_files(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED)
     if missing and is_main():
         print(f"warning: {missing}", file=sys.stderr)
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from pretrain.config_photos import PhotoWords
 from pretrain.data.coco import GroundTruth, read_ground_truth
-from pretrain.data.folder import U8, look_for, read_image
+from pretrain.data.folder import U8, read_image, require_files
 from pretrain.data.lexicon import Lexicon, read_lexicon
 from pretrain.data.pairs import PairSource
 from pretrain.data.render import Dice
@@ -151,7 +151,7 @@ def read_photo_words(config: PhotoWords) -> Words:
     if not items:
         raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
     names = dict.fromkeys(os.path.relpath(item.file, config.images) for item in items)
-    if missing := look_for(names, config.images, where="data", allowed=BAD_IMAGES_ALLOWED):
+    if missing := require_files(names, config.images, where="data", allowed=BAD_IMAGES_ALLOWED):
         print(f"warning: {missing}", file=sys.stderr)
     spelt: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     keys = [lexicon.meaning(item.word) or item.word for item in items]

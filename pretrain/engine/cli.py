@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
+
+from pydantic.fields import FieldInfo
 
 from pretrain.engine.config import (
     ConfigChoice,
@@ -67,69 +69,108 @@ def command_line(
         SystemExit: 0, after ``--help``, ``--help-all`` or ``--print-config``.
     """
     fields = dict(model.walk() if isinstance(model, ConfigChoice) else walk(model))
-    switches = ("print-config", *flags)
-    problems: list[str] = []
-    overrides: list[str] = []
-    seen: set[str] = set()
-    config: str | None = None
-    wants_help, everything, section = False, False, None
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
-        key = name.replace("-", "_")
-        if argument in ("-h", "--help", "--help-all"):
-            wants_help, everything = True, everything or argument == "--help-all"
-            if rest and not rest[0].startswith("-") and "=" not in rest[0]:
-                section = rest.pop(0)
-        elif not argument.startswith("-"):
-            if equals:
-                overrides.append(argument)
-            elif argument.endswith((".yaml", ".yml")):
-                problems.append(f"'{argument}': name the file with --config {argument}")
-            else:
-                problems.append(f"'{argument}': expected key=value or a flag; see --help")
-        elif argument.startswith("--") and not equals and name in switches:
-            seen.add(key)
-        elif argument.startswith("--") and (name == "config" or key in fields):
-            if not equals and name != "config" and fields[key].annotation is bool:
-                value = "true"
-            elif not equals and (not rest or rest[0].startswith("--")):
-                problems.append(f"{argument} needs a value" + (": a YAML file" if name == "config" else ""))
-                continue
-            elif not equals:
-                value = rest.pop(0)
-            if name != "config":
-                overrides.append(f"{key}={value}")
-            elif config is not None:
-                problems.append("--config is given twice; let one file inherit from the other with 'base:'")
-            else:
-                config = value
+    given = _Arguments.read(argv, fields=fields, switches=("print-config", *flags))
+    config = default_config if given.config is None else given.config
+    if given.wants_help:
+        chosen = _chosen(model, config, given.overrides)
+        if given.section is not None:
+            print(describe(chosen, given.section))
         else:
-            hint = did_you_mean(
-                argument, [f"--{known}" for known in ("help", "help-all", "config", *switches, *fields)]
-            )
-            problems.append(f"unknown flag '{argument}'{hint or '; see --help'}")
-            if rest and not rest[0].startswith("-") and "=" not in rest[0]:
-                rest.pop(0)  # most likely its value: one mistake, one problem
-    if config is None:
-        config = default_config
-    if wants_help:
-        shown = _chosen(model, config, overrides)
-        print(
-            _help(shown, prog, doc, default_config, flags, everything) if section is None else describe(shown, section)
-        )
+            print(_help(chosen, prog, doc, default_config, flags, given.everything))
         raise SystemExit(0)
-    if {"resume", "overwrite"} <= seen:
-        problems.append("--resume and --overwrite exclude each other")
-    if problems:
-        raise ConfigError(problems)
-    cfg = load_config(model, config, overrides)
-    options = Options(**dict.fromkeys(seen, True), config=config)
+    if {"resume", "overwrite"} <= given.switches:
+        given.problems.append("--resume and --overwrite exclude each other")
+    if given.problems:
+        raise ConfigError(given.problems)
+    cfg = load_config(model, config, given.overrides)
+    options = Options(**dict.fromkeys(given.switches, True), config=config)
     if options.print_config:
         print(f"{dump_config(cfg)}# hash of the training keys: {config_hash(cfg)}")
         raise SystemExit(0)
     return cfg, options
+
+
+@dataclass(kw_only=True)
+class _Arguments:
+    """The arguments of a command, sorted.
+
+    Attributes:
+        config: of ``--config``.
+        overrides: ``key=value``.
+        switches: flags without a value that are given, as names of `Options`.
+        wants_help, everything, section: ``--help`` or ``--help-all``; all keys; the section that is named.
+        problems: what is wrong.
+    """
+
+    config: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    switches: set[str] = field(default_factory=set)
+    wants_help: bool = False
+    everything: bool = False
+    section: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, argv: Sequence[str], *, fields: Mapping[str, FieldInfo], switches: Sequence[str]) -> _Arguments:
+        """Sort the arguments.
+
+        Args:
+            argv: they.
+            fields: of the configuration, by dotted key.
+            switches: flags without a value.
+        """
+        given, rest = cls(), list(argv)
+        while rest:
+            argument = rest.pop(0)
+            name, equals, _ = argument.removeprefix("--").partition("=")
+            if argument in ("-h", "--help", "--help-all"):
+                given._help(argument, rest)
+            elif not argument.startswith("-"):
+                given._override(argument)
+            elif argument.startswith("--") and not equals and name in switches:
+                given.switches.add(name.replace("-", "_"))
+            elif argument.startswith("--") and (name == "config" or name.replace("-", "_") in fields):
+                given._key(argument, rest, fields)
+            else:
+                given._unknown(argument, rest, ("help", "help-all", "config", *switches, *fields))
+        return given
+
+    def _help(self, argument: str, rest: list[str]) -> None:
+        self.wants_help, self.everything = True, self.everything or argument == "--help-all"
+        if rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            self.section = rest.pop(0)
+
+    def _override(self, argument: str) -> None:
+        if "=" in argument:
+            self.overrides.append(argument)
+        elif argument.endswith((".yaml", ".yml")):
+            self.problems.append(f"'{argument}': name the file with --config {argument}")
+        else:
+            self.problems.append(f"'{argument}': expected key=value or a flag; see --help")
+
+    def _key(self, argument: str, rest: list[str], fields: Mapping[str, FieldInfo]) -> None:
+        """``--config FILE``, ``--key VALUE`` or ``--key=VALUE``; a key that is true or false needs no value."""
+        name, equals, value = argument.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if not equals and name != "config" and fields[key].annotation is bool:
+            value = "true"
+        elif not equals and (not rest or rest[0].startswith("--")):
+            self.problems.append(f"{argument} needs a value" + (": a YAML file" if name == "config" else ""))
+            return
+        elif not equals:
+            value = rest.pop(0)
+        if name != "config":
+            self.overrides.append(f"{key}={value}")
+        elif self.config is not None:
+            self.problems.append("--config is given twice; let one file inherit from the other with 'base:'")
+        else:
+            self.config = value
+
+    def _unknown(self, argument: str, rest: list[str], known: Sequence[str]) -> None:
+        hint = did_you_mean(argument, [f"--{name}" for name in known])
+        self.problems.append(f"unknown flag '{argument}'{hint or '; see --help'}")
+        if rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            rest.pop(0)  # most likely its value: one mistake, one problem
 
 
 def _chosen(

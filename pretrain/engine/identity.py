@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 from pretrain.engine.files import sha256_of
 
 WHOLE = 1 << 28  # bytes of all files together up to which they are hashed whole; about a second
-LOOKED_AT = 256  # files of larger data whose content is hashed
+HASHED_FILES = 256  # files of larger data whose content is hashed
 PIECE = 1 << 16  # bytes of each: from its beginning, its middle and its end
 TIMES = " (times of change)"
 """Behind a name: what may differ between two copies of the same data. A resumed run warns of it."""
@@ -68,7 +68,7 @@ def files_identity(what: str, root: Path, names: Sequence[str]) -> dict[str, str
         digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
         times.update(f"{changed}\n".encode())
     whole = sum(size for size in sizes if size > 0) <= WHOLE
-    count = len(names) if whole else min(LOOKED_AT, len(names))
+    count = len(names) if whole else min(HASHED_FILES, len(names))
     for number in range(count):
         index = number * len(names) // count
         if sizes[index] > 0:

@@ -20,9 +20,9 @@ from pretrain.data.folder import (
     MAX_PIXELS,
     find_images,
     list_images,
-    look_for,
     pixel_limit,
     read_image,
+    require_files,
 )  # fmt: skip
 from pretrain.engine.errors import BadImageError, UserError
 
@@ -321,7 +321,7 @@ def test_a_list_of_pictures_is_looked_for_before_the_work(
     names = [f"{number}.png" for number in range(100)]
     for name in names[:there]:
         (tmp_path / name).touch()
-    answer = look_for(names, tmp_path, where="list.json", allowed=allowed)
+    answer = require_files(names, tmp_path, where="list.json", allowed=allowed)
     assert (answer is None) == (said is None) and (said or "") in (answer or "")
 
 
@@ -333,4 +333,4 @@ def test_too_many_missing_pictures_are_refused_with_the_first(tmp_path: Path, th
     with pytest.raises(
         UserError, match=rf"list\.json: {100 - there} of its 100 pictures .* such as .*/{there}\.png; is"
     ):
-        look_for(names, tmp_path, where="list.json", allowed=allowed)
+        require_files(names, tmp_path, where="list.json", allowed=allowed)

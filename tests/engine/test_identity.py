@@ -57,7 +57,7 @@ def test_of_large_data_names_sizes_and_a_sample_are_compared_and_times_told_apar
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(identity, "WHOLE", 100)
-    monkeypatch.setattr(identity, "LOOKED_AT", 3)
+    monkeypatch.setattr(identity, "HASHED_FILES", 3)
     before = files_identity("pictures", folder, NAMES)
     assert list(before) == ["pictures", "pictures" + TIMES]
     os.utime(folder / "1.png")

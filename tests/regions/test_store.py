@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovd.regions import writer
+from ovd.regions import shard, writer
 from ovd.regions.crops import embed_regions
 from ovd.regions.layout import Identity, StoreSettings
 from ovd.regions.proposals import GroundTruthProposer, select_proposals
@@ -311,7 +311,7 @@ def test_dying_inside_a_write_costs_only_that_shard(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     root, calls = tmp_path / "s", 0
-    owner: Any = {"os.replace": writer.os, "write_bytes": Path}.get(point, writer)
+    owner: Any = {"os.replace": shard.os, "write_bytes": Path}.get(point, shard)
     name = point.removeprefix("os.")
     original = getattr(owner, name)
 
