@@ -29,7 +29,7 @@ from pretrain.engine.flags import CommandParser
 
 Level = Literal["ok", "note", "WRONG"]
 ROOT = Path(__file__).resolve().parent.parent
-SETUP = "run `make setup` (or `make demo`) in the repository"
+SETUP = "run `make setup` in the repository"
 
 # Distribution names of what the code imports directly.
 LIGHT_PACKAGES = (

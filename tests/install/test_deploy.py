@@ -29,15 +29,24 @@ def test_what_the_image_is_made_of_is_there_and_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     copied = [words[:-1] for line in instructions("COPY") if (words := line.split())[0][:6] != "--from"]
     names = [name for words in copied for name in words]
-    assert {"app.py", "ovd", "pretrain", "weights", "datasets", "requirements.lock"} <= set(names)
+    assert {"ovd", "pretrain", "weights", "requirements-light.lock"} <= set(names)
     assert [name for name in names if not (ROOT / name).exists() or name.split("/")[0] in ignored] == []
+    scripts = re.findall(r"python (scripts/\S+)", DOCKERFILE)
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
 
 
-def test_the_image_pins_torch_as_the_lock_file_does() -> None:
-    pattern = re.search(r"grep -E '([^']+)' requirements\.lock", DOCKERFILE)
-    assert pattern is not None
-    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if re.match(pattern[1], line)]
-    assert [line.partition("==")[0] for line in lines] == ["torch", "torchvision"]
+def test_the_light_lock_file_is_a_part_of_the_other_without_torch() -> None:
+    def pins(name: str) -> set[str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return {line.split()[0].partition(";")[0].lower() for line in lines if line and line[0] not in "#-"}
+
+    light, whole = pins("requirements-light.lock"), pins("requirements.lock")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = \[(.+?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert listed is not None and light <= whole
+    needed = set(re.findall(r'^    "([a-z-]+)', listed[1], re.MULTILINE))
+    names = {pin.partition("==")[0] for pin in light}
+    assert needed <= names and not names & {"torch", "torchvision", "open-clip-torch", "triton"}
 
 
 def test_container_and_service_start_the_page_with_flags_that_it_has() -> None:
