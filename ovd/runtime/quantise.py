@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MOST = 64
 """Photos that are looked at; more change no range that matters, and take time."""
+SEEN = 1024
+"""Longest side, in pixels, at which they are held in memory; the networks look at smaller ones."""
 QUANTISED = ("Conv", "LeakyRelu", "Relu", "Clip", "Add", "Concat", "MaxPool", "Resize")
 
 
@@ -62,14 +64,18 @@ def quantise(
 
 
 def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
-    """Up to `MOST` photos of a folder and those in it, evenly from all.
+    """Up to `MOST` photos of a folder and those in it, evenly from all, none larger than `SEEN`.
 
     Raises:
         UserError: no such folder, no photo in it, or one that cannot be read.
     """
     files = list_images(folder)
     step = max(1, len(files) / MOST)
-    return [read_image(files[int(i * step)]) for i in range(min(len(files), MOST))]
+    photos = []
+    for number in range(min(len(files), MOST)):
+        photo = read_image(files[int(number * step)])
+        photos.append(resized(photo, min(1, SEEN / max(photo.shape[:2]))))
+    return photos
 
 
 def _quantise(file: Path, inputs: Sequence[Floats]) -> None:
@@ -121,7 +127,8 @@ def _folded(file: Path, target: Path) -> onnx.ModelProto:
 def _kept(graph: onnx.GraphProto) -> list[str]:
     """Names of the convolutions that stay in single precision: the first, and those without another one after them."""
     first = [node.name for node in graph.node if node.op_type == "Conv" and node.input[0] == graph.input[0].name]
-    last, leading = [], set()  # tensors from which a convolution is reached
+    last: list[str] = []
+    leading: set[str] = set()  # tensors from which a convolution is reached
     for node in reversed(graph.node):  # in the order of their computation, backwards
         reaches = any(name in leading for name in node.output)
         if node.op_type == "Conv" and not reaches:
