@@ -8,18 +8,20 @@
 
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=""
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_USE_PEP517=1
 WORKDIR /wordbox
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 # Packages first: they change seldom, and their layer is kept.
 COPY requirements.lock ./
+# torch from another index has other hashes than the lock file's, so that pair goes in by version; nothing else does.
 RUN if [ -n "$TORCH_INDEX" ]; then \
-        grep -E '^(torch|torchvision)==' requirements.lock > torch.lock \
-        && pip install --index-url "$TORCH_INDEX" -r torch.lock \
+        pip install --no-deps --index-url "$TORCH_INDEX" $(grep -oE '^(torch|torchvision)==[^ ]+' requirements.lock) \
         && grep -vE '^(nvidia-|cuda-|triton)' requirements.lock > packages.lock; \
     else cp requirements.lock packages.lock; fi \
-    && pip install -r packages.lock
+    && grep '^setuptools==' packages.lock > setuptools.lock \
+    && pip install --require-hashes --no-deps -r setuptools.lock \
+    && pip install --require-hashes --no-build-isolation -r packages.lock
 COPY scripts/build_detectron2.py scripts/
 RUN python scripts/build_detectron2.py
 COPY pyproject.toml README.md LICENSE NOTICE app.py ./

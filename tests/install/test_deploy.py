@@ -34,10 +34,12 @@ def test_what_the_image_is_made_of_is_there_and_not_ignored() -> None:
 
 
 def test_the_image_pins_torch_as_the_lock_file_does() -> None:
-    pattern = re.search(r"grep -E '([^']+)' requirements\.lock", DOCKERFILE)
+    pattern = re.search(r"grep -oE '([^']+)' requirements\.lock", DOCKERFILE)
     assert pattern is not None
     lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if re.match(pattern[1], line)]
     assert [line.partition("==")[0] for line in lines] == ["torch", "torchvision"]
+    unhashed = [match[0] for line in lines if (match := re.match(pattern[1], line))]
+    assert all(re.fullmatch(r"\w+==[\d.]+", pin) for pin in unhashed)
 
 
 def test_container_and_service_start_the_page_with_flags_that_it_has() -> None:
