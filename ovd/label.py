@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"none of the {len(files)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
     write_labels(found, out, options.format, place=options.place)
     page = contact_sheet(found, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold))
-    write_atomically(out / SHEET, page.encode())
+    write_atomically(out / SHEET, page.encode(errors="backslashreplace"))  # names on disk may be no UTF-8
     print(summary(found))
     print(f"{options.format} data set in {out}; look through {out / SHEET} before you train on it")
     return 1 if failed else 0
