@@ -13,7 +13,7 @@ RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 # Packages first: they change seldom, and their layer is kept. Their tests are a tenth of them.
 COPY requirements-light.lock ./
-RUN pip install --no-compile --no-deps -r requirements-light.lock \
+RUN pip install --no-compile --require-hashes --no-deps -r requirements-light.lock \
     && find /venv -type d -name tests -prune -exec rm -rf {} +
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY scripts scripts

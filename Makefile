@@ -77,26 +77,32 @@ $(VENV)/.python $(LIGHT)/.python:
 	@"$(PYTHON)" -m venv --clear $(@D) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@touch $@
 
+# Every file must have a hash of the lock file, and what builds the three packages that have no wheel is a locked file
+# too: without --no-build-isolation pip would fetch the newest setuptools for it, unchecked.
+LOCKED := PIP_USE_PEP517=1 $(PIP) install --require-hashes --no-build-isolation
+
 $(VENV)/.installed: $(VENV)/.python requirements.lock pyproject.toml scripts/build_detectron2.py
-	$(PIP) install -r requirements.lock
+	grep '^setuptools==' requirements.lock > $(VENV)/setuptools.lock
+	$(LOCKED) --no-deps -r $(VENV)/setuptools.lock
+	$(LOCKED) -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --quiet --editable .
 	$(BIN)/python scripts/build_detectron2.py
 	@touch $@
 
 # The graphs of the default detector are put together from its weights, which takes a second.
 $(LIGHT)/.installed: $(LIGHT)/.python requirements-light.lock pyproject.toml weights/vild-photo-graphs.zip
-	$(LIGHT)/bin/python -m pip --disable-pip-version-check --no-input install --no-deps -r requirements-light.lock
+	$(LIGHT)/bin/python -m pip --disable-pip-version-check --no-input install --require-hashes --no-deps -r requirements-light.lock
 	$(LIGHT)/bin/python -m pip --disable-pip-version-check --no-input install --no-deps --no-build-isolation --quiet --editable .
 	$(LIGHT)/bin/python -m ovd.export
 	@touch $@
 
 # --no-deps: the lock file is complete, and leaves out the second OpenCV that trackers asks for.
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
-	$(PIP) install --no-deps -r requirements-dev.lock
+	$(LOCKED) --no-deps -r requirements-dev.lock
 	@touch $@
 
 $(VENV)/.installed-rebuild: $(VENV)/.installed requirements-rebuild.lock
-	$(PIP) install -r requirements-rebuild.lock
+	$(LOCKED) -r requirements-rebuild.lock
 	@touch $@
 
 clean:

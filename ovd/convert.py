@@ -14,6 +14,7 @@ and VOC, the second half of a pixel in VOC.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 from ovd.formats.names import DATASET_FORMATS, FORMATS
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
     out: Path = options.out
     if out.exists() and not (out.is_dir() and (options.overwrite or not any(out.iterdir()))):
         raise UserError(f"{out}: is not empty. Give another --out, or --overwrite to write into it")
+    from ovd.formats.labels import PARTS
     from ovd.formats.read import read_labels
     from ovd.formats.shapes import labelled_pictures
     from ovd.formats.write import write_labels
@@ -66,6 +68,11 @@ def main(argv: list[str]) -> int:
     crowds = sum(shape.crowd for picture in labelled.pictures for shape in picture.shapes)
     if crowds and options.to.startswith("yolo"):
         print(f"warning: {crowds} crowds (or difficult objects) are left out: YOLO knows none", file=sys.stderr)
+    parts = Counter(picture.part for picture in labelled.pictures)
+    unlisted = {part: count for part, count in parts.items() if part not in PARTS}
+    if options.to.startswith("yolo") and unlisted and len(unlisted) < len(parts):
+        named = ", ".join(f"{count} of {part or 'no part'}" for part, count in unlisted.items())
+        print(f"warning: not in data.yaml, which has train, val and test: {named} (--part chooses)", file=sys.stderr)
     write_labels(labelled, out, options.to, place=options.pictures)
     objects = sum(len(picture.shapes) for picture in labelled.pictures)
     print(

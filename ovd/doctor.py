@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -111,9 +112,8 @@ def _locked_versions(lock: Path) -> dict[str, set[str]]:
     """The versions a lock file pins, by normalised name (several when markers distinguish Pythons)."""
     locked: dict[str, set[str]] = {}
     for line in lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else ():
-        name, equals, rest = line.partition("==")
-        if equals and not line.startswith("#"):
-            locked.setdefault(_normalised(name), set()).add(rest.partition(";")[0].strip())
+        if pin := re.match(r"([\w.-]+)==([^\s;]+)", line):
+            locked.setdefault(_normalised(pin[1]), set()).add(pin[2])
     return locked
 
 

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     page = contact_sheet(
         labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)
     )
-    write_atomically(out / SHEET, page.encode())
+    write_atomically(out / SHEET, page.encode(errors="backslashreplace"))  # names on disk may be no UTF-8
     print(summary(labelled))
     print(f"{options.format} data set in {out}; look through {out / SHEET} before you train on it")
     return 1 if failed else 0

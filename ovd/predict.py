@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from ovd.formats.names import FORMATS, parse_formats
 from ovd.predict_video import is_video, predict_videos
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
-from pretrain.engine.errors import BadImageError, UserError, run_cli, shorten
+from pretrain.engine.errors import BadImageError, UserError, on_one_line, run_cli, shorten
 from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser, integer
 
@@ -245,7 +245,7 @@ def predict(
             if "reason" in record:
                 failed.append({"file_name": name, "reason": record["reason"]})
             outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
-            print(f"[{number}/{len(files)}] {name}: {outcome}", flush=True)
+            print(on_one_line(f"[{number}/{len(files)}] {name}: {outcome}"), flush=True)
         _merge_parts(out, parts, names, query, failed)
     except OSError as problem:
         raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem

@@ -13,10 +13,15 @@ from pretrain.engine.errors import UserError
 
 EXTENSIONS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv")
 
+MOST_FRAMES = 0.9
+"""Share of the frames that a file says it has, which some only estimate: fewer, and its end is missing."""
+
 
 def is_video(text: str) -> bool:
     """Whether an argument names a video file, a stream, or a camera by its number."""
-    return text.lower().endswith(EXTENSIONS) or "://" in text or (text.isdecimal() and not Path(text).exists())
+    if text.lower().endswith(EXTENSIONS):
+        return not Path(text).is_dir()
+    return "://" in text or (text.isdecimal() and not Path(text).exists())
 
 
 def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
@@ -65,6 +70,12 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
                 masks=options.masks,
                 say=progress,
             )
+            if done < MOST_FRAMES * (source.frames or 0):
+                print(
+                    f"warning: {source.name}: ends after {done} of the {source.frames} frames that it should "
+                    "have: it is cut off or damaged",
+                    file=sys.stderr,
+                )
             print(f"{source.name}: {done} frames, see {options.out / source.name}.jsonl", flush=True)
     finally:
         for source in opened:

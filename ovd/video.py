@@ -8,6 +8,7 @@ written in fragments: whatever ends the command, what was written plays.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ class Source:
         camera = text.isdecimal() and not Path(text).exists()
         if not camera and "://" not in text and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below, in one line
         capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
         if not capture.isOpened():
             kind = f"camera {text}" if camera else text
@@ -123,6 +125,8 @@ class VideoWriter:
         from fractions import Fraction
 
         height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2  # H.264 wants even sides
+        if not height or not width:
+            raise UserError("a video of one pixel's height or width cannot be written: give --no-draw")
         if self._stream is None:
             self._stream = self._file.add_stream("libx264", rate=Fraction(self.rate).limit_denominator(1001))
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
@@ -232,7 +236,8 @@ def predict_video(
             "tracks": [one.summary(number) for number, one in sorted(tracks.items())],
         }  # fmt: skip
         write_atomically(
-            out / f"{source.name}.json", (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode()
+            out / f"{source.name}.json",
+            (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"),
         )
     if not done:
         raise UserError(f"{source.name}: holds no frame that can be read")

@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ovd.plain_yaml import read_plain_yaml
 from ovd.words import MINUS, cleaned, listed, with_plain_separators
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
@@ -330,7 +329,7 @@ class Vocabulary:
             if source.suffix.lower() != ".json":
                 raise UserError("holds no list of class names: give a list, or names: [dog, cat] as YOLO's data.yaml")
             return cls._from_record(record)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
             reason = " ".join(str(problem).split())
             raise UserError(f"{source}: not a vocabulary file ({FILE_FORMAT}): {reason}") from problem
         except UserError as problem:
@@ -362,7 +361,7 @@ def _parsed(text: str, suffix: str) -> Any:
     """Content of a ``.json`` or ``.yaml`` file; None for text files."""
     if suffix == ".json":
         return json.loads(text)
-    return yaml.safe_load(text) if suffix in (".yaml", ".yml") else None
+    return read_plain_yaml(text) if suffix in (".yaml", ".yml") else None
 
 
 def _is_record(record: object) -> bool:

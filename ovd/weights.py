@@ -25,7 +25,7 @@ from typing import Any, TypedDict, cast
 
 from ovd.runtime.files import read_runtime_card
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
-from pretrain.engine.files import EXPORTED, read_json, sha256_of, write_atomically
+from pretrain.engine.files import EXPORTED, read_json, read_text, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -276,7 +276,7 @@ def read_model_card(folder: Path) -> ModelCard:
         card.update(cast(ModelCard, stored))
     text = folder / "card.md"
     if text.is_file():
-        card["text"] = text.read_text(encoding="utf-8")
+        card["text"] = read_text(text)
         if "purpose" not in card and (match := _PURPOSE.search(card["text"])):
             card["purpose"] = " ".join(match.group(1).split())
     weights = folder / "model.safetensors"

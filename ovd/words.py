@@ -8,6 +8,7 @@ otherwise make it another class with another score.
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 
 from pretrain.engine.errors import UserError
@@ -32,6 +33,10 @@ _EMOJI_PARTS = re.compile("[\u200d\ufe0e\ufe0f\u20e3\U000e0020-\U000e007f]")
 _EMOJI_KINDS = ("So", "Sk")
 
 
+# Letters and digits as wide as a Chinese character, as keyboards of East Asia type them.
+_FULL_WIDTH = {0xFEE0 + ord(c): c for c in string.ascii_letters + string.digits}
+
+
 def with_plain_separators(text: str) -> str:
     """The text with the commas, semicolons and colons of all scripts written as ``,``, ``;`` and ``:``."""
     return text.translate(_SEPARATORS)
@@ -43,7 +48,7 @@ def cleaned(text: str) -> str:
     Joiners and selectors stay where they mean something: inside emoji, and joiners between the letters of scripts that
     join (Arabic, Indic).
     """
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)
     if _INVISIBLE.search(text):
         text = "".join(c for i, c in enumerate(text) if not _INVISIBLE.match(c) or _means_something(text, i))
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") else c for c in text)
@@ -104,11 +109,17 @@ def listed(value: object, *, where: str) -> list[str] | None:
             names = [name for _, name in sorted(names.items(), key=lambda item: _number(item[0]))]
     elif not isinstance(value, list):
         return None
-    if not isinstance(names, list) or not all(type(name) in (str, int, float) for name in names):
+    if not isinstance(names, list) or not all(_is_name(name) for name in names):
         raise UserError(f'{where}: a list of class names must hold texts only, like ["dog", "cat"]')
     return [str(name) for name in names]
 
 
+def _is_name(name: object) -> bool:
+    return type(name) in (int, float) or (isinstance(name, str) and bool(name.strip()))
+
+
 def _number(key: object) -> float:
-    """The number that a class has in YOLO's table; what is none stands last."""
+    """The number that a class has in YOLO's table, which JSON writes as a text; what is none stands last."""
+    if isinstance(key, str) and key.isascii() and key.isdigit():
+        return int(key)
     return key if isinstance(key, int | float) else float("inf")

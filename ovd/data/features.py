@@ -71,14 +71,17 @@ class FeatureCache:
             batch: rows per call.
 
         Raises:
-            UserError: pictures of different shapes, or a disk that is full.
+            UserError: pictures of different shapes, a disk that is full, or a cache that was damaged.
         """
         name = hashlib.sha256(json.dumps([dict(key), count], sort_keys=True).encode()).hexdigest()[:16]
         target = folder / name
         if not (target / META).is_file():
             cls._write(target, key=key, count=count, compute=compute, batch=batch)
-        names = json.loads((target / META).read_text(encoding="utf-8"))["arrays"]
-        return cls({n: np.load(target / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names})
+        try:
+            names = json.loads((target / META).read_text(encoding="utf-8"))["arrays"]
+            return cls({n: np.load(target / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names})
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise UserError(f"cache {target}: is damaged ({error}); remove it, and it is computed again") from error
 
     @staticmethod
     def _write(

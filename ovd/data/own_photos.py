@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ovd.data.catalog import read_annotated, refuse_other_size
 from ovd.data.joined import corners_of, is_object
+from ovd.inference.everything import is_everything
 from ovd.pictures import resized, upright_size
 from ovd.vocabulary import Vocabulary
 from ovd.words import cleaned, name_key
@@ -143,7 +144,7 @@ class OwnPhotos:
             if not _can_be_typed(name):
                 self.notices.append(
                     f"{self.where}: class {name!r} cannot be typed as it stands; better rename it, without commas, "
-                    "colons, quotes or a minus in front"
+                    "colons, quotes or a minus in front, and not 'everything'"
                 )
 
     def __len__(self) -> int:
@@ -232,7 +233,7 @@ class OwnPhotos:
 def _can_be_typed(name: str) -> bool:
     """Whether the name, typed alone, asks for one class of this name."""
     try:
-        return Vocabulary.parse(name).names == (name,)
+        return Vocabulary.parse(name).names == (name,) and not is_everything(name)
     except UserError:
         return False
 

@@ -9,10 +9,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
-from xml.etree.ElementTree import Element, SubElement, indent, tostring
+from xml.etree.ElementTree import Element, SubElement
 
 from ovd.formats.labels import coco_categories
 from ovd.formats.shapes import LabelledPictures, Picture, Shape, joined, outlines
+from ovd.formats.xml import xml_document
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
@@ -96,7 +97,7 @@ def write_voc(labelled: LabelledPictures, out: Path, *, place: Place = "copy") -
         write_atomically(out / "Annotations" / f"{stem}.xml", _voc_file(picture, name))
     for part, listed in stems.items():
         if part:
-            write_atomically(out / "ImageSets" / "Main" / f"{part}.txt", "".join(f"{s}\n" for s in listed).encode())
+            write_atomically(out / "ImageSets/Main" / f"{part}.txt", os.fsencode("".join(f"{s}\n" for s in listed)))
 
 
 def _voc_file(picture: Picture, name: str) -> bytes:
@@ -113,8 +114,7 @@ def _voc_file(picture: Picture, name: str) -> bytes:
         corners = {"xmin": left, "ymin": top, "xmax": max(left, min(round(x2), width)),
                    "ymax": max(top, min(round(y2), height))}  # fmt: skip
         _texts(SubElement(element, "bndbox"), corners)
-    indent(root, " ")
-    return tostring(root, encoding="utf-8") + b"\n"
+    return xml_document(root)
 
 
 def _texts(parent: Element, values: Mapping[str, str | int]) -> None:

@@ -8,9 +8,10 @@ import io
 import json
 import os
 from pathlib import Path
-from xml.etree.ElementTree import Element, SubElement, indent, tostring
+from xml.etree.ElementTree import Element, SubElement
 
 from ovd.formats.shapes import LabelledPictures, Picture, Shape, outlines
+from ovd.formats.xml import xml_document
 from pretrain.engine.files import write_atomically
 
 CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
@@ -84,8 +85,7 @@ def write_cvat(labelled: LabelledPictures, out: Path) -> None:
             if not polygons:
                 corners = zip(("xtl", "ytl", "xbr", "ybr"), shape.box, strict=True)
                 SubElement(element, "box", {**common, **{key: f"{value:.2f}" for key, value in corners}})
-    indent(root, " ")
-    text = b'<?xml version="1.0" encoding="utf-8"?>\n' + tostring(root, encoding="utf-8") + b"\n"
+    text = b'<?xml version="1.0" encoding="utf-8"?>\n' + xml_document(root)
     write_atomically(out / "annotations.xml", text)
 
 
@@ -109,8 +109,7 @@ def write_label_studio(labelled: LabelledPictures, out: Path) -> None:
         group = SubElement(view, tag, {"name": name, "toName": "image"})
         for value in labelled.names:
             SubElement(group, "Label", {"value": value})
-    indent(view, " ")
-    write_atomically(out / "label_config.xml", tostring(view, encoding="utf-8") + b"\n")
+    write_atomically(out / "label_config.xml", xml_document(view))
 
 
 def _studio_results(shape: Shape, picture: Picture, number: int) -> list[dict[str, object]]:

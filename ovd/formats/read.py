@@ -41,6 +41,8 @@ def read_labels(
     path = Path(path)
     kind = kind or recognise(path)
     if kind == "yolo":
+        if images is not None:
+            raise UserError(f"{images}: {path} itself says where its pictures are; name no folder of pictures")
         return read_yolo(path, part=part, prefer=prefer)
     if kind == "voc":
         return read_voc(path, images=images, part=part, prefer=prefer)
@@ -117,8 +119,20 @@ def _read_coco(path: Path, images: Path | None, part: str | None, prefer: Sequen
 
 def _read_file(file: Path, images: Path | None) -> Labels:
     content = read_json(file, hint="expected a COCO annotation file")
+    if tool := _other_tool(content):
+        raise UserError(f"{file}: is {tool}, which is not read; export COCO, YOLO or Pascal VOC there")
     root = images if images is not None else _pictures_of(file, content)
     return Labels(content=content, root=root, kind="coco", where=str(file))
+
+
+def _other_tool(content: object) -> str | None:
+    """Whose labels these are, where they are in a form that is not read."""
+    if isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys():
+        return "a file of LabelMe's"
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, dict) and isinstance(first.get("data"), dict):
+        return "Label Studio's own JSON"
+    return None
 
 
 def _pictures_of(file: Path, content: object) -> Path:
@@ -129,7 +143,8 @@ def _pictures_of(file: Path, content: object) -> Path:
     name = truth.file_of(next(iter(truth.sizes)))
     part = file.name.partition(".")[0].removeprefix("instances_")
     above = file.parent.parent
-    tried = [file.parent, file.parent / "images", file.parent / part, above / part, above / "images", above]
+    tried = [file.parent, file.parent / "images", file.parent / part, above / part]
+    tried += [above / "images", above / "images" / part, above]
     root = next((folder for folder in tried if (folder / name).is_file()), None)
     if root is None:
         raise UserError(f"{file}: its picture {name} is not in {file.parent}; name the folder of the pictures")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_CONTROLS = re.compile("[\0-\x1f\x7f]")
 FINE = 2  # mask cells per pixel when its outline is followed: a quarter of a pixel is lost instead of a half
 
 
@@ -124,7 +126,7 @@ def labelled_pictures(labels: Labels, *, sources: Mapping[str, Path] | None = No
 
 def _target(file: str, part: str, taken: set[str]) -> str:
     """A file's path without the folders that stand for parts and pictures, and with a stem that is not taken."""
-    path = PurePosixPath(file)
+    path = PurePosixPath(_CONTROLS.sub("_", file))  # lists of files have a name a line
     folders = [name for name in path.parts[:-1] if name not in ("images", "JPEGImages", "..", "/")]
     if folders and PART_NAMES.get(folders[0]) == part:
         folders = folders[1:]

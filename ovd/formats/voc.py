@@ -9,7 +9,9 @@ after its last: x from ``xmin - 1`` to ``xmax``. Some tools count from 0; where 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.parsers import expat
@@ -49,7 +51,14 @@ def parse_xml(data: bytes) -> Element:
     Raises:
         ValueError: no XML, or a document type; ``LINE: what``.
     """
-    parser = expat.ParserCreate()
+    declared = re.match(rb"\s*<\?xml[^>]*?encoding=[\"']([\w.:-]+)", data)
+    if declared is not None:  # expat itself knows four encodings, and none of those that East Asian tools write
+        name = declared[1].decode("ascii")
+        try:
+            data = data.decode(name).encode()
+        except (LookupError, UnicodeError) as problem:
+            raise ValueError(f"1: is not in {name}, as it says; save it as UTF-8") from problem
+    parser = expat.ParserCreate("utf-8" if declared is not None else None)
     top = Element("", 0)
     stack = [top]
 
@@ -104,7 +113,7 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
     if not files:
         raise UserError(f"{path}: no XML files in Annotations/, train/, valid/, test/ or in the folder itself")
     notes = Notes(str(path))
-    parts = _parts(path, files)
+    parts = _parts(path, files, notes)
     root = path if path.name != "Annotations" else path.parent
     documents = [d for file in files if (d := _open(file, root, images, parts[file], notes)) is not None]
     notes.refuse()
@@ -137,13 +146,18 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
 def xml_files(path: Path) -> list[Path]:
     """The annotation files of a data set, in the order of its parts and names."""
     if (path / "Annotations").is_dir():
-        return sorted((path / "Annotations").rglob("*.xml"))
+        return _shown((path / "Annotations").rglob("*.xml"), path)
     below = [folder for name in PART_NAMES if (folder := path / name).is_dir()]
-    inside = [file for folder in below for file in sorted(folder.rglob("*.xml"))]
-    return inside or sorted(path.glob("*.xml"))
+    inside = [file for folder in below for file in _shown(folder.rglob("*.xml"), path)]
+    return inside or _shown(path.glob("*.xml"), path)
 
 
-def _parts(path: Path, files: Sequence[Path]) -> dict[Path, str]:
+def _shown(files: Iterable[Path], folder: Path) -> list[Path]:
+    """Sorted, without hidden files and folders (macOS's ``._a.xml``)."""
+    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+
+
+def _parts(path: Path, files: Sequence[Path], notes: Notes) -> dict[Path, str]:
     """The part of each file: the folder it lies in, or the list of ``ImageSets/Main`` that names it."""
     parts = {}
     for file in files:
@@ -153,9 +167,13 @@ def _parts(path: Path, files: Sequence[Path]) -> dict[Path, str]:
     by_name = {file.stem: file for file in files}
     for name in PARTS:
         listed = lists / f"{name}.txt"
-        for line in listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else ():
-            if line.split() and line.split()[0] in by_name:
-                parts[by_name[line.split()[0]]] = name
+        lines = os.fsdecode(listed.read_bytes()).removeprefix("\ufeff").splitlines() if listed.is_file() else []
+        for number, line in enumerate(lines, 1):
+            stem = line.strip() if line.strip() in by_name else "".join(line.split()[:1])  # spaces, or VOC's columns
+            if stem in by_name:
+                parts[by_name[stem]] = name
+            elif stem:
+                notes.odd("names in ImageSets/Main have no XML file", f"{listed}:{number}")
     return parts
 
 

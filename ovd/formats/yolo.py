@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
 from ovd.pictures import upright_size
+from ovd.plain_yaml import read_plain_yaml
 from pretrain.data import masks
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
-from pretrain.data.folder import EXTENSIONS, list_images
+from pretrain.data.folder import EXTENSIONS, ImageListing, find_images
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.files import read_text
 
 TOLERANCE = 0.01  # by which a number may leave [0, 1]: what rounding and Ultralytics allow
 
@@ -34,6 +36,7 @@ class _Source(NamedTuple):
     pictures: list[tuple[str, Path]]  # (part, path)
     root: Path
     poses: bool
+    passed: list[str]  # pictures in formats that are not read
 
 
 def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()) -> Labels:
@@ -78,7 +81,8 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
         expected = next((str(_label_places(p)[0]) for _, p in source.pictures), "nowhere")
         raise UserError(f"{where}: no picture has a label file; looked for {expected} and so on")
     content = {"images": images, "annotations": annotations, "categories": coco_categories(source.names)}
-    return Labels(content=content, root=source.root, kind="yolo", where=where, notices=notes.notices())
+    notices = [*notes.notices(), *source.passed]
+    return Labels(content=content, root=source.root, kind="yolo", where=where, notices=notices)
 
 
 def yaml_of(path: Path) -> Path | None:
@@ -90,7 +94,7 @@ def yaml_of(path: Path) -> Path | None:
     for name in ("data.yaml", "data.yml", "dataset.yaml"):
         if (path / name).is_file():
             return path / name
-    others = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+    others = sorted(p for p in [*path.glob("*.yaml"), *path.glob("*.yml")] if not p.name.startswith("."))
     return others[0] if len(others) == 1 else None
 
 
@@ -111,11 +115,9 @@ def _label_places(picture: Path) -> list[Path]:
 
 def _from_yaml(file: Path) -> _Source:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{file}: cannot be read: {problem}") from problem
-    except yaml.YAMLError as problem:
-        raise UserError(f"{file}: no YAML: {' '.join(str(problem).split())}") from problem
+        content = read_plain_yaml(read_text(file))
+    except ValueError as problem:
+        raise UserError(f"{file}: {problem}") from problem
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected the keys names, train, val, …; it is a YOLO data.yaml?")
     names = _names(content, file)
@@ -123,6 +125,7 @@ def _from_yaml(file: Path) -> _Source:
     if isinstance(base := content.get("path"), str) and base:
         root = next((p for p in (file.parent / base, Path(base)) if p.is_dir()), file.parent)
     pictures: list[tuple[str, Path]] = []
+    passed: list[str] = []
     for key in dict.fromkeys([*PARTS, *PART_NAMES]):
         places = content.get(key)
         if places is None or places == "":
@@ -130,10 +133,12 @@ def _from_yaml(file: Path) -> _Source:
         for place in places if isinstance(places, list) else [places]:
             if not isinstance(place, str):
                 raise UserError(f"{file}: {key}: expected a folder or a text file of paths, found {place!r}")
-            pictures += [(PART_NAMES[key], path) for path in _pictures_at(place, root, file, key)]
+            listing = _pictures_at(place, root, file, key)
+            pictures += [(PART_NAMES[key], path) for path in listing.paths]
+            passed += [f"{key}: {listing}"] if listing.skipped else []
     if not pictures:
         raise UserError(f"{file}: none of train, val and test names a folder of pictures")
-    return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content)
+    return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content, passed)
 
 
 def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
@@ -144,21 +149,16 @@ def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
         raise UserError(f"{file}: names: expected the list of classes")
     names = {}
     for index, name in listed.items():
-        if (
-            isinstance(index, bool)
-            or not isinstance(index, int)
-            or index < 0
-            or not isinstance(name, str | int | float)
-        ):
+        if not re.fullmatch("[0-9]{1,9}", str(index)) or not isinstance(name, str) or not name.strip():
             raise UserError(f"{file}: names: {index!r}: {name!r} is no class index with its name")
-        names[index] = str(name)
+        names[int(index)] = name
     count = content.get("nc")
-    if isinstance(count, int) and count != len(names):
+    if isinstance(count, str) and count.isdecimal() and int(count) != len(names):
         raise UserError(f"{file}: nc is {count}, but names has {len(names)} classes")
     return names
 
 
-def _pictures_at(place: str, root: Path, file: Path, key: str) -> list[Path]:
+def _pictures_at(place: str, root: Path, file: Path, key: str) -> ImageListing:
     """The pictures that one entry of a data.yaml names.
 
     Roboflow writes ``../train/images`` where the pictures are in ``train/images`` beside the file.
@@ -170,13 +170,15 @@ def _pictures_at(place: str, root: Path, file: Path, key: str) -> list[Path]:
     if source is None:
         raise UserError(f"{file}: {key}: {place}: no such folder (looked for {tried[0]})")
     if source.is_dir():
-        return list_images(source)
-    lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
+        return find_images(source)
+    hint = f"{key} in {file.name} names a folder of pictures or a text file with their paths"
+    lines = [line.strip() for line in read_text(source, hint=hint).splitlines()]
     paths = [source.parent / line if not Path(line).is_absolute() else Path(line) for line in lines if line]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture")
-    return [path for path in paths if path.suffix.lower() in EXTENSIONS]
+    read = [path for path in paths if path.suffix.lower() in EXTENSIONS]
+    return ImageListing(read, Counter(path.suffix.lower() for path in paths if path not in read))
 
 
 def _from_folder(folder: Path) -> _Source:
@@ -184,11 +186,14 @@ def _from_folder(folder: Path) -> _Source:
     listed = next((folder / name for name in ("classes.txt", "labels/classes.txt") if (folder / name).is_file()), None)
     if listed is None:
         raise UserError(f"{folder}: neither a data.yaml nor a classes.txt: the names of YOLO's classes are not known")
-    lines = listed.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(listed).splitlines()
     names = {index: line.strip() for index, line in enumerate(lines) if line.strip()}
+    if not names:
+        raise UserError(f"{listed}: is empty; write the names of the classes there, one a line")
     inside = folder / "images" if (folder / "images").is_dir() else folder
-    pictures = [(_part_of(path.relative_to(inside)), path) for path in list_images(inside)]
-    return _Source(names, pictures, folder, poses=False)
+    listing = find_images(inside)
+    pictures = [(_part_of(path.relative_to(inside)), path) for path in listing.paths]
+    return _Source(names, pictures, folder, poses=False, passed=[str(listing)] if listing.skipped else [])
 
 
 def _part_of(below: Path) -> str:

@@ -188,10 +188,6 @@ def read_photos(config: FinetuneConfig) -> OwnPhotos:
         part=data.part,
         prefer=("train",),
     )
-    if labels.kind == "yolo" and data.images:
-        raise UserError(
-            f"data.images={data.images}: {labels.where} itself says where its pictures are; leave data.images out"
-        )
     return OwnPhotos(folder=labels.root, truth=labels.truth(), confident=data.confident, doubtful=data.doubtful)
 
 

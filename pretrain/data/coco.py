@@ -8,6 +8,9 @@ and reported as a warning. Inputs are never changed.
 from __future__ import annotations
 
 import math
+import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +21,10 @@ from pretrain.data import masks
 from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters that were cut in two: no file can hold them
+OTHER_KINDS = {"segments_info": "of a panoptic segmentation", "caption": "a caption"}
+"""Keys of COCO's other annotation files, and what their entries are."""
 
 BORDER = 0.5  # pixels that a box may reach over the border of its picture: what rounding does
 
@@ -221,12 +228,18 @@ def _images(
         sizes[image_id] = (height, width) if height and width else None
         written += any(isinstance(image.get(key), str) for key in ("height", "width"))
         if name := _file_of(image):
-            files[image_id] = name
+            files[image_id] = _name_on_disk(name, entry)
         part = image.get("split")
         if isinstance(part, str) and part:
             parts[image_id] = part
     if len({type(i) for i in sizes}) > 1:
         raise UserError(f"{where}: some image ids are numbers and some are texts; use one kind.")
+    if repeated := len(files) - len(set(files.values())):
+        twice = next(name for name, count in Counter(files.values()).items() if count > 1)
+        warnings.append(
+            f"{repeated} images name a file that another image names, too (first: {twice}): the objects of one are "
+            "background in the other; give them one id"
+        )
     if written:
         warnings.append(f"{written} images have width or height written as text")
     if unsized := sum(s is None for s in sizes.values()):
@@ -256,6 +269,15 @@ def _file_of(image: CocoJson) -> str | None:
     return None
 
 
+def _name_on_disk(name: str, entry: str) -> str:
+    try:
+        if b"\0" not in os.fsencode(name):
+            return name
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{entry}: file_name {name!r} is no name that a file can have.")
+
+
 def _pixels(value: Any) -> int | None:
     """A side in pixels, also where it is written as text or as 640.0; None for null, nonsense, zero and less."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
@@ -281,7 +303,7 @@ def category_names(entries: list[Any], where: str) -> dict[int, str]:
             raise UserError(f"{entry}: category id {category_id} occurs twice.")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{entry}: name must be a text, is {name!r}.")
-        categories[category_id] = name
+        categories[category_id] = _HALVES.sub("\ufffd", name)
     return categories
 
 
@@ -293,7 +315,7 @@ def _without_twins(categories: dict[int, str], used: set[int], where: str, warni
     """
     by_name: dict[str, list[int]] = {}
     for category_id, name in categories.items():
-        by_name.setdefault(name.strip().casefold(), []).append(category_id)
+        by_name.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), []).append(category_id)
     unique = dict(categories)
     for ids in by_name.values():
         labelled = [i for i in ids if i in used]
@@ -320,6 +342,8 @@ def _annotation(
 ) -> Annotation:
     """One annotation, checked; oddities are counted in ``odd``."""
     image_id = known_id(required(a, "image_id", entry), sizes, f"{entry}: image_id")
+    if "bbox" not in a and (what := next((OTHER_KINDS[key] for key in OTHER_KINDS if key in a), None)):
+        raise UserError(f"{entry}: is {what}, not of an object with its box; give the file instances_….json.")
     category_id = known_id(required(a, "category_id", entry), categories, f"{entry}: category_id")
     box, size = checked_box(required(a, "bbox", entry), entry), sizes[image_id]
     odd["empty"] += box[2] == 0 or box[3] == 0

@@ -215,7 +215,7 @@ def load_pairs(path: str | Path, nouns: Sequence[str]) -> list[SynonymPair]:
         ]
     except OSError as error:
         raise UserError(f"cannot read the synonym pairs {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a list of synonym pairs: {error}") from error
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]!r} is no key of a pair and no class name") from error

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.data.nouns import ARTIFACT_LIKE, DRAWABLE, SENSES_OF_SUPERCATEGORY, Synset, WordNet
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,12 +56,8 @@ def read_phrases(path: str | Path) -> list[Phrase]:
     Raises:
         UserError: The file is unreadable, or a weight is no positive number.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the phrases {path}: {error.strerror}") from error
     phrases = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, hint="phrases, one a line").splitlines(), 1):
         text, _, rest = line.partition("\t")
         weight, _, definition = rest.partition("\t")
         if not text.strip():

@@ -11,6 +11,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -22,6 +23,7 @@ MACHINE_FAULTS = frozenset({
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE,
     errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE,
 })  # fmt: skip
+_CONTROLS = re.compile("\n(?!  )|[\0-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 NEEDS_TORCH = 'pip install "wordbox[train]"'
 """The line that brings torch and all that trains."""
 TRAINING_PACKAGES = frozenset({"detectron2", "fvcore", "open_clip", "scipy", "timm", "torch", "torchvision"})
@@ -72,6 +74,14 @@ def shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def on_one_line(text: str) -> str:
+    r"""``text`` with the control characters that names of files may hold written as ``\n``, ``\x1b`` and so on.
+
+    A line that is indented was meant as one.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """The ``choices`` spelt most like ``word``, best first; empty when none is close."""
     by_lower = {choice.lower(): choice for choice in choices}
@@ -118,7 +128,7 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
     except UserError as error:
         # Every process that torchrun starts reads the same configuration: one of them says what is wrong with it.
         if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {on_one_line(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in TRAINING_PACKAGES:
@@ -136,6 +146,6 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         fault = fault_of_the_machine(error)
         if fault is None:
             raise
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {on_one_line(fault)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     sys.exit(0 if status is None else status)

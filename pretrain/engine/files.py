@@ -58,6 +58,26 @@ def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
         raise UserError(f"{path}: not JSON: {error}{closing}.") from error
 
 
+def read_text(path: str | os.PathLike[str], *, hint: str = "") -> str:
+    """Content of a text file in UTF-8, without the mark at its beginning that Windows writes.
+
+    Args:
+        path: The file.
+        hint: What the file is, as a sentence without its end; closes every message.
+
+    Raises:
+        UserError: Missing, a folder, unreadable, or not UTF-8.
+    """
+    path = Path(path)
+    closing = f"; {hint}" if hint else ""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); save it as UTF-8{closing}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}){closing}") from error
+
+
 def flush_to_disk(path: Path) -> None:
     """Make a file's content, or the renames and new files of a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

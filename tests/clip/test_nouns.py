@@ -203,6 +203,9 @@ def test_phrase_files_survive(tmp_path: Path) -> None:
     assert read_phrases(tmp_path / "phrases.txt") == phrases
     (tmp_path / "plain.txt").write_text("dog\n\ncat\t3\n")
     assert read_phrases(tmp_path / "plain.txt") == [Phrase("dog"), Phrase("cat", 3.0)]
+    (tmp_path / "latin.txt").write_bytes(b"pi\xf1ata\n")
+    with pytest.raises(UserError, match=r"latin\.txt: not a text file in UTF-8 \(byte 2\)"):
+        read_phrases(tmp_path / "latin.txt")
     for weight in ("0", "-1", "many", "nan"):
         (tmp_path / "bad.txt").write_text(f"dog\t1\ncat\t{weight}\n")
         with pytest.raises(UserError, match=r"bad\.txt:2: the weight"):

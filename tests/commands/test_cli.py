@@ -133,6 +133,7 @@ def test_a_hidden_flag_is_read_and_shown_by_help_all_only(capsys: pytest.Capture
         (["--threads", "two"], "invalid integer value: 'two'"),
         (["--threshold", "1.5"], "1.5 must be between 0 and 1"),
         (["--threshold", "nan"], "nan must be between 0 and 1"),
+        (["--threshold", "-x"], "written --threshold=-VALUE; see wordbox thing --help"),
         (["--thresh", "1"], "unrecognized arguments: --thresh"),
     ],
 )

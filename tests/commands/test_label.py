@@ -55,6 +55,16 @@ def run(photos: Path, out: Path, *more: str) -> int:
     return label.main([str(photos), "--classes", "blue, red", "--out", str(out), *more])
 
 
+@pytest.mark.parametrize("kind", ["coco", "yolo", "voc"])
+def test_names_on_disk_that_are_no_utf_8_end_in_a_data_set(kind: str, photos: Path, tmp_path: Path) -> None:
+    first = sorted(photos.glob("*.png"))[0]
+    first.rename(photos / "caf\udce9.png")
+    (photos / "new\nline.png").write_bytes((photos / "caf\udce9.png").read_bytes())
+    out = tmp_path / "caf\udce9"
+    assert run(photos, out, "--format", kind) == 0
+    assert "caf\\udce9.png" in (out / "contact_sheet.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", ["coco", "yolo", "yolo-seg", "voc"])
 def test_the_data_set_has_all_pictures_in_two_parts_and_the_boxes(kind: str, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"

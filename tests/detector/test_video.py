@@ -225,6 +225,21 @@ def test_a_missing_package_is_named_with_the_way_without(
         run(clip, tmp_path / "out", **options)
 
 
+def test_a_video_whose_end_is_missing_is_told(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = clip.read_bytes()
+    clip.write_bytes(data[: len(data) // 2])
+    arguments = [str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track", "--no-draw"]
+    assert predict.main(arguments) == 0
+    done = json.loads((tmp_path / "out/clip.json").read_text())["frames"]
+    assert 0 < done < FRAMES
+    assert f"clip: ends after {done} of the {FRAMES} frames" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_video_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "frames.mp4").mkdir()
+    assert not is_video(str(tmp_path / "frames.mp4"))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("a.mp4", True), ("A.MOV", True), ("0", True), ("rtsp://host/x", True), ("a.jpg", False), ("photos", False)],

@@ -46,6 +46,7 @@ def test_a_full_width_colon_gives_synonyms_and_a_full_width_minus_a_negative_wor
         "flower\u200e",
         "\u202aflower\u202c",
         "flow\xader",
+        "ｆｌｏｗｅｒ",
         "\ufeffflower",
         "flower\ufe0f",
         "\u2060flower",
@@ -101,7 +102,7 @@ def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Pa
     [
         ("list.json", '[["flower"], ["car"]]', "must hold texts only"),
         ("data.yaml", "train: images/train\n", "holds no list of class names"),
-        ("data.yaml", "names: [dog, no]\n", "must hold texts only"),
+        ("data.yaml", "names: [dog, [no]]\n", "must hold texts only"),
         ("data.yaml", "names: [dog\n", "not a vocabulary file"),
         ("coco.json", '{"categories": [1.5, null]}', "must hold texts only"),
         ("words.json", "{", "not a vocabulary file"),

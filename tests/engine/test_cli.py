@@ -296,6 +296,8 @@ def test_run_cli_takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPa
     ("error", "printed"),
     [
         (UserError("weights/x: not found"), "error: weights/x: not found\n"),
+        (UserError("a\nb\x1b[2J\u202eg.jpg: gone"), "error: a\\nb\\x1b[2J\\u202eg.jpg: gone\n"),
+        (UserError("2 mistakes:\n  one\n  two"), "error: 2 mistakes:\n  one\n  two\n"),
         (ConfigError(["a.yaml:1: b"]), "error: a.yaml:1: b\n"),
         (ConfigError(["a.yaml:1: b", "c"]), "error: 2 problems in the configuration:\n  a.yaml:1: b\n  c\n"),
         (BadImageError("a.png"), "error: a.png: cannot be read as an image\n"),

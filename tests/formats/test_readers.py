@@ -134,10 +134,10 @@ def test_yolo__mistakes_name_file_and_line(labels: str, said: str, tmp_path: Pat
         ("train: images", r"data\.yaml: names: expected the list of classes"),
         ("train: images\nnames: [cat, dog]\nnc: 3", "nc is 3, but names has 2 classes"),
         ("names: [cat, dog]", "none of train, val and test names a folder"),
-        ("train: [1]\nnames: [cat]", "train: expected a folder or a text file"),
+        ("train: [[a]]\nnames: [cat]", "train: expected a folder or a text file"),
         ("train: {", "no YAML"),
         ("- a", "expected the keys names, train"),
-        ("train: images\nnames: {cat: 0}", "'cat': 0 is no class index"),
+        ("train: images\nnames: {cat: 0}", "'cat': '0' is no class index"),
     ],
 )
 def test_yolo__a_wrong_yaml_is_explained(yaml: str, said: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_another_version_than_the_tested_one_is_a_note(tmp_path: Path, monkeypat
     monkeypatch.setattr(doctor, "OPTIONAL", {})
     lock = tmp_path / "requirements.lock"
     lock.write_text(
-        "# comment==1\ntorch==2.0.1\nnumpy==2.2.6 ; python_full_version < '3.11'\n"
+        "# comment==1\ntorch==2.0.1 --hash=sha256:00\nnumpy==2.2.6 ; python_full_version < '3.11' --hash=sha256:00\n"
         "numpy==2.4.6 ; python_full_version >= '3.11'\n"
     )
     torch, numpy = doctor.check_packages(lock)

@@ -57,9 +57,11 @@ def cut_off(file: Path) -> None:
 
 
 def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
-    photos = read(write_photos(tmp_path / "a", [[0, 1, 2]], [" red   cell", "Ba\u0308ume", "cup, mug"]))
-    assert photos.names == ("red cell", "B\u00e4ume", "cup, mug")
-    assert [note for note in photos.notices if "cannot be typed as it stands" in note and "'cup, mug'" in note]
+    names = [" red   cell", "Ba\u0308ume", "cup, mug", "Everything"]
+    photos = read(write_photos(tmp_path / "a", [[0, 1, 2, 3]], names))
+    assert photos.names == ("red cell", "B\u00e4ume", "cup, mug", "Everything")
+    notes = [note for note in photos.notices if "cannot be typed as it stands" in note]
+    assert len(notes) == 2 and "'cup, mug'" in notes[0] and "'Everything'" in notes[1]
     with pytest.raises(UserError, match="classes 'red cell' and 'Red_Cell' are one when typed; rename one"):
         read(write_photos(tmp_path / "b", [[0, 1]], ["red  cell", "Red_Cell"]))
 

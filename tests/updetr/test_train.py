@@ -12,7 +12,7 @@ import torch
 
 from ovd.config import TrainConfig
 from ovd.config_detr import TRAIN_CONFIGS, DetrConfig, DetrTrainConfig
-from ovd.data.features import CachedPatches, FeatureCache, Readable, files_of
+from ovd.data.features import META, CachedPatches, FeatureCache, Readable, files_of
 from ovd.modeling.detr.task import DetrTask
 from ovd.modeling.detr.updetr import PatchPretext
 from ovd.modeling.task import DetectionTask
@@ -185,6 +185,17 @@ def test_cache__features_and_embeddings_give_the_same_losses_and_the_same_boxes(
         assert float(quick[1][name]) == pytest.approx(float(value), abs=1e-5)
     FeatureCache.open(tmp_path, **{**given, "key": {"what": "other"}})
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["rows.npy", META])
+@pytest.mark.parametrize("left", [0, 90])
+def test_cache__a_damaged_one_is_named(name: str, left: int, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"key": {}, "count": 4, "compute": lambda i: {"rows": np.zeros((len(i), 64), np.float32)}}
+    FeatureCache.open(tmp_path, **given)
+    (file,) = tmp_path.glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[:left] if left < file.stat().st_size else b"{}")
+    with pytest.raises(UserError, match=rf"cache {file.parent}: is damaged .*; remove it"):
+        FeatureCache.open(tmp_path, **given)
 
 
 def test_cache__half_features_train_under_bfloat16_autocast() -> None:

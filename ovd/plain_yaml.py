@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML whose values stay as they are written: class names are words, whatever YAML takes them for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+class _TextSafeLoader(yaml.SafeLoader):
+    """A loader without YAML's guesses: ``no``, ``010``, ``1e3`` and ``2024-01-01`` are texts, nothing is ''."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+def read_plain_yaml(text: str) -> Any:
+    """Tables, lists and texts of a YAML document.
+
+    Raises:
+        ValueError: it is none, in one line.
+    """
+    try:
+        loader = _TextSafeLoader(text)
+        return loader.get_single_data()
+    except yaml.YAMLError as problem:
+        raise ValueError(f"no YAML: {' '.join(str(problem).split())}") from problem
+    except RecursionError as problem:
+        raise ValueError("no YAML of a depth that can be read") from problem

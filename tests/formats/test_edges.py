@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Label files as other tools, editors and systems leave them: read as they are meant, or one line that says what is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from ovd.convert import main
+from ovd.formats.read import read_labels
+from ovd.vocabulary import Vocabulary
+from pretrain.engine.errors import UserError
+from tests.formats.cases import coco_content, make_coco
+from tests.formats.test_readers import picture, voc, voc_object, yolo
+
+# --- names are words, whatever YAML takes them for
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("[no, yes]", ["no", "yes"]),
+        ("[010, 1e3]", ["010", "1e3"]),
+        ("[2024-01-01, null]", ["2024-01-01", "null"]),
+        ("{0: on, 1: off}", ["on", "off"]),
+        ("{'1': b, '0': a}", ["a", "b"]),
+        ("['no', \"0x10\"]", ["no", "0x10"]),
+    ],
+)
+def test_class_names_of_a_yaml_stay_as_they_are_written(written: str, meant: list[str], tmp_path: Path) -> None:
+    file = yolo(tmp_path, yaml=f"train: images\nnc: 2\nnames: {written}\n")
+    assert sorted(read_labels(file).truth().categories.items()) == [(1, meant[0]), (2, meant[1])]
+    assert Vocabulary.load(file).names == tuple(meant)
+
+
+def test_a_json_table_of_names_is_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps({"names": {str(n): f"class {n}" for n in (10, 9, 2)}}))
+    assert Vocabulary.load(file).names == ("class 2", "class 9", "class 10")
+
+
+@pytest.mark.parametrize("names", ["[cat, ]x", "[cat, '']", "[cat, [dog]]", "{a: cat}", "{-1: cat}", "[" * 3000])
+def test_what_are_no_names_are_refused_in_a_line(names: str, tmp_path: Path) -> None:
+    file = yolo(tmp_path, yaml=f"train: images\nnames: {names}\n")
+    with pytest.raises(UserError, match=r"data.yaml: (names|no YAML)"):
+        read_labels(file)
+
+
+# --- files that are no UTF-8, empty, or hidden
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "train.txt", "data.yaml", "labels/a.txt"])
+@pytest.mark.parametrize("text", [b"caf\xe9\n", "caf\u00e9\n".encode("utf-16")], ids=["latin-1", "utf-16"])
+def test_a_text_that_is_no_utf_8_is_named(name: str, text: bytes, tmp_path: Path) -> None:
+    file = yolo(tmp_path, yaml="train: train.txt\nnames: [cat]\n")
+    (tmp_path / "train.txt").write_text("images/a.jpg\n")
+    if name == "classes.txt":
+        file.unlink()
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(UserError, match=rf"{name}.*(UTF-8|utf-8)"):
+        read_labels(tmp_path)
+
+
+def test_an_empty_list_of_classes_is_named(tmp_path: Path) -> None:
+    yolo(tmp_path).unlink()
+    (tmp_path / "classes.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"classes\.txt: is empty"):
+        read_labels(tmp_path)
+
+
+def test_what_macos_leaves_beside_files_is_no_label(tmp_path: Path) -> None:
+    voc(tmp_path / "voc", voc_object())
+    yolo(tmp_path / "yolo").rename(tmp_path / "yolo/mine.yaml")
+    for file in ("voc/Annotations/._a.xml", "yolo/._mine.yaml"):
+        (tmp_path / file).write_bytes(b"\0\5\x16\7")
+    assert len(read_labels(tmp_path / "voc").content["images"]) == 1
+    assert len(read_labels(tmp_path / "yolo").content["images"]) == 1
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "utf-8", "latin-1"])
+def test_an_xml_file_is_read_in_the_encoding_that_it_names(encoding: str, tmp_path: Path) -> None:
+    name = "caf\u00e9" if encoding == "latin-1" else "\u82b1"
+    voc(tmp_path, voc_object())
+    head = f'<?xml version="1.0" encoding="{encoding}"?>'
+    text = f"{head}<annotation><filename>a.jpg</filename>{voc_object(name)}</annotation>"
+    (tmp_path / "Annotations/a.xml").write_bytes(text.encode(encoding))
+    assert read_labels(tmp_path).truth().categories == {1: name}
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "utf-16", "hex"])
+def test_an_xml_file_in_another_encoding_than_it_names_is_refused(encoding: str, tmp_path: Path) -> None:
+    head = f'<?xml version="1.0" encoding="{encoding}"?>'
+    with pytest.raises(UserError, match=rf"a\.xml:1: is not in {encoding}"):
+        read_labels(voc(tmp_path, voc_object(), head=head))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [(b"caf\xe9\n", False), ("caf\xe9\n".encode("utf-16"), True), (b"b\n", True)]
+)
+def test_a_list_of_a_part_holds_names_as_they_are_on_disk(text: bytes, told: bool, tmp_path: Path) -> None:
+    (tmp_path / "ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/val.txt").write_bytes(text)
+    voc(tmp_path, voc_object())
+    (tmp_path / "Annotations/a.xml").rename(tmp_path / "Annotations/caf\udce9.xml")
+    labels = read_labels(tmp_path)
+    assert [entry["split"] for entry in labels.content["images"]] == ["" if told else "val"]
+    assert ("names in ImageSets/Main have no XML file" in "".join(labels.notices)) is told
+
+
+@pytest.mark.parametrize("name", ["my photo.jpg", "new\nline.jpg", "caf\udce9.jpg"])
+def test_voc_keeps_the_part_of_a_picture_whatever_its_name(name: str, tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = name
+    file = make_coco(tmp_path)
+    (tmp_path / "photos/a.jpg").rename(tmp_path / "photos" / name)
+    file.write_text(json.dumps(content))
+    assert main([str(file), "--images", str(tmp_path / "photos"), "--to", "voc", "--out", str(tmp_path / "out")]) == 0
+    labels = read_labels(tmp_path / "out")
+    assert sorted(entry["split"] for entry in labels.content["images"]) == ["train", "train", "val"]
+    assert labels.notices == []
+
+
+# --- pictures that would be lost or seen twice
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_pictures_in_formats_that_are_not_read_are_counted(listed: bool, tmp_path: Path) -> None:
+    file = yolo(tmp_path)
+    picture(tmp_path / "images/b.gif")
+    if listed:
+        (tmp_path / "list.txt").write_text("images/a.jpg\nimages/b.gif\n")
+        file.write_text("train: list.txt\nnames: [cat]\n")
+    assert "passed over: 1 .gif" in "\n".join(read_labels(file).truth().warnings)
+
+
+def test_a_picture_with_two_ids_is_told(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][2]["file_name"] = content["images"][0]["file_name"]
+    file = make_coco(tmp_path)
+    file.write_text(json.dumps(content))
+    assert "1 images name a file that another" in "\n".join(read_labels(file, images=tmp_path).truth().warnings)
+
+
+def test_a_folder_of_pictures_is_not_passed_over_for_yolo(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    with pytest.raises(UserError, match=r"elsewhere: .* itself says where"):
+        read_labels(tmp_path, images=Path("elsewhere"))
+
+
+def test_pictures_are_found_in_the_part_below_images(tmp_path: Path) -> None:
+    picture(tmp_path / "images/train/a.jpg")
+    (tmp_path / "annotations").mkdir()
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": []}
+    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
+    assert read_labels(tmp_path).root == tmp_path / "images/train"
+
+
+def test_pictures_that_a_data_yaml_has_no_part_for_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = coco_content()
+    content["images"][1].pop("split")
+    file = make_coco(tmp_path)
+    file.write_text(json.dumps(content))
+    command = [str(file), "--images", str(tmp_path / "photos"), "--to", "yolo", "--out"]
+    assert main([*command, str(tmp_path / "mixed")]) == 0
+    assert "not in data.yaml, which has train, val and test: 1 of no part" in capsys.readouterr().err
+    for entry in content["images"]:
+        entry.pop("split", None)
+    file.write_text(json.dumps(content))
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# --- labels of another kind, and names that another format cannot hold
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"version": "5.5.0", "shapes": [], "imagePath": "a.jpg"}, "LabelMe's"),
+        ([{"id": 1, "data": {"image": "/data/upload/a.jpg"}, "annotations": []}], "Label Studio's own JSON"),
+        ({**coco_content(), "annotations": [{"image_id": 1, "segments_info": []}]}, "a panoptic segmentation"),
+        ({**coco_content(), "annotations": [{"image_id": 1, "caption": "a cat"}]}, "a caption"),
+    ],
+)
+def test_labels_of_another_kind_are_called_by_their_name(content: object, said: str, tmp_path: Path) -> None:
+    file = make_coco(tmp_path)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        read_labels(file, images=tmp_path / "photos").truth()
+
+
+@pytest.mark.parametrize("to", ["voc", "cvat", "label-studio"])
+def test_names_that_xml_cannot_hold_do_not_break_the_file(to: str, tmp_path: Path) -> None:
+    content = coco_content()
+    content["categories"][0]["name"] = "be\x07ll"
+    content["images"][0]["file_name"] = "caf\udce9.jpg"
+    file = make_coco(tmp_path)
+    (tmp_path / "photos/a.jpg").rename(tmp_path / "photos/caf\udce9.jpg")
+    file.write_text(json.dumps(content))
+    assert main([str(file), "--images", str(tmp_path / "photos"), "--to", to, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/ImageSets/Main/train.txt").is_file() is (to == "voc")
+    for written in (tmp_path / "out").rglob("*.xml"):
+        assert "\x07" not in "".join(ElementTree.fromstring(written.read_bytes()).itertext())
+
+
+@pytest.mark.parametrize("name", ["a\0b.jpg", "\ud800.jpg"])
+def test_a_name_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][1]["file_name"] = name
+    file = make_coco(tmp_path)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"images\[1\]: file_name .* is no name"):
+        read_labels(file, images=tmp_path / "photos").truth()
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "labelme", "cvat", "label-studio", "csv"])
+def test_half_a_character_in_a_class_name_can_be_written(to: str, tmp_path: Path) -> None:
+    content = coco_content()
+    content["categories"][0]["name"] = "cat \ud83d"
+    file = make_coco(tmp_path)
+    file.write_text(json.dumps(content))
+    assert main([str(file), "--images", str(tmp_path / "photos"), "--to", to, "--out", str(tmp_path / "out")]) == 0
