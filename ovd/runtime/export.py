@@ -43,19 +43,17 @@ from ovd.runtime.files import (
     sources_of,
     write_runtime_card,
 )
+from ovd.runtime.halve import halve
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import CbowText, JointEncoder
 
 if TYPE_CHECKING:
-    import onnx
-
     from ovd.modeling.fvlm.network import FvlmDetector
 
 OPSET = 17
 COPIED = ("model.json", "card.json", "card.md")
-HALF_FROM = 1024  # numbers: smaller tensors stay in single precision
 
 
 class _Cells(nn.Module):
@@ -282,28 +280,6 @@ def _write(
     halve(model.graph)
     onnx.checker.check_model(model, full_check=True)
     file.write_bytes(model.SerializeToString())
-
-
-def halve(graph: onnx.GraphProto) -> None:
-    """Store large tensors in half precision where that loses nothing, each with a cast."""
-    import onnx
-    from onnx import numpy_helper
-
-    casts = []
-    for tensor in graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT:
-            continue
-        values = numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if values.size < HALF_FROM or not np.array_equal(half.astype(np.float32), values):
-            continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(half, name=f"{name}.half"))
-        casts.append(onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def _merges() -> list[str]:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ovd.inference.arrays import Floats
 from ovd.pictures import resized
 from ovd.runtime.cells import pixels_for_cells
-from ovd.runtime.export import halve
 from ovd.runtime.files import PROPOSALS, TOWER, RuntimeCard, branch_graph
+from ovd.runtime.halve import halve
 from ovd.runtime.regions import pixels_for_tower
 from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import UserError
