@@ -69,7 +69,7 @@ class Rivals:
         sum_GR = np.tile(total_R, (len(self.left_out), 1))
         for group, word in self._layers:  # no group twice in one
             sum_GR[group] -= odds_BR[word]
-        for one in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many).tolist():
+        for one in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many):
             sum_GR[one] = odds_BR[~self.left_out[one]].sum(axis=0, dtype=np.float64)
         return sum_GR.astype(np.float32)
 

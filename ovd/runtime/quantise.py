@@ -125,8 +125,15 @@ def _folded(file: Path, target: Path) -> onnx.ModelProto:
 
 
 def _kept(graph: onnx.GraphProto) -> list[str]:
-    """Names of the convolutions that stay in single precision: the first, and those without another one after them."""
-    first = [node.name for node in graph.node if node.op_type == "Conv" and node.input[0] == graph.input[0].name]
+    """Names of the convolutions that stay in single precision: without another one before them, or after them."""
+    first: list[str] = []
+    following: set[str] = set()  # tensors that a convolution had a part in
+    for node in graph.node:
+        follows = any(name in following for name in node.input)
+        if node.op_type == "Conv" and not follows:
+            first.append(node.name)
+        if node.op_type == "Conv" or follows:
+            following.update(node.output)
     last: list[str] = []
     leading: set[str] = set()  # tensors from which a convolution is reached
     for node in reversed(graph.node):  # in the order of their computation, backwards

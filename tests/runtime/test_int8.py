@@ -45,13 +45,13 @@ def overlap(one: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.
 
 def test_it_finds_what_single_precision_finds(small: Path, by_onnx: Detector) -> None:
     detector, found = Detector.load(small, runtime="onnx"), []
-    for photo in PHOTOS[3:6]:  # not those that it was quantised on
+    for photo in PHOTOS[3:]:  # not those that it was quantised on
         one, other = (each.find(photo, WORDS, threshold=level) for each, level in ((by_onnx, 0.4), (detector, 0.2)))
         for box, score, name in zip(one.xyxy, one.confidence, one.class_name, strict=True):
             same = np.array([x == name for x in other.class_name], dtype=bool)
             near = np.abs(other.confidence - score) < 0.2
-            found.append(bool((same & near & (overlap(box, other.xyxy) > 0.7)).any()))
-    assert len(found) >= 5 and np.mean(found) > 0.8
+            found.append(bool((same & near & (overlap(box, other.xyxy) > 0.5)).any()))
+    assert len(found) >= 10 and np.mean(found) >= 0.75
 
 
 @pytest.mark.parametrize(("file", "kept"), [(PROPOSALS, 1 + 3), (TOWER, 1 + 1)])
@@ -62,7 +62,7 @@ def test_first_and_last_convolutions_keep_their_precision(exported: Path, small:
     assert len(convolutions) == sum(node.op_type == "Conv" for node in before.node)
     single = [node for node in convolutions if weights.get(node.input[1]) != "DequantizeLinear"]
     assert len(single) == kept
-    assert "pixels" in {node.input[0] for node in single}
+    assert single[0] is convolutions[0]  # nodes stand in the order of their computation
     assert (small / file).stat().st_size < 0.75 * (exported / file).stat().st_size  # of half precision
 
 
