@@ -42,7 +42,9 @@ def test_a_json_table_of_names_is_in_the_order_of_its_numbers(tmp_path: Path) ->
     assert Vocabulary.load(file).names == ("class 2", "class 9", "class 10")
 
 
-@pytest.mark.parametrize("names", ["[cat, ]x", "[cat, '']", "[cat, [dog]]", "{a: cat}", "{-1: cat}", "[" * 3000])
+@pytest.mark.parametrize(
+    "names", ["[cat, ]x", "[cat, '']", "[cat, [dog]]", "{a: cat}", "{-1: cat}", "[" * 3000, r'["\UFFFFFFFF"]']
+)
 def test_what_are_no_names_are_refused_in_a_line(names: str, tmp_path: Path) -> None:
     file = yolo(tmp_path, yaml=f"train: images\nnames: {names}\n")
     with pytest.raises(UserError, match=r"data.yaml: (names|no YAML)"):
