@@ -288,7 +288,7 @@ def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, ob
         raise UserError(
             f"{path}: this region store was made from something else:\n  "
             + "\n  ".join(problems)
-            + "\nUse what it was made from, or write a new store with `python -m ovd.embed` and another `out`."
+            + "\n  Use what it was made from, or write a new store with `python -m ovd.embed` and another `out`."
         )
 
 

@@ -193,6 +193,8 @@ def test_axe_finds_nothing_serious(tab: Tab, pictures: dict[str, Path], width: i
     script = Path(package.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
 
     def serious(state: str) -> list[str]:
+        # Gradio pales a part while its answer is on the way.
+        tab.page.wait_for_function("![...document.querySelectorAll('.pending, .generating')].length")
         tab.page.evaluate(script)
         found = tab.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
         return [f"{state}: {v['id']} {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]

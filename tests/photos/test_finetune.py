@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovd import Detector, calibrate, export
+from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.data.own_photos import CanvasSource, OwnPhotos
 from ovd.detections import Detections
@@ -251,7 +251,8 @@ def test_other_words_are_answered_as_before(learned: Path) -> None:
     for word in ("person", "animal", "terrier", "red car", "zzyzx"):
         ours, theirs = (find(detector, picture, word, threshold=0.001) for detector in (after, before))
         np.testing.assert_array_equal(ours.xyxy, theirs.xyxy)
-        np.testing.assert_array_equal(ours.confidence, theirs.confidence)
+        # Sums over more regions may be rounded otherwise.
+        np.testing.assert_allclose(ours.confidence, theirs.confidence, rtol=1e-5, atol=1e-7)
 
 
 def test_another_class_can_be_added_and_one_learned_again(learned: Path, tmp_path: Path) -> None:
@@ -272,14 +273,6 @@ def test_another_class_can_be_added_and_one_learned_again(learned: Path, tmp_pat
     (tmp_path / "run/exported/classes/01.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match=r"classes/01\.safetensors: is not the file that .*model\.json describes"):
         Detector.load(tmp_path / "run")
-
-
-def test_own_classes_are_not_exported_without_their_branch(learned: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"added by fine-tuning \(blob, tile\) run with torch only"):
-        export.main(["--format", "onnx", "--weights", str(learned / "run"), "--output", str(tmp_path / "onnx")])
-    with pytest.raises(UserError, match="run with torch only"):
-        Detector.load(learned / "run", runtime="onnx")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_labels_in_yolo_form_are_read_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
