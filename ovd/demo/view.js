@@ -88,12 +88,14 @@ function drawBoxes() {
 // Labels are laid out in screen pixels, so that they stay readable at every size of the page.
 function drawLabels() {
   for (const node of svg.querySelectorAll(".tag")) node.remove();
-  const width = picture.clientWidth, height = picture.clientHeight;
-  if (!answer || !width) return;
+  const frame = { width: picture.clientWidth, height: picture.clientHeight };
+  if (!answer || !frame.width) return;
   svg.setAttribute("viewBox", `0 0 ${answer.size[0]} ${answer.size[1]}`);
-  Object.assign(svg.style, { left: `${picture.offsetLeft}px`, top: `${picture.offsetTop}px`, width: `${width}px`, height: `${height}px` });
+  Object.assign(svg.style, { left: `${picture.offsetLeft}px`, top: `${picture.offsetTop}px`, width: `${frame.width}px`, height: `${frame.height}px` });
   if (!one(".ovd-labels").checked) return;
-  const scale = answer.size[0] / width, taken = [];
+  // A small upright picture does not fill its frame: it stands in the middle, as wide as its height allows.
+  const scale = Math.max(answer.size[0] / frame.width, answer.size[1] / frame.height), taken = [];
+  const width = answer.size[0] / scale, height = answer.size[1] / scale;
   pen.font = FONT;
   for (const i of shown().slice(0, 100)) {
     const d = answer.detections[i], entry = answer.classes[d.class];

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.demo.conftest import Server
+from tests.detector.fakes import picture
 
 pytestmark = pytest.mark.browser
 EVIL = "<img src=x onerror=\"document.title='owned'\">"
@@ -114,6 +115,21 @@ def test_slider_and_toggles_work_without_asking_again(tab: Tab, pictures: dict[s
     tab.page.locator(".ovd-labels").uncheck()
     assert tab.page.locator(".ovd-boxes .tag").count() == 0
     assert tab.asked() == asked
+
+
+def test_labels_stand_at_their_boxes_in_a_small_upright_picture(tab: Tab, tmp_path: Path) -> None:
+    """Such a picture does not fill its frame: it stands in the middle of it."""
+    tall = picture([("red", 20, 150, 60, 190), ("blue", 60, 20, 110, 70)], size=(200, 120))
+    Image.fromarray(tall).save(tmp_path / "tall.png")
+    tab.find(tmp_path / "tall.png", "red, blue")
+    gaps = tab.page.evaluate(
+        """() => [...document.querySelectorAll(".ovd-boxes .item")].map((item) => {
+            const box = item.querySelector(".edge").getBoundingClientRect();
+            const tag = item.querySelector(".tag").getBoundingClientRect();
+            return [Math.max(box.top - tag.bottom, tag.top - box.bottom), tag.height];
+        })"""
+    )
+    assert len(gaps) == 2 and all(gap <= 3 and 14 <= height <= 22 for gap, height in gaps)
 
 
 def test_the_slider_stays_where_the_person_put_it(tab: Tab, pictures: dict[str, Path]) -> None:
