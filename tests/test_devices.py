@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch import nn
 from ovd.calibrate import typed_scenes
 from ovd.config_fvlm import FvlmConfig
 from ovd.data.own_photos import OwnSample
+from ovd.data.pooled import OfflineBatch, RegionBatch
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
@@ -30,10 +31,12 @@ from ovd.inference.scoring import Calibration
 from ovd.inference.strategies import CropEmbeddings
 from ovd.modeling.detr.build import init_projections
 from ovd.modeling.export import DetectorCard
+from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.network import build_fvlm
 from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer
 from ovd.modeling.proposals.classes import ClassBranch
-from ovd.modeling.proposals.network import build_proposal_detector
+from ovd.modeling.proposals.network import CHANNELS, build_proposal_detector
+from ovd.modeling.proposals.pyramid import FrozenPyramid
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
 from pretrain.config_photos import TimmTower
@@ -339,6 +342,20 @@ def test_proposals__losses_and_boxes_are_computed_on_the_gpu() -> None:
         assert found.boxes.device.type == "cpu"
 
 
+def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> None:
+    torch.manual_seed(0)
+    backbone = FrozenPyramid("timm:tf_efficientnet_lite0", channels=CHANNELS)
+    model = build_proposal_detector(
+        ranking="both", nms=0.6, pre_nms=100, post_nms=20, words=0, backbone=backbone, pixel_mean=(127.0,) * 3
+    )
+    with pretend_cuda():
+        to_cuda(model)
+        losses = model.train()(rcnn.batch(label=0, regions=False))
+        assert all(loss.device.type == "cuda" for loss in losses.values())
+        found = PhotoProposer(model=model, sides=(64,), precision=torch.float32).regions(picture(), top=10)
+        assert found.boxes.device.type == "cpu" and found.words.shape[1] == 0
+
+
 def test_own_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
     branch = ClassBranch(classes=2)
     image = torch.from_numpy(picture().transpose(2, 0, 1).copy())
@@ -380,3 +397,38 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         )
         regions = model.regions(picture())
         assert isinstance(regions.text, np.ndarray) and regions.text.shape == (len(regions), 8)
+
+
+@pytest.mark.parametrize("variant", ["vild", "ensemble"])
+def test_photographs__crops_are_distilled_on_the_gpu(variant: Literal["vild", "ensemble"]) -> None:
+    """The heads are trained there; the frozen tower, whose features are cached, stays on the CPU."""
+    torch.manual_seed(0)
+    encoder = build_encoder(
+        EncoderConfig(
+            embed_dim=8,
+            image=TimmTower(kind="timm", name="tf_efficientnet_lite0", image_size=64),
+            text=CbowTower(kind="cbow", width=16, hidden=16, context_length=8),
+        )
+    ).eval()
+    network = build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=100, post_nms=20)
+    detector = build_fvlm(
+        FvlmConfig(arch="fvlm", side=64, variant=variant, known=False),
+        proposer=PhotoProposer(model=network, sides=(64,), precision=torch.float32),
+        encoder=encoder,
+    )
+    criterion = WordCriterion(
+        model=detector, rows=torch.eye(3, 8), everywhere=2, noun_weight=0.1, image_weight=0.5
+    ).train()
+    pooled = torch.randn(4, detector.tower.features)
+    batch = RegionBatch(
+        features=pooled,
+        known=torch.zeros(4, 0),
+        target=torch.rand(4, 3),
+        mask=torch.ones(4, 3, dtype=torch.bool),
+        offline=OfflineBatch(features=pooled, target=torch.eye(4, 8)),
+    )
+    with pretend_cuda():
+        to_cuda(criterion)
+        losses = criterion(batch)
+        assert set(losses) == {"loss_words", "loss_image"}
+        assert all(loss.device.type == "cuda" and bool(torch.isfinite(loss)) for loss in losses.values())

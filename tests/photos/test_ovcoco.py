@@ -138,11 +138,14 @@ def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> Non
     torch.manual_seed(0)
     head = FrozenFeatureHead(features=6, known=0, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     image_head = ImageHead(features=6, hidden=16, embed_dim=4, dropout=0.0)
-    projection = nn.Linear(6, 4)
 
     class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(6, 4)
+
         def embed(self, features: torch.Tensor) -> torch.Tensor:
-            return nn.functional.normalize(projection(features), dim=1).detach()
+            return nn.functional.normalize(self.proj(features), dim=1).detach()
 
     tower = Tower()
     model = FvlmDetector(
