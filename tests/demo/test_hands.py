@@ -198,7 +198,9 @@ def test_axe_finds_nothing_serious(tab: Tab, pictures: dict[str, Path], width: i
         for _ in range(4):  # Gradio pales a part while its answer is on the way: only what stays is a finding
             violations = tab.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
             found = [
-                f"{state}: {v['id']} {v['nodes'][0]['html']}" for v in violations if v["impact"] in ("serious", "critical")
+                f"{state}: {v['id']} {v['nodes'][0]['html']}"
+                for v in violations
+                if v["impact"] in ("serious", "critical")
             ]
             if not found:
                 break
