@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
-from types import FrameType
 
 from ovd.query_flags import add_encoder_flag, add_sides_flag
 from pretrain.engine.errors import UserError, run_cli
@@ -74,7 +71,7 @@ def main(argv: list[str]) -> int:
         raise UserError("say what to serve: wordbox serve --label-studio (the page is wordbox demo)")
     credentials = _credentials(options)
     from ovd.demo.logs import configure
-    from ovd.demo.serving import is_loopback, listen, url_of
+    from ovd.demo.serving import StopSignals, is_loopback, listen, url_of
     from ovd.label_studio.pictures import PictureSource
 
     configure()
@@ -87,14 +84,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
     door = listen(options.host, options.port)  # before the slow part: a taken port is told at once
-    stop = threading.Event()
-    status = 0
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        nonlocal status
-        status = 130 if number == signal.SIGINT else 0
-        stop.set()
-
+    signals = StopSignals()
     try:
         from ovd.demo.names import Names
         from ovd.demo.serving import Server
@@ -122,14 +112,13 @@ def main(argv: list[str]) -> int:
         gate = Gate(build_app(backend), names=Names.of(options.host, options.allow_host), credentials=credentials)
         server = Server(gate, door=door, protocol=with_reasons)
         server.start()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, leave)
+        signals.listen()
         print(f"Connect {url_of(options.host, door.getsockname()[1])} in Label Studio  (Ctrl-C stops it)", flush=True)
-        stop.wait()
+        signals.wait()
         server.close()
     finally:
         door.close()
-    return status
+    return signals.status
 
 
 def _credentials(options: argparse.Namespace) -> tuple[str, str] | None:

@@ -332,6 +332,17 @@ def test_transformer__answers_words_and_crops_beside_a_gpu() -> None:
 # --- photographs
 
 
+def photo_encoder() -> JointEncoder:
+    torch.manual_seed(0)
+    return build_encoder(
+        EncoderConfig(
+            embed_dim=8,
+            image=TimmTower(kind="timm", name="tf_efficientnet_lite0", image_size=64),
+            text=CbowTower(kind="cbow", width=16, hidden=16, context_length=8),
+        )
+    ).eval()
+
+
 def test_proposals__losses_and_boxes_are_computed_on_the_gpu() -> None:
     model = build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=100, post_nms=20)
     with pretend_cuda():
@@ -371,14 +382,7 @@ def test_own_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
 
 
 def test_photographs__regions_are_embedded_on_the_gpu() -> None:
-    torch.manual_seed(0)
-    encoder = build_encoder(
-        EncoderConfig(
-            embed_dim=8,
-            image=TimmTower(kind="timm", name="tf_efficientnet_lite0", image_size=64),
-            text=CbowTower(kind="cbow", width=16, hidden=16, context_length=8),
-        )
-    ).eval()
+    encoder = photo_encoder()
     config = FvlmConfig(arch="fvlm", side=64)
     network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
     with pretend_cuda():
@@ -402,14 +406,7 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
 @pytest.mark.parametrize("variant", ["vild", "ensemble"])
 def test_photographs__crops_are_distilled_on_the_gpu(variant: Literal["vild", "ensemble"]) -> None:
     """The heads are trained there; the frozen tower, whose features are cached, stays on the CPU."""
-    torch.manual_seed(0)
-    encoder = build_encoder(
-        EncoderConfig(
-            embed_dim=8,
-            image=TimmTower(kind="timm", name="tf_efficientnet_lite0", image_size=64),
-            text=CbowTower(kind="cbow", width=16, hidden=16, context_length=8),
-        )
-    ).eval()
+    encoder = photo_encoder()
     network = build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=100, post_nms=20)
     detector = build_fvlm(
         FvlmConfig(arch="fvlm", side=64, variant=variant, known=False),

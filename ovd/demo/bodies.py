@@ -76,6 +76,59 @@ class BodyStream:
         return message
 
 
+def too_large(length: int, limit: int, *, what: str) -> Refused:
+    """The refusal of a body by its announced size, in bytes."""
+    return Refused(413, f"{what} may have {limit / 1e6:.0f} MB; this one has {length / 1e6:.1f} MB")
+
+
+class BodyReader:
+    """Reads whole bodies; the larger ones of all requests together stay below a limit.
+
+    Args:
+        limits: sizes and times.
+        what: a body is called so in refusals, such as ``question``.
+        small: bodies up to so many bytes count for nothing.
+    """
+
+    def __init__(self, limits: Limits, *, what: str, small: int) -> None:
+        self._limits, self._what, self._small = limits, what, small
+        self._reading = 0  # bytes of larger bodies being read
+
+    async def read(self, receive: Receive, length: int | None, *, limit: int) -> bytes:
+        """The whole body.
+
+        Args:
+            receive: of the request.
+            length: that is announced, in bytes; None: none is.
+            limit: of this body, in bytes.
+
+        Raises:
+            Refused: it breaks a limit, or ends too early.
+        """
+        if length is not None and length > limit:
+            raise too_large(length, limit, what=f"A {self._what}")
+        body, counted = bytearray(), 0
+        stream = BodyStream(receive, limit=limit, limits=self._limits)
+        try:
+            while True:
+                message = await stream()
+                if stream.refused is not None:
+                    raise stream.refused
+                if message["type"] == "http.disconnect":
+                    raise Refused(400, "The request ended too early")
+                body += message.get("body", b"")
+                if len(body) > self._small:
+                    self._reading += len(body) - counted
+                    counted = len(body)
+                    if self._reading > self._limits.together:
+                        text = f"Too many large {self._what}s arrive at once; try again in 5 seconds"
+                        raise Refused(503, text, retry=5)
+                if not message.get("more_body", False):
+                    return bytes(body)
+        finally:
+            self._reading -= counted
+
+
 class Reply:
     """``send`` that knows whether an answer has begun."""
 

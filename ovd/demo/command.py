@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
-import threading
 from pathlib import Path
-from types import FrameType
 
 from ovd.demo.lean import few_heaps, settle, without_compiler
 from ovd.demo.logs import configure
-from ovd.demo.serving import is_loopback, listen, prepare_environment
+from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
 
 
 def _port(text: str) -> int:
@@ -86,14 +83,7 @@ def main(argv: list[str]) -> int:
             return status
     door = listen(options.host, options.port)  # before the slow part: a taken port is told at once
     folder = prepare_environment()
-    stop = threading.Event()
-    status = 0
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        nonlocal status
-        status = 130 if number == signal.SIGINT else 0
-        stop.set()
-
+    signals = StopSignals()
     try:
         few_heaps()
         with without_compiler():
@@ -123,16 +113,15 @@ def main(argv: list[str]) -> int:
             open_browser=options.browser,
             seconds=lambda: answerer.seconds,
         )
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, leave)
+        signals.listen()
         print(f"The page is at {served.url}  (Ctrl-C stops it)", flush=True)
         if served.share_url:
             print(f"and for everybody at {served.share_url}", flush=True)
         settle()
-        stop.wait()
+        signals.wait()
         answerer.close()
         served.close()
     finally:
         door.close()
         shutil.rmtree(folder, ignore_errors=True)
-    return status
+    return signals.status

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
-from ovd.demo.bodies import BodyStream, Limits, Reply, length_of, replay
+from ovd.demo.bodies import BodyReader, BodyStream, Limits, Reply, length_of, replay, too_large
 from ovd.demo.line import Line
 from ovd.demo.names import Names, Refused
 from ovd.demo.questions import BadQuestion, Questions
@@ -64,7 +64,7 @@ class Gate:
         self._questions = questions
         self._uploads = uploads
         self._limits = limits or Limits()
-        self._reading = 0  # bytes of larger bodies being read
+        self._bodies = BodyReader(self._limits, what="question", small=self._limits.small)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on."""
@@ -112,7 +112,7 @@ class Gate:
         elif _ASKS.fullmatch(route):
             await self._ask(route, headers, scope, receive, reply)
         elif _ENDS.fullmatch(route) or _QUICK.fullmatch(route):
-            body = await self._read(receive, headers, self._limits.other)
+            body = await self._bodies.read(receive, length_of(headers), limit=self._limits.other)
             if _QUICK.fullmatch(route):
                 self._check(body, quick=True)
             await self._app(scope, replay(body, receive), reply)
@@ -124,7 +124,7 @@ class Gate:
         call = _CALL.fullmatch(route)
         name = self._named(call["name"]) if call is not None else None
         self._check_line()
-        body = await self._read(receive, headers, self._limits.question)
+        body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
         body = self._check(body, name=name, keywords=call is not None and call["version"] is not None)
         self._check_line()  # others came while the body was read
         self._line.enter()
@@ -161,7 +161,7 @@ class Gate:
             raise Refused(415, "Send the picture as multipart/form-data, in a field named files")
         length = length_of(headers)
         if length is not None and length > limit:
-            raise self._too_large(length, limit, what="A picture")
+            raise too_large(length, limit, what="A picture")
         size = limit if length is None else length
         if not self._uploads.promise(size):
             raise Refused(503, "There is no room for more pictures now; try again in a minute", retry=60)
@@ -176,34 +176,6 @@ class Gate:
             self._uploads.keep(size, whole=body.complete)
         if body.refused is not None:
             raise body.refused
-
-    async def _read(self, receive: Receive, headers: Headers, limit: int) -> bytes:
-        """The whole body."""
-        length = length_of(headers)
-        if length is not None and length > limit:
-            raise self._too_large(length, limit, what="A question")
-        body, counted = bytearray(), 0
-        stream = BodyStream(receive, limit=limit, limits=self._limits)
-        try:
-            while True:
-                message = await stream()
-                if stream.refused is not None:
-                    raise stream.refused
-                if message["type"] == "http.disconnect":
-                    raise Refused(400, "The request ended too early")
-                body += message.get("body", b"")
-                if len(body) > self._limits.small:
-                    self._reading += len(body) - counted
-                    counted = len(body)
-                    if self._reading > self._limits.together:
-                        raise Refused(503, "Too many large questions arrive at once; try again in 5 seconds", retry=5)
-                if not message.get("more_body", False):
-                    return bytes(body)
-        finally:
-            self._reading -= counted
-
-    def _too_large(self, length: int, limit: int, *, what: str) -> Refused:
-        return Refused(413, f"{what} may have {limit / 1e6:.0f} MB; this one has {length / 1e6:.1f} MB")
 
     def _drain(self, headers: Headers) -> float:
         return 0.0 if headers.get("expect", "").lower() == "100-continue" else self._limits.drain

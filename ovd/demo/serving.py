@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ovd.demo.line import WAITING
@@ -294,6 +296,31 @@ class Served:
         self._page.is_running = False
         self._page.app.stop_event.set()  # ends the streams that keep browsers in touch
         self._server.close()
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM as a wish to stop, from `listen` on.
+
+    Attributes:
+        status: of the process then: 130 after Ctrl-C, 0 after SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self._stop = threading.Event()
+
+    def listen(self) -> None:
+        """Take the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._leave)
+
+    def wait(self) -> None:
+        """Until one comes."""
+        self._stop.wait()
+
+    def _leave(self, number: int, _frame: FrameType | None) -> None:
+        self.status = 130 if number == signal.SIGINT else 0
+        self._stop.set()
 
 
 class ServeOptions(TypedDict, total=False):

@@ -84,6 +84,11 @@ class FvlmRegionModel(RegionModel):
         self.known, self.trained = known, trained
         self.calibration = Calibration(**card.calibration)
 
+    @cached_property
+    def _labelled(self) -> WordList:
+        """The words that were looked for in every photo of the training; it remembers their relations."""
+        return WordList(words=self.card.classes, lexicon=self.trained.lexicon)
+
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
         return self.network.regions(image, top=self.top)
@@ -147,7 +152,7 @@ class FvlmRegionModel(RegionModel):
         rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
         if not self.known.words:
-            labelled = WordList(words=self.card.classes, lexicon=self.trained.lexicon).relations(phrases)
+            labelled = self._labelled.relations(phrases)
             return EnsembleScorer(
                 rows=rows,
                 competitors=competitors,

@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from ovd.demo.bodies import BodyStream, Limits, Reply, length_of, replay
+from ovd.demo.bodies import BodyReader, Limits, Reply, length_of, replay
 from ovd.demo.names import Names, Refused
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.reason import reason_header
@@ -63,7 +63,7 @@ class Gate:
         pair = None if credentials is None else base64.b64encode(":".join(credentials).encode())
         self._authorization = None if pair is None else b"Basic " + pair
         self._limits = limits or Limits(question=BODY)
-        self._reading = 0
+        self._bodies = BodyReader(self._limits, what="request", small=0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on."""
@@ -80,7 +80,7 @@ class Gate:
                 await _unauthorized()(scope, receive, reply)
                 return
             if scope["method"] == "POST":
-                body = await self._read(receive, length_of(headers))
+                body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
                 receive = replay(body, receive)
             await self._app(scope, receive, reply)
         except Refused as refused:
@@ -88,29 +88,6 @@ class Gate:
 
     def _knows(self, given: str) -> bool:
         return self._authorization is None or hmac.compare_digest(given.encode("latin-1"), self._authorization)
-
-    async def _read(self, receive: Receive, length: int | None) -> bytes:
-        limit = self._limits.question
-        if length is not None and length > limit:
-            raise Refused(413, f"A request may have {limit / 1e6:.0f} MB; this one has {length / 1e6:.1f} MB")
-        stream = BodyStream(receive, limit=limit, limits=self._limits)
-        body, counted = bytearray(), 0
-        try:
-            while True:
-                message = await stream()
-                if stream.refused is not None:
-                    raise stream.refused
-                if message["type"] == "http.disconnect":
-                    raise Refused(400, "The request ended too early")
-                body += message.get("body", b"")
-                self._reading += len(body) - counted
-                counted = len(body)
-                if self._reading > self._limits.together:
-                    raise Refused(503, "Too many large requests arrive at once; try again in 5 seconds", retry=5)
-                if not message.get("more_body", False):
-                    return bytes(body)
-        finally:
-            self._reading -= counted
 
 
 def build_app(backend: Backend) -> Starlette:
@@ -164,24 +141,24 @@ def build_app(backend: Backend) -> Starlette:
             Route("/", health),
             Route("/health", health),
             Route("/versions", versions),
-            Route("/setup", _told(setup), methods=["POST"]),
-            Route("/predict", _told(predict), methods=["POST"]),
-            Route("/webhook", _told(webhook), methods=["POST"]),
+            Route("/setup", _with_reason(setup), methods=["POST"]),
+            Route("/predict", _with_reason(predict), methods=["POST"]),
+            Route("/webhook", _with_reason(webhook), methods=["POST"]),
         ]
     )
 
 
-def _told(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+def _with_reason(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
     """The endpoint, with what is wrong in its status line and in the log."""
 
-    async def told(request: Request) -> Response:
+    async def answered(request: Request) -> Response:
         try:
             return await endpoint(request)
         except UserError as problem:
             log.warning(f"{request.url.path}: {problem}")
             return _problem(422, str(problem))
 
-    return told
+    return answered
 
 
 def _answer(content: object) -> Response:

@@ -66,7 +66,7 @@ class OnnxBranches:
         boxes = [np.zeros((0, 4), np.float32)]
         scores = [np.zeros((0, self._classes), np.float32)]
         for card, columns, graph in self._branches:
-            box, class_id, score = self._found(image, card, graph)
+            box, class_id, score = self._detected(image, card, graph)
             column = columns[class_id]
             active = column >= 0
             one = np.zeros((int(active.sum()), self._classes), np.float32)
@@ -77,7 +77,7 @@ class OnnxBranches:
         return FinetunedBoxes(np.concatenate(boxes), np.concatenate(scores))
 
     @staticmethod
-    def _found(
+    def _detected(
         image: NDArray[np.uint8], card: FinetunedCard, graph: CellGraph
     ) -> tuple[Floats, NDArray[np.int64], Floats]:
         """((P, 4) boxes, (P,) classes of the branch, (P,) its scores), best first."""

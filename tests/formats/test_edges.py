@@ -100,16 +100,16 @@ def test_an_xml_file_in_another_encoding_than_it_names_is_refused(encoding: str,
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [(b"caf\xe9\n", False), ("caf\xe9\n".encode("utf-16"), True), (b"b\n", True)]
+    ("text", "noticed"), [(b"caf\xe9\n", False), ("caf\xe9\n".encode("utf-16"), True), (b"b\n", True)]
 )
-def test_a_list_of_a_part_holds_names_as_they_are_on_disk(text: bytes, told: bool, tmp_path: Path) -> None:
+def test_a_list_of_a_part_holds_names_as_they_are_on_disk(text: bytes, noticed: bool, tmp_path: Path) -> None:
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/val.txt").write_bytes(text)
     voc(tmp_path, voc_object())
     (tmp_path / "Annotations/a.xml").rename(tmp_path / "Annotations/caf\udce9.xml")
     labels = read_labels(tmp_path)
-    assert [entry["split"] for entry in labels.content["images"]] == ["" if told else "val"]
-    assert ("names in ImageSets/Main have no XML file" in "".join(labels.notices)) is told
+    assert [entry["split"] for entry in labels.content["images"]] == ["" if noticed else "val"]
+    assert ("names in ImageSets/Main have no XML file" in "".join(labels.notices)) is noticed
 
 
 @pytest.mark.parametrize("name", ["my photo.jpg", "new\nline.jpg", "caf\udce9.jpg"])
@@ -179,7 +179,7 @@ def test_pictures_that_a_data_yaml_has_no_part_for_are_told(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ({"version": "5.5.0", "shapes": [], "imagePath": "a.jpg"}, "LabelMe's"),
         ([{"id": 1, "data": {"image": "/data/upload/a.jpg"}, "annotations": []}], "Label Studio's own JSON"),
@@ -187,10 +187,10 @@ def test_pictures_that_a_data_yaml_has_no_part_for_are_told(tmp_path: Path, caps
         ({**coco_content(), "annotations": [{"image_id": 1, "caption": "a cat"}]}, "a caption"),
     ],
 )
-def test_labels_of_another_kind_are_called_by_their_name(content: object, said: str, tmp_path: Path) -> None:
+def test_labels_of_another_kind_are_called_by_their_name(content: object, message: str, tmp_path: Path) -> None:
     file = make_coco(tmp_path)
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_labels(file, images=tmp_path / "photos").truth()
 
 

@@ -125,7 +125,7 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "message"),
     [
         ("/predict", request("http://elsewhere.test/a.jpg"), "is on another host than Label Studio's"),
         ("/predict", request("data:image/png;base64,AAAA"), "its picture: cannot be read"),
@@ -140,9 +140,9 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
         ("/webhook", {"action": "START_TRAINING", "project": {}}, "wordbox train --config photos/finetune.yaml"),
     ],
 )
-def test_what_is_wrong_stands_in_the_status_line(path: str, body: object, said: str, ask: Ask) -> None:
+def test_what_is_wrong_stands_in_the_status_line(path: str, body: object, message: str, ask: Ask) -> None:
     answer = ask("POST", path, body)
-    assert 400 <= answer.status < 600 and said in answer.reason and said in answer.body["error"]
+    assert 400 <= answer.status < 600 and message in answer.reason and message in answer.body["error"]
     assert "x-reason-phrase" not in {name.lower() for name in answer.headers}
 
 
@@ -187,7 +187,7 @@ def test_a_controls_threshold_comes_before_the_commands(threshold: float | None,
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         ([], "wordbox serve --label-studio"),
         (["--label-studio", "--user", "me"], "needs both --user and --password"),
@@ -195,9 +195,9 @@ def test_a_controls_threshold_comes_before_the_commands(threshold: float | None,
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(
-    argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "BASIC_AUTH_USER", "BASIC_AUTH_PASS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         serve.main(argv)

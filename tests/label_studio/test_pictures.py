@@ -104,7 +104,7 @@ def test_a_personal_token_is_exchanged_and_again_when_that_has_run_out(studio: S
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("http://elsewhere.test/cat.jpg", "is on another host than Label Studio's"),
         ("//elsewhere.test/cat.jpg", "names no picture"),
@@ -117,8 +117,8 @@ def test_a_personal_token_is_exchanged_and_again_when_that_has_run_out(studio: S
         ("data:image/png", "without its data"),
     ],
 )
-def test_nothing_else_is_fetched(value: str, said: str, studio: Studio) -> None:
-    with pytest.raises(UserError, match=said):
+def test_nothing_else_is_fetched(value: str, message: str, studio: Studio) -> None:
+    with pytest.raises(UserError, match=message):
         PictureSource(url=studio.url, token=LEGACY).read(value, task=7)
     assert all(authorization == f"Token {LEGACY}" for _, authorization in studio.asked)
 

@@ -46,9 +46,9 @@ def branch(classes: int, seed: int) -> ClassBranch:
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped default with two branches of untrained classes, and its export beside them."""
-    folder = tmp_path_factory.mktemp("taught") / "mine"
+    folder = tmp_path_factory.mktemp("tuned") / "mine"
     shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(BESIDE))
     own = tuple(
         replace(
@@ -63,10 +63,10 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_own_classes_are_the_same_in_both_runtimes(taught: Path, by_torch: Detector) -> None:
+def test_own_classes_are_the_same_in_both_runtimes(tuned: Path, by_torch: Detector) -> None:
     model = by_torch.model
     assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
-    finetuned = load_finetuned(taught, read_card(taught).own, lexicon=read_lexicon(), precision=torch.float32)
+    finetuned = load_finetuned(tuned, read_card(tuned).own, lexicon=read_lexicon(), precision=torch.float32)
     assert finetuned is not None
     with_finetuned = FvlmRegionModel(
         network=TorchNetwork(model.network.model, finetuned=finetuned),
@@ -76,7 +76,7 @@ def test_own_classes_are_the_same_in_both_runtimes(taught: Path, by_torch: Detec
         trained=model.trained,
         finetuned=finetuned.names,
     )
-    one, other = by_torch.with_model(with_finetuned), Detector.load(taught, runtime="onnx")
+    one, other = by_torch.with_model(with_finetuned), Detector.load(tuned, runtime="onnx")
     found, seen = [], set()
     for photo in PHOTOS[:3]:
         a, b = (detector.find(photo, "comb, zorp, beak, perch, bird, dog", threshold=0.1) for detector in (one, other))
@@ -88,24 +88,24 @@ def test_own_classes_are_the_same_in_both_runtimes(taught: Path, by_torch: Detec
     assert {"comb", "zorp", "perch"} <= seen
 
 
-def test_other_words_are_as_without_own_classes(taught: Path, by_onnx: Detector) -> None:
+def test_other_words_are_as_without_own_classes(tuned: Path, by_onnx: Detector) -> None:
     words = "chicken, dog, mug: cup, wheel"
-    plain, beside = (detector.find(PHOTOS[0], words) for detector in (by_onnx, Detector.load(taught, runtime="onnx")))
+    plain, beside = (detector.find(PHOTOS[0], words) for detector in (by_onnx, Detector.load(tuned, runtime="onnx")))
     np.testing.assert_array_equal(beside.xyxy, plain.xyxy)
     np.testing.assert_allclose(beside.confidence, plain.confidence, atol=1e-6)
 
 
-def test_own_classes_are_found_without_torch(taught: Path, tmp_path: Path) -> None:
+def test_own_classes_are_found_without_torch(tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = without_torch(
-        "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(taught / BESIDE), "--out", str(out)
+        "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(tuned / BESIDE), "--out", str(out)
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads((out / "results.json").read_text())) > 0
 
 
-def test_an_export_of_other_branches_is_not_run(taught: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(taught, tmp_path / "mine")
+def test_an_export_of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tuned, tmp_path / "mine")
     card = read_card(folder)
     assert export_for(folder, card, runtime="onnx", device="cpu") == folder / BESIDE
     write_card(folder, replace(card, own=card.own[:1]))

@@ -36,6 +36,18 @@ class HeadOutputs(NamedTuple):
     bias: Tensor
 
 
+def _hidden_layers(inputs: int, hidden: int, *, dropout: float) -> nn.Sequential:
+    """Two, each with its dropout: (P, inputs) to (P, hidden)."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+    )
+
+
 class FrozenFeatureHead(nn.Module):
     """Two hidden layers on pooled features and on the scores of known words.
 
@@ -52,14 +64,7 @@ class FrozenFeatureHead(nn.Module):
         super().__init__()
         self.known = known
         self.norm = nn.BatchNorm1d(features + known, affine=False)
-        self.layers = nn.Sequential(
-            nn.Linear(features + known, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-        )
+        self.layers = _hidden_layers(features + known, hidden, dropout=dropout)
         self.projection = nn.Linear(hidden, embed_dim)
         self.bias = nn.Linear(hidden, 1)
         nn.init.zeros_(self.bias.weight)
@@ -96,14 +101,7 @@ class ImageHead(nn.Module):
     def __init__(self, *, features: int, hidden: int, embed_dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(features, affine=False)
-        self.layers = nn.Sequential(
-            nn.Linear(features, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-        )
+        self.layers = _hidden_layers(features, hidden, dropout=dropout)
         self.projection = nn.Linear(hidden, embed_dim)
         nn.init.zeros_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
