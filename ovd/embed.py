@@ -200,17 +200,13 @@ def detector_fingerprint(folder: Path) -> str:
 
 def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) -> None:
     """Write the store in this process, or, with ``check``, only try two pictures and print the estimate."""
-    import torch
-
     from ovd.regions.layout import Identity, StoreSettings
     from ovd.regions.writer import plan_line, remove_store, write_regions
     from ovd.training.inputs import resolve_encoder
     from pretrain.engine.distributed import pick_device
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    device = pick_device(config.device, threads=config.threads)
     images = make_images(config.pictures)
-    device = pick_device(config.device)
     encoder = resolve_encoder(config.encoder).to(device)
     proposer, proposals = make_proposer(config.proposer, images, device=str(device))
     identity = Identity(

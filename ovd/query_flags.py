@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command looks for: its flags, shared by ``predict`` and ``label``, and the detector with the query."""
+"""Flags that commands share: which detector runs and where, and which classes it looks for."""
 
 from __future__ import annotations
 
@@ -37,14 +37,18 @@ def add_query_flags(flags: CommandParser) -> None:
         "the file's name is the default; --example=-NAME=CROP excludes",
     )
     flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
-    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
-    add_encoder_flag(flags.add_argument)
-    add_sides_flag(flags.add_argument)
-    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    flags.add_argument(
-        "--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)"
-    )
-    flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
+    add_detector_flags(flags.add_argument)
+
+
+def add_detector_flags(add: Callable[..., argparse.Action], *, sides: bool = True) -> None:
+    """Weights, encoder, sizes of the pictures (unless ``sides`` is False), device, runtime and threads."""
+    add("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    add_encoder_flag(add)
+    if sides:
+        add_sides_flag(add)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)")
+    add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
 
 def add_encoder_flag(add: Callable[..., argparse.Action]) -> None:
@@ -88,27 +92,41 @@ def check_words(options: argparse.Namespace) -> tuple[Example, ...]:
     return tuple(examples)
 
 
+def load_detector(
+    options: argparse.Namespace, *, weights: str | Path | None = None, masks: bool = True, cache_size: int = 8
+) -> Detector:
+    """The detector that `add_detector_flags` describe.
+
+    Args:
+        options: the flags.
+        weights: others than theirs.
+        masks, cache_size: see `ovd.Detector.load`.
+    """
+    from ovd.detector import Detector
+
+    return Detector.load(
+        options.weights if weights is None else weights,
+        device=options.device,
+        runtime=options.runtime,
+        threads=options.threads,
+        masks=masks,
+        cache_size=cache_size,
+        encoder=options.encoder,
+        sides=options.sides,
+    )
+
+
 def load_query(options: argparse.Namespace, examples: tuple[Example, ...], *, masks: bool) -> tuple[Detector, Query]:
-    """The detector, and what it is asked: the words are read again, with the detector's prompts.
+    """The detector and its query; the words are read again, with the detector's prompts.
 
     Args:
         options: of `add_query_flags`.
         examples: of `check_words`.
         masks: False finds boxes only, in less time.
     """
-    from ovd.detector import Detector
     from ovd.vocabulary import Vocabulary
 
-    detector = Detector.load(
-        options.weights,
-        device=options.device,
-        runtime=options.runtime,
-        threads=options.threads,
-        masks=masks,
-        cache_size=0,
-        encoder=options.encoder,
-        sides=options.sides,
-    )
+    detector = load_detector(options, masks=masks, cache_size=0)
     words: Vocabulary | str | None = options.classes
     if options.vocabulary is not None:
         words = Vocabulary.load(options.vocabulary, templates=detector.templates)

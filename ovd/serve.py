@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from ovd.query_flags import add_encoder_flag, add_sides_flag
+from ovd.query_flags import add_detector_flags, load_detector
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.flags import CommandParser, integer, share
 
@@ -54,12 +54,7 @@ def parser() -> CommandParser:
     add("--password", help="of basic authentication (default: BASIC_AUTH_PASS)")
     add("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
     add("--seconds", type=integer(1), default=80, help="for one request of Label Studio, which waits 100 (default 80)")
-    add("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
-    add_encoder_flag(add)
-    add_sides_flag(add)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)")
-    add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
+    add_detector_flags(add)
     flags.hide("seconds", "encoder", "sides", "device", "runtime", "threads")
     return flags
 
@@ -88,20 +83,11 @@ def main(argv: list[str]) -> int:
     try:
         from ovd.demo.names import Names
         from ovd.demo.serving import Server
-        from ovd.detector import Detector
         from ovd.label_studio.app import Gate, build_app
         from ovd.label_studio.backend import Backend
         from ovd.label_studio.reason import with_reasons
 
-        detector = Detector.load(
-            options.weights,
-            device=options.device,
-            runtime=options.runtime,
-            threads=options.threads,
-            masks=False,
-            encoder=options.encoder,
-            sides=options.sides,
-        )
+        detector = load_detector(options, masks=False)
         backend = Backend(
             detector,
             pictures,

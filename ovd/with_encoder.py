@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from ovd.data.splits import COCO_NAMES
 from ovd.inference.arrays import Floats
 from ovd.inference.crop_names import CROPS, BoxSource, CropNames, DetectorBoxes, PhotoBoxes, ProposedBoxes, uncalibrated
@@ -33,8 +31,6 @@ from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    import torch
-
     from ovd.modeling.export import DetectorCard
     from pretrain.nets.towers import JointEncoder
 
@@ -85,9 +81,7 @@ def load_with_encoder(
     """
     from ovd.training.inputs import resolve_encoder
 
-    where = pick_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    where = pick_device(device, threads=threads)
     top = CROPS if regions is None else regions
     source, card = box_source(folder, device=str(where), masks=masks, top=top)
     encoder = resolve_encoder(spec).to(where)

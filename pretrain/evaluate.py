@@ -28,6 +28,7 @@ from pretrain.data.stickers import Stickers
 from pretrain.engine.distributed import device_of, pick_device
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.flags import integer
 from pretrain.nets.encoders import load_encoder
 from pretrain.nets.towers import JointEncoder
 
@@ -262,17 +263,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--per-class", type=int, default=4, help="pictures per class (default 4)")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--device", default="auto", help="where the encoder runs: auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=integer(1))
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = pick_device(args.device, threads=args.threads)
     stickers = Stickers.load()
     if args.make_pairs:
         pairs = synonym_pairs(WordNet.load(args.make_pairs), stickers.nouns, stickers.supercategory)
         save_pairs(args.pairs, pairs, stickers.nouns)
     pairs = load_pairs(args.pairs, stickers.nouns)
-    encoder = load_encoder(args.encoder).to(pick_device(args.device))
+    encoder = load_encoder(args.encoder).to(device)
     both = not (args.zero_shot or args.synonyms)
     report: dict[str, object] = {"encoder": encoder.fingerprint(), "classes": len(stickers.nouns)}
     if args.synonyms or both:

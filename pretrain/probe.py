@@ -62,8 +62,6 @@ def parser() -> CommandParser:
 def main(argv: list[str]) -> int:
     """Probe one backbone and print, or write, one JSON report."""
     args = parser().parse_args(argv)
-    import torch
-
     from pretrain.engine import distributed
     from pretrain.evaluation.data import Subset, open_data
     from pretrain.evaluation.linear import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL
@@ -74,12 +72,11 @@ def main(argv: list[str]) -> int:
         raise UserError("--temperature must be above 0")
     if args.protocol is not None and args.protocol not in PROTOCOLS:
         raise UserError(f"--protocol {args.protocol}: expected one of {', '.join(sorted(PROTOCOLS))}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = distributed.pick_device(args.device, threads=args.threads)
     joined = distributed.setup()
     try:
         backbone, origin = open_backbone(args.run, args.backbone)
-        backbone = backbone.to(distributed.pick_device(args.device))
+        backbone = backbone.to(device)
         train, test, side = open_data(args.data, size=args.size or origin.inputs.size)
         reason = problem_with(backbone, side)
         if reason is not None:

@@ -9,33 +9,20 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from pathlib import Path
 
 from ovd.demo.lean import few_heaps, settle, without_compiler
 from ovd.demo.logs import configure
 from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
-
-
-def _port(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 65535 (0: any free port)")
-    return value
-
-
-def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads (1 or more)")
-    return int(text)
+from ovd.query_flags import add_detector_flags, load_detector
+from pretrain.engine.flags import integer
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     flags = argparse.ArgumentParser(prog="app.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    flags.add_argument("--port", type=_port, default=7860, help="port to listen on, 0 for any free one (default 7860)")
+    flags.add_argument(
+        "--port", type=integer(0, 65535), default=7860, help="port to listen on, 0 for any free one (default 7860)"
+    )
     flags.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)"
     )
@@ -46,17 +33,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="also answer under this name, that of a proxy in front of the page (may be given more than once)",
     )
-    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
-    flags.add_argument(
-        "--encoder",
-        metavar="SPEC",
-        help="name the boxes by another image-text encoder: open_clip:MODEL:TAG (fetched once) or open_clip:MODEL:FILE",
-    )
-    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    flags.add_argument(
-        "--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)"
-    )
-    flags.add_argument("--threads", type=_threads, default=None, help="CPU threads (default: all cores)")
+    add_detector_flags(flags.add_argument, sides=False)
+    flags.set_defaults(sides=None)
     flags.add_argument("--share", action="store_true", help="public link; pictures then leave the machine")
     flags.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open a browser")
     return flags
@@ -90,18 +68,8 @@ def main(argv: list[str]) -> int:
             from ovd.demo.answer import Answerer
             from ovd.demo.page import build_page, launch_page
             from ovd.demo.shelf import shelf_of
-            from ovd.detector import Detector
 
-            def load(weights: str | Path) -> Detector:
-                return Detector.load(
-                    weights,
-                    device=options.device,
-                    runtime=options.runtime,
-                    threads=options.threads,
-                    encoder=options.encoder,
-                )
-
-            shelf = shelf_of(options.weights, load)
+            shelf = shelf_of(options.weights, lambda weights: load_detector(options, weights=weights))
         answerer = Answerer(shelf=shelf)
         page = build_page(answerer)
         served = launch_page(

@@ -109,15 +109,11 @@ def _computes_bfloat16() -> bool:
 def _load_torch(
     folder: Path, card: DetectorCard, *, device: str, threads: int | None, masks: bool, regions: int
 ) -> Networks:
-    import torch
-
     from ovd.inference.encoder import load_encoder_of
     from ovd.modeling.load import load_detector_model
     from pretrain.engine.distributed import pick_device
 
-    where = pick_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    where = pick_device(device, threads=threads)
     encoder = load_encoder_of(folder, card).to(where)
     model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
     return Networks(model, encoder)

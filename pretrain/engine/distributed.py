@@ -71,15 +71,18 @@ def barrier() -> None:
         dist.barrier()
 
 
-def pick_device(name: str) -> torch.device:
-    """Turn the configured device name into a device.
+def pick_device(name: str, *, threads: int | None = None) -> torch.device:
+    """Turn the configured device name into a device, and let torch compute with so many threads on the CPU.
 
     Args:
         name: ``auto`` (this process's GPU if there is one, otherwise the CPU) or a torch device name.
+        threads: Of one operator, for the whole process; None: leave it to torch and OMP_NUM_THREADS.
 
     Raises:
         UserError: If the device does not exist on this machine.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -89,8 +89,6 @@ def fit(
     out = Path(out)
     joined = distributed.setup()
     try:
-        if loop.threads is not None:
-            torch.set_num_threads(loop.threads)
         notes: list[str] = []
         start = None
         if not check:
@@ -164,7 +162,7 @@ class _Run:
     ) -> None:
         self.loop, self.optim, self.out, self.record, self.check = loop, optim, out, record, check
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        self.device = distributed.pick_device(loop.device)
+        self.device = distributed.pick_device(loop.device, threads=loop.threads)
         self.data = Microbatches(
             source,
             seed=loop.seed,

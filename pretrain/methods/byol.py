@@ -101,6 +101,8 @@ class BYOL(SelfSupervised[ByolMethod]):
 
     def health(self) -> dict[str, Tensor]:
         """Projections of the last forward pass, and both networks' parameters."""
-        online = torch.cat([flat_parameters(self.backbone), flat_parameters(self.projector)])
-        target = torch.cat([flat_parameters(self.target_backbone), flat_parameters(self.target_projector)])
-        return {**self._last, "online_parameters": online, "target_parameters": target}
+        return {
+            **self._last,
+            "online_parameters": flat_parameters(self.backbone, self.projector),
+            "target_parameters": flat_parameters(self.target_backbone, self.target_projector),
+        }

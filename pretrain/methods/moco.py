@@ -212,9 +212,11 @@ class MoCo(SelfSupervised[MoCoMethod]):
 
     def health(self) -> dict[str, Tensor]:
         """Query projections and cosines of the last forward pass, and both networks' parameters."""
-        online = torch.cat([flat_parameters(self.backbone), flat_parameters(self.projector)])
-        target = torch.cat([flat_parameters(self.key_backbone), flat_parameters(self.key_projector)])
-        return {**self._last, "online_parameters": online, "target_parameters": target}
+        return {
+            **self._last,
+            "online_parameters": flat_parameters(self.backbone, self.projector),
+            "target_parameters": flat_parameters(self.key_backbone, self.key_projector),
+        }
 
 
 def checked_splits(config: MoCoMethod, batch_size: int) -> int:

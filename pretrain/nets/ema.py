@@ -37,6 +37,6 @@ def cosine_momentum(step: int, total: int, *, base: float) -> float:
     return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2
 
 
-def flat_parameters(module: nn.Module) -> Tensor:
-    """All parameters as one detached vector."""
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
+def flat_parameters(*modules: nn.Module) -> Tensor:
+    """All parameters of the modules as one detached vector."""
+    return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()])
