@@ -33,7 +33,7 @@ def load(name: str, weights: str, transformer: Path | None) -> RCNNRegionModel |
     from ovd.inference.detr_regions import DetrRegionModel, OpenVocabularyDetr
     from ovd.inference.rcnn_regions import RCNNRegionModel
     from ovd.modeling.detr.build import build_detr
-    from ovd.modeling.export import read_card
+    from ovd.modeling.export import architecture_record, read_card
     from ovd.modeling.load import load_detector_model
     from ovd.weights import detector_folder
     from pretrain.engine.config import load_config
@@ -57,7 +57,7 @@ def load(name: str, weights: str, transformer: Path | None) -> RCNNRegionModel |
         pixel_mean=shipped.pixel_mean,
         pixel_std=shipped.pixel_std,
     )
-    card = replace(shipped, model=config.model.model_dump(mode="json"))
+    card = replace(shipped, model=architecture_record(config.model.model_dump(mode="json")))
     return OpenVocabularyDetr(
         model=model.eval(), card=card, background_words=np.zeros((0, shipped.embed_dim), np.float32)
     )

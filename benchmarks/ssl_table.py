@@ -40,7 +40,7 @@ BATCH = 128
 
 def recipe(method: str, *, steps: int, seed: int, out: Path) -> PretrainConfig:
     """The method's configuration with small views and that many steps; warm-up and milestones keep their shares."""
-    raw = plain(load_config(PretrainConfig, f"pretrain/{method}.yaml"))
+    raw: dict[str, Any] = plain(load_config(PretrainConfig, f"pretrain/{method}.yaml"))
     share = steps / raw["loop"]["steps"]
     if method == "clip":
         encoder = raw["method"]["encoder"]

@@ -102,6 +102,7 @@ def read_source(spec: str, *, stem: Stem | None = None) -> Source:
 def _read_folder(folder: Path) -> Source:
     from torch import nn
 
+    from pretrain.config_ssl import BackboneConfig
     from pretrain.nets.backbones import FORMAT, Pooled, load_backbone
     from pretrain.nets.encoders import load_encoder
     from pretrain.nets.resnet import ResNet
@@ -115,8 +116,9 @@ def _read_folder(folder: Path) -> Source:
         raise UserError(f"{folder}: no backbone or encoder folder (config.json: {problem})") from problem
     if kind == FORMAT:
         network, info = load_backbone(folder)
-        mean, std, name = tuple(info["mean"]), tuple(info["std"]), f"{info['method']}, {info['backbone']['name']}"
-        stem = info["backbone"]["stem"]
+        config = BackboneConfig.model_validate(info["backbone"])
+        mean, std, name = tuple(info["mean"]), tuple(info["std"]), f"{info['method']}, {config.name}"
+        stem = config.stem
     else:
         encoder = load_encoder(folder)
         if not isinstance(encoder.visual, ResNetImage):
@@ -128,7 +130,7 @@ def _read_folder(folder: Path) -> Source:
         by_stem: dict[Any, Stem] = {((7, 7), (2, 2)): "imagenet", ((3, 3), (2, 2)): "small", ((3, 3), (1, 1)): "cifar"}
         stem = by_stem[network.conv1.kernel_size, network.conv1.stride]
     inner = network.network if isinstance(network, Pooled) else network
-    if not hasattr(inner, "layer4") or not hasattr(inner, "conv1"):
+    if not {"conv1", "layer4"} <= dict(inner.named_children()).keys():
         raise UserError(f"{folder}: {name} is no ResNet of torchvision's names and has no counterpart in the target")
     if not isinstance(inner, ResNet):
         state, stem = inner.state_dict(), "imagenet"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ovd.data.lvis import is_lvis, split_of
 from ovd.data.splits import Split
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ovd.detector import Detector
     from ovd.examples import Crop
     from ovd.inference.region_model import RegionModel
+    from ovd.modeling.export import ArchitectureRecord
     from pretrain.data.scenes import SceneSource
 
 EVALUATED_PARTS = ("val", "test")  # of a data set in parts, the first that it has
@@ -366,13 +367,13 @@ def with_conditioned_queries(predictor: Predictor, record: Record) -> Predictor:
     Raises:
         UserError: its queries were not trained for that.
     """
+    from ovd.config_detr import DetrConfig
     from ovd.inference.detr_regions import OpenVocabularyDetr
     from ovd.inference.strategies import ConditionedQueries
 
     model = predictor.detector.model
-    per_pass = 0
-    if isinstance(model, OpenVocabularyDetr) and model.card is not None:
-        per_pass = int(model.card.model.get("conditioned", 0))
+    architecture = model.card.architecture if model.card is not None else None
+    per_pass = architecture.conditioned if isinstance(architecture, DetrConfig) else 0
     if not isinstance(model, OpenVocabularyDetr) or not per_pass:
         raise UserError(
             "--queries words: this detector's queries were not trained to take words; train configs/ov_detr.yaml"
@@ -382,8 +383,10 @@ def with_conditioned_queries(predictor: Predictor, record: Record) -> Predictor:
     return replace(predictor, detector=predictor.detector.with_model(conditioned))
 
 
-def _architecture(folder: Path) -> dict[str, Any]:
+def _architecture(folder: Path) -> ArchitectureRecord:
     """The model section of an exported detector's card; empty where there is none, which the loader explains."""
+    from ovd.modeling.export import architecture_record
+
     card = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
     model = card.get("model", {}) if isinstance(card, dict) else {}
-    return model if isinstance(model, dict) else {}
+    return architecture_record(model if isinstance(model, dict) else {})

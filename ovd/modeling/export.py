@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.errors import UserError
@@ -55,6 +55,32 @@ class FinetunedCard:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+class HeadRecord(TypedDict, total=False):
+    """What is read of ``model.head`` without building the model; other keys are those of the architecture.
+
+    Attributes:
+        scale: inverse temperature.
+        patches, patch_size: of UP-DETR's pretext, count and side in pixels.
+    """
+
+    scale: float
+    patches: int
+    patch_size: int
+
+
+class ArchitectureRecord(TypedDict, total=False):
+    """An architecture's configuration as plain values, with the keys that are read without building the model."""
+
+    arch: str
+    variant: str
+    head: HeadRecord
+
+
+def architecture_record(values: Mapping[str, object]) -> ArchitectureRecord:
+    """The plain values of a validated configuration, as `DetectorCard.model`."""
+    return cast(ArchitectureRecord, dict(values))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DetectorCard:
     """What stands in ``model.json`` beside the weights.
@@ -77,7 +103,7 @@ class DetectorCard:
         own: branches of classes that were added later, oldest first.
     """
 
-    model: dict[str, Any]
+    model: ArchitectureRecord
     embed_dim: int
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]

@@ -238,13 +238,13 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
     from dataclasses import asdict
 
     from ovd.inference.scoring import Calibration
-    from ovd.modeling.export import DetectorCard, save_detector
+    from ovd.modeling.export import DetectorCard, architecture_record, save_detector
     from ovd.modeling.fvlm.network import PROPOSALS
     from pretrain.engine.config import config_hash
 
     table = parts.photos.table
     card = DetectorCard(
-        model=config.model.model_dump(mode="json"),
+        model=architecture_record(config.model.model_dump(mode="json")),
         embed_dim=parts.encoder.embed_dim,
         pixel_mean=tuple(255 * v for v in parts.encoder.image_mean),
         pixel_std=tuple(255 * v for v in parts.encoder.image_std),

@@ -88,10 +88,10 @@ def detector_card(
         classes, novel, background, templates: see `DetectorCard`.
         calibration: until ``python -m ovd.calibrate`` fits one.
     """
-    from ovd.modeling.export import DetectorCard
+    from ovd.modeling.export import DetectorCard, architecture_record
 
     return DetectorCard(
-        model=dict(model),
+        model=architecture_record(model),
         embed_dim=parts.encoder.embed_dim,
         pixel_mean=tuple(parts.pixel_mean),
         pixel_std=tuple(parts.pixel_std),

@@ -272,7 +272,7 @@ def _complete(item: Item, shape: Shape, default: Any) -> Item:
         elif child is not None and child.value is None and not inner.optional:
             child = Item({}, child.where)
         if child is not None:
-            standard = getattr(default, name, None) if isinstance(default, section) else None
+            standard = dict(default).get(name) if isinstance(default, section) else None
             if standard is None and not info.is_required():
                 standard = default_of(info)
             result[name] = _complete(child, inner, standard)
@@ -280,7 +280,7 @@ def _complete(item: Item, shape: Shape, default: Any) -> Item:
 
 
 def _same_tag(items: Mapping[str, Item], default: BaseModel, tag: str) -> bool:
-    return tag not in items or items[tag].plain() == getattr(default, tag, None)
+    return tag not in items or items[tag].plain() == dict(default).get(tag)
 
 
 def _as_item(value: Any, where: str) -> Item:
@@ -294,9 +294,9 @@ def _as_item(value: Any, where: str) -> Item:
 # --- out of a model again --------------------------------------------------------------------------------------------
 
 
-def plain(cfg: Section) -> dict[str, Any]:
+def plain(cfg: Section) -> dict[str, object]:
     """A configuration as plain dicts, lists and scalars: what a run records, and what ``changed_keys`` compares."""
-    result: dict[str, Any] = plain_value(cfg)
+    result: dict[str, object] = plain_value(cfg)
     return result
 
 
@@ -317,7 +317,7 @@ FREE_BY_DEFAULT: frozenset[str] = frozenset({"out", *(f"loop.{key}" for key in f
 """The free keys of every configuration with ``out`` and ``loop: LoopConfig``."""
 
 
-def training_keys(cfg: Section) -> dict[str, Any]:
+def training_keys(cfg: Section) -> dict[str, object]:
     """Dotted key -> plain value, of every key that influences what is learnt; ``LATER`` ones if they are set."""
     left_out = free_keys(type(cfg)) | ({key for key, info in walk(type(cfg)) if is_later(info)} & keys_at_default(cfg))
     return {key: value for key, value in _flatten(plain(cfg)) if not _covered(key, left_out)}
@@ -329,10 +329,13 @@ def keys_at_default(cfg: Section) -> frozenset[str]:
 
 
 def _at_default(cfg: Section, prefix: str, standard: Any) -> Iterator[str]:
+    values = dict(cfg)
+    # The section's own default wins over those of its class, as in load_config.
+    standards = dict(standard) if type(standard) is type(cfg) else {}
     for name, info in type(cfg).model_fields.items():
-        value, default = getattr(cfg, name), None
-        if type(standard) is type(cfg):  # the section's own default wins over those of its class, as in load_config
-            default = getattr(standard, name)
+        value, default = values[name], None
+        if name in standards:
+            default = standards[name]
         elif not info.is_required():
             default = default_of(info)
         elif not isinstance(value, Section):

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Discriminator, JsonValue
 from pydantic.fields import FieldInfo
 
 from pretrain.engine.config_yaml import to_yaml
 from pretrain.engine.errors import ConfigError, did_you_mean
 
-FREE: dict[str, Any] = {"resume": "free"}
+FREE: dict[str, JsonValue] = {"resume": "free"}
 """``Field(json_schema_extra=FREE)`` marks a key that does not influence what is learnt: it may differ when a run is
 resumed, and the hash of a configuration leaves it out."""
 
@@ -27,7 +27,7 @@ def is_free(info: FieldInfo) -> bool:
     return _is_marked(info, FREE)
 
 
-LATER: dict[str, Any] = {"hash": "unless default"}
+LATER: dict[str, JsonValue] = {"hash": "unless default"}
 """``Field(json_schema_extra=LATER)`` marks a key that came after hashes were published: it enters the hash only where
 it is set, so that a configuration written before it keeps its hash."""
 
@@ -37,7 +37,7 @@ def is_later(info: FieldInfo) -> bool:
     return _is_marked(info, LATER)
 
 
-def _is_marked(info: FieldInfo, mark: Mapping[str, Any]) -> bool:
+def _is_marked(info: FieldInfo, mark: Mapping[str, JsonValue]) -> bool:
     return isinstance(info.json_schema_extra, dict) and mark.items() <= info.json_schema_extra.items()
 
 
@@ -108,7 +108,8 @@ def shape_of(annotation: Any, discriminator: Any = None) -> Shape:
     """The ``Shape`` of an annotation."""
     if typing.get_origin(annotation) is Annotated:
         for extra in typing.get_args(annotation)[1:]:
-            discriminator = getattr(extra, "discriminator", None) or discriminator
+            if isinstance(extra, FieldInfo | Discriminator):
+                discriminator = extra.discriminator or discriminator
     parts = [bare(member) for member in members(annotation)]
     sections = tuple(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
     return Shape(
@@ -181,7 +182,7 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     elif annotation in (dict, Any):
         name = "mapping" if annotation is dict else "anything"
     else:
-        name = _NAMES.get(annotation) or str(getattr(annotation, "__name__", annotation))
+        name = _NAMES.get(annotation) or (annotation.__name__ if isinstance(annotation, type) else str(annotation))
     bounds = _bounds_text(metadata)
     return f"{name} {bounds}" if bounds else name
 
@@ -190,12 +191,11 @@ def _bounds_text(metadata: Iterable[Any]) -> str:
     bounds: dict[str, float] = {}
     bounds_texts: list[str] = []
     for entry in metadata:
-        bounds |= {
-            name: getattr(entry, name) for name in (*_SIGNS, *_LENGTHS) if getattr(entry, name, None) is not None
-        }
-        for name, words in _OTHER_BOUNDS.items():
-            if getattr(entry, name, None) is not None:
-                bounds_texts.append(f"{words} {getattr(entry, name)}")
+        # pydantic's constraints have no class in common: each is known by what it has.
+        names = (*_SIGNS, *_LENGTHS, *_OTHER_BOUNDS)
+        has = {name: bound for name in names if (bound := getattr(entry, name, None)) is not None}
+        bounds |= {name: has[name] for name in (*_SIGNS, *_LENGTHS) if name in has}
+        bounds_texts += [f"{words} {has[name]}" for name, words in _OTHER_BOUNDS.items() if name in has]
     least, most = (bounds.pop(name, None) for name in _LENGTHS)
     if least and most:
         bounds_texts.append(f"of length {least}" if least == most else f"of length {least} to {most}")
@@ -261,8 +261,9 @@ def _groups(
     """(dotted section, its lines), the sections below it after it. ``default``: the instance whose values are shown."""
     notes: list[str] = [title] if title else []
     below: list[tuple[str, list[str]]] = []
+    shown_values = {} if default is None else dict(default)
     for name, info in model.model_fields.items():
-        value = getattr(default, name, None) if default is not None else None
+        value = shown_values.get(name)
         if default is None and not info.is_required():
             value = default_of(info)
         inner, per_element = field_shape(info), element_of(info.annotation)
@@ -313,7 +314,8 @@ def _key_lines(name: str, info: FieldInfo, default: str) -> list[str]:
 def plain_value(value: Any) -> Any:
     """A validated value as plain dicts, lists and scalars."""
     if isinstance(value, BaseModel):
-        return {name: plain_value(getattr(value, name)) for name in type(value).model_fields}
+        values = dict(value)
+        return {name: plain_value(values[name]) for name in type(value).model_fields}
     if isinstance(value, Mapping):
         return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

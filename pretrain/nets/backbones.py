@@ -88,13 +88,12 @@ def _torchvision(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Modu
         network = models.get_model(name, weights=None, **fixed)
     except (AssertionError, ValueError, RuntimeError) as problem:
         raise _unfitting(f"torchvision:{name}", sizes[0], _first_line(problem)) from problem
+    layers = dict(network.named_children())
     for head in ("fc", "classifier", "heads", "head"):  # torchvision's four names for the classifier
-        layer = getattr(network, head, None)
-        if layer is not None:
-            linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-            if linears:
-                setattr(network, head, nn.Flatten(1))
-                return Pooled(network, linears[0].in_features)
+        linears = [m for m in layers[head].modules() if isinstance(m, nn.Linear)] if head in layers else []
+        if linears:
+            network.register_module(head, nn.Flatten(1))
+            return Pooled(network, linears[0].in_features)
     raise UserError(f"method.backbone.name: torchvision's {name!r} has no classifier to take off; take another model")
 
 
@@ -120,7 +119,7 @@ def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
         ) from problem
     except (AssertionError, ValueError, RuntimeError) as problem:
         raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
-    # `num_features` is what comes before a layer that some networks have behind their features.
+    # Some of timm's networks, of no common class, have a layer behind their `num_features`.
     width = getattr(network, "head_hidden_size", None) or network.num_features
     return Pooled(network, cast(int, width))
 
@@ -213,7 +212,7 @@ class BackboneInfo(TypedDict):
     """
 
     format: str
-    backbone: dict[str, Any]
+    backbone: dict[str, object]
     method: str
     size: int
     mean: list[float]

@@ -53,8 +53,8 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
             norm = group_norm(child.num_features)
             if child.affine:  # keeps a zero-initialised gain
                 norm.load_state_dict({"weight": child.weight, "bias": child.bias})
-            inside = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]  # timm's BatchNormAct2d
-            setattr(module, name, nn.Sequential(norm, *inside) if inside else norm)
+            inside = [part for key, part in child.named_children() if key in ("drop", "act")]  # of timm's batch norms
+            module.register_module(name, nn.Sequential(norm, *inside) if inside else norm)
         elif type(child) is nn.Conv2d:
             child.__class__ = StandardisedConv2d  # same parameters, same names
         else:

@@ -55,7 +55,9 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
     card = read_card(folder)
     if not card.is_transformer:
         raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
-    return exported_tensors(folder)[0], not card.model["backbone"]["frozen"]
+    trained = card.architecture
+    assert isinstance(trained, DetrConfig)
+    return exported_tensors(folder)[0], not trained.backbone.frozen
 
 
 def _exported_of(path: Path) -> Path:
@@ -79,9 +81,10 @@ def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: Detr
         raise UserError(f"weights={path}: trained with model.pre_norm={str(pre_norm).lower()}; set it so here")
     if path.suffix in (".pth", ".pt"):
         return  # a released file does not say how many heads it has: the papers' 8
-    heads = int(read_card(_exported_of(path)).model["heads"])
-    if heads != config.heads:
-        raise UserError(f"weights={path}: trained with model.heads={heads}, not {config.heads}; set it so here")
+    trained = read_card(_exported_of(path)).architecture
+    assert isinstance(trained, DetrConfig)  # read_start refuses others
+    if trained.heads != config.heads:
+        raise UserError(f"weights={path}: trained with model.heads={trained.heads}, not {config.heads}; set it so here")
 
 
 def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> LoadReport:

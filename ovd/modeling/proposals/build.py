@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ class ProposalCard:
         config_hash: of the training configuration; empty where nothing was trained.
     """
 
-    model: dict[str, Any]
+    model: dict[str, object]
     sides: tuple[int, ...]
     config_hash: str = ""
     format: str = FORMAT
