@@ -74,18 +74,19 @@ def parser() -> CommandParser:
 def main(argv: list[str]) -> int:
     """Parse, find, write; returns the exit status."""
     options = parser().parse_args(argv)
-    from ovd.predict import collect, predict
+    from ovd.picture_files import PictureFiles
+    from ovd.predict import predict
 
     out: Path = options.out
     examples = check_words(options)
-    files = collect(options.pictures, without=out)
+    pictures = PictureFiles.collect(options.pictures, without=out)
     settings = {"format": options.format, "val": options.val, "pictures": options.place}
     claim(out, settings, overwrite=options.overwrite)
     masks = options.format == "yolo-seg" if options.masks is None else options.masks
     detector, query = load_query(options, examples, masks=masks)
     failed = predict(
         detector=detector,
-        files=files,
+        pictures=pictures,
         vocabulary=query,
         out=out / PREDICTIONS,
         threshold=options.threshold,
@@ -97,9 +98,9 @@ def main(argv: list[str]) -> int:
     from ovd.formats.predictions import read_predictions
     from ovd.formats.write import write_labels
 
-    labelled = with_parts(read_predictions(out / PREDICTIONS, dict(files)), options.val)
+    labelled = with_parts(read_predictions(out / PREDICTIONS, pictures.paths), options.val)
     if not labelled.pictures:
-        raise UserError(f"none of the {len(files)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
+        raise UserError(f"none of the {len(pictures)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
     write_labels(labelled, out, options.format, place=options.place)
     page = contact_sheet(
         labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from ovd.formats.names import FORMATS, parse_formats
+from ovd.picture_files import PictureFiles
 from ovd.predict_video import is_video, predict_videos
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import BadImageError, UserError, on_one_line, run_cli, shorten
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> int:
         return predict_videos(options, videos)
     formats = parse_formats(options.format) if options.format is not None else ()
     examples = check_words(options)
-    files = collect([Path(text) for text in options.pictures], without=options.out)
+    pictures = PictureFiles.collect([Path(text) for text in options.pictures], without=options.out)
     detector, query = load_query(options, examples, masks=options.masks)
     if options.tiles:
         from ovd.tiles import TiledDetector
@@ -136,7 +137,7 @@ def main(argv: list[str]) -> int:
         detector = TiledDetector(detector, side=options.tile_side)
     failed = predict(
         detector=detector,
-        files=files,
+        pictures=pictures,
         vocabulary=query,
         out=options.out,
         threshold=options.threshold,
@@ -147,45 +148,14 @@ def main(argv: list[str]) -> int:
     if formats:
         from ovd.formats.predictions import write_predictions
 
-        write_predictions(options.out, formats, dict(files))
+        write_predictions(options.out, formats, pictures.paths)
     return 1 if failed else 0
-
-
-def collect(given: Sequence[Path], *, without: Path | None = None) -> list[tuple[str, Path]]:
-    """Return (name, path) of every picture; the name is the path inside its folder, and unique.
-
-    Args:
-        given: pictures and folders.
-        without: a folder that is not searched: that of the results.
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no picture.
-    """
-    from pretrain.data.folder import find_images
-
-    pictures: dict[str, Path] = {}
-    for place in given:
-        if place.is_dir():
-            listing = find_images(place, without=without)
-            if str(listing):
-                print(f"warning: {place}: {listing}", file=sys.stderr)
-            inside = [(path.relative_to(place).as_posix(), path) for path in listing.paths]
-        elif place.is_file():
-            inside = [(place.name, place)]
-        else:
-            raise UserError(f"{place}: no such file or folder")
-        for name, path in inside:
-            if pictures.setdefault(name, path).resolve() != path.resolve():
-                raise UserError(
-                    f"two pictures would be called {name!r}: {pictures[name]} and {path}; run them separately"
-                )
-    return list(pictures.items())
 
 
 def predict(
     *,
     detector: Detector,
-    files: Sequence[tuple[str, Path]],
+    pictures: PictureFiles,
     vocabulary: Query | Vocabulary,
     out: Path,
     threshold: float | None = None,
@@ -197,7 +167,7 @@ def predict(
 
     Args:
         detector: the detector.
-        files: (name, path) pairs; ids are 1, 2, … in this order.
+        pictures: what is predicted; image ids in the results are 1, 2, … in their order.
         vocabulary: words, or words and examples; category ids are 1, 2, … in the order of its names.
         out: output folder.
         threshold: lowest score; the calibrated default when None.
@@ -217,7 +187,7 @@ def predict(
     level = detector.threshold_for(query, threshold)
     for notice in query.notices:
         print(f"warning: {notice}", file=sys.stderr)
-    names = [name for name, _ in files]
+    names = pictures.ids
     drawn = drawn_names(names)
     job = {
         "words or examples": f"{query.hash} ({shorten(', '.join(query.names))})",
@@ -227,30 +197,33 @@ def predict(
         "masks": masks,
     }
     try:
-        parts = _claim(out, job, names, overwrite)
+        parts = _claim_folder(out, job, names, overwrite)
         failed: list[dict[str, str]] = []
-        for number, (name, path) in enumerate(files, 1):
-            part = _part(parts, name)
-            target = out / "drawn" / drawn[number - 1] if draw else None
-            digest = _digest(path)
-            before = _finished(part)
-            record: PictureRecord
-            if before is not None and _holds(before, digest, out, target):
-                record = before
-            else:
-                record = {"file_name": name, "sha256": digest, **_one(detector, query, path, level, masks, target)}
-                if target is not None:
-                    record["drawn"] = drawn[number - 1]
-                _write_json(part, record)
+        for index, name in enumerate(names):
+            record_file = _record_file(parts, name)
+            drawing = out / "drawn" / drawn[index] if draw else None
+            digest = _digest(pictures.path(index))
+            record = _read_record(record_file)
+            if record is None or not _is_current(record, digest, out, drawing):
+                record = {"file_name": name, "sha256": digest}
+                try:
+                    record |= _predict_picture(detector, query, pictures.image(index), level, masks, drawing)
+                except BadImageError as problem:
+                    record["reason"] = problem.reason
+                if drawing is not None:
+                    record["drawn"] = drawn[index]
+                _write_json(record_file, record)
             if "reason" in record:
                 failed.append({"file_name": name, "reason": record["reason"]})
             outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
-            print(on_one_line(f"[{number}/{len(files)}] {name}: {outcome}"), flush=True)
-        _merge_parts(out, parts, names, query, failed)
+            print(on_one_line(f"[{index + 1}/{len(pictures)}] {name}: {outcome}"), flush=True)
+        _write_results(out, parts, names, query, failed)
     except OSError as problem:
         raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem
     if failed:
-        print(f"{len(failed)} of {len(files)} pictures could not be used; see {out / 'failed.json'}", file=sys.stderr)
+        print(
+            f"{len(failed)} of {len(pictures)} pictures could not be used; see {out / 'failed.json'}", file=sys.stderr
+        )
     return failed
 
 
@@ -272,15 +245,19 @@ def drawn_names(names: Sequence[str]) -> list[str]:
     return drawn
 
 
-def _claim(out: Path, job: Mapping[str, object], names: Sequence[str], overwrite: bool) -> Path:
-    """Make the folder ours, or find out that it already is; returns the folder of finished parts."""
+def _claim_folder(out: Path, job: Mapping[str, object], names: Sequence[str], overwrite: bool) -> Path:
+    """Note which command writes into the folder, or check that it is this one; returns the folder of records.
+
+    Raises:
+        UserError: it holds something else.
+    """
     parts = out / PARTS
     stamp = out / "job.json"
     if stamp.is_file() and not overwrite:
-        differing = _differing(read_json(stamp, hint="give another --out, or --overwrite"), job, names)
-        if differing:
+        differences = _differences(read_json(stamp, hint="give another --out, or --overwrite"), job, names)
+        if differences:
             raise UserError(
-                f"{out}: holds results of another command: {'; '.join(differing)}. "
+                f"{out}: holds results of another command: {'; '.join(differences)}. "
                 "Give another --out, or --overwrite to replace them"
             )
     elif out.exists() and any(out.iterdir()) and not overwrite:
@@ -293,19 +270,19 @@ def _claim(out: Path, job: Mapping[str, object], names: Sequence[str], overwrite
     return parts
 
 
-def _differing(before: object, job: Mapping[str, object], names: Sequence[str]) -> list[str]:
-    """What another command had asked for, in words; pictures may be added."""
+def _differences(before: object, job: Mapping[str, object], names: Sequence[str]) -> list[str]:
+    """How the command that wrote the folder differs from this one; pictures may be added."""
     if not isinstance(before, dict) or "pictures" not in before:
         return ["it was written by another version"]
-    differing = [f"{key} was {before.get(key)}, is {value}" for key, value in job.items() if before.get(key) != value]
+    differences = [f"{key} was {before.get(key)}, is {value}" for key, value in job.items() if before.get(key) != value]
     gone = sorted(set(before["pictures"]) - set(names))
     if gone:
-        differing.append(f"files differ: {len(gone)} of its pictures are not among these, such as {gone[0]}")
-    return differing
+        differences.append(f"files differ: {len(gone)} of its pictures are not among these, such as {gone[0]}")
+    return differences
 
 
-def _part(parts: Path, name: str) -> Path:
-    """Where the result of a picture is kept."""
+def _record_file(parts: Path, name: str) -> Path:
+    """Where the record of a picture is kept."""
     return parts / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
 
 
@@ -317,43 +294,33 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _holds(record: PictureRecord, digest: str | None, out: Path, target: Path | None) -> bool:
-    """Whether a kept record is of this very picture, and its drawing is there. Failures are always tried again."""
+def _is_current(record: PictureRecord, digest: str | None, out: Path, drawing: Path | None) -> bool:
+    """Whether a record is of this very picture, and its drawing is there. Failures are always tried again."""
     return (
         "reason" not in record
         and digest is not None
         and record.get("sha256") == digest
-        and (target is None or (target == out / "drawn" / str(record.get("drawn")) and target.is_file()))
+        and (drawing is None or (drawing == out / "drawn" / str(record.get("drawn")) and drawing.is_file()))
     )
 
 
-def _finished(part: Path) -> PictureRecord | None:
+def _read_record(file: Path) -> PictureRecord | None:
     try:
-        record = json.loads(part.read_text(encoding="utf-8"))  # written under another name and renamed: always whole
+        record = json.loads(file.read_text(encoding="utf-8"))  # written under another name and renamed: always whole
     except (FileNotFoundError, ValueError):
         return None
     return cast("PictureRecord", record) if isinstance(record, dict) else None
 
 
-def _one(
-    detector: Detector,
-    query: Query,
-    path: Path,
-    threshold: float,
-    masks: bool,
-    target: Path | None,
+def _predict_picture(
+    detector: Detector, query: Query, pixels: NDArray[np.uint8], threshold: float, masks: bool, drawing: Path | None
 ) -> PictureRecord:
-    """A picture's detections, or why it cannot be used; ``target`` is where it is drawn."""
+    """A picture's detections, drawn into the file ``drawing``."""
     from ovd.drawing import draw_detections
-    from ovd.pictures import to_rgb
 
-    try:
-        pixels = to_rgb(path)
-    except BadImageError as problem:
-        return {"reason": problem.reason}
     detections = detector.answer(pixels, query, threshold=threshold)
-    if target is not None:
-        _save_picture(target, draw_detections(pixels, detections, masks=masks))
+    if drawing is not None:
+        _save_picture(drawing, draw_detections(pixels, detections, masks=masks))
     counts: dict[str, int] = {}
     for class_name in detections.class_name:
         counts[class_name] = counts.get(class_name, 0) + 1
@@ -367,17 +334,17 @@ def _one(
     }
 
 
-def _merge_parts(out: Path, parts: Path, names: Sequence[str], query: Query, failed: list[dict[str, str]]) -> None:
+def _write_results(out: Path, parts: Path, names: Sequence[str], query: Query, failed: list[dict[str, str]]) -> None:
     images: list[CocoImage] = []
     results: list[CocoResult] = []
     for number, name in enumerate(names, 1):
-        record = _finished(_part(parts, name))
+        record = _read_record(_record_file(parts, name))
         if record is not None and "reason" not in record:
             name, width, height = record["file_name"], record["width"], record["height"]
             images.append({"id": number, "file_name": name, "width": width, "height": height})
             results.extend({**row, "image_id": number} for row in record["results"])
     categories = [{"id": i, "name": class_name} for i, class_name in enumerate(query.names, 1)]
-    if query.naming is not None and results:  # of all known words those that were found
+    if query.naming is not None and results:  # of all known words only those that were detected
         detected = {row["category_id"] for row in results}
         categories = [category for category in categories if category["id"] in detected]
     _write_json(out / "results.json", results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ovd.detections import CocoResult
 from pretrain.data.coco import image_sizes, picture_file
 from pretrain.data.coco_entries import CocoJson, ImageId
-from pretrain.data.images import Pictures
+from pretrain.data.images import IdentifiedPictures
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 Predict = Callable[[NDArray[np.uint8], ImageId], list[CocoResult]]
 OnImage = Callable[[int, int], None]
-
-
-class NumberedPictures(Pictures, Protocol):
-    """Pictures with the ids that results name them by."""
-
-    ids: Sequence[ImageId]
 
 
 def run_source(
@@ -80,7 +74,7 @@ def run_images(
 
 
 def _run(
-    pictures: NumberedPictures, predict: Predict | None, propose: Predict | None, on_image: OnImage | None
+    pictures: IdentifiedPictures, predict: Predict | None, propose: Predict | None, on_image: OnImage | None
 ) -> tuple[list[CocoResult] | None, list[CocoResult] | None]:
     results: list[CocoResult] = []
     proposals: list[CocoResult] = []

@@ -25,7 +25,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, cast, runtime_checkable
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, cast, runti
 from ovd.regions.crops import Border, CropMode, Resample
 from ovd.regions.proposals import MIN_SIDE
 from pretrain.data.coco import ImageId
-from pretrain.data.images import Pictures
+from pretrain.data.images import IdentifiedPictures
 from pretrain.engine.errors import UserError, shorten
 from pretrain.engine.files import flush_to_disk
 
@@ -44,13 +44,11 @@ if TYPE_CHECKING:
 FORMAT = "ovd-regions/1"
 
 
-class ImageSource(Pictures, Protocol):
-    """The pictures of a store, in a fixed order: picture ``index`` has the id ``ids[index]``.
+class ImageSource(IdentifiedPictures, Protocol):
+    """The pictures of a store, in a fixed order.
 
     Those of stickers, folders and COCO files are in ``ovd.regions.images``.
     """
-
-    ids: Sequence[ImageId]
 
     def fingerprint(self) -> str:
         """A hash that changes when the pictures do."""

@@ -4,7 +4,8 @@
 Captioned pictures are in `pretrain.data.image_text`.
 
 Each is an `ImageSet`: `Pictures`, and `label(index)` → class number, −1 for none. All of them can be sent to loader
-workers. `ovd.regions.layout.ImageSource` and `CaptionedSet` are `Pictures` with ids and with captions.
+workers. Other sources are `Pictures` with captions (`CaptionedSet`) or with ids (`IdentifiedPictures`): those of a
+region store (`ovd.regions.layout.ImageSource`), of an evaluation, and of `wordbox predict` (`ovd.picture_files`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.config_views import CifarData, FolderData, ImageData, ShardData, StickerScenes, StickerSingles
+from pretrain.data.coco_entries import ImageId
 from pretrain.data.folder import EXTENSIONS, U8, list_images, read_image
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.scenes import SceneSource
@@ -45,6 +47,14 @@ class Pictures(Protocol):
 
     def image(self, index: int) -> U8:
         """uint8 (H, W, 3) RGB, upright. ``BadImageError`` if it cannot be read."""
+
+
+class IdentifiedPictures(Pictures, Protocol):
+    """Pictures with the ids that annotations, stores and results name them by."""
+
+    @property
+    def ids(self) -> Sequence[ImageId]:
+        """That of picture ``index`` is ``ids[index]``."""
 
 
 class ImageSet(Pictures, Protocol):

@@ -16,6 +16,7 @@ from PIL import Image
 from ovd.detector import Detector
 from ovd.inference.arrays import as_array
 from ovd.inference.everything import LEVEL, OPEN_LEVEL, PromptFreeWords, is_everything, nearest_words, open_shift
+from ovd.picture_files import PictureFiles
 from ovd.predict import main, predict
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
@@ -108,8 +109,8 @@ def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
 def test_folders_get_the_words_that_were_found_as_categories(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     detector = make_detector()
-    files = [("a.png", tmp_path / "a.png")]
-    predict(detector=detector, files=files, vocabulary=detector.query("everything"), out=tmp_path / "out")
+    pictures = PictureFiles({"a.png": tmp_path / "a.png"})
+    predict(detector=detector, pictures=pictures, vocabulary=detector.query("everything"), out=tmp_path / "out")
     images = json.loads((tmp_path / "out" / "images.json").read_text())
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [c["name"] for c in images["categories"]] == ["red", "blue"]

@@ -18,6 +18,7 @@ from ovd.detector import Detector
 from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
 from ovd.inference.arrays import unit_rows
 from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
+from ovd.picture_files import PictureFiles
 from ovd.predict import main, predict
 from ovd.query_flags import named_example
 from ovd.vocabulary import TEMPLATES_STICKER
@@ -259,10 +260,10 @@ def test_hashes_tell_examples_apart() -> None:
 
 def test_predict_finds_by_example_and_knows_another_example_from_it(tmp_path: Path) -> None:
     Image.fromarray(picture(SCENE)).save(tmp_path / "scene.png")
-    files = [("scene.png", tmp_path / "scene.png")]
+    pictures = PictureFiles({"scene.png": tmp_path / "scene.png"})
     detector = make_detector(cache_size=0)
     query = detector.query("red", {"my mug": BLUE})
-    assert predict(detector=detector, files=files, vocabulary=query, out=tmp_path / "out") == []
+    assert predict(detector=detector, pictures=pictures, vocabulary=query, out=tmp_path / "out") == []
     images = json.loads((tmp_path / "out" / "images.json").read_text())
     names = {c["id"]: c["name"] for c in images["categories"]}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -270,7 +271,7 @@ def test_predict_finds_by_example_and_knows_another_example_from_it(tmp_path: Pa
                                                                      "my mug": [80, 30, 70, 80]}  # fmt: skip
     with pytest.raises(UserError, match=r"words or examples was \w+ \(red, my mug\), is"):
         other = detector.query("red", {"my mug": RED})
-        predict(detector=detector, files=files, vocabulary=other, out=tmp_path / "out")
+        predict(detector=detector, pictures=pictures, vocabulary=other, out=tmp_path / "out")
 
 
 def test_named_examples(tmp_path: Path) -> None:

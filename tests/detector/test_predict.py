@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from ovd.drawing import draw_detections, text_coverage
-from ovd.predict import collect, drawn_names, main, parser, predict
+from ovd.picture_files import PictureFiles
+from ovd.predict import drawn_names, main, parser, predict
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
@@ -36,7 +37,7 @@ def photos(tmp_path: Path) -> Path:
 def run(photos: Path, out: Path, **options: object) -> tuple[list[dict[str, str]], int]:
     detector = make_detector(cache_size=0)
     arguments: dict[str, object] = {"vocabulary": WORDS, **options}
-    return predict(detector=detector, files=collect([photos]), out=out, **arguments), detector.runs  # type: ignore[arg-type]
+    return predict(detector=detector, pictures=PictureFiles.collect([photos]), out=out, **arguments), detector.runs  # type: ignore[arg-type]
 
 
 def test_results_are_coco_and_say_which_picture_and_class(photos: Path, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(photos: Path, tmp_p
 
     detector.model.regions = dies  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        predict(detector=detector, files=collect([photos]), vocabulary=WORDS, out=tmp_path / "out")
+        predict(detector=detector, pictures=PictureFiles.collect([photos]), vocabulary=WORDS, out=tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
     _, runs = run(photos, tmp_path / "out")
     assert runs == 2
@@ -123,7 +124,7 @@ def test_other_weights_or_another_calibration_are_another_command(photos: Path, 
     for card, refused in (({"sha256": "1", "settings": "2"}, False), ({"sha256": "1", "settings": "3"}, True)):
         detector.card = card
         with pytest.raises(UserError, match="weights was 1 2, is 1 3") if refused else nullcontext():
-            predict(detector=detector, files=collect([photos]), vocabulary=WORDS, out=tmp_path / "out")
+            predict(detector=detector, pictures=PictureFiles.collect([photos]), vocabulary=WORDS, out=tmp_path / "out")
 
 
 def answers(out: Path) -> dict[str, list[int]]:
@@ -209,13 +210,13 @@ def test_pictures_without_masks_or_drawings(photos: Path, tmp_path: Path) -> Non
 
 def test_two_pictures_of_one_name_and_missing_paths_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="two pictures would be called 'a.png'"):
-        collect([photos, photos / "sub" / "a.png"])
-    assert len(collect([photos, photos / "a.png"])) == 3
+        PictureFiles.collect([photos, photos / "sub" / "a.png"])
+    assert len(PictureFiles.collect([photos, photos / "a.png"])) == 3
     with pytest.raises(UserError, match="nowhere: no such file"):
-        collect([tmp_path / "nowhere"])
+        PictureFiles.collect([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no picture"):
-        collect([tmp_path / "empty"])
+        PictureFiles.collect([tmp_path / "empty"])
 
 
 def test_labels_are_drawn_in_every_script() -> None:

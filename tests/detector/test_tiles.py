@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from ovd.inference.scoring import RegionSet
-from ovd.predict import collect, predict
+from ovd.picture_files import PictureFiles
+from ovd.predict import predict
 from ovd.tiles import TiledDetector
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
@@ -87,10 +88,10 @@ def test_a_small_picture_is_looked_at_once_and_nothing_is_nothing() -> None:
 
 def test_kept_results_of_another_way_to_look_do_not_pass(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
-    files, words = collect([tmp_path / "a.png"]), make_detector().query("red").words
-    predict(detector=make_detector(cache_size=0), files=files, vocabulary=words, out=tmp_path / "out")
+    pictures, words = PictureFiles.collect([tmp_path / "a.png"]), make_detector().query("red").words
+    predict(detector=make_detector(cache_size=0), pictures=pictures, vocabulary=words, out=tmp_path / "out")
     with pytest.raises(UserError, match="holds results of another command"):
-        predict(detector=shrinking_detector(), files=files, vocabulary=words, out=tmp_path / "out")
+        predict(detector=shrinking_detector(), pictures=pictures, vocabulary=words, out=tmp_path / "out")
 
 
 def test_too_many_tiles_and_a_missing_package_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ovd.formats.names import FORMATS, parse_formats
 from ovd.formats.predictions import write_predictions
-from ovd.predict import collect, predict
+from ovd.picture_files import PictureFiles
+from ovd.predict import predict
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
@@ -23,10 +24,10 @@ def test_boxes_and_scores_go_out_in_every_format(tmp_path: Path) -> None:
     photos.mkdir()
     Image.fromarray(picture()).save(photos / "a.png")
     Image.fromarray(picture([("yellow", 5, 5, 60, 60)])).save(photos / "none.png")
-    files = collect([photos])
+    pictures = PictureFiles.collect([photos])
     words = Vocabulary.parse("blue, red")
-    predict(detector=make_detector(cache_size=0), files=files, vocabulary=words, out=out, masks=False)
-    write_predictions(out, FORMATS, dict(files))
+    predict(detector=make_detector(cache_size=0), pictures=pictures, vocabulary=words, out=out, masks=False)
+    write_predictions(out, FORMATS, pictures.paths)
     assert {path.name for path in out.iterdir()} >= set(FORMATS)
     rows = list(csv.DictReader((out / "csv/detections.csv").open(encoding="utf-8")))
     assert {(r["file"], r["class"], r["x1"], r["y1"], r["x2"], r["y2"]) for r in rows} == {

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures that a command is given: files, and folders of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.data.folder import U8
+
+
+class PictureFiles:
+    """Picture files whose ids are their names, a `pretrain.data.images.IdentifiedPictures`.
+
+    Args:
+        paths: name → file, in order.
+    """
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self.paths = paths
+        self.ids: Sequence[str] = list(paths)
+
+    @classmethod
+    def collect(cls, paths: Sequence[Path], *, without: Path | None = None) -> PictureFiles:
+        """The pictures of files and folders; a name is the path inside its folder, and unique.
+
+        Args:
+            paths: pictures and folders.
+            without: a folder that is not searched: that of the results.
+
+        Raises:
+            UserError: a path does not exist, or a folder holds no picture.
+        """
+        from pretrain.data.folder import find_images
+
+        pictures: dict[str, Path] = {}
+        for place in paths:
+            if place.is_dir():
+                listing = find_images(place, without=without)
+                if str(listing):
+                    print(f"warning: {place}: {listing}", file=sys.stderr)
+                inside = [(path.relative_to(place).as_posix(), path) for path in listing.paths]
+            elif place.is_file():
+                inside = [(place.name, place)]
+            else:
+                raise UserError(f"{place}: no such file or folder")
+            for name, path in inside:
+                if pictures.setdefault(name, path).resolve() != path.resolve():
+                    raise UserError(
+                        f"two pictures would be called {name!r}: {pictures[name]} and {path}; run them separately"
+                    )
+        return cls(pictures)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> Path:
+        """File of picture ``index``."""
+        return self.paths[self.ids[index]]
+
+    def image(self, index: int) -> U8:
+        """uint8 (H, W, 3) RGB, upright. ``BadImageError`` if it cannot be read."""
+        from pretrain.data.folder import read_image
+
+        return read_image(self.path(index))
