@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        what = "flag" if name.startswith("-") else "command"
-        raise UserError(f"unknown {what} '{name}'{did_you_mean(name, COMMANDS)}; wordbox --help lists the commands")
+        kind = "flag" if name.startswith("-") else "command"
+        raise UserError(f"unknown {kind} '{name}'{did_you_mean(name, COMMANDS)}; wordbox --help lists the commands")
     return main_of(COMMANDS[name])(argv[1:]) or 0
 
 

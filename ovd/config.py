@@ -124,8 +124,8 @@ class ModelConfig(Section):
                         f"{key} {norm!r} is for our ResNets; {self.backbone.name} has norms of its own: set {key} to "
                         f"one of {', '.join(BATCH_NORMS)}"
                     )
-        whole, used = ["res2", "res3", "res4", "res5"], list(self.backbone.fpn_levels)
-        if self.backbone.kind == "fpn" and used not in [whole[a:b] for a in range(4) for b in range(a + 1, 5)]:
+        stages, used = ["res2", "res3", "res4", "res5"], list(self.backbone.fpn_levels)
+        if self.backbone.kind == "fpn" and used not in [stages[a:b] for a in range(4) for b in range(a + 1, 5)]:
             raise ValueError(f"backbone.fpn_levels {used}: levels must be neighbours, in rising order")
         return self
 

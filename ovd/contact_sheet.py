@@ -105,16 +105,16 @@ def _figure(data: str, score: str, file: str) -> str:
     return f'<figure title="{name}"><img alt="{name}" src="{data}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _thumbnails(samples: Sequence[_Sample], whole: Sequence[Picture]) -> dict[int, str]:
+def _thumbnails(samples: Sequence[_Sample], pictures: Sequence[Picture]) -> dict[int, str]:
     """Data URLs by the identity of what they show; every picture is read once."""
     wanted: dict[str, list[_Sample]] = {}
-    for one in samples:
-        wanted.setdefault(one.picture.file, []).append(one)
+    for sample in samples:
+        wanted.setdefault(sample.picture.file, []).append(sample)
     result: dict[int, str] = {}
     for rows in wanted.values():
         pixels = _pixels(rows[0].picture)
-        result |= {id(one): _data_url(_crop(pixels, one.shape)) for one in rows}
-    return result | {id(picture): _data_url(Image.fromarray(_pixels(picture))) for picture in whole}
+        result |= {id(sample): _data_url(_crop(pixels, sample.shape)) for sample in rows}
+    return result | {id(picture): _data_url(Image.fromarray(_pixels(picture))) for picture in pictures}
 
 
 def _pixels(picture: Picture) -> NDArray[np.uint8]:

@@ -122,7 +122,7 @@ class Detections:
     @classmethod
     def of(
         cls,
-        kept: Candidates,
+        candidates: Candidates,
         *,
         boxes: NDArray[np.float32],
         size: tuple[int, int],
@@ -141,16 +141,16 @@ class Detections:
             size, names, best, threshold, notices: see the attributes.
         """
         return cls(
-            xyxy=boxes[kept.region],
-            confidence=kept.score,
-            class_id=kept.class_id,
-            class_name=[names[i] for i in kept.class_id],
+            xyxy=boxes[candidates.region],
+            confidence=candidates.score,
+            class_id=candidates.class_id,
+            class_name=[names[i] for i in candidates.class_id],
             size=size,
             names=names,
             best=best,
             threshold=threshold,
-            region=kept.region,
-            box_masks=None if masks is None else masks[kept.region],
+            region=candidates.region,
+            box_masks=None if masks is None else masks[candidates.region],
             notices=notices,
         )
 

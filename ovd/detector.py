@@ -424,7 +424,7 @@ class Detector:
         if model.example_encoder is None:
             return self.embed_examples(examples)
         crops = [[(crop.pixels, crop.corners) for crop in example.crops] for example in examples]
-        return np.stack([model.patch_rows(one).mean(axis=0) for one in crops])
+        return np.stack([model.patch_rows(crops_of_class).mean(axis=0) for crops_of_class in crops])
 
     def _locate(
         self,

@@ -88,7 +88,7 @@ class Example:
         return hashlib.sha256("".join(crop.hash for crop in self.crops).encode()).hexdigest()
 
 
-def parse_examples(given: ExamplesLike, *, picture: NDArray[np.uint8] | None = None) -> tuple[Example, ...]:
+def parse_examples(examples: ExamplesLike, *, picture: NDArray[np.uint8] | None = None) -> tuple[Example, ...]:
     """Read examples in any form.
 
     Args:
@@ -103,15 +103,15 @@ def parse_examples(given: ExamplesLike, *, picture: NDArray[np.uint8] | None = N
             example.
     """
     pairs: list[tuple[str, Any]] = []
-    if isinstance(given, Mapping):
-        for name, crops in given.items():
+    if isinstance(examples, Mapping):
+        for name, crops in examples.items():
             pairs.extend(
                 (str(name), crop) for crop in (list(cast("Iterable[Any]", crops)) if _is_several(crops) else [crops])
             )
-    elif isinstance(given, (str, bytes, Path, Image.Image, np.ndarray, Crop)):
-        pairs.append(("", given))
+    elif isinstance(examples, (str, bytes, Path, Image.Image, np.ndarray, Crop)):
+        pairs.append(("", examples))
     else:
-        for item in given:
+        for item in examples:
             if isinstance(item, Example):
                 pairs.extend((("-" if item.negative else "") + item.name, crop) for crop in item.crops)
             elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):

@@ -39,16 +39,16 @@ class PictureFiles:
         from pretrain.data.folder import find_images
 
         pictures: dict[str, Path] = {}
-        for place in paths:
-            if place.is_dir():
-                listing = find_images(place, without=without)
+        for given in paths:
+            if given.is_dir():
+                listing = find_images(given, without=without)
                 if str(listing):
-                    print(f"warning: {place}: {listing}", file=sys.stderr)
-                inside = [(path.relative_to(place).as_posix(), path) for path in listing.paths]
-            elif place.is_file():
-                inside = [(place.name, place)]
+                    print(f"warning: {given}: {listing}", file=sys.stderr)
+                inside = [(path.relative_to(given).as_posix(), path) for path in listing.paths]
+            elif given.is_file():
+                inside = [(given.name, given)]
             else:
-                raise UserError(f"{place}: no such file or folder")
+                raise UserError(f"{given}: no such file or folder")
             for name, path in inside:
                 if pictures.setdefault(name, path).resolve() != path.resolve():
                     raise UserError(

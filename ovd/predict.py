@@ -275,9 +275,9 @@ def _differences(before: object, job: Mapping[str, object], names: Sequence[str]
     if not isinstance(before, dict) or "pictures" not in before:
         return ["it was written by another version"]
     differences = [f"{key} was {before.get(key)}, is {value}" for key, value in job.items() if before.get(key) != value]
-    gone = sorted(set(before["pictures"]) - set(names))
-    if gone:
-        differences.append(f"files differ: {len(gone)} of its pictures are not among these, such as {gone[0]}")
+    missing = sorted(set(before["pictures"]) - set(names))
+    if missing:
+        differences.append(f"files differ: {len(missing)} of its pictures are not among these, such as {missing[0]}")
     return differences
 
 

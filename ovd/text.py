@@ -62,18 +62,18 @@ def embed_phrases(phrases: list[str], encoder: TextEncoder, *, batch_size: int =
 
 def cut_phrases(vocabulary: Vocabulary, encoder: TextEncoder) -> list[str]:
     """Names and synonyms of which the encoder's tokenizer drops the end, in the longest of their prompts."""
-    phrases = list(dict.fromkeys(phrase for one in vocabulary.classes for phrase in one.phrases))
+    phrases = list(dict.fromkeys(phrase for entry in vocabulary.classes for phrase in entry.phrases))
     prompts = [max(vocabulary.prompts(phrase), key=len) for phrase in phrases]
     room = encoder.token_ids([""]).shape[1]
     # No tokenizer makes more tokens than there are bytes, and two that open and close the text.
     long = [i for i, prompt in enumerate(prompts) if len(prompt.encode("utf-8", "replace")) + 2 > room]
     if not long:
         return []
-    whole = encoder.token_ids([prompts[i] for i in long])
+    full = encoder.token_ids([prompts[i] for i in long])
     shorter = encoder.token_ids([prompts[i][:-1] for i in long])
     longer = encoder.token_ids([f"{prompts[i]} zebra" for i in long])
     # What is cut stays the same whether its end is taken away or something is added.
-    same = ((whole == shorter) & (whole == longer)).all(axis=1).tolist()
+    same = ((full == shorter) & (full == longer)).all(axis=1).tolist()
     return [phrases[i] for i, cut in zip(long, same, strict=True) if cut]
 
 

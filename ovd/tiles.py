@@ -72,10 +72,10 @@ class TiledDetector(Detector):
     ) -> Detections:
         """Look at the whole picture and, where it is larger than a tile, at its tiles; see `Detector.answer`."""
         pixels = to_rgb(image)
-        whole = super().answer(pixels, query, threshold=threshold, **options)
+        overview = super().answer(pixels, query, threshold=threshold, **options)
         height, width = pixels.shape[:2]
         if max(height, width) <= self.side:
-            return whole
+            return overview
         step = self.side - round(OVERLAP * self.side)
         if (tiles := (height // step + 1) * (width // step + 1)) > MOST:
             raise UserError(
@@ -97,7 +97,7 @@ class TiledDetector(Detector):
             overlap_filter=supervision.OverlapFilter.NONE,
         )
         moved = slicer(pixels)
-        return _joined(whole, parts, moved, limit=options.get("limit", MAX_DETECTIONS))
+        return _joined(overview, parts, moved, limit=options.get("limit", MAX_DETECTIONS))
 
 
 def _with_cuts(detections: Detections, part: int) -> Any:
@@ -116,33 +116,33 @@ def _with_cuts(detections: Detections, part: int) -> Any:
     )
 
 
-def _joined(whole: Detections, parts: list[Detections], moved: Any, *, limit: int) -> Detections:
+def _joined(overview: Detections, parts: list[Detections], moved: Any, *, limit: int) -> Detections:
     """The whole picture's detections and those of the tiles that no tile cuts off, after NMS."""
-    height, width = whole.size
-    boxes, scores, classes, masks = [whole.xyxy], [whole.confidence], [whole.class_id], [whole.box_masks]
+    height, width = overview.size
+    boxes, scores, classes, masks = [overview.xyxy], [overview.confidence], [overview.class_id], [overview.box_masks]
     if len(moved):
         x1, y1, x2, y2 = moved.xyxy.T
         at_border = {"left": x1 < CUT, "top": y1 < CUT, "right": x2 > width - CUT, "bottom": y2 > height - CUT}
         inner = np.zeros(len(moved), dtype=bool)
         for side in SIDES:
             inner |= np.asarray(moved.data[side], dtype=bool) & ~at_border[side]
-        kept = moved[~inner]
-        boxes.append(kept.xyxy.astype(np.float32))
-        scores.append(kept.confidence.astype(np.float32))
-        classes.append(kept.class_id.astype(np.int64))
-        for part, row in zip(kept.data["part"], kept.data["row"], strict=True):
+        moved_kept = moved[~inner]
+        boxes.append(moved_kept.xyxy.astype(np.float32))
+        scores.append(moved_kept.confidence.astype(np.float32))
+        classes.append(moved_kept.class_id.astype(np.int64))
+        for part, row in zip(moved_kept.data["part"], moved_kept.data["row"], strict=True):
             tile_masks = parts[int(part)].box_masks
             masks.append(None if tile_masks is None else tile_masks[int(row) : int(row) + 1])
     xyxy, score = np.concatenate(boxes), np.concatenate(scores)
-    box_masks = None if whole.box_masks is None else np.concatenate([m for m in masks if m is not None])
+    box_masks = None if overview.box_masks is None else np.concatenate([m for m in masks if m is not None])
     candidates = Candidates(np.arange(len(score)), np.concatenate(classes), score)
     return Detections.of(
         postprocess(xyxy, candidates, nms_iou=NMS_IOU, cross_class_iou=CROSS_CLASS_IOU, limit=limit),
         boxes=xyxy,
-        size=whole.size,
-        names=whole.names,
-        best=np.max([whole.best, *(part.best for part in parts)], axis=0),
-        threshold=whole.threshold,
+        size=overview.size,
+        names=overview.names,
+        best=np.max([overview.best, *(part.best for part in parts)], axis=0),
+        threshold=overview.threshold,
         masks=box_masks,
-        notices=whole.notices,
+        notices=overview.notices,
     )

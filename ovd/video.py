@@ -233,7 +233,7 @@ def predict_video(
         summary = {
             "source": source.name, "frames": done, "rate": source.rate, "every": every, "threshold": level,
             "classes": list(query.names), "complete": complete,
-            "tracks": [one.summary(number) for number, one in sorted(tracks.items())],
+            "tracks": [seen.summary(number) for number, seen in sorted(tracks.items())],
         }  # fmt: skip
         write_atomically(
             out / f"{source.name}.json",
@@ -259,9 +259,9 @@ def _note(tracked: Tracked, frame: int, seconds: float, lines: TextIO, tracks: d
                "score": round(score, 5), "box": [round(float(v), 2) for v in detections.xyxy[i]]}  # fmt: skip
         lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         if number:
-            one = tracks.setdefault(number, Track(first=frame, last=frame, best=score))
-            one.last, one.best, one.frames = frame, max(one.best, score), one.frames + 1
-            one.classes[name] = one.classes.get(name, 0) + 1
+            track = tracks.setdefault(number, Track(first=frame, last=frame, best=score))
+            track.last, track.best, track.frames = frame, max(track.best, score), track.frames + 1
+            track.classes[name] = track.classes.get(name, 0) + 1
     lines.flush()  # whoever follows the file sees each frame
 
 

@@ -369,10 +369,10 @@ def _is_record(record: object) -> bool:
     return isinstance(record, dict) and "format" in record
 
 
-def _split_synonyms(whole: str, tail: str) -> list[str]:
+def _split_synonyms(entry: str, tail: str) -> list[str]:
     if ":" in tail:
         raise UserError(
-            f"two colons in {whole.strip()[:60]!r}: put each class that has synonyms on its own line, e.g. mug: cup"
+            f"two colons in {entry.strip()[:60]!r}: put each class that has synonyms on its own line, e.g. mug: cup"
         )
     return tail.split(",")
 

@@ -236,12 +236,12 @@ def report_zero_shot(
             near_synonyms=stickers.near_synonyms,
         )
     present = sorted(set(labels_N.tolist()))
-    place = {c: i for i, c in enumerate(present)}
+    column = {c: i for i, c in enumerate(present)}
     mean_CD = F.normalize(torch.stack([image_ND[labels_N == c].mean(0) for c in present]), dim=-1)
     seen = [
-        SynonymPair(p.query, tuple(place[a] for a in p.answers if a in place), p.relation, p.tagged)
+        SynonymPair(p.query, tuple(column[a] for a in p.answers if a in column), p.relation, p.tagged)
         for p in pairs
-        if any(a in place for a in p.answers)
+        if any(a in column for a in p.answers)
     ]
     if seen:
         report["synonyms_on_pictures"] = synonym_accuracy(seen, embed_words(encoder, [p.query for p in seen]), mean_CD)

@@ -57,11 +57,11 @@ class BoxedImages:
         self.files, self.sizes = joined.files, joined.sizes
         boxes: dict[ImageId, tuple[list[list[float]], list[list[float]]]] = {}
         for truth in truths:
-            for one in truth.annotations:
-                sure = is_object(one, confident=confident, doubtful=doubtful)
-                if sure is None or truth.categories[one["category_id"]] in withheld:
+            for annotation in truth.annotations:
+                sure = is_object(annotation, confident=confident, doubtful=doubtful)
+                if sure is None or truth.categories[annotation["category_id"]] in withheld:
                     continue
-                boxes.setdefault(one["image_id"], ([], []))[0 if sure else 1].append(one["bbox"])
+                boxes.setdefault(annotation["image_id"], ([], []))[0 if sure else 1].append(annotation["bbox"])
         chosen = joined.of_part(part)
         if not chosen:
             raise no_such_part(part, joined.parts.values())

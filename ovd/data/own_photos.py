@@ -89,11 +89,12 @@ class OwnPhotos:
         self.image_ids: list[ImageId] = self._usable()
         usable = set(self.image_ids)
         boxes: dict[ImageId, list[tuple[list[float], int]]] = {}
-        for one in truth.annotations:
-            sure = is_object(one, confident=confident, doubtful=doubtful)
-            if sure is None or one["image_id"] not in usable:
+        for annotation in truth.annotations:
+            sure = is_object(annotation, confident=confident, doubtful=doubtful)
+            if sure is None or annotation["image_id"] not in usable:
                 continue
-            boxes.setdefault(one["image_id"], []).append((one["bbox"], one["category_id"] if sure else -1))
+            category_id = annotation["category_id"] if sure else -1
+            boxes.setdefault(annotation["image_id"], []).append((annotation["bbox"], category_id))
         labelled = {category for labels in boxes.values() for _, category in labels}
         used = [category for category in truth.categories if category in labelled]
         if not used:
@@ -205,22 +206,22 @@ class OwnPhotos:
             seed: of the draw.
         """
         order = np.random.default_rng([seed, 11]).permutation(len(self))[:limit].tolist()
-        held, kept = order[: round(share * len(order))], order[round(share * len(order)) :]
+        held_out, training = order[: round(share * len(order))], order[round(share * len(order)) :]
         for number in range(len(self.names)):
 
             def count(photos: Sequence[int], number: int = number) -> int:
                 return sum(int((self.boxes(i).classes == number).sum()) for i in photos)
 
-            for photo in [i for i in held if count([i])]:
-                if count(kept) >= count(held):
+            for photo in [i for i in held_out if count([i])]:
+                if count(training) >= count(held_out):
                     break
-                held.remove(photo)
-                kept.append(photo)
-        unread = [photo for photo in held if not self._decodes(photo)]
-        kept, held = [*kept, *unread], [photo for photo in held if photo not in unread]
-        if not any((self.boxes(photo).classes >= 0).any() for photo in held):
-            kept, held = [*kept, *held], []
-        return sorted(kept), sorted(held)
+                held_out.remove(photo)
+                training.append(photo)
+        unread = [photo for photo in held_out if not self._decodes(photo)]
+        training, held_out = [*training, *unread], [photo for photo in held_out if photo not in unread]
+        if not any((self.boxes(photo).classes >= 0).any() for photo in held_out):
+            training, held_out = [*training, *held_out], []
+        return sorted(training), sorted(held_out)
 
     def _decodes(self, index: int) -> bool:
         try:
@@ -347,6 +348,6 @@ def _cut(
     limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
     clipped = boxes.clip(0, limit)
     visible = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
-    whole = area(clipped) >= LEAST_LEFT * area(boxes)
+    mostly_inside = area(clipped) >= LEAST_LEFT * area(boxes)
     moved = clipped + np.array(offset * 2, dtype=np.float32)
-    return Boxes(corners=moved[visible], classes=np.where(whole, classes, -1)[visible])
+    return Boxes(corners=moved[visible], classes=np.where(mostly_inside, classes, -1)[visible])

@@ -196,8 +196,8 @@ class PhotoWords:
         novel: Collection[str] = (),
     ) -> None:
         truths = [
-            one if isinstance(one, GroundTruth) else read_ground_truth(one, hint="data.annotations must be COCO files")
-            for one in annotations
+            f if isinstance(f, GroundTruth) else read_ground_truth(f, hint="data.annotations must be COCO files")
+            for f in annotations
         ]
         check_withheld(withheld, truths)
         unknown = novel_names(novel, lexicon)
@@ -239,12 +239,12 @@ class PhotoWords:
         joined = join_images(truths)
         labels: dict[ImageId, list[tuple[list[float], int, float]]] = {}
         for truth in truths:
-            for one in truth.annotations:
-                name, score = truth.categories[one["category_id"]], float(one.get("score", 1.0))
-                if score < min_score or one["iscrowd"] or name in withheld or min(one["bbox"][2:]) <= 0:
+            for annotation in truth.annotations:
+                name, score = truth.categories[annotation["category_id"]], float(annotation.get("score", 1.0))
+                if score < min_score or annotation["iscrowd"] or name in withheld or min(annotation["bbox"][2:]) <= 0:
                     continue
-                x, y, w, h = one["bbox"]
-                labels.setdefault(one["image_id"], []).append(([x, y, x + w, y + h], self.number(name), score))
+                x, y, w, h = annotation["bbox"]
+                labels.setdefault(annotation["image_id"], []).append(([x, y, x + w, y + h], self.number(name), score))
         photos = []
         for image_id in joined.of_part(part):
             path = folder / joined.files[image_id]
@@ -301,7 +301,7 @@ def _table(everywhere: Sequence[str], others: Sequence[str], lexicon: Lexicon, *
     silent_meanings = {lexicon.meaning(name) or name for name in silent}
     usual = Counter(others)
     chosen: dict[str, str] = {}
-    for name in (*everywhere, *sorted(usual, key=lambda one: (-usual[one], one))):
+    for name in (*everywhere, *sorted(usual, key=lambda word: (-usual[word], word))):
         chosen.setdefault(lexicon.meaning(name) or name, name)
     above = [key for meaning in list(chosen) if meaning in lexicon.meanings for key in lexicon.above(meaning)]
     for key in sorted(set(above)):

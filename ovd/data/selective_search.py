@@ -105,13 +105,13 @@ def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, B
         for i, j in np.unique(np.stack([a.ravel(), b.ravel()], 1)[a.ravel() != b.ravel()], axis=0).tolist():
             neighbours[i].add(j)
             neighbours[j].add(i)
-    whole = float(segments.size)
+    pixels = float(segments.size)
 
     def similarity(i: int, j: int) -> float:
         """Colour, size and fill of the paper, each from 0 to 1."""
         x1, y1, x2, y2 = _around(box[i], box[j])
         colour = float(np.minimum(shares[i], shares[j]).sum())
-        return colour + 1 - (area[i] + area[j]) / whole + 1 - ((x2 - x1) * (y2 - y1) - area[i] - area[j]) / whole
+        return colour + 1 - (area[i] + area[j]) / pixels + 1 - ((x2 - x1) * (y2 - y1) - area[i] - area[j]) / pixels
 
     alive = [bool(a) for a in area]
     heap = [(-similarity(i, j), i, j) for i in range(count) for j in neighbours[i] if i < j]

@@ -182,8 +182,8 @@ class Split:
             if isinstance(entry, str):
                 matching = by_name.get(_same(entry), [])
                 if len(matching) != 1:
-                    what = "unknown category name" if not matching else f"ids {matching} share the name"
-                    raise UserError(f"{where}: {group}: {what} {entry!r}.{_close(entry, by_name)}")
+                    problem = "unknown category name" if not matching else f"ids {matching} share the name"
+                    raise UserError(f"{where}: {group}: {problem} {entry!r}.{_close(entry, by_name)}")
                 return matching[0]
             if isinstance(entry, bool) or not isinstance(entry, int):
                 raise UserError(f"{where}: {group}: {entry!r} is neither a category id nor a name.")

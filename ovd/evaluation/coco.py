@@ -247,8 +247,8 @@ def _average_precision(
             part = precision[:, :, columns, area]
             values[_key(kind, name, group)] = _mean(part if t is None else part[t])
         for n, i in enumerate(split.ids):
-            one = precision[:, :, n, area]
-            rows[i].values[name if kind == "bbox" else f"segm_{name}"] = _mean(one if t is None else one[t])
+            part = precision[:, :, n, area]
+            rows[i].values[name if kind == "bbox" else f"segm_{name}"] = _mean(part if t is None else part[t])
 
 
 def content_sha256(content: object) -> str:
@@ -266,10 +266,10 @@ def as_one_category(gt: CocoJson, detections: Iterable[CocoJson]) -> tuple[CocoJ
             score.
     """
     best: dict[tuple[Any, ...], CocoJson] = {}
-    for one in detections:
-        key = (one["image_id"], *one["bbox"])
-        if key not in best or best[key]["score"] < one["score"]:
-            best[key] = {**one, "category_id": 1}
+    for detection in detections:
+        key = (detection["image_id"], *detection["bbox"])
+        if key not in best or best[key]["score"] < detection["score"]:
+            best[key] = {**detection, "category_id": 1}
     objects = [{**a, "category_id": 1} for a in gt["annotations"]]
     return {**gt, "categories": [{"id": 1, "name": "thing"}], "annotations": objects}, list(best.values())
 

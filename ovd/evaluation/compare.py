@@ -112,18 +112,18 @@ def bootstrap(
             for name, ids in groups.items()
         }
 
-    whole = means(np.ones(images))
+    on_all = means(np.ones(images))
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in groups}
     for _ in range(samples if images else 0):
         weight = np.bincount(rng.integers(0, images, images), minlength=images).astype(np.float64)
-        for name, (one, two) in means(weight).items():
-            drawn[name].append(two - one)
+        for name, (first, second) in means(weight).items():
+            drawn[name].append(second - first)
     result = {}
-    for name, (one, two) in whole.items():
+    for name, (first, second) in on_all.items():
         real = np.array([d for d in drawn[name] if d == d])
         low, high = np.percentile(real, [2.5, 97.5]) if real.size else (float("nan"), float("nan"))
         result[name] = Difference(
-            a=one, b=two, difference=two - one, low=float(low), high=float(high), samples=int(real.size)
+            a=first, b=second, difference=second - first, low=float(low), high=float(high), samples=int(real.size)
         )
     return result

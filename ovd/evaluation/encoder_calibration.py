@@ -85,7 +85,7 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
 
 def _best(data: TypedPhotos, scorer: WordScorer, candidates: Sequence[Calibration]) -> Calibration:
     """The candidate with the best average precision."""
-    scored = [run_typed(data.scenes, replace(scorer, calibration=one), floor=RAW_FLOOR) for one in candidates]
+    scored = [run_typed(data.scenes, replace(scorer, calibration=c), floor=RAW_FLOOR) for c in candidates]
     return max(zip(map(average_precision, scored), candidates, strict=True), key=lambda pair: pair[0])[1]
 
 

@@ -76,20 +76,20 @@ def coco_crops(
         UserError: a category has boxes in too few pictures, or nothing is left to be evaluated.
     """
     names = {category["id"]: category["name"] for category in gt["categories"]}
-    labelled = {one["category_id"] for one in gt["annotations"]}
+    labelled = {annotation["category_id"] for annotation in gt["annotations"]}
     crops: dict[int, list[Crop]] = {i: [] for i in names if i in labelled and (categories is None or i in categories)}
     sizes = image_sizes(gt)
     boxes: dict[ImageId, dict[int, tuple[float, float, float, float]]] = {}
-    for one in gt["annotations"]:
-        if one.get("iscrowd") or one["category_id"] not in crops:
+    for annotation in gt["annotations"]:
+        if annotation.get("iscrowd") or annotation["category_id"] not in crops:
             continue
-        x, y, wide, high = (float(value) for value in one["bbox"])
-        height, width = sizes[one["image_id"]] or (np.inf, np.inf)
+        x, y, wide, high = (float(value) for value in annotation["bbox"])
+        height, width = sizes[annotation["image_id"]] or (np.inf, np.inf)
         box = (max(x, 0.0), max(y, 0.0), min(x + wide, float(width)), min(y + high, float(height)))
-        largest = boxes.setdefault(one["image_id"], {})
-        best = largest.get(one["category_id"])
+        largest = boxes.setdefault(annotation["image_id"], {})
+        best = largest.get(annotation["category_id"])
         if min(box[2] - box[0], box[3] - box[1]) >= MIN_SIDE and (best is None or _area(box) > _area(best)):
-            largest[one["category_id"]] = box
+            largest[annotation["category_id"]] = box
     used = set()
     for n, entry in enumerate(gt["images"]):
         wanted = {c: box for c, box in boxes.get(entry["id"], {}).items() if len(crops[c]) < count}
@@ -99,18 +99,18 @@ def coco_crops(
         pixels = read_image(folder / picture_file(entry, where=f"images[{n}]"))
         for category, box in wanted.items():
             crops[category].append(Crop(pixels, box))
-    few = next((names[i] for i, given in crops.items() if len(given) < count), None)
+    few = next((names[i] for i, taken in crops.items() if len(taken) < count), None)
     if few is not None:
         raise UserError(
             f"--examples {count}: {few!r} has boxes of {MIN_SIDE} pixels in too few pictures; ask for fewer"
         )
-    rest = [entry for entry in gt["images"] if entry["id"] not in used]
-    if not rest:
+    images = [entry for entry in gt["images"] if entry["id"] not in used]
+    if not images:
         raise UserError(
             f"--examples {count}: every picture is needed for the crops; give more pictures, or ask for fewer"
         )
-    kept = [one for one in gt["annotations"] if one["image_id"] not in used]
-    return crops, {**gt, "images": rest, "annotations": kept}
+    annotations = [annotation for annotation in gt["annotations"] if annotation["image_id"] not in used]
+    return crops, {**gt, "images": images, "annotations": annotations}
 
 
 def _area(box: tuple[float, float, float, float]) -> float:
@@ -122,7 +122,7 @@ def category_crops(stickers: Stickers, names: Mapping[int, str], *, count: int) 
     number = {noun: index for index, noun in enumerate(stickers.nouns)}
     id_of = {number[noun]: category for category, noun in names.items()}
     crops = sticker_crops(stickers, count=count, classes=frozenset(id_of))
-    return {id_of[label]: given for label, given in crops.items()}
+    return {id_of[label]: taken for label, taken in crops.items()}
 
 
 def example_predictor(
@@ -160,4 +160,4 @@ def example_predictor(
 
 def class_examples(crops: Mapping[int, Sequence[Crop]]) -> list[Example]:
     """One example for each class, in the mapping's order."""
-    return [Example(str(c), tuple(given)) for c, given in crops.items()]
+    return [Example(str(c), tuple(taken)) for c, taken in crops.items()]

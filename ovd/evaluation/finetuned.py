@@ -87,13 +87,13 @@ def score_branch(
     branch.train(was_training)
     truth = photos.as_coco(chosen)
     known = {category_id for category_id in ids if category_id is not None}
-    annotations = [one for one in truth["annotations"] if one["category_id"] in known]
+    annotations = [annotation for annotation in truth["annotations"] if annotation["category_id"] in known]
     truth = {**truth, "annotations": annotations}
     tables = match_table(truth, results).values()
     return BranchScores(
         ap50=evaluate(truth, results, iou_types=("bbox",)).values["bbox/AP50"],
-        scores=torch.cat([torch.from_numpy(one.score[~one.ignored]) for one in tables]),
-        correct=torch.cat([torch.from_numpy(one.correct[~one.ignored]) for one in tables]),
+        scores=torch.cat([torch.from_numpy(table.score[~table.ignored]) for table in tables]),
+        correct=torch.cat([torch.from_numpy(table.correct[~table.ignored]) for table in tables]),
     )
 
 
@@ -112,12 +112,12 @@ def recalibrated(
     named = {name_key(name) for name in photos.names}
     cards, scores, correct, figures = [], [], [], {}
     for branch in finetuned.branches:
-        one = branch.card
+        added = branch.card
         active = [
-            name if column >= 0 else None for name, column in zip(one.names, branch.columns.tolist(), strict=True)
+            name if column >= 0 else None for name, column in zip(added.names, branch.columns.tolist(), strict=True)
         ]
         if not named & {name_key(name) for name in active if name is not None}:
-            cards.append(one)
+            cards.append(added)
             continue
         halves = [
             score_branch(
@@ -125,9 +125,9 @@ def recalibrated(
                 photos,
                 range(start, len(photos), 2),
                 names=active,
-                side=one.side,
-                nms=one.nms,
-                top=one.top,
+                side=added.side,
+                nms=added.nms,
+                top=added.top,
             )
             for start in (0, 1)
         ]
@@ -145,9 +145,9 @@ def recalibrated(
         slope, offset = halves[0].fitted()
         scores.append((slope * halves[1].scores.logit(eps=1e-6) + offset).sigmoid())
         correct.append(halves[1].correct)
-        figures[f"ap50_{one.file}"] = halves[1].ap50
+        figures[f"ap50_{added.file}"] = halves[1].ap50
         slope, offset = both.fitted()
-        cards.append(replace(one, slope=slope, offset=offset))
+        cards.append(replace(added, slope=slope, offset=offset))
     curve = reliability(torch.cat(scores).numpy(), torch.cat(correct).numpy())
     figures["ece"] = curve.ece
     return replace(card, own=tuple(cards)), figures, curve

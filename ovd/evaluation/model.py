@@ -297,7 +297,7 @@ def as_vild_evaluates(predictor: Predictor, options: Options, data: EvaluatedDat
         VocabularyClass(name, tuple(s for s in dict.fromkeys(synonyms.get(i, ())) if s != name))
         for i, name in names.items()
     )
-    count, scale = sum(len(one.synonyms) for one in classes), record["scale"]
+    count, scale = sum(len(entry.synonyms) for entry in classes), record["scale"]
     record |= {"vild": True, "synonyms": count}
     if count:
         assert isinstance(scale, float)
@@ -352,12 +352,12 @@ def present_categories(data: EvaluatedData) -> dict[ImageId, frozenset[int]]:
     if data.scenes is not None:  # as run_source numbers them
         for index in range(len(data.scenes)):
             _, objects = coco_objects(data.scenes.scene(index), image_id=index + 1, first_annotation_id=1)
-            present[index + 1] = {one["category_id"] for one in objects}
+            present[index + 1] = {annotation["category_id"] for annotation in objects}
     elif data.gt is not None:
         present = {entry["id"]: set() for entry in data.gt["images"]}
-        for one in data.gt["annotations"]:
-            if not one.get("iscrowd"):
-                present[one["image_id"]].add(one["category_id"])
+        for annotation in data.gt["annotations"]:
+            if not annotation.get("iscrowd"):
+                present[annotation["image_id"]].add(annotation["category_id"])
     return {image: frozenset(ids) for image, ids in present.items()}
 
 

@@ -47,8 +47,8 @@ def precision_at_recalls(matches: CategoryMatches) -> NDArray[np.float64] | None
     if not len(hits):
         return np.zeros(len(RECALLS))
     precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
-    place = np.searchsorted(hits / objects, RECALLS, side="left")
-    return np.where(place < len(precision), precision[np.minimum(place, len(precision) - 1)], 0.0)
+    reached = np.searchsorted(hits / objects, RECALLS, side="left")
+    return np.where(reached < len(precision), precision[np.minimum(reached, len(precision) - 1)], 0.0)
 
 
 def mean_curve(table: Mapping[int, CategoryMatches], ids: Sequence[int]) -> NDArray[np.float64]:
@@ -59,10 +59,10 @@ def mean_curve(table: Mapping[int, CategoryMatches], ids: Sequence[int]) -> NDAr
 
 def score_reliability(table: Mapping[int, CategoryMatches]) -> Reliability:
     """Score against share that is right, of all detections from `FLOOR` on; those on crowds count neither way."""
-    score = np.concatenate([one.score[~one.ignored] for one in table.values()])
-    correct = np.concatenate([one.correct[~one.ignored] for one in table.values()])
-    kept = score >= FLOOR
-    return reliability(score[kept], correct[kept])
+    score = np.concatenate([matches.score[~matches.ignored] for matches in table.values()])
+    correct = np.concatenate([matches.correct[~matches.ignored] for matches in table.values()])
+    shown = score >= FLOOR
+    return reliability(score[shown], correct[shown])
 
 
 def write_plots(

@@ -77,7 +77,7 @@ class Predictor:
             return []
         regions = self.detector.embed(image).regions
         score_RC = self.scorer(regions)[:, columns]
-        kept = postprocess(
+        chosen = postprocess(
             regions.boxes,
             best_pairs(score_RC, count=self.candidates)
             if self.per_class is None
@@ -86,9 +86,10 @@ class Predictor:
             cross_class_iou=None,
             limit=self.limit,
         )
-        segmentations = {} if regions.masks is None else {r: region_rle(regions, r) for r in set(kept.region.tolist())}
-        results = coco_results(kept, regions.boxes, image_id, [self.category_ids[column] for column in columns])
-        for region, result in zip(kept.region.tolist(), results, strict=True):
+        drawn = set() if regions.masks is None else set(chosen.region.tolist())
+        segmentations = {region: region_rle(regions, region) for region in drawn}
+        results = coco_results(chosen, regions.boxes, image_id, [self.category_ids[column] for column in columns])
+        for region, result in zip(chosen.region.tolist(), results, strict=True):
             if region in segmentations:
                 result["segmentation"] = segmentations[region]
         return results
@@ -101,8 +102,8 @@ class Predictor:
             for box, score in zip(regions.boxes.tolist(), regions.objectness.tolist(), strict=True)
         ]
         if regions.masks is not None:
-            for region, one in enumerate(proposals):
-                one["segmentation"] = region_rle(regions, region)
+            for region, proposal in enumerate(proposals):
+                proposal["segmentation"] = region_rle(regions, region)
         return proposals
 
 
@@ -132,14 +133,14 @@ class PretextPredictor:
             return []
         located = self.model.locate(image, self.rows[columns])
         score = located.score
-        kept = postprocess(
+        chosen = postprocess(
             located.boxes,
             Candidates(np.arange(len(score)), located.class_id, score),
             nms_iou=self.nms_iou,
             cross_class_iou=None,
             limit=self.limit,
         )
-        return coco_results(kept, located.boxes, image_id, [self.category_ids[column] for column in columns])
+        return coco_results(chosen, located.boxes, image_id, [self.category_ids[column] for column in columns])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +176,9 @@ class ClosedSetPredictor:
         """COCO results of one picture (H, W, 3) uint8 RGB, best first."""
         boxes, scores, classes = self.model.labels(image)
         order = best_first(scores)
-        kept = Candidates(order, classes[order], scores[order])
-        evaluated = np.array(self.category_ids)[kept.class_id] >= 0
-        return coco_results(kept[evaluated][: self.limit], boxes, image_id, self.category_ids)
+        chosen = Candidates(order, classes[order], scores[order])
+        evaluated = np.array(self.category_ids)[chosen.class_id] >= 0
+        return coco_results(chosen[evaluated][: self.limit], boxes, image_id, self.category_ids)
 
 
 def columns_for(
@@ -255,12 +256,14 @@ def proposals_of(model: Proposer, *, top: int) -> Predict:
     return propose
 
 
-def coco_results(kept: Candidates, boxes: Floats, image_id: ImageId, category_ids: Sequence[int]) -> list[CocoResult]:
+def coco_results(
+    candidates: Candidates, boxes: Floats, image_id: ImageId, category_ids: Sequence[int]
+) -> list[CocoResult]:
     """Rows of a COCO results file; ``boxes`` are those of all regions, ``category_ids`` of all classes."""
     return [
         coco_result(boxes[region].tolist(), image_id, category_ids[class_id], score)
         for region, class_id, score in zip(
-            kept.region.tolist(), kept.class_id.tolist(), kept.score.tolist(), strict=True
+            candidates.region.tolist(), candidates.class_id.tolist(), candidates.score.tolist(), strict=True
         )
     ]
 

@@ -75,10 +75,10 @@ def class_agnostic_recall(
         real = sorted((a for a in everything if not a["iscrowd"]), key=lambda a: a["category_id"])
         if not real:
             continue
-        mine = sorted(detections.get(image_id, ()), key=lambda d: d["category_id"])
-        order = np.argsort([-d["score"] for d in mine], kind="stable")[: max(caps)]
+        ranked = sorted(detections.get(image_id, ()), key=lambda d: d["category_id"])
+        order = np.argsort([-d["score"] for d in ranked], kind="stable")[: max(caps)]
         iou_DG = (
-            np.asarray(mask_tools.iou([mine[i][shape] for i in order], [a[shape] for a in real], [0] * len(real)))
+            np.asarray(mask_tools.iou([ranked[i][shape] for i in order], [a[shape] for a in real], [0] * len(real)))
             if len(order)
             else np.zeros((0, len(real)))
         )

@@ -145,7 +145,7 @@ def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: 
     left, top, side = LEFT, TOP, SIDE
     bar, gap = "#3b6fb5", "#d9822b"
     parts = open_axes(title=title, height=460)
-    most = max(1, int(curve.count.max(initial=0)))
+    highest = max(1, int(curve.count.max(initial=0)))
     for low, high, n, confidence, accuracy in zip(
         curve.edges, curve.edges[1:], curve.count, curve.confidence, curve.accuracy, strict=False
     ):
@@ -155,7 +155,7 @@ def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: 
         y, expected = top + side * (1 - accuracy), top + side * (1 - confidence)
         parts.append(
             f'<rect x="{x + 1:.2f}" y="{y:.2f}" width="{width - 2:.2f}" height="{top + side - y:.2f}" fill="{bar}" '
-            f'fill-opacity="{0.25 + 0.75 * n / most:.2f}"><title>{n} detections, score {confidence:.3f}, '
+            f'fill-opacity="{0.25 + 0.75 * n / highest:.2f}"><title>{n} detections, score {confidence:.3f}, '
             f"correct {accuracy:.3f}</title></rect>"
             f'<path d="M{x + 1:.2f} {expected:.2f}h{width - 2:.2f}" stroke="{gap}" stroke-width="2"/>'
         )

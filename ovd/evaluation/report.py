@@ -84,8 +84,8 @@ def write(
     with csv_path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(metrics.per_class[0].row()))
         writer.writeheader()
-        for one in metrics.per_class:
-            writer.writerow({k: _cell(v) for k, v in one.row().items()})
+        for row in metrics.per_class:
+            writer.writerow({k: _cell(v) for k, v in row.row().items()})
     return json_path, csv_path
 
 

@@ -83,20 +83,20 @@ def check_results(
         score = required(d, "score", entry)
         if not is_number(score):
             raise UserError(f"{entry}: score must be a finite number, is {score!r}.")
-        one: CheckedResult = {"image_id": image_id, "category_id": category, "score": score}
+        result: CheckedResult = {"image_id": image_id, "category_id": category, "score": score}
         size = gt.sizes[image_id]
         if d.get("segmentation"):
-            one["segmentation"] = masks.to_rle(d["segmentation"], size, entry)
+            result["segmentation"] = masks.to_rle(d["segmentation"], size, entry)
         if d.get("bbox"):
-            one["bbox"] = checked_box(d["bbox"], entry)
-            flat += one["bbox"][2] == 0 or one["bbox"][3] == 0
+            result["bbox"] = checked_box(d["bbox"], entry)
+            flat += result["bbox"][2] == 0 or result["bbox"][3] == 0
             if size is not None:
-                reaches, fits = over_border(one["bbox"], size, f"{entry}: box {one['bbox']}", image_id)
+                reaches, fits = over_border(result["bbox"], size, f"{entry}: box {result['bbox']}", image_id)
                 over += reaches
                 corners += fits
-        elif "segmentation" not in one:
+        elif "segmentation" not in result:
             raise UserError(f"{entry}: neither bbox nor segmentation.")
-        fresh.append(one)
+        fresh.append(result)
     warnings = []
     if dropped:
         warnings.append(f"{dropped} detections of categories that the ground truth does not define are left out")

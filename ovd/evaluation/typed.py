@@ -67,8 +67,8 @@ def draw_words(
         rng: of this picture.
     """
     present = tuple(sorted(set(classes)))
-    taken = set(others).union(present, *(near.get(c, frozenset()) for c in [*others, *present]))
-    free = [c for c in words if c not in taken]
+    unusable = set(others).union(present, *(near.get(c, frozenset()) for c in [*others, *present]))
+    free = [c for c in words if c not in unusable]
     return present, tuple(int(c) for c in rng.permutation(free)[:absent])
 
 

@@ -156,9 +156,9 @@ def named_outcome(named: Sequence[NamedPhoto], scorer: Scorer, *, floor: float) 
         score_RC = scorer.select(words)(photo.regions)
         best_absent += score_RC[:, 1:].max(axis=0).tolist() if len(score_RC) else [0.0] * len(photo.absent)
         region, word = np.nonzero(score_RC >= np.float32(floor))
-        kept = batched_nms(photo.regions.boxes[region], score_RC[region, word], word, NMS_IOU)
+        keep = batched_nms(photo.regions.boxes[region], score_RC[region, word], word, NMS_IOU)
         matched = False
-        for i in kept.tolist():
+        for i in keep.tolist():
             scores.append(float(score_RC[region[i], word[i]]))
             right.append(float(word[i] == 0 and not matched))
             matched = matched or bool(word[i] == 0)

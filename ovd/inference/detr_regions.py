@@ -146,13 +146,13 @@ class OpenVocabularyDetr(DetrRegionModel):
         memory, rows = self.memory(image), torch.as_tensor(rows_CD)
         centre_boxes, score, class_id = self.decode_conditioned(memory, rows, classes_per_pass)
         boxes = in_pixels(centre_boxes, image)
-        kept = nms(boxes.float(), score, CONDITIONED_NMS_IOU)[: min(self.top, self.detr.queries)]
+        keep = nms(boxes.float(), score, CONDITIONED_NMS_IOU)[: min(self.top, self.detr.queries)]
         if self.detr.region_tower is None:
-            embedding = rows.to(boxes)[class_id[kept]]
+            embedding = rows.to(boxes)[class_id[keep]]
         else:
             with torch.no_grad():
-                embedding = self.detr.region_embeddings(memory, torch.zeros_like(kept), centre_boxes[kept])
-        return region_set(boxes[kept], score[kept], F.normalize(embedding.float(), dim=1), image)
+                embedding = self.detr.region_embeddings(memory, torch.zeros_like(keep), centre_boxes[keep])
+        return region_set(boxes[keep], score[keep], F.normalize(embedding.float(), dim=1), image)
 
 
 class ClosedSetDetr(DetrRegionModel):

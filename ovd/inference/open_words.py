@@ -52,8 +52,8 @@ class Rivals:
         """(groups, what they leave out): the first of each group that leaves out any, the second, and so on."""
         group, word = np.nonzero(self.left_out)
         _, first, count = np.unique(group, return_index=True, return_counts=True)
-        place = np.arange(len(group)) - np.repeat(first, count)
-        return [(group[place == n], word[place == n]) for n in range(min(int(count.max(initial=0)), LAYERS))]
+        layer = np.arange(len(group)) - np.repeat(first, count)
+        return [(group[layer == n], word[layer == n]) for n in range(min(int(count.max(initial=0)), LAYERS))]
 
     @cached_property
     def _many(self) -> NDArray[np.bool_]:
@@ -69,8 +69,8 @@ class Rivals:
         sum_GR = np.tile(total_R, (len(self.left_out), 1))
         for group, word in self._layers:  # no group twice in one
             sum_GR[group] -= odds_BR[word]
-        for one in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many):
-            sum_GR[one] = odds_BR[~self.left_out[one]].sum(axis=0, dtype=np.float64)
+        for row in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many):
+            sum_GR[row] = odds_BR[~self.left_out[row]].sum(axis=0, dtype=np.float64)
         return sum_GR.astype(np.float32)
 
 

@@ -177,13 +177,13 @@ def _suppress(
     x1, y1, x2, y2 = np.ascontiguousarray(boxes_K4.T)
     area = (x2 - x1) * (y2 - y1)
     alive = np.ones(len(boxes_K4), dtype=bool)
-    kept: list[int] = []
+    keep: list[int] = []
     zero = np.float32(0)
     for i in range(len(boxes_K4)):
         if not alive[i]:
             continue
-        kept.append(i)
-        if len(kept) == limit:
+        keep.append(i)
+        if len(keep) == limit:
             break
         later = alive[i + 1 :] if classes is None else alive[i + 1 :] & (classes[i + 1 :] == classes[i])
         j = np.flatnonzero(later) + i + 1
@@ -193,4 +193,4 @@ def _suppress(
         with np.errstate(divide="ignore", invalid="ignore"):  # two boxes without area: 0 / 0 suppresses nothing
             overlap = shared / (area[i] + area[j] - shared)
         alive[j[overlap.astype(np.float64) > iou]] = False
-    return np.array(kept, dtype=np.int64)
+    return np.array(keep, dtype=np.int64)

@@ -222,7 +222,7 @@ class QueryScorer:
     def _of_words(self, chosen: NDArray[np.bool_], competitors: Floats) -> list[Scorer]:
         if not chosen.any():
             return []
-        phrases = [group for group, taken in zip(self.phrases, chosen.tolist(), strict=True) if taken]
+        phrases = [group for group, keep in zip(self.phrases, chosen.tolist(), strict=True) if keep]
         return [self.model.scorer(self.words[chosen], phrases, competitors)]
 
     def _of_examples(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
@@ -233,5 +233,5 @@ class QueryScorer:
 
 def beside(scores: list[Floats]) -> Floats:
     """Columns of several scorers as one table; the only ones that there are are not copied."""
-    there = [one for one in scores if one.shape[1]]
-    return there[0] if len(there) == 1 else np.concatenate(scores, axis=1)
+    filled = [columns for columns in scores if columns.shape[1]]
+    return filled[0] if len(filled) == 1 else np.concatenate(scores, axis=1)

@@ -111,10 +111,10 @@ def build_resnet(
         out_features: stages whose output is returned.
         freeze_at: stages up to this one are frozen, 1 is the stem, 2 is res2; 0 freezes nothing.
     """
-    made = norm_of(norm)
-    first = SmallStem(out_channels=64, norm=made) if stem == "small" else BasicStem(3, 64, norm=made)
+    norm_layer = norm_of(norm)
+    first = SmallStem(out_channels=64, norm=norm_layer) if stem == "small" else BasicStem(3, 64, norm=norm_layer)
     last = max(int(name.removeprefix("res")) for name in out_features)
-    stages = [stage(depth=depth, index=index, norm=made) for index in range(2, last + 1)]
+    stages = [stage(depth=depth, index=index, norm=norm_layer) for index in range(2, last + 1)]
     return ResNet(first, stages, out_features=list(out_features), freeze_at=freeze_at)
 
 
@@ -234,11 +234,11 @@ def verify_conversion(
     """
     was_training = resnet.training
     resnet.eval()
-    ours, theirs = resnet(pixels), reference(pixels)
+    converted, original = resnet(pixels), reference(pixels)
     resnet.train(was_training)
     worst = 0.0
-    for name, feature in ours.items():
-        other = theirs[f"layer{int(name.removeprefix('res')) - 1}"]
+    for name, feature in converted.items():
+        other = original[f"layer{int(name.removeprefix('res')) - 1}"]
         difference = float((feature - other).abs().max() / other.abs().max().clamp_min(1e-12))
         worst = max(worst, difference)
         if difference > tolerance:

@@ -149,9 +149,9 @@ class DetectorCard:
         """(C,) bool: False for the classes that no label of training named."""
         import torch
 
-        kept = torch.ones(len(self.classes), dtype=torch.bool)
-        kept[list(self.novel)] = False
-        return kept
+        trainable = torch.ones(len(self.classes), dtype=torch.bool)
+        trainable[list(self.novel)] = False
+        return trainable
 
 
 def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: Tensor, half: bool = True) -> None:
@@ -190,7 +190,8 @@ def read_card(folder: Path) -> DetectorCard:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         if "second_look" in values:  # the field's former name
             values.setdefault("crop_refinement", values.pop("second_look"))
-        values["own"] = tuple(FinetunedCard(**{**one, "names": tuple(one["names"])}) for one in values.get("own", ()))
+        branches = values.get("own", ())
+        values["own"] = tuple(FinetunedCard(**{**branch, "names": tuple(branch["names"])}) for branch in branches)
         card = DetectorCard(**values)
         if card.templates not in TEMPLATE_SETS:
             raise TypeError(f"unknown templates {card.templates!r}")

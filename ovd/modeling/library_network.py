@@ -209,8 +209,8 @@ def _chain(network: nn.Module) -> list[Part]:
     links: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     x = pixels
     for path, part, expected in called:
-        whole = expected.ndim == 4 and expected.shape[2] == expected.shape[3] >= PROBE // STRIDES["res5"]
-        if not whole or any(path == other for other, *_ in links):
+        is_map = expected.ndim == 4 and expected.shape[2] == expected.shape[3] >= PROBE // STRIDES["res5"]
+        if not is_map or any(path == other for other, *_ in links):
             break  # pooled, or tokens, or used twice
         try:
             x = part(x)

@@ -260,8 +260,8 @@ def sidecar(path: Path, shard: int) -> Sidecar | None:
         content = json.loads(text or "")
     except ValueError:
         return None
-    whole = isinstance(content, dict) and isinstance(content.get("sha256"), str)
-    return cast(Sidecar, content) if whole else None
+    complete = isinstance(content, dict) and isinstance(content.get("sha256"), str)
+    return cast(Sidecar, content) if complete else None
 
 
 def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, object]) -> None:

@@ -110,11 +110,11 @@ class _Batches:
         """Embed what is left, in a smaller batch."""
         self._embed(1)
 
-    def _embed(self, least: int) -> None:
+    def _embed(self, minimum: int) -> None:
         """Embed batches while so many boxes wait."""
         settings = self.embedder.settings
         waiting = torch.cat(self._crops) if self._crops else torch.zeros(0)
-        while len(self._slots) >= least:
+        while len(self._slots) >= minimum:
             batch, waiting = waiting[: self.boxes], waiting[self.boxes :]
             slots, self._slots = self._slots[: self.boxes], self._slots[self.boxes :]
             embedded = embed_crops(

@@ -202,7 +202,7 @@ def start_projections(config: DetrTrainConfig, parts: TrainingParts[Detr]) -> st
         if not batch:
             return f"input_proj starts at random: none of the first {INIT_SAMPLES} pictures can be read"
         # One by one: pictures may differ in size, and padding is no token.
-        tokens = torch.cat([model.joined(model.maps_of([one])[0])[0].flatten(1).T for one in batch])
+        tokens = torch.cat([model.joined(model.maps_of([sample])[0])[0].flatten(1).T for sample in batch])
         if isinstance(parts.task, PatchPretext):
             embeddings = parts.task.patch_embeddings(batch).flatten(0, 1)
             if config.backbone_weights is None and isinstance(encoder.visual, ResNetImage):

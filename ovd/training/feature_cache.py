@@ -65,10 +65,10 @@ class FirstImages:
 def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSource) -> CachedDetection:
     """The samples of ``source`` from cached features, with and without a flip."""
     images = source.images
-    whole = images.images if isinstance(images, FirstImages) else images  # fractions share one cache
+    all_images = images.images if isinstance(images, FirstImages) else images  # fractions share one cache
     data = config.data
     described = data.model_dump(mode="json", exclude={"flip", "cut"})
-    readable, files = Readable(len(whole)), files_of(described)
+    readable, files = Readable(len(all_images)), files_of(described)
     caches = []
     model.eval()
     for flip in (0.0, 1.0) if data.flip else (0.0,):
@@ -78,7 +78,7 @@ def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSour
             rng = np.random.default_rng(0)
             samples = []
             for index in indices:
-                labelled = readable(index, whole.load)
+                labelled = readable(index, all_images.load)
                 # Masks are not learned here; empty ones would drop their boxes, so none are passed on.
                 full = np.ones((len(labelled.boxes), *labelled.image.shape[:2]), dtype=bool)
                 samples.append(
@@ -86,15 +86,15 @@ def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSour
                         replace(labelled, masks=full), transform=transform, rng=rng, offline=None, regions_per_image=0
                     )
                 )
-            labels = [pad_objects(one["instances"]) for one in samples]
+            labels = [pad_objects(sample["instances"]) for sample in samples]
             return {
-                **_maps(model, [one["image"] for one in samples], config.cache_precision),
-                **{name: np.stack([one[name] for one in labels]) for name in labels[0]},
+                **_maps(model, [sample["image"] for sample in samples], config.cache_precision),
+                **{name: np.stack([row[name] for row in labels]) for name in labels[0]},
             }
 
         key = {**_model_key(config, model), "data": described, **files, "flip": flip, "agnostic": False}
         caches.append(
-            FeatureCache.open(Path(config.cache or ""), key=key, count=len(whole), compute=compute, batch=BATCH)
+            FeatureCache.open(Path(config.cache or ""), key=key, count=len(all_images), compute=compute, batch=BATCH)
         )
     return CachedDetection(source=source, caches=caches, features=config.model.backbone.features)
 
@@ -128,14 +128,14 @@ def cached_patches(
 
     def compute(indices: list[int]) -> dict[str, NDArray[Any]]:
         samples = [readable(index, variants_of) for index in indices]
-        patches = torch.stack([one["patches"] for group in samples for one in group])  # (n·V, M, K, 3, S, S)
+        patches = torch.stack([sample["patches"] for group in samples for sample in group])  # (n·V, M, K, 3, S, S)
         with torch.no_grad():
             z = embed(patches.flatten(0, 1).to(model.device)).cpu()
         dtype = np.float16 if config.cache_precision == "float16" else np.float32
         return {
             **_maps(model, [group[0]["image"] for group in samples], config.cache_precision),
             "size": np.array([group[0]["size"] for group in samples]),
-            "patch_boxes": np.stack([np.stack([one["boxes"].numpy() for one in group]) for group in samples]),
+            "patch_boxes": np.stack([np.stack([sample["boxes"].numpy() for sample in group]) for group in samples]),
             "patch_embeddings": z.numpy().astype(dtype).reshape(len(indices), variants, source.count, -1),
         }
 

@@ -87,12 +87,14 @@ def boxes_of(truth: GroundTruth, images: Path, *, part: Part, min_score: float, 
             f"{truth.where}: no photo has split {part!r} (images[].split); set data.part=all to take every one"
         )
     items = []
-    for one in truth.annotations:
-        x, y, w, h = (float(value) for value in one["bbox"])
-        if one["image_id"] not in chosen or one["iscrowd"] or one.get("score", 1.0) < min_score or min(w, h) < min_side:
+    for annotation in truth.annotations:
+        x, y, w, h = (float(value) for value in annotation["bbox"])
+        if annotation["image_id"] not in chosen or annotation["iscrowd"] or min(w, h) < min_side:
             continue
-        file = images / truth.file_of(one["image_id"])
-        items.append(Item(file, truth.categories[one["category_id"]], (x, y, w, h)))
+        if annotation.get("score", 1.0) < min_score:
+            continue
+        file = images / truth.file_of(annotation["image_id"])
+        items.append(Item(file, truth.categories[annotation["category_id"]], (x, y, w, h)))
     return items
 
 

@@ -116,19 +116,19 @@ class Sprite:
         # Source position of each patch pixel in 1/65536 pixels, then in the 1/32 pixels of cv2's fixed-point maps.
         dx = np.arange(w, dtype=np.int32) * 2 - (w - 1)
         dy = (np.arange(h, dtype=np.int32) * 2 - (h - 1))[:, None]
-        one = 1 << 15  # dx and dy count half pixels
-        row_x = dy * round(kx * (sine + shear * cosine) * one) + ((sw - 1) * one + 1024)
-        row_y = dy * round(ky * cosine * one) + ((sh - 1) * one + 1024)
-        column_x = dx * round(kx * (cosine - shear * sine) * one)
-        column_y = dx * round(-ky * sine * one)
+        unit = 1 << 15  # dx and dy count half pixels
+        row_x = dy * round(kx * (sine + shear * cosine) * unit) + ((sw - 1) * unit + 1024)
+        row_y = dy * round(ky * cosine * unit) + ((sh - 1) * unit + 1024)
+        column_x = dx * round(kx * (cosine - shear * sine) * unit)
+        column_y = dx * round(-ky * sine * unit)
         if bend:
             row_x = row_x + _wave(h, bend[0] * sw, bend[1], bend[2])[:, None]
             column_y = column_y + _wave(w, bend[3] * sh, bend[4], bend[5])
         x, y = (row_x + column_x) >> 11, (row_y + column_y) >> 11
-        whole = np.empty((h, w, 2), np.int16)
-        whole[..., 0], whole[..., 1] = x >> 5, y >> 5
+        integer = np.empty((h, w, 2), np.int16)
+        integer[..., 0], integer[..., 1] = x >> 5, y >> 5
         fraction = (((y & 31) << 5) | (x & 31)).astype(np.uint16)
-        return cv2.remap(level, whole, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+        return cv2.remap(level, integer, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
 
 
 def _wave(count: int, amplitude: float, phase: float, waves: float) -> NDArray[np.int32]:

@@ -155,11 +155,11 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     seen: dict[tuple[Any, ...], str] = {}
     for name in sorted(tensors):
         tensor = tensors[name].detach()
-        place = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in seen:
-            aliases[name] = seen[place]
+        storage = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and storage in seen:
+            aliases[name] = seen[storage]
             continue
-        seen[place] = name
+        seen[storage] = name
         stored[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)  # free of storage that others share
     extra = {_ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else {}
     return safetensors.torch.save(stored, metadata={**metadata, **extra})

@@ -69,21 +69,21 @@ def command_line(
         SystemExit: 0, after ``--help``, ``--help-all`` or ``--print-config``.
     """
     fields = dict(model.walk() if isinstance(model, ConfigChoice) else walk(model))
-    given = _Arguments.read(argv, fields=fields, switches=("print-config", *flags))
-    config = default_config if given.config is None else given.config
-    if given.wants_help:
-        chosen = _chosen(model, config, given.overrides)
-        if given.section is not None:
-            print(describe(chosen, given.section))
+    arguments = _Arguments.read(argv, fields=fields, switches=("print-config", *flags))
+    config = default_config if arguments.config is None else arguments.config
+    if arguments.wants_help:
+        chosen = _chosen(model, config, arguments.overrides)
+        if arguments.section is not None:
+            print(describe(chosen, arguments.section))
         else:
-            print(_help(chosen, prog, doc, default_config, flags, given.everything))
+            print(_help(chosen, prog, doc, default_config, flags, arguments.everything))
         raise SystemExit(0)
-    if {"resume", "overwrite"} <= given.switches:
-        given.problems.append("--resume and --overwrite exclude each other")
-    if given.problems:
-        raise ConfigError(given.problems)
-    cfg = load_config(model, config, given.overrides)
-    options = Options(**dict.fromkeys(given.switches, True), config=config)
+    if {"resume", "overwrite"} <= arguments.switches:
+        arguments.problems.append("--resume and --overwrite exclude each other")
+    if arguments.problems:
+        raise ConfigError(arguments.problems)
+    cfg = load_config(model, config, arguments.overrides)
+    options = Options(**dict.fromkeys(arguments.switches, True), config=config)
     if options.print_config:
         print(f"{dump_config(cfg)}# hash of the training keys: {config_hash(cfg)}")
         raise SystemExit(0)
@@ -119,21 +119,21 @@ class _Arguments:
             fields: of the configuration, by dotted key.
             switches: flags without a value.
         """
-        given, rest = cls(), list(argv)
+        arguments, rest = cls(), list(argv)
         while rest:
             argument = rest.pop(0)
             name, equals, _ = argument.removeprefix("--").partition("=")
             if argument in ("-h", "--help", "--help-all"):
-                given._help(argument, rest)
+                arguments._help(argument, rest)
             elif not argument.startswith("-"):
-                given._override(argument)
+                arguments._override(argument)
             elif argument.startswith("--") and not equals and name in switches:
-                given.switches.add(name.replace("-", "_"))
+                arguments.switches.add(name.replace("-", "_"))
             elif argument.startswith("--") and (name == "config" or name.replace("-", "_") in fields):
-                given._key(argument, rest, fields)
+                arguments._key(argument, rest, fields)
             else:
-                given._unknown(argument, rest, ("help", "help-all", "config", *switches, *fields))
-        return given
+                arguments._unknown(argument, rest, ("help", "help-all", "config", *switches, *fields))
+        return arguments
 
     def _help(self, argument: str, rest: list[str]) -> None:
         self.wants_help, self.everything = True, self.everything or argument == "--help-all"

@@ -78,9 +78,9 @@ def non_finite_samples(processes: Sequence[NonFinite]) -> str:
         processes: What each process saw.
     """
     # Prefer those whose own loss is not finite: after averaging, the gradient is alike everywhere.
-    failing = [one for one in processes if not math.isfinite(one["loss"])] or processes
-    indices = [index for one in failing for index in one["indices"]]
-    draws = [draw for one in failing for draw in one["draws"]]
+    failing = [process for process in processes if not math.isfinite(process["loss"])] or processes
+    indices = [index for process in failing for index in process["indices"]]
+    draws = [draw for process in failing for draw in process["draws"]]
     return f"loss {failing[0]['loss']}, gradient norm {failing[0]['grad_norm']}; samples {indices}, draws {draws}"
 
 

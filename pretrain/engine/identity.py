@@ -45,7 +45,7 @@ def file_identity(paths: Sequence[Path]) -> str:
     return text_identity(*(sha256_of(path) for path in paths))
 
 
-def files_identity(what: str, root: Path, names: Sequence[str]) -> dict[str, str]:
+def files_identity(kind: str, root: Path, names: Sequence[str]) -> dict[str, str]:
     """Digests of many files, in their order.
 
     Args:
@@ -73,7 +73,7 @@ def files_identity(what: str, root: Path, names: Sequence[str]) -> dict[str, str
         index = number * len(names) // count
         if sizes[index] > 0:
             digest.update(_content(root / names[index], sizes[index], whole=whole))
-    return {what: digest.hexdigest()} | ({} if whole else {what + TIMES: times.hexdigest()})
+    return {kind: digest.hexdigest()} | ({} if whole else {kind + TIMES: times.hexdigest()})
 
 
 def _content(path: Path, size: int, *, whole: bool) -> bytes:

@@ -21,8 +21,8 @@ from pretrain.engine.errors import UserError
 
 def format_duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as ``1:02:03``."""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    total = max(0, round(seconds))
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
 def forecast(steps: int, seconds: float, size: int, out: Path) -> str:

@@ -158,8 +158,8 @@ class MoCo(SelfSupervised[MoCoMethod]):
         a, b = self.augmented(batch)
         loss, keys = self._one_direction(a, b)
         if self.symmetric:
-            other, more = self._one_direction(b, a)
-            loss, keys = loss + other, torch.cat([keys, more])
+            other_loss, other_keys = self._one_direction(b, a)
+            loss, keys = loss + other_loss, torch.cat([keys, other_keys])
         if self.training:
             self._enqueue(gather_with_grad(keys))
         return loss, {}

@@ -157,10 +157,10 @@ def _refuse_torchscript(path: Path) -> None:
 
 def _why_unreadable(problem: Exception) -> str:
     """Torch's own advice is to open the file with all its code."""
-    held = re.search(r"GLOBAL (\S+)", str(problem))
-    if held:
+    stored = re.search(r"GLOBAL (\S+)", str(problem))
+    if stored:
         return (
-            f"it holds Python objects ({held[1]}), which run code when they are opened. Have it converted to "
+            f"it holds Python objects ({stored[1]}), which run code when they are opened. Have it converted to "
             "safetensors where it came from"
         )
     return f"it is no checkpoint of torch's, or damaged ({type(problem).__name__})"

@@ -40,10 +40,10 @@ def fetch_weights(pretrained: Mapping[str, Any], *, name: str, instead: str) -> 
     Raises:
         UserError: it is not there and cannot be fetched.
     """
-    place = str(pretrained.get("hf_hub") or "")
-    if not place:
+    hub = str(pretrained.get("hf_hub") or "")
+    if not hub:
         raise UserError(f"{name}: open_clip knows no address of it at the hub; fetch the file and name it: {instead}")
-    repository, _, file = place.rpartition("/")
+    repository, _, file = hub.rpartition("/")
     return fetch_file(repository, _names(file), name=name, instead=instead)
 
 

@@ -236,7 +236,7 @@ def _statistics_of(published: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
     A file does not say which of them it is.
     """
-    statistics = {(tuple(one.get("mean") or ()), tuple(one.get("std") or ())) for one in published}
+    statistics = {(tuple(config.get("mean") or ()), tuple(config.get("std") or ())) for config in published}
     return published[0] if len(statistics) == 1 else {}
 
 

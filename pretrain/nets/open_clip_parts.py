@@ -20,13 +20,13 @@ def open_clip_module(name: str) -> ModuleType:
     a tokenizer need nothing. An empty package stands in ``sys.modules`` meanwhile; nothing of it stays there, so that a
     later ``import open_clip`` is an ordinary one.
     """
-    whole = f"{_PACKAGE}.{name}"
+    module = f"{_PACKAGE}.{name}"
     spec = importlib.util.find_spec(_PACKAGE) if _PACKAGE not in sys.modules else None
     if spec is None or spec.submodule_search_locations is None:
-        return importlib.import_module(whole)
+        return importlib.import_module(module)
     sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
     try:
-        return importlib.import_module(whole)
+        return importlib.import_module(module)
     finally:
         for part in [m for m in sys.modules if m == _PACKAGE or m.startswith(f"{_PACKAGE}.")]:
             del sys.modules[part]

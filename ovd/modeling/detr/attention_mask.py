@@ -54,13 +54,13 @@ def denoising_attention_mask(
     Returns:
         (P + Q, P + Q), or (N · heads, P + Q, P + Q) where images have different numbers of targets.
     """
-    size, most = len(dn_group_P), max(counts)
+    size, most_targets = len(dn_group_P), max(counts)
     group = torch.cat([dn_group_P, dn_group_P.new_full((queries,), -1)])
     mask = (group[:, None] != group[None]) & (group[None] >= 0)
     if query_mask_QQ is not None:
         mask[size:, size:] = query_mask_QQ
-    if min(counts) < most:
-        target = torch.arange(size, device=mask.device) % most
+    if min(counts) < most_targets:
+        target = torch.arange(size, device=mask.device) % most_targets
         padded = target >= torch.tensor(counts, device=mask.device)[:, None]
         mask = (mask | F.pad(padded, (0, queries))[:, None]).repeat_interleave(heads, 0)
     return mask

@@ -49,10 +49,10 @@ class Denoising:
         Their content is the target's patch or word, encoded as a condition, and zero for a closed list of classes: then
         the anchor alone says which object is meant.
         """
-        most = max(targets.counts)
-        if not self.groups or not most:
+        most_targets = max(targets.counts)
+        if not self.groups or not most_targets:
             return None
-        boxes = targets.boxes[:, :most].repeat(1, self.groups, 1)
+        boxes = targets.boxes[:, :most_targets].repeat(1, self.groups, 1)
         noised = apply_box_noise(boxes, self.box_noise)
         content = torch.zeros(*boxes.shape[:2], condition.out_features, device=boxes.device)
         if targets.embeddings is not None:
@@ -60,9 +60,9 @@ class Denoising:
             has_patch = torch.rand(content.shape[:2], device=boxes.device) >= self.label_noise
             content = content * has_patch[..., None]
         elif classifier is not None and classifier.rows.shape[1] == condition.in_features:
-            labels = targets.labels[:, :most].repeat(1, self.groups)
+            labels = targets.labels[:, :most_targets].repeat(1, self.groups)
             content = condition(classifier.rows[self._noised_labels(labels, classifier)])
-        group = torch.arange(self.groups, device=boxes.device).repeat_interleave(most)
+        group = torch.arange(self.groups, device=boxes.device).repeat_interleave(most_targets)
         return DenoisingQueries(content, torch.logit(noised), group)
 
     def _noised_labels(self, labels: Tensor, classifier: EmbeddingClassifier) -> Tensor:
@@ -92,10 +92,10 @@ class Denoising:
         if outputs is None:
             return {f"{name}_dn": value * 0 for name, value in like.items()} if self.groups else {}
         layers, size = len(outputs.boxes), outputs.boxes.shape[2]
-        most = max(targets.counts)
+        most_targets = max(targets.counts)
         assignment, valid_NP = denoising_assignment(targets, size=size, layers=layers)
         losses = criterion.assigned(
-            outputs, targets, heads, assignment, num_targets=num_targets * (size // most), valid_NQ=valid_NP
+            outputs, targets, heads, assignment, num_targets=num_targets * (size // most_targets), valid_NQ=valid_NP
         )
         return {f"{name}_dn": value for name, value in losses.items()}
 

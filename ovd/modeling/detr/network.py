@@ -357,8 +357,8 @@ class Detr(nn.Module):
         """Each query's best trained class, in pixels of ``height`` × ``width`` where the dict has them."""
         outputs = self.predict(self.memory(batch))
         results = []
-        for n, one in enumerate(batch):
-            height, width = int(one.get("height", outputs.sizes[n][0])), int(one.get("width", outputs.sizes[n][1]))
+        for n, (picture, size_hw) in enumerate(zip(batch, outputs.sizes, strict=True)):
+            height, width = int(picture.get("height", size_hw[0])), int(picture.get("width", size_hw[1]))
             instances = Instances((height, width))
             size = outputs.boxes.new_tensor([width, height, width, height])
             boxes = Boxes(box_cxcywh_to_xyxy(outputs.boxes[n]) * size)

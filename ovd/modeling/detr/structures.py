@@ -120,14 +120,14 @@ class Targets(NamedTuple):
     def of_instances(cls, instances: Sequence[Instances], *, device: torch.device) -> Targets:
         """The labels of a batch, padded to the image with the most."""
         counts = [len(i) for i in instances]
-        most = max(1, *counts)
-        boxes = torch.full((len(counts), most, 4), 0.5, device=device)
-        labels = torch.zeros(len(counts), most, dtype=torch.int64, device=device)
-        for n, one in enumerate(instances):
-            height, width = one.image_size
-            corners = one.gt_boxes.tensor.to(device).float()
+        most_objects = max(1, *counts)
+        boxes = torch.full((len(counts), most_objects, 4), 0.5, device=device)
+        labels = torch.zeros(len(counts), most_objects, dtype=torch.int64, device=device)
+        for n, labelled in enumerate(instances):
+            height, width = labelled.image_size
+            corners = labelled.gt_boxes.tensor.to(device).float()
             boxes[n, : counts[n]] = box_xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height]))
-            labels[n, : counts[n]] = one.gt_classes.to(device)
+            labels[n, : counts[n]] = labelled.gt_classes.to(device)
         return cls(boxes, labels, counts)
 
     def subset(self, keep: Sequence[Tensor], groups: Tensor) -> Targets:

@@ -178,11 +178,11 @@ class PatchPretext(DetrTask):
         key = F.normalize(model.input_proj(model.joined(maps)), dim=1)
         stride = model.features[0].stride
         inside, area = [], []
-        for n, (one, (height, width)) in enumerate(zip(batch, sizes, strict=True)):
+        for n, (sample, (height, width)) in enumerate(zip(batch, sizes, strict=True)):
             rows, columns = -(-height // stride), -(-width // stride)  # without the padding
             best = (query[n] @ key[n, :, :rows, :columns].flatten(1)).argmax(1)
             y, x = (best // columns + 0.5) * height / rows, (best % columns + 0.5) * width / columns
-            x1, y1, x2, y2 = one["boxes"].to(best.device).unbind(1)
+            x1, y1, x2, y2 = sample["boxes"].to(best.device).unbind(1)
             inside.append((x1 <= x) & (x <= x2) & (y1 <= y) & (y <= y2))
             area.append((x2 - x1) * (y2 - y1) / (height * width))
         return torch.cat(inside), torch.cat(area)

@@ -58,9 +58,9 @@ def assign(
         chosen_AT = torch.zeros_like(fit_AT, dtype=torch.bool).scatter_(0, best, True) & (fit_AT > 0)
         # A cell that two objects want goes to the one that it overlaps more.
         overlap, index = torch.where(chosen_AT, iou_AT, -1.0).max(dim=1)
-        taken = overlap >= 0
-        owner[taken] = index[taken]
-        mine_AT = F.one_hot(index, len(objects)).bool() & taken[:, None]
+        assigned = overlap >= 0
+        owner[assigned] = index[assigned]
+        mine_AT = F.one_hot(index, len(objects)).bool() & assigned[:, None]
         fit_AT = fit_AT * mine_AT
         most_fit, most_iou = fit_AT.amax(dim=0), (iou_AT * mine_AT).amax(dim=0)
         target = (fit_AT / most_fit.clamp_min(1e-12) * most_iou).amax(dim=1)

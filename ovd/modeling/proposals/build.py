@@ -190,15 +190,15 @@ class PhotoProposer:
         image = resized(image, side / max(height, width))
         size = image.shape[:2]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        (found,) = self.model([{"image": pixels}])
+        (proposals,) = self.model([{"image": pixels}])
         back = torch.tensor([width / size[1], height / size[0]], device=self.model.device).repeat(2)
-        score = found.objectness_logits.sigmoid()
-        return found.proposal_boxes.tensor * back, score, found.quality, found.words
+        score = proposals.objectness_logits.sigmoid()
+        return proposals.proposal_boxes.tensor * back, score, proposals.quality, proposals.words
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Tensor, Tensor]:
         """((P, 4) boxes in original pixels, (P,) scores), best first."""
-        found = self.regions(image, top=top)
-        return found.boxes, found.objectness
+        proposals = self.regions(image, top=top)
+        return proposals.boxes, proposals.objectness
 
 
 def holds_proposals(folder: Path) -> bool:

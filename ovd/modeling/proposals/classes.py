@@ -79,35 +79,35 @@ class ClassBranch(nn.Module):
         """Copy trunk and boxes; class rows are drawn anew."""
         self.csp.load_state_dict(proposals.backbone.csp.state_dict())
         self.neck.load_state_dict(proposals.backbone.neck.state_dict())
-        for own, head in zip(self.heads, proposals.proposal_generator.heads, strict=True):
-            assert isinstance(own, DenseHead) and own.output.bias is not None and head.output.bias is not None
-            own.hidden.load_state_dict(head.hidden.state_dict())
+        for own_head, head in zip(self.heads, proposals.proposal_generator.heads, strict=True):
+            assert isinstance(own_head, DenseHead) and own_head.output.bias is not None and head.output.bias is not None
+            own_head.hidden.load_state_dict(head.hidden.state_dict())
             with torch.no_grad():
-                nn.init.normal_(own.output.weight[: self.classes], std=0.01)
-                own.output.bias[: self.classes] = math.log(PRIOR / (1 - PRIOR))
-                own.output.weight[self.classes :] = head.output.weight[head.words :]
-                own.output.bias[self.classes :] = head.output.bias[head.words :]
+                nn.init.normal_(own_head.output.weight[: self.classes], std=0.01)
+                own_head.output.bias[: self.classes] = math.log(PRIOR / (1 - PRIOR))
+                own_head.output.weight[self.classes :] = head.output.weight[head.words :]
+                own_head.output.bias[self.classes :] = head.output.bias[head.words :]
 
     def cells(self, pixels_N3HW: Tensor) -> Cells:
         """What each cell says of RGB 0…255; H and W multiples of 32."""
         normal = (pixels_N3HW.float() - cast(Tensor, self.mean)) / cast(Tensor, self.std)
-        own = next(self.csp.parameters()).dtype
-        return gather(self.heads, self.neck(self.csp(normal.to(own, memory_format=torch.channels_last))))
+        dtype = next(self.csp.parameters()).dtype
+        return gather(self.heads, self.neck(self.csp(normal.to(dtype, memory_format=torch.channels_last))))
 
     def forward(self, batch: Sequence[OwnSample]) -> dict[str, Tensor]:
         """Losses of a batch of canvases of one size, over all processes' positives."""
         device = next(self.parameters()).device
-        pixels = torch.stack([one["image"] for one in batch]).to(device)
+        pixels = torch.stack([sample["image"] for sample in batch]).to(device)
         cells = self.cells(pixels)
         centres, strides = cell_centres(*pixels.shape[-2:], device=device)
         words, sides = cells.words.float(), cells.sides.float()
         boxes = decode(sides, centres, strides)
         sums = []
-        for n, one in enumerate(batch):
-            truth, classes = one["boxes"].to(device), one["classes"].to(device)
+        for n, sample in enumerate(batch):
+            truth, classes = sample["boxes"].to(device), sample["classes"].to(device)
             objects, ignored = truth[classes >= 0], truth[classes < 0]
-            mine = classes[classes >= 0]
-            assignment = assign(boxes[n], words[n].sigmoid()[:, mine], centres, objects, ignored)
+            labels = classes[classes >= 0]
+            assignment = assign(boxes[n], words[n].sigmoid()[:, labels], centres, objects, ignored)
             sums.append(
                 class_losses(
                     words=words[n],
@@ -116,7 +116,7 @@ class ClassBranch(nn.Module):
                     centres=centres,
                     strides=strides,
                     objects=objects,
-                    classes=mine,
+                    classes=labels,
                     assignment=assignment,
                 )
             )
@@ -147,11 +147,11 @@ class ClassBranch(nn.Module):
         boxes = decode(cells.sides[0][cell].float(), centres[cell], strides[cell]).nan_to_num(0.0)
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[1]) * (width / size[1])
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[0]) * (height / size[0])
-        there = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
-        found = OwnBoxes(
-            boxes[there].cpu().numpy(),
-            class_id[there].cpu().numpy(),
-            score_AC.flatten()[pairs][there].cpu().numpy(),
+        nonempty = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
+        candidates = OwnBoxes(
+            boxes[nonempty].cpu().numpy(),
+            class_id[nonempty].cpu().numpy(),
+            score_AC.flatten()[pairs][nonempty].cpu().numpy(),
         )
-        kept = batched_nms(found.boxes, found.scores, found.classes, nms, limit=top)
-        return OwnBoxes(found.boxes[kept], found.classes[kept], found.scores[kept])
+        keep = batched_nms(candidates.boxes, candidates.scores, candidates.classes, nms, limit=top)
+        return OwnBoxes(candidates.boxes[keep], candidates.classes[keep], candidates.scores[keep])

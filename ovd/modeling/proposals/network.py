@@ -206,7 +206,7 @@ class DenseProposals(nn.Module):
             known = truth.gt_classes >= 0
             objects, ignored = truth.gt_boxes.tensor[known], truth.gt_boxes.tensor[~known]
             assignment = assign(boxes[n], objectness[n].sigmoid(), centres, objects, ignored)
-            there = (centres[:, 0] < width) & (centres[:, 1] < height)  # what is padded is no background either
+            inside = (centres[:, 0] < width) & (centres[:, 1] < height)  # what is padded is no background either
             sums.append(
                 nameless_losses(
                     objectness=objectness[n],
@@ -216,7 +216,7 @@ class DenseProposals(nn.Module):
                     centres=centres,
                     strides=strides,
                     objects=objects,
-                    assignment=assignment._replace(counts=assignment.counts & there),
+                    assignment=assignment._replace(counts=assignment.counts & inside),
                 )
             )
         total = [torch.stack(values).sum() for values in zip(*sums, strict=True)]
@@ -249,12 +249,12 @@ class DenseProposals(nn.Module):
         top = score.topk(min(self.pre_nms, len(score))).indices
         clipped = Boxes(decode(sides[top], centres[top], strides[top]).nan_to_num(0.0))
         clipped.clip(size)
-        there = clipped.nonempty(threshold=1.0)
-        top, kept = top[there], clipped[there]
-        best = nms(kept.tensor, score[top], self.nms)[: self.post_nms]
+        nonempty = clipped.nonempty(threshold=1.0)
+        top, candidates = top[nonempty], clipped[nonempty]
+        best = nms(candidates.tensor, score[top], self.nms)[: self.post_nms]
         top = top[best]
         proposals = Instances(size)
-        proposals.proposal_boxes = kept[best]
+        proposals.proposal_boxes = candidates[best]
         proposals.objectness_logits = score[top].logit(eps=1e-6)
         proposals.quality = quality[top]
         proposals.words = words[top].sigmoid()

@@ -46,9 +46,9 @@ class SeededRPN(RPN):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """As Detectron2's, one picture at a time."""
         labels, boxes = [], []
-        for n, one in enumerate(gt_instances):
+        for n, instances in enumerate(gt_instances):
             with drawing(self.seeds[n] if self.seeds else None, anchors[0].device):
-                label, box = super().label_and_sample_anchors(anchors, [one])
+                label, box = super().label_and_sample_anchors(anchors, [instances])
             labels += label
             boxes += box
         return labels, boxes
