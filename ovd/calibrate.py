@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wordbox calibrate --weights FOLDER``: make a detector's scores mean something, and report how well they do.
+"""``wordbox calibrate --weights FOLDER``: calibrate a detector's scores, and report the calibration error.
 
-Fits, on scenes of their own (seed 1000; evaluation uses seed 0) and base words only, the temperature and the objectness
-exponent by average precision, then slope and offset by likelihood, then the default threshold: the score an absent word
-stays below in 95 % of the pictures. Novel labels are not used. Everything is measured once more on other scenes (seed
-2000) with base and novel words, and written to ``model.json``. The drawing style is the held-out one in both: scores
-fitted on the training styles would promise too much.
+Fits the temperature and the exponent of the objectness by average precision, then slope and offset by likelihood, then
+the default threshold: the score that a word absent from the picture stays below in 95 % of the pictures. The fit uses
+scenes of its own (seed 1000; evaluation uses seed 0) and base words only. The result is measured on other scenes (seed
+2000) with base and novel words, and written to ``model.json``. Both have the held-out drawing style: scores fitted on
+the training styles would be overconfident.
 
-Then the same is done once more with every word replaced by one crop in a training style: what a crop's score means.
+Scores of crops are then fitted likewise, with each word replaced by one crop in a training style.
 
-With ``--data`` pictures with labels take the scenes' place: half of them are fitted on, the others measured. What a
-crop's score means stays as it is then.
+With ``--data`` labelled pictures replace the scenes: half are for the fit, half for the report. Scores of crops stay as
+they are.
 
-With ``--encoder`` the crops of the detector's boxes are named by another image-text encoder, and what is fitted is kept
-in the user's folder (``ovd.user_files``), where the same encoder on the same boxes finds it again; the weights stay as
-they are. It needs ``--data``, of which it takes ``--scenes`` pictures for the fit and as many for the report.
+With ``--encoder`` another image-text encoder classifies crops of the boxes. Its calibration is stored in the user's
+folder (``ovd.user_files``) and used whenever the same encoder runs on the same boxes; the weights do not change. It
+needs ``--data``, and takes ``--scenes`` pictures for the fit and as many for the report.
 
-A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and takes photos
-of one thing beside them (``--labels TABLE.json``). It is measured on half of them and then fitted on all.
+A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and can take
+photos of single objects as well (``--labels TABLE.json``). It is measured on half of them, then fitted on all.
 """
 
 from __future__ import annotations
@@ -251,29 +251,29 @@ def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calib
 def parser() -> CommandParser:
     """Return the command line."""
     flags = CommandParser(
-        "wordbox calibrate", "Make a detector's scores mean something, and report how well they do.", details=__doc__
+        "wordbox calibrate", "Calibrate a detector's scores, and report the calibration error.", details=__doc__
     )
     add = flags.add_argument
     add("--weights", required=True, metavar="FOLDER",
-        help="exported detector; its model.json is rewritten. With --encoder also a name of shipped weights, which are "
-        "not changed")  # fmt: skip
+        help="exported detector, whose model.json is rewritten; with --encoder also a name of shipped weights, which "
+        "do not change")  # fmt: skip
     add_encoder_flag(add)
-    add("--data", metavar="SPEC", help="labelled pictures to fit on: data.yaml, COCO .json or folder, with :PART "
-        "or not (default: Sticker Scenes)")  # fmt: skip
+    add("--data", metavar="SPEC", help="labelled pictures to fit on: data.yaml, COCO .json or folder, optionally "
+        ":PART (default: Sticker Scenes)")  # fmt: skip
     add("--labels", type=Path, metavar="TABLE.json",
-        help="with --data and a detector of photographs: file name -> nouns, photos of one thing")  # fmt: skip
-    add("--part", help="with --data and a detector of photographs: only pictures of this part (default: as in SPEC, "
-        "else val where there is one; all: every part)")  # fmt: skip
+        help="for a detector of photographs: JSON table of file name -> nouns, photos of single objects")  # fmt: skip
+    add("--part", help="for a detector of photographs: pictures of this part of --data (default: as in SPEC, else val "
+        "if there is one; all: every part)")  # fmt: skip
     add("--scenes", type=integer(10), default=150,
-        help="scenes or pictures for the fit, and again for the report (default 150); a detector of photographs takes "
-        "all that --data has")  # fmt: skip
+        help="scenes or pictures for the fit, and as many for the report (default 150); a detector of photographs "
+        "takes all of --data")  # fmt: skip
     add("--size", type=integer(64, 2048), default=256, help="side of the scenes in pixels (default 256)")
     add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
-        help="regions of a picture that the image encoder embeds as crops too, from now on (default: as in "
+        help="regions per image whose crops the image encoder embeds as well, from now on (default: as in "
         "model.json)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--report", type=Path, metavar="FILE.json", help="write the figures there too")
-    add("--plot", type=Path, metavar="FILE.svg", help="draw score against share correct")
+    add("--report", type=Path, metavar="FILE.json", help="also write the figures to this file")
+    add("--plot", type=Path, metavar="FILE.svg", help="write a reliability diagram")
     return flags
 
 

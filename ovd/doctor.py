@@ -275,7 +275,7 @@ def report(findings: Iterable[Finding]) -> str:
 
 def parser() -> CommandParser:
     """Return the command line."""
-    flags = CommandParser("wordbox doctor", "Say what is installed and what is wrong.")
+    flags = CommandParser("wordbox doctor", "Check the installation: versions, weights, devices.")
     flags.add_argument("--json", action="store_true", help="print the findings as a JSON list")
     return flags
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wordbox label``: a folder of pictures and some words become a data set that other tools train on.
+"""``wordbox label``: label a folder of pictures with class names, as a data set that other tools train on.
 
     wordbox label photos/ --classes "dog, mug: cup" --format yolo --out set/
     yolo detect train data=set/data.yaml
@@ -7,13 +7,13 @@
 Writes into the output folder:
 
     data.yaml, images/, labels/   the data set, or what the other formats consist of
-    contact_sheet.html            what was found of each class, the doubtful first: look through it before you train
-    predictions/                  detections with their scores; the same command goes on from there
+    contact_sheet.html            detections of each class, the least certain first: check it before you train
+    predictions/                  detections with their scores; the same command resumes from there
     failed.json                   in predictions/: pictures that could not be read, and why
 
-Pictures in which nothing was found belong to the data set: they teach what the things are not. Every fifth picture, by
-a hash of its name, goes to the part ``val``. Interrupted, or with more pictures in the folder, the same command again
-does what is missing. Exit status: 0; 1 when some pictures could not be read; 2 when nothing could be started.
+Pictures without detections stay in the data set, as negatives. Every fifth picture, by a hash of its name, goes to the
+part ``val``. Give the same command again after an interruption, or after adding pictures, to label what is missing.
+Exit status: 0; 1 if some pictures could not be read; 2 if nothing could be started.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ WRITTEN = ("annotations", "images", "labels", "Annotations", "ImageSets", "JPEGI
 """What the formats write: removed when a folder is written anew with other options."""
 
 DESCRIPTION = """\
-A folder of pictures and some words become a data set that other tools train on, with a contact sheet of what was found;
-the same command again goes on where it was interrupted.
+Label a folder of pictures with class names, as a data set that other tools train on, with a contact sheet to check; the
+same command again resumes an interrupted run.
 
     wordbox label photos/ --classes "dog, mug: cup" --format yolo --out set/"""
 
@@ -59,14 +59,14 @@ def parser() -> CommandParser:
         usage="wordbox label PICTURES ... --classes WORDS --out FOLDER [options]",
     )
     add = flags.add_argument
-    add("pictures", nargs="+", type=Path, help="picture files and folders (searched with sub folders)")
+    add("pictures", nargs="+", type=Path, help="pictures and folders (searched recursively)")
     add_query_flags(flags)
-    add("--out", type=Path, required=True, metavar="FOLDER", help="the data set")
-    add("--format", choices=DATASET_FORMATS, default="yolo", help="default yolo; yolo-seg has outlines")
-    add("--val", type=share, default=0.2, help="share of the pictures for the part val (default .2; 0: one part)")
-    add("--pictures", dest="place", choices=("copy", "link"), default="copy", help="default copy")
-    add("--masks", action=argparse.BooleanOptionalAction, default=None, help="masks in coco (default: yolo-seg only)")
-    add("--overwrite", action="store_true", help="replace what another command wrote into the folder")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the data set")
+    add("--format", choices=DATASET_FORMATS, default="yolo", help="label format (default yolo; yolo-seg has outlines)")
+    add("--val", type=share, default=0.2, help="fraction of the pictures for the part val (default .2; 0: no split)")
+    add("--pictures", dest="place", choices=("copy", "link"), default="copy", help="copy or link them (default copy)")
+    add("--masks", action=argparse.BooleanOptionalAction, default=None, help="write masks (default: yolo-seg only)")
+    add("--overwrite", action="store_true", help="replace the results of another command")
     flags.hide(*RARE, "place", "masks", "overwrite")
     return flags
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wordbox predict``: name what is in pictures and folders of pictures.
+"""``wordbox predict``: detect objects in pictures and folders of pictures.
 
     wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
     wordbox predict photos/ --classes everything --out found/
@@ -11,13 +11,12 @@ Writes into the output folder:
     results.json     COCO results: image_id, category_id, bbox [x, y, w, h], score, segmentation (RLE)
     images.json      images and categories with their ids, as a COCO annotation file without annotations
     drawn/           the pictures with boxes and masks, without the metadata of the originals
-    failed.json      pictures that could not be read, and why (only when there are some)
+    failed.json      pictures that could not be read, and why (only if there are any)
     FORMAT/          the same in each --format: COCO annotations, YOLO, VOC, LabelMe, CVAT, Label Studio, CSV
 
-An interrupted run continues where it stopped when the same command is given again. What is kept is known by the
-content of its picture: one that was replaced or repaired is done again, and pictures may be added. Another command
-(other words, threshold, weights …) is refused, with what differs. Exit status: 0; 1 when some pictures could not be
-read (all others are done); 2 when nothing could be started.
+Give the same command again to resume an interrupted run. Finished pictures are recognised by their content: one that
+was replaced is predicted again, and pictures may be added. A different command (words, threshold, weights, …) is
+refused, with the differences. Exit status: 0; 1 if some pictures could not be read; 2 if nothing could be started.
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ class PictureRecord(TypedDict, total=False):
 
 
 DESCRIPTION = """\
-Name what is in pictures and folders of pictures. --out gets results.json (COCO), images.json and the drawn pictures;
-the same command again goes on where it was interrupted.
+Detect objects in pictures and folders of pictures. Writes results.json (COCO), images.json and the drawn pictures to
+--out; the same command again resumes an interrupted run.
 
     wordbox predict photos/ desk.jpg --classes "dog, mug: cup, -poster" --out found/
     wordbox predict photos/ --example "my mug=mug1.png" --example "my mug=mug2.png" --out found/
@@ -91,31 +90,31 @@ def parser() -> CommandParser:
     flags.add_argument(
         "pictures",
         nargs="+",
-        help="picture files and folders (searched with sub folders); or videos, a camera's number, a stream's address",
+        help="pictures and folders (searched recursively); or videos, a camera index, a stream URL",
     )
     add_query_flags(flags)
     flags.add_argument("--out", type=Path, required=True, help="output folder")
     flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
     flags.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
     flags.add_argument(
-        "--format", metavar="NAMES", help=f"more files, by commas: {', '.join(FORMATS)}; each in a folder of its name"
+        "--format", metavar="NAMES", help=f"also write these label formats, comma-separated: {', '.join(FORMATS)}"
     )
     flags.add_argument(
-        "--tiles", action="store_true", help="look at big pictures in overlapping tiles too: finds small things"
+        "--tiles", action="store_true", help="also run on overlapping tiles of large pictures, to find small objects"
     )
     flags.add_argument(
         "--tile-side",
         type=integer(64),
         metavar="N",
-        help="of --tiles, in pixels (default: what the network is made for)",
+        help="side of a tile in pixels (default: the network's input size)",
     )
     flags.add_argument(
-        "--every", type=integer(1), default=1, metavar="N", help="of a video every n-th frame (default 1)"
+        "--every", type=integer(1), default=1, metavar="N", help="process every N-th video frame (default 1)"
     )
     flags.add_argument(
-        "--track", action=argparse.BooleanOptionalAction, default=True, help="follow things through a video"
+        "--track", action=argparse.BooleanOptionalAction, default=True, help="track objects through a video"
     )
-    flags.add_argument("--overwrite", action="store_true", help="replace what another command wrote into the folder")
+    flags.add_argument("--overwrite", action="store_true", help="replace the results of another command")
     flags.hide(*RARE, "draw", "masks", "tile_side", "track")
     return flags
 

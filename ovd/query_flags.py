@@ -25,29 +25,30 @@ def add_query_flags(flags: CommandParser) -> None:
     words = flags.add_mutually_exclusive_group()
     words.add_argument(
         "--classes",
-        help='"dog, mug: cup, -poster": synonyms after a colon, minus excludes; "everything": all words known',
+        help='class names, "dog, mug: cup, -poster": synonyms after a colon, a minus excludes; "everything": all '
+        "known words",
     )
-    words.add_argument("--vocabulary", type=Path, help="file with names, one a line, or a saved vocabulary (.json)")
+    words.add_argument("--vocabulary", type=Path, help="file with one name per line, or a saved vocabulary (.json)")
     flags.add_argument(
         "--example",
         action="append",
         default=[],
         metavar="[NAME=]CROP",
-        help="a picture of the thing to find, may be given often, also beside words; crops of one NAME are averaged, "
-        "the file's name is the default; --example=-NAME=CROP excludes",
+        help="picture of an object to find; may be repeated, and combined with words. Crops of one NAME are averaged "
+        "(default: the file name); --example=-NAME=CROP excludes",
     )
-    flags.add_argument("--threshold", type=share, default=None, help="lowest score (default: the calibrated one)")
+    flags.add_argument("--threshold", type=share, default=None, help="minimum score (default: calibrated)")
     add_detector_flags(flags.add_argument)
 
 
 def add_detector_flags(add: Callable[..., argparse.Action], *, sides: bool = True) -> None:
     """Weights, encoder, sizes of the pictures (unless ``sides`` is False), device, runtime and threads."""
-    add("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    add("--weights", default="default", help="name of shipped weights, or a folder exported by ovd.train")
     add_encoder_flag(add)
     if sides:
         add_sides_flag(add)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)")
+    add("--runtime", choices=("auto", "onnx", "torch"), default="auto", help="inference runtime (default auto)")
     add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
 
@@ -56,8 +57,8 @@ def add_encoder_flag(add: Callable[..., argparse.Action]) -> None:
     add(
         "--encoder",
         metavar="SPEC",
-        help="name crops of the boxes by another image-text encoder: open_clip:MODEL:TAG (fetched once, its size is "
-        "said first), open_clip:MODEL:FILE, or a folder (slow on a CPU)",
+        help="classify crops of the boxes with another image-text encoder: open_clip:MODEL:TAG (prints its size, "
+        "downloads it once), open_clip:MODEL:FILE, or a folder; slow on a CPU",
     )
 
 
@@ -68,8 +69,8 @@ def add_sides_flag(add: Callable[..., argparse.Action]) -> None:
         type=integer(1),
         nargs="+",
         metavar="N",
-        help="longest sides, in pixels, at which a detector of photographs looks for boxes: 416 is fast, 832 640 416 "
-        "finds smaller things (default: as shipped, 640 416)",
+        help="input sizes (longest side, pixels) of a detector of photographs: 416 is fast, 832 640 416 finds smaller "
+        "objects (default: 640 416, as shipped)",
     )
 
 
@@ -77,10 +78,10 @@ def check_words(options: argparse.Namespace) -> tuple[Example, ...]:
     """Report mistakes in words and examples before anything slow is loaded; returns the examples.
 
     Raises:
-        UserError: nothing to look for, or words or crops that cannot be read.
+        UserError: no classes, or words or crops that cannot be read.
     """
     if options.vocabulary is None and options.classes is None and not options.example:
-        raise UserError('nothing to look for: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
+        raise UserError('no classes: give --classes "mug, lamp", --vocabulary FILE or --example CROP')
     from ovd.examples import parse_examples
     from ovd.vocabulary import Vocabulary
 

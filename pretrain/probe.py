@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m pretrain.probe --run DIR | --backbone FOLDER --data DATA`: how good are frozen features?
+"""`python -m pretrain.probe --run DIR | --backbone FOLDER --data DATA`: evaluate a backbone's frozen features.
 
 Three measures, all on the *online* backbone in eval mode: a weighted k-nearest-neighbour vote, a linear classifier
 trained by the paper's protocol, and a classifier from a few labels per class. `torchrun` shares the work among
@@ -19,7 +19,7 @@ from pretrain.engine.flags import CommandParser, integer
 
 def parser() -> CommandParser:
     """Return the command line."""
-    flags = CommandParser("wordbox probe", "How good are a backbone's frozen features?", details=__doc__)
+    flags = CommandParser("wordbox probe", "Evaluate a backbone's frozen features.", details=__doc__)
     which = flags.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, metavar="FOLDER", help="folder of a run of pretrain.train")
     which.add_argument(
@@ -37,24 +37,26 @@ def parser() -> CommandParser:
         metavar="MEASURE",
         choices=["knn", "linear", "linear_cached", "few"],
         default=["knn", "linear_cached"],
-        help="of knn, linear (fresh crops every epoch, as in the papers), linear_cached (features computed once), few "
-        "(default: knn linear_cached)",
+        help="knn, linear (fresh crops every epoch, as in the papers), linear_cached (features computed once), few "
+        "(few-shot); default: knn linear_cached",
     )
-    flags.add_argument("--k", type=integer(1), default=200, help="neighbours (default 200)")
-    flags.add_argument("--temperature", type=float, default=0.1, help="of the neighbours' vote (default .1)")
+    flags.add_argument("--k", type=integer(1), default=200, help="number of neighbours (default 200)")
+    flags.add_argument("--temperature", type=float, default=0.1, help="temperature of the kNN vote (default .1)")
     flags.add_argument(
         "--protocol",
         metavar="METHOD",
         help="linear protocol of this method (moco, simclr, ...); default: its own, a short one for few pictures",
     )
-    flags.add_argument("--epochs", type=integer(1), help="of the linear classifier, instead of the protocol's")
-    flags.add_argument("--shots", type=integer(1), nargs="+", default=[1, 5], help="labels per class (default 1 5)")
-    flags.add_argument("--size", type=integer(1), help="side of a picture; default: what it was trained on")
-    flags.add_argument("--limit", type=integer(1), help="at most that many training and test pictures each")
-    flags.add_argument("--seed", type=int, default=0, help="of the few labels and of fresh crops (default 0)")
+    flags.add_argument("--epochs", type=integer(1), help="epochs of the linear classifier (default: the protocol's)")
+    flags.add_argument(
+        "--shots", type=integer(1), nargs="+", default=[1, 5], help="few-shot labels per class (default 1 5)"
+    )
+    flags.add_argument("--size", type=integer(1), help="side of the input in pixels (default: as in training)")
+    flags.add_argument("--limit", type=integer(1), help="maximum number of training and of test pictures")
+    flags.add_argument("--seed", type=int, default=0, help="seed of few-shot labels and of fresh crops (default 0)")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument("--threads", type=integer(1), help="CPU threads (default: all cores)")
-    flags.add_argument("--out", type=Path, help="write the report here as JSON")
+    flags.add_argument("--out", type=Path, help="write the report to this file (JSON)")
     flags.hide("temperature", "protocol", "epochs", "shots", "limit", "seed", "threads")
     return flags
 

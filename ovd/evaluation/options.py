@@ -22,7 +22,7 @@ VILD_REGIONS = 1000  # ViLD's release: proposals of an image at test time, and b
 
 GROUPS = ("all", "known", "base", "novel")  # what --vocabulary may name beside a file
 
-DESCRIPTION = "COCO metrics by base and novel categories, of a results file or of a model."
+DESCRIPTION = "COCO metrics for base and novel categories, of a results file or of a detector."
 EPILOG = """\
 examples:
   wordbox evaluate --annotations gt.json --predictions results.json --split ovcoco --out runs/eval
@@ -180,7 +180,7 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
         lambda o: "--embeddings crops embeds the crops of all regions; leave --crop-refinement out",
     ),
 )
-"""What makes a combination wrong, and what is said then; the first that applies."""
+"""(whether a combination is wrong, its message); the first that applies counts."""
 
 
 def parser() -> CommandParser:
@@ -210,60 +210,59 @@ def _add_model_flags(add: Add) -> None:
     add("--weights", metavar="FOLDER|NAME", help="run this detector: 'default' or a folder exported by ovd.train")
     add_encoder_flag(add)
     add_sides_flag(add)
-    add("--device", default="auto", help="where it runs: auto, cpu, cuda or cuda:N (default auto)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--data", metavar="SPEC",
-        help="what to run it on: stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or labels in COCO's, "
-        "YOLO's or VOC's form: data.yaml:test, FOLDER")  # fmt: skip
+        help="pictures to run it on: stickers-val[:COUNT[:SEED]], coco:IMAGES:ANNOTATIONS.json, or labels in COCO, "
+        "YOLO or VOC format: data.yaml:test, FOLDER")  # fmt: skip
     add("--size", type=integer(1), default=DEFAULT_SIZE,
         help=f"side of the generated scenes (default {DEFAULT_SIZE})")  # fmt: skip
     add("--regions", type=integer(1), default=300, help="regions per image, best objectness first (default 300)")
     add("--vild", action="store_true",
-        help=f"the evaluation of ViLD's release in full: {VILD_REGIONS} regions, the {VILD_REGIONS} best of each class "
+        help=f"evaluate exactly as ViLD's release does: {VILD_REGIONS} regions, the {VILD_REGIONS} best of each class "
         "before NMS, embeddings averaged over the synonyms of an LVIS file, no crop refinement (slow)")  # fmt: skip
     add("--limit", type=integer(1), default=300, help="detections per image (default 300)")
 
 
 def _add_class_flags(add: Add) -> None:
     add("--vocabulary", metavar="all|base|novel|known|FILE", default="all",
-        help="words the regions are compared with: all of the split (default), one group only (another, easier "
-        "protocol), also the known categories left out of the means, or a vocabulary file with synonyms")  # fmt: skip
-    add("--ensemble", choices=("fixed", "base-novel"), default="fixed", help="weights of two heads (ViLD-ensemble)")
+        help="classes to compete: all of the split (default), base or novel alone (an easier protocol), known (with "
+        "the categories that the means leave out), or a vocabulary file with synonyms")  # fmt: skip
+    add("--ensemble", choices=("fixed", "base-novel"), default="fixed",
+        help="exponents of ViLD-ensemble's heads: one for all classes (default), or the paper's two")  # fmt: skip
     add("--scores", choices=("published", "calibrated"), default="published",
-        help="published: softmax over the vocabulary; calibrated: as the page shows them")  # fmt: skip
+        help="published: softmax over the vocabulary (default); calibrated: those the page shows")  # fmt: skip
     add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
     add("--embeddings", choices=("own", "crops"), default="own",
-        help="own: of the detector; crops: the image encoder's, of the regions' crops (slow; with --encoder: by the "
-        "published softmax, and without what the proposals know of words)")  # fmt: skip
+        help="of the detector (own), or the image encoder's of the regions' crops (slow; with --encoder: published "
+        "softmax, without the proposal network's word scores)")  # fmt: skip
     add("--crop-refinement", "--second-look", type=integer(0), metavar="N",
-        help="regions per image that the image encoder embeds as crops too; 0: the region head alone (default: as the "
-        "detector was calibrated)")  # fmt: skip
+        help="regions per image whose crops the image encoder embeds as well; 0: the region head alone (default: as "
+        "calibrated)")  # fmt: skip
     add("--queries", choices=("free", "words"), default="free",
-        help="of an open-vocabulary transformer: free (as the page), or conditioned on the words, some at a "
-        "time")  # fmt: skip
+        help="queries of an open-vocabulary transformer: free (default), or conditioned on the words")  # fmt: skip
     add("--agnostic", choices=("proposals", "results"), default="proposals",
-        help="what AR is computed from: the regions by objectness (default), or the classified results")  # fmt: skip
+        help="compute AR from the regions by objectness (default), or from the classified results")  # fmt: skip
     add("--examples", type=integer(1), metavar="N",
-        help="give every class by N crops instead of its name: stickers in another drawing style; with coco: boxes "
-        "of the first pictures, which are then not evaluated")  # fmt: skip
+        help="describe each class by N crops instead of its name: stickers in another drawing style; of a COCO file: "
+        "boxes of the first pictures, which are then not evaluated")  # fmt: skip
     add("--present", action="store_true",
-        help="with --examples: look in each picture only for what is in it (the one-shot papers' protocol, an easier "
-        "one)")  # fmt: skip
+        help="with --examples: search each picture only for the classes in it (one-shot protocol; easier)")  # fmt: skip
 
 
 def _add_file_flags(add: Add) -> None:
     add("--annotations", metavar="GT", help="ground truth: COCO .json, or labels as for --data")
     add("--predictions", metavar="RESULTS.json", help="detections in COCO's results format")
-    add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores: AR is computed from these")
-    add("--compare", metavar="OTHER.json", help="other results on the same annotations: is the AP50 difference clear?")
+    add("--proposals", metavar="FILE.json", help="class-agnostic boxes with scores, for AR")
+    add("--compare", metavar="OTHER.json", help="compare AP50 with that of other results, with a confidence interval")
 
 
 def _add_metric_flags(add: Add) -> None:
     add("--split", metavar="FILE|ovcoco|lvis|stickers",
-        help="base and novel categories; lvis: novel = rare, the default for its files; else all are base")  # fmt: skip
+        help="base and novel categories (default: lvis for its files, rare ones are novel; else all base)")  # fmt: skip
     add("--protocol", choices=("auto", "coco", "lvis"), default="auto",
-        help="auto: LVIS's for files whose images have neg_category_ids, else COCO's")  # fmt: skip
-    add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: boxes, and masks if both files have them")
+        help="auto: lvis if the images have neg_category_ids, else coco")  # fmt: skip
+    add("--iou-types", nargs="+", choices=("bbox", "segm"), help="default: bbox, and segm if both files have masks")
     add("--max-dets", type=integer(1), default=100, help="detections per image and category for AP (default 100)")
     add("--out", metavar="DIR", help="write metrics.json and per_class.csv here")
     add("--plots", metavar="DIR",
-        help="draw precision against recall, and how often a score is right, as SVG files in this folder")  # fmt: skip
+        help="write precision-recall curves and reliability diagrams (SVG) to this folder")  # fmt: skip
