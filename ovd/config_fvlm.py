@@ -35,7 +35,7 @@ class FvlmConfig(Section):
     side: int = Field(448, ge=64, le=2048, multiple_of=32, description="longest side of a picture in the tower, pixels")
     known: bool = Field(
         True,
-        description="use what the proposal network says of the words it was trained on; false: its boxes alone, as "
+        description="use the proposal network's scores of the words it was trained on; false: its boxes alone, as "
         "for a split whose novel words it was trained with",
     )
     head: FvlmHeadConfig = Field(FvlmHeadConfig(), description="region head")

@@ -31,8 +31,8 @@ class ProposalNetworkConfig(Section):
     variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
     backbone: PyramidConfig | None = Field(
         None,
-        description="a frozen network of a library, whose pyramid and heads learn boxes from nothing and know no "
-        "words; null: NanoDet-G, which knows 80",
+        description="a frozen network of a library, with a pyramid and class-agnostic heads trained from scratch; "
+        "null: NanoDet-G, with scores of 80 words",
         json_schema_extra=LATER,
     )
     ranking: Literal["words", "objectness", "quality", "both"] = Field(
@@ -41,7 +41,7 @@ class ProposalNetworkConfig(Section):
         "background), quality (IoU, learned from objects alone), or the geometric mean of these two",
     )
     nms: float = Field(0.6, gt=0, le=1, description="IoU above which the lesser of two boxes goes")
-    pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that the suppression looks at")
+    pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that enter NMS")
     post_nms: int = Field(300, ge=1, description="boxes kept of a picture, at each of its sizes")
     frozen: bool = Field(True, description="train the nameless heads only; false: the trunk too")
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from ovd.examples import Example, ExamplesLike
 
 REGIONS = 150
-"""Kept per picture, where nobody says how many."""
+"""Default number of regions per picture."""
 SCORERS = 4
 """Queries whose scorers are kept: preparing one for 10,000 words takes as long as a picture."""
 
@@ -250,7 +250,7 @@ class Detector:
         return Query(self._with_notices(classes), parsed)
 
     def _everything(self, examples: Sequence[Example]) -> Query:
-        """All words that the model knows.
+        """The query for all words that the model knows.
 
         Raises:
             UserError: it tells none, or there are examples beside.
@@ -326,7 +326,7 @@ class Detector:
         return replace(vocabulary, notices=tuple(dict.fromkeys([*vocabulary.notices, *notices])))
 
     def set_classes(self, classes: Vocabulary | str | Iterable[str]) -> Vocabulary:
-        """Set the words `detect` looks for, and embed them.
+        """Set the classes of `detect`, and embed them.
 
         Args:
             classes: ``["dog", "mug: cup, coffee mug", "-poster"]``, a string in the same grammar, or a `Vocabulary`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Query by example: crops and boxes that show what to look for, alone or beside words.
+"""Query by example: crops and boxes of objects to find, alone or beside words.
 
     detector.find("desk.jpg", examples={"my mug": ["mug1.png", "mug2.png"], "-poster": "poster.png"})
     detector.find("desk.jpg", "lamp, chair", examples=[(120, 40, 210, 160)])       # a box on that picture

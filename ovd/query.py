@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person looks for: words and examples as one list of classes."""
+"""A query: words and examples as one list of classes."""
 
 from __future__ import annotations
 

@@ -38,10 +38,10 @@ MOST = 10_000  # tiles of a picture
 
 
 class TiledDetector(Detector):
-    """A detector that looks at a picture as a whole and in tiles.
+    """A detector that runs on the whole picture and on tiles of it.
 
     Args:
-        detector: looks at each.
+        detector: runs on each.
         side: of a tile in pixels; None: the short side that the network was trained at.
 
     Raises:

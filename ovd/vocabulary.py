@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vocabulary: the class names a person typed, with synonyms, negative words and prompt templates.
+"""Vocabulary: the typed class names, with synonyms, negative words and prompt templates.
 
 Grammar of the text form (the page, ``--classes``, a text file)::
 

@@ -112,7 +112,7 @@ def evaluate(
         max_dets: per image and category, for AP (COCO: 100).
         proposals: class-agnostic boxes with scores, from which AR is computed in place of `results`.
         where: names of the two inputs, for messages.
-        federated: what was looked at in each image; see `ovd.evaluation.lvis`, which passes it.
+        federated: the categories annotated in each image; see `ovd.evaluation.lvis`, which passes it.
 
     Returns:
         Metrics. For masks, an object's size is that of its mask, also when the detection carries a box (as Detectron2

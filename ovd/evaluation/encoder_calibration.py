@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting what the scores of a borrowed encoder mean on somebody's boxes (`ovd.calibrate --encoder`).
+"""Calibrating an image-text encoder on the boxes of another detector (`ovd.calibrate --encoder`).
 
 First how crops rank: temperature, objectness and area, one after the other, each by average precision of words that the
 encoder alone names; then its share beside the proposal network's own words; then what a score means, and the threshold.

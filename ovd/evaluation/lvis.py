@@ -5,7 +5,7 @@ The steps are those of the ``lvis`` package (0.5.3, ``lvis/eval.py``), whose dig
 installed. It is no dependency: it does not run with numpy 2 (``np.float``) and asks for the OpenCV build with windows.
 
 * The best 300 detections of each *image* over all categories stay (COCO: 100 per image and category).
-* A detection of a category that nobody looked for in its image is dropped.
+* A detection of a category that was not annotated in its image is dropped.
 * An unmatched detection of a category that is not exhaustively labelled in its image counts neither way.
 """
 

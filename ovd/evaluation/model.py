@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EVALUATED_PARTS = ("val", "test")  # of a data set in parts, the first that it has
 DEFAULT_SCALE = 100.0  # ViLD's inverse temperature
 
-Record = dict[str, object]  # what a reader of the figures must know of the run; stands under `run` in metrics.json
+Record = dict[str, object]  # settings of the run; `run` in metrics.json
 
 
 @dataclass(kw_only=True)
@@ -219,7 +219,7 @@ def _closed_set(folder: Path, split: Split, options: Options, device: str, recor
 
 
 def warn_of_pictures(detector: Detector, data: EvaluatedData) -> None:
-    """Say on stderr that a detector of photographs is asked about drawings."""
+    """Warn on stderr when a detector of photographs is evaluated on drawings."""
     if data.scenes is not None and not detector.model.softmax:
         print("warning: these weights are made for photographs, Sticker Scenes are drawings", file=sys.stderr)
 
@@ -252,7 +252,7 @@ def load_detector(options: Options, record: Record) -> Detector:
 
 
 def by_words(detector: Detector, options: Options, split: Split, record: Record) -> Predictor:
-    """A predictor for words; notes in the record what a reader of the figures must know."""
+    """A predictor for words; notes its settings in the record."""
     from ovd.evaluation.predictor import predictor_for
     from ovd.vocabulary import Vocabulary
 

@@ -92,7 +92,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
 
 
 def fit(data: TypedPhotos) -> Calibration:
-    """Slope and offset of words that the proposal network knows, of other words, then the default threshold.
+    """Slope and offset of the proposal network's words, of other words, then the default threshold.
 
     The threshold is that of the best F1, or a higher one from which an absent word is quiet in 95 % of the photos.
 
@@ -143,7 +143,7 @@ def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, floa
 
 
 def at_threshold(outcome: Outcome, threshold: float) -> dict[str, float]:
-    """What a person sees at a threshold: how much of it is right, how many objects, how often an absent word."""
+    """Precision and recall of shown boxes at a threshold, and how often an absent word is shown."""
     listed = outcome.score >= threshold
     hits = outcome.correct[listed]
     return {

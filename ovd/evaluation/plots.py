@@ -32,7 +32,7 @@ from pretrain.engine.files import write_atomically
 RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)  # COCO's
 IOUS = (0.5, 0.75)
 FLOOR = 0.05
-"""Lowest score of the reliability; below it the many boxes that nobody sees would decide the mean."""
+"""Lowest score in the reliability diagram; below it the many boxes that are never shown would dominate the mean."""
 COLOURS = ("#3b6fb5", "#d9822b", "#4a8f5c", "#8a5aa8")
 
 

@@ -184,7 +184,7 @@ class ClosedSetPredictor:
 def columns_for(
     category_ids: Sequence[int], present: Mapping[ImageId, frozenset[int]] | None, image_id: ImageId
 ) -> list[int]:
-    """Numbers of the classes that are looked for in an image."""
+    """Numbers of the classes that are evaluated in an image."""
     if present is None:
         return list(range(len(category_ids)))
     return [column for column, category in enumerate(category_ids) if category in present[image_id]]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes as a person uses the detector: a few words typed, some of them in the picture and some not.
+"""Calibration of typed words: scenes with a few words each, some of them in the picture and some not.
 
-What is measured here is what a score means: how often a detection of score s is right, how high an absent word gets,
-and how far a score moves when more words are typed.
+Measures how often a detection of score s is right, how high an absent word scores, and how far a score moves when more
+words are typed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TypedScene:
         present: indices of the typed words that are in the picture.
         absent: indices of the typed words that are not, near-synonyms of what is there excluded.
         rows: (C, D) unit rows of the vocabulary in this picture, where they differ from picture to picture.
-        certainty: (n,) 0…1 how likely each label is one, as a teacher says it; None: all are.
+        certainty: (n,) 0…1 the teacher's probability that each label is right; None: all are.
     """
 
     regions: RegionSet

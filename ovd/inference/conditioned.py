@@ -13,7 +13,7 @@ from pretrain.engine.errors import UserError
 
 
 def require_examples_only(query: Query) -> None:
-    """Refuse what such a model does not know.
+    """Refuse words and negative examples, which such a model has no embeddings for.
 
     Raises:
         UserError: words or negative examples.

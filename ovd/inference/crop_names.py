@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from ovd.regions.proposals import Proposer
 
 CROPS = 50
-"""Regions of a picture that are cropped and embedded where nobody says how many."""
+"""Default number of regions that are cropped and embedded per picture."""
 
 SCALES = (1.2,)
 """Of the crops: the box with a tenth of its sides around it. A second scale would double the time."""
 
 
 class BoxSource(Protocol):
-    """What boxes pictures for an encoder that names them."""
+    """Gives the boxes whose crops the encoder classifies."""
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
         """Regions of a uint8 (H, W, 3) RGB picture, best objectness first; their embeddings are not used."""
@@ -85,10 +85,10 @@ class PhotoBoxes:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorBoxes:
-    """Regions of a detector that knows words, with its masks; the words are not asked.
+    """Regions of an open-vocabulary detector, with its masks; its own embeddings are not used.
 
     Attributes:
-        model: the detector; it says how many regions.
+        model: the detector; its ``top`` limits the regions.
     """
 
     model: RegionModel
@@ -202,7 +202,7 @@ class CropNames(RegionModel):
 class CropScorer(WordScorer):
     """Scores words alone by the embeddings of crops; ``head_weight`` of the calibration is the encoder's share.
 
-    A phrase that is no noun of the lexicon ("red car") is asked of the encoder alone, and its noun is among its rivals.
+    A phrase that is no noun of the lexicon ("red car") is scored by the encoder alone, and its noun competes with it.
     """
 
     def known_scores(self, regions: RegionSet) -> Floats:
@@ -257,7 +257,7 @@ def embed_boxes(
 
 
 def uncalibrated(name: str) -> str:
-    """What a person is told of scores that were never fitted."""
+    """The notice about scores that were never fitted."""
     return (
         f"scores of {name} are not calibrated on these boxes: they rank, and .7 does not mean seven in ten; "
         "fit them with `wordbox calibrate --encoder`"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def image_tower(encoder: TextEncoder) -> CropEncoder | None:
-    """The encoder as an encoder of crops, or None where it knows texts only."""
+    """The encoder as an encoder of crops, or None without an image tower."""
     return cast("CropEncoder", encoder) if encoder.has_image_tower else None
 
 

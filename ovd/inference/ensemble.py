@@ -12,7 +12,7 @@ BASE_NOVEL_WEIGHT = 2.0 / 3.0
 """ViLD section 3.4: the text head's exponent on base classes, and the image head's on novel ones."""
 
 FIXED_TEXT_WEIGHT = 0.6
-"""Exponent of the text head when nobody knows which typed word is base; the value DetPro uses for transfer data
+"""Exponent of the text head when it is unknown which typed word is base; the value DetPro uses for transfer data
 sets."""
 
 

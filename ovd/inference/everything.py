@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in this picture? A detector asks itself for all the words it knows, and names each thing once.
+"""Prompt-free detection: the detector is queried with all the words it knows, and names each object once.
 
 Shapes: R regions, C words, D joint embedding. NumPy only.
 """
@@ -36,7 +36,7 @@ OVERLAP = 0.5
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PromptFreeWords:
-    """The words that a detector knows well enough to say them unasked.
+    """The words of prompt-free detection.
 
     Attributes:
         names: one for each meaning.

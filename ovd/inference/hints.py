@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to say of a word that an English text encoder does not know: its English, its script, or what is near it.
+"""Hints for words that an English text encoder does not know: the English name, the script, or the nearest words.
 
 No language is detected. A word gets a hint only when it is none that the weights know, and then for one of two reasons
 that can be seen: it stands in a list of German, French and Chinese names of common things, or it is written in another
@@ -151,7 +151,7 @@ def script_of(word: str) -> str | None:
 
 
 def hint_of(word: str) -> str | None:
-    """What to say of a word that English weights do not know, where something tells why; None: nothing does."""
+    """The hint for a word that English weights do not know; None: there is none."""
     if (translation := english_of(word)) is not None:
         english, language = translation
         return f"{word!r} is {language} for {english!r}, and these weights know English words only: type {english!r}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a typed word has to do with the words that a detector knows: the same, above, below, or nothing.
+"""How a typed word relates to the words that a detector was trained on: synonym, hypernym, hyponym or unrelated.
 
 Shapes: ``C`` typed classes, ``K`` known words, ``B`` background words.
 """
@@ -19,7 +19,7 @@ from pretrain.data.lexicon import Lexicon
 
 ARTICLES = frozenset(("a", "an", "the", "some", "my"))
 REMEMBERED = 4
-"""Lists of classes whose relations are kept: 10,000 words take a second, and every picture asks again."""
+"""Lists of classes whose relations are cached: 10,000 words take a second, and every picture needs them."""
 Phrases = Sequence[Sequence[str]]
 """For each class its name and synonyms."""
 
@@ -115,7 +115,7 @@ class WordList:
         return OrderedDict()
 
     def relations(self, phrases: Phrases) -> Relations:
-        """How each class relates to each word; the last lists asked for are remembered."""
+        """How each class relates to each word; cached for the last lists."""
         key = tuple(tuple(group) for group in phrases)
         if (relations := self._remembered.get(key)) is None:
             relations = self._remembered[key] = self._relate(key)

@@ -28,14 +28,14 @@ class RegionModel(ABC):
     """What `ovd.Detector` needs of a network; `ovd.modeling.load.load_detector_model` returns one.
 
     Attributes:
-        card: what an exported detector says of itself; None for a network that was not loaded from a folder.
+        card: of an exported detector; None for a network that was not loaded from a folder.
         background_words: (B, D) unit embeddings of the words that every class competes with.
         background: (D,) unit embedding of "nothing", or None.
         calibration: what turns cosines into scores.
-        example_encoder: embeds a person's crops, where regions live in another image space than the text encoder's
+        example_encoder: embeds crops of examples, where regions live in another image space than the text encoder's
             (a DETR pretrained on patches); None: the image tower of the text encoder does.
         objectness_weight: w of ``class^(1−w) · objectness^w`` in the published scores. 0 where the embedding itself
-            says that a region is nothing.
+            separates objects from background.
         softmax: whether the published protocol, one softmax over the vocabulary, applies to its embeddings.
     """
 
@@ -52,7 +52,7 @@ class RegionModel(ABC):
         """The regions of a uint8 (H, W, 3) RGB picture, embedded and in its pixels.
 
         Raises:
-            UserError: a network that knows no words.
+            UserError: a network without text embeddings.
         """
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
@@ -70,20 +70,20 @@ class RegionModel(ABC):
         raise UserError("sides are for detectors of photographs; this one looks at pictures in one size")
 
     def notices(self, phrases: Sequence[Sequence[str]], rows: Floats) -> tuple[str, ...]:
-        """What a person should know of how these classes are understood; arguments as those of `scorer`."""
+        """Notes on how these classes are interpreted; arguments as those of `scorer`."""
         return ()
 
     def prompt_free_words(self) -> PromptFreeWords:
-        """The words that it can say unasked; none where nothing tells them."""
+        """The words of prompt-free detection; none without a card."""
         return PromptFreeWords.plain(() if self.card is None else self.card.classes)
 
     def scorer(self, rows: Floats, phrases: Sequence[Sequence[str]], competitors: Floats) -> Scorer:
-        """What scores regions for typed classes, each alone, as a person sees them.
+        """The scorer of typed classes; each class is scored alone.
 
         Args:
             rows: (C, D) unit text embeddings.
             phrases: of each class its name and synonyms.
-            competitors: (B, D) unit text embeddings: the background words, then the person's negative words.
+            competitors: (B, D) unit text embeddings: the background words, then the user's negative words.
         """
         return CalibratedScorer(
             rows=rows, background_words=competitors, background=self.background, calibration=self.calibration
@@ -105,7 +105,7 @@ class ConditionedBoxes(NamedTuple):
 
 
 class PatchLocator(RegionModel):
-    """A network of UP-DETR's pretext: it knows no words, and finds what looks like a patch."""
+    """A network of UP-DETR's pretext, which localises what looks like a patch and has no text embeddings."""
 
     @abstractmethod
     def locate(self, image: NDArray[np.uint8], rows_CD: Floats) -> ConditionedBoxes:

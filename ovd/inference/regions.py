@@ -54,7 +54,7 @@ class Regions:
         """Score all regions.
 
         Returns:
-            (R, C) scores of the classes to look for, and (R, N) of the negative words and examples.
+            (R, C) scores of the classes, and (R, N) of the negative words and examples.
         """
         query = Query(query) if isinstance(query, Vocabulary) else query
         return self.detector.scorer(query)(self.regions)

@@ -154,7 +154,7 @@ class ObjectnessScorer:
 
 
 class QueryScores(NamedTuple):
-    """Scores of a person's query.
+    """Scores of a query.
 
     Attributes:
         score_RC: of the classes to look for.

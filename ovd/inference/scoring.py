@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From region embeddings to scores that mean the same however many words a person types.
+"""From region embeddings to calibrated scores that do not depend on the number of typed words.
 
 A plain softmax over the typed words gives one mediocre region .73 with one word and .02 with a thousand. Here every
 class is scored alone against a *fixed* set of competitors: the background words (they come with the checkpoint), the
-learned background and the person's own negative words. So a column never depends on the other columns.
+learned background and the user's negative words. So a column never depends on the other columns.
 
 Shapes: ``R`` regions, ``C`` typed classes, ``B`` background words, ``D`` joint embedding.
 """
@@ -93,7 +93,7 @@ class Calibration:
 
 @dataclass(kw_only=True)
 class RegionSet:
-    """Everything a detector knows of one picture before any word is typed.
+    """The regions of one picture, before any word is typed.
 
     Arrays; tensors of whatever device are brought here when one is made.
 
@@ -197,7 +197,7 @@ def score_regions(
             words are all it competes with.
         objectness_R: in [0, 1].
         classes_CD: unit rows of the typed classes.
-        words_BD: unit rows of the checkpoint's background words and of the person's negative words.
+        words_BD: unit rows of the checkpoint's background words and of the user's negative words.
         background_D: unit learned background, or None.
         calibration: the checkpoint's.
     """
@@ -218,10 +218,10 @@ def score_examples(
 ) -> Floats:
     """(R, E) scores in [0, 1] of classes given by crops; column e depends on the picture and example e alone.
 
-    Image embeddings share a large common part (what all crops look like) that says nothing about the thing, and they
-    lie apart from the texts. So each modality is centred before cosines are taken: images on the mean of the picture's
-    regions, texts on the mean of the background words. That nearly doubled the average precision of one crop on Sticker
-    Scenes. Then an example competes as a word does, with background words, negative words and negative examples.
+    Image embeddings share a large common component that carries no class, and they lie apart from the texts. So each
+    modality is centred before cosines are taken: images on the mean of the picture's regions, texts on the mean of the
+    background words. That nearly doubled the average precision of one crop on Sticker Scenes. Then an example competes
+    as a word does, with background words, negative words and negative examples.
 
     Args:
         regions: of one picture. Their image head is used where there is one, else the one head that was distilled from

@@ -57,7 +57,7 @@ class CropEmbeddings(RegionModel):
 
 
 class ConditionedQueries(RegionModel):
-    """A transformer whose queries are conditioned on the classes that are looked for (OV-DETR's inference).
+    """A transformer whose queries are conditioned on the typed classes (OV-DETR's inference).
 
     Args:
         model: trained with ``model.conditioned``.

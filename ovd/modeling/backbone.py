@@ -165,10 +165,10 @@ def build_bottom_up(
 ) -> ResNet | LibraryBackbone:
     """The network that a configuration names, with random weights.
 
-    ``output_shape()`` tells ``channels`` and ``stride`` of each feature.
+    ``output_shape()`` has ``channels`` and ``stride`` of each feature.
 
     Raises:
-        UserError: nobody knows the network, or it has no such features.
+        UserError: unknown network, or it has no such features.
     """
     if config.is_resnet:
         return build_resnet(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification of regions by embeddings: texts, image patches or a person's crops serve alike as rows.
+"""Classification of regions by embeddings: the rows are texts, image patches or crops.
 
 Shapes: ``R`` regions, ``C`` classes, ``D`` joint embedding.
 """

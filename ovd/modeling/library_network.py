@@ -113,7 +113,7 @@ def open_network(name: str) -> LibraryNetwork:
     """Build a network by its name, with random weights; nothing is ever downloaded.
 
     Raises:
-        UserError: nobody knows the name, or it gives no feature pyramid.
+        UserError: unknown name, or it gives no feature pyramid.
     """
     library, _, model = name.partition(":")
     network, statistics, preferred = (_torchvision if library == "torchvision" else _timm)(model)

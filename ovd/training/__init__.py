@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m ovd.train`` builds for each kind of detector."""
+"""Build, train and export each kind of detector, for ``python -m ovd.train``."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m ovd.train`` does with a configuration of a detection transformer: UP-DETR's pretext, or training.
+"""``python -m ovd.train`` for a detection transformer: UP-DETR's pretraining, or training on labels.
 
 python -m ovd.train --config updetr.yaml                                   patches, no labels
 python -m ovd.train --config detr.yaml weights=runs/updetr/exported       fine-tune on labels
@@ -40,7 +40,7 @@ INIT_SAMPLES = 32  # pictures whose features the projections are initialised fro
 
 
 def for_check(config: DetrTrainConfig) -> DetrTrainConfig:
-    """The configuration for ``--check``: features are computed for the batches that are looked at, not cached ahead."""
+    """The configuration for ``--check``: features are computed for its batches, not cached ahead."""
     checked = config.model_copy(update={"cache": None})
     if config.pretext is None:
         return checked
@@ -151,7 +151,7 @@ def read_backbone(config: DetrTrainConfig, encoder: JointEncoder) -> tuple[Pixel
 
 
 def load_start(config: DetrTrainConfig, model: Detr, encoder: JointEncoder, backbone: Mapping[str, Tensor]) -> None:
-    """Load what training starts from: the backbone, the region tower, and ``weights``; says what was done."""
+    """Load what training starts from, the backbone, the region tower and ``weights``, and print a report."""
     from ovd.modeling.backbone import load_bottom_up
     from ovd.modeling.detr.checkpoints import read_start, refuse_other_attention, start_detr
 

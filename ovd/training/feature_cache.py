@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a transformer's training caches of a frozen backbone: feature maps, with labels or with patches.
 
-`ovd.data.features` keeps the arrays; here is what is computed, and the key that says what determines it.
+`ovd.data.features` keeps the arrays; here they are computed, under a key of all that determines them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m ovd.train`` does with a person's own classes (``model.arch: finetune``).
+"""``python -m ovd.train`` for fine-tuned classes (``model.arch: finetune``).
 
     python -m ovd.train --config photos/finetune.yaml data.images=photos data.annotations=photos/labels.json
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training of a detector reads: labelled pictures, the image-text encoder, a backbone's tensors."""
+"""Inputs of every training of a detector: labelled pictures, the image-text encoder, a backbone's tensors."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class LabelSet:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingParts(Generic[ModelT]):
-    """What ``ovd.train`` hands to the loop, and what the exported card is written from.
+    """Model, task and source of a training, and the inputs of the exported card.
 
     Attributes:
         encoder: the image-text encoder whose space regions are embedded in.

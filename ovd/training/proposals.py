@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m ovd.train`` does with a configuration of class-agnostic proposals (``model.arch: nanodet``).
+"""``python -m ovd.train`` for class-agnostic proposals (``model.arch: nanodet``).
 
 python scripts/convert_nanodet.py package/models/nanodet.json --out runs/photos/nanodet
 python -m ovd.train --config photos/lite_proposals.yaml data.images=photos data.annotations='[photos/boxes.json]'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m ovd.train`` does with the configuration of a Mask R-CNN: class-agnostic proposals, or ViLD."""
+"""``python -m ovd.train`` for Mask R-CNN: class-agnostic proposals, or ViLD."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def training_source(config: TrainConfig, images: LabelledImages, encoder: JointE
     if config.model.variant in ("image", "vild", "ensemble"):
         store = RegionStore.open(Path(config.regions or ""))
         pictures = ScenePictures(images.source).fingerprint() if isinstance(images, StickerImages) else None
-        # A store of other scenes would give every picture somebody else's regions, silently.
+        # A store of other scenes would silently give every picture the regions of another.
         store.require(
             encoder_fingerprint=encoder.fingerprint(),
             source_fingerprint=pictures,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Barlow Twins (Zbontar et al., arXiv:2103.03230): the correlation of two views' features becomes the identity.
 
-Particular to it: the loss looks at features, not at pictures: each is to agree with itself across the views and with
-no other (eq. 1), with the correlation taken over the global batch; the projector is wide; biases and norms have a
+Particular to it: the loss compares features, not pictures: each should correlate with itself across the views and with
+no other (eq. 1); the correlation is taken over the global batch; the projector is wide; biases and norms have a
 learning rate of their own and neither decay nor LARS (the authors' code). The views pass one by one.
 
 The authors' all-reduce of the correlation has no gradient of its own, so that on W GPUs theirs is 1/W of the true one.

@@ -43,7 +43,7 @@ def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
 
 
 def draw_changes(config: AugmentConfig, count: int, device: torch.device) -> dict[str, Tensor]:
-    """What happens to each of ``count`` pictures, (N, …) by name: a few numbers, drawn for the whole batch at once.
+    """Parameters of the changes of ``count`` pictures, (N, …) by name, drawn for the whole batch at once.
 
     Without one of the colour changes no random number is drawn for it, so that older runs go on alike.
     """
@@ -90,7 +90,7 @@ def changed(pixels: Tensor, parameters: Mapping[str, Tensor], config: AugmentCon
 
 
 def _recolour(pixels: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Changes that keep shapes and take colours and textures away: what a drawing style never seen may differ in."""
+    """Changes of colour and texture that keep shapes: unseen drawing styles differ in these."""
     if "angle" in parameters:
         turned = torch.einsum("noc,nchw->nohw", grey_axis_rotation(parameters["angle"]), pixels).clamp(0, 1)
         pixels = torch.where(_per_picture(parameters["turned"]), turned, pixels)
@@ -122,7 +122,7 @@ class Clip(Task):
     Args:
         encoder: Both towers.
         freeze_text: Do not train the text tower (a projection on top of it is trained still). A frozen tower is left
-            out of checkpoints: whoever builds the task loads it.
+            out of checkpoints, and loaded when the task is built.
         same_noun_positive: Captions of the same main noun count as right in equal shares.
         names: The class names, in the order of ``class_id``; each is one more text for a picture to choose from. None:
             the captions of the batch only.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP (`pretrain.methods.clip`) on named things: a picture chooses its word out of a whole vocabulary.
+"""CLIP (`pretrain.methods.clip`) on labelled photos, with contrast over a whole vocabulary.
 
 Particular to it: the caption is drawn from the class's word, its synonyms and its hypernyms, so that a photo of a
-golden retriever is also a dog and an animal. All other words are negatives, except those that mean the same or
-something above or below, which would be no mistake. And what the ImageNet network at the start said of the picture
-stays known: the sum of the words of its classes, by their probabilities, is a second target (ConSE, arXiv:1312.5650).
-Training on names alone makes words without photos worse.
+golden retriever is also a dog and an animal. All other words are negatives, except synonyms, hypernyms and hyponyms. A
+second target keeps the knowledge of the ImageNet network that the image tower starts from: the sum of the words of its
+classes, weighted by their probabilities (ConSE, arXiv:1312.5650). Training on names alone makes words without photos
+worse.
 
 Shapes: `N` pictures, `V` words, `C` classes, `K` classes of ImageNet, `D` joint embedding.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether heads and queues fit the memory, said before they are made."""
+"""Check that heads and queues fit the memory before they are allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 2.0**30
 
 
 def refuse_too_wide(method: type[SelfSupervised[Any]], config: SslMethod, width: int, device: torch.device) -> None:
-    """Say what heads, queue and Barlow Twins' correlation would need, before the memory runs out.
+    """Refuse heads, a queue or a correlation matrix (Barlow Twins) that exceed the memory.
 
     Args:
         method: The method.
@@ -50,7 +50,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that are free on the device."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    try:  # free pages alone would not do: the page cache makes room when asked
+    try:  # not the free pages alone: the page cache gives way
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024.0 * int(fields["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):  # not Linux: all that the machine has

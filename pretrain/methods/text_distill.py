@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text distillation: a small text tower learns where a sentence encoder puts words and phrases.
+"""Text distillation: a small text tower learns a sentence encoder's embeddings of words and phrases.
 
-The image data names a few hundred nouns; a person types any. So the text tower is not trained on the captions alone but
-first taught the embeddings of all nouns of WordNet by a sentence encoder that has read far more text than this machine
-ever could, and then frozen (as in LiT, arXiv:2111.07991, with the roles of the towers exchanged). What it learns about
-"puppy" being near "dog" then holds for pictures too.
+The image data names a few hundred nouns, users type any. So the text tower is distilled on all nouns of WordNet, from a
+sentence encoder trained on far more text, and then frozen (as in LiT, arXiv:2111.07991, with the roles of the towers
+exchanged). That "puppy" is near "dog" then holds for pictures too.
 
-Particular to it: the loss looks at each embedding (1 - cosine) and at the neighbourhoods within a batch.
+Particular to it: the loss compares each embedding (1 - cosine) and the similarities within a batch.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> 
             are built for the first, and answer for the others where the library can move the places.
 
     Raises:
-        UserError: Nobody knows the name, or the network cannot take pictures of these sizes.
+        UserError: Unknown name, or the network cannot take pictures of these sizes.
     """
     library, _, name = config.name.rpartition(":")
     if config.name in OURS or library == "detectron2":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetching open_clip's published weights: what comes from where is said first, and nothing is waited for without end.
+"""Downloading open_clip's published weights: file, host and size are printed first, and every wait has a timeout.
 
 Files that are in the hub's cache are used without a word. `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the other
 variables of the hub mean what they mean to it.

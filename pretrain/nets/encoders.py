@@ -31,7 +31,7 @@ def load_encoder(spec: str | Path) -> JointEncoder:
         spec: A folder written by `JointEncoder.save` (or the `model.safetensors` in it);
             `open_clip:MODEL:WEIGHTS`, where MODEL is one of open_clip's names or a model configuration file (`.json`),
             and WEIGHTS one of its tags (fetched once) or a local `.safetensors`, `.pt` or `.bin` file;
-            or a CLIP checkpoint that says all by itself (`clip_files.load_clip_file`).
+            or a CLIP checkpoint that describes itself (`clip_files.load_clip_file`).
 
     Raises:
         UserError: Something is missing, does not fit, or cannot be read; never falls back to random weights.

@@ -21,7 +21,7 @@ class TimmImage(nn.Module):
     """(N, 3, S, S) -> (N, D). Batch norms always use their stored statistics.
 
     Raises:
-        UserError: timm does not know the name, or the network is of another family.
+        UserError: unknown to timm, or a network of another family.
     """
 
     def __init__(self, *, tower: TimmTower, embed_dim: int) -> None:

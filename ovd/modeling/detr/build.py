@@ -70,11 +70,10 @@ def init_projections(
 ) -> str:
     """Initialise ``input_proj`` and ``patch2query`` so that a patch's query already points at look-alike tokens.
 
-    Features of a trained network share a large part that is the same everywhere; what tells one position from another
-    is the rest, and pooled patches share another part than tokens do. So both projections begin as the same matrix, and
-    their biases take off the mean of their inputs. (On Sticker Scenes the most similar token lies within the patch for
-    41 % of the patches by the raw features, for 52 % by centred ones; in the joint space 13 and 41 %; a patch covers
-    14 % of its picture: benchmarks/patch_start.py.)
+    Features of a trained network have a large common component, and pooled patches another one than tokens. So both
+    projections start as the same matrix, and their biases subtract the mean of their inputs. (On Sticker Scenes the
+    most similar token lies within the patch for 41 % of the patches by the raw features, for 52 % by centred ones; in
+    the joint space 13 and 41 %; a patch covers 14 % of its picture: benchmarks/patch_start.py.)
 
     Args:
         model: with random weights.

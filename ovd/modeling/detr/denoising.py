@@ -46,8 +46,8 @@ class Denoising:
     ) -> DenoisingQueries | None:
         """Noised copies of the targets; None without targets or groups.
 
-        Their content is the target's patch or word, encoded as a condition, and zero for a closed list of classes: then
-        the anchor alone says which object is meant.
+        Their content is the target's patch or word, encoded as a condition; for a closed list of classes it is zero,
+        and only the anchor identifies the target.
         """
         most_targets = max(targets.counts)
         if not self.groups or not most_targets:

@@ -5,14 +5,13 @@
 matching; its parameter names are those of the released DETR and UP-DETR checkpoints. ``arch: conditional`` adds
 conditional attention (2108.06152), anchors that are refined (2201.12329) and denoising queries (2203.01305).
 
-A query predicts two things: *is there an object* (one logit, which knows no class) and an *embedding*, which the
-classifier that ViLD uses compares with texts, patches or crops. UP-DETR's "matched?" is the first, its patches are a
-vocabulary for the second, so neither is thrown away when words replace the patches.
+A query predicts a class-agnostic objectness logit and an *embedding*, which ViLD's classifier compares with texts,
+patches or crops. UP-DETR's pretraining trains both: the logit as matched or not, the embedding with its patches as the
+vocabulary. So fine-tuning on words keeps both.
 
-The embedding is read from the query's state, or, with a region tower, from the backbone's map inside the query's box,
-by the network that reads ViLD's regions. It then starts as the image encoder's own last stage, and what that knows of
-words nobody labelled need not pass through a narrow transformer that learned from labels (CORA, arXiv 2303.13076,
-classifies its anchors like this).
+The embedding comes from the query's state or, with a region tower, from the feature map inside the query's box (CORA,
+arXiv 2303.13076, classifies its anchors likewise). The region tower starts as the image encoder's last stage, so its
+knowledge of unlabelled words need not pass through a transformer trained on labels.
 
 Shapes: ``N`` images, ``S`` tokens, ``Q`` queries, ``d`` width, ``L`` layers, ``M`` conditions, ``D`` embedding. Boxes
 are cxcywh in [0, 1].

@@ -11,7 +11,7 @@ class DetrTask(DetectionTask):
     """Sums the transformer's losses; its backbone and region tower, which start pretrained, learn at another rate.
 
     Args:
-        model: the transformer. A frozen backbone is no part of checkpoints: whoever builds the model loads it again.
+        model: the transformer. A frozen backbone is not in the checkpoints: it is loaded when the model is built.
         pretrained_lr_scale: learning-rate factor of what started pretrained.
     """
 

@@ -151,9 +151,9 @@ class PatchPretext(DetrTask):
 
         Returns:
             ``patch_miou`` and ``patch_recall50``: IoU of each patch's most certain query with the patch's own box;
-            ``patch_look_alike``: share of patches whose most similar token lies within them. That needs no training, so
-            at the first step it tells in seconds what a backbone is good for, beside the share of the picture that
-            patches cover, ``patch_area``.
+            ``patch_look_alike``: share of patches whose most similar token lies within them; compare it with
+            ``patch_area``, the share of the picture that they cover. Both need no training, so the first step already
+            shows how well a backbone localises.
         """
         was_training = self.training
         self.eval()

@@ -112,8 +112,8 @@ def nameless_losses(
     objects: Tensor,
     assignment: Assignment,
 ) -> BoxLosses:
-    """Losses of one picture. Background teaches objectness only: sides and quality learn from positives (OLN, Kim et
-    al., arXiv:2108.06753: what nobody labelled is then never taught as nothing).
+    """Losses of one picture. Only objectness learns from background; sides and quality learn from positives, so that
+    unlabelled objects are no negatives for them (OLN, Kim et al., arXiv:2108.06753).
 
     Args:
         objectness, quality: (A,) logits.

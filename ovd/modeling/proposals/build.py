@@ -57,7 +57,7 @@ def build_model(config: ProposalNetworkConfig) -> ProposalDetector:
     """The network with random weights; pixels of a library's network are normalised as `config` says.
 
     Raises:
-        UserError: nobody knows its backbone.
+        UserError: unknown backbone.
     """
     build = partial(
         build_proposal_detector,
@@ -133,7 +133,7 @@ class PhotoProposals:
         boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
         objectness: (P,) 0…1, the score that orders them.
         quality: (P,) 0…1, expected IoU with whatever it boxes.
-        words: (P, K) 0…1, how likely each of `KNOWN_WORDS` is, independent of each other, as NanoDet says it; K is 0
+        words: (P, K) 0…1, NanoDet's independent scores of `KNOWN_WORDS`; K is 0
             on another backbone.
     """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A branch for a person's own classes: NanoDet once more, with a word head of its own, trained on their labels.
+"""A branch for fine-tuned classes: a second NanoDet with class rows of its own, trained on the user's labels.
 
-The detector it is added to stays as it is, and so does what it says of every other word. The trunk starts as a copy of
-the proposal network's and learns slowly; each level's head starts with its boxes, and with rows of random weights for
-the classes: a row is a class's learned embedding, whatever its name means to a text encoder.
+The detector that it is added to does not change, nor do its scores of other words. The trunk starts as a copy of the
+proposal network's and learns at a lower rate. Each level's head starts with the proposal network's box regression and
+random class rows: a row is a class's learned embedding, whatever its name means to a text encoder.
 
 Shapes: ``N`` pictures, ``A`` cells, ``C`` own classes, ``P`` boxes of one picture.
 """
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 PRIOR = 0.01
 """Score of a class everywhere at the start (RetinaNet, arXiv:1708.02002, section 4.1)."""
 CANDIDATES = 1000
-"""Best (cell, class) pairs that the suppression looks at."""
+"""Best (cell, class) pairs that enter NMS."""
 LEAST_SCORE = 1e-3
 
 
@@ -89,7 +89,7 @@ class ClassBranch(nn.Module):
                 own_head.output.bias[self.classes :] = head.output.bias[head.words :]
 
     def cells(self, pixels_N3HW: Tensor) -> Cells:
-        """What each cell says of RGB 0…255; H and W multiples of 32."""
+        """Predictions of each cell for RGB 0…255; H and W multiples of 32."""
         normal = (pixels_N3HW.float() - cast(Tensor, self.mean)) / cast(Tensor, self.std)
         dtype = next(self.csp.parameters()).dtype
         return gather(self.heads, self.neck(self.csp(normal.to(dtype, memory_format=torch.channels_last))))

@@ -3,8 +3,8 @@
 
 Three parts, each named by what it does: :class:`CspBackbone` (cross-stage partial blocks, Wang et al.,
 arXiv:1911.11929), :class:`PathAggregation` (top-down and bottom-up additions, Liu et al., arXiv:1803.01534, without
-convolutions of its own), and :class:`DenseHead`, one per level, which says of each cell how likely each word is and how
-far the sides of its box are: each side is the expectation of a distribution over bins (generalised focal loss, Li et
+convolutions of its own), and :class:`DenseHead`, one per level, which predicts for each cell the score of each word and
+the distances to the sides of its box, each the expectation of a distribution over bins (generalised focal loss, Li et
 al., arXiv:2006.04388).
 
 The structure is read off the graph that the weights come with (``scripts/convert_nanodet.py`` proves that both compute
@@ -103,7 +103,7 @@ class CspBackbone(nn.Module):
 
 
 class PathAggregation(nn.Module):
-    """Maps of three strides to as many of one width: each knows what the coarser and the finer ones saw."""
+    """Maps of three strides to as many of one width, each combined with the coarser and the finer ones."""
 
     def __init__(self, *, inputs: Sequence[int], channels: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class DenseHead(nn.Module):
 
 
 class Cells(NamedTuple):
-    """What the network says of every cell, finest level first, rows before columns.
+    """Predictions for every cell, finest level first, rows before columns.
 
     Attributes:
         words: (N, A, words) logits.

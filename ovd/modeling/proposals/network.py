@@ -53,7 +53,7 @@ Ranking = Literal["words", "objectness", "quality", "both"]
 CHANNELS = 128
 LEVELS = ("p3", "p4", "p5")
 PRIOR = 0.01
-"""Probability of an object at the start of heads that know no words (arXiv:1708.02002, section 4.1)."""
+"""Initial probability of an object in class-agnostic heads (arXiv:1708.02002, section 4.1)."""
 BOX_WEIGHT, SIDES_WEIGHT = 2.0, 0.25
 """Of the box's GIoU and of the sides' distributions (arXiv:2006.04388, section 4)."""
 
@@ -109,7 +109,7 @@ class NamelessHead(nn.Module):
         return torch.cat([self.scores(hidden), self.sides(hidden)], dim=1)
 
     def start_from(self, head: DenseHead) -> None:
-        """Copy the head that knows words: the same boxes, the same objectness."""
+        """Copy boxes and objectness of the head with words."""
         self.hidden.load_state_dict(head.hidden.state_dict())
         self.sides.weight.data.copy_(head.output.weight.data[head.words :])
         assert self.sides.bias is not None and head.output.bias is not None
@@ -125,9 +125,9 @@ class DenseProposals(nn.Module):
         ranking: what orders the boxes: the best known word (NanoDet as it is: its boxes too, and the nameless heads do
             not run), objectness, quality, or the geometric mean of the latter two.
         nms: IoU above which the lesser of two boxes goes.
-        pre_nms: best boxes of a picture that the suppression looks at.
+        pre_nms: best boxes of a picture that enter NMS.
         post_nms: boxes kept of a picture.
-        words: K, that the frozen heads know; 0: there are no such heads, and no ranking by words.
+        words: K, of the frozen heads; 0: there are no such heads, and no ranking by words.
     """
 
     @configurable

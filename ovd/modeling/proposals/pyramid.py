@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen network of a library with a feature pyramid of its own, as a backbone of proposals that know no words."""
+"""A frozen network of a library with a feature pyramid of its own, as a backbone of class-agnostic proposals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FrozenPyramid(Backbone):
         channels: of each map.
 
     Raises:
-        UserError: nobody knows the network, or it has no maps of strides 8, 16 and 32.
+        UserError: unknown network, or it has no maps of strides 8, 16 and 32.
     """
 
     size_divisibility = 32

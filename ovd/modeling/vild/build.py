@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assembling Mask R-CNN and ViLD. The only place that knows how their config becomes a Detectron2 model."""
+"""Build Mask R-CNN and ViLD from their configuration, as Detectron2 models."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 class DetailMap(nn.Module):
     """One map of stride 8 from res3 and res4 of a C4 backbone, for boxes and masks.
 
-    CLIP's last stage sees a region as 2x2 cells, which says what is there and hardly where it ends. Lateral 1x1
+    CLIP's last stage reduces a region to 2x2 cells: enough to classify it, too coarse to localise it. Lateral 1x1
     convolutions, sum after up-sampling, 3x3 convolution, as in FPN (Lin et al., arXiv:1612.03144, section 3).
     """
 

@@ -2,9 +2,8 @@
 """ViLD on Detectron2: a class-agnostic Mask R-CNN whose regions live in CLIP's embedding space.
 
 Paper: Gu et al., "Open-vocabulary Object Detection via Vision and Language Knowledge Distillation" (2104.13921).
-Particular to it: boxes and masks know no classes; classes are cosines to frozen text embeddings; a second loss pulls
-the embeddings of *offline* proposals to what CLIP's image encoder says of the same crops, so that regions nobody
-labelled are learned too.
+Particular to it: boxes and masks are class-agnostic; class logits are cosines to frozen text embeddings; a second loss
+distils CLIP's image embeddings of *offline* proposals' crops, so that unlabelled regions are learned too.
 
 Shapes: ``N`` images, ``R`` regions of the batch, ``D`` joint embedding.
 """

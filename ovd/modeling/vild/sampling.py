@@ -62,7 +62,7 @@ class SeededRPN(RPN):
     ) -> list[Instances]:
         """As Detectron2's, but boxes that are not finite are dropped in training too, where Detectron2 raises.
 
-        The losses of such a batch are not finite either, and the training loop knows what to do with that.
+        The losses of such a batch are not finite either, and the training loop skips the step.
         """
         with torch.no_grad():
             boxes = self._decode_proposals(anchors, pred_anchor_deltas)
