@@ -164,7 +164,7 @@ class LocatingModel(ColourModel, PatchLocator):
         raise AssertionError("its patches are embedded by the image-text encoder")
 
 
-def test_a_transformer_that_knows_no_words_finds_what_is_shown_and_says_so_when_asked_with_words(
+def test_pretext_model__finds_examples_and_refuses_words(
     pictures: dict[str, Path],
 ) -> None:
     encoder = WordEncoder()

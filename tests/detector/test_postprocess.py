@@ -63,7 +63,7 @@ def test_boxes_without_area_suppress_nothing_and_no_boxes_are_no_boxes() -> None
     assert batched_nms(flat[:0], score[:0], classes[:0], 0.5).tolist() == []
 
 
-def test_the_better_of_two_classes_on_one_box_stays_and_the_limit_counts_what_is_left() -> None:
+def test_postprocess__cross_class_nms_before_limit() -> None:
     boxes = np.array([[0, 0, 100, 100], [0, 0, 100, 99], [200, 0, 300, 100], [200, 0, 300, 60]], dtype=np.float32)
     candidates = Candidates(np.arange(4), np.array([0, 1, 0, 1]), np.array([0.5, 0.9, 0.8, 0.7], dtype=np.float32))
     assert postprocess(boxes, candidates).region.tolist() == [1, 2, 3]

@@ -42,7 +42,7 @@ def test_the_command_that_makes_what_is_missing_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_path_that_a_shipped_configuration_names_below_runs_is_made_by_another_or_by_a_script() -> None:
+def test_shipped_configs__paths_below_runs_have_a_producer() -> None:
     commands = stage_commands()
     assert commands["runs/text"] == "python -m pretrain.train --config pretrain/text.yaml"
     assert commands["runs/regions"] == "python -m ovd.embed --config embed.yaml"

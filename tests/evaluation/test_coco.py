@@ -101,7 +101,7 @@ def test_class_agnostic_recall_equals_use_cats_0_on_the_group_alone(seed: int, k
             assert values[f"{kind}/AR{cap}{suffix}@50"] == pytest.approx(recall[0, column], abs=1e-12)
 
 
-def test_absent_category_is_left_out_of_the_mean_and_not_averaged_as_zero_or_minus_one() -> None:
+def test_mean__skips_categories_without_objects() -> None:
     gt, results = tiny([[10, 10, 40, 40]], [([10, 10, 40, 40], 0.9)])
     gt["categories"].append({"id": 9, "name": "never there"})
     results.append({"image_id": 1, "category_id": 9, "bbox": [0, 0, 9, 9], "score": 0.99})

@@ -67,7 +67,7 @@ def cells(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_crops_of_annotations_are_the_largest_of_the_first_pictures_which_are_then_left_out(tmp_path: Path) -> None:
+def test_coco_crops__largest_boxes_of_the_first_pictures(tmp_path: Path) -> None:
     gt = cells(tmp_path)
     crops, rest = coco_crops(gt, tmp_path, count=1)
     assert crops[7][0].box == (20, 10, 50, 40) and int(crops[7][0].pixels[0, 0, 0]) == 10
@@ -97,7 +97,7 @@ def test_a_picture_may_be_asked_for_what_is_in_it_only() -> None:
     assert some(picture(), 3) == []
 
 
-def test_boxes_that_leave_their_picture_are_cut_and_categories_nobody_labelled_or_asked_for_are_left_out(
+def test_coco_crops__clips_boxes_and_skips_other_categories(
     tmp_path: Path,
 ) -> None:
     gt = cells(tmp_path)

@@ -270,7 +270,7 @@ def test_unknown_data_specifications_are_refused(text: str) -> None:
         DataSpec.parse(text)
 
 
-def test_vilds_release_in_full_takes_more_regions_limits_classes_and_averages_synonyms(
+def test_vild_flag__regions_class_limit_and_synonyms(
     photos: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder, path, gt = photos

@@ -49,7 +49,7 @@ def test_recall_of_a_group_equals_brute_force(seed: int) -> None:
                 assert result[group][cap][t] == pytest.approx(hit / total, abs=1e-12)
 
 
-def test_a_detection_on_an_object_of_the_other_group_takes_a_place_but_blocks_nothing() -> None:
+def test_recall__detection_of_the_other_group_counts_towards_the_cap() -> None:
     both = {1: [{"bbox": [0, 0, 10, 10], "category_id": c, "iscrowd": 0} for c in (1, 2)]}
     found = {1: [{"bbox": [0, 0, 10, 10], "score": 0.9, "category_id": 0}]}
     recall = class_agnostic_recall(both, found, {"base": (1,), "novel": (2,), "all": (1, 2)}, caps=(100,))

@@ -129,7 +129,7 @@ def test_crops__regions_are_named_by_the_encoder_and_slivers_are_left_out() -> N
     np.testing.assert_allclose(got.text, [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], atol=1e-5)
 
 
-def test_distractors__a_region_that_goes_by_another_word_is_gone_and_others_keep_their_score() -> None:
+def test_distractors__remove_regions_of_other_words() -> None:
     from ovd.evaluation.typed import distractor_scores
 
     made = scene([0, 1], present=(0, 1), absent=(), boxes=[A, B])

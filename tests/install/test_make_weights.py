@@ -82,7 +82,7 @@ def test_a_training_with_a_checkpoint_is_resumed(
     assert (tmp_path / "log.txt").read_text() == "--resume"
 
 
-def test_all_passes_of_clip_are_trained_before_it_is_shipped_and_the_detector_after_it(script: ModuleType) -> None:
+def test_make_weights__order_of_clip_and_detector(script: ModuleType) -> None:
     names = [stage.name for stage in script.stages()]
     assert names == [
         "teacher", "text", "clip-start", "clip-names", "clip-hues", "clip", "ship-clip", "proposals", "regions", "vild",

@@ -74,7 +74,7 @@ def test_classifier__no_regions_give_a_zero_loss_with_a_gradient() -> None:
     assert float(loss) == 0.0
 
 
-def test_distillation__equals_256_times_the_elementwise_mean_at_half_weight_and_512_dimensions() -> None:
+def test_distillation__l1_norm_equals_256_times_the_mean() -> None:
     a, b = unit(7, 512, seed=1), unit(7, 512, seed=2)
     torch.testing.assert_close(0.5 * l1_distillation(a, b), 256.0 * F.l1_loss(a, b), rtol=1e-6, atol=1e-6)
 

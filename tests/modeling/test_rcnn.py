@@ -384,7 +384,7 @@ def test_mapper__offline_proposals_move_with_the_picture(seed: int, crop: int | 
         assert float((box - truth).abs().max()) <= 1.5
 
 
-def test_mapper__detrs_cut_is_a_rectangle_of_the_resized_picture_that_is_resized_again() -> None:
+def test_mapper__detr_crop_of_the_resized_picture() -> None:
     cut = CutConfig(probability=0.5, short_sides=(80, 100), sides=(48, 90))
     transform = TrainingTransform(short_side=64, long_side=200, cut=cut, flip=0.0)
     cuts = 0

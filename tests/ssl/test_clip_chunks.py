@@ -116,7 +116,7 @@ def test_a_large_batch_is_kept_as_bytes_and_becomes_floats_piece_by_piece(monkey
     assert sum(value[0].numel() for value in numbers) < 120, "a few numbers of each picture, none per pixel"
 
 
-def test_the_second_pass_draws_the_dropout_of_the_first_and_leaves_the_generator_where_it_was() -> None:
+def test_chunked__second_pass_repeats_dropout_and_restores_rng() -> None:
     """A piece as large as the batch draws what the batch draws: equal gradients, if the second pass draws it again."""
     _, true = step(task_of(chunk=None, between=nn.Dropout(0.5)))
     after = torch.rand(1)

@@ -304,9 +304,7 @@ def probed(watch: dict[str, Any], data: DataSection) -> KnnProbe | None:
     return task.probe
 
 
-def test_stickers_are_probed_with_stickers_and_other_pictures_with_those_that_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_probe_data__default_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stickers, photos = StickerSingles(kind="sticker_singles"), FolderData(root=tmp_path)
     assert probed({"probe_every": 0}, stickers) is None
     own = probed({"probe_every": 5, "probe_pictures": 50}, stickers)

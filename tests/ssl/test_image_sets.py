@@ -262,7 +262,7 @@ def test_the_held_out_singles_are_those_of_the_zero_shot_test() -> None:
         assert np.array_equal(held_out.image(index), picture.transpose(1, 2, 0)) and held_out.label(index) == label
 
 
-def test_training_singles_are_on_training_photos_and_no_class_has_one_photo_in_all_styles() -> None:
+def test_singles__training_photos_vary_by_style() -> None:
     stickers = Stickers.load()
     train: Any = build_images(StickerSingles(kind="sticker_singles", size=32))
     assert {path.parent.name for style in train._styles for path in style.backgrounds.paths} == {"train"}

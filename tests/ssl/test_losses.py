@@ -103,7 +103,7 @@ def test_moco_is_a_softmax_over_the_positive_key_and_the_queue(temperature: floa
     assert got.item() == pytest.approx(expected_moco(q.numpy(), k.numpy(), queue.numpy(), temperature), rel=1e-12)
 
 
-def test_moco_keys_get_no_gradient_and_the_queue_may_be_overwritten_before_the_backward_pass() -> None:
+def test_moco_infonce__no_key_gradient_and_queue_is_copied() -> None:
     q, k, queue = draw(4, 6).requires_grad_(), draw(4, 6, seed=1).requires_grad_(), F.normalize(draw(9, 6, seed=2))
     (wanted,) = torch.autograd.grad(moco_infonce(q, k, queue, temperature=0.2), q)
     loss = moco_infonce(q, k, queue, temperature=0.2)
@@ -135,7 +135,7 @@ def test_codes_are_the_paper_s_scaling(epsilon: float, iterations: int) -> None:
     torch.testing.assert_close(got.sum(1), torch.ones(6, dtype=torch.float64))
 
 
-def test_codes_use_all_prototypes_alike_after_enough_iterations_and_carry_no_gradient() -> None:
+def test_sinkhorn__equal_prototype_use_without_gradient() -> None:
     scores = draw(12, 4).requires_grad_()
     codes = sinkhorn(scores, epsilon=1.0, iterations=500)
     torch.testing.assert_close(codes.sum(0), torch.full((4,), 3.0, dtype=torch.float64), rtol=1e-6, atol=0)

@@ -176,7 +176,7 @@ def test_simsiam_s_predictor_keeps_its_learning_rate_and_everything_is_decayed()
     assert {group["weight_decay"] for group in task.param_groups(optim)} == {1e-4}
 
 
-def test_barlow_twins_has_two_learning_rates_and_biases_and_norms_without_decay_and_lars() -> None:
+def test_barlow_twins__param_groups() -> None:
     task = built("barlow_twins")
     optim = OptimConfig(name="lars", lr=0.2, weight_decay=1e-6, schedule="cosine")
     found = rates(task, optim, 0)

@@ -84,7 +84,7 @@ def test_evaluation_changes_neither_queue_nor_pointer() -> None:
     assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
 
 
-def test_the_slow_encoder_moves_by_the_momentum_before_the_next_keys_and_keeps_its_buffers() -> None:
+def test_momentum_encoder__updates_before_keys_and_keeps_buffers() -> None:
     task = moco()
     task(VIEWS.batch())
     before = copy.deepcopy(task.state_dict())

@@ -101,7 +101,7 @@ def test_steps_are_the_published_epochs(name: str) -> None:
         assert [m / raw["loop"]["steps"] for m in raw["optim"]["milestones"]] == [120 / 200, 160 / 200]
 
 
-def test_byol_without_batch_statistics_is_byol_but_for_the_norm_and_what_is_marked_unverified() -> None:
+def test_byol_gn_recipe__differs_from_byol_in_the_norm() -> None:
     ours, byol = of("byol_gn"), of("byol")
     assert ours["method"]["backbone"] == {**byol["method"]["backbone"], "norm": "gn_ws"}
     flat = {

@@ -333,7 +333,7 @@ def test_a_samples_result_depends_on_its_own_parameters_alone(backend: str) -> N
         torch.testing.assert_close(together[n], alone[0], atol=2e-6, rtol=0)
 
 
-def test_equal_pictures_in_a_batch_get_different_views_and_parameters_are_not_correlated() -> None:
+def test_view_augment__draws_independently_per_picture() -> None:
     torch.manual_seed(0)
     views = ViewAugment(ViewConfig(size=48))(crops(1).repeat(64, 1, 1, 1))
     assert len(torch.unique(views.flatten(1), dim=0)) > 50  # p = .8 · … : a few get nothing at all

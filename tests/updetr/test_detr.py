@@ -174,7 +174,7 @@ def test_denoising__outputs_of_a_picture_do_not_depend_on_its_batch_mates() -> N
         torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 
-def test_denoising__a_process_without_objects_has_the_same_losses_and_meets_the_others_as_often(
+def test_denoising__process_without_objects_has_all_losses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     met: list[int] = []
@@ -279,7 +279,7 @@ def test_backbone__what_is_frozen_stays_and_the_rest_is_trained() -> None:
     assert trained[1] == {k for k in trained[0] if k.split(".")[0] not in ("stem", "res2")}
 
 
-def test_official__a_checkpoint_with_a_namespace_loads_and_every_key_is_accounted_for(tmp_path: Path) -> None:
+def test_official__checkpoint_with_namespace_loads_all_keys(tmp_path: Path) -> None:
     from torchvision.models import resnet18
 
     model = paper_model()
@@ -388,7 +388,7 @@ def exported(folder: Path, **changes: Any) -> Detr:
     return model
 
 
-def test_region_model__an_exported_transformer_answers_in_pixels_of_the_original_picture(tmp_path: Path) -> None:
+def test_region_model__boxes_are_in_original_pixels(tmp_path: Path) -> None:
     model = exported(tmp_path)
     loaded = load_detector_model(tmp_path, top=5)
     image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
@@ -466,7 +466,7 @@ def test_region_model__a_pretrained_transformer_proposes_but_knows_no_words(tmp_
     assert encoder.encode_image(encoder.prepare(crop)).shape == (2, encoder.embed_dim)
 
 
-def test_find__a_pretrained_transformer_is_told_the_examples_and_says_how_certain_it_is(tmp_path: Path) -> None:
+def test_find__pretext_model_is_conditioned_on_examples(tmp_path: Path) -> None:
     exported(tmp_path, variant="agnostic", embed_space="ssl", conditioned=0)
     model: Any = load_detector_model(tmp_path)
     detector = Detector(model=model, encoder=WordEncoder())
@@ -546,7 +546,7 @@ def test_region_tower__embeds_what_lies_in_the_box_of_its_own_picture() -> None:
     torch.testing.assert_close(found, model.region_tower(pooled)[1])
 
 
-def test_region_tower__names_free_queries_at_their_boxes_and_leaves_boxes_and_conditions_alone() -> None:
+def test_region_tower__embeds_free_queries_only() -> None:
     plain, model = make().eval(), make(region_tower=region_tower()).eval()
     batch = [picture(64, 96, TWO, [1, 2])]
     free, other = (network.predict(network.memory(batch)) for network in (model, plain))

@@ -275,7 +275,7 @@ def test_denoising__content_is_the_patch_and_the_anchor_its_noised_box() -> None
 # --- losses
 
 
-def test_reconstruction__is_the_squared_distance_of_unit_vectors_over_boxes_summed_over_channels() -> None:
+def test_reconstruction__squared_distance_of_unit_vectors() -> None:
     pretext = task(mask_queries=0.0)
     batch = patch_batch(2, 3)
     out, targets, group = pretext.predict(batch)
@@ -294,7 +294,7 @@ def test_reconstruction__is_the_squared_distance_of_unit_vectors_over_boxes_summ
     assert float(got) == pytest.approx(total / 6, rel=1e-4)
 
 
-def test_reconstruction__target_gets_no_gradient_and_follows_the_box_that_was_matched() -> None:
+def test_reconstruction__matched_target_without_gradient() -> None:
     pretext = task(grouped=False, mask_queries=0.0)
     _, targets, _ = pretext.predict(patch_batch(1, 3))
     assert targets.groups is None and targets.embeddings is not None and not targets.embeddings.requires_grad

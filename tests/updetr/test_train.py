@@ -249,7 +249,7 @@ def test_cache__a_changed_annotation_file_or_picture_is_another_cache(tmp_path: 
     assert files_of(settings)["files.images.0"] != first["files.images.0"]
 
 
-def test_cache__the_next_picture_stands_for_an_unreadable_one_until_there_are_too_many(
+def test_cache__unreadable_picture_is_replaced_by_the_next(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = {1, 4, 6, 8}
@@ -312,7 +312,7 @@ def train(out: Path, steps: int, *, resume: bool = False) -> DetrTask:
     return task
 
 
-def test_resume__training_with_denoising_conditioned_queries_and_a_region_tower_goes_on_bit_for_bit(
+def test_resume__detr_with_all_parts_is_bit_exact(
     tmp_path: Path,
 ) -> None:
     whole = train(tmp_path / "whole", 6)

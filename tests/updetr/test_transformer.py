@@ -103,7 +103,7 @@ def test_conditional_decoder__first_attends_everywhere_then_around_its_anchor(ce
     assert spreads[0] > 0.75 * even and spreads[1] < 0.5 * even
 
 
-def test_conditional_decoder__boxes_start_at_the_anchors_and_refine_them_without_passing_gradients_back() -> None:
+def test_conditional_decoder__refines_anchors_without_gradient() -> None:
     torch.manual_seed(0)
     decoder = ConditionalDecoder(layers=3, width=16, heads=2, ffn=8, dropout=0.0, pre_norm=True)
     head = nn.Linear(16, 4)
