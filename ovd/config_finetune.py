@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ovd.config import RunConfig
+from ovd.config_proposals import check_ranges
 from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fits
 
 
@@ -55,10 +56,7 @@ class OwnDataConfig(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> OwnDataConfig:
-        if self.doubtful > self.confident:
-            raise ValueError(f"doubtful {self.doubtful} is above confident {self.confident}")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)}: expected 0 < least <= largest")
+        check_ranges(doubtful=self.doubtful, confident=self.confident, scale=self.scale)
         return self
 
 

@@ -54,6 +54,18 @@ class ProposalNetworkConfig(Section):
         return self
 
 
+def check_ranges(*, doubtful: float, confident: float, scale: tuple[float, float]) -> None:
+    """Check the limits of soft labels, and the range of a random factor on a picture's size.
+
+    Raises:
+        ValueError: out of order.
+    """
+    if doubtful > confident:
+        raise ValueError(f"doubtful {doubtful} is above confident {confident}")
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale {list(scale)}: expected 0 < least <= largest")
+
+
 class BoxDataConfig(Section):
     """Pictures with boxes, whose names do not matter."""
 
@@ -77,10 +89,7 @@ class BoxDataConfig(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> BoxDataConfig:
-        if self.doubtful > self.confident:
-            raise ValueError(f"doubtful {self.doubtful} is above confident {self.confident}")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)}: expected 0 < least <= largest")
+        check_ranges(doubtful=self.doubtful, confident=self.confident, scale=self.scale)
         return self
 
 

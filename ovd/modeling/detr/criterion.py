@@ -51,17 +51,33 @@ class PredictionHeads(Protocol):
     def region_tower(self) -> nn.Module | None: ...
 
 
-class _Logits(NamedTuple):
-    """(L, N, Q) objectness or (L, N, Q, C+1) classes: one of them is None."""
+class _Predictions(NamedTuple):
+    """Decoder outputs with their logits.
 
+    Attributes:
+        states: (L, N, Q, d).
+        boxes: (L, N, Q, 4).
+        objects: (L, N, Q) objectness logits; None with a closed list of classes.
+        classes: (L, N, Q, C+1) logits of a closed list, or None.
+        classifier: of the states' embeddings; None where no text is predicted.
+        feature_align: states → D.
+    """
+
+    states: Tensor
+    boxes: Tensor
     objects: Tensor | None
     classes: Tensor | None
+    classifier: EmbeddingClassifier | None
+    feature_align: nn.Module
 
     @classmethod
-    def of(cls, states: Tensor, heads: PredictionHeads) -> _Logits:
+    def of(
+        cls, outputs: DecoderOutput, heads: PredictionHeads, *, classifier: EmbeddingClassifier | None
+    ) -> _Predictions:
+        states = outputs.states
         classes = heads.class_embed(states).float() if heads.class_embed is not None else None
         objects = heads.object_embed(states)[..., 0].float() if heads.object_embed is not None else None
-        return cls(objects, classes)
+        return cls(states, outputs.boxes, objects, classes, classifier, heads.feature_align)
 
 
 class SetCriterion:
@@ -94,10 +110,10 @@ class SetCriterion:
             query_group_Q: group of each query, where targets have groups. Grouped queries are conditioned on what they
                 search for, so their class is not predicted.
         """
-        logits = _Logits.of(outputs.states, heads)
         classifier = None if query_group_Q is not None else _text_classifier(targets, heads)
-        assignment = self._match(outputs, targets, heads, logits, classifier, query_group_Q)
-        return self._losses(outputs, targets, heads, logits, classifier, assignment, num_targets, None)
+        predictions = _Predictions.of(outputs, heads, classifier=classifier)
+        assignment = self._match(predictions, targets, query_group_Q)
+        return self._losses(predictions, targets, assignment, num_targets=num_targets, valid_NQ=None)
 
     def assigned(
         self,
@@ -110,71 +126,59 @@ class SetCriterion:
         valid_NQ: Tensor,
     ) -> dict[str, Tensor]:
         """The losses of a known assignment; classification skips queries that are not ``valid_NQ`` (padding)."""
-        logits, classifier = _Logits.of(outputs.states, heads), _text_classifier(targets, heads)
-        return self._losses(outputs, targets, heads, logits, classifier, assignment, num_targets, valid_NQ)
+        predictions = _Predictions.of(outputs, heads, classifier=_text_classifier(targets, heads))
+        return self._losses(predictions, targets, assignment, num_targets=num_targets, valid_NQ=valid_NQ)
 
-    def _match(
-        self,
-        outputs: DecoderOutput,
-        targets: Targets,
-        heads: PredictionHeads,
-        logits: _Logits,
-        classifier: EmbeddingClassifier | None,
-        query_group_Q: Tensor | None,
-    ) -> Assignment:
+    def _match(self, predictions: _Predictions, targets: Targets, query_group_Q: Tensor | None) -> Assignment:
         w = self.weights
-        cost = box_cost(outputs.boxes, targets.boxes, l1=w.l1, giou=w.giou)
-        if logits.objects is not None:
-            cost = cost + w.object * object_cost(logits.objects, kind=w.object_kind)
-        if logits.classes is not None:
-            cost = cost + w.object * class_cost(logits.classes, targets.labels)
-        elif classifier is not None and w.classes:
+        cost = box_cost(predictions.boxes, targets.boxes, l1=w.l1, giou=w.giou)
+        if predictions.objects is not None:
+            cost = cost + w.object * object_cost(predictions.objects, kind=w.object_kind)
+        if predictions.classes is not None:
+            cost = cost + w.object * class_cost(predictions.classes, targets.labels)
+        elif predictions.classifier is not None and w.classes:
             with torch.no_grad():
-                embeddings = heads.feature_align(outputs.states)
-                text = classifier(embeddings.flatten(0, 2)).unflatten(0, embeddings.shape[:3])
+                embeddings = predictions.feature_align(predictions.states)
+                text = predictions.classifier(embeddings.flatten(0, 2)).unflatten(0, embeddings.shape[:3])
             cost = cost + w.classes * class_cost(text, targets.labels)
         return hungarian_match(cost, targets.counts, query_group_Q=query_group_Q, target_group_NT=targets.groups)
 
     def _losses(
         self,
-        outputs: DecoderOutput,
+        predictions: _Predictions,
         targets: Targets,
-        heads: PredictionHeads,
-        logits: _Logits,
-        classifier: EmbeddingClassifier | None,
         assignment: Assignment,
+        *,
         num_targets: float,
         valid_NQ: Tensor | None,
     ) -> dict[str, Tensor]:
-        w = self.weights
+        w, classifier = self.weights, predictions.classifier
         query = (assignment.layer, assignment.image, assignment.query)
         target = (assignment.image, assignment.target)
         losses = {}
-        if logits.objects is not None:
-            matched = torch.zeros_like(logits.objects)
+        if (objects := predictions.objects) is not None:
+            matched = torch.zeros_like(objects)
             matched[query] = 1.0
             losses["loss_object"] = w.object * _object_loss(
-                logits.objects, matched, valid_NQ, num_targets, kind=w.object_kind, no_object_weight=w.no_object_weight
+                objects, matched, valid_NQ, num_targets, kind=w.object_kind, no_object_weight=w.no_object_weight
             )
-        if logits.classes is not None:
-            no_object = logits.classes.shape[-1] - 1
-            labels = torch.full(logits.classes.shape[:-1], no_object, device=logits.classes.device)
+        if (classes := predictions.classes) is not None:
+            labels = torch.full(classes.shape[:-1], classes.shape[-1] - 1, device=classes.device)  # no object
             labels[query] = targets.labels[target]
             losses["loss_class"] = w.object * _class_loss(
-                logits.classes, labels, valid_NQ, no_object_weight=w.no_object_weight
+                classes, labels, valid_NQ, no_object_weight=w.no_object_weight
             )
-        boxes, true_boxes = outputs.boxes[query].float(), targets.boxes[target]
+        boxes, true_boxes = predictions.boxes[query].float(), targets.boxes[target]
         losses["loss_l1"] = w.l1 * (boxes - true_boxes).abs().sum() / num_targets
         _, giou = box_iou_and_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(true_boxes))
         losses["loss_giou"] = w.giou * (1 - giou).sum() / num_targets
         if classifier is not None:
-            text = classifier(heads.feature_align(outputs.states[query]))
+            text = classifier(predictions.feature_align(predictions.states[query]))
             mean = classifier.loss(text, targets.labels[target])
             losses["loss_text"] = w.classes * mean * len(assignment.image) / num_targets
         if targets.embeddings is not None and (w.reconstruction or w.contrast):
-            losses |= self._patch_losses(
-                heads.feature_align(outputs.states[query]).float(), targets, targets.embeddings, assignment, num_targets
-            )
+            z_KD = predictions.feature_align(predictions.states[query]).float()
+            losses |= self._patch_losses(z_KD, targets, targets.embeddings, assignment, num_targets)
         return losses
 
     def _patch_losses(
