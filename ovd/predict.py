@@ -206,7 +206,8 @@ def predict(
             if record is None or not _is_current(record, digest, out, drawing):
                 record = {"file_name": name, "sha256": digest}
                 try:
-                    record |= _predict_picture(detector, query, pictures.image(index), level, masks, drawing)
+                    pixels = pictures.image(index)
+                    record |= _predict_picture(detector, query, pixels, threshold=level, masks=masks, drawing=drawing)
                 except BadImageError as problem:
                     record["reason"] = problem.reason
                 if drawing is not None:
@@ -312,7 +313,7 @@ def _read_record(file: Path) -> PictureRecord | None:
 
 
 def _predict_picture(
-    detector: Detector, query: Query, pixels: NDArray[np.uint8], threshold: float, masks: bool, drawing: Path | None
+    detector: Detector, query: Query, pixels: NDArray[np.uint8], *, threshold: float, masks: bool, drawing: Path | None
 ) -> PictureRecord:
     """A picture's detections, drawn into the file ``drawing``."""
     from ovd.drawing import draw_detections
