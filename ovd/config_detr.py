@@ -186,7 +186,7 @@ class DetrTrainConfig(TrainingConfig):
         None, description="torchvision-named ResNet safetensors, or exported/ of a pretrain run; null: the encoder's"
     )
     model: DetrConfig = Field(..., description="the transformer")
-    pretext: PretextConfig | None = Field(None, description="pretrain by finding patches of pictures again")
+    pretext: PretextConfig | None = Field(None, description="pretrain by localising patches of pictures")
     data: DataConfig = Field(DataConfig(), description="labelled pictures (training a detector)")
     images_limit: int | None = Field(
         None, ge=1, description="train on the first so many labelled pictures only; null: all of them"

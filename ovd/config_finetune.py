@@ -15,7 +15,7 @@ from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fit
 class FinetuneModelConfig(Section):
     """A branch for new classes, beside the detector that it is added to."""
 
-    arch: Literal["finetune"] = Field(..., description="learn classes of one's own beside a detector of photographs")
+    arch: Literal["finetune"] = Field(..., description="fine-tuned classes beside a detector of photographs")
     variant: Literal["classes"] = Field("classes", description="boxes with names")
     nms: float = Field(0.6, gt=0, le=1, description="IoU above which the lesser of two boxes of a class goes")
     top: int = Field(100, ge=1, le=1000, description="boxes of a picture, all classes together")
@@ -61,7 +61,7 @@ class OwnDataConfig(Section):
 
 
 class FinetuneConfig(RunConfig):
-    """``python -m ovd.train``: add classes of one's own to a detector of photographs."""
+    """``python -m ovd.train``: add fine-tuned classes to a detector of photographs."""
 
     weights: str = Field(
         "vild-photo", description="detector that they are added to: a name under weights/, or an exported folder"

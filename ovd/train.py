@@ -2,7 +2,7 @@
 """``wordbox train --config vild.yaml``: train a detector and export it.
 
 ``model.arch`` chooses the architecture: a Mask R-CNN with ViLD's heads, a detection transformer, proposals without
-names, a region head on a frozen image tower, or classes of one's own beside it.
+names, a region head on a frozen image tower, or fine-tuned classes beside it.
 
     wordbox train --config vild.yaml regions=runs/regions              ViLD
     wordbox train --config updetr.yaml                                 UP-DETR's pretext: patches, no labels

@@ -26,9 +26,9 @@ from pretrain.engine.errors import ConfigError, did_you_mean
 SectionT = TypeVar("SectionT", bound=Section)
 
 FLAGS = {
-    "check": "Build everything, read two batches, do one step, write nothing, and end.",
-    "resume": "Go on from the newest good checkpoint in out, exactly; refused when training keys changed.",
-    "overwrite": "Start anew although out is not empty.",
+    "check": "Build everything, read two batches, do one step, write nothing, and exit.",
+    "resume": "Resume exactly from the newest good checkpoint in out; refused when training keys changed.",
+    "overwrite": "Start again although out is not empty.",
 }
 
 
@@ -194,7 +194,7 @@ def _help(
     rows = {
         "--config FILE": f"Configuration; a bare name is looked up under configs/.{default}",
         "key=value": "Set one key, for example loop.steps=100; a later one wins. --key value is the same.",
-        "--print-config": "Print the resolved configuration as YAML and its hash, and end.",
+        "--print-config": "Print the resolved configuration as YAML with its hash, and exit.",
         **{f"--{flag}": FLAGS[flag] for flag in flags},
         "--help SECTION": "The keys of one section below, or one key.",
         "--help-all": "All keys of all sections.",

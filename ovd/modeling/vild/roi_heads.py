@@ -33,7 +33,13 @@ Variant = Literal["agnostic", "text", "image", "vild", "ensemble"]
 
 
 class RegionOutputs(NamedTuple):
-    """What the heads say of each proposal, unnormalised."""
+    """Outputs of the heads, one row per region; embeddings are unnormalised.
+
+    Attributes:
+        deltas: (R, 4) of the boxes.
+        text: (R, D) embeddings of the text head, or None.
+        image: embeddings of the image head, or None: (R, D), in training those of the offline regions.
+    """
 
     deltas: Tensor
     text: Tensor | None
@@ -192,45 +198,47 @@ class OpenVocabularyHeads(SeededROIHeads):
         """
         sampled = self.label_and_sample_proposals(proposals, targets)
         boxes = [p.proposal_boxes for p in sampled]
-        counts = [len(b) for b in boxes]
-        use_regions = self.distils and regions is not None
-        if self.distils and regions is None:
-            raise ValueError(f"variant {self.variant!r} distils, but the batch has no offline regions")
-        if use_regions and self.variant != "ensemble":
-            # One pass over sampled and offline regions, so that batch statistics are shared (released code: "vanilla").
-            offline = [r.proposal_boxes for r in regions or []]
-            flat, text, image = self.embed(features, [Boxes.cat([a, b]) for a, b in zip(boxes, offline, strict=True)])
-            assert flat is not None  # who distils has a region head
-            labelled = cat([torch.arange(c + len(o)) < c for c, o in zip(counts, offline, strict=True)]).to(flat.device)
-            out = RegionOutputs(
-                self.regress(features, boxes, flat[labelled]),
-                text[labelled] if text is not None else None,
-                image[~labelled] if image is not None else None,
-            )
+        if self.distils:
+            if regions is None:
+                raise ValueError(f"variant {self.variant!r} distils, but the batch has no offline regions")
+            out = self._distilling_outputs(features, boxes, [r.proposal_boxes for r in regions])
         else:
-            out = self.outputs(features, boxes)
-            if use_regions:
-                pooled = self.box_pooler(
-                    [features[name] for name in self.box_in_features], [r.proposal_boxes for r in regions or []]
-                )
-                assert self.image_head is not None
-                out = out._replace(image=self.image_head(pooled)[1])
+            regions, out = [], self.outputs(features, boxes)
         losses = {"loss_box": self._box_loss(sampled, out.deltas)}
         if self.classifier is not None:
             assert out.text is not None
             labels = cat([p.gt_classes for p in sampled])
             losses["loss_text"] = self.classifier.loss(self.classifier(out.text), labels)
-        if use_regions:
+        if self.distils:
             assert out.image is not None
-            target = cat([r.embedding for r in regions or []])
+            target = cat([r.embedding for r in regions])
             losses["loss_distill"] = self.distill_weight * l1_distillation(out.image, target)
         if self.mask_head is not None:
             losses["loss_mask"] = self._mask_loss(features, sampled)
         # These are means over what this process sampled; weighted like this, their mean is that over all processes.
         foreground = sum(int(((p.gt_classes >= 0) & (p.gt_classes < self.num_classes)).sum()) for p in sampled)
-        of_sampled, of_regions, of_masks = shares([sum(counts), sum(map(len, regions or [])), foreground])
+        of_sampled, of_regions, of_masks = shares([sum(map(len, boxes)), sum(map(len, regions)), foreground])
         weights = {"loss_distill": of_regions, "loss_mask": of_masks}
         return {name: weights.get(name, of_sampled) * loss for name, loss in losses.items()}
+
+    def _distilling_outputs(
+        self, features: dict[str, Tensor], boxes: list[Boxes], offline: list[Boxes]
+    ) -> RegionOutputs:
+        """Boxes and text of the sampled regions, image embeddings of the offline ones."""
+        if self.image_head is not None:
+            out = self.outputs(features, boxes)
+            pooled = self.box_pooler([features[name] for name in self.box_in_features], offline)
+            return out._replace(image=self.image_head(pooled)[1])
+        # One pass over sampled and offline regions, so that batch statistics are shared (released code: "vanilla").
+        flat, text, image = self.embed(features, [Boxes.cat([a, b]) for a, b in zip(boxes, offline, strict=True)])
+        assert flat is not None and image is not None  # who distils has a region head
+        is_sampled = cat([torch.arange(len(a) + len(b)) < len(a) for a, b in zip(boxes, offline, strict=True)])
+        is_sampled = is_sampled.to(flat.device)
+        return RegionOutputs(
+            self.regress(features, boxes, flat[is_sampled]),
+            text[is_sampled] if text is not None else None,
+            image[~is_sampled],
+        )
 
     def _box_loss(self, sampled: list[Instances], deltas: Tensor) -> Tensor:
         labels = cat([p.gt_classes for p in sampled])
