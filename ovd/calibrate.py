@@ -149,7 +149,7 @@ def quiet_threshold(outcome: Outcome) -> float:
 
 
 def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene]) -> Calibration:
-    """What turns an example's cosines into scores: the words' fit with one crop, of another style, for each word.
+    """Calibration of crops: the words' fit, with one crop of another style for each word.
 
     Returns:
         The values in the plain fields, for `Calibration.with_examples`.
@@ -184,7 +184,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
 
 
 def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
-    """What scores a detector's regions for words, before anything is fitted."""
+    """The uncalibrated scorer of words."""
     from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
 

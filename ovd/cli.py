@@ -62,7 +62,7 @@ def version() -> str:
 
 
 def run() -> None:
-    """What the console command calls."""
+    """Entry point of the console command."""
     run_cli(main)
 
 

@@ -197,7 +197,7 @@ class DataConfig(Section):
 
 
 class RunConfig(Section):
-    """What every run has."""
+    """Keys of every run."""
 
     out: str = Field(
         ...,
@@ -207,7 +207,7 @@ class RunConfig(Section):
 
 
 class TrainingConfig(RunConfig):
-    """What every training of a detector has."""
+    """Keys of every training of a detector."""
 
     encoder: str = Field(
         "clip-sticker",

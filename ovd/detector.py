@@ -270,7 +270,7 @@ class Detector:
     """The former name of `query`."""
 
     def scorer(self, query: Query) -> QueryScorer:
-        """What scores regions for a query.
+        """The scorer of a query.
 
         Raises:
             UserError: examples, but no image encoder.

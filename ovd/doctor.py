@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed here, what is wrong with it, and what to do about each thing.
+"""Checks of the installation, with a remedy for each problem.
 
     python -m ovd.doctor            a line per finding; exit status 0 when nothing is wrong, 1 otherwise
     python -m ovd.doctor --json     the same for a bug report

@@ -55,7 +55,7 @@ PARTS = "parts"
 
 
 class PictureRecord(TypedDict, total=False):
-    """What is kept of a finished picture; one that cannot be used has a ``reason`` in place of results.
+    """Record of a finished picture; one that cannot be used has a ``reason`` in place of results.
 
     ``sha256`` is that of its file, ``drawn`` the name of its drawing; ``results`` are of image 0.
     """

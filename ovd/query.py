@@ -45,7 +45,7 @@ class Query:
 
     @cached_property
     def notices(self) -> tuple[str, ...]:
-        """What parsing changed, and what a mixed class means."""
+        """Notes on what parsing changed, and on classes of words and examples."""
         if not self.positive_examples:
             return self.words.notices
         words = {name.casefold() for name in self.words.names}

@@ -28,7 +28,7 @@ COLUMNS = ("path", "class_name", "score", "x", "y", "width", "height", "mask", "
 
 
 class PredictPictures:
-    """What a worker does: loads the detector once, then turns batches of files into rows of detections.
+    """Ray worker: loads the detector once, then turns batches of files into rows of detections.
 
     Args:
         weights: as for :meth:`ovd.Detector.load`.

@@ -25,7 +25,7 @@ from pretrain.engine.files import write_atomically
 
 
 class TextEncoder(Protocol):
-    """What is needed of an encoder; `pretrain.nets.towers.JointEncoder` is one."""
+    """Interface of a text encoder; `pretrain.nets.towers.JointEncoder` is one."""
 
     embed_dim: int
 

@@ -41,7 +41,7 @@ ConfigT = TypeVar("ConfigT", TrainConfig, DetrTrainConfig, ProposalTrainConfig, 
 
 
 class Parts(Protocol):
-    """What a training consists of: what the loop trains, and its samples."""
+    """Parts of a training: the task of the loop, and its samples."""
 
     @property
     def task(self) -> Task: ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept for a user outside of the repository: embeddings of words, and calibrations of borrowed encoders.
+"""Files of a user outside of the repository: embeddings of words, and calibrations of other encoders.
 
 ``WORDBOX_HOME`` is the folder of both; without it the cache is under ``XDG_CACHE_HOME`` (``~/.cache/wordbox``), the
 calibrations under ``XDG_DATA_HOME`` (``~/.local/share/wordbox``). The shipped weights stay as they are: a calibration

@@ -153,7 +153,7 @@ class VideoWriter:
 
 @dataclass(kw_only=True)
 class Track:
-    """What is known of a track: its class by most frames, first and last frame, best score."""
+    """A track: its class by most frames, first and last frame, best score."""
 
     first: int
     last: int

@@ -71,7 +71,7 @@ class Weights:
 
 
 class ModelCard(TypedDict, total=False):
-    """What is known of weights, as `read_model_card` gives it; `ovd.with_encoder` sets the last two.
+    """Model card of weights, of `read_model_card`; `ovd.with_encoder` sets the last two.
 
     Attributes:
         name: of the run or the shipped weights.
@@ -212,7 +212,7 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
 
 
 def problems(weights: Weights) -> list[str]:
-    """What is wrong with the files of one entry: missing, other size, other hash. Empty when all is as measured."""
+    """Problems of the files of one entry: missing, other size, other hash."""
     wrong = []
     for file in weights.files:
         path = weights.folder / file.path

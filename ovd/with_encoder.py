@@ -42,7 +42,7 @@ UNFITTED = Calibration(head_weight=0.2, open_objectness=0.5, open_area=0.0, thre
 
 
 class Named(NamedTuple):
-    """What `ovd.Detector` is made of.
+    """Parts of a detector with another encoder.
 
     Attributes:
         model: the boxes, embedded by the encoder.
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
 
 
 def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[BoxSource, DetectorCard | None]:
-    """What boxes pictures in an exported folder, and its card where it is a detector's.
+    """The source of boxes in an exported folder, and its card where it is a detector's.
 
     Raises:
         UserError: nothing there that boxes pictures.

@@ -56,7 +56,7 @@ def cleaned(text: str) -> str:
 
 
 def name_key(name: str) -> str:
-    """What names have in common that are one class when a person types them: ``Red_Cell`` and ``red  cell``."""
+    """Key of names that are one class when typed: ``Red_Cell`` and ``red  cell``."""
     return cleaned(name.replace("_", " ")).casefold()
 
 

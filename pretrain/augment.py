@@ -32,7 +32,7 @@ U8 = NDArray[np.uint8]
 
 
 class Parameters(NamedTuple):
-    """What happens to each sample; all (N,) float32 but ``order``, and on one device. Neutral where an op is not drawn.
+    """Parameters of each sample; all (N,) float32 but ``order``, and on one device. Neutral where an op is not drawn.
 
     Attributes:
         order: (N, 3) int64, brightness (0), contrast (1) and saturation (2) in the order they are applied in.

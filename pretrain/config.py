@@ -99,7 +99,7 @@ TextTower = Annotated[CbowTower | TransformerTower, Field(discriminator="kind")]
 
 
 class EncoderConfig(Section):
-    """What a joint encoder is made of; written beside its weights. One of the towers may be absent."""
+    """A joint encoder, written beside its weights. One of the towers may be absent."""
 
     embed_dim: int = Field(default=384, ge=2, le=4096, description="Length of a joint embedding.")
     image: ImageTower | None = Field(default=None, description="Image tower; null: the encoder knows text only.")

@@ -72,7 +72,7 @@ class SslMethod(Section):
         return self
 
     def inputs(self) -> InputSpec:
-        """What the backbone sees, by the first view."""
+        """Input of the backbone, by the first view."""
         view = self.views[0]
         if view.normalise is None:
             return InputSpec(view.size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -186,7 +186,7 @@ class SwavMethod(SslMethod):
 
 
 class WatchConfig(Section):
-    """What is measured while a method trains; the panel stands in every log line. Nothing here changes the training."""
+    """Measurements while a method trains; the panel is in every log line. Nothing here changes the training."""
 
     probe_every: int = Field(
         default=0,

@@ -19,7 +19,7 @@ HueStrength = Annotated[float, Field(ge=0, le=0.5)]
 
 
 class Normalise(Section):
-    """What is subtracted from the pixels (RGB, 0 to 1) and what they are divided by; the defaults are ImageNet's."""
+    """Mean and deviation that pixels (RGB, 0 to 1) are normalised with; the defaults are ImageNet's."""
 
     mean: tuple[Unit, Unit, Unit] = Field(default=(0.485, 0.456, 0.406), description="Mean of each channel.")
     std: tuple[Share, Share, Share] = Field(
@@ -72,7 +72,7 @@ def expand_views(views: Sequence[ViewConfig]) -> list[ViewConfig]:
 
 
 class InputSpec(NamedTuple):
-    """What a backbone expects: side of a picture in pixels, mean and standard deviation of RGB in [0, 1]."""
+    """Input of a backbone: side of a picture in pixels, mean and standard deviation of RGB in [0, 1]."""
 
     size: int
     mean: Sequence[float]

@@ -144,7 +144,7 @@ def teacher_lookup(path: Path) -> Callable[[Sequence[str]], Tensor]:
 
 
 def defined_teacher(path: Path, phrases: Path) -> Callable[[Sequence[str]], Tensor]:
-    """What the text tower was asked to learn: the teacher's embedding of a phrase plus that of its definition."""
+    """Distillation target of the text tower: the teacher's embedding of a phrase plus that of its definition."""
     embed, meaning = teacher_lookup(path), {p.text: p.definition for p in read_phrases(phrases)}
 
     def with_definitions(words: Sequence[str]) -> Tensor:

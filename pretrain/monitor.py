@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured while a method trains: its health panel and, where there are labels, a kNN probe."""
+"""Monitoring of a training: the health panel and, where there are labels, a kNN probe."""
 
 from __future__ import annotations
 

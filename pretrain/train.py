@@ -235,7 +235,7 @@ COMPARED_WITHIN_A_PASS = {
 
 
 def smaller_comparison(cfg: PretrainConfig) -> str | None:
-    """What to warn of where `loop.accumulate` changes the loss: one that compares the samples of a pass."""
+    """The warning where `loop.accumulate` changes the loss: one that compares the samples of a pass."""
     what, parts = COMPARED_WITHIN_A_PASS.get(cfg.method.name), cfg.loop.accumulate
     if what is None or parts == 1:
         return None

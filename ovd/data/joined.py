@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is shared by readers of COCO's labels: several files of the same images as one, and what a box is."""
+"""Shared by the readers of COCO's labels: joining files of the same images, and telling objects from doubtful boxes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def corners_of(boxes: Sequence[Sequence[float]]) -> NDArray[np.float32]:
 
 
 def no_such_part(part: str | None, parts: Iterable[str]) -> UserError:
-    """What to say where no image is of the part that is asked for."""
+    """The message about a part without images."""
     return UserError(f"data.part {part}: no image has this split (there: {', '.join(sorted(set(parts))) or 'none'})")
 
 

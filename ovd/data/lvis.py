@@ -43,7 +43,7 @@ def split_of(spec: str, content: Any, *, where: str) -> Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Federated:
-    """What was looked at in each picture.
+    """The categories that were annotated in each picture.
 
     Attributes:
         judged: image id -> categories whose presence or absence is known: detections of others are not judged.

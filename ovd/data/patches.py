@@ -128,7 +128,7 @@ def _iou(box: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
 
 
 class _Limits(TypedDict):
-    """What `prior_boxes` and `log_uniform_boxes` share."""
+    """Arguments of `prior_boxes` and `log_uniform_boxes`."""
 
     count: int
     min_side: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page and the ``/detect`` endpoint answer: one JSON-ready dict, made here and nowhere else.
+"""Answers of the page and of the ``/detect`` endpoint, as one JSON-ready dict.
 
 Needs no Gradio. Everything below the floor score is left out, everything above is sent once: threshold, class toggles
 and downloads then work in the browser.
@@ -62,7 +62,7 @@ NEAR = 3  # words of the vocabulary that are told of each box
 
 @dataclass(frozen=True)
 class _ModelAnswer:
-    """What the model's thread hands back; times in seconds."""
+    """Result of the model's thread; times in seconds."""
 
     detections: Detections
     near: list[list[str]]  # of each detection the words that it looks most like
@@ -220,7 +220,7 @@ class Answerer:
             thread.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, level: float) -> _ModelAnswer:
-        """What only one question at a time may do: the network, and scoring its regions."""
+        """The part that runs one question at a time: the network, and scoring its regions."""
         start = time.perf_counter()
         runs = detector.runs
         if isinstance(detector.model, PatchLocator):

@@ -201,7 +201,7 @@ def _ready(
 
 
 class Handlers:
-    """What the page and the endpoint call.
+    """Functions behind the page and the endpoint.
 
     Args:
         answerer: answers the requests.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer of the page and of ``/detect`` holds; docs/guide/python.md describes it. Boxes are in pixels."""
+"""Schema of an answer of the page and of ``/detect``, described in docs/guide/python.md. Boxes are in pixels."""
 
 from __future__ import annotations
 

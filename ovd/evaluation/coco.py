@@ -182,7 +182,7 @@ class _Entries:
 def _entries(
     truth: GroundTruth, detections: list[CheckedResult], split: Split, federated: Federated | None
 ) -> _Entries:
-    """What belongs to the split; under LVIS's protocol, of the best detections of each image those that are judged."""
+    """Objects and detections of the split; under LVIS's protocol the judged ones of each image's best detections."""
     evaluated = set(split.ids)
     annotations = [a for a in truth.annotations if a["category_id"] in evaluated]
     inside = [d for d in detections if d["category_id"] in evaluated]

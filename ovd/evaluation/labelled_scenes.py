@@ -43,7 +43,7 @@ class LabelledScenes:
 
 
 def labels_of(data: str, *, part: str | None = None) -> Labels:
-    """What ``--data`` names: ``coco:IMAGES:ANNOTATIONS.json``, or what `LabelSpec` reads.
+    """The labels of ``--data``: ``coco:IMAGES:ANNOTATIONS.json``, or what `LabelSpec` reads.
 
     Args:
         data: as on the command line.

@@ -38,7 +38,7 @@ Record = dict[str, object]  # settings of the run; `run` in metrics.json
 
 @dataclass(kw_only=True)
 class EvaluatedData:
-    """What a detector is evaluated on: a COCO file and its folder, or generated scenes.
+    """Data of an evaluation: a COCO file and its folder, or generated scenes.
 
     Attributes:
         split: base and novel categories.
@@ -149,7 +149,7 @@ def categories_of(options: Options, split: Split) -> dict[int, str]:
 
 
 def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[Predict | None, Predict | None]:
-    """What gives the results and what gives the proposals of a picture; None where there is none."""
+    """Functions that give the results and the proposals of a picture; None where there are none."""
     from ovd.weights import detector_folder
 
     assert options.weights is not None

@@ -37,7 +37,7 @@ A split file is {"name": "mine", "base": [ids or names], "novel": [ids or names]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What `--data` names: generated scenes (`count`, `seed`), a COCO file (`images`, `annotations`), or `labels`."""
+    """Value of `--data`: generated scenes (`count`, `seed`), a COCO file (`images`, `annotations`), or `labels`."""
 
     count: int = 0
     seed: int = 0

@@ -133,7 +133,7 @@ def open_axes(*, title: str, height: int) -> list[str]:
 
 
 def axis_names(x: str, y: str) -> list[str]:
-    """What stands below and beside the unit square."""
+    """The labels below and beside the unit square."""
     return [
         f'<text x="{LEFT + SIDE / 2}" y="{TOP + SIDE + 34}" text-anchor="middle" fill="{DARK}">{x}</text>',
         f'<text transform="translate(16 {TOP + SIDE / 2}) rotate(-90)" text-anchor="middle" fill="{DARK}">{y}</text>',

@@ -40,7 +40,7 @@ KNOWS_NO_WORDS = (
 
 
 class DetrRegionModel(RegionModel):
-    """What all transformers do: propose boxes, and search for embeddings that condition their queries.
+    """Common to all transformers: proposals, and queries that are conditioned on embeddings.
 
     The network predicts objectness and embedding apart, so scores are the geometric mean of class and objectness.
 

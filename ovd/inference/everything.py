@@ -77,7 +77,7 @@ class PromptFreeWords:
 
 
 def open_shift(*, level: float = LEVEL, open_level: float = OPEN_LEVEL) -> float:
-    """What moves the logit of ``open_level`` to that of ``level``."""
+    """The shift from the logit of ``open_level`` to that of ``level``."""
     return float(np.log(level / (1 - level)) - np.log(open_level / (1 - open_level)))
 
 

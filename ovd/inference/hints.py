@@ -161,7 +161,7 @@ def hint_of(word: str) -> str | None:
 
 
 def unknown_word(word: str, nearest: Sequence[str], *, english: bool) -> str:
-    """What to say of a word that these weights did not learn.
+    """The hint for a word that these weights were not trained on.
 
     Args:
         nearest: words that they know, the nearest first.

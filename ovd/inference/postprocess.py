@@ -35,7 +35,7 @@ TRICK_LIMIT = 1000
 
 
 class PostprocessOptions(TypedDict, total=False):
-    """What a caller may change of `postprocess`, with the defaults of `ovd.inference.regions.Regions.classify`."""
+    """Options of `postprocess`; defaults are those of `ovd.inference.regions.Regions.classify`."""
 
     limit: int
     nms_iou: float

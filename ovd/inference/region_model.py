@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RegionModel(ABC):
-    """What `ovd.Detector` needs of a network; `ovd.modeling.load.load_detector_model` returns one.
+    """The interface of networks that `ovd.Detector` runs; `ovd.modeling.load.load_detector_model` returns one.
 
     Attributes:
         card: of an exported detector; None for a network that was not loaded from a folder.
@@ -91,7 +91,7 @@ class RegionModel(ABC):
 
 
 class ConditionedBoxes(NamedTuple):
-    """What conditioned queries found, in no order.
+    """Boxes of conditioned queries, in no order.
 
     Attributes:
         boxes: (K, 4) corners in pixels of the picture.

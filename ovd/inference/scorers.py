@@ -191,7 +191,7 @@ class QueryScorer:
 
     @cached_property
     def _parts(self) -> tuple[list[Scorer], list[Scorer]]:
-        """What scores the classes to look for, words first, and what scores the negatives.
+        """Scorers of the classes, words first, and scorers of the negatives.
 
         Negatives are scored against the checkpoint's background words only: they do not compete with one another.
         """

@@ -65,7 +65,7 @@ class Calibration:
     example_threshold: float = 0.5
 
     def of_examples(self) -> Calibration:
-        """What turns an example's cosines into scores."""
+        """The calibration of examples."""
         return replace(
             self,
             logit_scale=self.example_logit_scale,

@@ -38,7 +38,7 @@ Norm = str | Callable[[int], nn.Module]
 
 
 def norm_of(name: str) -> Norm:
-    """What Detectron2's ``get_norm`` takes: its own names, and ``GN16``, the group norm of pretrain/."""
+    """Argument of Detectron2's ``get_norm``: its own names, and ``GN16``, the group norm of pretrain/."""
     return group_norm if name == "GN16" else name
 
 

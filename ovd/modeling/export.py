@@ -56,7 +56,7 @@ class FinetunedCard:
 
 
 class HeadRecord(TypedDict, total=False):
-    """What is read of ``model.head`` without building the model; other keys are those of the architecture.
+    """Keys of ``model.head`` that are read without building the model; others are those of the architecture.
 
     Attributes:
         scale: inverse temperature.
@@ -83,7 +83,7 @@ def architecture_record(values: Mapping[str, object]) -> ArchitectureRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorCard:
-    """What stands in ``model.json`` beside the weights.
+    """Content of ``model.json``, beside the weights.
 
     Attributes:
         model: the architecture as plain values; `architecture` reads them.

@@ -70,7 +70,7 @@ def conv_fc_head(
 def last_stage_head(
     config: DetectorBackboneConfig | DetrBackboneConfig, *, resolution: int, norm: str, embed_dim: int | None
 ) -> RegionHead:
-    """What follows res4 in a backbone's network, with random weights, as the head of regions pooled from res4."""
+    """The layers after res4 of a backbone's network, with random weights, as the head of regions pooled from res4."""
     body, channels = build_last_stage(config, norm=norm)
     cells = (-(-resolution // 2)) ** 2  # a stride of 2 rounds up
     return RegionHead(body=body, channels=channels, cells=cells, resolution=resolution, embed_dim=embed_dim)

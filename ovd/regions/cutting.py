@@ -36,7 +36,7 @@ SCALES = (1.0, 1.5)
 
 
 class CropEncoder(Protocol):
-    """What embeds a person's crops; `pretrain.nets.towers.JointEncoder` is one."""
+    """Encoder of crops; `pretrain.nets.towers.JointEncoder` is one."""
 
     embed_dim: int
     image_size: int

@@ -95,7 +95,7 @@ class StoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a store is made from. Two stores with equal identities hold the same bytes.
+    """Inputs of a store. Two stores with equal identities hold the same bytes.
 
     Attributes:
         encoder: fingerprint of the image encoder.
@@ -146,7 +146,7 @@ class ShardSum(TypedDict):
 
 
 class Sidecar(ShardSum):
-    """What stands beside a shard: its sum, and (id, reason) of the pictures that could not be read."""
+    """Content of the file beside a shard: its sum, and (id, reason) of the pictures that could not be read."""
 
     bad_images: list[tuple[ImageId, str]]
 
@@ -157,7 +157,7 @@ class _Made(TypedDict, total=False):
 
 
 class Manifest(_Made):
-    """What a store was made from (`Identity`, as JSON); ``shards`` and ``regions`` once it is complete."""
+    """Inputs of a store (`Identity`, as JSON); ``shards`` and ``regions`` once it is complete."""
 
     format: str
     encoder: str
@@ -187,7 +187,7 @@ def sidecar_path(path: Path, shard: int) -> Path:
 
 
 def manifest_path(path: Path) -> Path:
-    """What a store was made from."""
+    """File of a store's inputs."""
     return path / "manifest.json"
 
 
@@ -254,7 +254,7 @@ def read_ids(path: Path, manifest: Manifest) -> list[ImageId]:
 
 
 def sidecar(path: Path, shard: int) -> Sidecar | None:
-    """What is written beside a shard once it is whole, or None: there is none, or a damaged one."""
+    """The file beside a complete shard; None where there is none, or a damaged one."""
     text = read_text(sidecar_path(path, shard))
     try:
         content = json.loads(text or "")

@@ -35,7 +35,7 @@ from pretrain.engine.files import flush_to_disk
 
 @dataclass(frozen=True, kw_only=True)
 class RegionEmbedder:
-    """What a store is made of.
+    """Proposes, crops and embeds the regions of a store.
 
     Attributes:
         source: the pictures.

@@ -58,7 +58,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class WriteReport:
-    """What one process did: shards it wrote, shards it found whole, unreadable pictures it met, whether all is done."""
+    """Report of one process: shards written, shards already complete, unreadable pictures, whether all is done."""
 
     written: int
     kept: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transformer's training caches of a frozen backbone: feature maps, with labels or with patches.
+"""Cached features of a frozen backbone for a transformer's training: feature maps, with labels or with patches.
 
 `ovd.data.features` keeps the arrays; here they are computed, under a key of all that determines them.
 """
@@ -155,7 +155,7 @@ def cached_patches(
 
 
 def _model_key(config: DetrTrainConfig, model: Detr) -> dict[str, object]:
-    """What determines cached features beside the pictures: the backbone's weights and the input size."""
+    """Key of cached features beside the pictures: the backbone's weights and the input size."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.backbone.state_dict().items()):
         digest.update(name.encode())

@@ -76,7 +76,7 @@ class FinetuneTask(DetectionTask):
         return {"held_out_ap50": measured.ap50, "best_ap50": float(self.best_ap50)}, []
 
     def measure(self, branch: ClassBranch) -> BranchScores:
-        """What a branch finds in the held-out photos."""
+        """Score a branch on the held-out photos."""
         from ovd.evaluation.finetuned import score_branch
 
         with torch.autocast(next(branch.parameters()).device.type, torch.bfloat16):
@@ -93,7 +93,7 @@ class FinetuneTask(DetectionTask):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneParts:
-    """What a fine-tuning consists of."""
+    """Parts of a fine-tuning."""
 
     folder: Path
     photos: OwnPhotos

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training of a detector consists of, whatever the architecture."""
+"""Parts of a detector's training, whatever the architecture."""
 
 from __future__ import annotations
 

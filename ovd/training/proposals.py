@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalParts:
-    """What a training of proposals consists of.
+    """Parts of a training of proposals.
 
     Attributes:
         network: its configuration, with the pixel statistics of its weights.

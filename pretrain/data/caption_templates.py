@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class RandomLike(Protocol):
-    """What a caption needs of a random generator: `numpy.random.Generator` has it."""
+    """Interface of a random generator of captions; `numpy.random.Generator` has it."""
 
     def random(self) -> float:
         """A number in [0, 1)."""

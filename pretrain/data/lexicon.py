@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a noun means: its synonyms, and the more general words above it, from a file made of WordNet once.
+"""Lexicon of nouns: synonyms and hypernyms, from a file made of WordNet once.
 
     lexicon = read_lexicon()
     lexicon.synonyms("cell phone")   # ("cellular telephone", "mobile phone", …)

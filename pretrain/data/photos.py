@@ -51,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """What there is to learn from.
+    """Labelled photos and their words.
 
     Attributes:
         items: Photos and boxes.
@@ -287,7 +287,7 @@ def cut_square(picture: U8, window: Box, size: int) -> U8:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCaptions:
-    """What a picture of a class may be called: its word, synonyms and hypernyms, as numbers of the vocabulary."""
+    """Captions of a class: its word, synonyms and hypernyms, as numbers of the vocabulary."""
 
     word: int
     synonyms: tuple[int, ...]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both packages train with: configuration, training loop, checkpoints, optimisers, distribution, logs."""
+"""Training engine of both packages: configuration, loop, checkpoints, optimisers, distribution, logs."""

@@ -69,7 +69,7 @@ class Meta(TypedDict, total=False):
 
 
 class RankState(TypedDict):
-    """What each process has of its own: its generators, and sums since the last log line."""
+    """State of each process: its generators, and sums since the last log line."""
 
     rng: RngState
     window: dict[str, float]

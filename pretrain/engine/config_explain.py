@@ -133,7 +133,7 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel], root: Item) -> st
 
 
 def _value_hint(value: Any, info: FieldInfo) -> str:
-    """What the person probably meant."""
+    """The likely intention."""
     kinds = [bare(member) for member in members(info.annotation)]
     if isinstance(value, float) and int in kinds and value.is_integer():
         return f" (write {int(value)})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a configuration's fields accept, in words: for messages and for ``--help``."""
+"""Types and bounds of configuration fields in words, for messages and for ``--help``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def bare(annotation: Any) -> Any:
 
 
 def element_of(annotation: Any) -> Any:
-    """What the elements of a list or the values of a mapping are, when those are sections; otherwise ``None``."""
+    """Type of the elements of a list or the values of a mapping, when those are sections; otherwise ``None``."""
     for member in members(annotation):
         origin, args = typing.get_origin(bare(member)), typing.get_args(bare(member))
         element = args[0] if origin in (list, tuple) and args else args[1] if origin is dict else None
@@ -76,7 +76,7 @@ def element_of(annotation: Any) -> Any:
 
 @dataclass(frozen=True)
 class Shape:
-    """What may stand at a key.
+    """Sections that a key accepts.
 
     Attributes:
         sections: The sections it may be: none for a plain value, several when a discriminator chooses.
@@ -209,7 +209,7 @@ def _bounds_text(metadata: Iterable[Any]) -> str:
 
 
 def field_text(info: FieldInfo) -> str:
-    """What a field accepts, in words."""
+    """Type and bounds of a field, in words."""
     return type_text(info.annotation, info.metadata)
 
 

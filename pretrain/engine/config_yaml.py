@@ -424,7 +424,7 @@ def _override_value(text: str, where: str) -> tuple[Item | None, list[str]]:
 
 
 def got(value: Any) -> str:
-    """What was found, in words, for a message."""
+    """The value in words, for a message."""
     if isinstance(value, dict) and len(value) != 1:
         return f"a mapping of {len(value)} keys"
     if isinstance(value, list) and len(value) > 8:

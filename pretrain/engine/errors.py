@@ -95,7 +95,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def fault_of_the_machine(error: OSError) -> str | None:
-    """What to say of a disk that is full, read-only or forbidden, whichever call met it; None: it is none of these."""
+    """Message about a full, read-only or forbidden disk, whichever call met it; None: it is none of these."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
         source, target, reason = error.args[0][0]  # of copying a folder, a list of what could not be copied
         return f"{source} cannot be copied to {target}: {reason}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop does about signals, non-finite steps, unreadable images and dead loader processes."""
+"""Handling of signals, non-finite steps, unreadable images and dead loader processes in the loop."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class _ShowAll(argparse.Action):
 
 
 def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
-    """What argparse reads a whole number in a range with."""
+    """An argparse type: an integer in a range."""
 
     def read(text: str) -> int:
         number = int(text)
@@ -107,7 +107,7 @@ def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
 
 
 def share(text: str) -> float:
-    """What argparse reads a number from 0 to 1 with."""
+    """An argparse type: a number from 0 to 1."""
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes about itself: ``metrics.jsonl`` always, ``train.log``, ``events.jsonl``, TensorBoard if installed,
+"""Logs of a run: ``metrics.jsonl`` always, ``train.log``, ``events.jsonl``, TensorBoard if installed,
 and on the screen a progress bar (terminal) or plain lines (anything else; no control characters)."""
 
 from __future__ import annotations

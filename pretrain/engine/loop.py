@@ -43,7 +43,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class FitReport(NamedTuple):
-    """What ``fit`` did: finished steps, the last logged metrics, the run folder."""
+    """Result of ``fit``: finished steps, the last logged metrics, the run folder."""
 
     step: int
     metrics: dict[str, float]
@@ -321,7 +321,7 @@ class _Run:
         return {**means, "lr": lr, "grad_norm": float(norm)}, norm
 
     def _agree(self, values: dict[str, float], parts: list[Fetched], signals: Signals) -> tuple[bool, int, int]:
-        """What all processes must know before the update: a bad loss anywhere, new bad images, a signal."""
+        """Agree among all processes before the update: a bad loss anywhere, new bad images, a signal."""
         signum = signals.received
         bad_loss, bad_images, term, interrupt = distributed.all_sum(
             [

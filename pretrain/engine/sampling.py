@@ -29,7 +29,7 @@ _MASK = 2**64 - 1
 
 
 class Source(Protocol):
-    """What a task is trained on."""
+    """Source of training samples."""
 
     def __len__(self) -> int: ...
 

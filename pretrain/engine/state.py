@@ -20,7 +20,7 @@ Strict = Literal["both", "module", "file", "no"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What was loaded and what was not.
+    """Tensors that were loaded, missing, unexpected or of another shape.
 
     Attributes:
         loaded: copied into the module.

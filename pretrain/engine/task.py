@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training loop trains: a module that returns its loss, with hooks that do nothing unless overridden."""
+"""A task of the training loop: a module that returns its loss, with hooks that do nothing unless overridden."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every self-supervised method has: backbone, projector, augmentations, and how its config builds it."""
+"""Base class of self-supervised methods: backbone, projector, augmentations, and building from a configuration."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class SelfSupervised(Task, Generic[ConfigT]):
 
     @classmethod
     def head_memory(cls, config: ConfigT, width: int) -> HeadMemory:
-        """What heads and queues need; called on the meta device."""
+        """Memory of heads and queues; called on the meta device."""
         return HeadMemory(parameter_bytes(cls.build_projector(config, width)))
 
     @classmethod

@@ -202,7 +202,7 @@ class Clip(Task):
 
     @property
     def backbone(self) -> nn.Module:
-        """What the kNN probe measures."""
+        """The module that the kNN probe measures."""
         return image_features(self.encoder)
 
     def health(self) -> dict[str, Tensor]:

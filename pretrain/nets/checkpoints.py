@@ -218,7 +218,7 @@ def _numbered(key: str) -> str:
 def _match(
     inner: Mapping[str, Tensor], whole: Mapping[str, Tensor], prefix: str, stem: Stem | None
 ) -> ResNetMatch | None:
-    """What of the tensors under a prefix is a ResNet; None when not even its first and last stage show."""
+    """The ResNet among the tensors under a prefix; None without its first and last stage."""
     first = inner.get("conv1.weight")
     blocks = [len({k.split(".")[1] for k in inner if k.startswith(f"layer{n}.")}) for n in (1, 2, 3, 4)]
     if first is None or first.ndim != 4 or not any(blocks):

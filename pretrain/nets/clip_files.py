@@ -179,7 +179,7 @@ def load_open_clip(rest: str) -> tuple[JointEncoder, str]:
 
 
 def find_open_clip(rest: str) -> tuple[OpenClipSettings, Path]:
-    """What `build_open_clip` needs for `MODEL:WEIGHTS`, and the file of weights, fetched where a tag names it.
+    """Settings of `build_open_clip` for `MODEL:WEIGHTS`, and the file of weights, downloaded where a tag names it.
 
     Raises:
         UserError: No such model, tag or file, or it cannot be fetched.
@@ -232,7 +232,7 @@ def _read_configuration(name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
 
 
 def _statistics_of(published: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What the published weights of a model say of their pixels, where all of them say the same (SigLIP's: .5).
+    """Pixel statistics of a model's published weights, where all of them agree (SigLIP's: .5).
 
     A file does not say which of them it is.
     """

@@ -58,7 +58,7 @@ class ResNetImage(nn.Module):
 
 
 def image_features(encoder: JointEncoder) -> nn.Module:
-    """What a probe measures of an image tower: a ResNet without its projection into the joint space, a ViT as it is.
+    """The part of an image tower that a probe measures: a ResNet without its projection, a ViT as it is.
 
     Raises:
         UserError: This encoder has no image tower.

@@ -29,7 +29,7 @@ FOCAL_ALPHA = 0.25  # arXiv 1708.02002; its gamma is 2
 
 
 class PredictionHeads(Protocol):
-    """What reads decoder states; `ovd.modeling.detr.network.Detr` has them.
+    """Heads that read decoder states; `ovd.modeling.detr.network.Detr` has them.
 
     Attributes:
         class_embed: states → C+1 logits of a closed list, "no object" last, or None.

@@ -175,7 +175,7 @@ class Detr(nn.Module):
         return self.maps(images.tensor), [(int(h), int(w)) for h, w in images.image_sizes]
 
     def stacked(self, cached: list[Tensor]) -> Tensor:
-        """What a cache keeps of each picture, in float32 where the model is."""
+        """Stack the cached tensors of each picture, in float32 on the model's device."""
         with torch.autocast(self.device.type, enabled=False):  # under a CPU's, torch cannot stack half floats
             return torch.stack(cached).to(self.device, torch.float32)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What passes between the parts of a detection transformer.
+"""Types that pass between the parts of a detection transformer.
 
 Shapes: ``N`` images, ``S`` tokens, ``Q`` queries, ``d`` width, ``L`` decoder layers, ``T`` targets (padded), ``C``
 classes, ``D`` embedding. Boxes are cxcywh in [0, 1] of each picture's own size.
@@ -76,7 +76,7 @@ class DecoderOutput(NamedTuple):
 
 
 class QueryOutputs(NamedTuple):
-    """What the last layer predicts for each query.
+    """Predictions of the last layer for each query.
 
     Attributes:
         boxes: (N, Q, 4).
@@ -94,7 +94,7 @@ class QueryOutputs(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What queries should predict; rows from ``counts[n]`` on are padding.
+    """Targets of the queries; rows from ``counts[n]`` on are padding.
 
     Attributes:
         boxes: (N, T, 4).

@@ -39,7 +39,7 @@ KNOWN_WORDS: tuple[str, ...] = tuple(COCO_NAMES[i] for i in sorted(COCO_NAMES))
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalCard:
-    """What stands in ``model.json``.
+    """Content of ``model.json``.
 
     Attributes:
         model: a plain dict of :class:`ProposalNetworkConfig`.

@@ -254,7 +254,7 @@ class Backgrounds:
 
 
 class StickerSource:
-    """What scenes and pairs share: classes of a split in balanced order, photos, shapes."""
+    """Base class of scenes and pairs: classes of a split in balanced order, photos, shapes."""
 
     def __init__(
         self,
