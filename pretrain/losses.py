@@ -52,10 +52,10 @@ def clip_contrastive_top1(
     names_CD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`clip_contrastive`, and the share of this process's pictures whose most similar text is right (no gradient)."""
-    with _exact(image):
-        image, text = _unit(image), _unit(text)
+    with _without_autocast(image):
+        image, text = _normalized(image), _normalized(text)
         all_image, all_text = gather_with_grad(image), gather_with_grad(text)
-        scale = _wide(logit_scale).exp()
+        scale = _float32_or_64(logit_scale).exp()
         by_image_NM = scale * image @ all_text.T
         by_text_NM = scale * text @ all_image.T
         index_N = torch.arange(len(image), device=image.device) + rank() * len(image)
@@ -64,11 +64,11 @@ def clip_contrastive_top1(
             right = by_image_NM.argmax(1) == index_N
         else:
             same = labels_N[:, None] == gather_with_grad(labels_N)[None, :]
-            by_text = F.cross_entropy(by_text_NM, _shares(same, by_text_NM))
+            by_text = F.cross_entropy(by_text_NM, _soft_targets(same, by_text_NM))
             if names_CD is not None:
-                by_image_NM = torch.cat([by_image_NM, scale * image @ _unit(names_CD).T], dim=1)
+                by_image_NM = torch.cat([by_image_NM, scale * image @ _normalized(names_CD).T], dim=1)
                 same = torch.cat([same, labels_N[:, None] == torch.arange(len(names_CD), device=same.device)], dim=1)
-            by_image = F.cross_entropy(by_image_NM, _shares(same, by_image_NM))
+            by_image = F.cross_entropy(by_image_NM, _soft_targets(same, by_image_NM))
             loss = (by_image + by_text) / 2
             right = same.gather(1, by_image_NM.argmax(1, keepdim=True)).squeeze(1)
         return loss, right.float().mean()
@@ -85,15 +85,15 @@ def embedding_distillation(
     Returns:
         The loss, and the mean cosine (no gradient).
     """
-    with _exact(student_ND):
-        student, teacher = _unit(student_ND), _unit(teacher_ND)
+    with _without_autocast(student_ND):
+        student, teacher = _normalized(student_ND), _normalized(teacher_ND)
         cosine = (student * teacher).sum(-1).mean()
         loss = 1 - cosine
         if similarity_weight and len(student) > 2:
             # Far below every similarity, yet finite: 0 x (-inf + inf) would be NaN in the divergence.
-            itself = torch.eye(len(student), device=student.device) * -1e4
-            teacher_logits = teacher @ teacher.T / temperature + itself
-            student_logits = student @ student.T / temperature + itself
+            diagonal_mask = torch.eye(len(student), device=student.device) * -1e4
+            teacher_logits = teacher @ teacher.T / temperature + diagonal_mask
+            student_logits = student @ student.T / temperature + diagonal_mask
             divergence = F.kl_div(
                 student_logits.log_softmax(1), teacher_logits.log_softmax(1), log_target=True, reduction="batchmean"
             )
@@ -112,15 +112,15 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
         z_b: (N, D) of the second views, in the same order.
         temperature: .1 on ImageNet, .5 on CIFAR-10 (appendices B.7 and B.9).
     """
-    with _exact(z_a):
-        a, b = _unit(z_a), _unit(z_b)
+    with _without_autocast(z_a):
+        a, b = _normalized(z_a), _normalized(z_b)
         n = len(a)
         candidates = torch.cat([gather_with_grad(a), gather_with_grad(b)])
         m = len(candidates) // 2
         index_N = torch.arange(n, device=a.device) + rank() * n
         similarity = torch.cat([a, b]) @ candidates.T / temperature
-        itself = F.one_hot(torch.cat([index_N, index_N + m]), 2 * m).bool()
-        return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), torch.cat([index_N + m, index_N]))
+        self_mask = F.one_hot(torch.cat([index_N, index_N + m]), 2 * m).bool()
+        return F.cross_entropy(similarity.masked_fill(self_mask, -torch.inf), torch.cat([index_N + m, index_N]))
 
 
 def moco_infonce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
@@ -132,8 +132,8 @@ def moco_infonce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> 
         queue: (K, D) unit rows, the negatives; copied, so that they may be overwritten before the backward pass.
         temperature: .07 (v1), .2 (v2).
     """
-    with _exact(q):
-        query, key = _unit(q), _unit(k.detach())
+    with _without_autocast(q):
+        query, key = _normalized(q), _normalized(k.detach())
         negatives = queue.detach().to(query.dtype, copy=True)
         logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.T], dim=1) / temperature
         return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
@@ -141,8 +141,8 @@ def moco_infonce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """-cos(p, z), the mean over the rows (SimSiam, arXiv:2011.10566, eq. 1); the caller decides on z's gradient."""
-    with _exact(p):
-        return -(_unit(p) * _unit(z)).sum(1).mean()
+    with _without_autocast(p):
+        return -(_normalized(p) * _normalized(z)).sum(1).mean()
 
 
 def byol_regression(p: Tensor, z: Tensor) -> Tensor:
@@ -165,8 +165,8 @@ def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
     Returns:
         (N, K) codes whose rows sum to 1.
     """
-    with _exact(scores):
-        log_q = _wide(scores) / epsilon
+    with _without_autocast(scores):
+        log_q = _float32_or_64(scores) / epsilon
         for _ in range(iterations):
             log_q = log_q - _global_logsumexp(log_q)
             log_q = log_q - log_q.logsumexp(1, keepdim=True)
@@ -196,8 +196,8 @@ def swav_loss(
     Returns:
         The mean over big crops and other crops of the cross-entropy; ln K when every prototype is alike.
     """
-    with _exact(scores_per_crop[0]):
-        scores = [_wide(crop) for crop in scores_per_crop]
+    with _without_autocast(scores_per_crop[0]):
+        scores = [_float32_or_64(crop) for crop in scores_per_crop]
         total = scores[0].new_zeros(())
         for big in range(big_crops):
             if codes is not None:
@@ -228,30 +228,31 @@ def barlow_twins(z_a: Tensor, z_b: Tensor, *, lambd: float, gradient_scale: floa
     Returns:
         sum_i (1 - C_ii)^2 + lambd * sum_{i != j} C_ij^2, the same on every process.
     """
-    with _exact(z_a):
-        a, b = (_standardised(gather_with_grad(_wide(z))) for z in (z_a, z_b))
+    with _without_autocast(z_a):
+        a, b = (_standardised(gather_with_grad(_float32_or_64(z))) for z in (z_a, z_b))
         correlation = a.T @ b / len(a)
         diagonal = correlation.diagonal()
-        on = (diagonal - 1).square().sum()
-        off = correlation.square().sum() - diagonal.square().sum()
-        loss = on + lambd * off
+        invariance = (diagonal - 1).square().sum()
+        redundancy = correlation.square().sum() - diagonal.square().sum()
+        loss = invariance + lambd * redundancy
         return loss if gradient_scale == 1.0 else gradient_scale * loss + (1 - gradient_scale) * loss.detach()
 
 
-def _exact(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which losses are computed as they are written."""
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _float32_or_64(x: Tensor) -> Tensor:
     """float32, or float64 where it came so."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(_wide(x), dim=-1)
+def _normalized(x: Tensor) -> Tensor:
+    return F.normalize(_float32_or_64(x), dim=-1)
 
 
-def _shares(right: Tensor, like: Tensor) -> Tensor:
+def _soft_targets(right: Tensor, like: Tensor) -> Tensor:
     """Booleans (N, M) -> targets whose rows share 1 equally."""
     right = right.to(like.dtype)
     return right / right.sum(1, keepdim=True)

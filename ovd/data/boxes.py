@@ -116,7 +116,7 @@ class BoxSource:
         return len(self.images)
 
     def identity(self) -> dict[str, str]:
-        """That of the pictures and boxes."""
+        """Fingerprint of the pictures and boxes."""
         return self.images.identity()
 
     def sample(self, index: int, draw: int) -> LabelledSample:

@@ -86,7 +86,7 @@ class StickerImages:
         return len(self.source)
 
     def identity(self) -> dict[str, str]:
-        """That of the drawings."""
+        """Fingerprint of the drawings."""
         return self.source.stickers.identity()
 
     def load(self, index: int) -> Labelled:

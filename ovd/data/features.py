@@ -222,7 +222,7 @@ class CachedDetection:
         return len(self.source)
 
     def identity(self) -> dict[str, str]:
-        """That of the pictures and labels."""
+        """Fingerprint of the pictures and labels."""
         return identity_of(self.source)
 
     def sample(self, index: int, draw: int) -> LabelledSample:
@@ -264,7 +264,7 @@ class CachedPatches:
         return len(self.cache)
 
     def identity(self) -> dict[str, str]:
-        """That of the pictures."""
+        """Fingerprint of the pictures."""
         return identity_of(self.source)
 
     def sample(self, index: int, draw: int) -> PatchSample:

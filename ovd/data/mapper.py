@@ -186,7 +186,7 @@ class DetectionSource:
         return len(self.images)
 
     def identity(self) -> dict[str, str]:
-        """That of the pictures and labels, and the offline regions."""
+        """Fingerprint of the pictures and labels, and the offline regions."""
         regions = {} if self.store is None else {"regions": self.store.identity()}
         return {**identity_of(self.images), **regions}
 

@@ -280,7 +280,7 @@ class CanvasSource:
         return len(self.chosen)
 
     def identity(self) -> dict[str, str]:
-        """That of all photos, held-out ones too: they choose the weights."""
+        """Fingerprint of all photos, held-out ones too: they choose the weights."""
         return self.photos.identity(range(len(self.photos)))
 
     def sample(self, index: int, draw: int) -> OwnSample:

@@ -194,7 +194,7 @@ class PatchSource:
         return len(self.images)
 
     def identity(self) -> dict[str, str]:
-        """That of the pictures."""
+        """Fingerprint of the pictures."""
         return identity_of(self.images)
 
     def boxes(self, image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:

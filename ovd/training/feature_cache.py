@@ -52,7 +52,7 @@ class FirstImages:
         return min(self.count, len(self.images))
 
     def identity(self) -> dict[str, str]:
-        """That of all the pictures."""
+        """Fingerprint of all the pictures."""
         return identity_of(self.images)
 
     def load(self, index: int) -> Labelled:

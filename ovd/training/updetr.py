@@ -101,7 +101,7 @@ class FirstPictures:
         return min(self.count, len(self.images))
 
     def identity(self) -> dict[str, str]:
-        """That of all the pictures."""
+        """Fingerprint of all the pictures."""
         return identity_of(self.images)
 
     def image(self, index: int) -> NDArray[np.uint8]:

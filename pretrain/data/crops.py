@@ -98,7 +98,7 @@ class ViewSource:
         return len(self.images)
 
     def identity(self) -> dict[str, str]:
-        """That of the pictures."""
+        """Fingerprint of the pictures."""
         return identity_of(self.images)
 
     def sample(self, index: int, draw: int) -> Views:

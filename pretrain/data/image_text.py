@@ -164,7 +164,7 @@ class CaptionedShardSet:
         return len(self._chosen)
 
     def identity(self) -> dict[str, str]:
-        """That of the shards."""
+        """Fingerprint of the shards."""
         return self.shards.identity()
 
     def image(self, index: int) -> U8:
@@ -198,7 +198,7 @@ class CaptionedSource:
         return len(self.images)
 
     def identity(self) -> dict[str, str]:
-        """That of the pictures and captions."""
+        """Fingerprint of the pictures and captions."""
         return identity_of(self.images)
 
     def sample(self, index: int, draw: int = 0) -> tuple[U8, str, int]:

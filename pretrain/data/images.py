@@ -348,7 +348,7 @@ class SceneSet:
         return len(self.source)
 
     def identity(self) -> dict[str, str]:
-        """That of the drawings."""
+        """Fingerprint of the drawings."""
         return self.source.stickers.identity()
 
     def image(self, index: int) -> U8:
@@ -385,7 +385,7 @@ class SingleSet:
         return int(self._ends[-1])
 
     def identity(self) -> dict[str, str]:
-        """That of the drawings."""
+        """Fingerprint of the drawings."""
         return self.stickers.identity()
 
     def image(self, index: int) -> U8:

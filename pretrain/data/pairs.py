@@ -100,7 +100,7 @@ class PairSource(StickerSource):
         return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, class_id
 
     def identity(self) -> dict[str, str]:
-        """That of the drawings and photos."""
+        """Fingerprint of the drawings and photos."""
         return self.stickers.identity()
 
     def _draw(self, sprite: Sprite, wide: float, tall: float, dice: Dice) -> Patch:

@@ -39,7 +39,7 @@ def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
     Returns:
         (N, 3, size, size) in [0, 1].
     """
-    return changed(pixels, draw_changes(config, len(pixels), pixels.device), config, size)
+    return apply_changes(pixels, draw_changes(config, len(pixels), pixels.device), config, size)
 
 
 def draw_changes(config: AugmentConfig, count: int, device: torch.device) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def draw_changes(config: AugmentConfig, count: int, device: torch.device) -> dic
     return parameters
 
 
-def changed(pixels: Tensor, parameters: Mapping[str, Tensor], config: AugmentConfig, size: int) -> Tensor:
+def apply_changes(pixels: Tensor, parameters: Mapping[str, Tensor], config: AugmentConfig, size: int) -> Tensor:
     """The changes of `draw_changes`; arguments and result as `augment`."""
     count = len(pixels)
     if config.crop_scale != (1.0, 1.0) or config.flip or pixels.shape[-2:] != (size, size):
@@ -179,7 +179,7 @@ class Clip(Task):
         def encode_image(images: Tensor, *values: Tensor) -> Tensor:  # in pieces, so is what uint8 becomes before it
             with torch.autocast(device.type, enabled=False):
                 changes = dict(zip(parameters, values, strict=True))
-                pixels = changed(images.float() / 255, changes, self.augmentation, self.encoder.image_size)
+                pixels = apply_changes(images.float() / 255, changes, self.augmentation, self.encoder.image_size)
             pixels = self.encoder.normalise(pixels)
             if torch.is_autocast_enabled(device.type):  # on a CPU with bf16 units a fifth faster; in fp32 it is slower
                 pixels = pixels.contiguous(memory_format=torch.channels_last)

@@ -26,7 +26,7 @@ from pretrain.data.pairs import PairBatch
 from pretrain.data.photos import Words, vocabulary_of
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.optim import ParamGroup, default_groups
-from pretrain.methods.clip import Clip, changed, draw_changes
+from pretrain.methods.clip import Clip, apply_changes, draw_changes
 from pretrain.nets.timm_tower import TimmImage, pooled
 from pretrain.nets.towers import JointEncoder
 
@@ -98,7 +98,7 @@ class WordClip(Clip):
         images = batch["image"].to(device)
         with torch.autocast(device.type, enabled=False):
             parameters = draw_changes(self.augmentation, len(images), device)
-            pixels = changed(images.float() / 255, parameters, self.augmentation, self.encoder.image_size)
+            pixels = apply_changes(images.float() / 255, parameters, self.augmentation, self.encoder.image_size)
             pixels = self.encoder.normalise(pixels).contiguous(memory_format=torch.channels_last)
         tower = cast(TimmImage, self.encoder.visual)
         lower = tower.lower(pixels)

@@ -156,15 +156,15 @@ class MoCo(SelfSupervised[MoCoMethod]):
             batch: "views", two of (N, 3, S, S) uint8: query and key.
         """
         a, b = self.augmented(batch)
-        loss, keys = self._one_direction(a, b)
+        loss, keys = self._loss_and_keys(a, b)
         if self.symmetric:
-            other_loss, other_keys = self._one_direction(b, a)
+            other_loss, other_keys = self._loss_and_keys(b, a)
             loss, keys = loss + other_loss, torch.cat([keys, other_keys])
         if self.training:
             self._enqueue(gather_with_grad(keys))
         return loss, {}
 
-    def _one_direction(self, query_view: Tensor, key_view: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_and_keys(self, query_view: Tensor, key_view: Tensor) -> tuple[Tensor, Tensor]:
         query = self.projector(self.backbone(query_view))
         key = self._keys(key_view)
         loss = moco_infonce(query, key, self.queue, temperature=self.temperature)
