@@ -126,11 +126,11 @@ def _joined(overview: Detections, parts: list[Detections], moved: Any, *, limit:
         inner = np.zeros(len(moved), dtype=bool)
         for side in SIDES:
             inner |= np.asarray(moved.data[side], dtype=bool) & ~at_border[side]
-        moved_kept = moved[~inner]
-        boxes.append(moved_kept.xyxy.astype(np.float32))
-        scores.append(moved_kept.confidence.astype(np.float32))
-        classes.append(moved_kept.class_id.astype(np.int64))
-        for part, row in zip(moved_kept.data["part"], moved_kept.data["row"], strict=True):
+        uncut = moved[~inner]
+        boxes.append(uncut.xyxy.astype(np.float32))
+        scores.append(uncut.confidence.astype(np.float32))
+        classes.append(uncut.class_id.astype(np.int64))
+        for part, row in zip(uncut.data["part"], uncut.data["row"], strict=True):
             tile_masks = parts[int(part)].box_masks
             masks.append(None if tile_masks is None else tile_masks[int(row) : int(row) + 1])
     xyxy, score = np.concatenate(boxes), np.concatenate(scores)

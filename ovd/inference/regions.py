@@ -95,10 +95,10 @@ class Regions:
             one_class_per_region = True
             score_RC, cross_class_iou = naming.one_name(score_RC, level=LEVEL), OVERLAP
         best_C = score_RC.max(axis=0, initial=0.0)
-        shown_C = np.flatnonzero(best_C >= level)  # few of many words: no other has a box to show
+        shown_classes = np.flatnonzero(best_C >= level)  # few of many words: no other has a box to show
         select = best_class_per_region if one_class_per_region else pairs_above
-        candidates = select(score_RC[:, shown_C], threshold=level)
-        candidates = replace(candidates, class_id=shown_C[candidates.class_id])
+        candidates = select(score_RC[:, shown_classes], threshold=level)
+        candidates = replace(candidates, class_id=shown_classes[candidates.class_id])
         boxes = self.regions.boxes
         one_family = candidates if naming is None else replace(candidates, class_id=naming.family[candidates.class_id])
         chosen = postprocess(boxes, one_family, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit)
