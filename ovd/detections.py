@@ -135,7 +135,7 @@ class Detections:
         """Detections of what `ovd.inference.postprocess.postprocess` kept.
 
         Args:
-            kept: regions with class and score, best first.
+            candidates: regions with class and score, best first.
             boxes: (R, 4) of all regions.
             masks: (R, M, M) of all regions, or None.
             size, names, best, threshold, notices: see the attributes.

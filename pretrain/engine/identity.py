@@ -49,7 +49,7 @@ def files_identity(kind: str, root: Path, names: Sequence[str]) -> dict[str, str
     """Digests of many files, in their order.
 
     Args:
-        what: they are, such as "pictures".
+        kind: they are, such as "pictures".
         root: folder that the names are relative to; where it lies does not matter.
         names: one per file; a file that is missing counts as such.
 
