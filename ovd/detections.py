@@ -132,7 +132,7 @@ class Detections:
         masks: NDArray[np.float32] | None = None,
         notices: tuple[str, ...] = (),
     ) -> Detections:
-        """Detections of what `ovd.inference.postprocess.postprocess` kept.
+        """Detections of the candidates that `ovd.inference.postprocess.postprocess` returns.
 
         Args:
             candidates: regions with class and score, best first.

@@ -49,12 +49,12 @@ def files_identity(kind: str, root: Path, names: Sequence[str]) -> dict[str, str
     """Digests of many files, in their order.
 
     Args:
-        kind: they are, such as "pictures".
+        kind: of the files, such as "pictures".
         root: folder that the names are relative to; where it lies does not matter.
         names: one per file; a file that is missing counts as such.
 
     Returns:
-        ``{what: digest}``, and the times of change under a name of their own where the content was not read whole.
+        ``{kind: digest}``, and the times of change under a name of their own where the content was not read whole.
     """
     digest, times = hashlib.sha256(), hashlib.sha256()
     sizes = []
