@@ -261,7 +261,7 @@ def test_mistakes_on_the_command_line_are_user_errors_and_write_nothing(
 def test_words_are_given_in_one_way() -> None:
     with pytest.raises(UserError, match="--vocabulary: not allowed with argument --classes"):
         parser().parse_args(["x", "--out", "o", "--classes", "a", "--vocabulary", "b"])
-    with pytest.raises(UserError, match="nothing to look for: give --classes"):
+    with pytest.raises(UserError, match="no classes: give --classes"):
         main(["x", "--out", "o"])
 
 
