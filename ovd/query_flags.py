@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from ovd.runtime.choice import Runtime
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer, share
 
@@ -48,7 +49,7 @@ def add_detector_flags(add: Callable[..., argparse.Action], *, sides: bool = Tru
     if sides:
         add_sides_flag(add)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--runtime", choices=("auto", "onnx", "torch"), default="auto", help="inference runtime (default auto)")
+    add("--runtime", choices=get_args(Runtime), default="auto", help="inference runtime (default auto)")
     add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
 
