@@ -92,10 +92,10 @@ def parse_examples(examples: ExamplesLike, *, picture: NDArray[np.uint8] | None 
     """Read examples in any form.
 
     Args:
-        examples: a mapping of names to one crop or several, or a list of crops, (name, crop) pairs and `Example`s. A crop
-            is a picture (path, bytes, Pillow image, uint8 array), a box of four numbers on ``picture``, or a `Crop`.
-            Crops without a name are separate things, "example 1", "example 2", …; a name with a minus is a negative
-            example; crops of one name belong together.
+        examples: a mapping of names to one crop or several, or a list of crops, (name, crop) pairs and `Example`s. A
+            crop is a picture (path, bytes, Pillow image, uint8 array), a box of four numbers on ``picture``, or a
+            `Crop`. Crops without a name are separate things, "example 1", "example 2", …; a name with a minus is a
+            negative example; crops of one name belong together.
         picture: (H, W, 3) uint8 RGB, what boxes without a picture lie on.
 
     Raises:
