@@ -48,13 +48,6 @@ def graphs_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-graphs.zip")
 
 
-def bfloat16_rounded(values: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Single precision with 8 bits of mantissa, rounded to even: the networks are loaded so before they are traced."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
-
-
 def _half(values: NDArray[np.generic]) -> bytes:
     return np.ascontiguousarray(values).astype("<f2").tobytes()
 
@@ -68,10 +61,6 @@ FORMS: Mapping[str, Callable[[NDArray[np.generic]], bytes]] = {
     "single": _single,
     "half transposed": lambda values: _half(values.T),
     "single transposed": lambda values: _single(values.T),
-    "half bfloat16": lambda values: _half(bfloat16_rounded(values)),
-    "single bfloat16": lambda values: _single(bfloat16_rounded(values)),
-    "half bfloat16 transposed": lambda values: _half(bfloat16_rounded(values.T)),
-    "single bfloat16 transposed": lambda values: _single(bfloat16_rounded(values.T)),
 }
 """How a stored tensor stands in a graph: its bytes, little-endian."""
 

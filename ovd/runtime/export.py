@@ -61,7 +61,7 @@ class _Cells(nn.Module):
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
-        network = detector.proposer.model.float()
+        network = detector.proposer.model
         self.backbone, self.neck = network.backbone.csp, network.backbone.neck
         self.heads = network.proposal_generator.heads
 
@@ -87,7 +87,7 @@ class _Tower(nn.Module):
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
-        tower = detector.tower.float()
+        tower = detector.tower
         self.stem, self.stages, self.top, self.proj = tower.stem, tower.stages, tower.top, tower.proj
         self.fine_stage = tower.fine_stage
 
@@ -105,7 +105,7 @@ class _Regions(nn.Module):
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
-        self.head, self.proj, self.pool = detector.head.float(), detector.tower.proj, detector.tower.pool
+        self.head, self.proj, self.pool = detector.head, detector.tower.proj, detector.tower.pool
         self.image_head = detector.image_head
 
     def forward(
@@ -165,7 +165,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Se
     except ImportError as problem:
         raise UserError("export --format onnx needs the package onnx: pip install onnx") from problem
     card = read_card(source)
-    detector, background = load_fvlm(source, card, encoder)
+    detector, background = load_fvlm(source, card, encoder, precision=torch.float32)
     proposals = read_proposal_card(source / PROPOSALS_FOLDER)
     if detector.proposer.model.proposal_generator.ranking != "words":
         raise UserError(f"{source}: only proposals that are ranked by words can be exported to ONNX")

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from ovd.export import export
-from ovd.runtime.assemble import FORMS, assemble, bfloat16_rounded, cut, filled, graphs_of, write_archive
+from ovd.runtime.assemble import FORMS, assemble, cut, filled, graphs_of, write_archive
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
 
@@ -34,12 +33,6 @@ def test_the_shipped_archive_gives_what_torch_writes(
     differing = [file.name for file in made.iterdir() if file.read_bytes() != (exported / file.name).read_bytes()]
     assert differing == []
     assert graphs_of(detector_folder("default")).stat().st_size < 500_000
-
-
-def test_bfloat16_is_torchs() -> None:
-    values = np.random.default_rng(0).standard_normal(4000).astype(np.float16)
-    values[:3] = 1 + 2.0**-8, 1 + 3 * 2.0**-8, 0  # halfway between two: to the even one
-    np.testing.assert_array_equal(bfloat16_rounded(values), torch.from_numpy(values).bfloat16().float().numpy())
 
 
 def test_what_is_cut_is_filled_again() -> None:
