@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from ovd.runtime.choice import Runtime
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer, share
 
@@ -42,7 +43,10 @@ def add_query_flags(flags: CommandParser) -> None:
     add_sides_flag(flags.add_argument)
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument(
-        "--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)"
+        "--runtime",
+        choices=get_args(Runtime),
+        default="auto",
+        help="what runs the networks; onnx-int8: in 8 bits (default auto)",
     )
     flags.add_argument("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 

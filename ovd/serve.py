@@ -17,8 +17,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 from ovd.query_flags import add_encoder_flag, add_sides_flag
+from ovd.runtime.choice import Runtime
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.flags import CommandParser, integer, share
 
@@ -58,7 +60,7 @@ def parser() -> CommandParser:
     add_encoder_flag(add)
     add_sides_flag(add)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)")
+    add("--runtime", choices=get_args(Runtime), default="auto", help="what runs the networks (default auto)")
     add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
     flags.hide("seconds", "encoder", "sides", "device", "runtime", "threads")
     return flags

@@ -10,10 +10,12 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
 from ovd.demo.lean import few_heaps, settle, without_compiler
 from ovd.demo.logs import configure
 from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
+from ovd.runtime.choice import Runtime
 
 
 def _port(text: str) -> int:
@@ -54,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     flags.add_argument(
-        "--runtime", choices=("auto", "onnx", "torch"), default="auto", help="what runs the networks (default auto)"
+        "--runtime",
+        choices=get_args(Runtime),
+        default="auto",
+        help="what runs the networks; onnx-int8: in 8 bits (default auto)",
     )
     flags.add_argument("--threads", type=_threads, default=None, help="CPU threads (default: all cores)")
     flags.add_argument("--share", action="store_true", help="public link; pictures then leave the machine")

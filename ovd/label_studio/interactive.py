@@ -112,11 +112,9 @@ def _sides(entry: Mapping[str, object]) -> tuple[float, ...] | None:
     value = entry.get("value")
     if not isinstance(value, dict):
         return None
-    numbers = [value.get("rotation", 0) if key == "rotation" else value.get(key) for key in
-               ("x", "y", "width", "height", "rotation")]  # fmt: skip
-    if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in numbers):
-        return None
-    return tuple(float(one) for one in numbers)
+    given = [value.get("rotation", 0), *(value.get(key) for key in ("x", "y", "width", "height"))]
+    numbers = [float(one) for one in given if isinstance(one, (int, float)) and math.isfinite(one)]
+    return (*numbers[1:], numbers[0]) if len(numbers) == len(given) else None
 
 
 def _part(entry: Mapping[str, object]) -> Part:

@@ -148,7 +148,14 @@ class _BagOfWords(nn.Module):
         return self.text.proj(F.gelu(self.text.hidden(bag))) + self.text.skip(bag)
 
 
-def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Sequence[NDArray[np.uint8]] = ()) -> None:
+def export_onnx(
+    source: Path,
+    encoder: JointEncoder,
+    target: Path,
+    *,
+    photos: Sequence[NDArray[np.uint8]] = (),
+    photos_are: str = "",
+) -> None:
     """Write the export of a detector's folder; `ovd.runtime.files` says what is in it.
 
     Args:
@@ -156,6 +163,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Se
         encoder: its encoder.
         target: is made, and replaced where it is an export.
         photos: (H, W, 3) RGB; where there are any, convolutions are quantised for them (`ovd.runtime.quantise`).
+        photos_are: what they are, for the card.
 
     Raises:
         UserError: networks of which this knows no export.
@@ -202,6 +210,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Se
         pre_nms=generator.pre_nms,
         post_nms=generator.post_nms,
         precision="int8" if photos else "float32",
+        ranges=photos_are if photos else "",
     )
     if photos:
         from ovd.runtime.quantise import quantise
