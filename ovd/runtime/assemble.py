@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,13 +101,14 @@ FORMS: Mapping[str, Callable[[NDArray[np.generic]], bytes]] = {
 """How a stored tensor stands in a graph: its bytes, little-endian."""
 
 
-def assemble(folder: Path, target: Path, *, int8: bool = False) -> None:
+def assemble(folder: Path, target: Path, *, int8: bool = False, again: bool = True) -> None:
     """Write the export of a detector's folder.
 
     Args:
         folder: of the weights, with its archive beside it; tensors are read from files named relative to its parent.
         target: is made, and replaced where it is an export.
         int8: the one in 8 bits.
+        again: also where the target has become this export in the meantime, by another process, which may be using it.
 
     Raises:
         UserError: no archive, or one of other weights.
@@ -117,11 +118,15 @@ def assemble(folder: Path, target: Path, *, int8: bool = False) -> None:
         raise UserError(f"{folder.name}: no {archive.name} beside it; export it where torch is installed")
     root = folder.parent
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))  # two processes may come at once
-    fresh.chmod(0o777 & ~_umask())
+    # A name of its own: two may come at once.
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
     try:
         with zipfile.ZipFile(archive) as packed:
             listing: _Listing = json.loads(packed.read(LISTING))
+            if int8 and INT8 + CARD not in listing["files"]:
+                raise UserError(f"{archive.name}: has no graphs in 8 bits; scripts/build_graphs.py makes it anew")
             for name, digest in listing["sources"].items():
                 if not (root / name).is_file() or sha256_of(root / name) != digest:
                     raise UserError(
@@ -138,7 +143,8 @@ def assemble(folder: Path, target: Path, *, int8: bool = False) -> None:
         for name in COPIED:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, fresh / name)
-        _replace(fresh, target)
+        if again or _is_to_be_written(archive, target, int8=int8):
+            _replace(fresh, target)
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as problem:
         raise UserError(f"{archive}: cannot be read ({problem}); restore it from the repository") from problem
     finally:
@@ -151,12 +157,6 @@ def _parts(listing: _Listing, *, int8: bool) -> dict[str, str]:
     if int8:
         names |= {name.removeprefix(INT8): name for name in listing["files"] if name.startswith(INT8)}
     return names
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _replace(fresh: Path, target: Path) -> None:
@@ -187,13 +187,13 @@ def kept_export(folder: Path, *, int8: bool) -> Path | None:
     if not holds(archive, int8=int8):
         return None
     target = folder / beside
-    if (target / CARD).is_file() and not _is_to_be_written(archive, target, int8=int8):
+    if not _is_to_be_written(archive, target, int8=int8):
         return target
     if not os.access(folder, os.W_OK):
         target = user_folder("exports", "XDG_CACHE_HOME", ".cache") / folder.name / beside
-        if (target / CARD).is_file() and not _is_to_be_written(archive, target, int8=int8):
+        if not _is_to_be_written(archive, target, int8=int8):
             return target
-    assemble(folder, target, int8=int8)
+    assemble(folder, target, int8=int8, again=False)
     return target
 
 
@@ -210,6 +210,8 @@ def holds(archive: Path, *, int8: bool) -> bool:
 
 def _is_to_be_written(archive: Path, export: Path, *, int8: bool) -> bool:
     """Whether an export is not what the archive gives, and nobody's own either."""
+    if not (export / CARD).is_file():
+        return True
     try:
         with zipfile.ZipFile(archive) as packed:
             listing: _Listing = json.loads(packed.read(LISTING))

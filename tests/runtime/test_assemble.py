@@ -130,6 +130,9 @@ def test_other_weights_and_damaged_archives_are_refused_and_leave_nothing(small:
     save_file({"w": np.zeros((7, 5), np.float16)}, small / "model.safetensors")
     with pytest.raises(UserError, match=r"is not what small-graphs\.zip was made of; scripts/build_graphs\.py"):
         assemble(small, out)
+    write_archive({"runtime.json": b"{}"}, archive, {}, small.parent)
+    with pytest.raises(UserError, match="has no graphs in 8 bits"):
+        assemble(small, out, int8=True)
     archive.write_bytes(whole[:-30])
     with pytest.raises(UserError, match=r"small-graphs\.zip: cannot be read"):
         assemble(small, out)
