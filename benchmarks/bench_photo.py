@@ -109,7 +109,7 @@ def main() -> None:
         if options.yolo_python:
             other = YoloWorld(options.yolo_python, words=len(WORDS.split(",")), threads=threads)
             alternatives["yolo-world"] = partial(other, itertools.cycle(files))
-        seconds = take_turns(alternatives, rounds=options.rounds or 32, warmup=len(files))
+        seconds = take_turns(alternatives, rounds=options.rounds or 32, warmup=4)
         if other is not None:
             other.close()
     rows = []

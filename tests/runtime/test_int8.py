@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 
 from ovd import cli
 from ovd.detector import Detector
+from ovd.export import export
 from ovd.pictures import to_rgb
 from ovd.runtime import choice
 from ovd.runtime import export as writing
 from ovd.runtime.assemble import graphs_of
-from ovd.runtime.files import INT8_BESIDE, PROPOSALS, TOWER, read_runtime_card
+from ovd.runtime.files import CARD, INT8_BESIDE, PROPOSALS, TOWER, read_runtime_card
 from ovd.runtime.quantise import MOST, quantise, read_photos
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
+from scripts.build_wheel import add_int8
 from tests.runtime.conftest import PHOTOS
 
 WORDS = "person, dog, chicken, cup, guitar, drum, car, horse, wine bottle, sofa"
@@ -116,6 +118,17 @@ def test_8_bits_run_where_nothing_was_exported(
         assert len([r for r in caplog.records if "VNNI" in r.message]) == said
     assert read_runtime_card(folder / INT8_BESIDE).precision == "int8"
     assert len(detector.find(PHOTOS[0], WORDS)) > 0
+
+
+def test_in_a_wheel_8_bits_hold_only_what_differs(exported: Path, tmp_path: Path) -> None:
+    whole, folder = export("default", tmp_path / "small", int8=True), shutil.copytree(exported, tmp_path / "wheel")
+    add_int8(folder, whole)
+    assert {file.name for file in (folder / INT8_BESIDE).iterdir()} == {PROPOSALS, TOWER, CARD}
+    one, other = (Detector.load(place, runtime="onnx-int8").find(PHOTOS[0], WORDS) for place in (whole, folder))
+    assert len(one) > 0
+    np.testing.assert_array_equal(one.xyxy, other.xyxy)
+    single = Detector.load(folder).find(PHOTOS[0], WORDS)
+    assert single.confidence.tolist() != one.confidence.tolist()
 
 
 @pytest.mark.parametrize(
