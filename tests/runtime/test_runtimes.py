@@ -164,7 +164,9 @@ def test_a_command_that_needs_torch_names_the_line_that_installs_it() -> None:
     [
         ("vild-sticker", "onnx", "auto", r"model.arch mask_rcnn\) cannot be exported to ONNX.*wordbox\[train\]"),
         ("default", "onnx", "cuda", "runs on a CPU, not on cuda"),
-        ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx or torch"),
+        ("default", "onnx-int8", "cuda", "runtime onnx-int8 runs on a CPU, not on cuda"),
+        ("vild-sticker", "onnx-int8", "auto", r"model.arch mask_rcnn\) cannot be exported to ONNX"),
+        ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx, onnx-int8 or torch"),
     ],
 )
 def test_what_the_runtime_cannot_do_is_one_line(weights: str, runtime: Runtime, device: str, said: str) -> None:
