@@ -2,6 +2,7 @@
 """A new photo of 480x640 and 20 words, file to boxes, in turns with YOLO-World-S v2 of random weights.
 
 python benchmarks/bench_photo.py --threads 1 --yolo-python OTHER/bin/python
+python benchmarks/bench_photo.py --threads 1 --runtimes torch onnx onnx-int8    # of ours, in turns
 
 OTHER is an environment with `ultralytics` (AGPL-3.0): `python -m venv OTHER; OTHER/bin/pip install ultralytics`.
 Without it only our own times are taken. The photos are the page's examples, brought to 640x480, and their mirror
@@ -17,9 +18,11 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from _common import ROOT, milliseconds, parser, ratio, report, set_threads, show_ratio, take_turns
+
+from ovd.runtime.choice import Runtime
 
 if TYPE_CHECKING:
     from ovd import Detector
@@ -85,20 +88,28 @@ def main() -> None:
     flags.add_argument(
         "--sides", type=int, nargs="+", metavar="N", help="of the photo in our proposal network (default: as shipped)"
     )
+    flags.add_argument(
+        "--runtimes", choices=get_args(Runtime), nargs="+", default=["auto"], help="of ours (default: auto)"
+    )
     options = flags.parse_args()
     threads = options.threads or 1
     set_threads(threads)
     from ovd import Detector
 
-    detector = Detector.load(options.weights, device="cpu", cache_size=0, sides=options.sides)
+    detectors = {
+        "ours" if len(options.runtimes) == 1 else f"ours, {runtime}": Detector.load(
+            options.weights, device="cpu", runtime=runtime, threads=threads, cache_size=0, sides=options.sides
+        )
+        for runtime in options.runtimes
+    }
     with tempfile.TemporaryDirectory() as folder:
         files = photos(Path(folder))
-        alternatives = {"ours": partial(ours, detector, itertools.cycle(files))}
+        alternatives = {name: partial(ours, one, itertools.cycle(files)) for name, one in detectors.items()}
         other = None
         if options.yolo_python:
             other = YoloWorld(options.yolo_python, words=len(WORDS.split(",")), threads=threads)
             alternatives["yolo-world"] = partial(other, itertools.cycle(files))
-        seconds = take_turns(alternatives, rounds=options.rounds or 32, warmup=len(files))
+        seconds = take_turns(alternatives, rounds=options.rounds or 32, warmup=4)
         if other is not None:
             other.close()
     rows = []
@@ -106,10 +117,13 @@ def main() -> None:
         value = milliseconds(times)
         rows.append((f"{name}, p50 / p95", f"{value['p50_ms']:,.0f} / {value['p95_ms']:,.0f} ms", ""))
     figures: dict[str, object] = {name: milliseconds(times) for name, times in seconds.items()}
-    if other is not None:
-        compared = ratio(seconds["ours"], seconds["yolo-world"])
-        figures["ours_over_yolo_world"] = compared
-        rows.append(("ours / YOLO-World-S v2", show_ratio(compared), "aim: at most .5"))
+    first, *rest = detectors
+    for name in rest:
+        figures[f"{name} over {first}"] = compared = ratio(seconds[name], seconds[first])
+        rows.append((f"{name} / {first}", show_ratio(compared), ""))
+    for name in detectors if other is not None else ():
+        figures[f"{name} over yolo-world"] = compared = ratio(seconds[name], seconds["yolo-world"])
+        rows.append((f"{name} / YOLO-World-S v2", show_ratio(compared), "aim: at most .5"))
     title = f"A new photo of 640x480, 20 words, file to boxes; {options.weights}, {threads} threads"
     report(title, rows, figures, options.json)
 

@@ -136,8 +136,8 @@ class Detector:
         Args:
             weights: name in ``weights/manifest.json`` ("default") or a folder written by ``python -m ovd.train``.
             device: "auto", "cpu", "cuda" or "cuda:N".
-            runtime: "onnx" (`wordbox export --format onnx` wrote it; a CPU, no torch), "torch", or "auto", see
-                `ovd.runtime.choice`.
+            runtime: "onnx" (`wordbox export --format onnx` wrote it; a CPU, no torch), "onnx-int8" (the same in 8
+                bits), "torch", or "auto", see `ovd.runtime.choice`.
             threads: of a CPU; None: as many as the runtime takes by itself.
             crop_refinement: see the constructor; None: as many regions as the scores were calibrated for.
             masks: False finds boxes only, in less time.
@@ -159,8 +159,8 @@ class Detector:
 
             if crop_refinement or second_look:
                 raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
-            if runtime == "onnx":
-                raise UserError("an encoder of your own runs with torch: leave runtime onnx out")
+            if runtime in ("onnx", "onnx-int8"):
+                raise UserError(f"an encoder of your own runs with torch: leave runtime {runtime} out")
             named = load_with_encoder(folder, encoder, device=device, threads=threads, masks=masks, regions=regions)
             apply_sides(named.model, sides)
             return cls(

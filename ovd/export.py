@@ -3,11 +3,12 @@
 
     wordbox export --format onnx                                    the shipped default, into weights/vild-photo/onnx
     wordbox export --format onnx --weights runs/mine --output FOLDER
-    wordbox export --format onnx --int8 --calibrate-on photos/      convolutions in 8 bits, into …/onnx-int8
+    wordbox export --format onnx --int8                             convolutions in 8 bits, into …/onnx-int8
+    wordbox export --format onnx --int8 --calibrate-on photos/      the same for photos of yours
 
 `ovd.runtime.files` says what is written. An export in the folder ``onnx`` of its weights is found there by every
 command; one in another folder is given as ``--weights FOLDER``. Only detectors of photographs (``model.arch: fvlm``)
-have an export. It needs torch; that of the shipped default is put together without (`ovd.runtime.assemble`).
+have an export. It needs torch; those of the shipped default are put together without (`ovd.runtime.assemble`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import importlib.util
 from pathlib import Path
 
 from ovd.runtime.files import BESIDE, INT8_BESIDE
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
 
 EXAMPLES = Path(__file__).parent / "demo/examples/photos"
-"""Photos that ranges are taken from where nobody gives others."""
+"""Photos that ranges are taken from where nobody gives others, and none came with the weights."""
 
 
 def parser() -> CommandParser:
@@ -44,7 +45,8 @@ def parser() -> CommandParser:
         "--calibrate-on",
         type=Path,
         metavar="FOLDER",
-        help="with --int8: photos that show which values occur, 20 or more like yours (default: the page's examples)",
+        help="with --int8: photos that show which values occur, 20 or more like yours (default: the ranges that came "
+        "with the weights, else the page's examples)",
     )
     return flags
 
@@ -54,31 +56,32 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.calibrate_on is not None and not options.int8:
         raise UserError("--calibrate-on is for --int8: an export in single precision needs no photos")
-    photos = (options.calibrate_on or EXAMPLES) if options.int8 else None
-    folder = export(options.weights, options.output, int8_photos=photos)
+    folder = export(options.weights, options.output, int8=options.int8, photos=options.calibrate_on)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:.1f} MB, runs with ONNX Runtime")
     return 0
 
 
-def export(weights: str | Path, output: Path | None = None, *, int8_photos: Path | None = None) -> Path:
+def export(weights: str | Path, output: Path | None = None, *, int8: bool = False, photos: Path | None = None) -> Path:
     """Export a detector; returns the folder.
 
     Args:
         weights: name, or folder.
         output: of the export; None: in the folder of the weights.
-        int8_photos: folder with photos for which convolutions are quantised; None: they are not.
+        int8: whether convolutions are quantised.
+        photos: folder with photos for which they are; None: ranges that came with the weights, or `EXAMPLES`.
 
     Raises:
         UserError: a detector of another kind, a folder that holds something else, or photos that cannot be read.
     """
     from ovd.modeling.export import read_card
+    from ovd.runtime.assemble import assemble, graphs_of, holds
     from ovd.runtime.files import CARD
     from ovd.weights import detector_folder
 
     source = detector_folder(weights)
     card = read_card(source)
-    target = source / (BESIDE if int8_photos is None else INT8_BESIDE) if output is None else output
+    target = source / (INT8_BESIDE if int8 else BESIDE) if output is None else output
     if card.arch != "fvlm":
         raise UserError(
             f"{source.name} (model.arch {card.arch}) has no export to ONNX, only detectors of photographs (fvlm) have"
@@ -87,17 +90,19 @@ def export(weights: str | Path, output: Path | None = None, *, int8_photos: Path
         raise UserError(f"{source}: is an export itself; give the weights that it was made of")
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / CARD).is_file())):
         raise UserError(f"--output {target}: holds something that is no export; give another folder")
-    if importlib.util.find_spec("torch") is None:
-        from ovd.runtime.assemble import assemble
-
-        assemble(source, target)
+    without_torch = importlib.util.find_spec("torch") is None
+    if without_torch and photos is not None:
+        raise UserError(f"--calibrate-on needs torch: {NEEDS_TORCH}")
+    if without_torch or (int8 and photos is None and not card.own and holds(graphs_of(source), int8=True)):
+        assemble(source, target, int8=int8)
         return target
     from ovd.inference.encoder import load_encoder_of
     from ovd.runtime.export import export_onnx
     from ovd.runtime.quantise import read_photos
 
-    photos = () if int8_photos is None else read_photos(int8_photos)
-    export_onnx(source, load_encoder_of(source, card), target, photos=photos)
+    seen = read_photos(photos or EXAMPLES) if int8 else []
+    which = f"{len(seen)} photos of {'the page' if photos is None else photos.name}"
+    export_onnx(source, load_encoder_of(source, card), target, photos=seen, photos_are=which)
     return target
 
 

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``weights/vild-photo-graphs.zip``: the default's ONNX graphs without their weights.
+"""Write ``weights/vild-photo-graphs.zip``: the default's ONNX graphs, also in 8 bits, without their weights.
 
-    python scripts/build_graphs.py      # after new weights, or a change of ovd/runtime/export.py; needs torch
+    python scripts/build_graphs.py                    # after a change of ovd/runtime/export.py; needs torch
+    python scripts/build_graphs.py --photos FOLDER    # after new weights, too: ranges for 8 bits from these photos
 
-With it `make demo`, `make wheel` and the container export the default without torch (`ovd.runtime.assemble`).
+With it the default is exported without torch and without photos (`ovd.runtime.assemble`).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import shutil
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,43 +25,105 @@ from safetensors import safe_open
 
 from ovd.export import export
 from ovd.modeling.export import read_card
-from ovd.runtime.assemble import FORMS, Tensor, graphs_of, write_archive
-from ovd.runtime.files import SOURCES
+from ovd.runtime.assemble import COPIED, FORMS, INT8, LISTING, RANGES, Tensor, graphs_of, patches_of, write_archive
+from ovd.runtime.files import SOURCES, read_runtime_card, write_runtime_card
+from ovd.runtime.quantise import Ranges, measured, read_photos, write_quantised
 from ovd.weights import DEFAULT, detector_folder
-from pretrain.engine.errors import run_cli
+from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import sha256_of
 
 LEAST = 256  # bytes of a tensor that is cut out
+ALIKE = 0.05  # share of a tensor's bytes that may be patched
+RANGES_OF = "64 scenes of the validation part of the photographs that the weights were chosen on"
 
 
 def main(argv: list[str]) -> int:
-    """Export, cut, write; returns the exit status."""
-    argparse.ArgumentParser(description="Write the default's ONNX graphs without their weights.").parse_args(argv)
+    """Export, quantise, cut, write; returns the exit status."""
+    flags = argparse.ArgumentParser(description="Write the default's ONNX graphs without their weights.")
+    flags.add_argument("--photos", type=Path, metavar="FOLDER", help="to measure ranges on (default: keep the ranges)")
+    options = flags.parse_args(argv)
     folder = detector_folder(DEFAULT)
-    root = folder.parent
-    known: dict[bytes, Tensor] = {}
-    for source in [*(f"{folder.name}/{name}" for name in SOURCES), f"{read_card(folder).encoder}/model.safetensors"]:
-        with safe_open(root / source, framework="numpy") as tensors:
-            for name in tensors.keys():
-                for form, bytes_of in FORMS.items():
-                    known.setdefault(bytes_of(tensors.get_tensor(name)), (source, name, form))
+    archive, root = graphs_of(folder), folder.parent
+    sources = [*(f"{folder.name}/{name}" for name in SOURCES), f"{read_card(folder).encoder}/model.safetensors"]
+    known = tensors_of(root, sources)
     with tempfile.TemporaryDirectory() as place:
         exported = export(DEFAULT, Path(place, folder.name))
-        pieces = {
-            file.name: {data: known[data] for data in stored(file) if len(data) >= LEAST and data in known}
-            for file in exported.iterdir()
-        }
-        write_archive(exported, graphs_of(folder), pieces, root)
-    print(f"{graphs_of(folder)}: {graphs_of(folder).stat().st_size / 1e6:.2f} MB")
+        card = read_runtime_card(exported)
+        if options.photos is None:
+            ranges = ranges_in(archive, root)
+        else:
+            ranges = measured(exported, card, (), read_photos(options.photos))
+        small = Path(shutil.copytree(exported, Path(place, "int8")))
+        write_quantised(small, ranges)
+        write_runtime_card(small, replace(card, precision="int8", ranges=RANGES_OF))
+        files = {file.name: file.read_bytes() for file in exported.iterdir() if file.name not in COPIED}
+        for file in small.iterdir():
+            if file.name not in COPIED and file.read_bytes() != files[file.name]:
+                files[INT8 + file.name] = file.read_bytes()
+    pieces = {name: pieces_of(name, data, known) for name, data in files.items()}
+    beside = {RANGES: json.dumps(ranges).encode()}
+    write_archive(files, archive, pieces, root, beside=beside)
+    print(f"{archive}: {archive.stat().st_size / 1e6:.2f} MB")
     return 0
 
 
-def stored(file: Path) -> Iterator[bytes]:
-    """The bytes of all tensors in a file of an export."""
-    if file.suffix == ".onnx":
-        for tensor in onnx.load(file).graph.initializer:
-            yield tensor.raw_data
-    elif file.suffix == ".npy":
-        yield np.load(file).tobytes()
+def ranges_in(archive: Path, root: Path) -> dict[str, Ranges]:
+    """The ranges that an archive holds.
+
+    Raises:
+        UserError: none, or those of other weights.
+    """
+    if archive.is_file():
+        with zipfile.ZipFile(archive) as packed:
+            sources = json.loads(packed.read(LISTING))["sources"]
+            if RANGES in packed.namelist() and all(sha256_of(root / name) == sources[name] for name in sources):
+                return dict(json.loads(packed.read(RANGES)))
+    raise UserError(f"{archive}: has no ranges of these weights; give --photos FOLDER")
+
+
+def tensors_of(root: Path, sources: list[str]) -> dict[bytes, Tensor]:
+    """Bytes of each stored tensor in each form."""
+    known: dict[bytes, Tensor] = {}
+    for source in sources:
+        with safe_open(root / source, framework="numpy") as tensors:
+            for name in tensors.keys():
+                values = tensors.get_tensor(name)
+                for form, bytes_of in FORMS.items():
+                    if form != "int8" or values.ndim == 4:
+                        known.setdefault(bytes_of(values), Tensor(source, name, form))
+    return known
+
+
+def pieces_of(name: str, data: bytes, known: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
+    """The stored tensors in a file of an export, by their bytes there; those in 8 bits may differ in a few channels."""
+    pieces: dict[bytes, Tensor] = {}
+    for stored, int8 in tensors_in(name, data):
+        if len(stored) < LEAST:
+            continue
+        if stored in known:
+            pieces[stored] = known[stored]
+        elif int8:
+            near = [(_differing(stored, other), other) for other, t in known.items() if t.form == "int8"]
+            share, other = min(near)
+            if share <= ALIKE:
+                pieces[stored] = known[other]._replace(patches=patches_of(stored, other))
+    return pieces
+
+
+def _differing(one: bytes, other: bytes) -> float:
+    """Share of bytes that are others."""
+    if len(one) != len(other):
+        return 1.0
+    return float((np.frombuffer(one, np.uint8) != np.frombuffer(other, np.uint8)).mean())
+
+
+def tensors_in(name: str, data: bytes) -> Iterator[tuple[bytes, bool]]:
+    """The bytes of all tensors in a file of an export, and whether they are numbers of 8 bits."""
+    if name.endswith(".onnx"):
+        for tensor in onnx.load_from_string(data).graph.initializer:
+            yield tensor.raw_data, tensor.data_type == onnx.TensorProto.INT8
+    elif name.endswith(".npy"):
+        yield np.load(io.BytesIO(data)).tobytes(), False
 
 
 if __name__ == "__main__":

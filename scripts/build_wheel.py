@@ -12,6 +12,7 @@ and they are removed afterwards.
 from __future__ import annotations
 
 import argparse
+import filecmp
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from ovd.export import export
+from ovd.runtime.files import INT8_BESIDE
 from ovd.weights import DEFAULT, SHIPPED, add_weights
 from pretrain.engine.errors import UserError, run_cli
 
@@ -38,7 +40,9 @@ def build(out: Path) -> Path:
     try:
         shutil.copytree(ROOT / "configs", configs)
         with tempfile.TemporaryDirectory() as folder:
-            add_weights(export(DEFAULT, Path(folder, DEFAULT)), DEFAULT, shipped)
+            exported = export(DEFAULT, Path(folder, DEFAULT))
+            add_int8(exported, export(DEFAULT, Path(folder, "int8"), int8=True))
+            add_weights(exported, DEFAULT, shipped)
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
             command += ["--no-build-isolation", "--wheel-dir", folder, str(ROOT)]
             if subprocess.run(command, check=False).returncode:
@@ -52,6 +56,14 @@ def build(out: Path) -> Path:
     if wheel.stat().st_size > LARGEST:
         raise UserError(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}")
     return wheel
+
+
+def add_int8(exported: Path, small: Path) -> None:
+    """Put into an export what is another file in 8 bits; `ovd.runtime.files.part_of` takes the rest from outside."""
+    (exported / INT8_BESIDE).mkdir()
+    for file in small.iterdir():
+        if not filecmp.cmp(file, exported / file.name, shallow=False):
+            shutil.copy(file, exported / INT8_BESIDE)
 
 
 def main(argv: list[str]) -> int:

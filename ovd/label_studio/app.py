@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from ovd.demo.bodies import BodyReader, Limits, Reply, length_of, replay
 from ovd.demo.names import Names, Refused
 from ovd.label_studio.backend import Backend, Task
+from ovd.label_studio.interactive import read_drawn
 from ovd.label_studio.reason import reason_header
 from pretrain.engine.errors import UserError
 
@@ -118,13 +119,17 @@ def build_app(backend: Backend) -> Starlette:
         nonlocal waiting
         since = time.monotonic()
         body = _object(await request.body())
-        config, tasks = _text(body, "label_config"), _tasks(body)
+        config, tasks, drawn = _text(body, "label_config"), _tasks(body), read_drawn(body)
         if waiting >= WAITING:
             return _problem(503, f"{waiting} requests wait already; try again in a minute", retry=60)
         waiting += 1
         try:
             async with turn:
-                results = await run_in_threadpool(backend.predict, config, tasks, since=since)
+                results: object
+                if drawn is None:
+                    results = await run_in_threadpool(backend.predict, config, tasks, since=since)
+                else:  # by its page, which wants the task's one prediction, not a list of them
+                    results = [await run_in_threadpool(backend.similar, config, tasks[0], drawn)]
                 plan = backend.plan(config)
         finally:
             waiting -= 1

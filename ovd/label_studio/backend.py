@@ -16,9 +16,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
+from ovd.label_studio.answers import Prediction, Result, prediction_of, results_of
 from ovd.label_studio.config import BoxControl, read_config
+from ovd.label_studio.interactive import Drawn, similar_results
 from ovd.pictures import to_rgb
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary, VocabularyClass
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ovd.detections import Detections
     from ovd.detector import Detector
     from ovd.label_studio.pictures import PictureSource
 
@@ -38,43 +39,6 @@ SECONDS = 80.0
 """Budget of a request, below the 100 that Label Studio waits (``ML_TIMEOUT_PREDICT``)."""
 PLANS = 32
 """Labelling configurations that are remembered: each costs an embedding of its words."""
-
-
-class _Labels(TypedDict, total=False):
-    rectanglelabels: list[str]
-    labels: list[str]
-
-
-class Value(_Labels):
-    """Corner, width and height in per cent of the picture, and the label."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    rotation: int
-
-
-class Result(TypedDict):
-    """One entry of a prediction's ``result``."""
-
-    id: str
-    from_name: str
-    to_name: str
-    type: str
-    original_width: int
-    original_height: int
-    image_rotation: int
-    score: float
-    value: Value
-
-
-class Prediction(TypedDict):
-    """What Label Studio stores of a task; ``score`` is that of its most doubtful box, None without any."""
-
-    model_version: str
-    score: float | None
-    result: list[Result]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +151,26 @@ class Backend:
             raise problems[0]
         return answers
 
+    def similar(self, config: str, task: Task, drawn: Drawn) -> Prediction:
+        """What looks like a rectangle that somebody drew, under its label; it finds by the crop, not by words.
+
+        Raises:
+            UserError: see `read_config`; a rectangle that is too small or belongs to no control; a picture that cannot
+                be used; weights that cannot search by example.
+        """
+        plan = self.plan(config)
+        names = {part.control for part in drawn.parts}
+        for control, _ in plan.controls:
+            if control.image == drawn.image and names & {control.name, control.rectangle}:
+                break
+        else:
+            raise UserError(f"the rectangle was drawn with {', '.join(sorted(names))!r}, which takes no boxes here")
+        pixels = self._pixels(task, control)
+        height, width = pixels.shape[:2]
+        query = self._detector.query(examples=[(drawn.name, drawn.box(height, width))], picture=pixels)
+        found = self._detector.answer(pixels, query, threshold=self._threshold)
+        return prediction_of(plan.version, similar_results(drawn, found))
+
     def _query(self, control: BoxControl) -> Query:
         classes = tuple(VocabularyClass(label.words[0], label.words[1:]) for label in control.labels)
         return self._detector.query(Vocabulary(classes, self._detector.templates))
@@ -200,9 +184,8 @@ class Backend:
         for control, query in plan.controls:
             pixels = self._pixels(task, control)
             found = self._detector.answer(pixels, query, threshold=self._level(control, query))
-            results += _results(control, found)
-        scores = [result["score"] for result in results]
-        return {"model_version": plan.version, "score": min(scores, default=None), "result": results}
+            results += results_of(control, found)
+        return prediction_of(plan.version, results)
 
     def _pixels(self, task: Task, control: BoxControl) -> NDArray[np.uint8]:
         value = task.data.get(control.field)
@@ -212,36 +195,3 @@ class Backend:
             return to_rgb(self._pictures.read(value, task=task.id))
         except BadImageError as problem:
             raise UserError(f"its picture: {problem.reason}") from problem
-
-
-def _results(control: BoxControl, found: Detections) -> list[Result]:
-    """The boxes of one control; with ``<Labels>`` each is a pair, a rectangle and its label under one id."""
-    height, width = found.size
-    results: list[Result] = []
-    for number in range(len(found)):
-        x1, y1, x2, y2 = (float(v) for v in found.xyxy[number])
-        x1, x2 = max(0.0, x1) / width * 100, min(float(width), x2) / width * 100
-        y1, y2 = max(0.0, y1) / height * 100, min(float(height), y2) / height * 100
-        sides: Value = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "rotation": 0}
-        stored = [control.labels[found.class_id[number]].stored]
-        if control.rectangle is None:
-            parts: list[tuple[str, str, Value]] = [
-                (control.name, "rectanglelabels", {**sides, "rectanglelabels": stored})
-            ]
-        else:
-            parts = [(control.rectangle, "rectangle", sides), (control.name, "labels", {**sides, "labels": stored})]
-        results += [
-            {
-                "id": f"{control.image}-{control.name}-{number}",
-                "from_name": name,
-                "to_name": control.image,
-                "type": kind,
-                "original_width": width,
-                "original_height": height,
-                "image_rotation": 0,
-                "score": round(float(found.confidence[number]), 4),
-                "value": value,
-            }
-            for name, kind, value in parts
-        ]
-    return results

@@ -3,17 +3,21 @@
 
 "auto" takes ONNX Runtime where the folder is nothing but an export (`ovd.runtime.files`), and where an export lies
 beside the weights that it was made of and is the faster: on a CPU without bfloat16 arithmetic, when no GPU is asked for
-or found (docs/reports/runtime.md). Elsewhere it takes torch.
+or found (docs/reports/runtime.md). Elsewhere it takes torch. It never takes the export in 8 bits, "onnx-int8".
+
+Exports of the shipped default are written when they are asked for: `ovd.runtime.assemble` needs neither torch nor
+photos.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from ovd.runtime.files import find_export, stale
+from ovd.runtime.files import find_export, find_int8_export, stale
 from pretrain.engine.errors import NEEDS_TORCH, UserError
 
 if TYPE_CHECKING:
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
     from ovd.text import TextEncoder
 
-Runtime = Literal["auto", "onnx", "torch"]
+log = logging.getLogger(__name__)
+
+Runtime = Literal["auto", "onnx", "onnx-int8", "torch"]
 
 
 class Networks(NamedTuple):
@@ -56,7 +62,7 @@ def load_networks(
         UserError: the runtime cannot run these weights, with what to do.
     """
     if runtime not in get_args(Runtime):
-        raise UserError(f"runtime {runtime!r} is unknown: auto, onnx or torch")
+        raise UserError(f"runtime {runtime!r} is unknown: auto, onnx, onnx-int8 or torch")
     export = export_for(folder, card, runtime=runtime, device=device)
     if export is not None:
         from ovd.runtime.regions import load_onnx
@@ -74,21 +80,25 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
     if runtime == "torch":
         return None
     export = find_export(folder)
-    if runtime == "onnx":
+    if runtime in ("onnx", "onnx-int8"):
         if card.arch != "fvlm":
             raise UserError(
                 f"{folder.name} (model.arch {card.arch}) cannot be exported to ONNX, only detectors of photographs "
                 f"(fvlm) can; use runtime torch, which needs: {NEEDS_TORCH}"
             )
         if device not in ("auto", "cpu"):
-            raise UserError(f"runtime onnx runs on a CPU, not on {device}; use runtime torch")
+            raise UserError(f"runtime {runtime} runs on a CPU, not on {device}; use runtime torch")
+        int8 = runtime == "onnx-int8"
+        export = _export_of(folder, card, int8=int8)
         if export is None:
             raise UserError(
-                f"{folder}: no export for ONNX Runtime; write one: wordbox export --format onnx --weights "
-                f"{folder.name} (this needs torch)"
+                f"{folder}: no export for ONNX Runtime{' in 8 bits' if int8 else ''}; write one: wordbox export "
+                f"--format onnx{' --int8' if int8 else ''} --weights {folder.name} (this needs torch)"
             )
         if stale(folder, export, card.own):
             raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
+        if int8 and _computes_int8() is False:
+            log.warning("this CPU has no instructions for products of 8 bits (VNNI): runtime onnx may be faster here")
         return export
     if export is None or device not in ("auto", "cpu"):
         return None
@@ -98,12 +108,33 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
     return None if slower or stale(folder, export, card.own) else export
 
 
+def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:
+    """The export in a detector's folder, else that of the archive beside it."""
+    export = find_int8_export(folder) if int8 else find_export(folder)
+    if export == folder or card.own:
+        return export
+    from ovd.runtime.assemble import kept_export
+
+    return kept_export(folder, int8=int8) or export
+
+
+def _cpu_flags() -> str | None:
+    """What Linux says of the CPU; None elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+
+
 def _computes_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16, in which torch runs the networks; only Linux tells."""
-    try:
-        return "_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
+    return "_bf16" in (_cpu_flags() or "")
+
+
+def _computes_int8() -> bool | None:
+    """Whether the CPU adds up products of 8 bits in one instruction (VNNI, or Arm's dot product); None: not known."""
+    flags = _cpu_flags()
+    return None if flags is None else "_vnni" in flags or "asimddp" in flags
 
 
 def _load_torch(

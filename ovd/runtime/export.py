@@ -61,7 +61,7 @@ class _Cells(nn.Module):
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
-        network = detector.proposer.model.float()
+        network = detector.proposer.model
         self.backbone, self.neck = network.backbone.csp, network.backbone.neck
         self.heads = network.proposal_generator.heads
 
@@ -87,7 +87,7 @@ class _Tower(nn.Module):
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
-        tower = detector.tower.float()
+        tower = detector.tower
         self.stem, self.stages, self.top, self.proj = tower.stem, tower.stages, tower.top, tower.proj
         self.fine_stage = tower.fine_stage
 
@@ -105,7 +105,7 @@ class _Regions(nn.Module):
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
-        self.head, self.proj, self.pool = detector.head.float(), detector.tower.proj, detector.tower.pool
+        self.head, self.proj, self.pool = detector.head, detector.tower.proj, detector.tower.pool
         self.image_head = detector.image_head
 
     def forward(
@@ -148,7 +148,14 @@ class _BagOfWords(nn.Module):
         return self.text.proj(F.gelu(self.text.hidden(bag))) + self.text.skip(bag)
 
 
-def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Sequence[NDArray[np.uint8]] = ()) -> None:
+def export_onnx(
+    source: Path,
+    encoder: JointEncoder,
+    target: Path,
+    *,
+    photos: Sequence[NDArray[np.uint8]] = (),
+    photos_are: str = "",
+) -> None:
     """Write the export of a detector's folder; `ovd.runtime.files` says what is in it.
 
     Args:
@@ -156,6 +163,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Se
         encoder: its encoder.
         target: is made, and replaced where it is an export.
         photos: (H, W, 3) RGB; where there are any, convolutions are quantised for them (`ovd.runtime.quantise`).
+        photos_are: what they are, for the card.
 
     Raises:
         UserError: networks of which this knows no export.
@@ -165,7 +173,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Se
     except ImportError as problem:
         raise UserError("export --format onnx needs the package onnx: pip install onnx") from problem
     card = read_card(source)
-    detector, background = load_fvlm(source, card, encoder)
+    detector, background = load_fvlm(source, card, encoder, precision=torch.float32)
     proposals = read_proposal_card(source / PROPOSALS_FOLDER)
     if detector.proposer.model.proposal_generator.ranking != "words":
         raise UserError(f"{source}: only proposals that are ranked by words can be exported to ONNX")
@@ -202,6 +210,7 @@ def export_onnx(source: Path, encoder: JointEncoder, target: Path, *, photos: Se
         pre_nms=generator.pre_nms,
         post_nms=generator.post_nms,
         precision="int8" if photos else "float32",
+        ranges=photos_are if photos else "",
     )
     if photos:
         from ovd.runtime.quantise import quantise

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 FORMAT = "wordbox-onnx/1"
 CARD = "runtime.json"
 BESIDE, INT8_BESIDE = "onnx", "onnx-int8"
-"""Folders of exports in the folder of the weights that they were made of; the second is run where it is asked for."""
+"""Folders of exports in the folder of the weights that they were made of, in single precision and in 8 bits.
+
+In an installed wheel the weights' folder is an export itself, and the second holds only the files that differ.
+"""
 PROPOSALS, TOWER, REGIONS, TEXT = "proposals.onnx", "tower.onnx", "regions.onnx", "text.onnx"
 BACKGROUND, MERGES = "background_words.npy", "merges.txt"
 SOURCES = ("model.safetensors", "proposals/model.safetensors")
@@ -58,6 +61,7 @@ class RuntimeCard:
         strides: of its levels, pixels.
         nms, pre_nms, post_nms: see `ovd.modeling.proposals.network.DenseProposals`.
         precision: of the convolutions: "float32", or "int8" (`ovd.runtime.quantise`).
+        ranges: of 8 bits: the photos that they are the ranges of, in words.
     """
 
     sources: dict[str, str]
@@ -79,6 +83,7 @@ class RuntimeCard:
     pre_nms: int
     post_nms: int
     precision: str = "float32"
+    ranges: str = ""
     format: str = FORMAT
 
 
@@ -120,8 +125,24 @@ def find_export(folder: Path) -> Path | None:
     return next((place for place in (folder, folder / BESIDE) if (place / CARD).is_file()), None)
 
 
+def find_int8_export(folder: Path) -> Path | None:
+    """The same in 8 bits."""
+    if (folder / CARD).is_file() and read_runtime_card(folder).precision == "int8":
+        return folder
+    beside = folder / INT8_BESIDE
+    return beside if (beside / CARD).is_file() else None
+
+
+def part_of(export: Path, name: str) -> Path:
+    """A file of an export; see `INT8_BESIDE`."""
+    outer = export.parent / name
+    return outer if export.name == INT8_BESIDE and not (export / name).exists() and outer.is_file() else export / name
+
+
 def stale(folder: Path, export: Path, finetuned: Sequence[FinetunedCard]) -> bool:
     """Whether an export was made of other weights, or other branches of fine-tuned classes, than lie beside it."""
     if export == folder:
         return False
-    return read_runtime_card(export).sources != sources_of(folder, finetuned)
+    whole = (folder / CARD).is_file()  # of a wheel
+    made_of = read_runtime_card(folder).sources if whole else sources_of(folder, finetuned)
+    return read_runtime_card(export).sources != made_of

@@ -10,9 +10,9 @@ answer, keep single precision; so do the region head and the text tower.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ MOST = 64
 """Photos that are looked at; more change no range that matters, and take time."""
 SEEN = 1024
 """Longest side, in pixels, at which they are held in memory; the networks look at smaller ones."""
+Ranges: TypeAlias = Mapping[str, tuple[float, float]]
+"""Of a graph: the least and the greatest value of each tensor."""
 QUANTISED = ("Conv", "LeakyRelu", "Relu", "Clip", "Add", "Concat", "MaxPool", "Resize")
 
 
@@ -52,15 +54,38 @@ def quantise(
     Raises:
         UserError: ONNX Runtime cannot quantise a graph.
     """
+    write_quantised(folder, measured(folder, card, finetuned, photos))
+
+
+def measured(
+    folder: Path, card: RuntimeCard, finetuned: Sequence[FinetunedCard], photos: Sequence[NDArray[np.uint8]]
+) -> dict[str, Ranges]:
+    """The ranges of each graph of an export that is quantised; arguments and errors as of `quantise`."""
 
     def small(side: int) -> list[NDArray[np.uint8]]:
         return [resized(photo, side / max(photo.shape[:2])) for photo in photos]
 
     cells = [pixels_for_cells(photo, card) for side in card.proposal_sides for photo in small(side)]
-    _quantise(folder / PROPOSALS, cells)
-    _quantise(folder / TOWER, [pixels_for_tower(photo, card) for photo in small(card.side)])
+    inputs = {PROPOSALS: cells, TOWER: [pixels_for_tower(photo, card) for photo in small(card.side)]}
     for branch in finetuned:
-        _quantise(folder / branch_graph(branch), [pixels_for_cells(photo, card) for photo in small(branch.side)])
+        inputs[branch_graph(branch)] = [pixels_for_cells(photo, card) for photo in small(branch.side)]
+    return {name: _ranges(folder / name, pixels) for name, pixels in inputs.items()}
+
+
+def write_quantised(folder: Path, ranges: Mapping[str, Ranges]) -> None:
+    """Replace graphs of an export by quantised ones.
+
+    Args:
+        folder: of the export.
+        ranges: of each graph, by its file's name.
+
+    Raises:
+        UserError: ONNX Runtime cannot quantise a graph, or ranges are of another one.
+    """
+    import onnx
+
+    for name, one in ranges.items():
+        onnx.save(quantised(folder / name, one), str(folder / name))
 
 
 def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
@@ -78,53 +103,125 @@ def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
     return photos
 
 
-def _quantise(file: Path, inputs: Sequence[Floats]) -> None:
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+def quantised(
+    file: Path, ranges: Ranges, *, kept: Callable[[onnx.GraphProto], list[str]] | None = None, per_channel: bool = True
+) -> onnx.ModelProto:
+    """A graph with its convolutions in 8 bits.
 
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, file.name)
-        model = _folded(file, plain)
-        try:
-            quantize_static(
-                plain,
-                file,
-                _Photos(inputs),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(QUANTISED),
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=_kept(model.graph),
-                calibrate_method=CalibrationMethod.MinMax,
-            )
-        except Exception as problem:  # ONNX Runtime's own exceptions have no common base that it names
-            raise UserError(f"{file.name}: ONNX Runtime cannot quantise it ({problem}); leave --int8 out") from problem
-    model = onnx.load(str(file))
-    halve(model.graph)
-    onnx.save(model, str(file))
+    Args:
+        file: of an export, in single precision.
+        ranges: of its tensors.
+        kept: names of the nodes that stay in single precision; None: `outermost`.
+        per_channel: scales of weights for each output channel, else for each tensor.
+
+    Raises:
+        UserError: see `write_quantised`.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    model = prepared(file)
+    stay = (kept or outermost)(model.graph)
+    _fold(model.graph, stay)
+    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
+    try:
+        quantizer = QDQQuantizer(
+            model,
+            per_channel,
+            False,  # weights in 8 bits, not 7
+            QuantType.QInt8,
+            QuantType.QUInt8,
+            TensorsData(CalibrationMethod.MinMax, data),
+            [],  # no list of nodes: all of these kinds
+            stay,
+            list(QUANTISED),
+            {},
+        )
+        quantizer.quantize_model()
+    except Exception as problem:  # ONNX Runtime's own exceptions have no common base that it names
+        raise UserError(f"{file.name}: ONNX Runtime cannot quantise it ({problem}); leave --int8 out") from problem
+    result = quantizer.model.model
+    halve(result.graph)
+    return result
 
 
-def _folded(file: Path, target: Path) -> onnx.ModelProto:
-    """Write the graph in single precision with batch norms inside their convolutions; returns it."""
+def prepared(file: Path) -> onnx.ModelProto:
+    """A graph in single precision without what a runtime would remove before it runs; batch norms stay."""
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(target)
-    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    model = onnx.load(str(target))
-    # What quantize_static asks for; else it warns that a graph was not prepared.
-    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    with tempfile.TemporaryDirectory() as folder:
+        target = str(Path(folder, file.name))
+        options.optimized_model_filepath = target
+        onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConvBNFusion"]
+        )
+        model = onnx.load(target)
     for number, node in enumerate(model.graph.node):
         node.name = node.name or f"{node.op_type}_{number}"
-    onnx.save(model, str(target))
     return model
 
 
-def _kept(graph: onnx.GraphProto) -> list[str]:
+def _ranges(file: Path, inputs: Sequence[Floats]) -> Ranges:
+    """The least and the greatest value of each tensor that is quantised."""
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, file.name)
+        model = prepared(file)
+        _fold(model.graph, outermost(model.graph))
+        onnx.save(model, str(plain))
+        try:
+            calibrator = create_calibrator(
+                plain,
+                list(QUANTISED),
+                augmented_model_path=str(Path(folder, "augmented.onnx")),
+                calibrate_method=CalibrationMethod.MinMax,
+            )
+            calibrator.collect_data(_Photos(inputs))
+            found = calibrator.compute_data()
+        except Exception as problem:  # see `quantised`
+            raise UserError(f"{file.name}: ONNX Runtime cannot quantise it ({problem}); leave --int8 out") from problem
+    return {name: (data.lowest.item(), data.highest.item()) for name, data in found.items()}
+
+
+def _fold(graph: onnx.GraphProto, kept: Sequence[str]) -> None:
+    """Put batch norms into the convolutions before them that are quantised.
+
+    The others keep theirs, and so their weights as they are stored; the runtime folds them.
+    """
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    norms = {node.input[0]: node for node in graph.node if node.op_type == "BatchNormalization"}
+    for node in list(graph.node):
+        norm = norms.get(node.output[0])
+        if node.op_type != "Conv" or norm is None or node.name in kept:
+            continue
+        weights = tensors[node.input[1]]
+        scale, offset, mean, variance = (numpy_helper.to_array(tensors[name]) for name in norm.input[1:])
+        (epsilon,) = (attribute.f for attribute in norm.attribute if attribute.name == "epsilon")
+        factor = scale / np.sqrt(variance + np.float32(epsilon))
+        before = numpy_helper.to_array(tensors[node.input[2]]) if len(node.input) > 2 else np.float32(0)
+        folded = numpy_helper.to_array(weights) * factor[:, None, None, None]
+        weights.CopyFrom(numpy_helper.from_array(folded, weights.name))
+        bias = numpy_helper.from_array((before - mean) * factor + offset, f"{weights.name}.bias")
+        graph.initializer.append(bias)
+        node.input[:] = [node.input[0], weights.name, bias.name]
+        node.output[:] = norm.output
+        graph.node.remove(norm)
+    used = {name for node in graph.node for name in node.input}
+    unused = [tensor for tensor in graph.initializer if tensor.name not in used]
+    for tensor in unused:
+        graph.initializer.remove(tensor)
+
+
+def outermost(graph: onnx.GraphProto) -> list[str]:
     """Names of the convolutions that stay in single precision: without another one before them, or after them."""
     first: list[str] = []
     following: set[str] = set()  # tensors that a convolution had a part in

@@ -25,7 +25,7 @@ from ovd.modeling.export import DetectorCard
 from ovd.pictures import resized
 from ovd.runtime.cells import CellGraph, padded
 from ovd.runtime.encoder import OnnxEncoder
-from ovd.runtime.files import BACKGROUND, PROPOSALS, REGIONS, TOWER, RuntimeCard, read_runtime_card
+from ovd.runtime.files import BACKGROUND, PROPOSALS, REGIONS, TOWER, RuntimeCard, part_of, read_runtime_card
 from ovd.runtime.finetuned import OnnxBranches
 from ovd.runtime.session import Graph
 from pretrain.data.lexicon import read_lexicon
@@ -78,8 +78,8 @@ class OnnxNetwork:
         threads: int | None = None,
     ) -> None:
         self.card, self.scale, self.sides = card, card.scale, card.proposal_sides
-        self._proposals = CellGraph(folder / PROPOSALS, card, threads=threads)
-        self._head, self._tower, self._finetuned = Graph(folder / REGIONS, threads=threads), tower, finetuned
+        self._proposals = CellGraph(part_of(folder, PROPOSALS), card, threads=threads)
+        self._head, self._tower, self._finetuned = Graph(part_of(folder, REGIONS), threads=threads), tower, finetuned
 
     def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
         """See `FvlmNetwork`."""
@@ -157,10 +157,10 @@ def load_onnx(
     """
     card = read_runtime_card(folder)
     try:
-        background = np.load(folder / BACKGROUND).astype(np.float32)
+        background = np.load(part_of(folder, BACKGROUND)).astype(np.float32)
     except (OSError, ValueError) as problem:
         raise UserError(f"{folder / BACKGROUND}: cannot be read ({problem}); export the weights again") from problem
-    tower = Graph(folder / TOWER, threads=threads)
+    tower = Graph(part_of(folder, TOWER), threads=threads)
     lexicon = read_lexicon()
     names = FinetunedNames.of(detector.own, lexicon=lexicon)
     finetuned = None

@@ -12,6 +12,9 @@ from ovd.detector import Detector
 from ovd.export import export
 from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.fvlm_torch import TorchNetwork
+from ovd.modeling.fvlm.network import load_fvlm
+from ovd.weights import detector_folder
+from pretrain.nets.towers import JointEncoder
 
 PHOTOS = sorted((Path(__file__).resolve().parents[2] / "ovd/demo/examples/photos").glob("*.jpg"))
 
@@ -31,8 +34,8 @@ def by_onnx(exported: Path) -> Detector:
 def by_torch() -> Detector:
     """In single precision, as the graphs compute: bfloat16, torch's default here, moves boxes by itself."""
     detector = Detector.load("default", runtime="torch", device="cpu")
-    assert isinstance(detector.model, FvlmRegionModel) and isinstance(detector.model.network, TorchNetwork)
-    network = detector.model.network.model
-    network.tower.float().precision = torch.float32
-    network.proposer.model.float()
+    model, encoder = detector.model, detector.text.encoder
+    assert isinstance(model, FvlmRegionModel) and isinstance(encoder, JointEncoder)
+    exact, _ = load_fvlm(detector_folder("default"), model.card, encoder, precision=torch.float32)
+    model.network = TorchNetwork(exact)
     return detector

@@ -4,51 +4,98 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import shutil
+import zipfile
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from ovd.export import export
-from ovd.runtime.assemble import FORMS, assemble, bfloat16_rounded, cut, filled, graphs_of, write_archive
+from ovd.runtime.assemble import (
+    FORMS,
+    RANGES,
+    Tensor,
+    assemble,
+    cut,
+    filled,
+    graphs_of,
+    int8_channels,
+    kept_export,
+    patches_of,
+    write_archive,
+)
+from ovd.runtime.files import read_runtime_card, write_runtime_card
+from ovd.runtime.quantise import write_quantised
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import sha256_of
 
 
-def test_the_shipped_archive_gives_what_torch_writes(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where this fails after a change of the weights or of the export: ``python scripts/build_graphs.py``."""
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 
     def without_torch(name: str, package: str | None = None) -> ModuleSpec | None:
         return None if name == "torch" else find(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_torch)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_the_shipped_archive_gives_what_torch_writes(exported: Path, tmp_path: Path) -> None:
+    """Where this fails after a change of the weights or of the export: ``python scripts/build_graphs.py``."""
     made = export("default", tmp_path / "vild-photo")
-    assert {file.name for file in made.iterdir()} == {file.name for file in exported.iterdir()}
-    differing = [file.name for file in made.iterdir() if file.read_bytes() != (exported / file.name).read_bytes()]
-    assert differing == []
-    assert graphs_of(detector_folder("default")).stat().st_size < 500_000
+    assert contents(made) == contents(exported)
+    assert graphs_of(detector_folder("default")).stat().st_size < 700_000
 
 
-def test_bfloat16_is_torchs() -> None:
-    values = np.random.default_rng(0).standard_normal(4000).astype(np.float16)
-    values[:3] = 1 + 2.0**-8, 1 + 3 * 2.0**-8, 0  # halfway between two: to the even one
-    np.testing.assert_array_equal(bfloat16_rounded(values), torch.from_numpy(values).bfloat16().float().numpy())
+@pytest.mark.usefixtures("no_torch")
+def test_in_8_bits_too_it_gives_what_is_written_from_its_ranges(exported: Path, tmp_path: Path) -> None:
+    """Where this fails after a change of `ovd.runtime.quantise`, likewise."""
+    made = export("default", tmp_path / "vild-photo", int8=True)
+    with zipfile.ZipFile(graphs_of(detector_folder("default"))) as packed:
+        ranges = json.loads(packed.read(RANGES))
+    other = shutil.copytree(exported, tmp_path / "other")
+    write_quantised(other, ranges)
+    card = read_runtime_card(made)
+    assert card.precision == "int8" and "64 scenes of the validation part" in card.ranges
+    write_runtime_card(other, replace(read_runtime_card(exported), precision="int8", ranges=card.ranges))
+    assert contents(made) == contents(other)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: sha256_of(file) for file in folder.iterdir()}
 
 
 def test_what_is_cut_is_filled_again() -> None:
     data = b"head" + b"A" * 9 + b"middle" + b"B" * 5 + b"AB"
-    pieces = {b"A" * 9: ("f", "a", "half"), b"B" * 5: ("f", "b", "half"), b"not there": ("f", "c", "half")}
+    patches = patches_of(b"BBBBB", b"BxxBy")
+    assert patches == [(1, b"BB".hex()), (4, b"B".hex())]
+    pieces = {
+        b"A" * 9: Tensor("f", "a", "half"),
+        b"B" * 5: Tensor("f", "b", "int8", patches),
+        b"not there": Tensor("f", "c", "half"),
+    }
     rest, holes = cut(data, pieces)
     assert rest == b"headmiddleAB" and [hole[0] for hole in holes] == [4, 19]
-    by_name = {tensor: piece for piece, tensor in pieces.items()}
-    assert filled(rest, holes, lambda *tensor: by_name[tensor]) == data
+    stored = {"a": b"A" * 9, "b": b"BxxBy"}
+    assert filled(rest, json.loads(json.dumps(holes)), lambda file, name, form: stored[name]) == data
+
+
+def test_weights_in_8_bits_are_rounded_for_each_channel() -> None:
+    values = np.random.default_rng(0).standard_normal((3, 4, 2, 2)).astype(np.float32)
+    values[1] = 0
+    rounded = int8_channels(values)
+    for channel, stored in zip(rounded, values, strict=True):
+        step = float(np.abs(stored).max()) / 127
+        assert np.abs(channel * step - stored).max() <= step / 2 + 1e-6
+    assert rounded.dtype == np.int8 and [int(np.abs(one).max()) for one in rounded] == [127, 0, 127]
 
 
 @pytest.fixture
@@ -60,10 +107,13 @@ def small(tmp_path: Path) -> Path:
     values = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float16)
     save_file({"w": values}, folder / "model.safetensors")
     (folder / "model.json").write_text("{}")
-    pieces = {bytes_of(values): ("small/model.safetensors", "w", form) for form, bytes_of in FORMS.items()}
+    pieces = {bytes_of(values): Tensor("small/model.safetensors", "w", form) for form, bytes_of in FORMS.items()}
     (made / "graph.onnx").write_bytes(b"<" + b"|".join(pieces) + b">")
-    (made / "runtime.json").write_text('{"format": "x"}')
-    write_archive(made, graphs_of(folder), {"graph.onnx": pieces}, folder.parent)
+    for name, card in (("runtime.json", {"format": "x"}), ("int8.json", {"format": "x", "ranges": "of these"})):
+        (made / name).write_text(json.dumps(card))
+    files = {name: (made / name).read_bytes() for name in ("graph.onnx", "runtime.json")}
+    files["int8/runtime.json"] = (made / "int8.json").read_bytes()
+    write_archive(files, graphs_of(folder), {"graph.onnx": pieces}, folder.parent)
     return folder
 
 
@@ -80,6 +130,9 @@ def test_other_weights_and_damaged_archives_are_refused_and_leave_nothing(small:
     save_file({"w": np.zeros((7, 5), np.float16)}, small / "model.safetensors")
     with pytest.raises(UserError, match=r"is not what small-graphs\.zip was made of; scripts/build_graphs\.py"):
         assemble(small, out)
+    write_archive({"runtime.json": b"{}"}, archive, {}, small.parent)
+    with pytest.raises(UserError, match="has no graphs in 8 bits"):
+        assemble(small, out, int8=True)
     archive.write_bytes(whole[:-30])
     with pytest.raises(UserError, match=r"small-graphs\.zip: cannot be read"):
         assemble(small, out)
@@ -88,3 +141,47 @@ def test_other_weights_and_damaged_archives_are_refused_and_leave_nothing(small:
         assemble(small, out)
     assert not out.exists()
     shutil.rmtree(small.parent)
+
+
+def test_an_export_that_is_asked_for_is_written_once(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = kept_export(small, int8=False)
+    assert made == small / "onnx" and json.loads((made / "runtime.json").read_text()) == {"format": "x"}
+    monkeypatch.setattr("ovd.runtime.assemble.assemble", pytest.fail)
+    assert kept_export(small, int8=False) == made
+    monkeypatch.undo()
+    (made / "graph.onnx").write_bytes(b"of an earlier version")
+    kept_export(small, int8=False)
+    assert (made / "graph.onnx").read_bytes() == (tmp_path / "made/graph.onnx").read_bytes()
+    graphs_of(small).unlink()
+    assert kept_export(small, int8=False) is None
+
+
+def test_where_the_folder_may_not_be_written_it_lies_among_the_users_files(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORDBOX_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != small)
+    made = kept_export(small, int8=False)
+    assert made == tmp_path / "home/exports/small/onnx" and made.is_dir()
+    assert not (small / "onnx").exists()
+
+
+def test_one_in_8_bits_for_somebodys_photos_is_left(tmp_path: Path, exported: Path) -> None:
+    folder = tmp_path / "weights/vild-photo"
+    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns("onnx*"))
+    shutil.copytree(detector_folder("default").parent / "clip-photo", tmp_path / "weights/clip-photo")
+    shutil.copy(graphs_of(detector_folder("default")), graphs_of(folder))
+    mine = shutil.copytree(exported, folder / "onnx-int8")
+    card = replace(read_runtime_card(exported), precision="int8", ranges="64 photos of photos")
+    write_runtime_card(mine, card)
+    assert kept_export(folder, int8=True) == mine and read_runtime_card(mine) == card
+    write_runtime_card(mine, replace(card, ranges=shipped_ranges()))  # the archive's, but of another version
+    assert kept_export(folder, int8=True) == mine
+    assert (mine / "tower.onnx").stat().st_size < 0.75 * (exported / "tower.onnx").stat().st_size
+
+
+def shipped_ranges() -> str:
+    with zipfile.ZipFile(graphs_of(detector_folder("default"))) as packed:
+        return str(json.loads(packed.read("int8/runtime.json"))["ranges"])

@@ -16,12 +16,16 @@ from numpy.typing import NDArray
 
 from ovd import cli
 from ovd.detector import Detector
+from ovd.export import export
 from ovd.pictures import to_rgb
+from ovd.runtime import choice
 from ovd.runtime import export as writing
-from ovd.runtime.files import INT8_BESIDE, PROPOSALS, TOWER, read_runtime_card
+from ovd.runtime.assemble import graphs_of
+from ovd.runtime.files import CARD, INT8_BESIDE, PROPOSALS, TOWER, read_runtime_card
 from ovd.runtime.quantise import MOST, quantise, read_photos
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
+from scripts.build_wheel import add_int8
 from tests.runtime.conftest import PHOTOS
 
 WORDS = "person, dog, chicken, cup, guitar, drum, car, horse, wine bottle, sofa"
@@ -76,16 +80,55 @@ def test_photos_are_taken_evenly_from_a_folder(tmp_path: Path) -> None:
 def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def write(source: Path, encoder: object, target: Path, *, photos: Sequence[NDArray[np.uint8]]) -> None:
-        asked.update(target=target, photos=photos)
+    def write(
+        source: Path, encoder: object, target: Path, *, photos: Sequence[NDArray[np.uint8]], photos_are: str
+    ) -> None:
+        asked.update(target=target, photos=photos, photos_are=photos_are)
         raise UserError("far enough")
 
     monkeypatch.setattr(writing, "export_onnx", write)
-    for argv, folder, count in ((["--int8"], INT8_BESIDE, len(PHOTOS)), ([], "onnx", 0)):
+    mine = ["--int8", "--calibrate-on", str(PHOTOS[0].parent)]
+    for argv, folder, count in ((mine, INT8_BESIDE, len(PHOTOS)), ([], "onnx", 0)):
         with pytest.raises(UserError, match="far enough"):
             cli.main(["export", *argv])
         assert asked["target"] == detector_folder("default") / folder
-        assert len(asked["photos"]) == count
+        assert len(asked["photos"]) == count and f"{count} photos of" in asked["photos_are"]
+
+
+def test_without_photos_the_default_takes_the_ranges_that_came_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "export_onnx", pytest.fail)
+    assert cli.main(["export", "--int8", "--output", str(tmp_path / "small")]) == 0
+    card = read_runtime_card(tmp_path / "small")
+    assert card.precision == "int8" and "validation part" in card.ranges
+
+
+def test_8_bits_run_where_nothing_was_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "weights/vild-photo"
+    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns("onnx*"))
+    shutil.copytree(detector_folder("default").parent / "clip-photo", folder.parent / "clip-photo")
+    shutil.copy(graphs_of(detector_folder("default")), graphs_of(folder))
+    for flags, said in (("avx512_vnni", 0), ("avx2", 1), (None, 0)):
+        monkeypatch.setattr(choice, "_cpu_flags", lambda flags=flags: flags)
+        caplog.clear()
+        detector = Detector.load(folder, runtime="onnx-int8")
+        assert len([r for r in caplog.records if "VNNI" in r.message]) == said
+    assert read_runtime_card(folder / INT8_BESIDE).precision == "int8"
+    assert len(detector.find(PHOTOS[0], WORDS)) > 0
+
+
+def test_in_a_wheel_8_bits_hold_only_what_differs(exported: Path, tmp_path: Path) -> None:
+    whole, folder = export("default", tmp_path / "small", int8=True), shutil.copytree(exported, tmp_path / "wheel")
+    add_int8(folder, whole)
+    assert {file.name for file in (folder / INT8_BESIDE).iterdir()} == {PROPOSALS, TOWER, CARD}
+    one, other = (Detector.load(place, runtime="onnx-int8").find(PHOTOS[0], WORDS) for place in (whole, folder))
+    assert len(one) > 0
+    np.testing.assert_array_equal(one.xyxy, other.xyxy)
+    single = Detector.load(folder).find(PHOTOS[0], WORDS)
+    assert single.confidence.tolist() != one.confidence.tolist()
 
 
 @pytest.mark.parametrize(

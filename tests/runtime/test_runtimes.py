@@ -12,16 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from PIL import Image
+from safetensors.numpy import load_file
 
 from ovd import cli
 from ovd.detections import Detections
 from ovd.detector import Detector
+from ovd.inference.arrays import unit_rows
 from ovd.modeling.export import read_card
 from ovd.runtime import choice
 from ovd.runtime.choice import Runtime
-from ovd.runtime.files import BESIDE, CARD, SOURCES, find_export
+from ovd.runtime.files import BESIDE, CARD, PROPOSALS, REGIONS, SOURCES, TEXT, TOWER, find_export
+from ovd.runtime.halve import HALF_FROM
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import UserError
 from tests.runtime.conftest import PHOTOS
@@ -76,6 +81,27 @@ def test_pictures_of_any_shape(by_torch: Detector, by_onnx: Detector, size: tupl
 def test_an_export_is_the_same_weights(exported: Path, by_onnx: Detector) -> None:
     assert read_model_card(exported)["sha256"] == read_model_card(detector_folder("default"))["sha256"]
     assert by_onnx.card["settings"] == read_model_card(detector_folder("default"))["settings"]
+
+
+@pytest.mark.parametrize("file", [PROPOSALS, TOWER, REGIONS, TEXT])
+def test_graphs_hold_the_stored_weights_exactly(exported: Path, file: str) -> None:
+    folder = detector_folder("default")
+    stored = set()
+    for name in (*(folder / source for source in SOURCES), folder.parent / "clip-photo/model.safetensors"):
+        stored |= {values.tobytes() for values in load_file(name).values()}
+        stored |= {values.T.tobytes() for values in load_file(name).values()}
+    graph = onnx.load(str(exported / file)).graph
+    # Single precision: numbers that the exporter made, such as shapes and folded means, are small.
+    large = [numpy_helper.to_array(one) for one in graph.initializer if np.prod(one.dims) >= HALF_FROM]
+    assert len(large) >= 4
+    assert [values.shape for values in large if values.tobytes() not in stored] == []
+
+
+def test_crops_are_embedded_as_by_torch(by_torch: Detector, by_onnx: Detector) -> None:
+    side = by_onnx.text.encoder.image_size
+    crops = np.random.default_rng(0).integers(0, 256, (3, 3, side, side), dtype=np.uint8)
+    one, other = (unit_rows(detector.text.encoder.crop_rows(crops)) for detector in (by_torch, by_onnx))
+    np.testing.assert_allclose(other, one, atol=1e-4)
 
 
 WITHOUT = """
@@ -138,7 +164,9 @@ def test_a_command_that_needs_torch_names_the_line_that_installs_it() -> None:
     [
         ("vild-sticker", "onnx", "auto", r"model.arch mask_rcnn\) cannot be exported to ONNX.*wordbox\[train\]"),
         ("default", "onnx", "cuda", "runs on a CPU, not on cuda"),
-        ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx or torch"),
+        ("default", "onnx-int8", "cuda", "runtime onnx-int8 runs on a CPU, not on cuda"),
+        ("vild-sticker", "onnx-int8", "auto", r"model.arch mask_rcnn\) cannot be exported to ONNX"),
+        ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx, onnx-int8 or torch"),
     ],
 )
 def test_what_the_runtime_cannot_do_is_one_line(weights: str, runtime: Runtime, device: str, said: str) -> None:

@@ -53,6 +53,9 @@ def test_the_wheel_finds_the_checkouts_boxes(by_torch: Detector, tmp_path: Path)
         )
         np.testing.assert_allclose(corners, found.xyxy, atol=0.5)
         np.testing.assert_allclose([row["score"] for row in rows], found.confidence, atol=0.005)
+    small = tmp_path / "small"
+    run(wordbox, "predict", PHOTOS[0], "--classes", WORDS, "--runtime", "onnx-int8", "--out", small, where=tmp_path)
+    assert json.loads((small / "results.json").read_text())
     home = tmp_path / "home"
     run(wordbox, "weights", "add", ROOT / "weights/vild-sticker", "mine", where=tmp_path, WORDBOX_HOME=str(home))
     assert (home / "weights/mine/model.safetensors").is_file()

@@ -81,13 +81,17 @@ def known_words(config: FvlmConfig) -> tuple[str, ...]:
     return KNOWN_WORDS if config.known else ()
 
 
-def build_fvlm(config: FvlmConfig, *, proposer: PhotoProposer, encoder: JointEncoder) -> FvlmDetector:
-    """The detector with a head of random weights.
+def build_fvlm(
+    config: FvlmConfig, *, proposer: PhotoProposer, encoder: JointEncoder, precision: torch.dtype = torch.bfloat16
+) -> FvlmDetector:
+    """The detector with a head of random weights; ``precision``: of the image tower.
 
     Raises:
         UserError: the encoder has no image tower of timm.
     """
-    tower = FrozenTower(encoder, side=config.side, pool=config.head.pool, context=config.head.context)
+    tower = FrozenTower(
+        encoder, side=config.side, pool=config.head.pool, context=config.head.context, precision=precision
+    )
     head = FrozenFeatureHead(
         features=tower.features,
         known=len(known_words(config)),
@@ -108,9 +112,22 @@ def build_fvlm(config: FvlmConfig, *, proposer: PhotoProposer, encoder: JointEnc
 
 
 def load_fvlm(
-    folder: Path, card: DetectorCard, encoder: JointEncoder, *, device: str = "cpu"
+    folder: Path,
+    card: DetectorCard,
+    encoder: JointEncoder,
+    *,
+    device: str = "cpu",
+    precision: torch.dtype = torch.bfloat16,
 ) -> tuple[FvlmDetector, Tensor]:
     """(detector in eval mode, (B, D) embeddings of the background words) of an exported folder.
+
+    Args:
+        folder: of the detector.
+        card: its card.
+        encoder: its encoder.
+        device: where it runs.
+        precision: of proposal network and image tower, weights too: bfloat16 rounds the stored half precision, float32
+            holds it exactly.
 
     Raises:
         UserError: missing files, or tensors that do not fit the card.
@@ -118,8 +135,8 @@ def load_fvlm(
     config = card.architecture
     if not isinstance(config, FvlmConfig):
         raise UserError(f"{folder}: not a detector of model.arch fvlm")
-    proposer = load_proposals(folder / PROPOSALS, device=device)
-    detector = build_fvlm(config, proposer=proposer, encoder=encoder)
+    proposer = load_proposals(folder / PROPOSALS, device=device, precision=precision)
+    detector = build_fvlm(config, proposer=proposer, encoder=encoder, precision=precision)
     state, bank = exported_tensors(folder)
     load_exported(detector, state, folder)
     detector.tower.to(device)

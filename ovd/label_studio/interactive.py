@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rectangles that somebody draws with Label Studio's smart tool: what comes with a request, and what is like them.
+
+The page sends the rectangle as the ``context`` of a prediction of its one task, and shows the answer as suggestions.
+When these are accepted or rejected it removes the rectangle, so the answer begins with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ovd.detections import Detections
+from ovd.evaluation.typed import box_ious
+from ovd.inference.arrays import Floats
+from ovd.label_studio.answers import Result, Value, result_of, sides_of
+from pretrain.engine.errors import UserError
+
+SAME = 0.5
+"""IoU from which a box that was found is the one that was drawn."""
+LABELS = ("rectanglelabels", "labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One entry of a drawn region: with ``<Rectangle>`` and ``<Labels>`` a region has two.
+
+    Attributes:
+        control: ``from_name``.
+        kind: ``type``, such as "rectanglelabels"; "rectangle" where no label was chosen.
+        labels: that were chosen.
+    """
+
+    control: str
+    kind: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A rectangle that somebody drew.
+
+    Attributes:
+        id: of the region.
+        image: name of the ``<Image>`` that it lies on.
+        parts: its entries.
+        corner, size: per cent of the picture: left and top, width and height.
+        rotation: degrees, clockwise about the corner.
+    """
+
+    id: str
+    image: str
+    parts: tuple[Part, ...]
+    corner: tuple[float, float]
+    size: tuple[float, float]
+    rotation: float
+
+    @property
+    def name(self) -> str:
+        """What the thing in it is called: its label."""
+        return next((label for part in self.parts for label in part.labels), "object")
+
+    def box(self, height: int, width: int) -> Floats:
+        """(4,) the upright box around it, in pixels of a picture."""
+        (x, y), (w, h) = self.corner, self.size
+        across, down = np.array([w * width, 0]) / 100, np.array([0, h * height]) / 100
+        turn = math.radians(self.rotation)
+        matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        ends = np.stack([0 * across, matrix @ across, matrix @ down, matrix @ (across + down)])
+        ends += np.array([x * width, y * height]) / 100
+        return np.concatenate([ends.min(axis=0), ends.max(axis=0)]).astype(np.float32)
+
+
+def read_drawn(body: Mapping[str, object]) -> Drawn | None:
+    """The rectangle that a request for predictions is about; None: it is about none.
+
+    Args:
+        body: of the request.
+
+    Raises:
+        UserError: something was drawn, and it is no rectangle.
+    """
+    params = body.get("params")
+    context = params.get("context") if isinstance(params, dict) else None
+    entries = context.get("result") if isinstance(context, dict) else None
+    if not entries:
+        return None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError("the request's context has no list of regions (params.context.result)")
+    rectangles = [entry for entry in entries if entry.get("type") in ("rectangle", *LABELS) and _sides(entry)]
+    if not rectangles:
+        kinds = ", ".join(sorted({str(entry.get("type"))[:40] for entry in entries}))
+        raise UserError(f'what was drawn is no rectangle ({kinds}); set smart="true" on <RectangleLabels> alone')
+    last = rectangles[-1]  # of several the one that was drawn now
+    mine = [entry for entry in rectangles if entry.get("id") == last.get("id")]
+    x, y, width, height, rotation = _sides(last) or (0.0,) * 5
+    return Drawn(
+        id=str(last.get("id", "drawn"))[:100],
+        image=str(last.get("to_name", "")),
+        parts=tuple(_part(entry) for entry in mine),
+        corner=(x, y),
+        size=(width, height),
+        rotation=rotation,
+    )
+
+
+def _sides(entry: Mapping[str, object]) -> tuple[float, ...] | None:
+    """Left, top, width, height and rotation of an entry; None: it has no such numbers."""
+    value = entry.get("value")
+    if not isinstance(value, dict):
+        return None
+    given = [value.get("rotation", 0), *(value.get(key) for key in ("x", "y", "width", "height"))]
+    numbers = [float(one) for one in given if isinstance(one, (int, float)) and math.isfinite(one)]
+    return (*numbers[1:], numbers[0]) if len(numbers) == len(given) else None
+
+
+def _part(entry: Mapping[str, object]) -> Part:
+    value = entry.get("value")
+    assert isinstance(value, dict)
+    kind = str(entry.get("type"))
+    given = value.get(kind) if kind in LABELS else None
+    labels = tuple(str(label) for label in given) if isinstance(given, list) else ()
+    return Part(control=str(entry.get("from_name", "")), kind=kind, labels=labels)
+
+
+def similar_results(drawn: Drawn, found: Detections) -> list[Result]:
+    """The drawn rectangle, and the boxes that are like it, as regions with its label."""
+    height, width = found.size
+    overlap = box_ious(found.xyxy, drawn.box(height, width)[None])[:, 0]
+    others = [number for number in range(len(found)) if overlap[number] < SAME]
+    (x, y), (w, h) = drawn.corner, drawn.size
+    first: Value = {"x": x, "y": y, "width": w, "height": h, "rotation": drawn.rotation}
+    regions = [(first, 1.0), *((sides_of(found.xyxy[n], found.size), float(found.confidence[n])) for n in others)]
+    return [
+        result_of(
+            _with_labels(sides, part),
+            id=f"{drawn.id}-{number}",
+            control=part.control,
+            image=drawn.image,
+            kind=part.kind,
+            size=found.size,
+            score=score,
+        )
+        for number, (sides, score) in enumerate(regions)
+        for part in drawn.parts
+    ]
+
+
+def _with_labels(sides: Value, part: Part) -> Value:
+    if part.kind == "rectanglelabels":
+        return {**sides, "rectanglelabels": list(part.labels)}
+    return {**sides, "labels": list(part.labels)} if part.kind == "labels" else sides
