@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     import gradio as gr
 
-WAITING = 16  # the next one is told to come back
-UNFETCHED = 128  # askers whose messages are kept, the last ones; many more than wait at a time
+WAITING = 64  # the next one is told to come back
+FEW = 16  # so many wait whatever it takes, and with large questions, which are kept in memory meanwhile
+LONGEST = 60.0  # seconds that those before one may take, where more than `FEW` wait
+UNFETCHED = 3 * WAITING  # askers whose messages are kept: while one waits, those before it and those behind it move on
 BUSY, REST = 0.005, 0.2  # seconds between two looks of Gradio's loop
 REST_AFTER = 3.0  # seconds without a question
 
@@ -57,7 +59,7 @@ class Line:
 
     Args:
         page: its queue is the line.
-        waiting: questions that may wait while one is answered.
+        waiting: questions that may wait while one is answered; see also `FEW` and `LONGEST`.
         seconds: tells what one answer takes at present.
         at_rest: called in a thread when the last question has been answered for `REST_AFTER` seconds.
     """
@@ -89,10 +91,16 @@ class Line:
         """Questions that wait or are being answered."""
         return len(self._queue) + self._queue.get_active_worker_count() + self._entering
 
+    def is_full(self, *, large: bool = False) -> bool:
+        """Whether the next question, or the next large one, would have to wait too long."""
+        if len(self) <= FEW:
+            return False
+        return large or len(self) > self.most or self.how_long() > LONGEST
+
     @property
-    def is_full(self) -> bool:
-        """Whether `most` wait behind the one that is answered."""
-        return len(self) > self.most
+    def waiting(self) -> int:
+        """Questions behind the one that is answered."""
+        return max(0, len(self) - 1)
 
     def how_long(self) -> int:
         """Whole seconds until the line has come to its end, at least 1."""
