@@ -13,10 +13,11 @@ have an export. It needs torch; that of the shipped default is put together with
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from ovd.runtime.files import BESIDE, INT8_BESIDE
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
 
 EXAMPLES = Path(__file__).parent / "demo/examples/photos"
@@ -88,15 +89,20 @@ def export(weights: str | Path, output: Path | None = None, *, int8_photos: Path
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / CARD).is_file())):
         raise UserError(f"--output {target}: holds something that is no export; give another folder")
     if importlib.util.find_spec("torch") is None:
+        if int8_photos is not None:
+            raise UserError(f"--int8 needs torch, which is not installed: {NEEDS_TORCH}")
         from ovd.runtime.assemble import assemble
 
         assemble(source, target)
         return target
     from ovd.inference.encoder import load_encoder_of
     from ovd.runtime.export import export_onnx
-    from ovd.runtime.quantise import read_photos
+    from ovd.runtime.quantise import FEW, read_photos
 
     photos = () if int8_photos is None else read_photos(int8_photos)
+    if int8_photos not in (None, EXAMPLES) and len(photos) < FEW:
+        text = f"{len(photos)} photo{'s' if len(photos) != 1 else ''}, where {FEW} or more show which values occur"
+        print(f"warning: --calibrate-on {int8_photos}: {text}", file=sys.stderr)
     export_onnx(source, load_encoder_of(source, card), target, photos=photos)
     return target
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import NEEDS_TORCH, UserError
 from pretrain.engine.files import sha256_of, write_atomically
 
 if TYPE_CHECKING:
@@ -88,7 +88,10 @@ def assemble(folder: Path, target: Path) -> None:
     """
     archive = graphs_of(folder)
     if not archive.is_file():
-        raise UserError(f"{folder.name}: no {archive.name} beside it; export it where torch is installed")
+        raise UserError(
+            f"{folder}: no {archive.name} beside it, from which an export could be put together without torch; to "
+            f"write one, install it: {NEEDS_TORCH}"
+        )
     root = folder.parent
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+from ovd.runtime.assemble import graphs_of
 from ovd.runtime.files import find_export, stale
 from pretrain.engine.errors import NEEDS_TORCH, UserError
 
@@ -65,7 +66,12 @@ def load_networks(
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder}: holds an export for ONNX Runtime only; load it with runtime onnx on a CPU")
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"{folder.name} has no export for ONNX Runtime and needs torch: {NEEDS_TORCH}")
+        if runtime == "torch" or device not in ("auto", "cpu"):
+            asked = "runtime torch" if runtime == "torch" else f"device {device}"
+            raise UserError(f"{asked} needs torch, which is not installed: {NEEDS_TORCH}")
+        if graphs_of(folder).is_file():
+            raise UserError(f"{folder}: torch is not installed, and no export there; write it: {_writes(folder)}")
+        raise UserError(f"{folder} has no export for ONNX Runtime and needs torch: {NEEDS_TORCH}")
     return _load_torch(folder, card, device=device, threads=threads, masks=masks, regions=regions)
 
 
@@ -84,8 +90,8 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
             raise UserError(f"runtime onnx runs on a CPU, not on {device}; use runtime torch")
         if export is None:
             raise UserError(
-                f"{folder}: no export for ONNX Runtime; write one: wordbox export --format onnx --weights "
-                f"{folder.name} (this needs torch)"
+                f"{folder}: no export for ONNX Runtime; write one: {_writes(folder)}"
+                f"{'' if graphs_of(folder).is_file() else ' (this needs torch)'}"
             )
         if stale(folder, export, card.own):
             raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
@@ -96,6 +102,11 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
         return export
     slower = _computes_bfloat16() or (device == "auto" and shutil.which("nvidia-smi") is not None)
     return None if slower or stale(folder, export, card.own) else export
+
+
+def _writes(folder: Path) -> str:
+    """The command that writes an export beside the weights."""
+    return f"wordbox export --format onnx --weights {folder}"
 
 
 def _computes_bfloat16() -> bool:
