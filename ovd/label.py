@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -96,11 +97,13 @@ def main(argv: list[str]) -> int:
     )
     from ovd.contact_sheet import contact_sheet
     from ovd.formats.predictions import read_predictions
-    from ovd.formats.write import write_labels
+    from ovd.formats.write import about_outlines, write_labels
 
     labelled = with_parts(read_predictions(out / PREDICTIONS, dict(files)), options.val)
     if not labelled.pictures:
         raise UserError(f"none of the {len(files)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
+    if notice := about_outlines(labelled, options.format):
+        print(f"warning: {notice}", file=sys.stderr)
     write_labels(labelled, out, options.format, place=options.place)
     page = contact_sheet(
         labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)

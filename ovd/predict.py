@@ -165,6 +165,8 @@ def collect(given: Sequence[Path], *, without: Path | None = None) -> list[tuple
 
     pictures: dict[str, Path] = {}
     for place in given:
+        if without is not None and place.is_dir() and without.resolve() == place.resolve():
+            raise UserError(f"--out {without}: is the folder of the pictures; give another, such as {place / 'found'}")
         if place.is_dir():
             listing = find_images(place, without=without)
             if str(listing):
