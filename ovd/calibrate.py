@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from ovd.query_flags import add_encoder_flag
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.files import read_json, require_writable, require_writable_file, write_atomically
 from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
@@ -284,6 +284,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: a wrong flag, or no detector in the folder.
     """
     args = parser().parse_args(argv)
+    for flag, file in (("--report", args.report), ("--plot", args.plot)):
+        if file is not None:
+            require_writable_file(file, flag=flag)
     if args.encoder:
         if not args.data or args.crop_refinement:
             raise UserError("--encoder needs --data, labelled photos to fit on, and goes without --crop-refinement")
@@ -293,6 +296,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
     if (args.labels or args.part) and not args.data:
         raise UserError("--labels and --part go with --data")
+    require_writable(folder)
     return args
 
 
@@ -312,7 +316,7 @@ def main(argv: list[str]) -> int:
 
 def calibrate_on_photos(args: argparse.Namespace) -> int:
     """Fit on one half of the photos, measure on the other, then fit on all of them."""
-    from ovd.evaluation.photo_calibration import fit, measure, photos_of, prepare
+    from ovd.evaluation.photo_calibration import fit, measure, photos_of, prepare, require_boxes
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")
@@ -321,6 +325,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     for notice in photos.notices:
         print(f"warning: {notice}", file=sys.stderr)
+    require_boxes(photos, args.data)
     detector = load(args)
     typed = prepare(detector, photos)
     halves = [

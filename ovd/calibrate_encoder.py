@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from ovd.detector import Detector
 from ovd.evaluation.encoder_calibration import fit_encoder, prepare_encoder
-from ovd.evaluation.photo_calibration import measure, photos_of
+from ovd.evaluation.photo_calibration import measure, photos_of, require_boxes
 from ovd.evaluation.reliability import report_fit
 from ovd.user_files import StoredCalibration, calibration_file, calibration_key, write_calibration
 from ovd.weights import detector_folder
@@ -21,6 +21,7 @@ def calibrate_encoder(args: argparse.Namespace) -> int:
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     for notice in photos.notices:
         print(f"warning: {notice}", file=sys.stderr)
+    require_boxes(photos, args.data)
     detector = Detector.load(args.weights, device=args.device, cache_size=0, masks=False, encoder=args.encoder)
     typed = prepare_encoder(detector, photos, limit=2 * args.scenes)
     fit, report = (replace(typed, scenes=typed.scenes[n::2], named=typed.named[n::2]) for n in (0, 1))

@@ -16,10 +16,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ovd.formats.names import DATASET_FORMATS, FORMATS
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import BadImageError, UserError, run_cli
 from pretrain.engine.flags import CommandParser
+
+if TYPE_CHECKING:
+    from ovd.formats.shapes import LabelledPictures
 
 
 def parser() -> CommandParser:
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> int:
     from ovd.formats.labels import PARTS
     from ovd.formats.read import read_labels
     from ovd.formats.shapes import labelled_pictures
-    from ovd.formats.write import write_labels
+    from ovd.formats.write import about_outlines, write_labels
 
     part = options.part if options.part != "all" else None
     labels = read_labels(options.source, kind=options.kind, images=options.images, part=part)
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> int:
             f"{labels.where}: {len(missing)} of {len(labelled.pictures)} pictures are not there (first: {missing[0]}); "
             "give --images, or --pictures none"
         )
-    for notice in labelled.notices:
+    for notice in (*labelled.notices, *about_pictures(labelled)):
         print(f"warning: {labels.where}: {notice}", file=sys.stderr)
     crowds = sum(shape.crowd for picture in labelled.pictures for shape in picture.shapes)
     if crowds and options.to.startswith("yolo"):
@@ -73,6 +77,8 @@ def main(argv: list[str]) -> int:
     if options.to.startswith("yolo") and unlisted and len(unlisted) < len(parts):
         named = ", ".join(f"{count} of {part or 'no part'}" for part, count in unlisted.items())
         print(f"warning: not in data.yaml, which has train, val and test: {named} (--part chooses)", file=sys.stderr)
+    if boxes_only := about_outlines(labelled, options.to):
+        print(f"warning: {labels.where}: {boxes_only}", file=sys.stderr)
     write_labels(labelled, out, options.to, place=options.pictures)
     objects = sum(len(picture.shapes) for picture in labelled.pictures)
     print(
@@ -80,6 +86,31 @@ def main(argv: list[str]) -> int:
         f"{len(labelled.names)} classes in {out}"
     )
     return 0
+
+
+def about_pictures(labelled: LabelledPictures) -> list[str]:
+    """Notices on pictures that cannot be read, or are not of the size by which their labels are divided."""
+    from ovd.pictures import upright_size
+
+    unread, other = [], []
+    for picture in labelled.pictures:
+        if not picture.source.is_file():
+            continue
+        try:
+            actual = upright_size(picture.source)
+        except BadImageError as problem:
+            unread.append(str(problem))
+            continue
+        if actual != picture.size:
+            (height, width), (stated_height, stated_width) = actual, picture.size
+            other.append(f"{picture.source}: {width} × {height} pixels upright, not {stated_width} × {stated_height}")
+    total, notices = len(labelled.pictures), []
+    if unread:
+        notices.append(f"{len(unread)} of {total} pictures cannot be read (first: {unread[0]})")
+    if other:
+        text = "pictures are not of the size that their labels say, so that boxes may come out wrong"
+        notices.append(f"{len(other)} of {total} {text} (first: {other[0]})")
+    return notices
 
 
 if __name__ == "__main__":

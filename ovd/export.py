@@ -14,6 +14,7 @@ have an export. It needs torch; those of the shipped default are put together wi
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from ovd.runtime.files import BESIDE, INT8_BESIDE
@@ -98,9 +99,12 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
         return target
     from ovd.inference.encoder import load_encoder_of
     from ovd.runtime.export import export_onnx
-    from ovd.runtime.quantise import read_photos
+    from ovd.runtime.quantise import FEW, read_photos
 
     seen = read_photos(photos or EXAMPLES) if int8 else []
+    if photos is not None and len(seen) < FEW:
+        text = f"{len(seen)} photo{'s' if len(seen) != 1 else ''}, where {FEW} or more show which values occur"
+        print(f"warning: --calibrate-on {photos}: {text}", file=sys.stderr)
     which = f"{len(seen)} photos of {'the page' if photos is None else photos.name}"
     export_onnx(source, load_encoder_of(source, card), target, photos=seen, photos_are=which)
     return target

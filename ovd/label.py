@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -81,9 +82,10 @@ def main(argv: list[str]) -> int:
     examples = check_words(options)
     pictures = PictureFiles.collect(options.pictures, without=out)
     settings = {"format": options.format, "val": options.val, "pictures": options.place}
-    claim(out, settings, overwrite=options.overwrite)
+    require_ours(out, settings, overwrite=options.overwrite)
     masks = options.format == "yolo-seg" if options.masks is None else options.masks
     detector, query = load_query(options, examples, masks=masks)
+    claim(out, settings, overwrite=options.overwrite)  # only now: what is replaced must not be lost to a typing mistake
     failed = predict(
         detector=detector,
         pictures=pictures,
@@ -96,11 +98,13 @@ def main(argv: list[str]) -> int:
     )
     from ovd.contact_sheet import contact_sheet
     from ovd.formats.predictions import read_predictions
-    from ovd.formats.write import write_labels
+    from ovd.formats.write import about_outlines, write_labels
 
     labelled = with_parts(read_predictions(out / PREDICTIONS, pictures.paths), options.val)
     if not labelled.pictures:
         raise UserError(f"none of the {len(pictures)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
+    if notice := about_outlines(labelled, options.format):
+        print(f"warning: {notice}", file=sys.stderr)
     write_labels(labelled, out, options.format, place=options.place)
     page = contact_sheet(
         labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)
@@ -111,11 +115,11 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
-    """Make the folder ours, or find out that it already is; a data set of other settings goes with ``overwrite``.
+def require_ours(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
+    """Find out whether the data set may be written into the folder, or goes on there.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or a data set of other settings without ``overwrite``.
     """
     stamp = out / STAMP
     if stamp.is_file():
@@ -129,14 +133,19 @@ def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
                 f"{out}: holds a data set of another command: {'; '.join(changed)}. Give another --out, or --overwrite "
                 "to replace it"
             )
-        for name in WRITTEN if overwrite else ():
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is not empty, and no data set of wordbox label. Give another --out")
+
+
+def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
+    """Make the folder ours; an earlier data set goes with ``overwrite``."""
+    if overwrite and (out / STAMP).is_file():
+        for name in WRITTEN:
             if (path := out / name).is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is not empty, and no data set of wordbox label. Give another --out")
-    write_atomically(stamp, json.dumps(settings).encode())
+    write_atomically(out / STAMP, json.dumps(settings).encode())
 
 
 def with_parts(labelled: LabelledPictures, val: float) -> LabelledPictures:

@@ -40,6 +40,10 @@ class PictureFiles:
 
         pictures: dict[str, Path] = {}
         for given in paths:
+            if without is not None and given.is_dir() and without.resolve() == given.resolve():
+                raise UserError(
+                    f"--out {without}: is the folder of the pictures; give another, such as {given / 'found'}"
+                )
             if given.is_dir():
                 listing = find_images(given, without=without)
                 if str(listing):

@@ -49,7 +49,12 @@ def add_detector_flags(add: Callable[..., argparse.Action], *, sides: bool = Tru
     if sides:
         add_sides_flag(add)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--runtime", choices=get_args(Runtime), default="auto", help="inference runtime; onnx-int8: in 8 bits (default auto)")
+    add(
+        "--runtime",
+        choices=get_args(Runtime),
+        default="auto",
+        help="inference runtime; onnx-int8: in 8 bits (default auto)",
+    )
     add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
 

@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import get_args
 
 from ovd.query_flags import add_detector_flags, load_detector
 from pretrain.engine.errors import UserError, run_cli

@@ -27,7 +27,7 @@ from pretrain.data.phrases import read_phrases, read_targets
 from pretrain.data.stickers import Stickers
 from pretrain.engine.distributed import device_of, pick_device
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.files import read_json, require_writable_file, write_atomically
 from pretrain.engine.flags import integer
 from pretrain.nets.encoders import load_encoder
 from pretrain.nets.towers import JointEncoder
@@ -266,6 +266,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=integer(1))
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     args = parser.parse_args(argv)
+    if args.out:
+        require_writable_file(args.out, flag="--out")
     device = pick_device(args.device, threads=args.threads)
     stickers = Stickers.load()
     if args.make_pairs:

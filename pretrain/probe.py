@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import require_writable_file, write_atomically
 from pretrain.engine.flags import CommandParser, integer
 
 
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
     from pretrain.evaluation.probe import evaluate, open_backbone
     from pretrain.nets.backbones import problem_with
 
+    if args.out:
+        require_writable_file(args.out, flag="--out")
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0")
     if args.protocol is not None and args.protocol not in PROTOCOLS:

@@ -33,6 +33,8 @@ from pretrain.engine.identity import files_identity, text_identity
 
 LEAST_LEFT = 0.25
 """Share of a box that a cut must leave for it to stay a label; less is neither object nor background."""
+SMALL = 8
+"""Pixels between two points of the finest grid that finds boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class OwnPhotos:
         if not used:
             raise UserError(f"{truth.where}: no box to learn from (with a score, from {confident} on)")
         self.names = tuple(cleaned(truth.categories[category]) for category in used)
-        self._check_names()
+        self._check_names([truth.categories[category] for category in used])
         number = {-1: -1, **{category: n for n, category in enumerate(used)}}
         self._boxes = {
             image_id: _labels([box for box, _ in labels], [number[category] for _, category in labels])
@@ -136,12 +138,16 @@ class OwnPhotos:
             self.notices.append(f"{text}; left out")
         return usable
 
-    def _check_names(self) -> None:
-        """Refuse classes that nobody could tell apart by what is typed; a notice on names that cannot be typed."""
+    def _check_names(self, written: Sequence[str]) -> None:
+        """Refuse classes that nobody could tell apart by what is typed; a notice on names that cannot be typed.
+
+        Args:
+            written: the names as they stand in the file.
+        """
         keys: dict[str, str] = {}
-        for name in self.names:
-            if (other := keys.setdefault(name_key(name), name)) is not name:
-                raise UserError(f"{self.where}: classes {other!r} and {name!r} are one when typed; rename one of them")
+        for name, here in zip(self.names, written, strict=True):
+            if (other := keys.setdefault(name_key(name), here)) is not here:
+                raise UserError(f"{self.where}: classes {other!r} and {here!r} are one when typed; rename one of them")
             if not _can_be_typed(name):
                 self.notices.append(
                     f"{self.where}: class {name!r} cannot be typed as it stands; better rename it, without commas, "
@@ -154,6 +160,21 @@ class OwnPhotos:
     def boxes(self, index: int) -> Boxes:
         """Labels of photo ``index``."""
         return self._boxes.get(self.image_ids[index]) or _labels([], [])
+
+    def about_small_boxes(self, side: int) -> str | None:
+        """A notice where most objects are too small to be learned in photos whose longest side is ``side`` pixels."""
+        longest: list[float] = []
+        for index, image_id in enumerate(self.image_ids):
+            labels, size = self.boxes(index), self._sizes[image_id] or upright_size(self.folder / self._files[image_id])
+            corners = labels.corners[labels.classes >= 0]
+            longest += ((corners[:, 2:] - corners[:, :2]).max(axis=1) * side / max(size)).tolist()
+        small = sum(one < SMALL for one in longest)
+        if 2 * small <= len(longest):
+            return None
+        return (
+            f"{self.where}: {small} of {len(longest)} boxes are below {SMALL} pixels at data.side={side}: hardly "
+            "anything is learned from them; set a larger data.side, or cut the photos into parts"
+        )
 
     def as_coco(self, chosen: Collection[int]) -> CocoJson:
         """COCO's form of the labels of some photos, which are numbered by index; doubtful boxes are crowds."""

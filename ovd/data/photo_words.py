@@ -220,6 +220,8 @@ class PhotoWords:
         self.table = _table(everywhere, [*others, *nouns.values()], lexicon, silent=silent)
         self.photos = self._join(truths, folder, nouns, closed, part=part, min_score=min_score, withheld=withheld)
         if not self.photos:
+            if part is None:
+                raise UserError(f"{truths[0].where}: no photo to look at")
             raise no_such_part(part, (split for truth in truths for split in truth.parts.values()))
         files = [photo.file.relative_to(folder) for photo in self.photos]
         if missing := require_files(files, folder, where=truths[0].where, allowed=BAD_IMAGES_ALLOWED):

@@ -21,6 +21,7 @@ class Limits:
 
     Attributes:
         question: body of a question: words and crops.
+        large: a question above this size, with crops or a long list of words, waits in a shorter line.
         small: bodies up to this size are always taken; larger ones share `together`.
         together: all larger bodies that are being read.
         upload: body of an upload: one picture, and the lines around it.
@@ -31,6 +32,7 @@ class Limits:
     """
 
     question: int = 16_000_000
+    large: int = 20_000
     small: int = 1_000_000
     together: int = 96_000_000
     upload: int = 10_100_000

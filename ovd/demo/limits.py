@@ -125,8 +125,9 @@ class Gate:
         name = self._named(call["name"]) if call is not None else None
         self._check_line()
         body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
+        large = len(body) > self._limits.large
         body = self._check(body, name=name, keywords=call is not None and call["version"] is not None)
-        self._check_line()  # others came while the body was read
+        self._check_line(large=large)  # others came while the body was read
         self._line.enter()
         try:
             await self._app(scope, replay(body, receive), reply)
@@ -146,12 +147,12 @@ class Gate:
         except BadQuestion as problem:
             raise Refused(problem.status, str(problem)) from problem
 
-    def _check_line(self) -> None:
-        if self._line.is_full:
+    def _check_line(self, *, large: bool = False) -> None:
+        if self._line.is_full(large=large):
             seconds = self._line.how_long()
             raise Refused(
                 503,
-                f"{self._line.most} people are waiting, about {_seconds(seconds)}; try again then",
+                f"{self._line.waiting} people are waiting, about {_seconds(seconds)}; try again then",
                 retry=seconds,
             )
 

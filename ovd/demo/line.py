@@ -5,16 +5,49 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     import gradio as gr
 
-WAITING = 16  # the next one is told to come back
-UNFETCHED = 128  # askers whose answers are kept until they fetch them, the last ones
+WAITING = 64  # the next one is told to come back
+FEW = 16  # so many wait whatever it takes, and with large questions, which are kept in memory meanwhile
+LONGEST = 60.0  # seconds that those before one may take, where more than `FEW` wait
+UNFETCHED = 3 * WAITING  # askers whose messages are kept: while one waits, those before it and those behind it move on
 BUSY, REST = 0.005, 0.2  # seconds between two looks of Gradio's loop
 REST_AFTER = 3.0  # seconds without a question
+
+T = TypeVar("T")
+
+
+class LastAskers(OrderedDict[str, T], Generic[T]):
+    """Messages for each asker (Gradio's session), of the last askers to whom anything happened.
+
+    Gradio's own cache forgets whoever came first, be it the one who is being answered: a browser's tab and a
+    gradio_client keep one session for all their questions. Here a message to an asker, or a look for one, counts.
+
+    Args:
+        most: askers.
+        forgotten: called with the asker whose messages were dropped.
+    """
+
+    def __init__(self, most: int, *, forgotten: Callable[[str], object]) -> None:
+        super().__init__()
+        self._most = most
+        self._forgotten = forgotten
+
+    def __getitem__(self, asker: str) -> T:
+        messages = super().__getitem__(asker)
+        self.move_to_end(asker)
+        return messages
+
+    def __setitem__(self, asker: str, messages: T) -> None:
+        super().__setitem__(asker, messages)
+        self.move_to_end(asker)
+        while len(self) > self._most:
+            self._forgotten(self.popitem(last=False)[0])
 
 
 class Line:
@@ -26,7 +59,7 @@ class Line:
 
     Args:
         page: its queue is the line.
-        waiting: questions that may wait while one is answered.
+        waiting: questions that may wait while one is answered; see also `FEW` and `LONGEST`.
         seconds: tells what one answer takes at present.
         at_rest: called in a thread when the last question has been answered for `REST_AFTER` seconds.
     """
@@ -39,11 +72,12 @@ class Line:
         seconds: Callable[[], float] = lambda: 1.0,
         at_rest: Callable[[], None] = lambda: None,
     ) -> None:
-        from gradio.utils import LRUCache
-
         self._queue = page._queue
-        # Gradio keeps the answers of 2,000 askers who never fetch them, with their pictures.
-        self._queue.pending_messages_per_session = LRUCache(UNFETCHED)
+        # Gradio keeps the answers of 2,000 askers who never fetch them, with their pictures, and the numbers of all who
+        # ever asked.
+        self._queue.pending_messages_per_session = LastAskers(
+            UNFETCHED, forgotten=lambda asker: self._queue.pending_event_ids_session.pop(asker, None)
+        )
         self._queue.sleep_when_free = REST
         self._queue.progress_update_sleep_when_free = 1.0  # nothing here shows a progress bar
         self.most = waiting
@@ -57,10 +91,16 @@ class Line:
         """Questions that wait or are being answered."""
         return len(self._queue) + self._queue.get_active_worker_count() + self._entering
 
+    def is_full(self, *, large: bool = False) -> bool:
+        """Whether the next question, or the next large one, would have to wait too long."""
+        if len(self) <= FEW:
+            return False
+        return large or len(self) > self.most or self.how_long() > LONGEST
+
     @property
-    def is_full(self) -> bool:
-        """Whether `most` wait behind the one that is answered."""
-        return len(self) > self.most
+    def waiting(self) -> int:
+        """Questions behind the one that is answered."""
+        return max(0, len(self) - 1)
 
     def how_long(self) -> int:
         """Whole seconds until the line has come to its end, at least 1."""

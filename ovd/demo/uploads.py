@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-BYTES = 400_000_000
+BYTES = 700_000_000  # the largest pictures of all who may wait
 FILES = 2000
 SHARE = 0.5  # of the free disk, where that is less
 

@@ -15,10 +15,10 @@ import torch
 
 from ovd.data.photo_words import PhotoWords
 from ovd.detector import Detector
-from ovd.evaluation.photo_calibration import FLOOR, LEAST, TypedPhotos, absent_scores, best_level
+from ovd.evaluation.photo_calibration import LEAST, TypedPhotos, require_absent_words, require_both, with_threshold
 from ovd.evaluation.typed import average_precision, run_typed
 from ovd.evaluation.typed_photos import typed_photos
-from ovd.inference.calibration import absent_class_threshold, fit_platt
+from ovd.inference.calibration import fit_platt
 from ovd.inference.crop_names import CropNames, CropScorer
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration
@@ -43,7 +43,7 @@ def prepare_encoder(detector: Detector, photos: PhotoWords, *, limit: int, seed:
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed, limit=limit)
-    if len(scenes) < 2 * LEAST:
+    if len(scenes) < 2 * LEAST:  # of those drawn
         raise UserError(
             f"--data: {len(scenes)} photos with boxes; at least {2 * LEAST} are needed, half of them to measure on"
         )
@@ -56,8 +56,9 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
     """The calibration of an encoder's crops.
 
     Raises:
-        UserError: scores without any relation to the labels.
+        UserError: labels that nothing can be fitted to, or scores without any relation to them.
     """
+    require_absent_words(data)
     words = data.scorer
     assert isinstance(words, WordScorer)
     alone = replace(words, known=np.zeros_like(words.known))
@@ -77,10 +78,7 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
             "--data: this encoder's scores say nothing about these labels (the better a score, the less often it is "
             "right). Nothing was changed"
         )
-    scorer = replace(words, calibration=fitted)
-    quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
-    threshold = max(quiet, best_level(run_typed(data.scenes, scorer, floor=FLOOR)))
-    return replace(fitted, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))
+    return with_threshold(data, replace(words, calibration=fitted))
 
 
 def _best(data: TypedPhotos, scorer: WordScorer, candidates: Sequence[Calibration]) -> Calibration:
@@ -91,4 +89,5 @@ def _best(data: TypedPhotos, scorer: WordScorer, candidates: Sequence[Calibratio
 
 def _platt(data: TypedPhotos, scorer: WordScorer) -> tuple[float, float]:
     outcome = run_typed(data.scenes, scorer, floor=RAW_FLOOR)
+    require_both(outcome)
     return fit_platt(torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))

@@ -15,7 +15,7 @@ from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.options import DataSpec
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, run_typed
-from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos
+from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos, words_shown
 from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
 from ovd.inference.fvlm_ensemble import EnsembleScorer
@@ -28,6 +28,7 @@ from pretrain.engine.errors import UserError
 FLOOR = 0.02
 RAW_FLOOR = 1e-6  # of open words, before their sigmoid: a softmax against some 2,000 words
 LEAST = 20  # photos of either kind that a fit needs
+LEAST_RIGHT = 3  # boxes, and as many wrong ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,20 @@ def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords
     )
 
 
+def require_boxes(photos: PhotoWords, where: str) -> None:
+    """Refuse labels that cannot be enough, before any network runs.
+
+    Raises:
+        UserError: too few photos with boxes.
+    """
+    count = sum(bool(words_shown(photo, photos.table)) for photo in photos.photos)
+    if count < 2 * LEAST:
+        raise UserError(
+            f"--data {where}: {count} photo{'s' if count != 1 else ''} with boxes; at least {2 * LEAST} are needed, "
+            "half to fit on and half to measure on"
+        )
+
+
 def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPhotos:
     """Run the detector over the photos.
 
@@ -97,21 +112,60 @@ def fit(data: TypedPhotos) -> Calibration:
     The threshold is that of the best F1, or a higher one from which an absent word is quiet in 95 % of the photos.
 
     Raises:
-        UserError: too few photos with boxes.
+        UserError: labels that nothing can be fitted to.
     """
     if len(data.scenes) < LEAST:
-        raise UserError(f"--data: {len(data.scenes)} photos with boxes; at least {LEAST} are needed to fit anything")
+        raise UserError(f"--data: only {len(data.scenes)} photos with boxes can be read; {LEAST} are needed to fit on")
+    require_absent_words(data)
     ranking = data.scorer.calibration.uncalibrated()
     outcome = run_typed(data.scenes, replace(data.scorer, calibration=ranking), floor=1e-4)
+    require_both(outcome)
     fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
     if len(data.named) >= LEAST:
         named = named_outcome(data.named, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
         slope, offset = fit_platt(torch.from_numpy(named.score), torch.from_numpy(named.correct))
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
-    scorer = replace(data.scorer, calibration=fitted)
+    if min(fitted.slope, fitted.open_slope) <= 0:
+        raise UserError(
+            "--data: this detector's scores say nothing about these labels (the better a score, the less often it is "
+            "right). Nothing was changed"
+        )
+    return with_threshold(data, replace(data.scorer, calibration=fitted))
+
+
+def require_both(outcome: Outcome) -> None:
+    """Refuse detections that nothing can be fitted to.
+
+    Raises:
+        UserError: hardly any is right, or hardly any wrong.
+    """
+    right = float(outcome.correct.sum())
+    if min(right, len(outcome.correct) - right) < LEAST_RIGHT:
+        which = "wrong, so nothing can be fitted"
+        if right < LEAST_RIGHT:
+            which = "right: a detector that does not find these classes learns them with --config photos/finetune.yaml"
+        text = f"--data: of the boxes found for the words of the labels fewer than {LEAST_RIGHT} are"
+        raise UserError(f"{text} {which}. Nothing was changed")
+
+
+def require_absent_words(data: TypedPhotos) -> None:
+    """Refuse labels that say of no photo what it does not show.
+
+    Raises:
+        UserError: every photo shows all words of the labels.
+    """
+    if not any([*(scene.absent for scene in data.scenes), *(photo.absent for photo in data.named)]):
+        raise UserError(
+            "--data: no photo lacks a word of the labels, so nothing says which score an absent word stays below; take "
+            "photos of two unrelated classes at least. Nothing was changed"
+        )
+
+
+def with_threshold(data: TypedPhotos, scorer: WordScorer | EnsembleScorer) -> Calibration:
+    """The scorer's calibration with the default threshold."""
     quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
     threshold = max(quiet, best_level(run_typed(data.scenes, scorer, floor=FLOOR)))
-    return replace(fitted, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))
+    return replace(scorer.calibration, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))
 
 
 def best_level(outcome: Outcome) -> float:

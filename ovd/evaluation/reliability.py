@@ -7,6 +7,7 @@ Pure functions of arrays; `N` detections or pictures.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -167,6 +168,15 @@ def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: 
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def _json_safe(value: object) -> object:
+    """The same with NaN, which JSON does not have, as None."""
+    if isinstance(value, Mapping):
+        return {key: _json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def report_fit(
     content: Mapping[str, object],
     curve: Reliability,
@@ -185,7 +195,7 @@ def report_fit(
         plot: SVG of the curve; None: none is drawn.
         file: what is printed is written there too; None: it is not.
     """
-    text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = json.dumps(_json_safe(content), indent=1, ensure_ascii=False, allow_nan=False)
     print(text)
     if plot is not None:
         write_atomically(plot, reliability_svg(curve, title=title, caption=caption).encode())

@@ -50,6 +50,12 @@ def confusable(rows_CD: Floats, table: WordTable) -> list[list[int]]:
     return [[w for w in near if w not in related(table, word)][:CONFUSABLE] for word, near in enumerate(order)]
 
 
+def words_shown(photo: Photo, table: WordTable) -> tuple[int, ...]:
+    """Of the words looked for everywhere those that the photo surely shows."""
+    sure = (photo.words < table.everywhere) & (photo.scores >= CONFIDENT)
+    return tuple(sorted(set(photo.words[sure].tolist())))
+
+
 def typed_photo(
     photo: Photo,
     regions: RegionSet,
@@ -69,9 +75,7 @@ def typed_photo(
         absent: how many absent words.
         rng: of this photo.
     """
-    everywhere = photo.words < table.everywhere
-    sure = everywhere & (photo.scores >= CONFIDENT)
-    present = tuple(sorted(set(photo.words[sure].tolist())))
+    present = words_shown(photo, table)
     if not present:
         return None
     named = {

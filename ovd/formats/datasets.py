@@ -59,7 +59,8 @@ def write_yolo(labelled: LabelledPictures, out: Path, *, place: Place = "copy", 
         labelled: what is written.
         out: folder.
         place: see `Place`.
-        outline: outlines in place of boxes, where there is one.
+        outline: outlines in place of boxes; the corners of the box where there is none. Readers take a file that has
+            both forms for outlines of two points.
     """
     for picture in labelled.pictures:
         name = place_picture(picture, out / "images", place)
@@ -78,11 +79,11 @@ def write_yolo(labelled: LabelledPictures, out: Path, *, place: Place = "copy", 
 
 def _yolo_line(shape: Shape, size: tuple[int, int], outline: bool) -> str:
     height, width = size
-    polygons = outlines(shape, size) if outline else []
-    if polygons:
+    x1, y1, x2, y2 = shape.box
+    if outline:
+        polygons = outlines(shape, size) or [[x1, y1, x2, y1, x2, y2, x1, y2]]
         values = [value / (width, height)[i % 2] for i, value in enumerate(joined(polygons))]
     else:
-        x1, y1, x2, y2 = shape.box
         values = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
     return " ".join([str(shape.index), *(f"{min(max(value, 0.0), 1.0):.6f}" for value in values)]) + "\n"
 

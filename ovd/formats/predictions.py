@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ovd.formats.labels import Labels
 from ovd.formats.shapes import LabelledPictures, labelled_pictures
-from ovd.formats.write import write_labels
+from ovd.formats.write import about_outlines, write_labels
 from pretrain.engine.files import read_json
 
 
@@ -45,4 +46,6 @@ def write_predictions(out: Path, formats: Sequence[str], sources: Mapping[str, P
     """
     predictions = read_predictions(out, sources)
     for name in formats:
+        if notice := about_outlines(predictions, name):
+            print(f"warning: {notice}", file=sys.stderr)
         write_labels(predictions, out / name, name, place="none")

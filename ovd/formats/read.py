@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from ovd.formats.labels import PART_NAMES, Labels, choose_parts
@@ -16,6 +17,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
 ROBOFLOW = "_annotations.coco.json"
+FIRST = 20  # pictures that are looked for in each folder: one may be missing
 
 
 def read_labels(
@@ -136,18 +138,19 @@ def _other_tool(content: object) -> str | None:
 
 
 def _pictures_of(file: Path, content: object) -> Path:
-    """The folder that holds a file's first picture, of those where tools put it."""
+    """The folder that holds most of a file's first pictures, of those where tools put them."""
     truth = check_ground_truth(content, where=str(file))
     if not truth.sizes:
         return file.parent
-    name = truth.file_of(next(iter(truth.sizes)))
+    names = [truth.file_of(image_id) for image_id in islice(truth.sizes, FIRST)]
     part = file.name.partition(".")[0].removeprefix("instances_")
     above = file.parent.parent
     tried = [file.parent, file.parent / "images", file.parent / part, above / part]
     tried += [above / "images", above / "images" / part, above]
-    root = next((folder for folder in tried if (folder / name).is_file()), None)
-    if root is None:
-        raise UserError(f"{file}: its picture {name} is not in {file.parent}; name the folder of the pictures")
+    there = [sum((folder / name).is_file() for name in names) for folder in tried]
+    if not any(there):
+        raise UserError(f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures")
+    root = tried[there.index(max(there))]
     return root
 
 

@@ -25,6 +25,16 @@ EXPORTS: dict[str, Callable[[LabelledPictures, Path], None]] = {
 }
 
 
+def about_outlines(labelled: LabelledPictures, name: str) -> str | None:
+    """A notice where a format of outlines is asked for, and objects have none."""
+    if name != "yolo-seg":
+        return None
+    shapes = [shape for picture in labelled.pictures for shape in picture.shapes if not shape.crowd]
+    if not (without := sum(not shape.segmentation for shape in shapes)):
+        return None
+    return f"{without} of {len(shapes)} objects have no outline: yolo-seg has the corners of their boxes"
+
+
 def write_labels(labelled: LabelledPictures, out: Path, name: str, *, place: Place = "copy") -> None:
     """Write labelled pictures in a format.
 

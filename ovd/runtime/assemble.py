@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.runtime.files import BESIDE, CARD, INT8_BESIDE, read_runtime_card
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import NEEDS_TORCH, UserError
 from pretrain.engine.files import sha256_of, write_atomically
 
 if TYPE_CHECKING:
@@ -115,7 +115,10 @@ def assemble(folder: Path, target: Path, *, int8: bool = False, again: bool = Tr
     """
     archive = graphs_of(folder)
     if not archive.is_file():
-        raise UserError(f"{folder.name}: no {archive.name} beside it; export it where torch is installed")
+        raise UserError(
+            f"{folder}: no {archive.name} beside it, from which an export could be put together without torch; to "
+            f"write one, install it: {NEEDS_TORCH}"
+        )
     root = folder.parent
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: two may come at once.

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+from ovd.runtime.assemble import graphs_of
 from ovd.runtime.files import find_export, find_int8_export, stale
 from pretrain.engine.errors import NEEDS_TORCH, UserError
 
@@ -71,7 +72,14 @@ def load_networks(
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder}: holds an export for ONNX Runtime only; load it with runtime onnx on a CPU")
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"{folder.name} has no export for ONNX Runtime and needs torch: {NEEDS_TORCH}")
+        if runtime == "torch" or device not in ("auto", "cpu"):
+            asked = "runtime torch" if runtime == "torch" else f"device {device}"
+            raise UserError(f"{asked} needs torch, which is not installed: {NEEDS_TORCH}")
+        if graphs_of(folder).is_file():
+            raise UserError(
+                f"{folder}: torch is not installed, and there is no export; write it: {_export_command(folder)}"
+            )
+        raise UserError(f"{folder} has no export for ONNX Runtime and needs torch: {NEEDS_TORCH}")
     return _load_torch(folder, card, device=device, threads=threads, masks=masks, regions=regions)
 
 
@@ -92,8 +100,8 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
         export = _export_of(folder, card, int8=int8)
         if export is None:
             raise UserError(
-                f"{folder}: no export for ONNX Runtime{' in 8 bits' if int8 else ''}; write one: wordbox export "
-                f"--format onnx{' --int8' if int8 else ''} --weights {folder.name} (this needs torch)"
+                f"{folder}: no export for ONNX Runtime{' in 8 bits' if int8 else ''}; write one: "
+                f"{_export_command(folder, int8=int8)}{'' if graphs_of(folder).is_file() else ' (this needs torch)'}"
             )
         if stale(folder, export, card.own):
             raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
@@ -124,6 +132,11 @@ def _cpu_flags() -> str | None:
         return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
+
+
+def _export_command(folder: Path, *, int8: bool = False) -> str:
+    """The command that writes an export beside the weights."""
+    return f"wordbox export --format onnx{' --int8' if int8 else ''} --weights {folder}"
 
 
 def _computes_bfloat16() -> bool:

@@ -9,6 +9,7 @@ answer, keep single precision; so do the region head and the text tower.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from ovd.runtime.files import PROPOSALS, TOWER, RuntimeCard, branch_graph
 from ovd.runtime.halve import halve
 from ovd.runtime.regions import pixels_for_tower
 from pretrain.data.folder import list_images, read_image
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 
 if TYPE_CHECKING:
     import onnx
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 MOST = 64
 """Photos that are looked at; more change no range that matters, and take time."""
+FEW = 20
+"""Fewer show too little of what occurs."""
 SEEN = 1024
 """Longest side, in pixels, at which they are held in memory; the networks look at smaller ones."""
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
@@ -91,15 +94,25 @@ def write_quantised(folder: Path, ranges: Mapping[str, Ranges]) -> None:
 def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
     """Up to `MOST` photos of a folder and those in it, evenly from all, none larger than `SEEN`.
 
+    Those that cannot be read are left out, with a warning.
+
     Raises:
-        UserError: no such folder, no photo in it, or one that cannot be read.
+        UserError: no such folder, or no photo in it that can be read.
     """
     files = list_images(folder)
     step = max(1, len(files) / MOST)
-    photos = []
+    photos, unread = [], []
     for number in range(min(len(files), MOST)):
-        photo = read_image(files[int(number * step)])
+        try:
+            photo = read_image(files[int(number * step)])
+        except BadImageError as problem:
+            unread.append(str(problem))
+            continue
         photos.append(resized(photo, min(1, SEEN / max(photo.shape[:2]))))
+    if not photos:
+        raise UserError(f"{folder}: none of its photos can be read (first: {unread[0]})")
+    if unread:
+        print(f"warning: {folder}: {len(unread)} photos left out (first: {unread[0]})", file=sys.stderr)
     return photos
 
 

@@ -138,7 +138,11 @@ def build(config: FinetuneConfig, *, photos: OwnPhotos) -> FinetuneParts:
     if is_main():
         for notice in photos.notices:
             print(notice)
-        print(f"{len(chosen)} photos to learn from, {len(held_out)} held out; classes: {', '.join(photos.names)}")
+        if small := photos.about_small_boxes(config.data.side):
+            print(small)
+        photo = "photo" if len(chosen) == 1 else "photos"
+        classes = ", ".join(photos.names)
+        print(f"{len(chosen)} {photo} to learn from, {len(held_out)} held out; classes: {classes}")
         if not held_out:
             print("no photo with an object is held out: the last weights are exported, their scores uncalibrated")
     branch = ClassBranch(classes=len(photos.names))

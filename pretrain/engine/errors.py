@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors a person can act on, and the one place where a command turns them into an exit status.
 
-Anything that is neither a ``UserError`` nor a fault of the machine (a full disk) is a defect of this program and keeps
-its traceback.
+Anything that is neither a ``UserError`` nor a fault of the machine (a full disk, too little memory) is a defect of this
+program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -105,6 +105,23 @@ def fault_of_the_machine(error: OSError) -> str | None:
     return f"{where}{error.strerror}; free some space, or choose a folder that you may read and write"
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say where memory did not suffice, of the machine or of a GPU; None: it is another error.
+
+    torch has no class of its own for the memory of the machine, and is not imported here.
+    """
+    text = str(error)
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not full and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
+        return None
+    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
+    size = "" if asked is None else f" ({asked[2] or f'{int(asked[1]) / 1e9:.1f} GB'} more were asked for)"
+    return (
+        f"there is not enough memory{size}; a training takes less with a smaller loop.batch_size, or a larger "
+        "loop.accumulate"
+    )
+
+
 def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> NoReturn:
     """Run a command's ``main`` and end the process with its exit status.
 
@@ -115,7 +132,7 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
     Raises:
         SystemExit: Always. 2 after a ``UserError`` (printed as ``error: …`` on stderr), 130 after Ctrl-C, 141 when
             the reader of standard output went away, otherwise what ``main`` returned or raised. Also 2 where the
-            machine is at fault (`fault_of_the_machine`). Other exceptions pass.
+            machine is at fault (`fault_of_the_machine`, `out_of_memory`). Other exceptions pass.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -147,5 +164,11 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         if fault is None:
             raise
         print(f"error: {on_one_line(fault)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        fault = out_of_memory(error)
+        if fault is None:
+            raise
+        print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     sys.exit(0 if status is None else status)

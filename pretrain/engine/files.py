@@ -109,6 +109,21 @@ def require_writable(folder: Path) -> None:
     probe.unlink()
 
 
+def require_writable_file(path: Path, *, flag: str) -> None:
+    """Make the folder of a file for results that come much later, and write into it once.
+
+    Args:
+        path: the file; an existing one stays as it is.
+        flag: that names it, such as ``--report``.
+
+    Raises:
+        UserError: it is a folder, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file in it")
+    require_writable(path.parent)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content so that a reader sees the old or the new content, never a part.
 

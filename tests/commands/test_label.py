@@ -107,13 +107,26 @@ def test_an_interrupted_command_goes_on_where_it_was(
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("images/**/*.png")} == written
 
 
-def test_another_command_is_refused_and_replaces_all_when_told(photos: Path, tmp_path: Path) -> None:
+def test_another_command_is_refused_and_replaces_all_when_told(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: object, **__: object) -> None:
+        raise UserError("no such weights")
+
     out = tmp_path / "set"
     run(photos, out)
     with pytest.raises(UserError, match="format was yolo, is voc"):
         run(photos, out, "--format", "voc")
     assert run(photos, out, "--format", "voc", "--overwrite") == 0
     assert read_labels(out).kind == "voc" and not (out / "labels").exists()
+    before = {path for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(label, "load_query", mistaken)
+    with pytest.raises(UserError, match="no such weights"):
+        run(photos, out, "--overwrite")
+    assert {path for path in out.rglob("*") if path.is_file()} == before  # a mistake costs nothing
+    with pytest.raises(UserError, match="no such weights"):
+        run(photos, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "images").mkdir()

@@ -8,10 +8,14 @@ import threading
 import time
 from pathlib import Path
 
+from ovd.demo import line
 from ovd.demo.page import Example, build_page, launch_page
 from ovd.demo.serving import listen, prepare_environment
 
 SLOW = 68  # height of pictures that keep the model until FOLDER/go exists
+ASKERS = 24  # whose messages are kept; the page keeps more
+line.UNFETCHED = ASKERS
+line.LONGEST = 0.0  # the line is as short as it gets
 
 
 def main(folder: Path) -> None:

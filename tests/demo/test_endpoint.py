@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.demo.conftest import Server
+from tests.demo.serve import ASKERS, SLOW
 
 httpx = pytest.importorskip("httpx")
 gradio_client = pytest.importorskip("gradio_client")
@@ -48,6 +51,33 @@ def test_values_at_the_end_may_be_left_out(server: Server, pictures: dict[str, P
     for data in ([picture, "red"], [picture, "red", None, None], [picture, "red", None, None, "strict-fake"]):
         event = httpx.post(f"{base}/call/detect", json={"data": data}).json()["event_id"]
         assert '"red"' in httpx.get(f"{base}/call/detect/{event}").text
+
+
+def test_who_asked_first_gets_an_answer_after_many_others_asked(
+    client: Any, server: Server, pictures: dict[str, Path]
+) -> None:
+    """A client keeps one session for all its questions; a plain question makes one of its own."""
+    http = httpx.Client(base_url=f"{server.url}/gradio_api", timeout=60)
+    path = http.post("/upload", files={"files": pictures["good"].read_bytes()}).json()[0]
+    question = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "red"]}
+
+    def others(count: int) -> list[str]:
+        return [http.post("/call/detect", json=question).json()["event_id"] for _ in range(count)]
+
+    ask(client, pictures["good"], "red")
+    for _ in range(ASKERS - 4):
+        http.get(f"/call/detect/{others(1)[0]}")
+    go = server.folder / "go"
+    go.unlink(missing_ok=True)
+    Image.new("RGB", (90, SLOW), tuple(os.urandom(3))).save(pictures["slow"])
+    waiting = client.submit(gradio_client.handle_file(str(pictures["slow"])), "red", api_name="/detect")
+    while not waiting.status().code.name.startswith("PROCESS"):
+        assert not waiting.done()
+    late = others(8)
+    go.touch()
+    assert waiting.result(timeout=60)["size"] == [90, SLOW]
+    assert all("event: complete" in http.get(f"/call/detect/{event}").text for event in late)
+    http.close()
 
 
 def test_weights_are_chosen_by_name(client: Any, pictures: dict[str, Path]) -> None:

@@ -34,10 +34,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 class FakeLine:
     """As long as a test wants it."""
 
-    most: int = 16
-    is_full: bool = False
+    waiting: int = 16
+    full: bool = False
+    full_for_large: bool = False
     inside: int = 0
     entries: int = 0
+
+    def is_full(self, *, large: bool = False) -> bool:
+        return self.full or (large and self.full_for_large)
 
     def how_long(self) -> int:
         return 8
@@ -239,12 +243,18 @@ def test_large_questions_share_memory_and_small_ones_always_fit(tmp_path: Path) 
 
 
 def test_a_full_line_says_how_many_wait_and_when_to_come_back(scene: Scene) -> None:
-    scene.line.is_full = True
+    scene.line.full = True
     for path in (CALL, JOIN):
         answer = scene.ask(path, [STALLED])
         assert answer.status == 503 and answer.headers["retry-after"] == "8"
         assert answer.detail == "16 people are waiting, about 8 seconds; try again then"
     assert scene.ask(UPLOAD, [b"x"]).status == 200  # a picture may be sent meanwhile
+
+
+def test_large_questions_find_a_shorter_line(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, limits=replace(SMALL, large=50))
+    scene.line.full_for_large = True
+    assert [scene.ask(CALL, [b"x" * size]).status for size in (50, 51)] == [200, 503]
 
 
 def test_what_is_wrong_with_a_question_is_said(scene: Scene) -> None:

@@ -10,10 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
+import torch
 from pydantic import Field
 
 from pretrain.engine.cli import Options, command_line
@@ -392,6 +395,31 @@ def test_a_fault_of_the_machine_is_one_line_whichever_call_met_it(
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: runs/model.json: {os.strerror(code)}; ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asks", "size"),
+    [
+        (lambda: torch.empty(10**14), "400000.0 GB"),
+        (lambda: np.empty(10**14), "728. TiB"),
+        (lambda: [0] * 10**15, ""),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    asks: Callable[[], object], size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(lambda argv: asks() and None) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is not enough memory") and "loop.batch_size" in said and said.count("\n") == 1
+    assert f"({size} more were asked for)" in said if size else "(" not in said
+
+
+def test_other_errors_at_run_time_are_defects() -> None:
+    def fails(argv: list[str]) -> None:
+        raise RuntimeError("cannot allocate a turn")
+
+    with pytest.raises(RuntimeError, match="a turn"):
+        run_cli(fails, [])
 
 
 def test_a_folder_that_cannot_be_copied_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,17 @@ def read(labels: Path) -> OwnPhotos:
     return OwnPhotos(folder=labels.parent, truth=truth, confident=0.3, doubtful=0.1)
 
 
+def test_boxes_too_small_to_learn_are_told(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path / "a", [[0], [0], [0], []], ["ant"])
+    photos = read(labels)  # 24 of 64 pixels
+    assert photos.about_small_boxes(64) is None and photos.about_small_boxes(22) is None
+    assert "3 of 3 boxes are below 8 pixels at data.side=20: " in (photos.about_small_boxes(20) or "")
+    content = json.loads(labels.read_text())
+    content["annotations"][0]["bbox"] = [8, 8, 2, 2]
+    labels.write_text(json.dumps(content))
+    assert read(labels).about_small_boxes(64) is None  # one of three
+
+
 def cut_off(file: Path) -> None:
     """Leave the header, and a part of what it promises."""
     file.write_bytes(file.read_bytes()[:700])
@@ -62,7 +73,9 @@ def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
     assert photos.names == ("red cell", "B\u00e4ume", "cup, mug", "Everything")
     notes = [note for note in photos.notices if "cannot be typed as it stands" in note]
     assert len(notes) == 2 and "'cup, mug'" in notes[0] and "'Everything'" in notes[1]
-    with pytest.raises(UserError, match="classes 'red cell' and 'Red_Cell' are one when typed; rename one"):
+    with pytest.raises(UserError, match="classes 'cell ' and '.{4}' are one when typed"):  # as in the file
+        read(write_photos(tmp_path / "c", [[0, 1]], ["cell ", "\uff43\uff45\uff4c\uff4c"]))
+    with pytest.raises(UserError, match="classes 'red  cell' and 'Red_Cell' are one when typed; rename one"):
         read(write_photos(tmp_path / "b", [[0, 1]], ["red  cell", "Red_Cell"]))
 
 

@@ -284,7 +284,7 @@ def test_calibration_of_a_detector_of_photographs_needs_photos(trained: Path) ->
     weights = ["--weights", str(trained / "run/exported")]
     with pytest.raises(UserError, match="is calibrated on photos: give --data"):
         calibrate.main(weights)
-    with pytest.raises(UserError, match="1 photos with boxes; at least 20 are needed"):
+    with pytest.raises(UserError, match="boxes.json: 1 photo with boxes; at least 40 are needed"):
         calibrate.main([*weights, "--data", f"coco:{trained / 'images'}:{trained / 'boxes.json'}"])
 
 

@@ -41,7 +41,9 @@ def test_alternatives_take_turns_in_both_orders(common: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [*sorted(BENCHMARKS.glob("bench_*.py")), BENCHMARKS / "load_page.py"], ids=lambda path: path.stem
+    "script",
+    [*sorted(BENCHMARKS.glob("bench_*.py")), BENCHMARKS / "load_page.py", BENCHMARKS / "check_configs.py"],
+    ids=lambda path: path.stem,
 )
 def test_each_benchmark_says_what_it_measures(script: Path) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120)

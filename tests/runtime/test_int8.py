@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,28 @@ def test_photos_are_taken_evenly_from_a_folder(tmp_path: Path) -> None:
         cv2.imwrite(str(tmp_path / f"{number:03}.bmp"), np.full((8, 8, 3), number, np.uint8))
     seen = [int(photo[0, 0, 0]) for photo in read_photos(tmp_path)]
     assert len(seen) == MOST and seen[0] == 0 and seen[-1] > 95 and len(set(seen)) == MOST
+
+
+def test_photos_that_cannot_be_read_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of its photos can be read .*a.png"):
+        read_photos(tmp_path)
+    cv2.imwrite(str(tmp_path / "b.png"), np.zeros((8, 8, 3), np.uint8))
+    assert len(read_photos(tmp_path)) == 1
+    assert "1 photos left out (first: " in capsys.readouterr().err
+
+
+def test_few_photos_are_told_and_without_torch_nothing_else_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(writing, "export_onnx", lambda *_, **__: None)
+    cv2.imwrite(str(tmp_path / "b.png"), np.zeros((8, 8, 3), np.uint8))
+    export("default", tmp_path / "out", int8_photos=tmp_path)
+    assert "1 photo, where 20 or more show which values occur" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'--int8 needs torch.*pip install "wordbox\[train\]"'):
+        export("default", tmp_path / "out", int8_photos=tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPatch) -> None:

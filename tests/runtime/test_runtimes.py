@@ -181,10 +181,22 @@ def test_weights_without_an_export_name_the_command_that_writes_one(tmp_path: Pa
         Detector.load(folder, runtime="onnx")
 
 
-def test_weights_without_an_export_ask_for_torch_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("weights", "runtime", "device", "said"),
+    [
+        ("vild-sticker", "auto", "auto", r'vild-sticker has no export.*pip install "wordbox\[train\]"'),
+        ("default", "auto", "auto", "no export there; write it: wordbox export --format onnx --weights .*vild-photo$"),
+        ("default", "torch", "auto", r'^runtime torch needs torch, .*pip install "wordbox\[train\]"'),
+        ("default", "auto", "cuda", r'^device cuda needs torch, .*pip install "wordbox\[train\]"'),
+    ],
+)
+def test_where_torch_is_missing_the_next_step_is_named(
+    weights: str, runtime: Runtime, device: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'vild-sticker has no export.*pip install "wordbox\[train\]"'):
-        Detector.load("vild-sticker")
+    monkeypatch.setattr(choice, "find_export", lambda folder: None)
+    with pytest.raises(UserError, match=said):
+        Detector.load(weights, runtime=runtime, device=device)
 
 
 def beside(folder: Path, exported: Path) -> Path:
