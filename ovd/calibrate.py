@@ -328,10 +328,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     require_boxes(photos, args.data)
     detector = load(args)
     typed = prepare(detector, photos)
-    halves = [
-        replace(typed, scenes=typed.scenes[start::2], named=typed.named[start::2]) for start in (0, 1)
-    ]  # fmt: skip
-    figures, curve = measure(halves[1], fit(halves[0]))
+    figures, curve = measure(typed.half(1), fit(typed.half(0)))
     fitted = fit(typed)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0

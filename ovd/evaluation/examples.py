@@ -18,7 +18,6 @@ from ovd.evaluation.predictor import Predictor, PretextPredictor
 from ovd.examples import MIN_SIDE, Crop, Example
 from ovd.inference.postprocess import MAX_DETECTIONS, NMS_IOU
 from ovd.inference.region_model import PatchLocator
-from ovd.inference.scorers import ExampleScorer
 from pretrain.data.coco import image_sizes, picture_file
 from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.data.folder import read_image
@@ -149,12 +148,7 @@ def example_predictor(
         rows = detector.patch_rows(model, examples)
         return PretextPredictor(model=model, category_ids=ids, rows=rows, nms_iou=NMS_IOU, present=present, limit=limit)
     rows = detector.embed_examples(examples)
-    scorer = ExampleScorer(
-        rows=rows,
-        background_words=model.background_words,
-        negatives=rows[:0],
-        calibration=model.calibration,
-    )
+    scorer = model.example_scorer(rows, model.background_words, rows[:0])
     return Predictor(detector=detector, category_ids=ids, scorer=scorer, present=present, limit=limit)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,16 @@ from ovd.data.photo_words import PhotoWords
 from ovd.detector import Detector
 from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.options import DataSpec
+from ovd.evaluation.photo_examples import with_crops, word_crops
 from ovd.evaluation.reliability import Reliability, reliability
-from ovd.evaluation.typed import Outcome, TypedScene, average_precision, run_typed
+from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
 from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos, words_shown
 from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.scoring import Calibration
+from ovd.inference.word_profiles import ProfileScorer
 from ovd.vocabulary import Vocabulary
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -39,11 +41,19 @@ class TypedPhotos:
         scenes: with boxes.
         named: of one thing.
         scorer: of all words.
+        examples: the scenes with crops in place of words.
+        example_scorer: of the crops.
     """
 
     scenes: list[TypedScene]
     named: list[NamedPhoto]
     scorer: WordScorer | EnsembleScorer
+    examples: list[TypedScene] = field(default_factory=list)
+    example_scorer: ProfileScorer | None = None
+
+    def half(self, start: int) -> TypedPhotos:
+        """Every second photo, from the first (0) or the second one (1)."""
+        return replace(self, scenes=self.scenes[start::2], named=self.named[start::2], examples=self.examples[start::2])
 
 
 def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords:
@@ -103,7 +113,17 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
     assert isinstance(scorer, WordScorer | EnsembleScorer)
     if isinstance(scorer, EnsembleScorer):
         named = []  # one sigmoid for all words, fitted on boxes
-    return TypedPhotos(scenes=scenes, named=named, scorer=scorer)
+    crops = word_crops(detector, photos, seed=seed)
+    example_scorer = ProfileScorer(
+        rows=crops.rows[0], words=detector.model.background_words, calibration=Calibration().of_examples()
+    )
+    return TypedPhotos(
+        scenes=scenes,
+        named=named,
+        scorer=scorer,
+        examples=with_crops(scenes, crops),
+        example_scorer=example_scorer,
+    )
 
 
 def fit(data: TypedPhotos) -> Calibration:
@@ -130,7 +150,8 @@ def fit(data: TypedPhotos) -> Calibration:
             "--data: this detector's scores say nothing about these labels (the better a score, the less often it is "
             "right). Nothing was changed"
         )
-    return with_threshold(data, replace(data.scorer, calibration=fitted))
+    fitted = with_threshold(data, replace(data.scorer, calibration=fitted))
+    return fitted if len(data.examples) < LEAST else fitted.with_examples(fit_examples(data))
 
 
 def require_both(outcome: Outcome) -> None:
@@ -164,8 +185,31 @@ def require_absent_words(data: TypedPhotos) -> None:
 def with_threshold(data: TypedPhotos, scorer: WordScorer | EnsembleScorer) -> Calibration:
     """The scorer's calibration with the default threshold."""
     quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
-    threshold = max(quiet, best_level(run_typed(data.scenes, scorer, floor=FLOOR)))
-    return replace(scorer.calibration, threshold=min(0.99, float(np.ceil(threshold * 100) / 100)))
+    threshold = shown_from(quiet, run_typed(data.scenes, scorer, floor=FLOOR))
+    return replace(scorer.calibration, threshold=threshold)
+
+
+def fit_examples(data: TypedPhotos) -> Calibration:
+    """What turns a crop's likeness into scores: temperature and objectness exponent, then the same as of words.
+
+    Returns:
+        The values in the plain fields, for `Calibration.with_examples`.
+    """
+    assert data.example_scorer is not None
+    ranking = choose_ranking(
+        data.examples, data.example_scorer, logit_scales=(10.0, 15.0, 20.0, 30.0), objectness_weights=(0.25, 0.5, 1.0)
+    )
+    outcome = run_typed(data.examples, replace(data.example_scorer, calibration=ranking), floor=1e-4)
+    fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    shown = run_typed(data.examples, replace(data.example_scorer, calibration=fitted), floor=FLOOR)
+    quiet = absent_class_threshold(torch.from_numpy(shown.best_absent))
+    return replace(fitted, threshold=shown_from(quiet, shown))
+
+
+def shown_from(quiet: float, outcome: Outcome) -> float:
+    """The default threshold: of the best F1 or, if that is higher, ``quiet``; rounded up to two digits."""
+    threshold = max(quiet, best_level(outcome))
+    return min(0.99, float(np.ceil(threshold * 100) / 100))
 
 
 def best_level(outcome: Outcome) -> float:
@@ -193,6 +237,12 @@ def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, floa
     if data.named:
         named = at_threshold(named_outcome(data.named, scorer, floor=FLOOR), threshold)
         figures |= {"named_photos": float(len(data.named)), **{f"named_{name}": v for name, v in named.items()}}
+    if data.example_scorer is not None and len(data.examples) >= LEAST:
+        by_crop = replace(data.example_scorer, calibration=calibration.of_examples())
+        crops = run_typed(data.examples, by_crop, floor=FLOOR)
+        shown = at_threshold(crops, calibration.example_threshold)
+        shown["ece"] = reliability(crops.score, crops.correct).ece
+        figures |= {"example_photos": float(len(data.examples)), **{f"example_{name}": v for name, v in shown.items()}}
     return figures, curve
 
 

@@ -19,9 +19,10 @@ from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.postprocess import NMS_IOU, batched_nms
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration, RegionSet
+from ovd.inference.word_profiles import ProfileScorer
 
 MATCH_IOU = 0.5
-TypedScorer = CalibratedScorer | WordScorer | EnsembleScorer
+TypedScorer = CalibratedScorer | ProfileScorer | WordScorer | EnsembleScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class TypedScene:
         absent: indices of the typed words that are not, near-synonyms of what is there excluded.
         rows: (C, D) unit rows of the vocabulary in this picture, where they differ from picture to picture.
         certainty: (n,) 0…1 the teacher's probability that each label is right; None: all are.
+        index: of the picture in its data set.
     """
 
     regions: RegionSet
@@ -45,6 +47,7 @@ class TypedScene:
     absent: tuple[int, ...]
     rows: Floats | None = None
     certainty: Floats | None = None
+    index: int = -1
 
 
 def draw_words(
@@ -197,7 +200,7 @@ def average_precision(outcome: Outcome) -> float:
 
 def choose_ranking(
     scenes: Sequence[TypedScene],
-    scorer: CalibratedScorer,
+    scorer: CalibratedScorer | ProfileScorer,
     *,
     logit_scales: Sequence[float] = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
     objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def typed_photos(
             continue
         scene = typed_photo(photo, regions, table, near=near, absent=absent, rng=rng)
         if scene is not None:
-            scenes.append(scene)
+            scenes.append(replace(scene, index=index))
         if photo.noun in nouns:
             others = [w for w in nouns if w not in related(table, photo.noun)]
             named.append(

@@ -27,6 +27,7 @@ from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, disti
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import Calibration, RegionSet
+from ovd.inference.word_profiles import ProfileScorer
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -183,6 +184,10 @@ class FvlmRegionModel(RegionModel):
             finetuned=finetuned_CO,
             finetuned_only=finetuned_only_C,
         )
+
+    def example_scorer(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
+        """See `RegionModel.example_scorer`. Negatives are scored on their own: `ovd.inference.scorers.QueryScorer`."""
+        return ProfileScorer(rows=rows, words=competitors, calibration=self.calibration.of_examples())
 
 
 @dataclass(frozen=True, kw_only=True)

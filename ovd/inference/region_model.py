@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first
 from ovd.inference.everything import PromptFreeWords
-from ovd.inference.scorers import CalibratedScorer, Scorer
+from ovd.inference.scorers import CalibratedScorer, ExampleScorer, Scorer
 from ovd.inference.scoring import Calibration, RegionSet
 from pretrain.engine.errors import UserError
 
@@ -88,6 +88,16 @@ class RegionModel(ABC):
         return CalibratedScorer(
             rows=rows, background_words=competitors, background=self.background, calibration=self.calibration
         )
+
+    def example_scorer(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
+        """What scores regions for classes given by crops, each alone, as a person sees them.
+
+        Args:
+            rows: (E, D) unit image embeddings.
+            competitors: (B, D) unit text embeddings: the background words, then the person's negative words.
+            negatives: (N, D) unit image embeddings of what is not meant.
+        """
+        return ExampleScorer(rows=rows, background_words=competitors, negatives=negatives, calibration=self.calibration)
 
 
 class ConditionedBoxes(NamedTuple):

@@ -201,11 +201,11 @@ class QueryScorer:
         return (
             [
                 *self._of_words(~self.word_is_negative, competitors),
-                self._of_examples(self.examples[~self.example_is_negative], competitors, negatives),
+                self.model.example_scorer(self.examples[~self.example_is_negative], competitors, negatives),
             ],
             [
                 *self._of_words(self.word_is_negative, background_words),
-                self._of_examples(negatives, background_words, negatives[:0]),
+                self.model.example_scorer(negatives, background_words, negatives[:0]),
             ],
         )
 
@@ -224,11 +224,6 @@ class QueryScorer:
             return []
         phrases = [group for group, keep in zip(self.phrases, chosen.tolist(), strict=True) if keep]
         return [self.model.scorer(self.words[chosen], phrases, competitors)]
-
-    def _of_examples(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
-        return ExampleScorer(
-            rows=rows, background_words=competitors, negatives=negatives, calibration=self.model.calibration
-        )
 
 
 def beside(scores: list[Floats]) -> Floats:
