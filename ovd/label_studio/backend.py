@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from ovd.label_studio.answers import Prediction, Result, prediction_of, results_of
 from ovd.label_studio.config import BoxControl, read_config
-from ovd.label_studio.interactive import Drawn, similar_results
+from ovd.label_studio.interactive import Drawn, Similar, alike, similar_results
 from ovd.pictures import to_rgb
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary, VocabularyClass
@@ -152,7 +152,9 @@ class Backend:
         return answers
 
     def similar(self, config: str, task: Task, drawn: Drawn) -> Prediction:
-        """What looks like a rectangle that somebody drew, under its label; it finds by the crop, not by words.
+        """What looks like the thing in a rectangle that somebody drew, under its label; no words are asked.
+
+        Where no region fits the rectangle, its crop is searched for as an example.
 
         Raises:
             UserError: see `read_config`; a rectangle that is too small or belongs to no control; a picture that cannot
@@ -166,10 +168,14 @@ class Backend:
         else:
             raise UserError(f"the rectangle was drawn with {', '.join(sorted(names))!r}, which takes no boxes here")
         pixels = self._pixels(task, control)
-        height, width = pixels.shape[:2]
-        query = self._detector.query(examples=[(drawn.name, drawn.box(height, width))], picture=pixels)
-        found = self._detector.answer(pixels, query, threshold=self._threshold)
-        return prediction_of(plan.version, similar_results(drawn, found))
+        size = (pixels.shape[0], pixels.shape[1])
+        box = drawn.box(*size)
+        found = alike(self._detector.embed(pixels).regions, box)
+        if found is None:
+            query = self._detector.query(examples=[(drawn.name, box)], picture=pixels)
+            crops = self._detector.answer(pixels, query, threshold=self._threshold)
+            found = Similar(crops.xyxy, crops.confidence)
+        return prediction_of(plan.version, similar_results(drawn, found, size))
 
     def _query(self, control: BoxControl) -> Query:
         classes = tuple(VocabularyClass(label.words[0], label.words[1:]) for label in control.labels)

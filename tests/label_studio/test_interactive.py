@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ovd.demo.bodies import Limits
 from ovd.demo.names import Names
+from ovd.inference.scoring import RegionSet
 from ovd.label_studio.app import Gate, build_app
-from ovd.label_studio.interactive import read_drawn
+from ovd.label_studio.interactive import alike, read_drawn
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import picture
 from tests.label_studio.test_backend import CONFIG, PAIRS, Ask, backend, data_uri, served
@@ -148,7 +150,20 @@ def test_weights_without_an_image_tower_say_so(monkeypatch: pytest.MonkeyPatch) 
 
     one = backend()
     monkeypatch.setattr(one._detector, "examples", None)
-    drawn = read_drawn(request(region(rectanglelabels=["r"])))
+    drawn = read_drawn(request(region(x=50, y=60, rectanglelabels=["r"])))  # where no region is
     assert drawn is not None
     with pytest.raises(UserError, match="cannot search by example"):
         one.similar(CONFIG, Task(id=7, data={"photo": PHOTO}), drawn)
+
+
+def test_regions_count_by_their_embedding_and_as_objects() -> None:
+    boxes = np.array([[0, 0, 20, 20], [30, 0, 50, 20], [60, 0, 80, 20], [31, 0, 51, 20], [90, 0, 110, 20]], np.float32)
+    rows = np.array([[1, 0], [0.9, 0.4359], [1, 0], [0.85, 0.5268], [0, 1]], np.float32)
+    objectness = np.array([0.5, 0.9, 0.2, 0.9, 0.9], np.float32)
+    regions = RegionSet(boxes=boxes, objectness=objectness, text=rows, image=None, masks=None, size=(60, 120))
+    found = alike(regions, np.array([1, 1, 20, 20], np.float32))
+    assert found is not None
+    # Itself, the one that points the same way; not the lesser object, the second box of one thing, or another thing.
+    assert found.boxes.tolist() == boxes[:2].tolist()
+    assert found.scores.tolist() == pytest.approx([1, 0.9], abs=1e-3)
+    assert alike(regions, np.array([0, 30, 20, 50], np.float32)) is None
