@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.engine.errors import NEEDS_TORCH, UserError
-from pretrain.engine.files import sha256_of, write_atomically
+from pretrain.engine.files import sha256_of, whole_folder, write_atomically
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -93,31 +93,27 @@ def assemble(folder: Path, target: Path) -> None:
             f"write one, install it: {NEEDS_TORCH}"
         )
     root = folder.parent
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            listing = json.loads(packed.read(LISTING))
-            for name, digest in listing["sources"].items():
-                if not (root / name).is_file() or sha256_of(root / name) != digest:
-                    raise UserError(
-                        f"{root / name}: is not what {archive.name} was made of; scripts/build_graphs.py makes it "
-                        "anew (this needs torch)"
-                    )
-            tensors = _Tensors(root)
-            for name, part in listing["files"].items():
-                data = filled(packed.read(name), part["holes"], tensors)
-                if hashlib.sha256(data).hexdigest() != part["sha256"]:
-                    raise UserError(f"{archive}: damaged, {name} comes out wrong; restore it from the repository")
-                write_atomically(fresh / name, data)
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as problem:
-        raise UserError(f"{archive}: cannot be read ({problem}); restore it from the repository") from problem
-    for name in COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, fresh / name)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    with whole_folder(target) as fresh:
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                listing = json.loads(packed.read(LISTING))
+                for name, digest in listing["sources"].items():
+                    if not (root / name).is_file() or sha256_of(root / name) != digest:
+                        raise UserError(
+                            f"{root / name}: is not what {archive.name} was made of; scripts/build_graphs.py makes it "
+                            "anew (this needs torch)"
+                        )
+                tensors = _Tensors(root)
+                for name, part in listing["files"].items():
+                    data = filled(packed.read(name), part["holes"], tensors)
+                    if hashlib.sha256(data).hexdigest() != part["sha256"]:
+                        raise UserError(f"{archive}: damaged, {name} comes out wrong; restore it from the repository")
+                    write_atomically(fresh / name, data)
+        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as problem:
+            raise UserError(f"{archive}: cannot be read ({problem}); restore it from the repository") from problem
+        for name in COPIED:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, fresh / name)
 
 
 class _Tensors:
