@@ -25,7 +25,7 @@ from typing import Any, TypedDict, cast
 
 from ovd.runtime.files import read_runtime_card
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
-from pretrain.engine.files import EXPORTED, read_json, read_text, sha256_of, write_atomically
+from pretrain.engine.files import EXPORTED, read_json, read_text, sha256_of, whole_folder, write_atomically
 from pretrain.engine.flags import CommandParser
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -329,12 +329,8 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
 
     target = root / name
     if source.resolve() != target.resolve():
-        fresh = root / f".{name}.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(source, fresh)
-        if target.exists():
-            shutil.rmtree(target)
-        fresh.rename(target)
+        with whole_folder(target) as fresh:
+            shutil.copytree(source, fresh, dirs_exist_ok=True)
     files = []
     for path in paths:
         relative = path.relative_to(source).as_posix()

@@ -46,6 +46,7 @@ from ovd.runtime.files import (
 from ovd.runtime.halve import halve
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import whole_folder
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import CbowText, JointEncoder
 
@@ -180,45 +181,41 @@ def export_onnx(
     if not isinstance(encoder.visual, TimmImage):
         raise UserError(f"{source}: only encoders with an image tower of timm can be exported to ONNX")
     generator = detector.proposer.model.proposal_generator
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    _write_graphs(detector, encoder, fresh)
-    _write_branches(source, card.own, fresh)
-    np.save(fresh / BACKGROUND, background.numpy().astype(np.float16))
-    (fresh / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, fresh / name)
-    runtime = RuntimeCard(
-        sources=sources_of(source, card.own),
-        encoder_fingerprint=encoder.fingerprint(),
-        embed_dim=encoder.embed_dim,
-        image_size=encoder.image_size,
-        image_mean=encoder.image_mean,
-        image_std=encoder.image_std,
-        context_length=encoder.token_ids([""]).shape[1],
-        side=detector.tower.side,
-        context=detector.tower.context,
-        scale=float(detector.head.scale.detach()),
-        words=KNOWN_WORDS if detector.known else (),
-        proposal_sides=proposals.sides,
-        proposal_mean=PIXEL_MEAN,
-        proposal_std=PIXEL_STD,
-        strides=STRIDES,
-        nms=generator.nms,
-        pre_nms=generator.pre_nms,
-        post_nms=generator.post_nms,
-        precision="int8" if photos else "float32",
-        ranges=photos_are if photos else "",
-    )
-    if photos:
-        from ovd.runtime.quantise import quantise
+    with whole_folder(target) as fresh:
+        _write_graphs(detector, encoder, fresh)
+        _write_branches(source, card.own, fresh)
+        np.save(fresh / BACKGROUND, background.numpy().astype(np.float16))
+        (fresh / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
+        for name in COPIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, fresh / name)
+        runtime = RuntimeCard(
+            sources=sources_of(source, card.own),
+            encoder_fingerprint=encoder.fingerprint(),
+            embed_dim=encoder.embed_dim,
+            image_size=encoder.image_size,
+            image_mean=encoder.image_mean,
+            image_std=encoder.image_std,
+            context_length=encoder.token_ids([""]).shape[1],
+            side=detector.tower.side,
+            context=detector.tower.context,
+            scale=float(detector.head.scale.detach()),
+            words=KNOWN_WORDS if detector.known else (),
+            proposal_sides=proposals.sides,
+            proposal_mean=PIXEL_MEAN,
+            proposal_std=PIXEL_STD,
+            strides=STRIDES,
+            nms=generator.nms,
+            pre_nms=generator.pre_nms,
+            post_nms=generator.post_nms,
+            precision="int8" if photos else "float32",
+            ranges=photos_are if photos else "",
+        )
+        if photos:
+            from ovd.runtime.quantise import quantise
 
-        quantise(fresh, runtime, card.own, photos)
-    write_runtime_card(fresh, runtime)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+            quantise(fresh, runtime, card.own, photos)
+        write_runtime_card(fresh, runtime)
 
 
 def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ovd.config_finetune import FinetuneConfig
 from ovd.modeling.task import DetectionTask
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import whole_folder
 
 if TYPE_CHECKING:
     from ovd.data.own_photos import CanvasSource, OwnPhotos
@@ -235,29 +236,25 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         measured = task.measure(task.best)
         slope, offset = measured.fitted()
         metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    shutil.copytree(parts.folder / PROPOSALS, fresh / PROPOSALS)
-    earlier = remaining_branches(card.own, parts.photos.names)
-    for file in ("model.safetensors", *(branch.file for branch in earlier)):
-        (fresh / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(parts.folder / file, fresh / file)
-    branch = save_branch(
-        fresh,
-        task.best,
-        number=1 + max((int(Path(branch.file).stem) for branch in earlier), default=0),
-        names=parts.photos.names,
-        side=task.side,
-        nms=task.nms,
-        top=task.top,
-    )
-    branch = replace(branch, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
-    added = (*earlier, branch)
-    write_card(fresh, replace(card, own=added))
-    names = ", ".join(name for branch in added for name in branch.names)
-    start = config.weights if "/" not in config.weights else "what it started from"
-    purpose = f"Finds {names}; answers all other words as {start} does."
-    (fresh / "card.json").write_text(json.dumps({"purpose": purpose}, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with whole_folder(folder) as fresh:
+        shutil.copytree(parts.folder / PROPOSALS, fresh / PROPOSALS)
+        earlier = remaining_branches(card.own, parts.photos.names)
+        for file in ("model.safetensors", *(branch.file for branch in earlier)):
+            (fresh / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(parts.folder / file, fresh / file)
+        branch = save_branch(
+            fresh,
+            task.best,
+            number=1 + max((int(Path(branch.file).stem) for branch in earlier), default=0),
+            names=parts.photos.names,
+            side=task.side,
+            nms=task.nms,
+            top=task.top,
+        )
+        branch = replace(branch, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
+        added = (*earlier, branch)
+        write_card(fresh, replace(card, own=added))
+        names = ", ".join(name for branch in added for name in branch.names)
+        start = config.weights if "/" not in config.weights else "what it started from"
+        purpose = f"Finds {names}; answers all other words as {start} does."
+        (fresh / "card.json").write_text(json.dumps({"purpose": purpose}, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,12 +8,14 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import uuid
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import MACHINE_FAULTS, UserError
 
 EXPORTED = "exported"  # folder of a run with what it hands over
 NAME_BYTES = 255  # of a file's name: ext4, XFS, APFS, NFS and NTFS alike
@@ -122,6 +124,29 @@ def require_writable_file(path: Path, *, flag: str) -> None:
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; name a file in it")
     require_writable(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` to write into, which takes its place when all is written; else nothing is left.
+
+    Raises:
+        UserError: the disk is full or not writable; an old ``target`` is untouched.
+    """
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    except OSError as error:
+        if error.errno not in MACHINE_FAULTS:
+            raise
+        text = f"cannot write {target}: {error.strerror or error}; free some space or choose another folder"
+        raise UserError(text) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -14,11 +14,11 @@ from ovd.demo.serving import listen, prepare_environment
 
 SLOW = 68  # height of pictures that keep the model until FOLDER/go exists
 ASKERS = 24  # whose messages are kept; the page keeps more
-line.UNFETCHED = ASKERS
-line.LONGEST = 0.0  # the line is as short as it gets
 
 
 def main(folder: Path) -> None:
+    line.UNFETCHED = ASKERS
+    line.LONGEST = 0.0  # the line is as short as it gets
     prepare_environment(folder / "uploads")
     from PIL import Image
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import fitting_name, read_json, require_writable, write_atomically
+from pretrain.engine.files import fitting_name, read_json, require_writable, whole_folder, write_atomically
 
 
 def test_content_is_read(tmp_path: Path) -> None:
@@ -62,3 +63,22 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*file"):
         require_writable(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), UserError("no"), KeyError("defect")]
+)
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, error: Exception) -> None:
+    target = tmp_path / "export"
+    with whole_folder(target) as fresh:
+        (fresh / "a").write_text("first")
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as caught, whole_folder(target) as fresh:
+        (fresh / "a").write_text("half")
+        raise error
+    if isinstance(error, OSError):
+        assert str(caught.value).startswith(f"cannot write {target}: No space left on device; free some space")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"] and (target / "a").read_text() == "first"
+    with whole_folder(target) as fresh:
+        (fresh / "b").write_text("second")
+    assert [path.name for path in target.iterdir()] == ["b"]
