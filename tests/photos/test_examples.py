@@ -15,7 +15,7 @@ from ovd.evaluation.photo_calibration import TypedPhotos, fit_examples
 from ovd.evaluation.photo_examples import WordCrops, boxes_to_cut, with_crops
 from ovd.evaluation.typed import TypedScene
 from ovd.inference.arrays import sigmoid, unit_rows
-from ovd.inference.scoring import Calibration, RegionSet
+from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet
 from ovd.inference.word_profiles import ProfileScorer, root_profile
 from tests.photos.test_fvlm import scorer as word_scorer
 
@@ -34,9 +34,12 @@ def region_set(rows: np.ndarray, objectness: np.ndarray | None = None, boxes: np
     )
 
 
-def test_a_crop_is_compared_by_the_bhattacharyya_coefficient_of_words() -> None:
+def test_a_crop_is_compared_by_the_bhattacharyya_coefficient_of_words_and_by_the_centred_cosine() -> None:
     rng = np.random.default_rng(0)
     region, crop = unit_rows(rng.normal(size=(2, 4)).astype(np.float32))
+    common = region / (1 + CENTRE_PRIOR)  # the one region's, drawn towards zero
+    a, b = (vector / np.linalg.norm(vector) for vector in (region - common, crop - common))
+    likeness = math.exp(float(a @ b) - 1)
     weights = [[math.exp(7.0 * float(v)) for v in row] for row in (region, crop)]
     p, q = ([w / sum(row) for w in row] for row in weights)
     coefficient = sum(math.sqrt(a * b) for a, b in zip(p, q, strict=True))
@@ -44,9 +47,9 @@ def test_a_crop_is_compared_by_the_bhattacharyya_coefficient_of_words() -> None:
     calibration = Calibration(logit_scale=7.0, objectness_weight=0.5)
     crops = ProfileScorer(rows=crop[None], words=WORDS, calibration=calibration)
     score = crops(region_set(region[None], np.array([0.64])))
-    assert float(score[0, 0]) == pytest.approx(coefficient * 0.8, rel=1e-5)
+    assert float(score[0, 0]) == pytest.approx(coefficient * likeness * 0.8, rel=1e-5)
     fitted = replace(crops, calibration=replace(calibration, slope=2.0, offset=-0.5))
-    raw = coefficient * 0.8
+    raw = coefficient * likeness * 0.8
     expected = sigmoid(np.array(2 * math.log(raw / (1 - raw)) - 0.5))
     assert float(fitted(region_set(region[None], np.array([0.64])))[0, 0]) == pytest.approx(float(expected), rel=1e-4)
 
