@@ -35,7 +35,7 @@ def root_profile(rows_ND: Floats, words_BD: Floats, *, scale: float) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileScorer:
-    """Classes given by crops, each alone: ``sigmoid`` of ``Bhattacharyya coefficient · exp(cosine − 1) · objectness^e``.
+    """Classes given by crops, each alone: a sigmoid of ``coefficient · exp(cosine − 1) · objectness^e``.
 
     Attributes:
         rows: (E, D) unit image embeddings.
