@@ -14,7 +14,7 @@ from PIL import Image
 
 from ovd.convert import main
 from ovd.formats.read import read_labels
-from ovd.predict import collect
+from ovd.picture_files import PictureFiles
 from pretrain.engine.errors import UserError
 
 
@@ -85,5 +85,5 @@ def test_the_folder_of_the_pictures_is_found_though_the_first_is_missing(coco: P
 
 def test_results_do_not_go_into_the_folder_of_the_pictures(coco: Path) -> None:
     with pytest.raises(UserError, match="--out .*images: is the folder of the pictures; give another"):
-        collect([coco.parent / "images"], without=coco.parent / "images")
-    assert len(collect([coco.parent / "images"], without=coco.parent / "images/found")) == 3
+        PictureFiles.collect([coco.parent / "images"], without=coco.parent / "images")
+    assert len(PictureFiles.collect([coco.parent / "images"], without=coco.parent / "images/found")) == 3
