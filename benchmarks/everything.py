@@ -56,7 +56,7 @@ class Judge:
     def related(self, name: str) -> NDArray[np.bool_]:
         """Of each category whether the name means the same or something above or below it."""
         if name not in self._related:
-            self._related[name] = self._words.relations([[name]]).related[0].numpy()
+            self._related[name] = self._words.relations([[name]]).related[0]
         return self._related[name]
 
     def outcomes(self, found: Detections, objects: list[tuple[int, list[float], bool]]) -> list[tuple[str, bool]]:

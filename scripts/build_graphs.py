@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         exported = export(DEFAULT, Path(place, folder.name))
         card = read_runtime_card(exported)
         if options.photos is None:
-            ranges = ranges_in(archive, root)
+            ranges = ranges_in(archive, folder)
         else:
             ranges = measured(exported, card, (), read_photos(options.photos))
         small = Path(shutil.copytree(exported, Path(place, "int8")))
@@ -67,16 +67,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def ranges_in(archive: Path, root: Path) -> dict[str, Ranges]:
-    """The ranges that an archive holds.
+def ranges_in(archive: Path, folder: Path) -> dict[str, Ranges]:
+    """The ranges that an archive holds. New heads have no say in them: these are never in 8 bits.
 
     Raises:
-        UserError: none, or those of other weights.
+        UserError: none, or those of another proposal network or encoder.
     """
     if archive.is_file():
         with zipfile.ZipFile(archive) as packed:
             sources = json.loads(packed.read(LISTING))["sources"]
-            if RANGES in packed.namelist() and all(sha256_of(root / name) == sources[name] for name in sources):
+            networks = [name for name in sources if name != f"{folder.name}/{SOURCES[0]}"]
+            same = all(sha256_of(folder.parent / name) == sources[name] for name in networks)
+            if RANGES in packed.namelist() and same:
                 return dict(json.loads(packed.read(RANGES)))
     raise UserError(f"{archive}: has no ranges of these weights; give --photos FOLDER")
 

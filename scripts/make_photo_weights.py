@@ -54,6 +54,22 @@ def stages(photos: Path, nanodet: Path) -> list[Stage]:
             result=shipped / "clip-photo/model.safetensors",
             commands=[["scripts/ship_weights.py", "clip", str(clip / "exported"), "clip-photo"]],
         ),
+        Stage(
+            name="regions",
+            result=RUNS / "regions/done",
+            commands=[
+                [
+                    "-m",
+                    "ovd.embed",
+                    "--config",
+                    "photos/lite_embed.yaml",
+                    f"out={RUNS / 'regions'}",
+                    f"proposer={RUNS / 'nanodet/exported'}",
+                    f"pictures.images={photos / 'images'}",
+                    f"pictures.annotations={files[0] if files else ''}",
+                ]
+            ],
+        ),
         training(
             "vild",
             "ovd.train",
@@ -61,6 +77,8 @@ def stages(photos: Path, nanodet: Path) -> list[Stage]:
             vild,
             "encoder=clip-photo",
             f"proposals={RUNS / 'nanodet/exported'}",
+            "model.variant=ensemble",
+            f"regions={RUNS / 'regions'}",
         ),
         Stage(
             name="calibrate",

@@ -163,6 +163,7 @@ def test_the_photo_stages_are_commands_that_their_programs_take(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ovd.config_detr import TRAIN_CONFIGS
+    from ovd.embed import EmbedConfig
     from pretrain.config import PretrainConfig
     from pretrain.engine.config import load_config
 
@@ -176,10 +177,15 @@ def test_the_photo_stages_are_commands_that_their_programs_take(
     monkeypatch.setattr(photo, "ROOT", tmp_path)
     monkeypatch.setenv("OVD_WEIGHTS", "elsewhere")
     assert photo.main([str(photos), "--nanodet", str(photos / "nanodet.json"), "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert len(capsys.readouterr().out.splitlines()) == 8
     trainings = [stage.commands[0] for stage in photo.stages(photos, photos / "nanodet.json") if stage.run is not None]
     assert len(trainings) == 3
     for _, module, _, config, *overrides in trainings:
         kind = PretrainConfig if module == "pretrain.train" else TRAIN_CONFIGS
         loaded = load_config(kind, config, overrides)
         assert [Path(file).name for file in loaded.data.annotations] == ["instances_a.json.gz", "instances_b.json"]
+    (embed,) = (
+        c for stage in photo.stages(photos, photos / "nanodet.json") for c in stage.commands if "ovd.embed" in c
+    )
+    regions = load_config(EmbedConfig, embed[3], embed[4:])
+    assert loaded.model.variant == "ensemble" and loaded.regions == regions.out
