@@ -77,7 +77,7 @@ def load_networks(
             raise UserError(f"{asked} needs torch, which is not installed: {NEEDS_TORCH}")
         if graphs_of(folder).is_file():
             raise UserError(
-                f"{folder}: torch is not installed, and there is no export; write it: {_export_command(folder)}"
+                f"{folder}: torch is not installed, and no export there; write it: {_export_command(folder)}"
             )
         raise UserError(f"{folder} has no export for ONNX Runtime and needs torch: {NEEDS_TORCH}")
     return _load_torch(folder, card, device=device, threads=threads, masks=masks, regions=regions)

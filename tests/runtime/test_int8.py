@@ -92,11 +92,11 @@ def test_few_photos_are_told_and_without_torch_nothing_else_is_written(
 ) -> None:
     monkeypatch.setattr(writing, "export_onnx", lambda *_, **__: None)
     cv2.imwrite(str(tmp_path / "b.png"), np.zeros((8, 8, 3), np.uint8))
-    export("default", tmp_path / "out", int8_photos=tmp_path)
+    export("default", tmp_path / "out", int8=True, photos=tmp_path)
     assert "1 photo, where 20 or more show which values occur" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'--int8 needs torch.*pip install "wordbox\[train\]"'):
-        export("default", tmp_path / "out", int8_photos=tmp_path)
+    with pytest.raises(UserError, match=r'--calibrate-on needs torch.*pip install "wordbox\[train\]"'):
+        export("default", tmp_path / "out", int8=True, photos=tmp_path)
     assert not (tmp_path / "out").exists()
 
 
