@@ -17,7 +17,8 @@ folder (``ovd.user_files``) and used whenever the same encoder runs on the same 
 needs ``--data``, and takes ``--scenes`` pictures for the fit and as many for the report.
 
 A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and can take
-photos of single objects as well (``--labels TABLE.json``). It is measured on half of them, then fitted on all.
+photos of single objects as well (``--labels TABLE.json``). It is measured on half of them, then fitted on all. A crop
+from another photo then takes each word's place, and the scores of crops are fitted, too.
 """
 
 from __future__ import annotations
@@ -330,6 +331,8 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     typed = prepare(detector, photos)
     figures, curve = measure(typed.half(1), fit(typed.half(0)))
     fitted = fit(typed)
+    if fitted.of_examples() == detector.model.calibration.of_examples():
+        print("warning: too few photos show the same words to fit the scores of crops; they stay", file=sys.stderr)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0
 

@@ -151,7 +151,8 @@ def fit(data: TypedPhotos) -> Calibration:
             "right). Nothing was changed"
         )
     fitted = with_threshold(data, replace(data.scorer, calibration=fitted))
-    return fitted if len(data.examples) < LEAST else fitted.with_examples(fit_examples(data))
+    crops = fit_examples(data)
+    return fitted if crops is None else fitted.with_examples(crops)
 
 
 def require_both(outcome: Outcome) -> None:
@@ -189,18 +190,22 @@ def with_threshold(data: TypedPhotos, scorer: WordScorer | EnsembleScorer) -> Ca
     return replace(scorer.calibration, threshold=threshold)
 
 
-def fit_examples(data: TypedPhotos) -> Calibration:
+def fit_examples(data: TypedPhotos) -> Calibration | None:
     """What turns a crop's likeness into scores: temperature and objectness exponent, then the same as of words.
 
     Returns:
-        The values in the plain fields, for `Calibration.with_examples`.
+        The values in the plain fields, for `Calibration.with_examples`; None: too few photos with crops, none that
+        lacks what a crop shows, or scores without any relation to the labels.
     """
-    assert data.example_scorer is not None
+    if data.example_scorer is None or len(data.examples) < LEAST or not any(scene.absent for scene in data.examples):
+        return None
     ranking = choose_ranking(
         data.examples, data.example_scorer, logit_scales=(10.0, 15.0, 20.0, 30.0), objectness_weights=(0.25, 0.5, 1.0)
     )
     outcome = run_typed(data.examples, replace(data.example_scorer, calibration=ranking), floor=1e-4)
     fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    if fitted.slope <= 0 or not outcome.correct.any():
+        return None
     shown = run_typed(data.examples, replace(data.example_scorer, calibration=fitted), floor=FLOOR)
     quiet = absent_class_threshold(torch.from_numpy(shown.best_absent))
     return replace(fitted, threshold=shown_from(quiet, shown))

@@ -42,7 +42,8 @@ class Calibration:
             parts of a thing look like the thing.
         open_slope, open_offset: their sigmoid.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
-            closer than an image and its word, so a crop's cosines need another temperature and sigmoid.
+            closer than an image and its word, so a crop's cosines need another temperature and sigmoid. A detector of
+            photographs compares distributions over words (`ovd.inference.word_profiles`): the temperature is theirs.
     """
 
     logit_scale: float = 100.0

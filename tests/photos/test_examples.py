@@ -120,7 +120,9 @@ def test_a_crop_s_scores_are_fitted_on_photos_and_leave_the_words_alone() -> Non
         examples=with_crops(scenes, crops),
         example_scorer=ProfileScorer(rows=crops.rows[0], words=WORDS, calibration=Calibration().of_examples()),
     )
-    fitted = words.calibration.with_examples(fit_examples(data.half(0)))
+    crops_fitted = fit_examples(data.half(0))
+    assert crops_fitted is not None
+    fitted = words.calibration.with_examples(crops_fitted)
     assert fitted.of_examples() != words.calibration.of_examples() and fitted.slope == words.calibration.slope
     assert fitted.example_slope > 0 and fitted.example_threshold < 1
     assert data.example_scorer is not None
@@ -130,3 +132,7 @@ def test_a_crop_s_scores_are_fitted_on_photos_and_leave_the_words_alone() -> Non
     assert np.mean([one.argmax() == 0 for one in shown]) > 0.9
     ece = abs(np.mean([one.max() for one in shown]) - np.mean([one.argmax() == 0 for one in shown]))
     assert ece < 0.15  # a fit on thirty photos
+    nothing_absent = replace(data, examples=[replace(one, absent=()) for one in data.examples])
+    nothing_right = replace(data, examples=[replace(one, boxes=one.boxes + 50) for one in data.examples])
+    few = replace(data, examples=data.examples[:5])
+    assert [fit_examples(other) for other in (nothing_absent, nothing_right, few)] == [None] * 3
