@@ -78,8 +78,13 @@ def check_python(version: tuple[int, int] | None = None) -> Finding:
 
 
 def is_light() -> bool:
-    """Whether this is the installed wheel without what trains: no checkout, no torch."""
-    return not (ROOT / "pyproject.toml").is_file() and importlib.util.find_spec("torch") is None
+    """Whether this is the environment of `make demo` or of the wheel, which trains nothing: ONNX Runtime, no torch."""
+    return importlib.util.find_spec("torch") is None and importlib.util.find_spec("onnxruntime") is not None
+
+
+def is_checkout() -> bool:
+    """Whether the code runs from the repository, not from an installed wheel."""
+    return (ROOT / "pyproject.toml").is_file()
 
 
 def check_packages(lock: Path = ROOT / "requirements.lock", *, names: Iterable[str] | None = None) -> list[Finding]:
@@ -161,7 +166,7 @@ def check_detectron2(
     build = f"`{Path(sys.executable)} scripts/build_detectron2.py`"
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:
-        detail = "not installed: training and the shipped detector need it"
+        detail = "not installed: training and detectors in torch need it"
         return Finding("WRONG", "Detectron2", detail, f"run {build}")
     folder = Path(spec.origin).parent
     info = folder / "BUILD_INFO.json"
@@ -242,7 +247,8 @@ def examine() -> list[Finding]:
     """Every check, in the order in which they are reported."""
     if is_light():
         detail = "not installed: the page, predict and label do without"
-        training = Finding("note", "torch", detail, f"`{NEEDS_TORCH}` for training, evaluation and export")
+        remedy = SETUP if is_checkout() else f"`{NEEDS_TORCH}`"
+        training = Finding("note", "torch", detail, f"{remedy} for training, evaluation and `vild-sticker`")
         packages = check_packages(names=LIGHT_PACKAGES)
         return [check_python(), *packages, training, *check_weights(), check_disk()]
     return [

@@ -147,10 +147,13 @@ def test_the_command_runs_here_and_its_status_agrees_with_its_words() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_wheel_without_torch_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkout", [False, True])
+def test_an_environment_without_torch_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkout: bool) -> None:
+    if checkout:
+        (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
     findings = doctor.examine()
     assert [finding.subject for finding in findings if finding.level == "WRONG"] == []
     (torch,) = [finding for finding in findings if finding.subject == "torch"]
-    assert torch.level == "note" and 'pip install "wordbox[train]"' in torch.remedy
+    assert torch.level == "note" and ("make setup" if checkout else 'pip install "wordbox[train]"') in torch.remedy
