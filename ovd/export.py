@@ -76,8 +76,8 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
         UserError: a detector of another kind, a folder that holds something else, or photos that cannot be read.
     """
     from ovd.modeling.export import read_card
-    from ovd.runtime.assemble import assemble, graphs_of, holds
-    from ovd.runtime.files import CARD
+    from ovd.runtime.assemble import assemble, holds
+    from ovd.runtime.files import CARD, graphs_of
     from ovd.weights import detector_folder
 
     source = detector_folder(weights)

@@ -25,8 +25,8 @@ from safetensors import safe_open
 
 from ovd.export import export
 from ovd.modeling.export import read_card
-from ovd.runtime.assemble import COPIED, FORMS, INT8, LISTING, RANGES, Tensor, graphs_of, patches_of, write_archive
-from ovd.runtime.files import SOURCES, read_runtime_card, write_runtime_card
+from ovd.runtime.assemble import COPIED, FORMS, INT8, LISTING, RANGES, Tensor, patches_of, write_archive
+from ovd.runtime.files import SOURCES, graphs_of, read_runtime_card, write_runtime_card
 from ovd.runtime.quantise import Ranges, measured, read_photos, write_quantised
 from ovd.weights import DEFAULT, detector_folder
 from pretrain.engine.errors import UserError, run_cli

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.runtime.files import BESIDE, CARD, INT8_BESIDE, read_runtime_card
+from ovd.runtime.files import BESIDE, CARD, INT8_BESIDE, graphs_of, read_runtime_card
 from pretrain.engine.errors import NEEDS_TORCH, UserError
 from pretrain.engine.files import sha256_of, write_atomically
 
@@ -69,11 +69,6 @@ class Tensor(NamedTuple):
     name: str
     form: str
     patches: Patches = ()
-
-
-def graphs_of(folder: Path) -> Path:
-    """The archive of a detector's folder, there or not."""
-    return folder.with_name(f"{folder.name}-graphs.zip")
 
 
 def int8_channels(values: NDArray[np.generic]) -> NDArray[np.int8]:

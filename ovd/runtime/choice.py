@@ -17,8 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from ovd.runtime.assemble import graphs_of
-from ovd.runtime.files import find_export, find_int8_export, stale
+from ovd.runtime.files import find_export, find_int8_export, graphs_of, stale
 from pretrain.engine.errors import NEEDS_TORCH, UserError
 
 if TYPE_CHECKING:

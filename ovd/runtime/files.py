@@ -120,6 +120,11 @@ def sources_of(folder: Path, finetuned: Sequence[FinetunedCard]) -> dict[str, st
     return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
 
 
+def graphs_of(folder: Path) -> Path:
+    """The archive of graphs without weights beside a detector's folder, there or not (`ovd.runtime.assemble`)."""
+    return folder.with_name(f"{folder.name}-graphs.zip")
+
+
 def find_export(folder: Path) -> Path | None:
     """The export of a detector's folder: the folder itself, or the one that it holds; None: there is none."""
     return next((place for place in (folder, folder / BESIDE) if (place / CARD).is_file()), None)

@@ -21,8 +21,7 @@ from ovd.export import export
 from ovd.pictures import to_rgb
 from ovd.runtime import choice
 from ovd.runtime import export as writing
-from ovd.runtime.assemble import graphs_of
-from ovd.runtime.files import CARD, INT8_BESIDE, PROPOSALS, TOWER, read_runtime_card
+from ovd.runtime.files import CARD, INT8_BESIDE, PROPOSALS, TOWER, graphs_of, read_runtime_card
 from ovd.runtime.quantise import MOST, quantise, read_photos
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
