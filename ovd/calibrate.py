@@ -331,7 +331,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     typed = prepare(detector, photos)
     figures, curve = measure(typed.half(1), fit(typed.half(0)))
     fitted = fit(typed)
-    if fitted.of_examples() == detector.model.calibration.of_examples():
+    if fitted == fitted.with_examples(detector.model.calibration.of_examples()):
         print("warning: too few photos show the same words to fit the scores of crops; they stay", file=sys.stderr)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0

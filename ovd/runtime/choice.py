@@ -72,8 +72,8 @@ def load_networks(
         raise UserError(f"{folder}: holds an export for ONNX Runtime only; load it with runtime onnx on a CPU")
     if importlib.util.find_spec("torch") is None:
         if runtime == "torch" or device not in ("auto", "cpu"):
-            asked = "runtime torch" if runtime == "torch" else f"device {device}"
-            raise UserError(f"{asked} needs torch, which is not installed: {NEEDS_TORCH}")
+            option = "runtime torch" if runtime == "torch" else f"device {device}"
+            raise UserError(f"{option} needs torch, which is not installed: {NEEDS_TORCH}")
         if graphs_of(folder).is_file():
             raise UserError(
                 f"{folder}: torch is not installed, and no export there; write it: {_export_command(folder)}"

@@ -114,8 +114,8 @@ def out_of_memory(error: BaseException) -> str | None:
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not full and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
         return None
-    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
-    size = "" if asked is None else f" ({asked[2] or f'{int(asked[1]) / 1e9:.1f} GB'} more were asked for)"
+    request = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
+    size = "" if request is None else f" ({request[2] or f'{int(request[1]) / 1e9:.1f} GB'} more were asked for)"
     return (
         f"there is not enough memory{size}; a training takes less with a smaller loop.batch_size, or a larger "
         "loop.accumulate"

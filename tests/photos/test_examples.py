@@ -124,6 +124,9 @@ def test_a_crop_s_scores_are_fitted_on_photos_and_leave_the_words_alone() -> Non
     assert crops_fitted is not None
     fitted = words.calibration.with_examples(crops_fitted)
     assert fitted.of_examples() != words.calibration.of_examples() and fitted.slope == words.calibration.slope
+    before, words_alone = words.calibration.of_examples(), replace(words.calibration, open_slope=2.0)
+    assert words_alone == words_alone.with_examples(before)  # how the command tells that crops were not fitted
+    assert fitted != fitted.with_examples(before)
     assert fitted.example_slope > 0 and fitted.example_threshold < 1
     assert data.example_scorer is not None
     score = replace(data.example_scorer, calibration=fitted.of_examples())
