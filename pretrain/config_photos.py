@@ -6,12 +6,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pretrain.config_views import DataSection
 from pretrain.engine.config import LATER, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConseShare(Section):
+    """How much of a picture's embedding ImageNet's classifier says (ConSE, arXiv:1312.5650)."""
+
+    share: Share = Field(default=0.4, description="Weight of ConSE's unit vector; the projection's has the rest.")
+    top: int = Field(default=20, ge=1, description="So many classes, the most probable ones.")
+    classes: int = Field(default=1000, ge=2, le=10**6, description="Classes of the classifier.")
+
+    @model_validator(mode="after")
+    def _top_of_them(self) -> ConseShare:
+        if self.top > self.classes:
+            raise ValueError(f"top {self.top} is more than the {self.classes} classes")
+        return self
 
 
 class TimmTower(Section):
@@ -20,6 +34,17 @@ class TimmTower(Section):
     kind: Literal["timm"] = Field(description="A network of timm.")
     name: str = Field(default="tf_efficientnet_lite2", min_length=1, description="timm's name of the network.")
     image_size: int = Field(default=224, ge=32, le=1024, description="Side of the input picture in pixels.")
+    conse: ConseShare | None = Field(
+        default=None,
+        description="Ensemble with the classifier that the network had on ImageNet; null: the projection alone.",
+        json_schema_extra=LATER,
+    )
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Without ConSE where there is none: the fingerprints of encoders cover their configuration."""
+        plain: dict[str, object] = handler(self)
+        return {key: value for key, value in plain.items() if key != "conse" or value is not None}
 
 
 class ImageStart(Section):

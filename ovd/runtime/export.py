@@ -107,12 +107,13 @@ class _Regions(nn.Module):
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
         self.head, self.proj, self.pool = detector.head, detector.tower.proj, detector.tower.pool
+        self.width = detector.tower.width
         self.image_head = detector.image_head
 
     def forward(
         self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, known: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = self.proj.in_features
+        width = self.width
         read = [(fine, boxes, self.pool, FINE, 2), (coarse, boxes, self.pool, COARSE, 2),
                 (last, boxes, 1, COARSE, 0), (last, around, 1, COARSE, 0)]  # fmt: skip
         features = torch.cat(

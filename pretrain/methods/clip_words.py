@@ -25,9 +25,10 @@ from pretrain.data.lexicon import Lexicon
 from pretrain.data.pairs import PairBatch
 from pretrain.data.photos import Words, vocabulary_of
 from pretrain.engine.config import OptimConfig
+from pretrain.engine.errors import UserError
 from pretrain.engine.optim import ParamGroup, default_groups
 from pretrain.methods.clip import Clip, apply_changes, draw_changes
-from pretrain.nets.timm_tower import TimmImage, pooled
+from pretrain.nets.timm_tower import ConseProjection, TimmImage, conse_embedding, pooled
 from pretrain.nets.towers import JointEncoder
 
 PROMPT = "a photo of a {}"
@@ -87,6 +88,27 @@ class WordClip(Clip):
             self._teacher = (copy.deepcopy(classifier).requires_grad_(False).eval(),)
             targets = conse_targets(words.lexicon, encoder, levels=loss.conse_levels, decay=loss.conse_decay)
             self.register_buffer("target_KD", targets, persistent=False)
+        if isinstance(encoder.visual.proj, ConseProjection):
+            self._start_conse(encoder.visual, encoder.visual.proj, classifier)
+
+    def _start_conse(self, tower: TimmImage, projection: ConseProjection, classifier: nn.Module | None) -> None:
+        """Give the ensemble's fixed part ImageNet's classifier and its words.
+
+        Raises:
+            UserError: without a classifier, of other classes, or where the features that it reads are trained.
+        """
+        if classifier is None or not self._teacher:
+            raise UserError("method.encoder.image.conse needs method.start and method.words.conse above 0")
+        if tower.frozen_stages <= len(tower.stages):
+            raise UserError(
+                "method.encoder.image.conse reads the features of the network as it is; "
+                "set method.start.frozen_stages=99"
+            )
+        state = cast(nn.Linear, cast(Any, classifier).classifier).state_dict()
+        if state["weight"].shape != projection.classifier.weight.shape:
+            raise UserError(f"method.encoder.image.conse.classes: the network has {len(state['weight'])}")
+        projection.classifier.load_state_dict(state)
+        projection.words_KD.copy_(cast(Tensor, self.target_KD))
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics.
@@ -103,7 +125,7 @@ class WordClip(Clip):
         tower = cast(TimmImage, self.encoder.visual)
         lower = tower.lower(pixels)
         features = tower.upper(lower)
-        image_ND = F.normalize(tower.proj(features).float(), dim=1)
+        image_ND = F.normalize(tower.learned(features).float(), dim=1)
         target_ND = self.conse(lower) if self._teacher else None
         class_N = batch["class_id"].to(device)
         caption_N = self.draw_captions(class_N)
@@ -142,10 +164,7 @@ class WordClip(Clip):
         network = cast(Any, self._teacher[0])
         tower = cast(TimmImage, self.encoder.visual)
         features = pooled(network, lower, first_stage=tower.frozen_stages)
-        probability_NK = network.classifier(features).float().softmax(1)
-        value, index = probability_NK.topk(min(self.loss.conse_classes, probability_NK.shape[1]), dim=1)
-        target_KD = cast(Tensor, self.target_KD)
-        return F.normalize((value[..., None] * target_KD[index]).sum(1), dim=1)
+        return conse_embedding(network.classifier(features), cast(Tensor, self.target_KD), top=self.loss.conse_classes)
 
     def param_groups(self, optim: OptimConfig) -> list[ParamGroup]:
         """The network's stages with their own learning rate, beside projection and temperature."""

@@ -142,7 +142,7 @@ def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> Non
     class Tower(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.proj = nn.Linear(6, 4)
+            self.proj, self.device = nn.Linear(6, 4), torch.device("cpu")
 
         def embed(self, features: torch.Tensor) -> torch.Tensor:
             return nn.functional.normalize(self.proj(features), dim=1).detach()

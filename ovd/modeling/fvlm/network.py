@@ -72,7 +72,7 @@ class FvlmDetector(nn.Module):
     def image_embedding(self, features_PF: Tensor) -> Tensor:
         """(P, D) unit rows: what the encoder says, or would say, of each region's crop."""
         # In training the heads may be on a GPU, and the tower, whose features are cached, is not.
-        tower_PD = self.tower.embed(features_PF.to(self.tower.proj.weight.device)).to(features_PF.device)
+        tower_PD = self.tower.embed(features_PF.to(self.tower.device)).to(features_PF.device)
         return tower_PD if self.image_head is None else self.image_head(features_PF, tower_PD)
 
 

@@ -84,6 +84,7 @@ class FrozenTower(nn.Module):
             i for i in range(len(self.stages)) if strides.get(f"blocks.{i}", 0) == FINE
         )  # the last of its stride
         self.proj = copy.deepcopy(encoder.visual.proj)
+        self.width = encoder.visual.width
         self.side, self.pool, self.context, self.precision = side, pool, context, precision
         mean = torch.tensor(encoder.image_mean).view(1, 3, 1, 1)
         std = torch.tensor(encoder.image_std).view(1, 3, 1, 1)
@@ -97,7 +98,12 @@ class FrozenTower(nn.Module):
     def features(self) -> int:
         """F."""
         fine, coarse = (self._channels(i) for i in (self.fine_stage, len(self.stages) - 1))
-        return (fine + coarse) * self.pool**2 + 2 * self.proj.in_features
+        return (fine + coarse) * self.pool**2 + 2 * self.width
+
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors."""
+        return cast(Tensor, self.mean).device
 
     def _channels(self, stage: int) -> int:
         convolutions = [m for m in self.stages[stage].modules() if isinstance(m, nn.Conv2d)]
@@ -113,7 +119,7 @@ class FrozenTower(nn.Module):
         height, width = image.shape[:2]
         image = resized(image, self.side / max(height, width))
         size = image.shape[:2]
-        device = self.proj.weight.device
+        device = self.device
         pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
         pixels = (pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std)
         pixels = F.pad(pixels, (0, -size[1] % STEP, 0, -size[0] % STEP))
@@ -152,5 +158,4 @@ class FrozenTower(nn.Module):
 
     def embed(self, features_PF: Tensor) -> Tensor:
         """(P, D) unit rows: what the encoder's own projection says of the last map in the box (F-VLM, section 3.2)."""
-        width = self.proj.in_features
-        return F.normalize(self.proj(features_PF[:, -2 * width : -width].float()), dim=1)
+        return F.normalize(self.proj(features_PF[:, -2 * self.width : -self.width].float()), dim=1)
