@@ -86,6 +86,29 @@ def test_a_frozen_network_keeps_its_weights_and_its_pyramid_learns(run: Path, en
     assert json.loads((run / "proposals/model.json").read_text())["model"]["backbone"]["pixel_mean"] == [127.5] * 3
 
 
+def test_proposals_are_trained_further_from_an_export(run: Path) -> None:
+    command = [
+        "--config", "photos/lite_ovcoco_proposals.yaml", f"out={run}/further", f"weights={run}/proposals",
+        f"model.backbone.name={NETWORK}", "sides=[64]", f"data.images={run}/images",
+        f"data.annotations=[{run}/boxes.json]", "data.side=64", "loop.steps=1", "loop.batch_size=2",
+        "optim.warmup_steps=0", "loop.save_every=1", "model.post_nms=20",
+    ]  # fmt: skip
+    assert ovd_train.main([*command, "optim.lr=1e-9"]) == 0
+    before, after = (load_proposals(run / name, precision=torch.float32) for name in ("proposals", "further/exported"))
+    assert torch.equal(before.model.pixel_mean, after.model.pixel_mean)
+    picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    torch.testing.assert_close(
+        before.regions(picture, top=5).objectness, after.regions(picture, top=5).objectness, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_nanodet_is_no_start_for_a_backbone_of_a_library(run: Path, trained: Path) -> None:
+    with pytest.raises(UserError, match="model.backbone=null"):
+        ovd_train.main(
+            ["--config", "photos/lite_ovcoco_proposals.yaml", f"out={run}/no", f"weights={trained}/proposals"]
+        )
+
+
 @pytest.mark.parametrize("variant", ["text", "fvlm", "vild", "ensemble"])
 def test_every_variant_trains_and_answers_without_the_novel_word(run: Path, variant: str) -> None:
     folder = train(run, variant)

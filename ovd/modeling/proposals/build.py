@@ -82,13 +82,25 @@ def build_model(config: ProposalNetworkConfig) -> ProposalDetector:
 def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetworkConfig:
     """The configuration with the pixel statistics that a backbone's weights were trained with, where it has none.
 
+    Args:
+        config: of the network.
+        weights: as :func:`start_model` takes them; an export has its statistics in its card.
+
     Raises:
         UserError: no such weights.
     """
     pyramid = config.backbone
     if pyramid is None or pyramid.pixel_mean is not None:
         return config
-    mean, std = pixel_statistics(pyramid.name, weights)
+    if holds_proposals(Path(weights)):
+        trained = ProposalNetworkConfig.model_validate(read_card(Path(weights)).model).backbone
+        if trained is None:
+            raise UserError(
+                f"weights={weights}: is a NanoDet-G, not proposals on {pyramid.name}; set model.backbone=null"
+            )
+        mean, std = trained.pixel_mean, trained.pixel_std
+    else:
+        mean, std = pixel_statistics(pyramid.name, weights)
     return config.model_copy(update={"backbone": pyramid.model_copy(update={"pixel_mean": mean, "pixel_std": std})})
 
 
