@@ -44,8 +44,11 @@ class ConseProjection(nn.Module):
         self.share, self.top = conse.share, conse.top
 
     def forward(self, features_NF: Tensor) -> Tensor:
-        conse_ND = conse_embedding(self.classifier(features_NF), self.words_KD, top=self.top)
-        return torch.lerp(F.normalize(self.learned(features_NF), dim=1), conse_ND, self.share)
+        # Probabilities need more digits than bfloat16 has.
+        with torch.autocast(features_NF.device.type, enabled=False):
+            features_NF = features_NF.float()
+            conse_ND = conse_embedding(self.classifier(features_NF), self.words_KD, top=self.top)
+            return torch.lerp(F.normalize(self.learned(features_NF), dim=1), conse_ND, self.share)
 
 
 def conse_embedding(logits_NK: Tensor, words_KD: Tensor, *, top: int) -> Tensor:

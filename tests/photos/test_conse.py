@@ -51,6 +51,8 @@ def test_the_ensemble_is_a_weighted_mean_of_two_unit_vectors() -> None:
     learned = F.normalize(features @ projection.learned.weight.T + projection.learned.bias, dim=1)
     conse = conse_embedding(features @ projection.classifier.weight.T, projection.words_KD, top=2)
     torch.testing.assert_close(projection(features), 0.75 * learned + 0.25 * conse)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(projection(features), 0.75 * learned + 0.25 * conse)
 
 
 def test_without_conse_an_encoder_keeps_its_fingerprint_and_its_start() -> None:

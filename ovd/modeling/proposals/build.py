@@ -95,9 +95,7 @@ def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetw
     if holds_proposals(Path(weights)):
         trained = ProposalNetworkConfig.model_validate(read_card(Path(weights)).model).backbone
         if trained is None:
-            raise UserError(
-                f"weights={weights}: is a NanoDet-G, not proposals on {pyramid.name}; set model.backbone=null"
-            )
+            raise UserError(f"weights={weights}: is a NanoDet-G without {pyramid.name}; set model.backbone=null")
         mean, std = trained.pixel_mean, trained.pixel_std
     else:
         mean, std = pixel_statistics(pyramid.name, weights)
