@@ -76,7 +76,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
         UserError: a detector of another kind, a folder that holds something else, or photos that cannot be read.
     """
     from ovd.modeling.export import read_card
-    from ovd.runtime.assemble import assemble, holds
+    from ovd.runtime.assemble import assemble, has_export
     from ovd.runtime.files import CARD, graphs_of
     from ovd.weights import detector_folder
 
@@ -94,7 +94,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
     without_torch = importlib.util.find_spec("torch") is None
     if without_torch and photos is not None:
         raise UserError(f"--calibrate-on needs torch: {NEEDS_TORCH}")
-    if without_torch or (int8 and photos is None and not card.own and holds(graphs_of(source), int8=True)):
+    if without_torch or (int8 and photos is None and not card.own and has_export(graphs_of(source), int8=True)):
         assemble(source, target, int8=int8)
         return target
     from ovd.inference.encoder import load_encoder_of

@@ -120,9 +120,9 @@ def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:
     export = find_int8_export(folder) if int8 else find_export(folder)
     if export == folder or card.own:
         return export
-    from ovd.runtime.assemble import kept_export
+    from ovd.runtime.assemble import bundled_export
 
-    return kept_export(folder, int8=int8) or export
+    return bundled_export(folder, int8=int8) or export
 
 
 def _cpu_flags() -> str | None:

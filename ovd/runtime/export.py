@@ -33,6 +33,7 @@ from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import PIXEL_MEAN, PIXEL_STD, STRIDES, gather
 from ovd.runtime.files import (
     BACKGROUND,
+    COPIED,
     MERGES,
     PROPOSALS,
     REGIONS,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from ovd.modeling.fvlm.network import FvlmDetector
 
 OPSET = 17
-COPIED = ("model.json", "card.json", "card.md")
 
 
 class _Cells(nn.Module):

@@ -37,6 +37,8 @@ In an installed wheel the weights' folder is an export itself, and the second ho
 """
 PROPOSALS, TOWER, REGIONS, TEXT = "proposals.onnx", "tower.onnx", "regions.onnx", "text.onnx"
 BACKGROUND, MERGES = "background_words.npy", "merges.txt"
+COPIED = ("model.json", "card.json", "card.md")
+"""Files that an export has from the folder of its weights."""
 SOURCES = ("model.safetensors", "proposals/model.safetensors")
 """Files of a detector of photographs that its export is made of, beside its encoder and branches."""
 
