@@ -158,8 +158,9 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     import numpy as np
 
     from ovd.evaluation.examples import class_examples, sticker_crops
+    from ovd.inference.example_scorers import centred_on_picture, centred_texts
     from ovd.inference.scorers import CalibratedScorer
-    from ovd.inference.scoring import Calibration, centred_on_picture, centred_texts
+    from ovd.inference.scoring import Calibration
 
     typed = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
     crops = sticker_crops(stickers, count=1, classes=typed)

@@ -19,10 +19,10 @@ from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_
 from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos, words_shown
 from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
+from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.scoring import Calibration
-from ovd.inference.word_profiles import ProfileScorer
 from ovd.vocabulary import Vocabulary
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -49,7 +49,7 @@ class TypedPhotos:
     named: list[NamedPhoto]
     scorer: WordScorer | EnsembleScorer
     examples: list[TypedScene] = field(default_factory=list)
-    example_scorer: ProfileScorer | None = None
+    example_scorer: WordProfileScorer | None = None
 
     def half(self, start: int) -> TypedPhotos:
         """Every second photo, from the first (0) or the second one (1)."""
@@ -114,7 +114,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
     if isinstance(scorer, EnsembleScorer):
         named = []  # one sigmoid for all words, fitted on boxes
     crops = word_crops(detector, photos, seed=seed)
-    example_scorer = ProfileScorer(
+    example_scorer = WordProfileScorer(
         rows=crops.rows[0], words=detector.model.background_words, calibration=Calibration().of_examples()
     )
     return TypedPhotos(

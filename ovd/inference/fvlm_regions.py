@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.everything import PromptFreeWords, open_shift
+from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
@@ -27,7 +28,6 @@ from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, disti
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.inference.word_profiles import ProfileScorer
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -187,7 +187,7 @@ class FvlmRegionModel(RegionModel):
 
     def example_scorer(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
         """See `RegionModel.example_scorer`. Negatives are scored on their own: `ovd.inference.scorers.QueryScorer`."""
-        return ProfileScorer(rows=rows, words=competitors, calibration=self.calibration.of_examples())
+        return WordProfileScorer(rows=rows, words=competitors, calibration=self.calibration.of_examples())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ovd.inference.example_scorers import SimilarRegions, similar_regions
 from ovd.label_studio.answers import Prediction, Result, prediction_of, results_of
 from ovd.label_studio.config import BoxControl, read_config
-from ovd.label_studio.interactive import Drawn, Similar, alike, similar_results
+from ovd.label_studio.interactive import Drawn, similar_results
 from ovd.pictures import to_rgb
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary, VocabularyClass
@@ -152,7 +153,7 @@ class Backend:
         return answers
 
     def similar(self, config: str, task: Task, drawn: Drawn) -> Prediction:
-        """What looks like the thing in a rectangle that somebody drew, under its label; no words are asked.
+        """Boxes that resemble the thing in a rectangle that somebody drew, under its label; no words are used.
 
         Where no region fits the rectangle, its crop is searched for as an example.
 
@@ -170,12 +171,12 @@ class Backend:
         pixels = self._pixels(task, control)
         size = (pixels.shape[0], pixels.shape[1])
         box = drawn.box(*size)
-        found = alike(self._detector.embed(pixels).regions, box)
-        if found is None:
+        similar = similar_regions(self._detector.embed(pixels).regions, box)
+        if similar is None:
             query = self._detector.query(examples=[(drawn.name, box)], picture=pixels)
-            crops = self._detector.answer(pixels, query, threshold=self._threshold)
-            found = Similar(crops.xyxy, crops.confidence)
-        return prediction_of(plan.version, similar_results(drawn, found, size))
+            detections = self._detector.answer(pixels, query, threshold=self._threshold)
+            similar = SimilarRegions(detections.xyxy, detections.confidence)
+        return prediction_of(plan.version, similar_results(drawn, similar, size))
 
     def _query(self, control: BoxControl) -> Query:
         classes = tuple(VocabularyClass(label.words[0], label.words[1:]) for label in control.labels)

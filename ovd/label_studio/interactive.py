@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rectangles that somebody draws with Label Studio's smart tool: what comes with a request, and what is like them.
+"""Rectangles that somebody draws with Label Studio's smart tool: what comes with a request, and what goes back.
 
 The page sends the rectangle as the ``context`` of a prediction of its one task, and shows the answer as suggestions.
 When these are accepted or rejected it removes the rectangle, so the answer begins with it.
@@ -10,23 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ovd.evaluation.typed import box_ious
-from ovd.inference.arrays import Floats, unit_rows
-from ovd.inference.postprocess import batched_nms
+from ovd.inference.arrays import Floats
+from ovd.inference.example_scorers import SAME_IOU, SimilarRegions
+from ovd.inference.postprocess import box_ious
 from ovd.label_studio.answers import Result, Value, result_of, sides_of
 from pretrain.engine.errors import UserError
 
-if TYPE_CHECKING:
-    from ovd.inference.scoring import RegionSet
-
-SAME = 0.5
-"""IoU from which two boxes are of the same thing."""
-ALIKE = 0.8
-"""Least score of `alike`, chosen on 28 drawings (docs/guide/label-studio.md)."""
 LABELS = ("rectanglelabels", "labels")
 
 
@@ -132,39 +124,14 @@ def _part(entry: Mapping[str, object]) -> Part:
     return Part(control=str(entry.get("from_name", "")), kind=kind, labels=labels)
 
 
-class Similar(NamedTuple):
-    """(n, 4) boxes in pixels and (n,) scores 0…1 of what is like something."""
-
-    boxes: Floats
-    scores: Floats
-
-
-def alike(regions: RegionSet, box: Floats) -> Similar | None:
-    """Regions whose embedding is like that of the region in a box; None: no region fits the box.
-
-    Said of regions of one picture by one head, this tells far more than a crop's embedding against the regions': there
-    are no words or examples that compete. A region that is less of an object than the one in the box counts less.
-    """
-    overlap = box_ious(regions.boxes, box[None])[:, 0]
-    if not len(overlap) or overlap.max() < SAME:
-        return None
-    mine = int(overlap.argmax())
-    rows = unit_rows(regions.text)
-    object_R = np.sqrt(np.clip(regions.objectness / max(float(regions.objectness[mine]), 1e-6), 0, 1))
-    score_R = (np.clip(rows @ rows[mine], 0, 1) * object_R).astype(np.float32)
-    kept = batched_nms(regions.boxes, score_R, np.zeros(len(score_R), np.int64), SAME)
-    kept = kept[score_R[kept] >= ALIKE]
-    return Similar(regions.boxes[kept], score_R[kept])
-
-
-def similar_results(drawn: Drawn, found: Similar, size: tuple[int, int]) -> list[Result]:
-    """The drawn rectangle, and the boxes that are like it, as regions with its label; ``size``: (height, width)."""
-    overlap = box_ious(found.boxes, drawn.box(*size)[None])[:, 0]
+def similar_results(drawn: Drawn, similar: SimilarRegions, size: tuple[int, int]) -> list[Result]:
+    """The drawn rectangle, and the boxes that resemble it, as regions with its label; ``size``: (height, width)."""
+    overlap = box_ious(similar.boxes, drawn.box(*size)[None])[:, 0]
     (x, y), (w, h) = drawn.corner, drawn.size
     first: Value = {"x": x, "y": y, "width": w, "height": h, "rotation": drawn.rotation}
     others = [
         (sides_of(box, size), float(score))
-        for box, score, same in zip(found.boxes, found.scores, overlap >= SAME, strict=True)
+        for box, score, same in zip(similar.boxes, similar.scores, overlap >= SAME_IOU, strict=True)
         if not same
     ]
     return [

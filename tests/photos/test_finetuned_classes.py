@@ -16,11 +16,12 @@ import torch
 from ovd import train as ovd_train
 from ovd.data.own_photos import CanvasSource, OwnPhotos
 from ovd.detector import Detector
+from ovd.inference.example_scorers import centred_on_picture
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.known_words import WordList
 from ovd.inference.regions import Regions
 from ovd.inference.scorers import QueryScores
-from ovd.inference.scoring import RegionSet, centred_on_picture
+from ovd.inference.scoring import RegionSet
 from ovd.modeling.export import FinetunedCard
 from ovd.modeling.fvlm.finetuned import remaining_branches
 from ovd.query import Query
