@@ -331,11 +331,11 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
 
     folder = Path(args.weights)
     card = read_card(folder)
-    if not card.own:
+    if not card.finetuned:
         return False
     labels = labels_of(args.data, part=args.part)
     photos = OwnPhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
-    names = {name_key(name) for branch in card.own for name in branch.names}
+    names = {name_key(name) for branch in card.finetuned for name in branch.names}
     if not names & {name_key(name) for name in photos.names}:
         return False
     for notice in photos.notices:
@@ -348,7 +348,7 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
     assert model.network.finetuned is not None
     fitted, figures, curve = recalibrated(card, model.network.finetuned, photos)
     write_card(folder, fitted)
-    content = {"own": [asdict(branch) for branch in fitted.own], "data": args.data, "other_half": figures}
+    content = {"own": [asdict(branch) for branch in fitted.finetuned], "data": args.data, "other_half": figures}
     report_fit(
         content,
         curve,

@@ -94,7 +94,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
     without_torch = importlib.util.find_spec("torch") is None
     if without_torch and photos is not None:
         raise UserError(f"--calibrate-on needs torch: {NEEDS_TORCH}")
-    if without_torch or (int8 and photos is None and not card.own and has_export(graphs_of(source), int8=True)):
+    if without_torch or (int8 and photos is None and not card.finetuned and has_export(graphs_of(source), int8=True)):
         assemble(source, target, int8=int8)
         return target
     from ovd.inference.encoder import load_encoder_of

@@ -89,7 +89,7 @@ def load_with_encoder(
         raise UserError(f"--encoder {spec}: names need both an image and a text tower")
     templates = TEMPLATE_SETS[SHIPPED_TEMPLATES.get(Path(spec).name, "clip")]
     lexicon = read_lexicon()
-    words = tuple(COCO_NAMES.values()) if card is None or not card.bank else card.bank
+    words = tuple(COCO_NAMES.values()) if card is None or not card.background_words else card.background_words
     stored = read_calibration(folder, encoder)
     model = CropNames(
         source=source,
@@ -148,8 +148,8 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     card = read_card(folder)
     if isinstance(config := card.architecture, FvlmConfig):
         known = bool(known_words(config))
-        if card.own:
-            names = ", ".join(name for branch in card.own for name in branch.names)
+        if card.finetuned:
+            names = ", ".join(name for branch in card.finetuned for name in branch.names)
             print(f"warning: what {folder} learned of {names} is not used: the encoder names them", file=sys.stderr)
         return PhotoBoxes(proposer=load_proposals(folder / PROPOSALS, device=device), top=top, known=known), card
     if card.model.get("variant") in ("agnostic", "closed"):

@@ -70,7 +70,7 @@ def card(variant: str, classes: tuple[str, ...] = NAMES) -> DetectorCard:
     return DetectorCard(
         model={"variant": variant, "head": {"scale": 10.0}}, embed_dim=rcnn.D, pixel_mean=(127.5,) * 3,
         pixel_std=(64.0,) * 3, encoder="toy", encoder_fingerprint="0", short_side=96, long_side=192,
-        classes=classes, novel=(), bank=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
+        classes=classes, novel=(), background_words=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
     )  # fmt: skip
 
 

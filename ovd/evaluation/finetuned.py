@@ -150,4 +150,4 @@ def recalibrated(
         cards.append(replace(added, slope=slope, offset=offset))
     curve = reliability(torch.cat(scores).numpy(), torch.cat(correct).numpy())
     figures["ece"] = curve.ece
-    return replace(card, own=tuple(cards)), figures, curve
+    return replace(card, finetuned=tuple(cards)), figures, curve

@@ -98,9 +98,9 @@ def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *
         count: words for each.
     """
     card, known = model.card, frozenset(model.prompt_free_words().names)
-    chosen = [i for i, word in enumerate(() if card is None else card.bank) if word in known]
+    chosen = [i for i, word in enumerate(() if card is None else card.background_words) if word in known]
     chosen_rows = list(rows)
     if card is None or not chosen or not chosen_rows:
         return [[] for _ in chosen_rows]
     cosines = regions.distilled[chosen_rows] @ model.background_words[chosen].T
-    return [[card.bank[chosen[i]] for i in best_first(row, count).tolist()] for row in cosines]
+    return [[card.background_words[chosen[i]] for i in best_first(row, count).tolist()] for row in cosines]

@@ -183,14 +183,14 @@ def export_onnx(
     generator = detector.proposer.model.proposal_generator
     with whole_folder(target) as fresh:
         _write_graphs(detector, encoder, fresh)
-        _write_branches(source, card.own, fresh)
+        _write_branches(source, card.finetuned, fresh)
         np.save(fresh / BACKGROUND, background.numpy().astype(np.float16))
         (fresh / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, fresh / name)
         runtime = RuntimeCard(
-            sources=sources_of(source, card.own),
+            sources=sources_of(source, card.finetuned),
             encoder_fingerprint=encoder.fingerprint(),
             embed_dim=encoder.embed_dim,
             image_size=encoder.image_size,
@@ -214,7 +214,7 @@ def export_onnx(
         if photos:
             from ovd.runtime.quantise import quantise
 
-            quantise(fresh, runtime, card.own, photos)
+            quantise(fresh, runtime, card.finetuned, photos)
         write_runtime_card(fresh, runtime)
 
 

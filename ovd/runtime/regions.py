@@ -162,16 +162,16 @@ def load_onnx(
         raise UserError(f"{folder / BACKGROUND}: cannot be read ({problem}); export the weights again") from problem
     tower = Graph(part_of(folder, TOWER), threads=threads)
     lexicon = read_lexicon()
-    names = FinetunedNames.of(detector.own, lexicon=lexicon)
+    names = FinetunedNames.of(detector.finetuned, lexicon=lexicon)
     finetuned = None
     if names is not None:
-        finetuned = OnnxBranches(folder, card, branches=detector.own, names=names, threads=threads)
+        finetuned = OnnxBranches(folder, card, branches=detector.finetuned, names=names, threads=threads)
     model = FvlmRegionModel(
         network=OnnxNetwork(folder, card, tower=tower, finetuned=finetuned, threads=threads),
         card=detector,
         background_words=background,
         known=WordList(words=card.words, lexicon=lexicon),
-        trained=WordList(words=detector.bank, lexicon=lexicon),
+        trained=WordList(words=detector.background_words, lexicon=lexicon),
         finetuned=names,
         top=top,
     )

@@ -238,7 +238,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
     with whole_folder(folder) as fresh:
         shutil.copytree(parts.folder / PROPOSALS, fresh / PROPOSALS)
-        earlier = remaining_branches(card.own, parts.photos.names)
+        earlier = remaining_branches(card.finetuned, parts.photos.names)
         for file in ("model.safetensors", *(branch.file for branch in earlier)):
             (fresh / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(parts.folder / file, fresh / file)
@@ -253,7 +253,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         )
         branch = replace(branch, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
         added = (*earlier, branch)
-        write_card(fresh, replace(card, own=added))
+        write_card(fresh, replace(card, finetuned=added))
         names = ", ".join(name for branch in added for name in branch.names)
         start = config.weights if "/" not in config.weights else "what it started from"
         purpose = f"Finds {names}; answers all other words as {start} does."

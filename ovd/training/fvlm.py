@@ -254,12 +254,12 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         long_side=config.model.side,
         classes=table.words[: table.everywhere],
         novel=(),
-        bank=table.words,
+        background_words=table.words,
         calibration=asdict(Calibration(open_scale=float(parts.encoder.logit_scale.detach().exp()))),
         config_hash=config_hash(config),
         templates=config.templates,
     )
-    save_detector(folder, parts.model, card, bank=parts.rows)
+    save_detector(folder, parts.model, card, background_words=parts.rows)
     target = folder / PROPOSALS
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(parts.proposals, target)

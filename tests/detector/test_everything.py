@@ -131,7 +131,7 @@ def test_nearest_words_are_those_whose_embeddings_are() -> None:
     model = detector.model
     rows = [as_array(detector.text.encoder.word(word)) for word in ("sea", "red", "blue", "unicorn")]
     model.background_words = np.stack(rows)
-    model.card = SimpleNamespace(bank=("sea", "red", "blue", "unicorn"))  # type: ignore[assignment]
+    model.card = SimpleNamespace(background_words=("sea", "red", "blue", "unicorn"))  # type: ignore[assignment]
     regions = detector.embed(picture())
     colour = {tuple(box): i for i, box in enumerate(regions.regions.boxes.astype(int).tolist())}
     asked = [colour[10, 20, 50, 70], colour[80, 30, 150, 110]]

@@ -91,7 +91,7 @@ def test_every_variant_trains_and_answers_without_the_novel_word(run: Path, vari
     folder = train(run, variant)
     card = read_card(folder)
     assert card.classes == ("car",)
-    assert not {"dog", "domestic dog", "canine"} & set(card.bank)
+    assert not {"dog", "domestic dog", "canine"} & set(card.background_words)
     detector = ovd.Detector.load(folder)
     found = detector.find(np.full((48, 64, 3), 90, np.uint8), ["dog", "car"], threshold=0.0)
     assert len(found) and set(found.class_name) <= {"dog", "car"}

@@ -58,7 +58,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for n, names in enumerate(BRANCHES, start=1)
     )
-    write_card(folder, replace(read_card(folder), own=own))
+    write_card(folder, replace(read_card(folder), finetuned=own))
     export(folder)
     return folder
 
@@ -66,7 +66,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_own_classes_are_the_same_in_both_runtimes(tuned: Path, by_torch: Detector) -> None:
     model = by_torch.model
     assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
-    finetuned = load_finetuned(tuned, read_card(tuned).own, lexicon=read_lexicon(), precision=torch.float32)
+    finetuned = load_finetuned(tuned, read_card(tuned).finetuned, lexicon=read_lexicon(), precision=torch.float32)
     assert finetuned is not None
     with_finetuned = FvlmRegionModel(
         network=TorchNetwork(model.network.model, finetuned=finetuned),
@@ -108,10 +108,10 @@ def test_an_export_of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> 
     folder = shutil.copytree(tuned, tmp_path / "mine")
     card = read_card(folder)
     assert export_for(folder, card, runtime="onnx", device="cpu") == folder / BESIDE
-    write_card(folder, replace(card, own=card.own[:1]))
+    write_card(folder, replace(card, finetuned=card.finetuned[:1]))
     with pytest.raises(UserError, match="made of other weights than lie beside it"):
         Detector.load(folder, runtime="onnx")
     write_card(folder, card)
-    (folder / card.own[0].file).write_bytes((folder / card.own[1].file).read_bytes())
+    (folder / card.finetuned[0].file).write_bytes((folder / card.finetuned[1].file).read_bytes())
     with pytest.raises(UserError, match="made of other weights than lie beside it"):
         Detector.load(folder, runtime="onnx")
