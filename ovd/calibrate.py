@@ -72,12 +72,12 @@ def typed_scenes(
     scenes = []
     for index in range(count):
         scene = source.scene(index)
-        known = np.isin(scene.classes, sorted(stickers.base)) if base_only else np.ones(len(scene.classes), dtype=bool)
-        if not known.any():
+        typed = np.isin(scene.classes, sorted(stickers.base)) if base_only else np.ones(len(scene.classes), dtype=bool)
+        if not typed.any():
             continue
         rng = np.random.default_rng([seed, index])
         present, absent = draw_words(
-            scene.classes[known].tolist(),
+            scene.classes[typed].tolist(),
             words=sorted(stickers.base) if base_only else range(len(stickers.nouns)),
             others=scene.classes.tolist(),
             near=near,
@@ -87,8 +87,8 @@ def typed_scenes(
         scenes.append(
             TypedScene(
                 regions=detector.embed(scene.image).regions,
-                boxes=scene.boxes[known],
-                classes=scene.classes[known],
+                boxes=scene.boxes[typed],
+                classes=scene.classes[typed],
                 present=present,
                 absent=absent,
             )
@@ -320,7 +320,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 
 def calibrate_finetuned(args: argparse.Namespace) -> bool:
     """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
-    from ovd.data.own_photos import OwnPhotos
+    from ovd.data.own_photos import FinetunePhotos
     from ovd.evaluation.finetuned import recalibrated
     from ovd.evaluation.labelled_scenes import labels_of
     from ovd.evaluation.reliability import report_fit
@@ -334,7 +334,7 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
     if not card.finetuned:
         return False
     labels = labels_of(args.data, part=args.part)
-    photos = OwnPhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
+    photos = FinetunePhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
     names = {name_key(name) for branch in card.finetuned for name in branch.names}
     if not names & {name_key(name) for name in photos.names}:
         return False

@@ -261,10 +261,10 @@ class Detector:
 
     @cached_property
     def _all_words(self) -> Query:
-        known = self.model.prompt_free_words()
-        if not known.names:
+        words = self.model.prompt_free_words()
+        if not words.names:
             raise UserError("everything: these weights do not say which words they know; name the classes to look for")
-        return Query(Vocabulary.parse(list(known.names), templates=self.templates), naming=known)
+        return Query(Vocabulary.parse(list(words.names), templates=self.templates), naming=words)
 
     question = query
     """The former name of `query`."""
@@ -275,8 +275,8 @@ class Detector:
         Raises:
             UserError: examples, but no image encoder.
         """
-        for known, scorer in self._scorers:  # many pictures get the same query
-            if known is query:
+        for key, scorer in self._scorers:  # many pictures get the same query
+            if key is query:
                 return scorer
         words = self.text.embed(query.words)
         scorer = QueryScorer(

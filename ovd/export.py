@@ -101,12 +101,12 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
     from ovd.runtime.export import export_onnx
     from ovd.runtime.quantise import FEW, read_photos
 
-    seen = read_photos(photos or EXAMPLES) if int8 else []
-    if photos is not None and len(seen) < FEW:
-        text = f"{len(seen)} photo{'s' if len(seen) != 1 else ''}, where {FEW} or more show which values occur"
+    images = read_photos(photos or EXAMPLES) if int8 else []
+    if photos is not None and len(images) < FEW:
+        text = f"{len(images)} photo{'s' if len(images) != 1 else ''}, where {FEW} or more show which values occur"
         print(f"warning: --calibrate-on {photos}: {text}", file=sys.stderr)
-    which = f"{len(seen)} photos of {'the page' if photos is None else photos.name}"
-    export_onnx(source, load_encoder_of(source, card), target, photos=seen, photos_are=which)
+    which = f"{len(images)} photos of {'the page' if photos is None else photos.name}"
+    export_onnx(source, load_encoder_of(source, card), target, photos=images, photos_are=which)
     return target
 
 

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     examples = check_words(options)
     pictures = PictureFiles.collect(options.pictures, without=out)
     settings = {"format": options.format, "val": options.val, "pictures": options.place}
-    require_ours(out, settings, overwrite=options.overwrite)
+    require_labels_folder(out, settings, overwrite=options.overwrite)
     masks = options.format == "yolo-seg" if options.masks is None else options.masks
     detector, query = load_query(options, examples, masks=masks)
     claim(out, settings, overwrite=options.overwrite)  # only now: what is replaced must not be lost to a typing mistake
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def require_ours(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
+def require_labels_folder(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
     """Find out whether the data set may be written into the folder, or goes on there.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ovd.calibrate import typed_scenes
 from ovd.config_fvlm import FvlmConfig
-from ovd.data.own_photos import OwnSample
+from ovd.data.own_photos import FinetuneSample
 from ovd.data.pooled import OfflineBatch, RegionBatch
 from ovd.data.splits import Split
 from ovd.detector import Detector
@@ -33,7 +33,7 @@ from ovd.modeling.detr.build import init_projections
 from ovd.modeling.export import DetectorCard
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.network import build_fvlm
-from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer
+from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.network import CHANNELS, build_proposal_detector
 from ovd.modeling.proposals.pyramid import FrozenPyramid
@@ -370,7 +370,7 @@ def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> N
 def test_own_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
     branch = ClassBranch(classes=2)
     image = torch.from_numpy(picture().transpose(2, 0, 1).copy())
-    canvas = OwnSample(
+    canvas = FinetuneSample(
         image=image, boxes=torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 9.0, 9.0]]), classes=torch.tensor([1, -1])
     )
     with pretend_cuda():
@@ -390,7 +390,7 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         detector = build_fvlm(config, proposer=proposer, encoder=encoder).eval()
         to_cuda(detector.tower)
         to_cuda(detector)
-        words = WordList(words=KNOWN_WORDS, lexicon=read_lexicon())
+        words = WordList(words=PROPOSAL_WORDS, lexicon=read_lexicon())
         model = FvlmRegionModel(
             network=TorchNetwork(detector),
             card=card("text"),

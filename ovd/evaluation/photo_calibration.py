@@ -17,7 +17,7 @@ from ovd.evaluation.options import DataSpec
 from ovd.evaluation.photo_examples import with_crops, word_crops
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
-from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos, words_shown
+from ovd.evaluation.typed_photos import NamedPhoto, labelled_words, named_outcome, typed_photos
 from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold, fit_platt
 from ovd.inference.example_scorers import WordProfileScorer
@@ -91,7 +91,7 @@ def require_boxes(photos: PhotoWords, where: str) -> None:
     Raises:
         UserError: too few photos with boxes.
     """
-    count = sum(bool(words_shown(photo, photos.table)) for photo in photos.photos)
+    count = sum(bool(labelled_words(photo, photos.table)) for photo in photos.photos)
     if count < 2 * LEAST:
         raise UserError(
             f"--data {where}: {count} photo{'s' if count != 1 else ''} with boxes; at least {2 * LEAST} are needed, "

@@ -114,10 +114,10 @@ def _matched(
     free = np.ones(len(scene.boxes), dtype=bool)
     matched = []
     for i, region in enumerate(chosen.tolist()):
-        fits = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
+        matches = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
         right = 0.0
-        if fits.any():
-            label = int((overlap[i] * fits).argmax())
+        if matches.any():
+            label = int((overlap[i] * matches).argmax())
             free[label] = False
             right = 1.0 if scene.certainty is None else float(scene.certainty[label])
         matched.append((region, right))

@@ -193,8 +193,8 @@ def build_last_stage(config: DetectorBackboneConfig | DetrBackboneConfig, *, nor
         return nn.Sequential(*blocks), stage_channels(depth=config.depth, index=5)
     opened = open_network(config.name)
     opened.end("res5")
-    rest = opened.parts[opened.end("res4") :]
-    return Chain({part.path: with_norms(part.module, norm) for part in rest}), rest[-1].channels
+    last_stage = opened.parts[opened.end("res4") :]
+    return Chain({part.path: with_norms(part.module, norm) for part in last_stage}), last_stage[-1].channels
 
 
 def build_fpn(bottom_up: Backbone, *, in_features: tuple[str, ...], channels: int, norm: str) -> FPN:

@@ -93,10 +93,10 @@ def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:
     Raises:
         UserError: see :func:`load_detector_model` and :func:`ovd.modeling.proposals.build.load_proposals`.
     """
-    from ovd.modeling.proposals.build import holds_proposals, load_proposals
+    from ovd.modeling.proposals.build import has_proposals, load_proposals
 
     folder = Path(folder)
-    if holds_proposals(folder):
+    if has_proposals(folder):
         return load_proposals(folder, device=device)
     if read_card(folder).arch == "fvlm":
         from ovd.modeling.fvlm.network import PROPOSALS

@@ -27,7 +27,7 @@ from ovd.modeling.fvlm.head import KNOWN_EPS
 from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
 from ovd.modeling.fvlm.network import load_fvlm
 from ovd.modeling.fvlm.tower import COARSE, FINE
-from ovd.modeling.proposals.build import KNOWN_WORDS
+from ovd.modeling.proposals.build import PROPOSAL_WORDS
 from ovd.modeling.proposals.build import read_card as read_proposal_card
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import PIXEL_MEAN, PIXEL_STD, STRIDES, gather
@@ -200,7 +200,7 @@ def export_onnx(
             side=detector.tower.side,
             context=detector.tower.context,
             scale=float(detector.head.scale.detach()),
-            words=KNOWN_WORDS if detector.known else (),
+            words=PROPOSAL_WORDS if detector.known else (),
             proposal_sides=proposals.sides,
             proposal_mean=PIXEL_MEAN,
             proposal_std=PIXEL_STD,
@@ -230,7 +230,7 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
     with torch.no_grad():
         fine, coarse, last, _ = tower(pixels)
     boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [30.0, 20.0, 120.0, 90.0]])
-    known = torch.rand(2, len(KNOWN_WORDS) if detector.known else 0)
+    known = torch.rand(2, len(PROPOSAL_WORDS) if detector.known else 0)
     height_width = {2: "h", 3: "w"}
     _write_cells(folder / PROPOSALS, _Cells(detector))
     _write(folder / TOWER, tower, {"pixels": pixels}, ["fine", "coarse", "last", "row"], {

@@ -212,13 +212,13 @@ def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, se
 
     proposals = model.proposer.regions(image, top=300)
     half = count // 2
-    rest = np.random.default_rng([7, seed]).permutation(np.arange(half, len(proposals.boxes)))[: count - half]
-    chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(proposals.boxes))), np.sort(rest)]))
-    kept = model.pooled(image, proposals[chosen])
+    sampled = np.random.default_rng([7, seed]).permutation(np.arange(half, len(proposals.boxes)))[: count - half]
+    chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(proposals.boxes))), np.sort(sampled)]))
+    pooled = model.pooled(image, proposals[chosen])
     return {
-        "features": _padded(kept.features, count, np.float16),
-        "known": _padded(kept.known, count, np.float16),
-        "boxes": _padded(kept.boxes, count, np.float32),
+        "features": _padded(pooled.features, count, np.float16),
+        "known": _padded(pooled.known, count, np.float16),
+        "boxes": _padded(pooled.boxes, count, np.float32),
         "regions": np.array(len(chosen)),
     }
 

@@ -115,11 +115,11 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
         if key.startswith(f"{first}body."):
             source.setdefault(second + key.removeprefix(first), source[key])
     needed = [k for k in target if k.startswith(("backbone.", "proposal_generator."))]
-    lacking = [k for k in needed if k not in source or source[k].shape != target[k].shape]
-    if lacking:
+    missing = [k for k in needed if k not in source or source[k].shape != target[k].shape]
+    if missing:
         raise UserError(
-            f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
-            f"such as {lacking[0]}"
+            f"weights={folder}: {len(missing)} of {len(needed)} backbone and RPN tensors do not fit, "
+            f"such as {missing[0]}"
         )
     rows = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
     return load_tensors(model, source, source=folder, strict="no", skip=rows)

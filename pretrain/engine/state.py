@@ -84,16 +84,16 @@ def load_tensors(
     """
     source_tensors = tensors if rename is None else {rename(name): value for name, value in tensors.items()}
     target = module.state_dict()
-    left = skip or ("\0",)  # no name begins with it
-    expected = [name for name in target if not name.startswith(left)]
+    skipped = skip or ("\0",)  # no name begins with it
+    expected = [name for name in target if not name.startswith(skipped)]
     shared = [name for name in expected if name in source_tensors]
     other_shape = [name for name in shared if _shape(target[name]) != _shape(source_tensors[name])]
     missing = [name for name in expected if name not in source_tensors]
-    lacking = [name for name in missing if not name.endswith(COUNTER) and not name.startswith(optional or ("\0",))]
-    unexpected = [name for name in source_tensors if name not in target and not name.startswith(left)]
+    absent = [name for name in missing if not name.endswith(COUNTER) and not name.startswith(optional or ("\0",))]
+    unexpected = [name for name in source_tensors if name not in target and not name.startswith(skipped)]
     surplus = [name for name in unexpected if not name.endswith(COUNTER)]
     problems = {
-        "missing": lacking if strict in ("both", "module") else [],
+        "missing": absent if strict in ("both", "module") else [],
         "unexpected": surplus if strict in ("both", "file") else [],
         "of another shape": other_shape if strict != "no" else [],
     }
@@ -107,7 +107,7 @@ def load_tensors(
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         other_shape=tuple(other_shape),
-        skipped=tuple(name for name in source_tensors if name.startswith(left)),
+        skipped=tuple(name for name in source_tensors if name.startswith(skipped)),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
-from ovd.data.own_photos import CanvasSource, OwnPhotos
+from ovd.data.own_photos import CanvasSource, FinetunePhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
@@ -76,12 +76,14 @@ def write_photos(folder: Path, contents: list[list[str]], *, seed: int = 0, **ex
     return folder / "labels.json"
 
 
-def own_photos(labels: Path, **options: float) -> OwnPhotos:
+def own_photos(labels: Path, **options: float) -> FinetunePhotos:
     truth = check_ground_truth(json.loads(labels.read_text()), where=str(labels))
-    return OwnPhotos(folder=labels.parent / "images", truth=truth, **({"confident": 0.3, "doubtful": 0.1} | options))
+    return FinetunePhotos(
+        folder=labels.parent / "images", truth=truth, **({"confident": 0.3, "doubtful": 0.1} | options)
+    )
 
 
-def canvases(photos: OwnPhotos, **options: Any) -> CanvasSource:
+def canvases(photos: FinetunePhotos, **options: Any) -> CanvasSource:
     plain: dict[str, Any] = {
         "chosen": range(len(photos)), "side": 128, "scale": (1.0, 1.0), "mosaic": 0.0, "flip": 0.0,
         "flip_vertical": 0.0, "colour": 0.0, "seed": 0,

@@ -28,7 +28,7 @@ from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.head import FrozenFeatureHead
 from ovd.modeling.fvlm.network import FvlmDetector
 from ovd.modeling.fvlm.tower import FrozenTower
-from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer
+from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -36,7 +36,7 @@ from pretrain.nets.towers import JointEncoder, build_encoder
 from tests.photos.conftest import arguments
 
 LEXICON = read_lexicon()
-WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
+WORDS = WordList(words=PROPOSAL_WORDS, lexicon=LEXICON)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
 )  # fmt: skip
 def test_a_typed_word_finds_the_known_words_it_has_to_do_with(phrase: str, same: set[str], above: set[str]) -> None:
     relations = WORDS.relations([[phrase]])
-    named = {KNOWN_WORDS[i] for i in np.flatnonzero(relations.same_or_below[0])}
-    over = {KNOWN_WORDS[i] for i in np.flatnonzero(relations.above[0])}
+    named = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.same_or_below[0])}
+    over = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.above[0])}
     assert (named, over) == (same, above)
 
 
 def test_a_superordinate_word_is_all_its_kinds_and_synonyms_count_for_their_class() -> None:
     relations = WORDS.relations([["animal"], ["vehicle"], ["gizmo", "teddy bear"]])
-    kinds = [{KNOWN_WORDS[i] for i in np.flatnonzero(row)} for row in relations.same_or_below]
+    kinds = [{PROPOSAL_WORDS[i] for i in np.flatnonzero(row)} for row in relations.same_or_below]
     assert {"bird", "cat", "dog", "horse", "zebra"} <= kinds[0] and "car" not in kinds[0]
     assert {"car", "bus", "bicycle", "truck"} <= kinds[1] and "dog" not in kinds[1]
     assert kinds[2] == {"teddy bear"}

@@ -17,7 +17,7 @@ from ovd.config_fvlm import FvlmConfig
 from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
 from ovd.modeling.fvlm.head import FrozenFeatureHead, ImageHead
 from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
-from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposals, PhotoProposer, load_proposals
+from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposals, PhotoProposer, load_proposals
 from pretrain.engine.errors import UserError
 from pretrain.nets.towers import JointEncoder
 
@@ -78,7 +78,7 @@ class FvlmDetector(nn.Module):
 
 def known_words(config: FvlmConfig) -> tuple[str, ...]:
     """The words that the proposal network knows, where its scores of them are used."""
-    return KNOWN_WORDS if config.known else ()
+    return PROPOSAL_WORDS if config.known else ()
 
 
 def build_fvlm(

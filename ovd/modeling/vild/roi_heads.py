@@ -46,12 +46,12 @@ class RegionOutputs(NamedTuple):
     image: Tensor | None
 
 
-def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
     """Give the region heads their stored names in a state dict."""
     _rename(state, {f"{prefix}{name}.": f"{prefix}{stored}." for name, stored in STORED_NAMES.items()})
 
 
-def _from_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+def _from_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
     """Give the region heads the names of their attributes in a state dict that is about to be loaded."""
     _rename(state, {f"{prefix}{stored}.": f"{prefix}{name}." for name, stored in STORED_NAMES.items()})
 
