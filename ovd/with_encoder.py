@@ -97,7 +97,7 @@ def load_with_encoder(
         name=spec,
         background_words=_embed_words(words, templates, encoder, spec),
         words=WordList(words=words, lexicon=lexicon),
-        known=WordList(words=_proposal_words(source), lexicon=lexicon),
+        proposal_words=WordList(words=_proposal_words(source), lexicon=lexicon),
         calibration=Calibration(**stored.calibration) if stored else _unfitted(encoder),
         calibrated=stored is not None,
         card=card,
@@ -139,7 +139,7 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     """
     from ovd.config_fvlm import FvlmConfig
     from ovd.modeling.export import read_card
-    from ovd.modeling.fvlm.network import PROPOSALS, known_words
+    from ovd.modeling.fvlm.network import PROPOSALS, proposal_words
     from ovd.modeling.load import load_detector_model, load_proposer
     from ovd.modeling.proposals.build import has_proposals, load_proposals
 
@@ -147,11 +147,13 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
         return PhotoBoxes(proposer=load_proposals(folder, device=device), top=top), None
     card = read_card(folder)
     if isinstance(config := card.architecture, FvlmConfig):
-        scores_words = bool(known_words(config))
+        scores_words = bool(proposal_words(config))
         if card.finetuned:
             names = ", ".join(name for branch in card.finetuned for name in branch.names)
             print(f"warning: what {folder} learned of {names} is not used: the encoder names them", file=sys.stderr)
-        return PhotoBoxes(proposer=load_proposals(folder / PROPOSALS, device=device), top=top, known=scores_words), card
+        return PhotoBoxes(
+            proposer=load_proposals(folder / PROPOSALS, device=device), top=top, word_scores=scores_words
+        ), card
     if card.model.get("variant") in ("agnostic", "closed"):
         return ProposedBoxes(proposer=load_proposer(folder, device=device), top=top), card
     return DetectorBoxes(model=load_detector_model(folder, device=device, masks=masks, top=top)), card
@@ -161,7 +163,7 @@ def _proposal_words(source: BoxSource) -> tuple[str, ...]:
     """The words that a source scores."""
     from ovd.modeling.proposals.build import PROPOSAL_WORDS
 
-    return PROPOSAL_WORDS if isinstance(source, PhotoBoxes) and source.known else ()
+    return PROPOSAL_WORDS if isinstance(source, PhotoBoxes) and source.word_scores else ()
 
 
 def _unfitted(encoder: JointEncoder) -> Calibration:

@@ -284,7 +284,7 @@ def test_another_encoder__names_crops_of_boxes_beside_a_gpu() -> None:
         name="small",
         background_words=torch.randn(2, rcnn.D).numpy(),
         words=WordList(words=("cat", "car"), lexicon=lexicon),
-        known=WordList(words=(), lexicon=lexicon),
+        proposal_words=WordList(words=(), lexicon=lexicon),
         calibration=Calibration(),
         calibrated=False,
     )
@@ -395,8 +395,8 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
             network=TorchNetwork(detector),
             card=card("text"),
             background_words=np.eye(8, dtype=np.float32)[:5],
-            known=words,
-            trained=words,
+            proposal_words=words,
+            training_words=words,
             top=10,
         )
         regions = model.regions(picture())
@@ -419,7 +419,7 @@ def test_photographs__crops_are_distilled_on_the_gpu(variant: Literal["vild", "e
     pooled = torch.randn(4, detector.tower.features)
     batch = RegionBatch(
         features=pooled,
-        known=torch.zeros(4, 0),
+        word_scores=torch.zeros(4, 0),
         target=torch.rand(4, 3),
         mask=torch.ones(4, 3, dtype=torch.bool),
         offline=OfflineBatch(features=pooled, target=torch.eye(4, 8)),

@@ -97,8 +97,8 @@ def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *
         rows: numbers of regions.
         count: words for each.
     """
-    card, known = model.card, frozenset(model.prompt_free_words().names)
-    chosen = [i for i, word in enumerate(() if card is None else card.background_words) if word in known]
+    card, sayable = model.card, frozenset(model.prompt_free_words().names)
+    chosen = [i for i, word in enumerate(() if card is None else card.background_words) if word in sayable]
     chosen_rows = list(rows)
     if card is None or not chosen or not chosen_rows:
         return [[] for _ in chosen_rows]

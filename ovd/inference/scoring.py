@@ -102,7 +102,7 @@ class RegionSet:
         image: (R, D) unit rows, the image head's, or None where one head does both.
         masks: (R, M, M) mask probabilities in the frame of each box, or None.
         size: (height, width) of the original picture.
-        known: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
+        word_scores: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
         bias: (R,) logit of any word beside its cosine to the text head, or None (`ovd.modeling.fvlm.head`).
         finetuned: (R, O) in [0, 1], calibrated scores of classes that were added by fine-tuning, or None. Their boxes
             have objectness 0 and no score of any other word.
@@ -114,14 +114,15 @@ class RegionSet:
     image: Floats | None
     masks: Floats | None
     size: tuple[int, int]
-    known: Floats | None = None
+    word_scores: Floats | None = None
     bias: Floats | None = None
     finetuned: Floats | None = None
 
     def __post_init__(self) -> None:
         self.boxes, self.objectness, self.text = (as_array(x) for x in (self.boxes, self.objectness, self.text))
-        self.image, self.masks, self.known, self.bias, self.finetuned = (
-            None if x is None else as_array(x) for x in (self.image, self.masks, self.known, self.bias, self.finetuned)
+        self.image, self.masks, self.word_scores, self.bias, self.finetuned = (
+            None if x is None else as_array(x)
+            for x in (self.image, self.masks, self.word_scores, self.bias, self.finetuned)
         )
 
     def __len__(self) -> int:

@@ -68,7 +68,7 @@ def _load_fvlm(
     from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.inference.known_words import WordList
     from ovd.modeling.fvlm.finetuned import load_finetuned
-    from ovd.modeling.fvlm.network import known_words, load_fvlm
+    from ovd.modeling.fvlm.network import load_fvlm, proposal_words
     from pretrain.data.lexicon import read_lexicon
 
     model, background_words = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
@@ -80,8 +80,8 @@ def _load_fvlm(
         network=TorchNetwork(model, finetuned=finetuned),
         card=card,
         background_words=background_words.numpy(),
-        known=WordList(words=known_words(config), lexicon=lexicon),
-        trained=WordList(words=card.background_words, lexicon=lexicon),
+        proposal_words=WordList(words=proposal_words(config), lexicon=lexicon),
+        training_words=WordList(words=card.background_words, lexicon=lexicon),
         finetuned=None if finetuned is None else finetuned.names,
         top=top,
     )

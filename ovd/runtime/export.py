@@ -23,7 +23,7 @@ from torchvision.ops import roi_align
 
 from ovd.modeling.export import FinetunedCard, read_card
 from ovd.modeling.fvlm.finetuned import load_finetuned
-from ovd.modeling.fvlm.head import KNOWN_EPS
+from ovd.modeling.fvlm.head import WORD_EPS
 from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
 from ovd.modeling.fvlm.network import load_fvlm
 from ovd.modeling.fvlm.tower import COARSE, FINE
@@ -102,7 +102,7 @@ class _Tower(nn.Module):
 
 
 class _Regions(nn.Module):
-    """Maps, boxes and known words to what is said of each region."""
+    """Maps, boxes and scores of the proposal network's words to the outputs of the region head."""
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Regions(nn.Module):
         self.image_head = detector.image_head
 
     def forward(
-        self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, known: Tensor
+        self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, words: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = self.proj.in_features
         read = [(fine, boxes, self.pool, FINE, 2), (coarse, boxes, self.pool, COARSE, 2),
@@ -123,9 +123,9 @@ class _Regions(nn.Module):
             dim=1,
         )
         inputs = [features]
-        if self.head.known:
-            share = known.clamp(KNOWN_EPS, 1 - KNOWN_EPS)
-            inputs.append(torch.log(share / (1 - share)))
+        if self.head.words:
+            probability = words.clamp(WORD_EPS, 1 - WORD_EPS)
+            inputs.append(torch.log(probability / (1 - probability)))
         hidden = self.head.layers(self.head.norm(torch.cat(inputs, dim=1)))
         image = F.normalize(self.proj(features[:, -2 * width : -width]), dim=1)
         if self.image_head is not None:
@@ -200,7 +200,7 @@ def export_onnx(
             side=detector.tower.side,
             context=detector.tower.context,
             scale=float(detector.head.scale.detach()),
-            words=PROPOSAL_WORDS if detector.known else (),
+            words=PROPOSAL_WORDS if detector.reads_words else (),
             proposal_sides=proposals.sides,
             proposal_mean=PIXEL_MEAN,
             proposal_std=PIXEL_STD,
@@ -230,14 +230,14 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
     with torch.no_grad():
         fine, coarse, last, _ = tower(pixels)
     boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [30.0, 20.0, 120.0, 90.0]])
-    known = torch.rand(2, len(PROPOSAL_WORDS) if detector.known else 0)
+    words = torch.rand(2, len(PROPOSAL_WORDS) if detector.reads_words else 0)
     height_width = {2: "h", 3: "w"}
     _write_cells(folder / PROPOSALS, _Cells(detector))
     _write(folder / TOWER, tower, {"pixels": pixels}, ["fine", "coarse", "last", "row"], {
         "pixels": {0: "n", **height_width}, "fine": {0: "n", 2: "fh", 3: "fw"}, "coarse": {0: "n", 2: "ch", 3: "cw"},
         "last": {0: "n", 2: "ch", 3: "cw"}, "row": {0: "n"},
     })  # fmt: skip
-    maps = {"fine": fine, "coarse": coarse, "last": last, "boxes": boxes, "around": boxes, "known": known}
+    maps = {"fine": fine, "coarse": coarse, "last": last, "boxes": boxes, "around": boxes, "known": words}
     _write(folder / REGIONS, _Regions(detector), maps, ["embedding", "bias", "image"], {
         "fine": {2: "fh", 3: "fw"}, "coarse": {2: "ch", 3: "cw"}, "last": {2: "ch", 3: "cw"}, "boxes": {0: "r"},
         "around": {0: "r"}, "known": {0: "r"}, "embedding": {0: "r"}, "bias": {0: "r"}, "image": {0: "r"},

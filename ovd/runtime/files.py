@@ -11,7 +11,7 @@
     background_words.npy    (B, D) float16
     merges.txt              of the tokenizer, best first
 
-H and W are multiples of 32, A cells, K known words, D joint embedding.
+H and W are multiples of 32, A cells, K words of the proposal network, D joint embedding.
 """
 
 from __future__ import annotations

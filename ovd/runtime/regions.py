@@ -94,7 +94,7 @@ class OnnxNetwork:
         fine, coarse, last = self._tower(["fine", "coarse", "last"], pixels=pixels)
         scale = np.array([small.shape[1] / width, small.shape[0] / height] * 2, np.float32)
         boxes = found.boxes * scale
-        known = found.words if self.card.words else found.words[:, :0]
+        word_scores = found.words if self.card.words else found.words[:, :0]
         embedding, bias, own_row = self._head(
             ["embedding", "bias", "image"],
             fine=fine,
@@ -102,7 +102,7 @@ class OnnxNetwork:
             last=last,
             boxes=boxes,
             around=widened(boxes, self.card.context, small.shape[:2]),
-            known=known,
+            known=word_scores,
         )
         return RegionSet(
             boxes=found.boxes,
@@ -111,7 +111,7 @@ class OnnxNetwork:
             image=own_row,
             masks=None,
             size=(height, width),
-            known=known,
+            word_scores=word_scores,
             bias=bias,
             finetuned=finetuned_RO,
         )
@@ -170,8 +170,8 @@ def load_onnx(
         network=OnnxNetwork(folder, card, tower=tower, finetuned=finetuned, threads=threads),
         card=detector,
         background_words=background,
-        known=WordList(words=card.words, lexicon=lexicon),
-        trained=WordList(words=detector.background_words, lexicon=lexicon),
+        proposal_words=WordList(words=card.words, lexicon=lexicon),
+        training_words=WordList(words=detector.background_words, lexicon=lexicon),
         finetuned=names,
         top=top,
     )

@@ -217,7 +217,7 @@ def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, se
     pooled = model.pooled(image, proposals[chosen])
     return {
         "features": _padded(pooled.features, count, np.float16),
-        "known": _padded(pooled.known, count, np.float16),
+        "known": _padded(pooled.word_scores, count, np.float16),
         "boxes": _padded(pooled.boxes, count, np.float32),
         "regions": np.array(len(chosen)),
     }

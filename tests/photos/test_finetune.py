@@ -184,7 +184,7 @@ def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
         image=np.eye(4, dtype=np.float32)[:2],
         masks=None,
         size=(20, 20),
-        known=np.array([[0.9], [0.0]], dtype=np.float32),
+        word_scores=np.array([[0.9], [0.0]], dtype=np.float32),
         bias=np.zeros(2, np.float32),
         finetuned=np.array([[0.0, 0.0], [0.7, 0.0]], dtype=np.float32),
     )
@@ -192,7 +192,7 @@ def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
         rows=np.eye(4, dtype=np.float32)[[0, 1, 2]],
         competitors=np.eye(4, dtype=np.float32),
         rivals=np.zeros((3, 4), dtype=bool),
-        known=np.array([[True], [False], [False]]),
+        hyponyms=np.array([[True], [False], [False]]),
         scale=4.0,
         calibration=Calibration(),
         finetuned=np.array([[True, False], [True, False], [False, True]]),

@@ -118,17 +118,17 @@ def test_a_photo_noun_refines_a_general_box_or_goes_to_the_largest_proposal() ->
 
 def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
     torch.manual_seed(0)
-    head = FrozenFeatureHead(features=6, known=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
+    head = FrozenFeatureHead(features=6, words=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     rows = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
-    model = FvlmDetector(proposer=cast(PhotoProposer, None), tower=cast(FrozenTower, None), head=head, known=True)
+    model = FvlmDetector(proposer=cast(PhotoProposer, None), tower=cast(FrozenTower, None), head=head, reads_words=True)
     criterion = WordCriterion(model=model, rows=rows, everywhere=1, noun_weight=0.25).eval()
     batch = RegionBatch(
         features=torch.randn(2, 6),
-        known=torch.rand(2, 2),
+        word_scores=torch.rand(2, 2),
         target=torch.tensor([[0.4, 0.0, 1.0], [0.0, 0.0, 0.0]]),
         mask=torch.tensor([[True, True, True], [True, False, False]]),
     )
-    out = head(batch.features, batch.known)
+    out = head(batch.features, batch.word_scores)
     expected = 0.0
     for n in range(2):
         for v in range(3):
@@ -160,8 +160,8 @@ def test_another_image_tower_is_refused(encoder: JointEncoder) -> None:
         FrozenTower(other, side=64, pool=2, context=1.5)
 
 
-def regions(known: list[list[float]]) -> RegionSet:
-    count = len(known)
+def regions(scores: list[list[float]]) -> RegionSet:
+    count = len(scores)
     return RegionSet(
         boxes=np.array([[0.0, 0.0, 10.0, 10.0]] * count, np.float32),
         objectness=np.full(count, 0.5, np.float32),
@@ -169,18 +169,18 @@ def regions(known: list[list[float]]) -> RegionSet:
         image=np.eye(4, dtype=np.float32)[:count],
         masks=None,
         size=(20, 20),
-        known=np.array(known, np.float32),
+        word_scores=np.array(scores, np.float32),
         bias=np.full(count, -1, np.float32),
     )
 
 
-def scorer(known: list[list[bool]]) -> WordScorer:
-    count = len(known)
+def scorer(hyponyms: list[list[bool]]) -> WordScorer:
+    count = len(hyponyms)
     return WordScorer(
         rows=np.eye(4, dtype=np.float32)[:count],
         competitors=np.eye(4, dtype=np.float32),
         rivals=~np.eye(4, dtype=bool)[:count],
-        known=np.array(known),
+        hyponyms=np.array(hyponyms),
         scale=4.0,
         calibration=Calibration(head_weight=0.25, open_scale=10.0),
     )

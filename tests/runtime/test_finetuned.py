@@ -72,8 +72,8 @@ def test_own_classes_are_the_same_in_both_runtimes(tuned: Path, by_torch: Detect
         network=TorchNetwork(model.network.model, finetuned=finetuned),
         card=model.card,
         background_words=model.background_words,
-        known=model.known,
-        trained=model.trained,
+        proposal_words=model.proposal_words,
+        training_words=model.training_words,
         finetuned=finetuned.names,
     )
     one, other = by_torch.with_model(with_finetuned), Detector.load(tuned, runtime="onnx")

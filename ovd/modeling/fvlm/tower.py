@@ -34,18 +34,18 @@ class TowerMaps(NamedTuple):
 
 
 class PooledRegions(NamedTuple):
-    """What is known of a picture's regions before any word.
+    """A picture's regions before the head.
 
     Attributes:
         boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
         objectness: (P,) 0…1, best first.
-        known: (P, K) 0…1, the proposal network's own scores of the words it was trained on.
+        word_scores: (P, K) 0…1, the proposal network's own scores of the words it was trained on.
         features: (P, F) pooled from the tower's maps.
     """
 
     boxes: Tensor
     objectness: Tensor
-    known: Tensor
+    word_scores: Tensor
     features: Tensor
 
 
