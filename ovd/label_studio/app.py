@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from ovd.demo.bodies import BodyReader, Limits, Reply, length_of, replay
-from ovd.demo.names import Names, Refused
+from ovd.demo.hosts import AllowedHosts, RequestRefused
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.interactive import read_drawn
 from ovd.label_studio.reason import reason_header
@@ -57,7 +57,12 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, *, names: Names, credentials: tuple[str, str] | None = None, limits: Limits | None = None
+        self,
+        app: ASGIApp,
+        *,
+        names: AllowedHosts,
+        credentials: tuple[str, str] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._app = app
         self._names = names
@@ -84,7 +89,7 @@ class Gate:
                 body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
                 receive = replay(body, receive)
             await self._app(scope, receive, reply)
-        except Refused as refused:
+        except RequestRefused as refused:
             await reply.refuse(refused, receive, api=True, seconds=self._limits.drain)
 
     def _knows(self, given: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ovd.demo.bodies import Limits
-from ovd.demo.names import Names
+from ovd.demo.hosts import AllowedHosts
 from ovd.inference.example_scorers import similar_regions
 from ovd.inference.scoring import RegionSet
 from ovd.label_studio.app import Gate, build_app
@@ -29,7 +29,9 @@ PHOTO = data_uri(picture([*(("red", *box) for box in RED), ("blue", 10, 80, 60, 
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    server, asked = served(Gate(build_app(backend()), names=Names.of("127.0.0.1"), limits=Limits(question=200_000)))
+    server, asked = served(
+        Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+    )
     yield asked
     server.close()
 
