@@ -17,7 +17,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from ovd.runtime.files import BESIDE, INT8_BESIDE
+from ovd.runtime.files import EXPORT_FOLDER, INT8_FOLDER
 from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
 
@@ -38,8 +38,8 @@ def parser() -> CommandParser:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help=f"is made, or replaced where it is an export (default: {BESIDE}, or {INT8_BESIDE}, in the folder of the "
-        "weights)",
+        help=f"is made, or replaced where it is an export (default: {EXPORT_FOLDER}, or {INT8_FOLDER}, in the "
+        "folder of the weights)",
     )
     flags.add_argument("--int8", action="store_true", help="convolutions in 8 bits: a smaller and less exact export")
     flags.add_argument(
@@ -82,7 +82,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
 
     source = detector_folder(weights)
     card = read_card(source)
-    target = source / (INT8_BESIDE if int8 else BESIDE) if output is None else output
+    target = source / (INT8_FOLDER if int8 else EXPORT_FOLDER) if output is None else output
     if card.arch != "fvlm":
         raise UserError(
             f"{source.name} (model.arch {card.arch}) has no export to ONNX, only detectors of photographs (fvlm) have"
@@ -99,11 +99,13 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
         return target
     from ovd.inference.encoder import load_encoder_of
     from ovd.runtime.export import export_onnx
-    from ovd.runtime.quantise import FEW, read_photos
+    from ovd.runtime.quantise import MIN_PHOTOS, read_photos
 
     images = read_photos(photos or EXAMPLES) if int8 else []
-    if photos is not None and len(images) < FEW:
-        text = f"{len(images)} photo{'s' if len(images) != 1 else ''}, where {FEW} or more show which values occur"
+    if photos is not None and len(images) < MIN_PHOTOS:
+        text = (
+            f"{len(images)} photo{'s' if len(images) != 1 else ''}, where {MIN_PHOTOS} or more show which values occur"
+        )
         print(f"warning: --calibrate-on {photos}: {text}", file=sys.stderr)
     which = f"{len(images)} photos of {'the page' if photos is None else photos.name}"
     export_onnx(source, load_encoder_of(source, card), target, photos=images, photos_are=which)

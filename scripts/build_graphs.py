@@ -27,7 +27,7 @@ from ovd.export import export
 from ovd.modeling.export import read_card
 from ovd.runtime.assemble import COPIED, FORMS, INT8, LISTING, RANGES, Tensor, patches_of, write_archive
 from ovd.runtime.files import SOURCES, graphs_of, read_runtime_card, write_runtime_card
-from ovd.runtime.quantise import Ranges, measured, read_photos, write_quantised
+from ovd.runtime.quantise import Ranges, activation_ranges, read_photos, write_quantised
 from ovd.weights import DEFAULT, detector_folder
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import sha256_of
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         if options.photos is None:
             ranges = ranges_in(archive, folder)
         else:
-            ranges = measured(exported, card, (), read_photos(options.photos))
+            ranges = activation_ranges(exported, card, (), read_photos(options.photos))
         small = Path(shutil.copytree(exported, Path(temporary, "int8")))
         write_quantised(small, ranges)
         write_runtime_card(small, replace(card, precision="int8", ranges=RANGES_OF))

@@ -47,7 +47,7 @@ def pack(answers: Any, form: Any) -> bytes:
         labels = Labels(content=content, root=root, kind="coco", where="the answers")
         out = root / "labels"
         out.mkdir()
-        write_labels(labelled_pictures(labels), out, form, place="none")
+        write_labels(labelled_pictures(labels), out, form, picture_mode="none")
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(p for p in out.rglob("*") if p.is_file()):

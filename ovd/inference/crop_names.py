@@ -236,13 +236,15 @@ def embed_boxes(
         batch_size: crops per forward pass.
     """
     keep = large_enough(regions.boxes)
-    boxes = seen = regions.boxes[keep]
+    boxes = shrunk_boxes = regions.boxes[keep]
     height, width = image.shape[:2]
     if (shrink := LONG_SIDE / max(height, width)) < 1:
         smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
         image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
-        seen = resize_boxes(boxes, (height, width), smaller)
-    rows = as_array(embed_regions(encoder, image, seen, scales=scales, resample="bicubic", batch_size=batch_size))
+        shrunk_boxes = resize_boxes(boxes, (height, width), smaller)
+    rows = as_array(
+        embed_regions(encoder, image, shrunk_boxes, scales=scales, resample="bicubic", batch_size=batch_size)
+    )
     return replace(
         regions,
         boxes=boxes,

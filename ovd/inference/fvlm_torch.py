@@ -48,7 +48,7 @@ class TorchNetwork:
         proposals = self.model.proposer.regions(image, top=top)
         finetuned_RO = None
         if self.finetuned is not None:
-            proposals, finetuned_RO = self.finetuned.beside(proposals, image)
+            proposals, finetuned_RO = self.finetuned.append_to(proposals, image)
         pooled = self.model.pooled(image, proposals)
         out = self.model.head(pooled.features, pooled.word_scores)
         return RegionSet(

@@ -82,7 +82,7 @@ class Gate:
         reply = Reply(send)
         try:
             self._names.check(headers)
-            if not self._knows(headers.get("authorization", "")):
+            if not self._is_authorized(headers.get("authorization", "")):
                 await _unauthorized()(scope, receive, reply)
                 return
             if scope["method"] == "POST":
@@ -92,8 +92,8 @@ class Gate:
         except RequestRefused as refused:
             await reply.refuse(refused, receive, api=True, seconds=self._limits.drain)
 
-    def _knows(self, given: str) -> bool:
-        return self._authorization is None or hmac.compare_digest(given.encode("latin-1"), self._authorization)
+    def _is_authorized(self, header: str) -> bool:
+        return self._authorization is None or hmac.compare_digest(header.encode("latin-1"), self._authorization)
 
 
 def build_app(backend: Backend) -> Starlette:
@@ -106,7 +106,7 @@ def build_app(backend: Backend) -> Starlette:
     from starlette.concurrency import run_in_threadpool
     from starlette.routing import Route
 
-    turn = asyncio.Lock()  # one at a time: the detector has all cores
+    lock = asyncio.Lock()  # one at a time: the detector has all cores
     waiting = 0
 
     async def health(_: Request) -> Response:
@@ -129,7 +129,7 @@ def build_app(backend: Backend) -> Starlette:
             return _problem(503, f"{waiting} requests wait already; try again in a minute", retry=60)
         waiting += 1
         try:
-            async with turn:
+            async with lock:
                 results: object
                 if drawn is None:
                     results = await run_in_threadpool(backend.predict, config, tasks, since=since)

@@ -16,7 +16,7 @@ import numpy as np
 from ovd.inference.arrays import Floats
 from ovd.inference.example_scorers import SAME_IOU, SimilarRegions
 from ovd.inference.postprocess import box_ious
-from ovd.label_studio.answers import Result, Value, result_of, sides_of
+from ovd.label_studio.answers import Result, Value, result_of, value_of
 from pretrain.engine.errors import UserError
 
 LABELS = ("rectanglelabels", "labels")
@@ -38,7 +38,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class DrawnRegion:
     """A rectangle that somebody drew.
 
     Attributes:
@@ -58,7 +58,7 @@ class Drawn:
 
     @property
     def name(self) -> str:
-        """What the thing in it is called: its label."""
+        """Its label."""
         return next((label for part in self.parts for label in part.labels), "object")
 
     def box(self, height: int, width: int) -> Floats:
@@ -72,8 +72,8 @@ class Drawn:
         return np.concatenate([ends.min(axis=0), ends.max(axis=0)]).astype(np.float32)
 
 
-def read_drawn(body: Mapping[str, object]) -> Drawn | None:
-    """The rectangle that a request for predictions is about; None: it is about none.
+def read_drawn(body: Mapping[str, object]) -> DrawnRegion | None:
+    """The rectangle in the context of a request for predictions; None: there is none.
 
     Args:
         body: of the request.
@@ -88,49 +88,49 @@ def read_drawn(body: Mapping[str, object]) -> Drawn | None:
         return None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError("the request's context has no list of regions (params.context.result)")
-    rectangles = [entry for entry in entries if entry.get("type") in ("rectangle", *LABELS) and _sides(entry)]
+    rectangles = [entry for entry in entries if entry.get("type") in ("rectangle", *LABELS) and _numbers(entry)]
     if not rectangles:
         kinds = ", ".join(sorted({str(entry.get("type"))[:40] for entry in entries}))
         raise UserError(f'what was drawn is no rectangle ({kinds}); set smart="true" on <RectangleLabels> alone')
     last = rectangles[-1]  # of several the one that was drawn now
-    mine = [entry for entry in rectangles if entry.get("id") == last.get("id")]
-    x, y, width, height, rotation = _sides(last) or (0.0,) * 5
-    return Drawn(
+    entries_of_region = [entry for entry in rectangles if entry.get("id") == last.get("id")]
+    x, y, width, height, rotation = _numbers(last) or (0.0,) * 5
+    return DrawnRegion(
         id=str(last.get("id", "drawn"))[:100],
         image=str(last.get("to_name", "")),
-        parts=tuple(_part(entry) for entry in mine),
+        parts=tuple(_part(entry) for entry in entries_of_region),
         corner=(x, y),
         size=(width, height),
         rotation=rotation,
     )
 
 
-def _sides(entry: Mapping[str, object]) -> tuple[float, ...] | None:
+def _numbers(entry: Mapping[str, object]) -> tuple[float, ...] | None:
     """Left, top, width, height and rotation of an entry; None: it has no such numbers."""
     value = entry.get("value")
     if not isinstance(value, dict):
         return None
-    given = [value.get("rotation", 0), *(value.get(key) for key in ("x", "y", "width", "height"))]
-    numbers = [float(one) for one in given if isinstance(one, (int, float)) and math.isfinite(one)]
-    return (*numbers[1:], numbers[0]) if len(numbers) == len(given) else None
+    values = [value.get("rotation", 0), *(value.get(key) for key in ("x", "y", "width", "height"))]
+    numbers = [float(one) for one in values if isinstance(one, (int, float)) and math.isfinite(one)]
+    return (*numbers[1:], numbers[0]) if len(numbers) == len(values) else None
 
 
 def _part(entry: Mapping[str, object]) -> Part:
     value = entry.get("value")
     assert isinstance(value, dict)
     kind = str(entry.get("type"))
-    given = value.get(kind) if kind in LABELS else None
-    labels = tuple(str(label) for label in given) if isinstance(given, list) else ()
+    chosen = value.get(kind) if kind in LABELS else None
+    labels = tuple(str(label) for label in chosen) if isinstance(chosen, list) else ()
     return Part(control=str(entry.get("from_name", "")), kind=kind, labels=labels)
 
 
-def similar_results(drawn: Drawn, similar: SimilarRegions, size: tuple[int, int]) -> list[Result]:
+def similar_results(drawn: DrawnRegion, similar: SimilarRegions, size: tuple[int, int]) -> list[Result]:
     """The drawn rectangle, and the boxes that resemble it, as regions with its label; ``size``: (height, width)."""
     overlap = box_ious(similar.boxes, drawn.box(*size)[None])[:, 0]
     (x, y), (w, h) = drawn.corner, drawn.size
     first: Value = {"x": x, "y": y, "width": w, "height": h, "rotation": drawn.rotation}
     others = [
-        (sides_of(box, size), float(score))
+        (value_of(box, size), float(score))
         for box, score, same in zip(similar.boxes, similar.scores, overlap >= SAME_IOU, strict=True)
         if not same
     ]

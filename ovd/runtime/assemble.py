@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.runtime.files import BESIDE, CARD, COPIED, INT8_BESIDE, graphs_of, read_runtime_card
+from ovd.runtime.files import CARD, COPIED, EXPORT_FOLDER, INT8_FOLDER, graphs_of, read_runtime_card
 from pretrain.engine.errors import NEEDS_TORCH, UserError
 from pretrain.engine.files import sha256_of, whole_folder, write_atomically
 
@@ -112,11 +112,11 @@ def assemble(folder: Path, target: Path, *, int8: bool = False) -> None:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_folder(target) as fresh, zipfile.ZipFile(archive) as packed:
-            _write_files(packed, folder.parent, fresh, int8=int8)
+        with whole_folder(target) as folder_in_work, zipfile.ZipFile(archive) as packed:
+            _write_files(packed, folder.parent, folder_in_work, int8=int8)
             for name in COPIED:
                 if (folder / name).is_file():
-                    shutil.copyfile(folder / name, fresh / name)
+                    shutil.copyfile(folder / name, folder_in_work / name)
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as problem:
         raise UserError(f"{archive}: cannot be read ({problem}); restore it from the repository") from problem
 
@@ -168,14 +168,14 @@ def bundled_export(folder: Path, *, int8: bool) -> Path | None:
     """
     from ovd.weights import user_folder
 
-    archive, beside = graphs_of(folder), INT8_BESIDE if int8 else BESIDE
+    archive, name = graphs_of(folder), INT8_FOLDER if int8 else EXPORT_FOLDER
     if not has_export(archive, int8=int8):
         return None
-    target = folder / beside
+    target = folder / name
     if not _is_outdated(archive, target, int8=int8):
         return target
     if not os.access(folder, os.W_OK):
-        target = user_folder("exports", "XDG_CACHE_HOME", ".cache") / folder.name / beside
+        target = user_folder("exports", "XDG_CACHE_HOME", ".cache") / folder.name / name
         if not _is_outdated(archive, target, int8=int8):
             return target
     assemble(folder, target, int8=int8)

@@ -126,7 +126,7 @@ def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:
 
 
 def _cpu_flags() -> str | None:
-    """What Linux says of the CPU; None elsewhere."""
+    """Content of ``/proc/cpuinfo``; None on other systems than Linux."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -156,7 +156,7 @@ def _load_torch(
     from ovd.modeling.load import load_detector_model
     from pretrain.engine.distributed import pick_device
 
-    where = pick_device(device, threads=threads)
-    encoder = load_encoder_of(folder, card).to(where)
-    model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
+    target = pick_device(device, threads=threads)
+    encoder = load_encoder_of(folder, card).to(target)
+    model = load_detector_model(folder, device=str(target), masks=masks, top=regions, encoder=encoder)
     return Networks(model, encoder)

@@ -20,7 +20,7 @@ from PIL import Image
 
 import ovd.demo.answer
 from ovd.colours import DASHES, PALETTE, class_styles
-from ovd.demo.answer import FLOOR, PREVIEW_SIDE, MAX_DECODED, SLICE, Answerer, data_url, decode_examples
+from ovd.demo.answer import FLOOR, MAX_DECODED, PREVIEW_SIDE, SLICE, Answerer, data_url, decode_examples
 from ovd.detector import Detector
 from ovd.inference.region_model import ConditionedBoxes, PatchLocator
 from ovd.inference.scoring import RegionSet

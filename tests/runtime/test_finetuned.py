@@ -23,7 +23,7 @@ from ovd.modeling.proposals.build import load_proposals
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import DenseHead
 from ovd.runtime.choice import export_for
-from ovd.runtime.files import BESIDE
+from ovd.runtime.files import EXPORT_FOLDER
 from ovd.weights import detector_folder
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -49,7 +49,7 @@ def branch(classes: int, seed: int) -> ClassBranch:
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped default with two branches of untrained classes, and its export beside them."""
     folder = tmp_path_factory.mktemp("tuned") / "mine"
-    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(BESIDE))
+    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(EXPORT_FOLDER))
     own = tuple(
         replace(
             save_branch(folder, branch(len(names), n), number=n, names=names, side=256 + 64 * n, nms=0.6, top=20),
@@ -98,7 +98,7 @@ def test_other_words_are_as_without_own_classes(tuned: Path, by_onnx: Detector) 
 def test_own_classes_are_found_without_torch(tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = without_torch(
-        "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(tuned / BESIDE), "--out", str(out)
+        "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(tuned / EXPORT_FOLDER), "--out", str(out)
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads((out / "results.json").read_text())) > 0
@@ -107,7 +107,7 @@ def test_own_classes_are_found_without_torch(tuned: Path, tmp_path: Path) -> Non
 def test_an_export_of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tuned, tmp_path / "mine")
     card = read_card(folder)
-    assert export_for(folder, card, runtime="onnx", device="cpu") == folder / BESIDE
+    assert export_for(folder, card, runtime="onnx", device="cpu") == folder / EXPORT_FOLDER
     write_card(folder, replace(card, finetuned=card.finetuned[:1]))
     with pytest.raises(UserError, match="made of other weights than lie beside it"):
         Detector.load(folder, runtime="onnx")

@@ -25,7 +25,7 @@ WORD_EPS = 3e-4
 
 
 class HeadOutputs(NamedTuple):
-    """What the head says of each region.
+    """Outputs for each region.
 
     Attributes:
         embedding: (P, D) unit rows.
@@ -86,10 +86,10 @@ class FrozenFeatureHead(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """What the encoder would say of a region's crop: its own projection of the map in the box, corrected.
+    """Predicts the encoder's embedding of a region's crop: its projection of the map in the box, plus a correction.
 
-    A map pooled in a box says less than a crop that the whole tower saw (F-VLM's answer against CLIP's on crops). The
-    correction starts at zero and is distilled (ViLD-image, arXiv:2104.13921, section 3.3).
+    A map pooled in a box is a worse embedding than that of a crop which the whole tower saw (F-VLM against CLIP on
+    crops). The correction starts at zero and is distilled (ViLD-image, arXiv:2104.13921, section 3.3).
 
     Args:
         features: F.

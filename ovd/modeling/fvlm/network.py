@@ -26,10 +26,10 @@ PROPOSALS = "proposals"
 
 
 class FvlmDetector(nn.Module):
-    """What is frozen, and the head.
+    """Frozen proposal network and image tower, and the trained heads.
 
     Args:
-        proposer: boxes pictures.
+        proposer: of boxes.
         tower: of the encoder.
         head: to be trained.
         reads_words: whether the head reads the proposer's scores of words.
@@ -54,7 +54,7 @@ class FvlmDetector(nn.Module):
 
     @property
     def proposer(self) -> PhotoProposer:
-        """Boxes pictures."""
+        """The proposal network."""
         return self._proposer[0]
 
     @property
@@ -70,7 +70,7 @@ class FvlmDetector(nn.Module):
         return PooledRegions(proposals.boxes, proposals.objectness, words.to(features.device), features)
 
     def image_embedding(self, features_PF: Tensor) -> Tensor:
-        """(P, D) unit rows: what the encoder says, or would say, of each region's crop."""
+        """(P, D) unit rows: the embedding of each region's crop, as the tower or the image head predicts it."""
         # In training the heads may be on a GPU, and the tower, whose features are cached, is not.
         tower_PD = self.tower.embed(features_PF.to(self.tower.proj.weight.device)).to(features_PF.device)
         return tower_PD if self.image_head is None else self.image_head(features_PF, tower_PD)

@@ -151,6 +151,6 @@ class FrozenTower(nn.Module):
         )
 
     def embed(self, features_PF: Tensor) -> Tensor:
-        """(P, D) unit rows: what the encoder's own projection says of the last map in the box (F-VLM, section 3.2)."""
+        """(P, D) unit rows: the encoder's own projection of the last map in the box (F-VLM, section 3.2)."""
         width = self.proj.in_features
         return F.normalize(self.proj(features_PF[:, -2 * width : -width].float()), dim=1)
