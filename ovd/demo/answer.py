@@ -56,6 +56,7 @@ LONG_TEXT = 20_000  # characters; longer texts are parsed one at a time
 SLICE = 64  # classes that are embedded in one go, about 40 ms on two CPU cores
 INITIAL_SECONDS = 0.5  # a guess, until the first answers have been timed
 SMOOTHING = 8  # answers that the running mean of their time looks back on
+CACHED_PREVIEWS = 8
 PREVIEW_SIDE = 1600  # pixels; what is shown and saved as PNG
 NEAR = 3  # nearest words of the vocabulary that are sent for each box
 
@@ -83,7 +84,6 @@ class Answerer:
         detector: shared by all requests; not with a manager.
         manager: the weights on offer.
         examples: pictures of the page, whose name an answer about one of them gives.
-        previews: pictures whose preview is cached.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class Answerer:
         detector: Detector | None = None,
         manager: ModelManager | None = None,
         examples: Sequence[Path] = (),
-        previews: int = 8,
     ) -> None:
         if manager is None:
             if detector is None:
@@ -103,7 +102,6 @@ class Answerer:
         self.add_examples(examples)
         self.seconds = INITIAL_SECONDS  # that one request occupies the model, at present
         self._previews: OrderedDict[str, str] = OrderedDict()
-        self._keep = previews
         self._previewing = threading.Lock()
         self._decoded_slots = threading.Semaphore(MAX_DECODED)
         # One thread each: first come, first served, and torch keeps the scratch memory of two threads only.
@@ -259,7 +257,7 @@ class Answerer:
             url = data_url(pixels)
             with self._previewing:
                 self._previews[key] = url
-                while len(self._previews) > self._keep:
+                while len(self._previews) > CACHED_PREVIEWS:
                     self._previews.popitem(last=False)
         return url
 

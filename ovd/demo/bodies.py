@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Send
 
 
+MAX_DRAINED = 32_000_000  # bytes read on after a refusal
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes in bytes, times in seconds.
@@ -182,9 +185,9 @@ class Reply:
         await self({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _drained(receive: Receive, *, most: int = 32_000_000) -> None:
+async def _drained(receive: Receive) -> None:
     size, more = 0, True
-    while more and size < most:
+    while more and size < MAX_DRAINED:
         message = await receive()
         size += len(message.get("body", b""))
         more = message.get("more_body", False)

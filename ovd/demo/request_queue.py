@@ -59,7 +59,6 @@ class RequestQueue:
 
     Args:
         page: whose queue it is.
-        waiting: requests that may wait while one is answered; see also `ALWAYS_ADMITTED` and `MAX_WAIT`.
         seconds: returns how long one answer takes at present.
         on_idle: called in a thread `IDLE_AFTER` seconds after the last answer.
     """
@@ -68,7 +67,6 @@ class RequestQueue:
         self,
         page: gr.Blocks,
         *,
-        waiting: int = WAITING,
         seconds: Callable[[], float] = lambda: 1.0,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
@@ -80,7 +78,6 @@ class RequestQueue:
         )
         self._queue.sleep_when_free = IDLE_POLL
         self._queue.progress_update_sleep_when_free = 1.0  # nothing here shows a progress bar
-        self.limit = waiting
         self._seconds = seconds
         self._on_idle = on_idle
         self._entering = 0
@@ -95,7 +92,7 @@ class RequestQueue:
         """Whether the next request, or the next large one, would have to wait too long."""
         if len(self) <= ALWAYS_ADMITTED:
             return False
-        return large or len(self) > self.limit or self.expected_seconds() > MAX_WAIT
+        return large or len(self) > WAITING or self.expected_seconds() > MAX_WAIT
 
     @property
     def waiting(self) -> int:

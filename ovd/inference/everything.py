@@ -76,9 +76,10 @@ class PromptFreeWords:
         return np.where(covered, np.float32(0), shifted)
 
 
-def open_shift(*, level: float = SHOWN_THRESHOLD, open_level: float = OPEN_THRESHOLD) -> float:
-    """The shift from the logit of ``open_level`` to that of ``level``."""
-    return float(np.log(level / (1 - level)) - np.log(open_level / (1 - open_level)))
+def open_shift() -> float:
+    """The shift from the logit of `OPEN_THRESHOLD` to that of `SHOWN_THRESHOLD`."""
+    shown, opened = (np.log(threshold / (1 - threshold)) for threshold in (SHOWN_THRESHOLD, OPEN_THRESHOLD))
+    return float(shown - opened)
 
 
 def is_everything(classes: object) -> bool:

@@ -25,7 +25,6 @@ MAX_BYTES = 100_000_000
 SECONDS = 20.0  # without a byte
 CLOUD = ("s3:", "gs:", "azure-blob:")
 LOCAL = "/data/local-files"
-UPLOAD = "/data/upload/"
 
 
 class PictureSource:
