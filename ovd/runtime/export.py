@@ -11,6 +11,7 @@ import io
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from ovd.modeling.export import FinetunedCard, read_card
+from ovd.modeling.export import DetectorCard, FinetunedCard, read_card
 from ovd.modeling.fvlm.finetuned import load_finetuned
 from ovd.modeling.fvlm.head import WORD_EPS
 from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
@@ -29,7 +30,6 @@ from ovd.modeling.fvlm.network import load_fvlm
 from ovd.modeling.fvlm.tower import COARSE, FINE
 from ovd.modeling.proposals.build import PROPOSAL_WORDS
 from ovd.modeling.proposals.build import read_card as read_proposal_card
-from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import PIXEL_MEAN, PIXEL_STD, STRIDES, gather
 from ovd.runtime.files import (
     BACKGROUND,
@@ -58,28 +58,14 @@ OPSET = 17
 
 
 class _Cells(nn.Module):
-    """(1, 3, H, W) to the logits of words and sides."""
+    """(1, 3, H, W) to the logits of words and sides, by the parts of a network like NanoDet."""
 
-    def __init__(self, detector: FvlmDetector) -> None:
+    def __init__(self, backbone: nn.Module, neck: nn.Module, heads: nn.ModuleList) -> None:
         super().__init__()
-        network = detector.proposer.model
-        self.backbone, self.neck = network.backbone.csp, network.backbone.neck
-        self.heads = network.proposal_generator.heads
+        self.backbone, self.neck, self.heads = backbone, neck, heads
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         cells = gather(self.heads, self.neck(self.backbone(pixels)))
-        return cells.words, cells.sides
-
-
-class _FinetunedCells(nn.Module):
-    """The same of a branch of fine-tuned classes."""
-
-    def __init__(self, branch: ClassBranch) -> None:
-        super().__init__()
-        self.csp, self.neck, self.heads = branch.csp, branch.neck, branch.heads
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        cells = gather(self.heads, self.neck(self.csp(pixels)))
         return cells.words, cells.sides
 
 
@@ -175,12 +161,10 @@ def export_onnx(
         raise UserError("export --format onnx needs the package onnx: pip install onnx") from problem
     card = read_card(source)
     detector, background = load_fvlm(source, card, encoder, precision=torch.float32)
-    proposals = read_proposal_card(source / PROPOSALS_FOLDER)
     if detector.proposer.model.proposal_generator.ranking != "words":
         raise UserError(f"{source}: only proposals that are ranked by words can be exported to ONNX")
     if not isinstance(encoder.visual, TimmImage):
         raise UserError(f"{source}: only encoders with an image tower of timm can be exported to ONNX")
-    generator = detector.proposer.model.proposal_generator
     with whole_folder(target) as fresh:
         _write_graphs(detector, encoder, fresh)
         _write_branches(source, card.finetuned, fresh)
@@ -189,33 +173,38 @@ def export_onnx(
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, fresh / name)
-        runtime = RuntimeCard(
-            sources=sources_of(source, card.finetuned),
-            encoder_fingerprint=encoder.fingerprint(),
-            embed_dim=encoder.embed_dim,
-            image_size=encoder.image_size,
-            image_mean=encoder.image_mean,
-            image_std=encoder.image_std,
-            context_length=encoder.token_ids([""]).shape[1],
-            side=detector.tower.side,
-            context=detector.tower.context,
-            scale=float(detector.head.scale.detach()),
-            words=PROPOSAL_WORDS if detector.reads_words else (),
-            proposal_sides=proposals.sides,
-            proposal_mean=PIXEL_MEAN,
-            proposal_std=PIXEL_STD,
-            strides=STRIDES,
-            nms=generator.nms,
-            pre_nms=generator.pre_nms,
-            post_nms=generator.post_nms,
-            precision="int8" if photos else "float32",
-            ranges=photos_are if photos else "",
-        )
+        runtime = _runtime_card(source, card, detector, encoder)
         if photos:
             from ovd.runtime.quantise import quantise
 
+            runtime = replace(runtime, precision="int8", ranges=photos_are)
             quantise(fresh, runtime, card.finetuned, photos)
         write_runtime_card(fresh, runtime)
+
+
+def _runtime_card(source: Path, card: DetectorCard, detector: FvlmDetector, encoder: JointEncoder) -> RuntimeCard:
+    """The card of an export in single precision."""
+    proposals, generator = read_proposal_card(source / PROPOSALS_FOLDER), detector.proposer.model.proposal_generator
+    return RuntimeCard(
+        sources=sources_of(source, card.finetuned),
+        encoder_fingerprint=encoder.fingerprint(),
+        embed_dim=encoder.embed_dim,
+        image_size=encoder.image_size,
+        image_mean=encoder.image_mean,
+        image_std=encoder.image_std,
+        context_length=encoder.token_ids([""]).shape[1],
+        side=detector.tower.side,
+        context=detector.tower.context,
+        scale=float(detector.head.scale.detach()),
+        words=PROPOSAL_WORDS if detector.reads_words else (),
+        proposal_sides=proposals.sides,
+        proposal_mean=PIXEL_MEAN,
+        proposal_std=PIXEL_STD,
+        strides=STRIDES,
+        nms=generator.nms,
+        pre_nms=generator.pre_nms,
+        post_nms=generator.post_nms,
+    )
 
 
 def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -> None:
@@ -232,7 +221,9 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
     boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [30.0, 20.0, 120.0, 90.0]])
     words = torch.rand(2, len(PROPOSAL_WORDS) if detector.reads_words else 0)
     height_width = {2: "h", 3: "w"}
-    _write_cells(folder / PROPOSALS, _Cells(detector))
+    proposals = detector.proposer.model
+    cells = _Cells(proposals.backbone.csp, proposals.backbone.neck, proposals.proposal_generator.heads)
+    _write_cells(folder / PROPOSALS, cells)
     _write(folder / TOWER, tower, {"pixels": pixels}, ["fine", "coarse", "last", "row"], {
         "pixels": {0: "n", **height_width}, "fine": {0: "n", 2: "fh", 3: "fw"}, "coarse": {0: "n", 2: "ch", 3: "cw"},
         "last": {0: "n", 2: "ch", 3: "cw"}, "row": {0: "n"},
@@ -249,7 +240,8 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
 def _write_branches(source: Path, cards: Sequence[FinetunedCard], folder: Path) -> None:
     finetuned = load_finetuned(source, cards, lexicon=read_lexicon(), precision=torch.float32)
     for branch in () if finetuned is None else finetuned.branches:
-        _write_cells(folder / branch_graph(branch.card), _FinetunedCells(branch.network))
+        network = branch.network
+        _write_cells(folder / branch_graph(branch.card), _Cells(network.csp, network.neck, network.heads))
 
 
 def _write_cells(file: Path, cells: nn.Module) -> None:
