@@ -25,7 +25,7 @@ from ovd.inference.arrays import Floats
 from ovd.pictures import resized
 from ovd.runtime.cells import pixels_for_cells
 from ovd.runtime.files import PROPOSALS, TOWER, read_runtime_card
-from ovd.runtime.quantise import Ranges, measured, outermost, prepared, quantised
+from ovd.runtime.quantise import Ranges, activation_ranges, outermost, prepared, quantised
 from ovd.runtime.regions import pixels_for_tower
 from pretrain.data.folder import list_images, read_image
 
@@ -58,8 +58,8 @@ def main() -> None:
         "percentile 99.99": lambda: made(options, of("99.99", HISTOGRAM_PHOTOS)),
         "entropy": lambda: made(options, of("entropy", HISTOGRAM_PHOTOS)),
         "MinMax, 8 photos": lambda: made(options, of("minmax", 8)),
-        "last convolutions too": lambda: made(options, of("minmax", 64), kept=no_last),
-        "first convolutions too": lambda: made(options, of("minmax", 64), kept=no_first),
+        "last convolutions too": lambda: made(options, of("minmax", 64), excluded=no_last),
+        "first convolutions too": lambda: made(options, of("minmax", 64), excluded=no_first),
     }
     for way, make in ways.items():
         if way not in done:
@@ -81,7 +81,7 @@ def evaluated(folder: Path, data: str) -> dict[str, float]:
     return {name: round(100 * values[f"bbox/{name}"], 2) for name in names}
 
 
-def made(options: argparse.Namespace, ranges: Mapping[str, Ranges], *, kept: Kept | None = None,
+def made(options: argparse.Namespace, ranges: Mapping[str, Ranges], *, excluded: Kept | None = None,
          per_channel: bool = True) -> Path:  # fmt: skip
     """A quantised export; replaced by the next one."""
     import onnx
@@ -90,7 +90,7 @@ def made(options: argparse.Namespace, ranges: Mapping[str, Ranges], *, kept: Kep
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(options.export, folder)
     for name, one in ranges.items():
-        onnx.save(quantised(folder / name, one, kept=kept, per_channel=per_channel), str(folder / name))
+        onnx.save(quantised(folder / name, one, excluded=excluded, per_channel=per_channel), str(folder / name))
     return folder
 
 
@@ -109,7 +109,7 @@ def ranges_of(export: Path, photos: Path, out: Path, method: str, count: int) ->
         files = list_images(photos)[:: max(1, len(list_images(photos)) // count)][:count]
         seen = [resized(photo, min(1, 1024 / max(photo.shape[:2]))) for photo in map(read_image, files)]
         if method == "minmax":
-            file.write_text(json.dumps(measured(export, card, (), seen)))
+            file.write_text(json.dumps(activation_ranges(export, card, (), seen)))
         else:
             by_method = histogram_ranges(export, card, seen)
             for name, ranges in by_method.items():
@@ -124,7 +124,7 @@ def histogram_ranges(
     """Ranges by method, file and tensor, of ONNX Runtime's histograms."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
-    plain = measured(export, card, (), photos[:1])
+    plain = activation_ranges(export, card, (), photos[:1])
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {"99.99": {}, "99.999": {}, "entropy": {}}
     for name in (PROPOSALS, TOWER):
         collectors = {

@@ -38,7 +38,7 @@ from pretrain.engine.flags import CommandParser, integer
 if TYPE_CHECKING:
     from ovd.detector import Detector
     from ovd.evaluation.reliability import Reliability
-    from ovd.evaluation.typed import Outcome, TypedScene
+    from ovd.evaluation.typed import TypedScene
     from ovd.formats.labels import Labels
     from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
@@ -72,12 +72,12 @@ def typed_scenes(
     scenes = []
     for index in range(count):
         scene = source.scene(index)
-        known = np.isin(scene.classes, sorted(stickers.base)) if base_only else np.ones(len(scene.classes), dtype=bool)
-        if not known.any():
+        typed = np.isin(scene.classes, sorted(stickers.base)) if base_only else np.ones(len(scene.classes), dtype=bool)
+        if not typed.any():
             continue
         rng = np.random.default_rng([seed, index])
         present, absent = draw_words(
-            scene.classes[known].tolist(),
+            scene.classes[typed].tolist(),
             words=sorted(stickers.base) if base_only else range(len(stickers.nouns)),
             others=scene.classes.tolist(),
             near=near,
@@ -87,8 +87,8 @@ def typed_scenes(
         scenes.append(
             TypedScene(
                 regions=detector.embed(scene.image).regions,
-                boxes=scene.boxes[known],
-                classes=scene.classes[known],
+                boxes=scene.boxes[typed],
+                classes=scene.classes[typed],
                 present=present,
                 absent=absent,
             )
@@ -126,29 +126,6 @@ def measure(
     }, curve
 
 
-def fit(scenes: list[TypedScene], scorer: CalibratedScorer) -> Calibration:
-    """Temperature and objectness exponent, then slope and offset, then the default threshold."""
-    import torch
-
-    from ovd.evaluation.typed import choose_ranking, run_typed
-    from ovd.inference.calibration import with_fit
-
-    ranking = choose_ranking(scenes, scorer)
-    outcome = run_typed(scenes, replace(scorer, calibration=ranking), floor=1e-4)
-    fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
-    return replace(fitted, threshold=quiet_threshold(run_typed(scenes, replace(scorer, calibration=fitted), floor=0.0)))
-
-
-def quiet_threshold(outcome: Outcome) -> float:
-    """The score that absent classes stay below in 95 % of cases, rounded up to two digits so that the promise holds."""
-    import torch
-
-    from ovd.inference.calibration import absent_class_threshold
-
-    quantile = absent_class_threshold(torch.from_numpy(outcome.best_absent))
-    return min(0.99, float(torch.tensor(quantile * 100).ceil()) / 100)
-
-
 def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene]) -> Calibration:
     """Calibration of crops: the words' fit, with one crop of another style for each word.
 
@@ -158,8 +135,10 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     import numpy as np
 
     from ovd.evaluation.examples import class_examples, sticker_crops
+    from ovd.evaluation.fitting import fit_calibration
+    from ovd.inference.example_scorers import centred_on_picture, centred_texts
     from ovd.inference.scorers import CalibratedScorer
-    from ovd.inference.scoring import Calibration, centred_on_picture, centred_texts
+    from ovd.inference.scoring import Calibration
 
     typed = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
     crops = sticker_crops(stickers, count=1, classes=typed)
@@ -181,7 +160,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     scorer = CalibratedScorer(
         rows=rows, background_words=centred_texts(background_words), background=None, calibration=Calibration()
     )
-    return fit(centred_scenes, scorer)
+    return fit_calibration(centred_scenes, scorer)
 
 
 def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
@@ -199,13 +178,14 @@ def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
 
 def calibrate_on_scenes(args: argparse.Namespace) -> int:
     """Fit on some Sticker Scenes, words and examples; measure on others."""
+    from ovd.evaluation.fitting import fit_calibration
     from pretrain.data.stickers import Stickers
 
     detector, count, size = load(args), args.scenes, args.size
     stickers = Stickers.load()
     scorer = scorer_of(detector, detector.resolve(list(stickers.nouns)))
     scenes = typed_scenes(detector, stickers, seed=1000, count=count, size=size, base_only=True)
-    fitted = fit(scenes, scorer)
+    fitted = fit_calibration(scenes, scorer)
     if detector.examples is not None:
         fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
     others = typed_scenes(detector, stickers, seed=2000, count=count, size=size, base_only=False)
@@ -236,11 +216,12 @@ def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calib
     Raises:
         UserError: see `labelled_scenes`; or scores without any relation to the labels.
     """
+    from ovd.evaluation.fitting import fit_calibration
     from ovd.evaluation.labelled_scenes import labelled_scenes, vocabulary_of
 
     scenes = labelled_scenes(detector, labels, count=count, absent=ABSENT_WORDS)
     scorer = scorer_of(detector, vocabulary_of(scenes, detector))
-    fitted = fit(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
+    fitted = fit_calibration(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
     if fitted.slope <= 0:  # of a raw score: the better it is, the less likely it is right
         raise UserError(
             f"--data {labels.where}: this detector's scores say nothing about these labels (the better a score, the "
@@ -339,7 +320,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 
 def calibrate_finetuned(args: argparse.Namespace) -> bool:
     """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
-    from ovd.data.own_photos import OwnPhotos
+    from ovd.data.own_photos import FinetunePhotos
     from ovd.evaluation.finetuned import recalibrated
     from ovd.evaluation.labelled_scenes import labels_of
     from ovd.evaluation.reliability import report_fit
@@ -350,11 +331,11 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
 
     folder = Path(args.weights)
     card = read_card(folder)
-    if not card.own:
+    if not card.finetuned:
         return False
     labels = labels_of(args.data, part=args.part)
-    photos = OwnPhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
-    names = {name_key(name) for branch in card.own for name in branch.names}
+    photos = FinetunePhotos(folder=labels.root, truth=labels.truth(), confident=0.3, doubtful=0.08)
+    names = {name_key(name) for branch in card.finetuned for name in branch.names}
     if not names & {name_key(name) for name in photos.names}:
         return False
     for notice in photos.notices:
@@ -367,7 +348,7 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
     assert model.network.finetuned is not None
     fitted, figures, curve = recalibrated(card, model.network.finetuned, photos)
     write_card(folder, fitted)
-    content = {"own": [asdict(branch) for branch in fitted.own], "data": args.data, "other_half": figures}
+    content = {"own": [asdict(branch) for branch in fitted.finetuned], "data": args.data, "other_half": figures}
     report_fit(
         content,
         curve,

@@ -53,14 +53,14 @@ def complete() -> None:
     argcomplete.autocomplete(command_tree(typed[1] if len(typed) > 1 else None))
 
 
-def command_tree(wanted: str | None) -> argparse.ArgumentParser:
+def command_tree(only: str | None) -> argparse.ArgumentParser:
     """A parser of all commands, of which only the wanted one has its flags: the others need not be imported."""
     tree = argparse.ArgumentParser(prog="wordbox")
     tree.add_argument("--version", action="store_true")
     below = tree.add_subparsers(parser_class=argparse.ArgumentParser)
     for commands in GROUPS.values():
         for command in commands:
-            if command.name == wanted and command.name != "demo":
+            if command.name == only and command.name != "demo":
                 _add(below, command)
             else:
                 below.add_parser(command.name, help=command.does)
@@ -69,9 +69,9 @@ def command_tree(wanted: str | None) -> argparse.ArgumentParser:
 
 def _add(below: Any, command: Command) -> None:
     if not command.config:
-        known = importlib.import_module(command.module).parser()
-        known.show_all()
-        below.add_parser(command.name, parents=[known], add_help=False)
+        parser = importlib.import_module(command.module).parser()
+        parser.show_all()
+        below.add_parser(command.name, parents=[parser], add_help=False)
         return
     module, _, name = command.config.partition(":")
     flags = below.add_parser(command.name)

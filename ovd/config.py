@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ovd.config_backbone import BATCH_NORMS, NetworkConfig
-from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, check_warmup
 
 
 class DetectorBackboneConfig(NetworkConfig):
@@ -254,5 +254,5 @@ class TrainConfig(TrainingConfig):
                 f"variant {self.model.variant!r} distils from offline regions: set regions=FOLDER, "
                 "which python -m ovd.embed writes"
             )
-        warm_up_fits(self.loop, self.optim)
+        check_warmup(self.loop, self.optim)
         return self

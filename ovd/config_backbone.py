@@ -35,7 +35,7 @@ class NetworkConfig(Section):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         library, _, model = name.partition(":")
         if name == RESNET or (library in LIBRARIES and model):
             return name

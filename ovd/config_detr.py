@@ -17,7 +17,7 @@ from ovd.config_finetune import FinetuneConfig
 from ovd.config_fvlm import FvlmTrainConfig
 from ovd.config_proposals import ProposalTrainConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
-from pretrain.engine.config import FREE, LATER, ConfigChoice, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import FREE, LATER, ConfigChoice, LoopConfig, OptimConfig, Section, check_warmup
 
 
 class DetrBackboneConfig(NetworkConfig):
@@ -105,7 +105,7 @@ class DetrConfig(Section):
     loss: DetrLossConfig = Field(DetrLossConfig(), description="losses")
 
     @model_validator(mode="after")
-    def _fits(self) -> DetrConfig:
+    def _check(self) -> DetrConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.arch == "detr" and self.denoising:
@@ -204,8 +204,8 @@ class DetrTrainConfig(TrainingConfig):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> DetrTrainConfig:
-        warm_up_fits(self.loop, self.optim)
+    def _check(self) -> DetrTrainConfig:
+        check_warmup(self.loop, self.optim)
         if self.pretext is not None and self.pretext.patches.count > self.model.queries:
             raise ValueError(
                 f"pretext.patches.count {self.pretext.patches.count} needs at least as many model.queries, "

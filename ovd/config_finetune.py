@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ovd.config import RunConfig
 from ovd.config_proposals import check_ranges
-from pretrain.engine.config import LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import LoopConfig, OptimConfig, Section, check_warmup
 
 
 class FinetuneModelConfig(Section):
@@ -21,7 +21,7 @@ class FinetuneModelConfig(Section):
     top: int = Field(100, ge=1, le=1000, description="boxes of a picture, all classes together")
 
 
-class OwnDataConfig(Section):
+class FinetuneDataConfig(Section):
     """Labelled photos of one's own. Photos without an object are used, too."""
 
     kind: Literal["auto", "coco", "yolo", "voc"] = Field("auto", description="label format; auto: recognised")
@@ -55,7 +55,7 @@ class OwnDataConfig(Section):
     colour: float = Field(0.2, ge=0, lt=1, description="largest change of each channel's brightness, as a share")
 
     @model_validator(mode="after")
-    def _in_order(self) -> OwnDataConfig:
+    def _in_order(self) -> FinetuneDataConfig:
         check_ranges(doubtful=self.doubtful, confident=self.confident, scale=self.scale)
         return self
 
@@ -67,7 +67,7 @@ class FinetuneConfig(RunConfig):
         "vild-photo", description="detector that they are added to: a name under weights/, or an exported folder"
     )
     model: FinetuneModelConfig = Field(..., description="the branch")
-    data: OwnDataConfig = Field(..., description="labelled photos")
+    data: FinetuneDataConfig = Field(..., description="labelled photos")
     steps_per_photo: int = Field(
         10, ge=1, description="steps for each photo, 150 at least and loop.steps at most in all"
     )
@@ -78,6 +78,6 @@ class FinetuneConfig(RunConfig):
     trunk_lr_scale: float = Field(0.1, gt=0, le=1, description="learning-rate factor of the trunk, which is pretrained")
 
     @model_validator(mode="after")
-    def _fits(self) -> FinetuneConfig:
-        warm_up_fits(self.loop, self.optim)
+    def _check(self) -> FinetuneConfig:
+        check_warmup(self.loop, self.optim)
         return self

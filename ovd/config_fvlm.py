@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ovd.config import TrainingConfig
-from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, check_warmup
 
 
 class FvlmHeadConfig(Section):
@@ -111,8 +111,8 @@ class FvlmTrainConfig(TrainingConfig):
     optim: OptimConfig = Field(..., description="optimiser")
 
     @model_validator(mode="after")
-    def _fits(self) -> FvlmTrainConfig:
-        warm_up_fits(self.loop, self.optim)
+    def _check(self) -> FvlmTrainConfig:
+        check_warmup(self.loop, self.optim)
         if (self.regions is not None) != self.model.distils:
             raise ValueError(
                 f"variant {self.model.variant!r} and regions {self.regions}: vild and ensemble distil from offline "

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ovd.config import RunConfig
 from ovd.config_backbone import NetworkConfig
-from pretrain.engine.config import LATER, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import LATER, LoopConfig, OptimConfig, Section, check_warmup
 
 
 class PyramidConfig(NetworkConfig):
@@ -46,7 +46,7 @@ class ProposalNetworkConfig(Section):
     frozen: bool = Field(True, description="train the nameless heads only; false: the trunk too")
 
     @model_validator(mode="after")
-    def _words_are_known(self) -> ProposalNetworkConfig:
+    def _check_words(self) -> ProposalNetworkConfig:
         if self.backbone is not None and self.ranking == "words":
             raise ValueError("ranking words: a backbone of a library knows none; take objectness, quality or both")
         if self.backbone is not None and not self.frozen:
@@ -113,6 +113,6 @@ class ProposalTrainConfig(RunConfig):
     trunk_lr_scale: float = Field(0.1, gt=0, le=1, description="learning-rate factor of the trunk where it is trained")
 
     @model_validator(mode="after")
-    def _fits(self) -> ProposalTrainConfig:
-        warm_up_fits(self.loop, self.optim)
+    def _check(self) -> ProposalTrainConfig:
+        check_warmup(self.loop, self.optim)
         return self

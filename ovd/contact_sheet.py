@@ -107,11 +107,11 @@ def _figure(data: str, score: str, file: str) -> str:
 
 def _thumbnails(samples: Sequence[_Sample], pictures: Sequence[Picture]) -> dict[int, str]:
     """Data URLs by the identity of what they show; every picture is read once."""
-    wanted: dict[str, list[_Sample]] = {}
+    samples_of: dict[str, list[_Sample]] = {}
     for sample in samples:
-        wanted.setdefault(sample.picture.file, []).append(sample)
+        samples_of.setdefault(sample.picture.file, []).append(sample)
     result: dict[int, str] = {}
-    for rows in wanted.values():
+    for rows in samples_of.values():
         pixels = _pixels(rows[0].picture)
         result |= {id(sample): _data_url(_crop(pixels, sample.shape)) for sample in rows}
     return result | {id(picture): _data_url(Image.fromarray(_pixels(picture))) for picture in pictures}

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         print(f"warning: not in data.yaml, which has train, val and test: {named} (--part chooses)", file=sys.stderr)
     if boxes_only := about_outlines(labelled, options.to):
         print(f"warning: {labels.where}: {boxes_only}", file=sys.stderr)
-    write_labels(labelled, out, options.to, place=options.pictures)
+    write_labels(labelled, out, options.to, picture_mode=options.pictures)
     objects = sum(len(picture.shapes) for picture in labelled.pictures)
     print(
         f"{labels.kind} → {options.to}: {len(labelled.pictures)} pictures, {objects} objects, "

@@ -32,7 +32,7 @@ from ovd.inference.arrays import Floats
 from ovd.inference.conditioned import conditioned_detections, require_examples_only
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.encoder import image_tower
-from ovd.inference.everything import LEVEL, is_everything
+from ovd.inference.everything import SHOWN_THRESHOLD, is_everything
 from ovd.inference.postprocess import ClassifyOptions
 from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
@@ -214,7 +214,7 @@ class Detector:
         if threshold is None:
             calibration = self.model.calibration
             if query.naming is not None:
-                return max(LEVEL, calibration.threshold)
+                return max(SHOWN_THRESHOLD, calibration.threshold)
             levels = [calibration.threshold] if query.words.positives else []
             levels += [calibration.example_threshold] if query.positive_examples else []
             return max(levels)
@@ -261,10 +261,10 @@ class Detector:
 
     @cached_property
     def _all_words(self) -> Query:
-        known = self.model.prompt_free_words()
-        if not known.names:
+        words = self.model.prompt_free_words()
+        if not words.names:
             raise UserError("everything: these weights do not say which words they know; name the classes to look for")
-        return Query(Vocabulary.parse(list(known.names), templates=self.templates), naming=known)
+        return Query(Vocabulary.parse(list(words.names), templates=self.templates), naming=words)
 
     question = query
     """The former name of `query`."""
@@ -275,8 +275,8 @@ class Detector:
         Raises:
             UserError: examples, but no image encoder.
         """
-        for known, scorer in self._scorers:  # many pictures get the same query
-            if known is query:
+        for key, scorer in self._scorers:  # many pictures get the same query
+            if key is query:
                 return scorer
         words = self.text.embed(query.words)
         scorer = QueryScorer(

@@ -248,7 +248,7 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
         identity=identity,
         batch_size=config.batch_size,
         lease_seconds=config.lease_seconds,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     unreadable = (
         f"; {report.bad_images} unreadable pictures are listed in its shard-*.json files" if report.bad_images else ""

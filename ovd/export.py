@@ -17,7 +17,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from ovd.runtime.files import BESIDE, INT8_BESIDE
+from ovd.runtime.files import EXPORT_FOLDER, INT8_FOLDER
 from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
 
@@ -38,8 +38,8 @@ def parser() -> CommandParser:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help=f"is made, or replaced where it is an export (default: {BESIDE}, or {INT8_BESIDE}, in the folder of the "
-        "weights)",
+        help=f"is made, or replaced where it is an export (default: {EXPORT_FOLDER}, or {INT8_FOLDER}, in the "
+        "folder of the weights)",
     )
     flags.add_argument("--int8", action="store_true", help="convolutions in 8 bits: a smaller and less exact export")
     flags.add_argument(
@@ -76,13 +76,13 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
         UserError: a detector of another kind, a folder that holds something else, or photos that cannot be read.
     """
     from ovd.modeling.export import read_card
-    from ovd.runtime.assemble import assemble, holds
+    from ovd.runtime.assemble import assemble, has_export
     from ovd.runtime.files import CARD, graphs_of
     from ovd.weights import detector_folder
 
     source = detector_folder(weights)
     card = read_card(source)
-    target = source / (INT8_BESIDE if int8 else BESIDE) if output is None else output
+    target = source / (INT8_FOLDER if int8 else EXPORT_FOLDER) if output is None else output
     if card.arch != "fvlm":
         raise UserError(
             f"{source.name} (model.arch {card.arch}) has no export to ONNX, only detectors of photographs (fvlm) have"
@@ -94,19 +94,21 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
     without_torch = importlib.util.find_spec("torch") is None
     if without_torch and photos is not None:
         raise UserError(f"--calibrate-on needs torch: {NEEDS_TORCH}")
-    if without_torch or (int8 and photos is None and not card.own and holds(graphs_of(source), int8=True)):
+    if without_torch or (int8 and photos is None and not card.finetuned and has_export(graphs_of(source), int8=True)):
         assemble(source, target, int8=int8)
         return target
     from ovd.inference.encoder import load_encoder_of
     from ovd.runtime.export import export_onnx
-    from ovd.runtime.quantise import FEW, read_photos
+    from ovd.runtime.quantise import MIN_PHOTOS, read_photos
 
-    seen = read_photos(photos or EXAMPLES) if int8 else []
-    if photos is not None and len(seen) < FEW:
-        text = f"{len(seen)} photo{'s' if len(seen) != 1 else ''}, where {FEW} or more show which values occur"
+    images = read_photos(photos or EXAMPLES) if int8 else []
+    if photos is not None and len(images) < MIN_PHOTOS:
+        text = (
+            f"{len(images)} photo{'s' if len(images) != 1 else ''}, where {MIN_PHOTOS} or more show which values occur"
+        )
         print(f"warning: --calibrate-on {photos}: {text}", file=sys.stderr)
-    which = f"{len(seen)} photos of {'the page' if photos is None else photos.name}"
-    export_onnx(source, load_encoder_of(source, card), target, photos=seen, photos_are=which)
+    which = f"{len(images)} photos of {'the page' if photos is None else photos.name}"
+    export_onnx(source, load_encoder_of(source, card), target, photos=images, photos_are=which)
     return target
 
 

@@ -65,10 +65,16 @@ def parser() -> CommandParser:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the data set")
     add("--format", choices=DATASET_FORMATS, default="yolo", help="label format (default yolo; yolo-seg has outlines)")
     add("--val", type=share, default=0.2, help="fraction of the pictures for the part val (default .2; 0: no split)")
-    add("--pictures", dest="place", choices=("copy", "link"), default="copy", help="copy or link them (default copy)")
+    add(
+        "--pictures",
+        dest="picture_mode",
+        choices=("copy", "link"),
+        default="copy",
+        help="copy or link them (default copy)",
+    )
     add("--masks", action=argparse.BooleanOptionalAction, default=None, help="write masks (default: yolo-seg only)")
     add("--overwrite", action="store_true", help="replace the results of another command")
-    flags.hide(*RARE, "place", "masks", "overwrite")
+    flags.hide(*RARE, "picture_mode", "masks", "overwrite")
     return flags
 
 
@@ -81,8 +87,8 @@ def main(argv: list[str]) -> int:
     out: Path = options.out
     examples = check_words(options)
     pictures = PictureFiles.collect(options.pictures, without=out)
-    settings = {"format": options.format, "val": options.val, "pictures": options.place}
-    require_ours(out, settings, overwrite=options.overwrite)
+    settings = {"format": options.format, "val": options.val, "pictures": options.picture_mode}
+    require_labels_folder(out, settings, overwrite=options.overwrite)
     masks = options.format == "yolo-seg" if options.masks is None else options.masks
     detector, query = load_query(options, examples, masks=masks)
     claim(out, settings, overwrite=options.overwrite)  # only now: what is replaced must not be lost to a typing mistake
@@ -105,7 +111,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"none of the {len(pictures)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
     if notice := about_outlines(labelled, options.format):
         print(f"warning: {notice}", file=sys.stderr)
-    write_labels(labelled, out, options.format, place=options.place)
+    write_labels(labelled, out, options.format, picture_mode=options.picture_mode)
     page = contact_sheet(
         labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)
     )
@@ -115,7 +121,7 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def require_ours(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
+def require_labels_folder(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
     """Find out whether the data set may be written into the folder, or goes on there.
 
     Raises:

@@ -39,20 +39,20 @@ class PictureFiles:
         from pretrain.data.folder import find_images
 
         pictures: dict[str, Path] = {}
-        for given in paths:
-            if without is not None and given.is_dir() and without.resolve() == given.resolve():
+        for argument in paths:
+            if without is not None and argument.is_dir() and without.resolve() == argument.resolve():
                 raise UserError(
-                    f"--out {without}: is the folder of the pictures; give another, such as {given / 'found'}"
+                    f"--out {without}: is the folder of the pictures; give another, such as {argument / 'found'}"
                 )
-            if given.is_dir():
-                listing = find_images(given, without=without)
+            if argument.is_dir():
+                listing = find_images(argument, without=without)
                 if str(listing):
-                    print(f"warning: {given}: {listing}", file=sys.stderr)
-                inside = [(path.relative_to(given).as_posix(), path) for path in listing.paths]
-            elif given.is_file():
-                inside = [(given.name, given)]
+                    print(f"warning: {argument}: {listing}", file=sys.stderr)
+                inside = [(path.relative_to(argument).as_posix(), path) for path in listing.paths]
+            elif argument.is_file():
+                inside = [(argument.name, argument)]
             else:
-                raise UserError(f"{given}: no such file or folder")
+                raise UserError(f"{argument}: no such file or folder")
             for name, path in inside:
                 if pictures.setdefault(name, path).resolve() != path.resolve():
                     raise UserError(

@@ -234,14 +234,14 @@ def drawn_names(names: Sequence[str]) -> list[str]:
     """
     drawn = [f"{Path(name).with_suffix('')}.jpg" for name in names]
     count = Counter(name.casefold() for name in drawn)
-    taken = {name for name, times in count.items() if times == 1}
+    unique = {name for name, times in count.items() if times == 1}
     for index, name in enumerate(names):
         if count[drawn[index].casefold()] > 1:
             head, last = os.path.split(name)
             endings = (".jpg" if number == 1 else f"-{number}.jpg" for number in itertools.count(1))
             choices = (os.path.join(head, fitting_name(last, ending)) for ending in endings)
-            drawn[index] = next(choice for choice in choices if choice.casefold() not in taken)
-            taken.add(drawn[index].casefold())
+            drawn[index] = next(choice for choice in choices if choice.casefold() not in unique)
+            unique.add(drawn[index].casefold())
     return drawn
 
 

@@ -29,8 +29,8 @@ class Query:
     def names(self) -> tuple[str, ...]:
         """Names of the classes; the index is the ``class_id`` of detections."""
         words = self.words.names
-        known = {name.casefold() for name in words}
-        return words + tuple(e.name for e in self.positive_examples if e.name.casefold() not in known)
+        word_keys = {name.casefold() for name in words}
+        return words + tuple(e.name for e in self.positive_examples if e.name.casefold() not in word_keys)
 
     @property
     def positive_examples(self) -> tuple[Example, ...]:

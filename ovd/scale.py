@@ -161,18 +161,18 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--masks", action="store_true", help="also masks, as COCO run lengths")
     flags.add_argument("--batch-size", type=int, default=16, help="files per call of a worker (default 16)")
     commands.add_parser("embed", parents=[shared], help="ovd.embed on every worker; takes its --config and key=value")
-    args, rest = parser.parse_known_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     if args.workers < 1 or args.gpus < 0:
         raise UserError("--workers must be at least 1 and --gpus at least 0")
     if args.command == "embed":
         from ovd.embed import EmbedConfig
         from pretrain.engine.cli import command_line
 
-        config, _ = command_line(EmbedConfig, rest, prog="python -m ovd.scale embed", doc=__doc__ or "", flags=())
+        config, _ = command_line(EmbedConfig, overrides, prog="python -m ovd.scale embed", doc=__doc__ or "", flags=())
         embed(config, workers=args.workers, gpus=args.gpus)
         return 0
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}; see python -m ovd.scale predict --help")
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]!r}; see python -m ovd.scale predict --help")
     predict(
         args.paths,
         args.out,

@@ -78,10 +78,10 @@ def main(argv: list[str]) -> int:
             "the pictures that its token opens; give --user and --password",
             file=sys.stderr,
         )
-    door = listen(options.host, options.port)  # before the slow part: a taken port is told at once
+    listener = listen(options.host, options.port)  # before the slow part: a taken port is told at once
     signals = StopSignals()
     try:
-        from ovd.demo.names import Names
+        from ovd.demo.hosts import AllowedHosts
         from ovd.demo.serving import Server
         from ovd.label_studio.app import Gate, build_app
         from ovd.label_studio.backend import Backend
@@ -95,15 +95,19 @@ def main(argv: list[str]) -> int:
             threshold=options.threshold,
             seconds=options.seconds,
         )
-        gate = Gate(build_app(backend), names=Names.of(options.host, options.allow_host), credentials=credentials)
-        server = Server(gate, door=door, protocol=with_reasons)
+        gate = Gate(
+            build_app(backend), names=AllowedHosts.of(options.host, options.allow_host), credentials=credentials
+        )
+        server = Server(gate, listener=listener, protocol=with_reasons)
         server.start()
         signals.listen()
-        print(f"Connect {url_of(options.host, door.getsockname()[1])} in Label Studio  (Ctrl-C stops it)", flush=True)
+        print(
+            f"Connect {url_of(options.host, listener.getsockname()[1])} in Label Studio  (Ctrl-C stops it)", flush=True
+        )
         signals.wait()
         server.close()
     finally:
-        door.close()
+        listener.close()
     return signals.status
 
 

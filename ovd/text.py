@@ -121,20 +121,20 @@ class TextEmbedder:
 
     def _phrase_means(self, vocabulary: Vocabulary, phrases: list[str]) -> Floats:
         style = (vocabulary.templates, vocabulary.this_is, vocabulary.parity)
-        known = {p: self._memory[(p, style)] for p in phrases if (p, style) in self._memory}
-        missing = {p: vocabulary.prompts(p) for p in phrases if p not in known}
+        mean_of = {p: self._memory[(p, style)] for p in phrases if (p, style) in self._memory}
+        missing = {p: vocabulary.prompts(p) for p in phrases if p not in mean_of}
         if missing:
             unique = list(dict.fromkeys(text for prompts in missing.values() for text in prompts))
             row_of = {text: i for i, text in enumerate(unique)}
             rows = embed_phrases(unique, self.encoder)
             for p, prompts in missing.items():
-                known[p] = rows[[row_of[text] for text in prompts]].mean(0)
+                mean_of[p] = rows[[row_of[text] for text in prompts]].mean(0)
         for p in phrases:
-            self._memory[(p, style)] = known[p]
+            self._memory[(p, style)] = mean_of[p]
             self._memory.move_to_end((p, style))
         while len(self._memory) > self.max_phrases:
             self._memory.popitem(last=False)
-        return np.stack([known[p] for p in phrases])
+        return np.stack([mean_of[p] for p in phrases])
 
     def _file(self, vocabulary: Vocabulary) -> Path | None:
         if self.cache_dir is None:
@@ -153,8 +153,8 @@ class TextEmbedder:
                 rows: Floats | None = stored.get_tensor("embeddings") if "embeddings" in stored.keys() else None
         except (SafetensorError, OSError) as problem:
             raise UserError(f"{file}: cannot be read ({problem}); delete it, it is written again") from problem
-        wanted = (len(vocabulary.classes), self.encoder.embed_dim)
-        if rows is None or rows.shape != wanted or metadata.get("fingerprint") != self.fingerprint:
+        shape = (len(vocabulary.classes), self.encoder.embed_dim)
+        if rows is None or rows.shape != shape or metadata.get("fingerprint") != self.fingerprint:
             return None  # another encoder with the same 16 digits, or a foreign file: embed again and overwrite it
         return rows.astype(np.float32)
 

@@ -70,7 +70,7 @@ class Tracker:
         """
         from supervision import Detections as Target
 
-        seen = self._tracker.update(
+        tracked = self._tracker.update(
             Target(
                 xyxy=detections.xyxy.copy(),
                 confidence=detections.confidence.copy(),
@@ -79,8 +79,8 @@ class Tracker:
             )
         )
         track = np.zeros(len(detections), dtype=np.int64)
-        if len(seen):  # numbers begin at 0, -1 is none
-            track[seen.data["row"].astype(int)] = np.maximum(seen.tracker_id.astype(np.int64) + 1, 0)
+        if len(tracked):  # numbers begin at 0, -1 is none
+            track[tracked.data["row"].astype(int)] = np.maximum(tracked.tracker_id.astype(np.int64) + 1, 0)
         keep = np.flatnonzero((track > 0) | (detections.confidence >= np.float32(self.threshold)))
         return Tracked(detections=detections.chosen(keep), track=track[keep])
 

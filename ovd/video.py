@@ -233,7 +233,7 @@ def predict_video(
         summary = {
             "source": source.name, "frames": done, "rate": source.rate, "every": every, "threshold": level,
             "classes": list(query.names), "complete": complete,
-            "tracks": [seen.summary(number) for number, seen in sorted(tracks.items())],
+            "tracks": [summary_of.summary(number) for number, summary_of in sorted(tracks.items())],
         }  # fmt: skip
         write_atomically(
             out / f"{source.name}.json",
@@ -270,8 +270,8 @@ def progress(done: int, total: int | None, seconds: float) -> None:
     rate = done / max(seconds, 1e-9)
     text = f"{done} frames, {rate:.1f} a second"
     if total:
-        left = max(0.0, (total - done) / rate)
-        text = f"{done} of {total} frames, {rate:.1f} a second, {_clock(left)} left"
+        seconds_left = max(0.0, (total - done) / rate)
+        text = f"{done} of {total} frames, {rate:.1f} a second, {_clock(seconds_left)} left"
     if sys.stderr.isatty():
         print(f"\r{text:<60}", end="\n" if done == total else "", file=sys.stderr, flush=True)
     elif (done * 10 // total > (done - 1) * 10 // total) if total else done % 100 == 0:
@@ -279,6 +279,6 @@ def progress(done: int, total: int | None, seconds: float) -> None:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{remainder:02}" if hours else f"{minutes}:{remainder:02}"

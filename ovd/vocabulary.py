@@ -423,10 +423,10 @@ def _merge(entries: Iterable[tuple[str, list[str]]]) -> tuple[list[VocabularyCla
         if key in merged:
             repeated.append(name)
         stored_name, stored = merged.setdefault(key, (name, []))
-        known = {stored_name.casefold(), *(s.casefold() for s in stored)}
+        stored_names = {stored_name.casefold(), *(s.casefold() for s in stored)}
         for synonym in synonyms:
-            if synonym.casefold() not in known:
-                known.add(synonym.casefold())
+            if synonym.casefold() not in stored_names:
+                stored_names.add(synonym.casefold())
                 stored.append(synonym)
         if len(stored) > MAX_SYNONYMS:
             raise UserError(f"class {stored_name!r} has {len(stored)} synonyms; at most {MAX_SYNONYMS} are allowed")

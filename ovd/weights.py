@@ -196,19 +196,19 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
         UserError: there is no such entry; the message lists what there is.
     """
     entries = read_manifest(root)
-    wanted = ALIASES.get(name, name)
-    if wanted not in entries and wanted != name:
+    resolved = ALIASES.get(name, name)
+    if resolved not in entries and resolved != name:
         listed = ", ".join(entries) or "nothing"
         raise UserError(
-            f"the default weights, {wanted}, are not in {root or weights_root()} (there is: {listed}). Restore them "
+            f"the default weights, {resolved}, are not in {root or weights_root()} (there is: {listed}). Restore them "
             "with `git checkout -- weights`, or name others, as in --weights vild-sticker"
         )
-    if wanted not in entries:
+    if resolved not in entries:
         aliases = [alias for alias, target in ALIASES.items() if target in entries]
         listed = ", ".join([*aliases, *entries]) or "nothing"
         hint = did_you_mean(name, [*ALIASES, *entries])
         raise UserError(f"no weights named '{name}'{hint}. There is: {listed}. A path to a folder works too")
-    return entries[wanted]
+    return entries[resolved]
 
 
 def problems(weights: Weights) -> list[str]:
@@ -329,8 +329,8 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
 
     target = root / name
     if source.resolve() != target.resolve():
-        with whole_folder(target) as fresh:
-            shutil.copytree(source, fresh, dirs_exist_ok=True)
+        with whole_folder(target) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
     files = []
     for path in paths:
         relative = path.relative_to(source).as_posix()

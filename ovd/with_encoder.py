@@ -89,7 +89,7 @@ def load_with_encoder(
         raise UserError(f"--encoder {spec}: names need both an image and a text tower")
     templates = TEMPLATE_SETS[SHIPPED_TEMPLATES.get(Path(spec).name, "clip")]
     lexicon = read_lexicon()
-    words = tuple(COCO_NAMES.values()) if card is None or not card.bank else card.bank
+    words = tuple(COCO_NAMES.values()) if card is None or not card.background_words else card.background_words
     stored = read_calibration(folder, encoder)
     model = CropNames(
         source=source,
@@ -97,7 +97,7 @@ def load_with_encoder(
         name=spec,
         background_words=_embed_words(words, templates, encoder, spec),
         words=WordList(words=words, lexicon=lexicon),
-        known=WordList(words=_known(source), lexicon=lexicon),
+        proposal_words=WordList(words=_proposal_words(source), lexicon=lexicon),
         calibration=Calibration(**stored.calibration) if stored else _unfitted(encoder),
         calibrated=stored is not None,
         card=card,
@@ -139,29 +139,31 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     """
     from ovd.config_fvlm import FvlmConfig
     from ovd.modeling.export import read_card
-    from ovd.modeling.fvlm.network import PROPOSALS, known_words
+    from ovd.modeling.fvlm.network import PROPOSALS, proposal_words
     from ovd.modeling.load import load_detector_model, load_proposer
-    from ovd.modeling.proposals.build import holds_proposals, load_proposals
+    from ovd.modeling.proposals.build import has_proposals, load_proposals
 
-    if holds_proposals(folder):
+    if has_proposals(folder):
         return PhotoBoxes(proposer=load_proposals(folder, device=device), top=top), None
     card = read_card(folder)
     if isinstance(config := card.architecture, FvlmConfig):
-        known = bool(known_words(config))
-        if card.own:
-            names = ", ".join(name for branch in card.own for name in branch.names)
+        scores_words = bool(proposal_words(config))
+        if card.finetuned:
+            names = ", ".join(name for branch in card.finetuned for name in branch.names)
             print(f"warning: what {folder} learned of {names} is not used: the encoder names them", file=sys.stderr)
-        return PhotoBoxes(proposer=load_proposals(folder / PROPOSALS, device=device), top=top, known=known), card
+        return PhotoBoxes(
+            proposer=load_proposals(folder / PROPOSALS, device=device), top=top, word_scores=scores_words
+        ), card
     if card.model.get("variant") in ("agnostic", "closed"):
         return ProposedBoxes(proposer=load_proposer(folder, device=device), top=top), card
     return DetectorBoxes(model=load_detector_model(folder, device=device, masks=masks, top=top)), card
 
 
-def _known(source: BoxSource) -> tuple[str, ...]:
+def _proposal_words(source: BoxSource) -> tuple[str, ...]:
     """The words that a source scores."""
-    from ovd.modeling.proposals.build import KNOWN_WORDS
+    from ovd.modeling.proposals.build import PROPOSAL_WORDS
 
-    return KNOWN_WORDS if isinstance(source, PhotoBoxes) and source.known else ()
+    return PROPOSAL_WORDS if isinstance(source, PhotoBoxes) and source.word_scores else ()
 
 
 def _unfitted(encoder: JointEncoder) -> Calibration:
@@ -173,8 +175,8 @@ def _embed_words(words: Sequence[str], templates: Sequence[str], encoder: JointE
     """(B, D) unit rows of the background words, kept for the next time where the user's cache can be written."""
     vocabulary = Vocabulary.of(words, templates=templates)
     cache = text_cache()
-    known = cache is not None and (cache / f"{vocabulary.hash}-{encoder.fingerprint()[:16]}.safetensors").is_file()
-    if not known:
+    cached = cache is not None and (cache / f"{vocabulary.hash}-{encoder.fingerprint()[:16]}.safetensors").is_file()
+    if not cached:
         print(f"{spec}: embedding {len(words):,} background words, once ({cache or 'not kept'})", file=sys.stderr)
     return embed_vocabulary(vocabulary, encoder, cache_dir=cache)
 

@@ -153,10 +153,10 @@ def _tone(x: Tensor, drawn: Parameters, position: int, active: Tensor) -> Tensor
     kind = drawn.order[:, position]
     factor = torch.where(active, drawn.factors.gather(1, kind[:, None])[:, 0], torch.ones_like(drawn.hue))
     grey = luma(x)
-    rest = 1 - factor
+    weight = 1 - factor
     mean = grey.mean(dim=(1, 2, 3))
-    shift = torch.where(kind == 1, rest * mean, torch.zeros_like(rest))  # contrast: towards the mean brightness
-    blend = torch.where(kind == 2, rest, torch.zeros_like(rest))  # saturation: towards grey
+    shift = torch.where(kind == 1, weight * mean, torch.zeros_like(weight))  # contrast: towards the mean brightness
+    blend = torch.where(kind == 2, weight, torch.zeros_like(weight))  # saturation: towards grey
     return (x * _per_sample(factor) + grey * _per_sample(blend) + _per_sample(shift)).clamp(0, 1)
 
 

@@ -31,7 +31,7 @@ from pretrain.config_views import (
     StickerScenes,
     StickerSingles,
 )
-from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, warm_up_fits
+from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, check_warmup
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 
@@ -312,7 +312,7 @@ class PretrainConfig(Section):
     optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser and schedule.")
 
     @model_validator(mode="after")
-    def _data_fits(self) -> PretrainConfig:
+    def _check_data(self) -> PretrainConfig:
         allowed = {"clip": CAPTIONED, "text_distill": ("phrase_targets",)}.get(self.method.name, IMAGES)
         of_pictures = isinstance(self.method, SslMethod) and isinstance(self.data, ImageData)
         if not of_pictures and self.data.kind not in allowed:
@@ -326,7 +326,7 @@ class PretrainConfig(Section):
                 f"method.same_noun_positive: nothing says which captions of {self.data.kind} name the same; set it to "
                 "false"
             )
-        warm_up_fits(self.loop, self.optim)
+        check_warmup(self.loop, self.optim)
         return self
 
 
@@ -334,12 +334,12 @@ def extended(*, methods: Sequence[type[SslMethod]] = (), data: Sequence[type[Ima
     """`PretrainConfig` that knows these methods and sets of pictures beside its own."""
     if not methods and not data:
         return PretrainConfig
-    known = PretrainConfig.model_fields
+    fields = PretrainConfig.model_fields
     method_union = reduce(operator.or_, methods, get_args(Method)[0])
     data_union = reduce(operator.or_, data, get_args(Data)[0])
     return create_model(
         "PretrainConfig",
         __base__=PretrainConfig,
-        method=(method_union, Field(discriminator="name", description=known["method"].description)),
-        data=(data_union, Field(discriminator="kind", description=known["data"].description)),
+        method=(method_union, Field(discriminator="name", description=fields["method"].description)),
+        data=(data_union, Field(discriminator="kind", description=fields["data"].description)),
     )

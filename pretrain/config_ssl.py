@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from pretrain.config_views import InputSpec, ViewConfig, expand_views
 from pretrain.engine.config import FREE, Section
 
-OURS = ("resnet18", "resnet34", "resnet50", "resnet101")
+OWN_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 DETECTRON2 = ("detectron2:R18", "detectron2:R34", "detectron2:R50", "detectron2:R101")
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -43,12 +43,12 @@ class BackboneConfig(Section):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         library, _, model = name.rpartition(":")
-        if name in OURS + DETECTRON2 or (library in ("torchvision", "timm") and model):
+        if name in OWN_RESNETS + DETECTRON2 or (library in ("torchvision", "timm") and model):
             return name
-        known = ", ".join(OURS + DETECTRON2)
-        raise ValueError(f"unknown backbone {name!r}; known are {known}, torchvision:NAME and timm:NAME")
+        names = ", ".join(OWN_RESNETS + DETECTRON2)
+        raise ValueError(f"unknown backbone {name!r}; known are {names}, torchvision:NAME and timm:NAME")
 
 
 class SslMethod(Section):
@@ -179,7 +179,7 @@ class SwavMethod(SslMethod):
     queue_start: int = Field(default=0, ge=0, le=10**7, description="Steps before the queue begins to fill.")
 
     @model_validator(mode="after")
-    def _big_crops_are_there(self) -> SwavMethod:
+    def _check_views(self) -> SwavMethod:
         if self.big_crops > len(expand_views(self.views)):
             raise ValueError(f"big_crops {self.big_crops}: views has only {len(expand_views(self.views))}")
         return self

@@ -195,8 +195,8 @@ def report_synonyms(
     report: dict[str, dict[str, float]] = {}
     keywords = keyword_pairs(stickers)
     if teacher is not None:  # the teacher is known by phrase only
-        known = set(read_targets(teacher).phrases)
-        keywords = [pair for pair in keywords if pair.query in known]
+        teacher_phrases = set(read_targets(teacher).phrases)
+        keywords = [pair for pair in keywords if pair.query in teacher_phrases]
     for name, embed in embedders.items():
         class_CD = embed(nouns)
         report[name] = synonym_accuracy(pairs, embed([p.query for p in pairs]), class_CD)
@@ -238,13 +238,15 @@ def report_zero_shot(
     present = sorted(set(labels_N.tolist()))
     column = {c: i for i, c in enumerate(present)}
     mean_CD = F.normalize(torch.stack([image_ND[labels_N == c].mean(0) for c in present]), dim=-1)
-    seen = [
+    indices = [
         SynonymPair(p.query, tuple(column[a] for a in p.answers if a in column), p.relation, p.tagged)
         for p in pairs
         if any(a in column for a in p.answers)
     ]
-    if seen:
-        report["synonyms_on_pictures"] = synonym_accuracy(seen, embed_words(encoder, [p.query for p in seen]), mean_CD)
+    if indices:
+        report["synonyms_on_pictures"] = synonym_accuracy(
+            indices, embed_words(encoder, [p.query for p in indices]), mean_CD
+        )
     return report
 
 

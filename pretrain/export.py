@@ -157,7 +157,7 @@ def _depth_of(network: ResNet) -> int:
     from pretrain.nets.resnet import LAYERS
 
     layers = [len(stage) for stage in (network.layer1, network.layer2, network.layer3, network.layer4)]
-    return next(d for d, (block, known) in LAYERS.items() if known == layers and isinstance(network.layer1[0], block))
+    return next(d for d, (block, counts) in LAYERS.items() if counts == layers and isinstance(network.layer1[0], block))
 
 
 def torchvision_network(source: Source) -> nn.Module:

@@ -275,10 +275,10 @@ class Monitored(Task):
         """The state of a run that began before an alarm was added: what it never judged starts as in a new run."""
         initial = {"best": torch.full_like(self.best, -math.inf), "ill_for": torch.zeros_like(self.ill_for)}
         upgraded = {"probed_on": torch.full_like(self.probed_on, -1), **state}
-        for name, fresh in initial.items():
+        for name, default in initial.items():
             value = upgraded.get(name)
-            if isinstance(value, Tensor) and value.ndim == 1 and len(value) < len(fresh):
-                upgraded[name] = torch.cat([value, fresh[len(value) :].to(value)])
+            if isinstance(value, Tensor) and value.ndim == 1 and len(value) < len(default):
+                upgraded[name] = torch.cat([value, default[len(value) :].to(value)])
         return upgraded
 
     def report(self) -> tuple[dict[str, float], list[str]]:

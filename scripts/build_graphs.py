@@ -27,7 +27,7 @@ from ovd.export import export
 from ovd.modeling.export import read_card
 from ovd.runtime.assemble import COPIED, FORMS, INT8, LISTING, RANGES, Tensor, patches_of, write_archive
 from ovd.runtime.files import SOURCES, graphs_of, read_runtime_card, write_runtime_card
-from ovd.runtime.quantise import Ranges, measured, read_photos, write_quantised
+from ovd.runtime.quantise import Ranges, activation_ranges, read_photos, write_quantised
 from ovd.weights import DEFAULT, detector_folder
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import sha256_of
@@ -44,25 +44,25 @@ def main(argv: list[str]) -> int:
     options = flags.parse_args(argv)
     folder = detector_folder(DEFAULT)
     archive, root = graphs_of(folder), folder.parent
-    sources = [*(f"{folder.name}/{name}" for name in SOURCES), f"{read_card(folder).encoder}/model.safetensors"]
-    known = tensors_of(root, sources)
-    with tempfile.TemporaryDirectory() as place:
-        exported = export(DEFAULT, Path(place, folder.name))
+    stored = [*(f"{folder.name}/{name}" for name in SOURCES), f"{read_card(folder).encoder}/model.safetensors"]
+    sources = tensors_of(root, stored)
+    with tempfile.TemporaryDirectory() as temporary:
+        exported = export(DEFAULT, Path(temporary, folder.name))
         card = read_runtime_card(exported)
         if options.photos is None:
             ranges = ranges_in(archive, folder)
         else:
-            ranges = measured(exported, card, (), read_photos(options.photos))
-        small = Path(shutil.copytree(exported, Path(place, "int8")))
+            ranges = activation_ranges(exported, card, (), read_photos(options.photos))
+        small = Path(shutil.copytree(exported, Path(temporary, "int8")))
         write_quantised(small, ranges)
         write_runtime_card(small, replace(card, precision="int8", ranges=RANGES_OF))
         files = {file.name: file.read_bytes() for file in exported.iterdir() if file.name not in COPIED}
         for file in small.iterdir():
             if file.name not in COPIED and file.read_bytes() != files[file.name]:
                 files[INT8 + file.name] = file.read_bytes()
-    pieces = {name: pieces_of(name, data, known) for name, data in files.items()}
-    beside = {RANGES: json.dumps(ranges).encode()}
-    write_archive(files, archive, pieces, root, beside=beside)
+    tensors = {name: match_tensors(name, data, sources) for name, data in files.items()}
+    extra = {RANGES: json.dumps(ranges).encode()}
+    write_archive(files, archive, tensors, root, extra=extra)
     print(f"{archive}: {archive.stat().st_size / 1e6:.2f} MB")
     return 0
 
@@ -83,33 +83,33 @@ def ranges_in(archive: Path, folder: Path) -> dict[str, Ranges]:
     raise UserError(f"{archive}: has no ranges of these weights; give --photos FOLDER")
 
 
-def tensors_of(root: Path, sources: list[str]) -> dict[bytes, Tensor]:
+def tensors_of(root: Path, files: list[str]) -> dict[bytes, Tensor]:
     """Bytes of each stored tensor in each form."""
-    known: dict[bytes, Tensor] = {}
-    for source in sources:
-        with safe_open(root / source, framework="numpy") as tensors:
+    sources: dict[bytes, Tensor] = {}
+    for file in files:
+        with safe_open(root / file, framework="numpy") as tensors:
             for name in tensors.keys():
                 values = tensors.get_tensor(name)
                 for form, bytes_of in FORMS.items():
                     if form != "int8" or values.ndim == 4:
-                        known.setdefault(bytes_of(values), Tensor(source, name, form))
-    return known
+                        sources.setdefault(bytes_of(values), Tensor(file, name, form))
+    return sources
 
 
-def pieces_of(name: str, data: bytes, known: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
+def match_tensors(name: str, data: bytes, sources: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
     """The stored tensors in a file of an export, by their bytes there; those in 8 bits may differ in a few channels."""
-    pieces: dict[bytes, Tensor] = {}
-    for stored, int8 in tensors_in(name, data):
-        if len(stored) < LEAST:
+    matches: dict[bytes, Tensor] = {}
+    for values, int8 in tensors_in(name, data):
+        if len(values) < LEAST:
             continue
-        if stored in known:
-            pieces[stored] = known[stored]
+        if values in sources:
+            matches[values] = sources[values]
         elif int8:
-            near = [(_differing(stored, other), other) for other, t in known.items() if t.form == "int8"]
-            share, other = min(near)
+            nearest = [(_differing(values, other), other) for other, t in sources.items() if t.form == "int8"]
+            share, other = min(nearest)
             if share <= ALIKE:
-                pieces[stored] = known[other]._replace(patches=patches_of(stored, other))
-    return pieces
+                matches[values] = sources[other]._replace(patches=patches_of(values, other))
+    return matches
 
 
 def _differing(one: bytes, other: bytes) -> float:

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from ovd.export import export
-from ovd.runtime.files import INT8_BESIDE
+from ovd.runtime.files import INT8_FOLDER
 from ovd.weights import DEFAULT, SHIPPED, add_weights
 from pretrain.engine.errors import UserError, run_cli
 
@@ -59,11 +59,11 @@ def build(out: Path) -> Path:
 
 
 def add_int8(exported: Path, small: Path) -> None:
-    """Put into an export what is another file in 8 bits; `ovd.runtime.files.part_of` takes the rest from outside."""
-    (exported / INT8_BESIDE).mkdir()
+    """Add to an export the files that differ in 8 bits; `ovd.runtime.files.export_file` reads the others above it."""
+    (exported / INT8_FOLDER).mkdir()
     for file in small.iterdir():
         if not filecmp.cmp(file, exported / file.name, shallow=False):
-            shutil.copy(file, exported / INT8_BESIDE)
+            shutil.copy(file, exported / INT8_FOLDER)
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ovd.calibrate import typed_scenes
 from ovd.config_fvlm import FvlmConfig
-from ovd.data.own_photos import OwnSample
+from ovd.data.own_photos import FinetuneSample
 from ovd.data.pooled import OfflineBatch, RegionBatch
 from ovd.data.splits import Split
 from ovd.detector import Detector
@@ -33,7 +33,7 @@ from ovd.modeling.detr.build import init_projections
 from ovd.modeling.export import DetectorCard
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.network import build_fvlm
-from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer
+from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.network import CHANNELS, build_proposal_detector
 from ovd.modeling.proposals.pyramid import FrozenPyramid
@@ -70,7 +70,7 @@ def card(variant: str, classes: tuple[str, ...] = NAMES) -> DetectorCard:
     return DetectorCard(
         model={"variant": variant, "head": {"scale": 10.0}}, embed_dim=rcnn.D, pixel_mean=(127.5,) * 3,
         pixel_std=(64.0,) * 3, encoder="toy", encoder_fingerprint="0", short_side=96, long_side=192,
-        classes=classes, novel=(), bank=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
+        classes=classes, novel=(), background_words=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
     )  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_another_encoder__names_crops_of_boxes_beside_a_gpu() -> None:
         name="small",
         background_words=torch.randn(2, rcnn.D).numpy(),
         words=WordList(words=("cat", "car"), lexicon=lexicon),
-        known=WordList(words=(), lexicon=lexicon),
+        proposal_words=WordList(words=(), lexicon=lexicon),
         calibration=Calibration(),
         calibrated=False,
     )
@@ -370,7 +370,7 @@ def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> N
 def test_own_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
     branch = ClassBranch(classes=2)
     image = torch.from_numpy(picture().transpose(2, 0, 1).copy())
-    canvas = OwnSample(
+    canvas = FinetuneSample(
         image=image, boxes=torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 9.0, 9.0]]), classes=torch.tensor([1, -1])
     )
     with pretend_cuda():
@@ -390,13 +390,13 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         detector = build_fvlm(config, proposer=proposer, encoder=encoder).eval()
         to_cuda(detector.tower)
         to_cuda(detector)
-        words = WordList(words=KNOWN_WORDS, lexicon=read_lexicon())
+        words = WordList(words=PROPOSAL_WORDS, lexicon=read_lexicon())
         model = FvlmRegionModel(
             network=TorchNetwork(detector),
             card=card("text"),
             background_words=np.eye(8, dtype=np.float32)[:5],
-            known=words,
-            trained=words,
+            proposal_words=words,
+            training_words=words,
             top=10,
         )
         regions = model.regions(picture())
@@ -419,7 +419,7 @@ def test_photographs__crops_are_distilled_on_the_gpu(variant: Literal["vild", "e
     pooled = torch.randn(4, detector.tower.features)
     batch = RegionBatch(
         features=pooled,
-        known=torch.zeros(4, 0),
+        word_scores=torch.zeros(4, 0),
         target=torch.rand(4, 3),
         mask=torch.ones(4, 3, dtype=torch.bool),
         offline=OfflineBatch(features=pooled, target=torch.eye(4, 8)),

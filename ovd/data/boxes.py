@@ -128,10 +128,10 @@ class BoxSource:
         size = (image.shape[0], image.shape[1])
         instances = Instances(size)
         moved = [move_boxes(boxes, transforms, size) for boxes in self.images.boxes(index)]
-        boxes_left = [boxes[visible] for boxes, visible in moved]
-        instances.gt_boxes = Boxes(torch.from_numpy(np.concatenate(boxes_left).reshape(-1, 4)))
+        visible_boxes = [boxes[visible] for boxes, visible in moved]
+        instances.gt_boxes = Boxes(torch.from_numpy(np.concatenate(visible_boxes).reshape(-1, 4)))
         instances.gt_classes = torch.cat(
-            [torch.full((len(boxes),), c) for c, boxes in zip((0, -1), boxes_left, strict=True)]
+            [torch.full((len(boxes),), c) for c, boxes in zip((0, -1), visible_boxes, strict=True)]
         )
         return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), "instances": instances}
 

@@ -92,16 +92,16 @@ class FeatureCache:
         compute: Callable[[list[int]], dict[str, NDArray[Any]]],
         batch: int,
     ) -> None:
-        fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
         try:
-            fresh.mkdir(parents=True)
+            temporary.mkdir(parents=True)
             arrays: dict[str, NDArray[Any]] = {}
             for first in range(0, count, batch):
                 indices = list(range(first, min(first + batch, count)))
                 for name, rows in compute(indices).items():
                     if name not in arrays:
                         arrays[name] = np.lib.format.open_memmap(
-                            fresh / f"{name}.npy", mode="w+", dtype=rows.dtype, shape=(count, *rows.shape[1:])
+                            temporary / f"{name}.npy", mode="w+", dtype=rows.dtype, shape=(count, *rows.shape[1:])
                         )
                     if arrays[name].shape[1:] != rows.shape[1:]:
                         raise UserError(
@@ -114,17 +114,17 @@ class FeatureCache:
             for array in arrays.values():
                 array.flush()  # type: ignore[attr-defined]
             record = {"arrays": sorted(arrays), "key": dict(key), "count": count}
-            write_atomically(fresh / META, json.dumps(record, sort_keys=True).encode())
+            write_atomically(temporary / META, json.dumps(record, sort_keys=True).encode())
             if (target / META).is_file():
                 return  # another process was faster; its arrays are the same
             shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
+            temporary.rename(target)
         except OSError as error:
             raise UserError(
                 f"cache {target}: {error.strerror or error}; free some space or set cache=FOLDER"
             ) from error
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def files_of(settings: Mapping[str, Any]) -> dict[str, str]:

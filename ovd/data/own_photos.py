@@ -31,7 +31,7 @@ from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import files_identity, text_identity
 
-LEAST_LEFT = 0.25
+MIN_VISIBLE = 0.25
 """Share of a box that a cut must leave for it to stay a label; less is neither object nor background."""
 SMALL = 8
 """Pixels between two points of the finest grid that finds boxes."""
@@ -50,7 +50,7 @@ class Boxes:
     classes: NDArray[np.int64]
 
 
-class OwnSample(TypedDict):
+class FinetuneSample(TypedDict):
     """A training canvas.
 
     Attributes:
@@ -64,7 +64,7 @@ class OwnSample(TypedDict):
     classes: Tensor
 
 
-class OwnPhotos:
+class FinetunePhotos:
     """Photos with boxes of classes.
 
     Photos that are missing, of which a few may, or cannot be read are left out, with a notice.
@@ -145,9 +145,11 @@ class OwnPhotos:
             written: the names as they stand in the file.
         """
         keys: dict[str, str] = {}
-        for name, here in zip(self.names, written, strict=True):
-            if (other := keys.setdefault(name_key(name), here)) is not here:
-                raise UserError(f"{self.where}: classes {other!r} and {here!r} are one when typed; rename one of them")
+        for name, category in zip(self.names, written, strict=True):
+            if (other := keys.setdefault(name_key(name), category)) is not category:
+                raise UserError(
+                    f"{self.where}: classes {other!r} and {category!r} are one when typed; rename one of them"
+                )
             if not _can_be_typed(name):
                 self.notices.append(
                     f"{self.where}: class {name!r} cannot be typed as it stands; better rename it, without commas, "
@@ -283,7 +285,7 @@ class CanvasSource:
     def __init__(
         self,
         *,
-        photos: OwnPhotos,
+        photos: FinetunePhotos,
         chosen: Sequence[int],
         side: int,
         scale: tuple[float, float],
@@ -304,7 +306,7 @@ class CanvasSource:
         """Fingerprint of all photos, held-out ones too: they choose the weights."""
         return self.photos.identity(range(len(self.photos)))
 
-    def sample(self, index: int, draw: int) -> OwnSample:
+    def sample(self, index: int, draw: int) -> FinetuneSample:
         """A canvas with photo ``index`` in it; pure function of (index, draw).
 
         Raises:
@@ -315,20 +317,20 @@ class CanvasSource:
         if rng.random() < self.mosaic:
             half = self.side // 2
             others = rng.integers(len(self.chosen), size=3).tolist()
-            places = [(0, 0), (half, 0), (0, half), (half, half)]
+            corners = [(0, 0), (half, 0), (0, half), (half, half)]
             parts = [
-                self._place(photo, canvas, x, y, half, rng)
-                for photo, (x, y) in zip([index, *others], places, strict=True)
+                self._paste(photo, canvas, x, y, half, rng)
+                for photo, (x, y) in zip([index, *others], corners, strict=True)
             ]
         else:
-            parts = [self._place(index, canvas, 0, 0, self.side, rng)]
-        return OwnSample(
+            parts = [self._paste(index, canvas, 0, 0, self.side, rng)]
+        return FinetuneSample(
             image=torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))),
             boxes=torch.from_numpy(np.concatenate([part.corners for part in parts])),
             classes=torch.from_numpy(np.concatenate([part.classes for part in parts])),
         )
 
-    def _place(
+    def _paste(
         self, index: int, canvas: NDArray[np.uint8], left: int, top: int, side: int, rng: np.random.Generator
     ) -> Boxes:
         """Put a photo into a square of the canvas; its boxes there."""
@@ -352,7 +354,7 @@ class CanvasSource:
         return _cut(boxes - np.array([x, y] * 2, dtype=np.float32), labels.classes, cut.shape[:2], (left, top))
 
     @staticmethod
-    def collate(samples: list[OwnSample]) -> list[OwnSample]:
+    def collate(samples: list[FinetuneSample]) -> list[FinetuneSample]:
         """A list: canvases have different numbers of boxes."""
         return samples
 
@@ -369,6 +371,6 @@ def _cut(
     limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
     clipped = boxes.clip(0, limit)
     visible = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
-    mostly_inside = area(clipped) >= LEAST_LEFT * area(boxes)
+    mostly_inside = area(clipped) >= MIN_VISIBLE * area(boxes)
     moved = clipped + np.array(offset * 2, dtype=np.float32)
     return Boxes(corners=moved[visible], classes=np.where(mostly_inside, classes, -1)[visible])

@@ -311,8 +311,8 @@ def _table(everywhere: Sequence[str], others: Sequence[str], lexicon: Lexicon, *
             chosen.setdefault(key, lexicon.meanings[key].names[0])
     words = tuple(chosen.values())
     if len(set(words)) < len(words):  # two meanings above are spelt alike: the more frequent one keeps the name
-        seen: set[str] = set()
-        words = tuple(word for word in words if not (word in seen or seen.add(word)))  # type: ignore[func-returns-value]
+        named: set[str] = set()
+        words = tuple(word for word in words if not (word in named or named.add(word)))  # type: ignore[func-returns-value]
     return WordTable(words=words, everywhere=len({lexicon.meaning(n) or n for n in everywhere}), lexicon=lexicon)
 
 

@@ -50,13 +50,13 @@ class RegionBatch:
 
     Attributes:
         features: (N, F).
-        known: (N, K) 0…1.
+        word_scores: (N, K) 0…1.
         target, mask: (N, V), see `ovd.data.photo_words.RegionTargets`.
         offline: what is distilled; None: nothing is.
     """
 
     features: Tensor
-    known: Tensor
+    word_scores: Tensor
     target: Tensor
     mask: Tensor
     offline: OfflineBatch | None = None
@@ -65,7 +65,7 @@ class RegionBatch:
         """The same on a device."""
         return RegionBatch(
             features=self.features.to(device),
-            known=self.known.to(device),
+            word_scores=self.word_scores.to(device),
             target=self.target.to(device),
             mask=self.mask.to(device),
             offline=None if self.offline is None else self.offline.to(device),
@@ -127,7 +127,7 @@ class PooledSource:
         targets = region_targets(photo, boxes, self.photos.table)
         return RegionBatch(
             features=torch.from_numpy(row["features"][:count]),
-            known=torch.from_numpy(row["known"][:count]),
+            word_scores=torch.from_numpy(row["known"][:count]),
             target=torch.from_numpy(targets.target),
             mask=torch.from_numpy(targets.mask),
             offline=None if self.offline is None else self.offline.sample(photo.image_id, index),
@@ -139,7 +139,7 @@ class PooledSource:
         offline = [one.offline for one in samples if one.offline is not None]
         return RegionBatch(
             features=torch.cat([one.features for one in samples]),
-            known=torch.cat([one.known for one in samples]),
+            word_scores=torch.cat([one.word_scores for one in samples]),
             target=torch.cat([one.target for one in samples]),
             mask=torch.cat([one.mask for one in samples]),
             offline=OfflineBatch.joined(offline) if offline else None,

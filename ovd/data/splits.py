@@ -74,9 +74,9 @@ class Split:
             raise UserError(f"split {self.name!r}: base and novel are both empty, so there is nothing to average.")
         if nameless := [i for i in self.ids if i not in self.names]:
             raise UserError(f"split {self.name!r}: no name for category id {_some(map(str, nameless))}.")
-        seen: dict[str, int] = {}
+        index_of: dict[str, int] = {}
         for i in self.ids:
-            if (first := seen.setdefault(self.names[i], i)) != i:
+            if (first := index_of.setdefault(self.names[i], i)) != i:
                 raise UserError(f"split {self.name!r}: ids {first} and {i} are both named {self.names[i]!r}.")
 
     def _checked(self, group: str, ids: Iterable[int]) -> tuple[int, ...]:
@@ -256,8 +256,8 @@ def _some(items: Iterable[str], limit: int = 5) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
-def _close(name: str, known: Iterable[str]) -> str:
+def _close(name: str, names: Iterable[str]) -> str:
     from difflib import get_close_matches
 
-    matching = get_close_matches(_same(name), list(known), n=1)
+    matching = get_close_matches(_same(name), list(names), n=1)
     return f" Did you mean {matching[0]!r}?" if matching else ""

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovd.colours import class_styles
+from ovd.demo.model_manager import ModelManager
 from ovd.demo.pack import pack
 from ovd.demo.schema import Answer, AnsweredClass
-from ovd.demo.shelf import Shelf
 from ovd.detections import Detections
 from ovd.detector import Detector
 from ovd.examples import Crop
@@ -51,13 +51,14 @@ MAX_CROPS_SENT = 20
 MAX_CROP_BYTES = 2_000_000  # of one crop; the page sends at most 384 × 384 pixels
 MAX_CROP_PIXELS = 4_000_000  # of one crop, read from its header before it is decoded
 MAX_CROPS_PIXELS = 25_000_000  # of all crops of a query: what one picture may have
-SEATS = 3  # questions whose pixels are held: one at the model, one before and one behind it
+MAX_DECODED = 3  # requests with decoded pictures: one at the model, one before and one behind it
 LONG_TEXT = 20_000  # characters; longer texts are parsed one at a time
 SLICE = 64  # classes that are embedded in one go, about 40 ms on two CPU cores
-FIRST_SECONDS = 0.5  # a guess, until the first answers have been timed
+INITIAL_SECONDS = 0.5  # a guess, until the first answers have been timed
 SMOOTHING = 8  # answers that the running mean of their time looks back on
+CACHED_PREVIEWS = 8
 PREVIEW_SIDE = 1600  # pixels; what is shown and saved as PNG
-NEAR = 3  # words of the vocabulary that are told of each box
+NEAR = 3  # nearest words of the vocabulary that are sent for each box
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class _ModelAnswer:
     """Result of the model's thread; times in seconds."""
 
     detections: Detections
-    near: list[list[str]]  # of each detection the words that it looks most like
+    near: list[list[str]]  # nearest words of each detection
     key: str  # of the picture
     regions: int
-    cached: bool  # the picture was remembered
+    cached: bool  # whether the network was not run
     network: float
     words: float
 
@@ -80,32 +81,29 @@ class Answerer:
     """Answers requests about pictures with one detector.
 
     Args:
-        detector: shared by all requests; not with a shelf.
-        shelf: the weights to choose from.
-        examples: ready pictures: an answer says by its name that it is about one of them.
-        previews: pictures whose preview is remembered.
+        detector: shared by all requests; not with a manager.
+        manager: the weights on offer.
+        examples: pictures of the page, whose name an answer about one of them gives.
     """
 
     def __init__(
         self,
         *,
         detector: Detector | None = None,
-        shelf: Shelf | None = None,
+        manager: ModelManager | None = None,
         examples: Sequence[Path] = (),
-        previews: int = 8,
     ) -> None:
-        if shelf is None:
+        if manager is None:
             if detector is None:
-                raise ValueError("a detector or a shelf")
-            shelf = Shelf(detector)
-        self.shelf = shelf
+                raise ValueError("a detector or a manager")
+            manager = ModelManager(detector)
+        self.manager = manager
         self._examples: dict[tuple[int, str], str] = {}
-        self.know(examples)
-        self.seconds = FIRST_SECONDS  # that one question holds the model, at present
+        self.add_examples(examples)
+        self.seconds = INITIAL_SECONDS  # that one request occupies the model, at present
         self._previews: OrderedDict[str, str] = OrderedDict()
-        self._keep = previews
         self._previewing = threading.Lock()
-        self._seats = threading.Semaphore(SEATS)
+        self._decoded_slots = threading.Semaphore(MAX_DECODED)
         # One thread each: first come, first served, and torch keeps the scratch memory of two threads only.
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._words = ThreadPoolExecutor(1, thread_name_prefix="words")
@@ -126,7 +124,7 @@ class Answerer:
         Args:
             image: picture file.
             classes: words in the grammar of `ovd.vocabulary`; "everything": all that the weights know.
-            weights: name of an offer of the shelf; None: those of the start.
+            weights: name of an offer; None: those of the start.
             threshold: lowest score to send; the floor when None.
             examples: None or a list of ``{"name", "image", "box"}`` as a program or the page sent it, see
                 `decode_examples`.
@@ -141,11 +139,11 @@ class Answerer:
         start = time.perf_counter()
         if not image:
             raise UserError("Choose a picture first: drop one here, paste it, or click an example")
-        wanted = self.shelf.check(weights)
-        detector = self.shelf.ready(wanted) or self._on(self._model, self.shelf.take, wanted)
+        name = self.manager.check(weights)
+        detector = self.manager.loaded_detector(name) or self._on(self._model, self.manager.load, name)
         # Words first: a typing mistake should not cost a run of the network.
         words = self._parsed(detector, classes, alone=not examples)
-        with self._seats:
+        with self._decoded_slots:
             query = detector.query(EVERYTHING if is_everything(classes) else words, decode_examples(examples))
             if not query.names:
                 replace(words, alone=True)  # which says what is missing
@@ -162,17 +160,17 @@ class Answerer:
                 result["preview"] = self._preview(answered.key, pixels)
             return result
 
-    def know(self, examples: Sequence[Path]) -> None:
-        """Ready pictures, by their bytes."""
+    def add_examples(self, examples: Sequence[Path]) -> None:
+        """Recognise these pictures by their bytes."""
         for path in examples:
             data = path.read_bytes()
             self._examples[len(data), hashlib.sha256(data).hexdigest()] = path.name
 
     def _example(self, image: Path) -> str | None:
-        """The name of the ready picture that this file is a copy of."""
+        """The name of the example that this file is a copy of."""
         try:
             size = image.stat().st_size
-            if all(size != known for known, _ in self._examples):
+            if all(size != sizes for sizes, _ in self._examples):
                 return None
             return self._examples.get((size, hashlib.sha256(image.read_bytes()).hexdigest()))
         except OSError:  # removed meanwhile
@@ -183,9 +181,9 @@ class Answerer:
         return self._on(self._words, pack, answered, form)
 
     def _parsed(self, detector: Detector, text: str, *, alone: bool) -> Vocabulary:
-        """Read and embed words on their own thread, in slices that let other people's words in between.
+        """Parse and embed words on their own thread, in slices between which other requests get their turn.
 
-        The embedder remembers phrases: at the model they then cost next to nothing.
+        The embedder caches phrases: at the model they then cost next to nothing.
         """
         if not isinstance(text, str):
             raise UserError(f"classes must be a text, not {type(text).__name__}")
@@ -200,7 +198,7 @@ class Answerer:
         return words
 
     def _on(self, thread: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Let a thread do it, and wait."""
+        """Run a function on a thread, and wait for it."""
         try:
             return thread.submit(work, *args, **options).result()
         except (CancelledError, RuntimeError) as problem:
@@ -210,17 +208,17 @@ class Answerer:
 
     @property
     def detector(self) -> Detector:
-        """The one in memory."""
-        return self.shelf.current
+        """The detector in memory."""
+        return self.manager.current
 
     def close(self) -> None:
-        """Answer nothing more: what waits is told so, and what is being computed comes to its end."""
+        """Refuse what waits, and finish what is being computed."""
         self._closed = True
         for thread in (self._words, self._model):
             thread.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, level: float) -> _ModelAnswer:
-        """The part that runs one question at a time: the network, and scoring its regions."""
+        """The part that runs one request at a time: the network, and scoring its regions."""
         start = time.perf_counter()
         runs = detector.runs
         if isinstance(detector.model, PatchLocator):
@@ -259,13 +257,13 @@ class Answerer:
             url = data_url(pixels)
             with self._previewing:
                 self._previews[key] = url
-                while len(self._previews) > self._keep:
+                while len(self._previews) > CACHED_PREVIEWS:
                     self._previews.popitem(last=False)
         return url
 
 
 def add_query(result: Answer, query: Query) -> None:
-    """Add what the answer says of the query: as a whole, and of each class its synonyms and crops."""
+    """Add the query: its negatives and hash, and of each class its synonyms and number of crops."""
     result["negatives"] = [c.name for c in query.words.negatives] + [e.name for e in query.examples if e.negative]
     result["vocabulary"] = query.hash
     result["everything"] = query.naming is not None
@@ -277,7 +275,7 @@ def add_query(result: Answer, query: Query) -> None:
 
 
 def drop_missing_classes(result: Answer) -> None:
-    """Of more than a thousand words that nobody typed, leave those that were found; in place."""
+    """Keep only classes with a detection, of a prompt-free query's thousand words; in place."""
     numbers = sorted({row["class"] for row in result["detections"]})
     names = [result["classes"][old]["name"] for old in numbers]
     styles = class_styles(names)  # anew: few names share no colour
@@ -291,25 +289,25 @@ def drop_missing_classes(result: Answer) -> None:
     result["classes"] = classes
 
 
-def decode_examples(given: Any) -> list[tuple[str, Crop]] | None:
+def decode_examples(rows: Any) -> list[tuple[str, Crop]] | None:
     """Read examples that came as JSON.
 
     Args:
-        given: None, or a list of ``{"name": "my mug", "image": "data:image/png;base64,…", "box": [x1, y1, x2, y2]}``;
+        rows: None, or a list of ``{"name": "my mug", "image": "data:image/png;base64,…", "box": [x1, y1, x2, y2]}``;
             without ``name`` it is "example N", without ``box`` the picture is the crop.
 
     Raises:
         UserError: something else, or a picture that is too large or cannot be read.
     """
-    if given is None or given == []:
+    if rows is None or rows == []:
         return None
-    if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError('examples must be a list like [{"name": "my mug", "image": "data:image/png;base64,…"}]')
-    if len(given) > MAX_CROPS_SENT:
-        raise UserError(f"{len(given)} crops; at most {MAX_CROPS_SENT} are allowed in one query")
+    if len(rows) > MAX_CROPS_SENT:
+        raise UserError(f"{len(rows)} crops; at most {MAX_CROPS_SENT} are allowed in one query")
     crops: list[tuple[str, Crop]] = []
     room = MAX_CROPS_PIXELS
-    for number, row in enumerate(given, 1):
+    for number, row in enumerate(rows, 1):
         name = str(row.get("name") or "").strip() or f"example {number}"
         match = _DATA_URL.match(text) if isinstance(text := row.get("image"), str) else None
         if match is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies of requests, counted and timed while they are read, and refusals that the sender gets to see."""
+"""Reading request bodies within limits of size and time, and refusals that the sender gets to see."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ovd.demo.names import Refused
+from ovd.demo.hosts import RequestRefused
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
     from starlette.types import Message, Receive, Send
+
+
+MAX_DRAINED = 32_000_000  # bytes read on after a refusal
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Limits:
         together: all larger bodies that are being read.
         upload: body of an upload: one picture, and the lines around it.
         other: body of anything else.
-        patience: until a body must have begun to arrive at `rate`.
+        grace: until a body must arrive at `rate`.
         rate: bytes a second that a body has to keep up after that.
         drain: for reading on after a refusal, so that the sender gets to see it.
     """
@@ -37,13 +40,13 @@ class Limits:
     together: int = 96_000_000
     upload: int = 10_100_000
     other: int = 64_000
-    patience: float = 30.0
+    grace: float = 30.0
     rate: float = 20_000.0
     drain: float = 2.0
 
 
 class BodyStream:
-    """``receive`` that counts and times a body; what breaks a limit ends it, and `refused` says why."""
+    """``receive`` that counts and times a body; where a limit is broken it ends, and `refused` says why."""
 
     def __init__(self, receive: Receive, *, limit: int, limits: Limits) -> None:
         self._receive = receive
@@ -52,25 +55,25 @@ class BodyStream:
         self._size = 0
         self._start = asyncio.get_running_loop().time()
         self.complete = False
-        self.gone = False  # the sender
-        self.refused: Refused | None = None
+        self.disconnected = False  # the sender
+        self.refused: RequestRefused | None = None
 
     async def __call__(self) -> Message:
         if self.complete:
             return await self._receive()
-        # So many bytes are worth so many seconds: what only trickles has none left soon.
-        late = self._start + self._limits.patience + self._size / self._limits.rate
+        # Each byte extends the deadline: a body that only trickles misses it soon.
+        deadline = self._start + self._limits.grace + self._size / self._limits.rate
         try:
-            message = await asyncio.wait_for(self._receive(), late - asyncio.get_running_loop().time())
+            message = await asyncio.wait_for(self._receive(), deadline - asyncio.get_running_loop().time())
         except asyncio.TimeoutError:
-            self.refused = Refused(408, "The body of the request came too slowly")
+            self.refused = RequestRefused(408, "The body of the request came too slowly")
             return {"type": "http.disconnect"}
         if message["type"] == "http.disconnect":
-            self.gone = True
+            self.disconnected = True
             return message
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
-            self.refused = Refused(
+            self.refused = RequestRefused(
                 413, f"The body of the request may have {self._limit / 1e6:.0f} MB; this one has more"
             )
             return {"type": "http.disconnect"}
@@ -78,9 +81,9 @@ class BodyStream:
         return message
 
 
-def too_large(length: int, limit: int, *, what: str) -> Refused:
+def too_large(length: int, limit: int, *, what: str) -> RequestRefused:
     """The refusal of a body by its announced size, in bytes."""
-    return Refused(413, f"{what} may have {limit / 1e6:.0f} MB; this one has {length / 1e6:.1f} MB")
+    return RequestRefused(413, f"{what} may have {limit / 1e6:.0f} MB; this one has {length / 1e6:.1f} MB")
 
 
 class BodyReader:
@@ -89,7 +92,7 @@ class BodyReader:
     Args:
         limits: sizes and times.
         what: a body is called so in refusals, such as ``question``.
-        small: bodies up to so many bytes count for nothing.
+        small: bodies up to so many bytes do not count.
     """
 
     def __init__(self, limits: Limits, *, what: str, small: int) -> None:
@@ -105,7 +108,7 @@ class BodyReader:
             limit: of this body, in bytes.
 
         Raises:
-            Refused: it breaks a limit, or ends too early.
+            RequestRefused: it breaks a limit, or ends too early.
         """
         if length is not None and length > limit:
             raise too_large(length, limit, what=f"A {self._what}")
@@ -117,14 +120,14 @@ class BodyReader:
                 if stream.refused is not None:
                     raise stream.refused
                 if message["type"] == "http.disconnect":
-                    raise Refused(400, "The request ended too early")
+                    raise RequestRefused(400, "The request ended too early")
                 body += message.get("body", b"")
                 if len(body) > self._small:
                     self._reading += len(body) - counted
                     counted = len(body)
                     if self._reading > self._limits.together:
                         text = f"Too many large {self._what}s arrive at once; try again in 5 seconds"
-                        raise Refused(503, text, retry=5)
+                        raise RequestRefused(503, text, retry=5)
                 if not message.get("more_body", False):
                     return bytes(body)
         finally:
@@ -136,14 +139,14 @@ class Reply:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._begun = False
+        self._started = False
 
     async def __call__(self, message: Message) -> None:
-        self._begun = True
+        self._started = True
         await self._send(message)
 
-    def unless(self, body: BodyStream) -> Send:
-        """``send`` that keeps what fails inside to itself, be it for a body that broke a limit: the refusal is said."""
+    def guarded(self, body: BodyStream) -> Send:
+        """``send`` that drops a response once it failed, or the body broke a limit: a refusal is sent in its place."""
         failed = False
 
         async def send(message: Message) -> None:
@@ -158,11 +161,11 @@ class Reply:
         """End a stream that has begun."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def refuse(self, refused: Refused, receive: Receive, *, api: bool, seconds: float) -> None:
-        """Say why, and read on for a while: who still sends would otherwise see a broken connection and no answer."""
+    async def refuse(self, refused: RequestRefused, receive: Receive, *, api: bool, seconds: float) -> None:
+        """Answer with the reason, and read on for a while: a sender that is cut off would see no answer."""
         import orjson
 
-        if self._begun:
+        if self._started:
             return
         text = str(refused)
         body = orjson.dumps({"detail": text}) if api else f"{text}\n".encode()
@@ -182,9 +185,9 @@ class Reply:
         await self({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _drained(receive: Receive, *, most: int = 32_000_000) -> None:
+async def _drained(receive: Receive) -> None:
     size, more = 0, True
-    while more and size < most:
+    while more and size < MAX_DRAINED:
         message = await receive()
         size += len(message.get("body", b""))
         more = message.get("more_body", False)
@@ -194,12 +197,12 @@ def replay(body: bytes, receive: Receive) -> Receive:
     """``receive`` for a body that has been read."""
     messages: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-    async def again() -> Message:
+    async def replayed() -> Message:
         for message in messages:
             return message
         return await receive()
 
-    return again
+    return replayed
 
 
 def length_of(headers: Headers) -> int | None:

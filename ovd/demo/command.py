@@ -10,8 +10,8 @@ import argparse
 import shutil
 import sys
 
-from ovd.demo.lean import few_heaps, settle, without_compiler
 from ovd.demo.logs import configure
+from ovd.demo.memory import freeze_loaded, limit_heaps, without_compiler
 from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
 from ovd.query_flags import add_detector_flags, load_detector
 from pretrain.engine.flags import integer
@@ -59,22 +59,22 @@ def main(argv: list[str]) -> int:
 
         if (status := fetch_elsewhere(options.encoder)) != 0:  # before the page shuts itself off from the hub
             return status
-    door = listen(options.host, options.port)  # before the slow part: a taken port is told at once
+    listener = listen(options.host, options.port)  # before the slow part: a taken port is told at once
     folder = prepare_environment()
     signals = StopSignals()
     try:
-        few_heaps()
+        limit_heaps()
         with without_compiler():
             from ovd.demo.answer import Answerer
+            from ovd.demo.model_manager import manager_of
             from ovd.demo.page import build_page, launch_page
-            from ovd.demo.shelf import shelf_of
 
-            shelf = shelf_of(options.weights, lambda weights: load_detector(options, weights=weights))
-        answerer = Answerer(shelf=shelf)
+            manager = manager_of(options.weights, lambda weights: load_detector(options, weights=weights))
+        answerer = Answerer(manager=manager)
         page = build_page(answerer)
         served = launch_page(
             page,
-            door=door,
+            listener=listener,
             host=options.host,
             allow_hosts=options.allow_host,
             share=options.share,
@@ -85,11 +85,11 @@ def main(argv: list[str]) -> int:
         print(f"The page is at {served.url}  (Ctrl-C stops it)", flush=True)
         if served.share_url:
             print(f"and for everybody at {served.share_url}", flush=True)
-        settle()
+        freeze_loaded()
         signals.wait()
         answerer.close()
         served.close()
     finally:
-        door.close()
+        listener.close()
         shutil.rmtree(folder, ignore_errors=True)
     return signals.status

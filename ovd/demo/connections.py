@@ -32,16 +32,16 @@ def _answer(status: str, text: str, *headers: str) -> bytes:
 FULL = _answer("503 Service Unavailable", "Too many connections are open; try again in 5 seconds\n", "Retry-After: 5")
 
 
-def raise_file_limit(wanted: int = FROM_ALL + SPARE_FILES) -> int:
+def raise_file_limit(target: int = FROM_ALL + SPARE_FILES) -> int:
     """Raise this process's limit of open files as far as the system lets it; returns what it is now."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return wanted
+        return target
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return wanted
-    aim = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= target:
+        return target
+    aim = target if hard == resource.RLIM_INFINITY else min(target, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (aim, hard))
     return aim
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page accepts, decided before Gradio sees it: whom it is served to, which routes, how large and how slow.
+"""What the page accepts, decided before Gradio sees it: hosts, routes, sizes and speeds.
 
-One ASGI middleware. Every refusal has a status of 4xx or 503 and one sentence that says what to do; a full line and a
-full disk say when to come back (``Retry-After``).
+One ASGI middleware. Every refusal has a status of 4xx or 503 and one sentence that says what to do; a full queue and
+a full disk say when to come back (``Retry-After``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
 from ovd.demo.bodies import BodyReader, BodyStream, Limits, Reply, length_of, replay, too_large
-from ovd.demo.line import Line
-from ovd.demo.names import Names, Refused
-from ovd.demo.questions import BadQuestion, Questions
+from ovd.demo.endpoints import BadRequest, Endpoints
+from ovd.demo.hosts import AllowedHosts, RequestRefused
+from ovd.demo.request_queue import RequestQueue
 from ovd.demo.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 API = "/gradio_api/"
 _CALL = re.compile(r"call/(?P<version>v2/)?(?P<name>[^/]*)/?")
-_ASKS = re.compile(r"queue/join/?|call/(v2/)?[^/]*/?")
+_QUEUED = re.compile(r"queue/join/?|call/(v2/)?[^/]*/?")
 _ANSWER = re.compile(r"call/(v2/)?(?P<name>[^/]*)/(?P<event>[^/]+)")
-_ENDS = re.compile(r"(cancel|reset)/?")  # small bodies, no model
+_CANCELS = re.compile(r"(cancel|reset)/?")  # small bodies, no model
 _QUICK = re.compile(r"run/predict/?")  # what the page's own fields do without waiting, such as filling in an example
-# Doors of Gradio that this page does not need: to the model past the line, to other sites, to files, to its code.
+# Routes of Gradio that this page does not need: to the model past the queue, to other sites, to files, to its code.
 _CLOSED = re.compile(
     r"(proxy=|file=https?:|stream/|deep_link|dev/|vibe|run-history|run/|api/|component_server|process_recording|mcp)"
 )
@@ -42,8 +42,8 @@ class Gate:
     Args:
         app: Gradio's application.
         names: under which it is served.
-        line: where questions wait.
-        questions: checks what they hold.
+        queue: where requests wait.
+        endpoints: checks what they hold.
         uploads: keeps room on the disk.
         limits: sizes and times.
     """
@@ -52,16 +52,16 @@ class Gate:
         self,
         app: ASGIApp,
         *,
-        names: Names,
-        line: Line,
-        questions: Questions,
+        names: AllowedHosts,
+        queue: RequestQueue,
+        endpoints: Endpoints,
         uploads: Uploads,
         limits: Limits | None = None,
     ) -> None:
         self._app = app
         self._names = names
-        self._line = line
-        self._questions = questions
+        self._queue = queue
+        self._endpoints = endpoints
         self._uploads = uploads
         self._limits = limits or Limits()
         self._bodies = BodyReader(self._limits, what="question", small=self._limits.small)
@@ -81,21 +81,21 @@ class Gate:
             if scope["method"] == "POST":
                 await self._post(path, headers, scope, receive, reply)
             elif scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-                raise Refused(405, "Only GET and POST are answered")
+                raise RequestRefused(405, "Only GET and POST are answered")
             else:
                 await self._get(path, scope, receive, reply)
-        except Refused as refused:
+        except RequestRefused as refused:
             await reply.refuse(refused, receive, api=scope["path"].startswith(API), seconds=self._drain(headers))
 
     async def _get(self, path: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         route = path[len(API) :] if path.startswith(API) else ""
         other_page = any(value for value in parse_qs(scope.get("query_string", b"").decode("latin-1")).get("page", []))
         if _CLOSED.match(unquote(route)) or other_page:
-            raise Refused(404, "Not part of this page")
+            raise RequestRefused(404, "Not part of this page")
         if (answer := _ANSWER.fullmatch(route)) is not None:
-            self._named(answer["name"])
-            if not self._line.knows(answer["event"]):
-                raise Refused(404, "No such question waits; its answer can be fetched once")
+            self._require_endpoint(answer["name"])
+            if not self._queue.has_event(answer["event"]):
+                raise RequestRefused(404, "No such question waits; its answer can be fetched once")
         from starlette.exceptions import HTTPException
 
         try:
@@ -109,72 +109,72 @@ class Gate:
         route = path[len(API) :] if path.startswith(API) else ""
         if route.rstrip("/") == "upload":
             await self._upload(headers, scope, receive, reply)
-        elif _ASKS.fullmatch(route):
-            await self._ask(route, headers, scope, receive, reply)
-        elif _ENDS.fullmatch(route) or _QUICK.fullmatch(route):
+        elif _QUEUED.fullmatch(route):
+            await self._enqueue(route, headers, scope, receive, reply)
+        elif _CANCELS.fullmatch(route) or _QUICK.fullmatch(route):
             body = await self._bodies.read(receive, length_of(headers), limit=self._limits.other)
             if _QUICK.fullmatch(route):
                 self._check(body, quick=True)
             await self._app(scope, replay(body, receive), reply)
         else:
-            names = ", ".join(f"{API}call/{n}" for n in self._questions.names)
-            raise Refused(404, f"Questions go through the line: POST {names} (or gradio_client)")
+            names = ", ".join(f"{API}call/{n}" for n in self._endpoints.names)
+            raise RequestRefused(404, f"Questions go through the line: POST {names} (or gradio_client)")
 
-    async def _ask(self, route: str, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def _enqueue(self, route: str, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         call = _CALL.fullmatch(route)
-        name = self._named(call["name"]) if call is not None else None
-        self._check_line()
+        name = self._require_endpoint(call["name"]) if call is not None else None
+        self._check_queue()
         body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
         large = len(body) > self._limits.large
         body = self._check(body, name=name, keywords=call is not None and call["version"] is not None)
-        self._check_line(large=large)  # others came while the body was read
-        self._line.enter()
+        self._check_queue(large=large)  # others came while the body was read
+        self._queue.enter()
         try:
             await self._app(scope, replay(body, receive), reply)
         finally:
-            self._line.entered()
+            self._queue.entered()
 
-    def _named(self, name: str) -> str:
+    def _require_endpoint(self, name: str) -> str:
         try:
-            self._questions.check_name(name)
-        except BadQuestion as problem:
-            raise Refused(problem.status, str(problem)) from problem
+            self._endpoints.check_name(name)
+        except BadRequest as problem:
+            raise RequestRefused(problem.status, str(problem)) from problem
         return name
 
     def _check(self, body: bytes, *, name: str | None = None, keywords: bool = False, quick: bool = False) -> bytes:
         try:
-            return self._questions.check(body, name=name, keywords=keywords, quick=quick)
-        except BadQuestion as problem:
-            raise Refused(problem.status, str(problem)) from problem
+            return self._endpoints.check(body, name=name, keywords=keywords, quick=quick)
+        except BadRequest as problem:
+            raise RequestRefused(problem.status, str(problem)) from problem
 
-    def _check_line(self, *, large: bool = False) -> None:
-        if self._line.is_full(large=large):
-            seconds = self._line.how_long()
-            raise Refused(
+    def _check_queue(self, *, large: bool = False) -> None:
+        if self._queue.is_full(large=large):
+            seconds = self._queue.expected_seconds()
+            raise RequestRefused(
                 503,
-                f"{self._line.waiting} people are waiting, about {_seconds(seconds)}; try again then",
+                f"{self._queue.waiting} people are waiting, about {_in_words(seconds)}; try again then",
                 retry=seconds,
             )
 
     async def _upload(self, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         limit = self._limits.upload
         if not re.match(r"multipart/form-data\s*;.*boundary=", headers.get("content-type", ""), re.IGNORECASE):
-            raise Refused(415, "Send the picture as multipart/form-data, in a field named files")
+            raise RequestRefused(415, "Send the picture as multipart/form-data, in a field named files")
         length = length_of(headers)
         if length is not None and length > limit:
             raise too_large(length, limit, what="A picture")
         size = limit if length is None else length
-        if not self._uploads.promise(size):
-            raise Refused(503, "There is no room for more pictures now; try again in a minute", retry=60)
-        self._line.wake()
+        if not self._uploads.reserve(size):
+            raise RequestRefused(503, "There is no room for more pictures now; try again in a minute", retry=60)
+        self._queue.wake()
         body = BodyStream(receive, limit=limit, limits=self._limits)
         try:
-            await self._app(scope, body, reply.unless(body))
+            await self._app(scope, body, reply.guarded(body))
         except Exception as problem:
-            if body.refused is None and not body.gone:
-                raise _why_not_stored(problem) from problem
+            if body.refused is None and not body.disconnected:
+                raise _storage_refusal(problem) from problem
         finally:
-            self._uploads.keep(size, whole=body.complete)
+            self._uploads.release(size, whole=body.complete)
         if body.refused is not None:
             raise body.refused
 
@@ -182,12 +182,12 @@ class Gate:
         return 0.0 if headers.get("expect", "").lower() == "100-continue" else self._limits.drain
 
 
-def _why_not_stored(problem: Exception) -> Refused:
+def _storage_refusal(problem: Exception) -> RequestRefused:
     if isinstance(problem, OSError):
         log.error("an upload could not be stored", exc_info=problem)
-        return Refused(503, "Pictures cannot be stored now; the log says why", retry=60)
-    return Refused(400, "The upload cannot be read as multipart/form-data")
+        return RequestRefused(503, "Pictures cannot be stored now; the log says why", retry=60)
+    return RequestRefused(400, "The upload cannot be read as multipart/form-data")
 
 
-def _seconds(count: int) -> str:
+def _in_words(count: int) -> str:
     return f"{count} second{'s' if count != 1 else ''}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log that does not repeat itself: strangers must not be able to fill the disk with one line."""
+"""Rate-limited logging: strangers must not be able to fill the disk with one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = 256
 
 
 class NoRepeats(logging.Filter):
-    """Lets a line through once in `EVERY` seconds, and then says how many like it there were.
+    """Lets a line through once in `EVERY` seconds, with the number of those like it that were dropped.
 
     Lines are alike if their format, their level and the place of their exception are: numbers in them do not count.
 
@@ -23,28 +23,28 @@ class NoRepeats(logging.Filter):
     def __init__(self, *, every: float = EVERY) -> None:
         super().__init__()
         self._every = every
-        self._seen: OrderedDict[tuple[str, int, str, str], tuple[float, int]] = OrderedDict()
+        self._recent: OrderedDict[tuple[str, int, str, str], tuple[float, int]] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written."""
         problem = record.exc_info[1] if record.exc_info else None
-        key = (record.name, record.levelno, str(record.msg), f"{type(problem).__name__}{_place(problem)}")
+        key = (record.name, record.levelno, str(record.msg), f"{type(problem).__name__}{_raised_at(problem)}")
         now = time.monotonic()
-        since, more = self._seen.get(key, (now - self._every, 0))
+        since, more = self._recent.get(key, (now - self._every, 0))
         if now - since < self._every:
-            self._seen[key] = (since, more + 1)
+            self._recent[key] = (since, more + 1)
             return False
-        self._seen[key] = (now, 0)
-        self._seen.move_to_end(key)
-        while len(self._seen) > KINDS:
-            self._seen.popitem(last=False)
+        self._recent[key] = (now, 0)
+        self._recent.move_to_end(key)
+        while len(self._recent) > KINDS:
+            self._recent.popitem(last=False)
         if more:
             record.msg = f"{record.getMessage()} ({more} more like this in {now - since:.0f} seconds)"
             record.args = ()
         return True
 
 
-def _place(problem: BaseException | None) -> str:
+def _raised_at(problem: BaseException | None) -> str:
     trace = problem.__traceback__ if problem is not None else None
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -19,11 +19,11 @@ MOST_BOXES = 60_000  # 300 in each
 STAMP = (1980, 1, 1, 0, 0, 0)  # of all files in the zip: the same answers give the same bytes
 
 
-def pack(found: Any, form: Any) -> bytes:
+def pack(answers: Any, form: Any) -> bytes:
     """A zip of labels without pictures.
 
     Args:
-        found: as a program or the page sent it: a list of ``{"name": "cat.jpg", "size": [width, height], "boxes":
+        answers: as a program or the page sent it: a list of ``{"name": "cat.jpg", "size": [width, height], "boxes":
             [{"name", "score", "box": [x1, y1, x2, y2], "polygons": [[x, y, …]]}]}``.
         form: one of `ovd.formats.names.FORMATS`.
 
@@ -36,7 +36,7 @@ def pack(found: Any, form: Any) -> bytes:
     if form not in FORMATS:
         hint = did_you_mean(form, FORMATS) if isinstance(form, str) else ""
         raise UserError(f"there is no format {str(form)[:40]!r}{hint}; there is {', '.join(FORMATS)}")
-    content = _content(found)
+    content = _content(answers)
     from ovd.formats.labels import Labels
     from ovd.formats.shapes import labelled_pictures
     from ovd.formats.write import write_labels
@@ -47,7 +47,7 @@ def pack(found: Any, form: Any) -> bytes:
         labels = Labels(content=content, root=root, kind="coco", where="the answers")
         out = root / "labels"
         out.mkdir()
-        write_labels(labelled_pictures(labels), out, form, place="none")
+        write_labels(labelled_pictures(labels), out, form, picture_mode="none")
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(p for p in out.rglob("*") if p.is_file()):
@@ -56,18 +56,18 @@ def pack(found: Any, form: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _content(found: Any) -> CocoJson:
+def _content(answers: Any) -> CocoJson:
     """COCO's annotation file of the answers; the writers check the rest."""
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+    if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
         raise UserError('the answers must be a list like [{"name": "cat.jpg", "size": [640, 480], "boxes": […]}]')
-    if not 0 < len(found) <= MOST_PICTURES:
-        raise UserError(f"labels of {len(found)} pictures; 1 to {MOST_PICTURES} go into one zip")
+    if not 0 < len(answers) <= MOST_PICTURES:
+        raise UserError(f"labels of {len(answers)} pictures; 1 to {MOST_PICTURES} go into one zip")
     images: list[CocoImage] = []
     annotations: list[CocoAnnotation] = []
     numbers: dict[str, int] = {}
-    taken: set[str] = set()
-    for number, one in enumerate(found, 1):
-        name = _file_name(one.get("name"), number, taken)
+    used: set[str] = set()
+    for number, one in enumerate(answers, 1):
+        name = _file_name(one.get("name"), number, used)
         width, height = _numbers(one.get("size"), 2, f"size of {name}")
         images.append({"id": number, "file_name": name, "width": int(width), "height": int(height)})
         boxes = one.get("boxes")
@@ -93,27 +93,27 @@ def _content(found: Any) -> CocoJson:
     return {"images": images, "annotations": annotations, "categories": categories or [{"id": 1, "name": "nothing"}]}
 
 
-def _file_name(given: Any, number: int, taken: set[str]) -> str:
+def _file_name(value: Any, number: int, used: set[str]) -> str:
     """A name without folders that no other picture has."""
-    text = str(given or "").replace("\\", "/").rsplit("/", 1)[-1]
+    text = str(value or "").replace("\\", "/").rsplit("/", 1)[-1]
     text = "".join(c for c in text if c.isprintable())[-200:].lstrip(".") or f"picture {number}"
     path, extra = Path(text), 1
-    while text.casefold() in taken:
+    while text.casefold() in used:
         extra += 1
         text = f"{path.stem}_{extra}{path.suffix}"
-    taken.add(text.casefold())
+    used.add(text.casefold())
     return text
 
 
-def _class_name(given: Any, picture: str) -> str:
-    if not isinstance(given, str) or not given.strip() or len(given) > 100:
+def _class_name(value: Any, picture: str) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > 100:
         raise UserError(f"{picture}: a box needs a name of 1 to 100 letters")
-    return given
+    return value
 
 
-def _numbers(given: Any, count: int, what: str) -> list[float]:
-    if not isinstance(given, list) or len(given) != count:
+def _numbers(value: Any, count: int, what: str) -> list[float]:
+    if not isinstance(value, list) or len(value) != count:
         raise UserError(f"{what}: expected {count} numbers")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in given):
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in value):
         raise UserError(f"{what}: expected {count} numbers")
-    return [float(v) for v in given]
+    return [float(v) for v in value]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
+from ovd.demo.model_manager import KINDS, Offer
 from ovd.demo.schema import Answer
 from ovd.demo.serving import Served, ServeOptions, load_gradio, serve
-from ovd.demo.shelf import KINDS, Offer
 from ovd.formats.names import FORMATS
 from ovd.inference.everything import EVERYTHING
 from pretrain.engine.errors import UserError
@@ -61,7 +61,7 @@ PACK = (
     "Labels of many answers as one zip, base64. found: a list of {name, size, boxes: [{name, score, box, polygons}]}. "
     f"form: {', '.join(FORMATS)}."
 )
-# `Answerer` lets one question at a time to the model; the others are read, or wait in it.
+# `Answerer` lets one request at a time to the model; the others are decoded, or wait in it.
 ONE_LINE: dict[str, Any] = {"concurrency_limit": None, "concurrency_id": "questions"}
 
 
@@ -104,7 +104,7 @@ def _header(offers: Sequence[Offer]) -> str:
     """HTML on top of the page: which weights answer, what they are good for, and a choice where there are several."""
     first = offers[0]
     purpose = str(first.card.get("purpose", ""))
-    says = f"Weights <b>{html.escape(first.name)}</b>" + (f": {html.escape(purpose)}" if purpose else "")
+    intro = f"Weights <b>{html.escape(first.name)}</b>" + (f": {html.escape(purpose)}" if purpose else "")
     choice = ""
     if len(offers) > 1:
         rows = [
@@ -114,7 +114,7 @@ def _header(offers: Sequence[Offer]) -> str:
             for number, o in enumerate(offers)
         ]
         choice = f"<fieldset><legend>Made for</legend>{''.join(rows)}</fieldset>"
-    return _asset("header.html").replace("@CHOICE@", _literal(choice)).replace("@PURPOSE@", _literal(says))
+    return _asset("header.html").replace("@CHOICE@", _literal(choice)).replace("@PURPOSE@", _literal(intro))
 
 
 def _literal(text: str) -> str:
@@ -122,7 +122,7 @@ def _literal(text: str) -> str:
     return text.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
-def _of(number: int) -> list[str]:
+def _weights_classes(number: int) -> list[str]:
     """Classes of what belongs to one of the weights on offer; that of the first is shown at the start."""
     return [f"ovd-of-{number}", *(["ovd-away"] if number else [])]
 
@@ -141,9 +141,9 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
     import gradio as gr
 
     handlers = Handlers(answerer)
-    offers = list(answerer.shelf.offers.values())
+    offers = list(answerer.manager.offers.values())
     ready = [examples] if examples is not None else [shipped_examples(EXAMPLES / offer.kind) for offer in offers]
-    answerer.know([e.picture for group in ready for e in group])
+    answerer.add_examples([e.picture for group in ready for e in group])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
         weights = _html("header", elem_id="ovd-header", template=_header(offers), css=False)
         with gr.Row(equal_height=False):
@@ -160,25 +160,25 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
         with picks:
             for number, group in enumerate(ready):
                 if group:
-                    with gr.Column(elem_classes=["ovd-ready", *_of(number)]):
-                        _ready(handlers, offers[number], group, picture, words, view)
+                    with gr.Column(elem_classes=["ovd-ready", *_weights_classes(number)]):
+                        _example_gallery(handlers, offers[number], group, picture, words, view)
         everything.click(fn=handlers.everything, inputs=[picture, weights], api_name="everything", **run)
         with gr.Accordion("Many pictures at once", open=False):
             rows = "".join(f'<option value="{name}">{name}</option>' for name in FORMATS)
             _html("many", elem_id="ovd-many", template=_asset("many.html").replace("@FORMATS@", rows))
         with gr.Accordion("About these weights", open=True, elem_id="ovd-card"):
             for number, offer in enumerate(offers):
-                with gr.Column(elem_classes=_of(number)):
+                with gr.Column(elem_classes=_weights_classes(number)):
                     gr.Markdown(_card_text(offer.card), sanitize_html=True, elem_classes="ovd-facts")
                     if text := str(offer.card.get("text", "")):
                         gr.Markdown(text, sanitize_html=True)
         _add_endpoints(handlers, picture, words)
-    # `ovd.demo.line` says when the line is full, before Gradio would; nothing goes past it.
+    # `ovd.demo.request_queue` refuses requests when the queue is full, before Gradio would.
     page.queue(max_size=1000, default_concurrency_limit=None, api_open=False)
     return page
 
 
-def _ready(
+def _example_gallery(
     handlers: Handlers, offer: Offer, examples: list[Example], picture: gr.Image, words: gr.Textbox, view: gr.HTML
 ) -> None:
     """Click-to-try pictures of one of the weights on offer, which answer about them."""
@@ -344,7 +344,7 @@ def _add_endpoints(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> 
 def launch_page(
     page: gr.Blocks,
     *,
-    door: socket.socket,
+    listener: socket.socket,
     host: str = "127.0.0.1",
     **options: Unpack[ServeOptions],
 ) -> Served:
@@ -352,7 +352,7 @@ def launch_page(
 
     Args:
         page: from `build_page`.
-        door, host: see `ovd.demo.serving.serve`.
+        listener, host: see `ovd.demo.serving.serve`.
         options: see `ServeOptions`.
     """
     import gradio as gr
@@ -373,7 +373,7 @@ def launch_page(
     )
     return serve(
         page,
-        door=door,
+        listener=listener,
         host=host,
         theme=theme,
         head=f"<style>{_asset('page.css')}</style>",  # as `css` Gradio rewrites the selectors and loses @media

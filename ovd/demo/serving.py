@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ovd.demo.line import WAITING
+from ovd.demo.request_queue import WAITING
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER_PREFIX = "ovd-page-"
-THREADS = WAITING + 8  # all questions that are let in, most of them waiting, and some for Gradio's own work
-CLOSING = 2  # seconds that running requests get when the page stops
-PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "ws_proxy", "wss_proxy")
+THREADS = WAITING + 8  # all admitted requests, most of them waiting, and some for Gradio's own work
+SHUTDOWN_SECONDS = 2  # seconds that running requests get when the page stops
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "ws_proxy", "wss_proxy")
 ROOT_PATH = "GRADIO_ROOT_PATH"  # where a reverse proxy serves the page; the only one of Gradio's variables that counts
 
 
@@ -99,7 +99,7 @@ def load_gradio() -> None:
     """
     if "gradio" in sys.modules:
         return
-    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in PROXIES}
+    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in PROXY_VARIABLES}
     file_of = inspect.getfile
 
     def no_file(thing: Any) -> str:
@@ -121,11 +121,11 @@ _locks: list[
 
 
 def _lock(folder: Path) -> None:
-    if (descriptor := _locked(folder)) is not None:
+    if (descriptor := _try_lock(folder)) is not None:
         _locks.append(descriptor)
 
 
-def _locked(folder: Path) -> int | None:
+def _try_lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock; None if another process has it, or there are no such locks."""
     try:
         import fcntl
@@ -148,7 +148,7 @@ def remove_leftovers(parent: Path) -> list[Path]:
     """Remove the folders of pages that were killed: this user's, and locked by no process. Returns them."""
     removed = []
     for folder in sorted(parent.glob(f"{FOLDER_PREFIX}*")):
-        if (descriptor := _locked(folder)) is not None:
+        if (descriptor := _try_lock(folder)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(descriptor)
             removed.append(folder)
@@ -169,7 +169,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address: nobody can take the port between this check and the start.
+    """A socket bound to the address: nobody can take the port between this check and the start.
 
     Args:
         host: name or address, IPv6 with or without brackets.
@@ -184,11 +184,11 @@ def listen(host: str, port: int) -> socket.socket:
         if not plain:
             raise socket.gaierror("empty")
         family, _, _, _, address = socket.getaddrinfo(plain, port, type=socket.SOCK_STREAM)[0]
-        taken = (door := socket.socket(family, socket.SOCK_STREAM)).fileno()
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind(address)
+        taken = (listener := socket.socket(family, socket.SOCK_STREAM)).fileno()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
         taken = -1
-        return door
+        return listener
     except (socket.gaierror, UnicodeError) as problem:
         raise UserError(f"--host {host}: not an address of this machine") from problem
     except OverflowError as problem:
@@ -203,7 +203,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from problem
     finally:
         if taken >= 0:
-            door.close()
+            listener.close()
 
 
 def url_of(host: str, port: int) -> str:
@@ -220,7 +220,7 @@ class Server:
 
     Args:
         app: ASGI application.
-        door: from `listen`.
+        listener: from `listen`.
         protocol: makes another protocol of the limited one, or None.
     """
 
@@ -228,7 +228,7 @@ class Server:
         self,
         app: ASGIApp,
         *,
-        door: socket.socket,
+        listener: socket.socket,
         protocol: Callable[[type[H11Protocol]], type[H11Protocol]] | None = None,
     ) -> None:
         import uvicorn
@@ -236,7 +236,7 @@ class Server:
         from ovd.demo.connections import Connections, protocol_class
 
         limited = protocol_class(Connections.for_this_process())
-        self._door = door
+        self._door = listener
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -248,7 +248,7 @@ class Server:
                 access_log=False,
                 server_header=False,
                 backlog=1024,
-                timeout_graceful_shutdown=CLOSING,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )
         self._thread = threading.Thread(target=self._serve, name="page", daemon=True)
@@ -270,9 +270,9 @@ class Server:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Stop accepting, give running requests `CLOSING` seconds, and end."""
+        """Stop accepting, give running requests `SHUTDOWN_SECONDS` seconds, and end."""
         self._server.should_exit = True
-        self._thread.join(CLOSING + 5)
+        self._thread.join(SHUTDOWN_SECONDS + 5)
         self._door.close()
 
 
@@ -291,7 +291,7 @@ class Served:
     _page: gr.Blocks
 
     def close(self) -> None:
-        """Stop serving; questions that are being answered get a moment."""
+        """Stop serving; requests that are being answered get a moment."""
         self._page._queue.close()
         self._page.is_running = False
         self._page.app.stop_event.set()  # ends the streams that keep browsers in touch
@@ -299,7 +299,7 @@ class Served:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM as a wish to stop, from `listen` on.
+    """Waits for Ctrl-C or SIGTERM, from `listen` on.
 
     Attributes:
         status: of the process then: 130 after Ctrl-C, 0 after SIGTERM.
@@ -330,7 +330,7 @@ class ServeOptions(TypedDict, total=False):
         allow_hosts: names under which a proxy serves the page.
         share: make a public link through Gradio's tunnel.
         open_browser: open the page in a browser.
-        seconds: tells what one answer takes at present.
+        seconds: returns how long one answer takes at present.
         limits: other sizes and times.
     """
 
@@ -344,7 +344,7 @@ class ServeOptions(TypedDict, total=False):
 def serve(
     page: gr.Blocks,
     *,
-    door: socket.socket,
+    listener: socket.socket,
     host: str,
     theme: gr.themes.Base,
     head: str,
@@ -358,7 +358,7 @@ def serve(
 
     Args:
         page: with its queue configured.
-        door: from `listen`.
+        listener: from `listen`.
         host: as given to `listen`.
         theme: of the page.
         head: HTML for its head.
@@ -367,29 +367,29 @@ def serve(
     Raises:
         UserError: it cannot be served or shared.
     """
-    from ovd.demo.lean import rest
+    from ovd.demo.endpoints import Endpoints
+    from ovd.demo.hosts import AllowedHosts
     from ovd.demo.limits import Gate
-    from ovd.demo.line import Line
-    from ovd.demo.names import Names
-    from ovd.demo.questions import Questions
+    from ovd.demo.memory import release_idle_memory
+    from ovd.demo.request_queue import RequestQueue
     from ovd.demo.uploads import Uploads
 
     page.max_threads = page._queue.max_thread_count = THREADS
     page.state_session_capacity = 64
     app = _mounted(page, theme, head)
     uploads = Uploads(Path(os.environ["GRADIO_TEMP_DIR"]))
-    names = Names.of(host, allow_hosts)
+    names = AllowedHosts.of(host, allow_hosts)
     gate = Gate(
         app,
         names=names,
-        line=Line(page, seconds=seconds, at_rest=rest),
-        questions=Questions(page, uploads),
+        queue=RequestQueue(page, seconds=seconds, on_idle=release_idle_memory),
+        endpoints=Endpoints(page, uploads),
         uploads=uploads,
         limits=limits,
     )
-    server = Server(gate, door=door)
+    server = Server(gate, listener=listener)
     server.start()
-    port = door.getsockname()[1]
+    port = listener.getsockname()[1]
     url = url_of(host, port)
     share_url = None
     if share:

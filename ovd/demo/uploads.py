@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much uploads may take on the disk, all together: the oldest go when new ones need their place."""
+"""A quota of disk space for all uploads together: the oldest are removed for new ones."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class _File:
 
 
 class Uploads:
-    """The folder of uploads, and the room that requests under way have been promised.
+    """The folder of uploads, and the space that is reserved for requests under way.
 
     Args:
         folder: Gradio's folder for uploads.
-        most_bytes: all files and all promises together.
+        most_bytes: all files and all reservations together.
         most_files: number of files.
     """
 
@@ -33,47 +33,47 @@ class Uploads:
         self.folder = folder
         self.most_bytes = most_bytes
         self.most_files = most_files
-        self._promised = 0
+        self._reserved = 0
         self._requests = 0
-        self._fragments = False
-        self._at_most = 0  # bytes and files in the folder: counted at the last look, and promised since
+        self._has_fragments = False
+        self._at_most = 0  # upper bound of bytes and files: those last counted, and those reserved since
         self._files_at_most = 0
         self.recount()
 
-    def promise(self, size: int) -> bool:
-        """Keep room for a request; False: there is none, even without all older uploads."""
+    def reserve(self, size: int) -> bool:
+        """Reserve space for a request; False: there is none, even without all older uploads."""
         limit = self._limit()
-        if self._promised + size > limit:
+        if self._reserved + size > limit:
             return False
         if self._at_most + size > limit or self._files_at_most + 1 > self.most_files:
             self.recount()
             if self._at_most + size > limit or self._files_at_most + 1 > self.most_files:
-                self._remove_oldest(limit - self._promised - size, self.most_files - self._requests - 1)
-        self._promised += size
+                self._remove_oldest(limit - self._reserved - size, self.most_files - self._requests - 1)
+        self._reserved += size
         self._requests += 1
         self._at_most += size
         self._files_at_most += 1
         return True
 
-    def keep(self, size: int, *, whole: bool = True) -> None:
-        """The request that was promised so much has ended; what is left of those that were not whole is removed."""
-        self._promised -= size
+    def release(self, size: int, *, whole: bool = True) -> None:
+        """End a reservation. Fragments of uploads that were not whole are removed once no request is under way."""
+        self._reserved -= size
         self._requests -= 1
-        self._fragments |= not whole
-        if self._fragments and not self._requests:
-            self._fragments = False
+        self._has_fragments |= not whole
+        if self._has_fragments and not self._requests:
+            self._has_fragments = False
             for file in self.folder.iterdir():  # whole uploads lie in folders of their own
                 if file.is_file() and not file.is_symlink():
                     file.unlink(missing_ok=True)
             self.recount()
 
     def recount(self) -> None:
-        """Count what is there."""
+        """Count the files in the folder."""
         files = self._files()
-        self._at_most = sum(f.size for f in files) + self._promised
+        self._at_most = sum(f.size for f in files) + self._reserved
         self._files_at_most = len(files) + self._requests
 
-    def holds(self, path: str) -> Path | None:
+    def find(self, path: str) -> Path | None:
         """The upload of that path, or None: no such file, or one outside the folder."""
         try:
             upload = Path(path).resolve(strict=True)
@@ -82,7 +82,7 @@ class Uploads:
         return upload if upload.is_file() and upload.is_relative_to(self.folder.resolve()) else None
 
     def _limit(self) -> int:
-        free = shutil.disk_usage(self.folder).free + self._at_most - self._promised
+        free = shutil.disk_usage(self.folder).free + self._at_most - self._reserved
         return min(self.most_bytes, int(free * SHARE))
 
     def _files(self) -> list[_File]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ovd.data.lvis import Federated
 from ovd.data.splits import Split
-from ovd.evaluation.matching import SHAPE, group_by, per_category, shaped
+from ovd.evaluation.matching import SHAPE, CocoEntry, group_by, per_category, shaped
 from ovd.evaluation.recall import class_agnostic_recall
 from ovd.evaluation.results import CheckedResult, Results, check_results
 from pretrain.data.coco import Annotation, GroundTruth, check_ground_truth
@@ -124,25 +124,22 @@ def evaluate(
     truth = check_ground_truth(gt, where=where[0])
     split = split or Split.everything(truth.categories)
     split.check_categories(truth.categories, where=where[0])
-    known = set(split.names) - set(truth.categories)
     checked = Results(detections=[])
     if results is not None or proposals is None:
-        checked = check_results(results, truth, outside=known, where=where[1])
+        missing = set(split.names) - set(truth.categories)
+        checked = check_results(results, truth, outside=missing, where=where[1])
     warnings = [*truth.warnings, *checked.warnings]
-    if iou_types is None and results is None:
-        iou_types = ("bbox",)
-    elif iou_types is None:
-        iou_types, why = _kinds(truth, checked.detections)
+    if iou_types is None:
+        iou_types, why = (("bbox",), []) if results is None else _iou_types(truth, checked.detections)
         warnings += why
-    boxes: list[CheckedResult] = []
+    boxes: list[CheckedResult] | None = None
     if proposals is not None:
         agnostic = check_results(proposals, truth, where="proposals", classes=False)
         warnings += [f"proposals: {w}" for w in agnostic.warnings]
         boxes = agnostic.detections
-
     entries = _entries(truth, checked.detections, split, federated)
     entries.counts["detections_outside_split"] += len(results or ()) - len(checked.detections)
-    warnings += _odd(entries, truth)
+    warnings += _entry_warnings(entries, truth)
     rows = _rows(entries, split)
     values: dict[str, float] = {}
     for kind in dict.fromkeys(iou_types):
@@ -150,16 +147,10 @@ def evaluate(
         if results is not None:
             curves = per_category(kind, gts, dts, split, max_dets, federated).values()
             _average_precision(kind, [c.precision() for c in curves], split, values, rows)
-        if proposals is not None and kind == "segm" and not all("segmentation" in d for d in boxes):
-            continue  # proposals without masks say nothing about masks
-        pool = dts if proposals is None else shaped(truth, entries.annotations, boxes, kind, where)[1]
-        recall = class_agnostic_recall(
-            group_by(gts, "image_id"), group_by(pool, "image_id"), split.groups, shape=SHAPE[kind], caps=RECALL_CAPS
-        )
-        for group, by_cap in recall.items():
-            for cap, recall_T in by_cap.items():
-                values[_key(kind, f"AR{cap}", group)] = float(np.mean(recall_T))
-                values[_key(kind, f"AR{cap}", group) + "@50"] = float(recall_T[0])
+        if boxes is None:
+            values |= _average_recall(kind, gts, dts, split)
+        elif kind == "bbox" or all("segmentation" in d for d in boxes):  # without masks they have no AR of masks
+            values |= _average_recall(kind, gts, shaped(truth, entries.annotations, boxes, kind, where)[1], split)
     return Metrics(
         values=values,
         per_class=list(rows.values()),
@@ -202,8 +193,8 @@ def _entries(
     return _Entries(annotations=annotations, detections=judged, counts=counts)
 
 
-def _odd(entries: _Entries, truth: GroundTruth) -> list[str]:
-    """Warnings: nothing to find, or images without detections."""
+def _entry_warnings(entries: _Entries, truth: GroundTruth) -> list[str]:
+    """Nothing to find, or images without detections."""
     warnings = []
     if not entries.counts["objects"]:
         warnings.append("no objects of the split's categories: every metric is n/a")
@@ -251,6 +242,21 @@ def _average_precision(
             rows[i].values[name if kind == "bbox" else f"segm_{name}"] = _mean(part if t is None else part[t])
 
 
+def _average_recall(
+    kind: str, gts: Sequence[CocoEntry], detections: Sequence[CocoEntry], split: Split
+) -> dict[str, float]:
+    """Class-agnostic recall by group and number of detections per image, as keys of `Metrics.values`."""
+    values: dict[str, float] = {}
+    recall = class_agnostic_recall(
+        group_by(gts, "image_id"), group_by(detections, "image_id"), split.groups, shape=SHAPE[kind], caps=RECALL_CAPS
+    )
+    for group, by_cap in recall.items():
+        for cap, recall_T in by_cap.items():
+            values[_key(kind, f"AR{cap}", group)] = float(np.mean(recall_T))
+            values[_key(kind, f"AR{cap}", group) + "@50"] = float(recall_T[0])
+    return values
+
+
 def content_sha256(content: object) -> str:
     """sha256 of a JSON value's content, whatever its spacing and key order."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=_jsonable)
@@ -274,7 +280,8 @@ def as_one_category(gt: CocoJson, detections: Iterable[CocoJson]) -> tuple[CocoJ
     return {**gt, "categories": [{"id": 1, "name": "thing"}], "annotations": objects}, list(best.values())
 
 
-def _kinds(truth: GroundTruth, detections: list[CheckedResult]) -> tuple[tuple[str, ...], list[str]]:
+def _iou_types(truth: GroundTruth, detections: list[CheckedResult]) -> tuple[tuple[str, ...], list[str]]:
+    """Boxes, and masks where both sides have them; with the warning where only one has."""
     masked = sum("segmentation" in d for d in detections)
     if detections and not masked:
         return ("bbox",), []

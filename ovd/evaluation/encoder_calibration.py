@@ -61,7 +61,7 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
     require_absent_words(data)
     words = data.scorer
     assert isinstance(words, WordScorer)
-    alone = replace(words, known=np.zeros_like(words.known))
+    alone = replace(words, hyponyms=np.zeros_like(words.hyponyms))
     ranking = words.calibration.uncalibrated()
     scale = ranking.open_scale
     ranking = _best(data, alone, [replace(ranking, open_scale=scale * factor) for factor in TEMPERATURES])
@@ -69,7 +69,7 @@ def fit_encoder(data: TypedPhotos) -> Calibration:
     ranking = _best(data, alone, [replace(ranking, open_area=value) for value in AREA])
     slope, offset = _platt(data, replace(alone, calibration=ranking))
     fitted = replace(ranking, open_slope=slope, open_offset=offset)
-    if bool(words.known.any()):
+    if bool(words.hyponyms.any()):
         fitted = _best(data, words, [replace(fitted, head_weight=share) for share in SHARES])
         slope, offset = _platt(data, replace(words, calibration=fitted))
         fitted = replace(fitted, slope=slope, offset=offset)

@@ -39,13 +39,13 @@ def sticker_crops(stickers: Stickers, *, count: int, classes: frozenset[int]) ->
     """
     styles = sorted(stickers.styles["train"])
     sources = {style: StickerCrops(stickers, style=style, size=CROP_SIDE, views=count, seed=SEED) for style in styles}
-    places: dict[int, dict[str, list[int]]] = {}
+    drawings: dict[int, dict[str, list[int]]] = {}
     for style, source in sources.items():
         for index, label in enumerate(source.class_ids.tolist()):
             if label in classes:
-                places.setdefault(label, {}).setdefault(style, []).append(index)
+                drawings.setdefault(label, {}).setdefault(style, []).append(index)
     crops: dict[int, list[Crop]] = {}
-    for label, drawn in places.items():
+    for label, drawn in drawings.items():
         order = sorted(drawn)
         order = order[label % len(order) :] + order[: label % len(order)]  # one crop: all styles equally often
         # Each style once, then each once more with another photo.
@@ -91,14 +91,14 @@ def coco_crops(
             largest[annotation["category_id"]] = box
     used = set()
     for n, entry in enumerate(gt["images"]):
-        wanted = {c: box for c, box in boxes.get(entry["id"], {}).items() if len(crops[c]) < count}
-        if not wanted:
+        missing = {c: box for c, box in boxes.get(entry["id"], {}).items() if len(crops[c]) < count}
+        if not missing:
             continue
         used.add(entry["id"])
         pixels = read_image(folder / picture_file(entry, where=f"images[{n}]"))
-        for category, box in wanted.items():
+        for category, box in missing.items():
             crops[category].append(Crop(pixels, box))
-    few = next((names[i] for i, taken in crops.items() if len(taken) < count), None)
+    few = next((names[i] for i, crops_of in crops.items() if len(crops_of) < count), None)
     if few is not None:
         raise UserError(
             f"--examples {count}: {few!r} has boxes of {MIN_SIDE} pixels in too few pictures; ask for fewer"
@@ -121,7 +121,7 @@ def category_crops(stickers: Stickers, names: Mapping[int, str], *, count: int) 
     number = {noun: index for index, noun in enumerate(stickers.nouns)}
     id_of = {number[noun]: category for category, noun in names.items()}
     crops = sticker_crops(stickers, count=count, classes=frozenset(id_of))
-    return {id_of[label]: taken for label, taken in crops.items()}
+    return {id_of[label]: crops_of for label, crops_of in crops.items()}
 
 
 def example_predictor(
@@ -154,4 +154,4 @@ def example_predictor(
 
 def class_examples(crops: Mapping[int, Sequence[Crop]]) -> list[Example]:
     """One example for each class, in the mapping's order."""
-    return [Example(str(c), tuple(taken)) for c, taken in crops.items()]
+    return [Example(str(c), tuple(crops_of)) for c, crops_of in crops.items()]

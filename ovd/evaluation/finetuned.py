@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ovd.data.own_photos import OwnPhotos
+from ovd.data.own_photos import FinetunePhotos
 from ovd.detections import CocoResult
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.matching import match_table
@@ -55,7 +55,7 @@ class BranchScores(NamedTuple):
 
 def score_branch(
     branch: ClassBranch,
-    photos: OwnPhotos,
+    photos: FinetunePhotos,
     chosen: Sequence[int],
     *,
     names: Sequence[str | None],
@@ -86,8 +86,8 @@ def score_branch(
                 results.append({"image_id": index, "category_id": category_id, "bbox": box, "score": score})
     branch.train(was_training)
     truth = photos.as_coco(chosen)
-    known = {category_id for category_id in ids if category_id is not None}
-    annotations = [annotation for annotation in truth["annotations"] if annotation["category_id"] in known]
+    answered = {category_id for category_id in ids if category_id is not None}
+    annotations = [annotation for annotation in truth["annotations"] if annotation["category_id"] in answered]
     truth = {**truth, "annotations": annotations}
     tables = match_table(truth, results).values()
     return BranchScores(
@@ -98,7 +98,7 @@ def score_branch(
 
 
 def recalibrated(
-    card: DetectorCard, finetuned: FinetunedClasses, photos: OwnPhotos
+    card: DetectorCard, finetuned: FinetunedClasses, photos: FinetunePhotos
 ) -> tuple[DetectorCard, dict[str, float], Reliability]:
     """The card with its fine-tuned classes' scores fitted to photos; figures of a fit to one half of them on the other.
 
@@ -150,4 +150,4 @@ def recalibrated(
         cards.append(replace(added, slope=slope, offset=offset))
     curve = reliability(torch.cat(scores).numpy(), torch.cat(correct).numpy())
     figures["ece"] = curve.ece
-    return replace(card, own=tuple(cards)), figures, curve
+    return replace(card, finetuned=tuple(cards)), figures, curve

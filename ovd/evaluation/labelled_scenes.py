@@ -91,8 +91,8 @@ def _further_nouns(names: Sequence[str]) -> tuple[str, ...]:
     """Shipped nouns for data sets of few categories, without those that share a word with one."""
     if len(names) >= MANY:
         return ()
-    taken = {word for name in names for word in name.casefold().split()}
-    return tuple(noun for noun in Stickers.load().nouns if not taken & set(noun.casefold().split()))
+    used = {word for name in names for word in name.casefold().split()}
+    return tuple(noun for noun in Stickers.load().nouns if not used & set(noun.casefold().split()))
 
 
 def _scenes(

@@ -49,6 +49,6 @@ def evaluate_lvis(
         for name in ("AP", "AP50", "AP75") if f"{kind}/AP" in metrics.values else ():
             for frequency in FREQUENCIES:
                 rows = [r for r in metrics.per_class if labels.frequency[r.id] == frequency]
-                known = [value for r in rows if not math.isnan(value := r.values[prefix + name])]
-                metrics.values[f"{kind}/{name}{frequency}"] = sum(known) / len(known) if known else math.nan
+                finite = [value for r in rows if not math.isnan(value := r.values[prefix + name])]
+                metrics.values[f"{kind}/{name}{frequency}"] = sum(finite) / len(finite) if finite else math.nan
     return metrics

@@ -102,8 +102,8 @@ def match_table(
     truth = check_ground_truth(gt, where=where[0])
     split = split or Split.everything(truth.categories)
     split.check_categories(truth.categories, where=where[0])
-    known = set(split.names) - set(truth.categories)
-    checked = check_results(results, truth, outside=known, where=where[1])
+    missing = set(split.names) - set(truth.categories)
+    checked = check_results(results, truth, outside=missing, where=where[1])
     evaluated = set(split.ids)
     gts, dts = shaped(
         truth,
@@ -185,16 +185,16 @@ class CategoryEvaluation(COCOeval):
     ) -> None:
         super().__init__(None, None, kind)
         self.incomplete = incomplete  # images where objects of the category may be unlabelled
-        self.mine_gt, self.mine_dt = gts, dts
-        self.params.imgIds = sorted({a["image_id"] for a in self.mine_gt} | {d["image_id"] for d in self.mine_dt})
+        self.gt_entries, self.dt_entries = gts, dts
+        self.params.imgIds = sorted({a["image_id"] for a in self.gt_entries} | {d["image_id"] for d in self.dt_entries})
         self.params.catIds = [category_id]
         self.params.maxDets = [max_dets]
 
     def _prepare(self) -> None:
         self._gts, self._dts = defaultdict(list), defaultdict(list)
-        for a in self.mine_gt:
+        for a in self.gt_entries:
             self._gts[a["image_id"], a["category_id"]].append({**a, "ignore": a["iscrowd"]})
-        for d in self.mine_dt:
+        for d in self.dt_entries:
             self._dts[d["image_id"], d["category_id"]].append(d)
 
     def evaluateImg(self, imgId: ImageId, catId: int, aRng: list[float], maxDet: int) -> MatchedImage | None:
@@ -224,7 +224,7 @@ class CategoryEvaluation(COCOeval):
 
     def precision(self) -> NDArray[np.float64]:
         """(10 IoU thresholds, 101 recalls, 4 area ranges); −1 where there is no object."""
-        if not self.mine_gt:
+        if not self.gt_entries:
             return np.full((10, 101, 4), -1.0)
         with contextlib.redirect_stdout(io.StringIO()):
             self.evaluate()
@@ -235,7 +235,7 @@ class CategoryEvaluation(COCOeval):
         """Detections with their fate at IoU threshold number `t`, all sizes."""
         self.params.areaRng, self.params.areaRngLbl = self.params.areaRng[:1], self.params.areaRngLbl[:1]
         objects = np.zeros(len(position), dtype=np.int64)
-        for a in self.mine_gt:
+        for a in self.gt_entries:
             objects[position[a["image_id"]]] += not a["iscrowd"]
         cells: list[MatchedImage] = []
         if self.params.imgIds:

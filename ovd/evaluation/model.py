@@ -138,8 +138,8 @@ def read_data(options: Options) -> EvaluatedData:
         split = split_of(options.split or "lvis", gt, where=where)
     if not options.examples:
         return EvaluatedData(split=split, gt=gt, folder=folder, sha256=digest)
-    crops, rest = coco_crops(gt, folder, count=options.examples, categories=categories_of(options, split))
-    return EvaluatedData(split=split, gt=rest, folder=folder, crops=crops)
+    crops, remaining = coco_crops(gt, folder, count=options.examples, categories=categories_of(options, split))
+    return EvaluatedData(split=split, gt=remaining, folder=folder, crops=crops)
 
 
 def categories_of(options: Options, split: Split) -> dict[int, str]:

@@ -137,8 +137,8 @@ def _wrong_data(options: Options) -> bool:
 
 
 def _about_data(options: Options) -> str:
-    given, needed, excluded = _source(options)
-    return f"{given} needs {needed}, and goes without {excluded}; see wordbox evaluate --help."
+    source, needed, excluded = _source(options)
+    return f"{source} needs {needed}, and goes without {excluded}; see wordbox evaluate --help."
 
 
 COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]], ...] = (

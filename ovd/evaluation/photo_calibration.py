@@ -11,18 +11,19 @@ import torch
 
 from ovd.data.photo_words import PhotoWords
 from ovd.detector import Detector
+from ovd.evaluation.fitting import fit_sigmoid, quiet_threshold, round_up
 from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.options import DataSpec
 from ovd.evaluation.photo_examples import with_crops, word_crops
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
-from ovd.evaluation.typed_photos import NamedPhoto, named_outcome, typed_photos, words_shown
+from ovd.evaluation.typed_photos import NamedPhoto, labelled_words, named_outcome, typed_photos
 from ovd.formats.labels import choose_parts
-from ovd.inference.calibration import absent_class_threshold, fit_platt, with_fit
+from ovd.inference.calibration import absent_class_threshold, fit_platt
+from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.scoring import Calibration
-from ovd.inference.word_profiles import ProfileScorer
 from ovd.vocabulary import Vocabulary
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -49,7 +50,7 @@ class TypedPhotos:
     named: list[NamedPhoto]
     scorer: WordScorer | EnsembleScorer
     examples: list[TypedScene] = field(default_factory=list)
-    example_scorer: ProfileScorer | None = None
+    example_scorer: WordProfileScorer | None = None
 
     def half(self, start: int) -> TypedPhotos:
         """Every second photo, from the first (0) or the second one (1)."""
@@ -90,7 +91,7 @@ def require_boxes(photos: PhotoWords, where: str) -> None:
     Raises:
         UserError: too few photos with boxes.
     """
-    count = sum(bool(words_shown(photo, photos.table)) for photo in photos.photos)
+    count = sum(bool(labelled_words(photo, photos.table)) for photo in photos.photos)
     if count < 2 * LEAST:
         raise UserError(
             f"--data {where}: {count} photo{'s' if count != 1 else ''} with boxes; at least {2 * LEAST} are needed, "
@@ -114,7 +115,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
     if isinstance(scorer, EnsembleScorer):
         named = []  # one sigmoid for all words, fitted on boxes
     crops = word_crops(detector, photos, seed=seed)
-    example_scorer = ProfileScorer(
+    example_scorer = WordProfileScorer(
         rows=crops.rows[0], words=detector.model.background_words, calibration=Calibration().of_examples()
     )
     return TypedPhotos(
@@ -138,9 +139,8 @@ def fit(data: TypedPhotos) -> Calibration:
         raise UserError(f"--data: only {len(data.scenes)} photos with boxes can be read; {LEAST} are needed to fit on")
     require_absent_words(data)
     ranking = data.scorer.calibration.uncalibrated()
-    outcome = run_typed(data.scenes, replace(data.scorer, calibration=ranking), floor=1e-4)
+    fitted, outcome = fit_sigmoid(data.scenes, replace(data.scorer, calibration=ranking))
     require_both(outcome)
-    fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
     if len(data.named) >= LEAST:
         named = named_outcome(data.named, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
         slope, offset = fit_platt(torch.from_numpy(named.score), torch.from_numpy(named.correct))
@@ -186,12 +186,12 @@ def require_absent_words(data: TypedPhotos) -> None:
 def with_threshold(data: TypedPhotos, scorer: WordScorer | EnsembleScorer) -> Calibration:
     """The scorer's calibration with the default threshold."""
     quiet = absent_class_threshold(torch.from_numpy(absent_scores(data, scorer)))
-    threshold = shown_from(quiet, run_typed(data.scenes, scorer, floor=FLOOR))
+    threshold = default_threshold(quiet, run_typed(data.scenes, scorer, floor=FLOOR))
     return replace(scorer.calibration, threshold=threshold)
 
 
 def fit_examples(data: TypedPhotos) -> Calibration | None:
-    """What turns a crop's likeness into scores: temperature and objectness exponent, then the same as of words.
+    """The calibration of crops: temperature and objectness exponent, then as of words.
 
     Returns:
         The values in the plain fields, for `Calibration.with_examples`; None: too few photos with crops, none that
@@ -202,22 +202,19 @@ def fit_examples(data: TypedPhotos) -> Calibration | None:
     ranking = choose_ranking(
         data.examples, data.example_scorer, logit_scales=(10.0, 15.0, 20.0, 30.0), objectness_weights=(0.25, 0.5, 1.0)
     )
-    outcome = run_typed(data.examples, replace(data.example_scorer, calibration=ranking), floor=1e-4)
-    fitted = with_fit(ranking, torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    fitted, outcome = fit_sigmoid(data.examples, replace(data.example_scorer, calibration=ranking))
     if fitted.slope <= 0 or not outcome.correct.any():
         return None
-    shown = run_typed(data.examples, replace(data.example_scorer, calibration=fitted), floor=FLOOR)
-    quiet = absent_class_threshold(torch.from_numpy(shown.best_absent))
-    return replace(fitted, threshold=shown_from(quiet, shown))
+    listed = run_typed(data.examples, replace(data.example_scorer, calibration=fitted), floor=FLOOR)
+    return replace(fitted, threshold=default_threshold(quiet_threshold(listed), listed))
 
 
-def shown_from(quiet: float, outcome: Outcome) -> float:
-    """The default threshold: of the best F1 or, if that is higher, ``quiet``; rounded up to two digits."""
-    threshold = max(quiet, best_level(outcome))
-    return min(0.99, float(np.ceil(threshold * 100) / 100))
+def default_threshold(quiet: float, outcome: Outcome) -> float:
+    """That of the best F1 or, if it is higher, ``quiet``; rounded up to two digits."""
+    return round_up(max(quiet, best_f1_threshold(outcome)))
 
 
-def best_level(outcome: Outcome) -> float:
+def best_f1_threshold(outcome: Outcome) -> float:
     """The score from which the detections have the best F1, the harmonic mean of precision and recall."""
     if not len(outcome.score):
         return 1.0
@@ -245,9 +242,9 @@ def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, floa
     if data.example_scorer is not None and len(data.examples) >= LEAST:
         by_crop = replace(data.example_scorer, calibration=calibration.of_examples())
         crops = run_typed(data.examples, by_crop, floor=FLOOR)
-        shown = at_threshold(crops, calibration.example_threshold)
-        shown["ece"] = reliability(crops.score, crops.correct).ece
-        figures |= {"example_photos": float(len(data.examples)), **{f"example_{name}": v for name, v in shown.items()}}
+        measured = at_threshold(crops, calibration.example_threshold)
+        measured["ece"] = reliability(crops.score, crops.correct).ece
+        figures |= {"example_photos": float(len(data.examples)), **{f"example_{k}": v for k, v in measured.items()}}
     return figures, curve
 
 

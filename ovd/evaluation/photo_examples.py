@@ -59,34 +59,34 @@ def boxes_to_cut(photo: Photo, words: int) -> dict[int, tuple[float, float, floa
 def word_crops(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> WordCrops:
     """Cut two crops of each word out of photos that the seed draws, and embed them as a person's examples are."""
     everywhere = photos.table.everywhere
-    places: dict[int, list[tuple[int, tuple[float, float, float, float]]]] = {}
+    boxes_of: dict[int, list[tuple[int, tuple[float, float, float, float]]]] = {}
     for index in np.random.default_rng(seed).permutation(len(photos.photos)).tolist():
         for word, box in boxes_to_cut(photos.photos[index], everywhere).items():
-            if len(places.setdefault(word, [])) < CROPS:
-                places[word].append((index, box))
+            if len(boxes_of.setdefault(word, [])) < CROPS:
+                boxes_of[word].append((index, box))
     rows = np.zeros((CROPS, len(photos.table.words), detector.model.background_words.shape[1]), np.float32)
     sources = {}
-    for word, places_of in sorted(places.items()):
-        if len(places_of) < CROPS:
+    for word, locations in sorted(boxes_of.items()):
+        if len(locations) < CROPS:
             continue
         try:
-            crops = [Crop(photos.image(index), box) for index, box in places_of]
+            crops = [Crop(photos.image(index), box) for index, box in locations]
         except BadImageError as problem:
             print(f"warning: {problem}; left out", file=sys.stderr)
             continue
         rows[:, word] = detector.embed_examples([Example(photos.table.words[word], (crop,)) for crop in crops])
-        sources[word] = tuple(index for index, _ in places_of)
+        sources[word] = tuple(index for index, _ in locations)
     return WordCrops(rows=rows, sources=sources)
 
 
 def with_crops(scenes: Sequence[TypedScene], crops: WordCrops) -> list[TypedScene]:
     """The scenes with crops in place of their words; those where no present word has one are left out."""
-    shown = []
+    result = []
     for scene in scenes:
         present = tuple(word for word in scene.present if word in crops.sources)
         labelled = np.isin(scene.classes, present)
         if present:
-            shown.append(
+            result.append(
                 replace(
                     scene,
                     rows=crops.rows_for(scene.index),
@@ -97,4 +97,4 @@ def with_crops(scenes: Sequence[TypedScene], crops: WordCrops) -> list[TypedScen
                     certainty=None if scene.certainty is None else scene.certainty[labelled],
                 )
             )
-    return shown
+    return result

@@ -61,8 +61,8 @@ def score_reliability(table: Mapping[int, CategoryMatches]) -> Reliability:
     """Score against share that is right, of all detections from `FLOOR` on; those on crowds count neither way."""
     score = np.concatenate([matches.score[~matches.ignored] for matches in table.values()])
     correct = np.concatenate([matches.correct[~matches.ignored] for matches in table.values()])
-    shown = score >= FLOOR
-    return reliability(score[shown], correct[shown])
+    listed = score >= FLOOR
+    return reliability(score[listed], correct[listed])
 
 
 def write_plots(

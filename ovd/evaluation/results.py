@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from pretrain.data import masks
-from pretrain.data.coco import GroundTruth, checked_box, is_id, is_number, kind_of, known_id, over_border, required
+from pretrain.data.coco import GroundTruth, checked_box, is_id, is_number, kind_of, over_border, require_id, required
 from pretrain.data.coco_entries import ImageId
 from pretrain.engine.errors import UserError
 
@@ -68,18 +68,18 @@ def check_results(
         if isinstance(results, dict) and isinstance(results.get("annotations"), list):
             hint = " This looks like a ground-truth file; predictions are a plain list."
         raise UserError(f"{where}: expected a list of detections, found {kind_of(results)}.{hint}")
-    fresh: list[CheckedResult] = []
+    checked: list[CheckedResult] = []
     over = flat = dropped = corners = 0
     for n, d in enumerate(results):
         entry = f"{where}[{n}]"
-        image_id = known_id(required(d, "image_id", entry), gt.sizes, f"{entry}: image_id")
+        image_id = require_id(required(d, "image_id", entry), gt.sizes, f"{entry}: image_id")
         category = 0
         if classes:
             category_id = required(d, "category_id", entry)
             if is_id(category_id) and category_id in outside and category_id not in gt.categories:
                 dropped += 1
                 continue
-            category = known_id(category_id, gt.categories, f"{entry}: category_id")
+            category = require_id(category_id, gt.categories, f"{entry}: category_id")
         score = required(d, "score", entry)
         if not is_number(score):
             raise UserError(f"{entry}: score must be a finite number, is {score!r}.")
@@ -91,22 +91,22 @@ def check_results(
             result["bbox"] = checked_box(d["bbox"], entry)
             flat += result["bbox"][2] == 0 or result["bbox"][3] == 0
             if size is not None:
-                reaches, fits = over_border(result["bbox"], size, f"{entry}: box {result['bbox']}", image_id)
+                reaches, clipped = over_border(result["bbox"], size, f"{entry}: box {result['bbox']}", image_id)
                 over += reaches
-                corners += fits
+                corners += clipped
         elif "segmentation" not in result:
             raise UserError(f"{entry}: neither bbox nor segmentation.")
-        fresh.append(result)
+        checked.append(result)
     warnings = []
     if dropped:
         warnings.append(f"{dropped} detections of categories that the ground truth does not define are left out")
     if over:
         hint = ""
-        if over > len(fresh) / 4 and corners > 0.95 * over:
+        if over > len(checked) / 4 and corners > 0.95 * over:
             hint = "; are they x1, y1, x2, y2? COCO's are x, y, width, height"
-        warnings.append(f"{over} of {len(fresh)} boxes reach over the border of their image (kept as they are){hint}")
+        warnings.append(f"{over} of {len(checked)} boxes reach over the border of their image (kept as they are){hint}")
     if flat:
         warnings.append(f"{flat} boxes have no area and can match nothing")
-    if not fresh:
+    if not checked:
         warnings.append("no detections: every precision and recall is 0")
-    return Results(detections=fresh, warnings=warnings)
+    return Results(detections=checked, warnings=warnings)

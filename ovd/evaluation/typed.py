@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
+from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import WordScorer
-from ovd.inference.postprocess import NMS_IOU, batched_nms
+from ovd.inference.postprocess import NMS_IOU, batched_nms, box_ious
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.inference.word_profiles import ProfileScorer
 
 MATCH_IOU = 0.5
-TypedScorer = CalibratedScorer | ProfileScorer | WordScorer | EnsembleScorer
+TypedScorer = CalibratedScorer | WordProfileScorer | WordScorer | EnsembleScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,23 +114,14 @@ def _matched(
     free = np.ones(len(scene.boxes), dtype=bool)
     matched = []
     for i, region in enumerate(chosen.tolist()):
-        fits = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
+        matches = (scene.classes == words[int(word_R[region])]) & free & (overlap[i] >= MATCH_IOU)
         right = 0.0
-        if fits.any():
-            label = int((overlap[i] * fits).argmax())
+        if matches.any():
+            label = int((overlap[i] * matches).argmax())
             free[label] = False
             right = 1.0 if scene.certainty is None else float(scene.certainty[label])
         matched.append((region, right))
     return matched
-
-
-def box_ious(first: Floats, second: Floats) -> Floats:
-    """(N, M) intersection over union of corner boxes (N, 4) and (M, 4); 0 of boxes without area."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.prod(np.clip(high - low, 0, None), axis=2)
-    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (first, second)]
-    return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-12)
 
 
 def run_typed(scenes: Sequence[TypedScene], scorer: TypedScorer, *, floor: float = 0.01) -> Outcome:
@@ -200,7 +191,7 @@ def average_precision(outcome: Outcome) -> float:
 
 def choose_ranking(
     scenes: Sequence[TypedScene],
-    scorer: CalibratedScorer | ProfileScorer,
+    scorer: CalibratedScorer | WordProfileScorer,
     *,
     logit_scales: Sequence[float] = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
     objectness_weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0),

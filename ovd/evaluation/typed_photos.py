@@ -50,7 +50,7 @@ def confusable(rows_CD: Floats, table: WordTable) -> list[list[int]]:
     return [[w for w in near if w not in related(table, word)][:CONFUSABLE] for word, near in enumerate(order)]
 
 
-def words_shown(photo: Photo, table: WordTable) -> tuple[int, ...]:
+def labelled_words(photo: Photo, table: WordTable) -> tuple[int, ...]:
     """Of the words looked for everywhere those that the photo surely shows."""
     sure = (photo.words < table.everywhere) & (photo.scores >= CONFIDENT)
     return tuple(sorted(set(photo.words[sure].tolist())))
@@ -75,7 +75,7 @@ def typed_photo(
         absent: how many absent words.
         rng: of this photo.
     """
-    present = words_shown(photo, table)
+    present = labelled_words(photo, table)
     if not present:
         return None
     named = {

@@ -18,11 +18,11 @@ from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
 
-Place = Literal["copy", "link", "none"]
-"""What becomes of the pictures of a data set that is written."""
+PictureMode = Literal["copy", "link", "none"]
+"""Whether the pictures of a data set that is written are copied, linked or left out."""
 
 
-def write_coco(labelled: LabelledPictures, out: Path, *, place: Place = "copy") -> None:
+def write_coco(labelled: LabelledPictures, out: Path, *, picture_mode: PictureMode = "copy") -> None:
     """``annotations/instances_PART.json`` (``instances_all.json`` without parts) and ``images/PART/``."""
     annotation_id = 0
     for part in labelled.parts:
@@ -30,7 +30,7 @@ def write_coco(labelled: LabelledPictures, out: Path, *, place: Place = "copy") 
         annotations: list[CocoAnnotation] = []
         for number, picture in enumerate((p for p in labelled.pictures if p.part == part), 1):
             height, width = picture.size
-            name = place_picture(picture, out / "images", place)
+            name = put_picture(picture, out / "images", picture_mode)
             images.append({"id": number, "file_name": name, "height": height, "width": width})
             for shape in picture.shapes:
                 annotation_id += 1
@@ -52,18 +52,20 @@ def _coco_object(shape: Shape) -> CocoObject:
     return one
 
 
-def write_yolo(labelled: LabelledPictures, out: Path, *, place: Place = "copy", outline: bool = False) -> None:
+def write_yolo(
+    labelled: LabelledPictures, out: Path, *, picture_mode: PictureMode = "copy", outline: bool = False
+) -> None:
     """``data.yaml``, ``images/PART/``, ``labels/PART/``. Crowds are left out: YOLO knows none.
 
     Args:
         labelled: what is written.
         out: folder.
-        place: see `Place`.
+        picture_mode: see `PictureMode`.
         outline: outlines in place of boxes; the corners of the box where there is none. Readers take a file that has
             both forms for outlines of two points.
     """
     for picture in labelled.pictures:
-        name = place_picture(picture, out / "images", place)
+        name = put_picture(picture, out / "images", picture_mode)
         lines = [_yolo_line(shape, picture.size, outline) for shape in picture.shapes if not shape.crowd]
         write_atomically((out / "labels" / name).with_suffix(".txt"), "".join(lines).encode())
     parts = [part for part in ("train", "val", "test") if part in labelled.parts]
@@ -88,11 +90,11 @@ def _yolo_line(shape: Shape, size: tuple[int, int], outline: bool) -> str:
     return " ".join([str(shape.index), *(f"{min(max(value, 0.0), 1.0):.6f}" for value in values)]) + "\n"
 
 
-def write_voc(labelled: LabelledPictures, out: Path, *, place: Place = "copy") -> None:
+def write_voc(labelled: LabelledPictures, out: Path, *, picture_mode: PictureMode = "copy") -> None:
     """``Annotations/``, ``JPEGImages/`` and, for the parts, ``ImageSets/Main/``; names are made flat, as VOC's are."""
     stems: dict[str, list[str]] = {}
     for picture in labelled.pictures:
-        name = place_picture(picture, out / "JPEGImages", place, flat=True)
+        name = put_picture(picture, out / "JPEGImages", picture_mode, flat=True)
         stem = PurePosixPath(name).stem
         stems.setdefault(picture.part, []).append(stem)
         write_atomically(out / "Annotations" / f"{stem}.xml", _voc_file(picture, name))
@@ -123,7 +125,7 @@ def _texts(parent: Element, values: Mapping[str, str | int]) -> None:
         SubElement(parent, tag).text = str(value)
 
 
-def place_picture(picture: Picture, folder: Path, place: Place, *, flat: bool = False) -> str:
+def put_picture(picture: Picture, folder: Path, picture_mode: PictureMode, *, flat: bool = False) -> str:
     """Put a picture into a folder; returns its path below it.
 
     Raises:
@@ -131,11 +133,11 @@ def place_picture(picture: Picture, folder: Path, place: Place, *, flat: bool = 
     """
     name = picture.target.replace("/", "_") if flat else (PurePosixPath(picture.part) / picture.target).as_posix()
     target = folder / name
-    if place == "none":
+    if picture_mode == "none":
         return name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if place == "link":
+        if picture_mode == "link":
             target.unlink(missing_ok=True)
             target.symlink_to(os.path.abspath(picture.source))
         elif not (target.is_file() and _same_file(picture.source, target)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A labelled data set in COCO's form, whatever files it was read from, and what its reader has to say."""
+"""A labelled data set in COCO's form, whatever files it was read from, and the notices of its reader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.engine.errors import UserError
 
 PARTS = ("train", "val", "test")
 PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""How tools call the parts of a data set → what they are called here. Roboflow's folder of validation is ``valid``."""
+"""Tools' names of the parts of a data set → ours. Roboflow's folder of validation is ``valid``."""
 
 QUOTED = 8  # mistakes quoted in one message
 
@@ -63,17 +63,17 @@ class Notes:
         self._odd: Counter[str] = Counter()
         self._first: dict[str, str] = {}
 
-    def mistake(self, place: str, text: str) -> None:
-        """What makes the data set unusable."""
-        self._mistakes.append(f"{place}: {text}")
+    def mistake(self, location: str, text: str) -> None:
+        """Note something that makes the data set unusable."""
+        self._mistakes.append(f"{location}: {text}")
 
-    def odd(self, text: str, place: str) -> None:
-        """What is counted: ``text`` follows the number."""
+    def odd(self, text: str, location: str) -> None:
+        """Count an oddity: ``text`` follows the number."""
         self._odd[text] += 1
-        self._first.setdefault(text, place)
+        self._first.setdefault(text, location)
 
-    def refuse(self) -> None:
-        """Raise if there was a mistake.
+    def raise_mistakes(self) -> None:
+        """Raise if any mistake was noted.
 
         Raises:
             UserError: with the first of them.
@@ -82,8 +82,8 @@ class Notes:
             return
         if len(self._mistakes) == 1:
             raise UserError(self._mistakes[0])
-        rest = len(self._mistakes) - QUOTED
-        more = [f"and {rest} more"] if rest > 0 else []
+        unlisted = len(self._mistakes) - QUOTED
+        more = [f"and {unlisted} more"] if unlisted > 0 else []
         raise UserError(
             "\n  ".join([f"{len(self._mistakes)} mistakes in {self.where}:", *self._mistakes[:QUOTED], *more])
         )
@@ -94,11 +94,11 @@ class Notes:
 
 
 def choose_parts(parts: Iterable[str], part: str | None, prefer: Sequence[str], where: str) -> frozenset[str]:
-    """The parts of a data set that are wanted.
+    """The requested parts of a data set.
 
     Args:
         parts: those it has, some of which may be ``""``: pictures of no part.
-        part: the one that was asked for, in any of the names that tools use; ``all``: every one.
+        part: the requested one, by any of the names that tools use; ``all``: every one.
         prefer: without ``part`` the first of these that it has; none of them or empty: all.
         where: the data set, for the message.
 

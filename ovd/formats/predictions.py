@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``wordbox predict`` found, as labelled pictures for the writers of other formats."""
+"""Detections of ``wordbox predict`` as labelled pictures, for the writers of other formats."""
 
 from __future__ import annotations
 
@@ -48,4 +48,4 @@ def write_predictions(out: Path, formats: Sequence[str], sources: Mapping[str, P
     for name in formats:
         if notice := about_outlines(predictions, name):
             print(f"warning: {notice}", file=sys.stderr)
-        write_labels(predictions, out / name, name, place="none")
+        write_labels(predictions, out / name, name, picture_mode="none")

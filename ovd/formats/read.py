@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One door to labelled data sets: COCO, YOLO and Pascal VOC files as they are, named or recognised."""
+"""Reading labelled data sets: COCO, YOLO and Pascal VOC files, by name or recognised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
 ROBOFLOW = "_annotations.coco.json"
-FIRST = 20  # pictures that are looked for in each folder: one may be missing
+FIRST = 20  # pictures that are looked for in each candidate folder, as one may be missing
 
 
 def read_labels(
@@ -112,10 +112,10 @@ def _read_coco(path: Path, images: Path | None, part: str | None, prefer: Sequen
     requested = choose_parts(parts, part, prefer, str(path))
     if requested >= set(parts):
         return labels
-    images_left = [entry for entry in entries if str(entry.get("split") or "") in requested]
-    ids = {entry["id"] for entry in images_left}
+    selected = [entry for entry in entries if str(entry.get("split") or "") in requested]
+    ids = {entry["id"] for entry in selected}
     annotations = [one for one in labels.content["annotations"] if one["image_id"] in ids]
-    content = {**labels.content, "images": images_left, "annotations": annotations}
+    content = {**labels.content, "images": selected, "annotations": annotations}
     return Labels(content=content, root=labels.root, kind="coco", where=labels.where)
 
 
@@ -128,7 +128,7 @@ def _read_file(file: Path, images: Path | None) -> Labels:
 
 
 def _other_tool(content: object) -> str | None:
-    """Whose labels these are, where they are in a form that is not read."""
+    """The tool that wrote labels in a form that is not read; None: they may be COCO's."""
     if isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys():
         return "a file of LabelMe's"
     first = content[0] if isinstance(content, list) and content else None
@@ -147,10 +147,10 @@ def _pictures_of(file: Path, content: object) -> Path:
     above = file.parent.parent
     tried = [file.parent, file.parent / "images", file.parent / part, above / part]
     tried += [above / "images", above / "images" / part, above]
-    there = [sum((folder / name).is_file() for name in names) for folder in tried]
-    if not any(there):
+    counts = [sum((folder / name).is_file() for name in names) for folder in tried]
+    if not any(counts):
         raise UserError(f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures")
-    root = tried[there.index(max(there))]
+    root = tried[counts.index(max(counts))]
     return root
 
 

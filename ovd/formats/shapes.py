@@ -105,7 +105,7 @@ def labelled_pictures(labels: Labels, *, sources: Mapping[str, Path] | None = No
                 segmentation=one.get("segmentation"),
             )
         )
-    taken: set[str] = set()
+    used: set[str] = set()
     pictures = []
     for image_id, size in truth.sizes.items():
         file, part = truth.file_of(image_id), truth.parts.get(image_id, "")
@@ -114,7 +114,7 @@ def labelled_pictures(labels: Labels, *, sources: Mapping[str, Path] | None = No
             Picture(
                 id=image_id,
                 file=file,
-                target=_target(file, part, taken),
+                target=_target(file, part, used),
                 source=source,
                 size=size or upright_size(source),
                 part=part,
@@ -124,7 +124,7 @@ def labelled_pictures(labels: Labels, *, sources: Mapping[str, Path] | None = No
     return LabelledPictures(names=names, pictures=tuple(pictures), notices=list(truth.warnings))
 
 
-def _target(file: str, part: str, taken: set[str]) -> str:
+def _target(file: str, part: str, used: set[str]) -> str:
     """A file's path without the folders that stand for parts and pictures, and with a stem that is not taken."""
     path = PurePosixPath(_CONTROLS.sub("_", file))  # lists of files have a name a line
     folders = [name for name in path.parts[:-1] if name not in ("images", "JPEGImages", "..", "/")]
@@ -132,10 +132,10 @@ def _target(file: str, part: str, taken: set[str]) -> str:
         folders = folders[1:]
     below, number = PurePosixPath(*folders), 1
     stem = path.stem
-    while f"{part}/{below / stem}".casefold() in taken:
+    while f"{part}/{below / stem}".casefold() in used:
         number += 1
         stem = f"{path.stem}_{number}"
-    taken.add(f"{part}/{below / stem}".casefold())
+    used.add(f"{part}/{below / stem}".casefold())
     return (below / f"{stem}{path.suffix}").as_posix()
 
 

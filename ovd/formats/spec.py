@@ -13,7 +13,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSpec:
-    """What a text names: ``data.yaml``, ``folder:val``, ``voc:folder``, ``yolo:data.yaml:test``."""
+    """A data set as a command line names it: ``data.yaml``, ``folder:val``, ``voc:folder``, ``yolo:data.yaml:test``."""
 
     path: Path
     kind: Kind | None = None
@@ -22,9 +22,9 @@ class LabelSpec:
     @classmethod
     def parse(cls, text: str) -> LabelSpec:
         """Read ``[KIND:]PATH[:PART]``; a path that exists as it is written is one."""
-        head, colon, rest = text.partition(":")
-        kind = next((known for known in KINDS if colon and head == known), None)
-        name = rest if kind else text
+        head, colon, remainder = text.partition(":")
+        kind = next((name_of_kind for name_of_kind in KINDS if colon and head == name_of_kind), None)
+        name = remainder if kind else text
         path, colon, part = name.rpartition(":")
         if not colon or not path or Path(name).exists() or "/" in part:
             return cls(path=Path(name), kind=kind)

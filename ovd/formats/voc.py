@@ -34,10 +34,12 @@ class Element:
 
     def find(self, path: str) -> Element | None:
         """The first element at ``a/b`` below."""
-        here: Element | None = self
+        element: Element | None = self
         for tag in path.split("/"):
-            here = next((child for child in here.children if child.tag == tag), None) if here is not None else None
-        return here
+            element = (
+                next((child for child in element.children if child.tag == tag), None) if element is not None else None
+            )
+        return element
 
     def value(self, path: str) -> str:
         """Its text; empty where it is missing."""
@@ -116,7 +118,7 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
     parts = _parts(path, files, notes)
     root = path if path.name != "Annotations" else path.parent
     documents = [d for file in files if (d := _open(file, root, images, parts[file], notes)) is not None]
-    notes.refuse()
+    notes.raise_mistakes()
     names = sorted({o.value("name") for d in documents for o in _objects(d.root) if o.value("name")})
     if not any(_objects(d.root) for d in documents):
         raise UserError(f"{path}: no object in {len(files)} XML files")
@@ -138,7 +140,7 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
             one = _object(element, document, number, shift, notes)
             if one is not None:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **one})
-    notes.refuse()
+    notes.raise_mistakes()
     content = {"images": pictures, "annotations": annotations, "categories": coco_categories(names)}
     return Labels(content=content, root=folder, kind="voc", where=str(path), notices=notes.notices())
 
@@ -146,13 +148,13 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
 def xml_files(path: Path) -> list[Path]:
     """The annotation files of a data set, in the order of its parts and names."""
     if (path / "Annotations").is_dir():
-        return _shown((path / "Annotations").rglob("*.xml"), path)
+        return _visible_files((path / "Annotations").rglob("*.xml"), path)
     below = [folder for name in PART_NAMES if (folder := path / name).is_dir()]
-    inside = [file for folder in below for file in _shown(folder.rglob("*.xml"), path)]
-    return inside or _shown(path.glob("*.xml"), path)
+    inside = [file for folder in below for file in _visible_files(folder.rglob("*.xml"), path)]
+    return inside or _visible_files(path.glob("*.xml"), path)
 
 
-def _shown(files: Iterable[Path], folder: Path) -> list[Path]:
+def _visible_files(files: Iterable[Path], folder: Path) -> list[Path]:
     """Sorted, without hidden files and folders (macOS's ``._a.xml``)."""
     return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
@@ -230,32 +232,32 @@ def _counts_from_0(root: Element) -> bool:
 
 def _object(element: Element, document: _File, number: dict[str, int], shift: int, notes: Notes) -> CocoObject | None:
     """COCO's annotation of an object without its ids; None after a mistake."""
-    place = f"{document.path}:{element.line}"
+    location = f"{document.path}:{element.line}"
     name = element.value("name")
     if not name:
-        notes.mistake(place, "object without a name")
+        notes.mistake(location, "object without a name")
         return None
     box = element.find("bndbox")
     try:
         x1, y1, x2, y2 = (float(element.value(f"bndbox/{corner}")) for corner in CORNERS)
     except ValueError:
-        notes.mistake(place, f"{name}: bndbox needs the numbers {', '.join(CORNERS)}")
+        notes.mistake(location, f"{name}: bndbox needs the numbers {', '.join(CORNERS)}")
         return None
     if box is not None:
-        place = f"{document.path}:{box.line}"
+        location = f"{document.path}:{box.line}"
     height, width = document.size
     x1, y1 = x1 - shift, y1 - shift
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
-        notes.mistake(place, f"{name}: bndbox from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is no box")
+        notes.mistake(location, f"{name}: bndbox from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is no box")
         return None
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-        notes.mistake(place, f"{name}: bndbox lies outside the picture of {width} × {height} pixels")
+        notes.mistake(location, f"{name}: bndbox lies outside the picture of {width} × {height} pixels")
         return None
     if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
-        notes.odd("boxes reach over the border and are cut there", place)
+        notes.odd("boxes reach over the border and are cut there", location)
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     difficult = element.value("difficult") == "1"
     if difficult:
-        notes.odd("objects are difficult: not trained on, and neither right nor wrong in evaluation", place)
+        notes.odd("objects are difficult: not trained on, and neither right nor wrong in evaluation", location)
     w, h = x2 - x1, y2 - y1
     return {"category_id": number[name], "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": int(difficult)}

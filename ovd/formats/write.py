@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One door to the writers: every format by its name."""
+"""The writers, by the name of their format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ovd.formats.datasets import Place, write_coco, write_voc, write_yolo
+from ovd.formats.datasets import PictureMode, write_coco, write_voc, write_yolo
 from ovd.formats.exports import write_csv, write_cvat, write_label_studio, write_labelme
 from ovd.formats.shapes import LabelledPictures
 
@@ -26,7 +26,7 @@ EXPORTS: dict[str, Callable[[LabelledPictures, Path], None]] = {
 
 
 def about_outlines(labelled: LabelledPictures, name: str) -> str | None:
-    """A notice where a format of outlines is asked for, and objects have none."""
+    """A notice where a format of outlines is written, and objects have none."""
     if name != "yolo-seg":
         return None
     shapes = [shape for picture in labelled.pictures for shape in picture.shapes if not shape.crowd]
@@ -35,19 +35,19 @@ def about_outlines(labelled: LabelledPictures, name: str) -> str | None:
     return f"{without} of {len(shapes)} objects have no outline: yolo-seg has the corners of their boxes"
 
 
-def write_labels(labelled: LabelledPictures, out: Path, name: str, *, place: Place = "copy") -> None:
+def write_labels(labelled: LabelledPictures, out: Path, name: str, *, picture_mode: PictureMode = "copy") -> None:
     """Write labelled pictures in a format.
 
     Args:
         labelled: what is written.
         out: folder; made where it is missing.
         name: of `ovd.formats.names.FORMATS`.
-        place: what becomes of the pictures, in the formats that bring them.
+        picture_mode: whether pictures are copied, linked or left out, in formats that include them.
 
     Raises:
         UserError: what cannot be written.
     """
     if name in DATASETS:
-        DATASETS[name](labelled, out, place=place)
+        DATASETS[name](labelled, out, picture_mode=picture_mode)
     else:
         EXPORTS[name](labelled, out)

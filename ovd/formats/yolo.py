@@ -30,13 +30,13 @@ TOLERANCE = 0.01  # by which a number may leave [0, 1]: what rounding and Ultral
 
 
 class _Source(NamedTuple):
-    """What a data.yaml or a folder says."""
+    """Content of a data.yaml or a folder."""
 
     names: dict[int, str]
     pictures: list[tuple[str, Path]]  # (part, path)
     root: Path
     poses: bool
-    passed: list[str]  # pictures in formats that are not read
+    skipped_notices: list[str]  # pictures in formats that are not read
 
 
 def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()) -> Labels:
@@ -76,12 +76,12 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
             one = _object(line, source, (height, width), notes)
             if one is not None:
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **one})
-    notes.refuse()
+    notes.raise_mistakes()
     if not labelled:
-        expected = next((str(_label_places(p)[0]) for _, p in source.pictures), "nowhere")
+        expected = next((str(_label_candidates(p)[0]) for _, p in source.pictures), "nowhere")
         raise UserError(f"{where}: no picture has a label file; looked for {expected} and so on")
     content = {"images": images, "annotations": annotations, "categories": coco_categories(source.names)}
-    notices = [*notes.notices(), *source.passed]
+    notices = [*notes.notices(), *source.skipped_notices]
     return Labels(content=content, root=source.root, kind="yolo", where=where, notices=notices)
 
 
@@ -100,17 +100,17 @@ def yaml_of(path: Path) -> Path | None:
 
 def label_file(picture: Path) -> Path | None:
     """The label file of a picture, if there is one."""
-    return next((place for place in _label_places(picture) if place.is_file()), None)
+    return next((candidate for candidate in _label_candidates(picture) if candidate.is_file()), None)
 
 
-def _label_places(picture: Path) -> list[Path]:
-    beside = picture.with_suffix(".txt")
-    parts = list(beside.parts)
+def _label_candidates(picture: Path) -> list[Path]:
+    sibling = picture.with_suffix(".txt")
+    parts = list(sibling.parts)
     at = [i for i, name in enumerate(parts[:-1]) if name == "images"]
     if not at:
-        return [beside]
+        return [sibling]
     parts[at[-1]] = "labels"
-    return [Path(*parts), beside]
+    return [Path(*parts), sibling]
 
 
 def _from_yaml(file: Path) -> _Source:
@@ -125,20 +125,20 @@ def _from_yaml(file: Path) -> _Source:
     if isinstance(base := content.get("path"), str) and base:
         root = next((p for p in (file.parent / base, Path(base)) if p.is_dir()), file.parent)
     pictures: list[tuple[str, Path]] = []
-    passed: list[str] = []
+    skipped_notices: list[str] = []
     for key in dict.fromkeys([*PARTS, *PART_NAMES]):
-        places = content.get(key)
-        if places is None or places == "":
+        entries = content.get(key)
+        if entries is None or entries == "":
             continue
-        for place in places if isinstance(places, list) else [places]:
-            if not isinstance(place, str):
-                raise UserError(f"{file}: {key}: expected a folder or a text file of paths, found {place!r}")
-            listing = _pictures_at(place, root, file, key)
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not isinstance(entry, str):
+                raise UserError(f"{file}: {key}: expected a folder or a text file of paths, found {entry!r}")
+            listing = _pictures_at(entry, root, file, key)
             pictures += [(PART_NAMES[key], path) for path in listing.paths]
-            passed += [f"{key}: {listing}"] if listing.skipped else []
+            skipped_notices += [f"{key}: {listing}"] if listing.skipped else []
     if not pictures:
         raise UserError(f"{file}: none of train, val and test names a folder of pictures")
-    return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content, passed)
+    return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content, skipped_notices)
 
 
 def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
@@ -158,17 +158,17 @@ def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
     return names
 
 
-def _pictures_at(place: str, root: Path, file: Path, key: str) -> ImageListing:
+def _pictures_at(entry: str, root: Path, file: Path, key: str) -> ImageListing:
     """The pictures that one entry of a data.yaml names.
 
     Roboflow writes ``../train/images`` where the pictures are in ``train/images`` beside the file.
     """
-    tried = [root / place, file.parent / place]
-    if place.startswith("../"):
-        tried += [root / place[3:], file.parent / place[3:]]
+    tried = [root / entry, file.parent / entry]
+    if entry.startswith("../"):
+        tried += [root / entry[3:], file.parent / entry[3:]]
     source = next((path for path in tried if path.exists()), None)
     if source is None:
-        raise UserError(f"{file}: {key}: {place}: no such folder (looked for {tried[0]})")
+        raise UserError(f"{file}: {key}: {entry}: no such folder (looked for {tried[0]})")
     if source.is_dir():
         return find_images(source)
     hint = f"{key} in {file.name} names a folder of pictures or a text file with their paths"
@@ -193,7 +193,7 @@ def _from_folder(folder: Path) -> _Source:
     inside = folder / "images" if (folder / "images").is_dir() else folder
     listing = find_images(inside)
     pictures = [(_part_of(path.relative_to(inside)), path) for path in listing.paths]
-    return _Source(names, pictures, folder, poses=False, passed=[str(listing)] if listing.skipped else [])
+    return _Source(names, pictures, folder, poses=False, skipped_notices=[str(listing)] if listing.skipped else [])
 
 
 def _part_of(below: Path) -> str:
@@ -202,14 +202,14 @@ def _part_of(below: Path) -> str:
 
 def _without_repeats(pictures: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """Each picture once, in the first part that lists it."""
-    seen: dict[Path, tuple[str, Path]] = {}
+    first_entry: dict[Path, tuple[str, Path]] = {}
     for part, path in pictures:
-        seen.setdefault(path.resolve(), (part, path))
-    return list(seen.values())
+        first_entry.setdefault(path.resolve(), (part, path))
+    return list(first_entry.values())
 
 
 class _Line(NamedTuple):
-    place: str  # file:line
+    location: str  # file:line
     words: list[str]
 
 
@@ -219,15 +219,15 @@ def _read_lines(file: Path, notes: Notes) -> Iterator[_Line]:
     except (OSError, UnicodeDecodeError) as problem:
         notes.mistake(str(file), f"cannot be read: {problem}")
         return
-    seen: set[str] = set()
+    lines: set[str] = set()
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words:
             continue
-        if line in seen:
+        if line in lines:
             notes.odd("lines occur twice in their file and count once", f"{file}:{number}")
             continue
-        seen.add(line)
+        lines.add(line)
         yield _Line(f"{file}:{number}", words)
 
 
@@ -236,24 +236,24 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -
     try:
         numbers = [float(word) for word in line.words]
     except ValueError:
-        notes.mistake(line.place, f"{' '.join(line.words)[:60]!r}: expected numbers: class cx cy width height")
+        notes.mistake(line.location, f"{' '.join(line.words)[:60]!r}: expected numbers: class cx cy width height")
         return None
     index, values = numbers[0], numbers[1:]
     if not index.is_integer() or int(index) not in source.names:
         last = max(source.names)
-        notes.mistake(line.place, f"class {line.words[0]} is not in names (0 to {last})")
+        notes.mistake(line.location, f"class {line.words[0]} is not in names (0 to {last})")
         return None
     if source.poses:
         values = values[:4]
     score = values.pop() if len(values) == 5 else None
     if len(values) < 4 or len(values) % 2:
-        notes.mistake(line.place, f"{len(line.words)} numbers are neither a box (5) nor an outline (7, 9, …)")
+        notes.mistake(line.location, f"{len(line.words)} numbers are neither a box (5) nor an outline (7, 9, …)")
         return None
     if not all(math.isfinite(v) and -TOLERANCE <= v <= 1 + TOLERANCE for v in values):
-        notes.mistake(line.place, "coordinates must be shares of the picture, from 0 to 1; are these pixels?")
+        notes.mistake(line.location, "coordinates must be shares of the picture, from 0 to 1; are these pixels?")
         return None
     if score is not None and not 0 <= score <= 1:
-        notes.mistake(line.place, f"the sixth number, {score}, is no score from 0 to 1")
+        notes.mistake(line.location, f"the sixth number, {score}, is no score from 0 to 1")
         return None
     height, width = size
     one: CocoObject = {"category_id": int(index) + 1}
@@ -265,13 +265,13 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -
         outline = [min(max(v, 0.0), 1.0) * (width, height)[i % 2] for i, v in enumerate(values)]
         one["segmentation"] = [[round(v, 3) for v in outline]]
     if min(corners) < -TOLERANCE or max(corners) > 1 + TOLERANCE:
-        notes.odd("boxes reach over the border and are cut there", line.place)
+        notes.odd("boxes reach over the border and are cut there", line.location)
     x1, y1, x2, y2 = (min(max(v, 0.0), 1.0) * (width, height)[i % 2] for i, v in enumerate(corners))
     if not (x2 > x1 and y2 > y1):
-        notes.odd("boxes without area", line.place)
+        notes.odd("boxes without area", line.location)
     one["bbox"] = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
     if "segmentation" in one:
-        one["area"] = masks.area(one["segmentation"], size, line.place)
+        one["area"] = masks.area(one["segmentation"], size, line.location)
     else:
         one["area"] = round(one["bbox"][2] * one["bbox"][3], 3)
     if score is not None:

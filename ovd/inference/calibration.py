@@ -4,13 +4,9 @@ uses."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from ovd.inference.scoring import Calibration
 
 
 def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[float, float]:
@@ -57,9 +53,3 @@ def absent_class_threshold(best_absent: Tensor, *, rate: float = 0.95) -> float:
     if len(best_absent) == 0:
         raise ValueError("no absent classes were scored")
     return float(torch.quantile(best_absent.double(), rate))
-
-
-def with_fit(calibration: Calibration, raw: Tensor, correct: Tensor) -> Calibration:
-    """The calibration with slope and offset fitted to raw scores of :meth:`Calibration.uncalibrated`."""
-    slope, offset = fit_platt(raw, correct)
-    return replace(calibration, slope=slope, offset=offset)

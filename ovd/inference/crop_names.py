@@ -10,7 +10,7 @@ with the encoder's own inverse temperature s, and b over the background words th
 word above or below it. A sigmoid encoder's bias (SigLIP's `logit_bias`) is the same for every word and cancels in p.
 Words that the proposal network was trained on have its score beside p, in a geometric mean.
 
-Shapes: R regions, C classes, B background words, K known words, D joint embedding.
+Shapes: R regions, C classes, B background words, K words of the proposal network, D joint embedding.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class PhotoBoxes:
     Attributes:
         proposer: the network.
         top: boxes kept.
-        known: whether its scores of words are kept.
+        word_scores: whether its scores of words are kept.
     """
 
     proposer: PhotoProposer
     top: int
-    known: bool = True
+    word_scores: bool = True
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `BoxSource`."""
@@ -79,7 +79,7 @@ class PhotoBoxes:
             image=None,
             masks=None,
             size=(image.shape[0], image.shape[1]),
-            known=(proposals.words if self.known else proposals.words[:, :0]).numpy(),
+            word_scores=(proposals.words if self.word_scores else proposals.words[:, :0]).numpy(),
         )
 
 
@@ -132,7 +132,7 @@ class CropNames(RegionModel):
         name: of the encoder, for notices.
         background_words: (B, D) embeddings by ``encoder`` of ``words.words``.
         words: the background words and their places in the lexicon.
-        known: the words that the source scores; none where it scores none.
+        proposal_words: those that the source scores; none where it scores none.
         calibration: ``open_scale`` is the encoder's inverse temperature.
         calibrated: whether the calibration was fitted for this encoder and these boxes.
         card: of the detector that the boxes come from, where it has one.
@@ -149,7 +149,7 @@ class CropNames(RegionModel):
         name: str,
         background_words: Floats,
         words: WordList,
-        known: WordList,
+        proposal_words: WordList,
         calibration: Calibration,
         calibrated: bool,
         card: DetectorCard | None = None,
@@ -157,7 +157,7 @@ class CropNames(RegionModel):
     ) -> None:
         self.source, self.encoder, self.name, self.card = source, encoder, name, card
         self.background_words = unit_rows(background_words)
-        self.words, self.known = words, known
+        self.words, self.proposal_words = words, proposal_words
         self.calibration, self.calibrated = calibration, calibrated
         self.batch_size = batch_size
 
@@ -192,7 +192,7 @@ class CropNames(RegionModel):
             rows=rows,
             competitors=competitors,
             rivals=rivals,
-            known=self.known.relations(understood).same_or_below,
+            hyponyms=self.proposal_words.relations(understood).same_or_below,
             scale=self.calibration.open_scale,
             calibration=self.calibration,
         )
@@ -205,14 +205,14 @@ class CropScorer(WordScorer):
     A phrase that is no noun of the lexicon ("red car") is scored by the encoder alone, and its noun competes with it.
     """
 
-    def known_scores(self, regions: RegionSet) -> Floats:
-        """(R, C) geometric means of the best known word of each class and the encoder's p; near 0 without any."""
-        assert regions.known is not None and regions.image is not None
+    def closed_scores(self, regions: RegionSet) -> Floats:
+        """(R, C) geometric means of the best proposal word of each class and the encoder's p; near 0 without any."""
+        assert regions.word_scores is not None and regions.image is not None
         c = self.calibration
         named_RC = competitive_probabilities(
             regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
         )
-        score_RC = best_of(regions.known, self.known) ** (1 - c.head_weight) * named_RC**c.head_weight
+        score_RC = best_of(regions.word_scores, self.hyponyms) ** (1 - c.head_weight) * named_RC**c.head_weight
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
 
@@ -236,13 +236,15 @@ def embed_boxes(
         batch_size: crops per forward pass.
     """
     keep = large_enough(regions.boxes)
-    boxes = seen = regions.boxes[keep]
+    boxes = shrunk_boxes = regions.boxes[keep]
     height, width = image.shape[:2]
     if (shrink := LONG_SIDE / max(height, width)) < 1:
         smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
         image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
-        seen = resize_boxes(boxes, (height, width), smaller)
-    rows = as_array(embed_regions(encoder, image, seen, scales=scales, resample="bicubic", batch_size=batch_size))
+        shrunk_boxes = resize_boxes(boxes, (height, width), smaller)
+    rows = as_array(
+        embed_regions(encoder, image, shrunk_boxes, scales=scales, resample="bicubic", batch_size=batch_size)
+    )
     return replace(
         regions,
         boxes=boxes,
@@ -250,7 +252,7 @@ def embed_boxes(
         text=rows,
         image=rows,
         masks=None if regions.masks is None else regions.masks[keep],
-        known=np.zeros((len(boxes), 0), np.float32) if regions.known is None else regions.known[keep],
+        word_scores=np.zeros((len(boxes), 0), np.float32) if regions.word_scores is None else regions.word_scores[keep],
         bias=None,
         finetuned=None,
     )

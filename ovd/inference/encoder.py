@@ -30,12 +30,12 @@ def load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
     from pretrain.nets.encoders import load_encoder
 
     spec = card.encoder
-    beside = [folder / "encoder", folder / spec, Path(spec)]
+    candidates = [folder / "encoder", folder / spec, Path(spec)]
     if spec.startswith("open_clip:"):
         encoder = load_encoder(spec)
     elif file := next((p for p in (folder / spec, Path(spec)) if p.is_file()), None):
         encoder = load_encoder(file)
-    elif exported := next((p for p in beside if (p / "config.json").is_file()), None):
+    elif exported := next((p for p in candidates if (p / "config.json").is_file()), None):
         encoder = load_encoder(exported)
     else:
         encoder = load_encoder(weights_folder(spec))

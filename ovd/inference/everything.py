@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 EVERYTHING = "everything"
 """Typed alone, in place of class names."""
 
-LEVEL = 0.3
+SHOWN_THRESHOLD = 0.3
 """Lowest score shown. 1,250 words that nobody typed need more certainty than few that somebody did: of the boxes that
 450 validation photos can judge .84 are right at .3 and .73 at .22, the threshold of typed words."""
 
-OPEN_LEVEL = 0.5
-"""The score of a word outside the proposal network's own that counts as `LEVEL`. In 252 validation photos of one thing
-.65 of such boxes have its name, or one above or below it, from .5 on; .64 from .4, .53 from .3."""
+OPEN_THRESHOLD = 0.5
+"""The score of a word outside the proposal network's own that counts as `SHOWN_THRESHOLD`. In 252 validation photos of
+one thing .65 of such boxes have its name, or one above or below it, from .5 on; .64 from .4, .53 from .3."""
 
 OVERLAP = 0.5
 """IoU above which two words are two names for one thing."""
@@ -62,7 +62,7 @@ class PromptFreeWords:
             family=np.arange(len(names)),
         )
 
-    def one_name(self, score_RC: NDArray[np.float32], *, level: float = LEVEL) -> NDArray[np.float32]:
+    def one_name(self, score_RC: NDArray[np.float32], *, level: float = SHOWN_THRESHOLD) -> NDArray[np.float32]:
         """Scores on one scale, where what is named *dog* is not named *beagle* too.
 
         A kind of a word that reaches the level itself is left out: names of kinds are guessed from fewer photos.
@@ -76,9 +76,10 @@ class PromptFreeWords:
         return np.where(covered, np.float32(0), shifted)
 
 
-def open_shift(*, level: float = LEVEL, open_level: float = OPEN_LEVEL) -> float:
-    """The shift from the logit of ``open_level`` to that of ``level``."""
-    return float(np.log(level / (1 - level)) - np.log(open_level / (1 - open_level)))
+def open_shift() -> float:
+    """The shift from the logit of `OPEN_THRESHOLD` to that of `SHOWN_THRESHOLD`."""
+    shown, opened = (np.log(threshold / (1 - threshold)) for threshold in (SHOWN_THRESHOLD, OPEN_THRESHOLD))
+    return float(shown - opened)
 
 
 def is_everything(classes: object) -> bool:
@@ -97,10 +98,10 @@ def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *
         rows: numbers of regions.
         count: words for each.
     """
-    card, known = model.card, frozenset(model.prompt_free_words().names)
-    chosen = [i for i, word in enumerate(() if card is None else card.bank) if word in known]
+    card, sayable = model.card, frozenset(model.prompt_free_words().names)
+    chosen = [i for i, word in enumerate(() if card is None else card.background_words) if word in sayable]
     chosen_rows = list(rows)
     if card is None or not chosen or not chosen_rows:
         return [[] for _ in chosen_rows]
     cosines = regions.distilled[chosen_rows] @ model.background_words[chosen].T
-    return [[card.bank[chosen[i]] for i in best_first(row, count).tolist()] for row in cosines]
+    return [[card.background_words[chosen[i]] for i in best_first(row, count).tolist()] for row in cosines]

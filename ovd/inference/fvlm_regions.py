@@ -3,7 +3,8 @@
 
 `ovd.inference.fvlm_torch` runs them with torch, `ovd.runtime.regions` with ONNX Runtime.
 
-Shapes: R regions, C classes, K known words, O fine-tuned classes, B background words, D joint embedding.
+Shapes: R regions, C classes, K words of the proposal network, O fine-tuned classes, B background words, D joint
+embedding.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
 from ovd.inference.everything import PromptFreeWords, open_shift
+from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
@@ -27,7 +29,6 @@ from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, disti
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.inference.word_profiles import ProfileScorer
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -60,8 +61,8 @@ class FvlmRegionModel(RegionModel):
         network: all three.
         card: its card.
         background_words: (B, D) embeddings of the training's words.
-        known: the words that the proposal network scores.
-        trained: the training's words.
+        proposal_words: those that the proposal network scores.
+        training_words: those of the training.
         finetuned: classes that were added, in the order of the regions' scores of them; None: there are none.
         top: regions kept per picture.
     """
@@ -75,20 +76,20 @@ class FvlmRegionModel(RegionModel):
         network: FvlmNetwork,
         card: DetectorCard,
         background_words: Floats,
-        known: WordList,
-        trained: WordList,
+        proposal_words: WordList,
+        training_words: WordList,
         finetuned: FinetunedNames | None = None,
         top: int = 150,
     ) -> None:
         self.network, self.card, self.finetuned, self.top = network, card, finetuned, top
         self.background_words = unit_rows(background_words)
-        self.known, self.trained = known, trained
+        self.proposal_words, self.training_words = proposal_words, training_words
         self.calibration = Calibration(**card.calibration)
 
     @cached_property
     def _labelled(self) -> WordList:
         """The words that were looked for in every photo of the training; it remembers their relations."""
-        return WordList(words=self.card.classes, lexicon=self.trained.lexicon)
+        return WordList(words=self.card.classes, lexicon=self.training_words.lexicon)
 
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
@@ -107,21 +108,23 @@ class FvlmRegionModel(RegionModel):
         notices = []
         for group, row in zip(phrases, rows, strict=True):
             for phrase in group:
-                if self.trained.understands(phrase) or (self.finetuned is not None and self.finetuned.has(phrase)):
+                if self.training_words.understands(phrase) or (self.finetuned and self.finetuned.has(phrase)):
                     continue
-                if len(group) > 1 and self.trained.is_english and (hint := hint_of(phrase)) is not None:
+                if len(group) > 1 and self.training_words.is_english and (hint := hint_of(phrase)) is not None:
                     notices.append(hint)
-                elif (head := self.trained.head_of(phrase)) is not None:
+                elif (head := self.training_words.head_of(phrase)) is not None:
                     why = "separate words with commas" if " and " in phrase else "attributes are not understood"
                     notices.append(f"{phrase!r} is looked for as {head!r}: {why}")
                 elif len(group) == 1:
-                    order = best_first(self.background_words[: len(self.trained.words)] @ row).tolist()
-                    nouns = (
-                        self.trained.words[i] for i in order if self.trained.words[i] in self.trained.lexicon.nouns
-                    )
-                    words = list(islice(nouns, 3))
-                    notices.append(unknown_word(phrase, words, english=self.trained.is_english))
+                    english = self.training_words.is_english
+                    notices.append(unknown_word(phrase, self._nearest_nouns(row, count=3), english=english))
         return tuple(notices)
+
+    def _nearest_nouns(self, row: Floats, *, count: int) -> list[str]:
+        """Nouns of the training whose embeddings are nearest to (D,) ``row``, best first."""
+        words, nouns = self.training_words.words, self.training_words.lexicon.nouns
+        order = best_first(self.background_words[: len(words)] @ row).tolist()
+        return list(islice((words[i] for i in order if words[i] in nouns), count))
 
     def prompt_free_words(self) -> PromptFreeWords:
         """The proposal network's words, and the nouns of the training that are not above them; one of each meaning.
@@ -129,30 +132,30 @@ class FvlmRegionModel(RegionModel):
         Classes that were added are found where somebody asks: a branch knows the photos that it was trained on, and on
         others it finds its classes where nothing is.
         """
-        nouns = [w for w in self.trained.words if w in self.trained.lexicon.nouns]
-        relations = self.known.relations([[word] for word in nouns])
+        nouns = [w for w in self.training_words.words if w in self.training_words.lexicon.nouns]
+        relations = self.proposal_words.relations([[word] for word in nouns])
         above: list[bool] = relations.same_or_below.any(axis=1).tolist()  # type: ignore[assignment]
-        one_of = {self.trained.line_of(word)[0]: word for word in reversed([*self.known.words, *nouns])}
+        one_of = {self.training_words.line_of(word)[0]: word for word in reversed([*self.proposal_words.words, *nouns])}
         first = frozenset(one_of.values())
         others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above, above, strict=True)
                   if w in first and not is_above]  # fmt: skip
-        names = (*self.known.words, *(word for word, _ in others))
-        known = len(self.known.words)
+        names = (*self.proposal_words.words, *(word for word, _ in others))
+        count = len(self.proposal_words.words)
         kind_of = np.zeros((len(names), len(names)), dtype=bool)
-        kind_of[known:, :known] = np.stack([kinds for _, kinds in others]) if others else False
+        kind_of[count:, :count] = np.stack([kinds for _, kinds in others]) if others else False
         shift = np.full(len(names), open_shift(), dtype=np.float32)
-        shift[:known] = 0
-        number = {self.trained.line_of(name)[0]: i for i, name in enumerate(names)}
-        family = [next(number[k] for k in reversed(self.trained.line_of(name)) if k in number) for name in names]
+        shift[:count] = 0
+        number = {self.training_words.line_of(name)[0]: i for i, name in enumerate(names)}
+        family = [next(number[k] for k in reversed(self.training_words.line_of(name)) if k in number) for name in names]
         return PromptFreeWords(names=names, shift=shift, kind_of=kind_of, family=np.array(family))
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
-        relations = self.known.relations(phrases)
-        spared = self.trained.relations(phrases).related
+        relations = self.proposal_words.relations(phrases)
+        spared = self.training_words.relations(phrases).related
         rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
-        if not self.known.words:
+        if not self.proposal_words.words:
             labelled = self._labelled.relations(phrases)
             return EnsembleScorer(
                 rows=rows,
@@ -169,7 +172,7 @@ class FvlmRegionModel(RegionModel):
             finetuned_CO = self.finetuned.answering(phrases)
             finetuned_only_C = np.array(
                 [
-                    any(self.finetuned.has(p) for p in group) and not any(self.known.is_one(p) for p in group)
+                    any(self.finetuned.has(p) for p in group) and not any(self.proposal_words.is_one(p) for p in group)
                     for group in phrases
                 ],
                 dtype=bool,
@@ -178,7 +181,7 @@ class FvlmRegionModel(RegionModel):
             rows=rows,
             competitors=competitors,
             rivals=rivals,
-            known=relations.same_or_below,
+            hyponyms=relations.same_or_below,
             scale=self.network.scale,
             calibration=self.calibration,
             finetuned=finetuned_CO,
@@ -187,23 +190,23 @@ class FvlmRegionModel(RegionModel):
 
     def example_scorer(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
         """See `RegionModel.example_scorer`. Negatives are scored on their own: `ovd.inference.scorers.QueryScorer`."""
-        return ProfileScorer(rows=rows, words=competitors, calibration=self.calibration.of_examples())
+        return WordProfileScorer(rows=rows, words=competitors, calibration=self.calibration.of_examples())
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordScorer:
     """Scores words alone: no column depends on another.
 
-    A word that the proposal network knows has its score and the region head's, in a geometric mean. Any other word has
-    the softmax of the image tower's own embedding against all words that contradict it, times powers of objectness and
-    area; the head, which learned the known words from many boxes and the others from few photos, is worse at it.
-    A word above known ones is the best of them: where the embedding's answer was taken too, superordinate words lost.
+    A word that the proposal network scores gets the geometric mean of its score and the region head's; a hypernym gets
+    the best of its hyponyms. Any other word gets the softmax of the image tower's own embedding against all words that
+    contradict it, times powers of objectness and area: the head learned the proposal network's words from many boxes
+    and the others from few photos, and is worse at these. Mixing the softmax into a hypernym's score cost precision.
 
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
         rivals: (C, B) bool: competitors that contradict the class; synonyms and words above or below it do not.
-        known: (C, K) bool: known words that are the class or a kind of it.
+        hyponyms: (C, K) bool: words of the proposal network that are the class or a kind of it.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
         finetuned: (C, O) bool: an object of the fine-tuned class is also one of the class; None: there are none.
@@ -213,7 +216,7 @@ class WordScorer:
     rows: Floats
     competitors: Floats
     rivals: NDArray[np.bool_]
-    known: NDArray[np.bool_]
+    hyponyms: NDArray[np.bool_]
     scale: float
     calibration: Calibration
     finetuned: NDArray[np.bool_] | None = None
@@ -226,16 +229,16 @@ class WordScorer:
             self,
             rows=self.rows[chosen],
             rivals=self.rivals[chosen],
-            known=self.known[chosen],
+            hyponyms=self.hyponyms[chosen],
             finetuned=None if self.finetuned is None else self.finetuned[chosen],
             finetuned_only=None if self.finetuned_only is None else self.finetuned_only[chosen],
         )
 
     @cached_property
     def _split(self) -> tuple[NDArray[np.bool_], WordScorer, WordScorer]:
-        """(C,) which classes have a known word; those alone; the others alone."""
-        known: NDArray[np.bool_] = np.asarray(self.known.any(axis=1))
-        return known, self.select(np.flatnonzero(known).tolist()), self.select(np.flatnonzero(~known).tolist())
+        """(C,) which classes the proposal network scores; those alone; the others alone."""
+        closed: NDArray[np.bool_] = np.asarray(self.hyponyms.any(axis=1))
+        return closed, self.select(np.flatnonzero(closed).tolist()), self.select(np.flatnonzero(~closed).tolist())
 
     @cached_property
     def _open(self) -> OpenWords:
@@ -248,16 +251,16 @@ class WordScorer:
 
     @cached_property
     def _kinds(self) -> DistinctRows:
-        return distinct_rows(self.known)
+        return distinct_rows(self.hyponyms)
 
     def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
-        known, known_words, other_words = self._split
+        closed, closed_words, open_words = self._split
         score_CR = np.empty((len(self.rows), len(regions)), np.float32)
-        if known.any():
-            score_CR[known] = known_words.known_scores(regions).T
-        if not known.all():
-            score_CR[~known] = other_words.open_scores(regions).T
+        if closed.any():
+            score_CR[closed] = closed_words.closed_scores(regions).T
+        if not closed.all():
+            score_CR[~closed] = open_words.open_scores(regions).T
         if self.finetuned is not None and self.finetuned_only is not None and regions.finetuned is not None:
             score_CR[self.finetuned_only] = 0
             concerned = np.flatnonzero(self.finetuned.any(axis=1))
@@ -265,12 +268,12 @@ class WordScorer:
             score_CR[concerned] = np.maximum(score_CR[concerned], finetuned_CR)
         return score_CR.T
 
-    def known_scores(self, regions: RegionSet) -> Floats:
-        """(R, C) scores by the best known word of each class; near 0 for a class without any."""
-        assert regions.bias is not None and regions.known is not None
+    def closed_scores(self, regions: RegionSet) -> Floats:
+        """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any."""
+        assert regions.bias is not None and regions.word_scores is not None
         head_RC = sigmoid(self.scale * (regions.text @ self.rows.T) + regions.bias[:, None])
         c = self.calibration
-        best_RC = best_of(regions.known, self._kinds.rows)[:, self._kinds.of]
+        best_RC = best_of(regions.word_scores, self._kinds.rows)[:, self._kinds.of]
         score_RC = best_RC ** (1 - c.head_weight) * head_RC**c.head_weight
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
@@ -279,9 +282,9 @@ class WordScorer:
         return self._open(regions).T
 
 
-def best_of(known_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:
-    """(R, C): the best of each class's known words; 0 for a class without any."""
-    best_RC = np.zeros((len(known_RK), len(members_CK)), np.float32)
+def best_of(scores_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:
+    """(R, C): the best of each class's words; 0 for a class without any."""
+    best_RC = np.zeros((len(scores_RK), len(members_CK)), np.float32)
     for column in np.flatnonzero(members_CK.any(axis=1)):  # few of many: (R, C, K) at once would be large
-        best_RC[:, column] = known_RK[:, members_CK[column]].max(axis=1)
+        best_RC[:, column] = scores_RK[:, members_CK[column]].max(axis=1)
     return best_RC

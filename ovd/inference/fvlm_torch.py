@@ -48,9 +48,9 @@ class TorchNetwork:
         proposals = self.model.proposer.regions(image, top=top)
         finetuned_RO = None
         if self.finetuned is not None:
-            proposals, finetuned_RO = self.finetuned.beside(proposals, image)
+            proposals, finetuned_RO = self.finetuned.append_to(proposals, image)
         pooled = self.model.pooled(image, proposals)
-        out = self.model.head(pooled.features, pooled.known)
+        out = self.model.head(pooled.features, pooled.word_scores)
         return RegionSet(
             boxes=pooled.boxes.cpu().numpy(),
             objectness=pooled.objectness.cpu().numpy(),
@@ -58,7 +58,7 @@ class TorchNetwork:
             image=self.model.image_embedding(pooled.features).cpu().numpy(),
             masks=None,
             size=(image.shape[0], image.shape[1]),
-            known=pooled.known.cpu().numpy(),
+            word_scores=pooled.word_scores.cpu().numpy(),
             bias=out.bias.cpu().numpy(),
             finetuned=finetuned_RO if finetuned_RO is None else finetuned_RO.numpy(),
         )

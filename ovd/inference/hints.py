@@ -129,8 +129,8 @@ def _english() -> dict[str, tuple[str, str]]:
     """Foreign name -> (English, language)."""
     english_names: dict[str, tuple[str, str]] = {}
     for line in _NAMES.strip().splitlines():
-        english, _, rest = line.partition(":")
-        for language, names in zip(LANGUAGES, rest.split("/"), strict=True):
+        english, _, translations = line.partition(":")
+        for language, names in zip(LANGUAGES, translations.split("/"), strict=True):
             for name in filter(None, (part.strip().casefold() for part in names.split(","))):
                 english_names.setdefault(name, (english, language))
     return english_names

@@ -18,7 +18,7 @@ from ovd.inference.everyday import GROUPS, IRREGULAR, PERSONS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
 ARTICLES = frozenset(("a", "an", "the", "some", "my"))
-REMEMBERED = 4
+CACHED_LISTS = 4
 """Lists of classes whose relations are cached: 10,000 words take a second, and every picture needs them."""
 Phrases = Sequence[Sequence[str]]
 """For each class its name and synonyms."""
@@ -111,16 +111,16 @@ class WordList:
         return frozenset(word for form in singulars(phrase.casefold()) for word in GROUPS.get(form, ()))
 
     @cached_property
-    def _remembered(self) -> OrderedDict[Phrases, Relations]:
+    def _cache(self) -> OrderedDict[Phrases, Relations]:
         return OrderedDict()
 
     def relations(self, phrases: Phrases) -> Relations:
         """How each class relates to each word; cached for the last lists."""
         key = tuple(tuple(group) for group in phrases)
-        if (relations := self._remembered.get(key)) is None:
-            relations = self._remembered[key] = self._relate(key)
-            while len(self._remembered) > REMEMBERED:
-                self._remembered.popitem(last=False)
+        if (relations := self._cache.get(key)) is None:
+            relations = self._cache[key] = self._relate(key)
+            while len(self._cache) > CACHED_LISTS:
+                self._cache.popitem(last=False)
         return relations
 
     def _relate(self, phrases: Phrases) -> Relations:
@@ -137,9 +137,9 @@ class WordList:
 
 def singulars(phrase: str) -> list[str]:
     """A phrase without its article, and what may be its singular; the phrase first."""
-    article, _, rest = phrase.partition(" ")
-    if rest and article in ARTICLES:
-        phrase = rest
+    article, _, noun = phrase.partition(" ")
+    if noun and article in ARTICLES:
+        phrase = noun
     head, _, last = phrase.rpartition(" ")
     forms = [last]
     if last in IRREGULAR:

@@ -34,23 +34,23 @@ class Rivals:
     """Which competitors count against which words.
 
     Attributes:
-        left_out: (G, B) bool: of each group, the competitors that do not contradict its words.
+        excluded: (G, B) bool: of each group, the competitors that do not contradict its words.
         group: (C,) of each word.
     """
 
-    left_out: NDArray[np.bool_]
+    excluded: NDArray[np.bool_]
     group: NDArray[np.int64]
 
     @classmethod
     def of(cls, rivals: NDArray[np.bool_]) -> Rivals:
         """From (C, B) bool, competitors that contradict each word: most of many words have one and the same."""
         distinct = distinct_rows(~rivals)
-        return cls(left_out=distinct.rows, group=distinct.of)
+        return cls(excluded=distinct.rows, group=distinct.of)
 
     @cached_property
     def _layers(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """(groups, what they leave out): the first of each group that leaves out any, the second, and so on."""
-        group, word = np.nonzero(self.left_out)
+        group, word = np.nonzero(self.excluded)
         _, first, count = np.unique(group, return_index=True, return_counts=True)
         layer = np.arange(len(group)) - np.repeat(first, count)
         return [(group[layer == n], word[layer == n]) for n in range(min(int(count.max(initial=0)), LAYERS))]
@@ -58,7 +58,7 @@ class Rivals:
     @cached_property
     def _many(self) -> NDArray[np.bool_]:
         """(G,) groups that leave out more than the layers hold."""
-        return np.asarray(self.left_out.sum(axis=1) > LAYERS)
+        return np.asarray(self.excluded.sum(axis=1) > LAYERS)
 
     def sums(self, odds_BR: Floats) -> Floats:
         """(G, R) sums of odds over the competitors that count.
@@ -66,11 +66,11 @@ class Rivals:
         A difference from the total loses digits where nearly all of it is left out; single precision would show that.
         """
         total_R = odds_BR.sum(axis=0, dtype=np.float64)
-        sum_GR = np.tile(total_R, (len(self.left_out), 1))
+        sum_GR = np.tile(total_R, (len(self.excluded), 1))
         for group, word in self._layers:  # no group twice in one
             sum_GR[group] -= odds_BR[word]
         for row in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many):
-            sum_GR[row] = odds_BR[~self.left_out[row]].sum(axis=0, dtype=np.float64)
+            sum_GR[row] = odds_BR[~self.excluded[row]].sum(axis=0, dtype=np.float64)
         return sum_GR.astype(np.float32)
 
 

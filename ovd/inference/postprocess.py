@@ -159,6 +159,15 @@ def batched_nms(
     return order[_suppress(boxes + shift[:, None], iou, limit=limit)]
 
 
+def box_ious(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, M) intersection over union of corner boxes (N, 4) and (M, 4); 0 of boxes without area."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    shared: NDArray[np.float32] = np.prod(np.clip(high - low, 0, None), axis=2)
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (first, second)]
+    return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-12)
+
+
 def _suppress(
     boxes_K4: NDArray[np.float32],
     iou: float,

@@ -52,7 +52,7 @@ class RCNNRegionModel(RegionModel):
         masks: bool = True,
     ) -> None:
         self.model, self.card, self.top, self.masks = model, card, top, masks
-        self._class_names = frozenset(name.casefold() for name in (*card.classes, *card.bank))
+        self._class_names = frozenset(name.casefold() for name in (*card.classes, *card.background_words))
         self.background_words = unit_rows(as_array(background_words))
         self.calibration = Calibration(**card.calibration)
         classifier = model.roi_heads.classifier
@@ -71,7 +71,7 @@ class RCNNRegionModel(RegionModel):
         notices = []
         for word in unknown:
             near = best_first(self.background_words @ alone[word], 3)
-            nearest = [self.card.bank[i] for i in near.tolist()]
+            nearest = [self.card.background_words[i] for i in near.tolist()]
             notices.append(unknown_word(word, nearest, english=self._words.is_english))
         return tuple(notices)
 

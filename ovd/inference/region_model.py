@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first
 from ovd.inference.everything import PromptFreeWords
-from ovd.inference.scorers import CalibratedScorer, ExampleScorer, Scorer
+from ovd.inference.example_scorers import CentredCosineScorer
+from ovd.inference.scorers import CalibratedScorer, Scorer
 from ovd.inference.scoring import Calibration, RegionSet
 from pretrain.engine.errors import UserError
 
@@ -90,14 +91,16 @@ class RegionModel(ABC):
         )
 
     def example_scorer(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:
-        """What scores regions for classes given by crops, each alone, as a person sees them.
+        """The scorer of classes given by crops, each scored alone; see `ovd.inference.example_scorers`.
 
         Args:
             rows: (E, D) unit image embeddings.
             competitors: (B, D) unit text embeddings: the background words, then the person's negative words.
             negatives: (N, D) unit image embeddings of what is not meant.
         """
-        return ExampleScorer(rows=rows, background_words=competitors, negatives=negatives, calibration=self.calibration)
+        return CentredCosineScorer(
+            rows=rows, background_words=competitors, negatives=negatives, calibration=self.calibration
+        )
 
 
 class ConditionedBoxes(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
-from ovd.inference.everything import LEVEL, OVERLAP
+from ovd.inference.everything import OVERLAP, SHOWN_THRESHOLD
 from ovd.inference.postprocess import (
     CROSS_CLASS_IOU,
     MAX_DETECTIONS,
@@ -93,12 +93,12 @@ class Regions:
             score_RC = np.where(score_RC <= negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
         if (naming := query.naming) is not None:
             one_class_per_region = True
-            score_RC, cross_class_iou = naming.one_name(score_RC, level=LEVEL), OVERLAP
+            score_RC, cross_class_iou = naming.one_name(score_RC, level=SHOWN_THRESHOLD), OVERLAP
         best_C = score_RC.max(axis=0, initial=0.0)
-        shown_classes = np.flatnonzero(best_C >= level)  # few of many words: no other has a box to show
+        listed_classes = np.flatnonzero(best_C >= level)  # few of many words: no other has a detection
         select = best_class_per_region if one_class_per_region else pairs_above
-        candidates = select(score_RC[:, shown_classes], threshold=level)
-        candidates = replace(candidates, class_id=shown_classes[candidates.class_id])
+        candidates = select(score_RC[:, listed_classes], threshold=level)
+        candidates = replace(candidates, class_id=listed_classes[candidates.class_id])
         boxes = self.regions.boxes
         one_family = candidates if naming is None else replace(candidates, class_id=naming.family[candidates.class_id])
         chosen = postprocess(boxes, one_family, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit)

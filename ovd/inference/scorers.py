@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT
-from ovd.inference.scoring import Calibration, RegionSet, score_examples, score_regions, vocabulary_probabilities
+from ovd.inference.scoring import Calibration, RegionSet, score_regions, vocabulary_probabilities
 
 if TYPE_CHECKING:
     from ovd.inference.region_model import RegionModel
@@ -93,33 +93,6 @@ class CalibratedScorer:
         )
 
     def select(self, columns: Sequence[int]) -> CalibratedScorer:
-        """See `Scorer`."""
-        return replace(self, rows=self.rows[list(columns)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExampleScorer:
-    """Classes given by crops, every class alone against background words and negative examples.
-
-    Attributes:
-        rows: (E, D) unit image embeddings.
-        background_words: (B, D) unit text embeddings.
-        negatives: (N, D) unit image embeddings of what is not meant.
-        calibration: of the checkpoint; its example values are used.
-    """
-
-    rows: Floats
-    background_words: Floats
-    negatives: Floats
-    calibration: Calibration
-
-    def __call__(self, regions: RegionSet) -> Floats:
-        """See `Scorer`."""
-        if not len(self.rows):
-            return np.zeros((len(regions), 0), np.float32)
-        return score_examples(regions, self.rows, self.background_words, self.negatives, self.calibration)
-
-    def select(self, columns: Sequence[int]) -> ExampleScorer:
         """See `Scorer`."""
         return replace(self, rows=self.rows[list(columns)])
 
@@ -211,7 +184,7 @@ class QueryScorer:
 
     def __call__(self, regions: RegionSet) -> QueryScores:
         """Score all regions of a picture."""
-        column_RK, negative_RN = (beside([scorer(regions) for scorer in scorers]) for scorers in self._parts)
+        column_RK, negative_RN = (_as_table([scorer(regions) for scorer in scorers]) for scorers in self._parts)
         if not len(self.examples):
             return QueryScores(column_RK, negative_RN)
         score_RC = np.zeros((len(column_RK), self.classes), np.float32)
@@ -226,7 +199,7 @@ class QueryScorer:
         return [self.model.scorer(self.words[chosen], phrases, competitors)]
 
 
-def beside(scores: list[Floats]) -> Floats:
-    """Columns of several scorers as one table; the only ones that there are are not copied."""
+def _as_table(scores: list[Floats]) -> Floats:
+    """(R, K) the columns of several scorers side by side; of one scorer they are not copied."""
     filled = [columns for columns in scores if columns.shape[1]]
     return filled[0] if len(filled) == 1 else np.concatenate(scores, axis=1)

@@ -15,11 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, as_array, logit, sigmoid, softmax, unit_rows
+from ovd.inference.arrays import Floats, as_array, logit, sigmoid, softmax
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
-
-CENTRE_PRIOR = 10.0
-"""Regions' worth of zero in the mean of a picture's regions, see `score_examples`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class Calibration:
         open_slope, open_offset: their sigmoid.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid. A detector of
-            photographs compares distributions over words (`ovd.inference.word_profiles`): the temperature is theirs.
+            photographs compares distributions over words (`ovd.inference.example_scorers`): the temperature is theirs.
     """
 
     logit_scale: float = 100.0
@@ -105,7 +102,7 @@ class RegionSet:
         image: (R, D) unit rows, the image head's, or None where one head does both.
         masks: (R, M, M) mask probabilities in the frame of each box, or None.
         size: (height, width) of the original picture.
-        known: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
+        word_scores: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
         bias: (R,) logit of any word beside its cosine to the text head, or None (`ovd.modeling.fvlm.head`).
         finetuned: (R, O) in [0, 1], calibrated scores of classes that were added by fine-tuning, or None. Their boxes
             have objectness 0 and no score of any other word.
@@ -117,14 +114,15 @@ class RegionSet:
     image: Floats | None
     masks: Floats | None
     size: tuple[int, int]
-    known: Floats | None = None
+    word_scores: Floats | None = None
     bias: Floats | None = None
     finetuned: Floats | None = None
 
     def __post_init__(self) -> None:
         self.boxes, self.objectness, self.text = (as_array(x) for x in (self.boxes, self.objectness, self.text))
-        self.image, self.masks, self.known, self.bias, self.finetuned = (
-            None if x is None else as_array(x) for x in (self.image, self.masks, self.known, self.bias, self.finetuned)
+        self.image, self.masks, self.word_scores, self.bias, self.finetuned = (
+            None if x is None else as_array(x)
+            for x in (self.image, self.masks, self.word_scores, self.bias, self.finetuned)
         )
 
     def __len__(self) -> int:
@@ -212,46 +210,6 @@ def score_regions(
     if (calibration.slope, calibration.offset) != (1.0, 0.0):
         score = sigmoid(calibration.slope * logit(score, eps=1e-6) + calibration.offset)
     return score
-
-
-def score_examples(
-    regions: RegionSet, examples_ED: Floats, words_BD: Floats, negatives_ND: Floats, calibration: Calibration
-) -> Floats:
-    """(R, E) scores in [0, 1] of classes given by crops; column e depends on the picture and example e alone.
-
-    Image embeddings share a large common component that carries no class, and they lie apart from the texts. So each
-    modality is centred before cosines are taken: images on the mean of the picture's regions, texts on the mean of the
-    background words. That nearly doubled the average precision of one crop on Sticker Scenes. Then an example competes
-    as a word does, with background words, negative words and negative examples.
-
-    Args:
-        regions: of one picture. Their image head is used where there is one, else the one head that was distilled from
-            image embeddings.
-        examples_ED: unit rows, image embeddings.
-        words_BD: unit rows of the checkpoint's background words and of negative words.
-        negatives_ND: unit rows of negative examples.
-        calibration: the checkpoint's; its example values are used.
-    """
-    centred, (example_ED, negatives_ND) = centred_on_picture(regions, examples_ED, negatives_ND)
-    against_BD = np.concatenate([centred_texts(words_BD), negatives_ND])
-    return score_regions(
-        centred.text, None, centred.objectness, example_ED, against_BD, None, calibration.of_examples()
-    )
-
-
-def centred_on_picture(regions: RegionSet, *images_ED: Floats) -> tuple[RegionSet, list[Floats]]:
-    """The regions with one head, minus what the picture's regions share, and other image embeddings likewise."""
-    region_RD = regions.distilled
-    # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
-    shared_RD = region_RD[~regions.added]
-    common_D = shared_RD.sum(axis=0) / (len(shared_RD) + CENTRE_PRIOR)
-    moved = [unit_rows(x - common_D) for x in (region_RD, *images_ED)]
-    return replace(regions, text=moved[0], image=None), moved[1:]
-
-
-def centred_texts(words_BD: Floats) -> Floats:
-    """Unit rows minus their mean, normalised again; a single word stays as it is."""
-    return unit_rows(words_BD - words_BD.mean(axis=0)) if len(words_BD) > 1 else words_BD
 
 
 def vocabulary_probabilities(

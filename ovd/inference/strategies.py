@@ -41,7 +41,7 @@ class CropEmbeddings(RegionModel):
     @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """The model's regions with the encoder's embeddings; boxes under two pixels cannot be cropped."""
-        if isinstance(self.model, CropNames):  # it crops for itself, once
+        if isinstance(self.model, CropNames):  # it embeds crops itself
             return replace(self.model.regions(image), image=None)
         regions = self.model.regions(image)
         keep = large_enough(regions.boxes)

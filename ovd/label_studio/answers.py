@@ -55,12 +55,12 @@ def prediction_of(version: str, results: list[Result]) -> Prediction:
     return {"model_version": version, "score": min(scores, default=None), "result": results}
 
 
-def results_of(control: BoxControl, found: Detections) -> list[Result]:
+def results_of(control: BoxControl, detections: Detections) -> list[Result]:
     """The boxes of one control; with ``<Labels>`` each is a pair, a rectangle and its label under one id."""
     results: list[Result] = []
-    for number in range(len(found)):
-        sides = sides_of(found.xyxy[number], found.size)
-        stored = [control.labels[found.class_id[number]].stored]
+    for number in range(len(detections)):
+        sides = value_of(detections.xyxy[number], detections.size)
+        stored = [control.labels[detections.class_id[number]].stored]
         if control.rectangle is None:
             parts: list[tuple[str, str, Value]] = [
                 (control.name, "rectanglelabels", {**sides, "rectanglelabels": stored})
@@ -74,15 +74,15 @@ def results_of(control: BoxControl, found: Detections) -> list[Result]:
                 control=name,
                 image=control.image,
                 kind=kind,
-                size=found.size,
-                score=float(found.confidence[number]),
+                size=detections.size,
+                score=float(detections.confidence[number]),
             )
             for name, kind, value in parts
         ]
     return results
 
 
-def sides_of(box: Floats, size: tuple[int, int]) -> Value:
+def value_of(box: Floats, size: tuple[int, int]) -> Value:
     """A box x1, y1, x2, y2 in pixels of a picture of (height, width), without a label."""
     height, width = size
     x1, y1, x2, y2 = (float(v) for v in box)

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from ovd.demo.bodies import BodyReader, Limits, Reply, length_of, replay
-from ovd.demo.names import Names, Refused
+from ovd.demo.hosts import AllowedHosts, RequestRefused
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.interactive import read_drawn
 from ovd.label_studio.reason import reason_header
@@ -57,7 +57,12 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, *, names: Names, credentials: tuple[str, str] | None = None, limits: Limits | None = None
+        self,
+        app: ASGIApp,
+        *,
+        names: AllowedHosts,
+        credentials: tuple[str, str] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._app = app
         self._names = names
@@ -77,18 +82,18 @@ class Gate:
         reply = Reply(send)
         try:
             self._names.check(headers)
-            if not self._knows(headers.get("authorization", "")):
+            if not self._is_authorized(headers.get("authorization", "")):
                 await _unauthorized()(scope, receive, reply)
                 return
             if scope["method"] == "POST":
                 body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
                 receive = replay(body, receive)
             await self._app(scope, receive, reply)
-        except Refused as refused:
+        except RequestRefused as refused:
             await reply.refuse(refused, receive, api=True, seconds=self._limits.drain)
 
-    def _knows(self, given: str) -> bool:
-        return self._authorization is None or hmac.compare_digest(given.encode("latin-1"), self._authorization)
+    def _is_authorized(self, header: str) -> bool:
+        return self._authorization is None or hmac.compare_digest(header.encode("latin-1"), self._authorization)
 
 
 def build_app(backend: Backend) -> Starlette:
@@ -101,7 +106,7 @@ def build_app(backend: Backend) -> Starlette:
     from starlette.concurrency import run_in_threadpool
     from starlette.routing import Route
 
-    turn = asyncio.Lock()  # one at a time: the detector has all cores
+    lock = asyncio.Lock()  # one at a time: the detector has all cores
     waiting = 0
 
     async def health(_: Request) -> Response:
@@ -124,7 +129,7 @@ def build_app(backend: Backend) -> Starlette:
             return _problem(503, f"{waiting} requests wait already; try again in a minute", retry=60)
         waiting += 1
         try:
-            async with turn:
+            async with lock:
                 results: object
                 if drawn is None:
                     results = await run_in_threadpool(backend.predict, config, tasks, since=since)

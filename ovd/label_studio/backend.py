@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backend answers: a detector's boxes as Label Studio's predictions.
+"""A detector's boxes as Label Studio's predictions.
 
 Label Studio sends all tasks of *Retrieve Predictions* in one request, waits 100 seconds for it, and drops the whole
 answer when that time is over. So a request has a time budget here: tasks that it does not reach get no prediction, are
@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ovd.inference.example_scorers import SimilarRegions, similar_regions
 from ovd.label_studio.answers import Prediction, Result, prediction_of, results_of
 from ovd.label_studio.config import BoxControl, read_config
-from ovd.label_studio.interactive import Drawn, Similar, alike, similar_results
+from ovd.label_studio.interactive import DrawnRegion, similar_results
 from ovd.pictures import to_rgb
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary, VocabularyClass
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 SECONDS = 80.0
 """Budget of a request, below the 100 that Label Studio waits (``ML_TIMEOUT_PREDICT``)."""
 PLANS = 32
-"""Labelling configurations that are remembered: each costs an embedding of its words."""
+"""Labelling configurations that are cached: each costs an embedding of its words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a labelling configuration asks for.
+    """The queries of a labelling configuration.
 
     Attributes:
         controls: with the query of each.
@@ -91,12 +92,12 @@ class Backend:
         self._lock = threading.Lock()
 
     def versions(self) -> list[str]:
-        """Those of the configurations that were seen, the newest first."""
+        """Versions of the cached configurations, the newest first."""
         with self._lock:
             return list(dict.fromkeys(plan.version for plan in reversed(self._plans.values())))
 
     def plan(self, config: str) -> Plan:
-        """What a labelling configuration asks for.
+        """The queries of a labelling configuration, cached.
 
         Raises:
             UserError: see `read_config`.
@@ -110,7 +111,9 @@ class Backend:
             if query.notices:
                 log.warning(f"labels of {control.name!r}: {'; '.join(query.notices)}")  # whole: alike lines come once
         record: list[object] = [self._detector.card.get("sha256", ""), self._detector.card.get("settings", "")]
-        record += [[c.name, [label.stored for label in c.labels], q.hash, self._level(c, q)] for c, q in controls]
+        record += [
+            [c.name, [label.stored for label in c.labels], q.hash, self._threshold_of(c, q)] for c, q in controls
+        ]
         digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
         plan = Plan(controls=controls, version=f"{self._name}-{digest}")
         with self._lock:
@@ -142,7 +145,7 @@ class Backend:
                 answers += [[] for _ in range(len(tasks) - number)]
                 break
             try:
-                answers.append([self._one(plan, task)])
+                answers.append([self._predict_task(plan, task)])
             except UserError as problem:
                 problems.append(problem)
                 log.warning(f"task {task.id} gets no prediction: {problem}")
@@ -151,8 +154,8 @@ class Backend:
             raise problems[0]
         return answers
 
-    def similar(self, config: str, task: Task, drawn: Drawn) -> Prediction:
-        """What looks like the thing in a rectangle that somebody drew, under its label; no words are asked.
+    def similar(self, config: str, task: Task, drawn: DrawnRegion) -> Prediction:
+        """Boxes that resemble the thing in a rectangle that somebody drew, under its label; no words are used.
 
         Where no region fits the rectangle, its crop is searched for as an example.
 
@@ -170,27 +173,27 @@ class Backend:
         pixels = self._pixels(task, control)
         size = (pixels.shape[0], pixels.shape[1])
         box = drawn.box(*size)
-        found = alike(self._detector.embed(pixels).regions, box)
-        if found is None:
+        similar = similar_regions(self._detector.embed(pixels).regions, box)
+        if similar is None:
             query = self._detector.query(examples=[(drawn.name, box)], picture=pixels)
-            crops = self._detector.answer(pixels, query, threshold=self._threshold)
-            found = Similar(crops.xyxy, crops.confidence)
-        return prediction_of(plan.version, similar_results(drawn, found, size))
+            detections = self._detector.answer(pixels, query, threshold=self._threshold)
+            similar = SimilarRegions(detections.xyxy, detections.confidence)
+        return prediction_of(plan.version, similar_results(drawn, similar, size))
 
     def _query(self, control: BoxControl) -> Query:
         classes = tuple(VocabularyClass(label.words[0], label.words[1:]) for label in control.labels)
         return self._detector.query(Vocabulary(classes, self._detector.templates))
 
-    def _level(self, control: BoxControl, query: Query) -> float:
-        given = self._threshold if control.threshold is None else control.threshold
-        return self._detector.threshold_for(query, given)
+    def _threshold_of(self, control: BoxControl, query: Query) -> float:
+        threshold = self._threshold if control.threshold is None else control.threshold
+        return self._detector.threshold_for(query, threshold)
 
-    def _one(self, plan: Plan, task: Task) -> Prediction:
+    def _predict_task(self, plan: Plan, task: Task) -> Prediction:
         results: list[Result] = []
         for control, query in plan.controls:
             pixels = self._pixels(task, control)
-            found = self._detector.answer(pixels, query, threshold=self._level(control, query))
-            results += results_of(control, found)
+            detections = self._detector.answer(pixels, query, threshold=self._threshold_of(control, query))
+            results += results_of(control, detections)
         return prediction_of(plan.version, results)
 
     def _pixels(self, task: Task, control: BoxControl) -> NDArray[np.uint8]:

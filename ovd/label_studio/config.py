@@ -37,7 +37,7 @@ class StudioLabel:
 
     Attributes:
         stored: what results call it: its ``alias``, else its ``value``.
-        words: what the detector is asked, synonyms after the first.
+        words: of the detector's query, synonyms after the first.
     """
 
     stored: str
@@ -73,10 +73,10 @@ def read_config(text: str) -> tuple[BoxControl, ...]:
     """
     root = _parsed(text)
     elements = list(root.iter())
-    images = {element.get("name", ""): element for element in elements if _is(element, "Image")}
+    images = {element.get("name", ""): element for element in elements if _has_tag(element, "Image")}
     controls = [control for element in elements for control in _controls(element, images, elements)]
     if not controls:
-        raise UserError(_why_none(elements, images))
+        raise UserError(_no_boxes_reason(elements, images))
     return tuple(controls)
 
 
@@ -91,7 +91,7 @@ def _parsed(text: str) -> ElementTree.Element:
         raise UserError(f"the labelling configuration is no XML: {problem}") from problem
 
 
-def _is(element: ElementTree.Element, tag: str) -> bool:
+def _has_tag(element: ElementTree.Element, tag: str) -> bool:
     return isinstance(element.tag, str) and element.tag.casefold() == tag.casefold()
 
 
@@ -99,8 +99,8 @@ def _controls(
     element: ElementTree.Element, images: dict[str, ElementTree.Element], elements: list[ElementTree.Element]
 ) -> Iterator[BoxControl]:
     """The controls that one element stands for: one for each of its pictures."""
-    pair = _is(element, "Labels")
-    if not pair and not _is(element, "RectangleLabels"):
+    pair = _has_tag(element, "Labels")
+    if not pair and not _has_tag(element, "RectangleLabels"):
         return
     name = element.get("name", "")
     for image in _names(element):
@@ -108,7 +108,7 @@ def _controls(
             continue  # text, audio, video
         rectangle = None
         if pair:
-            rectangle = next((e.get("name") for e in elements if _is(e, "Rectangle") and image in _names(e)), None)
+            rectangle = next((e.get("name") for e in elements if _has_tag(e, "Rectangle") and image in _names(e)), None)
             if rectangle is None:
                 continue
         yield BoxControl(
@@ -140,13 +140,13 @@ def _labels(control: ElementTree.Element, name: str) -> tuple[StudioLabel, ...]:
     where = f'<{control.tag} name="{name}">'
     labels = []
     for element in control.iter():
-        if not _is(element, "Label"):
+        if not _has_tag(element, "Label"):
             continue
         value, alias = element.get("value", ""), element.get("alias", "")
         if not (alias or value):
             raise UserError(f"{where}: a <Label> has no value")
-        given = [cleaned(word) for word in element.get("predicted_values", "").split(",")]
-        words = tuple(dict.fromkeys(word for word in given if word)) or (cleaned(value or alias),)
+        predicted = [cleaned(word) for word in element.get("predicted_values", "").split(",")]
+        words = tuple(dict.fromkeys(word for word in predicted if word)) or (cleaned(value or alias),)
         if not words[0] or any(len(word) > MAX_NAME for word in words) or len(words) > MAX_SYNONYMS:
             raise UserError(
                 f"{where}, label {shorten(value or alias)!r}: no words for the detector; give it some of at most "
@@ -180,11 +180,11 @@ def _threshold(control: ElementTree.Element, name: str) -> float | None:
     return value
 
 
-def _why_none(elements: list[ElementTree.Element], images: dict[str, ElementTree.Element]) -> str:
-    """What the configuration has in place of boxes."""
+def _no_boxes_reason(elements: list[ElementTree.Element], images: dict[str, ElementTree.Element]) -> str:
+    """Why a configuration takes no boxes, and what to change."""
     if not images:
         return f"the labelling configuration has no <Image>; wordbox draws boxes on pictures, as in {EXAMPLE}"
-    if any(_is(element, "Labels") for element in elements):
+    if any(_has_tag(element, "Labels") for element in elements):
         return (
             "the labelling configuration has <Labels> and no <Rectangle>; make it <RectangleLabels>, or add "
             '<Rectangle name="box" toName="image"/>'

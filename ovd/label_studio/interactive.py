@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rectangles that somebody draws with Label Studio's smart tool: what comes with a request, and what is like them.
+"""Rectangles that somebody draws with Label Studio's smart tool: what comes with a request, and what goes back.
 
 The page sends the rectangle as the ``context`` of a prediction of its one task, and shows the answer as suggestions.
 When these are accepted or rejected it removes the rectangle, so the answer begins with it.
@@ -10,23 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ovd.evaluation.typed import box_ious
-from ovd.inference.arrays import Floats, unit_rows
-from ovd.inference.postprocess import batched_nms
-from ovd.label_studio.answers import Result, Value, result_of, sides_of
+from ovd.inference.arrays import Floats
+from ovd.inference.example_scorers import SAME_IOU, SimilarRegions
+from ovd.inference.postprocess import box_ious
+from ovd.label_studio.answers import Result, Value, result_of, value_of
 from pretrain.engine.errors import UserError
 
-if TYPE_CHECKING:
-    from ovd.inference.scoring import RegionSet
-
-SAME = 0.5
-"""IoU from which two boxes are of the same thing."""
-ALIKE = 0.8
-"""Least score of `alike`, chosen on 28 drawings (docs/guide/label-studio.md)."""
 LABELS = ("rectanglelabels", "labels")
 
 
@@ -46,7 +38,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class DrawnRegion:
     """A rectangle that somebody drew.
 
     Attributes:
@@ -66,7 +58,7 @@ class Drawn:
 
     @property
     def name(self) -> str:
-        """What the thing in it is called: its label."""
+        """Its label."""
         return next((label for part in self.parts for label in part.labels), "object")
 
     def box(self, height: int, width: int) -> Floats:
@@ -80,8 +72,8 @@ class Drawn:
         return np.concatenate([ends.min(axis=0), ends.max(axis=0)]).astype(np.float32)
 
 
-def read_drawn(body: Mapping[str, object]) -> Drawn | None:
-    """The rectangle that a request for predictions is about; None: it is about none.
+def read_drawn(body: Mapping[str, object]) -> DrawnRegion | None:
+    """The rectangle in the context of a request for predictions; None: there is none.
 
     Args:
         body: of the request.
@@ -96,75 +88,50 @@ def read_drawn(body: Mapping[str, object]) -> Drawn | None:
         return None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError("the request's context has no list of regions (params.context.result)")
-    rectangles = [entry for entry in entries if entry.get("type") in ("rectangle", *LABELS) and _sides(entry)]
+    rectangles = [entry for entry in entries if entry.get("type") in ("rectangle", *LABELS) and _numbers(entry)]
     if not rectangles:
         kinds = ", ".join(sorted({str(entry.get("type"))[:40] for entry in entries}))
         raise UserError(f'what was drawn is no rectangle ({kinds}); set smart="true" on <RectangleLabels> alone')
     last = rectangles[-1]  # of several the one that was drawn now
-    mine = [entry for entry in rectangles if entry.get("id") == last.get("id")]
-    x, y, width, height, rotation = _sides(last) or (0.0,) * 5
-    return Drawn(
+    entries_of_region = [entry for entry in rectangles if entry.get("id") == last.get("id")]
+    x, y, width, height, rotation = _numbers(last) or (0.0,) * 5
+    return DrawnRegion(
         id=str(last.get("id", "drawn"))[:100],
         image=str(last.get("to_name", "")),
-        parts=tuple(_part(entry) for entry in mine),
+        parts=tuple(_part(entry) for entry in entries_of_region),
         corner=(x, y),
         size=(width, height),
         rotation=rotation,
     )
 
 
-def _sides(entry: Mapping[str, object]) -> tuple[float, ...] | None:
+def _numbers(entry: Mapping[str, object]) -> tuple[float, ...] | None:
     """Left, top, width, height and rotation of an entry; None: it has no such numbers."""
     value = entry.get("value")
     if not isinstance(value, dict):
         return None
-    given = [value.get("rotation", 0), *(value.get(key) for key in ("x", "y", "width", "height"))]
-    numbers = [float(one) for one in given if isinstance(one, (int, float)) and math.isfinite(one)]
-    return (*numbers[1:], numbers[0]) if len(numbers) == len(given) else None
+    values = [value.get("rotation", 0), *(value.get(key) for key in ("x", "y", "width", "height"))]
+    numbers = [float(one) for one in values if isinstance(one, (int, float)) and math.isfinite(one)]
+    return (*numbers[1:], numbers[0]) if len(numbers) == len(values) else None
 
 
 def _part(entry: Mapping[str, object]) -> Part:
     value = entry.get("value")
     assert isinstance(value, dict)
     kind = str(entry.get("type"))
-    given = value.get(kind) if kind in LABELS else None
-    labels = tuple(str(label) for label in given) if isinstance(given, list) else ()
+    chosen = value.get(kind) if kind in LABELS else None
+    labels = tuple(str(label) for label in chosen) if isinstance(chosen, list) else ()
     return Part(control=str(entry.get("from_name", "")), kind=kind, labels=labels)
 
 
-class Similar(NamedTuple):
-    """(n, 4) boxes in pixels and (n,) scores 0…1 of what is like something."""
-
-    boxes: Floats
-    scores: Floats
-
-
-def alike(regions: RegionSet, box: Floats) -> Similar | None:
-    """Regions whose embedding is like that of the region in a box; None: no region fits the box.
-
-    Said of regions of one picture by one head, this tells far more than a crop's embedding against the regions': there
-    are no words or examples that compete. A region that is less of an object than the one in the box counts less.
-    """
-    overlap = box_ious(regions.boxes, box[None])[:, 0]
-    if not len(overlap) or overlap.max() < SAME:
-        return None
-    mine = int(overlap.argmax())
-    rows = unit_rows(regions.text)
-    object_R = np.sqrt(np.clip(regions.objectness / max(float(regions.objectness[mine]), 1e-6), 0, 1))
-    score_R = (np.clip(rows @ rows[mine], 0, 1) * object_R).astype(np.float32)
-    kept = batched_nms(regions.boxes, score_R, np.zeros(len(score_R), np.int64), SAME)
-    kept = kept[score_R[kept] >= ALIKE]
-    return Similar(regions.boxes[kept], score_R[kept])
-
-
-def similar_results(drawn: Drawn, found: Similar, size: tuple[int, int]) -> list[Result]:
-    """The drawn rectangle, and the boxes that are like it, as regions with its label; ``size``: (height, width)."""
-    overlap = box_ious(found.boxes, drawn.box(*size)[None])[:, 0]
+def similar_results(drawn: DrawnRegion, similar: SimilarRegions, size: tuple[int, int]) -> list[Result]:
+    """The drawn rectangle, and the boxes that resemble it, as regions with its label; ``size``: (height, width)."""
+    overlap = box_ious(similar.boxes, drawn.box(*size)[None])[:, 0]
     (x, y), (w, h) = drawn.corner, drawn.size
     first: Value = {"x": x, "y": y, "width": w, "height": h, "rotation": drawn.rotation}
     others = [
-        (sides_of(box, size), float(score))
-        for box, score, same in zip(found.boxes, found.scores, overlap >= SAME, strict=True)
+        (value_of(box, size), float(score))
+        for box, score, same in zip(similar.boxes, similar.scores, overlap >= SAME_IOU, strict=True)
         if not same
     ]
     return [

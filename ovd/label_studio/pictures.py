@@ -25,7 +25,6 @@ MAX_BYTES = 100_000_000
 SECONDS = 20.0  # without a byte
 CLOUD = ("s3:", "gs:", "azure-blob:")
 LOCAL = "/data/local-files"
-UPLOAD = "/data/upload/"
 
 
 class PictureSource:
@@ -72,28 +71,28 @@ class PictureSource:
             UserError: it is none of ours to read, not there, or too large.
         """
         value = value.strip()
-        shown = shorten(value, 100)
+        display_name = shorten(value, 100)
         if value[:5].lower() == "data:":
             return self._inline(value)
         if value.startswith(("upload/", "/upload/")):
             value = "/data/" + value.lstrip("/")
         if value.startswith(CLOUD):
             if task is None:
-                raise UserError(f"{shown}: is in cloud storage, and its task has no number")
+                raise UserError(f"{display_name}: is in cloud storage, and its task has no number")
             key = base64.urlsafe_b64encode(value.encode()).decode()
-            return self._fetch(f"/tasks/{task}/presign/?fileuri={key}", shown)
+            return self._fetch(f"/tasks/{task}/presign/?fileuri={key}", display_name)
         if urlsplit(value).path.rstrip("/") == LOCAL and not urlsplit(value).netloc and self._root is not None:
             return self._local(value)
         if value.startswith("/") and not value.startswith("//"):
-            return self._fetch(value, shown)
+            return self._fetch(value, display_name)
         if _origin(value):
             if self._base is None or _origin(value) != _origin(self._base):
                 raise UserError(
-                    f"{shown}: is on another host than Label Studio's, from which nothing is fetched; upload the "
-                    "pictures to Label Studio, or serve them from its local storage"
+                    f"{display_name}: is on another host than Label Studio's, from which nothing is fetched; upload "
+                    "the pictures to Label Studio, or serve them from its local storage"
                 )
-            return self._fetch(value, shown)
-        raise UserError(f"{shown}: names no picture that can be read; expected an address of Label Studio's")
+            return self._fetch(value, display_name)
+        raise UserError(f"{display_name}: names no picture that can be read; expected an address of Label Studio's")
 
     def _inline(self, value: str) -> bytes:
         head, comma, body = value.partition(",")
@@ -120,29 +119,31 @@ class PictureSource:
             raise UserError(f"{shorten(named, 100)!r}: no such file below --root {self._root}")
         return path
 
-    def _fetch(self, where: str, shown: str) -> bytes:
+    def _fetch(self, where: str, display_name: str) -> bytes:
         if self._base is None:
-            raise UserError(f"{shown}: is with Label Studio; start wordbox serve with --label-studio-url and a token")
+            raise UserError(
+                f"{display_name}: is with Label Studio; start wordbox serve with --label-studio-url and a token"
+            )
         url = where if _origin(where) else self._base + where
-        for again in (False, True):
+        for renew in (False, True):
             try:
-                return self._download(url, shown, self._authorization(renew=again))
+                return self._download(url, display_name, self._authorization(renew=renew))
             except urllib.error.HTTPError as problem:
                 problem.close()
                 if problem.code in (401, 403):
-                    if self._token is not None and _is_jwt(self._token) and not again:
+                    if self._token is not None and _is_jwt(self._token) and not renew:
                         continue  # personal access tokens are exchanged for some that last minutes
                     what = "refuses the --access-token" if self._token else "wants an --access-token"
-                    raise UserError(f"{shown}: Label Studio {what} ({problem.code})") from problem
+                    raise UserError(f"{display_name}: Label Studio {what} ({problem.code})") from problem
                 if problem.code in (301, 302, 303, 307, 308):
                     raise UserError(
-                        f"{shown}: Label Studio sends on to {shorten(problem.headers.get('Location', ''), 60)}, "
+                        f"{display_name}: Label Studio sends on to {shorten(problem.headers.get('Location', ''), 60)}, "
                         "another host, from which nothing is fetched; switch pre-signed URLs off in its storage"
                     ) from problem
-                raise UserError(f"{shown}: Label Studio answers {problem.code} {problem.reason}") from problem
+                raise UserError(f"{display_name}: Label Studio answers {problem.code} {problem.reason}") from problem
         raise AssertionError  # pragma: no cover
 
-    def _download(self, url: str, shown: str, headers: dict[str, str]) -> bytes:
+    def _download(self, url: str, display_name: str, headers: dict[str, str]) -> bytes:
         request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers=headers)
         try:
             with _opener(_origin(url)).open(request, timeout=SECONDS) as answer:
@@ -151,9 +152,9 @@ class PictureSource:
             raise
         except (OSError, http.client.HTTPException, ValueError) as problem:
             reason = problem.reason if isinstance(problem, urllib.error.URLError) else problem
-            raise UserError(f"{shown}: Label Studio at {self._base} cannot be reached ({reason})") from problem
+            raise UserError(f"{display_name}: Label Studio at {self._base} cannot be reached ({reason})") from problem
         if len(data) > self._most:
-            raise UserError(f"{shown}: more than {self._most / 1e6:.0f} MB")
+            raise UserError(f"{display_name}: more than {self._most / 1e6:.0f} MB")
         return data
 
     def _authorization(self, *, renew: bool) -> dict[str, str]:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER = b"x-reason-phrase"
-LONGEST = 400  # characters
+MAX_LENGTH = 400  # characters
 
 
 def reason_header(text: str) -> tuple[bytes, bytes]:
     """The header that `with_reasons` makes the reason phrase: one line of ASCII."""
-    line = " ".join(text.split())[:LONGEST]
+    line = " ".join(text.split())[:MAX_LENGTH]
     return HEADER, line.encode("ascii", "replace")
 
 

@@ -193,8 +193,8 @@ def build_last_stage(config: DetectorBackboneConfig | DetrBackboneConfig, *, nor
         return nn.Sequential(*blocks), stage_channels(depth=config.depth, index=5)
     opened = open_network(config.name)
     opened.end("res5")
-    rest = opened.parts[opened.end("res4") :]
-    return Chain({part.path: with_norms(part.module, norm) for part in rest}), rest[-1].channels
+    last_stage = opened.parts[opened.end("res4") :]
+    return Chain({part.path: with_norms(part.module, norm) for part in last_stage}), last_stage[-1].channels
 
 
 def build_fpn(bottom_up: Backbone, *, in_features: tuple[str, ...], channels: int, norm: str) -> FPN:
@@ -217,17 +217,18 @@ def load_bottom_up(bottom_up: nn.Module, state: Mapping[str, Tensor], *, source:
     return load_tensors(bottom_up, to_detectron2(state), source=source, strict="module", hint=FITTING)
 
 
+TOLERANCE = 1e-5
+"""Allowed ``max|a−b| / max|a|`` of every stage of a converted network."""
+
+
 @torch.no_grad()
-def verify_conversion(
-    reference: Callable[[Tensor], Mapping[str, Tensor]], resnet: nn.Module, pixels: Tensor, *, tolerance: float = 1e-5
-) -> float:
+def verify_conversion(reference: Callable[[Tensor], Mapping[str, Tensor]], resnet: nn.Module, pixels: Tensor) -> float:
     """Largest relative difference between the features of the source network and the converted one.
 
     Args:
         reference: maps (N, 3, H, W) pixels to features by torchvision's stage names ``layer1`` ….
         resnet: the converted network, returns features by ``res2`` ….
         pixels: normalised pictures.
-        tolerance: allowed ``max|a−b| / max|a|`` of every stage.
 
     Raises:
         UserError: the conversion is wrong; nothing should be trained on it.
@@ -241,6 +242,6 @@ def verify_conversion(
         other = original[f"layer{int(name.removeprefix('res')) - 1}"]
         difference = float((feature - other).abs().max() / other.abs().max().clamp_min(1e-12))
         worst = max(worst, difference)
-        if difference > tolerance:
-            raise UserError(f"converted backbone differs from its source at {name}: {difference:.2e} > {tolerance:.0e}")
+        if difference > TOLERANCE:
+            raise UserError(f"converted backbone differs from its source at {name}: {difference:.2e} > {TOLERANCE:.0e}")
     return worst

@@ -94,13 +94,13 @@ class DetectorCard:
         short_side, long_side: input size the model was trained at, pixels.
         classes: training vocabulary, in the order of the classifier's rows.
         novel: indices of the classes that no label of training named.
-        bank: the background words, fixed competitors of every class.
+        background_words: fixed competitors of every class; ``bank`` in the file.
         calibration: fields of :class:`Calibration`.
         config_hash: of the training configuration.
         templates: name of the prompts that the classes were embedded with.
         crop_refinement: regions of a picture that the image encoder embeds too, as the calibration was fitted
             (`ovd.inference.crop_refinement`); ``second_look`` in older files.
-        own: branches of classes that were added later, oldest first.
+        finetuned: branches of classes that were added by fine-tuning, oldest first; ``own`` in the file.
     """
 
     model: ArchitectureRecord
@@ -113,13 +113,13 @@ class DetectorCard:
     long_side: int
     classes: tuple[str, ...]
     novel: tuple[int, ...]
-    bank: tuple[str, ...]
+    background_words: tuple[str, ...]
     calibration: dict[str, float]
     config_hash: str
     format: int = FORMAT
     templates: str = "sticker"  # cards that do not say are older than the choice
     crop_refinement: int = 0
-    own: tuple[FinetunedCard, ...] = ()
+    finetuned: tuple[FinetunedCard, ...] = ()
 
     @property
     def is_transformer(self) -> bool:
@@ -154,13 +154,19 @@ class DetectorCard:
         return trainable
 
 
-def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: Tensor, half: bool = True) -> None:
+FILE_KEYS = {"background_words": "bank", "finetuned": "own"}
+"""Fields of `DetectorCard` → their keys in ``model.json``, where these differ."""
+
+
+def save_detector(
+    folder: Path, model: nn.Module, card: DetectorCard, *, background_words: Tensor, half: bool = True
+) -> None:
     """Write ``model.safetensors`` and ``model.json``; floats as fp16 when ``half``."""
     from pretrain.engine.checkpoint import save_weights
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{k}": v.detach().cpu() for k, v in model.state_dict().items()}
-    tensors["bank"] = bank.cpu()
+    tensors["bank"] = background_words.cpu()
     if half:
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     save_weights(folder / "model.safetensors", {k: v.contiguous() for k, v in tensors.items()}, {"format": str(FORMAT)})
@@ -169,8 +175,8 @@ def save_detector(folder: Path, model: nn.Module, card: DetectorCard, *, bank: T
 
 def write_card(folder: Path, card: DetectorCard) -> None:
     """Write ``model.json``; what a card has nothing of is left out."""
-    content = asdict(card)
-    if not card.own:
+    content = {FILE_KEYS.get(key, key): value for key, value in asdict(card).items()}
+    if not card.finetuned:
         del content["own"]
     write_atomically(folder / "model.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -190,8 +196,11 @@ def read_card(folder: Path) -> DetectorCard:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         if "second_look" in values:  # the field's former name
             values.setdefault("crop_refinement", values.pop("second_look"))
-        branches = values.get("own", ())
-        values["own"] = tuple(FinetunedCard(**{**branch, "names": tuple(branch["names"])}) for branch in branches)
+        for name, key in FILE_KEYS.items():
+            if key in values:
+                values[name] = values.pop(key)
+        branches = values.get("finetuned", ())
+        values["finetuned"] = tuple(FinetunedCard(**{**branch, "names": tuple(branch["names"])}) for branch in branches)
         card = DetectorCard(**values)
         if card.templates not in TEMPLATE_SETS:
             raise TypeError(f"unknown templates {card.templates!r}")
@@ -201,7 +210,7 @@ def read_card(folder: Path) -> DetectorCard:
 
 
 def exported_tensors(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """(state dict, (B, D) bank embeddings) of an exported detector, in full precision."""
+    """(state dict, (B, D) embeddings of the background words) of an exported detector, in full precision."""
     from pretrain.engine.checkpoint import load_weights
 
     tensors, _ = load_weights(folder / "model.safetensors")

@@ -162,14 +162,14 @@ def _timm(name: str) -> tuple[nn.Module, Statistics, list[str]]:
 def _torchvision(name: str) -> tuple[nn.Module, Statistics, list[str]]:
     from torchvision import models
 
-    known = models.list_models(module=models)  # the rest detects, segments or reads videos
-    if name not in known:
-        raise _unknown("torchvision", name, known)
+    available = models.list_models(module=models)  # the rest detects, segments or reads videos
+    if name not in available:
+        raise _unknown("torchvision", name, available)
     return models.get_model(name, weights=None), IMAGENET, []
 
 
-def _unknown(library: str, name: str, known: Sequence[str]) -> UserError:
-    near = difflib.get_close_matches(name, known, n=3)
+def _unknown(library: str, name: str, names: Sequence[str]) -> UserError:
+    near = difflib.get_close_matches(name, names, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return UserError(f"model.backbone.name: {library} has no network {name!r}{hint}")
 

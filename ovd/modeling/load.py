@@ -48,13 +48,15 @@ def load_detector_model(
         from ovd.inference.detr_regions import detr_region_model
         from ovd.modeling.detr.build import load_detr
 
-        detr, bank = load_detr(folder, card)
-        return detr_region_model(detr.to(device), card=card, background_words=bank.numpy(), top=top)
+        detr, background_words = load_detr(folder, card)
+        return detr_region_model(detr.to(device), card=card, background_words=background_words.numpy(), top=top)
     from ovd.inference.rcnn_regions import RCNNRegionModel
     from ovd.modeling.vild.build import load_model
 
-    model, bank = load_model(folder, card)
-    return RCNNRegionModel(model=model.to(device), card=card, background_words=bank.numpy(), top=top, masks=masks)
+    model, background_words = load_model(folder, card)
+    return RCNNRegionModel(
+        model=model.to(device), card=card, background_words=background_words.numpy(), top=top, masks=masks
+    )
 
 
 def _load_fvlm(
@@ -66,20 +68,20 @@ def _load_fvlm(
     from ovd.inference.fvlm_torch import TorchNetwork
     from ovd.inference.known_words import WordList
     from ovd.modeling.fvlm.finetuned import load_finetuned
-    from ovd.modeling.fvlm.network import known_words, load_fvlm
+    from ovd.modeling.fvlm.network import load_fvlm, proposal_words
     from pretrain.data.lexicon import read_lexicon
 
-    model, bank = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
+    model, background_words = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
     lexicon = read_lexicon()
-    finetuned = load_finetuned(folder, card.own, lexicon=lexicon, device=device)
+    finetuned = load_finetuned(folder, card.finetuned, lexicon=lexicon, device=device)
     config = card.architecture
     assert isinstance(config, FvlmConfig)
     return FvlmRegionModel(
         network=TorchNetwork(model, finetuned=finetuned),
         card=card,
-        background_words=bank.numpy(),
-        known=WordList(words=known_words(config), lexicon=lexicon),
-        trained=WordList(words=card.bank, lexicon=lexicon),
+        background_words=background_words.numpy(),
+        proposal_words=WordList(words=proposal_words(config), lexicon=lexicon),
+        training_words=WordList(words=card.background_words, lexicon=lexicon),
         finetuned=None if finetuned is None else finetuned.names,
         top=top,
     )
@@ -91,10 +93,10 @@ def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:
     Raises:
         UserError: see :func:`load_detector_model` and :func:`ovd.modeling.proposals.build.load_proposals`.
     """
-    from ovd.modeling.proposals.build import holds_proposals, load_proposals
+    from ovd.modeling.proposals.build import has_proposals, load_proposals
 
     folder = Path(folder)
-    if holds_proposals(folder):
+    if has_proposals(folder):
         return load_proposals(folder, device=device)
     if read_card(folder).arch == "fvlm":
         from ovd.modeling.fvlm.network import PROPOSALS

@@ -151,12 +151,12 @@ class Sidecar(ShardSum):
     bad_images: list[tuple[ImageId, str]]
 
 
-class _Made(TypedDict, total=False):
+class _Provenance(TypedDict, total=False):
     shards: list[ShardSum]
     regions: int
 
 
-class Manifest(_Made):
+class Manifest(_Provenance):
     """Inputs of a store (`Identity`, as JSON); ``shards`` and ``regions`` once it is complete."""
 
     format: str
@@ -220,10 +220,10 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: no region store here (no manifest.json): make one with `python -m ovd.embed`")
     try:
         manifest = json.loads(text)
-        known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+        supported = isinstance(manifest, dict) and manifest.get("format") == FORMAT
     except ValueError:
-        known = False
-    if not known:
+        supported = False
+    if not supported:
         raise UserError(f"{file}: not a manifest of format {FORMAT}: make the store again with `python -m ovd.embed`")
     try:
         StoreSettings(**manifest["settings"])

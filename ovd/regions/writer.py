@@ -96,7 +96,7 @@ def write_regions(
     batch_size: int = 256,
     lease_seconds: float = 300.0,
     wait: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> WriteReport:
     """Write the missing shards of a store. Any number of processes may call this on one folder at the same time.
 
@@ -109,7 +109,7 @@ def write_regions(
         batch_size: crops per forward. Sums in another order may differ in the last bit: keep it when resuming.
         lease_seconds: a lease untouched for this long is taken over.
         wait: wait for shards that other processes are writing; otherwise return without them.
-        say: receives progress lines.
+        log: receives progress lines.
 
     Raises:
         UserError: another identity in ``root``, not enough disk, or too many unreadable pictures.
@@ -121,13 +121,13 @@ def write_regions(
         ),
         identity=identity,
         lease_seconds=lease_seconds,
-        say=say,
+        say=log,
     )
     plan = estimate(len(source), identity=identity, root=writer.path)
     _refuse_small_disk(writer.path, plan)
     writer.count_whole()
     if plan.missing_images:
-        say(_plan_line(writer.embedder, plan, identity.dim))
+        log(_plan_line(writer.embedder, plan, identity.dim))
     while not writer.complete:
         if not writer.write_free() and not writer.complete:
             if not wait:

@@ -10,9 +10,9 @@ which tensor goes where. What comes out is the export, byte for byte. ``scripts/
     int8/NAME     the same of files that are others in 8 bits
     ranges.json   of activations, which those were quantised with (`ovd.runtime.quantise`)
 
-A hole is ``[offset, file, tensor, form, patches]``: where it begins in the file that results, `FORMS`, and bytes of it
-that are others, ``[[place, hex], …]``: of weights in 8 bits the channels that a batch norm turns round, and those that
-ONNX Runtime gives another scale.
+A hole is ``[offset, file, tensor, form, patches]``: the offset in the file that results, one of `FORMS`, and bytes of
+the tensor to be replaced, ``[[offset, hex], …]``: of weights in 8 bits the channels whose sign a batch norm flips, and
+those that ONNX Runtime gives another scale.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,9 +29,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.runtime.files import BESIDE, CARD, INT8_BESIDE, graphs_of, read_runtime_card
+from ovd.runtime.files import CARD, COPIED, EXPORT_FOLDER, INT8_FOLDER, graphs_of, read_runtime_card
 from pretrain.engine.errors import NEEDS_TORCH, UserError
-from pretrain.engine.files import sha256_of, write_atomically
+from pretrain.engine.files import sha256_of, whole_folder, write_atomically
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -41,8 +40,6 @@ Patches: TypeAlias = Sequence[tuple[int, str]]
 Hole: TypeAlias = tuple[int, str, str, str, Patches]
 LISTING, RANGES = "holes.json", "ranges.json"
 INT8 = "int8/"
-COPIED = ("model.json", "card.json", "card.md")
-"""Files that an export has from the folder of its weights."""
 
 
 class _File(TypedDict):
@@ -96,14 +93,13 @@ FORMS: Mapping[str, Callable[[NDArray[np.generic]], bytes]] = {
 """How a stored tensor stands in a graph: its bytes, little-endian."""
 
 
-def assemble(folder: Path, target: Path, *, int8: bool = False, again: bool = True) -> None:
+def assemble(folder: Path, target: Path, *, int8: bool = False) -> None:
     """Write the export of a detector's folder.
 
     Args:
         folder: of the weights, with its archive beside it; tensors are read from files named relative to its parent.
-        target: is made, and replaced where it is an export.
+        target: is made, and replaced where it is another export.
         int8: the one in 8 bits.
-        again: also where the target has become this export in the meantime, by another process, which may be using it.
 
     Raises:
         UserError: no archive, or one of other weights.
@@ -114,42 +110,43 @@ def assemble(folder: Path, target: Path, *, int8: bool = False, again: bool = Tr
             f"{folder}: no {archive.name} beside it, from which an export could be put together without torch; to "
             f"write one, install it: {NEEDS_TORCH}"
         )
-    root = folder.parent
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two may come at once.
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
     try:
-        with zipfile.ZipFile(archive) as packed:
-            listing: _Listing = json.loads(packed.read(LISTING))
-            if int8 and INT8 + CARD not in listing["files"]:
-                raise UserError(f"{archive.name}: has no graphs in 8 bits; scripts/build_graphs.py makes it anew")
-            for name, digest in listing["sources"].items():
-                if not (root / name).is_file() or sha256_of(root / name) != digest:
-                    raise UserError(
-                        f"{root / name}: is not what {archive.name} was made of; scripts/build_graphs.py makes it "
-                        "anew (this needs torch)"
-                    )
-            tensors = _Tensors(root)
-            for name, stored in _parts(listing, int8=int8).items():
-                part = listing["files"][stored]
-                data = filled(packed.read(stored), part["holes"], tensors)
-                if hashlib.sha256(data).hexdigest() != part["sha256"]:
-                    raise UserError(f"{archive}: damaged, {stored} comes out wrong; restore it from the repository")
-                write_atomically(fresh / name, data)
-        for name in COPIED:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, fresh / name)
-        if again or _is_to_be_written(archive, target, int8=int8):
-            _replace(fresh, target)
+        with whole_folder(target) as folder_in_work, zipfile.ZipFile(archive) as packed:
+            _write_files(packed, folder.parent, folder_in_work, int8=int8)
+            for name in COPIED:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, folder_in_work / name)
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as problem:
         raise UserError(f"{archive}: cannot be read ({problem}); restore it from the repository") from problem
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _parts(listing: _Listing, *, int8: bool) -> dict[str, str]:
+def _write_files(packed: zipfile.ZipFile, root: Path, target: Path, *, int8: bool) -> None:
+    """Write the archive's files with their tensors, which are read from files below ``root``.
+
+    Raises:
+        UserError: no such export in the archive, other weights, or a damaged archive.
+    """
+    archive = Path(str(packed.filename))
+    listing: _Listing = json.loads(packed.read(LISTING))
+    if int8 and INT8 + CARD not in listing["files"]:
+        raise UserError(f"{archive.name}: has no graphs in 8 bits; scripts/build_graphs.py makes it anew")
+    for name, digest in listing["sources"].items():
+        if not (root / name).is_file() or sha256_of(root / name) != digest:
+            raise UserError(
+                f"{root / name}: is not what {archive.name} was made of; scripts/build_graphs.py makes it "
+                "anew (this needs torch)"
+            )
+    tensors = _Tensors(root)
+    for name, stored in _archived_names(listing, int8=int8).items():
+        entry = listing["files"][stored]
+        data = fill_holes(packed.read(stored), entry["holes"], tensors)
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise UserError(f"{archive}: damaged, {stored} comes out wrong; restore it from the repository")
+        write_atomically(target / name, data)
+
+
+def _archived_names(listing: _Listing, *, int8: bool) -> dict[str, str]:
     """File of an export → its name in the archive."""
     names = {name: name for name in listing["files"] if not name.startswith(INT8)}
     if int8:
@@ -157,17 +154,7 @@ def _parts(listing: _Listing, *, int8: bool) -> dict[str, str]:
     return names
 
 
-def _replace(fresh: Path, target: Path) -> None:
-    """Put a folder in the place of another; where another process was first, its one stays."""
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        fresh.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-
-
-def kept_export(folder: Path, *, int8: bool) -> Path | None:
+def bundled_export(folder: Path, *, int8: bool) -> Path | None:
     """The export of a detector's folder, written from its archive where there is none, or one of another version.
 
     It lies in the folder, or, where that may not be written, among the user's files. One in 8 bits for photos of
@@ -181,21 +168,21 @@ def kept_export(folder: Path, *, int8: bool) -> Path | None:
     """
     from ovd.weights import user_folder
 
-    archive, beside = graphs_of(folder), INT8_BESIDE if int8 else BESIDE
-    if not holds(archive, int8=int8):
+    archive, name = graphs_of(folder), INT8_FOLDER if int8 else EXPORT_FOLDER
+    if not has_export(archive, int8=int8):
         return None
-    target = folder / beside
-    if not _is_to_be_written(archive, target, int8=int8):
+    target = folder / name
+    if not _is_outdated(archive, target, int8=int8):
         return target
     if not os.access(folder, os.W_OK):
-        target = user_folder("exports", "XDG_CACHE_HOME", ".cache") / folder.name / beside
-        if not _is_to_be_written(archive, target, int8=int8):
+        target = user_folder("exports", "XDG_CACHE_HOME", ".cache") / folder.name / name
+        if not _is_outdated(archive, target, int8=int8):
             return target
-    assemble(folder, target, int8=int8, again=False)
+    assemble(folder, target, int8=int8)
     return target
 
 
-def holds(archive: Path, *, int8: bool) -> bool:
+def has_export(archive: Path, *, int8: bool) -> bool:
     """Whether an archive is there, and has an export of this kind."""
     if not archive.is_file():
         return False
@@ -206,8 +193,8 @@ def holds(archive: Path, *, int8: bool) -> bool:
         return True  # `assemble` says what is wrong with it
 
 
-def _is_to_be_written(archive: Path, export: Path, *, int8: bool) -> bool:
-    """Whether an export is not what the archive gives, and nobody's own either."""
+def _is_outdated(archive: Path, export: Path, *, int8: bool) -> bool:
+    """Whether an export is missing or of another version; one in 8 bits for a user's own photos never is."""
     if not (export / CARD).is_file():
         return True
     try:
@@ -219,7 +206,7 @@ def _is_to_be_written(archive: Path, export: Path, *, int8: bool) -> bool:
         return True  # `assemble` says what is wrong with it
     return any(
         not (export / name).is_file() or sha256_of(export / name) != listing["files"][stored]["sha256"]
-        for name, stored in _parts(listing, int8=int8).items()
+        for name, stored in _archived_names(listing, int8=int8).items()
     )
 
 
@@ -238,72 +225,72 @@ class _Tensors:
         return FORMS[form](self._files[file].get_tensor(name))
 
 
-def filled(rest: bytes, holes: Sequence[Hole], tensors: Callable[[str, str, str], bytes]) -> bytes:
+def fill_holes(stripped: bytes, holes: Sequence[Hole], tensors: Callable[[str, str, str], bytes]) -> bytes:
     """A file with its tensors; the holes in the order of their offsets."""
-    out, used = bytearray(), 0
+    out, position = bytearray(), 0
     for offset, source, name, form, patches in holes:
-        upto = used + offset - len(out)
-        out += rest[used:upto]
-        used = upto
+        end = position + offset - len(out)
+        out += stripped[position:end]
+        position = end
         out += tensors(source, name, form)
-        for place, other in patches:
-            data = bytes.fromhex(other)
-            out[offset + place : offset + place + len(data)] = data
-    return bytes(out + rest[used:])
+        for start, replacement in patches:
+            data = bytes.fromhex(replacement)
+            out[offset + start : offset + start + len(data)] = data
+    return bytes(out + stripped[position:])
 
 
-def cut(data: bytes, pieces: Mapping[bytes, Tensor]) -> tuple[bytes, list[Hole]]:
-    """The opposite of filling: a file without the pieces that occur in it, and its holes.
+def cut_tensors(data: bytes, tensors: Mapping[bytes, Tensor]) -> tuple[bytes, list[Hole]]:
+    """The opposite of `fill_holes`: a file without the tensors that occur in it, and its holes.
 
     Args:
         data: the file.
-        pieces: bytes of a tensor → where they come from.
+        tensors: bytes of a tensor → where they come from.
     """
-    found = sorted(
-        (offset, len(piece), tensor) for piece, tensor in pieces.items() if (offset := data.find(piece)) >= 0
+    occurrences = sorted(
+        (offset, len(values), tensor) for values, tensor in tensors.items() if (offset := data.find(values)) >= 0
     )
-    rest, used = bytearray(), 0
+    stripped, position = bytearray(), 0
     holes: list[Hole] = []
-    for offset, length, tensor in found:
-        if offset >= used:
-            rest += data[used:offset]
+    for offset, length, tensor in occurrences:
+        if offset >= position:
+            stripped += data[position:offset]
             holes.append((offset, *tensor))
-            used = offset + length
-    return bytes(rest + data[used:]), holes
+            position = offset + length
+    return bytes(stripped + data[position:]), holes
 
 
 def patches_of(data: bytes, other: bytes) -> list[tuple[int, str]]:
-    """Where bytes of the same number are others: runs of ``data``, in hexadecimal."""
-    ours, theirs = (np.frombuffer(one, np.uint8) for one in (data, other))
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], (ours != theirs).astype(np.int8), [0]])))
+    """The runs of ``data``, in hexadecimal, where ``other``, of the same length, differs."""
+    differs = np.frombuffer(data, np.uint8) != np.frombuffer(other, np.uint8)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], differs.astype(np.int8), [0]])))
     return [(int(start), data[start:end].hex()) for start, end in edges.reshape(-1, 2)]
 
 
 def write_archive(
     files: Mapping[str, bytes],
     archive: Path,
-    pieces: Mapping[str, Mapping[bytes, Tensor]],
+    tensors: Mapping[str, Mapping[bytes, Tensor]],
     root: Path,
     *,
-    beside: Mapping[str, bytes] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the archive of an export.
 
     Args:
         files: of the export that `wordbox export` wrote, with torch; those of the one in 8 bits begin with `INT8`.
         archive: `graphs_of` the weights.
-        pieces: of `cut`, by the files.
-        root: that the files of the pieces are named relative to.
-        beside: what else it holds, by name.
+        tensors: of `cut_tensors`, by the files.
+        root: that the tensors' files are named relative to.
+        extra: what else it holds, by name.
     """
     listing: dict[str, _File] = {}
-    rests: dict[str, bytes] = {}
+    stripped: dict[str, bytes] = {}
     for name in sorted(files):
-        rests[name], holes = cut(files[name], pieces.get(name, {}))
+        stripped[name], holes = cut_tensors(files[name], tensors.get(name, {}))
         listing[name] = {"sha256": hashlib.sha256(files[name]).hexdigest(), "holes": holes}
-    sources = sorted({hole[1] for part in listing.values() for hole in part["holes"]})
+    sources = sorted({hole[1] for entry in listing.values() for hole in entry["holes"]})
     content: _Listing = {"sources": {name: sha256_of(root / name) for name in sources}, "files": listing}
     with zipfile.ZipFile(archive, "w") as packed:
-        for name, data in {LISTING: json.dumps(content).encode(), **rests, **(beside or {})}.items():
+        for name, data in {LISTING: json.dumps(content).encode(), **stripped, **(extra or {})}.items():
             info = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))  # the same archive whenever it is made
             packed.writestr(info, data, zipfile.ZIP_DEFLATED, 9)

@@ -22,7 +22,7 @@ STEP = 32  # inputs are padded to a multiple of it
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """What a graph says of a picture.
+    """Outputs of a graph for a picture.
 
     Attributes:
         words: (A, K) logits.
@@ -30,7 +30,7 @@ class Cells:
         centres: (A, 2) x and y, pixels of the resized picture.
         strides: (A,) pixels.
         size: (height, width) of the resized picture.
-        back: (4,) factors to pixels of the picture.
+        to_picture: (4,) factors to pixels of the picture.
     """
 
     words: Floats
@@ -38,7 +38,7 @@ class Cells:
     centres: Floats
     strides: Floats
     size: tuple[int, int]
-    back: Floats
+    to_picture: Floats
 
     def boxes(self, index: NDArray[np.int64]) -> Floats:
         """(P, 4) boxes of some cells, in pixels of the resized picture and inside it."""
@@ -60,9 +60,9 @@ class CellGraph:
 
     def __call__(self, image: NDArray[np.uint8], *, side: int) -> Cells:
         """Cells of an (H, W, 3) RGB picture with its longest side at ``side`` pixels."""
-        small = resized(image, side / max(image.shape[:2]))
-        height, width = small.shape[:2]
-        pixels = pixels_for_cells(small, self._card)
+        resized_image = resized(image, side / max(image.shape[:2]))
+        height, width = resized_image.shape[:2]
+        pixels = pixels_for_cells(resized_image, self._card)
         words, sides = self._graph(["words", "sides"], pixels=pixels)
         centres, strides = cell_centres((pixels.shape[2], pixels.shape[3]), self._card.strides)
         return Cells(
@@ -71,12 +71,12 @@ class CellGraph:
             centres=centres,
             strides=strides,
             size=(height, width),
-            back=np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32),
+            to_picture=np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32),
         )
 
 
 def pixels_for_cells(small: NDArray[np.uint8], card: RuntimeCard) -> Floats:
-    """(1, 3, H, W) of a resized (h, w, 3) RGB picture; what is added to it is black."""
+    """(1, 3, H, W) of a resized (h, w, 3) RGB picture, padded with black."""
     height, width = small.shape[:2]
     black = np.pad(small, ((0, -height % STEP), (0, -width % STEP), (0, 0)))
     mean, std = (np.array(x, np.float32) for x in (card.proposal_mean, card.proposal_std))
@@ -102,5 +102,5 @@ def cell_centres(size: tuple[int, int], strides: tuple[int, ...]) -> tuple[Float
 def decode(sides: Floats, centres: Floats, strides: Floats) -> Floats:
     """(P, 4, bins) logits to (P, 4) boxes: each side is the expectation of its bins, in strides from the centre."""
     powers = np.exp(sides - sides.max(axis=-1, keepdims=True))
-    reach = powers @ np.arange(sides.shape[-1], dtype=np.float32) / powers.sum(axis=-1) * strides[:, None]
-    return np.concatenate([centres - reach[:, :2], centres + reach[:, 2:]], axis=1)
+    distance = powers @ np.arange(sides.shape[-1], dtype=np.float32) / powers.sum(axis=-1) * strides[:, None]
+    return np.concatenate([centres - distance[:, :2], centres + distance[:, 2:]], axis=1)

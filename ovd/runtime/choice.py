@@ -102,7 +102,7 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
                 f"{folder}: no export for ONNX Runtime{' in 8 bits' if int8 else ''}; write one: "
                 f"{_export_command(folder, int8=int8)}{'' if graphs_of(folder).is_file() else ' (this needs torch)'}"
             )
-        if stale(folder, export, card.own):
+        if stale(folder, export, card.finetuned):
             raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
         if int8 and _computes_int8() is False:
             log.warning("this CPU has no instructions for products of 8 bits (VNNI): runtime onnx may be faster here")
@@ -112,21 +112,21 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
     if export == folder or importlib.util.find_spec("torch") is None:
         return export
     slower = _computes_bfloat16() or (device == "auto" and shutil.which("nvidia-smi") is not None)
-    return None if slower or stale(folder, export, card.own) else export
+    return None if slower or stale(folder, export, card.finetuned) else export
 
 
 def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:
     """The export in a detector's folder, else that of the archive beside it."""
     export = find_int8_export(folder) if int8 else find_export(folder)
-    if export == folder or card.own:
+    if export == folder or card.finetuned:
         return export
-    from ovd.runtime.assemble import kept_export
+    from ovd.runtime.assemble import bundled_export
 
-    return kept_export(folder, int8=int8) or export
+    return bundled_export(folder, int8=int8) or export
 
 
 def _cpu_flags() -> str | None:
-    """What Linux says of the CPU; None elsewhere."""
+    """Content of ``/proc/cpuinfo``; None on other systems than Linux."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -156,7 +156,7 @@ def _load_torch(
     from ovd.modeling.load import load_detector_model
     from pretrain.engine.distributed import pick_device
 
-    where = pick_device(device, threads=threads)
-    encoder = load_encoder_of(folder, card).to(where)
-    model = load_detector_model(folder, device=str(where), masks=masks, top=regions, encoder=encoder)
+    target = pick_device(device, threads=threads)
+    encoder = load_encoder_of(folder, card).to(target)
+    model = load_detector_model(folder, device=str(target), masks=masks, top=regions, encoder=encoder)
     return Networks(model, encoder)

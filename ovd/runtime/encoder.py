@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
-from ovd.runtime.files import MERGES, TEXT, RuntimeCard, part_of
+from ovd.runtime.files import MERGES, TEXT, RuntimeCard, export_file
 from ovd.runtime.session import Graph
 from ovd.runtime.tokenizer import BytePairs
 
@@ -33,8 +33,8 @@ class OnnxEncoder:
         self.has_image_tower = card.image_size > 0
         self._fingerprint = card.encoder_fingerprint
         self._mean, self._std = (np.array(x, np.float32)[:, None, None] for x in (card.image_mean, card.image_std))
-        self._tokenizer = BytePairs(part_of(folder, MERGES), context_length=card.context_length)
-        self._text, self._tower = Graph(part_of(folder, TEXT), threads=threads), tower
+        self._tokenizer = BytePairs(export_file(folder, MERGES), context_length=card.context_length)
+        self._text, self._tower = Graph(export_file(folder, TEXT), threads=threads), tower
 
     def fingerprint(self) -> str:
         """That of the encoder that was exported: a cache of its texts fits both."""

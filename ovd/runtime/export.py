@@ -11,6 +11,7 @@ import io
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,18 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from ovd.modeling.export import FinetunedCard, read_card
+from ovd.modeling.export import DetectorCard, FinetunedCard, read_card
 from ovd.modeling.fvlm.finetuned import load_finetuned
-from ovd.modeling.fvlm.head import KNOWN_EPS
+from ovd.modeling.fvlm.head import WORD_EPS
 from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
 from ovd.modeling.fvlm.network import load_fvlm
 from ovd.modeling.fvlm.tower import COARSE, FINE
-from ovd.modeling.proposals.build import KNOWN_WORDS
+from ovd.modeling.proposals.build import PROPOSAL_WORDS
 from ovd.modeling.proposals.build import read_card as read_proposal_card
-from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import PIXEL_MEAN, PIXEL_STD, STRIDES, gather
 from ovd.runtime.files import (
     BACKGROUND,
+    COPIED,
     MERGES,
     PROPOSALS,
     REGIONS,
@@ -54,32 +55,17 @@ if TYPE_CHECKING:
     from ovd.modeling.fvlm.network import FvlmDetector
 
 OPSET = 17
-COPIED = ("model.json", "card.json", "card.md")
 
 
 class _Cells(nn.Module):
-    """(1, 3, H, W) to the logits of words and sides."""
+    """(1, 3, H, W) to the logits of words and sides, by the parts of a network like NanoDet."""
 
-    def __init__(self, detector: FvlmDetector) -> None:
+    def __init__(self, backbone: nn.Module, neck: nn.Module, heads: nn.ModuleList) -> None:
         super().__init__()
-        network = detector.proposer.model
-        self.backbone, self.neck = network.backbone.csp, network.backbone.neck
-        self.heads = network.proposal_generator.heads
+        self.backbone, self.neck, self.heads = backbone, neck, heads
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         cells = gather(self.heads, self.neck(self.backbone(pixels)))
-        return cells.words, cells.sides
-
-
-class _FinetunedCells(nn.Module):
-    """The same of a branch of fine-tuned classes."""
-
-    def __init__(self, branch: ClassBranch) -> None:
-        super().__init__()
-        self.csp, self.neck, self.heads = branch.csp, branch.neck, branch.heads
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        cells = gather(self.heads, self.neck(self.csp(pixels)))
         return cells.words, cells.sides
 
 
@@ -102,7 +88,7 @@ class _Tower(nn.Module):
 
 
 class _Regions(nn.Module):
-    """Maps, boxes and known words to what is said of each region."""
+    """Maps, boxes and scores of the proposal network's words to the outputs of the region head."""
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
@@ -111,7 +97,7 @@ class _Regions(nn.Module):
         self.image_head = detector.image_head
 
     def forward(
-        self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, known: Tensor
+        self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, words: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = self.width
         read = [(fine, boxes, self.pool, FINE, 2), (coarse, boxes, self.pool, COARSE, 2),
@@ -124,9 +110,9 @@ class _Regions(nn.Module):
             dim=1,
         )
         inputs = [features]
-        if self.head.known:
-            share = known.clamp(KNOWN_EPS, 1 - KNOWN_EPS)
-            inputs.append(torch.log(share / (1 - share)))
+        if self.head.words:
+            probability = words.clamp(WORD_EPS, 1 - WORD_EPS)
+            inputs.append(torch.log(probability / (1 - probability)))
         hidden = self.head.layers(self.head.norm(torch.cat(inputs, dim=1)))
         image = F.normalize(self.proj(features[:, -2 * width : -width]), dim=1)
         if self.image_head is not None:
@@ -176,47 +162,50 @@ def export_onnx(
         raise UserError("export --format onnx needs the package onnx: pip install onnx") from problem
     card = read_card(source)
     detector, background = load_fvlm(source, card, encoder, precision=torch.float32)
-    proposals = read_proposal_card(source / PROPOSALS_FOLDER)
     if detector.proposer.model.proposal_generator.ranking != "words":
         raise UserError(f"{source}: only proposals that are ranked by words can be exported to ONNX")
     if not isinstance(encoder.visual, TimmImage):
         raise UserError(f"{source}: only encoders with an image tower of timm can be exported to ONNX")
-    generator = detector.proposer.model.proposal_generator
     with whole_folder(target) as fresh:
         _write_graphs(detector, encoder, fresh)
-        _write_branches(source, card.own, fresh)
+        _write_branches(source, card.finetuned, fresh)
         np.save(fresh / BACKGROUND, background.numpy().astype(np.float16))
         (fresh / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, fresh / name)
-        runtime = RuntimeCard(
-            sources=sources_of(source, card.own),
-            encoder_fingerprint=encoder.fingerprint(),
-            embed_dim=encoder.embed_dim,
-            image_size=encoder.image_size,
-            image_mean=encoder.image_mean,
-            image_std=encoder.image_std,
-            context_length=encoder.token_ids([""]).shape[1],
-            side=detector.tower.side,
-            context=detector.tower.context,
-            scale=float(detector.head.scale.detach()),
-            words=KNOWN_WORDS if detector.known else (),
-            proposal_sides=proposals.sides,
-            proposal_mean=PIXEL_MEAN,
-            proposal_std=PIXEL_STD,
-            strides=STRIDES,
-            nms=generator.nms,
-            pre_nms=generator.pre_nms,
-            post_nms=generator.post_nms,
-            precision="int8" if photos else "float32",
-            ranges=photos_are if photos else "",
-        )
+        runtime = _runtime_card(source, card, detector, encoder)
         if photos:
             from ovd.runtime.quantise import quantise
 
-            quantise(fresh, runtime, card.own, photos)
+            runtime = replace(runtime, precision="int8", ranges=photos_are)
+            quantise(fresh, runtime, card.finetuned, photos)
         write_runtime_card(fresh, runtime)
+
+
+def _runtime_card(source: Path, card: DetectorCard, detector: FvlmDetector, encoder: JointEncoder) -> RuntimeCard:
+    """The card of an export in single precision."""
+    proposals, generator = read_proposal_card(source / PROPOSALS_FOLDER), detector.proposer.model.proposal_generator
+    return RuntimeCard(
+        sources=sources_of(source, card.finetuned),
+        encoder_fingerprint=encoder.fingerprint(),
+        embed_dim=encoder.embed_dim,
+        image_size=encoder.image_size,
+        image_mean=encoder.image_mean,
+        image_std=encoder.image_std,
+        context_length=encoder.token_ids([""]).shape[1],
+        side=detector.tower.side,
+        context=detector.tower.context,
+        scale=float(detector.head.scale.detach()),
+        words=PROPOSAL_WORDS if detector.reads_words else (),
+        proposal_sides=proposals.sides,
+        proposal_mean=PIXEL_MEAN,
+        proposal_std=PIXEL_STD,
+        strides=STRIDES,
+        nms=generator.nms,
+        pre_nms=generator.pre_nms,
+        post_nms=generator.post_nms,
+    )
 
 
 def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -> None:
@@ -231,14 +220,16 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
     with torch.no_grad():
         fine, coarse, last, _ = tower(pixels)
     boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [30.0, 20.0, 120.0, 90.0]])
-    known = torch.rand(2, len(KNOWN_WORDS) if detector.known else 0)
+    words = torch.rand(2, len(PROPOSAL_WORDS) if detector.reads_words else 0)
     height_width = {2: "h", 3: "w"}
-    _write_cells(folder / PROPOSALS, _Cells(detector))
+    proposals = detector.proposer.model
+    cells = _Cells(proposals.backbone.csp, proposals.backbone.neck, proposals.proposal_generator.heads)
+    _write_cells(folder / PROPOSALS, cells)
     _write(folder / TOWER, tower, {"pixels": pixels}, ["fine", "coarse", "last", "row"], {
         "pixels": {0: "n", **height_width}, "fine": {0: "n", 2: "fh", 3: "fw"}, "coarse": {0: "n", 2: "ch", 3: "cw"},
         "last": {0: "n", 2: "ch", 3: "cw"}, "row": {0: "n"},
     })  # fmt: skip
-    maps = {"fine": fine, "coarse": coarse, "last": last, "boxes": boxes, "around": boxes, "known": known}
+    maps = {"fine": fine, "coarse": coarse, "last": last, "boxes": boxes, "around": boxes, "known": words}
     _write(folder / REGIONS, _Regions(detector), maps, ["embedding", "bias", "image"], {
         "fine": {2: "fh", 3: "fw"}, "coarse": {2: "ch", 3: "cw"}, "last": {2: "ch", 3: "cw"}, "boxes": {0: "r"},
         "around": {0: "r"}, "known": {0: "r"}, "embedding": {0: "r"}, "bias": {0: "r"}, "image": {0: "r"},
@@ -250,7 +241,8 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
 def _write_branches(source: Path, cards: Sequence[FinetunedCard], folder: Path) -> None:
     finetuned = load_finetuned(source, cards, lexicon=read_lexicon(), precision=torch.float32)
     for branch in () if finetuned is None else finetuned.branches:
-        _write_cells(folder / branch_graph(branch.card), _FinetunedCells(branch.network))
+        network = branch.network
+        _write_cells(folder / branch_graph(branch.card), _Cells(network.csp, network.neck, network.heads))
 
 
 def _write_cells(file: Path, cells: nn.Module) -> None:

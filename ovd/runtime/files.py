@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `wordbox export --format onnx` writes, and what reads it: a folder with ``runtime.json`` beside the graphs.
+"""The folder that `wordbox export --format onnx` writes: ``runtime.json`` beside the graphs.
 
     runtime.json            `RuntimeCard`
     model.json, card.*      as in the folder that was exported
@@ -11,7 +11,7 @@
     background_words.npy    (B, D) float16
     merges.txt              of the tokenizer, best first
 
-H and W are multiples of 32, A cells, K known words, D joint embedding.
+H and W are multiples of 32, A cells, K words of the proposal network, D joint embedding.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ if TYPE_CHECKING:
 
 FORMAT = "wordbox-onnx/1"
 CARD = "runtime.json"
-BESIDE, INT8_BESIDE = "onnx", "onnx-int8"
+EXPORT_FOLDER, INT8_FOLDER = "onnx", "onnx-int8"
 """Folders of exports in the folder of the weights that they were made of, in single precision and in 8 bits.
 
 In an installed wheel the weights' folder is an export itself, and the second holds only the files that differ.
 """
 PROPOSALS, TOWER, REGIONS, TEXT = "proposals.onnx", "tower.onnx", "regions.onnx", "text.onnx"
 BACKGROUND, MERGES = "background_words.npy", "merges.txt"
+COPIED = ("model.json", "card.json", "card.md")
+"""Files that an export has from the folder of its weights."""
 SOURCES = ("model.safetensors", "proposals/model.safetensors")
 """Files of a detector of photographs that its export is made of, beside its encoder and branches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeCard:
-    """What stands in ``runtime.json``.
+    """Content of ``runtime.json``.
 
     Attributes:
         sources: sha256 of each file of `sources_of`.
@@ -55,13 +57,13 @@ class RuntimeCard:
         side: longest side of a picture in the tower, pixels.
         context: factor on the box in which the last map is pooled once more.
         scale: inverse temperature of the region head.
-        words: that the proposal network knows; empty where its scores of them are not used.
+        words: of the proposal network; empty where the head does not read its scores.
         proposal_sides: longest sides of a picture in the proposal network, pixels.
         proposal_mean, proposal_std: of its pixels, RGB, 0…255.
         strides: of its levels, pixels.
         nms, pre_nms, post_nms: see `ovd.modeling.proposals.network.DenseProposals`.
         precision: of the convolutions: "float32", or "int8" (`ovd.runtime.quantise`).
-        ranges: of 8 bits: the photos that they are the ranges of, in words.
+        ranges: where precision is int8, a description of the photos that the ranges were measured on.
     """
 
     sources: dict[str, str]
@@ -127,27 +129,27 @@ def graphs_of(folder: Path) -> Path:
 
 def find_export(folder: Path) -> Path | None:
     """The export of a detector's folder: the folder itself, or the one that it holds; None: there is none."""
-    return next((place for place in (folder, folder / BESIDE) if (place / CARD).is_file()), None)
+    return next((candidate for candidate in (folder, folder / EXPORT_FOLDER) if (candidate / CARD).is_file()), None)
 
 
 def find_int8_export(folder: Path) -> Path | None:
     """The same in 8 bits."""
     if (folder / CARD).is_file() and read_runtime_card(folder).precision == "int8":
         return folder
-    beside = folder / INT8_BESIDE
-    return beside if (beside / CARD).is_file() else None
+    inner = folder / INT8_FOLDER
+    return inner if (inner / CARD).is_file() else None
 
 
-def part_of(export: Path, name: str) -> Path:
-    """A file of an export; see `INT8_BESIDE`."""
+def export_file(export: Path, name: str) -> Path:
+    """A file of an export; see `INT8_FOLDER`."""
     outer = export.parent / name
-    return outer if export.name == INT8_BESIDE and not (export / name).exists() and outer.is_file() else export / name
+    return outer if export.name == INT8_FOLDER and not (export / name).exists() and outer.is_file() else export / name
 
 
 def stale(folder: Path, export: Path, finetuned: Sequence[FinetunedCard]) -> bool:
-    """Whether an export was made of other weights, or other branches of fine-tuned classes, than lie beside it."""
+    """Whether an export was made of other weights, or other branches, than those beside it."""
     if export == folder:
         return False
-    whole = (folder / CARD).is_file()  # of a wheel
-    made_of = read_runtime_card(folder).sources if whole else sources_of(folder, finetuned)
-    return read_runtime_card(export).sources != made_of
+    is_wheel = (folder / CARD).is_file()  # of a wheel
+    sources = read_runtime_card(folder).sources if is_wheel else sources_of(folder, finetuned)
+    return read_runtime_card(export).sources != sources

@@ -69,11 +69,11 @@ class OnnxBranches:
             box, class_id, score = self._detected(image, card, graph)
             column = columns[class_id]
             active = column >= 0
-            one = np.zeros((int(active.sum()), self._classes), np.float32)
+            rows = np.zeros((int(active.sum()), self._classes), np.float32)
             calibrated = sigmoid(card.slope * logit(score[active], eps=EPS) + card.offset)
-            one[np.arange(len(one)), column[active]] = calibrated
+            rows[np.arange(len(rows)), column[active]] = calibrated
             boxes.append(box[active])
-            scores.append(one)
+            scores.append(rows)
         return FinetunedBoxes(np.concatenate(boxes), np.concatenate(scores))
 
     @staticmethod
@@ -86,8 +86,8 @@ class OnnxBranches:
         pairs = best_first(score_AC.ravel(), CANDIDATES)
         pairs = pairs[score_AC.ravel()[pairs] >= LEAST_SCORE]
         cell, class_id = np.divmod(pairs, score_AC.shape[1])
-        boxes = cells.boxes(cell) * cells.back
-        there = ((boxes[:, 2:] - boxes[:, :2]) >= LEAST_SIDE).all(axis=1)
-        boxes, class_id, scores = boxes[there], class_id[there], score_AC[cell, class_id][there]
-        kept = batched_nms(boxes, scores, class_id, card.nms, limit=card.top)
-        return boxes[kept], class_id[kept], scores[kept]
+        boxes = cells.boxes(cell) * cells.to_picture
+        is_large = ((boxes[:, 2:] - boxes[:, :2]) >= LEAST_SIDE).all(axis=1)
+        boxes, class_id, scores = boxes[is_large], class_id[is_large], score_AC[cell, class_id][is_large]
+        keep = batched_nms(boxes, scores, class_id, card.nms, limit=card.top)
+        return boxes[keep], class_id[keep], scores[keep]

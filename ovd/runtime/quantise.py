@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
     from ovd.modeling.export import FinetunedCard
 
-MOST = 64
-"""Photos that are looked at; more change no range that matters, and take time."""
-FEW = 20
-"""Fewer show too little of what occurs."""
-SEEN = 1024
-"""Longest side, in pixels, at which they are held in memory; the networks look at smaller ones."""
+MAX_PHOTOS = 64
+"""Photos used; more change no range that matters, and take time."""
+MIN_PHOTOS = 20
+"""Fewer photos leave values out that occur."""
+MAX_SIDE = 1024
+"""Longest side, in pixels, of photos in memory; the networks take smaller ones."""
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
 """Of a graph: the least and the greatest value of each tensor."""
 QUANTISED = ("Conv", "LeakyRelu", "Relu", "Clip", "Add", "Concat", "MaxPool", "Resize")
@@ -57,10 +57,10 @@ def quantise(
     Raises:
         UserError: ONNX Runtime cannot quantise a graph.
     """
-    write_quantised(folder, measured(folder, card, finetuned, photos))
+    write_quantised(folder, activation_ranges(folder, card, finetuned, photos))
 
 
-def measured(
+def activation_ranges(
     folder: Path, card: RuntimeCard, finetuned: Sequence[FinetunedCard], photos: Sequence[NDArray[np.uint8]]
 ) -> dict[str, Ranges]:
     """The ranges of each graph of an export that is quantised; arguments and errors as of `quantise`."""
@@ -92,7 +92,7 @@ def write_quantised(folder: Path, ranges: Mapping[str, Ranges]) -> None:
 
 
 def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
-    """Up to `MOST` photos of a folder and those in it, evenly from all, none larger than `SEEN`.
+    """Up to `MAX_PHOTOS` photos of a folder and those in it, evenly from all, none larger than `MAX_SIDE`.
 
     Those that cannot be read are left out, with a warning.
 
@@ -100,15 +100,15 @@ def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
         UserError: no such folder, or no photo in it that can be read.
     """
     files = list_images(folder)
-    step = max(1, len(files) / MOST)
+    step = max(1, len(files) / MAX_PHOTOS)
     photos, unread = [], []
-    for number in range(min(len(files), MOST)):
+    for number in range(min(len(files), MAX_PHOTOS)):
         try:
             photo = read_image(files[int(number * step)])
         except BadImageError as problem:
             unread.append(str(problem))
             continue
-        photos.append(resized(photo, min(1, SEEN / max(photo.shape[:2]))))
+        photos.append(resized(photo, min(1, MAX_SIDE / max(photo.shape[:2]))))
     if not photos:
         raise UserError(f"{folder}: none of its photos can be read (first: {unread[0]})")
     if unread:
@@ -117,14 +117,18 @@ def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
 
 
 def quantised(
-    file: Path, ranges: Ranges, *, kept: Callable[[onnx.GraphProto], list[str]] | None = None, per_channel: bool = True
+    file: Path,
+    ranges: Ranges,
+    *,
+    excluded: Callable[[onnx.GraphProto], list[str]] | None = None,
+    per_channel: bool = True,
 ) -> onnx.ModelProto:
     """A graph with its convolutions in 8 bits.
 
     Args:
         file: of an export, in single precision.
         ranges: of its tensors.
-        kept: names of the nodes that stay in single precision; None: `outermost`.
+        excluded: names the nodes that stay in single precision; None: `outermost`.
         per_channel: scales of weights for each output channel, else for each tensor.
 
     Raises:
@@ -135,7 +139,7 @@ def quantised(
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     model = prepared(file)
-    stay = (kept or outermost)(model.graph)
+    stay = (excluded or outermost)(model.graph)
     _fold(model.graph, stay)
     data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     try:
@@ -197,13 +201,13 @@ def _ranges(file: Path, inputs: Sequence[Floats]) -> Ranges:
                 calibrate_method=CalibrationMethod.MinMax,
             )
             calibrator.collect_data(_Photos(inputs))
-            found = calibrator.compute_data()
+            ranges = calibrator.compute_data()
         except Exception as problem:  # see `quantised`
             raise UserError(f"{file.name}: ONNX Runtime cannot quantise it ({problem}); leave --int8 out") from problem
-    return {name: (data.lowest.item(), data.highest.item()) for name, data in found.items()}
+    return {name: (data.lowest.item(), data.highest.item()) for name, data in ranges.items()}
 
 
-def _fold(graph: onnx.GraphProto, kept: Sequence[str]) -> None:
+def _fold(graph: onnx.GraphProto, excluded: Sequence[str]) -> None:
     """Put batch norms into the convolutions before them that are quantised.
 
     The others keep theirs, and so their weights as they are stored; the runtime folds them.
@@ -214,7 +218,7 @@ def _fold(graph: onnx.GraphProto, kept: Sequence[str]) -> None:
     norms = {node.input[0]: node for node in graph.node if node.op_type == "BatchNormalization"}
     for node in list(graph.node):
         norm = norms.get(node.output[0])
-        if node.op_type != "Conv" or norm is None or node.name in kept:
+        if node.op_type != "Conv" or norm is None or node.name in excluded:
             continue
         weights = tensors[node.input[1]]
         scale, offset, mean, variance = (numpy_helper.to_array(tensors[name]) for name in norm.input[1:])
@@ -259,9 +263,9 @@ class _Photos:
     """Inputs of a graph, one after the other, as `onnxruntime.quantization.CalibrationDataReader`."""
 
     def __init__(self, inputs: Sequence[Floats]) -> None:
-        self._left: Iterator[Floats] = iter(inputs)
+        self._remaining: Iterator[Floats] = iter(inputs)
 
     def get_next(self) -> Mapping[str, Floats] | None:
         """The next inputs by name; None: that was all."""
-        pixels = next(self._left, None)
+        pixels = next(self._remaining, None)
         return None if pixels is None else {"pixels": pixels}

@@ -4,7 +4,7 @@
 What `ovd.modeling.proposals` and `ovd.modeling.fvlm.tower` do with tensors, done with arrays: the tests hold both to
 the same boxes and scores.
 
-Shapes: A cells, P proposals, R regions, K known words, D joint embedding.
+Shapes: A cells, P proposals, R regions, K words of the proposal network, D joint embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ovd.modeling.export import DetectorCard
 from ovd.pictures import resized
 from ovd.runtime.cells import CellGraph, padded
 from ovd.runtime.encoder import OnnxEncoder
-from ovd.runtime.files import BACKGROUND, PROPOSALS, REGIONS, TOWER, RuntimeCard, part_of, read_runtime_card
+from ovd.runtime.files import BACKGROUND, PROPOSALS, REGIONS, TOWER, RuntimeCard, export_file, read_runtime_card
 from ovd.runtime.finetuned import OnnxBranches
 from ovd.runtime.session import Graph
 from pretrain.data.lexicon import read_lexicon
@@ -37,7 +37,7 @@ LEAST_SIDE = 1.0  # of a proposal, in pixels of the network's input
 
 
 class Proposed(NamedTuple):
-    """Boxes (P, 4), objectness (P,) and scores of known words (P, K), 0…1."""
+    """Boxes (P, 4), objectness (P,) and scores of the proposal network's words (P, K), 0…1."""
 
     boxes: Floats
     objectness: Floats
@@ -47,8 +47,8 @@ class Proposed(NamedTuple):
         """Some of them, in the order of ``index``."""
         return Proposed(self.boxes[index], self.objectness[index], self.words[index])
 
-    def beside(self, boxes: Floats) -> Proposed:
-        """These, and after them boxes of which nothing is said: objectness and known words are 0."""
+    def with_boxes(self, boxes: Floats) -> Proposed:
+        """These, and after them boxes with objectness and word scores of 0."""
         added = len(boxes)
         return Proposed(
             np.concatenate([self.boxes, boxes]),
@@ -78,55 +78,59 @@ class OnnxNetwork:
         threads: int | None = None,
     ) -> None:
         self.card, self.scale, self.sides = card, card.scale, card.proposal_sides
-        self._proposals = CellGraph(part_of(folder, PROPOSALS), card, threads=threads)
-        self._head, self._tower, self._finetuned = Graph(part_of(folder, REGIONS), threads=threads), tower, finetuned
+        self._proposals = CellGraph(export_file(folder, PROPOSALS), card, threads=threads)
+        self._head, self._tower, self._finetuned = (
+            Graph(export_file(folder, REGIONS), threads=threads),
+            tower,
+            finetuned,
+        )
 
     def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
         """See `FvlmNetwork`."""
-        found, finetuned_RO = self._proposed(image, top=top), None
+        proposals, finetuned_RO = self._proposed(image, top=top), None
         if self._finetuned is not None:
             added, scores = self._finetuned(image)
-            finetuned_RO = np.pad(scores, ((len(found.boxes), 0), (0, 0)))
-            found = found.beside(added)
+            finetuned_RO = np.pad(scores, ((len(proposals.boxes), 0), (0, 0)))
+            proposals = proposals.with_boxes(added)
         height, width = image.shape[:2]
         small = resized(image, self.card.side / max(height, width))
         pixels = pixels_for_tower(small, self.card)
         fine, coarse, last = self._tower(["fine", "coarse", "last"], pixels=pixels)
         scale = np.array([small.shape[1] / width, small.shape[0] / height] * 2, np.float32)
-        boxes = found.boxes * scale
-        known = found.words if self.card.words else found.words[:, :0]
-        embedding, bias, own_row = self._head(
+        boxes = proposals.boxes * scale
+        word_scores = proposals.words if self.card.words else proposals.words[:, :0]
+        embedding, bias, image_embedding = self._head(
             ["embedding", "bias", "image"],
             fine=fine,
             coarse=coarse,
             last=last,
             boxes=boxes,
             around=widened(boxes, self.card.context, small.shape[:2]),
-            known=known,
+            known=word_scores,
         )
         return RegionSet(
-            boxes=found.boxes,
-            objectness=found.objectness,
+            boxes=proposals.boxes,
+            objectness=proposals.objectness,
             text=embedding,
-            image=own_row,
+            image=image_embedding,
             masks=None,
             size=(height, width),
-            known=known,
+            word_scores=word_scores,
             bias=bias,
             finetuned=finetuned_RO,
         )
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
         """See `FvlmNetwork`."""
-        found = self._proposed(image, top=top)
-        return found.boxes, found.objectness
+        proposals = self._proposed(image, top=top)
+        return proposals.boxes, proposals.objectness
 
     def _proposed(self, image: NDArray[np.uint8], *, top: int) -> Proposed:
         limit = round(MAX_ENLARGEMENT * max(image.shape[:2]))
         sides = dict.fromkeys(min(side, limit) for side in self.sides)
         parts = [self._at(image, side) for side in sides]
-        found = Proposed(*(np.concatenate(values) for values in zip(*parts, strict=True)))
-        return found.at(kept(found.boxes, found.objectness, self.card.nms)[:top])
+        proposals = Proposed(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        return proposals.at(suppressed(proposals.boxes, proposals.objectness, self.card.nms)[:top])
 
     def _at(self, image: NDArray[np.uint8], side: int) -> Proposed:
         """Proposals in pixels of the picture, of the picture with its longest side at ``side`` pixels."""
@@ -134,11 +138,11 @@ class OnnxNetwork:
         objectness = np.nan_to_num(sigmoid(cells.words.max(axis=1)))
         best = best_first(objectness, card.pre_nms)
         boxes = cells.boxes(best)
-        there = ((boxes[:, 2:] - boxes[:, :2]) > LEAST_SIDE).all(axis=1)
-        best, boxes = best[there], boxes[there]
-        first = kept(boxes, objectness[best], card.nms)[: card.post_nms]
+        is_large = ((boxes[:, 2:] - boxes[:, :2]) > LEAST_SIDE).all(axis=1)
+        best, boxes = best[is_large], boxes[is_large]
+        first = suppressed(boxes, objectness[best], card.nms)[: card.post_nms]
         best = best[first]
-        return Proposed(boxes[first] * cells.back, objectness[best], sigmoid(cells.words[best]))
+        return Proposed(boxes[first] * cells.to_picture, objectness[best], sigmoid(cells.words[best]))
 
 
 def load_onnx(
@@ -157,21 +161,21 @@ def load_onnx(
     """
     card = read_runtime_card(folder)
     try:
-        background = np.load(part_of(folder, BACKGROUND)).astype(np.float32)
+        background = np.load(export_file(folder, BACKGROUND)).astype(np.float32)
     except (OSError, ValueError) as problem:
         raise UserError(f"{folder / BACKGROUND}: cannot be read ({problem}); export the weights again") from problem
-    tower = Graph(part_of(folder, TOWER), threads=threads)
+    tower = Graph(export_file(folder, TOWER), threads=threads)
     lexicon = read_lexicon()
-    names = FinetunedNames.of(detector.own, lexicon=lexicon)
+    names = FinetunedNames.of(detector.finetuned, lexicon=lexicon)
     finetuned = None
     if names is not None:
-        finetuned = OnnxBranches(folder, card, branches=detector.own, names=names, threads=threads)
+        finetuned = OnnxBranches(folder, card, branches=detector.finetuned, names=names, threads=threads)
     model = FvlmRegionModel(
         network=OnnxNetwork(folder, card, tower=tower, finetuned=finetuned, threads=threads),
         card=detector,
         background_words=background,
-        known=WordList(words=card.words, lexicon=lexicon),
-        trained=WordList(words=detector.bank, lexicon=lexicon),
+        proposal_words=WordList(words=card.words, lexicon=lexicon),
+        training_words=WordList(words=detector.background_words, lexicon=lexicon),
         finetuned=names,
         top=top,
     )
@@ -179,7 +183,7 @@ def load_onnx(
 
 
 def pixels_for_tower(small: NDArray[np.uint8], card: RuntimeCard) -> Floats:
-    """(1, 3, H, W) of a resized (h, w, 3) RGB picture; what is added to it is the mean colour."""
+    """(1, 3, H, W) of a resized (h, w, 3) RGB picture, padded with the mean colour."""
     mean, std = (255 * np.array(x, np.float32) for x in (card.image_mean, card.image_std))
     return padded((small - mean) / std)
 
@@ -191,6 +195,6 @@ def widened(boxes: Floats, factor: float, size: tuple[int, int]) -> Floats:
     return np.clip(grown, 0, np.array([size[1], size[0]] * 2, np.float32))
 
 
-def kept(boxes: Floats, scores: Floats, iou: float) -> NDArray[np.int64]:
-    """Indices that remain after NMS of nameless boxes, best first."""
+def suppressed(boxes: Floats, scores: Floats, iou: float) -> NDArray[np.int64]:
+    """Indices that remain after class-agnostic NMS, best first."""
     return batched_nms(boxes, scores, np.zeros(len(boxes), np.int64), iou)

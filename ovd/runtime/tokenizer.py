@@ -55,12 +55,12 @@ class BytePairs:
             lines = self.file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(f"{self.file}: cannot be read ({problem}); export the weights again") from problem
-        pairs = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
+        merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
         letters = sorted(self._letters, key=lambda letter: (ord(letter) >= 256, ord(letter)))
-        tokens = [*letters, *(letter + END_OF_WORD for letter in letters), *("".join(pair) for pair in pairs)]
+        tokens = [*letters, *(letter + END_OF_WORD for letter in letters), *("".join(pair) for pair in merges)]
         tokens += ["<start_of_text>", "<end_of_text>"]
         # Of two ways to merge the same token the later one names it.
-        return {pair: place for place, pair in enumerate(pairs)}, {token: i for i, token in enumerate(tokens)}
+        return {pair: rank for rank, pair in enumerate(merges)}, {token: i for i, token in enumerate(tokens)}
 
     @cached_property
     def _words(self) -> Any:
@@ -88,15 +88,15 @@ class BytePairs:
         return [token for word in self._words.findall(clean) for token in self._spell(word)]
 
     def _ids_of(self, word: str) -> tuple[int, ...]:
-        places, ids = self._tables
+        ranks, ids = self._tables
         if word in ("<start_of_text>", "<end_of_text>"):
             return (ids[word],)
         parts = [self._letters[byte] for byte in word.encode("utf-8")]
         parts[-1] += END_OF_WORD
         while len(parts) > 1:
             pairs = set(pairwise(parts))
-            best = min(pairs, key=lambda pair: places.get(pair, len(places)))
-            if best not in places:
+            best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            if best not in ranks:
                 break
             parts = _joined(parts, best)
         return tuple(ids[part] for part in parts)

@@ -226,7 +226,7 @@ def export(config: DetrTrainConfig, parts: TrainingParts[Detr], folder: Path) ->
     names = labels.images.names if labels is not None else ()
     variant = config.model.variant if labels is not None else "agnostic"
     words = labels if variant == "text" else None
-    bank = words.background_words if words is not None else []
+    background = words.background_words if words is not None else []
     head = {"scale": config.model.scale}  # what commands read of any detector's card
     if config.pretext is not None:
         head |= {"patches": config.pretext.patches.count, "patch_size": config.pretext.patches.size}
@@ -236,8 +236,8 @@ def export(config: DetrTrainConfig, parts: TrainingParts[Detr], folder: Path) ->
         model={**config.model.model_dump(mode="json"), "variant": variant, "head": head},
         classes=names if variant != "agnostic" else (),
         novel=words.novel if words is not None else (),
-        background=[names[i] for i in bank],
+        background=[names[i] for i in background],
         calibration=Calibration(logit_scale=config.model.scale, objectness_weight=1.0, example_objectness_weight=1.0),
     )
-    rows = words.rows[torch.tensor(bank)] if words is not None else torch.zeros(0, parts.encoder.embed_dim)
-    save_detector(folder, parts.model, card, bank=rows)
+    rows = words.rows[torch.tensor(background)] if words is not None else torch.zeros(0, parts.encoder.embed_dim)
+    save_detector(folder, parts.model, card, background_words=rows)

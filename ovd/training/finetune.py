@@ -26,7 +26,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.files import whole_folder
 
 if TYPE_CHECKING:
-    from ovd.data.own_photos import CanvasSource, OwnPhotos
+    from ovd.data.own_photos import CanvasSource, FinetunePhotos
     from ovd.evaluation.finetuned import BranchScores
     from ovd.modeling.proposals.classes import ClassBranch
 
@@ -51,7 +51,7 @@ class FinetuneTask(DetectionTask):
         self,
         *,
         branch: ClassBranch,
-        photos: OwnPhotos,
+        photos: FinetunePhotos,
         held_out: list[int],
         side: int,
         nms: float,
@@ -97,12 +97,12 @@ class FinetuneParts:
     """Parts of a fine-tuning."""
 
     folder: Path
-    photos: OwnPhotos
+    photos: FinetunePhotos
     task: FinetuneTask
     source: CanvasSource
 
 
-def with_steps(config: FinetuneConfig, photos: OwnPhotos) -> FinetuneConfig:
+def with_steps(config: FinetuneConfig, photos: FinetunePhotos) -> FinetuneConfig:
     """The configuration with as many steps as its photos need: ``loop.steps`` at most.
 
     Raises:
@@ -119,7 +119,7 @@ def with_steps(config: FinetuneConfig, photos: OwnPhotos) -> FinetuneConfig:
     return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps})})
 
 
-def build(config: FinetuneConfig, *, photos: OwnPhotos) -> FinetuneParts:
+def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
     """Everything a training needs, before the first step.
 
     Raises:
@@ -176,13 +176,13 @@ def build(config: FinetuneConfig, *, photos: OwnPhotos) -> FinetuneParts:
     )
 
 
-def read_photos(config: FinetuneConfig) -> OwnPhotos:
+def read_photos(config: FinetuneConfig) -> FinetunePhotos:
     """The photos and labels of a data section.
 
     Raises:
         UserError: labels that cannot be read, or nothing to learn from.
     """
-    from ovd.data.own_photos import OwnPhotos
+    from ovd.data.own_photos import FinetunePhotos
     from ovd.formats.read import read_labels
 
     data = config.data
@@ -193,7 +193,7 @@ def read_photos(config: FinetuneConfig) -> OwnPhotos:
         part=data.part,
         prefer=("train",),
     )
-    return OwnPhotos(folder=labels.root, truth=labels.truth(), confident=data.confident, doubtful=data.doubtful)
+    return FinetunePhotos(folder=labels.root, truth=labels.truth(), confident=data.confident, doubtful=data.doubtful)
 
 
 def _detector(config: FinetuneConfig) -> Path:
@@ -236,14 +236,14 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         measured = task.measure(task.best)
         slope, offset = measured.fitted()
         metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
-    with whole_folder(folder) as fresh:
-        shutil.copytree(parts.folder / PROPOSALS, fresh / PROPOSALS)
-        earlier = remaining_branches(card.own, parts.photos.names)
+    with whole_folder(folder) as target:
+        shutil.copytree(parts.folder / PROPOSALS, target / PROPOSALS)
+        earlier = remaining_branches(card.finetuned, parts.photos.names)
         for file in ("model.safetensors", *(branch.file for branch in earlier)):
-            (fresh / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(parts.folder / file, fresh / file)
+            (target / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(parts.folder / file, target / file)
         branch = save_branch(
-            fresh,
+            target,
             task.best,
             number=1 + max((int(Path(branch.file).stem) for branch in earlier), default=0),
             names=parts.photos.names,
@@ -253,8 +253,8 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         )
         branch = replace(branch, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
         added = (*earlier, branch)
-        write_card(fresh, replace(card, own=added))
+        write_card(target, replace(card, finetuned=added))
         names = ", ".join(name for branch in added for name in branch.names)
         start = config.weights if "/" not in config.weights else "what it started from"
         purpose = f"Finds {names}; answers all other words as {start} does."
-        (fresh / "card.json").write_text(json.dumps({"purpose": purpose}, ensure_ascii=False) + "\n", encoding="utf-8")
+        (target / "card.json").write_text(json.dumps({"purpose": purpose}, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -212,13 +212,13 @@ def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, se
 
     proposals = model.proposer.regions(image, top=300)
     half = count // 2
-    rest = np.random.default_rng([7, seed]).permutation(np.arange(half, len(proposals.boxes)))[: count - half]
-    chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(proposals.boxes))), np.sort(rest)]))
-    kept = model.pooled(image, proposals[chosen])
+    sampled = np.random.default_rng([7, seed]).permutation(np.arange(half, len(proposals.boxes)))[: count - half]
+    chosen = torch.from_numpy(np.concatenate([np.arange(min(half, len(proposals.boxes))), np.sort(sampled)]))
+    pooled = model.pooled(image, proposals[chosen])
     return {
-        "features": _padded(kept.features, count, np.float16),
-        "known": _padded(kept.known, count, np.float16),
-        "boxes": _padded(kept.boxes, count, np.float32),
+        "features": _padded(pooled.features, count, np.float16),
+        "known": _padded(pooled.word_scores, count, np.float16),
+        "boxes": _padded(pooled.boxes, count, np.float32),
         "regions": np.array(len(chosen)),
     }
 
@@ -254,12 +254,12 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         long_side=config.model.side,
         classes=table.words[: table.everywhere],
         novel=(),
-        bank=table.words,
+        background_words=table.words,
         calibration=asdict(Calibration(open_scale=float(parts.encoder.logit_scale.detach().exp()))),
         config_hash=config_hash(config),
         templates=config.templates,
     )
-    save_detector(folder, parts.model, card, bank=parts.rows)
+    save_detector(folder, parts.model, card, background_words=parts.rows)
     target = folder / PROPOSALS
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(parts.proposals, target)

@@ -101,7 +101,7 @@ def detector_card(
         long_side=config.data.long_side,
         classes=tuple(classes),
         novel=tuple(sorted(novel)),
-        bank=tuple(background),
+        background_words=tuple(background),
         calibration=asdict(calibration),
         config_hash=config_hash(config),
         templates=templates,

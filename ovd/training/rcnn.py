@@ -115,11 +115,11 @@ def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
         if key.startswith(f"{first}body."):
             source.setdefault(second + key.removeprefix(first), source[key])
     needed = [k for k in target if k.startswith(("backbone.", "proposal_generator."))]
-    lacking = [k for k in needed if k not in source or source[k].shape != target[k].shape]
-    if lacking:
+    missing = [k for k in needed if k not in source or source[k].shape != target[k].shape]
+    if missing:
         raise UserError(
-            f"weights={folder}: {len(lacking)} of {len(needed)} backbone and RPN tensors do not fit, "
-            f"such as {lacking[0]}"
+            f"weights={folder}: {len(missing)} of {len(needed)} backbone and RPN tensors do not fit, "
+            f"such as {missing[0]}"
         )
     rows = ("roi_heads.classifier.rows", "roi_heads.classifier.trainable")
     return load_tensors(model, source, source=folder, strict="no", skip=rows)
@@ -209,7 +209,7 @@ def export(config: TrainConfig, parts: TrainingParts[OpenVocabularyRCNN], folder
 
     labels = parts.labels
     assert labels is not None
-    names, bank = labels.images.names, labels.background_words
+    names, background = labels.images.names, labels.background_words
     has_rows = parts.model.roi_heads.classifier is not None
     card = detector_card(
         config,
@@ -217,8 +217,8 @@ def export(config: TrainConfig, parts: TrainingParts[OpenVocabularyRCNN], folder
         model=config.model.model_dump(mode="json"),
         classes=names if has_rows else (),
         novel=labels.novel if has_rows else (),
-        background=[names[i] for i in bank],
+        background=[names[i] for i in background],
         calibration=Calibration(logit_scale=config.model.head.scale),
         templates=config.templates,
     )
-    save_detector(folder, parts.model, card, bank=labels.rows[torch.tensor(bank)])
+    save_detector(folder, parts.model, card, background_words=labels.rows[torch.tensor(background)])

@@ -180,7 +180,7 @@ def read_captions(path: str | Path, *, hint: str = "") -> Captions:
     texts: dict[ImageId, list[str]] = {}
     for n, annotation in enumerate(content["annotations"]):
         entry = f"{path}: annotations[{n}]"
-        image_id = known_id(required(annotation, "image_id", entry), sizes, f"{entry}: image_id")
+        image_id = require_id(required(annotation, "image_id", entry), sizes, f"{entry}: image_id")
         if not isinstance(caption := annotation.get("caption"), str):
             raise UserError(f"{entry}: {'caption is no text' if 'caption' in annotation else 'no caption'}{closing}.")
         if text := caption.strip():
@@ -341,10 +341,10 @@ def _annotation(
     odd: Counter[str],
 ) -> Annotation:
     """One annotation, checked; oddities are counted in ``odd``."""
-    image_id = known_id(required(a, "image_id", entry), sizes, f"{entry}: image_id")
+    image_id = require_id(required(a, "image_id", entry), sizes, f"{entry}: image_id")
     if "bbox" not in a and (what := next((OTHER_KINDS[key] for key in OTHER_KINDS if key in a), None)):
         raise UserError(f"{entry}: is {what}, not of an object with its box; give the file instances_….json.")
-    category_id = known_id(required(a, "category_id", entry), categories, f"{entry}: category_id")
+    category_id = require_id(required(a, "category_id", entry), categories, f"{entry}: category_id")
     box, size = checked_box(required(a, "bbox", entry), entry), sizes[image_id]
     odd["empty"] += box[2] == 0 or box[3] == 0
     if size is not None:
@@ -408,17 +408,17 @@ def is_id(value: Any) -> bool:
     return isinstance(value, (int, str, float)) and not isinstance(value, bool)
 
 
-def known_id(value: Any, known: Mapping[Any, Any], where: str) -> Any:
-    """An id that refers to one of ``known``; 1.0 means 1.
+def require_id(value: Any, ids: Mapping[Any, Any], where: str) -> Any:
+    """An id that refers to one of ``ids``; 1.0 means 1.
 
     Raises:
         UserError: it is not there, or written as another type.
     """
     if is_id(value):
-        if value in known:
+        if value in ids:
             return int(value) if isinstance(value, float) else value
         other: Any = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else str(value)
-        if other in known:
+        if other in ids:
             raise UserError(f"{where} {value!r} is written as {kind_of(value)}; the ground truth has {other!r}.")
     raise UserError(f"{where} {value!r} is not in the ground truth.")
 

@@ -217,15 +217,15 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give a folder of {', '.join(EXTENSIONS)} files.")
     output = without.resolve() if without is not None else None
-    seen: set[Path] = set()
+    visited: set[Path] = set()
     paths: list[Path] = []
     skipped: Counter[str] = Counter()
     for where, folders, names in os.walk(root, followlinks=True):
         real = Path(where).resolve()
-        if real in seen or real == output:
+        if real in visited or real == output:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             extension = os.path.splitext(name)[1].lower()

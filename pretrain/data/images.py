@@ -149,7 +149,7 @@ class CifarSet:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             pickled = [folder, root / "cifar-10-batches-py"]
-            if any((place / name).is_file() for place in pickled for name in ("data_batch_1", "test_batch")):
+            if any((directory / name).is_file() for directory in pickled for name in ("data_batch_1", "test_batch")):
                 raise UserError(
                     f"{root} holds CIFAR-10's version for Python, which is a pickle and is not read: a pickle can run "
                     f"code; fetch the binary version (cifar-10-binary.tar.gz, with {names[0]})"
@@ -203,7 +203,7 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         choices = group[1].split(",")
     head, tail = pattern[: group.start()], pattern[group.end() :]
-    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+    return [head + choice + tails for choice in choices for tails in expand_braces(tail)]
 
 
 class ShardSet:
@@ -233,9 +233,9 @@ class ShardSet:
         keys: list[str] = []
         rows: list[tuple[int, ...]] = []
         for number, path in enumerate(self.paths):
-            for key, *places in _index_of(path):
+            for key, *entry in _index_of(path):
                 keys.append(key)
-                rows.append((number, *places))
+                rows.append((number, *entry))
         if not rows:
             raise UserError(f"{pattern}: no picture ({', '.join(EXTENSIONS)}) in {len(self.paths)} tar files")
         self._keys, self._rows = np.array(keys), np.array(rows, np.int64)
@@ -282,17 +282,17 @@ class ShardSet:
             raise BadImageError(self.name(index), f"cannot be read: {error.strerror}") from error
 
 
-Place = tuple[str, int, int, int, int, int]
+ShardEntry = tuple[str, int, int, int, int, int]
 """Name of a picture in its shard, its first byte and length, its label, first byte and length of its caption or 0."""
 
 
-def _index_of(path: Path) -> list[Place]:
+def _index_of(path: Path) -> list[ShardEntry]:
     """Where the pictures of a shard are, from its index file or by reading the headers."""
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns]
-    beside = path.with_name(path.name + ".index.json")
+    index_file = path.with_name(path.name + ".index.json")
     try:
-        stored = json.loads(beside.read_text(encoding="utf-8"))
+        stored = json.loads(index_file.read_text(encoding="utf-8"))
         if stored["format"] == "shard-index/2" and stored["shard"] == stamp:
             return [(str(key), int(a), int(b), int(c), int(d), int(e)) for key, a, b, c, d, e in stored["pictures"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -321,14 +321,14 @@ def _index_of(path: Path) -> list[Place]:
             f"{path} cannot be read as an uncompressed tar file ({error}); unpack a compressed one first: pictures are "
             "read at their position"
         ) from error
-    places: list[Place] = [
+    entries: list[ShardEntry] = [
         (name, start, size, labels.get(key, NO_LABEL), *captions.get(key, (0, 0)))
         for key, name, start, size in pictures
     ]
     if os.access(path.parent, os.W_OK):
-        text = json.dumps({"format": "shard-index/2", "shard": stamp, "pictures": places})
-        write_atomically(beside, text.encode("utf-8"))
-    return places
+        text = json.dumps({"format": "shard-index/2", "shard": stamp, "pictures": entries})
+        write_atomically(index_file, text.encode("utf-8"))
+    return entries
 
 
 def _label(content: bytes, path: Path, name: str) -> int:

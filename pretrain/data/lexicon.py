@@ -166,7 +166,7 @@ class Senses:
         for form in self._forms(noun):
             candidates = [self.wordnet.synsets[offset] for offset in self.wordnet.senses.get(form, ())]
             drawable = [s for s in candidates if s.lexfile in DRAWABLE]
-            tests = [[s for s in drawable if s.offset in known] for known in self.photographed]
+            tests = [[s for s in drawable if s.offset in offsets] for offsets in self.photographed]
             tests += [drawable, [s for s in candidates if s.lexfile == PERSON], candidates]
             best = next((group[0] for group in tests if group), None)
             if best is not None:

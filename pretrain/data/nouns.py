@@ -110,8 +110,8 @@ class WordNet:
         if (folder / "cntlist.rev").exists():
             for line in _lines(folder / "cntlist.rev"):
                 key, sense_number, count = line.split()
-                lemma, _, rest = key.partition("%")
-                if rest.startswith("1:"):  # ss_type 1 = noun
+                lemma, _, sense = key.partition("%")
+                if sense.startswith("1:"):  # ss_type 1 = noun
                     name = lemma.replace("_", " ").lower()
                     counts[name] = counts.get(name, 0) + int(count)
                     if sense_number == "1":
@@ -170,7 +170,7 @@ def synonym_pairs(
         synset = wordnet.first_sense(noun, SENSES_OF_SUPERCATEGORY.get(group, ARTIFACT_LIKE))
         if synset is not None:
             meanings.setdefault(synset.offset, []).append(index)
-    seen = {word for text in (*nouns, *captions) for word in _words(text)}
+    used = {word for text in (*nouns, *captions) for word in _words(text)}
     answers: dict[str, set[int]] = {}
     relation: dict[str, str] = {}
     for offset, indices in meanings.items():
@@ -180,7 +180,7 @@ def synonym_pairs(
                 first = wordnet.first_sense(lemma)
                 if first is None or first.offset != synset.offset or lemma in nouns:
                     continue
-                if lemma != lemma.lower() or any(c.isdigit() for c in lemma) or seen & _stems(lemma):
+                if lemma != lemma.lower() or any(c.isdigit() for c in lemma) or used & _stems(lemma):
                     continue
                 answers.setdefault(lemma, set()).update(indices)
                 if relation.get(lemma) != "synonym":

@@ -58,14 +58,14 @@ class Words:
         class_ids: One per item.
         classes: The word of each class, the most frequent of its spellings.
         lexicon: What they mean.
-        left_out: Words that must not be learnt.
+        excluded: Words that must not be learnt.
     """
 
     items: tuple[Item, ...]
     class_ids: tuple[int, ...]
     classes: tuple[str, ...]
     lexicon: Lexicon
-    left_out: frozenset[str]
+    excluded: frozenset[str]
 
 
 def boxes_of(truth: GroundTruth, images: Path, *, part: Part, min_score: float, min_side: float) -> list[Item]:
@@ -127,8 +127,8 @@ def read_photo_words(config: PhotoWords) -> Words:
         UserError: Files are missing or damaged, or nothing is left to learn from.
     """
     lexicon = read_lexicon(config.lexicon)
-    left_out = frozenset(str(noun) for noun in read_json(config.leave_out)) if config.leave_out else frozenset()
-    left_out |= novel_names(config.novel, lexicon)
+    excluded = frozenset(str(noun) for noun in read_json(config.leave_out)) if config.leave_out else frozenset()
+    excluded |= novel_names(config.novel, lexicon)
     truths = [read_ground_truth(path, hint="data.annotations must be COCO files") for path in config.annotations]
     for truth in truths:
         for warning in truth.warnings:
@@ -137,7 +137,7 @@ def read_photo_words(config: PhotoWords) -> Words:
     named: list[Item] = []
     if config.labels is not None:
         named = read_labels(config.labels, config.images, parts=parts, scenes=scenes, part=config.part)
-    closed = {item.file for item in named if item.word in left_out}
+    closed = {item.file for item in named if item.word in excluded}
     boxes: list[Item] = []
     rng = random.Random(0)
     for truth in truths:
@@ -149,7 +149,7 @@ def read_photo_words(config: PhotoWords) -> Words:
         for _, group in sorted(by_word.items()):
             rng.shuffle(group)
             boxes += group[: config.per_word]
-    items = [item for item in named + boxes if item.word not in left_out and item.file not in closed]
+    items = [item for item in named + boxes if item.word not in excluded and item.file not in closed]
     if not items:
         raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
     names = dict.fromkeys(os.path.relpath(item.file, config.images) for item in items)
@@ -166,7 +166,7 @@ def read_photo_words(config: PhotoWords) -> Words:
         class_ids=tuple(number[key] for key in keys),
         classes=classes,
         lexicon=lexicon,
-        left_out=left_out,
+        excluded=excluded,
     )
 
 
@@ -306,7 +306,7 @@ def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[ClassCaptio
     for word in words.classes:
         names, above = lexicon.synonyms(word), lexicon.hypernyms(word)
         related.append(
-            (word, [n for n in names if n not in words.left_out], [n for n in above if n not in words.left_out])
+            (word, [n for n in names if n not in words.excluded], [n for n in above if n not in words.excluded])
         )
     vocabulary = sorted({name for word, names, above in related for name in (word, *names, *above)})
     number = {name: i for i, name in enumerate(vocabulary)}

@@ -117,10 +117,14 @@ def read_targets(path: str | Path) -> Targets:
     return Targets(phrases, tensors["embeddings"])
 
 
-def define(synset: Synset, *, longest: int = 120) -> str:
+LONGEST_DEFINITION = 120  # characters
+PROMPTED = 30_000  # WordNet nouns that come once more in a prompt
+
+
+def define(synset: Synset) -> str:
     """`dog: a member of the genus Canis …`, cut at a word."""
     text = f"{synset.lemmas[0]}: {synset.definition}"
-    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0]
+    return text if len(text) <= LONGEST_DEFINITION else text[:LONGEST_DEFINITION].rsplit(" ", 1)[0]
 
 
 def build_phrases(
@@ -129,13 +133,12 @@ def build_phrases(
     supercategories: Sequence[str],
     captions: Sequence[tuple[str, str | None]],
     *,
-    prompted: int = 30_000,
     definitions: int | None = None,
     seed: int = 0,
 ) -> list[Phrase]:
     """The training phrases, most useful first.
 
-    The class names alone and in every prompt, the captions, every WordNet noun alone, and the `prompted` most useful
+    The class names alone and in every prompt, the captions, every WordNet noun alone, and the `PROMPTED` most useful
     WordNet nouns once more in one drawn prompt each. Class names are defined by the sense that fits their
     supercategory, other nouns by their most common sense if it is a thing one can draw.
 
@@ -144,7 +147,6 @@ def build_phrases(
         nouns: Class names.
         supercategories: One per class.
         captions: Texts with the one class they name, or None when they name several.
-        prompted: How many WordNet nouns to repeat in a prompt.
         definitions: Use only the first so many different definitions (those of the most useful phrases); None: all.
         seed: Of the prompts drawn.
     """
@@ -171,7 +173,7 @@ def build_phrases(
     for plural, singular in wordnet.exceptions.items():
         if wordnet.counts.get(singular, 0) and singular in phrases:
             add(plural, 1.0, phrases[singular].definition)
-    for text, weight, _ in ranked[:prompted]:
+    for text, weight, _ in ranked[:PROMPTED]:
         add(rng.choice(PROMPTS).format(text), weight / 2, phrases[text].definition if text in phrases else "")
     chosen = set(list(dict.fromkeys(p.definition for p in phrases.values() if p.definition))[:definitions])
     return [p if p.definition in chosen else p._replace(definition="") for p in phrases.values()]

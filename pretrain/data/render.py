@@ -354,8 +354,8 @@ class Stage:
     def __init__(self, canvas: U8) -> None:
         self.canvas = canvas
         self.owner: U8 = np.zeros(canvas.shape[:2], np.uint8)  # 0 background, k the k-th patch
-        self.own_pixels: list[int] = [1]  # pixels of the whole patch
-        self.seen: list[int] = [1]  # pixels still visible
+        self.patch_pixels: list[int] = [1]  # pixels of the whole patch
+        self.visible: list[int] = [1]  # pixels still visible
         self.truncated: list[bool] = [False]
 
     def place(
@@ -376,10 +376,10 @@ class Stage:
         if not force and (pixels < MIN_PIXELS or pixels < MIN_VISIBLE * patch.pixels):
             return False
         window = self.owner[y0:y1, x0:x1]
-        covered = np.bincount(window[solid], minlength=len(self.own_pixels))
-        for k in range(1, len(self.own_pixels)):
-            left_over = self.seen[k] - int(covered[k])
-            if not force and covered[k] and (left_over < MIN_PIXELS or left_over < MIN_VISIBLE * self.own_pixels[k]):
+        covered = np.bincount(window[solid], minlength=len(self.patch_pixels))
+        for k in range(1, len(self.patch_pixels)):
+            remaining = self.visible[k] - int(covered[k])
+            if not force and covered[k] and (remaining < MIN_PIXELS or remaining < MIN_VISIBLE * self.patch_pixels[k]):
                 return False
         view = self.canvas[y0:y1, x0:x1]
         rgba = np.ascontiguousarray(patch.rgba[inner])
@@ -388,10 +388,10 @@ class Stage:
         if shadow:
             self._shadow(patch.rgba[..., 3], top, left, shadow)
         over(view, rgba)
-        self.seen = [seen - int(gone) for seen, gone in zip(self.seen, covered, strict=True)]
-        window[solid] = len(self.own_pixels)
-        self.own_pixels.append(patch.pixels)
-        self.seen.append(pixels)
+        self.visible = [visible - int(hidden) for visible, hidden in zip(self.visible, covered, strict=True)]
+        window[solid] = len(self.patch_pixels)
+        self.patch_pixels.append(patch.pixels)
+        self.visible.append(pixels)
         self.truncated.append(pixels < patch.pixels)
         return True
 

@@ -119,7 +119,7 @@ class SceneSource(StickerSource):
             boxes=np.array([extent(mask) for mask in masks], np.float32).reshape(-1, 4),
             masks=masks,
             classes=np.array([labels[k - 1] for k in keep], np.int64),
-            visible=np.array([stage.seen[k] / stage.own_pixels[k] for k in keep], np.float32),
+            visible=np.array([stage.visible[k] / stage.patch_pixels[k] for k in keep], np.float32),
             truncated=np.array([stage.truncated[k] for k in keep], bool),
             caption=caption,
             distractors=np.array(others, np.float32).reshape(-1, 4),

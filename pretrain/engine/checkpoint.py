@@ -152,14 +152,14 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
+    keys: dict[tuple[Any, ...], str] = {}
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         storage = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and storage in seen:
-            aliases[name] = seen[storage]
+        if tensor.numel() and storage in keys:
+            aliases[name] = keys[storage]
             continue
-        seen[storage] = name
+        keys[storage] = name
         stored[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)  # free of storage that others share
     extra = {_ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else {}
     return safetensors.torch.save(stored, metadata={**metadata, **extra})

@@ -119,26 +119,26 @@ class _Arguments:
             fields: of the configuration, by dotted key.
             switches: flags without a value.
         """
-        arguments, rest = cls(), list(argv)
-        while rest:
-            argument = rest.pop(0)
+        arguments, remaining = cls(), list(argv)
+        while remaining:
+            argument = remaining.pop(0)
             name, equals, _ = argument.removeprefix("--").partition("=")
             if argument in ("-h", "--help", "--help-all"):
-                arguments._help(argument, rest)
+                arguments._help(argument, remaining)
             elif not argument.startswith("-"):
                 arguments._override(argument)
             elif argument.startswith("--") and not equals and name in switches:
                 arguments.switches.add(name.replace("-", "_"))
             elif argument.startswith("--") and (name == "config" or name.replace("-", "_") in fields):
-                arguments._key(argument, rest, fields)
+                arguments._key(argument, remaining, fields)
             else:
-                arguments._unknown(argument, rest, ("help", "help-all", "config", *switches, *fields))
+                arguments._unknown(argument, remaining, ("help", "help-all", "config", *switches, *fields))
         return arguments
 
-    def _help(self, argument: str, rest: list[str]) -> None:
+    def _help(self, argument: str, remaining: list[str]) -> None:
         self.wants_help, self.everything = True, self.everything or argument == "--help-all"
-        if rest and not rest[0].startswith("-") and "=" not in rest[0]:
-            self.section = rest.pop(0)
+        if remaining and not remaining[0].startswith("-") and "=" not in remaining[0]:
+            self.section = remaining.pop(0)
 
     def _override(self, argument: str) -> None:
         if "=" in argument:
@@ -148,17 +148,17 @@ class _Arguments:
         else:
             self.problems.append(f"'{argument}': expected key=value or a flag; see --help")
 
-    def _key(self, argument: str, rest: list[str], fields: Mapping[str, FieldInfo]) -> None:
+    def _key(self, argument: str, remaining: list[str], fields: Mapping[str, FieldInfo]) -> None:
         """``--config FILE``, ``--key VALUE`` or ``--key=VALUE``; a key that is true or false needs no value."""
         name, equals, value = argument.removeprefix("--").partition("=")
         key = name.replace("-", "_")
         if not equals and name != "config" and fields[key].annotation is bool:
             value = "true"
-        elif not equals and (not rest or rest[0].startswith("--")):
+        elif not equals and (not remaining or remaining[0].startswith("--")):
             self.problems.append(f"{argument} needs a value" + (": a YAML file" if name == "config" else ""))
             return
         elif not equals:
-            value = rest.pop(0)
+            value = remaining.pop(0)
         if name != "config":
             self.overrides.append(f"{key}={value}")
         elif self.config is not None:
@@ -166,11 +166,11 @@ class _Arguments:
         else:
             self.config = value
 
-    def _unknown(self, argument: str, rest: list[str], known: Sequence[str]) -> None:
-        hint = did_you_mean(argument, [f"--{name}" for name in known])
+    def _unknown(self, argument: str, remaining: list[str], names: Sequence[str]) -> None:
+        hint = did_you_mean(argument, [f"--{name}" for name in names])
         self.problems.append(f"unknown flag '{argument}'{hint or '; see --help'}")
-        if rest and not rest[0].startswith("-") and "=" not in rest[0]:
-            rest.pop(0)  # most likely its value: one mistake, one problem
+        if remaining and not remaining[0].startswith("-") and "=" not in remaining[0]:
+            remaining.pop(0)  # most likely its value: one mistake, one problem
 
 
 def _chosen(
@@ -200,7 +200,7 @@ def _help(
         "--help-all": "All keys of all sections.",
     }
     usage = f"usage: {prog} [--config FILE] [key=value ...] [flags]"
-    lines = [f"  {left:<18} {right}" for left, right in rows.items()]
+    lines = [f"  {name:<18} {text}" for name, text in rows.items()]
     plain_doc = inspect.cleandoc(doc).replace("``", "`")  # a module's docstring will do
     keys = describe(model) if everything else overview(model)
     return "\n".join([usage, "", plain_doc, "", *lines, "", keys])

@@ -37,11 +37,11 @@ from pretrain.engine.config_schema import (
 )
 from pretrain.engine.config_yaml import (
     Item,
+    display_path,
     find_config,
     override_name,
     read_chain,
     read_overrides,
-    shown_path,
     to_yaml,
 )
 from pretrain.engine.errors import ConfigError
@@ -153,7 +153,7 @@ class OptimConfig(Section):
         return self
 
 
-def warm_up_fits(loop: LoopConfig, optim: OptimConfig) -> None:
+def check_warmup(loop: LoopConfig, optim: OptimConfig) -> None:
     """For the validator of a configuration that has both sections.
 
     Raises:
@@ -201,7 +201,7 @@ def load_config(
     if isinstance(model, ConfigChoice):
         model = model.choose([*chain, changes])
     top = Shape((model,))
-    merged = Item({}, "configuration" if file is None else shown_path(file))
+    merged = Item({}, "configuration" if file is None else display_path(file))
     for root in chain:
         merged = Item(_merge(merged, root, top).value, merged.where)
     merged = _complete(Item(_merge(merged, changes, top).value, merged.where), top, None)
@@ -219,14 +219,14 @@ def _in_order(problems: Iterable[str], overrides: Sequence[str]) -> list[str]:
     """Problems of files by file and line, then those of overrides as they were given; each once."""
     positions = {override_name(override): number for number, override in enumerate(overrides)}
 
-    def place(problem: str) -> tuple[int, str, int]:
+    def position(problem: str) -> tuple[int, str, int]:
         name = next((name for name in positions if problem.startswith(f"{name}: ")), None)
         if name is not None:
             return 1, "", positions[name]
         match = re.match(r"(.*?):(\d+): ", problem, flags=re.DOTALL)
         return (0, match[1], int(match[2])) if match else (0, problem.partition(": ")[0], 0)
 
-    return sorted(dict.fromkeys(problems), key=place)
+    return sorted(dict.fromkeys(problems), key=position)
 
 
 def _merge(old: Item, new: Item, shape: Shape) -> Item:
@@ -319,8 +319,8 @@ FREE_BY_DEFAULT: frozenset[str] = frozenset({"out", *(f"loop.{key}" for key in f
 
 def training_keys(cfg: Section) -> dict[str, object]:
     """Dotted key -> plain value, of every key that influences what is learnt; ``LATER`` ones if they are set."""
-    left_out = free_keys(type(cfg)) | ({key for key, info in walk(type(cfg)) if is_later(info)} & keys_at_default(cfg))
-    return {key: value for key, value in _flatten(plain(cfg)) if not _covered(key, left_out)}
+    excluded = free_keys(type(cfg)) | ({key for key, info in walk(type(cfg)) if is_later(info)} & keys_at_default(cfg))
+    return {key: value for key, value in _flatten(plain(cfg)) if not _covered(key, excluded)}
 
 
 def keys_at_default(cfg: Section) -> frozenset[str]:
@@ -394,6 +394,7 @@ __all__ = [
     "OptimConfig",
     "Section",
     "changed_keys",
+    "check_warmup",
     "config_hash",
     "describe",
     "dump_config",
@@ -404,5 +405,4 @@ __all__ = [
     "plain",
     "training_keys",
     "undocumented",
-    "warm_up_fits",
 ]

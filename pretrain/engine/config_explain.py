@@ -48,8 +48,8 @@ def explain(
     entries = error.errors(include_url=False)
     if partial:
         entries = [entry for entry in entries if entry["type"] not in KINDS_OF_ABSENCE]
-    rest = len(entries) - MAX_PROBLEMS
-    closing = [f"{root.where}: and {rest} more; is this a configuration of this command?"] if rest > 0 else []
+    unlisted = len(entries) - MAX_PROBLEMS
+    closing = [f"{root.where}: and {unlisted} more; is this a configuration of this command?"] if unlisted > 0 else []
     return [_explain(entry, model, root) for entry in entries[:MAX_PROBLEMS]], closing
 
 
@@ -125,8 +125,8 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel], root: Item) -> st
         return head + str(error["ctx"]["error"])
     value = spot.item.plain()
     if spot.shape.sections and spot.shape.alone:
-        known = ", ".join(dict.fromkeys(name for s in spot.shape.sections for name in s.model_fields))
-        return head + f"expected a mapping with the keys {shorten(known, 160)}; got {got(value)}"
+        names = ", ".join(dict.fromkeys(name for s in spot.shape.sections for name in s.model_fields))
+        return head + f"expected a mapping with the keys {shorten(names, 160)}; got {got(value)}"
     if spot.info is None or element_of(spot.info.annotation) is not None:
         return head + f"{error['msg']}; got {got(value)}"
     return head + f"expected {field_text(spot.info)}; got {got(value)}{_value_hint(value, spot.info)}"
@@ -149,16 +149,16 @@ def _value_hint(value: Any, info: FieldInfo) -> str:
 def _unknown_key(path: Sequence[str], section: type[BaseModel], model: type[BaseModel]) -> str:
     name = path[-1]
     everywhere = [key for key, _ in walk(model)]
-    known = list(section.model_fields)
+    names = list(section.model_fields)
     if "." in name and name in everywhere:
         outer, _, inner = name.rpartition(".")
         return f"unknown key - in a file write '{inner}' below '{outer}:', indented"
-    hint = did_you_mean(name, known)
+    hint = did_you_mean(name, names)
     if ".".join(path) in everywhere:
         hint = " for this choice"  # a key of another variant of a discriminated section
     elif not hint:
         same = [key for key in everywhere if key.endswith(f".{name}")]
         close = same or nearest(name, everywhere, 1)
         hint = f" - did you mean '{close[0]}'?" if close else ""
-    listed = ", ".join(known[:16]) + (", ..." if len(known) > 16 else "")
+    listed = ", ".join(names[:16]) + (", ..." if len(names) > 16 else "")
     return f"unknown key{hint} (known: {listed})"

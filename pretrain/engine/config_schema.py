@@ -134,11 +134,11 @@ def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldI
     """Every dotted key of a model and its field, parents first; a key that two variants share comes once."""
     for name, info in model.model_fields.items():
         yield prefix + name, info
-        seen: set[str] = set()
+        visited: set[str] = set()
         for section in field_shape(info).sections:
             for key, inner in walk(section, f"{prefix}{name}."):
-                if key not in seen:
-                    seen.add(key)
+                if key not in visited:
+                    visited.add(key)
                     yield key, inner
 
 
@@ -261,9 +261,9 @@ def _groups(
     """(dotted section, its lines), the sections below it after it. ``default``: the instance whose values are shown."""
     notes: list[str] = [title] if title else []
     below: list[tuple[str, list[str]]] = []
-    shown_values = {} if default is None else dict(default)
+    defaults = {} if default is None else dict(default)
     for name, info in model.model_fields.items():
-        value = shown_values.get(name)
+        value = defaults.get(name)
         if default is None and not info.is_required():
             value = default_of(info)
         inner, per_element = field_shape(info), element_of(info.annotation)
@@ -283,9 +283,9 @@ def _groups(
                 (path, [head, f"  {inner.discriminator} chooses which of these keys there are: {', '.join(tags)}"])
             )
         for tag, variant in (tags or {"": inner.sections[0]}).items():
-            shown = value if isinstance(value, variant) else None
+            selected = value if isinstance(value, variant) else None
             text = f"{path} with {inner.discriminator}: {tag} - {_summary(variant)}" if tags else head
-            below += _groups(variant, f"{path}.", text, shown)
+            below += _groups(variant, f"{path}.", text, selected)
     yield prefix.rstrip("."), notes
     yield from below
 

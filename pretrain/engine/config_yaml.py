@@ -174,12 +174,12 @@ class _Reader:
         return result
 
 
-def read_yaml(text: str, shown: str, *, lines: bool = True) -> tuple[Item | None, list[str]]:
+def read_yaml(text: str, source: str, *, lines: bool = True) -> tuple[Item | None, list[str]]:
     """Parse one document.
 
     Args:
         text: YAML.
-        shown: What to call it in messages.
+        source: What to call it in messages.
         lines: Whether line numbers mean something to the reader of a message.
 
     Returns:
@@ -187,14 +187,14 @@ def read_yaml(text: str, shown: str, *, lines: bool = True) -> tuple[Item | None
     """
 
     def at(line: int) -> str:
-        return f"{shown}:{line + 1}" if lines else shown
+        return f"{source}:{line + 1}" if lines else source
 
     reader = _Reader(lambda node: at(node.start_mark.line))
     try:
         loader = _Loader(text)
         loader.at = at
         node = loader.get_single_node()
-        root = Item({}, shown) if node is None else reader.item(node, at(node.start_mark.line))
+        root = Item({}, source) if node is None else reader.item(node, at(node.start_mark.line))
     except _Refused as error:
         return None, [*reader.problems, str(error)]
     except yaml.reader.ReaderError as error:
@@ -204,9 +204,9 @@ def read_yaml(text: str, shown: str, *, lines: bool = True) -> tuple[Item | None
         why = ", ".join(part for part in (error.context, error.problem) if part)
         return None, [f"{at(mark.line if mark else 0)}: not readable as YAML: {shorten(why, 200)}"]
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes beyond Unicode, \UFFFFFFFF
-        return None, [f"{shown}: not readable as YAML: {shorten(str(error), 200)}"]
+        return None, [f"{source}: not readable as YAML: {shorten(str(error), 200)}"]
     if root.value is None:
-        root = Item({}, shown)  # nothing but comments
+        root = Item({}, source)  # nothing but comments
     return root, reader.problems
 
 
@@ -250,7 +250,7 @@ def to_yaml(value: Any, *, one_line: bool = False) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def shown_path(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as the person would write it: relative when it is below the current directory."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
@@ -308,12 +308,12 @@ def file_hint(name: str, folders: Iterable[Path]) -> str:
             names += sorted(str(p.relative_to(folder)) for p in _yaml_files(folder))
     names = list(dict.fromkeys(names))
     by_form: dict[str, str] = {}
-    for known in names:
-        for form in (known, str(Path(known).with_suffix("")), Path(known).name, Path(known).stem):
-            by_form.setdefault(form, known)
+    for candidate in names:
+        for form in (candidate, str(Path(candidate).with_suffix("")), Path(candidate).name, Path(candidate).stem):
+            by_form.setdefault(form, candidate)
     close = list(dict.fromkeys(by_form[form] for form in nearest(name, by_form) + nearest(Path(name).stem, by_form)))
     if close:
-        return f" - did you mean {' or '.join(repr(known) for known in close[:3])}?"
+        return f" - did you mean {' or '.join(repr(candidate) for candidate in close[:3])}?"
     return f" (there are: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''})" if names else ""
 
 
@@ -328,20 +328,20 @@ def _yaml_files(folder: Path, limit: int = 500) -> list[Path]:
 
 def read_file(path: Path) -> tuple[Item | None, list[str]]:
     """``read_yaml`` of a file; what is wrong with the file itself is a problem too."""
-    shown = shown_path(path)
+    source = display_path(path)
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        return None, [f"{shown}: cannot be read: {error.strerror}"]
+        return None, [f"{source}: cannot be read: {error.strerror}"]
     if len(data) > MAX_BYTES:
-        return None, [f"{shown}: larger than {MAX_BYTES // 1000} kB; is this a configuration?"]
+        return None, [f"{source}: larger than {MAX_BYTES // 1000} kB; is this a configuration?"]
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        return None, [f"{shown}:{line}: not UTF-8 text"]
-    return read_yaml(text, shown)
+        return None, [f"{source}:{line}: not UTF-8 text"]
+    return read_yaml(text, source)
 
 
 def read_chain(path: Path) -> tuple[list[Item], list[str]]:
@@ -351,16 +351,16 @@ def read_chain(path: Path) -> tuple[list[Item], list[str]]:
         The roots of the files that could be read, the innermost base first, without ``base``; and the problems.
     """
     chain: list[Item] = []
-    seen: list[Path] = []
+    visited: list[Path] = []
     base: Item | None = None
     while True:
         real = path.resolve()
-        if base is not None and real in seen:
-            circle = " -> ".join(shown_path(p) for p in [*seen[seen.index(real) :], real])
+        if base is not None and real in visited:
+            circle = " -> ".join(display_path(p) for p in [*visited[visited.index(real) :], real])
             return chain, [f"{base.where}: base: these files inherit from each other in a circle: {circle}"]
-        if base is not None and len(seen) == MAX_DEPTH:
+        if base is not None and len(visited) == MAX_DEPTH:
             return chain, [f"{base.where}: base: a chain of more than {MAX_DEPTH} files"]
-        seen.append(real)
+        visited.append(real)
         root, problems = read_file(path)
         if root is None:
             return chain, problems
@@ -375,7 +375,7 @@ def read_chain(path: Path) -> tuple[list[Item], list[str]]:
         try:
             path = find_config(path.parent / base.value, search=())
         except ConfigError as error:
-            return chain, [f"{base.where}: base: {error} (the path is relative to {shown_path(path)})"]
+            return chain, [f"{base.where}: base: {error} (the path is relative to {display_path(path)})"]
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------

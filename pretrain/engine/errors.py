@@ -79,7 +79,7 @@ def on_one_line(text: str) -> str:
 
     A line that is indented was meant as one.
     """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:

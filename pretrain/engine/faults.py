@@ -108,12 +108,12 @@ class Watchdog:
     def __init__(self, rank: int, *, active: bool, patience: float | None = None) -> None:
         self.rank, self.active = rank, active
         self.patience = PATIENCE if patience is None else patience
-        self._place = (0, "start", time.monotonic())
+        self._position = (0, "start", time.monotonic())
         self._stopped = threading.Event()
 
     def at(self, step: int, part: str) -> None:
         """Note that this process begins a part of a step."""
-        self._place = (step, part, time.monotonic())
+        self._position = (step, part, time.monotonic())
 
     def __enter__(self) -> Watchdog:
         if self.active:
@@ -126,13 +126,13 @@ class Watchdog:
     def _watch(self) -> None:
         reported: tuple[int, str, float] | None = None
         while not self._stopped.wait(self.patience / 4):
-            place = self._place
-            waited = time.monotonic() - place[2]
-            if waited > self.patience and place is not reported:
-                reported = place
+            position = self._position
+            waited = time.monotonic() - position[2]
+            if waited > self.patience and position is not reported:
+                reported = position
                 print(
-                    f"warning: process {self.rank} (pid {os.getpid()}) has been in step {place[0]} ({place[1]}) for "
-                    f"{waited:.0f} s. It waits for others, or they for it: look at the process that names another "
+                    f"warning: process {self.rank} (pid {os.getpid()}) has been in step {position[0]} ({position[1]}) "
+                    f"for {waited:.0f} s. It waits for others, or they for it: look at the process that names another "
                     "step or part, or none",
                     file=sys.stderr,
                     flush=True,

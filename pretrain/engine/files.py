@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import gzip
 import hashlib
 import json
@@ -130,16 +131,19 @@ def require_writable_file(path: Path, *, flag: str) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` to write into, which takes its place when all is written; else nothing is left.
 
+    Several processes may write the same ``target`` at once, each in a folder of its own. A ``target`` that holds the
+    same files by then stays as it is: whoever wrote it may be using them.
+
     Raises:
         UserError: the disk is full or not writable; an old ``target`` is untouched.
     """
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = target.with_name(fitting_name(f".{target.name}", f".{uuid.uuid4().hex}.new"))
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
+        with _lock(target.parent):
+            if not _same_files(fresh, target):
+                _replace_folder(target, fresh)
     except OSError as error:
         if error.errno not in MACHINE_FAULTS:
             raise
@@ -147,6 +151,46 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise UserError(text) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Let one process in at a time, where the file system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # NFS locks no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold files of the same names and bytes."""
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (one, other)]
+    return names[0] == names[1] and all(
+        (other / name).is_dir() if (one / name).is_dir() else filecmp.cmp(one / name, other / name, shallow=False)
+        for name in names[0]
+    )
+
+
+def _replace_folder(target: Path, fresh: Path) -> None:
+    """Rename ``fresh`` to ``target``; an old one is whole until then, and removed after."""
+    old = fresh.with_suffix(".old")
+    if target.is_dir() and not target.is_symlink():
+        target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if old.is_dir():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -356,14 +356,14 @@ class _Run:
 
     def _report_skip(self, values: dict[str, float], parts: list[Fetched]) -> None:
         """Record a step that changed nothing; stop when there were too many in a row."""
-        values_here: NonFinite = {
+        local_values: NonFinite = {
             "rank": self.rank,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
             "indices": [index for part in parts for index in part.indices],
             "draws": [draw for part in parts for draw in part.draws],
         }
-        processes = distributed.all_objects(values_here)
+        processes = distributed.all_objects(local_values)
         if self.skipped == 0:
             self.log.event(self.step, "loss_scale_lowered", scale=self.scaler.get_scale())
             return

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,6 @@ def load_tensors(
     *,
     source: str | Path,
     strict: Strict = "both",
-    rename: Callable[[str], str] | None = None,
     skip: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
     hint: str = "",
@@ -74,7 +73,6 @@ def load_tensors(
         source: Where they come from, for messages.
         strict: What must be complete: ``both`` sides, all of the ``module``, all of the ``file``, or ``no`` side
             (tensors of another shape are then left out too). Counters of batch norms may always be missing.
-        rename: File's name → module's name.
         skip: Prefixes of the module's names that keep their values.
         optional: Prefixes of the module's names that may be missing under any ``strict``.
         hint: What to do when it does not fit, for the message.
@@ -82,32 +80,31 @@ def load_tensors(
     Raises:
         UserError: It does not fit; with counts, first names and the first shapes.
     """
-    source_tensors = tensors if rename is None else {rename(name): value for name, value in tensors.items()}
     target = module.state_dict()
-    left = skip or ("\0",)  # no name begins with it
-    expected = [name for name in target if not name.startswith(left)]
-    shared = [name for name in expected if name in source_tensors]
-    other_shape = [name for name in shared if _shape(target[name]) != _shape(source_tensors[name])]
-    missing = [name for name in expected if name not in source_tensors]
-    lacking = [name for name in missing if not name.endswith(COUNTER) and not name.startswith(optional or ("\0",))]
-    unexpected = [name for name in source_tensors if name not in target and not name.startswith(left)]
+    skipped = skip or ("\0",)  # no name begins with it
+    expected = [name for name in target if not name.startswith(skipped)]
+    shared = [name for name in expected if name in tensors]
+    other_shape = [name for name in shared if _shape(target[name]) != _shape(tensors[name])]
+    missing = [name for name in expected if name not in tensors]
+    absent = [name for name in missing if not name.endswith(COUNTER) and not name.startswith(optional or ("\0",))]
+    unexpected = [name for name in tensors if name not in target and not name.startswith(skipped)]
     surplus = [name for name in unexpected if not name.endswith(COUNTER)]
     problems = {
-        "missing": lacking if strict in ("both", "module") else [],
+        "missing": absent if strict in ("both", "module") else [],
         "unexpected": surplus if strict in ("both", "file") else [],
         "of another shape": other_shape if strict != "no" else [],
     }
     if any(problems.values()):
-        text = f"{source} does not fit this model: {_misfit(problems, target=target, source_tensors=source_tensors)}"
+        text = f"{source} does not fit this model: {_misfit(problems, target=target, tensors=tensors)}"
         raise UserError(f"{text}. {hint}" if hint else text)
     loaded = [name for name in shared if name not in other_shape]
-    module.load_state_dict({**target, **{name: source_tensors[name] for name in loaded}})
+    module.load_state_dict({**target, **{name: tensors[name] for name in loaded}})
     return LoadReport(
         loaded=tuple(loaded),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         other_shape=tuple(other_shape),
-        skipped=tuple(name for name in source_tensors if name.startswith(left)),
+        skipped=tuple(name for name in tensors if name.startswith(skipped)),
     )
 
 
@@ -116,17 +113,15 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _misfit(problems: Mapping[str, list[str]], *, target: Mapping[str, Any], source_tensors: Mapping[str, Any]) -> str:
+def _misfit(problems: Mapping[str, list[str]], *, target: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
     """Counts and the first name of each kind."""
-    compared = [name for name in target if name in source_tensors or not name.endswith(COUNTER)]
-    matching = [
-        name for name in compared if name in source_tensors and _shape(source_tensors[name]) == _shape(target[name])
-    ]
+    compared = [name for name in target if name in tensors or not name.endswith(COUNTER)]
+    matching = [name for name in compared if name in tensors and _shape(tensors[name]) == _shape(target[name])]
     parts = [f"{len(matching)} of {len(compared)} tensors match"]
     for title, names in problems.items():
         if names:
             first, shapes = names[0], ""
             if title == "of another shape":
-                shapes = f": {_shape(source_tensors[first])} instead of {_shape(target[first])}"
+                shapes = f": {_shape(tensors[first])} instead of {_shape(target[first])}"
             parts.append(f"{len(names)} {title}, such as {first}{shapes}")
     return "; ".join(parts)

@@ -29,8 +29,8 @@ def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data
     if text == "sticker_singles":
         side = size or 64
         stickers = StickerSingles(kind="sticker_singles", size=max(16, side), views=views)  # 16: the least they draw
-        held_out = stickers.model_copy(update={"split": "val"})
-        return build_images(stickers), build_images(held_out), side
+        validation = stickers.model_copy(update={"split": "val"})
+        return build_images(stickers), build_images(validation), side
     if kind == "cifar" and root:
         cifar = CifarData(kind="cifar", root=Path(root))
         try:

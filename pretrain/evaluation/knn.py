@@ -82,7 +82,7 @@ class KnnProbe:
         pieces = -(-len(bank_indices) // batch)
         for i in range(pieces):
             self.parts += [(True, train, bank_indices[i::pieces]), (False, test, query_indices[i::pieces])]
-        self._kept: dict[tuple[bool, int], U8] = {}
+        self._decoded: dict[tuple[bool, int], U8] = {}
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         """ "knn" accuracy, "seconds" it took, "bank" and "queries" used."""
@@ -94,7 +94,7 @@ class KnnProbe:
             if late and number >= 2 and number % 2 == 0:
                 break
             if indices:
-                cached = _CachedViews(source, is_bank, self._kept, self.inputs.size)
+                cached = _CachedViews(source, is_bank, self._decoded, self.inputs.size)
                 rows[is_bank].append(features(backbone, cached, indices, self.inputs, batch=self.batch))
                 names[is_bank].append(labels(source, indices))
         bank, query = torch.cat(rows[True]), torch.cat(rows[False])

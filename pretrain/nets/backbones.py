@@ -20,7 +20,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.config_ssl import OURS, BackboneConfig
+from pretrain.config_ssl import OWN_RESNETS, BackboneConfig
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import UserError
@@ -56,7 +56,7 @@ def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> 
         UserError: Unknown name, or the network cannot take pictures of these sizes.
     """
     library, _, name = config.name.rpartition(":")
-    if config.name in OURS or library == "detectron2":
+    if config.name in OWN_RESNETS or library == "detectron2":
         depth = int(name.removeprefix("resnet").removeprefix("R"))
         backbone: nn.Module = ResNet(depth=depth, stem=config.stem, zero_init=config.zero_init)
     elif library == "torchvision":
@@ -76,9 +76,9 @@ def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> 
 def _torchvision(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
     from torchvision import models
 
-    known = models.list_models(module=models)  # the rest detects, segments or reads videos, and some fetch weights
-    if name not in known:
-        raise UserError(f"method.backbone.name: torchvision has no image classifier {name!r}{_near(name, known)}")
+    available = models.list_models(module=models)  # the rest detects, segments or reads videos, and some fetch weights
+    if name not in available:
+        raise UserError(f"method.backbone.name: torchvision has no image classifier {name!r}{_near(name, available)}")
     if name in UNPLAIN:
         raise UserError(f"method.backbone.name: torchvision's {name!r} returns no plain features; take another model")
     fixed: dict[str, int | bool] = {"image_size": sizes[0]} if name.startswith("vit_") else {}
@@ -102,17 +102,17 @@ def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
 
     if not timm.is_model(name):
         raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
-    places: dict[str, int | bool] = {}
+    options: dict[str, int | bool] = {}
     try:
         published = timm.get_pretrained_cfg(name)
     except RuntimeError as problem:  # a tag behind a dot that timm does not know
         raise UserError(f"method.backbone.name: timm:{name}: {_first_line(problem)}") from problem
     if published is not None and published.fixed_input_size:
-        places = {"img_size": sizes[0], **({"dynamic_img_size": True} if len(set(sizes)) > 1 else {})}
+        options = {"img_size": sizes[0], **({"dynamic_img_size": True} if len(set(sizes)) > 1 else {})}
     try:
-        network = _created(name, zero_init=zero_init, **places)
+        network = _created(name, zero_init=zero_init, **options)
     except TypeError as problem:
-        if len(places) < 2:
+        if len(options) < 2:
             raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
         raise UserError(
             f"method.backbone.name: timm's {name!r} takes pictures of one size; method.views has {sorted(set(sizes))}"
@@ -163,8 +163,8 @@ def _unfitting(name: str, size: int, reason: str) -> UserError:
     )
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

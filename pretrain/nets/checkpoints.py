@@ -101,13 +101,13 @@ class ResNetMatch:
     @property
     def report(self) -> str:
         """Counts and first names, one line."""
-        rest = ""
+        unused = ""
         if self.unexpected:
             more = ", …" if len(self.unexpected) > 4 else ""
-            rest = f" ({', '.join(self.unexpected[:4])}{more})"
+            unused = f" ({', '.join(self.unexpected[:4])}{more})"
         return (
             f"ResNet-{self.depth}, {self.stem} stem, found under {self.prefix or 'no prefix'!r}: {len(self.state)} "
-            f"tensors matched, {len(self.missing)} missing, {len(self.unexpected)} left out{rest}"
+            f"tensors matched, {len(self.missing)} missing, {len(self.unexpected)} left out{unused}"
         )
 
 
@@ -211,8 +211,8 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 
 
 def _numbered(key: str) -> str:
-    first, dot, rest = key.partition(".")
-    return f"{_CHILDREN[first]}{dot}{rest}" if first in _CHILDREN and dot else key
+    first, dot, suffix = key.partition(".")
+    return f"{_CHILDREN[first]}{dot}{suffix}" if first in _CHILDREN and dot else key
 
 
 def _match(
@@ -236,15 +236,15 @@ def _match(
     with torch.device("meta"):
         expected = ResNet(depth=depth, stem=kind or "small").state_dict()
     expected = {k: v for k, v in expected.items() if not k.endswith("num_batches_tracked")}
-    fits = {k: inner[k] for k, v in expected.items() if k in inner and inner[k].shape == v.shape}
+    matching = {k: inner[k] for k, v in expected.items() if k in inner and inner[k].shape == v.shape}
     if kind is None:
-        fits.pop("conv1.weight", None)  # a 3×3 stem of unknown stride is no match
-    left = [k for k in whole if not (k.startswith(prefix) and _numbered(k.removeprefix(prefix)) in fits)]
+        matching.pop("conv1.weight", None)  # a 3×3 stem of unknown stride is no match
+    unused = [k for k in whole if not (k.startswith(prefix) and _numbered(k.removeprefix(prefix)) in matching)]
     return ResNetMatch(
-        state={k: v.float().contiguous() for k, v in fits.items()},
+        state={k: v.float().contiguous() for k, v in matching.items()},
         depth=depth,
         stem=kind or "small",
         prefix=prefix,
-        missing=tuple(k for k in expected if k not in fits),
-        unexpected=tuple(k for k in left if not k.endswith("num_batches_tracked")),
+        missing=tuple(k for k in expected if k not in matching),
+        unexpected=tuple(k for k in unused if not k.endswith("num_batches_tracked")),
     )

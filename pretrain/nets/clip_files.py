@@ -168,17 +168,17 @@ def tokenizer_of(text: Mapping[str, Any], *, name: str, beside: Path | None) -> 
     return ClipTokenizer(length)
 
 
-def load_open_clip(rest: str) -> tuple[JointEncoder, str]:
+def load_open_clip(spec: str) -> tuple[JointEncoder, str]:
     """`MODEL:WEIGHTS` (see `load_encoder`), and a report.
 
     Raises:
         UserError: No such model or weights, or they do not fit each other.
     """
-    settings, path = find_open_clip(rest)
+    settings, path = find_open_clip(spec)
     return _filled(build_open_clip(settings, beside=path.parent), read_tensors(path), path)
 
 
-def find_open_clip(rest: str) -> tuple[OpenClipSettings, Path]:
+def find_open_clip(spec: str) -> tuple[OpenClipSettings, Path]:
     """Settings of `build_open_clip` for `MODEL:WEIGHTS`, and the file of weights, downloaded where a tag names it.
 
     Raises:
@@ -187,7 +187,7 @@ def find_open_clip(rest: str) -> tuple[OpenClipSettings, Path]:
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    name, _, weights = rest.partition(":")
+    name, _, weights = spec.partition(":")
     published: Mapping[str, Any] = {}
     if name.endswith(".json"):
         model_config, published = _read_configuration(name)
@@ -211,7 +211,7 @@ def find_open_clip(rest: str) -> tuple[OpenClipSettings, Path]:
         if published.get("quick_gelu"):  # openai's weights were trained with it; open_clip's plain names are not
             model_config["quick_gelu"] = True
             model_for_file = f"{name.removesuffix('-quickgelu')}-quickgelu"  # a file does not say
-        path = fetch_weights(published, name=f"open_clip:{rest}", instead=f"open_clip:{model_for_file}:FILE")
+        path = fetch_weights(published, name=f"open_clip:{spec}", instead=f"open_clip:{model_for_file}:FILE")
     else:
         hint = did_you_mean(weights, tags)
         raise UserError(
@@ -243,14 +243,14 @@ def _statistics_of(published: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def _filled(encoder: JointEncoder, tensors: Mapping[str, Tensor], path: Path) -> tuple[JointEncoder, str]:
     """The encoder with a checkpoint's tensors in eval mode, and a report; all of it or nothing."""
     expected = encoder.state_dict()
-    named, left = {}, []
+    named, unread = {}, []
     for key, value in tensors.items():
         name = OLD_TEXT.sub(r"text.\1", key.removeprefix("module."))
         if name in (*AUTHORS, "logit_bias") or (name.endswith("position_ids") and name not in expected):
-            left.append(name)  # no weights
+            unread.append(name)  # no weights
         else:
             named[name] = value.reshape(()) if name == "logit_scale" else value
     load_tensors(encoder, named, source=path)
-    beside = f" ({', '.join(left)})" if left else ""
+    listed = f" ({', '.join(unread)})" if unread else ""
     report = f"CLIP, {encoder.image_size} pixels, {encoder.embed_dim} wide: {len(named)} tensors matched, 0 missing, "
-    return encoder.eval(), f"{report}{len(left)} left out{beside}"
+    return encoder.eval(), f"{report}{len(unread)} left out{listed}"

@@ -205,7 +205,7 @@ def test_the_border_counts_as_occlusion(top: int, fits: bool) -> None:
     stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
     assert stage.place(render.Patch.of(np.full((20, 20, 4), 255, np.uint8)), top, 10) is fits
     if fits:
-        assert stage.seen[1] / stage.own_pixels[1] == 0.5 and stage.truncated[1]
+        assert stage.seen[1] / stage.patch_pixels[1] == 0.5 and stage.truncated[1]
 
 
 def test_base_labels_drop_novel_objects_but_keep_every_pixel(stickers: Stickers) -> None:

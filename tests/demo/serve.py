@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from ovd.demo import line
+from ovd.demo import request_queue
 from ovd.demo.page import Example, build_page, launch_page
 from ovd.demo.serving import listen, prepare_environment
 
@@ -17,13 +17,13 @@ ASKERS = 24  # whose messages are kept; the page keeps more
 
 
 def main(folder: Path) -> None:
-    line.UNFETCHED = ASKERS
-    line.LONGEST = 0.0  # the line is as short as it gets
+    request_queue.KEPT_SESSIONS = ASKERS
+    request_queue.MAX_WAIT = 0.0  # the queue is as short as it gets
     prepare_environment(folder / "uploads")
     from PIL import Image
 
     from ovd.demo.answer import Answerer
-    from ovd.demo.shelf import Offer, Shelf
+    from ovd.demo.model_manager import ModelManager, Offer
     from tests.detector.fakes import make_detector, picture
 
     Image.fromarray(picture()).save(folder / "example.png")
@@ -43,9 +43,9 @@ def main(folder: Path) -> None:
     strict.card = {"name": "strict-fake", "purpose": "Answers from .5.", "text": "Stricter."}
     offers = [Offer(name=d.card["name"], kind=kind, card=d.card, load=lambda d=d: d)  # type: ignore[misc]
               for d, kind in ((detector, "photos"), (strict, "stickers"))]  # fmt: skip
-    shelf = Shelf(detector, {offer.name: offer for offer in offers})
-    page = build_page(Answerer(shelf=shelf), examples=[Example(folder / "example.png", "red, blue, unicorn")])
-    print(launch_page(page, door=listen("127.0.0.1", 0)).url, flush=True)
+    manager = ModelManager(detector, {offer.name: offer for offer in offers})
+    page = build_page(Answerer(manager=manager), examples=[Example(folder / "example.png", "red, blue, unicorn")])
+    print(launch_page(page, listener=listen("127.0.0.1", 0)).url, flush=True)
     threading.Event().wait()
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 import ovd.demo.answer
 from ovd.colours import DASHES, PALETTE, class_styles
-from ovd.demo.answer import FLOOR, PREVIEW_SIDE, SEATS, SLICE, Answerer, data_url, decode_examples
+from ovd.demo.answer import FLOOR, MAX_DECODED, PREVIEW_SIDE, SLICE, Answerer, data_url, decode_examples
 from ovd.detector import Detector
 from ovd.inference.region_model import ConditionedBoxes, PatchLocator
 from ovd.inference.scoring import RegionSet
@@ -290,10 +290,10 @@ def test_only_one_question_is_at_the_model_and_few_hold_their_pixels(
     reads = ovd.demo.answer._read
     monkeypatch.setattr("ovd.demo.answer._read", read)
     asked = [traffic.ask("red", name) for name in ("good", "green", "good", "green")]
-    while traffic.begun.count("pixels") < SEATS or "model" not in traffic.begun:
+    while traffic.begun.count("pixels") < MAX_DECODED or "model" not in traffic.begun:
         time.sleep(0.005)
     time.sleep(0.1)
-    assert traffic.begun.count("model") == 1 and traffic.begun.count("pixels") == SEATS == 3
+    assert traffic.begun.count("model") == 1 and traffic.begun.count("pixels") == MAX_DECODED == 3
     traffic.go.set()
     answers = [one.result(20) for one in asked]
     assert traffic.begun.count("model") == 2 and sum(a["cached"] for a in answers) == 2

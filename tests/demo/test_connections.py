@@ -105,14 +105,14 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 def serving(connections: Connections) -> Iterator[int]:
     import uvicorn
 
-    door = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(hello, http=protocol_class(connections), ws="none", lifespan="off", log_config=None)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield door.getsockname()[1]
+    yield listener.getsockname()[1]
     server.should_exit = True
     thread.join(10)
 

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import pytest
 
 from ovd.demo.bodies import Limits
+from ovd.demo.endpoints import BadRequest
+from ovd.demo.hosts import AllowedHosts
 from ovd.demo.limits import Gate
-from ovd.demo.names import Names
-from ovd.demo.questions import BadQuestion
 from ovd.demo.uploads import Uploads
 
 T = TypeVar("T")
-SMALL = Limits(question=1000, small=100, together=1500, upload=1000, other=50, patience=0.2, rate=1e9, drain=0.05)
+SMALL = Limits(question=1000, small=100, together=1500, upload=1000, other=50, grace=0.2, rate=1e9, drain=0.05)
 STALLED = object()  # among chunks: nothing more comes
 
 
@@ -31,7 +31,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 @dataclass
-class FakeLine:
+class FakeQueue:
     """As long as a test wants it."""
 
     waiting: int = 16
@@ -43,10 +43,10 @@ class FakeLine:
     def is_full(self, *, large: bool = False) -> bool:
         return self.full or (large and self.full_for_large)
 
-    def how_long(self) -> int:
+    def expected_seconds(self) -> int:
         return 8
 
-    def knows(self, event: str) -> bool:
+    def has_event(self, event: str) -> bool:
         return event == "known"
 
     def enter(self) -> None:
@@ -60,18 +60,18 @@ class FakeLine:
         pass
 
 
-class FakeQuestions:
+class FakeEndpoints:
     """Knows /detect and refuses bodies that say so."""
 
     names = ("detect",)
 
     def check_name(self, name: str) -> None:
         if name != "detect":
-            raise BadQuestion(f"no endpoint /{name}", status=404)
+            raise BadRequest(f"no endpoint /{name}", status=404)
 
     def check(self, body: bytes, **_: object) -> bytes:
         if body == b"bad":
-            raise BadQuestion("bad")
+            raise BadRequest("bad")
         return body
 
 
@@ -89,14 +89,16 @@ class Answer:
 class Scene:
     """A gate, what stands behind it, and one way to ask."""
 
-    def __init__(self, folder: Path, *, limits: Limits = SMALL, names: Names | None = None, room: int = 10_000) -> None:
-        self.line, self.seen = FakeLine(), []
+    def __init__(
+        self, folder: Path, *, limits: Limits = SMALL, names: AllowedHosts | None = None, room: int = 10_000
+    ) -> None:
+        self.queue, self.seen = FakeQueue(), []
         self.uploads = Uploads(folder, most_bytes=room)
         self.gate = Gate(
             self._behind,
-            names=names or Names.of("127.0.0.1"),
-            line=self.line,  # type: ignore[arg-type]
-            questions=FakeQuestions(),  # type: ignore[arg-type]
+            names=names or AllowedHosts.of("127.0.0.1"),
+            queue=self.queue,  # type: ignore[arg-type]
+            endpoints=FakeEndpoints(),  # type: ignore[arg-type]
             uploads=self.uploads,
             limits=limits,
         )
@@ -154,7 +156,7 @@ CALL, JOIN, UPLOAD = "/gradio_api/call/detect", "/gradio_api/queue/join", "/grad
 def test_what_the_page_and_programs_need_comes_through_whole(scene: Scene, path: str) -> None:
     assert scene.ask(path, [b"{", b"}"]).status == 200
     assert scene.seen == [(path, b"{}")]
-    assert scene.line.inside == 0 and scene.line.entries == (path not in (UPLOAD, "/gradio_api/cancel"))
+    assert scene.queue.inside == 0 and scene.queue.entries == (path not in (UPLOAD, "/gradio_api/cancel"))
 
 
 OTHER_WAYS = ("run/detect", "run/detect/", "api/detect", "api/find", "process_recording", "component_server", "queue",
@@ -187,12 +189,12 @@ def test_bodies_above_their_size_are_refused(scene: Scene, path: str, limit: int
     headers = {"content-length": str(limit + 1)} if stated else {}
     answer = scene.ask(path, [b"x" * (limit // 2), b"x" * (limit // 2 + 1)], headers=headers)
     assert answer.status == 413 and "MB" in answer.detail
-    assert scene.seen == [] and scene.line.entries == 0
+    assert scene.seen == [] and scene.queue.entries == 0
     assert scene.ask(path, [b"x" * limit], headers={"content-length": str(limit)}).status == 200
 
 
 def test_a_stated_size_that_is_too_large_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    scene = Scene(tmp_path, limits=replace(SMALL, patience=60))
+    scene = Scene(tmp_path, limits=replace(SMALL, grace=60))
     assert scene.ask(CALL, [STALLED], headers={"content-length": "300000000"}).status == 413
     waits = {"content-length": "300000000", "expect": "100-continue"}
     assert scene.ask(UPLOAD, [STALLED], headers=waits).status == 413
@@ -206,7 +208,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(scene: Scene, path: str) -> No
 
 def test_a_body_that_keeps_up_may_take_as_long_as_it_is_large(tmp_path: Path) -> None:
     """Patience alone would have ended at the first pause; what has come buys time."""
-    scene = Scene(tmp_path, limits=replace(SMALL, patience=0.2, rate=100))
+    scene = Scene(tmp_path, limits=replace(SMALL, grace=0.2, rate=100))
 
     async def slowly() -> Answer:
         async def receive() -> dict[str, Any]:
@@ -228,7 +230,7 @@ def test_a_body_that_keeps_up_may_take_as_long_as_it_is_large(tmp_path: Path) ->
 
 
 def test_large_questions_share_memory_and_small_ones_always_fit(tmp_path: Path) -> None:
-    scene = Scene(tmp_path, limits=replace(SMALL, patience=0.5))
+    scene = Scene(tmp_path, limits=replace(SMALL, grace=0.5))
 
     async def crowd() -> tuple[Answer, Answer]:
         slow = [asyncio.create_task(scene.ask_async(CALL, [b"x" * 900, STALLED]))]
@@ -243,7 +245,7 @@ def test_large_questions_share_memory_and_small_ones_always_fit(tmp_path: Path) 
 
 
 def test_a_full_line_says_how_many_wait_and_when_to_come_back(scene: Scene) -> None:
-    scene.line.full = True
+    scene.queue.full = True
     for path in (CALL, JOIN):
         answer = scene.ask(path, [STALLED])
         assert answer.status == 503 and answer.headers["retry-after"] == "8"
@@ -253,7 +255,7 @@ def test_a_full_line_says_how_many_wait_and_when_to_come_back(scene: Scene) -> N
 
 def test_large_questions_find_a_shorter_line(tmp_path: Path) -> None:
     scene = Scene(tmp_path, limits=replace(SMALL, large=50))
-    scene.line.full_for_large = True
+    scene.queue.full_for_large = True
     assert [scene.ask(CALL, [b"x" * size]).status for size in (50, 51)] == [200, 503]
 
 
@@ -311,7 +313,7 @@ def test_a_foreign_name_that_points_here_is_not_served(scene: Scene, host: str, 
 
 
 def test_the_name_of_a_proxy_can_be_allowed_and_then_asks(tmp_path: Path) -> None:
-    scene = Scene(tmp_path, names=Names.of("127.0.0.1", ["Box.Example"]))
+    scene = Scene(tmp_path, names=AllowedHosts.of("127.0.0.1", ["Box.Example"]))
     asked = {"host": "127.0.0.1:7860", "origin": "https://box.example"}  # a proxy that writes its own Host
     assert scene.ask(UPLOAD, [b"x"], headers=asked).status == 200
     assert scene.ask("/", method="GET", headers={"host": "box.example"}).status == 200

@@ -79,10 +79,10 @@ def test_a_foreign_host_is_a_user_error(host: str) -> None:
 
 
 def test_the_port_is_held_from_the_check_on() -> None:
-    with listen("127.0.0.1", 0) as door:
-        port = door.getsockname()[1]
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
         assert port > 0
-        door.listen()
+        listener.listen()
         with pytest.raises(UserError, match="is taken"):
             listen("127.0.0.1", port)
 

@@ -56,8 +56,8 @@ def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
 @pytest.mark.parametrize(("weights", "kind"), [("default", "photos"), ("vild-sticker", "stickers")])
 def test_a_detector_finds_what_is_in_its_examples(weights: str, kind: str) -> None:
     from ovd import Detector
+    from ovd.demo.model_manager import kind_of
     from ovd.demo.page import EXAMPLES, shipped_examples
-    from ovd.demo.shelf import kind_of
 
     detector = Detector.load(weights)
     assert kind_of(detector) == kind

@@ -22,24 +22,24 @@ def put(folder: Path, name: str, size: int, age: int) -> Path:
 def test_the_oldest_make_room_for_new_ones(tmp_path: Path) -> None:
     old, middle, new = (put(tmp_path, name, 100, age) for name, age in (("a", 30), ("b", 20), ("c", 10)))
     uploads = Uploads(tmp_path, most_bytes=350)
-    assert uploads.promise(50) and old.exists()
-    assert uploads.promise(100)
+    assert uploads.reserve(50) and old.exists()
+    assert uploads.reserve(100)
     assert not old.exists() and not old.parent.exists() and not middle.exists() and new.exists()
 
 
 def test_the_limit_holds_for_all_that_is_under_way(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path, most_bytes=350)
-    assert [uploads.promise(100) for _ in range(5)] == [True, True, True, False, False]
-    uploads.keep(100)
-    assert uploads.promise(100)
+    assert [uploads.reserve(100) for _ in range(5)] == [True, True, True, False, False]
+    uploads.release(100)
+    assert uploads.reserve(100)
 
 
-def test_what_was_promised_and_written_counts_once(tmp_path: Path) -> None:
+def test_what_was_reserved_and_written_counts_once(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path, most_bytes=1000)
     for i in range(50):
-        assert uploads.promise(100)
+        assert uploads.reserve(100)
         put(tmp_path, f"{i}", 100, 100 - i)
-        uploads.keep(100)
+        uploads.release(100)
         assert sum(f.stat().st_size for f in tmp_path.rglob("*.jpg")) <= 1000
     left = sorted(int(f.parent.name) for f in tmp_path.rglob("*.jpg"))
     assert left[-1] == 49 and len(left) >= 7
@@ -48,9 +48,9 @@ def test_what_was_promised_and_written_counts_once(tmp_path: Path) -> None:
 def test_the_number_of_files_is_limited_too(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path, most_bytes=10**6, most_files=10)
     for i in range(30):
-        assert uploads.promise(1)
+        assert uploads.reserve(1)
         put(tmp_path, f"{i}", 1, 100 - i)
-        uploads.keep(1)
+        uploads.release(1)
         assert len(list(tmp_path.rglob("*.jpg"))) <= 10
 
 
@@ -59,7 +59,7 @@ def test_of_a_nearly_full_disk_only_a_part_is_used(tmp_path: Path, monkeypatch: 
     usage = type("Usage", (), {"free": 1000, "total": free.f_blocks, "used": 0})
     monkeypatch.setattr("ovd.demo.uploads.shutil.disk_usage", lambda _: usage)
     uploads = Uploads(tmp_path)
-    assert uploads.promise(400) and not uploads.promise(400)
+    assert uploads.reserve(400) and not uploads.reserve(400)
 
 
 def test_only_files_inside_are_uploads(tmp_path: Path) -> None:
@@ -69,6 +69,6 @@ def test_only_files_inside_are_uploads(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     (inside / "link").symlink_to(tmp_path / "secret")
     uploads = Uploads(inside)
-    assert uploads.holds(str(file)) == file.resolve()
+    assert uploads.find(str(file)) == file.resolve()
     for path in ("/etc/passwd", "../secret", str(inside / "link"), str(inside), str(inside / "gone"), "\0", "x" * 5000):
-        assert uploads.holds(path) is None
+        assert uploads.find(path) is None

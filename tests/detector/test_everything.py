@@ -15,7 +15,14 @@ from PIL import Image
 
 from ovd.detector import Detector
 from ovd.inference.arrays import as_array
-from ovd.inference.everything import LEVEL, OPEN_LEVEL, PromptFreeWords, is_everything, nearest_words, open_shift
+from ovd.inference.everything import (
+    OPEN_THRESHOLD,
+    SHOWN_THRESHOLD,
+    PromptFreeWords,
+    is_everything,
+    nearest_words,
+    open_shift,
+)
 from ovd.picture_files import PictureFiles
 from ovd.predict import main, predict
 from ovd.query import Query
@@ -70,9 +77,9 @@ def test_the_shift_moves_one_level_to_the_other_and_keeps_the_order() -> None:
     words = replace(PromptFreeWords.plain(["fox"]), shift=np.array([open_shift()], np.float32))
     given = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
     moved = words.one_name(given)[:, 0]
-    assert moved[int(OPEN_LEVEL * 100)] == pytest.approx(LEVEL, abs=1e-5)
+    assert moved[int(OPEN_THRESHOLD * 100)] == pytest.approx(SHOWN_THRESHOLD, abs=1e-5)
     assert np.all(np.diff(moved) > 0) and 0 <= moved[0] < 1e-6 and moved[-1] > 1 - 1e-6
-    odds = 0.8 / 0.2 * (LEVEL / (1 - LEVEL)) / (OPEN_LEVEL / (1 - OPEN_LEVEL))
+    odds = 0.8 / 0.2 * (SHOWN_THRESHOLD / (1 - SHOWN_THRESHOLD)) / (OPEN_THRESHOLD / (1 - OPEN_THRESHOLD))
     assert moved[80] == pytest.approx(odds / (1 + odds), abs=1e-5)
 
 
@@ -90,7 +97,7 @@ def test_it_is_another_query_than_the_same_words_typed_with_a_threshold_of_its_o
     query = detector.query("everything")
     typed = Query(Vocabulary.parse(list(query.names), templates=detector.templates))
     assert query.hash != typed.hash and query.names == typed.names
-    assert (detector.threshold_for(query), detector.threshold_for(typed)) == (LEVEL, 0.1)
+    assert (detector.threshold_for(query), detector.threshold_for(typed)) == (SHOWN_THRESHOLD, 0.1)
     assert make_detector(threshold=0.6).threshold_for(make_detector().query("everything")) == 0.6
 
 
@@ -131,7 +138,7 @@ def test_nearest_words_are_those_whose_embeddings_are() -> None:
     model = detector.model
     rows = [as_array(detector.text.encoder.word(word)) for word in ("sea", "red", "blue", "unicorn")]
     model.background_words = np.stack(rows)
-    model.card = SimpleNamespace(bank=("sea", "red", "blue", "unicorn"))  # type: ignore[assignment]
+    model.card = SimpleNamespace(background_words=("sea", "red", "blue", "unicorn"))  # type: ignore[assignment]
     regions = detector.embed(picture())
     colour = {tuple(box): i for i, box in enumerate(regions.regions.boxes.astype(int).tolist())}
     asked = [colour[10, 20, 50, 70], colour[80, 30, 150, 110]]

@@ -17,7 +17,8 @@ from PIL import Image
 from ovd.detector import Detector
 from ovd.examples import Crop, Example, ExampleEmbedder, parse_examples
 from ovd.inference.arrays import unit_rows
-from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet, score_examples
+from ovd.inference.example_scorers import CENTRE_PRIOR, CentredCosineScorer
+from ovd.inference.scoring import Calibration, RegionSet
 from ovd.picture_files import PictureFiles
 from ovd.predict import main, predict
 from ovd.query_flags import named_example
@@ -196,7 +197,10 @@ def test_an_example_is_scored_as_derived_by_hand() -> None:
     calibration = Calibration(
         bank_limit=1.0, example_logit_scale=7.0, example_objectness_weight=1.0, example_slope=2.0, example_offset=-1.0
     )
-    got = score_examples(regions, unit[4:5], unit[5:8], unit[8:], calibration)
+    scorer = CentredCosineScorer(
+        rows=unit[4:5], background_words=unit[5:8], negatives=unit[8:], calibration=calibration
+    )
+    got = scorer(regions)
     mean = (unit[2] + unit[3]) / (2 + CENTRE_PRIOR)
     for r in range(2):
         z = direction(unit[2 + r] - mean)
@@ -215,7 +219,9 @@ def test_what_all_regions_share_does_not_count_as_likeness() -> None:
     many = RegionSet(**{**vars(regions), "boxes": np.zeros((140, 4)), "objectness": np.ones(140),
                         "text": np.tile(regions.text, (20, 1))})  # fmt: skip
     bank = unit_rows(np.random.default_rng(1).standard_normal((12, 8)))
-    score = score_examples(many, example, bank, bank[:0], Calibration(example_logit_scale=10.0))[:7, 0]
+    calibration = Calibration(example_logit_scale=10.0)
+    scorer = CentredCosineScorer(rows=example, background_words=bank, negatives=bank[:0], calibration=calibration)
+    score = scorer(many)[:7, 0]
     assert float(regions.text[0] @ example[0] - regions.text[1] @ example[0]) < 0.11
     assert float(score[0]) > 0.9 and float(score[1:].max()) < 0.2
 
@@ -223,7 +229,9 @@ def test_what_all_regions_share_does_not_count_as_likeness() -> None:
 def test_a_picture_without_regions_has_no_scores() -> None:
     empty = RegionSet(boxes=np.zeros((0, 4)), objectness=np.zeros(0), text=np.zeros((0, 8)), image=None,
                       masks=None, size=(1, 1))  # fmt: skip
-    assert score_examples(empty, np.eye(8)[:2], np.eye(8), np.eye(8)[:0], Calibration()).shape == (0, 2)
+    words = np.eye(8, dtype=np.float32)
+    scorer = CentredCosineScorer(rows=words[:2], background_words=words, negatives=words[:0], calibration=Calibration())
+    assert scorer(empty).shape == (0, 2)
 
 
 def test_a_calibration_of_examples_leaves_the_words_alone() -> None:

@@ -28,7 +28,7 @@ def regions(rng: np.random.Generator, count: int = 7, dim: int = 16) -> RegionSe
         image=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
         masks=None,
         size=(100, 120),
-        known=rng.uniform(0, 1, (count, 3)).astype(np.float32),
+        word_scores=rng.uniform(0, 1, (count, 3)).astype(np.float32),
         bias=rng.normal(size=count).astype(np.float32),
     )
 
@@ -41,11 +41,11 @@ def squashed(slope: float, offset: float, p: float) -> float:
 def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float:
     """The score of one pair in double precision, sum by sum."""
     c = words.calibration
-    known = [float(p) for p, member in zip(seen.known[region], words.known[word], strict=True) if member]
-    if known:
+    closed = [float(p) for p, member in zip(seen.word_scores[region], words.hyponyms[word], strict=True) if member]
+    if closed:
         cosine = float(seen.text[region].astype(float) @ words.rows[word].astype(float))
         head = 1 / (1 + math.exp(-(words.scale * cosine + float(seen.bias[region]))))
-        return squashed(c.slope, c.offset, max(known) ** (1 - c.head_weight) * head**c.head_weight)
+        return squashed(c.slope, c.offset, max(closed) ** (1 - c.head_weight) * head**c.head_weight)
     image = seen.image[region].astype(float)
     mine = math.exp(c.open_scale * float(image @ words.rows[word].astype(float)))
     pairs = zip(words.competitors, words.rivals[word], strict=True)
@@ -59,12 +59,12 @@ def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float
 def scorer(rng: np.random.Generator, count: int, dim: int = 16) -> WordScorer:
     rivals = rng.random((count, 12)) > 0.2
     rivals[::3] = True  # many have no synonym
-    known = rng.random((count, 3)) > 0.9
+    hyponyms = rng.random((count, 3)) > 0.9
     return WordScorer(
         rows=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
         competitors=unit_rows(rng.normal(size=(12, dim)).astype(np.float32)),
         rivals=rivals,
-        known=known,
+        hyponyms=hyponyms,
         scale=4.0,
         calibration=CALIBRATION,
     )

@@ -76,8 +76,8 @@ def test_a_word_s_score_is_the_documented_formula_and_its_kin_do_not_compete(cli
     assert {"dog", "zebra"} <= {w for w, is_kin in zip(model.words.words, kin.tolist(), strict=True) if is_kin}
     rivals = model.background_words[~kin]
     named = softmax(scale * regions.distilled @ np.concatenate([rows[1:], rivals]).T, axis=1)[:, 0]
-    known = regions.known[:, model.known.relations([["animal"]]).same_or_below[0]].max(axis=1)  # type: ignore[index]
-    np.testing.assert_allclose(score[:, 1], known**0.8 * named**0.2, rtol=1e-3, atol=1e-5)
+    closed = regions.word_scores[:, model.proposal_words.relations([["animal"]]).same_or_below[0]].max(axis=1)  # type: ignore[index]
+    np.testing.assert_allclose(score[:, 1], closed**0.8 * named**0.2, rtol=1e-3, atol=1e-5)
     alone = model.scorer(rows[:1], [["guitar"]], model.background_words)(regions)
     np.testing.assert_allclose(alone[:, 0], score[:, 0], rtol=1e-5)  # no column depends on another
 
@@ -89,7 +89,7 @@ def test_a_phrase_with_an_attribute_competes_with_its_own_noun(clip: str) -> Non
                           model.background_words)  # fmt: skip
     car = model.words.words.index("car")
     assert [bool(row[car]) for row in scorer.rivals] == [True, False, False]  # type: ignore[attr-defined]
-    assert [bool(row[car]) for row in scorer.known] == [False, True, True]  # type: ignore[attr-defined]
+    assert [bool(row[car]) for row in scorer.hyponyms] == [False, True, True]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("weights", ["vild-photo", "vild-sticker"])
@@ -111,8 +111,8 @@ def test_boxes_too_thin_to_crop_are_left_out_and_large_pictures_are_shrunk_first
     regions.boxes = np.concatenate([np.array([[5, 5, 6, 50]], np.float32), regions.boxes[1:]])
     embedded = embed_boxes(regions, large, model.encoder)
     assert len(embedded) == len(regions) - 1
-    assert np.array_equal(embedded.boxes, regions.boxes[1:]) and embedded.known is not None
-    assert np.array_equal(embedded.known, regions.known[1:])  # type: ignore[index]
+    assert np.array_equal(embedded.boxes, regions.boxes[1:]) and embedded.word_scores is not None
+    assert np.array_equal(embedded.word_scores, regions.word_scores[1:])  # type: ignore[index]
 
 
 def test_calibrate_keeps_a_fit_for_the_user_and_the_weights_as_they_are(clip: str, tmp_path: Path, home: Path) -> None:

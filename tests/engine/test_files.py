@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,38 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, error: Exception) -> Non
     with whole_folder(target) as fresh:
         (fresh / "b").write_text("second")
     assert [path.name for path in target.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("other", [None, {"a": "of an earlier version"}])
+def test_two_who_write_a_folder_at_once__the_first_one_stays(tmp_path: Path, other: dict[str, str] | None) -> None:
+    """The second must not take away what the first has begun to use."""
+    target = tmp_path / "export"
+    for name, text in (other or {}).items():
+        target.mkdir(exist_ok=True)
+        (target / name).write_text(text)
+    with whole_folder(target) as first, whole_folder(target) as second:
+        assert first != second
+        for fresh in (first, second):
+            (fresh / "classes").mkdir()
+            (fresh / "classes/a").write_text("the same")
+        inner = second.stat().st_ino
+    assert target.stat().st_ino == inner and (target / "classes/a").read_text() == "the same"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_processes_write_and_read_one_folder_at_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from pretrain.engine.files import whole_folder
+target = Path(sys.argv[1])
+for _ in range(50):
+    with whole_folder(target) as fresh:
+        (fresh / "a").write_text("the same")
+    assert (target / "a").read_text() == "the same"
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "export")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    problems = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], problems
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]

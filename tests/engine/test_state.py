@@ -57,12 +57,10 @@ def test_what_must_be_complete_is(
         assert torch.equal(value, given[name] if fits else before[name]), name
 
 
-def test_names_are_mapped_prefixes_are_skipped_and_optional_ones_may_be_missing() -> None:
+def test_load_tensors__prefixes_are_skipped_and_optional_ones_may_be_missing() -> None:
     model = network()
-    given = {f"old.{name}": value for name, value in tensors(**{"1_running_mean": None}).items()}
-    report = load_tensors(
-        model, given, source="here", rename=lambda name: name.removeprefix("old."), skip=("0.",), optional=("1.run",)
-    )
+    given = tensors(**{"1_running_mean": None})
+    report = load_tensors(model, given, source="here", skip=("0.",), optional=("1.run",))
     assert report.skipped == ("0.weight", "0.bias") and report.missing == ("1.running_mean",)
     assert float(model[1].weight) == 3 and float(model[1].running_mean) == 0 and float(model[0].bias) != 3
     assert str(report) == "4 tensors loaded; missing 1: 1.running_mean; skipped 2: 0.weight, 0.bias"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ovd import serve
 from ovd.demo.bodies import Limits
-from ovd.demo.names import Names
+from ovd.demo.hosts import AllowedHosts
 from ovd.demo.serving import Server, listen
 from ovd.label_studio.app import Gate, build_app
 from ovd.label_studio.backend import Backend, Task
@@ -59,10 +59,10 @@ def backend(**options: Any) -> Backend:
 
 
 def served(gate: Gate) -> tuple[Server, Ask]:
-    door = listen("127.0.0.1", 0)
-    server = Server(gate, door=door, protocol=with_reasons)
+    listener = listen("127.0.0.1", 0)
+    server = Server(gate, listener=listener, protocol=with_reasons)
     server.start()
-    port = door.getsockname()[1]
+    port = listener.getsockname()[1]
 
     def ask(method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -78,7 +78,9 @@ def served(gate: Gate) -> tuple[Server, Ask]:
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    server, asked = served(Gate(build_app(backend()), names=Names.of("127.0.0.1"), limits=Limits(question=200_000)))
+    server, asked = served(
+        Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+    )
     yield asked
     server.close()
 
@@ -157,7 +159,7 @@ def test_foreign_names_large_bodies_and_other_methods_are_refused(ask: Ask) -> N
 
 
 def test_basic_authentication_holds_for_all_endpoints() -> None:
-    gate = Gate(build_app(backend()), names=Names.of("127.0.0.1"), credentials=("me", "pass:word"))
+    gate = Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), credentials=("me", "pass:word"))
     server, asked = served(gate)
     right = {"Authorization": "Basic " + base64.b64encode(b"me:pass:word").decode()}
     wrong = {"Authorization": "Basic " + base64.b64encode(b"me:pass").decode()}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ovd.demo.names import Names
+from ovd.demo.hosts import AllowedHosts
 from ovd.label_studio.app import Gate, build_app
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.pictures import PictureSource
@@ -40,7 +40,7 @@ class Elsewhere(PictureSource):
 def test_the_requests_of_label_studio_are_answered(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     backend = Backend(make_detector(masks=False), Elsewhere(tmp_path / "a.png"), name="colours")
-    server, ask = served(Gate(build_app(backend), names=Names.of("127.0.0.1")))
+    server, ask = served(Gate(build_app(backend), names=AllowedHosts.of("127.0.0.1")))
     try:
         answers = {
             (r["path"], (r["body"] or {}).get("action")): ask(r["method"], r["path"], r["body"], r["headers"])

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from ovd.demo.bodies import Limits
-from ovd.demo.names import Names
+from ovd.demo.hosts import AllowedHosts
+from ovd.inference.example_scorers import similar_regions
 from ovd.inference.scoring import RegionSet
 from ovd.label_studio.app import Gate, build_app
-from ovd.label_studio.interactive import alike, read_drawn
+from ovd.label_studio.interactive import read_drawn
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import picture
 from tests.label_studio.test_backend import CONFIG, PAIRS, Ask, backend, data_uri, served
@@ -28,7 +29,9 @@ PHOTO = data_uri(picture([*(("red", *box) for box in RED), ("blue", 10, 80, 60, 
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    server, asked = served(Gate(build_app(backend()), names=Names.of("127.0.0.1"), limits=Limits(question=200_000)))
+    server, asked = served(
+        Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+    )
     yield asked
     server.close()
 
@@ -161,9 +164,9 @@ def test_regions_count_by_their_embedding_and_as_objects() -> None:
     rows = np.array([[1, 0], [0.9, 0.4359], [1, 0], [0.85, 0.5268], [0, 1]], np.float32)
     objectness = np.array([0.5, 0.9, 0.2, 0.9, 0.9], np.float32)
     regions = RegionSet(boxes=boxes, objectness=objectness, text=rows, image=None, masks=None, size=(60, 120))
-    found = alike(regions, np.array([1, 1, 20, 20], np.float32))
-    assert found is not None
+    similar = similar_regions(regions, np.array([1, 1, 20, 20], np.float32))
+    assert similar is not None
     # Itself, the one that points the same way; not the lesser object, the second box of one thing, or another thing.
-    assert found.boxes.tolist() == boxes[:2].tolist()
-    assert found.scores.tolist() == pytest.approx([1, 0.9], abs=1e-3)
-    assert alike(regions, np.array([0, 30, 20, 50], np.float32)) is None
+    assert similar.boxes.tolist() == boxes[:2].tolist()
+    assert similar.scores.tolist() == pytest.approx([1, 0.9], abs=1e-3)
+    assert similar_regions(regions, np.array([0, 30, 20, 50], np.float32)) is None

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ovd.modeling.proposals.assign import assign, distribution_focal_loss, quality_focal_loss
 from ovd.modeling.proposals.build import (
-    KNOWN_WORDS,
+    PROPOSAL_WORDS,
     PhotoProposer,
     ProposalCard,
     load_proposals,
@@ -82,7 +82,7 @@ def test_an_untrained_network_ranks_and_names_as_nanodet_does(
     best = words.amax(dim=1).argmax()
     assert torch.allclose(found.proposal_boxes.tensor[0], boxes[best], atol=1e-3)
     assert torch.allclose(found.words[0], words[best], atol=1e-5)
-    assert found.words.shape[1] == len(KNOWN_WORDS) == 80
+    assert found.words.shape[1] == len(PROPOSAL_WORDS) == 80
 
 
 def test_black_padding_does_not_change_what_is_found(network: ProposalDetector) -> None:

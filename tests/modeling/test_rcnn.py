@@ -226,7 +226,7 @@ def card_for(variant: str, kind: dict[str, Any] = C4) -> DetectorCard:
         long_side=2 * SIDE,
         classes=tuple("abcdef"),
         novel=(2,),
-        bank=("a", "b"),
+        background_words=("a", "b"),
         calibration={"threshold": 0.25},
         config_hash="0",
     )
@@ -303,7 +303,7 @@ def test_detail__is_refused_with_a_pyramid() -> None:
 )
 def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant: str, kind: dict[str, Any]) -> None:
     model = make(variant, kind).eval()
-    save_detector(tmp_path, model, card_for(variant, kind), bank=torch.randn(2, D), half=False)
+    save_detector(tmp_path, model, card_for(variant, kind), background_words=torch.randn(2, D), half=False)
     loaded = load_detector_model(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     got = loaded.regions(image)
@@ -314,7 +314,9 @@ def test_export__loads_again_and_gives_the_same_regions(tmp_path: Path, variant:
 
 
 def test_export__without_masks_the_mask_head_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_detector(tmp_path, make("vild", C4).eval(), card_for("vild", C4), bank=torch.randn(2, D), half=False)
+    save_detector(
+        tmp_path, make("vild", C4).eval(), card_for("vild", C4), background_words=torch.randn(2, D), half=False
+    )
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     with_masks = load_detector_model(tmp_path).regions(image)
     monkeypatch.setattr(MaskHead, "layers", None)  # cannot be called
@@ -344,7 +346,7 @@ def test_export__boxes_follow_the_original_size() -> None:
     ],
 )
 def test_export__a_damaged_folder_is_refused_with_the_next_step(tmp_path: Path, damage: Any, message: str) -> None:
-    save_detector(tmp_path, make("vild"), card_for("vild"), bank=torch.randn(2, D))
+    save_detector(tmp_path, make("vild"), card_for("vild"), background_words=torch.randn(2, D))
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         load_detector_model(tmp_path)

@@ -15,8 +15,8 @@ from ovd.evaluation.photo_calibration import TypedPhotos, fit_examples
 from ovd.evaluation.photo_examples import WordCrops, boxes_to_cut, with_crops
 from ovd.evaluation.typed import TypedScene
 from ovd.inference.arrays import sigmoid, unit_rows
-from ovd.inference.scoring import CENTRE_PRIOR, Calibration, RegionSet
-from ovd.inference.word_profiles import ProfileScorer, root_profile
+from ovd.inference.example_scorers import CENTRE_PRIOR, WordProfileScorer, root_profile
+from ovd.inference.scoring import Calibration, RegionSet
 from tests.photos.test_fvlm import scorer as word_scorer
 
 WORDS = np.eye(4, dtype=np.float32)
@@ -45,7 +45,7 @@ def test_a_crop_is_compared_by_the_bhattacharyya_coefficient_of_words_and_by_the
     coefficient = sum(math.sqrt(a * b) for a, b in zip(p, q, strict=True))
 
     calibration = Calibration(logit_scale=7.0, objectness_weight=0.5)
-    crops = ProfileScorer(rows=crop[None], words=WORDS, calibration=calibration)
+    crops = WordProfileScorer(rows=crop[None], words=WORDS, calibration=calibration)
     score = crops(region_set(region[None], np.array([0.64])))
     assert float(score[0, 0]) == pytest.approx(coefficient * likeness * 0.8, rel=1e-5)
     fitted = replace(crops, calibration=replace(calibration, slope=2.0, offset=-0.5))
@@ -62,7 +62,7 @@ def test_what_no_word_says_does_not_count() -> None:
     np.testing.assert_allclose((roots**2).sum(axis=1), 1, rtol=1e-5)
     alike = roots @ roots.T
     assert alike[0, 1] > 0.95 and alike[1, 2] < 0.2  # by cosine the last two share .2 of 1
-    no_crops = ProfileScorer(rows=rows[:0], words=words, calibration=Calibration())
+    no_crops = WordProfileScorer(rows=rows[:0], words=words, calibration=Calibration())
     assert no_crops(region_set(rows)).shape == (3, 0)
 
 
@@ -118,7 +118,7 @@ def test_a_crop_s_scores_are_fitted_on_photos_and_leave_the_words_alone() -> Non
         named=[],
         scorer=words,
         examples=with_crops(scenes, crops),
-        example_scorer=ProfileScorer(rows=crops.rows[0], words=WORDS, calibration=Calibration().of_examples()),
+        example_scorer=WordProfileScorer(rows=crops.rows[0], words=WORDS, calibration=Calibration().of_examples()),
     )
     crops_fitted = fit_examples(data.half(0))
     assert crops_fitted is not None

@@ -16,7 +16,7 @@ import torch
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
-from ovd.data.own_photos import CanvasSource, OwnPhotos
+from ovd.data.own_photos import CanvasSource, FinetunePhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
@@ -76,12 +76,14 @@ def write_photos(folder: Path, contents: list[list[str]], *, seed: int = 0, **ex
     return folder / "labels.json"
 
 
-def own_photos(labels: Path, **options: float) -> OwnPhotos:
+def own_photos(labels: Path, **options: float) -> FinetunePhotos:
     truth = check_ground_truth(json.loads(labels.read_text()), where=str(labels))
-    return OwnPhotos(folder=labels.parent / "images", truth=truth, **({"confident": 0.3, "doubtful": 0.1} | options))
+    return FinetunePhotos(
+        folder=labels.parent / "images", truth=truth, **({"confident": 0.3, "doubtful": 0.1} | options)
+    )
 
 
-def canvases(photos: OwnPhotos, **options: Any) -> CanvasSource:
+def canvases(photos: FinetunePhotos, **options: Any) -> CanvasSource:
     plain: dict[str, Any] = {
         "chosen": range(len(photos)), "side": 128, "scale": (1.0, 1.0), "mosaic": 0.0, "flip": 0.0,
         "flip_vertical": 0.0, "colour": 0.0, "seed": 0,
@@ -182,7 +184,7 @@ def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
         image=np.eye(4, dtype=np.float32)[:2],
         masks=None,
         size=(20, 20),
-        known=np.array([[0.9], [0.0]], dtype=np.float32),
+        word_scores=np.array([[0.9], [0.0]], dtype=np.float32),
         bias=np.zeros(2, np.float32),
         finetuned=np.array([[0.0, 0.0], [0.7, 0.0]], dtype=np.float32),
     )
@@ -190,7 +192,7 @@ def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
         rows=np.eye(4, dtype=np.float32)[[0, 1, 2]],
         competitors=np.eye(4, dtype=np.float32),
         rivals=np.zeros((3, 4), dtype=bool),
-        known=np.array([[True], [False], [False]]),
+        hyponyms=np.array([[True], [False], [False]]),
         scale=4.0,
         calibration=Calibration(),
         finetuned=np.array([[True, False], [True, False], [False, True]]),

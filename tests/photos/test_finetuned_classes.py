@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from ovd import train as ovd_train
-from ovd.data.own_photos import CanvasSource, OwnPhotos
+from ovd.data.own_photos import CanvasSource, FinetunePhotos
 from ovd.detector import Detector
+from ovd.inference.example_scorers import centred_on_picture
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.known_words import WordList
 from ovd.inference.regions import Regions
 from ovd.inference.scorers import QueryScores
-from ovd.inference.scoring import RegionSet, centred_on_picture
+from ovd.inference.scoring import RegionSet
 from ovd.modeling.export import FinetunedCard
 from ovd.modeling.fvlm.finetuned import remaining_branches
 from ovd.query import Query
@@ -46,9 +47,9 @@ def write_photos(folder: Path, boxes_of: list[list[int]], names: list[str]) -> P
     return folder / "labels.json"
 
 
-def read(labels: Path) -> OwnPhotos:
+def read(labels: Path) -> FinetunePhotos:
     truth = check_ground_truth(json.loads(labels.read_text()), where=str(labels))
-    return OwnPhotos(folder=labels.parent, truth=truth, confident=0.3, doubtful=0.1)
+    return FinetunePhotos(folder=labels.parent, truth=truth, confident=0.3, doubtful=0.1)
 
 
 def test_boxes_too_small_to_learn_are_told(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.head import FrozenFeatureHead
 from ovd.modeling.fvlm.network import FvlmDetector
 from ovd.modeling.fvlm.tower import FrozenTower
-from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposer
+from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -36,7 +36,7 @@ from pretrain.nets.towers import JointEncoder, build_encoder
 from tests.photos.conftest import arguments
 
 LEXICON = read_lexicon()
-WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
+WORDS = WordList(words=PROPOSAL_WORDS, lexicon=LEXICON)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ WORDS = WordList(words=KNOWN_WORDS, lexicon=LEXICON)
 )  # fmt: skip
 def test_a_typed_word_finds_the_known_words_it_has_to_do_with(phrase: str, same: set[str], above: set[str]) -> None:
     relations = WORDS.relations([[phrase]])
-    named = {KNOWN_WORDS[i] for i in np.flatnonzero(relations.same_or_below[0])}
-    over = {KNOWN_WORDS[i] for i in np.flatnonzero(relations.above[0])}
+    named = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.same_or_below[0])}
+    over = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.above[0])}
     assert (named, over) == (same, above)
 
 
 def test_a_superordinate_word_is_all_its_kinds_and_synonyms_count_for_their_class() -> None:
     relations = WORDS.relations([["animal"], ["vehicle"], ["gizmo", "teddy bear"]])
-    kinds = [{KNOWN_WORDS[i] for i in np.flatnonzero(row)} for row in relations.same_or_below]
+    kinds = [{PROPOSAL_WORDS[i] for i in np.flatnonzero(row)} for row in relations.same_or_below]
     assert {"bird", "cat", "dog", "horse", "zebra"} <= kinds[0] and "car" not in kinds[0]
     assert {"car", "bus", "bicycle", "truck"} <= kinds[1] and "dog" not in kinds[1]
     assert kinds[2] == {"teddy bear"}
@@ -118,17 +118,17 @@ def test_a_photo_noun_refines_a_general_box_or_goes_to_the_largest_proposal() ->
 
 def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
     torch.manual_seed(0)
-    head = FrozenFeatureHead(features=6, known=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
+    head = FrozenFeatureHead(features=6, words=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     rows = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
-    model = FvlmDetector(proposer=cast(PhotoProposer, None), tower=cast(FrozenTower, None), head=head, known=True)
+    model = FvlmDetector(proposer=cast(PhotoProposer, None), tower=cast(FrozenTower, None), head=head, reads_words=True)
     criterion = WordCriterion(model=model, rows=rows, everywhere=1, noun_weight=0.25).eval()
     batch = RegionBatch(
         features=torch.randn(2, 6),
-        known=torch.rand(2, 2),
+        word_scores=torch.rand(2, 2),
         target=torch.tensor([[0.4, 0.0, 1.0], [0.0, 0.0, 0.0]]),
         mask=torch.tensor([[True, True, True], [True, False, False]]),
     )
-    out = head(batch.features, batch.known)
+    out = head(batch.features, batch.word_scores)
     expected = 0.0
     for n in range(2):
         for v in range(3):
@@ -160,8 +160,8 @@ def test_another_image_tower_is_refused(encoder: JointEncoder) -> None:
         FrozenTower(other, side=64, pool=2, context=1.5)
 
 
-def regions(known: list[list[float]]) -> RegionSet:
-    count = len(known)
+def regions(scores: list[list[float]]) -> RegionSet:
+    count = len(scores)
     return RegionSet(
         boxes=np.array([[0.0, 0.0, 10.0, 10.0]] * count, np.float32),
         objectness=np.full(count, 0.5, np.float32),
@@ -169,18 +169,18 @@ def regions(known: list[list[float]]) -> RegionSet:
         image=np.eye(4, dtype=np.float32)[:count],
         masks=None,
         size=(20, 20),
-        known=np.array(known, np.float32),
+        word_scores=np.array(scores, np.float32),
         bias=np.full(count, -1, np.float32),
     )
 
 
-def scorer(known: list[list[bool]]) -> WordScorer:
-    count = len(known)
+def scorer(hyponyms: list[list[bool]]) -> WordScorer:
+    count = len(hyponyms)
     return WordScorer(
         rows=np.eye(4, dtype=np.float32)[:count],
         competitors=np.eye(4, dtype=np.float32),
         rivals=~np.eye(4, dtype=bool)[:count],
-        known=np.array(known),
+        hyponyms=np.array(hyponyms),
         scale=4.0,
         calibration=Calibration(head_weight=0.25, open_scale=10.0),
     )

@@ -114,7 +114,7 @@ def test_every_variant_trains_and_answers_without_the_novel_word(run: Path, vari
     folder = train(run, variant)
     card = read_card(folder)
     assert card.classes == ("car",)
-    assert not {"dog", "domestic dog", "canine"} & set(card.bank)
+    assert not {"dog", "domestic dog", "canine"} & set(card.background_words)
     detector = ovd.Detector.load(folder)
     found = detector.find(np.full((48, 64, 3), 90, np.uint8), ["dog", "car"], threshold=0.0)
     assert len(found) and set(found.class_name) <= {"dog", "car"}
@@ -159,7 +159,7 @@ def test_novel_words_take_their_kinds_and_synonyms_with_them() -> None:
 
 def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> None:
     torch.manual_seed(0)
-    head = FrozenFeatureHead(features=6, known=0, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
+    head = FrozenFeatureHead(features=6, words=0, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     image_head = ImageHead(features=6, hidden=16, embed_dim=4, dropout=0.0)
 
     class Tower(nn.Module):
@@ -175,13 +175,13 @@ def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> Non
         proposer=cast(PhotoProposer, None),
         tower=tower,
         head=head,
-        known=False,
+        reads_words=False,
         image_head=image_head,  # type: ignore[arg-type]
     )
     features, target = torch.randn(5, 6), nn.functional.normalize(torch.randn(5, 4), dim=1)
     torch.testing.assert_close(model.image_embedding(features), tower.embed(features))
     batch = RegionBatch(
-        features=torch.randn(2, 6), known=torch.zeros(2, 0), target=torch.zeros(2, 3),
+        features=torch.randn(2, 6), word_scores=torch.zeros(2, 0), target=torch.zeros(2, 3),
         mask=torch.zeros(2, 3, dtype=torch.bool), offline=OfflineBatch(features=features, target=target),
     )  # fmt: skip
     criterion = WordCriterion(model=model, rows=torch.eye(3, 4), everywhere=3, noun_weight=1.0, image_weight=0.5)
@@ -197,7 +197,7 @@ def test_scores_are_vilds_geometric_mean() -> None:
     regions = RegionSet(
         boxes=np.array([[0, 0, 10, 10]], np.float32), objectness=np.array([0.64], np.float32),
         text=np.array([[1, 0, 0]], np.float32), image=np.array([[0, 1, 0]], np.float32), masks=None, size=(20, 20),
-        known=None, bias=np.array([-2], np.float32),
+        word_scores=None, bias=np.array([-2], np.float32),
     )  # fmt: skip
     scorer = EnsembleScorer(
         rows=np.eye(3, dtype=np.float32)[:2], competitors=np.eye(3, dtype=np.float32),

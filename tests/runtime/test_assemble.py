@@ -22,11 +22,11 @@ from ovd.runtime.assemble import (
     RANGES,
     Tensor,
     assemble,
-    cut,
-    filled,
+    bundled_export,
+    cut_tensors,
+    fill_holes,
     graphs_of,
     int8_channels,
-    kept_export,
     patches_of,
     write_archive,
 )
@@ -82,10 +82,10 @@ def test_what_is_cut_is_filled_again() -> None:
         b"B" * 5: Tensor("f", "b", "int8", patches),
         b"not there": Tensor("f", "c", "half"),
     }
-    rest, holes = cut(data, pieces)
-    assert rest == b"headmiddleAB" and [hole[0] for hole in holes] == [4, 19]
+    stripped, holes = cut_tensors(data, pieces)
+    assert stripped == b"headmiddleAB" and [hole[0] for hole in holes] == [4, 19]
     stored = {"a": b"A" * 9, "b": b"BxxBy"}
-    assert filled(rest, json.loads(json.dumps(holes)), lambda file, name, form: stored[name]) == data
+    assert fill_holes(stripped, json.loads(json.dumps(holes)), lambda file, name, form: stored[name]) == data
 
 
 def test_weights_in_8_bits_are_rounded_for_each_channel() -> None:
@@ -146,16 +146,16 @@ def test_other_weights_and_damaged_archives_are_refused_and_leave_nothing(small:
 def test_an_export_that_is_asked_for_is_written_once(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = kept_export(small, int8=False)
+    made = bundled_export(small, int8=False)
     assert made == small / "onnx" and json.loads((made / "runtime.json").read_text()) == {"format": "x"}
     monkeypatch.setattr("ovd.runtime.assemble.assemble", pytest.fail)
-    assert kept_export(small, int8=False) == made
+    assert bundled_export(small, int8=False) == made
     monkeypatch.undo()
     (made / "graph.onnx").write_bytes(b"of an earlier version")
-    kept_export(small, int8=False)
+    bundled_export(small, int8=False)
     assert (made / "graph.onnx").read_bytes() == (tmp_path / "made/graph.onnx").read_bytes()
     graphs_of(small).unlink()
-    assert kept_export(small, int8=False) is None
+    assert bundled_export(small, int8=False) is None
 
 
 def test_where_the_folder_may_not_be_written_it_lies_among_the_users_files(
@@ -163,7 +163,7 @@ def test_where_the_folder_may_not_be_written_it_lies_among_the_users_files(
 ) -> None:
     monkeypatch.setenv("WORDBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != small)
-    made = kept_export(small, int8=False)
+    made = bundled_export(small, int8=False)
     assert made == tmp_path / "home/exports/small/onnx" and made.is_dir()
     assert not (small / "onnx").exists()
 
@@ -176,9 +176,9 @@ def test_one_in_8_bits_for_somebodys_photos_is_left(tmp_path: Path, exported: Pa
     mine = shutil.copytree(exported, folder / "onnx-int8")
     card = replace(read_runtime_card(exported), precision="int8", ranges="64 photos of photos")
     write_runtime_card(mine, card)
-    assert kept_export(folder, int8=True) == mine and read_runtime_card(mine) == card
+    assert bundled_export(folder, int8=True) == mine and read_runtime_card(mine) == card
     write_runtime_card(mine, replace(card, ranges=shipped_ranges()))  # the archive's, but of another version
-    assert kept_export(folder, int8=True) == mine
+    assert bundled_export(folder, int8=True) == mine
     assert (mine / "tower.onnx").stat().st_size < 0.75 * (exported / "tower.onnx").stat().st_size
 
 

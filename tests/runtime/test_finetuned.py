@@ -23,7 +23,7 @@ from ovd.modeling.proposals.build import load_proposals
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import DenseHead
 from ovd.runtime.choice import export_for
-from ovd.runtime.files import BESIDE
+from ovd.runtime.files import EXPORT_FOLDER
 from ovd.weights import detector_folder
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
@@ -49,7 +49,7 @@ def branch(classes: int, seed: int) -> ClassBranch:
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped default with two branches of untrained classes, and its export beside them."""
     folder = tmp_path_factory.mktemp("tuned") / "mine"
-    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(BESIDE))
+    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(EXPORT_FOLDER))
     own = tuple(
         replace(
             save_branch(folder, branch(len(names), n), number=n, names=names, side=256 + 64 * n, nms=0.6, top=20),
@@ -58,7 +58,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for n, names in enumerate(BRANCHES, start=1)
     )
-    write_card(folder, replace(read_card(folder), own=own))
+    write_card(folder, replace(read_card(folder), finetuned=own))
     export(folder)
     return folder
 
@@ -66,14 +66,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_own_classes_are_the_same_in_both_runtimes(tuned: Path, by_torch: Detector) -> None:
     model = by_torch.model
     assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
-    finetuned = load_finetuned(tuned, read_card(tuned).own, lexicon=read_lexicon(), precision=torch.float32)
+    finetuned = load_finetuned(tuned, read_card(tuned).finetuned, lexicon=read_lexicon(), precision=torch.float32)
     assert finetuned is not None
     with_finetuned = FvlmRegionModel(
         network=TorchNetwork(model.network.model, finetuned=finetuned),
         card=model.card,
         background_words=model.background_words,
-        known=model.known,
-        trained=model.trained,
+        proposal_words=model.proposal_words,
+        training_words=model.training_words,
         finetuned=finetuned.names,
     )
     one, other = by_torch.with_model(with_finetuned), Detector.load(tuned, runtime="onnx")
@@ -98,7 +98,7 @@ def test_other_words_are_as_without_own_classes(tuned: Path, by_onnx: Detector) 
 def test_own_classes_are_found_without_torch(tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = without_torch(
-        "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(tuned / BESIDE), "--out", str(out)
+        "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(tuned / EXPORT_FOLDER), "--out", str(out)
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads((out / "results.json").read_text())) > 0
@@ -107,11 +107,11 @@ def test_own_classes_are_found_without_torch(tuned: Path, tmp_path: Path) -> Non
 def test_an_export_of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tuned, tmp_path / "mine")
     card = read_card(folder)
-    assert export_for(folder, card, runtime="onnx", device="cpu") == folder / BESIDE
-    write_card(folder, replace(card, own=card.own[:1]))
+    assert export_for(folder, card, runtime="onnx", device="cpu") == folder / EXPORT_FOLDER
+    write_card(folder, replace(card, finetuned=card.finetuned[:1]))
     with pytest.raises(UserError, match="made of other weights than lie beside it"):
         Detector.load(folder, runtime="onnx")
     write_card(folder, card)
-    (folder / card.own[0].file).write_bytes((folder / card.own[1].file).read_bytes())
+    (folder / card.finetuned[0].file).write_bytes((folder / card.finetuned[1].file).read_bytes())
     with pytest.raises(UserError, match="made of other weights than lie beside it"):
         Detector.load(folder, runtime="onnx")

@@ -21,8 +21,8 @@ from ovd.export import export
 from ovd.pictures import to_rgb
 from ovd.runtime import choice
 from ovd.runtime import export as writing
-from ovd.runtime.files import CARD, INT8_BESIDE, PROPOSALS, TOWER, graphs_of, read_runtime_card
-from ovd.runtime.quantise import MOST, quantise, read_photos
+from ovd.runtime.files import CARD, INT8_FOLDER, PROPOSALS, TOWER, graphs_of, read_runtime_card
+from ovd.runtime.quantise import MAX_PHOTOS, quantise, read_photos
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
 from scripts.build_wheel import add_int8
@@ -71,10 +71,10 @@ def test_first_and_last_convolutions_keep_their_precision(exported: Path, small:
 
 
 def test_photos_are_taken_evenly_from_a_folder(tmp_path: Path) -> None:
-    for number in range(MOST + 36):
+    for number in range(MAX_PHOTOS + 36):
         cv2.imwrite(str(tmp_path / f"{number:03}.bmp"), np.full((8, 8, 3), number, np.uint8))
     seen = [int(photo[0, 0, 0]) for photo in read_photos(tmp_path)]
-    assert len(seen) == MOST and seen[0] == 0 and seen[-1] > 95 and len(set(seen)) == MOST
+    assert len(seen) == MAX_PHOTOS and seen[0] == 0 and seen[-1] > 95 and len(set(seen)) == MAX_PHOTOS
 
 
 def test_photos_that_cannot_be_read_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(writing, "export_onnx", write)
     mine = ["--int8", "--calibrate-on", str(PHOTOS[0].parent)]
-    for argv, folder, count in ((mine, INT8_BESIDE, len(PHOTOS)), ([], "onnx", 0)):
+    for argv, folder, count in ((mine, INT8_FOLDER, len(PHOTOS)), ([], "onnx", 0)):
         with pytest.raises(UserError, match="far enough"):
             cli.main(["export", *argv])
         assert asked["target"] == detector_folder("default") / folder
@@ -138,14 +138,14 @@ def test_8_bits_run_where_nothing_was_exported(
         caplog.clear()
         detector = Detector.load(folder, runtime="onnx-int8")
         assert len([r for r in caplog.records if "VNNI" in r.message]) == said
-    assert read_runtime_card(folder / INT8_BESIDE).precision == "int8"
+    assert read_runtime_card(folder / INT8_FOLDER).precision == "int8"
     assert len(detector.find(PHOTOS[0], WORDS)) > 0
 
 
 def test_in_a_wheel_8_bits_hold_only_what_differs(exported: Path, tmp_path: Path) -> None:
     whole, folder = export("default", tmp_path / "small", int8=True), shutil.copytree(exported, tmp_path / "wheel")
     add_int8(folder, whole)
-    assert {file.name for file in (folder / INT8_BESIDE).iterdir()} == {PROPOSALS, TOWER, CARD}
+    assert {file.name for file in (folder / INT8_FOLDER).iterdir()} == {PROPOSALS, TOWER, CARD}
     one, other = (Detector.load(place, runtime="onnx-int8").find(PHOTOS[0], WORDS) for place in (whole, folder))
     assert len(one) > 0
     np.testing.assert_array_equal(one.xyxy, other.xyxy)

@@ -25,7 +25,7 @@ from ovd.inference.arrays import unit_rows
 from ovd.modeling.export import read_card
 from ovd.runtime import choice
 from ovd.runtime.choice import Runtime
-from ovd.runtime.files import BESIDE, CARD, PROPOSALS, REGIONS, SOURCES, TEXT, TOWER, find_export
+from ovd.runtime.files import CARD, EXPORT_FOLDER, PROPOSALS, REGIONS, SOURCES, TEXT, TOWER, find_export
 from ovd.runtime.halve import HALF_FROM
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import UserError
@@ -176,7 +176,9 @@ def test_what_the_runtime_cannot_do_is_one_line(weights: str, runtime: Runtime, 
 
 
 def test_weights_without_an_export_name_the_command_that_writes_one(tmp_path: Path) -> None:
-    folder = shutil.copytree(detector_folder("default"), tmp_path / "mine", ignore=shutil.ignore_patterns(BESIDE))
+    folder = shutil.copytree(
+        detector_folder("default"), tmp_path / "mine", ignore=shutil.ignore_patterns(EXPORT_FOLDER)
+    )
     with pytest.raises(UserError, match="no export for ONNX Runtime; write one: wordbox export"):
         Detector.load(folder, runtime="onnx")
 
@@ -201,14 +203,14 @@ def test_where_torch_is_missing_the_next_step_is_named(
 
 def beside(folder: Path, exported: Path) -> Path:
     """A detector's folder with the export in it."""
-    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(BESIDE))
-    shutil.copytree(exported, folder / BESIDE)
+    shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(EXPORT_FOLDER))
+    shutil.copytree(exported, folder / EXPORT_FOLDER)
     return folder
 
 
 def test_an_export_beside_its_weights_runs_with_their_calibration(exported: Path, tmp_path: Path) -> None:
     folder = beside(tmp_path / "mine", exported)
-    assert find_export(folder) == folder / BESIDE
+    assert find_export(folder) == folder / EXPORT_FOLDER
     card = json.loads((folder / "model.json").read_text())
     card["calibration"]["threshold"] = 0.61
     (folder / "model.json").write_text(json.dumps(card))
@@ -217,9 +219,9 @@ def test_an_export_beside_its_weights_runs_with_their_calibration(exported: Path
 
 def test_an_export_of_other_weights_is_not_run(exported: Path, tmp_path: Path) -> None:
     folder = beside(tmp_path / "mine", exported)
-    record = json.loads((folder / BESIDE / CARD).read_text())
+    record = json.loads((folder / EXPORT_FOLDER / CARD).read_text())
     record["sources"][SOURCES[0]] = "0" * 64
-    (folder / BESIDE / CARD).write_text(json.dumps(record))
+    (folder / EXPORT_FOLDER / CARD).write_text(json.dumps(record))
     with pytest.raises(UserError, match="made of other weights than lie beside it"):
         Detector.load(folder, runtime="onnx")
 

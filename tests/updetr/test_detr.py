@@ -380,11 +380,11 @@ def exported(folder: Path, **changes: Any) -> Detr:
         long_side=128,
         classes=tuple("abcde") if config.variant != "agnostic" else (),
         novel=(),
-        bank=("a", "b") if config.variant == "text" else (),
+        background_words=("a", "b") if config.variant == "text" else (),
         calibration=asdict(Calibration(objectness_weight=1.0)),
         config_hash="0",
     )
-    save_detector(folder, model, card, bank=rows[:2], half=False)  # type: ignore[arg-type]
+    save_detector(folder, model, card, background_words=rows[:2], half=False)  # type: ignore[arg-type]
     return model
 
 

@@ -122,7 +122,7 @@ def load_detr(folder: Path, card: DetectorCard) -> tuple[Detr, Tensor]:
     Raises:
         UserError: missing file or tensors that do not fit the card.
     """
-    state, bank = exported_tensors(folder)
+    state, background_words = exported_tensors(folder)
     config = card.architecture
     assert isinstance(config, DetrConfig)
     model = build_detr(
@@ -135,4 +135,4 @@ def load_detr(folder: Path, card: DetectorCard) -> tuple[Detr, Tensor]:
         pixel_std=card.pixel_std,
     )
     load_exported(model, state, folder)
-    return model.eval(), bank
+    return model.eval(), background_words

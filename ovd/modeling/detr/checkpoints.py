@@ -111,13 +111,13 @@ def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbon
     notes = ""
     for key in ("query_embed.weight", "query_anchor"):
         if key in expected and key in state and expected[key].shape != state[key].shape:
-            loaded, fresh = state[key], expected[key]
-            if loaded.shape[1:] == fresh.shape[1:]:
-                count = min(len(loaded), len(fresh))
-                queries[key] = torch.cat([loaded[:count].to(fresh), fresh[count:]])
+            loaded, initial = state[key], expected[key]
+            if loaded.shape[1:] == initial.shape[1:]:
+                count = min(len(loaded), len(initial))
+                queries[key] = torch.cat([loaded[:count].to(initial), initial[count:]])
                 notes = f"query embeddings: the first {count} of {len(loaded)} are kept"
-                if len(fresh) > count:
-                    notes += f", the other {len(fresh) - count} start anew"
+                if len(initial) > count:
+                    notes += f", the other {len(initial) - count} start anew"
     skip = DROPPED if backbone else (*DROPPED, "backbone.")
     report = load_tensors(model, {**state, **queries}, source=source, strict="no", skip=skip)
     return replace(report, notes=notes)

@@ -155,11 +155,11 @@ class Detr(nn.Module):
     def joined(self, maps: dict[str, Tensor]) -> Tensor:
         """(N, C, h, w): all maps at the first one's resolution."""
         first = maps[self.features[0].name]
-        rest = [
+        resized = [
             F.interpolate(maps[f.name].to(first.dtype), first.shape[-2:], mode="bilinear", align_corners=False)
             for f in self.features[1:]
         ]
-        return torch.cat([first, *rest], dim=1) if rest else first
+        return torch.cat([first, *resized], dim=1) if resized else first
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """(N, C) average of each map of (N, 3, S, S) patches in 0…255, joined: UP-DETR's patch feature."""

@@ -138,9 +138,9 @@ class Targets(NamedTuple):
             groups: (N, T) int64.
         """
         counts = [int(k.sum()) for k in keep]
-        boxes, labels, kept_groups = self.boxes.clone(), self.labels.clone(), groups.clone()
+        boxes, labels, group_ids = self.boxes.clone(), self.labels.clone(), groups.clone()
         for n, (k, count) in enumerate(zip(keep, counts, strict=True)):
             size = len(k)
             boxes[n, :count], labels[n, :count] = self.boxes[n, :size][k], self.labels[n, :size][k]
-            kept_groups[n, :count] = groups[n, :size][k]
-        return Targets(boxes, labels, counts, kept_groups)
+            group_ids[n, :count] = groups[n, :size][k]
+        return Targets(boxes, labels, counts, group_ids)

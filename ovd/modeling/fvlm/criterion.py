@@ -50,7 +50,7 @@ class WordCriterion(nn.Module):
         rows, weight_V = cast(Tensor, self.rows), cast(Tensor, self.weight_V)
         batch = batch.to(rows.device)
         head = self.model.head
-        out = head(batch.features, batch.known)
+        out = head(batch.features, batch.word_scores)
         logits_NV = head.scale * out.embedding @ rows.T + out.bias[:, None]
         each_NV = F.binary_cross_entropy_with_logits(logits_NV, batch.target, reduction="none")
         losses = {"loss_words": (each_NV * batch.mask * weight_V).sum(1).mean()}
@@ -62,8 +62,8 @@ class WordCriterion(nn.Module):
     def _distillation(self, offline: OfflineBatch) -> Tensor:
         """ViLD-image of the image head, or of the head that learns words (ViLD) where there is none."""
         if self.model.image_head is None:
-            unknown_M0 = offline.features.new_zeros(len(offline.features), 0)
-            embedding_MD = self.model.head(offline.features, unknown_M0).embedding
+            no_words_M0 = offline.features.new_zeros(len(offline.features), 0)
+            embedding_MD = self.model.head(offline.features, no_words_M0).embedding
         else:
             embedding_MD = self.model.image_embedding(offline.features)
         return l1_distillation(embedding_MD, offline.target)

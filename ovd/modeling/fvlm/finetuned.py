@@ -60,11 +60,11 @@ class FinetunedClasses:
     branches: tuple[Branch, ...]
     names: FinetunedNames
 
-    def beside(self, proposals: PhotoProposals, image: NDArray[np.uint8]) -> tuple[PhotoProposals, Tensor]:
+    def append_to(self, proposals: PhotoProposals, image: NDArray[np.uint8]) -> tuple[PhotoProposals, Tensor]:
         """(proposals and the branches' boxes after them, (R, O) calibrated scores of fine-tuned classes).
 
-        The branches' boxes have objectness 0 and say nothing of any other word, so that what a detector says of other
-        words does not change.
+        The branches' boxes have objectness 0 and no score of any other word: the answers to other words stay as they
+        are without the branches.
         """
         boxes, scores = (
             [proposals.boxes],
@@ -96,15 +96,15 @@ class FinetunedClasses:
 
 
 def remaining_branches(cards: Sequence[FinetunedCard], names: Sequence[str]) -> tuple[FinetunedCard, ...]:
-    """The branches that a class is left of when a new branch takes over ``names``."""
-    taken = {name_key(name) for name in names}
-    kept: list[FinetunedCard] = []
+    """The branches that keep a class of their own when a new branch takes over ``names``."""
+    replaced = {name_key(name) for name in names}
+    remaining: list[FinetunedCard] = []
     for card in reversed(cards):
-        mine = {name_key(name) for name in card.names}
-        if mine - taken:
-            kept.insert(0, card)
-        taken |= mine
-    return tuple(kept)
+        own_names = {name_key(name) for name in card.names}
+        if own_names - replaced:
+            remaining.insert(0, card)
+        replaced |= own_names
+    return tuple(remaining)
 
 
 def save_branch(

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 START_BIAS = -6.0
 """At the start hardly any (region, word) pair is right (RetinaNet's prior, arXiv:1708.02002, section 4.1)."""
-KNOWN_EPS = 3e-4
-"""Scores of known words enter as logits between ±8."""
+WORD_EPS = 3e-4
+"""The proposal network's scores enter as logits between ±8."""
 
 
 class HeadOutputs(NamedTuple):
-    """What the head says of each region.
+    """Outputs for each region.
 
     Attributes:
         embedding: (P, D) unit rows.
@@ -49,22 +49,22 @@ def _hidden_layers(inputs: int, hidden: int, *, dropout: float) -> nn.Sequential
 
 
 class FrozenFeatureHead(nn.Module):
-    """Two hidden layers on pooled features and on the scores of known words.
+    """Two hidden layers on pooled features and on the proposal network's scores of words.
 
     Args:
         features: F.
-        known: K; 0: the proposal network's scores are not read.
+        words: K; 0: the proposal network's scores are not read.
         hidden: units of each hidden layer.
         embed_dim: D.
         dropout: after each hidden layer.
         scale: inverse temperature at the start.
     """
 
-    def __init__(self, *, features: int, known: int, hidden: int, embed_dim: int, dropout: float, scale: float) -> None:
+    def __init__(self, *, features: int, words: int, hidden: int, embed_dim: int, dropout: float, scale: float) -> None:
         super().__init__()
-        self.known = known
-        self.norm = nn.BatchNorm1d(features + known, affine=False)
-        self.layers = _hidden_layers(features + known, hidden, dropout=dropout)
+        self.words = words
+        self.norm = nn.BatchNorm1d(features + words, affine=False)
+        self.layers = _hidden_layers(features + words, hidden, dropout=dropout)
         self.projection = nn.Linear(hidden, embed_dim)
         self.bias = nn.Linear(hidden, 1)
         nn.init.zeros_(self.bias.weight)
@@ -76,20 +76,20 @@ class FrozenFeatureHead(nn.Module):
         """The learned inverse temperature, ()."""
         return self.logit_scale.exp()
 
-    def forward(self, features_PF: Tensor, known_PK: Tensor) -> HeadOutputs:
+    def forward(self, features_PF: Tensor, words_PK: Tensor) -> HeadOutputs:
         inputs = [features_PF.float()]
-        if self.known:
-            inputs.append(known_PK.float().logit(eps=KNOWN_EPS))
+        if self.words:
+            inputs.append(words_PK.float().logit(eps=WORD_EPS))
         hidden = self.layers(self.norm(torch.cat(inputs, dim=1)))
         embedding = F.normalize(self.projection(hidden).float(), dim=1)
         return HeadOutputs(embedding, self.bias(hidden).float()[:, 0])
 
 
 class ImageHead(nn.Module):
-    """What the encoder would say of a region's crop: its own projection of the map in the box, corrected.
+    """Predicts the encoder's embedding of a region's crop: its projection of the map in the box, plus a correction.
 
-    A map pooled in a box says less than a crop that the whole tower saw (F-VLM's answer against CLIP's on crops). The
-    correction starts at zero and is distilled (ViLD-image, arXiv:2104.13921, section 3.3).
+    A map pooled in a box is a worse embedding than that of a crop which the whole tower saw (F-VLM against CLIP on
+    crops). The correction starts at zero and is distilled (ViLD-image, arXiv:2104.13921, section 3.3).
 
     Args:
         features: F.

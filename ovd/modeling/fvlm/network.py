@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The detector of photographs: boxes of a proposal network, features of a frozen image tower, a small trained head.
 
-Shapes: ``P`` regions, ``F`` pooled features, ``K`` known words, ``D`` joint embedding.
+Shapes: ``P`` regions, ``F`` pooled features, ``K`` words of the proposal network, ``D`` joint embedding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ovd.config_fvlm import FvlmConfig
 from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
 from ovd.modeling.fvlm.head import FrozenFeatureHead, ImageHead
 from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
-from ovd.modeling.proposals.build import KNOWN_WORDS, PhotoProposals, PhotoProposer, load_proposals
+from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposals, PhotoProposer, load_proposals
 from pretrain.engine.errors import UserError
 from pretrain.nets.towers import JointEncoder
 
@@ -26,13 +26,13 @@ PROPOSALS = "proposals"
 
 
 class FvlmDetector(nn.Module):
-    """What is frozen, and the head.
+    """Frozen proposal network and image tower, and the trained heads.
 
     Args:
-        proposer: boxes pictures.
+        proposer: of boxes.
         tower: of the encoder.
         head: to be trained.
-        known: whether the proposer's scores of known words are used.
+        reads_words: whether the head reads the proposer's scores of words.
         image_head: to be distilled; None: the tower's own embedding stands for a crop's.
     """
 
@@ -42,7 +42,7 @@ class FvlmDetector(nn.Module):
         proposer: PhotoProposer,
         tower: FrozenTower,
         head: FrozenFeatureHead,
-        known: bool,
+        reads_words: bool,
         image_head: ImageHead | None = None,
     ) -> None:
         super().__init__()
@@ -50,11 +50,11 @@ class FvlmDetector(nn.Module):
         self._tower = (tower,)  # likewise: the encoder's folder has it
         self.head = head
         self.image_head = image_head
-        self.known = known
+        self.reads_words = reads_words
 
     @property
     def proposer(self) -> PhotoProposer:
-        """Boxes pictures."""
+        """The proposal network."""
         return self._proposer[0]
 
     @property
@@ -65,20 +65,20 @@ class FvlmDetector(nn.Module):
     @torch.inference_mode()
     def pooled(self, image: NDArray[np.uint8], proposals: PhotoProposals) -> PooledRegions:
         """Proposals of an (H, W, 3) RGB picture, before the head."""
-        known = proposals.words if self.known else proposals.words[:, :0]
+        words = proposals.words if self.reads_words else proposals.words[:, :0]
         features = self.tower.pooled(image, proposals.boxes)
-        return PooledRegions(proposals.boxes, proposals.objectness, known.to(features.device), features)
+        return PooledRegions(proposals.boxes, proposals.objectness, words.to(features.device), features)
 
     def image_embedding(self, features_PF: Tensor) -> Tensor:
-        """(P, D) unit rows: what the encoder says, or would say, of each region's crop."""
+        """(P, D) unit rows: the embedding of each region's crop, as the tower or the image head predicts it."""
         # In training the heads may be on a GPU, and the tower, whose features are cached, is not.
         tower_PD = self.tower.embed(features_PF.to(self.tower.device)).to(features_PF.device)
         return tower_PD if self.image_head is None else self.image_head(features_PF, tower_PD)
 
 
-def known_words(config: FvlmConfig) -> tuple[str, ...]:
-    """The words that the proposal network knows, where its scores of them are used."""
-    return KNOWN_WORDS if config.known else ()
+def proposal_words(config: FvlmConfig) -> tuple[str, ...]:
+    """The words that the proposal network scores, where the head reads these scores."""
+    return PROPOSAL_WORDS if config.known else ()
 
 
 def build_fvlm(
@@ -94,7 +94,7 @@ def build_fvlm(
     )
     head = FrozenFeatureHead(
         features=tower.features,
-        known=len(known_words(config)),
+        words=len(proposal_words(config)),
         hidden=config.head.hidden,
         embed_dim=encoder.embed_dim,
         dropout=config.head.dropout,
@@ -108,7 +108,7 @@ def build_fvlm(
             embed_dim=encoder.embed_dim,
             dropout=config.head.dropout,
         )
-    return FvlmDetector(proposer=proposer, tower=tower, head=head, known=config.known, image_head=image_head)
+    return FvlmDetector(proposer=proposer, tower=tower, head=head, reads_words=config.known, image_head=image_head)
 
 
 def load_fvlm(
@@ -137,7 +137,7 @@ def load_fvlm(
         raise UserError(f"{folder}: not a detector of model.arch fvlm")
     proposer = load_proposals(folder / PROPOSALS, device=device, precision=precision)
     detector = build_fvlm(config, proposer=proposer, encoder=encoder, precision=precision)
-    state, bank = exported_tensors(folder)
+    state, background_words = exported_tensors(folder)
     load_exported(detector, state, folder)
     detector.tower.to(device)
-    return detector.eval().to(device), bank
+    return detector.eval().to(device), background_words

@@ -34,18 +34,18 @@ class TowerMaps(NamedTuple):
 
 
 class PooledRegions(NamedTuple):
-    """What is known of a picture's regions before any word.
+    """A picture's regions before the head.
 
     Attributes:
         boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
         objectness: (P,) 0…1, best first.
-        known: (P, K) 0…1, the proposal network's own scores of the words it was trained on.
+        word_scores: (P, K) 0…1, the proposal network's own scores of the words it was trained on.
         features: (P, F) pooled from the tower's maps.
     """
 
     boxes: Tensor
     objectness: Tensor
-    known: Tensor
+    word_scores: Tensor
     features: Tensor
 
 
@@ -157,5 +157,5 @@ class FrozenTower(nn.Module):
         )
 
     def embed(self, features_PF: Tensor) -> Tensor:
-        """(P, D) unit rows: what the encoder's own projection says of the last map in the box (F-VLM, section 3.2)."""
+        """(P, D) unit rows: the encoder's own projection of the last map in the box (F-VLM, section 3.2)."""
         return F.normalize(self.proj(features_PF[:, -2 * self.width : -self.width].float()), dim=1)

@@ -60,9 +60,9 @@ def assign(
         overlap, index = torch.where(chosen_AT, iou_AT, -1.0).max(dim=1)
         assigned = overlap >= 0
         owner[assigned] = index[assigned]
-        mine_AT = F.one_hot(index, len(objects)).bool() & assigned[:, None]
-        fit_AT = fit_AT * mine_AT
-        most_fit, most_iou = fit_AT.amax(dim=0), (iou_AT * mine_AT).amax(dim=0)
+        owned_AT = F.one_hot(index, len(objects)).bool() & assigned[:, None]
+        fit_AT = fit_AT * owned_AT
+        most_fit, most_iou = fit_AT.amax(dim=0), (iou_AT * owned_AT).amax(dim=0)
         target = (fit_AT / most_fit.clamp_min(1e-12) * most_iou).amax(dim=1)
     counts = torch.ones(count, dtype=torch.bool, device=boxes.device)
     if len(ignored):
@@ -76,15 +76,15 @@ def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return error**2 * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def distribution_focal_loss(sides: Tensor, wanted: Tensor) -> Tensor:
+def distribution_focal_loss(sides: Tensor, target: Tensor) -> Tensor:
     """(M,) mean cross-entropy of four (M, 4, bins) side distributions with the two bins beside (M, 4) distances.
 
     Distances are in strides; what is beyond the last bin is taken for it (arXiv:2006.04388, equation 6).
     """
     bins = sides.shape[-1]
-    wanted = wanted.clamp(0, bins - 1 - 1e-3)
-    low = wanted.floor().long()
-    share = wanted - low
+    target = target.clamp(0, bins - 1 - 1e-3)
+    low = target.floor().long()
+    share = target - low
     logs = sides.log_softmax(dim=-1)
     below, above = (logs.gather(-1, at[..., None])[..., 0] for at in (low, low + 1))
     return -((1 - share) * below + share * above).mean(dim=-1)

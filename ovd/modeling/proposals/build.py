@@ -33,7 +33,7 @@ MAX_ENLARGEMENT = 4 / 3
 """Of a small picture. On 714 photos of at most 384 px, 100 boxes cover .978 of the pseudo-labels at a longest side of
 416, .981 at 512 and .946 at 640: enlarged further, whole things are lost."""
 
-KNOWN_WORDS: tuple[str, ...] = tuple(COCO_NAMES[i] for i in sorted(COCO_NAMES))
+PROPOSAL_WORDS: tuple[str, ...] = tuple(COCO_NAMES[i] for i in sorted(COCO_NAMES))
 """The 80 that NanoDet was trained on with labels, in the order of ``words``."""
 
 
@@ -110,15 +110,15 @@ def start_model(weights: str | Path, config: ProposalNetworkConfig) -> ProposalD
     """
     model = build_model(config)
     path = Path(weights)
-    exported = holds_proposals(path)
+    exported = has_proposals(path)
     if config.backbone is not None and not exported:
         start_from_library(model.backbone, str(weights), name=config.backbone.name)
         return model
     tensors, facts = load_weights(path / "model.safetensors" if exported or path.is_dir() else path)
-    wanted = FORMAT if exported else "nanodet/1"
-    if facts.get("format") != wanted:
+    required = FORMAT if exported else "nanodet/1"
+    if facts.get("format") != required:
         raise UserError(
-            f"weights={weights}: has format {facts.get('format')!r}, not {wanted!r}; give nanodet.safetensors of "
+            f"weights={weights}: has format {facts.get('format')!r}, not {required!r}; give nanodet.safetensors of "
             "scripts/convert_nanodet.py, or the exported/ folder of a training with model.arch nanodet"
         )
     if exported:
@@ -143,7 +143,7 @@ class PhotoProposals:
         boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
         objectness: (P,) 0…1, the score that orders them.
         quality: (P,) 0…1, expected IoU with whatever it boxes.
-        words: (P, K) 0…1, NanoDet's independent scores of `KNOWN_WORDS`; K is 0
+        words: (P, K) 0…1, NanoDet's independent scores of `PROPOSAL_WORDS`; K is 0
             on another backbone.
     """
 
@@ -211,7 +211,7 @@ class PhotoProposer:
         return proposals.boxes, proposals.objectness
 
 
-def holds_proposals(folder: Path) -> bool:
+def has_proposals(folder: Path) -> bool:
     """Whether a folder is an export of this kind; False too for what is no export at all."""
     try:
         card = json.loads((folder / "model.json").read_text(encoding="utf-8"))

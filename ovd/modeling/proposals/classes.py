@@ -40,7 +40,7 @@ from ovd.pictures import resized
 from pretrain.engine.distributed import shares
 
 if TYPE_CHECKING:
-    from ovd.data.own_photos import OwnSample
+    from ovd.data.own_photos import FinetuneSample
 
 PRIOR = 0.01
 """Score of a class everywhere at the start (RetinaNet, arXiv:1708.02002, section 4.1)."""
@@ -49,7 +49,7 @@ CANDIDATES = 1000
 LEAST_SCORE = 1e-3
 
 
-class OwnBoxes(NamedTuple):
+class ClassBoxes(NamedTuple):
     """Boxes of one picture, best first.
 
     Attributes:
@@ -79,14 +79,18 @@ class ClassBranch(nn.Module):
         """Copy trunk and boxes; class rows are drawn anew."""
         self.csp.load_state_dict(proposals.backbone.csp.state_dict())
         self.neck.load_state_dict(proposals.backbone.neck.state_dict())
-        for own_head, head in zip(self.heads, proposals.proposal_generator.heads, strict=True):
-            assert isinstance(own_head, DenseHead) and own_head.output.bias is not None and head.output.bias is not None
-            own_head.hidden.load_state_dict(head.hidden.state_dict())
+        for class_head, head in zip(self.heads, proposals.proposal_generator.heads, strict=True):
+            assert (
+                isinstance(class_head, DenseHead)
+                and class_head.output.bias is not None
+                and head.output.bias is not None
+            )
+            class_head.hidden.load_state_dict(head.hidden.state_dict())
             with torch.no_grad():
-                nn.init.normal_(own_head.output.weight[: self.classes], std=0.01)
-                own_head.output.bias[: self.classes] = math.log(PRIOR / (1 - PRIOR))
-                own_head.output.weight[self.classes :] = head.output.weight[head.words :]
-                own_head.output.bias[self.classes :] = head.output.bias[head.words :]
+                nn.init.normal_(class_head.output.weight[: self.classes], std=0.01)
+                class_head.output.bias[: self.classes] = math.log(PRIOR / (1 - PRIOR))
+                class_head.output.weight[self.classes :] = head.output.weight[head.words :]
+                class_head.output.bias[self.classes :] = head.output.bias[head.words :]
 
     def cells(self, pixels_N3HW: Tensor) -> Cells:
         """Predictions of each cell for RGB 0…255; H and W multiples of 32."""
@@ -94,7 +98,7 @@ class ClassBranch(nn.Module):
         dtype = next(self.csp.parameters()).dtype
         return gather(self.heads, self.neck(self.csp(normal.to(dtype, memory_format=torch.channels_last))))
 
-    def forward(self, batch: Sequence[OwnSample]) -> dict[str, Tensor]:
+    def forward(self, batch: Sequence[FinetuneSample]) -> dict[str, Tensor]:
         """Losses of a batch of canvases of one size, over all processes' positives."""
         device = next(self.parameters()).device
         pixels = torch.stack([sample["image"] for sample in batch]).to(device)
@@ -130,7 +134,7 @@ class ClassBranch(nn.Module):
         }
 
     @torch.inference_mode()
-    def detect(self, image: NDArray[np.uint8], *, side: int, nms: float, top: int) -> OwnBoxes:
+    def detect(self, image: NDArray[np.uint8], *, side: int, nms: float, top: int) -> ClassBoxes:
         """The best boxes of an (H, W, 3) RGB picture with its longest side at ``side`` pixels."""
         height, width = image.shape[:2]
         image = resized(image, side / max(height, width))
@@ -148,10 +152,10 @@ class ClassBranch(nn.Module):
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[1]) * (width / size[1])
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[0]) * (height / size[0])
         nonempty = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
-        candidates = OwnBoxes(
+        candidates = ClassBoxes(
             boxes[nonempty].cpu().numpy(),
             class_id[nonempty].cpu().numpy(),
             score_AC.flatten()[pairs][nonempty].cpu().numpy(),
         )
         keep = batched_nms(candidates.boxes, candidates.scores, candidates.classes, nms, limit=top)
-        return OwnBoxes(candidates.boxes[keep], candidates.classes[keep], candidates.scores[keep])
+        return ClassBoxes(candidates.boxes[keep], candidates.classes[keep], candidates.scores[keep])

@@ -165,15 +165,15 @@ class DenseProposals(nn.Module):
         """
         maps = [features[name] for name in self.in_features]
         centres, strides = cell_centres(*images.tensor.shape[-2:], device=images.tensor.device)
-        words, own_sides = maps[0].new_zeros(len(images), len(centres), 0).float(), None
+        words, word_sides = maps[0].new_zeros(len(images), len(centres), 0).float(), None
         if self.heads:
             with torch.no_grad():
-                words, own_sides = gather(self.heads, maps)
+                words, word_sides = gather(self.heads, maps)
             words = words.float()
-        if self.ranking == "words" and not self.training and own_sides is not None:
+        if self.ranking == "words" and not self.training and word_sides is not None:
             # NanoDet's scores were trained to be the IoU of its own boxes, so the best one is also the quality.
             objectness = quality = words.amax(dim=2)
-            sides = own_sides
+            sides = word_sides
         else:
             answer = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
             objectness, quality = answer[..., 0], answer[..., 1]
@@ -203,8 +203,8 @@ class DenseProposals(nn.Module):
         boxes = decode(sides, centres, strides)
         sums = []
         for n, (truth, (height, width)) in enumerate(zip(gt_instances, images.image_sizes, strict=True)):
-            known = truth.gt_classes >= 0
-            objects, ignored = truth.gt_boxes.tensor[known], truth.gt_boxes.tensor[~known]
+            labelled = truth.gt_classes >= 0
+            objects, ignored = truth.gt_boxes.tensor[labelled], truth.gt_boxes.tensor[~labelled]
             assignment = assign(boxes[n], objectness[n].sigmoid(), centres, objects, ignored)
             inside = (centres[:, 0] < width) & (centres[:, 1] < height)  # what is padded is no background either
             sums.append(
@@ -331,12 +331,12 @@ def start_from_nanodet(
     Raises:
         UserError: names or shapes that do not fit.
     """
-    places: dict[str, nn.Module] = {
+    modules: dict[str, nn.Module] = {
         "backbone.": model.backbone.csp,
         "neck.": model.backbone.neck,
         "heads.": model.proposal_generator.heads,
     }
-    for prefix, module in places.items():
+    for prefix, module in modules.items():
         part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         load_tensors(module, part, source=source)
     for nameless, head in zip(model.proposal_generator.nameless, model.proposal_generator.heads, strict=True):

@@ -196,7 +196,7 @@ def load_model(folder: Path, card: DetectorCard) -> tuple[OpenVocabularyRCNN, Te
     """
     if card.is_transformer:
         raise UserError(f"{folder}: a detection transformer, where a Mask R-CNN is needed (mask_rcnn.yaml, vild.yaml)")
-    state, bank = exported_tensors(folder)
+    state, background_words = exported_tensors(folder)
     config = card.architecture
     assert isinstance(config, ModelConfig)
     model = build_model(
@@ -208,4 +208,4 @@ def load_model(folder: Path, card: DetectorCard) -> tuple[OpenVocabularyRCNN, Te
         pixel_std=card.pixel_std,
     )
     load_exported(model, state, folder)
-    return model.eval(), bank
+    return model.eval(), background_words

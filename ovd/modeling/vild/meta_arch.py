@@ -58,7 +58,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     @torch.no_grad()
     def regions(
-        self, batched_inputs: Sequence[LabelledSample], *, top: int = 300, masks: bool = True, refine: bool = True
+        self, batched_inputs: Sequence[LabelledSample], *, top: int = 300, masks: bool = True
     ) -> list[RawRegions]:
         """Proposals with refined boxes, embeddings and masks, best objectness first.
 
@@ -66,7 +66,6 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             batched_inputs: dicts with ``image`` (3, H, W) RGB 0…255.
             top: at most so many per image.
             masks: whether to run the mask head.
-            refine: False returns the RPN's own boxes (offline proposals), without embeddings or masks.
         """
         images: ImageList = self.preprocess_image(batched_inputs)
         features = self.roi_heads.prepare(self.backbone(images.tensor))
@@ -75,8 +74,6 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         # Detectron2 gives logits; only their sigmoid is a probability.
         objectness = [p.objectness_logits.sigmoid() for p in proposals]
         boxes = [p.proposal_boxes for p in proposals]
-        if not refine:
-            return [RawRegions(b.tensor, o, None, None, None) for b, o in zip(boxes, objectness, strict=True)]
         out = self.roi_heads.outputs(features, boxes)
         refined = self.roi_heads.box_transform.apply_deltas(out.deltas, cat([b.tensor for b in boxes]))
         counts = [len(b) for b in boxes]

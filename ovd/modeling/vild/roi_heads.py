@@ -46,12 +46,12 @@ class RegionOutputs(NamedTuple):
     image: Tensor | None
 
 
-def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
     """Give the region heads their stored names in a state dict."""
     _rename(state, {f"{prefix}{name}.": f"{prefix}{stored}." for name, stored in STORED_NAMES.items()})
 
 
-def _from_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+def _from_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
     """Give the region heads the names of their attributes in a state dict that is about to be loaded."""
     _rename(state, {f"{prefix}{stored}.": f"{prefix}{name}." for name, stored in STORED_NAMES.items()})
 
@@ -99,7 +99,6 @@ class OpenVocabularyHeads(SeededROIHeads):
         detail: DetailMap | None = None,
         detail_pooler: ROIPooler | None = None,
         detail_head: DetailBoxHead | None = None,
-        box_beta: float = 1.0,
     ) -> None:
         super().__init__(
             num_classes=num_classes,
@@ -127,7 +126,6 @@ class OpenVocabularyHeads(SeededROIHeads):
         nn.init.normal_(self.box_regressor.weight, std=0.001)  # Fast R-CNN section 3.3
         nn.init.zeros_(self.box_regressor.bias)
         self.box_transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
-        self.box_beta = box_beta
         self.distill_weight = distill_weight
         self.register_state_dict_post_hook(_to_stored_names)
         self.register_load_state_dict_pre_hook(_from_stored_names)
@@ -249,7 +247,7 @@ class OpenVocabularyHeads(SeededROIHeads):
         target = cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in sampled])[foreground]
         source = cat([p.proposal_boxes.tensor for p in sampled])[foreground]
         target_deltas = self.box_transform.get_deltas(source, target)
-        loss = F.smooth_l1_loss(deltas[foreground].float(), target_deltas, beta=self.box_beta, reduction="sum")
+        loss = F.smooth_l1_loss(deltas[foreground].float(), target_deltas, reduction="sum")
         return loss / max(len(labels), 1)  # normalised by all sampled regions, as Fast R-CNN does
 
     def _mask_loss(self, features: dict[str, Tensor], sampled: list[Instances]) -> Tensor:

@@ -105,8 +105,8 @@ class Stickers:
         for row in rows:
             for style in row["styles"]:
                 if row["labelled"]:
-                    known = drawings[style].get(number[row["noun"]], ())
-                    drawings[style][number[row["noun"]]] = (*known, row["hexcode"])
+                    files = drawings[style].get(number[row["noun"]], ())
+                    drawings[style][number[row["noun"]]] = (*files, row["hexcode"])
                 else:
                     unlabelled[style] += (row["hexcode"],)
         styles = {name: tuple(listed) for name, listed in split["styles"].items()}
@@ -288,12 +288,12 @@ class StickerSource:
 
     def class_at(self, slot: int, kind: int) -> int:
         """Class of a slot: each run of len(classes) slots holds every class once, in random order."""
-        turn, place = divmod(slot, len(self.classes))
+        turn, position = divmod(slot, len(self.classes))
         if (kind, turn) not in self._orders:
             if len(self._orders) >= 1024:
                 self._orders.clear()
             self._orders[kind, turn] = self.dice(ORDER, kind, turn).permutation(len(self.classes))
-        return self.classes[self._orders[kind, turn][place]]
+        return self.classes[self._orders[kind, turn][position]]
 
     def distractor(self, dice: Dice) -> Sprite:
         """Something that is no class: a drawing of an unlabelled thing, or an abstract shape."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""To whom the page is served: under which names, and to requests from whose pages."""
+"""Host and Origin checks: under which names the page is served, and to pages of which sites."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from starlette.datastructures import Headers
 
 
-class Refused(Exception):
-    """Ends a request: status, one sentence, and seconds until another try makes sense."""
+class RequestRefused(Exception):
+    """Ends a request: HTTP status, one sentence, and seconds until another try makes sense (Retry-After)."""
 
     def __init__(self, status: int, problem: str, *, retry: int | None = None) -> None:
         super().__init__(problem)
@@ -24,45 +24,45 @@ class Refused(Exception):
 
 
 @dataclass
-class Names:
-    """Under which names the page is served.
+class AllowedHosts:
+    """Names that the page is served under.
 
-    A foreign site can point a name of its own at this machine and then reads what it likes; an address cannot be
-    pointed anywhere, so addresses are always right.
+    Against DNS rebinding: a foreign site can point a name of its own at this machine and then read the page. An address
+    cannot be rebound, so addresses are always allowed.
 
     Attributes:
-        served: names of this machine.
+        names: names of this machine.
         trusted: names whose pages may also send requests: those of a proxy in front.
     """
 
-    served: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
     trusted: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, host: str, allowed: Iterable[str] = ()) -> Names:
+    def of(cls, host: str, allowed: Iterable[str] = ()) -> AllowedHosts:
         """Names for a page that listens on ``host``; ``allowed``: more, from the command line."""
-        served = {"localhost", host.lower().strip("[]")}
+        names = {"localhost", host.lower().strip("[]")}
         if not _is_address(host) or not ipaddress.ip_address(host.strip("[]")).is_loopback:
             machine = socket.gethostname().lower()
-            served |= {machine, machine.partition(".")[0], machine.partition(".")[0] + ".local"}
+            names |= {machine, machine.partition(".")[0], machine.partition(".")[0] + ".local"}
         trusted = {name.lower().rstrip(".") for name in allowed}
-        return cls(served=served - {""} | trusted, trusted=trusted)
+        return cls(names=names - {""} | trusted, trusted=trusted)
 
     def trust(self, url: str) -> None:
         """Serve under the name of this URL too, as with a proxy."""
         name = _name(urlsplit(url).netloc)
-        self.served.add(name)
+        self.names.add(name)
         self.trusted.add(name)
 
     def check(self, headers: Headers) -> None:
         """Refuse requests for another name, and what pages of other sites send.
 
         Raises:
-            Refused: 421 or 403.
+            RequestRefused: 421 or 403.
         """
         host = headers.get("host", "")
         if host and not self._serves(name := _name(host)):
-            raise Refused(
+            raise RequestRefused(
                 421, f"This page is not served under the name {name[:100]!r}. Start it with --allow-host {name[:100]}"
             )
         origin = headers.get("origin")
@@ -73,10 +73,10 @@ class Names:
         else:
             foreign = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
         if foreign:
-            raise Refused(403, "Requests from pages of other sites are not answered")
+            raise RequestRefused(403, "Requests from pages of other sites are not answered")
 
     def _serves(self, name: str) -> bool:
-        return name in self.served or _is_address(name) or name.endswith(".localhost")
+        return name in self.names or _is_address(name) or name.endswith(".localhost")
 
 
 def _name(netloc: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that the page can answer with. One detector is in memory; asking for another one replaces it."""
+"""The weights that the page can answer with: one detector is in memory, a request for another one replaces it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovd.demo.lean import rest, without_compiler
+from ovd.demo.memory import release_idle_memory, without_compiler
 from ovd.runtime.files import find_export
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 STICKER_ENCODER = "clip-sticker"
 KINDS = {"photos": "Photographs", "stickers": "Drawings"}
-"""Kind of pictures (and folder of the page's examples) -> how the page calls it."""
+"""Kind of pictures (and folder of the page's examples) -> its label on the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Offer:
     load: Callable[[], Detector]
 
 
-class Shelf:
-    """The weights of a page. `take` is for the model's thread alone, all else for every thread.
+class ModelManager:
+    """Weights on offer, and the loaded detector. `load` is for the model's thread alone, all else for every thread.
 
     Args:
         detector: in memory at the start.
@@ -56,12 +56,12 @@ class Shelf:
             name = str(detector.card.get("name", "unnamed"))
             offers = {name: Offer(name=name, kind=kind_of(detector), card=detector.card, load=lambda: detector)}
         self.offers = dict(offers)
-        self._held = (next(iter(self.offers)), detector)  # one value: name and detector change together
+        self._loaded = (next(iter(self.offers)), detector)  # one value: name and detector change together
 
     @property
     def current(self) -> Detector:
-        """The detector in memory. Questions that began with another one keep it until they are answered."""
-        return self._held[1]
+        """The detector in memory. Requests that began with another one keep it until they are answered."""
+        return self._loaded[1]
 
     def check(self, name: object) -> str:
         """The name of weights; that of the start for None.
@@ -75,22 +75,22 @@ class Shelf:
             raise UserError(f"no weights {str(name)[:60]!r} on this page; there is {', '.join(self.offers)}")
         return name
 
-    def ready(self, name: str) -> Detector | None:
+    def loaded_detector(self, name: str) -> Detector | None:
         """The detector of these weights, if it is the one in memory."""
-        held, detector = self._held
-        return detector if held == name else None
+        loaded, detector = self._loaded
+        return detector if loaded == name else None
 
-    def take(self, name: str) -> Detector:
+    def load(self, name: str) -> Detector:
         """The detector of these weights, loaded now if another one is in memory.
 
         Raises:
             UserError: their files are missing or damaged.
         """
-        if self.ready(name) is None:
+        if self.loaded_detector(name) is None:
             log.info("loading %s", name)
             with without_compiler():
-                self._held = (name, self.offers[name].load())
-            rest()
+                self._loaded = (name, self.offers[name].load())
+            release_idle_memory()
         return self.current
 
 
@@ -100,8 +100,8 @@ def kind_of(detector: Detector) -> str:
     return "stickers" if card is not None and card.encoder == STICKER_ENCODER else "photos"
 
 
-def shelf_of(weights: str | Path, load: Callable[[str | Path], Detector]) -> Shelf:
-    """A shelf with these weights loaded, and the shipped ones beside them.
+def manager_of(weights: str | Path, load: Callable[[str | Path], Detector]) -> ModelManager:
+    """A manager with these weights loaded, and the shipped ones on offer.
 
     Args:
         weights: name or folder, as for `ovd.Detector.load`.
@@ -113,7 +113,7 @@ def shelf_of(weights: str | Path, load: Callable[[str | Path], Detector]) -> She
     detector = load(weights)
     name = str(detector.card.get("name", "unnamed"))
     first = Offer(name=name, kind=kind_of(detector), card=detector.card, load=lambda: load(weights))
-    return Shelf(detector, {name: first} | {offer.name: offer for offer in _shipped(load) if offer.name != name})
+    return ModelManager(detector, {name: first} | {offer.name: offer for offer in _shipped(load) if offer.name != name})
 
 
 def _shipped(load: Callable[[str | Path], Detector]) -> list[Offer]:

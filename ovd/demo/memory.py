@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Less memory for the page: libraries without the compiler they never use, few heaps, and memory given back at rest."""
+"""Less memory for the page: no torch compiler, few heaps, and memory returned to the system when idle."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _M_ARENA_MAX = -8  # <malloc.h>
 _MADV_DONTNEED = 4  # <linux/mman.h>
 ARENAS = 2
 _COMPILER = "torch._dynamo"
-_STAND_INS = (_COMPILER, f"{_COMPILER}.utils")
+_STUBBED = (_COMPILER, f"{_COMPILER}.utils")
 
 
-class _NoCompiler(ModuleType):
-    """Stands in for torch's compiler while libraries are imported.
+class _CompilerStub(ModuleType):
+    """Replaces torch's compiler while libraries are imported.
 
     torchvision and timm import it to ask whether something can be compiled and to mark functions that must not be; the
     page compiles nothing. The real one takes 2 seconds and, with sympy, triton and distributed tensors, 200 MB.
@@ -35,10 +35,10 @@ class _NoCompiler(ModuleType):
         self.__path__ = [str(Path(folder, "_dynamo")) for folder in folders]
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else is asked for comes from the real one, which is imported then."""
+        """Any other attribute comes from the real one, which is imported then."""
         if name.startswith("__"):
             raise AttributeError(name)
-        _remove_stand_ins()
+        _remove_stubs()
         return getattr(importlib.import_module(self.__name__), name)
 
     @staticmethod
@@ -48,60 +48,60 @@ class _NoCompiler(ModuleType):
 
     @staticmethod
     def is_compile_supported(device_type: str) -> bool:
-        """``torch._dynamo.utils.is_compile_supported``, asked of the real one when somebody calls it."""
+        """``torch._dynamo.utils.is_compile_supported`` of the real one, when somebody calls it."""
         return bool(importlib.import_module(f"{_COMPILER}.utils").is_compile_supported(device_type))
 
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Import libraries inside without torch's compiler; afterwards it can be imported as ever."""
-    if any(name in sys.modules for name in _STAND_INS):
+    if any(name in sys.modules for name in _STUBBED):
         yield
         return
-    for name in _STAND_INS:
-        sys.modules[name] = _NoCompiler(name)
+    for name in _STUBBED:
+        sys.modules[name] = _CompilerStub(name)
     try:
         yield
     finally:
-        _remove_stand_ins()
+        _remove_stubs()
 
 
-def _remove_stand_ins() -> None:
-    for name in _STAND_INS:
-        if isinstance(sys.modules.get(name), _NoCompiler):
+def _remove_stubs() -> None:
+    for name in _STUBBED:
+        if isinstance(sys.modules.get(name), _CompilerStub):
             del sys.modules[name]
 
 
-def few_heaps() -> None:
-    """Let threads share `ARENAS` heaps of glibc; heaps of their own keep what a picture once needed. Call first."""
+def limit_heaps() -> None:
+    """Let threads share `ARENAS` heaps of glibc: one heap a thread keeps what a picture once needed. Call first."""
     if sys.platform == "linux" and (mallopt := _libc("mallopt")) is not None:
         mallopt(_M_ARENA_MAX, ARENAS)
 
 
-def settle() -> None:
-    """What is loaded stays: the garbage collector need not look at it again, and what loading alone needed may go."""
+def freeze_loaded() -> None:
+    """Exempt what is loaded from garbage collection, and release what loading alone needed."""
     gc.collect()
     gc.freeze()
-    give_back()
-    forget_libraries()
+    trim_memory()
+    drop_library_pages()
 
 
-def forget_libraries() -> int:
-    """Let go of what was read from shared libraries while they were loaded. Returns the number of mappings.
+def drop_library_pages() -> int:
+    """Drop the resident pages of shared libraries. Returns the number of mappings.
 
-    torch for CUDA reads 150 MB of NVIDIA's libraries on every machine, and on a CPU never looks at them again. Nothing
-    is lost: only mappings are taken that cannot be written and hold no changed page, and what is needed after all is
-    read again from its file, mostly from the system's cache.
+    torch for CUDA reads 150 MB of NVIDIA's libraries on every machine, and on a CPU never uses them again. Nothing is
+    lost: only mappings that cannot be written and have no dirty page are dropped, and a page that is needed after all
+    is read again from its file, mostly from the system's cache.
     """
     madvise = _libc("madvise")
     if sys.platform != "linux" or madvise is None:
         return 0
-    forgotten = 0
+    dropped = 0
     for mapping in _mappings():
-        if "w" not in mapping.rights and mapping.changed == 0 and ".so" in mapping.file:
+        if "w" not in mapping.rights and mapping.dirty_kb == 0 and ".so" in mapping.file:
             size = ctypes.c_size_t(mapping.end - mapping.start)
-            forgotten += madvise(ctypes.c_void_p(mapping.start), size, _MADV_DONTNEED) == 0
-    return forgotten
+            dropped += madvise(ctypes.c_void_p(mapping.start), size, _MADV_DONTNEED) == 0
+    return dropped
 
 
 class _Mapping(NamedTuple):
@@ -109,7 +109,7 @@ class _Mapping(NamedTuple):
     end: int
     rights: str
     file: str
-    changed: int  # kB that this process has written, if only while it was loaded
+    dirty_kb: int  # written by this process, if only while it was loaded
 
 
 def _mappings() -> list[_Mapping]:
@@ -126,21 +126,21 @@ def _mappings() -> list[_Mapping]:
     return mappings
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Return free memory to the system."""
     gc.collect()
     if sys.platform == "linux" and (trim := _libc("malloc_trim")) is not None:
         trim(0)
 
 
-def rest() -> None:
-    """Nobody asks: what answers needed may go. Libraries that they touched are read again from the system's cache."""
-    give_back()
-    forget_libraries()
+def release_idle_memory() -> None:
+    """Release what answers needed; for when no request is left."""
+    trim_memory()
+    drop_library_pages()
 
 
 def _libc(name: str) -> Callable[..., int] | None:
-    """A function of glibc; None where the C library is another."""
+    """A function of glibc; None under another C library."""
     try:
         function: Callable[..., int] = ctypes.CDLL(None)[name]
     except (AttributeError, OSError):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ovd.demo.answer import Answerer
-from ovd.demo.shelf import Offer, Shelf, shelf_of
+from ovd.demo.model_manager import ModelManager, Offer, manager_of
 from ovd.detector import Detector
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector
@@ -37,15 +37,15 @@ def loads() -> list[str]:
 
 
 @pytest.fixture
-def shelf(loads: list[str]) -> Shelf:
-    return Shelf(named("one", 0.3), {o.name: o for o in (offer("one", 0.3, loads), offer("two", 0.6, loads))})
+def manager(loads: list[str]) -> ModelManager:
+    return ModelManager(named("one", 0.3), {o.name: o for o in (offer("one", 0.3, loads), offer("two", 0.6, loads))})
 
 
 def test_other_weights_are_loaded_when_asked_and_replace_the_first(
-    shelf: Shelf, loads: list[str], pictures: dict[str, Path]
+    manager: ModelManager, loads: list[str], pictures: dict[str, Path]
 ) -> None:
-    first = weakref.ref(shelf.current.model)
-    answerer = Answerer(shelf=shelf)
+    first = weakref.ref(manager.current.model)
+    answerer = Answerer(manager=manager)
     assert answerer.answer(pictures["good"], "red")["model"]["name"] == "one" and loads == []
     for _ in range(2):
         assert answerer.answer(pictures["good"], "red", weights="two")["threshold"] == 0.6
@@ -56,18 +56,18 @@ def test_other_weights_are_loaded_when_asked_and_replace_the_first(
     assert loads == ["two", "one"]
 
 
-def test_weights_that_are_not_offered_are_refused(shelf: Shelf, pictures: dict[str, Path]) -> None:
+def test_weights_that_are_not_offered_are_refused(manager: ModelManager, pictures: dict[str, Path]) -> None:
     for wrong in ("three", 3, ["one"], "../one"):
         with pytest.raises(UserError, match="there is one, two"):
-            Answerer(shelf=shelf).answer(pictures["good"], "red", weights=wrong)
+            Answerer(manager=manager).answer(pictures["good"], "red", weights=wrong)
 
 
-def test_weights_that_cannot_be_loaded_leave_the_others(shelf: Shelf, pictures: dict[str, Path]) -> None:
+def test_weights_that_cannot_be_loaded_leave_the_others(manager: ModelManager, pictures: dict[str, Path]) -> None:
     def broken() -> Detector:
         raise UserError("weights 'two' are not as shipped")
 
-    shelf.offers["two"] = Offer(name="two", kind="photos", card={}, load=broken)
-    answerer = Answerer(shelf=shelf)
+    manager.offers["two"] = Offer(name="two", kind="photos", card={}, load=broken)
+    answerer = Answerer(manager=manager)
     with pytest.raises(UserError, match="not as shipped"):
         answerer.answer(pictures["good"], "red", weights="two")
     assert answerer.answer(pictures["good"], "red")["model"]["name"] == "one"
@@ -89,12 +89,12 @@ def test_shipped_detectors_stand_beside_those_of_the_start(tmp_path: Path, monke
         asked.append(weights)
         return named("own", 0.3)
 
-    shelf = shelf_of("some/folder", load)
-    assert {name: o.kind for name, o in shelf.offers.items()} == {
+    manager = manager_of("some/folder", load)
+    assert {name: o.kind for name, o in manager.offers.items()} == {
         "own": "photos",
         "drawn": "stickers",
         "photo": "photos",
     }
-    shelf.take("drawn")
-    shelf.take("own")
+    manager.load("drawn")
+    manager.load("own")
     assert asked == ["some/folder", "drawn", "some/folder"]

@@ -23,7 +23,7 @@ def run(code: str) -> None:
 def test_libraries_do_without_the_compiler_and_are_whole_afterwards() -> None:
     run("""
 import sys
-from ovd.demo.lean import without_compiler
+from ovd.demo.memory import without_compiler
 from pretrain.nets.open_clip_parts import open_clip_module
 with without_compiler():
     import torchvision
@@ -50,7 +50,7 @@ assert torch._dynamo.is_compiling() is False
 def test_who_needs_more_of_the_compiler_gets_the_real_one(wanted: str) -> None:
     run(f"""
 import sys
-from ovd.demo.lean import without_compiler
+from ovd.demo.memory import without_compiler
 import torch
 with without_compiler():
     {wanted}
@@ -60,16 +60,16 @@ assert torch._dynamo.is_compiling() is False and torch._dynamo.__file__ and torc
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_libraries_that_were_forgotten_are_read_again_when_needed() -> None:
+def test_drop_library_pages__what_is_needed_is_read_again() -> None:
     run("""
 import numpy as np, torch
-from ovd.demo.lean import few_heaps, forget_libraries, give_back
-few_heaps()
+from ovd.demo.memory import limit_heaps, drop_library_pages, trim_memory
+limit_heaps()
 def resident():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssFile"))
 before = resident()
-assert forget_libraries() > 50 and resident() < before / 2
-give_back()
+assert drop_library_pages() > 50 and resident() < before / 2
+trim_memory()
 assert torch.linalg.svd(torch.eye(3))[1].tolist() == [1, 1, 1] and np.fft.fft(np.ones(4))[0] == 4
 """)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions as they come over HTTP, checked before Gradio sees them: it answers what it cannot use with status 500."""
+"""Bodies of requests, checked before Gradio sees them: it answers what it cannot use with status 500."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from gradio.block_function import BlockFunction
     from gradio.components import Component
 
-GONE = "The picture is not there any more; upload it again"
+PICTURE_MISSING = "The picture is not there any more; upload it again"
 NOT_UPLOADED = 'image must be a picture that was uploaded, like {"path": "…"} with what /gradio_api/upload gave'
 
 
-class BadQuestion(Exception):
-    """What is wrong, in words, and the HTTP status that says it."""
+class BadRequest(Exception):
+    """What is wrong with a body, in words, and the HTTP status."""
 
     def __init__(self, problem: str, *, status: int = 422) -> None:
         super().__init__(problem)
@@ -32,12 +32,12 @@ class Parameter:
 
     name: str
     kind: str  # Gradio's name of the component
-    needed: bool
+    required: bool
     samples: int = 0  # of a table of examples
 
 
-class Questions:
-    """What the functions of a page take.
+class Endpoints:
+    """The functions of a page, and what they take.
 
     Args:
         page: from `ovd.demo.page.build_page`.
@@ -63,11 +63,11 @@ class Questions:
         """Refuse endpoints that do not exist.
 
         Raises:
-            BadQuestion: with status 404.
+            BadRequest: with status 404.
         """
         if name not in self._named:
-            known = ", ".join(f"/{n}" for n in self.names)
-            raise BadQuestion(f"no endpoint /{name[:60]}; there is {known}", status=404)
+            endpoints = ", ".join(f"/{n}" for n in self.names)
+            raise BadRequest(f"no endpoint /{name[:60]}; there is {endpoints}", status=404)
 
     def check(self, body: bytes, *, name: str | None = None, keywords: bool = False, quick: bool = False) -> bytes:
         """Check the body of ``call/NAME``, or of ``queue/join`` where the body names the function.
@@ -82,25 +82,25 @@ class Questions:
             The body, with a null for each value at the end of ``data`` that was left out and need not be there.
 
         Raises:
-            BadQuestion: no JSON, no such function, or a value of a wrong type.
+            BadRequest: no JSON, no such function, or a value of a wrong type.
         """
         import orjson
 
         try:
             record = orjson.loads(body)
         except ValueError as problem:
-            raise BadQuestion("the body is not JSON", status=400) from problem
+            raise BadRequest("the body is not JSON", status=400) from problem
         if not isinstance(record, dict):
-            raise BadQuestion('the body must be an object like {"data": […]}')
+            raise BadRequest('the body must be an object like {"data": […]}')
         if name is None:
             number = record.get("fn_index")
             if not isinstance(number, int) or isinstance(number, bool) or number not in self._inputs:
-                raise BadQuestion("fn_index names no function of this page; load the page again", status=404)
+                raise BadRequest("fn_index names no function of this page; load the page again", status=404)
             if quick and number not in self._quick:
-                raise BadQuestion("this function is asked through the line: POST /gradio_api/queue/join", status=404)
+                raise BadRequest("this function is asked through the line: POST /gradio_api/queue/join", status=404)
             session = record.get("session_hash")
             if not isinstance(session, str) or not 1 <= len(session) <= 100:
-                raise BadQuestion("session_hash must be a text of 1 to 100 letters")
+                raise BadRequest("session_hash must be a text of 1 to 100 letters")
         else:
             number = self._named[name]
         parameters = self._inputs[number]
@@ -109,64 +109,64 @@ class Questions:
             return body
         data = record.get("data")
         if isinstance(data, list) and len(data) < len(parameters):
-            left_out = parameters[len(data) :]
-            if not any(p.needed for p in left_out):
-                record["data"] = data = [*data, *(None for _ in left_out)]
+            omitted = parameters[len(data) :]
+            if not any(p.required for p in omitted):
+                record["data"] = data = [*data, *(None for _ in omitted)]
                 body = orjson.dumps(record)
         self._check_values(data, parameters)
         return body
 
     def _check_values(self, data: object, parameters: list[Parameter]) -> None:
         if not isinstance(data, list) or len(data) != len(parameters):
-            wanted = ", ".join(p.name for p in parameters)
-            raise BadQuestion(f"data must be a list of {len(parameters)} values: {wanted}")
+            expected = ", ".join(p.name for p in parameters)
+            raise BadRequest(f"data must be a list of {len(parameters)} values: {expected}")
         for value, parameter in zip(data, parameters, strict=True):
             if value is None:
                 continue
             if parameter.kind == "image":
                 self._check_picture(value)
             elif parameter.kind == "textbox" and not isinstance(value, str):
-                raise BadQuestion(f"{parameter.name} must be a text, not {_type(value)}")
+                raise BadRequest(f"{parameter.name} must be a text, not {_type(value)}")
             elif parameter.kind == "dataset" and not (type(value) is int and 0 <= value < parameter.samples):
-                raise BadQuestion("there is no such example")
+                raise BadRequest("there is no such example")
             elif parameter.kind == "number":
                 _check_number(value, parameter.name)
 
     def _check_picture(self, value: object) -> None:
         path = value.get("path") if isinstance(value, dict) else None
         if not isinstance(path, str) or "://" in path:
-            raise BadQuestion(NOT_UPLOADED)
-        if self._uploads.holds(path) is None:
-            raise BadQuestion(GONE)
+            raise BadRequest(NOT_UPLOADED)
+        if self._uploads.find(path) is None:
+            raise BadRequest(PICTURE_MISSING)
 
 
 def _parameters(function: BlockFunction) -> list[Parameter]:
     signature = list(inspect.signature(function.fn).parameters.values()) if function.fn else []
     if len(signature) < len(function.inputs):  # Gradio's own, with *args
-        return [_parameter(f"value {i}", block, needed=True) for i, block in enumerate(function.inputs, 1)]
+        return [_parameter(f"value {i}", block, required=True) for i, block in enumerate(function.inputs, 1)]
     return [
-        _parameter(parameter.name, block, needed=parameter.default is parameter.empty)
+        _parameter(parameter.name, block, required=parameter.default is parameter.empty)
         for parameter, block in zip(signature, function.inputs, strict=False)
     ]
 
 
-def _parameter(name: str, block: Component, *, needed: bool) -> Parameter:
+def _parameter(name: str, block: Component, *, required: bool) -> Parameter:
     kind = block.get_block_name()
-    return Parameter(name, kind, needed, len(block.samples) if kind == "dataset" else 0)
+    return Parameter(name, kind, required, len(block.samples) if kind == "dataset" else 0)
 
 
 def _by_position(record: dict[str, object], parameters: list[Parameter]) -> list[object]:
-    known = {p.name for p in parameters}
-    if unknown := [name for name in record if name not in known]:
-        raise BadQuestion(f"unknown parameter {unknown[0][:60]!r}; known are {', '.join(p.name for p in parameters)}")
-    if missing := [p.name for p in parameters if p.needed and p.name not in record]:
-        raise BadQuestion(f"{missing[0]} is missing")
+    names = {p.name for p in parameters}
+    if unknown := [name for name in record if name not in names]:
+        raise BadRequest(f"unknown parameter {unknown[0][:60]!r}; known are {', '.join(p.name for p in parameters)}")
+    if missing := [p.name for p in parameters if p.required and p.name not in record]:
+        raise BadRequest(f"{missing[0]} is missing")
     return [record.get(p.name) for p in parameters]
 
 
 def _check_number(value: object, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise BadQuestion(f"{name} must be a number from 0 to 1, not {_type(value)} {str(value)[:20]}")
+        raise BadRequest(f"{name} must be a number from 0 to 1, not {_type(value)} {str(value)[:20]}")
 
 
 def _type(value: object) -> str:
