@@ -187,6 +187,7 @@ def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[P
             predictor = as_vild_evaluates(predictor, options, data, record)
     if options.queries == "words":
         predictor = with_conditioned_queries(predictor, record)
+    predictor = _with_soft_nms(predictor, options, record)
     return predictor, predictor.propose if options.agnostic == "proposals" else None
 
 
@@ -198,8 +199,18 @@ def _with_encoder(options: Options, data: EvaluatedData, record: Record) -> tupl
         predictor = by_examples(detector, options, data, record)
     else:
         predictor = by_words(detector, options, data.split, record)
+    if isinstance(predictor, Predictor):
+        predictor = _with_soft_nms(predictor, options, record)
     proposals = options.agnostic == "proposals" and isinstance(predictor, Predictor)
     return predictor, proposals_of(detector.model, top=options.regions) if proposals else None
+
+
+def _with_soft_nms(predictor: Predictor, options: Options, record: Record) -> Predictor:
+    """The predictor with Soft-NMS, where that is wanted; notes it in the record."""
+    if options.soft_nms is None:
+        return predictor
+    record["soft_nms"] = options.soft_nms
+    return replace(predictor, soft_nms=options.soft_nms)
 
 
 def _load(folder: Path, device: str, *, top: int = 150) -> RegionModel:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ovd.formats.spec import LabelSpec
+from ovd.inference.postprocess import SOFT_NMS_SIGMA
 from ovd.query_flags import add_encoder_flag, add_sides_flag
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer
@@ -90,6 +92,7 @@ class Options:
     regions: int
     vild: bool
     limit: int
+    soft_nms: float | None
     size: int
     annotations: str | None
     predictions: str | None
@@ -121,6 +124,21 @@ class Options:
     def by_category(self) -> bool:
         """Whether the classes are categories of the split, not the words of a file."""
         return self.vocabulary in GROUPS
+
+
+def _above_zero(text: str) -> float:
+    """The number of a flag.
+
+    Raises:
+        ArgumentTypeError: it is none, or not a finite one above 0.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 def _source(options: Options) -> tuple[str, str, str]:
@@ -176,6 +194,10 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
         ),
     ),
     (
+        lambda o: o.soft_nms is not None and (not o.weights or o.vild or o.queries == "words"),
+        lambda o: "--soft-nms goes with --weights; without --vild and --queries words",
+    ),
+    (
         lambda o: o.embeddings == "crops" and o.crop_refinement,
         lambda o: "--embeddings crops embeds the crops of all regions; leave --crop-refinement out",
     ),
@@ -198,7 +220,7 @@ def parser() -> CommandParser:
     flags.hide(
         "encoder", "sides", "device", "size", "regions", "limit", "ensemble", "scores", "scale", "embeddings",
         "crop_refinement", "queries", "agnostic", "examples", "present", "proposals", "compare", "protocol", "max_dets",
-        "vild", "plots",
+        "vild", "soft_nms", "plots",
     )  # fmt: skip
     return flags
 
@@ -221,6 +243,8 @@ def _add_model_flags(add: Add) -> None:
         help=f"evaluate exactly as ViLD's release does: {VILD_REGIONS} regions, the {VILD_REGIONS} best of each class "
         "before NMS, embeddings averaged over the synonyms of an LVIS file, no crop refinement (slow)")  # fmt: skip
     add("--limit", type=integer(1), default=300, help="detections per image (default 300)")
+    add("--soft-nms", type=_above_zero, nargs="?", const=SOFT_NMS_SIGMA, metavar="SIGMA",
+        help=f"Soft-NMS in place of NMS at IoU .5 (default sigma {SOFT_NMS_SIGMA}, the paper's)")  # fmt: skip
 
 
 def _add_class_flags(add: Add) -> None:

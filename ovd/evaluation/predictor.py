@@ -27,6 +27,7 @@ from ovd.inference.postprocess import (
     best_pairs,
     best_per_class,
     postprocess,
+    soft_nms,
 )
 from ovd.inference.scorers import ObjectnessScorer, PublishedScorer, Scorer
 from ovd.inference.scoring import RegionSet
@@ -58,6 +59,7 @@ class Predictor:
         candidates: (region, class) pairs that enter NMS.
         per_class: regions of each class that enter NMS, in place of ``candidates``; None: those.
         nms_iou: of the per-class NMS.
+        soft_nms: sigma of Soft-NMS, which takes its place; None: NMS.
         present: image id → COCO ids that are looked for in it; None: all of them in every image.
     """
 
@@ -68,6 +70,7 @@ class Predictor:
     candidates: int = PROTOCOL_CANDIDATES
     per_class: int | None = None
     nms_iou: float = PROTOCOL_NMS_IOU
+    soft_nms: float | None = None
     present: Mapping[ImageId, frozenset[int]] | None = None
 
     def __call__(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
@@ -77,15 +80,7 @@ class Predictor:
             return []
         regions = self.detector.embed(image).regions
         score_RC = self.scorer(regions)[:, columns]
-        chosen = postprocess(
-            regions.boxes,
-            best_pairs(score_RC, count=self.candidates)
-            if self.per_class is None
-            else best_per_class(score_RC, count=self.per_class),
-            nms_iou=self.nms_iou,
-            cross_class_iou=None,
-            limit=self.limit,
-        )
+        chosen = self._chosen(regions.boxes, score_RC)
         drawn = set() if regions.masks is None else set(chosen.region.tolist())
         segmentations = {region: region_rle(regions, region) for region in drawn}
         results = coco_results(chosen, regions.boxes, image_id, [self.category_ids[column] for column in columns])
@@ -93,6 +88,16 @@ class Predictor:
             if region in segmentations:
                 result["segmentation"] = segmentations[region]
         return results
+
+    def _chosen(self, boxes: Floats, score_RC: Floats) -> Candidates:
+        """What is left of all (region, class) pairs."""
+        if self.soft_nms is not None:
+            return best_pairs(soft_nms(boxes, score_RC, sigma=self.soft_nms), count=self.limit)
+        if self.per_class is None:
+            candidates = best_pairs(score_RC, count=self.candidates)
+        else:
+            candidates = best_per_class(score_RC, count=self.per_class)
+        return postprocess(boxes, candidates, nms_iou=self.nms_iou, cross_class_iou=None, limit=self.limit)
 
     def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """The same picture's regions as class-agnostic proposals, scored by objectness."""

@@ -30,6 +30,9 @@ PROTOCOL_NMS_IOU = 0.5
 PROTOCOL_CANDIDATES = 5000
 """(region, class) pairs that enter NMS in ViLD's released code."""
 
+SOFT_NMS_SIGMA = 0.5
+"""Of Soft-NMS, where no other is given: the paper's value (arXiv:1704.04503, section 4)."""
+
 TRICK_LIMIT = 1000
 """Boxes up to which torchvision separates classes by shifting their boxes apart, on a CPU."""
 
@@ -166,6 +169,33 @@ def box_ious(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray
     shared: NDArray[np.float32] = np.prod(np.clip(high - low, 0, None), axis=2)
     areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (first, second)]
     return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-12)
+
+
+def soft_nms(boxes_R4: NDArray[np.float32], score_RC: NDArray[np.float32], *, sigma: float) -> NDArray[np.float32]:
+    """(R, C) scores after Gaussian Soft-NMS within each class (arXiv:1704.04503, section 3).
+
+    In each class the best remaining region keeps its score, and every other one's is multiplied by
+    ``exp(-IoU² / sigma)``; no box is dropped. All classes are done at once, one region of each at a time.
+
+    Args:
+        boxes_R4: x1, y1, x2, y2.
+        score_RC: of each region and class, at least 0.
+        sigma: the paper takes .5.
+
+    Raises:
+        ValueError: `sigma` is not above 0.
+    """
+    if not sigma > 0:
+        raise ValueError(f"sigma {sigma}: expected above 0")
+    decay_RR = np.exp(-(box_ious(boxes_R4, boxes_R4) ** 2) / sigma)
+    score_CR = score_RC.T.astype(np.float64)
+    remaining_CR = np.ones(score_CR.shape, dtype=bool)
+    classes = np.arange(len(score_CR))
+    for _ in range(len(boxes_R4)):
+        best_C = np.where(remaining_CR, score_CR, -1).argmax(axis=1)
+        remaining_CR[classes, best_C] = False
+        score_CR *= np.where(remaining_CR, decay_RR[best_C], 1)
+    return score_CR.T.astype(np.float32)
 
 
 def _suppress(

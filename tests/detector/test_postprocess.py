@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from ovd.inference.postprocess import (
     best_per_class,
     pairs_above,
     postprocess,
+    soft_nms,
 )
 
 
@@ -92,3 +95,39 @@ def test_a_region_goes_by_its_best_class_or_by_all_that_reach_the_threshold() ->
     for empty in (score[:0], np.zeros((0, 0), dtype=np.float32)):
         assert len(best_class_per_region(empty, threshold=0.0)) == len(pairs_above(empty, threshold=0.0)) == 0
         assert len(best_pairs(empty, count=5)) == 0
+
+
+def soft_nms_of_one_class(boxes: NDArray[np.float32], score: NDArray[np.float32], sigma: float) -> NDArray[np.float64]:
+    """The paper's algorithm (figure 3), box by box."""
+    left = {i: float(s) for i, s in enumerate(score)}
+    final = np.zeros(len(score))
+    while left:
+        best = max(left, key=lambda i: (left[i], -i))
+        final[best] = left.pop(best)
+        for i in left:
+            width, height = (
+                max(0.0, float(min(boxes[i][a + 2], boxes[best][a + 2]) - max(boxes[i][a], boxes[best][a])))
+                for a in (0, 1)
+            )
+            areas = [float((b[2] - b[0]) * (b[3] - b[1])) for b in (boxes[i], boxes[best])]
+            iou = width * height / (sum(areas) - width * height)
+            left[i] *= math.exp(-(iou**2) / sigma)
+    return final
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5])
+@pytest.mark.parametrize("count", [0, 1, 2, 60])
+def test_soft_nms_is_the_papers_in_every_class(count: int, sigma: float) -> None:
+    rng = np.random.default_rng(count)
+    boxes, score_RC = random_boxes(rng, count, grid=False), rng.random((count, 4)).astype(np.float32)
+    decayed = soft_nms(boxes, score_RC, sigma=sigma)
+    for c in range(4):
+        np.testing.assert_allclose(decayed[:, c], soft_nms_of_one_class(boxes, score_RC[:, c], sigma), rtol=1e-5)
+
+
+def test_soft_nms_keeps_the_neighbour_that_nms_drops() -> None:
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 6], [50, 50, 60, 60]], np.float32)  # IoU .6, and apart
+    decayed = soft_nms(boxes, np.array([[0.9], [0.8], [0.7]], np.float32), sigma=0.5)
+    np.testing.assert_allclose(decayed[:, 0], [0.9, 0.8 * math.exp(-(0.6**2) / 0.5), 0.7], rtol=1e-6)
+    with pytest.raises(ValueError, match="above 0"):
+        soft_nms(boxes, decayed, sigma=0)

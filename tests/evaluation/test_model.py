@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluate import main
 from ovd.evaluation.coco import Metrics, evaluate
-from ovd.evaluation.options import DEFAULT_COUNT, DEFAULT_SEED, DataSpec
+from ovd.evaluation.options import DEFAULT_COUNT, DEFAULT_SEED, DataSpec, Options
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.run import run_images, run_source
 from ovd.inference.scoring import RegionSet
@@ -188,6 +189,29 @@ def test_results_are_limited_ordered_and_duplicates_suppressed_per_class() -> No
     assert scores == sorted(scores, reverse=True)
     assert all(d["image_id"] == 7 for d in results)
     assert {results[0]["category_id"], results[1]["category_id"]} == {1, 9}
+
+
+def test_soft_nms_keeps_overlapping_boxes_with_a_smaller_score() -> None:
+    predict = predictor_for(make_detector(), SPLIT)
+    hard = replace(predict, nms_iou=0.01)(picture(), 7)
+    soft = replace(predict, soft_nms=0.5, limit=10**6)(picture(), 7)
+    assert len(soft) > len(hard)
+    assert soft[0] == hard[0]
+    assert [d["score"] for d in soft] == sorted((d["score"] for d in soft), reverse=True)
+    assert len(replace(predict, soft_nms=0.5, limit=5)(picture(), 7)) == 5
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "half"])
+def test_sigma_of_soft_nms_is_a_number_above_0(value: str) -> None:
+    with pytest.raises(UserError, match="above 0"):
+        Options.parse(["--weights", "default", "--data", "stickers-val", f"--soft-nms={value}"])
+
+
+@pytest.mark.parametrize("flags", [["--vild"], ["--queries", "words"]])
+def test_soft_nms_goes_without_what_has_its_own_nms(flags: list[str]) -> None:
+    with pytest.raises(UserError, match="--soft-nms"):
+        Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms", *flags])
+    assert Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms"]).soft_nms == 0.5
 
 
 def test_words_of_a_vocabulary_file_must_name_categories() -> None:
