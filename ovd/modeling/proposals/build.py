@@ -92,7 +92,7 @@ def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetw
     pyramid = config.backbone
     if pyramid is None or pyramid.pixel_mean is not None:
         return config
-    if holds_proposals(Path(weights)):
+    if has_proposals(Path(weights)):
         trained = ProposalNetworkConfig.model_validate(read_card(Path(weights)).model).backbone
         if trained is None:
             raise UserError(f"weights={weights}: is a NanoDet-G without {pyramid.name}; set model.backbone=null")
