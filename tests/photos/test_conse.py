@@ -7,12 +7,16 @@ import math
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ovd import train as ovd_train
+from ovd.detector import Detector
 from ovd.modeling.fvlm.tower import FrozenTower
+from ovd.runtime.export import export_onnx
 from pretrain import train
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.config_photos import ConseShare, TimmTower
@@ -21,6 +25,7 @@ from pretrain.nets import imagenet
 from pretrain.nets.encoders import load_encoder
 from pretrain.nets.timm_tower import ConseProjection, TimmImage, conse_embedding
 from pretrain.nets.towers import JointEncoder, build_encoder
+from tests.photos.conftest import arguments
 from tests.photos.test_lite_clip import NAME, network, packaged
 from tests.photos.test_photo_words import folder
 
@@ -73,6 +78,23 @@ def test_a_detector_answers_with_the_ensemble() -> None:
     pooled = torch.randn(3, tower.features)
     last = pooled[:, -2 * tower.width : -tower.width]
     torch.testing.assert_close(tower.embed(pooled), F.normalize(projection(last), dim=1))
+
+
+def test_a_detectors_export_has_the_ensemble(trained: Path, tmp_path: Path) -> None:
+    encoder = small_encoder(ConseShare(share=0.5, classes=10, top=3))
+    projection = cast(ConseProjection, cast(TimmImage, encoder.visual).proj)
+    nn.init.normal_(projection.classifier.weight)
+    projection.words_KD.copy_(F.normalize(torch.randn(10, 16), dim=1))
+    encoder.save(tmp_path / "encoder")
+    for name in ("images", "boxes.json", "labels.json", "proposals"):
+        (tmp_path / name).symlink_to(trained / name)
+    assert ovd_train.main(arguments(tmp_path)) == 0
+    export_onnx(tmp_path / "run/exported", load_encoder(tmp_path / "encoder"), tmp_path / "onnx")
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    folders = {"torch": tmp_path / "run/exported", "onnx": tmp_path / "onnx"}
+    by_torch, by_onnx = (Detector.load(f, runtime=name).model.regions(image) for name, f in folders.items())
+    assert by_torch.image is not None and by_onnx.image is not None
+    assert (by_torch.image * by_onnx.image).sum(axis=1).min() > 0.99  # torch computes in bfloat16
 
 
 def command(folder: Path, root: Path, *more: str) -> list[str]:
