@@ -369,7 +369,7 @@ def serve(
     """
     from ovd.demo.endpoints import Endpoints
     from ovd.demo.hosts import AllowedHosts
-    from ovd.demo.limits import Gate
+    from ovd.demo.limits import PageGate
     from ovd.demo.memory import release_idle_memory
     from ovd.demo.request_queue import RequestQueue
     from ovd.demo.uploads import Uploads
@@ -379,7 +379,7 @@ def serve(
     app = _mounted(page, theme, head)
     uploads = Uploads(Path(os.environ["GRADIO_TEMP_DIR"]))
     names = AllowedHosts.of(host, allow_hosts)
-    gate = Gate(
+    gate = PageGate(
         app,
         names=names,
         queue=RequestQueue(page, seconds=seconds, on_idle=release_idle_memory),

@@ -16,7 +16,7 @@ import pytest
 from ovd.demo.bodies import Limits
 from ovd.demo.endpoints import BadRequest
 from ovd.demo.hosts import AllowedHosts
-from ovd.demo.limits import Gate
+from ovd.demo.limits import PageGate
 from ovd.demo.uploads import Uploads
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Scene:
     ) -> None:
         self.queue, self.seen = FakeQueue(), []
         self.uploads = Uploads(folder, most_bytes=room)
-        self.gate = Gate(
+        self.gate = PageGate(
             self._behind,
             names=names or AllowedHosts.of("127.0.0.1"),
             queue=self.queue,  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from ovd.demo.bodies import Limits
 from ovd.demo.hosts import AllowedHosts
 from ovd.inference.example_scorers import similar_regions
 from ovd.inference.scoring import RegionSet
-from ovd.label_studio.app import Gate, build_app
+from ovd.label_studio.app import BackendGate, build_app
 from ovd.label_studio.interactive import read_drawn
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import picture
@@ -30,7 +30,7 @@ PHOTO = data_uri(picture([*(("red", *box) for box in RED), ("blue", 10, 80, 60, 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     server, asked = served(
-        Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
     )
     yield asked
     server.close()
