@@ -179,7 +179,7 @@ def predict_video(
     track: bool = True,
     draw: bool = True,
     masks: bool = True,
-    say: Callable[[int, int | None, float], None] | None = None,
+    on_frame: Callable[[int, int | None, float], None] | None = None,
 ) -> int:
     """Find and follow things in a video.
 
@@ -194,7 +194,7 @@ def predict_video(
         track: follow objects.
         draw: write the video.
         masks: draw masks.
-        say: called after each frame with (frames done, frames in all or None, seconds since the start).
+        on_frame: called after each frame with (frames done, frames in all or None, seconds since the start).
 
     Returns:
         Frames read.
@@ -221,8 +221,8 @@ def predict_video(
                 if writer is not None and tracked is not None:
                     writer.write(draw_detections(pixels, tracked.labelled(), masks=masks), seconds)
                 done += 1
-                if say is not None:
-                    say(done, source.frames, time.monotonic() - begun)
+                if on_frame is not None:
+                    on_frame(done, source.frames, time.monotonic() - begun)
         complete = True
     except KeyboardInterrupt:
         if not source.live:

@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_whole_files_that_play(clip: Path, tmp_path: Path) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(clip, tmp_path / "out", track=False, say=stop)
+        run(clip, tmp_path / "out", track=False, on_frame=stop)
     assert len(decoded(tmp_path / "out/clip.mp4")) == 10
     rows = [json.loads(line) for line in (tmp_path / "out/clip.jsonl").read_text().splitlines()]
     assert max(row["frame"] for row in rows) == 9

@@ -184,12 +184,12 @@ def test_a_tokenizer_of_the_hub_without_its_package_says_what_to_install(
     text = {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}}
     monkeypatch.setattr(clip_fetch.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="open_clip:SigLIP has a tokenizer of Hugging Face's: pip install transformers"):
-        clip_fetch.hub_tokenizer(text, name="SigLIP", beside=None, context_length=64)
+        clip_fetch.hub_tokenizer(text, name="SigLIP", folder=None, context_length=64)
     read: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(clip_fetch.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", lambda name, **more: read.append((name, more)))
     shutil.rmtree(tmp_path, ignore_errors=True)
     tmp_path.mkdir()
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    clip_fetch.hub_tokenizer(text, name="SigLIP", beside=tmp_path, context_length=64)
+    clip_fetch.hub_tokenizer(text, name="SigLIP", folder=tmp_path, context_length=64)
     assert read == [(str(tmp_path), {"context_length": 64, "tokenizer_mode": None, "clean": "canonicalize"})]

@@ -76,7 +76,7 @@ def test_a_terminal_gets_a_bar_and_plain_lines(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log = RunLog(out=tmp_path, total=10, start=0, speak=True)
     log.advance(5)
-    log.say("hello")
+    log.info("hello")
     log.advance(10)
     log.close()
     seen = capfd.readouterr()
