@@ -259,7 +259,7 @@ def test_large_questions_find_a_shorter_line(tmp_path: Path) -> None:
     assert [scene.ask(CALL, [b"x" * size]).status for size in (50, 51)] == [200, 503]
 
 
-def test_what_is_wrong_with_a_question_is_said(scene: Scene) -> None:
+def test_what_is_wrong_with_a_question_is_reported(scene: Scene) -> None:
     assert (scene.ask(CALL, [b"bad"]).status, scene.ask("/gradio_api/call/find", [b"{}"]).status) == (422, 404)
     assert scene.seen == []
 

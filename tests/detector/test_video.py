@@ -225,7 +225,9 @@ def test_a_missing_package_is_named_with_the_way_without(
         run(clip, tmp_path / "out", **options)
 
 
-def test_a_video_whose_end_is_missing_is_told(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_video_whose_end_is_missing_is_reported(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = clip.read_bytes()
     clip.write_bytes(data[: len(data) // 2])
     arguments = [str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track", "--no-draw"]

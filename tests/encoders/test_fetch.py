@@ -89,7 +89,7 @@ class Hub:
         return SimpleNamespace(size=self.files[name].stat().st_size)
 
 
-def test_host_and_size_are_said_before_anything_is_fetched(
+def test_host_and_size_are_reported_before_anything_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "open_clip_pytorch_model.bin"

@@ -148,7 +148,7 @@ def test_what_is_wrong_stands_in_the_status_line(path: str, body: object, messag
     assert "x-reason-phrase" not in {name.lower() for name in answer.headers}
 
 
-def test_what_is_told_of_annotations_is_taken_without_a_word(ask: Ask) -> None:
+def test_webhook__annotation_events_are_accepted(ask: Ask) -> None:
     assert ask("POST", "/webhook", {"action": "ANNOTATION_CREATED", "annotation": {}}).body == {"status": "ok"}
 
 
@@ -196,7 +196,7 @@ def test_a_controls_threshold_comes_before_the_commands(threshold: float | None,
         (["--label-studio", "--label-studio-url", "localhost"], "give the whole address"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_loaded(
+def test_mistakes_are_reported_before_anything_is_loaded(
     argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "BASIC_AUTH_USER", "BASIC_AUTH_PASS"):

@@ -130,7 +130,7 @@ def test_without_a_drawing_words_are_asked(ask: Ask, context: object) -> None:
         (["r"], "no list of regions"),
     ],
 )
-def test_what_cannot_be_searched_for_is_told(ask: Ask, regions: list[Any], message: str) -> None:
+def test_what_cannot_be_searched_for_is_reported(ask: Ask, regions: list[Any], message: str) -> None:
     answer = ask("POST", "/predict", request(*regions))
     assert answer.status == 422 and message in answer.body["error"], answer.body
 

@@ -521,7 +521,7 @@ def test_coco_needs_what_the_literature_says() -> None:
     )  # 36.3 GB + boxes, scores
 
 
-def test_size_and_time_are_told_before_the_first_shard(tmp_path: Path) -> None:
+def test_size_and_time_are_reported_before_the_first_shard(tmp_path: Path) -> None:
     lines: list[str] = []
     write(tmp_path / "s", log=lines.append)
     assert "14 pictures x 6 proposals x 16 numbers: 9.9 kB" in lines[0] and "about 0.0 min" in lines[0]

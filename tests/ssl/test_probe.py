@@ -270,7 +270,7 @@ def test_a_probe_out_of_time_is_smaller_and_still_has_both_halves() -> None:
     assert (found["bank"], found["queries"]) == (10, 4)
 
 
-def test_an_unreadable_picture_of_a_probe_in_training_is_stood_for_and_said_once(
+def test_probe__an_unreadable_picture_is_replaced_and_reported_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Broken(Blobs):
