@@ -112,7 +112,7 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
         train, test, side = open_data("sticker_singles", size=SIZE, views=views)
         return evaluate(
             network, train, test, InputSpec(side, mean, std), measures=["knn", "linear_cached"], k=20,
-            temperature=0.1, recipe=SMALL, epochs=None, shots=[1], seed=seed, say=print,
+            temperature=0.1, recipe=SMALL, epochs=None, shots=[1], seed=seed, log=print,
         )  # fmt: skip
 
     return remember(folder / "probe.json", measure)

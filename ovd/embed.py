@@ -253,7 +253,7 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
     unreadable = (
         f"; {report.bad_images} unreadable pictures are listed in its shard-*.json files" if report.bad_images else ""
     )
-    print(f"{config.out}: {report.written} shards written, {report.kept} were whole already{unreadable}", flush=True)
+    print(f"{config.out}: {report.written} shards written, {report.reused} were whole already{unreadable}", flush=True)
 
 
 def verify(folder: str) -> int:

@@ -186,8 +186,6 @@ def predict(
     level = detector.threshold_for(query, threshold)
     for notice in query.notices:
         print(f"warning: {notice}", file=sys.stderr)
-    names = pictures.ids
-    drawn = drawn_names(names)
     job = {
         "words or examples": f"{query.hash} ({shorten(', '.join(query.names))})",
         "threshold": round(level, 6),
@@ -196,34 +194,53 @@ def predict(
         "masks": masks,
     }
     try:
-        parts = _claim_folder(out, job, names, overwrite)
-        failed: list[dict[str, str]] = []
-        for index, name in enumerate(names):
-            record_file = _record_file(parts, name)
-            drawing = out / "drawn" / drawn[index] if draw else None
-            digest = _digest(pictures.path(index))
-            record = _read_record(record_file)
-            if record is None or not _is_current(record, digest, out, drawing):
-                record = {"file_name": name, "sha256": digest}
-                try:
-                    pixels = pictures.image(index)
-                    record |= _predict_picture(detector, query, pixels, threshold=level, masks=masks, drawing=drawing)
-                except BadImageError as problem:
-                    record["reason"] = problem.reason
-                if drawing is not None:
-                    record["drawn"] = drawn[index]
-                _write_json(record_file, record)
-            if "reason" in record:
-                failed.append({"file_name": name, "reason": record["reason"]})
-            outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
-            print(on_one_line(f"[{index + 1}/{len(pictures)}] {name}: {outcome}"), flush=True)
-        _write_results(out, parts, names, query, failed)
+        parts = _claim_folder(out, job, pictures.ids, overwrite)
+        failed = _predict_pictures(
+            detector, query, pictures, out=out, parts=parts, threshold=level, draw=draw, masks=masks
+        )
+        _write_results(out, parts, pictures.ids, query, failed)
     except OSError as problem:
         raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem
     if failed:
         print(
             f"{len(failed)} of {len(pictures)} pictures could not be used; see {out / 'failed.json'}", file=sys.stderr
         )
+    return failed
+
+
+def _predict_pictures(
+    detector: Detector,
+    query: Query,
+    pictures: PictureFiles,
+    *,
+    out: Path,
+    parts: Path,
+    threshold: float,
+    draw: bool,
+    masks: bool,
+) -> list[dict[str, str]]:
+    """Write a record into ``parts`` for each picture that has no current one; returns those that cannot be used."""
+    failed: list[dict[str, str]] = []
+    drawn = drawn_names(pictures.ids)
+    for index, name in enumerate(pictures.ids):
+        record_file = _record_file(parts, name)
+        drawing = out / "drawn" / drawn[index] if draw else None
+        digest = _digest(pictures.path(index))
+        record = _read_record(record_file)
+        if record is None or not _is_current(record, digest, out, drawing):
+            record = {"file_name": name, "sha256": digest}
+            try:
+                pixels = pictures.image(index)
+                record |= _predict_picture(detector, query, pixels, threshold=threshold, masks=masks, drawing=drawing)
+            except BadImageError as problem:
+                record["reason"] = problem.reason
+            if drawing is not None:
+                record["drawn"] = drawn[index]
+            _write_json(record_file, record)
+        if "reason" in record:
+            failed.append({"file_name": name, "reason": record["reason"]})
+        outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
+        print(on_one_line(f"[{index + 1}/{len(pictures)}] {name}: {outcome}"), flush=True)
     return failed
 
 

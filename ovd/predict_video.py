@@ -68,7 +68,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
                 track=options.track,
                 draw=options.draw,
                 masks=options.masks,
-                say=progress,
+                on_frame=progress,
             )
             if done < MOST_FRAMES * (source.frames or 0):
                 print(

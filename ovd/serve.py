@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     try:
         from ovd.demo.hosts import AllowedHosts
         from ovd.demo.serving import Server
-        from ovd.label_studio.app import Gate, build_app
+        from ovd.label_studio.app import BackendGate, build_app
         from ovd.label_studio.backend import Backend
         from ovd.label_studio.reason import with_reasons
 
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
             threshold=options.threshold,
             seconds=options.seconds,
         )
-        gate = Gate(
+        gate = BackendGate(
             build_app(backend), names=AllowedHosts.of(options.host, options.allow_host), credentials=credentials
         )
         server = Server(gate, listener=listener, protocol=with_reasons)

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -179,7 +179,7 @@ def predict_video(
     track: bool = True,
     draw: bool = True,
     masks: bool = True,
-    say: Callable[[int, int | None, float], None] | None = None,
+    on_frame: Callable[[int, int | None, float], None] | None = None,
 ) -> int:
     """Find and follow things in a video.
 
@@ -194,7 +194,7 @@ def predict_video(
         track: follow objects.
         draw: write the video.
         masks: draw masks.
-        say: called after each frame with (frames done, frames in all or None, seconds since the start).
+        on_frame: called after each frame with (frames done, frames in all or None, seconds since the start).
 
     Returns:
         Frames read.
@@ -221,8 +221,8 @@ def predict_video(
                 if writer is not None and tracked is not None:
                     writer.write(draw_detections(pixels, tracked.labelled(), masks=masks), seconds)
                 done += 1
-                if say is not None:
-                    say(done, source.frames, time.monotonic() - begun)
+                if on_frame is not None:
+                    on_frame(done, source.frames, time.monotonic() - begun)
         complete = True
     except KeyboardInterrupt:
         if not source.live:
@@ -230,18 +230,35 @@ def predict_video(
         complete = True
     finally:
         source.close()
-        summary = {
-            "source": source.name, "frames": done, "rate": source.rate, "every": every, "threshold": level,
-            "classes": list(query.names), "complete": complete,
-            "tracks": [summary_of.summary(number) for number, summary_of in sorted(tracks.items())],
-        }  # fmt: skip
-        write_atomically(
-            out / f"{source.name}.json",
-            (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"),
+        _write_summary(
+            out, source, tracks, frames=done, every=every, threshold=level, names=query.names, complete=complete
         )
     if not done:
         raise UserError(f"{source.name}: holds no frame that can be read")
     return done
+
+
+def _write_summary(
+    out: Path,
+    source: Source,
+    tracks: Mapping[int, Track],
+    *,
+    frames: int,
+    every: int,
+    threshold: float,
+    names: Sequence[str],
+    complete: bool,
+) -> None:
+    """Write ``NAME.json``."""
+    summary = {
+        "source": source.name, "frames": frames, "rate": source.rate, "every": every, "threshold": threshold,
+        "classes": list(names), "complete": complete,
+        "tracks": [track.summary(number) for number, track in sorted(tracks.items())],
+    }  # fmt: skip
+    write_atomically(
+        out / f"{source.name}.json",
+        (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"),
+    )
 
 
 class _Nothing:

@@ -115,7 +115,7 @@ def fetch(spec: str) -> None:
         from pretrain.nets.clip_files import find_open_clip, tokenizer_of
 
         settings, path = find_open_clip(spec.removeprefix("open_clip:"))
-        tokenizer_of(settings["model"].get("text_cfg", {}), name=settings["name"], beside=path.parent)
+        tokenizer_of(settings["model"].get("text_cfg", {}), name=settings["name"], folder=path.parent)
 
 
 def fetch_elsewhere(spec: str) -> int:

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
             **evaluate(
                 backbone, train, test, origin.inputs._replace(size=side), measures=args.measures, k=args.k,
                 temperature=args.temperature, recipe=recipe, epochs=args.epochs, shots=args.shots, seed=args.seed,
-                say=lambda text: print(text, file=sys.stderr),
+                log=lambda text: print(text, file=sys.stderr),
             ),
         }  # fmt: skip
     finally:

@@ -14,13 +14,14 @@ from urllib.parse import parse_qs, unquote
 
 from ovd.demo.bodies import BodyReader, BodyStream, Limits, Reply, length_of, replay, too_large
 from ovd.demo.endpoints import BadRequest, Endpoints
+from ovd.demo.gate import Gate
 from ovd.demo.hosts import AllowedHosts, RequestRefused
 from ovd.demo.request_queue import RequestQueue
 from ovd.demo.uploads import Uploads
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ _CLOSED = re.compile(
 )
 
 
-class Gate:
-    """The middleware.
+class PageGate(Gate):
+    """The middleware of the page.
 
     Args:
         app: Gradio's application.
@@ -58,34 +59,29 @@ class Gate:
         uploads: Uploads,
         limits: Limits | None = None,
     ) -> None:
-        self._app = app
-        self._names = names
+        super().__init__(app, names=names, limits=limits or Limits())
         self._queue = queue
         self._endpoints = endpoints
         self._uploads = uploads
-        self._limits = limits or Limits()
         self._bodies = BodyReader(self._limits, what="question", small=self._limits.small)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, refuse, or hand on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        from starlette.datastructures import Headers
+    async def admit(self, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """See `Gate`."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["method"] == "POST":
+            await self._post(path, headers, scope, receive, reply)
+        elif scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            raise RequestRefused(405, "Only GET and POST are answered")
+        else:
+            await self._get(path, scope, receive, reply)
 
-        headers = Headers(scope=scope)
-        reply = Reply(send)
-        try:
-            self._names.check(headers)
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if scope["method"] == "POST":
-                await self._post(path, headers, scope, receive, reply)
-            elif scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-                raise RequestRefused(405, "Only GET and POST are answered")
-            else:
-                await self._get(path, scope, receive, reply)
-        except RequestRefused as refused:
-            await reply.refuse(refused, receive, api=scope["path"].startswith(API), seconds=self._drain(headers))
+    def is_api(self, scope: Scope) -> bool:
+        """See `Gate`: the page itself gets text."""
+        return bool(scope["path"].startswith(API))
+
+    def waits_for_leave(self, headers: Headers) -> bool:
+        """See `Gate`."""
+        return headers.get("expect", "").lower() == "100-continue"
 
     async def _get(self, path: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         route = path[len(API) :] if path.startswith(API) else ""
@@ -177,9 +173,6 @@ class Gate:
             self._uploads.release(size, whole=body.complete)
         if body.refused is not None:
             raise body.refused
-
-    def _drain(self, headers: Headers) -> float:
-        return 0.0 if headers.get("expect", "").lower() == "100-continue" else self._limits.drain
 
 
 def _storage_refusal(problem: Exception) -> RequestRefused:

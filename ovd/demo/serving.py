@@ -178,17 +178,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UserError: the port is taken or not allowed, or the host is not an address of this machine.
     """
-    plain = plain_host(host)
-    taken = -1
     try:
-        if not plain:
-            raise socket.gaierror("empty")
-        family, _, _, _, address = socket.getaddrinfo(plain, port, type=socket.SOCK_STREAM)[0]
-        taken = (listener := socket.socket(family, socket.SOCK_STREAM)).fileno()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        taken = -1
-        return listener
+        return _bound_socket(plain_host(host), port)
     except (socket.gaierror, UnicodeError) as problem:
         raise UserError(f"--host {host}: not an address of this machine") from problem
     except OverflowError as problem:
@@ -201,9 +192,20 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there, or try --port {port + 1}"
         ) from problem
-    finally:
-        if taken >= 0:
-            listener.close()
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    if not host:
+        raise socket.gaierror("empty")
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def url_of(host: str, port: int) -> str:
@@ -369,7 +371,7 @@ def serve(
     """
     from ovd.demo.endpoints import Endpoints
     from ovd.demo.hosts import AllowedHosts
-    from ovd.demo.limits import Gate
+    from ovd.demo.limits import PageGate
     from ovd.demo.memory import release_idle_memory
     from ovd.demo.request_queue import RequestQueue
     from ovd.demo.uploads import Uploads
@@ -379,7 +381,7 @@ def serve(
     app = _mounted(page, theme, head)
     uploads = Uploads(Path(os.environ["GRADIO_TEMP_DIR"]))
     names = AllowedHosts.of(host, allow_hosts)
-    gate = Gate(
+    gate = PageGate(
         app,
         names=names,
         queue=RequestQueue(page, seconds=seconds, on_idle=release_idle_memory),

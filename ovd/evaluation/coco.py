@@ -132,11 +132,7 @@ def evaluate(
     if iou_types is None:
         iou_types, why = (("bbox",), []) if results is None else _iou_types(truth, checked.detections)
         warnings += why
-    boxes: list[CheckedResult] | None = None
-    if proposals is not None:
-        agnostic = check_results(proposals, truth, where="proposals", classes=False)
-        warnings += [f"proposals: {w}" for w in agnostic.warnings]
-        boxes = agnostic.detections
+    boxes = None if proposals is None else _checked_proposals(proposals, truth, warnings)
     entries = _entries(truth, checked.detections, split, federated)
     entries.counts["detections_outside_split"] += len(results or ()) - len(checked.detections)
     warnings += _entry_warnings(entries, truth)
@@ -159,6 +155,13 @@ def evaluate(
         warnings=warnings,
         dataset_sha256=content_sha256(gt),
     )
+
+
+def _checked_proposals(proposals: Sequence[CocoJson], truth: GroundTruth, warnings: list[str]) -> list[CheckedResult]:
+    """Class-agnostic boxes; what is odd in them is added to ``warnings``."""
+    agnostic = check_results(proposals, truth, where="proposals", classes=False)
+    warnings += [f"proposals: {w}" for w in agnostic.warnings]
+    return agnostic.detections
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from ovd.demo.bodies import BodyReader, Limits, Reply, length_of, replay
-from ovd.demo.hosts import AllowedHosts, RequestRefused
+from ovd.demo.gate import Gate
+from ovd.demo.hosts import AllowedHosts
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.interactive import read_drawn
 from ovd.label_studio.reason import reason_header
@@ -30,9 +31,10 @@ from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from starlette.datastructures import Headers
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ NO_TRAINING = (
 )
 
 
-class Gate:
-    """Middleware: under which names, for whom, and how large.
+class BackendGate(Gate):
+    """The middleware of the backend: hosts, credentials, sizes.
 
     Args:
         app: the endpoints.
@@ -64,33 +66,20 @@ class Gate:
         credentials: tuple[str, str] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self._app = app
-        self._names = names
+        super().__init__(app, names=names, limits=limits or Limits(question=BODY))
         pair = None if credentials is None else base64.b64encode(":".join(credentials).encode())
         self._authorization = None if pair is None else b"Basic " + pair
-        self._limits = limits or Limits(question=BODY)
         self._bodies = BodyReader(self._limits, what="request", small=0)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, refuse, or hand on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+    async def admit(self, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """See `Gate`."""
+        if not self._is_authorized(headers.get("authorization", "")):
+            await _unauthorized()(scope, receive, reply)
             return
-        from starlette.datastructures import Headers
-
-        headers = Headers(scope=scope)
-        reply = Reply(send)
-        try:
-            self._names.check(headers)
-            if not self._is_authorized(headers.get("authorization", "")):
-                await _unauthorized()(scope, receive, reply)
-                return
-            if scope["method"] == "POST":
-                body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
-                receive = replay(body, receive)
-            await self._app(scope, receive, reply)
-        except RequestRefused as refused:
-            await reply.refuse(refused, receive, api=True, seconds=self._limits.drain)
+        if scope["method"] == "POST":
+            body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
+            receive = replay(body, receive)
+        await self._app(scope, receive, reply)
 
     def _is_authorized(self, header: str) -> bool:
         return self._authorization is None or hmac.compare_digest(header.encode("latin-1"), self._authorization)

@@ -61,7 +61,7 @@ class WriteReport:
     """Report of one process: shards written, shards already complete, unreadable pictures, whether all is done."""
 
     written: int
-    kept: int
+    reused: int
     bad_images: int
     complete: bool
 
@@ -121,7 +121,7 @@ def write_regions(
         ),
         identity=identity,
         lease_seconds=lease_seconds,
-        say=log,
+        log=log,
     )
     plan = estimate(len(source), identity=identity, root=writer.path)
     _refuse_small_disk(writer.path, plan)
@@ -136,14 +136,14 @@ def write_regions(
     if writer.complete:
         writer.refuse_many_bad()
         _finish(writer.path)
-    return WriteReport(written=writer.written, kept=writer.kept, bad_images=writer.bad, complete=writer.complete)
+    return WriteReport(written=writer.written, reused=writer.reused, bad_images=writer.bad, complete=writer.complete)
 
 
 class _Writer:
     """One process's work on a store, beside others.
 
     Attributes:
-        written, kept, bad: see `WriteReport`.
+        written, reused, bad: see `WriteReport`.
     """
 
     def __init__(
@@ -153,13 +153,13 @@ class _Writer:
         embedder: RegionEmbedder,
         identity: Identity,
         lease_seconds: float,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.path, self.embedder, self.lease_seconds, self.say = path, embedder, lease_seconds, say
+        self.path, self.embedder, self.lease_seconds, self.log = path, embedder, lease_seconds, log
         self.manifest = _create(path, source=embedder.source, identity=identity)
         self.shards = shard_count(self.manifest)
         self.done: set[int] = set()
-        self.written = self.kept = self.bad = 0
+        self.written = self.reused = self.bad = 0
 
     @property
     def complete(self) -> bool:
@@ -169,9 +169,9 @@ class _Writer:
     def count_whole(self) -> None:
         """Keep the shards that earlier runs wrote, and count their unreadable pictures."""
         for shard in range(self.shards):
-            if _is_whole(self.path, shard, self.say):
+            if _is_whole(self.path, shard, self.log):
                 self.done.add(shard)
-                self.kept += 1
+                self.reused += 1
                 side = sidecar(self.path, shard)
                 self.bad += len(side.get("bad_images", ())) if side is not None else 0
 
@@ -181,7 +181,7 @@ class _Writer:
         for shard in range(self.shards):
             if shard in self.done:
                 continue
-            if sidecar(self.path, shard) is not None and _is_whole(self.path, shard, self.say):
+            if sidecar(self.path, shard) is not None and _is_whole(self.path, shard, self.log):
                 self.done.add(shard)  # another process was faster
                 continue
             with lease(self.path / f"shard-{shard:05d}.lease", self.lease_seconds) as beat:
@@ -196,14 +196,14 @@ class _Writer:
             self.bad += write_shard(self.path, shard, manifest=self.manifest, embedder=self.embedder, beat=beat)
         except FileNotFoundError:
             # Our lease went stale, and the process that took it over swept our temporary file away.
-            self.say(f"shard {shard} was taken over by another process")
+            self.log(f"shard {shard} was taken over by another process")
             return
         self.refuse_many_bad()
         self.written += 1
         self.done.add(shard)
         rows = len(rows_of(self.manifest, shard))
         took = max(time.monotonic() - start, 1e-9)
-        self.say(
+        self.log(
             f"shard {len(self.done)}/{self.shards}: {rows} pictures in {took:.1f} s ({rows / took:.2f} pictures/s)"
         )
 
@@ -323,14 +323,14 @@ def _finish(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _is_whole(path: Path, shard: int, say: Callable[[str], None]) -> bool:
+def _is_whole(path: Path, shard: int, log: Callable[[str], None]) -> bool:
     side = sidecar(path, shard)
     if side is None:
         return False
     file = shard_path(path, shard)
     if file.is_file() and file.stat().st_size == side["bytes"] and sha256_of(file) == side["sha256"]:
         return True
-    say(f"warning: {file.name} is damaged and will be written again")
+    log(f"warning: {file.name} is damaged and will be written again")
     sidecar_path(path, shard).unlink(missing_ok=True)
     return False
 

@@ -166,21 +166,21 @@ def export_onnx(
         raise UserError(f"{source}: only proposals that are ranked by words can be exported to ONNX")
     if not isinstance(encoder.visual, TimmImage):
         raise UserError(f"{source}: only encoders with an image tower of timm can be exported to ONNX")
-    with whole_folder(target) as fresh:
-        _write_graphs(detector, encoder, fresh)
-        _write_branches(source, card.finetuned, fresh)
-        np.save(fresh / BACKGROUND, background.numpy().astype(np.float16))
-        (fresh / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
+    with whole_folder(target) as folder:
+        _write_graphs(detector, encoder, folder)
+        _write_branches(source, card.finetuned, folder)
+        np.save(folder / BACKGROUND, background.numpy().astype(np.float16))
+        (folder / MERGES).write_text("\n".join(_merges()) + "\n", encoding="utf-8")
         for name in COPIED:
             if (source / name).is_file():
-                shutil.copyfile(source / name, fresh / name)
+                shutil.copyfile(source / name, folder / name)
         runtime = _runtime_card(source, card, detector, encoder)
         if photos:
             from ovd.runtime.quantise import quantise
 
             runtime = replace(runtime, precision="int8", ranges=photos_are)
-            quantise(fresh, runtime, card.finetuned, photos)
-        write_runtime_card(fresh, runtime)
+            quantise(folder, runtime, card.finetuned, photos)
+        write_runtime_card(folder, runtime)
 
 
 def _runtime_card(source: Path, card: DetectorCard, detector: FvlmDetector, encoder: JointEncoder) -> RuntimeCard:

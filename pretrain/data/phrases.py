@@ -58,8 +58,8 @@ def read_phrases(path: str | Path) -> list[Phrase]:
     """
     phrases = []
     for number, line in enumerate(read_text(path, hint="phrases, one a line").splitlines(), 1):
-        text, _, rest = line.partition("\t")
-        weight, _, definition = rest.partition("\t")
+        text, _, columns = line.partition("\t")
+        weight, _, definition = columns.partition("\t")
         if not text.strip():
             continue
         try:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pretrain.engine.config_schema import walk
-from pretrain.engine.config_yaml import Item, got
+from pretrain.engine.config_yaml import Item, describe_value
 from pretrain.engine.errors import ConfigError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -47,7 +47,9 @@ class ConfigChoice(Generic[SectionT]):
         if not isinstance(value, str) or value not in self.sections:
             hint = did_you_mean(value, self.sections) if isinstance(value, str) else ""
             expected = ", ".join(self.sections)
-            raise ConfigError([f"{chosen.where}: {self.key}: expected one of {expected}; got {got(value)}{hint}"])
+            raise ConfigError(
+                [f"{chosen.where}: {self.key}: expected one of {expected}; got {describe_value(value)}{hint}"]
+            )
         return self.sections[value]
 
     def _item(self, root: Item) -> Item | None:

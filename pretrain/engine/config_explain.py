@@ -22,7 +22,7 @@ from pretrain.engine.config_schema import (
     shape_of,
     walk,
 )
-from pretrain.engine.config_yaml import Item, got
+from pretrain.engine.config_yaml import Item, describe_value
 from pretrain.engine.errors import did_you_mean, nearest, shorten
 
 MAX_PROBLEMS = 50  # explained one by one; somebody gave a data file
@@ -120,16 +120,16 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel], root: Item) -> st
         chosen = spot.item.value[name]
         value = chosen.plain()
         hint = did_you_mean(value, tags) if isinstance(value, str) else ""
-        return f"{chosen.where}: {key}.{name}: expected one of {', '.join(tags)}; got {got(value)}{hint}"
+        return f"{chosen.where}: {key}.{name}: expected one of {', '.join(tags)}; got {describe_value(value)}{hint}"
     if kind in ("value_error", "assertion_error"):
         return head + str(error["ctx"]["error"])
     value = spot.item.plain()
     if spot.shape.sections and spot.shape.alone:
         names = ", ".join(dict.fromkeys(name for s in spot.shape.sections for name in s.model_fields))
-        return head + f"expected a mapping with the keys {shorten(names, 160)}; got {got(value)}"
+        return head + f"expected a mapping with the keys {shorten(names, 160)}; got {describe_value(value)}"
     if spot.info is None or element_of(spot.info.annotation) is not None:
-        return head + f"{error['msg']}; got {got(value)}"
-    return head + f"expected {field_text(spot.info)}; got {got(value)}{_value_hint(value, spot.info)}"
+        return head + f"{error['msg']}; got {describe_value(value)}"
+    return head + f"expected {field_text(spot.info)}; got {describe_value(value)}{_value_hint(value, spot.info)}"
 
 
 def _value_hint(value: Any, info: FieldInfo) -> str:

@@ -365,13 +365,18 @@ def read_chain(path: Path) -> tuple[list[Item], list[str]]:
         if root is None:
             return chain, problems
         if not isinstance(root.value, dict):
-            return chain, [*problems, f"{root.where}: expected lines of 'key: value', got {got(root.plain())}"]
+            return chain, [
+                *problems,
+                f"{root.where}: expected lines of 'key: value', got {describe_value(root.plain())}",
+            ]
         base = root.value.pop("base", None)
         chain.insert(0, root)
         if problems or base is None:
             return chain, problems
         if not isinstance(base.value, str) or not base.value:
-            return chain, [f"{base.where}: base: expected the path of one YAML file, got {got(base.plain())}"]
+            return chain, [
+                f"{base.where}: base: expected the path of one YAML file, got {describe_value(base.plain())}"
+            ]
         try:
             path = find_config(path.parent / base.value, search=())
         except ConfigError as error:
@@ -423,7 +428,7 @@ def _override_value(text: str, where: str) -> tuple[Item | None, list[str]]:
         return None, [f"{where}: {shorten(str(error))}"]
 
 
-def got(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """The value in words, for a message."""
     if isinstance(value, dict) and len(value) != 1:
         return f"a mapping of {len(value)} keys"

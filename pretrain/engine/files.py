@@ -137,20 +137,20 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or not writable; an old ``target`` is untouched.
     """
-    fresh = target.with_name(fitting_name(f".{target.name}", f".{uuid.uuid4().hex}.new"))
+    temporary = target.with_name(fitting_name(f".{target.name}", f".{uuid.uuid4().hex}.new"))
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
+        temporary.mkdir(parents=True)
+        yield temporary
         with _lock(target.parent):
-            if not _same_files(fresh, target):
-                _replace_folder(target, fresh)
+            if not _same_files(temporary, target):
+                _replace_folder(target, temporary)
     except OSError as error:
         if error.errno not in MACHINE_FAULTS:
             raise
         text = f"cannot write {target}: {error.strerror or error}; free some space or choose another folder"
         raise UserError(text) from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -179,13 +179,13 @@ def _same_files(one: Path, other: Path) -> bool:
     )
 
 
-def _replace_folder(target: Path, fresh: Path) -> None:
-    """Rename ``fresh`` to ``target``; an old one is whole until then, and removed after."""
-    old = fresh.with_suffix(".old")
+def _replace_folder(target: Path, replacement: Path) -> None:
+    """Rename ``replacement`` to ``target``; an old one is whole until then, and removed after."""
+    old = replacement.with_suffix(".old")
     if target.is_dir() and not target.is_symlink():
         target.rename(old)
     try:
-        fresh.rename(target)
+        replacement.rename(target)
     except OSError:
         if old.is_dir():
             old.rename(target)

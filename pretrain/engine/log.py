@@ -108,7 +108,7 @@ class RunLog:
 
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print one line (above the bar) and keep it in ``train.log``."""
         if not self.speak:
             return
@@ -124,7 +124,7 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """Say it as a warning."""
-        self.say(f"warning: {text}")
+        self.info(f"warning: {text}")
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -135,7 +135,7 @@ class RunLog:
         """Write one line of metrics everywhere."""
         if not self.speak:
             return
-        self.say(format_line(step, self.total, values))
+        self.info(format_line(step, self.total, values))
         self._append("metrics.jsonl", json.dumps(strict_json({"step": step, **values})))
         if self._board is not None:
             try:

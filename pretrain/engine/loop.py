@@ -219,7 +219,7 @@ class _Run:
         for note in notes:
             self.log.warn(note)
         if start is not None:
-            self.log.say(f"resuming {self.out} after step {self.step}")
+            self.log.info(f"resuming {self.out} after step {self.step}")
             if rank_state is None:
                 self.log.warn("the checkpoint is of another number of processes; the model draws other random numbers")
         if self.world > 1:
@@ -267,7 +267,7 @@ class _Run:
                     self._report_bad_images(parts)
                 if self.check:
                     self._load(feed)
-                    self.log.say(f"check: two batches and one step, loss {values['loss']:.4g}; nothing was written")
+                    self.log.info(f"check: two batches and one step, loss {values['loss']:.4g}; nothing was written")
                     return FitReport(self.step, values, self.out)
                 watchdog.at(self.step, "logging and saving")
                 self.log.advance(self.step)
@@ -276,7 +276,7 @@ class _Run:
                 if self.step % self.loop.save_every == 0 or self.step == last or signum:
                     self._save()
                 if signum and self.step < last:
-                    self.log.say(f"{signal.Signals(signum).name}: saved step {self.step}; continue with --resume")
+                    self.log.info(f"{signal.Signals(signum).name}: saved step {self.step}; continue with --resume")
                     raise Stopped(signum, self.step)
         return FitReport(self.step, self.metrics, self.out)
 
@@ -285,7 +285,7 @@ class _Run:
         size = checkpoint.size_of(self.task.state_dict()) + checkpoint.size_of(self.optimizer.state_dict())
         each = seconds / (FORECAST_AFTER - 1)
         if self.rank == 0:
-            self.log.say(forecast(self.loop.steps - self.step, each, size * (self.loop.keep + 1), self.out))
+            self.log.info(forecast(self.loop.steps - self.step, each, size * (self.loop.keep + 1), self.out))
 
     def _load(self, feed: Iterator[Fetched]) -> list[Fetched]:
         parts = [next(feed) for _ in range(self.loop.accumulate)]

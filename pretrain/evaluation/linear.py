@@ -61,7 +61,7 @@ def linear_classifier(
     epochs: int | None = None,
     augment: bool = True,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> nn.Linear:
     """Train a linear layer on the frozen backbone.
 
@@ -120,7 +120,7 @@ def linear_classifier(
             loss.backward()
             optimizer.step()
         if (epoch + 1) % max(1, epochs // 10) == 0 and distributed.is_main():
-            say(f"linear: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
+            log(f"linear: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
     return head
 
 

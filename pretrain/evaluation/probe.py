@@ -93,7 +93,7 @@ def evaluate(
     epochs: int | None,
     shots: Sequence[int],
     seed: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, object]:
     """The chosen measures as one report."""
     x_test = features(backbone, test, range(len(test)), inputs)
@@ -109,7 +109,7 @@ def evaluate(
             begun = time.perf_counter()
             head = linear_classifier(
                 backbone, train, inputs, classes=classes, protocol=PROTOCOLS[recipe], epochs=epochs,
-                augment=name == "linear", seed=seed, say=say,
+                augment=name == "linear", seed=seed, log=log,
             )  # fmt: skip
             with torch.no_grad():
                 top1 = accuracy(head(x_test), y_test)

@@ -112,14 +112,14 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def hub_tokenizer(
-    text: Mapping[str, Any], *, name: str, beside: Path | None, context_length: int
+    text: Mapping[str, Any], *, name: str, folder: Path | None, context_length: int
 ) -> Callable[..., Any]:
     """The tokenizer of a model whose words are not CLIP's: the files beside its weights, or the hub's.
 
     Args:
         text: open_clip's ``text_cfg``.
         name: of the model, for messages.
-        beside: folder of the weights; used where it has a ``tokenizer_config.json``.
+        folder: folder of the weights; used where it has a ``tokenizer_config.json``.
         context_length: tokens that the tower reads.
 
     Raises:
@@ -130,8 +130,8 @@ def hub_tokenizer(
         raise UserError(f"open_clip:{name} has a tokenizer of Hugging Face's: pip install transformers sentencepiece")
     from open_clip.tokenizer import HFTokenizer
 
-    if beside is not None and (beside / "tokenizer_config.json").is_file():
-        source = str(beside)
+    if folder is not None and (folder / "tokenizer_config.json").is_file():
+        source = str(folder)
     else:
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         print(f"open_clip:{name}: tokenizer {source}, of {host} where it is not cached", file=sys.stderr, flush=True)

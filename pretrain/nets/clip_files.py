@@ -122,12 +122,12 @@ class OpenClipSettings(TypedDict):
     std: list[float]
 
 
-def build_open_clip(settings: OpenClipSettings, *, beside: Path | None = None) -> JointEncoder:
+def build_open_clip(settings: OpenClipSettings, *, folder: Path | None = None) -> JointEncoder:
     """An encoder of open_clip's architecture.
 
     Args:
         settings: what it is.
-        beside: folder of the weights, which may hold the tokenizer's files.
+        folder: folder of the weights, which may hold the tokenizer's files.
 
     Raises:
         UserError: it does not build, or its tokenizer cannot be had.
@@ -147,7 +147,7 @@ def build_open_clip(settings: OpenClipSettings, *, beside: Path | None = None) -
     return ShortTextEncoder(
         visual=model.visual,
         text=model.text,
-        tokenizer=tokenizer_of(text, name=name, beside=beside),
+        tokenizer=tokenizer_of(text, name=name, folder=folder),
         embed_dim=model_config["embed_dim"],
         image_size=size if isinstance(size, int) else size[0],
         image_mean=(mean[0], mean[1], mean[2]),
@@ -156,7 +156,7 @@ def build_open_clip(settings: OpenClipSettings, *, beside: Path | None = None) -
     )
 
 
-def tokenizer_of(text: Mapping[str, Any], *, name: str, beside: Path | None) -> Tokenize:
+def tokenizer_of(text: Mapping[str, Any], *, name: str, folder: Path | None) -> Tokenize:
     """CLIP's tokenizer, or the one that a model's ``text_cfg`` names at the hub.
 
     Raises:
@@ -164,7 +164,7 @@ def tokenizer_of(text: Mapping[str, Any], *, name: str, beside: Path | None) -> 
     """
     length = int(text.get("context_length", 77))
     if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
-        return hub_tokenizer(text, name=name, beside=beside, context_length=length)
+        return hub_tokenizer(text, name=name, folder=folder, context_length=length)
     return ClipTokenizer(length)
 
 
@@ -175,7 +175,7 @@ def load_open_clip(spec: str) -> tuple[JointEncoder, str]:
         UserError: No such model or weights, or they do not fit each other.
     """
     settings, path = find_open_clip(spec)
-    return _filled(build_open_clip(settings, beside=path.parent), read_tensors(path), path)
+    return _filled(build_open_clip(settings, folder=path.parent), read_tensors(path), path)
 
 
 def find_open_clip(spec: str) -> tuple[OpenClipSettings, Path]:

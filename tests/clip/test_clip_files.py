@@ -90,7 +90,7 @@ def test_a_model_with_a_tensor_missing_is_refused_and_named(tmp_path: Path, drop
         load_encoder(tmp_path / "clip.pt")
 
 
-def test_other_files_are_told_apart(tmp_path: Path) -> None:
+def test_other_files_are_distinguished(tmp_path: Path) -> None:
     _, state = published(VIT)
     torch.save({k: v for k, v in state.items() if k != "input_resolution"}, tmp_path / "trained.pt")
     with pytest.raises(UserError, match=r"which activation .* open_clip:ViT-B-32-quickgelu:.*trained\.pt"):

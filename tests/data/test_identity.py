@@ -146,7 +146,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("build", "alter", "differing"), CASES)
-def test_what_changed_is_told_by_name(
+def test_what_changed_is_reported_by_name(
     root: Path, build: Callable[[Path], object], alter: Callable[[Path], None], differing: set[str]
 ) -> None:
     before = identity_of(build(root))

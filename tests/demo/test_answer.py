@@ -87,7 +87,7 @@ def test_preview_is_upright_small_and_without_metadata(answerer: Answerer, tmp_p
         ("bomb", "red", "6000x6000 pixels"),
     ],
 )
-def test_what_cannot_be_answered_is_said_in_words_without_paths(
+def test_what_cannot_be_answered_is_reported_in_words_without_paths(
     answerer: Answerer, pictures: dict[str, Path], name: str | None, classes: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
@@ -96,7 +96,7 @@ def test_what_cannot_be_answered_is_said_in_words_without_paths(
     assert answerer.answer(pictures["good"], "red")["detections"]  # the next request is not affected
 
 
-def test_a_vanished_upload_is_said_so(answerer: Answerer, tmp_path: Path) -> None:
+def test_uploads__a_removed_picture_is_reported(answerer: Answerer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="upload it again"):
         answerer.answer(tmp_path / "gone.png", "red")
 

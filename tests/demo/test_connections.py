@@ -156,7 +156,7 @@ def test_a_person_gets_through_a_crowd_of_half_open_connections() -> None:
         assert connections.count <= 5
 
 
-def test_a_newcomer_to_a_full_house_is_told_so() -> None:
+def test_connections__a_newcomer_at_the_limit_is_refused() -> None:
     with serving(Connections(from_one=1, head_seconds=60, grace=60)) as port, reach(port) as first:
         first.sendall(HEAD)
         time.sleep(0.1)

@@ -106,7 +106,7 @@ def test_enter_asks_and_shift_enter_begins_a_line(tab: Tab, pictures: dict[str, 
     assert sorted(tab.names()) == ["blue", "red"] and tab.asked() == 1
 
 
-def test_arrows_walk_in_the_order_of_the_table_and_why_is_told(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_arrows_walk_in_the_order_of_the_table_and_why_is_explained(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
     tab.page.locator("th button", has_text="Class").click()
     tab.page.locator(".ovd-boxes .item[tabindex='0']").focus()

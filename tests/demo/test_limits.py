@@ -16,7 +16,7 @@ import pytest
 from ovd.demo.bodies import Limits
 from ovd.demo.endpoints import BadRequest
 from ovd.demo.hosts import AllowedHosts
-from ovd.demo.limits import Gate
+from ovd.demo.limits import PageGate
 from ovd.demo.uploads import Uploads
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Scene:
     ) -> None:
         self.queue, self.seen = FakeQueue(), []
         self.uploads = Uploads(folder, most_bytes=room)
-        self.gate = Gate(
+        self.gate = PageGate(
             self._behind,
             names=names or AllowedHosts.of("127.0.0.1"),
             queue=self.queue,  # type: ignore[arg-type]
@@ -259,7 +259,7 @@ def test_large_questions_find_a_shorter_line(tmp_path: Path) -> None:
     assert [scene.ask(CALL, [b"x" * size]).status for size in (50, 51)] == [200, 503]
 
 
-def test_what_is_wrong_with_a_question_is_said(scene: Scene) -> None:
+def test_what_is_wrong_with_a_question_is_reported(scene: Scene) -> None:
     assert (scene.ask(CALL, [b"bad"]).status, scene.ask("/gradio_api/call/find", [b"{}"]).status) == (422, 404)
     assert scene.seen == []
 

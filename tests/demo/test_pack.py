@@ -73,7 +73,7 @@ def test_pictures_without_a_box_alone_are_packed_too() -> None:
         ([{"name": "a.png", "size": [99, 99], "boxes": [BOXES[0] | {"polygons": "x"}]}], "yolo-seg", "segmentation"),
     ],
 )
-def test_what_cannot_be_packed_is_said(found: Any, form: Any, message: str, folder: Path) -> None:
+def test_what_cannot_be_packed_is_reported(found: Any, form: Any, message: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message):
         pack(found, form)
     assert list(folder.iterdir()) == []

@@ -36,7 +36,7 @@ def test_defaults_are_local_and_private() -> None:
     assert (options.host, options.port, options.share, options.browser) == ("127.0.0.1", 7860, False, False)
 
 
-def test_a_taken_port_is_told_with_status_2_and_no_traceback() -> None:
+def test_a_taken_port_is_reported_with_status_2_and_no_traceback() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -49,7 +49,7 @@ def log_of(server: Server) -> str:
 
 
 @pytest.mark.parametrize("name", ["text", "empty", "vector", "truncated", "bomb"])
-def test_what_is_no_picture_is_told_in_words_and_leaves_no_traceback(
+def test_what_is_no_picture_is_reported_in_words_and_leaves_no_traceback(
     http: Any, server: Server, pictures: dict[str, Path], name: str
 ) -> None:
     before = log_of(server)
@@ -264,7 +264,7 @@ def full_line(http: Any, server: Server, pictures: dict[str, Path]) -> Iterator[
     assert {answer_of(http, one)[0] for one in asked} == {"complete"}
 
 
-def test_the_eighteenth_is_told_how_many_wait_and_when_to_come_back(
+def test_queue__the_eighteenth_is_refused_with_length_and_retry_after(
     http: Any, full_line: list[Any], pictures: dict[str, Path]
 ) -> None:
     assert [one.status_code for one in full_line] == [200] * 17

@@ -101,7 +101,7 @@ def test_it_is_another_query_than_the_same_words_typed_with_a_threshold_of_its_o
     assert make_detector(threshold=0.6).threshold_for(make_detector().query("everything")) == 0.6
 
 
-def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
+def test_what_it_cannot_do_is_reported(tmp_path: Path) -> None:
     class Dumb(ColourModel):
         def prompt_free_words(self) -> PromptFreeWords:
             return PromptFreeWords.plain(())

@@ -18,7 +18,7 @@ from pretrain.data.lexicon import read_lexicon
      ("chien", "dog", "French"), ("vélos", "bicycle", "French"), ("狗", "dog", "Chinese"),
      ("椅子", "chair", "Chinese")],
 )  # fmt: skip
-def test_a_listed_name_is_told_with_its_english(word: str, english: str, language: str) -> None:
+def test_a_listed_name_is_reported_with_its_english(word: str, english: str, language: str) -> None:
     assert english_of(word) == english_of(unicodedata.normalize("NFD", word)) == (english, language)
     assert hint_of(word) == (
         f"{word!r} is {language} for {english!r}, and these weights know English words only: type {english!r}"
@@ -30,7 +30,7 @@ def test_a_listed_name_is_told_with_its_english(word: str, english: str, languag
     [("собака", "Cyrillic script"), ("いぬ", "Japanese script"), ("개", "Korean script"), ("كلب", "Arabic script"),
      ("龘", "Chinese characters"), ("blorple", None), ("jalapeño", None), ("42", None), ("☕", None), ("", None)],
 )  # fmt: skip
-def test_a_script_is_told_and_latin_letters_are_no_language(word: str, script: str | None) -> None:
+def test_a_script_is_named_and_latin_letters_are_no_language(word: str, script: str | None) -> None:
     assert script_of(word) == script
     assert (hint_of(word) is None) == (script is None)
 

@@ -102,7 +102,7 @@ class ShortEncoder(WordEncoder):
         ("x" * 5000, True),
     ],
 )
-def test_names_whose_end_is_not_read_are_told_apart(name: str, cut: bool) -> None:
+def test_names_whose_end_is_not_read_are_distinguished(name: str, cut: bool) -> None:
     vocabulary = Vocabulary.of(["cat", name], templates=["{}"])
     assert cut_phrases(vocabulary, ShortEncoder()) == ([name] if cut else [])
 

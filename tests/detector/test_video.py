@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_whole_files_that_play(clip: Path, tmp_path: Path) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(clip, tmp_path / "out", track=False, say=stop)
+        run(clip, tmp_path / "out", track=False, on_frame=stop)
     assert len(decoded(tmp_path / "out/clip.mp4")) == 10
     rows = [json.loads(line) for line in (tmp_path / "out/clip.jsonl").read_text().splitlines()]
     assert max(row["frame"] for row in rows) == 9
@@ -225,7 +225,9 @@ def test_a_missing_package_is_named_with_the_way_without(
         run(clip, tmp_path / "out", **options)
 
 
-def test_a_video_whose_end_is_missing_is_told(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_video_whose_end_is_missing_is_reported(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = clip.read_bytes()
     clip.write_bytes(data[: len(data) // 2])
     arguments = [str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track", "--no-draw"]

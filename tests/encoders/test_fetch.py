@@ -89,7 +89,7 @@ class Hub:
         return SimpleNamespace(size=self.files[name].stat().st_size)
 
 
-def test_host_and_size_are_said_before_anything_is_fetched(
+def test_host_and_size_are_reported_before_anything_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "open_clip_pytorch_model.bin"
@@ -184,12 +184,12 @@ def test_a_tokenizer_of_the_hub_without_its_package_says_what_to_install(
     text = {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}}
     monkeypatch.setattr(clip_fetch.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="open_clip:SigLIP has a tokenizer of Hugging Face's: pip install transformers"):
-        clip_fetch.hub_tokenizer(text, name="SigLIP", beside=None, context_length=64)
+        clip_fetch.hub_tokenizer(text, name="SigLIP", folder=None, context_length=64)
     read: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(clip_fetch.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", lambda name, **more: read.append((name, more)))
     shutil.rmtree(tmp_path, ignore_errors=True)
     tmp_path.mkdir()
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    clip_fetch.hub_tokenizer(text, name="SigLIP", beside=tmp_path, context_length=64)
+    clip_fetch.hub_tokenizer(text, name="SigLIP", folder=tmp_path, context_length=64)
     assert read == [(str(tmp_path), {"context_length": 64, "tokenizer_mode": None, "clean": "canonicalize"})]

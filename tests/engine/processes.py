@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXACT = {"steps": 3, "batch_size": 8, "accumulate": 1, "name": "sgd", "lr": 0.1, "save_every": 100, "log_every": 1}
 
 
-def launch(name: str, folder: Path, *, world: int, module: str = "tests.engine.processes") -> None:
-    """Run ``name`` of ``module`` in ``world`` processes and fail with their output if one fails."""
+def start_ranks(arguments: Sequence[str], *, world: int) -> list[subprocess.Popen[str]]:
+    """Start ``python ARGUMENTS`` once per rank, with torchrun's variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", module, name, str(folder)]
-    started = [
+    return [
         subprocess.Popen(
-            command,
+            [sys.executable, *arguments],
             cwd=REPOSITORY,
             env=os.environ
             | {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
@@ -48,6 +48,11 @@ def launch(name: str, folder: Path, *, world: int, module: str = "tests.engine.p
         )
         for n in range(world)
     ]
+
+
+def launch(name: str, folder: Path, *, world: int, module: str = "tests.engine.processes") -> None:
+    """Run ``name`` of ``module`` in ``world`` processes and fail with their output if one fails."""
+    started = start_ranks(["-m", module, name, str(folder)], world=world)
     outputs = [process.communicate(timeout=250)[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
 

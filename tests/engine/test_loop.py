@@ -76,7 +76,7 @@ def test_a_terminal_gets_a_bar_and_plain_lines(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log = RunLog(out=tmp_path, total=10, start=0, speak=True)
     log.advance(5)
-    log.say("hello")
+    log.info("hello")
     log.advance(10)
     log.close()
     seen = capfd.readouterr()
@@ -376,7 +376,7 @@ def test_a_run_says_early_how_long_it_takes_and_what_space(tmp_path: Path) -> No
     assert float(said[1]) * 2**30 < 3 * 2 * size, "what a checkpoint is, thrice"
 
 
-def test_a_milestone_after_the_last_step_is_told(tmp_path: Path) -> None:
+def test_a_milestone_after_the_last_step_is_reported(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "run", steps=4, schedule="step", milestones=(3, 4, 9), warmup_steps=0)
     log = (tmp_path / "run" / "train.log").read_text()
     assert "warning: optim.milestones [4, 9]: not before the last step (4), so without effect" in log

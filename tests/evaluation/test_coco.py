@@ -127,7 +127,7 @@ def test_crowd_objects_are_neither_found_nor_missed_and_detections_on_them_are_f
     assert metrics.counts["objects"] == 1
 
 
-def test_ignore_without_iscrowd_counts_as_pycocotools_counts_it_and_is_said() -> None:
+def test_ignore_without_iscrowd_counts_as_pycocotools_counts_it_and_is_reported() -> None:
     gt, results = tiny([[0, 0, 20, 20], [50, 50, 20, 20]], [([0, 0, 20, 20], 0.9)])
     gt["annotations"][1]["ignore"] = 1
     metrics = evaluate(gt, results, None, ("bbox",))
@@ -201,7 +201,7 @@ def test_a_box_of_two_categories_is_one_thing() -> None:
     assert evaluate(things, found, None, ("bbox",)).values["bbox/AP"] == pytest.approx(1.0)
 
 
-def test_an_image_missing_from_the_results_counts_as_missed_and_is_said() -> None:
+def test_an_image_missing_from_the_results_counts_as_missed_and_is_reported() -> None:
     gt, results = tiny([[0, 0, 20, 20]], [([0, 0, 20, 20], 0.9)])
     gt["images"].append({"id": 2, "width": 100, "height": 100})
     gt["annotations"].append(gt["annotations"][0] | {"id": 2, "image_id": 2})

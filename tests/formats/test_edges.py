@@ -138,7 +138,7 @@ def test_pictures_in_formats_that_are_not_read_are_counted(listed: bool, tmp_pat
     assert "passed over: 1 .gif" in "\n".join(read_labels(file).truth().warnings)
 
 
-def test_a_picture_with_two_ids_is_told(tmp_path: Path) -> None:
+def test_a_picture_with_two_ids_is_reported(tmp_path: Path) -> None:
     content = coco_content()
     content["images"][2]["file_name"] = content["images"][0]["file_name"]
     file = make_coco(tmp_path)
@@ -160,7 +160,9 @@ def test_pictures_are_found_in_the_part_below_images(tmp_path: Path) -> None:
     assert read_labels(tmp_path).root == tmp_path / "images/train"
 
 
-def test_pictures_that_a_data_yaml_has_no_part_for_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_that_a_data_yaml_has_no_part_for_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = coco_content()
     content["images"][1].pop("split")
     file = make_coco(tmp_path)

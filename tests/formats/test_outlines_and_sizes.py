@@ -64,7 +64,7 @@ def test_a_file_of_outlines_has_nothing_else_in_it(
         ({}, None, "^$"),
     ],
 )
-def test_pictures_that_do_not_fit_their_labels_are_told(
+def test_pictures_that_do_not_fit_their_labels_are_reported(
     coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], entry: dict[str, int], damage: bytes | None,
     said: str,
 ) -> None:  # fmt: skip

@@ -20,7 +20,7 @@ from ovd import serve
 from ovd.demo.bodies import Limits
 from ovd.demo.hosts import AllowedHosts
 from ovd.demo.serving import Server, listen
-from ovd.label_studio.app import Gate, build_app
+from ovd.label_studio.app import BackendGate, build_app
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.pictures import PictureSource
 from ovd.label_studio.reason import with_reasons
@@ -58,7 +58,7 @@ def backend(**options: Any) -> Backend:
     return Backend(make_detector(masks=False), PictureSource(), name="colours", **options)
 
 
-def served(gate: Gate) -> tuple[Server, Ask]:
+def served(gate: BackendGate) -> tuple[Server, Ask]:
     listener = listen("127.0.0.1", 0)
     server = Server(gate, listener=listener, protocol=with_reasons)
     server.start()
@@ -79,7 +79,7 @@ def served(gate: Gate) -> tuple[Server, Ask]:
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     server, asked = served(
-        Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
     )
     yield asked
     server.close()
@@ -148,7 +148,7 @@ def test_what_is_wrong_stands_in_the_status_line(path: str, body: object, messag
     assert "x-reason-phrase" not in {name.lower() for name in answer.headers}
 
 
-def test_what_is_told_of_annotations_is_taken_without_a_word(ask: Ask) -> None:
+def test_webhook__annotation_events_are_accepted(ask: Ask) -> None:
     assert ask("POST", "/webhook", {"action": "ANNOTATION_CREATED", "annotation": {}}).body == {"status": "ok"}
 
 
@@ -159,7 +159,7 @@ def test_foreign_names_large_bodies_and_other_methods_are_refused(ask: Ask) -> N
 
 
 def test_basic_authentication_holds_for_all_endpoints() -> None:
-    gate = Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), credentials=("me", "pass:word"))
+    gate = BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), credentials=("me", "pass:word"))
     server, asked = served(gate)
     right = {"Authorization": "Basic " + base64.b64encode(b"me:pass:word").decode()}
     wrong = {"Authorization": "Basic " + base64.b64encode(b"me:pass").decode()}
@@ -196,7 +196,7 @@ def test_a_controls_threshold_comes_before_the_commands(threshold: float | None,
         (["--label-studio", "--label-studio-url", "localhost"], "give the whole address"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_loaded(
+def test_mistakes_are_reported_before_anything_is_loaded(
     argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "BASIC_AUTH_USER", "BASIC_AUTH_PASS"):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from ovd.demo.hosts import AllowedHosts
-from ovd.label_studio.app import Gate, build_app
+from ovd.label_studio.app import BackendGate, build_app
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.pictures import PictureSource
 from tests.detector.fakes import make_detector, picture
@@ -40,7 +40,7 @@ class Elsewhere(PictureSource):
 def test_the_requests_of_label_studio_are_answered(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     backend = Backend(make_detector(masks=False), Elsewhere(tmp_path / "a.png"), name="colours")
-    server, ask = served(Gate(build_app(backend), names=AllowedHosts.of("127.0.0.1")))
+    server, ask = served(BackendGate(build_app(backend), names=AllowedHosts.of("127.0.0.1")))
     try:
         answers = {
             (r["path"], (r["body"] or {}).get("action")): ask(r["method"], r["path"], r["body"], r["headers"])

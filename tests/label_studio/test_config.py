@@ -62,6 +62,6 @@ def test_every_control_with_a_picture_is_served() -> None:
         (boxes(DOG).replace("value=", "valueList=", 1), "several pictures in one task"),
     ],
 )
-def test_what_cannot_be_served_is_said_with_what_to_change(config: str, message: str) -> None:
+def test_what_cannot_be_served_is_reported_with_what_to_change(config: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_config(config)

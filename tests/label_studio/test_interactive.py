@@ -17,7 +17,7 @@ from ovd.demo.bodies import Limits
 from ovd.demo.hosts import AllowedHosts
 from ovd.inference.example_scorers import similar_regions
 from ovd.inference.scoring import RegionSet
-from ovd.label_studio.app import Gate, build_app
+from ovd.label_studio.app import BackendGate, build_app
 from ovd.label_studio.interactive import read_drawn
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import picture
@@ -30,7 +30,7 @@ PHOTO = data_uri(picture([*(("red", *box) for box in RED), ("blue", 10, 80, 60, 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     server, asked = served(
-        Gate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
     )
     yield asked
     server.close()
@@ -130,7 +130,7 @@ def test_without_a_drawing_words_are_asked(ask: Ask, context: object) -> None:
         (["r"], "no list of regions"),
     ],
 )
-def test_what_cannot_be_searched_for_is_told(ask: Ask, regions: list[Any], message: str) -> None:
+def test_what_cannot_be_searched_for_is_reported(ask: Ask, regions: list[Any], message: str) -> None:
     answer = ask("POST", "/predict", request(*regions))
     assert answer.status == 422 and message in answer.body["error"], answer.body
 

@@ -123,7 +123,7 @@ def test_nothing_else_is_fetched(value: str, message: str, studio: Studio) -> No
     assert all(authorization == f"Token {LEGACY}" for _, authorization in studio.asked)
 
 
-def test_what_is_wrong_with_label_studio_is_said(studio: Studio, tmp_path: Path) -> None:
+def test_what_is_wrong_with_label_studio_is_reported(studio: Studio, tmp_path: Path) -> None:
     upload = "/data/upload/1/cat.jpg"
     with pytest.raises(UserError, match="start wordbox serve with --label-studio-url"):
         PictureSource().read(upload)

@@ -33,7 +33,7 @@ NETWORKS = (
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_features_are_the_networks_own_at_the_strides_that_are_said(name: str) -> None:
+def test_features_are_the_networks_own_at_the_strides_that_are_stated(name: str) -> None:
     torch.manual_seed(0)
     wanted = ("res3", "res4", "res5")
     ours = build_bottom_up(DetectorBackboneConfig(name=name, norm="BN"), out_features=wanted).eval()

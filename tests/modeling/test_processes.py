@@ -7,9 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,9 +29,9 @@ from pretrain.data.stickers import Stickers
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.config import LoopConfig, OptimConfig
 from pretrain.engine.loop import fit
+from tests.engine.processes import start_ranks
 from tests.regions.fakes import TinyEncoder
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 D = 16
 
 
@@ -74,25 +71,6 @@ def train(folder: Path, out: Path) -> None:
     )
 
 
-def start(folder: Path, *, world: int) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.modeling.test_processes", str(folder)],
-            cwd=REPOSITORY,
-            env=os.environ
-            | {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in range(world)
-    ]
-
-
 @pytest.mark.slow
 def test_two_processes_train_the_detector_of_one(tmp_path: Path) -> None:
     pictures, encoder = ScenePictures(scenes().source), TinyEncoder()
@@ -102,7 +80,7 @@ def test_two_processes_train_the_detector_of_one(tmp_path: Path) -> None:
         tmp_path / "store", source=pictures, proposer=GroundTruthProposer(pictures.boxes), encoder=encoder,
         identity=identity,
     )  # fmt: skip
-    processes = start(tmp_path, world=2)
+    processes = start_ranks(["-m", "tests.modeling.test_processes", str(tmp_path)], world=2)
     train(tmp_path, tmp_path / "1")
     outputs = [process.communicate(timeout=250)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)

@@ -52,7 +52,7 @@ def read(labels: Path) -> FinetunePhotos:
     return FinetunePhotos(folder=labels.parent, truth=truth, confident=0.3, doubtful=0.1)
 
 
-def test_boxes_too_small_to_learn_are_told(tmp_path: Path) -> None:
+def test_boxes_too_small_to_learn_are_reported(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "a", [[0], [0], [0], []], ["ant"])
     photos = read(labels)  # 24 of 64 pixels
     assert photos.about_small_boxes(64) is None and photos.about_small_boxes(22) is None

@@ -73,7 +73,7 @@ def test_doubtful_boxes_crowds_scenes_and_other_parts_are_left_out(folder: Path)
     assert read(folder, per_word=1, min_side=21, annotations=[folder / "true.json"]) == train[2:]
 
 
-def test_what_looks_odd_in_a_file_of_boxes_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_looks_odd_in_a_file_of_boxes_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read_photo_words(section(folder))
     assert f"warning: {folder / 'true.json'}: 1 annotations without area" in capsys.readouterr().err
 

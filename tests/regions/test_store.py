@@ -231,7 +231,7 @@ def test_continuing_with_other_pictures_is_refused(whole: Path) -> None:
 
 def test_notes_are_not_compared(whole: Path) -> None:
     identity = replace(identity_of(TinyEncoder(), NoisePictures(14)), notes={"moved": "elsewhere"})
-    assert write(whole, identity=identity) == WriteReport(written=0, kept=4, bad_images=0, complete=True)
+    assert write(whole, identity=identity) == WriteReport(written=0, reused=4, bad_images=0, complete=True)
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_resumed_store_equals_one_written_at_once(tmp_path: Path, whole: Path,
     with pytest.raises(UserError, match=rf"incomplete \({stop // 4} of 4 shards\)"):
         RegionStore.open(root)
     report = write(root)
-    assert (report.kept, report.written) == (stop // 4, 4 - stop // 4)
+    assert (report.reused, report.written) == (stop // 4, 4 - stop // 4)
     assert content(root) == content(whole)
 
 
@@ -369,7 +369,7 @@ def test_kill_9_leaves_a_store_that_resumes_bit_for_bit(tmp_path: Path, whole: P
     process.join()
     assert list(root.glob("*.lease"))  # it died holding one
     report = write(root, lease_seconds=3600)  # ... which is taken over at once: its owner is dead
-    assert report.complete and report.kept >= 2
+    assert report.complete and report.reused >= 2
     assert content(root) == content(whole)
 
 
@@ -391,7 +391,7 @@ def test_a_damaged_shard_is_found_and_written_again(tmp_path: Path, whole: Path)
     file.write_bytes(data)
     assert RegionStore.open(root).verify() == ["shard-00002.safetensors: damaged (its sha256 differs)"]
     lines: list[str] = []
-    assert write(root, say=lines.append).written == 1
+    assert write(root, log=lines.append).written == 1
     assert any("shard-00002.safetensors is damaged" in line for line in lines)
     assert content(root) == content(whole) and RegionStore.open(root).verify() == []
 
@@ -521,9 +521,9 @@ def test_coco_needs_what_the_literature_says() -> None:
     )  # 36.3 GB + boxes, scores
 
 
-def test_size_and_time_are_told_before_the_first_shard(tmp_path: Path) -> None:
+def test_size_and_time_are_reported_before_the_first_shard(tmp_path: Path) -> None:
     lines: list[str] = []
-    write(tmp_path / "s", say=lines.append)
+    write(tmp_path / "s", log=lines.append)
     assert "14 pictures x 6 proposals x 16 numbers: 9.9 kB" in lines[0] and "about 0.0 min" in lines[0]
     assert lines[1].startswith("shard 1/4: 4 pictures in ")
 

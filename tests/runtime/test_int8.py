@@ -86,7 +86,7 @@ def test_photos_that_cannot_be_read_are_left_out_by_name(tmp_path: Path, capsys:
     assert "1 photos left out (first: " in capsys.readouterr().err
 
 
-def test_few_photos_are_told_and_without_torch_nothing_else_is_written(
+def test_few_photos_are_reported_and_without_torch_nothing_else_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(writing, "export_onnx", lambda *_, **__: None)

@@ -62,7 +62,7 @@ def test_residual_blocks_of_other_libraries_start_as_the_config_says(name: str, 
     assert len(gains) in (8, 16) and all(bool((gain == (0 if zero else 1)).all()) for gain in gains)
 
 
-def test_a_stem_that_another_library_does_not_take_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stem_that_another_library_does_not_take_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     build_backbone(BackboneConfig(name="timm:resnet18", stem="small"), sizes=[64])
     assert "stem: small is for our ResNets; timm:resnet18 has its own" in capsys.readouterr().err
     build_backbone(BackboneConfig(name="resnet18", stem="small"), sizes=[64])

@@ -59,7 +59,7 @@ def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("read", [read_tensors, load_weights])
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path: Path, name: str, read: Any) -> None:
+def test_a_pointer_of_git_lfs_is_distinguished_from_damage(tmp_path: Path, name: str, read: Any) -> None:
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(UserError, match=r"a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"):
         read(tmp_path / name)

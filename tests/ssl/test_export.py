@@ -86,7 +86,7 @@ def test_features_in_the_target_library_are_those_of_the_run(
     assert float((got - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
 
 
-def test_detectron2_is_told_what_it_must_know(tmp_path: Path, pictures: Tensor) -> None:
+def test_detectron2_export__keys_build_the_backbone(tmp_path: Path, pictures: Tensor) -> None:
     import yaml
     from detectron2.config import get_cfg
 
@@ -108,7 +108,7 @@ def test_detectron2_is_told_what_it_must_know(tmp_path: Path, pictures: Tensor) 
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn_ws"])
-def test_detectron2_is_told_which_norms_train_on(tmp_path: Path, pictures: Tensor, norm: str) -> None:
+def test_detectron2_export__names_the_norms_that_train_on(tmp_path: Path, pictures: Tensor, norm: str) -> None:
     import yaml
 
     folder, _ = folder_of(tmp_path / "run", name="resnet18", stem="small", norm=norm)
@@ -239,7 +239,7 @@ def test_a_wide_network_is_refused() -> None:
         find_resnet(wide_resnet50_2().state_dict(), source="wide.pth")
 
 
-def test_clips_modified_resnet_is_told_apart() -> None:
+def test_clips_modified_resnet_is_distinguished() -> None:
     state = prefixed(resnet50().state_dict(), "visual.")
     state |= {
         "visual.conv3.weight": torch.ones(64, 32, 3, 3),

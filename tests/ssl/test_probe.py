@@ -143,7 +143,7 @@ def test_the_linear_probe_learns_what_the_features_tell(recipe: Recipe, augment:
     train, test = Blobs(96, seed=1), Blobs(48, seed=2)
     net = network()
     head = linear_classifier(
-        net, train, PLAIN, classes=4, protocol=recipe, batch_size=32, augment=augment, say=lambda text: None
+        net, train, PLAIN, classes=4, protocol=recipe, batch_size=32, augment=augment, log=lambda text: None
     )
     found = features(net, test, range(48), PLAIN)
     got = accuracy(head(found), labels(test, range(48)))
@@ -223,7 +223,7 @@ def test_steps_of_the_linear_probe_are_those_computed_by_hand(kind: str, batch: 
         8.0, 50, weight_decay=decay, optimizer="lars" if kind == "lars" else "sgd", nesterov=kind == "nesterov"
     )
     options: dict[str, Any] = {"classes": 4, "batch_size": batch, "augment": False, "seed": 3}
-    head = linear_classifier(net, images, PLAIN, protocol=recipe, epochs=epochs, say=lambda text: None, **options)
+    head = linear_classifier(net, images, PLAIN, protocol=recipe, epochs=epochs, log=lambda text: None, **options)
     x = features(net, images, range(batch), PLAIN).double().numpy()
     start = 0.01 * torch.randn(4, 16, generator=torch.Generator().manual_seed(3)).double().numpy()
     rates = [8.0 * batch / 256, 8.0 * batch / 256 / 2][:epochs]  # half way through the cosine: half
@@ -235,7 +235,7 @@ def test_steps_of_the_linear_probe_are_those_computed_by_hand(kind: str, batch: 
 def test_the_rate_of_a_recipe_with_milestones_falls_to_a_tenth() -> None:
     images, net = Blobs(16, seed=1), network()
     head = linear_classifier(
-        net, images, PLAIN, classes=4, protocol=Recipe(8.0, 5, milestones=(0.6, 0.8)), augment=False, say=lambda _: None
+        net, images, PLAIN, classes=4, protocol=Recipe(8.0, 5, milestones=(0.6, 0.8)), augment=False, log=lambda _: None
     )
     x = features(net, images, range(16), PLAIN).double().numpy()
     start = 0.01 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).double().numpy()
@@ -270,7 +270,7 @@ def test_a_probe_out_of_time_is_smaller_and_still_has_both_halves() -> None:
     assert (found["bank"], found["queries"]) == (10, 4)
 
 
-def test_an_unreadable_picture_of_a_probe_in_training_is_stood_for_and_said_once(
+def test_probe__an_unreadable_picture_is_replaced_and_reported_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Broken(Blobs):

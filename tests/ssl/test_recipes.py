@@ -201,6 +201,6 @@ def test_no_unit_of_a_head_is_normalised_alone() -> None:
         ("paper/clip.yaml", 2, "set method.chunk in place of it"),
     ],
 )
-def test_accumulation_that_changes_what_is_compared_is_told(config: str, accumulate: int, said: str | None) -> None:
+def test_accumulation_that_changes_what_is_compared_is_reported(config: str, accumulate: int, said: str | None) -> None:
     warning = smaller_comparison(load_config(PretrainConfig, config, [f"loop.accumulate={accumulate}"]))
     assert (warning is None) == (said is None) and (said or "") in (warning or "")

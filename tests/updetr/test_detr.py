@@ -493,7 +493,7 @@ def test_find__pretext_model_is_conditioned_on_examples(tmp_path: Path) -> None:
         detector.find(image, examples=examples, threshold=2.0)
 
 
-def test_evaluation__the_pretexts_transformer_is_told_the_crops_of_what_is_asked_for(tmp_path: Path) -> None:
+def test_evaluation__the_pretext_model_is_conditioned_on_the_crops_of_its_classes(tmp_path: Path) -> None:
     exported(tmp_path, variant="agnostic", embed_space="ssl", conditioned=0)
     model: Any = load_detector_model(tmp_path)
     detector = Detector(model=model, encoder=WordEncoder())

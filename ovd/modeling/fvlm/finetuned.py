@@ -100,10 +100,10 @@ def remaining_branches(cards: Sequence[FinetunedCard], names: Sequence[str]) -> 
     replaced = {name_key(name) for name in names}
     remaining: list[FinetunedCard] = []
     for card in reversed(cards):
-        own_names = {name_key(name) for name in card.names}
-        if own_names - replaced:
+        names_of_card = {name_key(name) for name in card.names}
+        if names_of_card - replaced:
             remaining.insert(0, card)
-        replaced |= own_names
+        replaced |= names_of_card
     return tuple(remaining)
 
 
