@@ -215,7 +215,7 @@ class Detector:
             calibration = self.model.calibration
             if query.naming is not None:
                 return max(LEVEL, calibration.threshold)
-            levels = [calibration.threshold] if query.words.positives else []
+            levels = [calibration.threshold] if any(not c.negative for c in query.words.classes) else []
             levels += [calibration.example_threshold] if query.positive_examples else []
             return max(levels)
         if not 0.0 <= float(threshold) <= 1.0:

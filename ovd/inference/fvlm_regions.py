@@ -25,7 +25,7 @@ from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, distinct_rows
 from ovd.inference.region_model import RegionModel
-from ovd.inference.scorers import Scorer
+from ovd.inference.scorers import ManyWordsScorer, Scorer, Shown
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.inference.word_profiles import ProfileScorer
 
@@ -191,7 +191,7 @@ class FvlmRegionModel(RegionModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordScorer:
+class WordScorer(ManyWordsScorer):
     """Scores words alone: no column depends on another.
 
     A word that the proposal network knows has its score and the region head's, in a geometric mean. Any other word has
@@ -253,17 +253,29 @@ class WordScorer:
     def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
         known, known_words, other_words = self._split
-        score_CR = np.empty((len(self.rows), len(regions)), np.float32)
+        score_RC = np.empty((len(regions), len(self.rows)), np.float32)
         if known.any():
-            score_CR[known] = known_words.known_scores(regions).T
+            score_RC[:, known] = known_words.known_scores(regions)
         if not known.all():
-            score_CR[~known] = other_words.open_scores(regions).T
+            score_RC[:, ~known] = other_words.open_scores(regions)
         if self.finetuned is not None and self.finetuned_only is not None and regions.finetuned is not None:
-            score_CR[self.finetuned_only] = 0
+            score_RC[:, self.finetuned_only] = 0
             concerned = np.flatnonzero(self.finetuned.any(axis=1))
-            finetuned_CR = best_of(regions.finetuned, self.finetuned[concerned]).T
-            score_CR[concerned] = np.maximum(score_CR[concerned], finetuned_CR)
-        return score_CR.T
+            finetuned_RC = best_of(regions.finetuned, self.finetuned[concerned])
+            score_RC[:, concerned] = np.maximum(score_RC[:, concerned], finetuned_RC)
+        return score_RC
+
+    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+        """See `ManyWordsScorer`."""
+        known, known_words, other_words = self._split
+        if self.finetuned is not None or known.all():
+            return Shown.of(self(regions), level=level)
+        one = Shown.of(known_words.known_scores(regions), level=level)
+        other = other_words.open_shown(regions, level=level)
+        best_C = np.empty(len(self.rows), np.float32)
+        best_C[known], best_C[~known] = one.best, other.best
+        classes = np.concatenate([np.flatnonzero(known)[one.classes], np.flatnonzero(~known)[other.classes]])
+        return Shown.in_order(best_C, classes, np.concatenate([one.score_RS, other.score_RS], axis=1))
 
     def known_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best known word of each class; near 0 for a class without any."""
@@ -276,7 +288,11 @@ class WordScorer:
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""
-        return self._open(regions).T
+        return self._open(regions)
+
+    def open_shown(self, regions: RegionSet, *, level: float) -> Shown:
+        """Of `open_scores`, the classes that reach a level."""
+        return self._open.shown(regions, level=level)
 
 
 def best_of(known_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:
