@@ -26,7 +26,9 @@ EPS = 1e-6
 LAYERS = 64
 """Of a group's left-out competitors, as many are subtracted; the sum of a group with more is added up anew."""
 BLOCK = 1 << 21
-"""Scores computed at a time: half a megabyte."""
+"""Scores computed at a time, eight megabytes: smaller products of matrices are slower ones."""
+CACHED = 1 << 17
+"""Of these, as many are worked on at a time: half a megabyte."""
 LEAST_SHARE = 1e-5
 """Of the competitors' total, what a difference from it may be. Sums of double precision then keep seven digits or more;
 a smaller one is added up anew."""
@@ -189,11 +191,15 @@ class OpenWords:
         for start in range(0, len(order), step):
             words = order[start : start + step]
             odds = np.matmul(image_RD, self._rows_DC[:, start : start + step], out=block[:, : len(words)])
-            with np.errstate(over="ignore"):  # infinity is what is meant: the score is then 0
-                np.exp(np.subtract(against_R1, odds, out=odds), out=odds)
-            if start < others:
-                odds[:, : others - start] *= ratio_GR[self.rivals.group[words[: others - start]]].T
-            yield words, np.add(odds, nothing_R1, out=odds)
+            ratio_RC = ratio_GR[self.rivals.group[words[: max(0, others - start)]]].T
+            rows = max(1, CACHED // len(words))
+            for first in range(0, len(odds), rows):  # while they are in the cache
+                some, of = odds[first : first + rows], slice(first, first + rows)
+                with np.errstate(over="ignore"):  # infinity is what is meant: the score is then 0
+                    np.exp(np.subtract(against_R1[of], some, out=some), out=some)
+                some[:, : ratio_RC.shape[1]] *= ratio_RC[of]
+                np.add(some, nothing_R1[of], out=some)
+            yield words, odds
 
     def _score(self, odds: Floats) -> Floats:
         """``sigmoid(slope · logit(p) + offset)`` of odds (1 − p) / p; as everywhere, p keeps `EPS` from 0 and 1."""
