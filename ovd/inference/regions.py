@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
-from ovd.inference.everything import LEVEL, OVERLAP
+from ovd.inference.everything import OVERLAP
 from ovd.inference.postprocess import (
     CROSS_CLASS_IOU,
     MAX_DETECTIONS,
@@ -93,7 +93,7 @@ class Regions:
             shown = scorer.shown(self.regions, level=level)
         else:  # no negatives beside
             one_class_per_region, cross_iou = True, OVERLAP
-            shown = Shown.of(naming.one_name(scorer(self.regions).score_RC, level=LEVEL), level=level)
+            shown = Shown.of(naming.one_name(scorer(self.regions).score_RC, level=naming.level), level=level)
         select = best_class_per_region if one_class_per_region else pairs_above
         candidates = select(shown.score_RS, threshold=level)
         candidates = replace(candidates, class_id=shown.classes[candidates.class_id])
