@@ -32,7 +32,7 @@ from ovd.inference.arrays import Floats
 from ovd.inference.conditioned import conditioned_detections, require_examples_only
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.encoder import image_tower
-from ovd.inference.everything import SHOWN_THRESHOLD, is_everything
+from ovd.inference.everything import is_everything
 from ovd.inference.postprocess import ClassifyOptions
 from ovd.inference.region_model import PatchLocator, RegionModel
 from ovd.inference.regions import Regions, picture_key
@@ -214,7 +214,7 @@ class Detector:
         if threshold is None:
             calibration = self.model.calibration
             if query.naming is not None:
-                return max(SHOWN_THRESHOLD, calibration.threshold)
+                return max(query.naming.level, calibration.threshold)
             levels = [calibration.threshold] if query.words.positives else []
             levels += [calibration.example_threshold] if query.positive_examples else []
             return max(levels)

@@ -27,7 +27,7 @@ from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, distinct_rows
 from ovd.inference.region_model import RegionModel
-from ovd.inference.scorers import Scorer
+from ovd.inference.scorers import ManyWordsScorer, Scorer, Shown
 from ovd.inference.scoring import Calibration, RegionSet
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class FvlmRegionModel(RegionModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordScorer:
+class WordScorer(ManyWordsScorer):
     """Scores words alone: no column depends on another.
 
     A word that the proposal network scores gets the geometric mean of its score and the region head's; a hypernym gets
@@ -256,17 +256,29 @@ class WordScorer:
     def __call__(self, regions: RegionSet) -> Floats:
         """See `Scorer`."""
         closed, closed_words, open_words = self._split
-        score_CR = np.empty((len(self.rows), len(regions)), np.float32)
+        score_RC = np.empty((len(regions), len(self.rows)), np.float32)
         if closed.any():
-            score_CR[closed] = closed_words.closed_scores(regions).T
+            score_RC[:, closed] = closed_words.closed_scores(regions)
         if not closed.all():
-            score_CR[~closed] = open_words.open_scores(regions).T
+            score_RC[:, ~closed] = open_words.open_scores(regions)
         if self.finetuned is not None and self.finetuned_only is not None and regions.finetuned is not None:
-            score_CR[self.finetuned_only] = 0
+            score_RC[:, self.finetuned_only] = 0
             concerned = np.flatnonzero(self.finetuned.any(axis=1))
-            finetuned_CR = best_of(regions.finetuned, self.finetuned[concerned]).T
-            score_CR[concerned] = np.maximum(score_CR[concerned], finetuned_CR)
-        return score_CR.T
+            finetuned_RC = best_of(regions.finetuned, self.finetuned[concerned])
+            score_RC[:, concerned] = np.maximum(score_RC[:, concerned], finetuned_RC)
+        return score_RC
+
+    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+        """See `ManyWordsScorer`."""
+        closed, closed_words, open_words = self._split
+        if self.finetuned is not None or closed.all():
+            return Shown.of(self(regions), level=level)
+        one = Shown.of(closed_words.closed_scores(regions), level=level)
+        other = open_words.open_shown(regions, level=level)
+        best_C = np.empty(len(self.rows), np.float32)
+        best_C[closed], best_C[~closed] = one.best, other.best
+        classes = np.concatenate([np.flatnonzero(closed)[one.classes], np.flatnonzero(~closed)[other.classes]])
+        return Shown.in_order(best_C, classes, np.concatenate([one.score_RS, other.score_RS], axis=1))
 
     def closed_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any."""
@@ -279,7 +291,11 @@ class WordScorer:
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""
-        return self._open(regions).T
+        return self._open(regions)
+
+    def open_shown(self, regions: RegionSet, *, level: float) -> Shown:
+        """Of `open_scores`, the classes that reach a level."""
+        return self._open.shown(regions, level=level)
 
 
 def best_of(scores_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:

@@ -2,31 +2,38 @@
 """Scores of words by the image tower's own embedding, fast for ten thousand of them. NumPy only.
 
 Every formula is that of `ovd.inference.scoring.competitive_probabilities` and of the sigmoid after it, in another
-order: what many words share is computed once, words are taken in blocks that stay in a processor's cache, and the
-logarithm and the exponential that undo each other are left out.
+order: what many words share is computed once, words are taken in blocks, the logarithm and the exponential that undo
+each other are left out, and so is the sigmoid of words that no region shows.
 
 Shapes: R regions, C words, B competitors, G groups of words with the same rivals, D joint embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
+from ovd.inference.scorers import Shown
 from ovd.inference.scoring import Calibration, RegionSet
 
 EPS = 1e-6
 LAYERS = 64
 """Of a group's left-out competitors, as many are subtracted; the sum of a group with more is added up anew."""
-BLOCK = 1 << 17
-"""Scores computed at a time: half a megabyte."""
+BLOCK = 1 << 21
+"""Scores computed at a time, eight megabytes: smaller products of matrices are slower ones."""
+CACHED = 1 << 17
+"""Of these, as many are worked on at a time: half a megabyte."""
 LEAST_SHARE = 1e-5
 """Of the competitors' total, what a difference from it may be. Sums of double precision then keep seven digits or more;
 a smaller one is added up anew."""
+TINY = np.float32(1e-30)
+"""Keeps quotients finite: of sums of odds that are all left out, and of regions that are certainly nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,8 @@ class Rivals:
     """Which competitors count against which words.
 
     Attributes:
-        excluded: (G, B) bool: of each group, the competitors that do not contradict its words.
+        excluded: (G, B) bool: of each group, the competitors that do not contradict its words; the group that leaves
+            out most comes first.
         group: (C,) of each word.
     """
 
@@ -45,15 +53,17 @@ class Rivals:
     def of(cls, rivals: NDArray[np.bool_]) -> Rivals:
         """From (C, B) bool, competitors that contradict each word: most of many words have one and the same."""
         distinct = distinct_rows(~rivals)
-        return cls(excluded=distinct.rows, group=distinct.of)
+        order = np.argsort(-distinct.rows.sum(axis=1), kind="stable")
+        return cls(excluded=distinct.rows[order], group=np.argsort(order)[distinct.of])
 
     @cached_property
-    def _layers(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """(groups, what they leave out): the first of each group that leaves out any, the second, and so on."""
-        group, word = np.nonzero(self.excluded)
-        _, first, count = np.unique(group, return_index=True, return_counts=True)
-        layer = np.arange(len(group)) - np.repeat(first, count)
-        return [(group[layer == n], word[layer == n]) for n in range(min(int(count.max(initial=0)), LAYERS))]
+    def _layers(self) -> list[NDArray[np.int64]]:
+        """What the groups leave out: the first competitor of each, the second, and so on; of ever fewer groups."""
+        count = self.excluded.sum(axis=1)
+        word = np.nonzero(self.excluded)[1]
+        first = np.cumsum(count) - count
+        depth = min(int(count.max(initial=0)), LAYERS)
+        return [word[first[: int((count > n).sum())] + n] for n in range(depth)]
 
     @cached_property
     def _many(self) -> NDArray[np.bool_]:
@@ -67,11 +77,27 @@ class Rivals:
         """
         total_R = odds_BR.sum(axis=0, dtype=np.float64)
         sum_GR = np.tile(total_R, (len(self.excluded), 1))
-        for group, word in self._layers:  # no group twice in one
-            sum_GR[group] -= odds_BR[word]
+        for words in self._layers:
+            sum_GR[: len(words)] -= odds_BR[words]
         for row in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many):
             sum_GR[row] = odds_BR[~self.excluded[row]].sum(axis=0, dtype=np.float64)
         return sum_GR.astype(np.float32)
+
+
+class Evidence(NamedTuple):
+    """What a picture says before any word is looked at.
+
+    Attributes:
+        image_RD: image embeddings times the scale.
+        against_R1: logarithm of the odds of all that speaks against a word of the commonest group.
+        nothing_R1: odds against a region being any whole thing.
+        ratio_GR: of each group's competitors to the commonest group's.
+    """
+
+    image_RD: Floats
+    against_R1: Floats
+    nothing_R1: Floats
+    ratio_GR: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,44 +117,97 @@ class OpenWords:
     calibration: Calibration
 
     def __call__(self, regions: RegionSet) -> Floats:
-        """(C, R) scores in [0, 1]."""
+        """(R, C) scores in [0, 1]."""
+        score_RC = np.empty((len(regions), len(self.rows)), np.float32)
+        for words, odds_RC in self._odds_against(regions):
+            score_RC[:, words] = self._score(odds_RC)
+        return score_RC
+
+    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+        """The same of words with a region at or above a level; of all others only the best.
+
+        A score falls with the odds against the word (rises, if the sigmoid does), so the best of each is one sigmoid.
+        """
+        if not len(regions):
+            return Shown.of(np.zeros((0, len(self.rows)), np.float32), level=level)
+        rising = self.calibration.open_slope < 0
+        best_C = np.empty(len(self.rows), np.float32)
+        classes, scores = [np.zeros(0, np.int64)], [np.zeros((len(regions), 0), np.float32)]
+        for words, odds_RC in self._odds_against(regions):
+            best = self._score(odds_RC.max(axis=0) if rising else odds_RC.min(axis=0))
+            best_C[words] = best
+            few = np.flatnonzero(best >= level)
+            classes.append(words[few])
+            scores.append(self._score(odds_RC[:, few]))
+        return Shown.in_order(best_C, np.concatenate(classes), np.concatenate(scores, axis=1))
+
+    @cached_property
+    def _order(self) -> tuple[NDArray[np.int64], int]:
+        """(C,) words, those of the commonest group last, and how many are of others."""
+        common = self.rivals.group == self._common
+        return np.argsort(common, kind="stable"), int((~common).sum())
+
+    @cached_property
+    def _common(self) -> int:
+        """The group that most words are of."""
+        return int(np.bincount(self.rivals.group, minlength=1).argmax())
+
+    @cached_property
+    def _rows_DC(self) -> Floats:
+        """Embeddings of the words in their order, laid out as a product with regions reads them."""
+        return np.ascontiguousarray(self.rows[self._order[0]].T)
+
+    def _evidence(self, regions: RegionSet) -> Evidence:
         assert regions.image is not None
         if not len(self.competitors):
             raise ValueError("scores need at least one competitor: a background word")
         c = self.calibration
-        image_DR = np.ascontiguousarray(np.float32(c.open_scale) * regions.image.T)
-        words_BR = self.competitors @ image_DR
+        image_RD = np.float32(c.open_scale) * regions.image
+        words_BR = self.competitors @ np.ascontiguousarray(image_RD.T)
         shift_R = words_BR.max(axis=0)  # keeps every exponential in range
         np.exp(np.subtract(words_BR, shift_R, out=words_BR), out=words_BR)
-        against_GR = np.log(np.maximum(self.rivals.sums(words_BR), np.float32(1e-30))) + shift_R
+        sum_GR = np.maximum(self.rivals.sums(words_BR), TINY)
         area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
         whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
-        score_CR = np.empty((len(self.rows), len(regions)), np.float32)
+        whole_R = np.maximum(whole_R.astype(np.float32), TINY)
+        common_R = sum_GR[self._common].copy()
+        return Evidence(
+            image_RD=image_RD,
+            against_R1=(np.log(common_R) - np.log(whole_R) + shift_R)[:, None],
+            nothing_R1=(np.maximum(1 - whole_R, TINY) / whole_R)[:, None],
+            ratio_GR=np.divide(sum_GR, common_R, out=sum_GR),
+        )
+
+    def _odds_against(self, regions: RegionSet) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+        """Words, and (R, their number) odds (1 − p) / p of probabilities before the sigmoid; the array is used again.
+
+        With p = w / (1 + s / e^word), where w says that a region is a whole thing and s is the sum over competitors,
+        the odds are (1 − w) / w + s / w / e^word.
+        """
+        image_RD, against_R1, nothing_R1, ratio_GR = self._evidence(regions)
+        order, others = self._order
         step = max(1, BLOCK // max(1, len(regions)))
-        for start in range(0, len(self.rows), step):
-            part = slice(start, start + step)
-            score = np.matmul(self.rows[part], image_DR, out=score_CR[part])
-            np.subtract(against_GR[self.rivals.group[part]], score, out=score)
-            _calibrate(score, whole_R.astype(np.float32), slope=c.open_slope, offset=c.open_offset)
-        return score_CR
+        block = np.empty((len(regions), min(step, len(order))), np.float32)
+        for start in range(0, len(order), step):
+            words = order[start : start + step]
+            odds = np.matmul(image_RD, self._rows_DC[:, start : start + step], out=block[:, : len(words)])
+            ratio_RC = ratio_GR[self.rivals.group[words[: max(0, others - start)]]].T
+            rows = max(1, CACHED // len(words))
+            for first in range(0, len(odds), rows):  # while they are in the cache
+                some, of = odds[first : first + rows], slice(first, first + rows)
+                with np.errstate(over="ignore"):  # infinity is what is meant: the score is then 0
+                    np.exp(np.subtract(against_R1[of], some, out=some), out=some)
+                some[:, : ratio_RC.shape[1]] *= ratio_RC[of]
+                np.add(some, nothing_R1[of], out=some)
+            yield words, odds
 
-
-def _calibrate(against: Floats, whole_R: Floats, *, slope: float, offset: float) -> None:
-    """From logits against words, in place: p = w / (1 + e^against), then ``sigmoid(slope · logit(p) + offset)``.
-
-    The odds p / (1 − p) are w / (1 − w + e^against); as everywhere, p keeps `EPS` away from 0 and 1.
-    """
-    with np.errstate(over="ignore"):  # infinity is what is meant: the score is then 0
-        odds = np.exp(against, out=against)
-        np.add(odds, np.maximum(1 - whole_R, np.float32(1e-30)), out=odds)
-        np.divide(whole_R, odds, out=odds)
-        np.clip(odds, EPS / (1 - EPS), (1 - EPS) / EPS, out=odds)
-        logit = np.log(odds, out=odds)
-        np.multiply(logit, -slope, out=logit)
-        np.subtract(logit, offset, out=logit)
-        score = np.exp(logit, out=logit)
-        np.add(score, 1, out=score)
-        np.reciprocal(score, out=score)
+    def _score(self, odds: Floats) -> Floats:
+        """``sigmoid(slope · logit(p) + offset)`` of odds (1 − p) / p; as everywhere, p keeps `EPS` from 0 and 1."""
+        logit = np.log(np.clip(odds, np.float32(EPS / (1 - EPS)), np.float32((1 - EPS) / EPS)))
+        logit *= self.calibration.open_slope
+        logit -= self.calibration.open_offset
+        with np.errstate(over="ignore"):
+            return np.asarray(1 / (1 + np.exp(logit, out=logit)), np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
-from ovd.inference.everything import OVERLAP, SHOWN_THRESHOLD
+from ovd.inference.everything import OVERLAP
 from ovd.inference.postprocess import (
     CROSS_CLASS_IOU,
     MAX_DETECTIONS,
@@ -24,7 +24,7 @@ from ovd.inference.postprocess import (
     pairs_above,
     postprocess,
 )
-from ovd.inference.scorers import QueryScores
+from ovd.inference.scorers import QueryScores, Shown
 from ovd.inference.scoring import RegionSet
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
@@ -88,28 +88,27 @@ class Regions:
         """
         query = vocabulary if isinstance(vocabulary, Query) else self.detector.query(vocabulary)
         level = self.detector.threshold_for(query, threshold)
-        score_RC, negative_RN = self.scores(query)
-        if negative_RN.shape[1]:
-            score_RC = np.where(score_RC <= negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
-        if (naming := query.naming) is not None:
-            one_class_per_region = True
-            score_RC, cross_class_iou = naming.one_name(score_RC, level=SHOWN_THRESHOLD), OVERLAP
-        best_C = score_RC.max(axis=0, initial=0.0)
-        listed_classes = np.flatnonzero(best_C >= level)  # few of many words: no other has a detection
+        scorer, cross_iou = self.detector.scorer(query), cross_class_iou
+        if (naming := query.naming) is None:
+            shown = scorer.shown(self.regions, level=level)
+        else:  # no negatives beside
+            one_class_per_region, cross_iou = True, OVERLAP
+            shown = Shown.of(naming.one_name(scorer(self.regions).score_RC, level=naming.level), level=level)
         select = best_class_per_region if one_class_per_region else pairs_above
-        candidates = select(score_RC[:, listed_classes], threshold=level)
-        candidates = replace(candidates, class_id=listed_classes[candidates.class_id])
+        candidates = select(shown.score_RS, threshold=level)
+        candidates = replace(candidates, class_id=shown.classes[candidates.class_id])
         boxes = self.regions.boxes
         one_family = candidates if naming is None else replace(candidates, class_id=naming.family[candidates.class_id])
-        chosen = postprocess(boxes, one_family, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit)
+        chosen = postprocess(boxes, one_family, nms_iou=nms_iou, cross_class_iou=cross_iou, limit=limit)
         if naming is not None:  # back from families to words
-            chosen = replace(chosen, class_id=score_RC.argmax(axis=1)[chosen.region])
+            best_name = shown.classes[shown.score_RS[chosen.region].argmax(axis=1)]
+            chosen = replace(chosen, class_id=best_name)
         return Detections.of(
             chosen,
             boxes=boxes,
             size=self.regions.size,
             names=query.names,
-            best=best_C,
+            best=shown.best,
             threshold=level,
             masks=self.regions.masks,
             notices=query.notices,

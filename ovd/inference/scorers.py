@@ -6,6 +6,7 @@ Shapes: R regions, C classes, E examples, N negatives, B background words, D joi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +35,41 @@ class Scorer(Protocol):
 
     def select(self, columns: Sequence[int]) -> Scorer:
         """The same for some of the classes, by their numbers."""
+
+
+class Shown(NamedTuple):
+    """Scores of the classes that have a region at or above a level.
+
+    Attributes:
+        best: (C,) best score of each class.
+        classes: (S,) numbers of those that reach the level, in their order.
+        score_RS: their scores.
+    """
+
+    best: Floats
+    classes: NDArray[np.int64]
+    score_RS: Floats
+
+    @classmethod
+    def of(cls, score_RC: Floats, *, level: float) -> Shown:
+        """Of the scores of all classes."""
+        best_C = score_RC.max(axis=0, initial=0.0)
+        classes = np.flatnonzero(best_C >= level)
+        return cls(best_C, classes, score_RC[:, classes])
+
+    @classmethod
+    def in_order(cls, best: Floats, classes: NDArray[np.int64], score_RS: Floats) -> Shown:
+        """Of classes in any order."""
+        order = np.argsort(classes)
+        return cls(best, classes[order], score_RS[:, order])
+
+
+class ManyWordsScorer(ABC):
+    """A `Scorer` that scores what a level shows in less time than everything."""
+
+    @abstractmethod
+    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+        """What `Shown.of` says of all scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +173,16 @@ class QueryScores(NamedTuple):
     score_RC: Floats
     negative_RN: Floats
 
+    def shown(self, *, level: float) -> Shown:
+        """The classes with a region to show.
+
+        A region that looks as much like a negative word or example as like a class, or more, is left out: -1.
+        """
+        score_RC = self.score_RC
+        if self.negative_RN.shape[1]:
+            score_RC = np.where(score_RC <= self.negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
+        return Shown.of(score_RC, level=level)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QueryScorer:
@@ -191,6 +237,13 @@ class QueryScorer:
         for column, class_id in enumerate(self.columns):
             score_RC[:, class_id] = np.maximum(score_RC[:, class_id], column_RK[:, column])
         return QueryScores(score_RC, negative_RN)
+
+    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+        """See `QueryScores.shown`."""
+        words = self._parts[0][0]
+        if isinstance(words, ManyWordsScorer) and not len(self.examples) and not self.word_is_negative.any():
+            return words.shown(regions, level=level)
+        return self(regions).shown(level=level)
 
     def _of_words(self, chosen: NDArray[np.bool_], competitors: Floats) -> list[Scorer]:
         if not chosen.any():

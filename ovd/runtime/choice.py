@@ -3,10 +3,10 @@
 
 "auto" takes ONNX Runtime where the folder is nothing but an export (`ovd.runtime.files`), and where an export lies
 beside the weights that it was made of and is the faster: on a CPU without bfloat16 arithmetic, when no GPU is asked for
-or found (docs/reports/runtime.md). Elsewhere it takes torch. It never takes the export in 8 bits, "onnx-int8".
+or found (docs/reports/runtime.md). Elsewhere it takes torch, and where torch is not installed, ONNX Runtime. It never
+takes the export in 8 bits, "onnx-int8".
 
-Exports of the shipped default are written when they are asked for: `ovd.runtime.assemble` needs neither torch nor
-photos.
+Exports of the shipped default are written when they are needed: `ovd.runtime.assemble` needs neither torch nor photos.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+from ovd.runtime.cpu import computes_bfloat16, computes_int8
 from ovd.runtime.files import find_export, find_int8_export, graphs_of, stale
 from pretrain.engine.errors import NEEDS_TORCH, UserError
 
@@ -74,9 +75,10 @@ def load_networks(
         if runtime == "torch" or device not in ("auto", "cpu"):
             option = "runtime torch" if runtime == "torch" else f"device {device}"
             raise UserError(f"{option} needs torch, which is not installed: {NEEDS_TORCH}")
-        if graphs_of(folder).is_file():
+        if card.arch == "fvlm":
             raise UserError(
-                f"{folder}: torch is not installed, and no export there; write it: {_export_command(folder)}"
+                f"{folder}: torch is not installed, and no export for ONNX Runtime there; write one where torch is "
+                f"({_export_command(folder)}), or install it: {NEEDS_TORCH}"
             )
         raise UserError(f"{folder} has no export for ONNX Runtime and needs torch: {NEEDS_TORCH}")
     return _load_torch(folder, card, device=device, threads=threads, masks=masks, regions=regions)
@@ -102,17 +104,33 @@ def export_for(folder: Path, card: DetectorCard, *, runtime: Runtime, device: st
                 f"{folder}: no export for ONNX Runtime{' in 8 bits' if int8 else ''}; write one: "
                 f"{_export_command(folder, int8=int8)}{'' if graphs_of(folder).is_file() else ' (this needs torch)'}"
             )
-        if stale(folder, export, card.finetuned):
-            raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
-        if int8 and _computes_int8() is False:
+        _require_fresh(folder, export, card)
+        if int8 and computes_int8() is False:
             log.warning("this CPU has no instructions for products of 8 bits (VNNI): runtime onnx may be faster here")
         return export
-    if export is None or device not in ("auto", "cpu"):
+    if device not in ("auto", "cpu") or card.arch != "fvlm":
         return None
-    if export == folder or importlib.util.find_spec("torch") is None:
+    if export == folder:
         return export
-    slower = _computes_bfloat16() or (device == "auto" and shutil.which("nvidia-smi") is not None)
+    if importlib.util.find_spec("torch") is None:
+        export = _export_of(folder, card, int8=False)
+        if export is not None:
+            _require_fresh(folder, export, card)
+        return export
+    if export is None:
+        return None
+    slower = computes_bfloat16() or (device == "auto" and shutil.which("nvidia-smi") is not None)
     return None if slower or stale(folder, export, card.finetuned) else export
+
+
+def _require_fresh(folder: Path, export: Path, card: DetectorCard) -> None:
+    """Refuse an export of other weights.
+
+    Raises:
+        UserError: they are not those beside it.
+    """
+    if stale(folder, export, card.finetuned):
+        raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
 
 
 def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:
@@ -125,28 +143,9 @@ def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:
     return bundled_export(folder, int8=int8) or export
 
 
-def _cpu_flags() -> str | None:
-    """Content of ``/proc/cpuinfo``; None on other systems than Linux."""
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-
-
 def _export_command(folder: Path, *, int8: bool = False) -> str:
     """The command that writes an export beside the weights."""
     return f"wordbox export --format onnx{' --int8' if int8 else ''} --weights {folder}"
-
-
-def _computes_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16, in which torch runs the networks; only Linux tells."""
-    return "_bf16" in (_cpu_flags() or "")
-
-
-def _computes_int8() -> bool | None:
-    """Whether the CPU adds up products of 8 bits in one instruction (VNNI, or Arm's dot product); None: not known."""
-    flags = _cpu_flags()
-    return None if flags is None else "_vnni" in flags or "asimddp" in flags
 
 
 def _load_torch(

@@ -16,6 +16,8 @@ from PIL import Image
 from ovd.detector import Detector
 from ovd.inference.arrays import as_array
 from ovd.inference.everything import (
+    MANY,
+    MANY_THRESHOLD,
     OPEN_THRESHOLD,
     SHOWN_THRESHOLD,
     PromptFreeWords,
@@ -99,6 +101,23 @@ def test_it_is_another_query_than_the_same_words_typed_with_a_threshold_of_its_o
     assert query.hash != typed.hash and query.names == typed.names
     assert (detector.threshold_for(query), detector.threshold_for(typed)) == (SHOWN_THRESHOLD, 0.1)
     assert make_detector(threshold=0.6).threshold_for(make_detector().query("everything")) == 0.6
+
+
+@pytest.mark.parametrize(
+    ("count", "level"), [(5, SHOWN_THRESHOLD), (MANY, SHOWN_THRESHOLD), (MANY + 1, MANY_THRESHOLD)]
+)
+def test_of_many_words_only_sure_ones_are_shown(count: int, level: float) -> None:
+    class Knowing(ColourModel):
+        def prompt_free_words(self) -> PromptFreeWords:
+            return PromptFreeWords.plain(["red", *(f"thing {i}" for i in range(count - 1))])
+
+    encoder = WordEncoder()
+    detector = Detector(model=Knowing(encoder), encoder=encoder)
+    query = detector.query("everything")
+    assert len(query.names) == count and detector.threshold_for(query) == level
+    found = detector.find(picture(), "everything", threshold=0.01)
+    assert len(found) and detector.find(picture(), "everything").confidence.min(initial=1) >= level
+    assert detector.threshold_for(query, 0.2) == 0.2  # a person may ask for more
 
 
 def test_what_it_cannot_do_is_reported(tmp_path: Path) -> None:

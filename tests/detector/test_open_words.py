@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.open_words import OpenWords, Rivals, distinct_rows
 from ovd.inference.postprocess import best_class_per_region
 from ovd.inference.scoring import Calibration, RegionSet
+from tests.detector.fakes import COLOURS, make_detector, picture
 
 CALIBRATION = Calibration(
     slope=1.7, offset=0.1, open_scale=15.0, open_objectness=0.8, open_area=0.25, open_slope=1.2, open_offset=3.9
@@ -87,6 +89,38 @@ def test_many_words_are_scored_as_each_alone_is() -> None:
         np.testing.assert_allclose(words.select([word])(seen)[:, 0], together[:, word], rtol=1e-5)
 
 
+@pytest.mark.parametrize("slope", [1.2, -1.2, 0.0])
+@pytest.mark.parametrize(("count", "classes", "level"), [(150, 5000, 0.3), (20, 400, 0.9), (9, 300, 0.0), (0, 30, 0.1)])
+def test_what_a_level_shows_is_what_all_scores_show(count: int, classes: int, level: float, slope: float) -> None:
+    """Of random regions: the same best scores, the same classes, the same scores of these."""
+    rng = np.random.default_rng(classes)
+    seen, words = regions(rng, count=count), scorer(rng, classes)
+    words = replace(words, calibration=replace(CALIBRATION, open_slope=slope))
+    every = words(seen)
+    shown = words.shown(seen, level=level)
+    np.testing.assert_allclose(shown.best, every.max(axis=0, initial=0.0), rtol=1e-6)
+    far = np.abs(shown.best - level) > 1e-6  # from where rounding decides
+    assert far.sum() > 0.9 * classes
+    np.testing.assert_array_equal(np.isin(np.arange(classes), shown.classes)[far], (shown.best >= level)[far])
+    np.testing.assert_allclose(shown.score_RS, every[:, shown.classes], rtol=1e-6)
+    assert (np.diff(shown.classes) > 0).all()
+
+
+@pytest.mark.parametrize("words", ["every colour", "red, -blue", "red"])
+def test_a_query_shows_what_its_scores_show(words: str) -> None:
+    """With negative words too, and by scorers that have no shorter way."""
+    detector = make_detector()
+    query = detector.query([*COLOURS, "unicorn"] if words == "every colour" else words)
+    regions = detector.embed(picture()).regions
+    score_RC, negative_RN = detector.scorer(query)(regions)
+    if negative_RN.shape[1]:
+        score_RC = np.where((score_RC <= negative_RN), -1, score_RC)
+    shown = detector.scorer(query).shown(regions, level=0.3)
+    np.testing.assert_array_equal(shown.classes, np.flatnonzero(score_RC.max(axis=0) >= 0.3))
+    np.testing.assert_array_equal(shown.score_RS, score_RC[:, shown.classes])
+    np.testing.assert_array_equal(shown.best, score_RC.max(axis=0))
+
+
 @pytest.mark.parametrize("scale", [15.0, 60.0])
 def test_a_synonym_that_outshines_all_others_leaves_their_digits(scale: float) -> None:
     """Nearly all of the competitors' odds are left out: what remains is not total minus left out."""
@@ -98,8 +132,8 @@ def test_a_synonym_that_outshines_all_others_leaves_their_digits(scale: float) -
     plain = Calibration(open_scale=scale)
     words = OpenWords(rows=rows[[1, 0, 1]], competitors=rows, rivals=Rivals.of(rivals), calibration=plain)
     assert words(seen)[0, 0] == pytest.approx(1 / 4, rel=1e-5)  # against three others that are as far away
-    assert words(seen)[1, 0] == pytest.approx(1 / 2, rel=1e-4)  # against itself
-    assert words(seen)[2, 0] > 0.99  # against none
+    assert words(seen)[0, 1] == pytest.approx(1 / 2, rel=1e-4)  # against itself
+    assert words(seen)[0, 2] > 0.99  # against none
 
 
 @pytest.mark.parametrize("shape", [(50, 12), (5, 0), (0, 3), (1, 1)])

@@ -190,7 +190,8 @@ def replace_rows(larger: RegionSet, smaller: RegionSet) -> RegionSet:
 def test_an_own_class_with_a_minus_takes_its_boxes_from_what_is_above_it() -> None:
     """*terrier* was added, and a person asks for "dog, -terrier": the box has one score, for both words."""
     scores = QueryScores(np.array([[0.8], [0.7], [0.0]], np.float32), np.array([[0.1], [0.7], [0.0]], np.float32))
-    detector = SimpleNamespace(threshold_for=lambda query, level: 0.3, scorer=lambda query: lambda regions: scores)
+    scorer = SimpleNamespace(shown=lambda regions, *, level: scores.shown(level=level))
+    detector = SimpleNamespace(threshold_for=lambda query, level: 0.3, scorer=lambda query: scorer)
     seen = Regions(regions=regions(0), key="", detector=cast(Detector, detector))
     found = seen.classify(Query(Vocabulary.parse("dog, -terrier")))
     assert found.confidence.tolist() == pytest.approx([0.8])

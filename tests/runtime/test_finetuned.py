@@ -22,14 +22,16 @@ from ovd.modeling.fvlm.finetuned import load_finetuned, save_branch
 from ovd.modeling.proposals.build import load_proposals
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import DenseHead
-from ovd.runtime.choice import export_for
-from ovd.runtime.files import EXPORT_FOLDER
+from ovd.runtime.choice import Runtime, export_for
+from ovd.runtime.files import EXPORT_FOLDER, INT8_FOLDER, branch_graph
 from ovd.weights import detector_folder
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 from tests.runtime.conftest import PHOTOS
+from tests.runtime.test_int8 import overlap
 from tests.runtime.test_runtimes import partners, without_torch
 
+RUNTIMES: tuple[Runtime, Runtime] = ("onnx", "onnx-int8")
 BRANCHES = (("comb", "zorp", "beak"), ("Comb", "perch"))  # the second takes the comb over
 
 
@@ -85,6 +87,28 @@ def test_own_classes_are_the_same_in_both_runtimes(tuned: Path, by_torch: Detect
         found += [*partners(a, b), *partners(b, a)]
         seen |= {*a.class_name}
     assert len(found) > 40 and np.mean(found) >= 0.99
+    assert {"comb", "zorp", "perch"} <= seen
+
+
+def test_own_classes_in_8_bits_are_those_of_single_precision(tuned: Path, tmp_path: Path) -> None:
+    """Ranges of other photos than are asked; both branches are quantised, and a box moves and is scored by little."""
+    for photo in PHOTOS[3:]:
+        shutil.copy(photo, tmp_path)
+    export(tuned, tuned / INT8_FOLDER, int8=True, photos=tmp_path)
+    for own in read_card(tuned).own:
+        exact, small = (tuned / folder / branch_graph(own) for folder in (EXPORT_FOLDER, INT8_FOLDER))
+        assert small.stat().st_size < 0.75 * exact.stat().st_size
+    one, other = (Detector.load(tuned, runtime=runtime) for runtime in RUNTIMES)
+    found, seen = [], set()
+    for photo in PHOTOS[:3]:
+        sure, all_of = (detector.find(photo, "comb, zorp, beak, perch", threshold=level)
+                        for detector, level in ((one, 0.4), (other, 0.2)))  # fmt: skip
+        for box, score, name in zip(sure.xyxy, sure.confidence, sure.class_name, strict=True):
+            same = np.array([x == name for x in all_of.class_name], dtype=bool)
+            near = np.abs(all_of.confidence - score) < 0.2
+            found.append(bool((same & near & (overlap(box, all_of.xyxy) > 0.5)).any()))
+        seen |= {*sure.class_name}
+    assert len(found) > 20 and np.mean(found) >= 0.75
     assert {"comb", "zorp", "perch"} <= seen
 
 

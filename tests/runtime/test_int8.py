@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from ovd import cli
 from ovd.detector import Detector
 from ovd.export import export
 from ovd.pictures import to_rgb
-from ovd.runtime import choice
+from ovd.runtime import cpu
 from ovd.runtime import export as writing
 from ovd.runtime.files import CARD, INT8_FOLDER, PROPOSALS, TOWER, graphs_of, read_runtime_card
 from ovd.runtime.quantise import MAX_PHOTOS, quantise, read_photos
+from ovd.runtime.session import open_session
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
 from scripts.build_wheel import add_int8
@@ -134,12 +136,25 @@ def test_8_bits_run_where_nothing_was_exported(
     shutil.copytree(detector_folder("default").parent / "clip-photo", folder.parent / "clip-photo")
     shutil.copy(graphs_of(detector_folder("default")), graphs_of(folder))
     for flags, said in (("avx512_vnni", 0), ("avx2", 1), (None, 0)):
-        monkeypatch.setattr(choice, "_cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
         caplog.clear()
         detector = Detector.load(folder, runtime="onnx-int8")
         assert len([r for r in caplog.records if "VNNI" in r.message]) == said
     assert read_runtime_card(folder / INT8_FOLDER).precision == "int8"
     assert len(detector.find(PHOTOS[0], WORDS)) > 0
+
+
+def test_sums_stay_exact_where_they_could_saturate(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VNNI, sums of two products end at 16 bits, if ONNX Runtime is not told otherwise."""
+    answers = []
+    for flags, is_set in (("avx512_vnni", False), ("avx2", True)):
+        monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
+        options = open_session(small / TOWER).get_session_options()  # type: ignore[attr-defined]
+        with nullcontext() if is_set else pytest.raises(RuntimeError, match="does not have configuration"):
+            assert options.get_session_config_entry("session.x64quantprecision") == "1"
+        answers.append(Detector.load(small, runtime="onnx").embed(PHOTOS[0]).regions)
+    np.testing.assert_array_equal(answers[0].boxes, answers[1].boxes)
+    np.testing.assert_allclose(answers[0].image, answers[1].image, atol=1e-5)
 
 
 def test_in_a_wheel_8_bits_hold_only_what_differs(exported: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ovd.inference.arrays import unit_rows
 from ovd.modeling.export import read_card
 from ovd.runtime import choice
 from ovd.runtime.choice import Runtime
-from ovd.runtime.files import CARD, EXPORT_FOLDER, PROPOSALS, REGIONS, SOURCES, TEXT, TOWER, find_export
+from ovd.runtime.files import CARD, EXPORT_FOLDER, PROPOSALS, REGIONS, SOURCES, TEXT, TOWER, find_export, graphs_of
 from ovd.runtime.halve import HALF_FROM
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import UserError
@@ -187,7 +187,6 @@ def test_weights_without_an_export_name_the_command_that_writes_one(tmp_path: Pa
     ("weights", "runtime", "device", "said"),
     [
         ("vild-sticker", "auto", "auto", r'vild-sticker has no export.*pip install "wordbox\[train\]"'),
-        ("default", "auto", "auto", "no export there; write it: wordbox export --format onnx --weights .*vild-photo$"),
         ("default", "torch", "auto", r'^runtime torch needs torch, .*pip install "wordbox\[train\]"'),
         ("default", "auto", "cuda", r'^device cuda needs torch, .*pip install "wordbox\[train\]"'),
     ],
@@ -199,6 +198,34 @@ def test_where_torch_is_missing_the_next_step_is_named(
     monkeypatch.setattr(choice, "find_export", lambda folder: None)
     with pytest.raises(UserError, match=said):
         Detector.load(weights, runtime=runtime, device=device)
+
+
+def test_auto_without_torch_puts_the_shipped_export_together(by_onnx: Detector, tmp_path: Path) -> None:
+    """Nobody has written an export, and nobody needs to: the person gets boxes."""
+    default = detector_folder("default")
+    folder = shutil.copytree(default, tmp_path / "weights/vild-photo", ignore=shutil.ignore_patterns("onnx*"))
+    shutil.copytree(default.parent / "clip-photo", folder.parent / "clip-photo")
+    shutil.copy(graphs_of(default), graphs_of(folder))
+    out = tmp_path / "out"
+    done = without_torch("predict", str(PHOTOS[0]), "--classes", "chicken", "--weights", str(folder), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    scores = [row["score"] for row in json.loads((out / "results.json").read_text())]
+    assert scores == pytest.approx(by_onnx.find(PHOTOS[0], "chicken").confidence.tolist(), abs=1e-4) and scores
+
+
+def test_auto_without_torch_names_the_command_for_weights_that_need_an_export(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(detector_folder("default"), tmp_path / "mine", ignore=shutil.ignore_patterns("onnx*"))
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"mine: torch is not installed.*wordbox export --format onnx --weights .*mine"):
+        Detector.load(folder)
+    assert not (folder / EXPORT_FOLDER).exists()
+    card = shutil.copytree(exported, folder / EXPORT_FOLDER) / CARD
+    assert len(Detector.load(folder).find(PHOTOS[0], "chicken")) > 0
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"sources": {}}))
+    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+        Detector.load(folder)
 
 
 def beside(folder: Path, exported: Path) -> Path:
@@ -268,7 +295,7 @@ def test_auto_takes_the_faster(
     taken: bool,
 ) -> None:
     folder = beside(tmp_path / "mine", exported)
-    monkeypatch.setattr(choice, "_computes_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(choice, "computes_bfloat16", lambda: bfloat16)
     monkeypatch.setattr(choice.shutil, "which", lambda name: gpu)
     card = read_card(folder)
     assert (choice.export_for(folder, card, runtime="auto", device=device) is not None) is taken
