@@ -38,6 +38,14 @@ class FvlmConfig(Section):
         description="use the proposal network's scores of the words it was trained on; false: its boxes alone, as "
         "for a split whose novel words it was trained with",
     )
+    novel_exponent: float = Field(
+        1 / 3,
+        ge=0,
+        le=1,
+        description="variants fvlm and ensemble, known=false: exponent of the head that learned words, on words "
+        "without labels; the image embedding has the rest. On labelled words it is 2/3 (ViLD, section 3.4)",
+        json_schema_extra=LATER,
+    )
     head: FvlmHeadConfig = Field(FvlmHeadConfig(), description="region head")
 
     @model_validator(mode="after")

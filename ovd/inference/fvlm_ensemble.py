@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, logit, sigmoid
-from ovd.inference.ensemble import geometric_ensemble, text_exponents
+from ovd.inference.ensemble import BASE_NOVEL_WEIGHT, geometric_ensemble, text_exponents
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 
 EPS = 1e-6
@@ -64,8 +64,14 @@ class EnsembleScorer:
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
 
-def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_]) -> Floats:
-    """(C,) exponents of the head that learned words, by `model.variant` and whether labels named the class."""
+def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_], *, novel: float = 1 - BASE_NOVEL_WEIGHT) -> Floats:
+    """(C,) exponents of the head that learned words.
+
+    Args:
+        variant: `model.variant`.
+        is_labelled_C: whether labels named the class.
+        novel: `model.novel_exponent`, of the other classes.
+    """
     if variant in ALONE:
         return np.ones(len(is_labelled_C), np.float32)
-    return text_exponents(is_labelled_C)
+    return text_exponents(is_labelled_C, novel=novel)
