@@ -11,7 +11,12 @@ from pathlib import Path
 from ovd.query_flags import check_words, load_query
 from pretrain.engine.errors import UserError
 
-EXTENSIONS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv")
+EXTENSIONS = (
+    ".3gp", ".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
+    ".wmv",
+)  # fmt: skip
+WRITTEN = (".jsonl", ".json", ".mp4")
+"""Endings of what is written of each video."""
 
 MOST_FRAMES = 0.9
 """Share of the frames that a file says it has, which some only estimate: fewer, and its end is missing."""
@@ -46,10 +51,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         names = [source.name for source in opened]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two videos would be called {twice!r}; run them separately")
-        if not options.overwrite:
-            for name in names:
-                if (existing := options.out / f"{name}.jsonl").exists():
-                    raise UserError(f"{existing}: is there already. Give another --out, or --overwrite to replace it")
+        _require_room(options.out, names, [Path(text) for text in sources], overwrite=options.overwrite)
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
         for notice in query.notices:
             print(f"warning: {notice}", file=sys.stderr)
@@ -81,3 +83,15 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         for source in opened:
             source.close()
     return 0
+
+
+def _require_room(out: Path, names: Sequence[str], sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse to write over files that are there, and over the videos themselves whatever is asked for."""
+    for name in names:
+        for written in (out / f"{name}{ending}" for ending in WRITTEN):
+            if not written.exists():
+                continue
+            if any(source.is_file() and written.samefile(source) for source in sources):
+                raise UserError(f"{written}: is a video to be read, and would be written over. Give another --out")
+            if not overwrite:
+                raise UserError(f"{written}: is there already. Give another --out, or --overwrite to replace it")

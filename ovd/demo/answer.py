@@ -28,6 +28,7 @@ from PIL import Image
 from ovd.colours import class_styles
 from ovd.demo.pack import pack
 from ovd.demo.schema import Answer, AnsweredClass
+from ovd.demo.seats import Seats
 from ovd.demo.shelf import Shelf
 from ovd.detections import Detections
 from ovd.detector import Detector
@@ -105,7 +106,7 @@ class Answerer:
         self._previews: OrderedDict[str, str] = OrderedDict()
         self._keep = previews
         self._previewing = threading.Lock()
-        self._seats = threading.Semaphore(SEATS)
+        self._seats = Seats(SEATS)
         # One thread each: first come, first served, and torch keeps the scratch memory of two threads only.
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._words = ThreadPoolExecutor(1, thread_name_prefix="words")

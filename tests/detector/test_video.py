@@ -190,6 +190,35 @@ def test_the_command_takes_a_video_and_says_how_far_it_is(
     assert predict.main([*arguments, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--no-draw", "--overwrite"]])
+def test_a_video_is_never_written_over_by_its_own_result(more: list[str], clip: Path) -> None:
+    own = clip.rename(clip.with_suffix(".mp4"))
+    before = own.read_bytes()
+    with pytest.raises(UserError, match=r"clip\.mp4: is a video to be read, and would be written over"):
+        predict.main([str(own), "--classes", "red", "--out", str(clip.parent), "--no-track", *more])
+    assert own.read_bytes() == before and [file.name for file in clip.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_somebody_elses_file_of_the_results_name_is_kept(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/clip.mp4").write_bytes(b"kept")
+    with pytest.raises(UserError, match=r"clip\.mp4: is there already"):
+        predict.main([str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track"])
+    assert (tmp_path / "out/clip.mp4").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("ending", [".mjpeg", ".MJPG"])
+def test_every_frame_of_a_motion_jpeg_is_looked_at(ending: str, tmp_path: Path) -> None:
+    """Its bytes begin as a JPEG picture's do: read as a picture it would be the first frame alone."""
+    file = tmp_path / f"clip{ending}"
+    frames = [cv2.imencode(".jpg", cv2.cvtColor(frame(n), cv2.COLOR_RGB2BGR))[1].tobytes() for n in range(6)]
+    file.write_bytes(b"".join(frames))
+    out = tmp_path / "out"
+    assert predict.main([str(file), "--classes", "red", "--out", str(out), "--no-track", "--no-draw"]) == 0
+    rows = [json.loads(line) for line in (out / "clip.jsonl").read_text().splitlines()]
+    assert {row["frame"] for row in rows if row["class"] == "red"} == set(range(6))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -242,7 +271,7 @@ def test_a_folder_is_no_video_whatever_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a.mp4", True), ("A.MOV", True), ("0", True), ("rtsp://host/x", True), ("a.jpg", False), ("photos", False)],
+    [("a.mp4", True), ("A.MOV", True), ("a.mjpeg", True), ("A.MJPG", True), ("0", True), ("rtsp://host/x", True), ("a.jpg", False), ("photos", False)],
 )
 def test_what_counts_as_a_video(text: str, expected: bool) -> None:
     assert is_video(text) is expected
