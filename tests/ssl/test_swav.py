@@ -191,12 +191,6 @@ def test_earlier_embeddings_are_scored_with_the_prototypes_of_now(monkeypatch: p
     torch.testing.assert_close(torch.stack(given[1]), queue @ prototypes.T)
 
 
-def test_more_prototypes_than_samples_are_refused_with_what_to_change() -> None:
-    with pytest.raises(UserError, match=r"20 cannot be used alike by 8 samples.*queue_length"):
-        swav(prototypes=20)(VIEWS.batch())
-    swav(prototypes=20, queue_length=12)(VIEWS.batch())
-
-
 def test_one_big_crop_is_refused() -> None:
     with pytest.raises(ValueError, match="two big crops"):
         swav(big_crops=1)
