@@ -148,6 +148,8 @@ def main(argv: list[str]) -> int:
         from ovd.formats.predictions import write_predictions
 
         write_predictions(options.out, formats, pictures.paths)
+    written = ["results.json", *(["drawn/"] if options.draw else []), *(f"{name}/" for name in formats)]
+    print(f"in {options.out}: {', '.join(written)}")
     return 1 if failed else 0
 
 

@@ -169,7 +169,9 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address: nobody can take the port between this check and the start.
+    """Return a socket that listens at the address: nobody can take the port between this check and the start.
+
+    Who connects before the start waits.
 
     Args:
         host: name or address, IPv6 with or without brackets.
@@ -187,6 +189,7 @@ def listen(host: str, port: int) -> socket.socket:
         taken = (door := socket.socket(family, socket.SOCK_STREAM)).fileno()
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         door.bind(address)
+        door.listen()  # or another page could bind the port too, while this one loads
         taken = -1
         return door
     except (socket.gaierror, UnicodeError) as problem:

@@ -300,7 +300,7 @@ def refuse_differences(
 
 
 def _named(value: object, name: object) -> str:
-    """A fingerprint with the name that people know it by: ``clip-photo (1f2e3d4c5b6a…)``; the bare value without one."""
+    """A fingerprint with the name that people know it by: ``clip-photo (1f2e3d4c5b6a…)``; without one as it is."""
     return f"{name} ({str(value)[:12]}…)" if isinstance(name, str) else repr(value)
 
 

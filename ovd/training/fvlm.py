@@ -137,9 +137,7 @@ def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder, *, name:
     from ovd.regions.store import RegionStore
 
     image_ids = [photo.image_id for photo in photos.photos]
-    return RegionStore.open(
-        folder, encoder_fingerprint=encoder.fingerprint(), encoder_name=name, image_ids=image_ids
-    )
+    return RegionStore.open(folder, encoder_fingerprint=encoder.fingerprint(), encoder_name=name, image_ids=image_ids)
 
 
 def rows_of(config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]) -> Rows:

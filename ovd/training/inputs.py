@@ -122,6 +122,11 @@ def backbone_tensors(
 
     path = Path(spec)
     pixel_stats: PixelStats | None = None
+    if not path.exists():
+        raise UserError(
+            f"backbone_weights={spec}: no such file or folder; give a folder written by `wordbox pretrain` or by "
+            "`python -m pretrain.export … --to torchvision`, or a file with torchvision's names"
+        )
     if not path.is_dir():
         tensors = load_weights(path)[0]
         has_stem, groups = stem, not any(name.endswith("running_var") for name in tensors)

@@ -142,3 +142,8 @@ def test_vild_starts_from_the_proposal_detector_and_its_region_head_from_clip(tm
     with torch.no_grad():
         _, embedded = model.eval().roi_heads.region_head(visual.backbone.stages(pixels)["layer3"])
         torch.testing.assert_close(embedded, visual(pixels), rtol=1e-3, atol=1e-3)
+
+
+def test_weights_that_are_not_there_are_named_by_their_key() -> None:
+    with pytest.raises(UserError, match=r"backbone_weights=no/such: no such file or folder; give a folder written by"):
+        inputs.backbone_tensors("no/such", stem="torchvision", norms={})

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.engine.checkpoint import load_state, newest
-from pretrain.engine.errors import UserError
 from pretrain.losses import sinkhorn
 from pretrain.methods import swav as module
 from pretrain.methods.swav import SwAV
