@@ -29,6 +29,11 @@ def is_video(text: str) -> bool:
     return "://" in text or (text.isdecimal() and not Path(text).exists())
 
 
+def videos_in(folder: Path) -> list[Path]:
+    """Video files directly in a folder."""
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(EXTENSIONS) and path.is_file())
+
+
 def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
     """Run the command on videos; returns the exit status.
 

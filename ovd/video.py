@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ovd.detector import Detector
 from ovd.drawing import draw_detections
+from ovd.predict_video import WRITTEN
 from ovd.query import Query
 from ovd.tracking import WEAK, Tracked, Tracker, untracked
 from pretrain.engine.errors import UserError
@@ -240,6 +241,8 @@ def predict_video(
             (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"),
         )
     if not done:
+        for ending in WRITTEN:
+            (out / f"{source.name}{ending}").unlink(missing_ok=True)
         raise UserError(f"{source.name}: holds no frame that can be read")
     return done
 

@@ -171,8 +171,12 @@ class _Run:
             rank=self.rank,
             world_size=self.world,
         )
-        # What --check looks for shows in a few samples; whole batches of the papers take a CPU minutes and 26 GB.
-        self.samples = self.data.shrink(task.check_samples) if check and self.device.type == "cpu" else loop.batch_size
+        # What --check looks for shows in a few samples; whole batches of the papers take a CPU minutes and 26 GB, and
+        # fp16 is many times slower there than fp32.
+        self.samples, self.precision = loop.batch_size, loop.precision
+        if check and self.device.type == "cpu":
+            self.samples = self.data.shrink(task.check_samples)
+            self.precision = "fp32" if loop.precision == "fp16" else loop.precision
         self.task = task.to(self.device).train()
         self.model: Task | DistributedDataParallel = self.task
         self.untracked = task.untracked
@@ -182,7 +186,7 @@ class _Run:
         if self.untracked and rebuilt:
             self.inputs["frozen weights"] = checkpoint.digest(rebuilt)
         self.optimizer = build_optimizer(self.task.param_groups(optim), optim)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=loop.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.buffers = [b for name, b in self.task.named_buffers() if not name.startswith(self.untracked)]
         self.buffers_before = [torch.empty_like(b) for b in self.buffers]
         self.step = 0  # finished steps
@@ -308,9 +312,7 @@ class _Run:
             with ExitStack() as stack:
                 if isinstance(self.model, DistributedDataParallel) and number < len(parts) - 1:
                     stack.enter_context(self.model.no_sync())  # processes exchange gradients once per step
-                with torch.autocast(
-                    self.device.type, PRECISIONS[self.loop.precision], enabled=self.loop.precision != "fp32"
-                ):
+                with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
                     loss, metrics = self.model(to_device(part.batch, self.device))
                 self.scaler.scale(loss / len(parts)).backward()
             for name, value in {**metrics, "loss": loss}.items():

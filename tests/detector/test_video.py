@@ -151,6 +151,24 @@ def test_a_camera_runs_until_it_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
     assert times == sorted(times)
 
 
+def test_a_video_without_frames_is_refused_and_leaves_nothing(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Camera, "read", lambda self: (False, None))
+    monkeypatch.setattr(cv2, "VideoCapture", lambda name: Camera())
+    with pytest.raises(UserError, match="clip: holds no frame that can be read"):
+        run(clip, tmp_path / "out", track=False, draw=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_videos_in_a_folder_are_passed_over_aloud(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="holds no picture"):
+        predict.main([str(tmp_path), "--classes", "red", "--out", str(tmp_path / "out")])
+    assert f"1 videos passed over; they are run by name, as in wordbox predict {clip}" in capsys.readouterr().err
+
+
 def test_weak_boxes_prolong_a_track_and_are_nothing_without_one() -> None:
     pytest.importorskip("trackers")
     detector = make_detector(cache_size=0)
