@@ -63,7 +63,10 @@ class Source:
         if not camera and "://" not in text and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below, in one line
+        log = cv2.utils.logging
+        level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise; it tells two lines of a camera that is not there
         capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
+        log.setLogLevel(level)
         if not capture.isOpened():
             kind = f"camera {text}" if camera else text
             raise UserError(f"{kind}: cannot be opened as a video" + ("; is it connected, and free?" if camera else ""))

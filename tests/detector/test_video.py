@@ -169,6 +169,12 @@ def test_videos_in_a_folder_are_passed_over_aloud(
     assert f"1 videos passed over; they are run by name, as in wordbox predict {clip}" in capsys.readouterr().err
 
 
+def test_a_camera_that_is_not_there_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="camera 97: cannot be opened as a video; is it connected, and free"):
+        Source.open("97")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_weak_boxes_prolong_a_track_and_are_nothing_without_one() -> None:
     pytest.importorskip("trackers")
     detector = make_detector(cache_size=0)
