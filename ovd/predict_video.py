@@ -15,8 +15,6 @@ EXTENSIONS = (
     ".3gp", ".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
     ".wmv",
 )  # fmt: skip
-WRITTEN = (".jsonl", ".json", ".mp4")
-"""Endings of what is written of each video."""
 
 MOST_FRAMES = 0.9
 """Share of the frames that a file says it has, which some only estimate: fewer, and its end is missing."""
@@ -47,7 +45,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         if "://" not in text and not text.isdecimal() and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
     from ovd.tiles import TiledDetector
-    from ovd.video import Source, predict_video, progress
+    from ovd.video import WRITTEN, Source, predict_video, progress
 
     opened: list[Source] = []
     try:
@@ -56,7 +54,8 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         names = [source.name for source in opened]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two videos would be called {twice!r}; run them separately")
-        _require_room(options.out, names, [Path(text) for text in sources], overwrite=options.overwrite)
+        written = [options.out / f"{name}{ending}" for name in names for ending in WRITTEN]
+        _require_room(written, [Path(text) for text in sources], overwrite=options.overwrite)
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
         for notice in query.notices:
             print(f"warning: {notice}", file=sys.stderr)
@@ -90,13 +89,10 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
     return 0
 
 
-def _require_room(out: Path, names: Sequence[str], sources: Sequence[Path], *, overwrite: bool) -> None:
+def _require_room(written: Sequence[Path], sources: Sequence[Path], *, overwrite: bool) -> None:
     """Refuse to write over files that are there, and over the videos themselves whatever is asked for."""
-    for name in names:
-        for written in (out / f"{name}{ending}" for ending in WRITTEN):
-            if not written.exists():
-                continue
-            if any(source.is_file() and written.samefile(source) for source in sources):
-                raise UserError(f"{written}: is a video to be read, and would be written over. Give another --out")
-            if not overwrite:
-                raise UserError(f"{written}: is there already. Give another --out, or --overwrite to replace it")
+    for file in filter(Path.exists, written):
+        if any(source.is_file() and file.samefile(source) for source in sources):
+            raise UserError(f"{file}: is a video to be read, and would be written over. Give another --out")
+        if not overwrite:
+            raise UserError(f"{file}: is there already. Give another --out, or --overwrite to replace it")

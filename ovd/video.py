@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from ovd.detector import Detector
 from ovd.drawing import draw_detections
-from ovd.predict_video import WRITTEN
 from ovd.query import Query
 from ovd.tracking import WEAK, Tracked, Tracker, untracked
 from pretrain.engine.errors import UserError
@@ -31,6 +30,7 @@ from pretrain.engine.files import write_atomically
 
 TICKS = 90_000  # per second, MPEG's clock
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+WRITTEN = (".jsonl", ".json", ".mp4")  # endings of what is written of a video
 USUAL_RATE = 30.0  # frames per second of a source that does not say
 
 
