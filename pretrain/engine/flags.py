@@ -70,7 +70,7 @@ class CommandParser(argparse.ArgumentParser):
             if close and unknown_flag.startswith("--"):
                 message += f" - did you mean '--{close[0]}'?"
             elif not unknown_flag.startswith("-"):
-                message += ". One that has spaces or commas goes in quotes"
+                message += ". Values with spaces or commas go in quotes"
         if flag := re.fullmatch(r"argument (?:.*/)?(--[\w-]+): expected one argument", message):
             message += f"; one that begins with a minus is written {flag[1]}=-VALUE"
         raise UserError(f"{message}; see {self.prog} --help")
