@@ -14,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 from ovd import Detector
+from ovd.picture_files import PictureFiles
 from pretrain.engine.errors import run_cli
+from pretrain.engine.files import write_atomically
 
 PHOTOS = Path(__file__).resolve().parents[1] / "ovd/demo/examples/photos"
 
@@ -24,14 +26,15 @@ def main(argv: list[str]) -> int:
     folder = Path(argv[0]) if argv else PHOTOS
     words = argv[1] if len(argv) > 1 else "dog, horse, bird, car, chair"
     out = Path(argv[2]) if len(argv) > 2 else Path("results.json")
+    pictures = PictureFiles.collect([folder])
     detector = Detector.load("default", masks=False)
     detector.set_classes(words)
     results, counts = [], Counter[str]()
-    for image_id, picture in enumerate(sorted(folder.glob("*.jpg")), 1):
+    for image_id, picture in enumerate(pictures.paths.values(), 1):
         detections = detector.detect(picture)
         counts.update(detections.class_name)
         results += detections.to_coco(image_id=image_id)
-    out.write_text(json.dumps(results), encoding="utf-8")
+    write_atomically(out, json.dumps(results).encode())
     for name, count in counts.most_common():
         print(f"{name}: {count}")
     print(f"{len(results)} boxes in {out}")

@@ -9,14 +9,13 @@ The last two arguments name the base and the novel categories. Without arguments
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from ovd.data.splits import Split
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.report import table
-from pretrain.engine.errors import run_cli
+from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.files import read_json
 
 
 def toy() -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -35,9 +34,11 @@ def toy() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def main(argv: list[str]) -> int:
     """Print the table of `python -m ovd.evaluate`, then one value by its key."""
-    if argv:
-        truth, results = (json.loads(Path(path).read_text(encoding="utf-8")) for path in argv[:2])
-        base, novel = ([name.strip() for name in names.split(",")] for names in argv[2:4])
+    if len(argv) == 4:
+        truth, results = (read_json(path) for path in argv[:2])
+        base, novel = ([name.strip() for name in names.split(",")] for names in argv[2:])
+    elif argv:
+        raise UserError("give annotations, results, and the base and the novel names; or nothing, for the example")
     else:
         (truth, results), base, novel = toy(), ["dog"], ["zebra"]
     names = {category["id"]: category["name"] for category in truth["categories"]}

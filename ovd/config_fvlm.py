@@ -77,7 +77,7 @@ class PhotoDataConfig(Section):
     not_things: str | None = Field(
         None, description="JSON list of nouns, or lists by reason, that no box of one thing fits"
     )
-    part: str | None = Field(None, description="only images whose `split` in the files is this; null: all")
+    part: str | None = Field(None, description="only images whose `split` in the files is this; null or all: all")
     min_score: float = Field(0.08, ge=0, le=1, description="boxes with a lower `score` are background")
     leave_out: str | None = Field(
         None, description="JSON list of nouns: neither their photos nor their words are learned, to measure them"

@@ -73,7 +73,7 @@ class BoxDataConfig(Section):
     annotations: tuple[str, ...] = Field(
         ..., min_length=1, description="COCO annotation files, .json or .json.gz; of several, image ids must agree"
     )
-    part: str | None = Field(None, description="only images whose `split` in the files is this; null: all")
+    part: str | None = Field(None, description="only images whose `split` in the files is this; null or all: all")
     confident: float = Field(
         0.3, ge=0, le=1, description="boxes with a `score` from here on are objects; boxes without one always are"
     )

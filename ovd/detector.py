@@ -16,6 +16,7 @@ Shapes: R regions, C classes, E examples, D joint embedding.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -47,7 +48,7 @@ from ovd.runtime.choice import Runtime, load_networks
 from ovd.text import TextEmbedder, TextEncoder, cut_phrases
 from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
 from ovd.weights import ModelCard, detector_folder, read_model_card
-from pretrain.engine.errors import UserError, shorten
+from pretrain.engine.errors import UserError, ignore_old_torch_calls, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -172,9 +173,11 @@ class Detector:
                 text_cache=text_cache,
             )
         card = read_card(folder)
-        networks = load_networks(
-            folder, card, runtime=runtime, device=device, threads=threads, masks=masks, regions=regions or REGIONS
-        )
+        with warnings.catch_warnings():
+            ignore_old_torch_calls()
+            networks = load_networks(
+                folder, card, runtime=runtime, device=device, threads=threads, masks=masks, regions=regions or REGIONS
+            )
         apply_sides(networks.model, sides)
         if crop_refinement is None:
             crop_refinement = card.crop_refinement if second_look is None else second_look

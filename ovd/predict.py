@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from ovd.formats.names import FORMATS, parse_formats
 from ovd.picture_files import PictureFiles
-from ovd.predict_video import is_video, predict_videos
+from ovd.predict_video import is_video, predict_videos, videos_in
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import BadImageError, UserError, on_one_line, run_cli, shorten
 from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
@@ -128,6 +128,13 @@ def main(argv: list[str]) -> int:
         return predict_videos(options, videos)
     formats = parse_formats(options.format) if options.format is not None else ()
     examples = check_words(options)
+    for folder in filter(Path.is_dir, map(Path, options.pictures)):
+        if videos := videos_in(folder):
+            print(
+                f"warning: {folder}: {len(videos)} videos passed over; they are run by name, as in "
+                f"wordbox predict {videos[0]}",
+                file=sys.stderr,
+            )
     pictures = PictureFiles.collect([Path(text) for text in options.pictures], without=options.out)
     detector, query = load_query(options, examples, masks=options.masks)
     if options.tiles:
@@ -148,6 +155,8 @@ def main(argv: list[str]) -> int:
         from ovd.formats.predictions import write_predictions
 
         write_predictions(options.out, formats, pictures.paths)
+    written = ["results.json", *(["drawn/"] if options.draw else []), *(f"{name}/" for name in formats)]
+    print(f"in {options.out}: {', '.join(written)}")
     return 1 if failed else 0
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from ovd.query_flags import check_words, load_query
 from pretrain.engine.errors import UserError
 
-EXTENSIONS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv")
+EXTENSIONS = (
+    ".3gp", ".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
+    ".wmv",
+)  # fmt: skip
 
 MOST_FRAMES = 0.9
 """Share of the frames that a file says it has, which some only estimate: fewer, and its end is missing."""
@@ -22,6 +25,11 @@ def is_video(text: str) -> bool:
     if text.lower().endswith(EXTENSIONS):
         return not Path(text).is_dir()
     return "://" in text or (text.isdecimal() and not Path(text).exists())
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """Video files directly in a folder."""
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(EXTENSIONS) and path.is_file())
 
 
 def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
@@ -37,7 +45,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         if "://" not in text and not text.isdecimal() and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
     from ovd.tiles import TiledDetector
-    from ovd.video import Source, predict_video, progress
+    from ovd.video import WRITTEN, Source, predict_video, progress
 
     opened: list[Source] = []
     try:
@@ -46,10 +54,8 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         names = [source.name for source in opened]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two videos would be called {twice!r}; run them separately")
-        if not options.overwrite:
-            for name in names:
-                if (existing := options.out / f"{name}.jsonl").exists():
-                    raise UserError(f"{existing}: is there already. Give another --out, or --overwrite to replace it")
+        written = [options.out / f"{name}{ending}" for name in names for ending in WRITTEN]
+        _require_room(written, [Path(text) for text in sources], overwrite=options.overwrite)
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
         for notice in query.notices:
             print(f"warning: {notice}", file=sys.stderr)
@@ -81,3 +87,12 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         for source in opened:
             source.close()
     return 0
+
+
+def _require_room(written: Sequence[Path], sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse to write over files that are there, and over the videos themselves whatever is asked for."""
+    for file in filter(Path.exists, written):
+        if any(source.is_file() and file.samefile(source) for source in sources):
+            raise UserError(f"{file}: is a video to be read, and would be written over. Give another --out")
+        if not overwrite:
+            raise UserError(f"{file}: is there already. Give another --out, or --overwrite to replace it")

@@ -26,6 +26,7 @@ def add_query_flags(flags: CommandParser) -> None:
     words = flags.add_mutually_exclusive_group()
     words.add_argument(
         "--classes",
+        metavar="WORDS",
         help='class names, "dog, mug: cup, -poster": synonyms after a colon, a minus excludes; "everything": all '
         "known words",
     )

@@ -30,6 +30,7 @@ from pretrain.engine.files import write_atomically
 
 TICKS = 90_000  # per second, MPEG's clock
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+WRITTEN = (".jsonl", ".json", ".mp4")  # endings of what is written of a video
 USUAL_RATE = 30.0  # frames per second of a source that does not say
 
 
@@ -62,7 +63,10 @@ class Source:
         if not camera and "://" not in text and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below, in one line
+        log = cv2.utils.logging
+        level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise; it tells two lines of a camera that is not there
         capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
+        log.setLogLevel(level)
         if not capture.isOpened():
             kind = f"camera {text}" if camera else text
             raise UserError(f"{kind}: cannot be opened as a video" + ("; is it connected, and free?" if camera else ""))
@@ -234,6 +238,8 @@ def predict_video(
             out, source, tracks, frames=done, every=every, threshold=level, names=query.names, complete=complete
         )
     if not done:
+        for ending in WRITTEN:
+            (out / f"{source.name}{ending}").unlink(missing_ok=True)
         raise UserError(f"{source.name}: holds no frame that can be read")
     return done
 

@@ -259,6 +259,11 @@ def detector_folder(weights: str | Path) -> Path:
     if folder.is_dir():
         exported = folder / EXPORTED  # the folder of a whole run was given
         return exported if (exported / "model.json").is_file() and not (folder / "model.json").exists() else folder
+    if folder.name == EXPORTED and (folder.parent / "config.yaml").is_file():
+        raise UserError(
+            f"no detector at {weights}: the training in {folder.parent} has not ended; go on with it by --resume, or "
+            "look into its train.log"
+        )
     if isinstance(weights, Path) or "/" in str(weights):
         raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
     return weights_folder(str(weights))

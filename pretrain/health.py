@@ -229,7 +229,7 @@ class Monitored(Task):
         self.task = task
         self.probe, self.probe_every = probe, probe_every
         self.untracked = tuple(f"task.{prefix}" for prefix in task.untracked)
-        self.find_unused_parameters = task.find_unused_parameters
+        self.find_unused_parameters, self.check_samples = task.find_unused_parameters, task.check_samples
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # share of the run that is done
         self.register_buffer("best", torch.full((len(ALARMS),), -math.inf, dtype=torch.float64))
         self.register_buffer("ill_for", torch.zeros(len(ALARMS), dtype=torch.int64))  # measurements in a row

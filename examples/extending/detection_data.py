@@ -13,6 +13,8 @@ from pretrain.engine.errors import UserError, run_cli
 
 def convert(table: Path, images: Path) -> dict[str, Any]:
     """The content of an instances file; boxes are x, y, width, height."""
+    if not table.is_file():
+        raise UserError(f"{table}: no such file; give a CSV of file,x1,y1,x2,y2,name")
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = sorted({row["name"] for row in rows})

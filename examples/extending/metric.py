@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A metric of your own: the harmonic mean of base and novel AP50, beside the values of `ovd.evaluate`."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from ovd.data.splits import Split
 from ovd.evaluation.coco import Metrics, evaluate
 from ovd.evaluation.report import write
 from pretrain.engine.errors import run_cli
+from pretrain.engine.files import read_json
 
 
 def add_harmonic_mean(metrics: Metrics, *, kind: str = "bbox", name: str = "AP50") -> Metrics:
@@ -20,7 +20,7 @@ def add_harmonic_mean(metrics: Metrics, *, kind: str = "bbox", name: str = "AP50
 
 def main(argv: list[str]) -> int:
     """`python examples/extending/metric.py gt.json results.json ovcoco OUT` writes OUT/metrics.json."""
-    truth, results = (json.loads(Path(file).read_text(encoding="utf-8")) for file in argv[:2])
+    truth, results = (read_json(file) for file in argv[:2])
     names = {category["id"]: category["name"] for category in truth["categories"]}
     metrics = add_harmonic_mean(evaluate(truth, results, Split.load(argv[2], categories=names)))
     write(metrics, Path(argv[3]), command=sys.argv)

@@ -28,8 +28,8 @@ class JoinedImages:
     parts: dict[ImageId, str]
 
     def of_part(self, part: str | None) -> list[ImageId]:
-        """The images whose ``split`` is ``part``; None: all."""
-        return [i for i in self.files if part is None or self.parts.get(i) == part]
+        """The images whose ``split`` is ``part``; None or "all": all of them."""
+        return [i for i in self.files if part in (None, "all") or self.parts.get(i) == part]
 
 
 def join_images(truths: Sequence[GroundTruth]) -> JoinedImages:
@@ -73,7 +73,8 @@ def corners_of(boxes: Sequence[Sequence[float]]) -> NDArray[np.float32]:
 
 def no_such_part(part: str | None, parts: Iterable[str]) -> UserError:
     """The message about a part without images."""
-    return UserError(f"data.part {part}: no image has this split (there: {', '.join(sorted(set(parts))) or 'none'})")
+    there = ", ".join(sorted(set(parts))) or "none"
+    return UserError(f"data.part {part}: no image has this split (there: {there}); 'all' takes all pictures")
 
 
 def check_withheld(withheld: Collection[str], truths: Sequence[GroundTruth]) -> None:

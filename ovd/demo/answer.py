@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovd.colours import class_styles
+from ovd.demo.fair_semaphore import FairSemaphore
 from ovd.demo.model_manager import ModelManager
 from ovd.demo.pack import pack
 from ovd.demo.schema import Answer, AnsweredClass
@@ -103,7 +104,7 @@ class Answerer:
         self.seconds = INITIAL_SECONDS  # that one request occupies the model, at present
         self._previews: OrderedDict[str, str] = OrderedDict()
         self._previewing = threading.Lock()
-        self._decoded_slots = threading.Semaphore(MAX_DECODED)
+        self._decoded_slots = FairSemaphore(MAX_DECODED)
         # One thread each: first come, first served, and torch keeps the scratch memory of two threads only.
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._words = ThreadPoolExecutor(1, thread_name_prefix="words")

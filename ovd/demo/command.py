@@ -14,12 +14,12 @@ from ovd.demo.logs import configure
 from ovd.demo.memory import freeze_loaded, limit_heaps, without_compiler
 from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
 from ovd.query_flags import add_detector_flags, load_detector
-from pretrain.engine.flags import integer
+from pretrain.engine.flags import CommandParser, integer
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the command line."""
-    flags = argparse.ArgumentParser(prog="app.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flags = CommandParser("wordbox demo", __doc__, usage="wordbox demo [flags]")
     flags.add_argument(
         "--port", type=integer(0, 65535), default=7860, help="port to listen on, 0 for any free one (default 7860)"
     )

@@ -169,7 +169,9 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address: nobody can take the port between this check and the start.
+    """A socket that listens at the address: nobody can take the port between this check and the start.
+
+    A client that connects before the start waits.
 
     Args:
         host: name or address, IPv6 with or without brackets.
@@ -202,6 +204,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # or another page could bind the port too, while this one loads
     except BaseException:
         listener.close()
         raise

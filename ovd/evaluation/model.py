@@ -95,7 +95,9 @@ def run_model(options: Options, *, on_image: Callable[[int, int], None]) -> Mode
     gt = data.gt
     if gt is not None:
         assert data.folder is not None
-        results, proposals = run_images(gt, data.folder, predict, propose=propose, on_image=on_image)
+        results, proposals = run_images(
+            gt, data.folder, predict, propose=propose, on_image=on_image, where=str(options.data)
+        )
     else:
         assert data.scenes is not None
         gt, results, proposals = run_source(data.scenes, predict, propose=propose, on_image=on_image)

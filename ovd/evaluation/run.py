@@ -58,19 +58,21 @@ def run_images(
     *,
     propose: Predict | None = None,
     on_image: OnImage | None = None,
+    where: str = "the annotations",
 ) -> tuple[list[CocoResult] | None, list[CocoResult] | None]:
     """The model's results, and its proposals, on the pictures of a COCO file.
 
     Args:
         gt: ground truth; every image needs `file_name`, or LVIS's `coco_url`.
         folder: what `file_name` is relative to.
+        where: the file, for messages.
 
     Other arguments as `run_source`.
 
     Raises:
         UserError: an image without a file name, unreadable, or of another size than the file says.
     """
-    return _run(_Files(gt, folder), predict, propose, on_image)
+    return _run(_Files(gt, folder, where=where), predict, propose, on_image)
 
 
 def _run(
@@ -122,13 +124,13 @@ class _Scenes:
 class _Files:
     """The pictures of a COCO file; see `run_images`."""
 
-    def __init__(self, gt: CocoJson, folder: Path) -> None:
+    def __init__(self, gt: CocoJson, folder: Path, *, where: str) -> None:
         from pretrain.data.folder import require_files
 
         self.folder, self.sizes = folder, image_sizes(gt)
         self.names = [picture_file(entry, where=f"images[{n}]") for n, entry in enumerate(gt["images"])]
         self.ids: Sequence[ImageId] = [entry["id"] for entry in gt["images"]]
-        require_files(self.names, folder, where="the annotations")
+        require_files(self.names, folder, where=where)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -112,7 +112,7 @@ def choose_parts(parts: Iterable[str], part: str | None, prefer: Sequence[str], 
         requested = part if part in named else PART_NAMES.get(part.lower(), part)
         if requested not in named:
             listed = ", ".join(filter(None, named)) or "it has no parts"
-            raise UserError(f"{where}: no part {part!r} (there: {listed})")
+            raise UserError(f"{where}: no part {part!r} (there: {listed}); 'all' takes all pictures")
         return frozenset([requested])
     chosen = next((name for name in prefer if name in named), None)
     return frozenset(named) if chosen is None else frozenset([chosen])

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "ovd-regions/1"
+NOTED = {"encoder": "encoder", "proposals": "proposer"}  # keys that hold fingerprints -> where the notes name them
 
 
 class ImageSource(IdentifiedPictures, Protocol):
@@ -264,8 +265,16 @@ def sidecar(path: Path, shard: int) -> Sidecar | None:
     return cast(Sidecar, content) if complete else None
 
 
-def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, object]) -> None:
+def refuse_differences(
+    path: Path, manifest: Manifest, expected: Mapping[str, object], *, notes: Mapping[str, object]
+) -> None:
     """Compare a manifest with what the caller has; a wanted None is not compared.
+
+    Args:
+        path: folder of the store, for messages.
+        manifest: of the store.
+        expected: what the caller has, by key of the manifest.
+        notes: of the caller, like the manifest's: what people call the things that fingerprints stand for.
 
     Raises:
         UserError: naming every difference.
@@ -281,13 +290,18 @@ def refuse_differences(path: Path, manifest: Manifest, expected: Mapping[str, ob
                 if present.get(k) != v:
                     problems.append(f"{key}.{k}: it has {present.get(k)!r}, you have {v!r}")
         elif present != value:
-            problems.append(f"{key}: it has {present!r}, you have {value!r}")
+            note = NOTED.get(key, "")
+            had, have = _named(present, manifest.get("notes", {}).get(note)), _named(value, notes.get(note))
+            problems.append(f"{key}: it has {had}, you have {have}")
     if problems:
-        raise UserError(
-            f"{path}: this region store was made from something else:\n  "
-            + "\n  ".join(problems)
-            + "\n  Use what it was made from, or write a new store with `python -m ovd.embed` and another `out`."
-        )
+        remedy = "Use what it was made from, or write a new store with `python -m ovd.embed` and another `out`."
+        lines = [f"{path}: this region store was made from something else:", *problems, remedy]
+        raise UserError("\n  ".join(lines) if len(problems) > 1 else f"{lines[0]} {problems[0]}. {remedy}")
+
+
+def _named(value: object, name: object) -> str:
+    """A fingerprint with the name that people know it by: ``clip-photo (1f2e3d4c5b6a…)``; without one as it is."""
+    return f"{name} ({str(value)[:12]}…)" if isinstance(name, str) else repr(value)
 
 
 def as_json(value: Mapping[str, object]) -> dict[str, object]:

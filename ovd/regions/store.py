@@ -59,6 +59,7 @@ class RegionStore:
         root: str | os.PathLike[str],
         *,
         encoder_fingerprint: str | None = None,
+        encoder_name: str | None = None,
         proposals_fingerprint: str | None = None,
         source_fingerprint: str | None = None,
         settings: StoreSettings | Mapping[str, object] | None = None,
@@ -69,7 +70,8 @@ class RegionStore:
 
         Args:
             root: the folder.
-            encoder_fingerprint: see `require`, as for the four below.
+            encoder_fingerprint: see `require`, as for the five below.
+            encoder_name: see `require`.
             proposals_fingerprint: see `require`.
             source_fingerprint: see `require`.
             settings: see `require`.
@@ -84,6 +86,7 @@ class RegionStore:
         store = cls(path, manifest, read_ids(path, manifest))
         store.require(
             encoder_fingerprint=encoder_fingerprint,
+            encoder_name=encoder_name,
             proposals_fingerprint=proposals_fingerprint,
             source_fingerprint=source_fingerprint,
             settings=settings,
@@ -108,6 +111,7 @@ class RegionStore:
         self,
         *,
         encoder_fingerprint: str | None = None,
+        encoder_name: str | None = None,
         proposals_fingerprint: str | None = None,
         source_fingerprint: str | None = None,
         settings: StoreSettings | Mapping[str, object] | None = None,
@@ -117,6 +121,7 @@ class RegionStore:
 
         Args:
             encoder_fingerprint: of the image encoder.
+            encoder_name: what the caller calls it, for the message.
             proposals_fingerprint: of the proposal model.
             source_fingerprint: of the pictures.
             settings: expected settings; a mapping compares only its keys.
@@ -132,7 +137,7 @@ class RegionStore:
         }
         if settings is not None:
             expected["settings"] = as_json(asdict(settings) if isinstance(settings, StoreSettings) else dict(settings))
-        refuse_differences(self.root, self.manifest, expected)
+        refuse_differences(self.root, self.manifest, expected, notes={"encoder": encoder_name})
         missing = [image_id for image_id in image_ids or () if image_id not in self]
         if missing:
             raise UserError(

@@ -299,7 +299,8 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> Manifest:
         write_text_once(target, json.dumps(manifest, indent=1))
     present = read_manifest(path)
     compared = ("encoder", "dim", "proposals", "source", "settings", "images")
-    refuse_differences(path, present, {key: value for key, value in manifest.items() if key in compared})
+    expected = {key: value for key, value in manifest.items() if key in compared}
+    refuse_differences(path, present, expected, notes=identity.notes)
     read_ids(path, present)
     return present
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pretrain.nets.towers import JointEncoder
 
 INIT_SAMPLES = 32  # pictures whose features the projections are initialised from
+CHECK_HELD_OUT = 2  # held-out pictures that --check prepares; it measures nothing on them
 
 
 def for_check(config: DetrTrainConfig) -> DetrTrainConfig:
@@ -44,7 +45,7 @@ def for_check(config: DetrTrainConfig) -> DetrTrainConfig:
     checked = config.model_copy(update={"cache": None})
     if config.pretext is None:
         return checked
-    held_out = min(config.pretext.held_out_count, config.loop.batch_size)
+    held_out = min(config.pretext.held_out_count, CHECK_HELD_OUT)
     return checked.model_copy(update={"pretext": config.pretext.model_copy(update={"held_out_count": held_out})})
 
 

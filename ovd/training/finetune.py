@@ -186,6 +186,11 @@ def read_photos(config: FinetuneConfig) -> FinetunePhotos:
     from ovd.formats.read import read_labels
 
     data = config.data
+    if not Path(data.annotations).exists():
+        raise UserError(
+            f"data.annotations: {data.annotations}: no such file or folder; give a COCO .json, a YOLO data.yaml, or a "
+            "folder of Pascal VOC's XML files"
+        )
     labels = read_labels(
         data.annotations,
         kind=None if data.kind == "auto" else data.kind,

@@ -67,13 +67,13 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     for notice in photos.notices:
         print(notice)
     encoder = resolve_encoder(config.encoder)
+    store = None if config.regions is None else open_store(Path(config.regions), photos, encoder, name=config.encoder)
     import torch
 
     words = Vocabulary.of(photos.table.words, templates=TEMPLATE_SETS[config.templates])
     rows = torch.from_numpy(embed_vocabulary(words, encoder))
     proposals = detector_folder(config.proposals)
     model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder)
-    store = None if config.regions is None else open_store(Path(config.regions), photos, encoder)
     key = {"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}
     row = rows_of(config, model, photos, key=key)
     offline = None
@@ -122,8 +122,14 @@ def _digest(proposals: Path) -> str:
     return sha256_of(proposals / "model.safetensors") + sha256_of(proposals / "model.json")
 
 
-def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder) -> RegionStore:
+def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder, *, name: str) -> RegionStore:
     """The photos' offline regions.
+
+    Args:
+        folder: of the store.
+        photos: that are trained on.
+        encoder: of the training.
+        name: the encoder's, for messages.
 
     Raises:
         UserError: a store of another encoder, or one that lacks a photo.
@@ -131,7 +137,7 @@ def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder) -> Regio
     from ovd.regions.store import RegionStore
 
     image_ids = [photo.image_id for photo in photos.photos]
-    return RegionStore.open(folder, encoder_fingerprint=encoder.fingerprint(), image_ids=image_ids)
+    return RegionStore.open(folder, encoder_fingerprint=encoder.fingerprint(), encoder_name=name, image_ids=image_ids)
 
 
 def rows_of(config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]) -> Rows:

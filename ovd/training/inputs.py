@@ -189,8 +189,13 @@ def backbone_start(
         norms: see `backbone_tensors`.
 
     Raises:
-        UserError: see `backbone_tensors` and `library_start`.
+        UserError: no such weights; see also `backbone_tensors` and `library_start`.
     """
+    if spec is not None and not Path(spec).exists():
+        raise UserError(
+            f"backbone_weights={spec}: no such file or folder; give a folder written by `wordbox pretrain` or by "
+            "`python -m pretrain.export … --to torchvision`, or a file with the network's own names"
+        )
     if not network.is_resnet:
         return library_start(network, spec)
     statistics = PixelStats(encoder.image_mean, encoder.image_std)

@@ -187,6 +187,7 @@ def training_source(config: TrainConfig, images: LabelledImages, encoder: JointE
         # A store of other scenes would silently give every picture the regions of another.
         store.require(
             encoder_fingerprint=encoder.fingerprint(),
+            encoder_name=config.encoder,
             source_fingerprint=pictures,
             image_ids=images.image_ids if isinstance(images, CocoImages) else range(len(images)),
         )

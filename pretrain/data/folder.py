@@ -93,6 +93,8 @@ def read_image(
         raise
     except FileNotFoundError as error:
         raise BadImageError(name, "does not exist") from error
+    except IsADirectoryError as error:
+        raise BadImageError(name, "is a folder, no picture") from error
     except UnidentifiedImageError as error:  # whose own text shows the address of a buffer
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: it is none of them") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours

@@ -122,6 +122,15 @@ def out_of_memory(error: BaseException) -> str | None:
     )
 
 
+def ignore_old_torch_calls() -> None:
+    """No warnings that Detectron2 and its libraries call torch in ways that it advises against by now.
+
+    Nothing a user could change.
+    """
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="torch.meshgrid: ", category=UserWarning)
+
+
 def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> NoReturn:
     """Run a command's ``main`` and end the process with its exit status.
 
@@ -137,8 +146,7 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a Latin-1 terminal must not turn an error into a traceback
-    # Detectron2's libraries are compiled in a way that newer torch advises against: nothing a user could change.
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
+    ignore_old_torch_calls()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

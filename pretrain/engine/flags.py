@@ -67,7 +67,10 @@ class CommandParser(argparse.ArgumentParser):
         if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
             unknown_flag = unknown[1].split()[0].partition("=")[0]
             close = nearest(unknown_flag.lstrip("-"), [flag.lstrip("-") for flag in self.flags()], 1)
-            message += f" - did you mean '--{close[0]}'?" if close and unknown_flag.startswith("--") else ""
+            if close and unknown_flag.startswith("--"):
+                message += f" - did you mean '--{close[0]}'?"
+            elif not unknown_flag.startswith("-"):
+                message += ". Values with spaces or commas go in quotes"
         if flag := re.fullmatch(r"argument (?:.*/)?(--[\w-]+): expected one argument", message):
             message += f"; one that begins with a minus is written {flag[1]}=-VALUE"
         raise UserError(f"{message}; see {self.prog} --help")

@@ -41,6 +41,12 @@ def forecast(steps: int, seconds: float, size: int, out: Path) -> str:
     )
 
 
+def checked(loss: float, samples: int, batch_size: int) -> str:
+    """What ``--check`` says of a step with so many samples of a batch."""
+    line = f"check: two batches and one step, loss {loss:.4g}; nothing was written"
+    return line if samples == batch_size else f"{line}; checked with {samples} of {batch_size} samples (no GPU here)"
+
+
 def format_line(step: int, total: int, values: dict[str, float]) -> str:
     """One plain log line: the step, the metrics, then the times."""
     times = ("data_time", "step_time", "eta", "per_second")

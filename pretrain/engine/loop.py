@@ -32,7 +32,7 @@ from pretrain.engine.faults import (
     too_many_bad,
 )
 from pretrain.engine.identity import identity_of
-from pretrain.engine.log import RunLog, forecast
+from pretrain.engine.log import RunLog, checked, forecast
 from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
 from pretrain.engine.task import Task
@@ -171,6 +171,12 @@ class _Run:
             rank=self.rank,
             world_size=self.world,
         )
+        # What --check looks for shows in a few samples; whole batches of the papers take a CPU minutes and 26 GB, and
+        # fp16 is many times slower there than fp32.
+        self.samples, self.precision = loop.batch_size, loop.precision
+        if check and self.device.type == "cpu":
+            self.samples = self.data.shrink(task.check_samples)
+            self.precision = "fp32" if loop.precision == "fp16" else loop.precision
         self.task = task.to(self.device).train()
         self.model: Task | DistributedDataParallel = self.task
         self.untracked = task.untracked
@@ -180,7 +186,7 @@ class _Run:
         if self.untracked and rebuilt:
             self.inputs["frozen weights"] = checkpoint.digest(rebuilt)
         self.optimizer = build_optimizer(self.task.param_groups(optim), optim)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=loop.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.buffers = [b for name, b in self.task.named_buffers() if not name.startswith(self.untracked)]
         self.buffers_before = [torch.empty_like(b) for b in self.buffers]
         self.step = 0  # finished steps
@@ -239,9 +245,9 @@ class _Run:
             return FitReport(self.step, self.metrics, self.out)
         feed = batches(
             self.data,
-            first=self.step * self.loop.accumulate,
-            last=last * self.loop.accumulate,
-            workers=self.loop.workers,
+            first=self.step * self.data.passes,
+            last=last * self.data.passes,
+            workers=min(self.loop.workers, 2) if self.check else self.loop.workers,
             pin=self.device.type == "cuda",
         )
         with closing(feed), Watchdog(self.rank, active=self.world > 1) as watchdog:
@@ -267,7 +273,7 @@ class _Run:
                     self._report_bad_images(parts)
                 if self.check:
                     self._load(feed)
-                    self.log.info(f"check: two batches and one step, loss {values['loss']:.4g}; nothing was written")
+                    self.log.info(checked(values["loss"], self.samples, self.loop.batch_size))
                     return FitReport(self.step, values, self.out)
                 watchdog.at(self.step, "logging and saving")
                 self.log.advance(self.step)
@@ -288,7 +294,7 @@ class _Run:
             self.log.info(forecast(self.loop.steps - self.step, each, size * (self.loop.keep + 1), self.out))
 
     def _load(self, feed: Iterator[Fetched]) -> list[Fetched]:
-        parts = [next(feed) for _ in range(self.loop.accumulate)]
+        parts = [next(feed) for _ in range(self.data.passes)]
         for part in parts:
             if part.error is not None:
                 raise UserError(part.error)
@@ -306,9 +312,7 @@ class _Run:
             with ExitStack() as stack:
                 if isinstance(self.model, DistributedDataParallel) and number < len(parts) - 1:
                     stack.enter_context(self.model.no_sync())  # processes exchange gradients once per step
-                with torch.autocast(
-                    self.device.type, PRECISIONS[self.loop.precision], enabled=self.loop.precision != "fp32"
-                ):
+                with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
                     loss, metrics = self.model(to_device(part.batch, self.device))
                 self.scaler.scale(loss / len(parts)).backward()
             for name, value in {**metrics, "loss": loss}.items():
@@ -384,7 +388,7 @@ class _Run:
                 if index not in self.listed:
                     self.listed.add(index)
                     self.log.bad_image(index, path, reason)
-        drawn = self.step * self.loop.batch_size
+        drawn = self.step * self.samples
         if too_many_bad(self.bad_draws, drawn):
             raise UserError(
                 f"{self.bad_draws} of {drawn} images could not be read, more than 1 %; they are listed in "

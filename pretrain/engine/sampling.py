@@ -122,9 +122,18 @@ class Microbatches(Dataset[Fetched]):
             )
         self.source, self.seed = source, seed
         self.order = Order(length=len(source), seed=seed)
+        self.passes = accumulate
         self.part = batch_size // accumulate
         self.share = self.part // world_size
         self.rank = rank
+
+    def shrink(self, samples: int) -> int:
+        """Make steps of at most so many samples, or one per process; returns of how many."""
+        processes = self.part // self.share
+        self.passes = min(self.passes, max(1, samples // self.part))
+        self.share = max(1, min(self.part, samples) // processes)
+        self.part = self.share * processes
+        return self.part * self.passes
 
     def draws(self, number: int) -> list[int]:
         """The draws of micro-batch ``number`` in this process."""

@@ -21,10 +21,12 @@ class Task(nn.Module):
     Attributes:
         untracked: Prefixes of state that checkpoints leave out, because the caller rebuilds it (a frozen teacher).
         find_unused_parameters: For DistributedDataParallel: some parameters get no gradient in some steps.
+        check_samples: Samples that suffice for the step of ``--check``; where there is no GPU it takes no more.
     """
 
     untracked: tuple[str, ...] = ()
     find_unused_parameters: bool = False
+    check_samples: int = 16
 
     def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Scalar loss, and metrics by name."""

@@ -131,7 +131,7 @@ class MoCo(SelfSupervised[MoCoMethod]):
         """
         splits = checked_splits(config, batch_size)
         backbone = split_batch_norm(backbone, splits)
-        return cls(
+        method = cls(
             backbone=backbone,
             projector=cls.build_projector(config, width_of(backbone)),
             augment=augment,
@@ -141,6 +141,8 @@ class MoCo(SelfSupervised[MoCoMethod]):
             temperature=config.temperature,
             symmetric=config.symmetric,
         )
+        method.check_samples = splits * max(2, -(-cls.check_samples // splits))  # equal groups, as of the whole batch
+        return method
 
     @classmethod
     def head_memory(cls, config: MoCoMethod, width: int) -> HeadMemory:

@@ -96,7 +96,17 @@ class SwAV(SelfSupervised[SwavMethod]):
 
     @classmethod
     def from_config(cls, config: SwavMethod, *, backbone: nn.Module, augment: Augment, batch_size: int) -> Self:
-        """See `SelfSupervised.from_config`."""
+        """See `SelfSupervised.from_config`.
+
+        Raises:
+            UserError: More prototypes than samples.
+        """
+        assigned = batch_size + config.queue_length
+        if assigned < config.prototypes:
+            raise UserError(
+                f"method.prototypes: {config.prototypes} cannot be used alike by {assigned} samples (batch of one "
+                "pass over all processes, and queue); take fewer, or a larger loop.batch_size or method.queue_length"
+            )
         return cls(
             backbone=backbone,
             projector=cls.build_projector(config, width_of(backbone)),
@@ -125,12 +135,6 @@ class SwAV(SelfSupervised[SwavMethod]):
             batch: "views", V of (N, 3, S, S) uint8, those of one size next to each other, the big crops first.
         """
         crops = self.augmented(batch)
-        assigned = world_size() * len(crops[0]) + self.queue_length
-        if assigned < len(self.prototypes):
-            raise UserError(
-                f"method.prototypes: {len(self.prototypes)} cannot be used alike by {assigned} samples (batch of one "
-                "pass over all processes, and queue); take fewer, or a larger loop.batch_size or method.queue_length"
-            )
         features = [  # one pass per resolution
             self.backbone(torch.cat(list(same)))
             for _, same in itertools.groupby(crops, key=lambda crop: crop.shape[-1])

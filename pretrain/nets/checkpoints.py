@@ -118,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: no such file, one that would run code when opened, or one without a table of tensors.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint; a run is given by its folder (its out=), a download by its file")
     if path.suffix.lower() == ".safetensors" or is_safetensors(path):
         return load_weights(path)[0]
     refuse_lfs_pointer(path)

@@ -19,7 +19,7 @@ from pretrain.engine.flags import CommandParser, integer, share
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREEN = 42  # lines
-PRODUCT = sorted(set(COMMANDS) - {"demo"})  # the page's flags are app.py's
+PRODUCT = sorted(COMMANDS)
 
 
 def wordbox(*argv: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -135,6 +135,7 @@ def test_a_hidden_flag_is_read_and_shown_by_help_all_only(capsys: pytest.Capture
         (["--threshold", "nan"], "nan must be between 0 and 1"),
         (["--threshold", "-x"], "written --threshold=-VALUE; see wordbox thing --help"),
         (["--thresh", "1"], "unrecognized arguments: --thresh"),
+        (["dog", "cat"], r"unrecognized arguments: .*cat\. Values with spaces or commas go in quotes; see"),
     ],
 )
 def test_mistakes_in_flags_are_user_errors(argv: list[str], said: str) -> None:

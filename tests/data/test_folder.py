@@ -334,3 +334,8 @@ def test_too_many_missing_pictures_are_refused_with_the_first(tmp_path: Path, th
         UserError, match=rf"list\.json: {100 - there} of its 100 pictures .* such as .*/{there}\.png; is"
     ):
         require_files(names, tmp_path, where="list.json", allowed=allowed)
+
+
+def test_a_folder_given_as_a_picture_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match="is a folder, no picture$"):
+        read_image(tmp_path)

@@ -9,7 +9,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -297,6 +297,35 @@ def test_only_one_question_is_at_the_model_and_few_hold_their_pixels(
     traffic.go.set()
     answers = [one.result(20) for one in asked]
     assert traffic.begun.count("model") == 2 and sum(a["cached"] for a in answers) == 2
+
+
+def test_questions_are_answered_in_the_order_in_which_they_came(
+    answerer: Answerer, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_the_model, may_end = list[str](), threading.Semaphore(0)
+    run, asked = answerer._run, [f"thing{number}" for number in range(8)]
+
+    def one_at_a_time(*args: Any) -> Any:
+        at_the_model.append(args[2].names[0])
+        assert may_end.acquire(timeout=20)
+        return run(*args)
+
+    def until(reached: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not reached():
+            assert time.monotonic() < end, at_the_model
+            time.sleep(0.001)
+
+    monkeypatch.setattr(answerer, "_run", one_at_a_time)
+    model, slots = answerer._model._work_queue, answerer._decoded_slots
+    with ThreadPoolExecutor(len(asked)) as people:
+        for number, word in enumerate(asked, 1):
+            people.submit(answerer.answer, pictures["good"], word)
+            until(lambda: len(at_the_model) + model.qsize() + slots.waiting >= number)  # noqa: B023
+        for answered in range(1, len(asked) + 1):  # each step: one leaves, the next in the line gets to the model
+            may_end.release()
+            until(lambda: len(at_the_model) + model.qsize() >= min(len(asked), answered + MAX_DECODED))  # noqa: B023
+    assert at_the_model == asked
 
 
 def test_a_page_that_stops_says_so_to_those_who_wait(traffic: Traffic) -> None:

@@ -57,6 +57,26 @@ def test_results_are_coco_and_say_which_picture_and_class(photos: Path, tmp_path
     assert loaded.annToMask(rows[("a.png", "red")]).sum() == 2000
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [([], "results.json, drawn/"), (["--no-draw", "--format", "csv,yolo"], "results.json, csv/, yolo/")],
+)
+def test_the_last_line_says_where_the_results_are(
+    more: list[str],
+    told: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    detector = make_detector()
+    monkeypatch.setattr("ovd.predict.load_query", lambda *_, **__: (detector, detector.query("red")))
+    out = tmp_path / "out"
+    assert main([str(photos), "--classes", "red", "--out", str(out), *more]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"in {out}: {told}"
+    assert all((out / name).exists() for name in told.split(", "))
+
+
 def test_drawn_pictures_show_boxes_and_carry_no_metadata(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "out")
     drawn = tmp_path / "out" / "drawn"

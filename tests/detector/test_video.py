@@ -151,6 +151,30 @@ def test_a_camera_runs_until_it_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
     assert times == sorted(times)
 
 
+def test_a_video_without_frames_is_refused_and_leaves_nothing(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Camera, "read", lambda self: (False, None))
+    monkeypatch.setattr(cv2, "VideoCapture", lambda name: Camera())
+    with pytest.raises(UserError, match="clip: holds no frame that can be read"):
+        run(clip, tmp_path / "out", track=False, draw=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_videos_in_a_folder_are_passed_over_aloud(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="holds no picture"):
+        predict.main([str(tmp_path), "--classes", "red", "--out", str(tmp_path / "out")])
+    assert f"1 videos passed over; they are run by name, as in wordbox predict {clip}" in capsys.readouterr().err
+
+
+def test_a_camera_that_is_not_there_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="camera 97: cannot be opened as a video; is it connected, and free"):
+        Source.open("97")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_weak_boxes_prolong_a_track_and_are_nothing_without_one() -> None:
     pytest.importorskip("trackers")
     detector = make_detector(cache_size=0)
@@ -188,6 +212,35 @@ def test_the_command_takes_a_video_and_says_how_far_it_is(
     with pytest.raises(UserError, match=r"clip\.jsonl: is there already"):
         predict.main(arguments)
     assert predict.main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--no-draw", "--overwrite"]])
+def test_a_video_is_never_written_over_by_its_own_result(more: list[str], clip: Path) -> None:
+    own = clip.rename(clip.with_suffix(".mp4"))
+    before = own.read_bytes()
+    with pytest.raises(UserError, match=r"clip\.mp4: is a video to be read, and would be written over"):
+        predict.main([str(own), "--classes", "red", "--out", str(clip.parent), "--no-track", *more])
+    assert own.read_bytes() == before and [file.name for file in clip.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_somebody_elses_file_of_the_results_name_is_kept(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/clip.mp4").write_bytes(b"kept")
+    with pytest.raises(UserError, match=r"clip\.mp4: is there already"):
+        predict.main([str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track"])
+    assert (tmp_path / "out/clip.mp4").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("ending", [".mjpeg", ".MJPG"])
+def test_every_frame_of_a_motion_jpeg_is_looked_at(ending: str, tmp_path: Path) -> None:
+    """Its bytes begin as a JPEG picture's do: read as a picture it would be the first frame alone."""
+    file = tmp_path / f"clip{ending}"
+    frames = [cv2.imencode(".jpg", cv2.cvtColor(frame(n), cv2.COLOR_RGB2BGR))[1].tobytes() for n in range(6)]
+    file.write_bytes(b"".join(frames))
+    out = tmp_path / "out"
+    assert predict.main([str(file), "--classes", "red", "--out", str(out), "--no-track", "--no-draw"]) == 0
+    rows = [json.loads(line) for line in (out / "clip.jsonl").read_text().splitlines()]
+    assert {row["frame"] for row in rows if row["class"] == "red"} == set(range(6))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +297,10 @@ def test_a_folder_is_no_video_whatever_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a.mp4", True), ("A.MOV", True), ("0", True), ("rtsp://host/x", True), ("a.jpg", False), ("photos", False)],
+    [
+        *((name, True) for name in ("a.mp4", "A.MOV", "a.mjpeg", "A.MJPG", "0", "rtsp://host/x")),
+        *((name, False) for name in ("a.jpg", "photos")),
+    ],
 )
 def test_what_counts_as_a_video(text: str, expected: bool) -> None:
     assert is_video(text) is expected

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain.engine.errors import UserError
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
@@ -65,3 +67,32 @@ def test_results_are_evaluated_by_base_and_novel(capsys: pytest.CaptureFixture[s
     assert load("evaluate_results").main([]) == 0
     # IoU .5 passes the first of COCO's ten thresholds, so the zebra's AP is a tenth.
     assert "AP on novel categories: 0.100" in capsys.readouterr().out
+
+
+NUMBER = re.escape("could not convert string to float: 'a'")
+PHOTO = "ovd/demo/examples/photos/horses.jpg"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("find_words", ["gone.jpg", "dog"], "^gone.jpg: does not exist"),
+        ("find_words", ["ovd", "dog"], "^ovd: is a folder, no picture"),
+        ("classes_on_folder", ["gone/", "dog"], "^gone: no such file or folder"),
+        ("classes_on_folder", ["configs", "dog"], "^configs holds no picture"),
+        ("search_by_crop", ["gone/"], "^gone: no such file or folder"),
+        ("search_by_crop", ["examples/photos", "1"], "no such file or folder"),
+        ("search_by_crop", [str(Path(PHOTO).parent), PHOTO, "1", "2", "3"], "the four corners"),
+        ("search_by_crop", [str(Path(PHOTO).parent), PHOTO, "1", "2", "3", "a"], f"x1 y1 x2 y2 must be .*{NUMBER}"),
+        ("search_by_crop", [str(Path(PHOTO).parent), "gone.jpg", "1", "2", "30", "40"], "^gone.jpg: does not exist"),
+        ("evaluate_results", ["gt.json"], "give annotations, results, and"),
+        ("evaluate_results", ["gone.json", "r.json", "dog", "cat"], "^gone.json: no such file"),
+    ],
+)
+def test_mistakes_in_arguments_are_told_in_one_line(
+    script: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    with pytest.raises(UserError, match=said) as refused:
+        load(script).main(arguments)
+    assert "\n" not in str(refused.value)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,15 @@ from pydantic import Field
 
 from pretrain.engine.cli import Options, command_line
 from pretrain.engine.config import LoopConfig, OptimConfig, Section, config_hash, describe, load_config, undocumented
-from pretrain.engine.errors import BadImageError, ConfigError, UserError, did_you_mean, run_cli, shorten
+from pretrain.engine.errors import (
+    BadImageError,
+    ConfigError,
+    UserError,
+    did_you_mean,
+    ignore_old_torch_calls,
+    run_cli,
+    shorten,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -441,3 +450,13 @@ def test_other_errors_of_files_are_defects(error: OSError) -> None:
     with pytest.raises(OSError, match=re.escape(str(error))) as raised:
         run_cli(fails, [])
     assert raised.value is error
+
+
+def test_only_the_libraries_own_old_calls_of_torch_go_without_a_warning() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        ignore_old_torch_calls()
+        warnings.warn("`torch.jit.script` is deprecated. Please switch to", FutureWarning, stacklevel=1)
+        warnings.warn("torch.meshgrid: in an upcoming release, it will be required", UserWarning, stacklevel=1)
+        warnings.warn("weights are half of what they were", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in seen] == ["weights are half of what they were"]

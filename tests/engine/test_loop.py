@@ -22,6 +22,7 @@ from pretrain.engine.distributed import seed_everything
 from pretrain.engine.errors import UserError
 from pretrain.engine.log import RunLog, format_duration, rewind
 from pretrain.engine.loop import Stopped, with_counts
+from pretrain.engine.sampling import Microbatches
 from pretrain.engine.task import Task
 from tests.engine.toy import Everything, Mean, Numbers, content, differences, train
 
@@ -307,6 +308,31 @@ def test_check_makes_one_step_and_writes_nothing(tmp_path: Path, capsys: pytest.
     assert "check: two batches and one step, loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "taken"),
+    [(40, 1, 5), (40, 2, 5), (12, 6, 4), (4, 2, 4), (5, 1, 5)],  # passes of 2 stay what they are, of 20 and 40 shrink
+)
+def test_check__takes_few_samples_of_a_large_batch_without_a_gpu_and_says_so(
+    batch_size: int, accumulate: int, taken: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+    source = Numbers(100)
+    source.before = lambda index, draw: calls.append(draw)
+    task = Everything()
+    task.check_samples = 5
+    train(task, tmp_path / "run", source, check=True, batch_size=batch_size, accumulate=accumulate)
+    assert calls == list(range(2 * taken))
+    said = f"; checked with {taken} of {batch_size} samples (no GPU here)" if taken < batch_size else ""
+    assert capsys.readouterr().out.rstrip().endswith(f"nothing was written{said}")
+
+
+def test_check__a_batch_that_does_not_divide_is_refused_as_in_a_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"40 is not divisible by accumulate × processes = 1 × 3"):
+        Microbatches(Numbers(), seed=0, batch_size=40, accumulate=1, rank=0, world_size=3)
+    data = Microbatches(Numbers(), seed=0, batch_size=48, accumulate=2, rank=1, world_size=3)
+    assert data.shrink(10) == 9 and data.draws(1) == [12, 13, 14]  # three each, the middle ones of the second batch
+
+
 # --- the step
 
 
@@ -361,7 +387,8 @@ def test_precision_is_that_of_matrix_products(tmp_path: Path, precision: str, ex
             return out.float().pow(2).mean(), {}
 
     train(Product(), tmp_path / "run", precision=precision, steps=1)
-    assert seen == [expected]
+    train(Product(), tmp_path / "checked", precision=precision, check=True)  # fp16 takes a CPU minutes
+    assert seen == [expected, torch.float32 if precision == "fp16" else expected]
     assert load_weights(tmp_path / "run/last/model.safetensors")[0]["layer.weight"].dtype == torch.float32
 
 

@@ -265,6 +265,13 @@ def test_a_device_that_is_not_there_is_refused_before_anything_runs(monkeypatch:
         main(["--weights", "x", "--data", "stickers-val:3", "--device", "tpu"])
 
 
+def test_annotations_whose_pictures_are_elsewhere_are_named(
+    photos: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"^coco:a:b\.json: 2 of its 2 pictures are not there.*is .*empty the folder"):
+        run_images(photos[2], tmp_path / "empty", None, where="coco:a:b.json")
+
+
 def test_a_picture_of_another_size_than_annotated_is_refused(photos: tuple[Path, Path, dict[str, Any]]) -> None:
     folder, _, gt = photos
     gt["images"][1]["width"] = 120

@@ -67,7 +67,7 @@ def test_a_part_is_chosen_and_one_that_is_not_there_is_named(sets: dict[str, Pat
     section = {"kind": "yolo", "annotations": str(sets["yolo"]), "split": "all", "labels": "all"}
     with pytest.raises(UserError, match="has no annotation that split 'all'"):  # the picture of val shows nothing
         labelled_images(DataConfig.model_validate(section | {"part": "val"}))
-    with pytest.raises(UserError, match=r"no part 'test' \(there: train, val\)"):
+    with pytest.raises(UserError, match=r"no part 'test' \(there: train, val\); 'all' takes all"):
         labelled_images(DataConfig.model_validate(section | {"part": "test"}))
     with pytest.raises(ValidationError, match=r"data\.kind voc needs data\.annotations"):
         DataConfig.model_validate({"kind": "voc", "split": "all"})

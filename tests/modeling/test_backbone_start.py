@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.state import load_tensors
 from pretrain.export import export, read_source
 from pretrain.nets.backbones import build_backbone, save_backbone
+from pretrain.nets.towers import JointEncoder
 
 PIXELS = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -142,3 +144,13 @@ def test_vild_starts_from_the_proposal_detector_and_its_region_head_from_clip(tm
     with torch.no_grad():
         _, embedded = model.eval().roi_heads.region_head(visual.backbone.stages(pixels)["layer3"])
         torch.testing.assert_close(embedded, visual(pixels), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["model.backbone.stem=small", "model.backbone.name=timm:resnet18"])
+def test_weights_that_are_not_there_are_named_by_their_key(network: str) -> None:
+    config = load_config(
+        TrainConfig, Path(__file__).parents[2] / "configs/mask_rcnn.yaml", [network, "backbone_weights=no/such"]
+    )
+    encoder = cast(JointEncoder, SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3))
+    with pytest.raises(UserError, match=r"backbone_weights=no/such: no such file or folder; give a folder written by"):
+        inputs.backbone_start(config.model.backbone, config.backbone_weights, encoder, norms={})

@@ -286,6 +286,18 @@ def test_labels_in_yolo_form_are_read_and_checked(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.annotations: .*gone\.json: no such file or folder; give a COCO \.json"):
+        ovd_train.main([*arguments(tmp_path / "gone.json", tmp_path / "run"), "--check"])
+
+
+def test_a_training_that_has_not_ended_has_no_detector_yet(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("out: run\n")
+    with pytest.raises(UserError, match=r"no detector at .*: the training in .*run has not ended; go on .*--resume"):
+        Detector.load(tmp_path / "run" / "exported")
+
+
 def test_only_detectors_of_photographs_take_classes(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", THINGS)
     with pytest.raises(UserError, match="weights=vild-sticker: classes are added to a detector of photographs"):

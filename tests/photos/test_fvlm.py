@@ -243,6 +243,12 @@ def photos(trained: Path, **options: object) -> PhotoWords:
     return PhotoWords(**(defaults | options))  # type: ignore[arg-type]
 
 
+def test_all_parts_are_every_photo(trained: Path) -> None:
+    every = [photo.file.name for photo in photos(trained, part=None).photos]
+    assert [photo.file.name for photo in photos(trained, part="all").photos] == every
+    assert len(every) > len(photos(trained).photos)
+
+
 def test_photos_are_those_of_the_part_and_words_left_out_are_nowhere(trained: Path) -> None:
     assert [p.file.name for p in photos(trained).photos] == ["1.png", "2.png", "3.png", "4.png", "5.png"]
     without = photos(trained, leave_out=["saxophone"], withheld=["car"])
@@ -253,7 +259,10 @@ def test_photos_are_those_of_the_part_and_words_left_out_are_nowhere(trained: Pa
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"part": "test"}, r"no image has this split \(there: train, val\)"), ({"withheld": ["cars"]}, "mean 'car'")],
+    [
+        ({"part": "test"}, r"no image has this split \(there: train, val\); 'all' takes"),
+        ({"withheld": ["cars"]}, "mean 'car'"),
+    ],
 )
 def test_a_wrong_part_or_name_is_refused(trained: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

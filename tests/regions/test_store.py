@@ -188,6 +188,20 @@ def test_opening_with_something_else_is_refused_by_name(whole: Path, wanted: dic
         RegionStore.open(whole).require(**wanted)
 
 
+def test_the_store_of_another_encoder_is_refused_in_one_line_that_names_both(tmp_path: Path) -> None:
+    identity = identity_of(TinyEncoder(), NoisePictures(14))
+    write(tmp_path / "s", identity=replace(identity, notes={"encoder": "clip-a", "proposer": "runs/boxes"}))
+    with pytest.raises(UserError) as refused:
+        RegionStore.open(tmp_path / "s", encoder_fingerprint="f" * 64, encoder_name="runs/b/exported")
+    had, have = f"clip-a ({identity.encoder[:12]}…)", "runs/b/exported (ffffffffffff…)"
+    assert f"encoder: it has {had}, you have {have}. Use what" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    other = replace(identity, encoder="e" * 64, proposals="p", notes={"encoder": "clip-b", "proposer": "default"})
+    with pytest.raises(UserError, match="proposals: it has runs/boxes .* you have default") as refused:
+        write(tmp_path / "s", identity=other)
+    assert "clip-b (eeeeeeeeeeee…)" in str(refused.value)
+
+
 def test_opening_with_what_it_was_made_from_is_accepted(whole: Path) -> None:
     encoder, source = TinyEncoder(), NoisePictures(14)
     identity = identity_of(encoder, source)

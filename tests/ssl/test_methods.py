@@ -218,6 +218,8 @@ def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         built("moco_v2", queue=4)
     with pytest.raises(UserError, match=r"set method\.bn_splits=2"):
         built("moco_v2", bn_splits=3)
+    with pytest.raises(UserError, match=r"method\.prototypes: 21 cannot be used alike by 20 samples.*queue_length"):
+        built("swav", prototypes=21)
     with pytest.raises(UserError, match="batch norm needs two"):
         build_method(section("simclr"), batch_size=1, device=CPU)
     with pytest.raises(ValueError, match="two are compared, not 3"):
@@ -225,6 +227,12 @@ def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods_memory, "free_memory", lambda device: 1e6)
     with pytest.raises(UserError, match=r"\(8192, 8192, 8192\) need about 1\.\d GiB .* 0\.8 GiB for the correlation"):
         built("barlow_twins", dims=(8192, 8192, 8192))
+
+
+@pytest.mark.parametrize(("groups", "samples"), [(1, 16), (2, 16), (3, 18), (8, 16), (16, 32)])
+def test_moco__check_samples_make_equal_groups_of_two_or_more(groups: int, samples: int) -> None:
+    config = section("moco_v2", bn_splits=groups, queue=200)
+    assert build_method(config, batch_size=96, device=CPU).check_samples == samples
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.engine.checkpoint import load_state, newest
-from pretrain.engine.errors import UserError
 from pretrain.losses import sinkhorn
 from pretrain.methods import swav as module
 from pretrain.methods.swav import SwAV
@@ -189,12 +188,6 @@ def test_earlier_embeddings_are_scored_with_the_prototypes_of_now(monkeypatch: p
     queue, prototypes = task.queue.clone(), task.prototypes.detach().clone()
     steps(task, 1, first=1)
     torch.testing.assert_close(torch.stack(given[1]), queue @ prototypes.T)
-
-
-def test_more_prototypes_than_samples_are_refused_with_what_to_change() -> None:
-    with pytest.raises(UserError, match=r"20 cannot be used alike by 8 samples.*queue_length"):
-        swav(prototypes=20)(VIEWS.batch())
-    swav(prototypes=20, queue_length=12)(VIEWS.batch())
 
 
 def test_one_big_crop_is_refused() -> None:

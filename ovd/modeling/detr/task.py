@@ -15,6 +15,7 @@ class DetrTask(DetectionTask):
         pretrained_lr_scale: learning-rate factor of what started pretrained.
     """
 
+    check_samples = 2  # pictures of two sizes, padded
     find_unused_parameters = True  # the condition encoder, for one, has no gradient without conditions
 
     def __init__(self, *, model: Detr, pretrained_lr_scale: float) -> None:
