@@ -11,8 +11,8 @@ from types import TracebackType
 class FairSemaphore:
     """First come, first served; a context manager.
 
-    `threading.Semaphore` promises no order: a thread that asks just after a release can overtake one that has waited for
-    minutes. Here a release hands over to the thread that has waited longest.
+    `threading.Semaphore` promises no order: a thread that asks just after a release can overtake one that has waited
+    for minutes. Here a release hands over to the thread that has waited longest.
 
     Args:
         count: threads that hold it at a time.

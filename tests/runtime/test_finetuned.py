@@ -95,7 +95,7 @@ def test_own_classes_in_8_bits_are_those_of_single_precision(tuned: Path, tmp_pa
     for photo in PHOTOS[3:]:
         shutil.copy(photo, tmp_path)
     export(tuned, tuned / INT8_FOLDER, int8=True, photos=tmp_path)
-    for own in read_card(tuned).own:
+    for own in read_card(tuned).finetuned:
         exact, small = (tuned / folder / branch_graph(own) for folder in (EXPORT_FOLDER, INT8_FOLDER))
         assert small.stat().st_size < 0.75 * exact.stat().st_size
     one, other = (Detector.load(tuned, runtime=runtime) for runtime in RUNTIMES)
