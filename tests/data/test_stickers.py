@@ -187,7 +187,7 @@ def test_occlusion_is_exact() -> None:
     stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
     patch = render.Patch.of(np.full((20, 20, 4), 255, np.uint8))
     assert stage.place(patch, 10, 10) and stage.place(patch, 20, 10)  # the second covers half of the first
-    assert stage.seen[1] == 200 == stage.mask(1).sum() and stage.seen[2] == 400
+    assert stage.visible[1] == 200 == stage.mask(1).sum() and stage.visible[2] == 400
     assert render.extent(stage.mask(1)) == (10, 10, 30, 20)
 
 
@@ -197,7 +197,7 @@ def test_a_sticker_that_would_hide_another_is_not_laid() -> None:
     assert stage.place(patch, 10, 10)
     before = stage.canvas.copy()
     assert not stage.place(patch, 14, 10)  # 4 of 20 rows of the first would remain
-    assert np.array_equal(stage.canvas, before) and stage.seen[1:] == [400]
+    assert np.array_equal(stage.canvas, before) and stage.visible[1:] == [400]
 
 
 @pytest.mark.parametrize(("top", "fits"), [(-10, True), (-14, False), (-40, False), (70, False)])
@@ -205,7 +205,7 @@ def test_the_border_counts_as_occlusion(top: int, fits: bool) -> None:
     stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
     assert stage.place(render.Patch.of(np.full((20, 20, 4), 255, np.uint8)), top, 10) is fits
     if fits:
-        assert stage.seen[1] / stage.patch_pixels[1] == 0.5 and stage.truncated[1]
+        assert stage.visible[1] / stage.patch_pixels[1] == 0.5 and stage.truncated[1]
 
 
 def test_base_labels_drop_novel_objects_but_keep_every_pixel(stickers: Stickers) -> None:

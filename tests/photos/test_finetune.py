@@ -280,7 +280,7 @@ def test_another_class_can_be_added_and_one_learned_again(learned: Path, tmp_pat
 def test_labels_in_yolo_form_are_read_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = write_photos(tmp_path / "photos", THINGS)
     pictures = labelled_pictures(read_labels(labels, images=labels.parent / "images"))
-    write_labels(pictures, tmp_path / "yolo", "yolo", place="copy")
+    write_labels(pictures, tmp_path / "yolo", "yolo", picture_mode="copy")
     assert ovd_train.main([*arguments(tmp_path / "yolo/data.yaml", tmp_path / "run"), "--check"]) == 0
     assert "5 photos to learn from, 1 held out; classes: blob, tile" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

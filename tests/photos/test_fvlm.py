@@ -274,7 +274,9 @@ def test_photos_are_the_same_in_any_format(trained: Path, tmp_path: Path, form: 
     boxes, labels = trained / "boxes.json", trained / "labels.json"
     spec = f"coco:{trained / 'images'}:{boxes}"
     if form != "coco":
-        write_labels(labelled_pictures(read_labels(boxes, images=trained / "images")), tmp_path, form, place="copy")
+        write_labels(
+            labelled_pictures(read_labels(boxes, images=trained / "images")), tmp_path, form, picture_mode="copy"
+        )
         spec = str(tmp_path / "data.yaml" if form == "yolo" else tmp_path)
     expected, read = photos(trained, labels=None), photos_of(spec, labels=None, part="train")
     assert [p.file.name for p in read.photos] == [p.file.name for p in expected.photos]

@@ -135,7 +135,7 @@ def test_relatives_are_no_negatives() -> None:
     lexicon = Lexicon(meanings=meanings, nouns={}, imagenet=())
     from pretrain.data.photos import Words
 
-    words = Words(items=(), class_ids=(), classes=("dog", "pug", "cat"), lexicon=lexicon, left_out=frozenset({"hound"}))
+    words = Words(items=(), class_ids=(), classes=("dog", "pug", "cat"), lexicon=lexicon, excluded=frozenset({"hound"}))
     vocabulary, spared, captions = vocabulary_of(words)
     kept = [{vocabulary[i] for i in np.flatnonzero(row)} for row in spared]
     assert kept == [{"dog", "pug", "animal"}, {"pug", "dog", "animal"}, {"cat", "animal"}]
