@@ -183,6 +183,8 @@ class ClipMethod(Section):
             raise ValueError("start needs encoder.image of kind timm")
         if self.words is not None and not self.freeze_text:
             raise ValueError("words needs freeze_text: the vocabulary is embedded once")
+        if isinstance(self.encoder.image, TimmTower) and self.encoder.image.conse is not None and self.words is None:
+            raise ValueError("encoder.image.conse needs words, which gives it ImageNet's classifier; or set it to null")
         if self.words is not None and self.words.conse and self.start is None:
             raise ValueError("words.conse needs start, the network whose classes it asks; or set words.conse=0")
         if self.freeze_text and self.text_weights is None:

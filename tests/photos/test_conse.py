@@ -136,6 +136,7 @@ def test_training_stores_imagenets_classifier_and_trains_the_projection_alone(
     [
         ("method.start.frozen_stages=5", "frozen_stages=99"),
         ("method.words.conse=0", "words.conse above 0"),
+        ("method.words=null", "encoder.image.conse needs words"),
         ("method.encoder.image.conse.classes=900", "the network has 1000"),
         ("method.encoder.image.conse={top: 30, classes: 20}", "more than the 20 classes"),
     ],
