@@ -92,6 +92,8 @@ def run_model(options: Options, *, on_image: Callable[[int, int], None]) -> Mode
     data = read_data(options)
     record: Record = {"weights": str(options.weights), "data": options.data, "regions": options.regions}
     predict, propose = predictors(options, data, record)
+    if options.soft_nms is not None:
+        predict = _with_soft_nms(predict, options, record)
     gt = data.gt
     if gt is not None:
         assert data.folder is not None
@@ -189,7 +191,6 @@ def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[P
             predictor = as_vild_evaluates(predictor, options, data, record)
     if options.queries == "words":
         predictor = with_conditioned_queries(predictor, record)
-    predictor = _with_soft_nms(predictor, options, record)
     return predictor, predictor.propose if options.agnostic == "proposals" else None
 
 
@@ -201,16 +202,18 @@ def _with_encoder(options: Options, data: EvaluatedData, record: Record) -> tupl
         predictor = by_examples(detector, options, data, record)
     else:
         predictor = by_words(detector, options, data.split, record)
-    if isinstance(predictor, Predictor):
-        predictor = _with_soft_nms(predictor, options, record)
     proposals = options.agnostic == "proposals" and isinstance(predictor, Predictor)
     return predictor, proposals_of(detector.model, top=options.regions) if proposals else None
 
 
-def _with_soft_nms(predictor: Predictor, options: Options, record: Record) -> Predictor:
-    """The predictor with Soft-NMS, where that is wanted; notes it in the record."""
-    if options.soft_nms is None:
-        return predictor
+def _with_soft_nms(predictor: Predict | None, options: Options, record: Record) -> Predictor:
+    """The predictor with Soft-NMS; notes it in the record.
+
+    Raises:
+        UserError: it scores no regions by class.
+    """
+    if not isinstance(predictor, Predictor):
+        raise UserError(f"--soft-nms: {options.weights} scores no regions by words or crops; leave it out")
     record["soft_nms"] = options.soft_nms
     return replace(predictor, soft_nms=options.soft_nms)
 

@@ -17,6 +17,7 @@ from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluate import main
 from ovd.evaluation.coco import Metrics, evaluate
+from ovd.evaluation.model import _with_soft_nms
 from ovd.evaluation.options import DEFAULT_COUNT, DEFAULT_SEED, DataSpec, Options
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.run import run_images, run_source
@@ -212,6 +213,12 @@ def test_soft_nms_goes_without_what_has_its_own_nms(flags: list[str]) -> None:
     with pytest.raises(UserError, match="--soft-nms"):
         Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms", *flags])
     assert Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms"]).soft_nms == 0.5
+
+
+def test_soft_nms_of_a_detector_without_scored_regions_is_refused() -> None:
+    options = Options.parse(["--weights", "mine", "--data", "stickers-val", "--soft-nms"])
+    with pytest.raises(UserError, match="--soft-nms: mine scores no regions"):
+        _with_soft_nms(None, options, {})
 
 
 def test_words_of_a_vocabulary_file_must_name_categories() -> None:
