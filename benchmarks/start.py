@@ -91,7 +91,7 @@ def place(python: str) -> str | Path:
     return ROOT if python == sys.executable else tempfile.gettempdir()
 
 
-def said(values: Sequence[float]) -> str:
+def summary(values: Sequence[float]) -> str:
     """Median, least and most."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -113,11 +113,11 @@ def main() -> int:
     boxes = [first_boxes(options.python, options.runtime) for _ in range(options.rounds)]
     pages = [page(options.python, options.rest) for _ in range(options.rounds)]
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; median of {options.rounds} (least to most)")
-    print("first boxes: clock", said([b[0] for b in boxes]), "s; processor", said([b[1] for b in boxes]), "s")
+    print("first boxes: clock", summary([b[0] for b in boxes]), "s; processor", summary([b[1] for b in boxes]), "s")
     names = ("page to HTTP 200, by the clock, s", "of the processor, s", "memory at the start, MB",
              "at rest after two questions, MB", "of a core, %")  # fmt: skip
     for what, values in zip(names, zip(*pages, strict=True), strict=True):
-        print(f"{what}:", said(values))
+        print(f"{what}:", summary(values))
     return 0
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from ovd.formats.spec import LabelSpec
 from ovd.inference.postprocess import SOFT_NMS_SIGMA
 from ovd.query_flags import add_encoder_flag, add_sides_flag
 from pretrain.engine.errors import UserError
-from pretrain.engine.flags import CommandParser, integer
+from pretrain.engine.flags import CommandParser, above_zero, integer
 
 DEFAULT_COUNT = 500  # validation scenes
 DEFAULT_SEED = 0  # of the validation scenes that the tables are computed on; ovd.calibrate uses 1000 and 2000
@@ -126,21 +125,6 @@ class Options:
         return self.vocabulary in GROUPS
 
 
-def _above_zero(text: str) -> float:
-    """The number of a flag.
-
-    Raises:
-        ArgumentTypeError: it is none, or not a finite one above 0.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
-
-
 def _source(options: Options) -> tuple[str, str, str]:
     """The flag that says what is evaluated, the one that must come with it, and the one that must not."""
     if options.weights:
@@ -243,7 +227,7 @@ def _add_model_flags(add: Add) -> None:
         help=f"evaluate exactly as ViLD's release does: {VILD_REGIONS} regions, the {VILD_REGIONS} best of each class "
         "before NMS, embeddings averaged over the synonyms of an LVIS file, no crop refinement (slow)")  # fmt: skip
     add("--limit", type=integer(1), default=300, help="detections per image (default 300)")
-    add("--soft-nms", type=_above_zero, nargs="?", const=SOFT_NMS_SIGMA, metavar="SIGMA",
+    add("--soft-nms", type=above_zero, nargs="?", const=SOFT_NMS_SIGMA, metavar="SIGMA",
         help=f"Soft-NMS in place of NMS at IoU .5 (default sigma {SOFT_NMS_SIGMA}, the paper's)")  # fmt: skip
 
 

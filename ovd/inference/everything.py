@@ -70,7 +70,7 @@ class PromptFreeWords:
             level=MANY_THRESHOLD if len(names) > MANY else SHOWN_THRESHOLD,
         )
 
-    def one_name(self, score_RC: NDArray[np.float32], *, level: float = SHOWN_THRESHOLD) -> NDArray[np.float32]:
+    def one_name(self, score_RC: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores on one scale, where what is named *dog* is not named *beagle* too.
 
         A kind of a word that reaches the level itself is left out: names of kinds are guessed from fewer photos.
@@ -79,7 +79,7 @@ class PromptFreeWords:
         logit = logit - np.log1p(-np.clip(score_RC, 1e-7, 1 - 1e-7)) + self.shift
         shifted = (1 / (1 + np.exp(-logit))).astype(np.float32)
         general = np.flatnonzero(self.kind_of.any(axis=0))
-        sure = (score_RC[:, general] >= level).astype(np.float32)
+        sure = (score_RC[:, general] >= self.level).astype(np.float32)
         covered = sure @ self.kind_of[:, general].T.astype(np.float32) > 0
         return np.where(covered, np.float32(0), shifted)
 

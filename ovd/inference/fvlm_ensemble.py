@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, logit, sigmoid
-from ovd.inference.ensemble import BASE_NOVEL_WEIGHT, geometric_ensemble, text_exponents
+from ovd.inference.ensemble import geometric_ensemble, text_exponents
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 
 EPS = 1e-6
@@ -64,7 +64,7 @@ class EnsembleScorer:
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
 
-def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_], *, novel: float = 1 - BASE_NOVEL_WEIGHT) -> Floats:
+def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_], *, novel: float) -> Floats:
     """(C,) exponents of the head that learned words.
 
     Args:

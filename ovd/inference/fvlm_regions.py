@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
-from ovd.inference.ensemble import BASE_NOVEL_WEIGHT
 from ovd.inference.everything import PromptFreeWords, open_shift
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.finetuned_names import FinetunedNames
@@ -92,13 +91,6 @@ class FvlmRegionModel(RegionModel):
         """The words that were looked for in every photo of the training; it remembers their relations."""
         return WordList(words=self.card.classes, lexicon=self.training_words.lexicon)
 
-    @property
-    def _novel_exponent(self) -> float:
-        """`model.novel_exponent`; cards of earlier versions have none."""
-        exponent = self.card.model.get("novel_exponent", 1 - BASE_NOVEL_WEIGHT)
-        assert isinstance(exponent, int | float)
-        return float(exponent)
-
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
         return self.network.regions(image, top=self.top)
@@ -164,15 +156,16 @@ class FvlmRegionModel(RegionModel):
         rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
         if not self.proposal_words.words:
-            labelled = self._labelled.relations(phrases)
+            from ovd.config_fvlm import FvlmConfig
+
+            labelled, config = self._labelled.relations(phrases), self.card.architecture
+            assert isinstance(config, FvlmConfig)
             return EnsembleScorer(
                 rows=rows,
                 competitors=competitors,
                 rivals=rivals,
                 exponent=head_exponents(
-                    str(self.card.model.get("variant")),
-                    np.asarray(labelled.same_or_below.any(axis=1)),
-                    novel=self._novel_exponent,
+                    config.variant, np.asarray(labelled.same_or_below.any(axis=1)), novel=config.novel_exponent
                 ),
                 scale=self.network.scale,
                 calibration=self.calibration,

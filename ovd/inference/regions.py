@@ -93,7 +93,7 @@ class Regions:
             shown = scorer.shown(self.regions, level=level)
         else:  # no negatives beside
             one_class_per_region, cross_iou = True, OVERLAP
-            shown = Shown.of(naming.one_name(scorer(self.regions).score_RC, level=naming.level), level=level)
+            shown = Shown.of(naming.one_name(scorer(self.regions).score_RC), level=level)
         select = best_class_per_region if one_class_per_region else pairs_above
         candidates = select(shown.score_RS, threshold=level)
         candidates = replace(candidates, class_id=shown.classes[candidates.class_id])

@@ -7,6 +7,7 @@ A short ``--help``, all of it in ``--help-all``, and mistakes that are ``UserErr
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -107,6 +108,17 @@ def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
 
     read.__name__ = "integer"  # argparse names it in its message about what is no number
     return read
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
 
 
 def share(text: str) -> float:

@@ -89,22 +89,22 @@ class WordClip(Clip):
             targets = conse_targets(words.lexicon, encoder, levels=loss.conse_levels, decay=loss.conse_decay)
             self.register_buffer("target_KD", targets, persistent=False)
         if isinstance(encoder.visual.proj, ConseProjection):
-            self._start_conse(encoder.visual, encoder.visual.proj, classifier)
+            self._start_conse(encoder.visual, encoder.visual.proj)
 
-    def _start_conse(self, tower: TimmImage, projection: ConseProjection, classifier: nn.Module | None) -> None:
+    def _start_conse(self, tower: TimmImage, projection: ConseProjection) -> None:
         """Give the ensemble's fixed part ImageNet's classifier and its words.
 
         Raises:
             UserError: without a classifier, of other classes, or where the features that it reads are trained.
         """
-        if classifier is None or not self._teacher:
+        if not self._teacher:
             raise UserError("method.encoder.image.conse needs method.start and method.words.conse above 0")
         if tower.frozen_stages <= len(tower.stages):
             raise UserError(
                 "method.encoder.image.conse reads the features of the network as it is; "
                 "set method.start.frozen_stages=99"
             )
-        state = cast(nn.Linear, cast(Any, classifier).classifier).state_dict()
+        state = cast(nn.Linear, cast(Any, self._teacher[0]).classifier).state_dict()
         if state["weight"].shape != projection.classifier.weight.shape:
             raise UserError(f"method.encoder.image.conse.classes: the network has {len(state['weight'])}")
         projection.classifier.load_state_dict(state)

@@ -202,7 +202,7 @@ def test_scores_are_vilds_geometric_mean() -> None:
     scorer = EnsembleScorer(
         rows=np.eye(3, dtype=np.float32)[:2], competitors=np.eye(3, dtype=np.float32),
         rivals=~np.eye(3, dtype=bool)[:2],
-        exponent=head_exponents("fvlm", np.array([True, False])), scale=3.0,
+        exponent=head_exponents("fvlm", np.array([True, False]), novel=1 / 3), scale=3.0,
         calibration=Calibration(open_scale=2.0, open_objectness=0.5),
     )  # fmt: skip
     labelled, novel = scorer(regions)[0].tolist()
