@@ -11,6 +11,9 @@ from ovd.config import RunConfig
 from ovd.config_proposals import check_ranges
 from pretrain.engine.config import LoopConfig, OptimConfig, Section, check_warmup
 
+PACKAGED = "packaged"
+"""`data.negatives`: the photos that come with the package."""
+
 
 class FinetuneModelConfig(Section):
     """A branch for new classes, beside the detector that it is added to."""
@@ -54,9 +57,20 @@ class FinetuneDataConfig(Section):
     flip_vertical: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip: photos from above")
     colour: float = Field(0.2, ge=0, lt=1, description="largest change of each channel's brightness, as a share")
 
+    negatives: str | None = Field(
+        PACKAGED,
+        description="photos of other kinds, learned as background: a folder of photos without an object of the "
+        "classes; packaged: those of the page's examples, what may be one of the classes left out; null: none",
+    )
+    negative_share: float = Field(
+        0.25, ge=0, le=1, description="probability that a place of a mosaic, but for the first, shows one of them"
+    )
+
     @model_validator(mode="after")
     def _in_order(self) -> FinetuneDataConfig:
         check_ranges(doubtful=self.doubtful, confident=self.confident, scale=self.scale)
+        if self.negatives not in (None, PACKAGED) and not self.mosaic * self.negative_share:
+            raise ValueError("negatives are shown in mosaics: set mosaic and negative_share above 0, or negatives=null")
         return self
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import files_identity, text_identity
 
+if TYPE_CHECKING:
+    from ovd.data.negatives import NegativePhotos
+
+NEGATIVE_SCALE = (0.5, 4.0)
+"""Range of the factor on a negative's size: what it shows is seen from afar and from near."""
 MIN_VISIBLE = 0.25
 """Share of a box that a cut must leave for it to stay a label; less is neither object nor background."""
 SMALL = 8
@@ -280,6 +285,8 @@ class CanvasSource:
         flip, flip_vertical: probabilities.
         colour: largest change of each channel's brightness, as a share.
         seed: with the draw number it seeds each sample.
+        negatives: photos of other kinds; None: there are none.
+        negative_share: probability that a place of four, but for the first, shows one of them.
     """
 
     def __init__(
@@ -294,17 +301,21 @@ class CanvasSource:
         flip_vertical: float,
         colour: float,
         seed: int,
+        negatives: NegativePhotos | None = None,
+        negative_share: float = 0.0,
     ) -> None:
         self.photos, self.chosen, self.side, self.scale = photos, tuple(chosen), side, scale
         self.mosaic, self.flip, self.flip_vertical = mosaic, flip, flip_vertical
         self.colour, self.seed = colour, seed
+        self.negatives, self.negative_share = negatives, negative_share
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def identity(self) -> dict[str, str]:
         """Fingerprint of all photos, held-out ones too: they choose the weights."""
-        return self.photos.identity(range(len(self.photos)))
+        negatives = {} if self.negatives is None else self.negatives.identity()
+        return {**self.photos.identity(range(len(self.photos))), **negatives}
 
     def sample(self, index: int, draw: int) -> FinetuneSample:
         """A canvas with photo ``index`` in it; pure function of (index, draw).
@@ -317,27 +328,55 @@ class CanvasSource:
         if rng.random() < self.mosaic:
             half = self.side // 2
             others = rng.integers(len(self.chosen), size=3).tolist()
-            corners = [(0, 0), (half, 0), (0, half), (half, half)]
-            parts = [
-                self._paste(photo, canvas, x, y, half, rng)
-                for photo, (x, y) in zip([index, *others], corners, strict=True)
-            ]
+            parts = [self._paste_photo(index, canvas, 0, 0, half, rng)]
+            for photo, (x, y) in zip(others, [(half, 0), (0, half), (half, half)], strict=True):
+                if self.negatives is not None and rng.random() < self.negative_share:
+                    parts.append(self._paste_negative(self.negatives, canvas, x, y, half, rng))
+                else:
+                    parts.append(self._paste_photo(photo, canvas, x, y, half, rng))
         else:
-            parts = [self._paste(index, canvas, 0, 0, self.side, rng)]
+            parts = [self._paste_photo(index, canvas, 0, 0, self.side, rng)]
         return FinetuneSample(
             image=torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))),
             boxes=torch.from_numpy(np.concatenate([part.corners for part in parts])),
             classes=torch.from_numpy(np.concatenate([part.classes for part in parts])),
         )
 
-    def _paste(
+    def _paste_photo(
         self, index: int, canvas: NDArray[np.uint8], left: int, top: int, side: int, rng: np.random.Generator
     ) -> Boxes:
-        """Put a photo into a square of the canvas; its boxes there."""
+        """Put a labelled photo into a square of the canvas; its boxes there."""
         photo = self.chosen[index]
         image, labels = self.photos.image(photo), self.photos.boxes(photo)
+        return self._paste(image, labels, canvas, left, top, side, self.scale, rng)
+
+    def _paste_negative(
+        self,
+        negatives: NegativePhotos,
+        canvas: NDArray[np.uint8],
+        left: int,
+        top: int,
+        side: int,
+        rng: np.random.Generator,
+    ) -> Boxes:
+        """Put a photo of another kind into a square of the canvas; its doubtful boxes there."""
+        index = int(rng.integers(len(negatives)))
+        return self._paste(negatives.image(index), negatives.boxes(index), canvas, left, top, side, NEGATIVE_SCALE, rng)
+
+    def _paste(
+        self,
+        image: NDArray[np.uint8],
+        labels: Boxes,
+        canvas: NDArray[np.uint8],
+        left: int,
+        top: int,
+        side: int,
+        scale: tuple[float, float],
+        rng: np.random.Generator,
+    ) -> Boxes:
+        """Put a picture into a square of the canvas; its boxes there."""
         height, width = image.shape[:2]
-        factor = side / max(height, width) * float(np.exp(rng.uniform(*np.log(self.scale))))
+        factor = side / max(height, width) * float(np.exp(rng.uniform(*np.log(scale))))
         image = resized(image, factor)
         boxes = labels.corners * np.array([image.shape[1] / width, image.shape[0] / height] * 2, dtype=np.float32)
         height, width = image.shape[:2]

@@ -131,6 +131,7 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
     from ovd.modeling.proposals.build import read_card as read_proposals
     from ovd.modeling.proposals.build import start_model
     from ovd.modeling.proposals.classes import ClassBranch
+    from ovd.training.negatives import negatives_of
     from pretrain.engine.distributed import is_main, seed_everything
 
     seed_everything(config.loop.seed)
@@ -172,6 +173,8 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
             flip_vertical=data.flip_vertical,
             colour=data.colour,
             seed=config.loop.seed,
+            negatives=negatives_of(config.data, photos, chosen, detector=folder),
+            negative_share=data.negative_share,
         ),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
+from ovd.config_finetune import FinetuneDataConfig
+from ovd.data.negatives import PACKAGED_PHOTOS, NegativePhotos
 from ovd.data.own_photos import CanvasSource, FinetunePhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
@@ -24,6 +27,8 @@ from ovd.formats.write import write_labels
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.proposals.assign import assign, class_losses
+from ovd.training.negatives import negatives_of
+from ovd.weights import weights_folder
 from pretrain.data.coco import check_ground_truth
 from pretrain.engine.errors import UserError
 
@@ -193,6 +198,7 @@ def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
         competitors=np.eye(4, dtype=np.float32),
         rivals=np.zeros((3, 4), dtype=bool),
         hyponyms=np.array([[True], [False], [False]]),
+        related=np.array([[True], [False], [False]]),
         scale=4.0,
         calibration=Calibration(),
         finetuned=np.array([[True, False], [True, False], [False, True]]),
@@ -317,3 +323,78 @@ def test_scores_of_own_classes_are_fitted_to_other_photos(learned: Path, tmp_pat
     few = write_photos(tmp_path / "few", [["tile"]], seed=2)
     with pytest.raises(UserError, match="more photos are needed to fit anything. Nothing was changed"):
         calibrate.main(["--weights", str(tmp_path / "weights"), "--data", f"coco:{few.parent / 'images'}:{few}"])
+
+
+def test_negatives_stand_in_mosaics_without_labels(tmp_path: Path) -> None:
+    photos = own_photos(write_photos(tmp_path / "labelled", [["tile"]] * 3))
+    (tmp_path / "other").mkdir()
+    green = np.full((64, 64, 3), (0, 255, 0), np.uint8)
+    cv2.imwrite(str(tmp_path / "other/meadow.png"), green)
+    negatives = NegativePhotos.of_folder(tmp_path / "other", where="data.negatives")
+    source = canvases(photos, mosaic=1.0, negatives=negatives, negative_share=1.0)
+    for draw in range(4):
+        sample = source.sample(0, draw)
+        image = sample["image"].permute(1, 2, 0).numpy()
+        assert (image[4, 68] == green[0, 0]).all() and (image[68, 4] == green[0, 0]).all()
+        assert sample["classes"].tolist() == [0] and bool((sample["boxes"] <= 64).all())  # of the first place
+    never = canvases(photos, mosaic=1.0, negatives=negatives, negative_share=0.0)
+    assert not (never.sample(0, 0)["image"].permute(1, 2, 0).numpy() == green[0, 0]).all(axis=2).any()
+    assert source.identity() != canvases(photos).identity()
+
+
+def test_what_may_be_a_class_is_no_background_in_negatives(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((64, 64, 3), 90, np.uint8))
+    doubtful = {"a.png": np.array([[0, 0, 64, 64]], np.float32)}
+    negatives = NegativePhotos(folder=tmp_path, names=["a.png"], doubtful=doubtful)
+    photos = own_photos(write_photos(tmp_path / "labelled", [["tile"]]))
+    source = canvases(photos, mosaic=1.0, negatives=negatives, negative_share=1.0)
+    kinds = [number for draw in range(8) for number in source.sample(0, draw)["classes"].tolist()]
+    assert kinds.count(0) == 8 and -1 in kinds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negatives": "nowhere"}, "data.negatives: nowhere: no such folder"),
+        ({"negatives": "."}, ". holds no picture (.jpg"),
+    ],
+)
+def test_a_folder_of_negatives_that_holds_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = FinetuneDataConfig(annotations="labels.json", **options)
+    photos = own_photos(write_photos(tmp_path.parent / f"{tmp_path.name}_labelled", [["tile"]]))
+    with pytest.raises(UserError, match=re.escape(message)):
+        negatives_of(config, photos, [0], detector=tmp_path)
+
+
+def test_packaged_photos_are_no_background_where_they_may_show_a_class(tmp_path: Path) -> None:
+    """A class is recognised by its name, or by a labelled object where the name says nothing."""
+    detector = Detector.load("vild-photo", cache_size=0)
+    horse = detector.find(PACKAGED_PHOTOS / "horses.jpg", "horse").xyxy[0].tolist()
+    (tmp_path / "images").mkdir()
+    shutil.copyfile(PACKAGED_PHOTOS / "horses.jpg", tmp_path / "images/0.jpg")
+    height, width = cv2.imread(str(tmp_path / "images/0.jpg")).shape[:2]
+    box = [horse[0], horse[1], horse[2] - horse[0], horse[3] - horse[1]]
+    rest = {"area": 1.0, "iscrowd": 0, "image_id": 0}
+    gt = {
+        "images": [{"id": 0, "file_name": "0.jpg", "width": width, "height": height}],
+        "categories": [{"id": 1, "name": "Fury"}, {"id": 2, "name": "car"}],
+        "annotations": [
+            {"id": 1, "category_id": 1, "bbox": box, **rest},
+            {"id": 2, "category_id": 2, "bbox": [0.0, 0.0, 9.0, 9.0], **rest},  # too small to compare with
+        ],
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(gt))
+    config = FinetuneDataConfig(annotations="labels.json")
+    negatives = negatives_of(config, own_photos(tmp_path / "labels.json"), [0], detector=weights_folder("vild-photo"))
+    assert negatives is not None and len(negatives) == 8
+    found = {name for name, boxes in negatives.doubtful.items() if len(boxes)}
+    assert {"horses.jpg", "parked_cars.jpg"} <= found and not {"living_room.jpg", "coffee.jpg"} & found
+
+
+def test_negatives_need_a_mosaic() -> None:
+    with pytest.raises(ValueError, match="negatives are shown in mosaics"):
+        FinetuneDataConfig(annotations="labels.json", negatives="photos", mosaic=0.0)
+    assert FinetuneDataConfig(annotations="labels.json", mosaic=0.0).negatives == "packaged"

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photos of other kinds than the labelled ones, learned as background.
+
+A branch that saw blood cells alone finds them in living rooms, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovd.data.own_photos import Boxes
+from pretrain.data.folder import list_images, read_image
+from pretrain.engine.errors import UserError
+from pretrain.engine.identity import files_identity, text_identity
+
+PACKAGED_PHOTOS = Path(__file__).parents[1] / "demo/examples/photos"
+"""Photos of the page's examples: dogs, horses, chickens, cars, a living room, instruments, coffee, wine."""
+
+
+class NegativePhotos:
+    """Photos without an object of the classes, except for boxes that are neither object nor background.
+
+    Args:
+        folder: that the names are relative to.
+        names: of the photos.
+        doubtful: (T, 4) float32 x1, y1, x2, y2 of such boxes, pixels, by name.
+    """
+
+    def __init__(
+        self, *, folder: Path, names: Sequence[str], doubtful: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> None:
+        self.folder, self.names, self.doubtful = folder, tuple(names), doubtful or {}
+
+    @classmethod
+    def of_folder(cls, folder: Path, *, where: str) -> NegativePhotos:
+        """All pictures of a folder.
+
+        Args:
+            folder: searched with its folders.
+            where: the key that names it, for messages.
+
+        Raises:
+            UserError: there is no such folder, or no picture in it.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{where}: {folder}: no such folder of photos")
+        return cls(folder=folder, names=[file.relative_to(folder).as_posix() for file in list_images(folder)])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Photo ``index``, (H, W, 3) RGB.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        return read_image(self.folder / self.names[index])
+
+    def boxes(self, index: int) -> Boxes:
+        """Its doubtful boxes."""
+        corners = self.doubtful.get(self.names[index], np.zeros((0, 4), np.float32))
+        return Boxes(corners=corners, classes=np.full(len(corners), -1, np.int64))
+
+    def identity(self) -> dict[str, str]:
+        """Names and content of the photos, and what is left out of them."""
+        boxes = [(name, corners.tolist()) for name, corners in sorted(self.doubtful.items())]
+        return {**files_identity("negatives", self.folder, self.names), "doubtful": text_identity(boxes)}
