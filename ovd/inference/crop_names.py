@@ -188,11 +188,13 @@ class CropNames(RegionModel):
         spared = self.words.relations(understood).related
         rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
         rivals[:, : spared.shape[1]] = ~spared
+        relations = self.proposal_words.relations(understood)
         return CropScorer(
             rows=rows,
             competitors=competitors,
             rivals=rivals,
-            hyponyms=self.proposal_words.relations(understood).same_or_below,
+            hyponyms=relations.same_or_below,
+            related=relations.related,
             scale=self.calibration.open_scale,
             calibration=self.calibration,
         )

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, logit, sigmoid
 from ovd.inference.ensemble import geometric_ensemble, text_exponents
+from ovd.inference.open_words import EPS, best_unrelated, distinct_rows
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 
-EPS = 1e-6
 ALONE = frozenset(("text", "vild"))
 """Values of `model.variant` whose head of words has the only say."""
 
@@ -26,13 +26,17 @@ class EnsembleScorer:
     """The head's probability of a word and the image embedding's, in ViLD-ensemble's geometric mean.
 
     The first is that of the word and of a good box. The second is a softmax against all words that contradict the
-    class, times a power of objectness, which says whether it is a good box of anything.
+    class, times a power of objectness, which says whether it is a good box of anything. Of a class that no label named
+    the score falls where the head is sure of a word that contradicts it: labels teach a head the words that they name.
 
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
         rivals: (C, B) bool: competitors that contradict the class.
         exponent: (C,) of the head's probability; 1: it stands alone.
+        labelled_rows: (L, D) unit text embeddings of the words of the labels.
+        related: (C, L) bool: those that do not contradict the class.
+        is_labelled: (C,) bool: labels named the class, or a kind of it.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
     """
@@ -41,19 +45,28 @@ class EnsembleScorer:
     competitors: Floats
     rivals: NDArray[np.bool_]
     exponent: Floats
+    labelled_rows: Floats
+    related: NDArray[np.bool_]
+    is_labelled: NDArray[np.bool_]
     scale: float
     calibration: Calibration
 
     def select(self, columns: Sequence[int]) -> EnsembleScorer:
         """See `ovd.inference.scorers.Scorer`."""
         chosen = list(columns)
-        return replace(self, rows=self.rows[chosen], rivals=self.rivals[chosen], exponent=self.exponent[chosen])
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            rivals=self.rivals[chosen],
+            exponent=self.exponent[chosen],
+            related=self.related[chosen],
+            is_labelled=self.is_labelled[chosen],
+        )
 
     def __call__(self, regions: RegionSet) -> Floats:
         """See `ovd.inference.scorers.Scorer`."""
-        assert regions.bias is not None
         c = self.calibration
-        score_RC = sigmoid(self.scale * (regions.text @ self.rows.T) + regions.bias[:, None])
+        score_RC = self._head(regions, self.rows)
         if (self.exponent < 1).any():
             assert regions.image is not None
             image_RC = competitive_probabilities(
@@ -61,7 +74,16 @@ class EnsembleScorer:
             )
             image_RC *= regions.objectness.clip(0, 1)[:, None] ** c.open_objectness
             score_RC = geometric_ensemble(score_RC, image_RC, self.exponent)
+        novel = np.flatnonzero(~self.is_labelled)
+        if c.open_unknown and len(novel):
+            other_NR = best_unrelated(self._head(regions, self.labelled_rows), distinct_rows(self.related[novel]))
+            score_RC[:, novel] *= (1 - other_NR.T) ** c.open_unknown
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
+
+    def _head(self, regions: RegionSet, rows_CD: Floats) -> Floats:
+        """(R, C) probabilities of words by the head that learned them."""
+        assert regions.bias is not None
+        return sigmoid(self.scale * (regions.text @ rows_CD.T) + regions.bias[:, None])
 
 
 def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_], *, novel: float) -> Floats:

@@ -160,13 +160,15 @@ class FvlmRegionModel(RegionModel):
 
             labelled, config = self._labelled.relations(phrases), self.card.architecture
             assert isinstance(config, FvlmConfig)
+            is_labelled = np.asarray(labelled.same_or_below.any(axis=1))
             return EnsembleScorer(
                 rows=rows,
                 competitors=competitors,
                 rivals=rivals,
-                exponent=head_exponents(
-                    config.variant, np.asarray(labelled.same_or_below.any(axis=1)), novel=config.novel_exponent
-                ),
+                exponent=head_exponents(config.variant, is_labelled, novel=config.novel_exponent),
+                labelled_rows=self.background_words[: len(self.card.classes)],
+                related=labelled.related,
+                is_labelled=is_labelled,
                 scale=self.network.scale,
                 calibration=self.calibration,
             )
@@ -185,6 +187,7 @@ class FvlmRegionModel(RegionModel):
             competitors=competitors,
             rivals=rivals,
             hyponyms=relations.same_or_below,
+            related=relations.related,
             scale=self.network.scale,
             calibration=self.calibration,
             finetuned=finetuned_CO,
@@ -202,14 +205,16 @@ class WordScorer(ManyWordsScorer):
 
     A word that the proposal network scores gets the geometric mean of its score and the region head's; a hypernym gets
     the best of its hyponyms. Any other word gets the softmax of the image tower's own embedding against all words that
-    contradict it, times powers of objectness and area: the head learned the proposal network's words from many boxes
-    and the others from few photos, and is worse at these. Mixing the softmax into a hypernym's score cost precision.
+    contradict it, times powers of objectness, of area, and of the probability that the region is none of the proposal
+    network's words that contradict it: the head learned the proposal network's words from many boxes and the others
+    from few photos, and is worse at these. Mixing the softmax into a hypernym's score cost precision.
 
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
         rivals: (C, B) bool: competitors that contradict the class; synonyms and words above or below it do not.
         hyponyms: (C, K) bool: words of the proposal network that are the class or a kind of it.
+        related: (C, K) bool: those that do not contradict the class: also words above it.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
         finetuned: (C, O) bool: an object of the fine-tuned class is also one of the class; None: there are none.
@@ -220,6 +225,7 @@ class WordScorer(ManyWordsScorer):
     competitors: Floats
     rivals: NDArray[np.bool_]
     hyponyms: NDArray[np.bool_]
+    related: NDArray[np.bool_]
     scale: float
     calibration: Calibration
     finetuned: NDArray[np.bool_] | None = None
@@ -233,6 +239,7 @@ class WordScorer(ManyWordsScorer):
             rows=self.rows[chosen],
             rivals=self.rivals[chosen],
             hyponyms=self.hyponyms[chosen],
+            related=self.related[chosen],
             finetuned=None if self.finetuned is None else self.finetuned[chosen],
             finetuned_only=None if self.finetuned_only is None else self.finetuned_only[chosen],
         )
@@ -248,7 +255,7 @@ class WordScorer(ManyWordsScorer):
         return OpenWords(
             rows=self.rows,
             competitors=self.competitors,
-            rivals=Rivals.of(self.rivals),
+            rivals=Rivals.of(self.rivals, self.related),
             calibration=self.calibration,
         )
 

@@ -5,7 +5,8 @@ Every formula is that of `ovd.inference.scoring.competitive_probabilities` and o
 order: what many words share is computed once, words are taken in blocks, the logarithm and the exponential that undo
 each other are left out, and so is the sigmoid of words that no region shows.
 
-Shapes: R regions, C words, B competitors, G groups of words with the same rivals, D joint embedding.
+Shapes: R regions, C words, B competitors, K words of the proposal network, G groups of words that the same competitors
+and words of the proposal network contradict, D joint embedding.
 """
 
 from __future__ import annotations
@@ -38,23 +39,39 @@ TINY = np.float32(1e-30)
 
 @dataclass(frozen=True, kw_only=True)
 class Rivals:
-    """Which competitors count against which words.
+    """What counts against which words.
 
     Attributes:
         excluded: (G, B) bool: of each group, the competitors that do not contradict its words; the group that leaves
             out most comes first.
+        related: (G, K) bool: likewise, words of the proposal network.
         group: (C,) of each word.
     """
 
     excluded: NDArray[np.bool_]
+    related: NDArray[np.bool_]
     group: NDArray[np.int64]
 
     @classmethod
-    def of(cls, rivals: NDArray[np.bool_]) -> Rivals:
-        """From (C, B) bool, competitors that contradict each word: most of many words have one and the same."""
-        distinct = distinct_rows(~rivals)
-        order = np.argsort(-distinct.rows.sum(axis=1), kind="stable")
-        return cls(excluded=distinct.rows[order], group=np.argsort(order)[distinct.of])
+    def of(cls, rivals: NDArray[np.bool_], related: NDArray[np.bool_]) -> Rivals:
+        """Most of many words have the same.
+
+        Args:
+            rivals: (C, B) competitors that contradict each word.
+            related: (C, K) words of the proposal network that do not.
+        """
+        distinct = distinct_rows(np.concatenate([~rivals, related], axis=1))
+        excluded, related = distinct.rows[:, : rivals.shape[1]], distinct.rows[:, rivals.shape[1] :]
+        order = np.argsort(-excluded.sum(axis=1), kind="stable")
+        return cls(excluded=excluded[order], related=related[order], group=np.argsort(order)[distinct.of])
+
+    @cached_property
+    def _distinct_related(self) -> DistinctRows:
+        return distinct_rows(self.related)
+
+    def contradiction(self, word_scores_RK: Floats) -> Floats:
+        """(G, R) best of the proposal network's scores of words that contradict each group."""
+        return best_unrelated(word_scores_RK, self._distinct_related)
 
     @cached_property
     def _layers(self) -> list[NDArray[np.int64]]:
@@ -90,14 +107,14 @@ class Evidence(NamedTuple):
     Attributes:
         image_RD: image embeddings times the scale.
         against_R1: logarithm of the odds of all that speaks against a word of the commonest group.
-        nothing_R1: odds against a region being any whole thing.
-        ratio_GR: of each group's competitors to the commonest group's.
+        ratio_GR: what speaks against each group's words, as a multiple of the commonest group's.
+        nothing_GR: odds against a region being any whole thing that a word of the group may name.
     """
 
     image_RD: Floats
     against_R1: Floats
-    nothing_R1: Floats
     ratio_GR: Floats
+    nothing_GR: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +124,7 @@ class OpenWords:
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
-        rivals: which of them contradict which words.
+        rivals: which of them, and which words of the proposal network, contradict which words.
         calibration: its ``open_*`` values are used.
     """
 
@@ -169,36 +186,44 @@ class OpenWords:
         sum_GR = np.maximum(self.rivals.sums(words_BR), TINY)
         area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
         whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
-        whole_R = np.maximum(whole_R.astype(np.float32), TINY)
-        common_R = sum_GR[self._common].copy()
+        whole_GR = np.broadcast_to(whole_R.astype(np.float32), sum_GR.shape)
+        if c.open_unknown and regions.word_scores is not None:
+            whole_GR = whole_GR * (1 - self.rivals.contradiction(regions.word_scores)).clip(0, 1) ** c.open_unknown
+        whole_GR = np.maximum(whole_GR, TINY)
+        against_GR = np.divide(sum_GR, whole_GR, out=sum_GR)
+        common_R = against_GR[self._common].copy()
         return Evidence(
             image_RD=image_RD,
-            against_R1=(np.log(common_R) - np.log(whole_R) + shift_R)[:, None],
-            nothing_R1=(np.maximum(1 - whole_R, TINY) / whole_R)[:, None],
-            ratio_GR=np.divide(sum_GR, common_R, out=sum_GR),
+            against_R1=(np.log(common_R) + shift_R)[:, None],
+            ratio_GR=np.divide(against_GR, common_R, out=against_GR),
+            nothing_GR=np.maximum(1 - whole_GR, TINY) / whole_GR,
         )
 
     def _odds_against(self, regions: RegionSet) -> Iterator[tuple[NDArray[np.int64], Floats]]:
         """Words, and (R, their number) odds (1 − p) / p of probabilities before the sigmoid; the array is used again.
 
-        With p = w / (1 + s / e^word), where w says that a region is a whole thing and s is the sum over competitors,
-        the odds are (1 − w) / w + s / w / e^word.
+        With p = w / (1 + s / e^word), where w says that a region is a whole thing and none that contradicts the word,
+        and s is the sum over competitors, the odds are (1 − w) / w + s / w / e^word.
         """
-        image_RD, against_R1, nothing_R1, ratio_GR = self._evidence(regions)
+        image_RD, against_R1, ratio_GR, nothing_GR = self._evidence(regions)
+        nothing_R1 = nothing_GR[self._common][:, None]
         order, others = self._order
         step = max(1, BLOCK // max(1, len(regions)))
         block = np.empty((len(regions), min(step, len(order))), np.float32)
         for start in range(0, len(order), step):
             words = order[start : start + step]
             odds = np.matmul(image_RD, self._rows_DC[:, start : start + step], out=block[:, : len(words)])
-            ratio_RC = ratio_GR[self.rivals.group[words[: max(0, others - start)]]].T
+            group = self.rivals.group[words[: max(0, others - start)]]
+            ratio_RC, nothing_RC = ratio_GR[group].T, nothing_GR[group].T
             rows = max(1, CACHED // len(words))
             for first in range(0, len(odds), rows):  # while they are in the cache
                 some, of = odds[first : first + rows], slice(first, first + rows)
                 with np.errstate(over="ignore"):  # infinity is what is meant: the score is then 0
                     np.exp(np.subtract(against_R1[of], some, out=some), out=some)
-                some[:, : ratio_RC.shape[1]] *= ratio_RC[of]
-                np.add(some, nothing_R1[of], out=some)
+                other, common = some[:, : len(group)], some[:, len(group) :]
+                other *= ratio_RC[of]
+                other += nothing_RC[of]
+                common += nothing_R1[of]
             yield words, odds
 
     def _score(self, odds: Floats) -> Floats:
@@ -231,3 +256,14 @@ def distinct_rows(table_CK: NDArray[np.bool_]) -> DistinctRows:
     keys = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
     _, first, of = np.unique(keys, return_index=True, return_inverse=True)
     return DistinctRows(rows=table_CK[first], of=of.ravel())
+
+
+def best_unrelated(scores_RK: Floats, related: DistinctRows) -> Floats:
+    """(C, R) best score of a word that is not related to each class; 0 where all are.
+
+    Args:
+        scores_RK: 0…1.
+        related: (C, K) bool.
+    """
+    best = [scores_RK[:, ~row].max(axis=1, initial=0.0) for row in related.rows]
+    return np.asarray(best, np.float32)[related.of]

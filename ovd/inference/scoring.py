@@ -37,6 +37,8 @@ class Calibration:
         open_scale: inverse temperature of all other words, which are scored by the image tower's own embedding.
         open_objectness, open_area: exponents of the objectness and of the box's share of the picture, for these words:
             parts of a thing look like the thing.
+        open_unknown: exponent, for these words, of the probability that a region is none of the words that contradict
+            the word, of those that the proposal network or labels know.
         open_slope, open_offset: their sigmoid.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid. A detector of
@@ -54,6 +56,7 @@ class Calibration:
     open_scale: float = 15.0
     open_objectness: float = 1.0
     open_area: float = 0.25
+    open_unknown: float = 0.0
     open_slope: float = 1.0
     open_offset: float = 0.0
     example_logit_scale: float = 20.0

@@ -17,7 +17,14 @@ from ovd.inference.scoring import Calibration, RegionSet
 from tests.detector.fakes import COLOURS, make_detector, picture
 
 CALIBRATION = Calibration(
-    slope=1.7, offset=0.1, open_scale=15.0, open_objectness=0.8, open_area=0.25, open_slope=1.2, open_offset=3.9
+    slope=1.7,
+    offset=0.1,
+    open_scale=15.0,
+    open_objectness=0.8,
+    open_area=0.25,
+    open_unknown=0.7,
+    open_slope=1.2,
+    open_offset=3.9,
 )
 
 
@@ -55,6 +62,8 @@ def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float
     x1, y1, x2, y2 = (float(v) for v in seen.boxes[region])
     area = (x2 - x1) * (y2 - y1) / (seen.size[0] * seen.size[1])
     whole = float(seen.objectness[region]) ** c.open_objectness * area**c.open_area
+    known = zip(seen.word_scores[region], words.related[word], strict=True)
+    whole *= (1 - max((float(p) for p, related in known if not related), default=0.0)) ** c.open_unknown
     return squashed(c.open_slope, c.open_offset, mine / (mine + others) * whole)
 
 
@@ -62,11 +71,13 @@ def scorer(rng: np.random.Generator, count: int, dim: int = 16) -> WordScorer:
     rivals = rng.random((count, 12)) > 0.2
     rivals[::3] = True  # many have no synonym
     hyponyms = rng.random((count, 3)) > 0.9
+    related = hyponyms | (rng.random((count, 3)) > 0.7)
     return WordScorer(
         rows=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
         competitors=unit_rows(rng.normal(size=(12, dim)).astype(np.float32)),
         rivals=rivals,
         hyponyms=hyponyms,
+        related=related,
         scale=4.0,
         calibration=CALIBRATION,
     )
@@ -130,7 +141,9 @@ def test_a_synonym_that_outshines_all_others_leaves_their_digits(scale: float) -
     seen.boxes, seen.size = np.array([[0, 0, 10, 10]], np.float32), (10, 10)
     rivals = np.array([[False, True, True, True], [True, True, True, True], [False] * 4])
     plain = Calibration(open_scale=scale)
-    words = OpenWords(rows=rows[[1, 0, 1]], competitors=rows, rivals=Rivals.of(rivals), calibration=plain)
+    words = OpenWords(
+        rows=rows[[1, 0, 1]], competitors=rows, rivals=Rivals.of(rivals, np.zeros((3, 0), bool)), calibration=plain
+    )
     assert words(seen)[0, 0] == pytest.approx(1 / 4, rel=1e-5)  # against three others that are as far away
     assert words(seen)[0, 1] == pytest.approx(1 / 2, rel=1e-4)  # against itself
     assert words(seen)[0, 2] > 0.99  # against none

@@ -181,6 +181,7 @@ def scorer(hyponyms: list[list[bool]]) -> WordScorer:
         competitors=np.eye(4, dtype=np.float32),
         rivals=~np.eye(4, dtype=bool)[:count],
         hyponyms=np.array(hyponyms),
+        related=np.array(hyponyms),
         scale=4.0,
         calibration=Calibration(head_weight=0.25, open_scale=10.0),
     )

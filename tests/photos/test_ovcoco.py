@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -203,7 +204,8 @@ def test_scores_are_vilds_geometric_mean() -> None:
         rows=np.eye(3, dtype=np.float32)[:2], competitors=np.eye(3, dtype=np.float32),
         rivals=~np.eye(3, dtype=bool)[:2],
         exponent=head_exponents("fvlm", np.array([True, False]), novel=1 / 3), scale=3.0,
-        calibration=Calibration(open_scale=2.0, open_objectness=0.5),
+        labelled_rows=np.eye(3, dtype=np.float32)[:1], related=np.array([[True], [False]]),
+        is_labelled=np.array([True, False]), calibration=Calibration(open_scale=2.0, open_objectness=0.5),
     )  # fmt: skip
     labelled, novel = scorer(regions)[0].tolist()
     text = [1 / (1 + math.exp(2 - 3)), 1 / (1 + math.exp(2))]
@@ -211,3 +213,8 @@ def test_scores_are_vilds_geometric_mean() -> None:
     assert labelled == pytest.approx(text[0] ** (2 / 3) * image[0] ** (1 / 3), rel=1e-4)
     assert novel == pytest.approx(text[1] ** (1 / 3) * image[1] ** (2 / 3), rel=1e-4)
     assert scorer.select([1])(regions)[0].tolist() == pytest.approx([novel])
+    unknown = replace(scorer, calibration=replace(scorer.calibration, open_unknown=2.0))
+    expected = [labelled, novel * (1 - text[0]) ** 2]  # the head is sure of the labelled word, which contradicts it
+    assert unknown(regions)[0].tolist() == pytest.approx(expected, rel=1e-4)
+    related = replace(unknown, related=np.array([[True], [True]]))
+    assert related(regions)[0].tolist() == pytest.approx([labelled, novel], rel=1e-4)
