@@ -310,9 +310,9 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     require_boxes(photos, args.data)
     detector = load(args)
     typed = prepare(detector, photos)
-    figures, curve = measure(typed.half(1), fit(typed.half(0)))
-    fitted = fit(typed)
-    if fitted == fitted.with_examples(detector.model.calibration.of_examples()):
+    figures, curve = measure(typed.half(1), fit(typed.half(0))[0])
+    fitted, crops_fitted = fit(typed)
+    if not crops_fitted:
         print("warning: too few photos show the same words to fit the scores of crops; they stay", file=sys.stderr)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0

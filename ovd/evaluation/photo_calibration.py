@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,16 +31,10 @@ from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
 FLOOR = 0.02
-RAW_FLOOR = 1e-6  # of open words, before their sigmoid: a softmax against some 2,000 words
+RAW_FLOOR = 1e-12  # of open words, before their sigmoid
 LEAST = 20  # photos of either kind that a fit needs
 LEAST_RIGHT = 3  # boxes, and as many wrong ones
-RANKED = 150  # photos of either kind that the ranking is chosen by: it takes some thirty passes over them
-OPEN_SCALE = (3.0, 4.0, 6.0, 10.0, 15.0)
-OPEN_UNKNOWN = (0.0, 0.5, 1.0, 1.5)
-OPEN_OBJECTNESS = (0.5, 1.0, 1.5)
-OPEN_AREA = (0.0, 0.1, 0.2)
 FITTED = 5  # detections for each photo of one thing that a sigmoid is fitted to, the best of all
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +130,13 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
     )
 
 
-def fit(data: TypedPhotos) -> Calibration:
-    """How words rank that the proposal network does not know, slope and offset of both kinds, the default threshold.
+def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
+    """Slope and offset of the proposal network's words, of other words, then the default threshold.
 
-    Without photos of one thing the ranking and the sigmoid of such words stay as they are. The threshold is that of the
-    best F1, or a higher one from which an absent word is quiet in 95 % of the photos.
+    The threshold is that of the best F1, or a higher one from which an absent word is quiet in 95 % of the photos.
+
+    Returns:
+        (the calibration, whether the scores of crops could be fitted, too).
 
     Raises:
         UserError: labels that nothing can be fitted to.
@@ -152,13 +147,14 @@ def fit(data: TypedPhotos) -> Calibration:
     ranking = data.scorer.calibration.uncalibrated()
     fitted, outcome = fit_sigmoid(data.scenes, replace(data.scorer, calibration=ranking))
     require_both(outcome)
-    if len(data.named) >= LEAST:
-        if isinstance(data.scorer, WordScorer):
-            ranking = rank_open_words(data, data.scorer)
-        named = named_outcome(data.named, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
-        best = best_first(named.score, FITTED * len(data.named))
-        slope, offset = fit_platt(torch.from_numpy(named.score[best]), torch.from_numpy(named.correct[best]))
-        fitted = replace(ranking, slope=fitted.slope, offset=fitted.offset, open_slope=slope, open_offset=offset)
+    named_photos = unknown_to(data.scorer, data.named) if isinstance(data.scorer, WordScorer) else []
+    if isinstance(data.scorer, WordScorer) and len(named_photos) >= LEAST:
+        named = named_outcome(named_photos, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
+        best = best_first(named.score.astype(np.float32), FITTED * len(named_photos))
+        slope, offset = fit_platt(
+            torch.from_numpy(named.score[best]), torch.from_numpy(named.correct[best]), eps=RAW_FLOOR
+        )
+        fitted = replace(fitted, open_slope=slope, open_offset=offset)
     if min(fitted.slope, fitted.open_slope) <= 0:
         raise UserError(
             "--data: this detector's scores say nothing about these labels (the better a score, the less often it is "
@@ -166,33 +162,17 @@ def fit(data: TypedPhotos) -> Calibration:
         )
     fitted = with_threshold(data, replace(data.scorer, calibration=fitted))
     crops = fit_examples(data)
-    return fitted if crops is None else fitted.with_examples(crops)
+    return (fitted, False) if crops is None else (fitted.with_examples(crops), True)
 
 
-def rank_open_words(data: TypedPhotos, scorer: WordScorer) -> Calibration:
-    """Temperature and exponents of words that the proposal network does not know, uncalibrated.
-
-    Chosen by the mean of two average precisions: of the photos of one thing, and of the scenes with their words scored
-    as if the network did not know them. In photos of one thing the largest box is often right, in scenes it is not.
-    """
-    as_unknown = replace(scorer, hyponyms=np.zeros_like(scorer.hyponyms))
-    some_scenes, some_named = spread(data.scenes, RANKED), spread(data.named, RANKED)
-
-    def precision(calibration: Calibration) -> float:
-        candidate = replace(as_unknown, calibration=calibration)
-        scenes = run_typed(some_scenes, candidate, floor=RAW_FLOOR)
-        named = named_outcome(some_named, candidate, floor=RAW_FLOOR)
-        return (average_precision(scenes) + average_precision(named)) / 2
-
-    start = scorer.calibration.uncalibrated()
-    best = max((replace(start, open_scale=s, open_unknown=u) for s in OPEN_SCALE for u in OPEN_UNKNOWN), key=precision)
-    best = max((replace(best, open_objectness=value) for value in OPEN_OBJECTNESS), key=precision)
-    return max((replace(best, open_area=value) for value in OPEN_AREA), key=precision)
-
-
-def spread(photos: Sequence[T], count: int) -> list[T]:
-    """At most ``count`` photos, evenly spread over all."""
-    return [photos[i] for i in np.linspace(0, len(photos) - 1, min(count, len(photos))).round().astype(int).tolist()]
+def unknown_to(scorer: WordScorer, named: Sequence[NamedPhoto]) -> list[NamedPhoto]:
+    """The photos of one thing that the proposal network has no word for, with the absent words that it has none for."""
+    known = np.asarray(scorer.hyponyms.any(axis=1))
+    return [
+        replace(photo, absent=tuple(word for word in photo.absent if not known[word]))
+        for photo in named
+        if not known[photo.present]
+    ]
 
 
 def require_both(outcome: Outcome) -> None:

@@ -3,13 +3,14 @@
 
 Two kinds. In photos with boxes the words looked for everywhere are typed: what a label boxes is present, what nothing
 names is absent, and half of the absent words are the ones most easily taken for a present one. Photos of one named
-thing have no boxes for it: there a word is right when it names the photo's thing.
+thing have no boxes for it: there a word is right when it names the photo's thing, and half of the absent words, too,
+are those most easily taken for it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,11 +44,25 @@ def related(table: WordTable, word: int) -> frozenset[int]:
     return frozenset(table.implied[word]) | frozenset(table.below[word])
 
 
-def confusable(rows_CD: Floats, table: WordTable) -> list[list[int]]:
-    """For each word looked for everywhere the nearest others that are not related to it."""
-    cosines = rows_CD[: table.everywhere] @ rows_CD[: table.everywhere].T
-    order = np.argsort(-cosines, axis=1, kind="stable").tolist()
-    return [[w for w in near if w not in related(table, word)][:CONFUSABLE] for word, near in enumerate(order)]
+def confusable(rows_CD: Floats, table: WordTable, words: Sequence[int]) -> dict[int, list[int]]:
+    """For each of some words the nearest others of them that are not related to it."""
+    rows = rows_CD[list(words)]
+    order = np.argsort(-(rows @ rows.T), axis=1, kind="stable").tolist()
+    nearest = {word: [words[i] for i in near] for word, near in zip(words, order, strict=True)}
+    return {word: [w for w in near if w not in related(table, word)][:CONFUSABLE] for word, near in nearest.items()}
+
+
+def absent_words(alike: Sequence[int], others: Sequence[int], *, count: int, rng: np.random.Generator) -> list[int]:
+    """``count`` words that a photo does not show, half of them alike to what it shows, as far as there are any.
+
+    Args:
+        alike: words that are easily taken for what it shows.
+        others: all that it does not show.
+        count: how many.
+        rng: of this photo.
+    """
+    chosen: list[int] = rng.permutation(alike).tolist()[: count // 2]
+    return chosen + [w for w in rng.permutation(others).tolist() if w not in chosen][: count - len(chosen)]
 
 
 def labelled_words(photo: Photo, table: WordTable) -> tuple[int, ...]:
@@ -61,7 +76,7 @@ def typed_photo(
     regions: RegionSet,
     table: WordTable,
     *,
-    near: Sequence[Sequence[int]],
+    near: Mapping[int, Sequence[int]],
     absent: int,
     rng: np.random.Generator,
 ) -> TypedScene | None:
@@ -85,8 +100,7 @@ def typed_photo(
     }
     free = [w for w in range(table.everywhere) if w not in named]
     alike = list(dict.fromkeys(w for word in present for w in near[word] if w not in named))
-    chosen = rng.permutation(alike).tolist()[: absent // 2]
-    chosen += [w for w in rng.permutation(free).tolist() if w not in chosen][: absent - len(chosen)]
+    chosen = absent_words(alike, free, count=absent, rng=rng)
     typed = np.isin(photo.words, present)
     return TypedScene(
         regions=regions,
@@ -118,8 +132,9 @@ def typed_photos(
         limit: photos at most, drawn by the seed; None: all.
     """
     table = photos.table
-    near = confusable(rows_CD, table)
+    near = confusable(rows_CD, table, range(table.everywhere))
     nouns = sorted({photo.noun for photo in photos.photos if photo.noun is not None and photo.noun >= table.everywhere})
+    near_nouns = confusable(rows_CD, table, nouns)
     scenes, named = [], []
     chosen: Sequence[int] = range(len(photos.photos))
     if limit is not None and limit < len(chosen):
@@ -141,7 +156,7 @@ def typed_photos(
                 NamedPhoto(
                     regions=regions,
                     present=photo.noun,
-                    absent=tuple(int(w) for w in rng.permutation(others)[:absent]),
+                    absent=tuple(absent_words(near_nouns[photo.noun], others, count=absent, rng=rng)),
                 )
             )
     return scenes, named

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[float, float]:
+def fit_platt(raw: Tensor, correct: Tensor, *, eps: float = 1e-6, iterations: int = 50) -> tuple[float, float]:
     """Slope and offset of ``sigmoid(slope · logit(raw) + offset)`` by Newton's method on the log-likelihood.
 
     Args:
         raw: (N,) scores in [0, 1].
         correct: (N,) whether the detection was right: bool, or its probability.
+        eps: scores are kept so far from 0 and 1.
+        iterations: at most.
 
     Returns:
         (slope, offset); (1, 0) when all are right or all wrong, where the likelihood has no maximum.
@@ -22,7 +24,7 @@ def fit_platt(raw: Tensor, correct: Tensor, *, iterations: int = 50) -> tuple[fl
     target = correct.double()
     if len(raw) == 0 or target.min() == target.max():
         return 1.0, 0.0
-    x = torch.stack([torch.logit(raw.double(), eps=1e-6), torch.ones(len(raw), dtype=torch.float64)], dim=1)
+    x = torch.stack([torch.logit(raw.double(), eps=eps), torch.ones(len(raw), dtype=torch.float64)], dim=1)
     weight = torch.tensor([1.0, 0.0], dtype=torch.float64)
     ridge = 1e-4 * torch.eye(2, dtype=torch.float64)  # where right and wrong separate, the likelihood has no maximum
 

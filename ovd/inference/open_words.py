@@ -24,6 +24,8 @@ from ovd.inference.scorers import Shown
 from ovd.inference.scoring import Calibration, RegionSet
 
 EPS = 1e-6
+OPEN_EPS = 1e-12
+"""Products of several probabilities' powers are small numbers, and their order counts."""
 LAYERS = 64
 """Of a group's left-out competitors, as many are subtracted; the sum of a group with more is added up anew."""
 BLOCK = 1 << 21
@@ -227,8 +229,8 @@ class OpenWords:
             yield words, odds
 
     def _score(self, odds: Floats) -> Floats:
-        """``sigmoid(slope · logit(p) + offset)`` of odds (1 − p) / p; as everywhere, p keeps `EPS` from 0 and 1."""
-        logit = np.log(np.clip(odds, np.float32(EPS / (1 - EPS)), np.float32((1 - EPS) / EPS)))
+        """``sigmoid(slope · logit(p) + offset)`` of odds (1 − p) / p; p keeps `OPEN_EPS` from 0 and 1."""
+        logit = np.log(np.clip(odds, np.float32(OPEN_EPS), np.float32(1 / OPEN_EPS)))
         logit *= self.calibration.open_slope
         logit -= self.calibration.open_offset
         with np.errstate(over="ignore"):

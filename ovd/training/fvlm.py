@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovd.config_fvlm import FvlmTrainConfig, PhotoDataConfig
+from ovd.config_fvlm import FvlmConfig, FvlmTrainConfig, PhotoDataConfig
 from ovd.training.inputs import resolve_encoder
 from pretrain.engine.files import sha256_of
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ovd.data.photo_words import PhotoWords
     from ovd.data.pooled import PooledSource
+    from ovd.inference.scoring import Calibration
     from ovd.modeling.fvlm.network import FvlmDetector
     from ovd.modeling.task import DetectionTask
     from ovd.regions.store import RegionStore
@@ -238,12 +239,27 @@ def _padded(values: Tensor, count: int, dtype: type[np.floating[Any]]) -> NDArra
     return rows
 
 
+def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
+    """How words rank that neither the proposal network nor labels know, before anything is fitted.
+
+    Values from photos of `data.part: val` (docs/reports/photographs.md).
+
+    Args:
+        model: of the detector.
+        logit_scale: the encoder's inverse temperature.
+    """
+    from ovd.inference.scoring import Calibration
+
+    if model.known:
+        return Calibration(open_scale=1.6 * logit_scale, open_objectness=3.0, open_area=0.6, open_unknown=1.5)
+    return Calibration(open_scale=0.4 * logit_scale, open_objectness=1.5, open_unknown=2.0)
+
+
 def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
     """Write the trained head with its card and the proposal network; scores are uncalibrated."""
     import shutil
     from dataclasses import asdict
 
-    from ovd.inference.scoring import Calibration
     from ovd.modeling.export import DetectorCard, architecture_record, save_detector
     from ovd.modeling.fvlm.network import PROPOSALS
     from pretrain.engine.config import config_hash
@@ -261,7 +277,7 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         classes=table.words[: table.everywhere],
         novel=(),
         background_words=table.words,
-        calibration=asdict(Calibration(open_scale=float(parts.encoder.logit_scale.detach().exp()))),
+        calibration=asdict(start_calibration(config.model, float(parts.encoder.logit_scale.detach().exp()))),
         config_hash=config_hash(config),
         templates=config.templates,
     )
