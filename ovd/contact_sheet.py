@@ -83,7 +83,7 @@ def contact_sheet(labelled: LabelledPictures, *, title: str, threshold: float) -
     head = (
         f"<h1>{html.escape(title)}</h1>\n<p>{len(labelled.pictures)} pictures, "
         f"{sum(map(len, by_class.values()))} objects from a score of {threshold:.2f} on. In each class the doubtful "
-        f"come first: if they are wrong, ask again with a higher --threshold.</p>\n<nav>{links}</nav>"
+        f"come first: if they are wrong, run again with a higher --threshold.</p>\n<nav>{links}</nav>"
     )
     body = "\n".join(section.replace("<h2", f'<h2 id="c{i}"', 1) for i, section in enumerate(sections))
     return (

@@ -303,7 +303,7 @@ class Detector:
         """
         if self.examples is None:
             raise UserError(
-                "these weights cannot search by example: their encoder has no image tower. Ask with words, or load "
+                "these weights cannot search by example: their encoder has no image tower. Use words, or load "
                 "a detector that was trained against an image-text encoder"
             )
         return self.examples.embed(examples)

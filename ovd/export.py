@@ -90,7 +90,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
     if not (source / "model.safetensors").is_file():
         raise UserError(f"{source}: is an export itself; give the weights that it was made of")
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / CARD).is_file())):
-        raise UserError(f"--output {target}: holds something that is no export; give another folder")
+        raise UserError(f"--output {target}: is not an export; give another folder")
     without_torch = importlib.util.find_spec("torch") is None
     if without_torch and photos is not None:
         raise UserError(f"--calibrate-on needs torch: {NEEDS_TORCH}")

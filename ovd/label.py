@@ -136,11 +136,11 @@ def require_labels_folder(out: Path, settings: dict[str, object], *, overwrite: 
         ]
         if changed and not overwrite:
             raise UserError(
-                f"{out}: holds a data set of another command: {'; '.join(changed)}. Give another --out, or --overwrite "
+                f"{out}: has a data set of another command: {'; '.join(changed)}. Give another --out, or --overwrite "
                 "to replace it"
             )
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is not empty, and no data set of wordbox label. Give another --out")
+        raise UserError(f"{out}: is not empty, and was not written by wordbox label. Give another --out")
 
 
 def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:

@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
     for folder in filter(Path.is_dir, map(Path, options.pictures)):
         if videos := videos_in(folder):
             print(
-                f"warning: {folder}: {len(videos)} videos passed over; they are run by name, as in "
+                f"warning: {folder}: {len(videos)} videos skipped; give their paths to run them, as in "
                 f"wordbox predict {videos[0]}",
                 file=sys.stderr,
             )
@@ -283,7 +283,7 @@ def _claim_folder(out: Path, job: Mapping[str, object], names: Sequence[str], ov
         differences = _differences(read_json(stamp, hint="give another --out, or --overwrite"), job, names)
         if differences:
             raise UserError(
-                f"{out}: holds results of another command: {'; '.join(differences)}. "
+                f"{out}: has results of another command: {'; '.join(differences)}. "
                 "Give another --out, or --overwrite to replace them"
             )
     elif out.exists() and any(out.iterdir()) and not overwrite:

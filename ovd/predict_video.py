@@ -63,7 +63,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
             detector = TiledDetector(detector, side=options.tile_side)
         for source in opened:
             if source.live:
-                print(f"{source.name}: Ctrl-C ends it", flush=True)
+                print(f"{source.name}: Ctrl-C stops it", flush=True)
             done = predict_video(
                 detector=detector,
                 query=query,
@@ -79,7 +79,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
             if done < MOST_FRAMES * (source.frames or 0):
                 print(
                     f"warning: {source.name}: ends after {done} of the {source.frames} frames that it should "
-                    "have: it is cut off or damaged",
+                    "have: it is truncated or damaged",
                     file=sys.stderr,
                 )
             print(f"{source.name}: {done} frames, see {options.out / source.name}.jsonl", flush=True)
@@ -93,6 +93,6 @@ def _require_room(written: Sequence[Path], sources: Sequence[Path], *, overwrite
     """Refuse to write over files that are there, and over the videos themselves whatever is asked for."""
     for file in filter(Path.exists, written):
         if any(source.is_file() and file.samefile(source) for source in sources):
-            raise UserError(f"{file}: is a video to be read, and would be written over. Give another --out")
+            raise UserError(f"{file}: is an input video and would be overwritten. Give another --out")
         if not overwrite:
-            raise UserError(f"{file}: is there already. Give another --out, or --overwrite to replace it")
+            raise UserError(f"{file}: already exists. Give another --out, or --overwrite to replace it")

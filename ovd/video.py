@@ -130,7 +130,7 @@ class VideoWriter:
 
         height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2  # H.264 wants even sides
         if not height or not width:
-            raise UserError("a video of one pixel's height or width cannot be written: give --no-draw")
+            raise UserError("a video one pixel high or wide cannot be written: give --no-draw")
         if self._stream is None:
             self._stream = self._file.add_stream("libx264", rate=Fraction(self.rate).limit_denominator(1001))
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
@@ -240,7 +240,7 @@ def predict_video(
     if not done:
         for ending in WRITTEN:
             (out / f"{source.name}{ending}").unlink(missing_ok=True)
-        raise UserError(f"{source.name}: holds no frame that can be read")
+        raise UserError(f"{source.name}: contains no readable frame")
     return done
 
 

@@ -100,7 +100,7 @@ class FinetunePhotos:
         labelled = {category for labels in boxes.values() for _, category in labels}
         used = [category for category in truth.categories if category in labelled]
         if not used:
-            raise UserError(f"{truth.where}: no box to learn from (with a score, from {confident} on)")
+            raise UserError(f"{truth.where}: no box to train on (with a score of at least {confident})")
         self.names = tuple(cleaned(truth.categories[category]) for category in used)
         self._check_names([truth.categories[category] for category in used])
         number = {-1: -1, **{category: n for n, category in enumerate(used)}}
@@ -110,7 +110,7 @@ class FinetunePhotos:
         }
         unused = [name for category, name in truth.categories.items() if category not in labelled]
         if unused:
-            self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not learned")
+            self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not trained")
 
     def _usable(self) -> list[ImageId]:
         """The photos that can be opened and have the size that the labels say.
@@ -148,11 +148,11 @@ class FinetunePhotos:
         for name, category in zip(self.names, written, strict=True):
             if (other := keys.setdefault(name_key(name), category)) is not category:
                 raise UserError(
-                    f"{self.where}: classes {other!r} and {category!r} are one when typed; rename one of them"
+                    f"{self.where}: classes {other!r} and {category!r} are the same when typed; rename one of them"
                 )
             if not _can_be_typed(name):
                 self.notices.append(
-                    f"{self.where}: class {name!r} cannot be typed as it stands; better rename it, without commas, "
+                    f"{self.where}: class {name!r} cannot be typed as it is; rename it without commas, "
                     "colons, quotes or a minus in front, and not 'everything'"
                 )
 

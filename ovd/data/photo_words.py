@@ -221,7 +221,7 @@ class PhotoWords:
         self.photos = self._join(truths, folder, nouns, closed, part=part, min_score=min_score, withheld=withheld)
         if not self.photos:
             if part is None:
-                raise UserError(f"{truths[0].where}: no photo to look at")
+                raise UserError(f"{truths[0].where}: no photo to train on")
             raise no_such_part(part, (split for truth in truths for split in truth.parts.values()))
         files = [photo.file.relative_to(folder) for photo in self.photos]
         if missing := require_files(files, folder, where=truths[0].where, allowed=BAD_IMAGES_ALLOWED):

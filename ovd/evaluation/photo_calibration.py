@@ -106,7 +106,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
         UserError: the detector is not one of photographs.
     """
     if not isinstance(detector.model, FvlmRegionModel):
-        raise UserError("--data: these weights are no detector of photographs")
+        raise UserError("--data: these weights are not a detector of photographs")
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed)
@@ -165,7 +165,9 @@ def require_both(outcome: Outcome) -> None:
     if min(right, len(outcome.correct) - right) < LEAST_RIGHT:
         which = "wrong, so nothing can be fitted"
         if right < LEAST_RIGHT:
-            which = "right: a detector that does not find these classes learns them with --config photos/finetune.yaml"
+            which = (
+                "right: if the detector does not find these classes, train it on them: --config photos/finetune.yaml"
+            )
         text = f"--data: of the boxes found for the words of the labels fewer than {LEAST_RIGHT} are"
         raise UserError(f"{text} {which}. Nothing was changed")
 
@@ -178,7 +180,7 @@ def require_absent_words(data: TypedPhotos) -> None:
     """
     if not any([*(scene.absent for scene in data.scenes), *(photo.absent for photo in data.named)]):
         raise UserError(
-            "--data: no photo lacks a word of the labels, so nothing says which score an absent word stays below; take "
+            "--data: no photo lacks a word of the labels, so the scores of absent words cannot be measured; take "
             "photos of two unrelated classes at least. Nothing was changed"
         )
 

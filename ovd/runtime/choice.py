@@ -130,7 +130,7 @@ def _require_fresh(folder: Path, export: Path, card: DetectorCard) -> None:
         UserError: they are not those beside it.
     """
     if stale(folder, export, card.finetuned):
-        raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
+        raise UserError(f"{export}: was exported from other weights than those beside it; export them again")
 
 
 def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:

@@ -220,7 +220,7 @@ def resnet_tower(encoder: JointEncoder, spec: str, *, otherwise: str) -> ResNetI
 
     if not isinstance(encoder.visual, ResNetImage):
         raise UserError(
-            f"encoder {spec}: its image tower is no ResNet, so no backbone can start from it; set {otherwise}"
+            f"encoder {spec}: its image tower is not a ResNet, so no backbone can start from it; set {otherwise}"
         )
     return encoder.visual
 

@@ -376,7 +376,7 @@ class _Run:
         if self.skipped > MAX_SKIPPED or self.check:
             raise UserError(
                 f"{text}: {self.skipped} consecutive non-finite steps; none of them changed the weights. "
-                "Look at these samples (events.jsonl names those before), lower optim.lr, or set loop.clip_norm or "
+                "Look at these samples (events.jsonl lists the earlier ones), lower optim.lr, or set loop.clip_norm or "
                 "loop.precision=fp32"
             )
         self.log.warn(f"{text}: non-finite step skipped ({self.skipped} consecutive, at most {MAX_SKIPPED})")

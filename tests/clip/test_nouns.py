@@ -136,7 +136,7 @@ def test_pairs_survive_a_file(wordnet: WordNet, tmp_path: Path) -> None:
     assert [p.answers for p in load_pairs(tmp_path / "pairs.json", ["car", "dog"])] == [
         tuple(1 - a for a in p.answers) for p in pairs
     ]
-    with pytest.raises(UserError, match="'dog' is no key"):
+    with pytest.raises(UserError, match="'dog' is neither a key"):
         load_pairs(tmp_path / "pairs.json", ["car"])
     (tmp_path / "pairs.json").write_text("{")
     with pytest.raises(UserError, match="not a list of synonym pairs"):

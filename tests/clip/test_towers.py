@@ -309,5 +309,5 @@ def test_open_clip_weights_of_another_model_are_refused(tiny: tuple[Path, Any], 
     with pytest.raises(UserError, match="of another shape"):
         load_encoder(f"open_clip:{tmp_path / 'wider.json'}:{tiny[0] / 'tiny.safetensors'}")
     (tmp_path / "noise.pt").write_bytes(b"no weights at all")
-    with pytest.raises(UserError, match="cannot be read as weights only: it is no checkpoint"):
+    with pytest.raises(UserError, match="cannot be read as weights only: it is not a checkpoint"):
         load_encoder(f"open_clip:{tiny[0] / 'tiny.json'}:{tmp_path / 'noise.pt'}")

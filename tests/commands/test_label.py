@@ -130,7 +130,7 @@ def test_another_command_is_refused_and_replaces_all_when_told(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "images").mkdir()
-    with pytest.raises(UserError, match="no data set of wordbox label"):
+    with pytest.raises(UserError, match="was not written by wordbox label"):
         run(photos, mine, "--overwrite")
     assert (mine / "images").is_dir()
 

@@ -235,15 +235,15 @@ def test_formats_that_are_not_read_are_counted_and_an_output_folder_is_left_out(
         (tmp_path / name).write_bytes(b"x")
     listing = find_images(tmp_path, without=tmp_path / "results")
     assert [path.name for path in listing.paths] == ["a.jpg"]
-    assert str(listing).startswith("passed over: 2 .gif, 1 .jxl (read are .jpg")
+    assert str(listing).startswith("skipped: 2 .gif, 1 .jxl (read are .jpg")
     assert not str(find_images(tmp_path / "results"))
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(UserError, match=r"holds no picture .* passed over: 2 \.gif, 1 \.jxl"):
+    with pytest.raises(UserError, match=r"contains no picture .* skipped: 2 \.gif, 1 \.jxl"):
         find_images(tmp_path, without=tmp_path / "results")
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    for folder, message in ((tmp_path, "holds no picture"), (tmp_path / "none", "is not a folder")):
+    for folder, message in ((tmp_path, "contains no picture"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(UserError, match=message):
             list_images(folder)
 
@@ -287,7 +287,7 @@ def test_heic_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(BadImageError, match="HEIC needs the package pillow-heif: pip install pillow-heif"):
             read_image(source)
     if not HAS_HEIF:
-        with pytest.raises(UserError, match=r"passed over: 1 \.heic .* pip install pillow-heif"):
+        with pytest.raises(UserError, match=r"skipped: 1 \.heic .* pip install pillow-heif"):
             find_images(tmp_path)
 
 
@@ -337,5 +337,5 @@ def test_too_many_missing_pictures_are_refused_with_the_first(tmp_path: Path, th
 
 
 def test_a_folder_given_as_a_picture_is_called_one(tmp_path: Path) -> None:
-    with pytest.raises(BadImageError, match="is a folder, no picture$"):
+    with pytest.raises(BadImageError, match="is a folder, not a picture$"):
         read_image(tmp_path)

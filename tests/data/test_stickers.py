@@ -277,7 +277,7 @@ def test_an_extra_style_with_an_unknown_noun_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"extra_styles\.json"):
         Stickers.load(tmp_path, extra_styles=True)
     (tmp_path / "extra_styles.json").write_text('{"styles": {"pop": {"1F4A3": {"noun": "boom", "icon": "boom"}}}}')
-    with pytest.raises(UserError, match=r"pop/1F4A3 is a 'boom', which is no class"):
+    with pytest.raises(UserError, match=r"pop/1F4A3 is a 'boom', which is not a class"):
         Stickers.load(tmp_path, extra_styles=True)
 
 
@@ -322,7 +322,7 @@ def test_any_folder_of_photos_serves_as_backgrounds(stickers: Stickers, tmp_path
 
 def test_an_empty_folder_of_photos_is_refused(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="contains no picture"):
         source(stickers, backgrounds=tmp_path)
 
 

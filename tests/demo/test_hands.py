@@ -29,7 +29,7 @@ def tab(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterato
 
 
 def past(tab: Tab, count: int) -> list[str]:
-    """Words of the questions asked in this tab, when there are so many; the last one first."""
+    """Words of the history, once it has this many entries; the last one first."""
     tab.page.locator(".ovd-past li").nth(count - 1).wait_for()
     return [text.strip() for text in tab.page.locator(".ovd-past .words").all_inner_texts()]
 
@@ -40,7 +40,7 @@ def test_what_is_in_this_picture_needs_no_words(tab: Tab, pictures: dict[str, Pa
     tab.page.locator("#ovd-everything").click()
     tab.page.locator(".ovd-result:not([hidden])").wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
-    assert tab.page.locator(".ovd-missing li").count() == 0  # "unicorn" is among its words, and nobody asked for it
+    assert tab.page.locator(".ovd-missing li").count() == 0  # "unicorn" is among its words, but was not typed
 
 
 def test_questions_of_this_tab_come_back_with_words_and_picture(tab: Tab, pictures: dict[str, Path]) -> None:
@@ -83,12 +83,12 @@ def test_a_link_asks_again_about_an_example(tab: Tab, server: Server) -> None:
 def test_a_link_has_no_picture_of_a_persons_own_and_says_so(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["green"], "red, <b>x</b>")
     tab.page.locator(".ovd-link").click()
-    tab.page.locator(".ovd-said", has_text="Your picture is not in it").wait_for()
+    tab.page.locator(".ovd-said", has_text="does not contain your picture").wait_for()
     link = tab.page.url
     assert "green" not in link and "example" not in link
     again = tab.page.context.new_page()
     again.goto(link)
-    again.locator(".ovd-empty", has_text="without its picture").wait_for(timeout=20_000)
+    again.locator(".ovd-empty", has_text="but no picture").wait_for(timeout=20_000)
     assert again.locator("#ovd-words textarea").input_value() == "red, <b>x</b>"
 
 

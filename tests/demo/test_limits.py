@@ -20,7 +20,7 @@ from ovd.demo.limits import PageGate
 from ovd.demo.uploads import Uploads
 
 T = TypeVar("T")
-SMALL = Limits(question=1000, small=100, together=1500, upload=1000, other=50, grace=0.2, rate=1e9, drain=0.05)
+SMALL = Limits(request=1000, small=100, together=1500, upload=1000, other=50, grace=0.2, rate=1e9, drain=0.05)
 STALLED = object()  # among chunks: nothing more comes
 
 
@@ -180,7 +180,7 @@ def test_gradios_other_doors_are_closed(scene: Scene, route: str) -> None:
     assert scene.ask("/gradio_api/call/detect/known", method="GET").status == 200
 
 
-SIZES = [(CALL, SMALL.question), (JOIN, SMALL.question), (UPLOAD, SMALL.upload), ("/gradio_api/reset", SMALL.other)]
+SIZES = [(CALL, SMALL.request), (JOIN, SMALL.request), (UPLOAD, SMALL.upload), ("/gradio_api/reset", SMALL.other)]
 
 
 @pytest.mark.parametrize(("path", "limit"), SIZES)
@@ -249,7 +249,7 @@ def test_a_full_line_says_how_many_wait_and_when_to_come_back(scene: Scene) -> N
     for path in (CALL, JOIN):
         answer = scene.ask(path, [STALLED])
         assert answer.status == 503 and answer.headers["retry-after"] == "8"
-        assert answer.detail == "16 people are waiting, about 8 seconds; try again then"
+        assert answer.detail == "The queue is full: 16 requests wait. Try again in 8 seconds"
     assert scene.ask(UPLOAD, [b"x"]).status == 200  # a picture may be sent meanwhile
 
 

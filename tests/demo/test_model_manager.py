@@ -58,7 +58,7 @@ def test_other_weights_are_loaded_when_asked_and_replace_the_first(
 
 def test_weights_that_are_not_offered_are_refused(manager: ModelManager, pictures: dict[str, Path]) -> None:
     for wrong in ("three", 3, ["one"], "../one"):
-        with pytest.raises(UserError, match="there is one, two"):
+        with pytest.raises(UserError, match="known: one, two"):
             Answerer(manager=manager).answer(pictures["good"], "red", weights=wrong)
 
 

@@ -292,11 +292,11 @@ def test_draw_a_box_and_what_looks_like_it_is_found_here_and_in_the_next_picture
     item = next(i for i in tab.page.locator(".ovd-boxes .item").all() if "my thing" in i.get_attribute("aria-label"))
     blue = item.locator(".edge").bounding_box()
     assert (blue["x"] - frame["x"]) * 160 / frame["width"] == pytest.approx(80, abs=2)
-    # The crop is still there for another picture, and gone when it is taken away.
+    # The crop is still there for another picture, and gone when it is removed.
     tab.page.get_by_label("Remove Image").click()
     tab.find(pictures["green"], "")
     tab.page.locator(".ovd-missing", has_text="my thing").wait_for()
-    tab.page.get_by_label("Take away my thing").click()
+    tab.page.get_by_label("Remove my thing").click()
     tab.page.locator("#ovd-find").click()
     tab.page.locator(".ovd-alert", has_text="Type at least one class").wait_for()
 
@@ -313,7 +313,7 @@ def test_an_uploaded_crop_is_named_by_its_file_and_markup_in_names_is_text(
     tab.page.locator(".ovd-crops input").fill(EVIL)
     tab.find(pictures["good"], "red")
     assert EVIL in tab.names() and tab.page.title() != "owned"
-    # A click on a ready example asks that question alone.
+    # A click on one of the page's examples searches for its words alone.
     tab.page.locator("#ovd-examples tr.tr-body").first.click()
     tab.page.locator(".ovd-missing", has_text="unicorn").wait_for()
     assert tab.page.locator(".ovd-crops li").count() == 0 and sorted(tab.names()) == ["blue", "red"]

@@ -204,4 +204,4 @@ def test_examples_that_are_not_there_are_left_out(tmp_path: Path) -> None:
 def test_card_values_cannot_become_markup() -> None:
     text = _card_text({"name": "<script>x</script>|", "metrics": {"AP50_novel": 0.31}, "purpose": "Demo"})
     assert "<script>" not in text and "&lt;script&gt;" in text and "AP50_novel 0.31" in text
-    assert _card_text({}).startswith("No card")
+    assert _card_text({}).startswith("These weights have no model card")

@@ -60,8 +60,8 @@ def test_what_is_no_picture_is_reported_in_words_and_leaves_no_traceback(
 
 GOOD = object()
 WRONG: list[tuple[list[object], str]] = [
-    ([GOOD, 5, None, None], "classes must be a text"),
-    ([GOOD, ["red"], None, None], "classes must be a text"),
+    ([GOOD, 5, None, None], "classes must be a string"),
+    ([GOOD, ["red"], None, None], "classes must be a string"),
     ([GOOD, "red", "high", None], "threshold must be a number"),
     ([GOOD, "red", True, None], "threshold must be a number"),
     ([GOOD, "red", 2, None], "threshold must be a number"),
@@ -69,9 +69,9 @@ WRONG: list[tuple[list[object], str]] = [
     ([7, "red", None, None], "uploaded"),
     ([{"path": 7}, "red", None, None], "uploaded"),
     ([{"url": "data:image/png;base64,AAAA"}, "red", None, None], "uploaded"),
-    ([{"path": "/etc/passwd"}, "red", None, None], "not there any more"),
-    ([{"path": "../../etc/passwd"}, "red", None, None], "not there any more"),
-    ([GOOD, "red", None, None, 7], "weights must be a text"),
+    ([{"path": "/etc/passwd"}, "red", None, None], "no longer on the server"),
+    ([{"path": "../../etc/passwd"}, "red", None, None], "no longer on the server"),
+    ([GOOD, "red", None, None, 7], "weights must be a string"),
     ([GOOD, "red", None, None, None, None], "5 values: image, classes, threshold, examples, weights"),
     ([GOOD], "5 values"),
     ([], "5 values"),
@@ -253,7 +253,7 @@ def test_connections_that_drop_in_the_middle_leave_nothing(
 
 @pytest.fixture
 def full_line(http: Any, server: Server, pictures: dict[str, Path]) -> Iterator[list[Any]]:
-    """One question at the model and 16 behind it, until the test is over."""
+    """One request at the model and 16 behind it, until the test is over."""
     go = server.folder / "go"
     go.unlink(missing_ok=True)
     Image.new("RGB", (90, SLOW), tuple(os.urandom(3))).save(pictures["slow"])  # not one that is remembered
@@ -276,7 +276,9 @@ def test_queue__the_eighteenth_is_refused_with_length_and_retry_after(
     ):
         seconds = int(refused.headers["retry-after"])
         assert refused.status_code == 503 and seconds >= 1
-        assert refused.json()["detail"].startswith(f"16 people are waiting, about {seconds} second")
+        assert refused.json()["detail"].startswith(
+            f"The queue is full: 16 requests wait. Try again in {seconds} second"
+        )
 
 
 @pytest.mark.browser
@@ -289,7 +291,7 @@ def test_the_page_says_so_in_the_place_of_the_old_answer(
     tab.find(pictures["good"], "red")
     request.getfixturevalue("full_line")
     tab.find(None, "blue", wait=".ovd-alert:not([hidden])")
-    assert "16 people are waiting, about" in tab.page.locator(".ovd-alert").inner_text()
+    assert "The queue is full: 16 requests wait." in tab.page.locator(".ovd-alert").inner_text()
     assert tab.page.locator(".ovd-result").is_hidden() and tab.page.get_by_text("Error", exact=True).count() == 0
     (server.folder / "go").touch()
     deadline = time.monotonic() + 30

@@ -43,7 +43,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [["--labels", "table.json"], ["--part", "val"]])
 def test_what_belongs_to_detectors_of_photographs_is_refused_for_others(flags: list[str]) -> None:
     weights = ["--weights", str(detector_folder("vild-sticker"))]
-    with pytest.raises(UserError, match="go with --data"):
+    with pytest.raises(UserError, match="need --data"):
         calibrate.main([*weights, *flags])
     with pytest.raises(UserError, match=r"for detectors of photographs .* part is named in --data: FILE:PART"):
         calibrate.main([*weights, "--data", "boxes.json", *flags])

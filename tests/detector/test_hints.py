@@ -21,7 +21,7 @@ from pretrain.data.lexicon import read_lexicon
 def test_a_listed_name_is_reported_with_its_english(word: str, english: str, language: str) -> None:
     assert english_of(word) == english_of(unicodedata.normalize("NFD", word)) == (english, language)
     assert hint_of(word) == (
-        f"{word!r} is {language} for {english!r}, and these weights know English words only: type {english!r}"
+        f"{word!r} is {language} for {english!r}, but these weights know English only: type {english!r}"
     )
 
 
@@ -37,7 +37,7 @@ def test_a_script_is_named_and_latin_letters_are_no_language(word: str, script: 
 
 def test_what_nothing_is_known_of_gets_the_nearest_words_and_no_claim() -> None:
     said = unknown_word("blorple", ["ball", "apple"], english=True)
-    assert said == "'blorple' is no word these weights learned; the nearest they know: ball, apple"
+    assert said == "'blorple' is not a word these weights were trained on; nearest known words: ball, apple"
     # Weights that were trained on other words than English ones are not said to know English only.
     assert "English" not in unknown_word("Hund", ["Katze"], english=False)
 

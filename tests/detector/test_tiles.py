@@ -90,7 +90,7 @@ def test_kept_results_of_another_way_to_look_do_not_pass(tmp_path: Path) -> None
     Image.fromarray(picture()).save(tmp_path / "a.png")
     pictures, words = PictureFiles.collect([tmp_path / "a.png"]), make_detector().query("red").words
     predict(detector=make_detector(cache_size=0), pictures=pictures, vocabulary=words, out=tmp_path / "out")
-    with pytest.raises(UserError, match="holds results of another command"):
+    with pytest.raises(UserError, match="has results of another command"):
         predict(detector=shrinking_detector(), pictures=pictures, vocabulary=words, out=tmp_path / "out")
 
 

@@ -156,7 +156,7 @@ def test_a_video_without_frames_is_refused_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(Camera, "read", lambda self: (False, None))
     monkeypatch.setattr(cv2, "VideoCapture", lambda name: Camera())
-    with pytest.raises(UserError, match="clip: holds no frame that can be read"):
+    with pytest.raises(UserError, match="clip: contains no readable frame"):
         run(clip, tmp_path / "out", track=False, draw=False)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -164,9 +164,9 @@ def test_a_video_without_frames_is_refused_and_leaves_nothing(
 def test_videos_in_a_folder_are_passed_over_aloud(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="contains no picture"):
         predict.main([str(tmp_path), "--classes", "red", "--out", str(tmp_path / "out")])
-    assert f"1 videos passed over; they are run by name, as in wordbox predict {clip}" in capsys.readouterr().err
+    assert f"1 videos skipped; give their paths to run them, as in wordbox predict {clip}" in capsys.readouterr().err
 
 
 def test_a_camera_that_is_not_there_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +209,7 @@ def test_the_command_takes_a_video_and_says_how_far_it_is(
     assert predict.main(arguments) == 0
     err = capsys.readouterr().err
     assert f"{FRAMES} of {FRAMES} frames" in err and "0:00 left" in err
-    with pytest.raises(UserError, match=r"clip\.jsonl: is there already"):
+    with pytest.raises(UserError, match=r"clip\.jsonl: already exists"):
         predict.main(arguments)
     assert predict.main([*arguments, "--overwrite"]) == 0
 
@@ -218,7 +218,7 @@ def test_the_command_takes_a_video_and_says_how_far_it_is(
 def test_a_video_is_never_written_over_by_its_own_result(more: list[str], clip: Path) -> None:
     own = clip.rename(clip.with_suffix(".mp4"))
     before = own.read_bytes()
-    with pytest.raises(UserError, match=r"clip\.mp4: is a video to be read, and would be written over"):
+    with pytest.raises(UserError, match=r"clip\.mp4: is an input video and would be overwritten"):
         predict.main([str(own), "--classes", "red", "--out", str(clip.parent), "--no-track", *more])
     assert own.read_bytes() == before and [file.name for file in clip.parent.iterdir()] == ["clip.mp4"]
 
@@ -226,7 +226,7 @@ def test_a_video_is_never_written_over_by_its_own_result(more: list[str], clip: 
 def test_somebody_elses_file_of_the_results_name_is_kept(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/clip.mp4").write_bytes(b"kept")
-    with pytest.raises(UserError, match=r"clip\.mp4: is there already"):
+    with pytest.raises(UserError, match=r"clip\.mp4: already exists"):
         predict.main([str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track"])
     assert (tmp_path / "out/clip.mp4").read_bytes() == b"kept"
 

@@ -100,11 +100,11 @@ def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.json", '[["flower"], ["car"]]', "must hold texts only"),
-        ("data.yaml", "train: images/train\n", "holds no list of class names"),
-        ("data.yaml", "names: [dog, [no]]\n", "must hold texts only"),
+        ("list.json", '[["flower"], ["car"]]', "must contain strings only"),
+        ("data.yaml", "train: images/train\n", "not a list of class names"),
+        ("data.yaml", "names: [dog, [no]]\n", "must contain strings only"),
         ("data.yaml", "names: [dog\n", "not a vocabulary file"),
-        ("coco.json", '{"categories": [1.5, null]}', "must hold texts only"),
+        ("coco.json", '{"categories": [1.5, null]}', "must contain strings only"),
         ("words.json", "{", "not a vocabulary file"),
     ],
 )

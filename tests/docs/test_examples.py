@@ -77,7 +77,7 @@ PHOTO = "ovd/demo/examples/photos/horses.jpg"
     ("script", "arguments", "said"),
     [
         ("find_words", ["gone.jpg", "dog"], "^gone.jpg: does not exist"),
-        ("find_words", ["ovd", "dog"], "^ovd: is a folder, no picture"),
+        ("find_words", ["ovd", "dog"], "^ovd: is a folder, not a picture"),
         ("classes_on_folder", ["gone/", "dog"], "^gone: no such file or folder"),
         ("classes_on_folder", ["configs", "dog"], "^configs holds no picture"),
         ("search_by_crop", ["gone/"], "^gone: no such file or folder"),

@@ -419,8 +419,8 @@ def test_too_little_memory_is_one_line(
 ) -> None:
     assert status(lambda argv: asks() and None) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: there is not enough memory") and "loop.batch_size" in said and said.count("\n") == 1
-    assert f"({size} more were asked for)" in said if size else "(" not in said
+    assert said.startswith("error: out of memory") and "loop.batch_size" in said and said.count("\n") == 1
+    assert f"({size} more were requested)" in said if size else "(" not in said
 
 
 def test_other_errors_at_run_time_are_defects() -> None:

@@ -625,5 +625,5 @@ def test_types_in_words(annotation: Any, text: str) -> None:
 def test_of_very_many_problems_the_first_are_explained() -> None:
     found = problems(GOOD + "".join(f"key_{number}: 1\n" for number in range(70)))
     assert len(found) == 51
-    assert found[-1] == "c.yaml: and 20 more; is this a configuration of this command?"
+    assert found[-1] == "c.yaml: and 20 more; is this configuration for this command?"
     assert found[0].startswith("c.yaml:3: key_0: unknown key")

@@ -110,7 +110,7 @@ def test_coco_crops__clips_boxes_and_skips_other_categories(
 
 
 def test_the_one_shot_protocol_goes_with_examples() -> None:
-    with pytest.raises(UserError, match="goes without --queries words"):
+    with pytest.raises(UserError, match="cannot be combined with --queries words"):
         main(
             [
                 "--weights",
@@ -129,5 +129,5 @@ def test_the_one_shot_protocol_goes_with_examples() -> None:
 
 
 def test_examples_need_a_detector(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--examples shows crops to a detector"):
+    with pytest.raises(UserError, match="--examples describes classes by crops"):
         main(["--predictions", "r.json", "--annotations", "gt.json", "--examples", "1"])

@@ -104,7 +104,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         ({}, "'images' must be a list, is missing"),
         (changed(lambda g: g.update(annotations=None)), "'annotations' must be a list, null"),
         (changed(lambda g: g["images"].append({"id": 11})), r"images\[2\]: image id 11 occurs twice"),
-        (changed(lambda g: g["images"].append({"id": "a"})), "some image ids are numbers and some are texts"),
+        (changed(lambda g: g["images"].append({"id": "a"})), "some image ids are numbers and some are strings"),
         (changed(lambda g: g["images"].append({"file_name": "a"})), r"images\[2\]: 'id' is missing"),
         (changed(lambda g: g["images"].append({"id": 1.5})), "id must be a number or a text"),
         (changed(lambda g: g["categories"].append({"id": 7, "name": "x"})), "category id 7 occurs twice"),

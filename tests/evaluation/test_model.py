@@ -327,5 +327,5 @@ def test_vild_flag__regions_class_limit_and_synonyms(
     assert asked["regions"] == 1000 and asked["crop_refinement"] == 0
     run = json.loads((tmp_path / "out" / "metrics.json").read_text())["run"]
     assert run["vild"] is True and run["synonyms"] == 1 and run["words"] == 4
-    with pytest.raises(UserError, match="--vild goes with published scores"):
+    with pytest.raises(UserError, match="--vild uses the published scores"):
         main([*arguments, "--scores", "calibrated"])

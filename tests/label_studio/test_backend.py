@@ -79,7 +79,7 @@ def served(gate: BackendGate) -> tuple[Server, Ask]:
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     server, asked = served(
-        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(request=200_000))
     )
     yield asked
     server.close()
@@ -129,7 +129,7 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("/predict", request("http://elsewhere.test/a.jpg"), "is on another host than Label Studio's"),
+        ("/predict", request("http://elsewhere.test/a.jpg"), "is on another host than Label Studio,"),
         ("/predict", request("data:image/png;base64,AAAA"), "its picture: cannot be read"),
         ("/predict", {"tasks": [{"id": 1, "data": {"img": PHOTO}}], "label_config": CONFIG}, "has no 'photo', where"),
         ("/predict", {"tasks": [], "label_config": CONFIG}, "the request has no tasks"),
@@ -137,8 +137,8 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
         ("/predict", {"tasks": [{"data": {}}]}, "no labelling configuration (label_config)"),
         ("/setup", {"schema": PAIRS.replace("<Rectangle name", "<Ellipse name")}, "<Labels> and no <Rectangle>"),
         ("/setup", {"schema": "<View/>"}, "no <Image>"),
-        ("/setup", [], "no JSON object"),
-        ("/setup", b"\xff", "no JSON"),
+        ("/setup", [], "not a JSON object"),
+        ("/setup", b"\xff", "not JSON"),
         ("/webhook", {"action": "START_TRAINING", "project": {}}, "wordbox train --config photos/finetune.yaml"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_controls_threshold_comes_before_the_commands(threshold: float | None,
     [
         ([], "wordbox serve --label-studio"),
         (["--label-studio", "--user", "me"], "needs both --user and --password"),
-        (["--label-studio", "--label-studio-url", "localhost"], "give the whole address"),
+        (["--label-studio", "--label-studio-url", "localhost"], "give the full URL"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_loaded(

@@ -45,7 +45,7 @@ def test_every_control_with_a_picture_is_served() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("<View", "no XML"),
+        ("<View", "not XML"),
         ('<!DOCTYPE x [<!ENTITY a "b">]><View/>', "document type"),
         (" " * (MAX_CONFIG + 1), "at most 1,000,000 are read"),
         ("<View/>", "no <Image>"),

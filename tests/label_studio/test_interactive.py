@@ -30,7 +30,7 @@ PHOTO = data_uri(picture([*(("red", *box) for box in RED), ("blue", 10, 80, 60, 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     server, asked = served(
-        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(request=200_000))
     )
     yield asked
     server.close()
@@ -123,8 +123,8 @@ def test_without_a_drawing_words_are_asked(ask: Ask, context: object) -> None:
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        ([region(kind="keypointlabels")], "what was drawn is no rectangle (keypointlabels)"),
-        ([region(x=None)], "what was drawn is no rectangle"),
+        ([region(kind="keypointlabels")], "what was drawn is not a rectangle (keypointlabels)"),
+        ([region(x=None)], "what was drawn is not a rectangle"),
         ([region(control="other", rectanglelabels=["r"])], "drawn with 'other', which takes no boxes"),
         ([region(width=1, rectanglelabels=["r"])], "example 'r' is 2×50 pixels; at least 8×8"),
         (["r"], "no list of regions"),

@@ -106,11 +106,11 @@ def test_a_personal_token_is_exchanged_and_again_when_that_has_run_out(studio: S
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("http://elsewhere.test/cat.jpg", "is on another host than Label Studio's"),
-        ("//elsewhere.test/cat.jpg", "names no picture"),
-        ("http://user@127.0.0.1/cat.jpg", "names no picture"),
-        ("file:///etc/passwd", "names no picture"),
-        ("../cat.jpg", "names no picture"),
+        ("http://elsewhere.test/cat.jpg", "is on another host than Label Studio,"),
+        ("//elsewhere.test/cat.jpg", "not a readable picture"),
+        ("http://user@127.0.0.1/cat.jpg", "not a readable picture"),
+        ("file:///etc/passwd", "not a readable picture"),
+        ("../cat.jpg", "not a readable picture"),
         ("s3://bucket/cat.jpg", "sends on to http://elsewhere.test/cat.jpg, another host"),
         ("/data/upload/1/gone.jpg", "answers 404"),
         ("data:image/png;base64,@@", "not base64"),
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_label_studio_is_reported(studio: Studio, tmp_path: P
         PictureSource(url=studio.url, token=LEGACY, most=3).read(upload)
     with pytest.raises(UserError, match="cannot be reached"):
         PictureSource(url="http://127.0.0.1:1").read(upload)
-    with pytest.raises(UserError, match="give the whole address"):
+    with pytest.raises(UserError, match="give the full URL"):
         PictureSource(url="localhost:8080")
     with pytest.raises(UserError, match="no such folder"):
         PictureSource(root=tmp_path / "none")

@@ -125,7 +125,7 @@ def test_what_is_mostly_cut_off_is_neither_object_nor_background(tmp_path: Path)
 
 def test_doubtful_boxes_teach_nothing_and_photos_without_objects_are_used(tmp_path: Path) -> None:
     labels = write_photos(tmp_path, [["tile"], []], score=0.2)
-    with pytest.raises(UserError, match="no box to learn from"):
+    with pytest.raises(UserError, match="no box to train on"):
         own_photos(labels, confident=0.3, doubtful=0.25)
     photos = own_photos(labels, confident=0.15)
     assert len(photos) == 2 and photos.names == ("tile",)
@@ -294,7 +294,7 @@ def test_labels_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> Non
 def test_a_training_that_has_not_ended_has_no_detector_yet(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("out: run\n")
-    with pytest.raises(UserError, match=r"no detector at .*: the training in .*run has not ended; go on .*--resume"):
+    with pytest.raises(UserError, match=r"no detector at .*: the training in .*run is unfinished; continue .*--resume"):
         Detector.load(tmp_path / "run" / "exported")
 
 

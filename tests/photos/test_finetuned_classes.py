@@ -74,9 +74,9 @@ def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
     assert photos.names == ("red cell", "B\u00e4ume", "cup, mug", "Everything")
     notes = [note for note in photos.notices if "cannot be typed as it stands" in note]
     assert len(notes) == 2 and "'cup, mug'" in notes[0] and "'Everything'" in notes[1]
-    with pytest.raises(UserError, match="classes 'cell ' and '.{4}' are one when typed"):  # as in the file
+    with pytest.raises(UserError, match="classes 'cell ' and '.{4}' are the same when typed"):  # as in the file
         read(write_photos(tmp_path / "c", [[0, 1]], ["cell ", "\uff43\uff45\uff4c\uff4c"]))
-    with pytest.raises(UserError, match="classes 'red  cell' and 'Red_Cell' are one when typed; rename one"):
+    with pytest.raises(UserError, match="classes 'red  cell' and 'Red_Cell' are the same when typed; rename one"):
         read(write_photos(tmp_path / "b", [[0, 1]], ["red  cell", "Red_Cell"]))
 
 

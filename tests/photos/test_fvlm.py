@@ -312,9 +312,9 @@ def test_lists_of_nouns(tmp_path: Path) -> None:
 def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
     query = detector.query(["red car", "dogs", "zzyzx", "cup of coffee"])
-    assert query.notices[0] == "'red car' is looked for as 'car': attributes are not understood"
-    assert query.notices[1].startswith("'zzyzx' is no word these weights learned; the nearest they know: ")
-    assert query.notices[2].startswith("'cup of coffee' is looked for as 'cup'") and len(query.notices) == 3
+    assert query.notices[0] == "'red car' is searched as 'car': attributes are ignored"
+    assert query.notices[1].startswith("'zzyzx' is not a word these weights were trained on; nearest known words: ")
+    assert query.notices[2].startswith("'cup of coffee' is searched as 'cup'") and len(query.notices) == 3
     picture = np.zeros((32, 48, 3), dtype=np.uint8)
     scores = detector.embed(picture).scores(detector.query(["red car", "car"])).score_RC
     assert (scores[:, 0] > 0).any()

@@ -133,9 +133,9 @@ def test_an_export_of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> 
     card = read_card(folder)
     assert export_for(folder, card, runtime="onnx", device="cpu") == folder / EXPORT_FOLDER
     write_card(folder, replace(card, finetuned=card.finetuned[:1]))
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder, runtime="onnx")
     write_card(folder, card)
     (folder / card.finetuned[0].file).write_bytes((folder / card.finetuned[1].file).read_bytes())
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder, runtime="onnx")

@@ -172,7 +172,7 @@ def test_in_a_wheel_8_bits_hold_only_what_differs(exported: Path, tmp_path: Path
     ("argv", "said"),
     [
         (["--calibrate-on", "HERE"], "--calibrate-on is for --int8"),
-        (["--int8", "--calibrate-on", "HERE"], "holds no picture"),
+        (["--int8", "--calibrate-on", "HERE"], "contains no picture"),
         (["--int8", "--calibrate-on", "HERE/nowhere"], "is not a folder"),
         (["--int8", "--weights", "vild-sticker"], "has no export to ONNX"),
     ],

@@ -224,7 +224,7 @@ def test_auto_without_torch_names_the_command_for_weights_that_need_an_export(
     card = shutil.copytree(exported, folder / EXPORT_FOLDER) / CARD
     assert len(Detector.load(folder).find(PHOTOS[0], "chicken")) > 0
     card.write_text(json.dumps(json.loads(card.read_text()) | {"sources": {}}))
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder)
 
 
@@ -249,7 +249,7 @@ def test_an_export_of_other_weights_is_not_run(exported: Path, tmp_path: Path) -
     record = json.loads((folder / EXPORT_FOLDER / CARD).read_text())
     record["sources"][SOURCES[0]] = "0" * 64
     (folder / EXPORT_FOLDER / CARD).write_text(json.dumps(record))
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder, runtime="onnx")
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
     ("argv", "said"),
     [
         (["--weights", "vild-sticker"], "has no export to ONNX"),
-        (["--output", "FULL"], "holds something that is no export"),
+        (["--output", "FULL"], "is not an export"),
     ],
 )
 def test_export_refuses(argv: list[str], said: str, tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def test_the_command_writes_a_folder_once(tmp_path: Path, capsys: pytest.Capture
     assert settings["mean"] == list(MEAN) and settings["channels"] == "RGB" and settings["stem"] == "small"
     with pytest.raises(UserError, match="not empty"):
         main([str(tmp_path / "run"), "--to", "torchvision", "--out", str(out)])
-    with pytest.raises(UserError, match="no backbone or encoder folder"):
+    with pytest.raises(UserError, match="neither a backbone nor an encoder folder"):
         main([str(out), "--to", "torchvision", "--out", str(tmp_path / "other")])
 
 
@@ -334,5 +334,5 @@ def test_a_network_that_only_looks_like_a_resnet_is_refused(tmp_path: Path, mode
     save_backbone(
         tmp_path / "it", build_backbone(config), config=config, method="x", size=64, mean=[0.5] * 3, std=[0.2] * 3
     )
-    with pytest.raises(UserError, match="no plain ResNet|differs from the source"):
+    with pytest.raises(UserError, match="not a plain ResNet|differs from the source"):
         read_source(tmp_path / "it")

@@ -50,7 +50,7 @@ def test_the_queue_begins_with_unit_rows_and_is_in_every_checkpoint() -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_queue_is_the_newest_keys_in_order_and_wraps(symmetric: bool) -> None:
-    """20 is no multiple of 8: the third batch is written over the end and the beginning."""
+    """20 is not a multiple of 8: the third batch is written over the end and the beginning."""
     task = moco(symmetric=symmetric)
     keys = seen_keys(task)
     expected = task.queue.clone()

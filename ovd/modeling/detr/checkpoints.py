@@ -54,7 +54,7 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
     folder = _exported_of(path)
     card = read_card(folder)
     if not card.is_transformer:
-        raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
+        raise UserError(f"weights={path}: is not a detection transformer; give exported/ of a DETR or UP-DETR run")
     trained = card.architecture
     assert isinstance(trained, DetrConfig)
     return exported_tensors(folder)[0], not trained.backbone.frozen
