@@ -41,7 +41,7 @@ def published(image: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("image", [VIT, RESNET], ids=["vit", "resnet"])
-def test_sizes_are_read_from_the_shapes(image: dict[str, Any]) -> None:
+def test_openai_checkpoint__sizes_are_read_from_shapes(image: dict[str, Any]) -> None:
     _, state = published(image)
     assert clip_architecture(state, source="x.pt") == {"embed_dim": 16, "vision_cfg": image, "text_cfg": TEXT}
 
@@ -49,7 +49,7 @@ def test_sizes_are_read_from_the_shapes(image: dict[str, Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("image", [VIT, RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_a_published_model_answers_as_open_clip_s_does(tmp_path: Path, image: dict[str, Any], kind: str) -> None:
+def test_openai_checkpoint__embeddings_equal_open_clip(tmp_path: Path, image: dict[str, Any], kind: str) -> None:
     model, state = published(image)
     path = tmp_path / f"ViT-tiny.{kind}"
     if kind == "pt":
@@ -69,7 +69,7 @@ def test_a_published_model_answers_as_open_clip_s_does(tmp_path: Path, image: di
     assert load_encoder(saved).fingerprint() == encoder.fingerprint()
 
 
-def test_the_command_hands_a_published_model_to_open_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export__openai_checkpoint_to_open_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, state = published(VIT)
     torch.save(state, tmp_path / "clip.pt")
     assert export.main([str(tmp_path / "clip.pt"), "--to", "open_clip", "--out", str(tmp_path / "out")]) == 0

@@ -99,7 +99,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_understood_is_refused_with_its_entry(case: str) -> None:
+def test_coco__invalid_entry_is_refused_by_position(case: str) -> None:
     change, message = REFUSED[case]
     with pytest.raises(UserError, match=rf"gt\.json: .*{message}"):
         check_ground_truth(content(change), where="gt.json")
@@ -121,7 +121,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("case", COUNTED)
-def test_what_is_odd_is_counted(case: str) -> None:
+def test_coco__oddities_are_counted(case: str) -> None:
     change, message = COUNTED[case]
     truth = check_ground_truth(content(change), where="gt.json")
     assert any(message in warning for warning in truth.warnings), truth.warnings

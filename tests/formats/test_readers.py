@@ -266,7 +266,7 @@ def test_coco__a_part_of_a_file_whose_images_have_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["readme.md", "."])
-def test_what_is_no_label_file_is_refused(text: str, tmp_path: Path) -> None:
+def test_read_labels__unknown_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("hello")
     with pytest.raises(UserError, match="no labels that are known: give a COCO .json, a YOLO data.yaml"):
         recognise(tmp_path / text)

@@ -78,10 +78,10 @@ def served(gate: BackendGate) -> tuple[Server, Ask]:
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    server, asked = served(
+    server, ask = served(
         BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(request=200_000))
     )
-    yield asked
+    yield ask
     server.close()
 
 
@@ -142,7 +142,7 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
         ("/webhook", {"action": "START_TRAINING", "project": {}}, "wordbox train --config photos/finetune.yaml"),
     ],
 )
-def test_what_is_wrong_stands_in_the_status_line(path: str, body: object, message: str, ask: Ask) -> None:
+def test_backend__errors_are_in_the_reason_phrase(path: str, body: object, message: str, ask: Ask) -> None:
     answer = ask("POST", path, body)
     assert 400 <= answer.status < 600 and message in answer.reason and message in answer.body["error"]
     assert "x-reason-phrase" not in {name.lower() for name in answer.headers}
@@ -160,15 +160,15 @@ def test_foreign_names_large_bodies_and_other_methods_are_refused(ask: Ask) -> N
 
 def test_basic_authentication_holds_for_all_endpoints() -> None:
     gate = BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), credentials=("me", "pass:word"))
-    server, asked = served(gate)
+    server, ask_with_password = served(gate)
     right = {"Authorization": "Basic " + base64.b64encode(b"me:pass:word").decode()}
     wrong = {"Authorization": "Basic " + base64.b64encode(b"me:pass").decode()}
     try:
-        assert asked("GET", "/health", headers=right).status == 200
+        assert ask_with_password("GET", "/health", headers=right).status == 200
         for headers in (wrong, {}, {"Authorization": "Bearer me"}):
-            refused = asked("GET", "/health", headers=headers)
+            refused = ask_with_password("GET", "/health", headers=headers)
             assert refused.status == 401 and refused.headers["www-authenticate"].startswith("Basic")
-            assert asked("POST", "/predict", request(PHOTO), headers=headers).status == 401
+            assert ask_with_password("POST", "/predict", request(PHOTO), headers=headers).status == 401
     finally:
         server.close()
 

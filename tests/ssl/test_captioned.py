@@ -59,7 +59,7 @@ def test_rows_of_a_table_are_pictures_and_several_of_one_are_its_captions(photos
     assert list(build_captioned(named).captions(0)) == ['a "cup", blue']
 
 
-def test_cocos_captions(photos: Path) -> None:
+def test_coco_captions__are_read(photos: Path) -> None:
     path = photos.parent / "captions.json"
     content = {
         "images": [{"id": 7, "file_name": "tall.png"}, {"id": 3, "file_name": "nothing.png"}],

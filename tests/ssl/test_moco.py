@@ -174,7 +174,7 @@ def test_queries_and_their_keys_are_normalised_in_different_groups() -> None:
     torch.testing.assert_close(keys[order], shuffled)
 
 
-def test_keys_stand_where_their_pictures_stood() -> None:
+def test_shuffle__keys_return_to_their_pictures() -> None:
     task = moco(splits=4).eval()  # no batch statistics: a key depends on its own picture alone
     view = as_float(VIEWS.batch()["views"][1])
     expected = F.normalize(task.key_projector(task.key_backbone(view)), dim=1)  # type: ignore[operator]
