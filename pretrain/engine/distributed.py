@@ -65,6 +65,17 @@ def teardown() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """`setup`, and `teardown` at the end; inside another one it does nothing."""
+    joined = setup()
+    try:
+        yield
+    finally:
+        if joined:
+            teardown()
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +168,23 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[str | None]:
+    """Hold the lock of a run folder, which process 0 takes. Yields `FolderLock.note`.
+
+    Raises:
+        UserError: In every process, when another training writes there.
+    """
+    lock = FolderLock(out)
+    refusal = distributed.all_objects(lock.take() if distributed.rank() == 0 else None)[0]
+    if refusal is not None:
+        raise UserError(refusal)
+    try:
+        yield lock.note
+    finally:
+        lock.release()
 
 
 def prepare(out: Path, record: Mapping[str, object], *, device: torch.device, overwrite: bool) -> None:
