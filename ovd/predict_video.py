@@ -45,7 +45,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         if "://" not in text and not text.isdecimal() and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
     from ovd.tiles import TiledDetector
-    from ovd.video import WRITTEN, Source, predict_video, progress
+    from ovd.video import Source, predict_video, progress, written_files
 
     opened: list[Source] = []
     try:
@@ -54,7 +54,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         names = [source.name for source in opened]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two videos would be called {twice!r}; run them separately")
-        written = [options.out / f"{name}{ending}" for name in names for ending in WRITTEN]
+        written = [file for name in names for file in written_files(options.out, name)]
         _require_room(written, [Path(text) for text in sources], overwrite=options.overwrite)
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
         for notice in query.notices:

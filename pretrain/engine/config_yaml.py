@@ -435,5 +435,5 @@ def describe_value(value: Any) -> str:
     if isinstance(value, list) and len(value) > 8:
         return f"a list of {len(value)}"
     if isinstance(value, str):
-        return f"the string {shorten(repr(value))}" if value else "an empty string"
+        return f"the text {shorten(repr(value))}" if value else "an empty text"
     return shorten(to_yaml(value, one_line=True))

@@ -152,7 +152,7 @@ def test_other_json_and_other_folders_are_named(photos: Path, tmp_path: Path) ->
         build({"images": images, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]})
     with pytest.raises(UserError, match=r"annotations\[0\]: caption is not a string"):
         build({"images": images, "annotations": [{"image_id": 1, "caption": None}]})
-    with pytest.raises(UserError, match=r"annotations\[0\]: image_id '1' is written as a text; .* has 1"):
+    with pytest.raises(UserError, match=r"annotations\[0\]: image_id '1' is written as a string; .* has 1"):
         build({"images": images, "annotations": [{"image_id": "1", "caption": "a dog"}]})
     with pytest.raises(UserError, match=r"images\[1\]: image id 1 occurs twice"):
         build({"images": images * 2, "annotations": []})
