@@ -19,7 +19,7 @@ from ovd.evaluation.reliability import Reliability, reliability
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
 from ovd.evaluation.typed_photos import NamedPhoto, labelled_words, named_outcome, typed_photos
 from ovd.formats.labels import choose_parts
-from ovd.inference.calibration import absent_class_threshold, fit_platt
+from ovd.inference.calibration import absent_class_threshold
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
@@ -143,7 +143,7 @@ def fit(data: TypedPhotos) -> Calibration:
     require_both(outcome)
     if len(data.named) >= LEAST:
         named = named_outcome(data.named, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
-        slope, offset = fit_platt(torch.from_numpy(named.score), torch.from_numpy(named.correct))
+        slope, offset = named.sigmoid()
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
     if min(fitted.slope, fitted.open_slope) <= 0:
         raise UserError(

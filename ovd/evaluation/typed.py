@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
+from ovd.inference.calibration import fit_platt
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import WordScorer
@@ -91,6 +93,10 @@ class Outcome:
     correct: NDArray[np.float64]
     best_absent: NDArray[np.float64]
     labels: float
+
+    def sigmoid(self) -> tuple[float, float]:
+        """Slope and offset of the scores, see `fit_platt`."""
+        return fit_platt(torch.from_numpy(self.score), torch.from_numpy(self.correct))
 
 
 def _classified(

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def cpu_flags() -> str | None:
-    """What Linux says of the CPU; None elsewhere."""
+    """What Linux says of the CPU, read once per process; None elsewhere."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
