@@ -65,17 +65,9 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
             if source.live:
                 print(f"{source.name}: Ctrl-C stops it", flush=True)
             done = predict_video(
-                detector=detector,
-                query=query,
-                source=source,
-                out=options.out,
-                threshold=options.threshold,
-                every=options.every,
-                track=options.track,
-                draw=options.draw,
-                masks=options.masks,
-                on_frame=progress,
-            )
+                detector=detector, query=query, source=source, out=options.out, threshold=options.threshold,
+                every=options.every, track=options.track, draw=options.draw, masks=options.masks, on_frame=progress,
+            )  # fmt: skip
             if done < MOST_FRAMES * (source.frames or 0):
                 print(
                     f"warning: {source.name}: ends after {done} of the {source.frames} frames that it should "
