@@ -32,23 +32,16 @@ def parser() -> CommandParser:
         "Write a detector of photographs as ONNX files, for ONNX Runtime without torch.",
         details=__doc__,
     )
-    flags.add_argument("--format", choices=("onnx",), default="onnx", help="the only one (default onnx)")
-    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
-    flags.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
+    add = flags.add_argument
+    add("--format", choices=("onnx",), default="onnx", help="the only one (default onnx)")
+    add("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    add("--output", type=Path, metavar="FOLDER",
         help=f"is made, or replaced where it is an export (default: {EXPORT_FOLDER}, or {INT8_FOLDER}, in the "
-        "folder of the weights)",
-    )
-    flags.add_argument("--int8", action="store_true", help="convolutions in 8 bits: a smaller and less exact export")
-    flags.add_argument(
-        "--calibrate-on",
-        type=Path,
-        metavar="FOLDER",
+        "folder of the weights)")  # fmt: skip
+    add("--int8", action="store_true", help="convolutions in 8 bits: a smaller and less exact export")
+    add("--calibrate-on", type=Path, metavar="FOLDER",
         help="with --int8: photos that show which values occur, 20 or more like yours (default: the ranges that came "
-        "with the weights, else the page's examples)",
-    )
+        "with the weights, else the page's examples)")  # fmt: skip
     return flags
 
 

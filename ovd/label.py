@@ -65,13 +65,8 @@ def parser() -> CommandParser:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the data set")
     add("--format", choices=DATASET_FORMATS, default="yolo", help="label format (default yolo; yolo-seg has outlines)")
     add("--val", type=share, default=0.2, help="fraction of the pictures for the part val (default .2; 0: no split)")
-    add(
-        "--pictures",
-        dest="picture_mode",
-        choices=("copy", "link"),
-        default="copy",
-        help="copy or link them (default copy)",
-    )
+    add("--pictures", dest="picture_mode", choices=("copy", "link"), default="copy",
+        help="copy or link them (default copy)")  # fmt: skip
     add("--masks", action=argparse.BooleanOptionalAction, default=None, help="write masks (default: yolo-seg only)")
     add("--overwrite", action="store_true", help="replace the results of another command")
     flags.hide(*RARE, "picture_mode", "masks", "overwrite")

@@ -350,10 +350,7 @@ class Vocabulary:
         if not all(isinstance(t, str) for t in templates):
             raise UserError("templates must be strings")
         return cls(
-            tuple(classes),
-            tuple(templates),
-            bool(record.get("this_is", False)),
-            bool(record.get("parity", False)),
+            tuple(classes), tuple(templates), bool(record.get("this_is", False)), bool(record.get("parity", False))
         )
 
 

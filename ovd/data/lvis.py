@@ -78,9 +78,7 @@ class Federated:
             incomplete[image["id"]] = frozenset(image["not_exhaustive_category_ids"])
         lvis_split(content["categories"])  # refuses a category without a frequency
         return cls(
-            judged=judged,
-            incomplete=incomplete,
-            frequency={c["id"]: c["frequency"] for c in content["categories"]},
+            judged=judged, incomplete=incomplete, frequency={c["id"]: c["frequency"] for c in content["categories"]}
         )
 
 

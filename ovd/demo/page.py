@@ -278,12 +278,7 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
     # Gradio would open the file before `Handlers` do: what is no picture ends there, as "Error" and a traceback.
     picture.preprocess = _path_of
     words = gr.Textbox(
-        label="What to look for",
-        lines=4,
-        max_lines=12,
-        placeholder=PLACEHOLDER,
-        info=HELP,
-        elem_id="ovd-words",
+        label="What to look for", lines=4, max_lines=12, placeholder=PLACEHOLDER, info=HELP, elem_id="ovd-words"
     )
     return picture, words, _html("ask", elem_id="ovd-ask")
 

@@ -119,11 +119,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
         rows=crops.rows[0], words=detector.model.background_words, calibration=Calibration().of_examples()
     )
     return TypedPhotos(
-        scenes=scenes,
-        named=named,
-        scorer=scorer,
-        examples=with_crops(scenes, crops),
-        example_scorer=example_scorer,
+        scenes=scenes, named=named, scorer=scorer, examples=with_crops(scenes, crops), example_scorer=example_scorer
     )
 
 

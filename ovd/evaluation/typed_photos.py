@@ -139,9 +139,7 @@ def typed_photos(
             others = [w for w in nouns if w not in related(table, photo.noun)]
             named.append(
                 NamedPhoto(
-                    regions=regions,
-                    present=photo.noun,
-                    absent=tuple(int(w) for w in rng.permutation(others)[:absent]),
+                    regions=regions, present=photo.noun, absent=tuple(int(w) for w in rng.permutation(others)[:absent])
                 )
             )
     return scenes, named

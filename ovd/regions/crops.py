@@ -16,24 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovd.regions.cutting import UNUSABLE, Border, CropMode, CropOptions, Resample, cut_regions, expand_boxes
+from ovd.regions.cutting import UNUSABLE, CropOptions, cut_regions
 from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
-
-__all__ = [
-    "Border",
-    "CropMode",
-    "RegionEncoder",
-    "Resample",
-    "crop_regions",
-    "embed_crops",
-    "embed_regions",
-    "expand_boxes",
-]
 
 
 class RegionEncoder(Protocol):

@@ -83,13 +83,7 @@ class FinetuneTask(DetectionTask):
 
         with torch.autocast(next(branch.parameters()).device.type, torch.bfloat16):
             return score_branch(
-                branch,
-                self.photos,
-                self.held_out,
-                names=self.photos.names,
-                side=self.side,
-                nms=self.nms,
-                top=self.top,
+                branch, self.photos, self.held_out, names=self.photos.names, side=self.side, nms=self.nms, top=self.top
             )
 
 

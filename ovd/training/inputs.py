@@ -34,12 +34,7 @@ class PixelStats(NamedTuple):
 
 
 def require_exists(path: str | Path, *, named: str, give: str = "") -> None:
-    """Refuse a path that is not there.
-
-    Args:
-        path: of a file or a folder.
-        named: how the configuration names it, for the message.
-        give: what belongs there.
+    """Refuse a path that is not there; ``named`` is how the configuration names it, ``give`` what belongs there.
 
     Raises:
         UserError: it is not there.
