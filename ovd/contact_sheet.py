@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A contact sheet: one HTML file, without anything beside it, of what was found of each class, the doubtful first."""
+"""A contact sheet: one self-contained HTML file with the detections of each class, lowest scores first."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _thumbnails(samples: Sequence[_Sample], pictures: Sequence[Picture]) -> dict
 def _pixels(picture: Picture) -> NDArray[np.uint8]:
     try:
         return to_rgb(picture.source)
-    except BadImageError:  # it went away since it was predicted
+    except BadImageError:  # deleted since it was predicted
         return np.full((SIDE, SIDE, 3), 128, dtype=np.uint8)
 
 

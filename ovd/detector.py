@@ -240,7 +240,7 @@ class Detector:
         """The query for all words that the model knows.
 
         Raises:
-            UserError: it tells none, or there are examples beside.
+            UserError: it names none, or examples are given as well.
         """
         if examples:
             raise UserError("everything: leave the examples out, or name the classes to look for beside them")

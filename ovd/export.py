@@ -22,7 +22,7 @@ from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
 
 EXAMPLES = Path(__file__).parent / "demo/examples/photos"
-"""Photos that ranges are taken from where nobody gives others, and none came with the weights."""
+"""Photos that activation ranges are measured on by default, where none came with the weights."""
 
 
 def parser() -> CommandParser:

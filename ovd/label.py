@@ -42,7 +42,7 @@ PREDICTIONS = "predictions"
 SHEET = "contact_sheet.html"
 STAMP = "label.json"
 WRITTEN = ("annotations", "images", "labels", "Annotations", "ImageSets", "JPEGImages", "data.yaml", SHEET)
-"""What the formats write: removed when a folder is written anew with other options."""
+"""What the formats write: removed when a folder is rewritten with other options."""
 
 DESCRIPTION = """\
 Label a folder of pictures with class names, as a data set that other tools train on, with a contact sheet to check; the

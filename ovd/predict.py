@@ -161,7 +161,7 @@ def predict(
         threshold: lowest score; the calibrated default when None.
         draw: write drawn pictures.
         masks: write and draw masks.
-        overwrite: start anew where another job has written.
+        overwrite: start again where another job has written.
 
     Returns:
         One ``{"file_name", "reason"}`` per picture that could not be read.

@@ -67,9 +67,9 @@ class Source:
         camera = text.isdecimal() and not Path(text).exists()
         if not camera and "://" not in text and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below, in one line
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: the error below is one line
         log = cv2.utils.logging
-        level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise; it tells two lines of a camera that is not there
+        level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise: a missing camera is two lines of warnings
         capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
         log.setLogLevel(level)
         if not capture.isOpened():
@@ -290,7 +290,7 @@ class TrackLog:
                 track = self._tracks.setdefault(number, Track(first=frame, last=frame, best=score))
                 track.last, track.best, track.frames = frame, max(track.best, score), track.frames + 1
                 track.classes[name] = track.classes.get(name, 0) + 1
-        self._lines.flush()  # whoever follows the file sees each frame
+        self._lines.flush()  # for programs that follow the file
 
 
 def progress(done: int, total: int | None, seconds: float) -> None:

@@ -201,7 +201,10 @@ class TextDistillMethod(Section):
         default=1.0, ge=0, le=100, description="Weight of the loss on similarities within the batch, beside 1 - cosine."
     )
     similarity_temperature: float = Field(
-        default=0.05, gt=0, le=10, description="Temperature of those similarities; smaller looks at nearer neighbours."
+        default=0.05,
+        gt=0,
+        le=10,
+        description="Temperature of those similarities; smaller weights nearer neighbours more.",
     )
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ class FinetuneSample(TypedDict):
     Attributes:
         image: (3, S, S) uint8 RGB.
         boxes: (T, 4) x1, y1, x2, y2 in its pixels.
-        classes: (T,) int64, -1 where nobody knows what it is.
+        classes: (T,) int64, -1 where the class is unknown.
     """
 
     image: Tensor
@@ -139,7 +139,7 @@ class FinetunePhotos:
         return usable
 
     def _check_names(self, written: Sequence[str]) -> None:
-        """Refuse classes that nobody could tell apart by what is typed; a notice on names that cannot be typed.
+        """Refuse classes that are the same when typed; a notice on names that cannot be typed.
 
         Args:
             written: the names as they stand in the file.
@@ -362,7 +362,7 @@ class CanvasSource:
 def _cut(
     boxes: NDArray[np.float32], classes: NDArray[np.int64], size: tuple[int, int], offset: tuple[int, int]
 ) -> Boxes:
-    """Boxes clipped to (height, width) and moved; of what is mostly cut off nobody says what it is."""
+    """Boxes clipped to (height, width) and moved; the class of what is mostly cut off becomes unknown (-1)."""
 
     def area(corners: NDArray[np.float32]) -> NDArray[np.float32]:
         sides: NDArray[np.float32] = (corners[:, 2:] - corners[:, :2]).clip(0)

@@ -279,7 +279,7 @@ def drop_missing_classes(result: Answer) -> None:
     """Keep only classes with a detection, of a prompt-free query's thousand words; in place."""
     numbers = sorted({row["class"] for row in result["detections"]})
     names = [result["classes"][old]["name"] for old in numbers]
-    styles = class_styles(names)  # anew: few names share no colour
+    styles = class_styles(names)  # of these names only: few names share no colour
     classes: list[AnsweredClass] = []
     for new, (old, style) in enumerate(zip(numbers, styles, strict=True)):
         drawn: AnsweredClass = {"id": new, "colour": style.colour, "ink": style.ink, "dash": list(style.dash)}

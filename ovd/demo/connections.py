@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HEAD_SECONDS = 10.0  # from the first byte, or from opening the connection, to the end of the head
 GRACE = 0.1  # seconds that a new connection gets before it may have to make room
-REFUSALS = 64  # newcomers that are told so at a time; more are only closed
+REFUSALS = 64  # refused connections that get an answer at a time; more are only closed
 FROM_ONE = 512  # connections from one address; behind a proxy all people have one
 FROM_ALL = 4096
 SPARE_FILES = 128  # for uploads, weights and libraries

@@ -74,7 +74,7 @@ class Endpoints:
 
         Args:
             body: JSON.
-            name: a known endpoint; None: ``fn_index`` in the body tells.
+            name: a known endpoint; None: ``fn_index`` in the body names it.
             quick: only functions that Gradio runs at once, which never reach the model.
             keywords: the values come by name (``call/v2/NAME``), not as a list ``data``.
 

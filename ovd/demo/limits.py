@@ -99,7 +99,7 @@ class PageGate(Gate):
         except Exception as problem:
             if not isinstance(problem.__cause__, HTTPException):
                 raise
-            await reply.end()  # a stream of a session that is gone: the client has been told in its own terms
+            await reply.end()  # a stream of a session that is gone: Gradio has sent the reason in the stream
 
     async def _post(self, path: str, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         route = path[len(API) :] if path.startswith(API) else ""

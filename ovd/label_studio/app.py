@@ -130,7 +130,7 @@ def build_app(backend: Backend) -> Starlette:
         return _answer({"results": results, "model_version": plan.version})
 
     async def webhook(request: Request) -> Response:
-        # Label Studio tells of every annotation. To start a training is a person's wish, which must not go unanswered.
+        # Label Studio reports every annotation, which needs nothing; a request to train must not be ignored silently.
         if _object(await request.body()).get("action") == "START_TRAINING":
             return _problem(501, NO_TRAINING)
         return _answer({"status": "ok"})

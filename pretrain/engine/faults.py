@@ -102,7 +102,7 @@ class Watchdog:
     Args:
         rank: This process.
         patience: Seconds in one part of a step after which it says so, once for each part.
-        active: False: there is nobody to wait for.
+        active: False for a single process.
     """
 
     def __init__(self, rank: int, *, active: bool, patience: float | None = None) -> None:

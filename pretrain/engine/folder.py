@@ -61,7 +61,7 @@ def find_start(
         at_default: Dotted keys that the recorded configuration may lack.
         resume: Whether to continue a run that is there.
         overwrite: Whether to replace a run that is there.
-        warn: Told about what was passed over.
+        warn: Called for what was skipped.
 
     Returns:
         The checkpoint to continue from; ``None`` to begin.

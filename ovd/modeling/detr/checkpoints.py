@@ -20,7 +20,7 @@ from pretrain.engine.state import LoadReport, load_tensors
 from pretrain.nets.checkpoints import read_tensors
 
 OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoints
-DROPPED = ("class_embed.", "classifier.")  # what fine-tuning starts anew, as UP-DETR's paper does
+DROPPED = ("class_embed.", "classifier.")  # fine-tuning initialises these, as UP-DETR's paper does
 
 
 def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
