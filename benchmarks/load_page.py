@@ -310,7 +310,7 @@ def _spread(seconds: list[float]) -> str:
 def _numbers(text: str) -> list[int]:
     numbers = [int(part) for part in text.split(",") if part.isdecimal() and int(part) > 0]
     if len(numbers) != text.count(",") + 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,4,16,64")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 1,4,16,64")
     return numbers
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What 10,000 words cost beside one: a photo of 640×480 with both questions in turn, and where the time goes.
+"""What 10,000 words cost beside one: a photo of 640×480 with both queries in turn, and where the time goes.
 
     wordbox export --format onnx
     python benchmarks/many_words.py                        # ONNX Runtime, one thread
@@ -42,7 +42,7 @@ def typical(call: Callable[[], object], rounds: int) -> str:
 
 
 def main() -> int:
-    """Print the ratios, and the parts of a question of 10,000 words."""
+    """Print the ratios, and the parts of a query of 10,000 words."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flags.add_argument("--weights", default="default", help="of a detector of photographs (default: default)")
     flags.add_argument("--runtime", choices=("onnx", "torch"), default="onnx", help="(default onnx)")

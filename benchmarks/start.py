@@ -115,7 +115,7 @@ def main() -> int:
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; median of {options.rounds} (least to most)")
     print("first boxes: clock", summary([b[0] for b in boxes]), "s; processor", summary([b[1] for b in boxes]), "s")
     names = ("page to HTTP 200, by the clock, s", "of the processor, s", "memory at the start, MB",
-             "at rest after two questions, MB", "of a core, %")  # fmt: skip
+             "at rest after two requests, MB", "of a core, %")  # fmt: skip
     for what, values in zip(names, zip(*pages, strict=True), strict=True):
         print(f"{what}:", summary(values))
     return 0

@@ -200,7 +200,7 @@ def calibrate_on_labels(args: argparse.Namespace) -> int:
 
     if args.labels or args.part:
         raise UserError(
-            f"--labels and --part are for detectors of photographs (model.arch fvlm), and {args.weights} is none; a "
+            f"--labels and --part are for detectors of photographs (model.arch fvlm), and {args.weights} is not one; a "
             "part is named in --data: FILE:PART"
         )
     labels = labels_of(args.data)
@@ -271,13 +271,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
             require_writable_file(file, flag=flag)
     if args.encoder:
         if not args.data or args.crop_refinement:
-            raise UserError("--encoder needs --data, labelled photos to fit on, and goes without --crop-refinement")
+            raise UserError(
+                "--encoder needs --data, labelled photos to fit on, and cannot be combined with --crop-refinement"
+            )
         return args
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
         raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
     if (args.labels or args.part) and not args.data:
-        raise UserError("--labels and --part go with --data")
+        raise UserError("--labels and --part need --data")
     require_writable(folder)
     return args
 
@@ -313,7 +315,10 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     figures, curve = measure(typed.half(1), fit(typed.half(0))[0])
     fitted, crops_fitted = fit(typed)
     if not crops_fitted:
-        print("warning: too few photos show the same words to fit the scores of crops; they stay", file=sys.stderr)
+        print(
+            "warning: too few photos show the same words to fit the scores of crops; their calibration is unchanged",
+            file=sys.stderr,
+        )
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0
 
@@ -342,7 +347,10 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
         print(f"warning: {notice}", file=sys.stderr)
     others = [name for name in photos.names if name_key(name) not in names]
     if others:
-        print(f"warning: {labels.where}: no own classes, left as they are: {', '.join(others)}", file=sys.stderr)
+        print(
+            f"warning: {labels.where}: not classes of this detector, calibration unchanged: {', '.join(others)}",
+            file=sys.stderr,
+        )
     model = load(args).model
     assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
     assert model.network.finetuned is not None
@@ -353,7 +361,7 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
         content,
         curve,
         title=f"Scores of {args.weights}",
-        caption="own classes, half of the photos",
+        caption="fine-tuned classes, half of the photos",
         plot=args.plot,
         file=args.report,
     )

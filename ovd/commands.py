@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command:
     """One command.
 
@@ -25,35 +25,32 @@ class Command:
 
 GROUPS: dict[str, tuple[Command, ...]] = {
     "detect": (
-        Command(name="demo", module="ovd.demo.command", does="the web page"),
-        Command(name="predict", module="ovd.predict", does="detect objects in pictures, folders and videos"),
-        Command(name="label", module="ovd.label", does="label a folder of pictures as a data set"),
-        Command(name="serve", module="ovd.serve", does="machine-learning backend for Label Studio"),
+        Command("demo", "ovd.demo.command", "the web page"),
+        Command("predict", "ovd.predict", "detect objects in pictures, folders and videos"),
+        Command("label", "ovd.label", "label a folder of pictures as a data set"),
+        Command("serve", "ovd.serve", "machine-learning backend for Label Studio"),
     ),
     "train and measure": (
-        Command(name="train", module="ovd.train", does="train a detector", config="ovd.config_detr:TRAIN_CONFIGS"),
+        Command("train", "ovd.train", "train a detector", config="ovd.config_detr:TRAIN_CONFIGS"),
         Command(
-            name="embed",
-            module="ovd.embed",
-            does="compute proposals and their embeddings, for ViLD",
-            config="ovd.embed:EmbedConfig",
+            "embed", "ovd.embed", "compute proposals and their embeddings, for ViLD", config="ovd.embed:EmbedConfig"
         ),
-        Command(name="evaluate", module="ovd.evaluate", does="AP and recall, of a detector or of a results file"),
-        Command(name="calibrate", module="ovd.calibrate", does="calibrate a detector's scores and threshold"),
+        Command("evaluate", "ovd.evaluate", "AP and recall, of a detector or of a results file"),
+        Command("calibrate", "ovd.calibrate", "calibrate a detector's scores and threshold"),
         Command(
-            name="pretrain",
-            module="pretrain.train",
-            does="train a backbone without labels, or CLIP",
+            "pretrain",
+            "pretrain.train",
+            "train a backbone without labels, or CLIP",
             config="pretrain.config:PretrainConfig",
         ),
-        Command(name="probe", module="pretrain.probe", does="evaluate a backbone's frozen features"),
+        Command("probe", "pretrain.probe", "evaluate a backbone's frozen features"),
     ),
     "files": (
-        Command(name="export", module="ovd.export", does="export a detector to ONNX Runtime"),
-        Command(name="convert", module="ovd.convert", does="convert labels to another format"),
-        Command(name="weights", module="ovd.weights", does="list, verify and add weights"),
-        Command(name="doctor", module="ovd.doctor", does="check the installation"),
-        Command(name="completion", module="ovd.completion", does="shell completion for bash, zsh or fish"),
+        Command("export", "ovd.export", "export a detector to ONNX Runtime"),
+        Command("convert", "ovd.convert", "convert labels to another format"),
+        Command("weights", "ovd.weights", "list, verify and add weights"),
+        Command("doctor", "ovd.doctor", "check the installation"),
+        Command("completion", "ovd.completion", "shell completion for bash, zsh or fish"),
     ),
 }
 COMMANDS = {command.name: command for commands in GROUPS.values() for command in commands}

@@ -200,9 +200,7 @@ class RunConfig(Section):
     """Keys of every run."""
 
     out: str = Field(
-        ...,
-        description="run folder; must be new or empty unless --resume or --overwrite",
-        json_schema_extra=FREE,
+        ..., description="run folder; must be new or empty unless --resume or --overwrite", json_schema_extra=FREE
     )
 
 

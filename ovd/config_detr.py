@@ -89,10 +89,7 @@ class DetrConfig(Section):
         description="what queries are conditioned on and embedded into: backbone features, or the encoder's space",
     )
     conditioned: int = Field(
-        0,
-        ge=0,
-        le=200,
-        description="classes whose words queries are conditioned on per step; 0: free queries",
+        0, ge=0, le=200, description="classes whose words queries are conditioned on per step; 0: free queries"
     )
     crop_conditions: float = Field(
         0.0, description="removed, as no gain was measured; 0 is still read", json_schema_extra=LATER
@@ -160,11 +157,7 @@ class PretextConfig(Section):
     )
     held_out_count: int = Field(128, ge=0, le=100_000, description="how many of them; 0: nothing is measured")
     evaluate_every: int = Field(
-        200,
-        ge=1,
-        le=10**9,
-        description="steps between measurements (at log lines)",
-        json_schema_extra=FREE,
+        200, ge=1, le=10**9, description="steps between measurements (at log lines)", json_schema_extra=FREE
     )
     patches: PatchConfig = Field(PatchConfig(), description="query patches")
     grouped: bool = Field(True, description="match a patch among its own queries; false: the official matching")

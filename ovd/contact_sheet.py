@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A contact sheet: one HTML file, without anything beside it, of what was found of each class, the doubtful first."""
+"""A contact sheet: one self-contained HTML file with the detections of each class, lowest scores first."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def contact_sheet(labelled: LabelledPictures, *, title: str, threshold: float) -
     head = (
         f"<h1>{html.escape(title)}</h1>\n<p>{len(labelled.pictures)} pictures, "
         f"{sum(map(len, by_class.values()))} objects from a score of {threshold:.2f} on. In each class the doubtful "
-        f"come first: if they are wrong, ask again with a higher --threshold.</p>\n<nav>{links}</nav>"
+        f"come first: if they are wrong, run again with a higher --threshold.</p>\n<nav>{links}</nav>"
     )
     body = "\n".join(section.replace("<h2", f'<h2 id="c{i}"', 1) for i, section in enumerate(sections))
     return (
@@ -120,7 +120,7 @@ def _thumbnails(samples: Sequence[_Sample], pictures: Sequence[Picture]) -> dict
 def _pixels(picture: Picture) -> NDArray[np.uint8]:
     try:
         return to_rgb(picture.source)
-    except BadImageError:  # it went away since it was predicted
+    except BadImageError:  # deleted since it was predicted
         return np.full((SIDE, SIDE, 3), 128, dtype=np.uint8)
 
 

@@ -58,8 +58,7 @@ def main(argv: list[str]) -> int:
     from ovd.formats.shapes import labelled_pictures
     from ovd.formats.write import about_outlines, write_labels
 
-    part = options.part if options.part != "all" else None
-    labels = read_labels(options.source, kind=options.kind, images=options.images, part=part)
+    labels = read_labels(options.source, kind=options.kind, images=options.images, part=options.part)
     labelled = labelled_pictures(labels)
     missing = [picture.source for picture in labelled.pictures if not picture.source.is_file()]
     if missing and options.pictures != "none" and options.to in DATASET_FORMATS:

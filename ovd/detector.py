@@ -16,7 +16,6 @@ Shapes: R regions, C classes, E examples, D joint embedding.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -41,14 +40,13 @@ from ovd.inference.scorers import QueryScorer
 from ovd.inference.scoring import RegionSet
 from ovd.inference.sides import apply_sides, card_with_sides
 from ovd.locks import ComputeLock
-from ovd.modeling.export import read_card
 from ovd.pictures import ImageLike, to_rgb
 from ovd.query import Query
-from ovd.runtime.choice import Runtime, load_networks
+from ovd.runtime.choice import Runtime, load_trained
 from ovd.text import TextEmbedder, TextEncoder, cut_phrases
-from ovd.vocabulary import TEMPLATE_SETS, TEMPLATES_STICKER, Vocabulary
-from ovd.weights import ModelCard, detector_folder, read_model_card
-from pretrain.engine.errors import UserError, ignore_old_torch_calls, shorten
+from ovd.vocabulary import TEMPLATES_STICKER, Vocabulary
+from ovd.weights import ModelCard, detector_folder
+from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,38 +153,24 @@ class Detector:
             UserError: unknown name, missing or damaged files.
         """
         folder = detector_folder(weights)
-        if encoder is not None:
-            from ovd.with_encoder import load_with_encoder
-
-            if crop_refinement or second_look:
-                raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
-            if runtime in ("onnx", "onnx-int8"):
-                raise UserError(f"an encoder of your own runs with torch: leave runtime {runtime} out")
-            named = load_with_encoder(folder, encoder, device=device, threads=threads, masks=masks, regions=regions)
-            apply_sides(named.model, sides)
-            return cls(
-                model=named.model,
-                encoder=named.encoder,
-                templates=named.templates,
-                card=card_with_sides(named.card, sides),
-                cache_size=cache_size,
-                text_cache=text_cache,
-            )
-        card = read_card(folder)
-        with warnings.catch_warnings():
-            ignore_old_torch_calls()
-            networks = load_networks(
-                folder, card, runtime=runtime, device=device, threads=threads, masks=masks, regions=regions or REGIONS
-            )
-        apply_sides(networks.model, sides)
         if crop_refinement is None:
-            crop_refinement = card.crop_refinement if second_look is None else second_look
+            crop_refinement = second_look
+        if encoder is None:
+            parts = load_trained(
+                folder, runtime, device=device, threads=threads, masks=masks, regions=regions or REGIONS
+            )
+        else:
+            from ovd.with_encoder import load_with_encoder, refuse_options
+
+            refuse_options(runtime, crop_refinement)
+            parts = load_with_encoder(folder, encoder, device=device, threads=threads, masks=masks, regions=regions)
+        apply_sides(parts.model, sides)
         return cls(
-            model=networks.model,
-            encoder=networks.encoder,
-            templates=TEMPLATE_SETS[card.templates],  # prompts of the training classes
-            crop_refinement=crop_refinement,
-            card=card_with_sides(read_model_card(folder), sides),
+            model=parts.model,
+            encoder=parts.encoder,
+            templates=parts.templates,
+            crop_refinement=parts.crop_refinement if crop_refinement is None else crop_refinement,
+            card=card_with_sides(parts.card, sides),
             cache_size=cache_size,
             text_cache=text_cache,
         )
@@ -256,7 +240,7 @@ class Detector:
         """The query for all words that the model knows.
 
         Raises:
-            UserError: it tells none, or there are examples beside.
+            UserError: it names none, or examples are given as well.
         """
         if examples:
             raise UserError("everything: leave the examples out, or name the classes to look for beside them")
@@ -303,7 +287,7 @@ class Detector:
         """
         if self.examples is None:
             raise UserError(
-                "these weights cannot search by example: their encoder has no image tower. Ask with words, or load "
+                "these weights cannot search by example: their encoder has no image tower. Use words, or load "
                 "a detector that was trained against an image-text encoder"
             )
         return self.examples.embed(examples)

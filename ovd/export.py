@@ -22,7 +22,7 @@ from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
 
 EXAMPLES = Path(__file__).parent / "demo/examples/photos"
-"""Photos that ranges are taken from where nobody gives others, and none came with the weights."""
+"""Photos that activation ranges are measured on by default, where none came with the weights."""
 
 
 def parser() -> CommandParser:
@@ -32,23 +32,16 @@ def parser() -> CommandParser:
         "Write a detector of photographs as ONNX files, for ONNX Runtime without torch.",
         details=__doc__,
     )
-    flags.add_argument("--format", choices=("onnx",), default="onnx", help="the only one (default onnx)")
-    flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
-    flags.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
+    add = flags.add_argument
+    add("--format", choices=("onnx",), default="onnx", help="the only one (default onnx)")
+    add("--weights", default="default", help="name of shipped weights, or a folder written by ovd.train")
+    add("--output", type=Path, metavar="FOLDER",
         help=f"is made, or replaced where it is an export (default: {EXPORT_FOLDER}, or {INT8_FOLDER}, in the "
-        "folder of the weights)",
-    )
-    flags.add_argument("--int8", action="store_true", help="convolutions in 8 bits: a smaller and less exact export")
-    flags.add_argument(
-        "--calibrate-on",
-        type=Path,
-        metavar="FOLDER",
+        "folder of the weights)")  # fmt: skip
+    add("--int8", action="store_true", help="convolutions in 8 bits: a smaller and less exact export")
+    add("--calibrate-on", type=Path, metavar="FOLDER",
         help="with --int8: photos that show which values occur, 20 or more like yours (default: the ranges that came "
-        "with the weights, else the page's examples)",
-    )
+        "with the weights, else the page's examples)")  # fmt: skip
     return flags
 
 
@@ -90,7 +83,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
     if not (source / "model.safetensors").is_file():
         raise UserError(f"{source}: is an export itself; give the weights that it was made of")
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / CARD).is_file())):
-        raise UserError(f"--output {target}: holds something that is no export; give another folder")
+        raise UserError(f"--output {target}: is not an export; give another folder")
     without_torch = importlib.util.find_spec("torch") is None
     if without_torch and photos is not None:
         raise UserError(f"--calibrate-on needs torch: {NEEDS_TORCH}")

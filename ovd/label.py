@@ -42,7 +42,7 @@ PREDICTIONS = "predictions"
 SHEET = "contact_sheet.html"
 STAMP = "label.json"
 WRITTEN = ("annotations", "images", "labels", "Annotations", "ImageSets", "JPEGImages", "data.yaml", SHEET)
-"""What the formats write: removed when a folder is written anew with other options."""
+"""What the formats write: removed when a folder is rewritten with other options."""
 
 DESCRIPTION = """\
 Label a folder of pictures with class names, as a data set that other tools train on, with a contact sheet to check; the
@@ -65,13 +65,8 @@ def parser() -> CommandParser:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the data set")
     add("--format", choices=DATASET_FORMATS, default="yolo", help="label format (default yolo; yolo-seg has outlines)")
     add("--val", type=share, default=0.2, help="fraction of the pictures for the part val (default .2; 0: no split)")
-    add(
-        "--pictures",
-        dest="picture_mode",
-        choices=("copy", "link"),
-        default="copy",
-        help="copy or link them (default copy)",
-    )
+    add("--pictures", dest="picture_mode", choices=("copy", "link"), default="copy",
+        help="copy or link them (default copy)")  # fmt: skip
     add("--masks", action=argparse.BooleanOptionalAction, default=None, help="write masks (default: yolo-seg only)")
     add("--overwrite", action="store_true", help="replace the results of another command")
     flags.hide(*RARE, "picture_mode", "masks", "overwrite")
@@ -136,11 +131,11 @@ def require_labels_folder(out: Path, settings: dict[str, object], *, overwrite: 
         ]
         if changed and not overwrite:
             raise UserError(
-                f"{out}: holds a data set of another command: {'; '.join(changed)}. Give another --out, or --overwrite "
+                f"{out}: has a data set of another command: {'; '.join(changed)}. Give another --out, or --overwrite "
                 "to replace it"
             )
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is not empty, and no data set of wordbox label. Give another --out")
+        raise UserError(f"{out}: is not empty, and was not written by wordbox label. Give another --out")
 
 
 def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:

@@ -10,10 +10,10 @@ from types import TracebackType
 
 
 class ComputeLock:
-    """A re-entrant lock that a copy, a pickle and a forked child have anew.
+    """A re-entrant lock; a copy, an unpickled one and a forked child get a new one.
 
     A forked child inherits locks as they were, held by threads that it does not have, and an OpenMP whose team is gone:
-    the first operator that wants it waits for ever. So the child gets a free lock, and computes with one thread.
+    the first operator that uses it would hang. So the child gets a free lock, and computes with one thread.
     """
 
     def __init__(self) -> None:

@@ -24,6 +24,6 @@ def read_plain_yaml(text: str) -> Any:
         loader = _TextSafeLoader(text)
         return loader.get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError) as problem:  # the last two: escapes beyond Unicode
-        raise ValueError(f"no YAML: {' '.join(str(problem).split())}") from problem
+        raise ValueError(f"not YAML: {' '.join(str(problem).split())}") from problem
     except RecursionError as problem:
-        raise ValueError("no YAML of a depth that can be read") from problem
+        raise ValueError("YAML nested too deeply") from problem

@@ -87,34 +87,20 @@ def parser() -> CommandParser:
         details=__doc__,
         usage="wordbox predict PICTURES ... --classes WORDS --out FOLDER",
     )
-    flags.add_argument(
-        "pictures",
-        nargs="+",
-        help="pictures and folders (searched recursively); or videos, a camera index, a stream URL",
-    )
+    add = flags.add_argument
+    add("pictures", nargs="+",
+        help="pictures and folders (searched recursively); or videos, a camera index, a stream URL")  # fmt: skip
     add_query_flags(flags)
-    flags.add_argument("--out", type=Path, required=True, help="output folder")
-    flags.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
-    flags.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
-    flags.add_argument(
-        "--format", metavar="NAMES", help=f"also write these label formats, comma-separated: {', '.join(FORMATS)}"
-    )
-    flags.add_argument(
-        "--tiles", action="store_true", help="also run on overlapping tiles of large pictures, to find small objects"
-    )
-    flags.add_argument(
-        "--tile-side",
-        type=integer(64),
-        metavar="N",
-        help="side of a tile in pixels (default: the network's input size)",
-    )
-    flags.add_argument(
-        "--every", type=integer(1), default=1, metavar="N", help="process every N-th video frame (default 1)"
-    )
-    flags.add_argument(
-        "--track", action=argparse.BooleanOptionalAction, default=True, help="track objects through a video"
-    )
-    flags.add_argument("--overwrite", action="store_true", help="replace the results of another command")
+    add("--out", type=Path, required=True, help="output folder")
+    add("--draw", action=argparse.BooleanOptionalAction, default=True, help="write drawn pictures")
+    add("--masks", action=argparse.BooleanOptionalAction, default=True, help="write and draw masks")
+    add("--format", metavar="NAMES", help=f"also write these label formats, comma-separated: {', '.join(FORMATS)}")
+    add("--tiles", action="store_true", help="also run on overlapping tiles of large pictures, to find small objects")
+    add("--tile-side", type=integer(64), metavar="N",
+        help="side of a tile in pixels (default: the network's input size)")  # fmt: skip
+    add("--every", type=integer(1), default=1, metavar="N", help="process every N-th video frame (default 1)")
+    add("--track", action=argparse.BooleanOptionalAction, default=True, help="track objects through a video")
+    add("--overwrite", action="store_true", help="replace the results of another command")
     flags.hide(*RARE, "draw", "masks", "tile_side", "track")
     return flags
 
@@ -131,7 +117,7 @@ def main(argv: list[str]) -> int:
     for folder in filter(Path.is_dir, map(Path, options.pictures)):
         if videos := videos_in(folder):
             print(
-                f"warning: {folder}: {len(videos)} videos passed over; they are run by name, as in "
+                f"warning: {folder}: {len(videos)} videos skipped; give their paths to run them, as in "
                 f"wordbox predict {videos[0]}",
                 file=sys.stderr,
             )
@@ -142,15 +128,9 @@ def main(argv: list[str]) -> int:
 
         detector = TiledDetector(detector, side=options.tile_side)
     failed = predict(
-        detector=detector,
-        pictures=pictures,
-        vocabulary=query,
-        out=options.out,
-        threshold=options.threshold,
-        draw=options.draw,
-        masks=options.masks,
-        overwrite=options.overwrite,
-    )
+        detector=detector, pictures=pictures, vocabulary=query, out=options.out, threshold=options.threshold,
+        draw=options.draw, masks=options.masks, overwrite=options.overwrite,
+    )  # fmt: skip
     if formats:
         from ovd.formats.predictions import write_predictions
 
@@ -181,7 +161,7 @@ def predict(
         threshold: lowest score; the calibrated default when None.
         draw: write drawn pictures.
         masks: write and draw masks.
-        overwrite: start anew where another job has written.
+        overwrite: start again where another job has written.
 
     Returns:
         One ``{"file_name", "reason"}`` per picture that could not be read.
@@ -283,7 +263,7 @@ def _claim_folder(out: Path, job: Mapping[str, object], names: Sequence[str], ov
         differences = _differences(read_json(stamp, hint="give another --out, or --overwrite"), job, names)
         if differences:
             raise UserError(
-                f"{out}: holds results of another command: {'; '.join(differences)}. "
+                f"{out}: has results of another command: {'; '.join(differences)}. "
                 "Give another --out, or --overwrite to replace them"
             )
     elif out.exists() and any(out.iterdir()) and not overwrite:

@@ -45,7 +45,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         if "://" not in text and not text.isdecimal() and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
     from ovd.tiles import TiledDetector
-    from ovd.video import WRITTEN, Source, predict_video, progress
+    from ovd.video import Source, predict_video, progress, written_files
 
     opened: list[Source] = []
     try:
@@ -54,7 +54,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         names = [source.name for source in opened]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two videos would be called {twice!r}; run them separately")
-        written = [options.out / f"{name}{ending}" for name in names for ending in WRITTEN]
+        written = [file for name in names for file in written_files(options.out, name)]
         _require_room(written, [Path(text) for text in sources], overwrite=options.overwrite)
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
         for notice in query.notices:
@@ -63,23 +63,15 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
             detector = TiledDetector(detector, side=options.tile_side)
         for source in opened:
             if source.live:
-                print(f"{source.name}: Ctrl-C ends it", flush=True)
+                print(f"{source.name}: Ctrl-C stops it", flush=True)
             done = predict_video(
-                detector=detector,
-                query=query,
-                source=source,
-                out=options.out,
-                threshold=options.threshold,
-                every=options.every,
-                track=options.track,
-                draw=options.draw,
-                masks=options.masks,
-                on_frame=progress,
-            )
+                detector=detector, query=query, source=source, out=options.out, threshold=options.threshold,
+                every=options.every, track=options.track, draw=options.draw, masks=options.masks, on_frame=progress,
+            )  # fmt: skip
             if done < MOST_FRAMES * (source.frames or 0):
                 print(
                     f"warning: {source.name}: ends after {done} of the {source.frames} frames that it should "
-                    "have: it is cut off or damaged",
+                    "have: it is truncated or damaged",
                     file=sys.stderr,
                 )
             print(f"{source.name}: {done} frames, see {options.out / source.name}.jsonl", flush=True)
@@ -93,6 +85,6 @@ def _require_room(written: Sequence[Path], sources: Sequence[Path], *, overwrite
     """Refuse to write over files that are there, and over the videos themselves whatever is asked for."""
     for file in filter(Path.exists, written):
         if any(source.is_file() and file.samefile(source) for source in sources):
-            raise UserError(f"{file}: is a video to be read, and would be written over. Give another --out")
+            raise UserError(f"{file}: is an input video and would be overwritten. Give another --out")
         if not overwrite:
-            raise UserError(f"{file}: is there already. Give another --out, or --overwrite to replace it")
+            raise UserError(f"{file}: already exists. Give another --out, or --overwrite to replace it")

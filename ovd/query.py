@@ -50,7 +50,7 @@ class Query:
             return self.words.notices
         words = {name.casefold() for name in self.words.names}
         both = [e.name for e in self.positive_examples if e.name.casefold() in words]
-        mixed = (f"Asked by word and by example, the better score counts: {', '.join(both[:5])}",) if both else ()
+        mixed = (f"Given as a word and as an example, the better score counts: {', '.join(both[:5])}",) if both else ()
         return self.words.notices + mixed
 
     @property

@@ -24,21 +24,13 @@ RARE = ("vocabulary", "encoder", "sides", "device", "runtime", "threads")
 def add_query_flags(flags: CommandParser) -> None:
     """Words, examples, threshold, weights, device."""
     words = flags.add_mutually_exclusive_group()
-    words.add_argument(
-        "--classes",
-        metavar="WORDS",
+    words.add_argument("--classes", metavar="WORDS",
         help='class names, "dog, mug: cup, -poster": synonyms after a colon, a minus excludes; "everything": all '
-        "known words",
-    )
+        "known words")  # fmt: skip
     words.add_argument("--vocabulary", type=Path, help="file with one name per line, or a saved vocabulary (.json)")
-    flags.add_argument(
-        "--example",
-        action="append",
-        default=[],
-        metavar="[NAME=]CROP",
+    flags.add_argument("--example", action="append", default=[], metavar="[NAME=]CROP",
         help="picture of an object to find; may be repeated, and combined with words. Crops of one NAME are averaged "
-        "(default: the file name); --example=-NAME=CROP excludes",
-    )
+        "(default: the file name); --example=-NAME=CROP excludes")  # fmt: skip
     flags.add_argument("--threshold", type=share, default=None, help="minimum score (default: calibrated)")
     add_detector_flags(flags.add_argument)
 
@@ -50,35 +42,23 @@ def add_detector_flags(add: Callable[..., argparse.Action], *, sides: bool = Tru
     if sides:
         add_sides_flag(add)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add(
-        "--runtime",
-        choices=get_args(Runtime),
-        default="auto",
-        help="inference runtime; onnx-int8: in 8 bits (default auto)",
-    )
+    add("--runtime", choices=get_args(Runtime), default="auto",
+        help="inference runtime; onnx-int8: in 8 bits (default auto)")  # fmt: skip
     add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
 
 
 def add_encoder_flag(add: Callable[..., argparse.Action]) -> None:
     """``--encoder``, of every command that runs a detector."""
-    add(
-        "--encoder",
-        metavar="SPEC",
+    add("--encoder", metavar="SPEC",
         help="classify crops of the boxes with another image-text encoder: open_clip:MODEL:TAG (prints its size, "
-        "downloads it once), open_clip:MODEL:FILE, or a folder; slow on a CPU",
-    )
+        "downloads it once), open_clip:MODEL:FILE, or a folder; slow on a CPU")  # fmt: skip
 
 
 def add_sides_flag(add: Callable[..., argparse.Action]) -> None:
     """``--sides``, of every command that runs a detector."""
-    add(
-        "--sides",
-        type=integer(1),
-        nargs="+",
-        metavar="N",
+    add("--sides", type=integer(1), nargs="+", metavar="N",
         help="input sizes (longest side, pixels) of a detector of photographs: 416 is fast, 832 640 416 finds smaller "
-        "objects (default: 640 416, as shipped)",
-    )
+        "objects (default: 640 416, as shipped)")  # fmt: skip
 
 
 def check_words(options: argparse.Namespace) -> tuple[Example, ...]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ovd.embed import EmbedConfig
 
 # Workers hold their share of the CPUs to the end. With whole ones, as many workers as CPUs would leave nothing to read
-# and write files with, and Ray would wait for ever.
+# and write files with, and Ray would hang.
 CPUS_OF_WORKER, CPUS_OF_FILES = 0.9, 0.05
 
 COLUMNS = ("path", "class_name", "score", "x", "y", "width", "height", "mask", "error")

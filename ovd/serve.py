@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
             "the pictures that its token opens; give --user and --password",
             file=sys.stderr,
         )
-    listener = listen(options.host, options.port)  # before the slow part: a taken port is told at once
+    listener = listen(options.host, options.port)  # before the slow part, so that a taken port is an error at once
     signals = StopSignals()
     try:
         from ovd.demo.hosts import AllowedHosts

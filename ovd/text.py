@@ -152,7 +152,7 @@ class TextEmbedder:
                 metadata = stored.metadata() or {}
                 rows: Floats | None = stored.get_tensor("embeddings") if "embeddings" in stored.keys() else None
         except (SafetensorError, OSError) as problem:
-            raise UserError(f"{file}: cannot be read ({problem}); delete it, it is written again") from problem
+            raise UserError(f"{file}: cannot be read ({problem}); delete it; it is rebuilt") from problem
         shape = (len(vocabulary.classes), self.encoder.embed_dim)
         if rows is None or rows.shape != shape or metadata.get("fingerprint") != self.fingerprint:
             return None  # another encoder with the same 16 digits, or a foreign file: embed again and overwrite it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Big pictures in tiles, through supervision's ``InferenceSlicer``: small things that vanish when a picture is shrunk.
+"""Large pictures in tiles, through supervision's ``InferenceSlicer``, for objects that vanish when a picture is shrunk.
 
 The network sees the whole picture once, and overlapping tiles of it at their own size. What a tile cuts off at its
 inner border is left out: an object smaller than the overlap is whole in some tile, a larger one in the picture.
@@ -55,7 +55,7 @@ class TiledDetector(Detector):
             raise UserError("--tiles needs the package supervision: pip install supervision") from problem
         card = detector.model.card
         self.side = side or (256 if card is None else card.short_side)
-        # Kept results of another way to look must not pass for these.
+        # `predict` keeps results by sha256: those without tiles, or with others, must not be taken for these.
         digest = f"{detector.card.get('sha256', '')} in tiles of {self.side}"
         super().__init__(
             model=detector.model,
@@ -70,7 +70,7 @@ class TiledDetector(Detector):
     def answer(
         self, image: ImageLike, query: Query, *, threshold: float | None = None, **options: Unpack[ClassifyOptions]
     ) -> Detections:
-        """Look at the whole picture and, where it is larger than a tile, at its tiles; see `Detector.answer`."""
+        """Detect in the whole picture and, where it is larger than a tile, in its tiles; see `Detector.answer`."""
         pixels = to_rgb(image)
         overview = super().answer(pixels, query, threshold=threshold, **options)
         height, width = pixels.shape[:2]

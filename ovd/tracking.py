@@ -57,9 +57,7 @@ class Tracker:
             raise UserError(NEEDED) from problem
         self.threshold = threshold
         self._tracker: Any = ByteTrackTracker(
-            frame_rate=max(rate, 1.0),
-            track_activation_threshold=threshold,
-            high_conf_det_threshold=threshold,
+            frame_rate=max(rate, 1.0), track_activation_threshold=threshold, high_conf_det_threshold=threshold
         )
 
     def follow(self, detections: Detections) -> Tracked:

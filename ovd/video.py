@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +31,12 @@ from pretrain.engine.files import write_atomically
 
 TICKS = 90_000  # per second, MPEG's clock
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
-WRITTEN = (".jsonl", ".json", ".mp4")  # endings of what is written of a video
 USUAL_RATE = 30.0  # frames per second of a source that does not say
+
+
+def written_files(out: Path, name: str) -> list[Path]:
+    """What `predict_video` writes of a source of this name."""
+    return [out / f"{name}{ending}" for ending in (".jsonl", ".json", ".mp4")]
 
 
 @dataclass(kw_only=True)
@@ -62,9 +67,9 @@ class Source:
         camera = text.isdecimal() and not Path(text).exists()
         if not camera and "://" not in text and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below, in one line
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: the error below is one line
         log = cv2.utils.logging
-        level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise; it tells two lines of a camera that is not there
+        level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise: a missing camera is two lines of warnings
         capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
         log.setLogLevel(level)
         if not capture.isOpened():
@@ -130,7 +135,7 @@ class VideoWriter:
 
         height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2  # H.264 wants even sides
         if not height or not width:
-            raise UserError("a video of one pixel's height or width cannot be written: give --no-draw")
+            raise UserError("a video one pixel high or wide cannot be written: give --no-draw")
         if self._stream is None:
             self._stream = self._file.add_stream("libx264", rate=Fraction(self.rate).limit_denominator(1001))
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
@@ -187,17 +192,16 @@ def predict_video(
 ) -> int:
     """Find and follow things in a video.
 
-    Writes ``NAME.jsonl``, a line for each object of each frame that is looked at; ``NAME.json``, a summary with the
-    tracks; and ``NAME.mp4`` with boxes, where between the frames that are looked at the last ones stay.
+    Writes ``NAME.jsonl``, a line for each object of each processed frame; ``NAME.json``, a summary with the tracks; and
+    ``NAME.mp4`` with boxes, which frames in between take from the last processed one.
 
     Args:
         detector, query, threshold: see `Detector.answer`.
-        source: open; is closed.
-        out: folder.
-        every: look at every n-th frame.
+        source: open; is closed at the end.
+        out: folder of the files; is made.
+        every: process every n-th frame.
         track: follow objects.
-        draw: write the video.
-        masks: draw masks.
+        draw, masks: write the video; draw masks in it.
         on_frame: called after each frame with (frames done, frames in all or None, seconds since the start).
 
     Returns:
@@ -209,83 +213,84 @@ def predict_video(
     """
     level = detector.threshold_for(query, threshold)
     tracker = Tracker(threshold=level, rate=source.rate / every) if track else None
-    out.mkdir(parents=True, exist_ok=True)
-    tracks: dict[int, Track] = {}
-    done, complete, begun = 0, False, time.monotonic()
+    floor = level * WEAK if tracker else level
+    begun = time.monotonic()
     tracked: Tracked | None = None
     writer = VideoWriter(out / f"{source.name}.mp4", rate=source.rate) if draw else None
-    try:
-        with open(out / f"{source.name}.jsonl", "w", encoding="utf-8") as lines, writer or _Nothing():
-            for seconds, pixels in source:
-                if done % every == 0:
-                    floor = level * WEAK if tracker else level
-                    detections = detector.answer(pixels, query, threshold=floor)
-                    tracked = tracker.follow(detections) if tracker else untracked(detections)
-                    _note(tracked, done, seconds, lines, tracks)
-                if writer is not None and tracked is not None:
-                    writer.write(draw_detections(pixels, tracked.labelled(), masks=masks), seconds)
-                done += 1
-                if on_frame is not None:
-                    on_frame(done, source.frames, time.monotonic() - begun)
-        complete = True
-    except KeyboardInterrupt:
-        if not source.live:
-            raise
-        complete = True
-    finally:
-        source.close()
-        _write_summary(
-            out, source, tracks, frames=done, every=every, threshold=level, names=query.names, complete=complete
+    with (
+        closing(source),
+        TrackLog(out, source, every=every, threshold=level, names=query.names) as log,
+        writer or nullcontext(),
+    ):
+        for seconds, pixels in source:
+            if log.frames % every == 0:
+                detections = detector.answer(pixels, query, threshold=floor)
+                tracked = tracker.follow(detections) if tracker else untracked(detections)
+                log.add(tracked, seconds)
+            if writer is not None and tracked is not None:
+                writer.write(draw_detections(pixels, tracked.labelled(), masks=masks), seconds)
+            log.frames += 1
+            if on_frame is not None:
+                on_frame(log.frames, source.frames, time.monotonic() - begun)
+    if not log.frames:
+        for file in written_files(out, source.name):
+            file.unlink(missing_ok=True)
+        raise UserError(f"{source.name}: contains no readable frame")
+    return log.frames
+
+
+class TrackLog:
+    """``NAME.jsonl``, a line for each object of a processed frame, and ``NAME.json``, the summary; a context manager.
+
+    The summary is written at the end, whatever ends it. Ctrl-C is the usual end of a live source and is suppressed.
+
+    Args:
+        out: folder.
+        source: of the frames.
+        every, threshold, names: for the summary.
+
+    Attributes:
+        frames: done so far, which is also the number of the one being processed.
+    """
+
+    def __init__(self, out: Path, source: Source, *, every: int, threshold: float, names: Sequence[str]) -> None:
+        self.frames = 0
+        self._out, self._source = out, source
+        self._settings = {"every": every, "threshold": threshold, "classes": list(names)}
+        self._tracks: dict[int, Track] = {}
+
+    def __enter__(self) -> TrackLog:
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._lines: TextIO = open(self._out / f"{self._source.name}.jsonl", "w", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        self._lines.close()
+        stopped = self._source.live and kind is not None and issubclass(kind, KeyboardInterrupt)
+        summary = {
+            "source": self._source.name, "frames": self.frames, "rate": self._source.rate, **self._settings,
+            "complete": kind is None or stopped,
+            "tracks": [track.summary(number) for number, track in sorted(self._tracks.items())],
+        }  # fmt: skip
+        write_atomically(
+            self._out / f"{self._source.name}.json",
+            (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"),
         )
-    if not done:
-        for ending in WRITTEN:
-            (out / f"{source.name}{ending}").unlink(missing_ok=True)
-        raise UserError(f"{source.name}: holds no frame that can be read")
-    return done
+        return stopped
 
-
-def _write_summary(
-    out: Path,
-    source: Source,
-    tracks: Mapping[int, Track],
-    *,
-    frames: int,
-    every: int,
-    threshold: float,
-    names: Sequence[str],
-    complete: bool,
-) -> None:
-    """Write ``NAME.json``."""
-    summary = {
-        "source": source.name, "frames": frames, "rate": source.rate, "every": every, "threshold": threshold,
-        "classes": list(names), "complete": complete,
-        "tracks": [track.summary(number) for number, track in sorted(tracks.items())],
-    }  # fmt: skip
-    write_atomically(
-        out / f"{source.name}.json",
-        (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"),
-    )
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _note(tracked: Tracked, frame: int, seconds: float, lines: TextIO, tracks: dict[int, Track]) -> None:
-    """Write a line for each object, and take it into its track."""
-    detections = tracked.detections
-    for i, number in enumerate(tracked.track.tolist()):
-        name, score = detections.class_name[i], float(detections.confidence[i])
-        row = {"frame": frame, "time": round(seconds, 3), "track": number or None, "class": name,
-               "score": round(score, 5), "box": [round(float(v), 2) for v in detections.xyxy[i]]}  # fmt: skip
-        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if number:
-            track = tracks.setdefault(number, Track(first=frame, last=frame, best=score))
-            track.last, track.best, track.frames = frame, max(track.best, score), track.frames + 1
-            track.classes[name] = track.classes.get(name, 0) + 1
-    lines.flush()  # whoever follows the file sees each frame
+    def add(self, tracked: Tracked, seconds: float) -> None:
+        """Write the objects of the frame now read, and add them to their tracks."""
+        detections, frame = tracked.detections, self.frames
+        for i, number in enumerate(tracked.track.tolist()):
+            name, score = detections.class_name[i], float(detections.confidence[i])
+            row = {"frame": frame, "time": round(seconds, 3), "track": number or None, "class": name,
+                   "score": round(score, 5), "box": [round(float(v), 2) for v in detections.xyxy[i]]}  # fmt: skip
+            self._lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if number:
+                track = self._tracks.setdefault(number, Track(first=frame, last=frame, best=score))
+                track.last, track.best, track.frames = frame, max(track.best, score), track.frames + 1
+                track.classes[name] = track.classes.get(name, 0) + 1
+        self._lines.flush()  # for programs that follow the file
 
 
 def progress(done: int, total: int | None, seconds: float) -> None:

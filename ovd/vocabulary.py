@@ -327,7 +327,7 @@ class Vocabulary:
                 classes, notices = _merge([(name, []) for name in names])
                 return cls(tuple(classes), tuple(templates), notices=tuple(notices))
             if source.suffix.lower() != ".json":
-                raise UserError("holds no list of class names: give a list, or names: [dog, cat] as YOLO's data.yaml")
+                raise UserError("not a list of class names: give a list, or names: [dog, cat] as YOLO's data.yaml")
             return cls._from_record(record)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
             reason = " ".join(str(problem).split())
@@ -350,10 +350,7 @@ class Vocabulary:
         if not all(isinstance(t, str) for t in templates):
             raise UserError("templates must be strings")
         return cls(
-            tuple(classes),
-            tuple(templates),
-            bool(record.get("this_is", False)),
-            bool(record.get("parity", False)),
+            tuple(classes), tuple(templates), bool(record.get("this_is", False)), bool(record.get("parity", False))
         )
 
 

@@ -153,7 +153,7 @@ def read_manifest(root: Path | None = None) -> dict[str, Weights]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not there. Shipped weights live beside it; `make weights` makes them anew") from None
+        raise UserError(f"{path}: not there. Shipped weights live beside it; `make weights` rebuilds them") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}). Restore it with `git checkout -- weights`") from error
     if not isinstance(raw, list):
@@ -244,7 +244,7 @@ def weights_folder(name: str = "default", root: Path | None = None) -> Path:
     if wrong:
         raise UserError(
             f"weights '{weights.name}' are not as shipped:\n  " + "\n  ".join(wrong) + "\n"
-            "Restore them with `git checkout -- weights`, or make them anew with `make weights`"
+            "Restore them with `git checkout -- weights`, or rebuild them with `make weights`"
         )
     return weights.folder
 
@@ -261,8 +261,8 @@ def detector_folder(weights: str | Path) -> Path:
         return exported if (exported / "model.json").is_file() and not (folder / "model.json").exists() else folder
     if folder.name == EXPORTED and (folder.parent / "config.yaml").is_file():
         raise UserError(
-            f"no detector at {weights}: the training in {folder.parent} has not ended; go on with it by --resume, or "
-            "look into its train.log"
+            f"no detector at {weights}: the training in {folder.parent} is unfinished; continue it with --resume, or "
+            "see its train.log"
         )
     if isinstance(weights, Path) or "/" in str(weights):
         raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
@@ -328,7 +328,7 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
     if other:
         raise UserError(f"{other[0]}: weights folders hold only regular files {', '.join(sorted(ALLOWED_SUFFIXES))}")
     if not any(path.suffix in (".safetensors", ".onnx") for path in paths):
-        raise UserError(f"{source}: holds no .safetensors file")
+        raise UserError(f"{source}: contains no .safetensors file")
     root.mkdir(parents=True, exist_ok=True)
     entries = read_manifest(root) if (root / MANIFEST).exists() else {}
 

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ovd.data.splits import COCO_NAMES
 from ovd.inference.arrays import Floats
 from ovd.inference.crop_names import CROPS, BoxSource, CropNames, DetectorBoxes, PhotoBoxes, ProposedBoxes, uncalibrated
 from ovd.inference.known_words import WordList
 from ovd.inference.scoring import Calibration
+from ovd.runtime.choice import DetectorParts, Runtime
 from ovd.text import embed_vocabulary
 from ovd.user_files import StoredCalibration, read_calibration, text_cache
 from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
@@ -41,20 +42,16 @@ UNFITTED = Calibration(head_weight=0.2, open_objectness=0.5, open_area=0.0, thre
 """Before anything is fitted; the inverse temperature is the encoder's own."""
 
 
-class Named(NamedTuple):
-    """Parts of a detector with another encoder.
+def refuse_options(runtime: Runtime, crop_refinement: int | None) -> None:
+    """Refuse what does not go with an encoder of one's own.
 
-    Attributes:
-        model: the boxes, embedded by the encoder.
-        encoder: of crops and words.
-        templates: its prompts.
-        card: what is known of both.
+    Raises:
+        UserError: naming the option.
     """
-
-    model: CropNames
-    encoder: JointEncoder
-    templates: tuple[str, ...]
-    card: ModelCard
+    if crop_refinement:
+        raise UserError("with an encoder of your own all regions are cropped: leave crop_refinement out")
+    if runtime in ("onnx", "onnx-int8"):
+        raise UserError(f"an encoder of your own runs with torch: leave runtime {runtime} out")
 
 
 def load_with_encoder(
@@ -65,7 +62,7 @@ def load_with_encoder(
     threads: int | None = None,
     masks: bool = True,
     regions: int | None = None,
-) -> Named:
+) -> DetectorParts:
     """The boxes of an exported detector, named by an encoder.
 
     Args:
@@ -102,7 +99,7 @@ def load_with_encoder(
         calibrated=stored is not None,
         card=card,
     )
-    return Named(model, encoder, templates, _card(folder, spec, encoder.fingerprint(), stored))
+    return DetectorParts(model, encoder, templates, _card(folder, spec, encoder.fingerprint(), stored))
 
 
 def fetch(spec: str) -> None:

@@ -110,7 +110,7 @@ def listed(value: object, *, where: str) -> list[str] | None:
     elif not isinstance(value, list):
         return None
     if not isinstance(names, list) or not all(_is_name(name) for name in names):
-        raise UserError(f'{where}: a list of class names must hold texts only, like ["dog", "cat"]')
+        raise UserError(f'{where}: a list of class names must contain strings only, like ["dog", "cat"]')
     return [str(name) for name in names]
 
 

@@ -72,7 +72,7 @@ class CbowTower(Section):
     kind: Literal["cbow"] = Field(default="cbow", description="Bag of words.")
     width: int = Field(default=224, ge=8, le=2048, description="Length of a token embedding.")
     hidden: int = Field(default=1024, ge=8, le=8192, description="Units of the hidden layer.")
-    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is cut off.")
+    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is truncated.")
 
 
 class TransformerTower(Section):
@@ -82,7 +82,7 @@ class TransformerTower(Section):
     width: int = Field(default=192, ge=16, le=2048, description="Channels.")
     layers: int = Field(default=4, ge=1, le=64, description="Blocks.")
     heads: int = Field(default=4, ge=1, le=64, description="Attention heads.")
-    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is cut off.")
+    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is truncated.")
     causal: bool = Field(
         default=False, description="Each token sees the earlier ones only, as in CLIP; otherwise all of them."
     )
@@ -106,13 +106,14 @@ class EncoderConfig(Section):
     text: TextTower | None = Field(default=None, description="Text tower; null: the encoder knows images only.")
     text_projection: bool = Field(
         default=False,
-        description="A further linear layer after the text tower, begun as the identity: how a frozen tower learns.",
+        description="A linear layer after the text tower, initialised as the identity; trained even where the tower is "
+        "frozen.",
     )
     image_mean: tuple[Unit, Unit, Unit] = Field(
-        default=(0.5, 0.5, 0.5), description="Mean of the pixels (RGB, 0 to 1) that is subtracted."
+        default=(0.5, 0.5, 0.5), description="Mean of the pixels (RGB, 0 to 1)."
     )
     image_std: tuple[Unit, Unit, Unit] = Field(
-        default=(0.25, 0.25, 0.25), description="Standard deviation of the pixels that is divided by."
+        default=(0.25, 0.25, 0.25), description="Standard deviation of the pixels (RGB, 0 to 1)."
     )
 
 
@@ -125,7 +126,7 @@ class AugmentConfig(Section):
     contrast: Unit = Field(default=0.2, description="Largest change of contrast, as a factor.")
     colour: Unit = Field(default=0.1, description="Largest change of each colour channel, as a factor.")
     hue: Unit = Field(default=0.0, description="Probability that all colours are turned by one random angle.")
-    grey: Unit = Field(default=0.0, description="Probability that a picture loses its colours.")
+    grey: Unit = Field(default=0.0, description="Probability of grey.")
     random_filter: Unit = Field(
         default=0.0, description="Probability of a mixture with a random 3x3 filter of itself (arXiv:2007.13003)."
     )
@@ -138,19 +139,19 @@ class ClipMethod(Section):
     encoder: EncoderConfig = Field(default=EncoderConfig(), description="The towers to train.")
     text_weights: Path | None = Field(
         default=None,
-        description="Folder of an encoder whose text tower is taken over (pretrain/text.yaml makes one); null: random.",
+        description="Encoder folder that the text tower is loaded from (pretrain/text.yaml makes one); null: random.",
     )
     image_weights: Path | None = Field(
-        default=None, description="Folder of an encoder whose image tower is taken over; null: random."
+        default=None, description="Encoder folder that the image tower is loaded from; null: random."
     )
     start: ImageStart | None = Field(
         default=None, description="ImageNet network that an image tower of kind timm starts from; null: none."
     )
     words: WordsLoss | None = Field(
-        default=None, description="How data of kind photo_words are learnt from; null: by the captions of a batch."
+        default=None, description="Loss for data of kind photo_words; null: the captions of a batch."
     )
     freeze_text: bool = Field(
-        default=False, description="Leave the text tower as it is; its text_projection is trained still."
+        default=False, description="Leave the text tower as it is; its text_projection is still trained."
     )
     same_noun_positive: bool = Field(
         default=True,
@@ -159,16 +160,15 @@ class ClipMethod(Section):
     )
     noun_negatives: bool = Field(
         default=False,
-        description="When a picture chooses its caption, the names of all classes are there to choose from too; needs "
-        "same_noun_positive.",
+        description="Names of all classes as further negatives of each picture; needs same_noun_positive.",
     )
-    augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the pictures.")
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="Augmentation of the pictures.")
     chunk: int | None = Field(
         default=None,
         ge=1,
         le=10**6,
-        description="Encode so many pictures at a time, twice, with the exact gradient of the whole batch: memory for "
-        "time (batch norm then sees pieces of this size); null: all at once.",
+        description="Encode this many pictures at a time, twice: less memory, more time, the same gradient (batch norm "
+        "sees chunks of this size); null: all at once.",
     )
 
     @model_validator(mode="after")
@@ -186,7 +186,7 @@ class ClipMethod(Section):
         if isinstance(self.encoder.image, TimmTower) and self.encoder.image.conse is not None and self.words is None:
             raise ValueError("encoder.image.conse needs words, which gives it ImageNet's classifier; or set it to null")
         if self.words is not None and self.words.conse and self.start is None:
-            raise ValueError("words.conse needs start, the network whose classes it asks; or set words.conse=0")
+            raise ValueError("words.conse needs start, the network whose classes it uses; or set words.conse=0")
         if self.freeze_text and self.text_weights is None:
             raise ValueError("freeze_text without text_weights would freeze random weights; name text_weights")
         return self
@@ -201,7 +201,10 @@ class TextDistillMethod(Section):
         default=1.0, ge=0, le=100, description="Weight of the loss on similarities within the batch, beside 1 - cosine."
     )
     similarity_temperature: float = Field(
-        default=0.05, gt=0, le=10, description="Temperature of those similarities; smaller looks at nearer neighbours."
+        default=0.05,
+        gt=0,
+        le=10,
+        description="Temperature of those similarities; smaller weights nearer neighbours more.",
     )
 
     @model_validator(mode="after")
@@ -307,9 +310,9 @@ class PretrainConfig(Section):
     """One pretraining run."""
 
     out: Path = Field(description="Folder of the run; it is created.", json_schema_extra=FREE)
-    method: Method = Field(description="What is learnt, and how.")
-    data: Data = Field(description="What it is learnt from.")
-    watch: WatchConfig = Field(default=WatchConfig(), description="What is measured meanwhile.")
+    method: Method = Field(description="Method and its settings.")
+    data: Data = Field(description="Training data.")
+    watch: WatchConfig = Field(default=WatchConfig(), description="Measurements during training.")
     loop: LoopConfig = Field(description="Length, batch, checkpoints.")
     optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser and schedule.")
 

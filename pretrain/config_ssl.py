@@ -205,7 +205,7 @@ class WatchConfig(Section):
         default=2000,
         ge=2,
         le=10**7,
-        description="Size of the kNN bank, kept in memory; half as many queries.",
+        description="Number of labelled pictures that kNN searches, kept in memory; half as many queries.",
         json_schema_extra=FREE,
     )
     probe_seconds: float = Field(

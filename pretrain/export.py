@@ -113,7 +113,7 @@ def _read_folder(folder: Path) -> Source:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format")
     except (OSError, ValueError, AttributeError) as problem:
-        raise UserError(f"{folder}: no backbone or encoder folder (config.json: {problem})") from problem
+        raise UserError(f"{folder}: neither a backbone nor an encoder folder (config.json: {problem})") from problem
     if kind == FORMAT:
         network, info = load_backbone(folder)
         config = BackboneConfig.model_validate(info["backbone"])
@@ -123,7 +123,7 @@ def _read_folder(folder: Path) -> Source:
         encoder = load_encoder(folder)
         if not isinstance(encoder.visual, ResNetImage):
             raise UserError(
-                f"{folder}: its image tower is {type(encoder.visual).__name__}, no ResNet; use --to open_clip"
+                f"{folder}: its image tower is {type(encoder.visual).__name__}, not a ResNet; use --to open_clip"
             )
         network, name = encoder.visual.backbone, f"image tower of {folder.name}"
         mean, std = encoder.image_mean, encoder.image_std
@@ -131,7 +131,7 @@ def _read_folder(folder: Path) -> Source:
         stem = by_stem[network.conv1.kernel_size, network.conv1.stride]
     inner = network.network if isinstance(network, Pooled) else network
     if not {"conv1", "layer4"} <= dict(inner.named_children()).keys():
-        raise UserError(f"{folder}: {name} is no ResNet of torchvision's names and has no counterpart in the target")
+        raise UserError(f"{folder}: {name} is not a ResNet of torchvision's names and has no counterpart in the target")
     if not isinstance(inner, ResNet):
         state, stem = inner.state_dict(), "imagenet"
         from pretrain.nets.checkpoints import find_resnet
@@ -139,7 +139,7 @@ def _read_folder(folder: Path) -> Source:
         match = find_resnet(state, source=str(folder))
         if match.unexpected:
             raise UserError(
-                f"{folder}: {name} is no plain ResNet ({match.report}) and has no counterpart in the target"
+                f"{folder}: {name} is not a plain ResNet ({match.report}) and has no counterpart in the target"
             )
         original = inner
         inner = ResNet(depth=match.depth, stem="imagenet")
@@ -384,7 +384,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         if options.source.startswith("open_clip:"):
             raise UserError(
-                f"{options.source}: open_clip's image towers are no torchvision ResNets; use --to open_clip"
+                f"{options.source}: open_clip's image towers are not torchvision ResNets; use --to open_clip"
             )
         source = read_source(options.source, stem=options.stem)
         print(source.report)

@@ -130,10 +130,10 @@ ALARMS = (  # a new one goes last: checkpoints hold a value for each, in this or
     Alarm(
         "health/rank",
         lambda value, best: value < 0.2 * best,
-        "the projections fall together into few directions; without negatives that is what a missing stop-gradient or "
-        "predictor does, or a learning rate that is too high",
-        "see that the target branch is detached and the predictor trained; lower optim.lr or lengthen "
-        "optim.warmup_steps; look at the kNN probe: if it has fallen as well, the run is lost",
+        "the projections collapse into few directions; without negatives the cause is a missing stop-gradient or "
+        "predictor, or too high a learning rate",
+        "check that the target branch is detached and the predictor is trained; lower optim.lr or lengthen "
+        "optim.warmup_steps; if the kNN probe has fallen as well, restart the run",
         falls=True,
     ),
     Alarm(
@@ -168,29 +168,29 @@ ALARMS = (  # a new one goes last: checkpoints hold a value for each, in this or
     Alarm(
         "health/queue_margin",
         lambda value, best: value < 0.02,
-        "a picture's own key is no nearer than the negatives",
-        "see that queue and keys are of the same encoder; raise momentum; lower optim.lr; weaken the views",
+        "the positive key is no nearer than the negatives",
+        "check that queue and keys come from the same encoder; raise momentum; lower optim.lr; weaken the views",
         settled=0.1,
     ),
     Alarm(
         "health/ema_distance",
         lambda value, best: value < EPS,
         "the target network equals the online network",
-        "see that the momentum is not 0 and that after_step is called once per optimiser step",
+        "check that the momentum is not 0 and that after_step is called once per optimiser step",
         settled=0.1,
     ),
     Alarm(
         "probe/knn",
         lambda value, best: value < 0.7 * best,
-        "the features have become worse at telling classes apart while the loss went on",
-        "take the checkpoint from before the fall; then as for a falling rank",
+        "the features separate classes less well although the loss still falls",
+        "use the checkpoint from before the drop; then as for a falling rank",
         falls=True,
     ),
     Alarm(
         "health/caption_margin",
         lambda value, best: value < 0.005,
         "a picture's own caption is no nearer than those of other pictures",
-        "see that captions belong to their pictures (a table may be shifted by a row); lower optim.lr or lengthen "
+        "check that captions belong to their pictures (a table may be shifted by a row); lower optim.lr or lengthen "
         "optim.warmup_steps; take a larger loop.batch_size, with method.chunk if memory is short",
         settled=0.25,
     ),

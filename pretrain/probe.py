@@ -77,8 +77,7 @@ def main(argv: list[str]) -> int:
     if args.protocol is not None and args.protocol not in PROTOCOLS:
         raise UserError(f"--protocol {args.protocol}: expected one of {', '.join(sorted(PROTOCOLS))}")
     device = distributed.pick_device(args.device, threads=args.threads)
-    joined = distributed.setup()
-    try:
+    with distributed.process_group():
         backbone, origin = open_backbone(args.run, args.backbone)
         backbone = backbone.to(device)
         train, test, side = open_data(args.data, size=args.size or origin.inputs.size)
@@ -103,9 +102,6 @@ def main(argv: list[str]) -> int:
                 log=lambda text: print(text, file=sys.stderr),
             ),
         }  # fmt: skip
-    finally:
-        if joined:
-            distributed.teardown()
     if distributed.is_main():
         text = json.dumps(report, indent=2)
         print(text)

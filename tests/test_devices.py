@@ -234,7 +234,7 @@ def test_pretext__finds_patches_on_the_gpu(denoising: int) -> None:
         assert "the same map" in init_projections(task.detr, tokens_SC=tokens, embeddings_PD=patches)
 
 
-# --- a person's questions
+# --- queries
 
 
 def small_detector(crop_refinement: int) -> Detector:
@@ -367,7 +367,7 @@ def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> N
         assert found.boxes.device.type == "cpu" and found.words.shape[1] == 0
 
 
-def test_own_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
+def test_finetuned_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
     branch = ClassBranch(classes=2)
     image = torch.from_numpy(picture().transpose(2, 0, 1).copy())
     canvas = FinetuneSample(

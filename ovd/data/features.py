@@ -81,7 +81,7 @@ class FeatureCache:
             names = json.loads((target / META).read_text(encoding="utf-8"))["arrays"]
             return cls({n: np.load(target / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names})
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-            raise UserError(f"cache {target}: is damaged ({error}); remove it, and it is computed again") from error
+            raise UserError(f"cache {target}: is damaged ({error}); remove it; it is computed again") from error
 
     @staticmethod
     def _write(

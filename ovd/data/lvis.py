@@ -3,7 +3,7 @@
 
 * Categories carry a ``frequency``: rare, common or frequent by the number of training images that show them. ViLD's
   split is base = frequent and common (866 of v1), novel = rare (337).
-* Labels are *federated*: per image only the categories of its annotations and of ``neg_category_ids`` were looked at.
+* Labels are *federated*: per image only the categories of its annotations and of ``neg_category_ids`` are verified.
 * Categories of ``not_exhaustive_category_ids`` were found in the image, but not every object of them is labelled.
 * Pictures are COCO's, named by ``coco_url`` instead of ``file_name``: ``…/train2017/000000391895.jpg``.
 """
@@ -78,14 +78,12 @@ class Federated:
             incomplete[image["id"]] = frozenset(image["not_exhaustive_category_ids"])
         lvis_split(content["categories"])  # refuses a category without a frequency
         return cls(
-            judged=judged,
-            incomplete=incomplete,
-            frequency={c["id"]: c["frequency"] for c in content["categories"]},
+            judged=judged, incomplete=incomplete, frequency={c["id"]: c["frequency"] for c in content["categories"]}
         )
 
 
 def is_lvis(content: Any) -> bool:
-    """Whether an annotation file is federated: whether its images say what was looked at."""
+    """Whether an annotation file is federated: whether its images have ``neg_category_ids``."""
     images = content.get("images") if isinstance(content, Mapping) else None
     return (
         bool(images) and isinstance(images, list) and isinstance(images[0], Mapping) and "neg_category_ids" in images[0]

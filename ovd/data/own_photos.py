@@ -61,7 +61,7 @@ class FinetuneSample(TypedDict):
     Attributes:
         image: (3, S, S) uint8 RGB.
         boxes: (T, 4) x1, y1, x2, y2 in its pixels.
-        classes: (T,) int64, -1 where nobody knows what it is.
+        classes: (T,) int64, -1 where the class is unknown.
     """
 
     image: Tensor
@@ -105,7 +105,7 @@ class FinetunePhotos:
         labelled = {category for labels in boxes.values() for _, category in labels}
         used = [category for category in truth.categories if category in labelled]
         if not used:
-            raise UserError(f"{truth.where}: no box to learn from (with a score, from {confident} on)")
+            raise UserError(f"{truth.where}: no box to train on (with a score of at least {confident})")
         self.names = tuple(cleaned(truth.categories[category]) for category in used)
         self._check_names([truth.categories[category] for category in used])
         number = {-1: -1, **{category: n for n, category in enumerate(used)}}
@@ -115,7 +115,7 @@ class FinetunePhotos:
         }
         unused = [name for category, name in truth.categories.items() if category not in labelled]
         if unused:
-            self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not learned")
+            self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not trained")
 
     def _usable(self) -> list[ImageId]:
         """The photos that can be opened and have the size that the labels say.
@@ -144,7 +144,7 @@ class FinetunePhotos:
         return usable
 
     def _check_names(self, written: Sequence[str]) -> None:
-        """Refuse classes that nobody could tell apart by what is typed; a notice on names that cannot be typed.
+        """Refuse classes that are the same when typed; a notice on names that cannot be typed.
 
         Args:
             written: the names as they stand in the file.
@@ -153,11 +153,11 @@ class FinetunePhotos:
         for name, category in zip(self.names, written, strict=True):
             if (other := keys.setdefault(name_key(name), category)) is not category:
                 raise UserError(
-                    f"{self.where}: classes {other!r} and {category!r} are one when typed; rename one of them"
+                    f"{self.where}: classes {other!r} and {category!r} are the same when typed; rename one of them"
                 )
             if not _can_be_typed(name):
                 self.notices.append(
-                    f"{self.where}: class {name!r} cannot be typed as it stands; better rename it, without commas, "
+                    f"{self.where}: class {name!r} cannot be typed as it is; rename it without commas, "
                     "colons, quotes or a minus in front, and not 'everything'"
                 )
 
@@ -401,7 +401,7 @@ class CanvasSource:
 def _cut(
     boxes: NDArray[np.float32], classes: NDArray[np.int64], size: tuple[int, int], offset: tuple[int, int]
 ) -> Boxes:
-    """Boxes clipped to (height, width) and moved; of what is mostly cut off nobody says what it is."""
+    """Boxes clipped to (height, width) and moved; the class of what is mostly cut off becomes unknown (-1)."""
 
     def area(corners: NDArray[np.float32]) -> NDArray[np.float32]:
         sides: NDArray[np.float32] = (corners[:, 2:] - corners[:, :2]).clip(0)

@@ -2,7 +2,7 @@
 """Photos with named boxes, and the soft targets of their proposals for every word of the vocabulary.
 
 A word is a meaning of the lexicon: files that spell it differently (tv, television) give one word. A box of a terrier
-is also one of a dog and of an animal; whether a box of a dog is a terrier, nobody said.
+is also one of a dog and of an animal; whether a box of a dog is a terrier is unknown.
 
 Shapes: ``P`` proposals of a photo, ``V`` words of the vocabulary.
 """
@@ -135,7 +135,7 @@ def region_targets(photo: Photo, boxes_P4: F32, table: WordTable) -> RegionTarge
     labelled = quality >= LABELLED
     mask[labelled.any(axis=1)] = True
     for region, label in zip(*np.nonzero(labelled), strict=True):
-        mask[region, list(table.below[int(words[label])])] = False  # a dog may be a terrier: nobody looked
+        mask[region, list(table.below[int(words[label])])] = False  # a dog may be a terrier
     mask |= target > 0
     return RegionTargets(target, mask)
 
@@ -221,7 +221,7 @@ class PhotoWords:
         self.photos = self._join(truths, folder, nouns, closed, part=part, min_score=min_score, withheld=withheld)
         if not self.photos:
             if part is None:
-                raise UserError(f"{truths[0].where}: no photo to look at")
+                raise UserError(f"{truths[0].where}: no photo to train on")
             raise no_such_part(part, (split for truth in truths for split in truth.parts.values()))
         files = [photo.file.relative_to(folder) for photo in self.photos]
         if missing := require_files(files, folder, where=truths[0].where, allowed=BAD_IMAGES_ALLOWED):
@@ -278,7 +278,7 @@ class PhotoWords:
         return len(self.photos)
 
     def identity(self) -> dict[str, str]:
-        """Names and content of the photos, and what is said of them."""
+        """Names and content of the photos, and their labels."""
         root = Path(os.path.commonpath([photo.file.parent for photo in self.photos]))
         names = [os.path.relpath(photo.file, root) for photo in self.photos]
         contents = [

@@ -187,7 +187,7 @@ class Answerer:
         The embedder caches phrases: at the model they then cost next to nothing.
         """
         if not isinstance(text, str):
-            raise UserError(f"classes must be a text, not {type(text).__name__}")
+            raise UserError(f"classes must be a string, not {type(text).__name__}")
         parse = partial(Vocabulary.parse, text, templates=detector.templates, alone=alone)
         if is_everything(text):
             words = self._on(self._words, detector.query, text).words
@@ -204,7 +204,7 @@ class Answerer:
             return thread.submit(work, *args, **options).result()
         except (CancelledError, RuntimeError) as problem:
             if self._closed:
-                raise UserError("The page is being stopped") from problem
+                raise UserError("The page is shutting down") from problem
             raise
 
     @property
@@ -279,7 +279,7 @@ def drop_missing_classes(result: Answer) -> None:
     """Keep only classes with a detection, of a prompt-free query's thousand words; in place."""
     numbers = sorted({row["class"] for row in result["detections"]})
     names = [result["classes"][old]["name"] for old in numbers]
-    styles = class_styles(names)  # anew: few names share no colour
+    styles = class_styles(names)  # of these names only: few names share no colour
     classes: list[AnsweredClass] = []
     for new, (old, style) in enumerate(zip(numbers, styles, strict=True)):
         drawn: AnsweredClass = {"id": new, "colour": style.colour, "ink": style.ink, "dash": list(style.dash)}
@@ -319,7 +319,7 @@ def decode_examples(rows: Any) -> list[tuple[str, Crop]] | None:
             data = base64.b64decode(text[match.end() :], validate=True)
             pixels = to_rgb(data, max_pixels=MAX_CROP_PIXELS)
         except ValueError as problem:
-            raise UserError(f"example {name!r}: the data URL is no base64 text") from problem
+            raise UserError(f"example {name!r}: the data URL is not base64") from problem
         except BadImageError as problem:
             raise UserError(f"example {name!r} cannot be used: {problem.reason}") from problem
         room -= pixels.shape[0] * pixels.shape[1]
@@ -348,7 +348,7 @@ def _read(path: Path) -> NDArray[np.uint8]:
     except BadImageError as problem:
         raise UserError(f"This picture cannot be used: {problem.reason.replace(str(path), 'the file')}") from problem
     except OSError as problem:
-        raise UserError("The picture is not there any more; upload it again") from problem
+        raise UserError("The picture is no longer on the server; upload it again") from problem
 
 
 def data_url(pixels: NDArray[np.uint8], *, side: int = PREVIEW_SIDE) -> str:

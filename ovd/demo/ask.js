@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asking by example: boxes dragged on the picture above and uploaded crops, kept here and sent with the next question.
+// Search by example: boxes dragged on the picture above and uploaded crops, kept here and sent with the next request.
 // Runs inside Gradio's HTML component, which gives `element` and `props`. Names go through value and textContent only.
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -26,8 +26,8 @@ function send() {
 function hint() {
   const names = crops.map((c) => c.name.trim().toLowerCase());
   const shared = names.find((n, i) => names.indexOf(n) !== i);
-  say(shared !== undefined ? `Crops with one name count as one thing: ${crops[names.indexOf(shared)].name}.`
-    : crops.length ? "Name them as you like; words above are searched as well. Then press Find." : "");
+  say(shared !== undefined ? `Crops of the same name are averaged: ${crops[names.indexOf(shared)].name}.`
+    : crops.length ? "Name the crops and press Find. Words typed above are searched as well." : "");
 }
 
 function canvasOf(source, x, y, w, h, longest) {
@@ -53,7 +53,7 @@ function thumbOf(source, [x1, y1, x2, y2]) {
 }
 
 function add(crop) {
-  if (crops.length >= MOST) return say(`At most ${MOST} crops; take one away first.`, true);
+  if (crops.length >= MOST) return say(`At most ${MOST} crops; remove one first.`, true);
   crops.push({ name: `example ${++counter}`, from: null, at: null, ...crop });
   redraw();
   hint();
@@ -64,9 +64,9 @@ function redraw() {
   list.replaceChildren(...crops.map((crop, i) => {
     const item = document.createElement("li"), name = document.createElement("input"), drop = document.createElement("button");
     Object.assign(name, { type: "text", value: crop.name, maxLength: 100, ariaLabel: `Name of crop ${i + 1}`, spellcheck: false });
-    name.addEventListener("input", () => { crop.name = name.value; drop.ariaLabel = `Take away ${crop.name}`; hint(); send(); });
+    name.addEventListener("input", () => { crop.name = name.value; drop.ariaLabel = `Remove ${crop.name}`; hint(); send(); });
     name.addEventListener("keydown", (event) => { if (event.key === "Enter") document.querySelector("#ovd-find")?.click(); });
-    Object.assign(drop, { type: "button", className: "ovd-drop", textContent: "×", ariaLabel: `Take away ${crop.name}` });
+    Object.assign(drop, { type: "button", className: "ovd-drop", textContent: "×", ariaLabel: `Remove ${crop.name}` });
     drop.addEventListener("click", () => {
       crops.splice(crops.indexOf(crop), 1);
       redraw();
@@ -139,7 +139,7 @@ const armed = () => drawButton.getAttribute("aria-pressed") === "true";
 function arm(on) {
   drawButton.setAttribute("aria-pressed", on);
   sheet.classList.toggle("armed", on); // a finger then draws and does not scroll
-  if (on) say("Drag over the thing on the picture.");
+  if (on) say("Drag a box around the object in the picture.");
 }
 
 sheet.addEventListener("pointerdown", (event) => {
@@ -167,7 +167,7 @@ sheet.addEventListener("pointerup", (event) => {
   leave();
   if (w < 2 && h < 2) return; // a click
   if (Math.min(w, h) < MIN_SIDE)
-    return say(`That box has ${Math.round(w)}×${Math.round(h)} pixels of the picture; at least ${MIN_SIDE}×${MIN_SIDE} are needed.`, true);
+    return say(`The box is ${Math.round(w)}×${Math.round(h)} pixels; it must be at least ${MIN_SIDE}×${MIN_SIDE}.`, true);
   arm(false);
   // Sent with its surroundings, which help to recognise it; the box says which part is meant.
   const x1 = Math.max(0, Math.floor(box[0] - CONTEXT * w)), y1 = Math.max(0, Math.floor(box[1] - CONTEXT * h));
@@ -207,7 +207,7 @@ file.addEventListener("change", async () => {
   file.value = "";
 });
 
-// A click on a ready example asks its own question, with nothing shown beside it.
+// A click on one of the page's examples searches for its words alone: crops are removed.
 document.addEventListener("click", (event) => {
   if (!crops.length || !event.target.closest?.("#ovd-examples tr")) return;
   crops.length = 0;

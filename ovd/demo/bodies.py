@@ -23,8 +23,8 @@ class Limits:
     """Sizes in bytes, times in seconds.
 
     Attributes:
-        question: body of a question: words and crops.
-        large: a question above this size, with crops or a long list of words, waits in a shorter line.
+        request: body of a request to the model: words and crops.
+        large: of requests above this size (crops, long lists of words) fewer may wait.
         small: bodies up to this size are always taken; larger ones share `together`.
         together: all larger bodies that are being read.
         upload: body of an upload: one picture, and the lines around it.
@@ -34,7 +34,7 @@ class Limits:
         drain: for reading on after a refusal, so that the sender gets to see it.
     """
 
-    question: int = 16_000_000
+    request: int = 16_000_000
     large: int = 20_000
     small: int = 1_000_000
     together: int = 96_000_000
@@ -91,12 +91,11 @@ class BodyReader:
 
     Args:
         limits: sizes and times.
-        what: a body is called so in refusals, such as ``question``.
         small: bodies up to so many bytes do not count.
     """
 
-    def __init__(self, limits: Limits, *, what: str, small: int) -> None:
-        self._limits, self._what, self._small = limits, what, small
+    def __init__(self, limits: Limits, *, small: int) -> None:
+        self._limits, self._small = limits, small
         self._reading = 0  # bytes of larger bodies being read
 
     async def read(self, receive: Receive, length: int | None, *, limit: int) -> bytes:
@@ -111,7 +110,7 @@ class BodyReader:
             RequestRefused: it breaks a limit, or ends too early.
         """
         if length is not None and length > limit:
-            raise too_large(length, limit, what=f"A {self._what}")
+            raise too_large(length, limit, what="A request")
         body, counted = bytearray(), 0
         stream = BodyStream(receive, limit=limit, limits=self._limits)
         try:
@@ -126,8 +125,7 @@ class BodyReader:
                     self._reading += len(body) - counted
                     counted = len(body)
                     if self._reading > self._limits.together:
-                        text = f"Too many large {self._what}s arrive at once; try again in 5 seconds"
-                        raise RequestRefused(503, text, retry=5)
+                        raise RequestRefused(503, "Too many large requests at once; try again in 5 seconds", retry=5)
                 if not message.get("more_body", False):
                     return bytes(body)
         finally:

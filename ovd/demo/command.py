@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
         if (status := fetch_elsewhere(options.encoder)) != 0:  # before the page shuts itself off from the hub
             return status
-    listener = listen(options.host, options.port)  # before the slow part: a taken port is told at once
+    listener = listen(options.host, options.port)  # before the slow part, so that a taken port is an error at once
     folder = prepare_environment()
     signals = StopSignals()
     try:

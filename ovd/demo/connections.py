@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HEAD_SECONDS = 10.0  # from the first byte, or from opening the connection, to the end of the head
 GRACE = 0.1  # seconds that a new connection gets before it may have to make room
-REFUSALS = 64  # newcomers that are told so at a time; more are only closed
+REFUSALS = 64  # refused connections that get an answer at a time; more are only closed
 FROM_ONE = 512  # connections from one address; behind a proxy all people have one
 FROM_ALL = 4096
 SPARE_FILES = 128  # for uploads, weights and libraries
@@ -122,66 +122,91 @@ class Connections:
             del self.count_from[address]
 
 
+class Connection:
+    """One connection under the limits.
+
+    Args:
+        connections: all of them.
+        transport: its own.
+        loop: the event loop.
+    """
+
+    def __init__(self, connections: Connections, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._connections, self._transport, self._loop = connections, transport, loop
+        self._address = address_of(transport.get_extra_info("peername"))
+        self._deadline: asyncio.TimerHandle | None = None
+        self._refusal: asyncio.TimerHandle | None = None
+        self.admitted = connections.admit(transport, self._address, loop.time())
+        if self.admitted:
+            self._wait_for_a_head()
+        elif connections.refusing < REFUSALS:  # until it has said what it wants, or for a second
+            connections.refusing += 1
+            self._refusal = loop.call_later(1.0, transport.abort)
+        else:
+            transport.abort()
+
+    def refuse(self, data: bytes) -> None:
+        """Answer what a connection sends that was not admitted, and close it."""
+        if self._refusal is not None:
+            if b"\r\n\r\n" in data:
+                self._transport.write(FULL)
+            self._transport.close()
+
+    def update(self, *, answering: bool) -> None:
+        """Start the deadline for the next head, or stop it while a request is answered."""
+        if answering:
+            self._stop_waiting()
+        elif self._deadline is None:
+            self._wait_for_a_head()
+
+    def lost(self) -> None:
+        """It is closed: no longer count it."""
+        self._stop_waiting()
+        if self._refusal is not None:
+            self._refusal.cancel()
+            self._connections.refusing -= 1
+        if self.admitted:
+            self.admitted = False
+            self._connections.leave(self._transport, self._address)
+
+    def _wait_for_a_head(self) -> None:
+        self._connections.waiting[self._transport] = (self._address, self._loop.time())
+        self._deadline = self._loop.call_later(self._connections.head_seconds, self._transport.abort)
+
+    def _stop_waiting(self) -> None:
+        self._connections.waiting.pop(self._transport, None)
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
 def protocol_class(connections: Connections) -> type[H11Protocol]:
     """uvicorn's HTTP protocol, with these limits."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class LimitedProtocol(H11Protocol):
-        address = ""
-        admitted = False
-        deadline: asyncio.TimerHandle | None = None
-        refusal: asyncio.TimerHandle | None = None
+        connection: Connection
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.address = address_of(transport.get_extra_info("peername"))
-            self.admitted = connections.admit(transport, self.address, self.loop.time())
-            if self.admitted:
-                self._wait_for_a_head()
-            elif connections.refusing < REFUSALS:  # until it has said what it wants, or for a second
-                connections.refusing += 1
-                self.refusal = self.loop.call_later(1.0, transport.abort)
-            else:
-                transport.abort()
+            self.connection = Connection(connections, transport, self.loop)
 
         def data_received(self, data: bytes) -> None:
-            if self.admitted:
+            if self.connection.admitted:
                 super().data_received(data)
-                self._update_deadline()
-            elif self.refusal is not None:
-                if b"\r\n\r\n" in data:
-                    self.transport.write(FULL)
-                self.transport.close()
+                self._update()
+            else:
+                self.connection.refuse(data)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._update_deadline()
+            self._update()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
-            if self.refusal is not None:
-                self.refusal.cancel()
-                connections.refusing -= 1
-            if self.admitted:
-                self.admitted = False
-                connections.leave(self.transport, self.address)
+            self.connection.lost()
             super().connection_lost(exc)
 
-        def _update_deadline(self) -> None:
-            """Does it wait for a head, or is a request being answered?"""
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop_waiting()
-            elif self.deadline is None:
-                self._wait_for_a_head()
-
-        def _wait_for_a_head(self) -> None:
-            connections.waiting[self.transport] = (self.address, self.loop.time())
-            self.deadline = self.loop.call_later(connections.head_seconds, self.transport.abort)
-
-        def _stop_waiting(self) -> None:
-            connections.waiting.pop(self.transport, None)
-            if self.deadline is not None:
-                self.deadline.cancel()
-                self.deadline = None
+        def _update(self) -> None:
+            self.connection.update(answering=self.cycle is not None and not self.cycle.response_complete)
 
     return LimitedProtocol

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from gradio.block_function import BlockFunction
     from gradio.components import Component
 
-PICTURE_MISSING = "The picture is not there any more; upload it again"
-NOT_UPLOADED = 'image must be a picture that was uploaded, like {"path": "…"} with what /gradio_api/upload gave'
+PICTURE_MISSING = "The picture is no longer on the server; upload it again"
+NOT_UPLOADED = 'image must be an uploaded picture: {"path": "…"}, with the path that /gradio_api/upload returned'
 
 
 class BadRequest(Exception):
@@ -67,14 +67,14 @@ class Endpoints:
         """
         if name not in self._named:
             endpoints = ", ".join(f"/{n}" for n in self.names)
-            raise BadRequest(f"no endpoint /{name[:60]}; there is {endpoints}", status=404)
+            raise BadRequest(f"no endpoint /{name[:60]}; known: {endpoints}", status=404)
 
     def check(self, body: bytes, *, name: str | None = None, keywords: bool = False, quick: bool = False) -> bytes:
         """Check the body of ``call/NAME``, or of ``queue/join`` where the body names the function.
 
         Args:
             body: JSON.
-            name: a known endpoint; None: ``fn_index`` in the body tells.
+            name: a known endpoint; None: ``fn_index`` in the body names it.
             quick: only functions that Gradio runs at once, which never reach the model.
             keywords: the values come by name (``call/v2/NAME``), not as a list ``data``.
 
@@ -95,12 +95,12 @@ class Endpoints:
         if name is None:
             number = record.get("fn_index")
             if not isinstance(number, int) or isinstance(number, bool) or number not in self._inputs:
-                raise BadRequest("fn_index names no function of this page; load the page again", status=404)
+                raise BadRequest("fn_index is not a function of this page; reload the page", status=404)
             if quick and number not in self._quick:
-                raise BadRequest("this function is asked through the line: POST /gradio_api/queue/join", status=404)
+                raise BadRequest("this function runs from the queue: POST /gradio_api/queue/join", status=404)
             session = record.get("session_hash")
             if not isinstance(session, str) or not 1 <= len(session) <= 100:
-                raise BadRequest("session_hash must be a text of 1 to 100 letters")
+                raise BadRequest("session_hash must be a string of 1 to 100 characters")
         else:
             number = self._named[name]
         parameters = self._inputs[number]
@@ -126,9 +126,9 @@ class Endpoints:
             if parameter.kind == "image":
                 self._check_picture(value)
             elif parameter.kind == "textbox" and not isinstance(value, str):
-                raise BadRequest(f"{parameter.name} must be a text, not {_type(value)}")
+                raise BadRequest(f"{parameter.name} must be a string, not {_type(value)}")
             elif parameter.kind == "dataset" and not (type(value) is int and 0 <= value < parameter.samples):
-                raise BadRequest("there is no such example")
+                raise BadRequest("no such example")
             elif parameter.kind == "number":
                 _check_number(value, parameter.name)
 
@@ -158,7 +158,7 @@ def _parameter(name: str, block: Component, *, required: bool) -> Parameter:
 def _by_position(record: dict[str, object], parameters: list[Parameter]) -> list[object]:
     names = {p.name for p in parameters}
     if unknown := [name for name in record if name not in names]:
-        raise BadRequest(f"unknown parameter {unknown[0][:60]!r}; known are {', '.join(p.name for p in parameters)}")
+        raise BadRequest(f"unknown parameter {unknown[0][:60]!r}; known: {', '.join(p.name for p in parameters)}")
     if missing := [p.name for p in parameters if p.required and p.name not in record]:
         raise BadRequest(f"{missing[0]} is missing")
     return [record.get(p.name) for p in parameters]
@@ -170,5 +170,5 @@ def _check_number(value: object, name: str) -> None:
 
 
 def _type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "the number"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "the number"}
     return names.get(type(value), "the number")

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which weights answer: what the page shows for them is shown, what it has for the others is put away.
+// The choice of weights: parts of the page that belong to other weights are hidden.
 
 const radios = Array.from(element.querySelectorAll("input[type=radio]")), purpose = element.querySelector(".ovd-purpose");
 
@@ -11,7 +11,7 @@ function choose(radio) {
 }
 
 for (const radio of radios) radio.addEventListener("change", () => choose(radio));
-document.addEventListener("ovd:weights", (event) => { // a link, or a question of before
+document.addEventListener("ovd:weights", (event) => { // from a link, or from the history
   const wanted = radios.find((radio) => radio.value === event.detail);
   if (wanted && !wanted.checked) choose(wanted);
 });

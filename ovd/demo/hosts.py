@@ -73,7 +73,7 @@ class AllowedHosts:
         else:
             foreign = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
         if foreign:
-            raise RequestRefused(403, "Requests from pages of other sites are not answered")
+            raise RequestRefused(403, "Requests from other sites are refused")
 
     def _serves(self, name: str) -> bool:
         return name in self.names or _is_address(name) or name.endswith(".localhost")

@@ -63,7 +63,7 @@ class PageGate(Gate):
         self._queue = queue
         self._endpoints = endpoints
         self._uploads = uploads
-        self._bodies = BodyReader(self._limits, what="question", small=self._limits.small)
+        self._bodies = BodyReader(self._limits, small=self._limits.small)
 
     async def admit(self, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         """See `Gate`."""
@@ -71,7 +71,7 @@ class PageGate(Gate):
         if scope["method"] == "POST":
             await self._post(path, headers, scope, receive, reply)
         elif scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            raise RequestRefused(405, "Only GET and POST are answered")
+            raise RequestRefused(405, "Only GET and POST are allowed")
         else:
             await self._get(path, scope, receive, reply)
 
@@ -91,7 +91,7 @@ class PageGate(Gate):
         if (answer := _ANSWER.fullmatch(route)) is not None:
             self._require_endpoint(answer["name"])
             if not self._queue.has_event(answer["event"]):
-                raise RequestRefused(404, "No such question waits; its answer can be fetched once")
+                raise RequestRefused(404, "No such request is queued; its result can be fetched only once")
         from starlette.exceptions import HTTPException
 
         try:
@@ -99,7 +99,7 @@ class PageGate(Gate):
         except Exception as problem:
             if not isinstance(problem.__cause__, HTTPException):
                 raise
-            await reply.end()  # a stream of a session that is gone: the client has been told in its own terms
+            await reply.end()  # a stream of a session that is gone: Gradio has sent the reason in the stream
 
     async def _post(self, path: str, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         route = path[len(API) :] if path.startswith(API) else ""
@@ -114,13 +114,13 @@ class PageGate(Gate):
             await self._app(scope, replay(body, receive), reply)
         else:
             names = ", ".join(f"{API}call/{n}" for n in self._endpoints.names)
-            raise RequestRefused(404, f"Questions go through the line: POST {names} (or gradio_client)")
+            raise RequestRefused(404, f"Requests go through the queue: POST {names}, or use gradio_client")
 
     async def _enqueue(self, route: str, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         call = _CALL.fullmatch(route)
         name = self._require_endpoint(call["name"]) if call is not None else None
         self._check_queue()
-        body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
+        body = await self._bodies.read(receive, length_of(headers), limit=self._limits.request)
         large = len(body) > self._limits.large
         body = self._check(body, name=name, keywords=call is not None and call["version"] is not None)
         self._check_queue(large=large)  # others came while the body was read
@@ -148,7 +148,7 @@ class PageGate(Gate):
             seconds = self._queue.expected_seconds()
             raise RequestRefused(
                 503,
-                f"{self._queue.waiting} people are waiting, about {_in_words(seconds)}; try again then",
+                f"The queue is full: {self._queue.waiting} requests wait. Try again in {_in_words(seconds)}",
                 retry=seconds,
             )
 
@@ -161,7 +161,7 @@ class PageGate(Gate):
             raise too_large(length, limit, what="A picture")
         size = limit if length is None else length
         if not self._uploads.reserve(size):
-            raise RequestRefused(503, "There is no room for more pictures now; try again in a minute", retry=60)
+            raise RequestRefused(503, "No space for more pictures now; try again in a minute", retry=60)
         self._queue.wake()
         body = BodyStream(receive, limit=limit, limits=self._limits)
         try:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many pictures at once: each is uploaded and asked about as one question, so that others come in between. What was found
+// Many pictures at once: each is one upload and one request, so that other people's come in between. What was found
 // stays in this tab; the server makes the zip of it and keeps nothing.
 
 const one = (selector) => element.querySelector(selector);
@@ -13,8 +13,8 @@ const words = () => document.querySelector("#ovd-words textarea").value;
 const weights = () => document.querySelector("#ovd-header input[type=radio]:checked")?.value || null;
 const plain = (text) => new DOMParser().parseFromString(String(text), "text/html").documentElement.textContent; // the server escapes it
 
-// Posts; waits and tries again while the line is full.
-async function post(path, body, told) {
+// Posts; waits and tries again while the queue is full.
+async function post(path, body, report) {
   for (let i = 0; i < TRIES && !stopped; i++) {
     const reply = await fetch(api(path), body instanceof FormData ? { method: "POST", body }
       : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
@@ -24,40 +24,40 @@ async function post(path, body, told) {
     try { problem = JSON.parse(text).detail || problem; } catch { /* not from this server */ }
     if (reply.status !== 503) throw new Error(problem);
     const seconds = Number(reply.headers.get("Retry-After")) || 5;
-    told(`waits: ${problem}`);
+    report(`waiting: ${problem}`);
     await new Promise((done) => setTimeout(done, seconds * 1000));
   }
-  throw new Error(stopped ? "stopped" : "the line stayed full");
+  throw new Error(stopped ? "stopped" : "the queue stayed full");
 }
 
-async function ask(name, values, told) {
-  const { event_id: event } = await post(`call/v2/${name}`, values, told);
+async function call(name, values, report) {
+  const { event_id: event } = await post(`call/v2/${name}`, values, report);
   const reply = await fetch(api(`call/${name}/${event}`));
   const blocks = (await reply.text()).split("\n\n").map((block) => Object.fromEntries(block.split("\n").filter((l) => l.includes(": ")).map((l) => [l.slice(0, l.indexOf(": ")), l.slice(l.indexOf(": ") + 2)])));
   const end = blocks.find((block) => block.event === "complete" || block.event === "error");
   if (!end) throw new Error("the server gave no answer");
   const data = JSON.parse(end.data || "null");
-  if (end.event === "error") throw new Error(plain(data?.error ?? data ?? "something went wrong inside"));
+  if (end.event === "error") throw new Error(plain(data?.error ?? data ?? "internal error"));
   return data[0];
 }
 
-async function look(row) {
-  const told = (text, wrong = false) => { row.what.textContent = text; row.item.classList.toggle("wrong", wrong); };
+async function search(row) {
+  const report = (text, wrong = false) => { row.what.textContent = text; row.item.classList.toggle("wrong", wrong); };
   try {
-    if (row.file.size > MOST_BYTES) throw new Error("has more than 10 MB");
-    told("is looked at …");
+    if (row.file.size > MOST_BYTES) throw new Error("larger than 10 MB");
+    report("searching …");
     const form = new FormData();
     form.append("files", row.file);
-    const [path] = await post("upload", form, told);
-    const answer = await ask("detect", { image: { path, meta: { _type: "gradio.FileData" } }, classes: words(), weights: weights() }, told);
+    const [path] = await post("upload", form, report);
+    const answer = await call("detect", { image: { path, meta: { _type: "gradio.FileData" } }, classes: words(), weights: weights() }, report);
     const typed = one(".ovd-many-level").value, level = typed === "" ? answer.threshold : Number(typed);
     const boxes = answer.detections.filter((d) => d.score >= level)
       .map((d) => ({ name: answer.classes[d.class].name, score: d.score, box: d.box, polygons: d.polygons }));
     row.found = { name: row.file.name, size: answer.size, boxes };
     const count = new Map();
     for (const b of boxes) count.set(b.name, (count.get(b.name) || 0) + 1);
-    told(boxes.length ? Array.from(count, ([name, n]) => `${name} × ${n}`).join(", ") : "nothing found");
-  } catch (problem) { told(problem.message, true); }
+    report(boxes.length ? Array.from(count, ([name, n]) => `${name} × ${n}`).join(", ") : "nothing found");
+  } catch (problem) { report(problem.message, true); }
 }
 
 function redraw() {
@@ -86,8 +86,8 @@ file.addEventListener("change", () => {
   redraw();
 });
 go.addEventListener("click", async () => {
-  if (running) { stopped = true; note.textContent = "Stops after this picture."; return; }
-  if (!words().trim()) { note.textContent = "Type above what to look for; the word everything asks for all that these weights know."; return; }
+  if (running) { stopped = true; note.textContent = "Stopping after this picture."; return; }
+  if (!words().trim()) { note.textContent = "Type above what to look for, or the word everything for all words that these weights know."; return; }
   running = true;
   stopped = false;
   for (const row of rows) { row.found = null; row.what.textContent = ""; row.item.classList.remove("wrong"); }
@@ -101,7 +101,7 @@ go.addEventListener("click", async () => {
     bar.value = done;
     const left = done ? Math.round(((performance.now() - start) / done) * (rows.length - done) / 1000) : 0;
     note.textContent = `${done} of ${rows.length} done${left ? `, about ${left} s left` : ""}.`;
-    await look(row);
+    await search(row);
     done += 1;
   }
   bar.value = done;
@@ -111,15 +111,15 @@ go.addEventListener("click", async () => {
   redraw();
 });
 one(".ovd-many-zip").addEventListener("click", async () => {
-  const form = one(".ovd-many-format").value, told = (text) => { note.textContent = text; };
+  const form = one(".ovd-many-format").value, report = (text) => { note.textContent = text; };
   stopped = false;
   try {
-    const answer = await ask("pack", { found: rows.filter((row) => row.found).map((row) => row.found), form }, told);
+    const answer = await call("pack", { found: rows.filter((row) => row.found).map((row) => row.found), form }, report);
     const bytes = Uint8Array.from(atob(answer.zip), (c) => c.charCodeAt(0)), link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([bytes], { type: "application/zip" }));
     link.download = answer.name;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    told("The zip holds labels, not pictures: put those beside them.");
-  } catch (problem) { told(problem.message); }
+    report("The zip contains labels only: put your pictures beside them.");
+  } catch (problem) { report(problem.message); }
 });

@@ -72,7 +72,7 @@ class ModelManager:
         if name is None or name == "":
             return next(iter(self.offers))
         if not isinstance(name, str) or name not in self.offers:
-            raise UserError(f"no weights {str(name)[:60]!r} on this page; there is {', '.join(self.offers)}")
+            raise UserError(f"no weights {str(name)[:60]!r} on this page; known: {', '.join(self.offers)}")
         return name
 
     def loaded_detector(self, name: str) -> Detector | None:
@@ -133,7 +133,7 @@ def _shipped(load: Callable[[str | Path], Detector]) -> list[Offer]:
             log.warning("%s is not offered: %s", entry.name, problem)
             continue
         runs = find_export(entry.folder) is not None or importlib.util.find_spec("torch") is not None
-        if encoder is not None and runs:  # else these are no detector, or none without torch
+        if encoder is not None and runs:  # else not a detector, or one that needs torch
             kind = "stickers" if encoder == STICKER_ENCODER else "photos"
 
             def loaded(name: str = entry.name) -> Detector:

@@ -47,22 +47,22 @@ CARD_ROWS = {
     "metrics": "Measured",
 }
 HELP = (
-    "Separate names with commas, semicolons or lines. A colon adds other words for the same thing "
-    "(`mug: cup, coffee mug`); a minus removes look-alikes (`-poster`)."
+    "Separate names with commas, semicolons or lines. A colon adds synonyms "
+    "(`mug: cup, coffee mug`); a minus excludes look-alikes (`-poster`)."
 )
 
 ENDPOINT = (
     "Find the named classes in one picture. classes: names separated by commas, semicolons or "
     "lines, `name: synonym, synonym`, `-negative`; `everything` for all words that the weights know. threshold: lowest "
     "score to return, null for all. examples: null or a list of {name, image, box}: pictures of what to look for. "
-    "weights: name of those to ask, null for those of the start."
+    "weights: their name, null for those that the page starts with."
 )
 PACK = (
     "Labels of many answers as one zip, base64. found: a list of {name, size, boxes: [{name, score, box, polygons}]}. "
     f"form: {', '.join(FORMATS)}."
 )
 # `Answerer` lets one request at a time to the model; the others are decoded, or wait in it.
-ONE_LINE: dict[str, Any] = {"concurrency_limit": None, "concurrency_id": "questions"}
+ONE_QUEUE: dict[str, Any] = {"concurrency_limit": None, "concurrency_id": "requests"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _card_text(card: Mapping[str, Any]) -> str:
             text = html.escape(str(value)).replace("|", "\\|").replace("\n", " ")
             rows.append(f"| **{label}** | {f'`{text}`' if key == 'sha256' else text} |")
     table = "| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
-    return table or "No card comes with these weights."
+    return table or "These weights have no model card."
 
 
 def _header(offers: Sequence[Offer]) -> str:
@@ -155,7 +155,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
                 picks = gr.Column(visible=any(ready), elem_id="ovd-examples")
             with gr.Column(scale=3, min_width=320):
                 view = _html("view", elem_id="ovd-view", more=("save", "zoom", "session"))
-        run: dict[str, Any] = {"outputs": view, "api_visibility": "private", "show_progress": "minimal", **ONE_LINE}
+        run: dict[str, Any] = {"outputs": view, "api_visibility": "private", "show_progress": "minimal", **ONE_QUEUE}
         find.click(fn=handlers.find, inputs=[picture, words, query_examples, weights], api_name="find", **run)
         with picks:
             for number, group in enumerate(ready):
@@ -259,7 +259,7 @@ def _logged() -> str:
     """Log the present exception; the message for the person, without what it says."""
     ticket = uuid.uuid4().hex[:8]
     log.exception("request %s failed", ticket)
-    return f"Something went wrong inside. The log has the details under {ticket}."
+    return f"Internal error. The log has the details under {ticket}."
 
 
 def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
@@ -278,12 +278,7 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
     # Gradio would open the file before `Handlers` do: what is no picture ends there, as "Error" and a traceback.
     picture.preprocess = _path_of
     words = gr.Textbox(
-        label="What to look for",
-        lines=4,
-        max_lines=12,
-        placeholder=PLACEHOLDER,
-        info=HELP,
-        elem_id="ovd-words",
+        label="What to look for", lines=4, max_lines=12, placeholder=PLACEHOLDER, info=HELP, elem_id="ovd-words"
     )
     return picture, words, _html("ask", elem_id="ovd-ask")
 
@@ -329,7 +324,7 @@ def _add_endpoints(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> 
         outputs=gr.JSON(visible=False, label="result"),
         api_name="detect",
         api_description=ENDPOINT,
-        **ONE_LINE,
+        **ONE_QUEUE,
     )
     gr.Button(visible=False).click(
         fn=handlers.pack,
@@ -337,7 +332,7 @@ def _add_endpoints(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> 
         outputs=gr.JSON(visible=False, label="zip"),
         api_name="pack",
         api_description=PACK,
-        **ONE_LINE,
+        **ONE_QUEUE,
     )
 
 

@@ -53,7 +53,7 @@ class RecentSessions(OrderedDict[str, T], Generic[T]):
 class RequestQueue:
     """Counts the requests in Gradio's queue, those being answered, and those on their way in.
 
-    Gradio polls its queue every 1 and every 10 milliseconds, which costs 6 % of a core for ever, and no option changes
+    Gradio polls its queue every 1 and every 10 milliseconds, which costs 6 % of a core, and no option changes
     that. The attributes that hold the two intervals are set here: to `BUSY_POLL` when a request comes, and to
     `IDLE_POLL` when none has come for a while.
 

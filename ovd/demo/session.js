@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Part of the result's script, after view.js: what was asked in this tab, links that ask again, and the Enter key.
-// Questions stay in this tab's memory, and go with it.
+// Part of the result's script, after view.js: the history of this tab, links to a query, and the Enter key.
+// The history is kept in this tab's memory only.
 
 const MOST_PAST = 12;
 const MOST_LINK = 2000; // letters of words in a link
 const past = []; // { answer, words, src: of the picture field, name }, the last first
-let asking = { words: "", src: "" }; // the question under way
+let pending = { words: "", src: "" }; // the query being answered
 
 const field = () => document.querySelector("#ovd-words textarea");
 const shownPicture = () => document.querySelector("#ovd-image img")?.src || "";
@@ -42,13 +42,13 @@ async function putPicture(src, name) {
 
 const nameIn = (src) => { try { return decodeURIComponent(new URL(src).pathname.split("/").pop()); } catch { return ""; } };
 
-// ---- asked in this tab -----------------------------------------------------------------------------------------
+// ---- history ---------------------------------------------------------------------------------------------------
 
 function remember() {
-  const words = answer.everything ? "everything" : asking.words;
+  const words = answer.everything ? "everything" : pending.words;
   const same = past.findIndex((p) => p.words === words && p.answer.preview === answer.preview && p.answer.model.name === answer.model.name);
   if (same >= 0) past.splice(same, 1);
-  past.unshift({ answer, words, src: asking.src, name: nameIn(asking.src) });
+  past.unshift({ answer, words, src: pending.src, name: nameIn(pending.src) });
   past.length = Math.min(past.length, MOST_PAST);
   drawPast();
 }
@@ -67,7 +67,7 @@ function drawPast() {
       drawPast();
       setWords(p.words);
       pick(p.answer.model.name);
-      if (p.src && !(await putPicture(p.src, p.name))) say("The picture itself was deleted meanwhile; to ask more about it, add it again.");
+      if (p.src && !(await putPicture(p.src, p.name))) say("The picture has been deleted; add it again to search it for something else.");
     });
     item.append(button);
     return item;
@@ -81,7 +81,7 @@ function pick(name) { document.dispatchEvent(new CustomEvent("ovd:weights", { de
 // ---- links -----------------------------------------------------------------------------------------------------
 
 function linkOf() {
-  const words = answer.everything ? "everything" : asking.words;
+  const words = answer.everything ? "everything" : pending.words;
   const parts = new URLSearchParams({ words });
   if (moved) parts.set("from", two(level));
   if (answer.example) parts.set("example", answer.example);
@@ -93,28 +93,28 @@ function linkOf() {
 function drawLink() { say(""); }
 
 one(".ovd-link").addEventListener("click", async () => {
-  const words = answer.everything ? "everything" : asking.words;
-  if (!words.trim()) return say("Boxes and crops do not go into a link: there are no words in this question.");
+  const words = answer.everything ? "everything" : pending.words;
+  if (!words.trim()) return say("A link holds words only, and this query has crops alone.");
   if (words.length > MOST_LINK) return say(`These words are too long for a link (${words.length} letters, at most ${MOST_LINK}).`);
-  const link = linkOf(), own = answer.example ? "" : " Your picture is not in it: whoever opens it adds one.";
+  const link = linkOf(), own = answer.example ? "" : " It does not contain your picture.";
   history.replaceState(null, "", link);
   try {
     await navigator.clipboard.writeText(link);
     say(`Link copied.${own}`);
-  } catch { say(`The link stands in the address bar.${own}`); } // no clipboard without HTTPS
+  } catch { say(`The link is in the address bar.${own}`); } // no clipboard without HTTPS
 });
 
 (async () => {
-  const asked = new URLSearchParams(location.hash.slice(1)), words = (asked.get("words") || "").slice(0, MOST_LINK);
+  const linked = new URLSearchParams(location.hash.slice(1)), words = (linked.get("words") || "").slice(0, MOST_LINK);
   if (!words || !(await until(() => field() && document.querySelector("#ovd-image input[type=file]")))) return;
   setWords(words);
-  if (asked.get("weights")) pick(asked.get("weights"));
-  const from = Number(asked.get("from"));
-  if (asked.get("from") && from >= 0 && from <= 1) { level = from; moved = true; }
-  const name = asked.get("example");
+  if (linked.get("weights")) pick(linked.get("weights"));
+  const from = Number(linked.get("from"));
+  if (linked.get("from") && from >= 0 && from <= 1) { level = from; moved = true; }
+  const name = linked.get("example");
   const ready = name && await until(() => Array.from(document.querySelectorAll(".ovd-ready img")).find((img) => nameIn(img.src) === name), 5);
   if (!ready) {
-    one(".ovd-empty .lead").textContent = "This link holds a question without its picture.";
+    one(".ovd-empty .lead").textContent = "This link contains a query, but no picture.";
     one(".ovd-empty .more").textContent = "Add your picture and press Find.";
     return;
   }
@@ -123,7 +123,7 @@ one(".ovd-link").addEventListener("click", async () => {
 
 // ---- keys ------------------------------------------------------------------------------------------------------
 
-// Enter asks, Shift+Enter begins a new line; Gradio has it the other way round, at keypress.
+// Enter searches, Shift+Enter begins a new line; Gradio has it the other way round, at keypress.
 for (const kind of ["keydown", "keypress"])
   document.addEventListener(kind, (event) => {
     if (event.key !== "Enter" || event.target !== field() || event.isComposing) return;
@@ -133,23 +133,23 @@ for (const kind of ["keydown", "keypress"])
     if (kind === "keydown" && !event.repeat) document.querySelector("#ovd-find").click();
   }, true);
 
-// A question that the server refuses never becomes an answer. Gradio would say "Error"; the server says why, and when to
-// come back. Gradio takes 422 for remarks on its fields: with none it stops waiting and adds nothing of its own.
+// Shows why the server refused a request, where Gradio would say "Error". Gradio reads 422 as remarks on its fields:
+// with none it stops waiting and adds no message of its own.
 const fetched = window.fetch;
 window.fetch = async (...request) => {
-  const asks = /\/queue\/join(\?|$)/.test(String(request[0]?.url ?? request[0]));
-  if (asks) {
+  const isQuery = /\/queue\/join(\?|$)/.test(String(request[0]?.url ?? request[0]));
+  if (isQuery) {
     let data = [];
     try { data = JSON.parse(request[1].body).data; } catch { /* another kind of body: no words are remembered */ }
-    asking = { words: typeof data[1] === "string" ? data[1] : "", src: shownPicture() };
+    pending = { words: typeof data[1] === "string" ? data[1] : "", src: shownPicture() };
   }
   const reply = await fetched(...request).catch((problem) => {
-    if (asks) show({ error: "The page's server does not answer. Is it still running?" });
+    if (isQuery) show({ error: "The page's server does not answer. Is it running?" });
     throw problem;
   });
-  if (!asks || reply.ok) return reply;
+  if (!isQuery || reply.ok) return reply;
   const body = await reply.text();
-  let words = `The server refused this question (status ${reply.status}).`;
+  let words = `The server refused this request (status ${reply.status}).`;
   try { words = String(JSON.parse(body).detail || words); } catch { /* not from this server: keep the number */ }
   show({ error: words });
   return new Response(JSON.stringify({ detail: [] }), { status: 422, headers: { "Content-Type": "application/json" } });

@@ -134,20 +134,20 @@ function light(i) {
   }
 }
 
-const WHY = "Click a box, or walk through them with the arrow keys, to see what it looks like to these weights.";
+const WHY = "Click a box, or walk through them with the arrow keys, to see which known words it is nearest to.";
 
-function tellWhy(i) {
+function showNearest(i) {
   const why = one(".ovd-why");
   if (i === null || !answer) return why.replaceChildren(WHY);
   const d = answer.detections[i];
   why.replaceChildren(make("b", {}, nameOf(d)), ` ${two(d.score)}, ${place(d)}.`);
-  if (d.near?.length) why.append(` Of the words these weights know it looks most like: ${d.near.join(", ")}.`);
+  if (d.near?.length) why.append(` Nearest known words: ${d.near.join(", ")}.`);
 }
 
 function select(i, scroll) {
   chosen = i;
   light(i);
-  tellWhy(i);
+  showNearest(i);
   const row = i === null ? null : one(`tbody tr[data-i="${i}"]`);
   if (row && scroll) {
     const box = one(".ovd-table");
@@ -174,7 +174,7 @@ function drawLists() {
   }
   if (found.length > MOST_CHIPS) chips.append(make("span", {}, `and ${found.length - MOST_CHIPS} more`));
 
-  const missing = answer.everything ? [] : answer.classes.filter((c) => !above.has(c.id)); // nobody asked for those
+  const missing = answer.everything ? [] : answer.classes.filter((c) => !above.has(c.id)); // not typed by the person
   const list = one(".ovd-missing");
   list.replaceChildren();
   for (const c of missing.slice(0, MOST_MISSING)) {
@@ -245,7 +245,7 @@ function drawTable(visible) {
 function redraw() {
   if (!answer) return;
   if (chosen !== null && !isShown(answer.detections[chosen])) chosen = null;
-  tellWhy(chosen);
+  showNearest(chosen);
   drawBoxes();
   drawLists();
 }
@@ -315,7 +315,7 @@ function show(data, { again = false } = {}) {
   const alert = one(".ovd-alert");
   alert.hidden = !data?.error;
   alert.textContent = data?.error || "";
-  if (data?.error) { // the answer before was to another question: it must not stand beside what went wrong
+  if (data?.error) { // the last answer was to another query: it must not stay beside an error
     answer = null;
     one(".ovd-result").hidden = true;
   }

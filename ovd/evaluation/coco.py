@@ -124,21 +124,13 @@ def evaluate(
     truth = check_ground_truth(gt, where=where[0])
     split = split or Split.everything(truth.categories)
     split.check_categories(truth.categories, where=where[0])
-    checked = Results(detections=[])
-    if results is not None or proposals is None:
-        missing = set(split.names) - set(truth.categories)
-        checked = check_results(results, truth, outside=missing, where=where[1])
-    warnings = [*truth.warnings, *checked.warnings]
-    if iou_types is None:
-        iou_types, why = (("bbox",), []) if results is None else _iou_types(truth, checked.detections)
-        warnings += why
-    boxes = None if proposals is None else _checked_proposals(proposals, truth, warnings)
-    entries = _entries(truth, checked.detections, split, federated)
-    entries.counts["detections_outside_split"] += len(results or ()) - len(checked.detections)
-    warnings += _entry_warnings(entries, truth)
+    inputs = _checked_inputs(results, proposals, truth, split, iou_types, where[1])
+    entries = _entries(truth, inputs.detections, split, federated)
+    entries.counts["detections_outside_split"] += len(results or ()) - len(inputs.detections)
     rows = _rows(entries, split)
     values: dict[str, float] = {}
-    for kind in dict.fromkeys(iou_types):
+    boxes = inputs.proposals
+    for kind in dict.fromkeys(inputs.iou_types):
         gts, dts = shaped(truth, entries.annotations, entries.detections, kind, where)
         if results is not None:
             curves = per_category(kind, gts, dts, split, max_dets, federated).values()
@@ -152,16 +144,44 @@ def evaluate(
         per_class=list(rows.values()),
         split=split,
         counts=entries.counts,
-        warnings=warnings,
+        warnings=[*truth.warnings, *inputs.warnings, *_entry_warnings(entries, truth)],
         dataset_sha256=content_sha256(gt),
     )
 
 
-def _checked_proposals(proposals: Sequence[CocoJson], truth: GroundTruth, warnings: list[str]) -> list[CheckedResult]:
-    """Class-agnostic boxes; what is odd in them is added to ``warnings``."""
-    agnostic = check_results(proposals, truth, where="proposals", classes=False)
-    warnings += [f"proposals: {w}" for w in agnostic.warnings]
-    return agnostic.detections
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """Checked results and proposals, and the kinds of IoU that they can be evaluated by."""
+
+    detections: list[CheckedResult]
+    proposals: list[CheckedResult] | None
+    iou_types: Sequence[str]
+    warnings: list[str]
+
+
+def _checked_inputs(
+    results: Sequence[CocoJson] | None,
+    proposals: Sequence[CocoJson] | None,
+    truth: GroundTruth,
+    split: Split,
+    iou_types: Sequence[str] | None,
+    where: str,
+) -> _Inputs:
+    """See `evaluate`; ``where`` names the results."""
+    checked = Results(detections=[])
+    if results is not None or proposals is None:
+        missing = set(split.names) - set(truth.categories)
+        checked = check_results(results, truth, outside=missing, where=where)
+    warnings = list(checked.warnings)
+    if iou_types is None:
+        iou_types, why = (("bbox",), []) if results is None else _iou_types(truth, checked.detections)
+        warnings += why
+    boxes = None
+    if proposals is not None:
+        agnostic = check_results(proposals, truth, where="proposals", classes=False)
+        boxes = agnostic.detections
+        warnings += [f"proposals: {w}" for w in agnostic.warnings]
+    return _Inputs(detections=checked.detections, proposals=boxes, iou_types=iou_types, warnings=warnings)
 
 
 @dataclass(frozen=True, kw_only=True)

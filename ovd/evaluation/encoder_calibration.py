@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from ovd.data.photo_words import PhotoWords
 from ovd.detector import Detector
 from ovd.evaluation.photo_calibration import LEAST, TypedPhotos, require_absent_words, require_both, with_threshold
 from ovd.evaluation.typed import average_precision, run_typed
 from ovd.evaluation.typed_photos import typed_photos
-from ovd.inference.calibration import fit_platt
 from ovd.inference.crop_names import CropNames, CropScorer
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration
@@ -90,4 +88,4 @@ def _best(data: TypedPhotos, scorer: WordScorer, candidates: Sequence[Calibratio
 def _platt(data: TypedPhotos, scorer: WordScorer) -> tuple[float, float]:
     outcome = run_typed(data.scenes, scorer, floor=RAW_FLOOR)
     require_both(outcome)
-    return fit_platt(torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    return outcome.sigmoid()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ovd.evaluation.typed import Outcome, TypedScene, TypedScorer, choose_ranking, run_typed
-from ovd.inference.calibration import absent_class_threshold, fit_platt
+from ovd.inference.calibration import absent_class_threshold
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration
@@ -27,7 +27,7 @@ def fit_sigmoid(scenes: Sequence[TypedScene], scorer: TypedScorer) -> tuple[Cali
         scorer: not calibrated, see `Calibration.uncalibrated`.
     """
     outcome = run_typed(scenes, scorer, floor=FIT_FLOOR)
-    slope, offset = fit_platt(torch.from_numpy(outcome.score), torch.from_numpy(outcome.correct))
+    slope, offset = outcome.sigmoid()
     return replace(scorer.calibration, slope=slope, offset=offset), outcome
 
 

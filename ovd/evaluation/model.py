@@ -164,7 +164,7 @@ def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[P
     is_pretext = variant == "agnostic" and "patches" in architecture.get("head", {})
     if options.examples and (variant == "closed" or (variant == "agnostic" and not is_pretext)):
         raise UserError(
-            f"--examples: {options.weights} (model.variant={variant}) compares nothing with crops; "
+            f"--examples: {options.weights} (model.variant={variant}) cannot search by crop; "
             "leave it out, or evaluate a detector of model.variant=text or a pretext's transformer"
         )
     if options.encoder:

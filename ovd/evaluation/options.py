@@ -140,7 +140,7 @@ def _wrong_data(options: Options) -> bool:
 
 def _about_data(options: Options) -> str:
     source, needed, excluded = _source(options)
-    return f"{source} needs {needed}, and goes without {excluded}; see wordbox evaluate --help."
+    return f"{source} needs {needed}, and cannot be combined with {excluded}; see wordbox evaluate --help."
 
 
 COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]], ...] = (
@@ -151,7 +151,7 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
     (_wrong_data, _about_data),
     (
         lambda o: o.examples and not o.weights,
-        lambda o: "--examples shows crops to a detector: give --weights and --data",
+        lambda o: "--examples describes classes by crops: give --weights and --data",
     ),
     (
         lambda o: o.present and not o.examples,
@@ -159,31 +159,35 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
     ),
     (
         lambda o: o.present and o.queries == "words",
-        lambda o: "--present goes without --queries words, which are conditioned on every class in every picture",
+        lambda o: (
+            "--present cannot be combined with --queries words, which are conditioned on every class in every picture"
+        ),
     ),
     (
         lambda o: o.examples and (o.embeddings == "crops" or not o.by_category),
-        lambda o: "--examples goes without a vocabulary file and without --embeddings crops",
+        lambda o: "--examples cannot be combined with a vocabulary file or --embeddings crops",
     ),
     (
         lambda o: o.vild and (o.scores != "published" or not o.by_category or o.examples),
         lambda o: (
-            "--vild goes with published scores of a split's categories: without --scores, a vocabulary or --examples"
+            "--vild uses the published scores of a split's categories: it cannot be combined with --scores, "
+            "a vocabulary or --examples"
         ),
     ),
     (
         lambda o: o.encoder and (not o.weights or o.crop_refinement or o.queries == "words" or o.vild),
         lambda o: (
-            "--encoder names the boxes of --weights; it goes without --crop-refinement, --queries words and --vild"
+            "--encoder names the boxes of --weights; it cannot be combined with --crop-refinement, "
+            "--queries words or --vild"
         ),
     ),
     (
         lambda o: o.soft_nms is not None and (not o.weights or o.vild or o.queries == "words"),
-        lambda o: "--soft-nms goes with --weights; without --vild and --queries words",
+        lambda o: "--soft-nms needs --weights, and cannot be combined with --vild or --queries words",
     ),
     (
         lambda o: o.embeddings == "crops" and o.crop_refinement,
-        lambda o: "--embeddings crops embeds the crops of all regions; leave --crop-refinement out",
+        lambda o: "--embeddings crops embeds the crops of all regions; remove --crop-refinement",
     ),
 )
 """(whether a combination is wrong, its message); the first that applies counts."""

@@ -20,8 +20,7 @@ from ovd.evaluation.reliability import Reliability, reliability
 from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
 from ovd.evaluation.typed_photos import NamedPhoto, labelled_words, named_outcome, typed_photos
 from ovd.formats.labels import choose_parts
-from ovd.inference.arrays import best_first
-from ovd.inference.calibration import absent_class_threshold, fit_platt
+from ovd.inference.calibration import absent_class_threshold
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
@@ -109,7 +108,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
         UserError: the detector is not one of photographs.
     """
     if not isinstance(detector.model, FvlmRegionModel):
-        raise UserError("--data: these weights are no detector of photographs")
+        raise UserError("--data: these weights are not a detector of photographs")
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed)
@@ -122,11 +121,7 @@ def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPh
         rows=crops.rows[0], words=detector.model.background_words, calibration=Calibration().of_examples()
     )
     return TypedPhotos(
-        scenes=scenes,
-        named=named,
-        scorer=scorer,
-        examples=with_crops(scenes, crops),
-        example_scorer=example_scorer,
+        scenes=scenes, named=named, scorer=scorer, examples=with_crops(scenes, crops), example_scorer=example_scorer
     )
 
 
@@ -148,12 +143,9 @@ def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
     fitted, outcome = fit_sigmoid(data.scenes, replace(data.scorer, calibration=ranking))
     require_both(outcome)
     named_photos = unknown_to(data.scorer, data.named) if isinstance(data.scorer, WordScorer) else []
-    if isinstance(data.scorer, WordScorer) and len(named_photos) >= LEAST:
+    if len(named_photos) >= LEAST:
         named = named_outcome(named_photos, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
-        best = best_first(named.score.astype(np.float32), FITTED * len(named_photos))
-        slope, offset = fit_platt(
-            torch.from_numpy(named.score[best]), torch.from_numpy(named.correct[best]), eps=RAW_FLOOR
-        )
+        slope, offset = named.best(FITTED * len(named_photos)).sigmoid(eps=RAW_FLOOR)
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
     if min(fitted.slope, fitted.open_slope) <= 0:
         raise UserError(
@@ -185,7 +177,9 @@ def require_both(outcome: Outcome) -> None:
     if min(right, len(outcome.correct) - right) < LEAST_RIGHT:
         which = "wrong, so nothing can be fitted"
         if right < LEAST_RIGHT:
-            which = "right: a detector that does not find these classes learns them with --config photos/finetune.yaml"
+            which = (
+                "right: if the detector does not find these classes, train it on them: --config photos/finetune.yaml"
+            )
         text = f"--data: of the boxes found for the words of the labels fewer than {LEAST_RIGHT} are"
         raise UserError(f"{text} {which}. Nothing was changed")
 
@@ -198,7 +192,7 @@ def require_absent_words(data: TypedPhotos) -> None:
     """
     if not any([*(scene.absent for scene in data.scenes), *(photo.absent for photo in data.named)]):
         raise UserError(
-            "--data: no photo lacks a word of the labels, so nothing says which score an absent word stays below; take "
+            "--data: no photo lacks a word of the labels, so the scores of absent words cannot be measured; take "
             "photos of two unrelated classes at least. Nothing was changed"
         )
 

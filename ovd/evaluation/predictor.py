@@ -233,7 +233,7 @@ def predictor_for(
         if unknown := [n for n in vocabulary.names if n.casefold() not in by_name]:
             raise UserError(f"vocabulary: {unknown[0]!r} is not a category of split {split.name!r}.")
         if vocabulary.negatives:
-            raise UserError("vocabulary: negative words have no place in an evaluation; remove the minus entries.")
+            raise UserError("vocabulary: an evaluation has no negative words; remove the entries with a minus.")
         ids = tuple(by_name[n.casefold()] for n in vocabulary.names)
     rows, model = detector.text.embed(vocabulary), detector.model
     background = model.background

@@ -69,7 +69,7 @@ def check_results(
             hint = " This looks like a ground-truth file; predictions are a plain list."
         raise UserError(f"{where}: expected a list of detections, found {kind_of(results)}.{hint}")
     checked: list[CheckedResult] = []
-    over = flat = dropped = corners = 0
+    odd = _Oddities()
     for n, d in enumerate(results):
         entry = f"{where}[{n}]"
         image_id = require_id(required(d, "image_id", entry), gt.sizes, f"{entry}: image_id")
@@ -77,36 +77,67 @@ def check_results(
         if classes:
             category_id = required(d, "category_id", entry)
             if is_id(category_id) and category_id in outside and category_id not in gt.categories:
-                dropped += 1
+                odd.dropped += 1
                 continue
             category = require_id(category_id, gt.categories, f"{entry}: category_id")
-        score = required(d, "score", entry)
-        if not is_number(score):
-            raise UserError(f"{entry}: score must be a finite number, is {score!r}.")
-        result: CheckedResult = {"image_id": image_id, "category_id": category, "score": score}
-        size = gt.sizes[image_id]
-        if d.get("segmentation"):
-            result["segmentation"] = masks.to_rle(d["segmentation"], size, entry)
-        if d.get("bbox"):
-            result["bbox"] = checked_box(d["bbox"], entry)
-            flat += result["bbox"][2] == 0 or result["bbox"][3] == 0
-            if size is not None:
-                reaches, clipped = over_border(result["bbox"], size, f"{entry}: box {result['bbox']}", image_id)
-                over += reaches
-                corners += clipped
-        elif "segmentation" not in result:
-            raise UserError(f"{entry}: neither bbox nor segmentation.")
-        checked.append(result)
-    warnings = []
-    if dropped:
-        warnings.append(f"{dropped} detections of categories that the ground truth does not define are left out")
-    if over:
-        hint = ""
-        if over > len(checked) / 4 and corners > 0.95 * over:
-            hint = "; are they x1, y1, x2, y2? COCO's are x, y, width, height"
-        warnings.append(f"{over} of {len(checked)} boxes reach over the border of their image (kept as they are){hint}")
-    if flat:
-        warnings.append(f"{flat} boxes have no area and can match nothing")
-    if not checked:
-        warnings.append("no detections: every precision and recall is 0")
-    return Results(detections=checked, warnings=warnings)
+        checked.append(_checked_result(d, image_id, category, gt.sizes[image_id], entry, odd))
+    return Results(detections=checked, warnings=odd.warnings(len(checked)))
+
+
+@dataclass(kw_only=True)
+class _Oddities:
+    """What is odd in results and does not keep them from being evaluated, counted.
+
+    Attributes:
+        dropped: detections of categories that the ground truth lacks.
+        over: boxes that reach over the border of their image.
+        corners: those of them that would fit as x1, y1, x2, y2.
+        flat: boxes without area.
+    """
+
+    dropped: int = 0
+    over: int = 0
+    corners: int = 0
+    flat: int = 0
+
+    def warnings(self, count: int) -> list[str]:
+        """For ``count`` detections."""
+        warnings = []
+        if self.dropped:
+            warnings.append(
+                f"{self.dropped} detections of categories that the ground truth does not define are left out"
+            )
+        if self.over:
+            hint = ""
+            if self.over > count / 4 and self.corners > 0.95 * self.over:
+                hint = "; are they x1, y1, x2, y2? COCO's are x, y, width, height"
+            warnings.append(
+                f"{self.over} of {count} boxes reach over the border of their image (kept as they are){hint}"
+            )
+        if self.flat:
+            warnings.append(f"{self.flat} boxes have no area and can match nothing")
+        if not count:
+            warnings.append("no detections: every precision and recall is 0")
+        return warnings
+
+
+def _checked_result(
+    d: Any, image_id: ImageId, category: int, size: tuple[int, int] | None, entry: str, odd: _Oddities
+) -> CheckedResult:
+    """One detection of a known image and category; its oddities are added to ``odd``."""
+    score = required(d, "score", entry)
+    if not is_number(score):
+        raise UserError(f"{entry}: score must be a finite number, is {score!r}.")
+    result: CheckedResult = {"image_id": image_id, "category_id": category, "score": score}
+    if d.get("segmentation"):
+        result["segmentation"] = masks.to_rle(d["segmentation"], size, entry)
+    if d.get("bbox"):
+        result["bbox"] = checked_box(d["bbox"], entry)
+        odd.flat += result["bbox"][2] == 0 or result["bbox"][3] == 0
+        if size is not None:
+            reaches, clipped = over_border(result["bbox"], size, f"{entry}: box {result['bbox']}", image_id)
+            odd.over += reaches
+            odd.corners += clipped
+    elif "segmentation" not in result:
+        raise UserError(f"{entry}: neither bbox nor segmentation.")
+    return result

@@ -45,7 +45,7 @@ def run_source(
         UserError: a source that hides the labels of novel objects.
     """
     if source.labels != "all":
-        raise UserError("this source hides the labels of novel objects (labels=base), so nothing can be said of them.")
+        raise UserError("this source hides the labels of novel objects (labels=base), so they cannot be evaluated.")
     scenes = _Scenes(source)
     results, proposals = _run(scenes, predict, propose, on_image)
     return scenes.ground_truth(), results, proposals

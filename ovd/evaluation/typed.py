@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
+from ovd.inference.calibration import fit_platt
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import WordScorer
@@ -91,6 +93,15 @@ class Outcome:
     correct: NDArray[np.float64]
     best_absent: NDArray[np.float64]
     labels: float
+
+    def sigmoid(self, *, eps: float = 1e-6) -> tuple[float, float]:
+        """Slope and offset of the scores, see `fit_platt`."""
+        return fit_platt(torch.from_numpy(self.score), torch.from_numpy(self.correct), eps=eps)
+
+    def best(self, count: int) -> Outcome:
+        """The same of the best ``count`` detections: far below them a sigmoid need not fit."""
+        chosen = np.argsort(-self.score, kind="stable")[:count]
+        return replace(self, score=self.score[chosen], correct=self.correct[chosen])
 
 
 def _classified(

@@ -83,7 +83,7 @@ def parse_xml(data: bytes) -> Element:
     try:
         parser.Parse(data, True)
     except expat.ExpatError as problem:
-        raise ValueError(f"{problem.lineno}: no XML: {expat.ErrorString(problem.code)}") from problem
+        raise ValueError(f"{problem.lineno}: not XML: {expat.ErrorString(problem.code)}") from problem
     return top.children[0]
 
 
@@ -190,7 +190,7 @@ def _open(file: Path, root: Path, images: Path | None, part: str, notes: Notes) 
         notes.mistake(f"{file}:{line}", text)
         return None
     if document.tag != "annotation":
-        notes.mistake(f"{file}:{document.line}", f"<{document.tag}> is no Pascal VOC annotation")
+        notes.mistake(f"{file}:{document.line}", f"<{document.tag}> is not a Pascal VOC annotation")
         return None
     named = Path(document.value("filename").replace("\\", "/")).name
     folders = [images] if images is not None else [root / "JPEGImages", root / "images", file.parent, root]
@@ -248,7 +248,7 @@ def _object(element: Element, document: _File, number: dict[str, int], shift: in
     height, width = document.size
     x1, y1 = x1 - shift, y1 - shift
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
-        notes.mistake(location, f"{name}: bndbox from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is no box")
+        notes.mistake(location, f"{name}: bndbox from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is not a box")
         return None
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         notes.mistake(location, f"{name}: bndbox lies outside the picture of {width} × {height} pixels")

@@ -150,7 +150,7 @@ def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
     names = {}
     for index, name in listed.items():
         if not re.fullmatch("[0-9]{1,9}", str(index)) or not isinstance(name, str) or not name.strip():
-            raise UserError(f"{file}: names: {index!r}: {name!r} is no class index with its name")
+            raise UserError(f"{file}: names: {index!r}: {name!r} is not a class index with its name")
         names[int(index)] = name
     count = content.get("nc")
     if isinstance(count, str) and count.isdecimal() and int(count) != len(names):
@@ -253,7 +253,7 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -
         notes.mistake(line.location, "coordinates must be shares of the picture, from 0 to 1; are these pixels?")
         return None
     if score is not None and not 0 <= score <= 1:
-        notes.mistake(line.location, f"the sixth number, {score}, is no score from 0 to 1")
+        notes.mistake(line.location, f"the sixth number, {score}, is not a score from 0 to 1")
         return None
     height, width = size
     one: CocoObject = {"category_id": int(index) + 1}

@@ -14,7 +14,7 @@ Floats = NDArray[np.float32]
 
 def as_array(values: Any) -> NDArray[Any]:
     """An array of what a network gave: an array as it is, a tensor of any device and precision as float32."""
-    torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
+    torch = sys.modules.get("torch")  # a caller with a tensor has imported it
     if torch is not None and isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.is_floating_point() else values).numpy()

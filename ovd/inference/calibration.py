@@ -37,7 +37,7 @@ def fit_platt(raw: Tensor, correct: Tensor, *, eps: float = 1e-6, iterations: in
         gradient = x.T @ (p - target) + ridge @ weight
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge
         step = torch.linalg.solve(hessian, gradient)
-        # Far from the optimum Newton's step overshoots and would swing for ever: halve it until the likelihood gains.
+        # Far from the optimum Newton's step overshoots and would oscillate: halve it until the likelihood improves.
         while cost(weight - step) > cost(weight) and float(step.abs().max()) > 1e-10:
             step = step / 2
         weight = weight - step

@@ -20,8 +20,8 @@ def require_examples_only(query: Query) -> None:
     """
     if query.words.classes or len(query.positive_examples) < len(query.examples):
         raise UserError(
-            "this transformer was pretrained on patches: it finds what examples show, and knows neither words nor "
-            "things to leave out; ask with examples only, or train it on labels with model.variant=text"
+            "this transformer was pretrained on patches: it searches by example only, without words "
+            "or negatives; give examples only, or train it on labels with model.variant=text"
         )
 
 

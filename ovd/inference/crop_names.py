@@ -263,6 +263,6 @@ def embed_boxes(
 def uncalibrated(name: str) -> str:
     """The notice about scores that were never fitted."""
     return (
-        f"scores of {name} are not calibrated on these boxes: they rank, and .7 does not mean seven in ten; "
-        "fit them with `wordbox calibrate --encoder`"
+        f"scores of {name} are not calibrated on these boxes: they rank boxes but are not "
+        "probabilities; fit them with `wordbox calibrate --encoder`"
     )

@@ -42,6 +42,6 @@ def load_encoder_of(folder: Path, card: DetectorCard) -> JointEncoder:
     if encoder.fingerprint() != card.encoder_fingerprint:
         raise UserError(
             f"{folder}: trained against another text encoder than {spec!r} is now "
-            f"({card.encoder_fingerprint[:12]}, found {encoder.fingerprint()[:12]}); words would mean nothing to it"
+            f"({card.encoder_fingerprint[:12]}, found {encoder.fingerprint()[:12]}); its embeddings would not match"
         )
     return encoder

@@ -80,4 +80,4 @@ IRREGULAR = {
     "teeth": "tooth", "feet": "foot", "knives": "knife", "shelves": "shelf", "leaves": "leaf", "loaves": "loaf",
     "scarves": "scarf", "wolves": "wolf", "calves": "calf", "oxen": "ox",
 }  # fmt: skip
-"""Plurals that no ending tells."""
+"""Irregular plurals."""

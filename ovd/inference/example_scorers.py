@@ -78,7 +78,7 @@ class WordProfileScorer:
 
     A crop and a region are compared by their distributions over words (semantic attributes of an image as its
     representation: classemes, Torresani et al., ECCV 2010), with the Bhattacharyya coefficient ``Σ_b sqrt(p_b q_b)``, 1
-    where both are the same. The centred cosine tells things of one noun apart.
+    where both are the same. The centred cosine distinguishes objects of one noun.
 
     Attributes:
         rows: (E, D) unit image embeddings.

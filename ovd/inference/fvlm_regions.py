@@ -113,8 +113,8 @@ class FvlmRegionModel(RegionModel):
                 if len(group) > 1 and self.training_words.is_english and (hint := hint_of(phrase)) is not None:
                     notices.append(hint)
                 elif (head := self.training_words.head_of(phrase)) is not None:
-                    why = "separate words with commas" if " and " in phrase else "attributes are not understood"
-                    notices.append(f"{phrase!r} is looked for as {head!r}: {why}")
+                    why = "separate words with commas" if " and " in phrase else "attributes are ignored"
+                    notices.append(f"{phrase!r} is searched as {head!r}: {why}")
                 elif len(group) == 1:
                     english = self.training_words.is_english
                     notices.append(unknown_word(phrase, self._nearest_nouns(row, count=3), english=english))

@@ -154,9 +154,9 @@ def hint_of(word: str) -> str | None:
     """The hint for a word that English weights do not know; None: there is none."""
     if (translation := english_of(word)) is not None:
         english, language = translation
-        return f"{word!r} is {language} for {english!r}, and these weights know English words only: type {english!r}"
+        return f"{word!r} is {language} for {english!r}, but these weights know English only: type {english!r}"
     if (script := script_of(word)) is not None:
-        return f"{word!r} is written in {script}, and these weights know English words only: type its English name"
+        return f"{word!r} is written in {script}, but these weights know English only: type its English name"
     return None
 
 
@@ -169,4 +169,4 @@ def unknown_word(word: str, nearest: Sequence[str], *, english: bool) -> str:
     """
     if english and (hint := hint_of(word)) is not None:
         return hint
-    return f"{word!r} is no word these weights learned; the nearest they know: {', '.join(nearest)}"
+    return f"{word!r} is not a word these weights were trained on; nearest known words: {', '.join(nearest)}"

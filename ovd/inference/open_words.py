@@ -104,7 +104,7 @@ class Rivals:
 
 
 class Evidence(NamedTuple):
-    """What a picture says before any word is looked at.
+    """The parts of a picture's scores that do not depend on the typed words.
 
     Attributes:
         image_RD: image embeddings times the scale.

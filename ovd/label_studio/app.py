@@ -66,10 +66,10 @@ class BackendGate(Gate):
         credentials: tuple[str, str] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(app, names=names, limits=limits or Limits(question=BODY))
+        super().__init__(app, names=names, limits=limits or Limits(request=BODY))
         pair = None if credentials is None else base64.b64encode(":".join(credentials).encode())
         self._authorization = None if pair is None else b"Basic " + pair
-        self._bodies = BodyReader(self._limits, what="request", small=0)
+        self._bodies = BodyReader(self._limits, small=0)
 
     async def admit(self, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         """See `Gate`."""
@@ -77,7 +77,7 @@ class BackendGate(Gate):
             await _unauthorized()(scope, receive, reply)
             return
         if scope["method"] == "POST":
-            body = await self._bodies.read(receive, length_of(headers), limit=self._limits.question)
+            body = await self._bodies.read(receive, length_of(headers), limit=self._limits.request)
             receive = replay(body, receive)
         await self._app(scope, receive, reply)
 
@@ -130,7 +130,7 @@ def build_app(backend: Backend) -> Starlette:
         return _answer({"results": results, "model_version": plan.version})
 
     async def webhook(request: Request) -> Response:
-        # Label Studio tells of every annotation. To start a training is a person's wish, which must not go unanswered.
+        # Label Studio reports every annotation, which needs nothing; a request to train must not be ignored silently.
         if _object(await request.body()).get("action") == "START_TRAINING":
             return _problem(501, NO_TRAINING)
         return _answer({"status": "ok"})
@@ -191,9 +191,9 @@ def _object(body: bytes) -> dict[str, object]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as problem:
-        raise UserError(f"the request is no JSON ({problem})") from problem
+        raise UserError(f"the request is not JSON ({problem})") from problem
     if not isinstance(content, dict):
-        raise UserError("the request is no JSON object")
+        raise UserError("the request is not a JSON object")
     return content
 
 

@@ -88,7 +88,7 @@ def _parsed(text: str) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as problem:
-        raise UserError(f"the labelling configuration is no XML: {problem}") from problem
+        raise UserError(f"the labelling configuration is not XML: {problem}") from problem
 
 
 def _has_tag(element: ElementTree.Element, tag: str) -> bool:

@@ -91,7 +91,7 @@ def read_drawn(body: Mapping[str, object]) -> DrawnRegion | None:
     rectangles = [entry for entry in entries if entry.get("type") in ("rectangle", *LABELS) and _numbers(entry)]
     if not rectangles:
         kinds = ", ".join(sorted({str(entry.get("type"))[:40] for entry in entries}))
-        raise UserError(f'what was drawn is no rectangle ({kinds}); set smart="true" on <RectangleLabels> alone')
+        raise UserError(f'what was drawn is not a rectangle ({kinds}); set smart="true" on <RectangleLabels> alone')
     last = rectangles[-1]  # of several the one that was drawn now
     entries_of_region = [entry for entry in rectangles if entry.get("id") == last.get("id")]
     x, y, width, height, rotation = _numbers(last) or (0.0,) * 5

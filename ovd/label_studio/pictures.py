@@ -51,7 +51,7 @@ class PictureSource:
     ) -> None:
         self._base = None if url is None else url.rstrip("/")
         if self._base is not None and not (_origin(self._base) and not urlsplit(self._base).query):
-            raise UserError(f"--label-studio-url {url}: give the whole address, such as http://localhost:8080")
+            raise UserError(f"--label-studio-url {url}: give the full URL, such as http://localhost:8080")
         if root is not None and not root.is_dir():
             raise UserError(f"--root {root}: no such folder")
         self._root = None if root is None else root.resolve()
@@ -88,11 +88,11 @@ class PictureSource:
         if _origin(value):
             if self._base is None or _origin(value) != _origin(self._base):
                 raise UserError(
-                    f"{display_name}: is on another host than Label Studio's, from which nothing is fetched; upload "
+                    f"{display_name}: is on another host than Label Studio, and only that is fetched from; upload "
                     "the pictures to Label Studio, or serve them from its local storage"
                 )
             return self._fetch(value, display_name)
-        raise UserError(f"{display_name}: names no picture that can be read; expected an address of Label Studio's")
+        raise UserError(f"{display_name}: not a readable picture; expected a URL of Label Studio")
 
     def _inline(self, value: str) -> bytes:
         head, comma, body = value.partition(",")
@@ -122,7 +122,7 @@ class PictureSource:
     def _fetch(self, where: str, display_name: str) -> bytes:
         if self._base is None:
             raise UserError(
-                f"{display_name}: is with Label Studio; start wordbox serve with --label-studio-url and a token"
+                f"{display_name}: is stored by Label Studio; start wordbox serve with --label-studio-url and a token"
             )
         url = where if _origin(where) else self._base + where
         for renew in (False, True):

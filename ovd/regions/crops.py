@@ -16,23 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovd.regions.cutting import SCALES, UNUSABLE, Border, CropMode, Resample, cut_regions, expand_boxes
+from ovd.regions.cutting import UNUSABLE, CropOptions, cut_regions
 from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-__all__ = [
-    "Border",
-    "CropMode",
-    "RegionEncoder",
-    "Resample",
-    "crop_regions",
-    "embed_crops",
-    "embed_regions",
-    "expand_boxes",
-]
+    from typing_extensions import Unpack
 
 
 class RegionEncoder(Protocol):
@@ -56,17 +46,11 @@ def crop_regions(
     boxes: NDArray[np.floating] | torch.Tensor,
     *,
     size: int,
-    scales: Sequence[float] = SCALES,
-    mode: CropMode = "squash",
-    border: Border = "clamp",
     fill: Sequence[float] = (0.5, 0.5, 0.5),
-    resample: Resample = "bilinear",
+    **options: Unpack[CropOptions],
 ) -> torch.Tensor:
     """`ovd.regions.cutting.cut_regions` as a tensor, uint8 ``(P, K, 3, S, S)``."""
-    where = np.asarray(boxes)
-    return torch.from_numpy(
-        cut_regions(image, where, size=size, scales=scales, mode=mode, border=border, fill=fill, resample=resample)
-    )
+    return torch.from_numpy(cut_regions(image, np.asarray(boxes), size=size, fill=fill, **options))
 
 
 def embed_crops(
@@ -119,27 +103,15 @@ def embed_regions(
     image: NDArray[np.uint8],
     boxes: NDArray[np.floating] | torch.Tensor,
     *,
-    scales: Sequence[float] = SCALES,
-    mode: CropMode = "squash",
-    border: Border = "clamp",
-    resample: Resample = "bilinear",
     normalise_each: bool = False,
     batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
+    **options: Unpack[CropOptions],
 ) -> torch.Tensor:
     """Embed the boxes of one picture: `crop_regions` then `embed_crops`.
 
     Returns:
         float32 ``(P, D)`` of unit rows.
     """
-    crops = crop_regions(
-        image,
-        boxes,
-        size=encoder.image_size,
-        scales=scales,
-        mode=mode,
-        border=border,
-        fill=encoder.image_mean,
-        resample=resample,
-    )
+    crops = crop_regions(image, boxes, size=encoder.image_size, fill=encoder.image_mean, **options)
     return embed_crops(encoder, crops, normalise_each=normalise_each, batch_size=batch_size, precision=precision)

@@ -14,7 +14,7 @@ are the same on every machine. It takes 50-130 microseconds for a 64 px crop, ag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,15 @@ _MODES = ("squash", "center", "pad")
 _BORDERS = ("clamp", "fill")
 SCALES = (1.0, 1.5)
 """Of the crops of a box (ViLD, section 3.2)."""
+
+
+class CropOptions(TypedDict, total=False):
+    """Options of `cut_regions`, whose defaults hold."""
+
+    scales: Sequence[float]
+    mode: CropMode
+    border: Border
+    resample: Resample
 
 
 class CropEncoder(Protocol):

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, cast, runtime_checkable
 
-from ovd.regions.crops import Border, CropMode, Resample
+from ovd.regions.cutting import Border, CropMode, Resample
 from ovd.regions.proposals import MIN_SIDE
 from pretrain.data.coco import ImageId
 from pretrain.data.images import IdentifiedPictures

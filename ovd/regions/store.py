@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -38,6 +38,27 @@ from pretrain.engine.identity import text_identity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+
+class Origin(TypedDict, total=False):
+    """What a store was made from; a check is skipped where a key is missing or None.
+
+    Attributes:
+        encoder_fingerprint: of the image encoder.
+        encoder_name: what the caller calls it, for the message.
+        proposals_fingerprint: of the proposal model.
+        source_fingerprint: of the pictures.
+        settings: expected settings; a mapping compares only its keys.
+        image_ids: pictures that must be in the store; it may have more.
+    """
+
+    encoder_fingerprint: str | None
+    encoder_name: str | None
+    proposals_fingerprint: str | None
+    source_fingerprint: str | None
+    settings: StoreSettings | Mapping[str, object] | None
+    image_ids: Iterable[ImageId] | None
 
 
 class RegionStore:
@@ -58,25 +79,15 @@ class RegionStore:
         cls,
         root: str | os.PathLike[str],
         *,
-        encoder_fingerprint: str | None = None,
-        encoder_name: str | None = None,
-        proposals_fingerprint: str | None = None,
-        source_fingerprint: str | None = None,
-        settings: StoreSettings | Mapping[str, object] | None = None,
-        image_ids: Iterable[ImageId] | None = None,
         partial: bool = False,
+        **expected: Unpack[Origin],
     ) -> RegionStore:
         """Open a store, and refuse it when it was not made from what the caller uses.
 
         Args:
             root: the folder.
-            encoder_fingerprint: see `require`, as for the five below.
-            encoder_name: see `require`.
-            proposals_fingerprint: see `require`.
-            source_fingerprint: see `require`.
-            settings: see `require`.
-            image_ids: see `require`.
             partial: accept a store that is still being written; unfinished pictures raise KeyError.
+            expected: see `require`.
 
         Raises:
             UserError: when the folder is not a store, is incomplete or damaged, or differs; every difference is named.
@@ -84,14 +95,7 @@ class RegionStore:
         path = Path(root)
         manifest = read_manifest(path)
         store = cls(path, manifest, read_ids(path, manifest))
-        store.require(
-            encoder_fingerprint=encoder_fingerprint,
-            encoder_name=encoder_name,
-            proposals_fingerprint=proposals_fingerprint,
-            source_fingerprint=source_fingerprint,
-            settings=settings,
-            image_ids=image_ids,
-        )
+        store.require(**expected)
         if not manifest.get("shards") and not partial:
             done = sum(sidecar(path, shard) is not None for shard in range(shard_count(manifest)))
             raise UserError(
@@ -107,38 +111,21 @@ class RegionStore:
                 )
         return store
 
-    def require(
-        self,
-        *,
-        encoder_fingerprint: str | None = None,
-        encoder_name: str | None = None,
-        proposals_fingerprint: str | None = None,
-        source_fingerprint: str | None = None,
-        settings: StoreSettings | Mapping[str, object] | None = None,
-        image_ids: Iterable[ImageId] | None = None,
-    ) -> None:
-        """Refuse a store that was made from something else. None skips a check.
-
-        Args:
-            encoder_fingerprint: of the image encoder.
-            encoder_name: what the caller calls it, for the message.
-            proposals_fingerprint: of the proposal model.
-            source_fingerprint: of the pictures.
-            settings: expected settings; a mapping compares only its keys.
-            image_ids: pictures that must be in the store; it may have more.
+    def require(self, **origin: Unpack[Origin]) -> None:
+        """Refuse a store that was made from something else.
 
         Raises:
             UserError: naming every difference.
         """
         expected: dict[str, object] = {
-            "encoder": encoder_fingerprint,
-            "proposals": proposals_fingerprint,
-            "source": source_fingerprint,
+            "encoder": origin.get("encoder_fingerprint"),
+            "proposals": origin.get("proposals_fingerprint"),
+            "source": origin.get("source_fingerprint"),
         }
-        if settings is not None:
+        if (settings := origin.get("settings")) is not None:
             expected["settings"] = as_json(asdict(settings) if isinstance(settings, StoreSettings) else dict(settings))
-        refuse_differences(self.root, self.manifest, expected, notes={"encoder": encoder_name})
-        missing = [image_id for image_id in image_ids or () if image_id not in self]
+        refuse_differences(self.root, self.manifest, expected, notes={"encoder": origin.get("encoder_name")})
+        missing = [image_id for image_id in origin.get("image_ids") or () if image_id not in self]
         if missing:
             raise UserError(
                 f"{self.root}: {len(missing)} pictures are not among the {len(self)} of this region store, such as "

@@ -107,8 +107,8 @@ def assemble(folder: Path, target: Path, *, int8: bool = False) -> None:
     archive = graphs_of(folder)
     if not archive.is_file():
         raise UserError(
-            f"{folder}: no {archive.name} beside it, from which an export could be put together without torch; to "
-            f"write one, install it: {NEEDS_TORCH}"
+            f"{folder}: no {archive.name} beside it, which an export is built from without torch; install torch "
+            f"to write one: {NEEDS_TORCH}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -130,7 +130,7 @@ def _write_files(packed: zipfile.ZipFile, root: Path, target: Path, *, int8: boo
     archive = Path(str(packed.filename))
     listing: _Listing = json.loads(packed.read(LISTING))
     if int8 and INT8 + CARD not in listing["files"]:
-        raise UserError(f"{archive.name}: has no graphs in 8 bits; scripts/build_graphs.py makes it anew")
+        raise UserError(f"{archive.name}: has no graphs in 8 bits; rebuild it with scripts/build_graphs.py")
     for name, digest in listing["sources"].items():
         if not (root / name).is_file() or sha256_of(root / name) != digest:
             raise UserError(

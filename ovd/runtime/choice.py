@@ -14,12 +14,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from ovd.runtime.cpu import computes_bfloat16, computes_int8
 from ovd.runtime.files import find_export, find_int8_export, graphs_of, stale
-from pretrain.engine.errors import NEEDS_TORCH, UserError
+from ovd.vocabulary import TEMPLATE_SETS
+from ovd.weights import ModelCard, read_model_card
+from pretrain.engine.errors import NEEDS_TORCH, UserError, ignore_old_torch_calls
 
 if TYPE_CHECKING:
     from ovd.inference.region_model import RegionModel
@@ -31,11 +34,44 @@ log = logging.getLogger(__name__)
 Runtime = Literal["auto", "onnx", "onnx-int8", "torch"]
 
 
+class DetectorParts(NamedTuple):
+    """What a `Detector` is made of.
+
+    Attributes:
+        model: finds regions.
+        encoder: of words and crops.
+        templates: prompts of the words.
+        card: what is known of the weights.
+        crop_refinement: as many regions as the scores were calibrated for.
+    """
+
+    model: RegionModel
+    encoder: TextEncoder
+    templates: tuple[str, ...]
+    card: ModelCard
+    crop_refinement: int = 0
+
+
 class Networks(NamedTuple):
     """A detector's regions, and the encoder that they were trained against."""
 
     model: RegionModel
     encoder: TextEncoder
+
+
+def load_trained(
+    folder: Path, runtime: Runtime, *, device: str, threads: int | None, masks: bool, regions: int
+) -> DetectorParts:
+    """The parts of a detector as it was trained; see `load_networks`."""
+    from ovd.modeling.export import read_card
+
+    card = read_card(folder)
+    with warnings.catch_warnings():
+        ignore_old_torch_calls()
+        networks = load_networks(
+            folder, card, runtime=runtime, device=device, threads=threads, masks=masks, regions=regions
+        )
+    return DetectorParts(*networks, TEMPLATE_SETS[card.templates], read_model_card(folder), card.crop_refinement)
 
 
 def load_networks(
@@ -130,7 +166,7 @@ def _require_fresh(folder: Path, export: Path, card: DetectorCard) -> None:
         UserError: they are not those beside it.
     """
     if stale(folder, export, card.finetuned):
-        raise UserError(f"{export}: was made of other weights than lie beside it; export them again")
+        raise UserError(f"{export}: was exported from other weights than those beside it; export them again")
 
 
 def _export_of(folder: Path, card: DetectorCard, *, int8: bool) -> Path | None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU computes in one instruction; only Linux tells."""
+"""What the CPU computes in one instruction, known on Linux only."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def cpu_flags() -> str | None:
-    """What Linux says of the CPU; None elsewhere."""
+    """What Linux says of the CPU, read once per process; None elsewhere."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

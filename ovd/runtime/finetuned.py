@@ -22,7 +22,7 @@ from ovd.runtime.cells import CellGraph
 from ovd.runtime.files import RuntimeCard, branch_graph
 
 CANDIDATES = 1000
-"""Best (cell, class) pairs that the suppression looks at, as in `ovd.modeling.proposals.classes`."""
+"""Best (cell, class) pairs that enter NMS, as in `ovd.modeling.proposals.classes`."""
 LEAST_SCORE = 1e-3
 LEAST_SIDE = 1  # of a box, in pixels of the picture
 EPS = 1e-6

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ovd.config_finetune import FinetuneConfig
 from ovd.modeling.task import DetectionTask
+from ovd.training.inputs import require_exists
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import whole_folder
 
@@ -82,13 +83,7 @@ class FinetuneTask(DetectionTask):
 
         with torch.autocast(next(branch.parameters()).device.type, torch.bfloat16):
             return score_branch(
-                branch,
-                self.photos,
-                self.held_out,
-                names=self.photos.names,
-                side=self.side,
-                nms=self.nms,
-                top=self.top,
+                branch, self.photos, self.held_out, names=self.photos.names, side=self.side, nms=self.nms, top=self.top
             )
 
 
@@ -189,11 +184,11 @@ def read_photos(config: FinetuneConfig) -> FinetunePhotos:
     from ovd.formats.read import read_labels
 
     data = config.data
-    if not Path(data.annotations).exists():
-        raise UserError(
-            f"data.annotations: {data.annotations}: no such file or folder; give a COCO .json, a YOLO data.yaml, or a "
-            "folder of Pascal VOC's XML files"
-        )
+    require_exists(
+        data.annotations,
+        named=f"data.annotations: {data.annotations}",
+        give="a COCO .json, a YOLO data.yaml, or a folder of Pascal VOC's XML files",
+    )
     labels = read_labels(
         data.annotations,
         kind=None if data.kind == "auto" else data.kind,

@@ -33,6 +33,16 @@ class PixelStats(NamedTuple):
         return [255.0 * v for v in self.mean], [255.0 * v for v in self.std]
 
 
+def require_exists(path: str | Path, *, named: str, give: str = "") -> None:
+    """Refuse a path that is not there; ``named`` is how the configuration names it, ``give`` what belongs there.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{named}: no such file or folder" + (f"; give {give}" if give else ""))
+
+
 def require_data(data: DataConfig) -> None:
     """Refuse labelled pictures that are not there: before an encoder is fetched, or anything built.
 
@@ -40,8 +50,8 @@ def require_data(data: DataConfig) -> None:
         UserError: naming the key and what it names.
     """
     for key, path in (("data.annotations", data.annotations), ("data.images", data.images)):
-        if data.kind != "stickers" and path and not Path(path).exists():
-            raise UserError(f"{key}: {path}: no such file or folder")
+        if data.kind != "stickers" and path:
+            require_exists(path, named=f"{key}: {path}")
 
 
 def labelled_images(data: DataConfig) -> LabelledImages:
@@ -191,10 +201,12 @@ def backbone_start(
     Raises:
         UserError: no such weights; see also `backbone_tensors` and `library_start`.
     """
-    if spec is not None and not Path(spec).exists():
-        raise UserError(
-            f"backbone_weights={spec}: no such file or folder; give a folder written by `wordbox pretrain` or by "
-            "`python -m pretrain.export … --to torchvision`, or a file with the network's own names"
+    if spec is not None:
+        require_exists(
+            spec,
+            named=f"backbone_weights={spec}",
+            give="a folder written by `wordbox pretrain` or by `python -m pretrain.export … --to torchvision`, or a "
+            "file with the network's own names",
         )
     if not network.is_resnet:
         return library_start(network, spec)
@@ -220,7 +232,7 @@ def resnet_tower(encoder: JointEncoder, spec: str, *, otherwise: str) -> ResNetI
 
     if not isinstance(encoder.visual, ResNetImage):
         raise UserError(
-            f"encoder {spec}: its image tower is no ResNet, so no backbone can start from it; set {otherwise}"
+            f"encoder {spec}: its image tower is not a ResNet, so no backbone can start from it; set {otherwise}"
         )
     return encoder.visual
 

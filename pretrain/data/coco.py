@@ -182,7 +182,9 @@ def read_captions(path: str | Path, *, hint: str = "") -> Captions:
         entry = f"{path}: annotations[{n}]"
         image_id = require_id(required(annotation, "image_id", entry), sizes, f"{entry}: image_id")
         if not isinstance(caption := annotation.get("caption"), str):
-            raise UserError(f"{entry}: {'caption is no text' if 'caption' in annotation else 'no caption'}{closing}.")
+            raise UserError(
+                f"{entry}: {'caption is not a string' if 'caption' in annotation else 'no caption'}{closing}."
+            )
         if text := caption.strip():
             texts.setdefault(image_id, []).append(text)
     named = (files.get(image_id) or picture_file({"id": image_id}, where=str(path)) for image_id in texts)
@@ -219,12 +221,12 @@ def _images(
         if isinstance(image_id, float) and image_id.is_integer():
             image_id = int(image_id)
         if isinstance(image_id, bool) or not isinstance(image_id, (int, str)):
-            raise UserError(f"{entry}: id must be a number or a text, is {image_id!r}.")
+            raise UserError(f"{entry}: id must be a number or a string, is {image_id!r}.")
         if image_id in sizes:
             raise UserError(f"{entry}: image id {image_id!r} occurs twice.")
         height, width = (_pixels(image.get(key)) for key in ("height", "width"))
         if max(height or 0, width or 0) > masks.LARGEST_SIDE:
-            raise UserError(f"{entry}: {image['width']!r} × {image['height']!r} pixels is no size of a picture.")
+            raise UserError(f"{entry}: {image['width']!r} × {image['height']!r} pixels is not the size of a picture.")
         sizes[image_id] = (height, width) if height and width else None
         written += any(isinstance(image.get(key), str) for key in ("height", "width"))
         if name := _file_of(image):
@@ -233,7 +235,7 @@ def _images(
         if isinstance(part, str) and part:
             parts[image_id] = part
     if len({type(i) for i in sizes}) > 1:
-        raise UserError(f"{where}: some image ids are numbers and some are texts; use one kind.")
+        raise UserError(f"{where}: some image ids are numbers and some are strings; use one type.")
     if repeated := len(files) - len(set(files.values())):
         twice = next(name for name, count in Counter(files.values()).items() if count > 1)
         warnings.append(
@@ -241,7 +243,7 @@ def _images(
             "background in the other; give them one id"
         )
     if written:
-        warnings.append(f"{written} images have width or height written as text")
+        warnings.append(f"{written} images have width or height written as a string")
     if unsized := sum(s is None for s in sizes.values()):
         warnings.append(f"{unsized} images without width and height: boxes there cannot be checked against the image")
     return sizes, files, parts
@@ -275,7 +277,7 @@ def _name_on_disk(name: str, entry: str) -> str:
             return name
     except UnicodeEncodeError:
         pass
-    raise UserError(f"{entry}: file_name {name!r} is no name that a file can have.")
+    raise UserError(f"{entry}: file_name {name!r} is not a valid file name.")
 
 
 def _pixels(value: Any) -> int | None:
@@ -302,7 +304,7 @@ def category_names(entries: list[Any], where: str) -> dict[int, str]:
         if category_id in categories:
             raise UserError(f"{entry}: category id {category_id} occurs twice.")
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{entry}: name must be a text, is {name!r}.")
+            raise UserError(f"{entry}: name must be a string, is {name!r}.")
         categories[category_id] = _HALVES.sub("\ufffd", name)
     return categories
 
@@ -443,5 +445,5 @@ def is_number(value: Any) -> bool:
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true/false"}
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "true/false"}
     return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -94,7 +94,7 @@ def read_image(
     except FileNotFoundError as error:
         raise BadImageError(name, "does not exist") from error
     except IsADirectoryError as error:
-        raise BadImageError(name, "is a folder, no picture") from error
+        raise BadImageError(name, "is a folder, not a picture") from error
     except UnidentifiedImageError as error:  # whose own text shows the address of a buffer
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: it is none of them") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
@@ -199,7 +199,7 @@ class ImageListing:
         if not formats:
             return ""
         heif = f", and {HEIF_NEEDED}" if set(HEIF) & set(self.skipped) else ""
-        return f"passed over: {formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})"
+        return f"skipped: {formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})"
 
 
 def find_images(folder: str | Path, *, without: Path | None = None) -> ImageListing:
@@ -240,7 +240,7 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
                 skipped[extension] += 1
     listing = ImageListing(sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped)
     if not paths:
-        raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}). {listing}".rstrip())
+        raise UserError(f"{root} contains no picture ({', '.join(EXTENSIONS)}). {listing}".rstrip())
     return listing
 
 

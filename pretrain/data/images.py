@@ -162,7 +162,7 @@ class CifarSet:
             path = folder / name
             size = path.stat().st_size
             if size == 0 or size % CIFAR_RECORD:
-                raise UserError(f"{path} has {size} bytes, no multiple of {CIFAR_RECORD}; fetch it again")
+                raise UserError(f"{path} has {size} bytes, not a multiple of {CIFAR_RECORD}; fetch it again")
             parts.append(np.fromfile(path, np.uint8).reshape(-1, CIFAR_RECORD))
         self._rows = np.concatenate(parts)
         if self._rows[:, 0].max() > 9:

@@ -119,7 +119,7 @@ def read_lexicon(path: Path | None = None) -> Lexicon:
         if missing - meanings.keys():
             raise ValueError(f"meaning {min(missing - meanings.keys())} is named and not there")
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise UserError(f"{where}: no lexicon ({type(problem).__name__}: {problem})") from problem
+        raise UserError(f"{where}: not a lexicon ({type(problem).__name__}: {problem})") from problem
     return lexicon
 
 
@@ -154,7 +154,7 @@ class Senses:
             word, _, number = self.chosen[noun].partition("#")
             offsets = self.wordnet.senses.get(word, ())
             if not offsets or (number and not 1 <= int(number) <= len(offsets)):
-                raise UserError(f"{noun!r} is to mean {self.chosen[noun]!r}, which WordNet does not have")
+                raise UserError(f"{noun!r} is mapped to {self.chosen[noun]!r}, which WordNet does not have")
             return self.wordnet.synsets[offsets[int(number) - 1]] if number else self._best(word)
         words = noun.split(OF, 1)[0].split()
         heads = [" ".join(words[i:]) for i in range(len(words))]

@@ -218,7 +218,7 @@ def load_pairs(path: str | Path, nouns: Sequence[str]) -> list[SynonymPair]:
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a list of synonym pairs: {error}") from error
     except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]!r} is no key of a pair and no class name") from error
+        raise UserError(f"{path}: {error.args[0]!r} is neither a key of a pair nor a class name") from error
 
 
 def _words(text: str) -> set[str]:

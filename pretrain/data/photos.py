@@ -211,7 +211,7 @@ class PhotoWordSource:
         return self.config.length
 
     def identity(self) -> dict[str, str]:
-        """Names and content of the photos, and what is said of them."""
+        """Names and content of the photos, and their labels."""
         items = self.words.items
         files = sorted({item.file for item in items})
         root = Path(os.path.commonpath([file.parent for file in files]))

@@ -285,7 +285,7 @@ def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
 
     Args:
         root: The ``checkpoints`` folder.
-        warn: Told about each damaged one that is passed over.
+        warn: Called for each damaged one that is skipped.
 
     Returns:
         ``None`` if there is no checkpoint at all.

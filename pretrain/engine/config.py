@@ -324,7 +324,7 @@ def training_keys(cfg: Section) -> dict[str, object]:
 
 
 def keys_at_default(cfg: Section) -> frozenset[str]:
-    """Dotted keys, down to plain values, that have what they would have if nobody had set them."""
+    """Dotted keys, down to plain values, that have their default values."""
     return frozenset(_at_default(cfg, "", None))
 
 

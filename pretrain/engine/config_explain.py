@@ -49,7 +49,7 @@ def explain(
     if partial:
         entries = [entry for entry in entries if entry["type"] not in KINDS_OF_ABSENCE]
     unlisted = len(entries) - MAX_PROBLEMS
-    closing = [f"{root.where}: and {unlisted} more; is this a configuration of this command?"] if unlisted > 0 else []
+    closing = [f"{root.where}: and {unlisted} more; is this configuration for this command?"] if unlisted > 0 else []
     return [_explain(entry, model, root) for entry in entries[:MAX_PROBLEMS]], closing
 
 

@@ -98,7 +98,7 @@ class Shape:
         return {str(tag): section for section, tags in choices for tag in tags}
 
     def choose(self, value: object) -> type[BaseModel] | None:
-        """The section that the plain ``value`` is checked against; ``None`` when that cannot be told."""
+        """The section that the plain ``value`` is checked against; ``None`` when that is not known."""
         if self.discriminator is None:
             return self.sections[0] if len(self.sections) == 1 else None
         return self.tags().get(str(value.get(self.discriminator))) if isinstance(value, Mapping) else None

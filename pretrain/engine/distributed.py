@@ -65,6 +65,17 @@ def teardown() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """`setup`, and `teardown` at the end; inside another one it does nothing."""
+    joined = setup()
+    try:
+        yield
+    finally:
+        if joined:
+            teardown()
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
@@ -91,13 +102,13 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
         raise UserError(f"device: {name!r} is not a device name; use auto, cpu or cuda") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"device: {name!r} was asked for, but torch finds no CUDA device; use device=cpu or auto")
+            raise UserError(f"device: {name!r} was requested, but torch finds no CUDA device; use device=cpu or auto")
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         device = torch.device("cuda", index)
         if index >= torch.cuda.device_count():
-            raise UserError(f"device: {device} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices")
+            raise UserError(f"device: {device} was requested, but torch finds {torch.cuda.device_count()} CUDA devices")
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device: {name!r} was asked for, but torch finds no Metal device; use device=cpu or auto")
+        raise UserError(f"device: {name!r} was requested, but torch finds no Metal device; use device=cpu or auto")
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"device: {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
     return device

@@ -102,7 +102,7 @@ def fault_of_the_machine(error: OSError) -> str | None:
     if error.errno not in MACHINE_FAULTS:
         return None
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    return f"{where}{error.strerror}; free some space, or choose a folder that you may read and write"
+    return f"{where}{error.strerror}; free some space, or choose a folder that you can read and write"
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -115,11 +115,8 @@ def out_of_memory(error: BaseException) -> str | None:
     if not full and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
         return None
     request = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
-    size = "" if request is None else f" ({request[2] or f'{int(request[1]) / 1e9:.1f} GB'} more were asked for)"
-    return (
-        f"there is not enough memory{size}; a training takes less with a smaller loop.batch_size, or a larger "
-        "loop.accumulate"
-    )
+    size = "" if request is None else f" ({request[2] or f'{int(request[1]) / 1e9:.1f} GB'} more were requested)"
+    return f"out of memory{size}; training needs less with a smaller loop.batch_size or a larger loop.accumulate"
 
 
 def ignore_old_torch_calls() -> None:

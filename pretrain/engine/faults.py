@@ -102,7 +102,7 @@ class Watchdog:
     Args:
         rank: This process.
         patience: Seconds in one part of a step after which it says so, once for each part.
-        active: False: there is nobody to wait for.
+        active: False for a single process.
     """
 
     def __init__(self, rank: int, *, active: bool, patience: float | None = None) -> None:
@@ -147,8 +147,8 @@ def explained(error: RuntimeError, *, step: int, device: torch.device, rank: int
         return UserError(f"out of memory on {device}: raise loop.accumulate or lower loop.batch_size ({first})")
     if any(sign in text for sign in LOST):
         return UserError(
-            f"process {rank} lost the others after step {step} ({shorten(first, 200)}). One of them ended, or waits "
-            "elsewhere: its own lines say why; continue with --resume"
+            f"process {rank} lost the others after step {step} ({shorten(first, 200)}). One of them ended or "
+            "hangs: its log says why; continue with --resume"
         )
     if "DataLoader" in text and ("worker" in text or "timed out" in text) and not text.startswith("Caught"):
         return UserError(

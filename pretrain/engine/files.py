@@ -132,7 +132,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` to write into, which takes its place when all is written; else nothing is left.
 
     Several processes may write the same ``target`` at once, each in a folder of its own. A ``target`` that holds the
-    same files by then stays as it is: whoever wrote it may be using them.
+    same files by then stays as it is: its writer may be using them.
 
     Raises:
         UserError: the disk is full or not writable; an old ``target`` is untouched.

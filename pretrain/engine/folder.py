@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def find_start(
         at_default: Dotted keys that the recorded configuration may lack.
         resume: Whether to continue a run that is there.
         overwrite: Whether to replace a run that is there.
-        warn: Told about what was passed over.
+        warn: Called for what was skipped.
 
     Returns:
         The checkpoint to continue from; ``None`` to begin.
@@ -86,7 +86,7 @@ def find_start(
     changed = changed_keys(latest.meta.get("config", {}), as_json(record), free_keys, at_default)
     if changed:
         raise UserError(
-            f"{out}: cannot resume, the config has changed in {', '.join(changed)}; put the old values back "
+            f"{out}: cannot resume, the config has changed in {', '.join(changed)}; restore the old values "
             f"(they are in {out / 'config.yaml'}), or train into another folder"
         )
     return latest
@@ -108,14 +108,14 @@ def refuse_other_inputs(latest: checkpoint.Checkpoint, inputs: Mapping[str, int 
         if what.endswith(identity.TIMES):
             name = what.removesuffix(identity.TIMES)
             notes.append(
-                f"the files of the {name} were copied or changed since this run began; their names, sizes and a "
-                "sample of their content are the same, so it goes on"
+                f"the files of the {name} were copied or touched since this run began; their names, sizes and a "
+                "sample of their content are the same, so training continues"
             )
             continue
         now, then = (str(value)[:12] for value in (inputs.get(what), began))
         raise UserError(
-            f"{latest.folder}: cannot resume, the {what} are others now ({now}) than when it began ({then}); "
-            "put the old ones back, or train into another folder with another out="
+            f"{latest.folder}: cannot resume, the {what} have changed ({then} at the start, {now} now); "
+            "restore the old ones, or train into another folder with another out="
         )
     return notes
 
@@ -155,7 +155,7 @@ class FolderLock:
                 )
                 return None
             return (
-                f"{self.path.parent}: another training writes here ({owner or 'unknown process'}); wait for it or end "
+                f"{self.path.parent}: another training writes here ({owner or 'unknown process'}); wait for it or stop "
                 "it, or give another out="
             )
         os.ftruncate(descriptor, 0)
@@ -168,6 +168,23 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[str | None]:
+    """Hold the lock of a run folder, which process 0 takes. Yields `FolderLock.note`.
+
+    Raises:
+        UserError: In every process, when another training writes there.
+    """
+    lock = FolderLock(out)
+    refusal = distributed.all_objects(lock.take() if distributed.rank() == 0 else None)[0]
+    if refusal is not None:
+        raise UserError(refusal)
+    try:
+        yield lock.note
+    finally:
+        lock.release()
 
 
 def prepare(out: Path, record: Mapping[str, object], *, device: torch.device, overwrite: bool) -> None:

@@ -31,7 +31,7 @@ class Identified(Protocol):
 
 
 def identity_of(source: object) -> dict[str, str]:
-    """The digests of a source that tells them; none of one that does not."""
+    """The digests of a source that has them; empty for others."""
     return dict(source.identity()) if isinstance(source, Identified) else {}
 
 

@@ -123,7 +123,7 @@ class RunLog:
                 self._bar.write(text)
             else:
                 print(text, flush=True)
-        except BrokenPipeError:  # ``… | head``: nobody reads any more, but the training is wanted
+        except BrokenPipeError:  # ``… | head``: the reader is gone, and the training goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self.out is not None:
             self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")

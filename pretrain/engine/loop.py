@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from pretrain.engine.faults import (
 )
 from pretrain.engine.identity import identity_of
 from pretrain.engine.log import RunLog, checked, forecast
-from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, set_lr
+from pretrain.engine.optim import build_optimizer, clip_gradients, gradient_norm, milestones_without_effect, set_lr
 from pretrain.engine.sampling import Fetched, Microbatches, Source, batches, derive_seed, to_device
 from pretrain.engine.task import Task
 
@@ -87,8 +87,7 @@ def fit(
         Stopped: After SIGTERM or SIGINT (a ``SystemExit`` with 143 or 130); the run has saved and can be resumed.
     """
     out = Path(out)
-    joined = distributed.setup()
-    try:
+    with distributed.process_group():
         notes: list[str] = []
         start = None
         if not check:
@@ -101,40 +100,11 @@ def fit(
                 overwrite=overwrite,
                 warn=notes.append,
             )
+        notes += milestones_without_effect(optim, loop.steps)
         run = _Run(task, source, loop=loop, optim=optim, out=out, record=record, check=check)
-        lock = folder.FolderLock(out)
-        late = [milestone for milestone in optim.milestones if milestone >= loop.steps]
-        if late:
-            notes.append(f"optim.milestones {late}: not before the last step ({loop.steps}), so without effect")
-        with Signals() as signals:
-            try:
-                if not check:
-                    take(lock)
-                    notes += [lock.note] if lock.note else []
-                run.begin(start, notes, overwrite=overwrite)
-                return run.train(signals)
-            except RuntimeError as error:
-                better = explained(error, step=run.step, device=run.device, rank=run.rank)
-                if better is error:
-                    raise
-                raise better from error
-            finally:
-                run.log.close()
-                lock.release()
-    finally:
-        if joined:
-            distributed.teardown()
-
-
-def take(lock: folder.FolderLock) -> None:
-    """Process 0 takes the lock of the run folder; every process learns whether it could.
-
-    Raises:
-        UserError: In every process, when another training writes there.
-    """
-    refusal = distributed.all_objects(lock.take() if distributed.rank() == 0 else None)[0]
-    if refusal is not None:
-        raise UserError(refusal)
+        with Signals() as signals, run.errors_explained(), nullcontext() if check else folder.locked(out) as note, run:
+            run.begin(start, notes + ([note] if note else []), overwrite=overwrite)
+            return run.train(signals)
 
 
 def with_counts(window: dict[str, float]) -> dict[str, float]:
@@ -196,6 +166,22 @@ class _Run:
         self.listed: set[int] = set()  # indices in bad_images.jsonl
         self.metrics: dict[str, float] = {}  # of the last log line
         self.log = RunLog(out=None, total=loop.steps, start=0, speak=False)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+    @contextmanager
+    def errors_explained(self) -> Iterator[None]:
+        """Errors of torch that a person can mend become a `UserError`; others pass."""
+        try:
+            yield
+        except RuntimeError as error:
+            better = explained(error, step=self.step, device=self.device, rank=self.rank)
+            if better is error:
+                raise
+            raise better from error
 
     def begin(self, start: checkpoint.Checkpoint | None, notes: list[str], *, overwrite: bool) -> None:
         """Load the checkpoint, if any; open the folder and the log; wrap the model."""
@@ -376,7 +362,7 @@ class _Run:
         if self.skipped > MAX_SKIPPED or self.check:
             raise UserError(
                 f"{text}: {self.skipped} consecutive non-finite steps; none of them changed the weights. "
-                "Look at these samples (events.jsonl names those before), lower optim.lr, or set loop.clip_norm or "
+                "Look at these samples (events.jsonl lists the earlier ones), lower optim.lr, or set loop.clip_norm or "
                 "loop.precision=fp32"
             )
         self.log.warn(f"{text}: non-finite step skipped ({self.skipped} consecutive, at most {MAX_SKIPPED})")

@@ -100,6 +100,12 @@ def default_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: f
     return [group for group in groups if group["params"]]
 
 
+def milestones_without_effect(optim: OptimConfig, steps: int) -> list[str]:
+    """A note on milestones that a run of so many steps does not reach, where there are any."""
+    late = [milestone for milestone in optim.milestones if milestone >= steps]
+    return [f"optim.milestones {late}: not before the last step ({steps}), so without effect"] if late else []
+
+
 def build_optimizer(param_groups: Iterable[ParamGroup], config: OptimConfig) -> torch.optim.Optimizer:
     """Build the configured optimiser over the groups (of ``task.param_groups(config)``).
 

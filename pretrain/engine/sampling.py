@@ -243,7 +243,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Move tensors, and what is `Movable`, inside lists, tuples and dicts."""
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # all that tells a named tuple
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # the only mark of a named tuple
         return type(value)(*(to_device(item, device) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(to_device(item, device) for item in value)

@@ -77,29 +77,13 @@ def linear_classifier(
     indices, device = list(range(len(train))), distributed.device_of(backbone)
     target = labels(train, indices).to(device)
     fixed = features(backbone, train, indices if not augment else indices[:1], inputs)
-    head = nn.Linear(fixed.shape[1], classes).to(device)
-    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        head.weight.copy_(0.01 * noise)
-        head.bias.zero_()
+    head = _initial_head(fixed.shape[1], classes, seed).to(device)
     batch_size = min(batch_size or protocol.batch, len(train))
     epochs = epochs or protocol.epochs
     steps = len(train) // batch_size
     lr = protocol.lr * batch_size / 256
     total = epochs * steps
-    optimizer: torch.optim.Optimizer
-    if protocol.optimizer == "lars":
-        optimizer = LARS(head.parameters(), lr=lr, weight_decay=protocol.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(
-            head.parameters(), lr=lr, momentum=0.9, weight_decay=protocol.weight_decay, nesterov=protocol.nesterov
-        )
-    schedule = OptimConfig(
-        name="sgd",
-        lr=lr,
-        schedule="step" if protocol.milestones else "cosine",
-        milestones=tuple(sorted({max(1, round(total * share)) for share in protocol.milestones})),
-    )
+    optimizer, schedule = _optimizer(head, protocol, lr), _schedule(protocol, lr, total)
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(train))
         for step in range(steps):
@@ -122,6 +106,34 @@ def linear_classifier(
         if (epoch + 1) % max(1, epochs // 10) == 0 and distributed.is_main():
             log(f"linear: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
     return head
+
+
+def _initial_head(dim: int, classes: int, seed: int) -> nn.Linear:
+    """Normal weights with a deviation of .01, which MoCo's and SwAV's linear evaluation start from."""
+    head = nn.Linear(dim, classes)
+    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.weight.copy_(0.01 * noise)
+        head.bias.zero_()
+    return head
+
+
+def _optimizer(head: nn.Linear, protocol: Recipe, lr: float) -> torch.optim.Optimizer:
+    if protocol.optimizer == "lars":
+        return LARS(head.parameters(), lr=lr, weight_decay=protocol.weight_decay)
+    return torch.optim.SGD(
+        head.parameters(), lr=lr, momentum=0.9, weight_decay=protocol.weight_decay, nesterov=protocol.nesterov
+    )
+
+
+def _schedule(protocol: Recipe, lr: float, total: int) -> OptimConfig:
+    """What `lr_at` follows over so many steps; its optimiser plays no part."""
+    return OptimConfig(
+        name="sgd",
+        lr=lr,
+        schedule="step" if protocol.milestones else "cosine",
+        milestones=tuple(sorted({max(1, round(total * share)) for share in protocol.milestones})),
+    )
 
 
 def few_labels(

@@ -63,7 +63,7 @@ class WordClip(Clip):
         loss: Weights.
         classifier: The ImageNet network that the image tower started from, with its classifier; None without ConSE.
         lr_scale: Learning rate of the image network as a share of the projection's.
-        augmentation: Random changes of the pictures.
+        augmentation: Augmentation of the pictures.
     """
 
     def __init__(

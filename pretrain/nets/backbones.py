@@ -115,7 +115,8 @@ def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
         if len(options) < 2:
             raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
         raise UserError(
-            f"method.backbone.name: timm's {name!r} takes pictures of one size; method.views has {sorted(set(sizes))}"
+            f"method.backbone.name: timm's {name!r} takes pictures of one size only; method.views has "
+            f"{sorted(set(sizes))}"
         ) from problem
     except (AssertionError, ValueError, RuntimeError) as problem:
         raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem

@@ -163,7 +163,7 @@ def _why_unreadable(problem: Exception) -> str:
             f"it holds Python objects ({stored[1]}), which run code when they are opened. Have it converted to "
             "safetensors where it came from"
         )
-    return f"it is no checkpoint of torch's, or damaged ({type(problem).__name__})"
+    return f"it is not a checkpoint of torch, or damaged ({type(problem).__name__})"
 
 
 def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None = None) -> ResNetMatch:
@@ -189,7 +189,7 @@ def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None
         if match is not None and (best is None or len(match.state) > len(best.state)):
             best = match
     if best is None and "visual.proj" in plain:
-        raise UserError(f"{source}: this is CLIP with a vision transformer, no ResNet. Use --to open_clip")
+        raise UserError(f"{source}: this is CLIP with a vision transformer, not a ResNet. Use --to open_clip")
     if best is None:
         names = ", ".join(list(plain)[:3])
         raise UserError(f"{source}: no ResNet-18, 34, 50 or 101 of torchvision's names in it; its keys begin {names}")

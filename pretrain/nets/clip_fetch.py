@@ -42,7 +42,9 @@ def fetch_weights(pretrained: Mapping[str, Any], *, name: str, instead: str) -> 
     """
     hub = str(pretrained.get("hf_hub") or "")
     if not hub:
-        raise UserError(f"{name}: open_clip knows no address of it at the hub; fetch the file and name it: {instead}")
+        raise UserError(
+            f"{name}: open_clip has no download address for it; download the file and give its path: {instead}"
+        )
     repository, _, file = hub.rpartition("/")
     return fetch_file(repository, _names(file), name=name, instead=instead)
 
@@ -69,7 +71,7 @@ def fetch_file(repository: str, names: tuple[str, ...], *, name: str, instead: s
         if isinstance(cached, str):
             return Path(cached)
     host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
-    advice = f"Fetch the file on another machine and name it: {instead}"
+    advice = f"Download the file on another machine and give its path: {instead}"
     if constants.is_offline_mode():
         raise UserError(f"{name} is not in the hub's cache, and the hub is set offline (HF_HUB_OFFLINE). {advice}")
     for file in names:
@@ -146,6 +148,6 @@ def hub_tokenizer(
     except (OSError, ValueError, ImportError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"open_clip:{name}: its tokenizer {source} could not be had ({why}). Put tokenizer.json and "
+            f"open_clip:{name}: its tokenizer {source} could not be loaded ({why}). Put tokenizer.json and "
             "tokenizer_config.json of that repository beside the weights file"
         ) from error

@@ -39,8 +39,8 @@ def load_clip_file(path: Path) -> tuple[JointEncoder, str]:
     model = clip_architecture(tensors, source=str(path))
     if not set(AUTHORS) <= set(tensors):
         raise UserError(
-            f"{path}: a CLIP model, but nothing in it tells which activation it was trained with. Name its model: "
-            f"open_clip:ViT-B-32:{path}, or open_clip:ViT-B-32-quickgelu:{path} (or whichever it is)"
+            f"{path}: a CLIP model, but it does not say which activation it was trained with. Give its model: "
+            f"open_clip:ViT-B-32:{path}, or open_clip:ViT-B-32-quickgelu:{path} (or whichever applies)"
         )
     import open_clip
 
@@ -73,17 +73,19 @@ def clip_architecture(tensors: Mapping[str, Tensor], *, source: str) -> dict[str
     missing = [name for name in needed if name not in tensors]
     if missing or vit == resnet:
         raise UserError(
-            f"{source}: no CLIP model of its authors' names (no {missing[0] if missing else 'visual.proj'}); its keys "
-            f"begin {', '.join(list(tensors)[:3])}. For another model of open_clip's: open_clip:MODEL:{source}"
+            f"{source}: no CLIP model with the names of the original release (no "
+            f"{missing[0] if missing else 'visual.proj'}); its keys begin {', '.join(list(tensors)[:3])}. "
+            f"For another model of open_clip's: open_clip:MODEL:{source}"
         )
     ranks = {"visual.conv1.weight": 4, "text_projection": 2, "positional_embedding": 2, "token_embedding.weight": 2}
     odd = next((name for name, rank in ranks.items() if tensors[name].ndim != rank), None)
     width = len(tensors["ln_final.weight"])
     widths = [width, *([len(tensors["visual.conv1.weight"])] if vit else [])]
     if odd or any(value % HEAD_WIDTH or not value for value in widths):
-        why = f"{odd} has {tensors[odd].ndim} axes" if odd else f"widths {widths} are no multiples of {HEAD_WIDTH}"
+        why = f"{odd} has {tensors[odd].ndim} axes" if odd else f"widths {widths} are not multiples of {HEAD_WIDTH}"
         raise UserError(
-            f"{source}: not as CLIP's authors publish it ({why}); name its model: open_clip:MODEL.json:{source}"
+            f"{source}: not in the layout of the original release ({why}); name its model: "
+            f"open_clip:MODEL.json:{source}"
         )
     image: dict[str, Any]
     if vit:

@@ -41,7 +41,7 @@ def published(image: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("image", [VIT, RESNET], ids=["vit", "resnet"])
-def test_sizes_are_read_from_the_shapes(image: dict[str, Any]) -> None:
+def test_openai_checkpoint__sizes_are_read_from_shapes(image: dict[str, Any]) -> None:
     _, state = published(image)
     assert clip_architecture(state, source="x.pt") == {"embed_dim": 16, "vision_cfg": image, "text_cfg": TEXT}
 
@@ -49,7 +49,7 @@ def test_sizes_are_read_from_the_shapes(image: dict[str, Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("image", [VIT, RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_a_published_model_answers_as_open_clip_s_does(tmp_path: Path, image: dict[str, Any], kind: str) -> None:
+def test_openai_checkpoint__embeddings_equal_open_clip(tmp_path: Path, image: dict[str, Any], kind: str) -> None:
     model, state = published(image)
     path = tmp_path / f"ViT-tiny.{kind}"
     if kind == "pt":
@@ -69,7 +69,7 @@ def test_a_published_model_answers_as_open_clip_s_does(tmp_path: Path, image: di
     assert load_encoder(saved).fingerprint() == encoder.fingerprint()
 
 
-def test_the_command_hands_a_published_model_to_open_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export__openai_checkpoint_to_open_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, state = published(VIT)
     torch.save(state, tmp_path / "clip.pt")
     assert export.main([str(tmp_path / "clip.pt"), "--to", "open_clip", "--out", str(tmp_path / "out")]) == 0
@@ -77,7 +77,7 @@ def test_the_command_hands_a_published_model_to_open_clip(tmp_path: Path, capsys
     again = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     assert torch.equal(again.state_dict()["visual.proj"], state["visual.proj"].float())
     assert isinstance(again.visual.transformer.resblocks[0].mlp[1], open_clip.transformer.QuickGELU)
-    with pytest.raises(UserError, match="CLIP with a vision transformer, no ResNet. Use --to open_clip"):
+    with pytest.raises(UserError, match="CLIP with a vision transformer, not a ResNet. Use --to open_clip"):
         export.main([str(tmp_path / "clip.pt"), "--to", "detectron2", "--out", str(tmp_path / "other")])
 
 
@@ -96,14 +96,16 @@ def test_other_files_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"which activation .* open_clip:ViT-B-32-quickgelu:.*trained\.pt"):
         load_encoder(tmp_path / "trained.pt")
     for name, value, said in (
-        ("visual.conv1.weight", torch.zeros(96, 3, 8, 8), r"widths \[64, 96\] are no multiples of 64"),
+        ("visual.conv1.weight", torch.zeros(96, 3, 8, 8), r"widths \[64, 96\] are not multiples of 64"),
         ("text_projection", torch.zeros(64), "text_projection has 1 axes"),
     ):
         torch.save({**state, name: value}, tmp_path / "odd.pt")
         with pytest.raises(UserError, match=said):
             load_encoder(tmp_path / "odd.pt")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
-    with pytest.raises(UserError, match=r"no CLIP model of its authors' names \(no text_projection\); its keys begin"):
+    with pytest.raises(
+        UserError, match=r"no CLIP model with the names of the original release \(no text_projection\); its keys begin"
+    ):
         load_encoder(tmp_path / "linear.pt")
     with pytest.raises(UserError, match="no encoder at"):
         load_encoder(tmp_path / "none.pt")

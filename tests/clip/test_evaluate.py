@@ -52,7 +52,7 @@ def test_base_and_novel_and_near_synonyms_are_counted_apart() -> None:
     assert report["top5_all"] == 1.0
 
 
-def test_five_names_are_looked_at_and_not_six() -> None:
+def test_top5__ignores_the_sixth_name() -> None:
     image = torch.tensor([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
     for label, expected in ((4, 1.0), (5, 0.0)):
         assert zero_shot(image, torch.tensor([label]), torch.eye(6), base=frozenset())["top5_all"] == expected
@@ -106,7 +106,7 @@ def test_words_are_the_normalised_mean_over_templates() -> None:
         torch.testing.assert_close(row, expected)
 
 
-def test_the_teacher_answers_by_phrase_and_names_what_it_never_saw(tmp_path: Path) -> None:
+def test_teacher__unknown_phrases_are_named(tmp_path: Path) -> None:
     write_targets(tmp_path / "t.safetensors", ["dog", "cat"], torch.eye(2).numpy())
     embed = teacher_lookup(tmp_path / "t.safetensors")
     torch.testing.assert_close(embed(["cat", "dog"]), torch.eye(2)[[1, 0]])
@@ -114,7 +114,7 @@ def test_the_teacher_answers_by_phrase_and_names_what_it_never_saw(tmp_path: Pat
         embed(["dog", "mouse"])
 
 
-def test_what_was_taught_adds_the_definition(tmp_path: Path) -> None:
+def test_teacher__embedding_includes_the_definition(tmp_path: Path) -> None:
     write_targets(tmp_path / "t.safetensors", ["dog", "cat", "dog: a pet"], torch.eye(3).numpy())
     write_phrases(tmp_path / "p.txt", [Phrase("dog", 1.0, "dog: a pet"), Phrase("cat")])
     taught = defined_teacher(tmp_path / "t.safetensors", tmp_path / "p.txt")

@@ -62,7 +62,7 @@ def test_clip_learns_to_match_pictures_with_words() -> None:
         assert ((image @ text.T).argmax(1) == test["class_id"]).float().mean() > 0.9
 
 
-def test_only_a_picture_s_own_caption_is_right_when_so_configured() -> None:
+def test_same_noun_positive__false_counts_only_the_own_caption() -> None:
     batch = colours(8, 0)
     batch["class_id"][:] = 1
     batch["caption"] = ["the same words"] * 8
@@ -73,7 +73,7 @@ def test_only_a_picture_s_own_caption_is_right_when_so_configured() -> None:
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_a_frozen_text_tower_stays_and_leaves_the_checkpoint(projection: bool) -> None:
+def test_freeze_text__keeps_weights_and_is_not_checkpointed(projection: bool) -> None:
     task = Clip(encoder=make(text_projection=projection), freeze_text=True).train()
     before = {k: v.clone() for k, v in task.state_dict().items()}
     learn(task, [colours(8, seed) for seed in range(3)])
@@ -87,7 +87,7 @@ def test_a_frozen_text_tower_stays_and_leaves_the_checkpoint(projection: bool) -
     assert not trunk.training and task.encoder.visual.training  # type: ignore[union-attr]
 
 
-def test_both_towers_and_the_temperature_are_trained_otherwise() -> None:
+def test_clip__trains_both_towers_and_logit_scale() -> None:
     task = Clip(encoder=make()).train()
     before = {k: v.detach().clone() for k, v in task.named_parameters()}
     learn(task, [colours(8, 0)])
@@ -126,7 +126,7 @@ def test_a_flip_mirrors_left_and_right() -> None:
     torch.testing.assert_close(flipped, picture().flip(-1))
 
 
-def test_crops_show_a_part_and_stay_inside() -> None:
+def test_augment__crops_lie_inside_the_picture() -> None:
     torch.manual_seed(0)
     many = augment(picture().expand(64, 3, 16, 16), PLAIN.model_copy(update={"crop_scale": (0.3, 0.5)}), 16)
     spread = many[:, 0].amax((1, 2)) - many[:, 0].amin((1, 2))
@@ -148,7 +148,7 @@ def test_colours_change_per_picture_and_stay_in_range() -> None:
     torch.testing.assert_close(augment(picture().expand(2, 3, 16, 16), config, 16), first)
 
 
-def test_colours_turn_around_grey() -> None:
+def test_augment__hue_rotates_around_grey() -> None:
     turn = grey_axis_rotation(torch.tensor([2 * math.pi / 3, 0.7]))
     torch.testing.assert_close(turn[0] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]))  # red becomes green
     torch.testing.assert_close(turn[1] @ torch.full((3,), 0.4), torch.full((3,), 0.4))

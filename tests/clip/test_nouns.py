@@ -74,7 +74,7 @@ def wordnet(folder: Path) -> WordNet:
     return WordNet.load(folder)
 
 
-def test_files_are_read(wordnet: WordNet) -> None:
+def test_wordnet__files_are_parsed(wordnet: WordNet) -> None:
     dog = wordnet.synsets[20]
     assert dog.lemmas == ("dog", "domestic dog", "Canis familiaris")
     assert (dog.lexfile, dog.hypernyms, dog.hyponyms) == (5, (10,), (30, 40, 45))
@@ -128,7 +128,7 @@ def test_a_word_of_a_caption_is_no_synonym(wordnet: WordNet) -> None:
     assert [p.query for p in pairs] == ["lapper", "pup"]
 
 
-def test_pairs_survive_a_file(wordnet: WordNet, tmp_path: Path) -> None:
+def test_synonym_pairs__file_round_trip(wordnet: WordNet, tmp_path: Path) -> None:
     nouns = ["dog", "car"]
     pairs = synonym_pairs(wordnet, nouns, ["animal", "vehicle"])
     save_pairs(tmp_path / "pairs.json", pairs, nouns)
@@ -136,7 +136,7 @@ def test_pairs_survive_a_file(wordnet: WordNet, tmp_path: Path) -> None:
     assert [p.answers for p in load_pairs(tmp_path / "pairs.json", ["car", "dog"])] == [
         tuple(1 - a for a in p.answers) for p in pairs
     ]
-    with pytest.raises(UserError, match="'dog' is no key"):
+    with pytest.raises(UserError, match="'dog' is neither a key"):
         load_pairs(tmp_path / "pairs.json", ["car"])
     (tmp_path / "pairs.json").write_text("{")
     with pytest.raises(UserError, match="not a list of synonym pairs"):
@@ -197,7 +197,7 @@ def test_definitions_can_be_limited_to_the_most_useful(wordnet: WordNet) -> None
     assert [p.text for p in some] == [p.text for p in everything]
 
 
-def test_phrase_files_survive(tmp_path: Path) -> None:
+def test_phrase_file__round_trip(tmp_path: Path) -> None:
     phrases = [Phrase("a dog", 2.5, "dog: a pet"), Phrase("piñata", 1.0)]
     write_phrases(tmp_path / "phrases.txt", phrases)
     assert read_phrases(tmp_path / "phrases.txt") == phrases
@@ -221,7 +221,7 @@ def tokenize(texts: object) -> torch.Tensor:
     return torch.tensor([[len(t)] for t in texts])  # type: ignore[attr-defined]
 
 
-def test_target_files_survive_and_others_are_refused(tmp_path: Path) -> None:
+def test_target_file__round_trip_and_refusals(tmp_path: Path) -> None:
     write_targets(tmp_path / "t.safetensors", ["dog", "piñata"], embeddings(2))
     got = read_targets(tmp_path / "t.safetensors")
     assert got.phrases == ("dog", "piñata")
@@ -232,7 +232,7 @@ def test_target_files_survive_and_others_are_refused(tmp_path: Path) -> None:
         write_targets(tmp_path / "t.safetensors", ["a", "b", "c"], embeddings(2))
 
 
-def test_draws_follow_the_weights_and_depend_on_nothing_else(tmp_path: Path) -> None:
+def test_phrases__drawn_by_weight_and_seed(tmp_path: Path) -> None:
     write_targets(tmp_path / "t.safetensors", ["one", "three", "unused"], embeddings(3))
     targets = read_targets(tmp_path / "t.safetensors")
     phrases = [Phrase("one", 1.0), Phrase("three", 3.0), Phrase("without target", 9.0)]

@@ -51,7 +51,7 @@ def test_every_pair_of_towers_embeds_into_the_joint_space(image: Any, text: Any)
 
 @pytest.mark.parametrize("text", [SMALL_CBOW, SMALL_TEXT])
 @torch.no_grad()
-def test_a_text_does_not_depend_on_its_company(text: Any) -> None:
+def test_text_tower__embedding_is_independent_of_the_batch(text: Any) -> None:
     both = make(text=text)
     together = both.encode_text(both.tokenize(WORDS))
     alone = torch.cat([both.encode_text(both.tokenize([word])) for word in WORDS])
@@ -85,7 +85,7 @@ def test_empty_text_and_no_text_are_embedded(encoder: JointEncoder) -> None:
     assert encoder.encode_text(encoder.tokenize([])).shape == (0, 6)
 
 
-def test_tokens_are_clips(encoder: JointEncoder) -> None:
+def test_tokenizer__equals_open_clip(encoder: JointEncoder) -> None:
     tokens = encoder.tokenize(["A  Photo of a DOG", "word " * 40])
     # CLIP's byte-pair ids of these very common words; 49406 and 49407 frame a text.
     assert tokens[0].tolist() == [49406, 320, 1125, 539, 320, 1929, 49407, 0, 0, 0, 0, 0]
@@ -123,7 +123,7 @@ def test_backbone_exports_without_the_head(encoder: JointEncoder) -> None:
 
 
 @torch.no_grad()
-def test_prepare_normalises_and_shrinks_without_aliasing() -> None:
+def test_prepare__normalises_and_resizes_antialiased() -> None:
     both = make(image_mean=(0.2, 0.4, 0.6), image_std=(0.5, 0.25, 0.125))
     stripes = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
     stripes[..., ::2] = 255  # every other column: a plain subsample would give only black or only white
@@ -175,7 +175,7 @@ def test_temperature_is_clamped_to_one_and_a_hundred(encoder: JointEncoder, valu
     assert both.logit_scale.item() == pytest.approx(expected)
 
 
-def test_text_only_and_image_only_encoders_say_what_they_lack() -> None:
+def test_encoder__missing_tower_is_named() -> None:
     text, image = make(image=None), make(text=None)
     with pytest.raises(UserError, match="text tower only"):
         text.encode_image(torch.zeros(1, 3, 32, 32))
@@ -309,5 +309,5 @@ def test_open_clip_weights_of_another_model_are_refused(tiny: tuple[Path, Any], 
     with pytest.raises(UserError, match="of another shape"):
         load_encoder(f"open_clip:{tmp_path / 'wider.json'}:{tiny[0] / 'tiny.safetensors'}")
     (tmp_path / "noise.pt").write_bytes(b"no weights at all")
-    with pytest.raises(UserError, match="cannot be read as weights only: it is no checkpoint"):
+    with pytest.raises(UserError, match="cannot be read as weights only: it is not a checkpoint"):
         load_encoder(f"open_clip:{tiny[0] / 'tiny.json'}:{tmp_path / 'noise.pt'}")

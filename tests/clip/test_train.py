@@ -44,7 +44,7 @@ def clip_run(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_text_tower_then_image_tower_then_figures(
+def test_train__text_tower_then_clip_then_evaluate(
     text_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(text_run) == 0

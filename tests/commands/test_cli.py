@@ -81,7 +81,7 @@ def test_an_unknown_command_is_one_line_with_the_nearest(argv: list[str], said: 
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {said}\n")
 
 
-def test_without_a_command_the_help_and_status_2() -> None:
+def test_cli__no_command_prints_help_and_exits_2() -> None:
     done = wordbox()
     assert done.returncode == 2 and done.stdout.startswith("usage: wordbox COMMAND")
 
@@ -149,9 +149,14 @@ def test_mistakes_in_flags_are_user_errors(argv: list[str], said: str) -> None:
 def completions(line: str, tmp_path: Path) -> list[str]:
     """What the shell is answered, as argcomplete's shell code asks."""
     answer = tmp_path / "answer"
-    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
-    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
-    done = wordbox(**asked)
+    environment = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    environment |= {
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+    }
+    done = wordbox(**environment)
     assert done.returncode == 0, done.stderr
     return [word.strip() for word in re.split(r"[\v\x0b\013]", answer.read_text()) if word.strip()]
 

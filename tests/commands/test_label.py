@@ -56,7 +56,7 @@ def run(photos: Path, out: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["coco", "yolo", "voc"])
-def test_names_on_disk_that_are_no_utf_8_end_in_a_data_set(kind: str, photos: Path, tmp_path: Path) -> None:
+def test_label__file_names_that_are_not_utf_8(kind: str, photos: Path, tmp_path: Path) -> None:
     first = sorted(photos.glob("*.png"))[0]
     first.rename(photos / "caf\udce9.png")
     (photos / "new\nline.png").write_bytes((photos / "caf\udce9.png").read_bytes())
@@ -88,7 +88,7 @@ def test_supervision_takes_the_data_set(photos: Path, tmp_path: Path) -> None:
     assert sorted(found.xyxy.round().tolist()) == [[6, 20, 51, 70], [80, 30, 150, 110]]
 
 
-def test_an_interrupted_command_goes_on_where_it_was(
+def test_label__resumes_after_an_interrupt(
     photos: Path, tmp_path: Path, fake: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
@@ -107,9 +107,7 @@ def test_an_interrupted_command_goes_on_where_it_was(
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("images/**/*.png")} == written
 
 
-def test_another_command_is_refused_and_replaces_all_when_told(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_label__other_command_needs_overwrite(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mistaken(*_: object, **__: object) -> None:
         raise UserError("no such weights")
 
@@ -130,19 +128,19 @@ def test_another_command_is_refused_and_replaces_all_when_told(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "images").mkdir()
-    with pytest.raises(UserError, match="no data set of wordbox label"):
+    with pytest.raises(UserError, match="was not written by wordbox label"):
         run(photos, mine, "--overwrite")
     assert (mine / "images").is_dir()
 
 
-def test_a_bad_picture_is_left_out_and_the_status_says_so(photos: Path, tmp_path: Path) -> None:
+def test_label__unreadable_picture_is_skipped_with_status_1(photos: Path, tmp_path: Path) -> None:
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
     assert run(photos, tmp_path / "set") == 1
     assert len(read_labels(tmp_path / "set").content["images"]) == 10
 
 
 @pytest.mark.parametrize(("count", "val"), [(2, 0.2), (2, 0.9), (1, 0.5), (50, 0.2)])
-def test_parts_depend_on_names_alone_and_none_is_empty(count: int, val: float) -> None:
+def test_label__split_depends_on_file_names_only(count: int, val: float) -> None:
     def part_of(names: list[str]) -> dict[str, str]:
         pictures = tuple(
             Picture(id=n, file=name, target=name, source=Path(name), size=(1, 1), part="", shapes=())
@@ -172,7 +170,7 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def test_the_sheet_needs_nothing_else_and_has_the_doubtful_first(tmp_path: Path) -> None:
+def test_contact_sheet__self_contained_and_sorted_by_doubt(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     Image.fromarray(picture()).save(file)
     shapes = tuple(
@@ -194,9 +192,7 @@ def test_the_sheet_needs_nothing_else_and_has_the_doubtful_first(tmp_path: Path)
     assert "65 found, the 60 most doubtful are shown" in text and "my &lt;set&gt;" in text and "<p>none</p>" in text
 
 
-def test_a_picture_that_was_replaced_is_looked_at_again_and_more_may_join(
-    photos: Path, tmp_path: Path, fake: list[int]
-) -> None:
+def test_label__changed_and_added_pictures_are_processed(photos: Path, tmp_path: Path, fake: list[int]) -> None:
     out = tmp_path / "set"
     run(photos, out)
     Image.fromarray(picture([("blue", 10, 10, 60, 60)])).save(photos / "none.png")

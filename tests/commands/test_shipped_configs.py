@@ -35,13 +35,13 @@ COMPLETE = {
 """Configurations that have everything here. The others lack a stage or pictures; the tests of each stage have those."""
 
 
-def test_every_configuration_is_walked() -> None:
+def test_shipped_configs__all_are_listed() -> None:
     assert set(CONFIGS) == set(MODULES) >= COMPLETE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
-def test_check_takes_a_step_or_says_what_is_missing_and_leaves_nothing(
+def test_shipped_configs__check_steps_or_names_what_is_missing(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

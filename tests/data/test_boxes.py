@@ -57,7 +57,7 @@ def pseudo(tmp_path: Path) -> Path:
     return write(tmp_path / "pseudo.json.gz", boxes)
 
 
-def test_scores_divide_objects_from_doubt(pseudo: Path) -> None:
+def test_boxes__scores_separate_objects_from_doubtful_ones(pseudo: Path) -> None:
     sure, unsure = read(pseudo).boxes(0)
     assert sure.tolist() == [[0, 0, 10, 10], [20, 0, 30, 10]]
     assert unsure.tolist() == [[30, 0, 40, 10], [0, 20, 10, 30]]  # a crowd is no object, and no background
@@ -79,7 +79,7 @@ def test_part_withheld_and_second_file(pseudo: Path) -> None:
         ({"confident": 0.95, "doubtful": 0.95}, "no image has a box with a score of at least 0.95"),
     ],
 )
-def test_what_cannot_be_learned_from_is_refused(pseudo: Path, options: dict[str, Any], message: str) -> None:
+def test_boxes__unusable_labels_are_refused(pseudo: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(pseudo, **options)
 

@@ -71,7 +71,7 @@ REFUSED = {
     "outside": (first("bbox", [500, 500, 30, 20]), r"annotations\[0\]: bbox .* lies wholly outside image 1 of 100×80"),
     "corners": (every("bbox", [60, 40, 95, 75]), r"4 of 4 boxes .* corners x1, y1, x2, y2"),
     "endless": (first("bbox", [10, 10, 1e300, 20]), r"annotations\[0\]: bbox .* reaches far outside image 1"),
-    "no size of a picture": (first("width", 10**9, "images"), r"images\[0\]: .* is no size of a picture"),
+    "impossible picture size": (first("width", 10**9, "images"), r"images\[0\]: .* is not the size of a picture"),
     "null box": (first("bbox", None), r"annotations\[0\]: bbox must be four finite numbers"),
     "two points only": (first("segmentation", [[10, 10, 40, 30]]), r"annotations\[0\]: .* no polygon of three points"),
     "empty polygon": (first("segmentation", [[]]), r"annotations\[0\]: segmentation is neither polygons"),
@@ -94,19 +94,19 @@ REFUSED = {
         ),
         r"categories 2 and 3 are both named 'dog'",
     ),
-    "nameless category": (first("name", " ", "categories"), r"categories\[0\]: name must be a text"),
+    "nameless category": (first("name", " ", "categories"), r"categories\[0\]: name must be a string"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_understood_is_refused_with_its_entry(case: str) -> None:
+def test_coco__invalid_entry_is_refused_by_position(case: str) -> None:
     change, message = REFUSED[case]
     with pytest.raises(UserError, match=rf"gt\.json: .*{message}"):
         check_ground_truth(content(change), where="gt.json")
 
 
 COUNTED = {
-    "sizes as text": (every("width", "100", "images"), "4 images have width or height written as text"),
+    "sizes as text": (every("width", "100", "images"), "4 images have width or height written as a string"),
     "no sizes": (every("width", None, "images"), "4 images without width and height"),
     "sizes of 0": (every("height", 0, "images"), "4 images without width and height"),
     "over the border": (first("bbox", [80, 60, 30, 30]), "1 of 4 boxes reach over the border"),
@@ -121,7 +121,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("case", COUNTED)
-def test_what_is_odd_is_counted(case: str) -> None:
+def test_coco__oddities_are_counted(case: str) -> None:
     change, message = COUNTED[case]
     truth = check_ground_truth(content(change), where="gt.json")
     assert any(message in warning for warning in truth.warnings), truth.warnings

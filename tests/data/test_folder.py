@@ -52,7 +52,7 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 @pytest.mark.parametrize("orientation", sorted(STORED))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_pictures_come_upright(orientation: int, kind: str) -> None:
+def test_read_image__exif_orientation_is_applied(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}[kind]
@@ -63,7 +63,7 @@ def test_pictures_come_upright(orientation: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
-def test_lossless_formats_come_exactly(kind: str) -> None:
+def test_read_image__lossless_formats_are_exact(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     assert np.array_equal(read_image(encode(Image.fromarray(UPRIGHT), kind, **options)), UPRIGHT)
 
@@ -166,7 +166,7 @@ def test_the_pixel_limit_can_be_chosen() -> None:
         ("torn.bmp", encode(Image.fromarray(UPRIGHT), "BMP")[:100]),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+def test_read_image__unreadable_file_is_named(tmp_path: Path, name: str, data: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(BadImageError) as caught:
@@ -174,7 +174,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes) ->
     assert caught.value.path == path and name in str(caught.value)
 
 
-def test_a_folder_or_nothing_at_all_is_a_bad_image(tmp_path: Path) -> None:
+def test_read_image__folder_or_missing_file_is_a_bad_image(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.png"):
         with pytest.raises(BadImageError, match=path.name):
             read_image(path)
@@ -207,7 +207,7 @@ def test_a_folder_is_searched_with_its_sub_folders_in_a_fixed_order(tmp_path: Pa
     ]
 
 
-def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
+def test_folder__hidden_files_are_skipped(tmp_path: Path) -> None:
     for name in ("a.jpg", "._a.jpg", ".hidden.png", ".ipynb_checkpoints/a-checkpoint.jpg", "b/.trash/c.jpg", "b/d.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(UPRIGHT).save(tmp_path / name)
@@ -235,15 +235,15 @@ def test_formats_that_are_not_read_are_counted_and_an_output_folder_is_left_out(
         (tmp_path / name).write_bytes(b"x")
     listing = find_images(tmp_path, without=tmp_path / "results")
     assert [path.name for path in listing.paths] == ["a.jpg"]
-    assert str(listing).startswith("passed over: 2 .gif, 1 .jxl (read are .jpg")
+    assert str(listing).startswith("skipped: 2 .gif, 1 .jxl (read are .jpg")
     assert not str(find_images(tmp_path / "results"))
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(UserError, match=r"holds no picture .* passed over: 2 \.gif, 1 \.jxl"):
+    with pytest.raises(UserError, match=r"contains no picture .* skipped: 2 \.gif, 1 \.jxl"):
         find_images(tmp_path, without=tmp_path / "results")
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    for folder, message in ((tmp_path, "holds no picture"), (tmp_path / "none", "is not a folder")):
+    for folder, message in ((tmp_path, "contains no picture"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(UserError, match=message):
             list_images(folder)
 
@@ -287,7 +287,7 @@ def test_heic_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(BadImageError, match="HEIC needs the package pillow-heif: pip install pillow-heif"):
             read_image(source)
     if not HAS_HEIF:
-        with pytest.raises(UserError, match=r"passed over: 1 \.heic .* pip install pillow-heif"):
+        with pytest.raises(UserError, match=r"skipped: 1 \.heic .* pip install pillow-heif"):
             find_images(tmp_path)
 
 
@@ -315,7 +315,7 @@ def test_the_limit_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("there", "allowed", "said"), [(100, 0.0, None), (99, 0.01, "1 of its 100"), (100, 0.01, None)]
 )
-def test_a_list_of_pictures_is_looked_for_before_the_work(
+def test_folder__listed_pictures_are_checked_first(
     tmp_path: Path, there: int, allowed: float, said: str | None
 ) -> None:
     names = [f"{number}.png" for number in range(100)]
@@ -336,6 +336,6 @@ def test_too_many_missing_pictures_are_refused_with_the_first(tmp_path: Path, th
         require_files(names, tmp_path, where="list.json", allowed=allowed)
 
 
-def test_a_folder_given_as_a_picture_is_called_one(tmp_path: Path) -> None:
-    with pytest.raises(BadImageError, match="is a folder, no picture$"):
+def test_read_image__folder_is_named_as_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match="is a folder, not a picture$"):
         read_image(tmp_path)

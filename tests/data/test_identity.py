@@ -146,7 +146,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("build", "alter", "differing"), CASES)
-def test_what_changed_is_reported_by_name(
+def test_identity__changed_part_is_named(
     root: Path, build: Callable[[Path], object], alter: Callable[[Path], None], differing: set[str]
 ) -> None:
     before = identity_of(build(root))
@@ -156,6 +156,6 @@ def test_what_changed_is_reported_by_name(
     assert {name for name in before if before[name] != after[name]} == differing
 
 
-def test_drawings_are_known_by_their_content() -> None:
+def test_identity__drawings_are_hashed_by_content() -> None:
     assert identity_of(Stickers.load()).keys() == {"drawings and photos", "tables"}
     assert identity_of(Stickers.load()) != identity_of(Stickers.load(data_root(), extra_styles=True))

@@ -137,7 +137,7 @@ def test_near_synonym_groups_are_disjoint_and_have_members(stickers: Stickers) -
 # Scenes
 
 
-def test_a_scene_depends_on_nothing_but_its_key(stickers: Stickers) -> None:
+def test_scenes__are_a_function_of_split_seed_and_index(stickers: Stickers) -> None:
     first = source(stickers)
     forward = [digest(first.scene(i)) for i in range(6)]
     fresh = source(Stickers.load(), length=7)
@@ -155,7 +155,7 @@ GOLDEN = {"train": "4385dfa0920837dc", "val": "e55f822d2d50e40e"}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_pixels_are_frozen(stickers: Stickers, split: str) -> None:
+def test_scenes__pixels_are_frozen(stickers: Stickers, split: str) -> None:
     scenes = source(stickers, split=split)
     total = hashlib.sha256("".join(digest(scenes.scene(i)) for i in range(5)).encode()).hexdigest()
     assert total[:16] == GOLDEN[split]
@@ -191,7 +191,7 @@ def test_occlusion_is_exact() -> None:
     assert render.extent(stage.mask(1)) == (10, 10, 30, 20)
 
 
-def test_a_sticker_that_would_hide_another_is_not_laid() -> None:
+def test_scenes__sticker_never_hides_another() -> None:
     stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
     patch = render.Patch.of(np.full((20, 20, 4), 255, np.uint8))
     assert stage.place(patch, 10, 10)
@@ -257,7 +257,7 @@ def test_extra_styles_are_for_training_only_and_leave_validation_alone(stickers:
         assert np.array_equal(*pictures) and np.array_equal(*scenes)
 
 
-def test_extra_styles_are_drawn_in_training_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extra_styles__are_used_when_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Stickers.load(extra_styles=True)
     drawn: set[str] = set()
     real = data.sprite
@@ -277,7 +277,7 @@ def test_an_extra_style_with_an_unknown_noun_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"extra_styles\.json"):
         Stickers.load(tmp_path, extra_styles=True)
     (tmp_path / "extra_styles.json").write_text('{"styles": {"pop": {"1F4A3": {"noun": "boom", "icon": "boom"}}}}')
-    with pytest.raises(UserError, match=r"pop/1F4A3 is a 'boom', which is no class"):
+    with pytest.raises(UserError, match=r"pop/1F4A3 is a 'boom', which is not a class"):
         Stickers.load(tmp_path, extra_styles=True)
 
 
@@ -306,7 +306,7 @@ def test_an_index_outside_the_source_is_refused(stickers: Stickers) -> None:
         ({"backgrounds": "no-such-folder"}, "no-such-folder is not a folder"),
     ],
 )
-def test_a_bad_value_is_explained(stickers: Stickers, change: dict, message: str) -> None:
+def test_scenes__invalid_argument_is_explained(stickers: Stickers, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         source(stickers, **change)
 
@@ -322,7 +322,7 @@ def test_any_folder_of_photos_serves_as_backgrounds(stickers: Stickers, tmp_path
 
 def test_an_empty_folder_of_photos_is_refused(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="contains no picture"):
         source(stickers, backgrounds=tmp_path)
 
 
@@ -417,7 +417,7 @@ def test_words_without_article_are_nouns(stickers: Stickers) -> None:
         ("socks", "socks"),
     ],
 )
-def test_articles(noun: str, phrase: str) -> None:
+def test_caption__indefinite_articles(noun: str, phrase: str) -> None:
     assert captions.with_article(noun) == phrase
 
 

@@ -87,7 +87,7 @@ def test_preview_is_upright_small_and_without_metadata(answerer: Answerer, tmp_p
         ("bomb", "red", "6000x6000 pixels"),
     ],
 )
-def test_what_cannot_be_answered_is_reported_in_words_without_paths(
+def test_answer__errors_name_no_paths(
     answerer: Answerer, pictures: dict[str, Path], name: str | None, classes: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
@@ -126,7 +126,7 @@ def test_label_ink_is_readable_on_every_colour() -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4.5, style
 
 
-# ---- questions by example ----------------------------------------------------------------------------------------
+# ---- search by example -------------------------------------------------------------------------------------------
 
 
 def crop_row(colour: str, **more: object) -> dict[str, object]:
@@ -146,7 +146,7 @@ def test_examples_are_classes_beside_the_words(answerer: Answerer, pictures: dic
     assert answer["vocabulary"] != answerer.answer(pictures["good"], "red, -pink")["vocabulary"]
 
 
-def test_examples_need_no_words_and_no_examples_need_words(answerer: Answerer, pictures: dict[str, Path]) -> None:
+def test_query__needs_words_or_examples(answerer: Answerer, pictures: dict[str, Path]) -> None:
     found = answerer.answer(pictures["good"], "", examples=[crop_row("red", box=[0, 0, 30, 30], name="r")])
     assert [c["name"] for c in found["classes"]] == ["r"] and len(found["detections"]) >= 1
     with pytest.raises(UserError, match="Type at least one class"):
@@ -174,7 +174,7 @@ def test_pretext_model__finds_examples_and_refuses_words(
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
     assert [(d["class"], d["box"]) for d in answer["detections"]] == [(0, [10, 20, 50, 70]), (1, [80, 30, 150, 110])]
     assert not answer["cached"] and answer["preview"].startswith("data:image/")
-    with pytest.raises(UserError, match="knows neither words"):
+    with pytest.raises(UserError, match="without words or negatives"):
         answerer.answer(pictures["good"], "red", examples=rows)
 
 
@@ -185,7 +185,7 @@ def test_pretext_model__finds_examples_and_refuses_words(
         ([1], "must be a list"),
         ([{"name": "x"}], "'x': image must be a data URL"),
         ([{"image": "data:image/svg+xml;base64,AAAA"}], "'example 1': image must be a data URL"),
-        ([{"image": "data:image/png;base64,%%%"}], "no base64"),
+        ([{"image": "data:image/png;base64,%%%"}], "not base64"),
         ([{"image": "data:image/png;base64,AAAA"}], "'example 1' cannot be used"),
         ([{"image": "data:image/png;base64," + "A" * 3_000_000}], "more than 2 MB"),
         ([crop_row("red", box=[1, 2])], "box must be"),
@@ -247,7 +247,7 @@ def long_list(count: int) -> str:
     return ", ".join(f"thing{i}" for i in range(count))
 
 
-def test_a_long_list_of_words_lets_others_in_between(traffic: Traffic) -> None:
+def test_queue__long_word_lists_are_embedded_in_slices(traffic: Traffic) -> None:
     traffic.go.set()
     held = threading.Event()
 
@@ -267,7 +267,7 @@ def test_a_long_list_of_words_lets_others_in_between(traffic: Traffic) -> None:
     assert order.index("red") < order.index(f"thing{3 * SLICE}")
 
 
-def test_words_are_read_and_embedded_while_another_question_is_at_the_model(traffic: Traffic) -> None:
+def test_queue__words_are_embedded_while_the_model_is_busy(traffic: Traffic) -> None:
     first = traffic.ask("red")
     traffic.wait_for("model")
     long = traffic.ask(long_list(3 * SLICE), "green")
@@ -280,30 +280,28 @@ def test_words_are_read_and_embedded_while_another_question_is_at_the_model(traf
     assert first.result(20)["detections"] and long.result(20)["classes"]
 
 
-def test_only_one_question_is_at_the_model_and_few_hold_their_pixels(
-    traffic: Traffic, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queue__one_request_at_the_model_few_hold_pixels(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(path: Path) -> np.ndarray:
         traffic.begun.append("pixels")
         return reads(path)
 
     reads = ovd.demo.answer._read
     monkeypatch.setattr("ovd.demo.answer._read", read)
-    asked = [traffic.ask("red", name) for name in ("good", "green", "good", "green")]
+    requests = [traffic.ask("red", name) for name in ("good", "green", "good", "green")]
     while traffic.begun.count("pixels") < MAX_DECODED or "model" not in traffic.begun:
         time.sleep(0.005)
     time.sleep(0.1)
     assert traffic.begun.count("model") == 1 and traffic.begun.count("pixels") == MAX_DECODED == 3
     traffic.go.set()
-    answers = [one.result(20) for one in asked]
+    answers = [one.result(20) for one in requests]
     assert traffic.begun.count("model") == 2 and sum(a["cached"] for a in answers) == 2
 
 
-def test_questions_are_answered_in_the_order_in_which_they_came(
+def test_queue__is_first_in_first_out(
     answerer: Answerer, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_the_model, may_end = list[str](), threading.Semaphore(0)
-    run, asked = answerer._run, [f"thing{number}" for number in range(8)]
+    run, words = answerer._run, [f"thing{number}" for number in range(8)]
 
     def one_at_a_time(*args: Any) -> Any:
         at_the_model.append(args[2].names[0])
@@ -318,29 +316,29 @@ def test_questions_are_answered_in_the_order_in_which_they_came(
 
     monkeypatch.setattr(answerer, "_run", one_at_a_time)
     model, slots = answerer._model._work_queue, answerer._decoded_slots
-    with ThreadPoolExecutor(len(asked)) as people:
-        for number, word in enumerate(asked, 1):
+    with ThreadPoolExecutor(len(words)) as people:
+        for number, word in enumerate(words, 1):
             people.submit(answerer.answer, pictures["good"], word)
             until(lambda: len(at_the_model) + model.qsize() + slots.waiting >= number)  # noqa: B023
-        for answered in range(1, len(asked) + 1):  # each step: one leaves, the next in the line gets to the model
+        for answered in range(1, len(words) + 1):  # each step: one leaves, the next in the queue gets to the model
             may_end.release()
-            until(lambda: len(at_the_model) + model.qsize() >= min(len(asked), answered + MAX_DECODED))  # noqa: B023
-    assert at_the_model == asked
+            until(lambda: len(at_the_model) + model.qsize() >= min(len(words), answered + MAX_DECODED))  # noqa: B023
+    assert at_the_model == words
 
 
-def test_a_page_that_stops_says_so_to_those_who_wait(traffic: Traffic) -> None:
+def test_queue__shutdown_is_reported_to_waiting_requests(traffic: Traffic) -> None:
     first = traffic.ask("red")
     traffic.wait_for("model")
     waiting = traffic.ask("blue", "green")
     while traffic.answerer._model._work_queue.qsize() == 0:
         time.sleep(0.005)
     closing = traffic.people.submit(traffic.answerer.close)
-    with pytest.raises(UserError, match="being stopped"):
+    with pytest.raises(UserError, match="shutting down"):
         waiting.result(20)
     traffic.go.set()
     closing.result(20)
     assert first.result(20)["detections"]
-    with pytest.raises(UserError, match="being stopped"):
+    with pytest.raises(UserError, match="shutting down"):
         traffic.answerer.answer(traffic.pictures["good"], "red")
 
 
@@ -360,11 +358,11 @@ def test_crops_are_bounded_in_pixels_before_they_are_decoded() -> None:
 
 @pytest.mark.parametrize("words", [["red"], 5, {"red": 1}])
 def test_words_of_another_type_are_a_user_error(answerer: Answerer, pictures: dict[str, Path], words: object) -> None:
-    with pytest.raises(UserError, match="classes must be a text"):
+    with pytest.raises(UserError, match="classes must be a string"):
         answerer.answer(pictures["good"], words)  # type: ignore[arg-type]
 
 
-def test_negative_crops_alone_are_nothing_to_look_for(answerer: Answerer, pictures: dict[str, Path]) -> None:
+def test_examples__negatives_alone_are_refused(answerer: Answerer, pictures: dict[str, Path]) -> None:
     crop = {"name": "-red", "image": data_url(picture([("red", 0, 0, 40, 40)])[:40, :40])}
     with pytest.raises(UserError, match="Type at least one class name"):
         answerer.answer(pictures["good"], "", examples=[crop])

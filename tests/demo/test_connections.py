@@ -35,21 +35,21 @@ def admit(connections: Connections, address: str, now: float, *, waits: bool = T
     return transport
 
 
-def test_who_waits_longest_makes_room() -> None:
+def test_connections__oldest_half_open_one_is_closed() -> None:
     connections = Connections(from_one=2, grace=1)
     first, second = admit(connections, "a", 0), admit(connections, "a", 1)
     third = admit(connections, "a", 5)
     assert first and second and third and (first.closed, second.closed, third.closed) == (True, False, False)
 
 
-def test_who_is_being_answered_or_just_came_is_not_closed_and_the_newcomer_is_refused() -> None:
+def test_connections__busy_and_new_ones_are_not_closed() -> None:
     connections = Connections(from_one=2, grace=1)
     answered, young = admit(connections, "a", 0, waits=False), admit(connections, "a", 4.5)
     assert admit(connections, "a", 5) is None and answered and young and not answered.closed and not young.closed
     assert admit(connections, "b", 5) is not None
 
 
-def test_one_address_cannot_close_the_connections_of_another_until_all_are_taken() -> None:
+def test_connections__limit_is_per_address_until_all_are_taken() -> None:
     connections = Connections(from_one=2, from_all=3, grace=1)
     other = admit(connections, "b", 0)
     for now in range(1, 9):
@@ -60,7 +60,7 @@ def test_one_address_cannot_close_the_connections_of_another_until_all_are_taken
     assert all(admit(connections, name, 2) for name in "bcd") and oldest and oldest.closed
 
 
-def test_what_left_is_not_counted() -> None:
+def test_connections__closed_ones_are_not_counted() -> None:
     connections = Connections(from_one=1)
     for now in range(5):
         transport = admit(connections, "a", now)
@@ -80,7 +80,7 @@ def test_what_left_is_not_counted() -> None:
         ("", ""),
     ],
 )
-def test_one_address_is_one_household(peer: object, address: str) -> None:
+def test_address_of__ipv6_is_its_64_prefix(peer: object, address: str) -> None:
     assert address_of(peer) == address
 
 
@@ -131,19 +131,19 @@ def rest_of(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", HEAD, HEAD + b"X-A: " + b"a" * 1000])
-def test_a_head_that_does_not_come_ends_the_connection(begun: bytes) -> None:
+def test_connections__missing_head_times_out(begun: bytes) -> None:
     with serving(Connections(head_seconds=0.2)) as port, reach(port) as connection:
         connection.sendall(begun)
         assert rest_of(connection) == b""
 
 
-def test_a_second_head_has_its_limit_too() -> None:
+def test_connections__second_head_times_out() -> None:
     with serving(Connections(head_seconds=0.2)) as port, reach(port) as connection:
         connection.sendall(HEAD + b"\r\n" + HEAD)
         assert rest_of(connection).endswith(b"hello")
 
 
-def test_a_person_gets_through_a_crowd_of_half_open_connections() -> None:
+def test_connections__client_gets_through_half_open_flood() -> None:
     connections = Connections(from_one=5, head_seconds=60, grace=0.05)
     with serving(connections) as port, contextlib.ExitStack() as stack:
         for _ in range(30):

@@ -43,7 +43,7 @@ def test_threshold_is_optional_and_works(client: Any, pictures: dict[str, Path])
     assert len(ask(client, pictures["good"], words, 0.9999)["detections"]) == 1
 
 
-def test_values_at_the_end_may_be_left_out(server: Server, pictures: dict[str, Path]) -> None:
+def test_detect__trailing_arguments_are_optional(server: Server, pictures: dict[str, Path]) -> None:
     base = f"{server.url}/gradio_api"
     with pictures["good"].open("rb") as file:
         path = httpx.post(f"{base}/upload", files={"files": file}).json()[0]
@@ -53,16 +53,14 @@ def test_values_at_the_end_may_be_left_out(server: Server, pictures: dict[str, P
         assert '"red"' in httpx.get(f"{base}/call/detect/{event}").text
 
 
-def test_who_asked_first_gets_an_answer_after_many_others_asked(
-    client: Any, server: Server, pictures: dict[str, Path]
-) -> None:
-    """A client keeps one session for all its questions; a plain question makes one of its own."""
+def test_queue__session_survives_many_later_sessions(client: Any, server: Server, pictures: dict[str, Path]) -> None:
+    """A client keeps one session for all its requests; plain HTTP opens a new one for each."""
     http = httpx.Client(base_url=f"{server.url}/gradio_api", timeout=60)
     path = http.post("/upload", files={"files": pictures["good"].read_bytes()}).json()[0]
-    question = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "red"]}
+    payload = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "red"]}
 
     def others(count: int) -> list[str]:
-        return [http.post("/call/detect", json=question).json()["event_id"] for _ in range(count)]
+        return [http.post("/call/detect", json=payload).json()["event_id"] for _ in range(count)]
 
     ask(client, pictures["good"], "red")
     for _ in range(ASKERS - 4):
@@ -110,7 +108,7 @@ def test_new_words_on_a_known_picture_are_answered_from_memory(client: Any, pict
         ("bomb", "red", "6000x6000"),
     ],
 )
-def test_bad_requests_say_why_and_do_not_affect_the_next(
+def test_detect__bad_requests_do_not_affect_the_next(
     client: Any, pictures: dict[str, Path], name: str, classes: str, message: str
 ) -> None:
     with pytest.raises(Exception, match=message):
@@ -118,7 +116,7 @@ def test_bad_requests_say_why_and_do_not_affect_the_next(
     assert ask(client, pictures["good"], "red")["detections"]
 
 
-def test_a_defect_inside_shows_a_ticket_and_no_details(client: Any, server: Server, pictures: dict[str, Path]) -> None:
+def test_detect__internal_error_shows_a_ticket_only(client: Any, server: Server, pictures: dict[str, Path]) -> None:
     with pytest.raises(Exception, match="The log has the details under") as caught:
         ask(client, pictures["defect"], "red")
     assert "secret" not in str(caught.value)
@@ -127,19 +125,19 @@ def test_a_defect_inside_shows_a_ticket_and_no_details(client: Any, server: Serv
     assert ask(client, pictures["good"], "red")["detections"]
 
 
-def test_files_over_the_limit_are_refused_at_the_door(server: Server, pictures: dict[str, Path]) -> None:
+def test_upload__over_the_limit_is_refused(server: Server, pictures: dict[str, Path]) -> None:
     with pictures["huge"].open("rb") as stream:
         response = httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("huge.bmp", stream)}, timeout=60)
     assert response.status_code == 413
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "/proc/self/environ", "app.py"])
-def test_files_of_the_machine_are_not_served(server: Server, path: str) -> None:
+def test_files_of_the_server_are_not_served(server: Server, path: str) -> None:
     response = httpx.get(f"{server.url}/gradio_api/file={path}", timeout=60)
     assert response.status_code in (403, 404) and "root:" not in response.text
 
 
-def test_a_path_on_the_server_is_no_picture(client: Any, server: Server) -> None:
+def test_detect__server_paths_are_refused(client: Any, server: Server) -> None:
     """A caller must not get the server to open a file that was not uploaded."""
     body = {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, "red", None]}
     started = httpx.post(f"{server.url}/gradio_api/call/detect", json=body, timeout=60)

@@ -19,22 +19,22 @@ def until_waiting(semaphore: FairSemaphore, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_it_is_acquired_in_the_order_of_coming(count: int) -> None:
+def test_fair_semaphore__is_first_in_first_out(count: int) -> None:
     semaphore, order = FairSemaphore(count), list[int]()
     done = [threading.Event() for _ in range(20)]
 
-    def sit(number: int) -> None:
+    def hold(number: int) -> None:
         with semaphore:
             order.append(number)
             done[number].wait(20)
 
     with ThreadPoolExecutor(20) as people:
         for number in range(20):
-            people.submit(sit, number)
+            people.submit(hold, number)
             while len(order) + semaphore.waiting <= number:
                 time.sleep(0.001)
         seated, shuffled = list(range(count)), random.Random(0)
-        for following in range(count, 20):  # whoever leaves first, the next in the line follows
+        for following in range(count, 20):  # whoever releases first, the next in the queue follows
             done[leaver := seated.pop(shuffled.randrange(count))].set()
             while len(order) <= following:
                 time.sleep(0.001)
@@ -44,7 +44,7 @@ def test_it_is_acquired_in_the_order_of_coming(count: int) -> None:
             done[left].set()
 
 
-def test_who_comes_back_at_once_is_behind_those_who_wait() -> None:
+def test_fair_semaphore__reacquiring_waits_behind_others() -> None:
     """Where `threading.Semaphore` lets the returning thread in again before the one that waits has woken."""
     semaphore, order = FairSemaphore(1), list[str]()
 
@@ -62,7 +62,7 @@ def test_who_comes_back_at_once_is_behind_those_who_wait() -> None:
     assert order == ["waited", "came back"]
 
 
-def test_an_error_inside_releases_it() -> None:
+def test_fair_semaphore__is_released_on_error() -> None:
     semaphore = FairSemaphore(1)
     with pytest.raises(ValueError, match="inside"), semaphore:
         raise ValueError("inside")

@@ -29,7 +29,7 @@ def tab(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterato
 
 
 def past(tab: Tab, count: int) -> list[str]:
-    """Words of the questions asked in this tab, when there are so many; the last one first."""
+    """Words of the history, once it has this many entries; the last one first."""
     tab.page.locator(".ovd-past li").nth(count - 1).wait_for()
     return [text.strip() for text in tab.page.locator(".ovd-past .words").all_inner_texts()]
 
@@ -40,26 +40,26 @@ def test_what_is_in_this_picture_needs_no_words(tab: Tab, pictures: dict[str, Pa
     tab.page.locator("#ovd-everything").click()
     tab.page.locator(".ovd-result:not([hidden])").wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
-    assert tab.page.locator(".ovd-missing li").count() == 0  # "unicorn" is among its words, and nobody asked for it
+    assert tab.page.locator(".ovd-missing li").count() == 0  # "unicorn" is among its words, but was not typed
 
 
-def test_questions_of_this_tab_come_back_with_words_and_picture(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_history__restores_words_and_picture(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red\nblue")
     assert tab.page.locator(".ovd-past").is_hidden()
     tab.page.get_by_label("Remove Image").click()
     tab.find(pictures["green"], f"green, {EVIL}")
     assert past(tab, 2) == [f"green, {EVIL}", "red, blue"]
-    asked = tab.asked()
+    before = tab.query_count()
     tab.page.locator(".ovd-past button").nth(1).click()
     tab.page.locator(".ovd-chip", has_text="red").wait_for()
-    assert tab.page.locator("#ovd-words textarea").input_value() == "red\nblue" and tab.asked() == asked
+    assert tab.page.locator("#ovd-words textarea").input_value() == "red\nblue" and tab.query_count() == before
     assert tab.page.locator(".ovd-past [aria-current]").inner_text().startswith("red, blue")
     tab.page.wait_for_function("document.querySelector('#ovd-image img')?.src.includes('good.png')")
     tab.find(None, "blue")
     assert past(tab, 3) == ["blue", f"green, {EVIL}", "red, blue"] and tab.page.title() != "owned"
 
 
-def test_a_link_asks_again_about_an_example(tab: Tab, server: Server) -> None:
+def test_link__repeats_the_query_on_an_example(tab: Tab, server: Server) -> None:
     tab.page.locator("#ovd-examples tr.tr-body:visible").first.click()
     tab.page.locator(".ovd-boxes .item").first.wait_for()
     tab.find(None, "blue: sky; red")
@@ -80,19 +80,19 @@ def test_a_link_asks_again_about_an_example(tab: Tab, server: Server) -> None:
     assert again.locator(".ovd-level").inner_text() == "0.40"
 
 
-def test_a_link_has_no_picture_of_a_persons_own_and_says_so(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_link__contains_no_uploaded_picture(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["green"], "red, <b>x</b>")
     tab.page.locator(".ovd-link").click()
-    tab.page.locator(".ovd-said", has_text="Your picture is not in it").wait_for()
+    tab.page.locator(".ovd-said", has_text="does not contain your picture").wait_for()
     link = tab.page.url
     assert "green" not in link and "example" not in link
     again = tab.page.context.new_page()
     again.goto(link)
-    again.locator(".ovd-empty", has_text="without its picture").wait_for(timeout=20_000)
+    again.locator(".ovd-empty", has_text="but no picture").wait_for(timeout=20_000)
     assert again.locator("#ovd-words textarea").input_value() == "red, <b>x</b>"
 
 
-def test_enter_asks_and_shift_enter_begins_a_line(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_keyboard__enter_finds_and_shift_enter_breaks_the_line(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["good"]))
     tab.page.locator("#ovd-image img").first.wait_for()
     words = tab.page.locator("#ovd-words textarea")
@@ -100,13 +100,13 @@ def test_enter_asks_and_shift_enter_begins_a_line(tab: Tab, pictures: dict[str, 
     tab.page.keyboard.type("red")
     tab.page.keyboard.press("Shift+Enter")
     tab.page.keyboard.type("blue")
-    assert words.input_value() == "red\nblue" and tab.asked() == 0
+    assert words.input_value() == "red\nblue" and tab.query_count() == 0
     tab.page.keyboard.press("Enter")
     tab.page.locator(".ovd-result:not([hidden])").wait_for()
-    assert sorted(tab.names()) == ["blue", "red"] and tab.asked() == 1
+    assert sorted(tab.names()) == ["blue", "red"] and tab.query_count() == 1
 
 
-def test_arrows_walk_in_the_order_of_the_table_and_why_is_explained(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_keyboard__arrows_follow_the_table_and_show_nearest_words(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
     tab.page.locator("th button", has_text="Class").click()
     tab.page.locator(".ovd-boxes .item[tabindex='0']").focus()
@@ -149,7 +149,7 @@ def test_zoom_enlarges_the_picture_with_its_boxes_and_the_mouse_pans(tab: Tab, p
     assert picture.bounding_box() == before and tab.page.locator("[data-zoom=fit]").is_disabled()
 
 
-def test_other_weights_answer_when_they_are_chosen(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_weights__choice_switches_the_detector(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.page.locator("#ovd-header label", has_text="Drawings").click()
     assert "Answers from .5." in tab.page.locator("#ovd-header").inner_text()
     assert "Stricter." in tab.page.locator("#ovd-card").inner_text()

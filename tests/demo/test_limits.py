@@ -20,7 +20,7 @@ from ovd.demo.limits import PageGate
 from ovd.demo.uploads import Uploads
 
 T = TypeVar("T")
-SMALL = Limits(question=1000, small=100, together=1500, upload=1000, other=50, grace=0.2, rate=1e9, drain=0.05)
+SMALL = Limits(request=1000, small=100, together=1500, upload=1000, other=50, grace=0.2, rate=1e9, drain=0.05)
 STALLED = object()  # among chunks: nothing more comes
 
 
@@ -153,7 +153,7 @@ CALL, JOIN, UPLOAD = "/gradio_api/call/detect", "/gradio_api/queue/join", "/grad
 
 
 @pytest.mark.parametrize("path", [CALL, JOIN, CALL + "/", "/gradio_api/call/v2/detect", UPLOAD, "/gradio_api/cancel"])
-def test_what_the_page_and_programs_need_comes_through_whole(scene: Scene, path: str) -> None:
+def test_gate__needed_routes_pass_unchanged(scene: Scene, path: str) -> None:
     assert scene.ask(path, [b"{", b"}"]).status == 200
     assert scene.seen == [(path, b"{}")]
     assert scene.queue.inside == 0 and scene.queue.entries == (path not in (UPLOAD, "/gradio_api/cancel"))
@@ -164,7 +164,7 @@ OTHER_WAYS = ("run/detect", "run/detect/", "api/detect", "api/find", "process_re
 
 
 @pytest.mark.parametrize("route", OTHER_WAYS)
-def test_there_is_no_way_past_the_line(scene: Scene, route: str) -> None:
+def test_gate__model_is_reached_through_the_queue_only(scene: Scene, route: str) -> None:
     assert scene.ask(f"/gradio_api/{route}", [b"{}"]).status == 404
     assert scene.seen == []
 
@@ -174,13 +174,13 @@ CLOSED = ("proxy=http://127.0.0.1:1/", "proxy%3Dx", "file=http://a/", "deep_link
 
 
 @pytest.mark.parametrize("route", CLOSED)
-def test_gradios_other_doors_are_closed(scene: Scene, route: str) -> None:
+def test_gate__unused_gradio_routes_are_closed(scene: Scene, route: str) -> None:
     assert scene.ask(f"/gradio_api/{route}", method="GET").status == 404
     assert scene.ask("/", method="DELETE").status == 405 and scene.seen == []
     assert scene.ask("/gradio_api/call/detect/known", method="GET").status == 200
 
 
-SIZES = [(CALL, SMALL.question), (JOIN, SMALL.question), (UPLOAD, SMALL.upload), ("/gradio_api/reset", SMALL.other)]
+SIZES = [(CALL, SMALL.request), (JOIN, SMALL.request), (UPLOAD, SMALL.upload), ("/gradio_api/reset", SMALL.other)]
 
 
 @pytest.mark.parametrize(("path", "limit"), SIZES)
@@ -201,12 +201,12 @@ def test_a_stated_size_that_is_too_large_is_refused_before_anything_is_read(tmp_
 
 
 @pytest.mark.parametrize("path", [CALL, UPLOAD])
-def test_a_body_that_comes_too_slowly_is_given_up(scene: Scene, path: str) -> None:
+def test_body__too_slow_is_refused(scene: Scene, path: str) -> None:
     assert scene.ask(path, [b"x", STALLED]).status == 408
     assert scene.seen == [] and scene.ask(path, [b"x"]).status == 200
 
 
-def test_a_body_that_keeps_up_may_take_as_long_as_it_is_large(tmp_path: Path) -> None:
+def test_body__deadline_grows_with_bytes_received(tmp_path: Path) -> None:
     """Patience alone would have ended at the first pause; what has come buys time."""
     scene = Scene(tmp_path, limits=replace(SMALL, grace=0.2, rate=100))
 
@@ -229,7 +229,7 @@ def test_a_body_that_keeps_up_may_take_as_long_as_it_is_large(tmp_path: Path) ->
     assert run(slowly()).status == 200
 
 
-def test_large_questions_share_memory_and_small_ones_always_fit(tmp_path: Path) -> None:
+def test_body__large_ones_share_memory_and_small_ones_pass(tmp_path: Path) -> None:
     scene = Scene(tmp_path, limits=replace(SMALL, grace=0.5))
 
     async def crowd() -> tuple[Answer, Answer]:
@@ -244,22 +244,22 @@ def test_large_questions_share_memory_and_small_ones_always_fit(tmp_path: Path) 
     assert scene.ask(CALL, [b"x" * 1000]).status == 200  # what was held has been given back
 
 
-def test_a_full_line_says_how_many_wait_and_when_to_come_back(scene: Scene) -> None:
+def test_queue__full_is_503_with_length_and_retry_after(scene: Scene) -> None:
     scene.queue.full = True
     for path in (CALL, JOIN):
         answer = scene.ask(path, [STALLED])
         assert answer.status == 503 and answer.headers["retry-after"] == "8"
-        assert answer.detail == "16 people are waiting, about 8 seconds; try again then"
+        assert answer.detail == "The queue is full: 16 requests wait. Try again in 8 seconds"
     assert scene.ask(UPLOAD, [b"x"]).status == 200  # a picture may be sent meanwhile
 
 
-def test_large_questions_find_a_shorter_line(tmp_path: Path) -> None:
+def test_queue__large_requests_have_a_lower_limit(tmp_path: Path) -> None:
     scene = Scene(tmp_path, limits=replace(SMALL, large=50))
     scene.queue.full_for_large = True
     assert [scene.ask(CALL, [b"x" * size]).status for size in (50, 51)] == [200, 503]
 
 
-def test_what_is_wrong_with_a_question_is_reported(scene: Scene) -> None:
+def test_gate__invalid_request_is_explained(scene: Scene) -> None:
     assert (scene.ask(CALL, [b"bad"]).status, scene.ask("/gradio_api/call/find", [b"{}"]).status) == (422, 404)
     assert scene.seen == []
 
@@ -273,12 +273,12 @@ FOREIGN = {"origin": "http://evil.example"}
     [FOREIGN, {"origin": "null"}, {"origin": "http://127.0.0.1:1"}, {"origin": "http://127.0.0.1:7860.evil.example"},
      {"origin": "x"}, {"sec-fetch-site": "cross-site", "sec-fetch-mode": "cors"}],
 )  # fmt: skip
-def test_pages_of_other_sites_cannot_ask(scene: Scene, path: str, headers: dict[str, str]) -> None:
+def test_origin__other_sites_are_refused(scene: Scene, path: str, headers: dict[str, str]) -> None:
     assert scene.ask(path, [b"{}"], headers=headers).status == 403
     assert scene.seen == []
 
 
-def test_its_own_page_programs_and_links_can(scene: Scene) -> None:
+def test_origin__own_page_programs_and_links_pass(scene: Scene) -> None:
     own = {"origin": "http://127.0.0.1:7860", "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}
     assert scene.ask(UPLOAD, [b"x"], headers=own).status == 200
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
@@ -312,7 +312,7 @@ def test_a_foreign_name_that_points_here_is_not_served(scene: Scene, host: str, 
     assert answer.status == 421 and b"--allow-host" in answer.body and scene.seen == []
 
 
-def test_the_name_of_a_proxy_can_be_allowed_and_then_asks(tmp_path: Path) -> None:
+def test_host__allowed_proxy_name_is_served(tmp_path: Path) -> None:
     scene = Scene(tmp_path, names=AllowedHosts.of("127.0.0.1", ["Box.Example"]))
     asked = {"host": "127.0.0.1:7860", "origin": "https://box.example"}  # a proxy that writes its own Host
     assert scene.ask(UPLOAD, [b"x"], headers=asked).status == 200
@@ -323,15 +323,13 @@ def test_the_name_of_a_proxy_can_be_allowed_and_then_asks(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "kind", ["", "image/png", "application/json", "multipart/form-data", "multipart/mixed; boundary=b"]
 )
-def test_an_upload_is_a_form(scene: Scene, kind: str) -> None:
+def test_upload__must_be_multipart(scene: Scene, kind: str) -> None:
     assert scene.ask(UPLOAD, [b"x"], headers={"content-type": kind}).status == 415
     assert scene.seen == []
 
 
 @pytest.mark.parametrize(("problem", "status"), [(OSError("disk full"), 503), (AttributeError("no file"), 400)])
-def test_an_upload_that_breaks_the_parser_is_the_senders_fault_and_a_full_disk_is_not(
-    scene: Scene, problem: Exception, status: int
-) -> None:
+def test_upload__parser_error_is_400_and_full_disk_503(scene: Scene, problem: Exception, status: int) -> None:
     async def breaks(scope: Any, receive: Any, send: Any) -> None:  # as Starlette does: 500, and the exception goes on
         await receive()
         await send({"type": "http.response.start", "status": 500, "headers": []})
@@ -343,7 +341,7 @@ def test_an_upload_that_breaks_the_parser_is_the_senders_fault_and_a_full_disk_i
     assert answer.status == status and "Internal" not in answer.body.decode()
 
 
-def test_without_room_on_the_disk_uploads_are_put_off(tmp_path: Path) -> None:
+def test_upload__full_disk_is_503_with_retry_after(tmp_path: Path) -> None:
     scene = Scene(tmp_path, room=500)
     answer = scene.ask(UPLOAD, [b"x" * 10])  # of no stated size: it may become as large as an upload may be
     assert answer.status == 503 and answer.headers["retry-after"] == "60"

@@ -20,7 +20,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_libraries_do_without_the_compiler_and_are_whole_afterwards() -> None:
+def test_compiler_stub__libraries_import_and_work() -> None:
     run("""
 import sys
 from ovd.demo.memory import without_compiler
@@ -47,7 +47,7 @@ assert torch._dynamo.is_compiling() is False
 
 
 @pytest.mark.parametrize("wanted", ["from torch._dynamo import is_compiling", "import torch._dynamo.config"])
-def test_who_needs_more_of_the_compiler_gets_the_real_one(wanted: str) -> None:
+def test_compiler_stub__other_attributes_load_the_real_module(wanted: str) -> None:
     run(f"""
 import sys
 from ovd.demo.memory import without_compiler

@@ -41,7 +41,7 @@ def manager(loads: list[str]) -> ModelManager:
     return ModelManager(named("one", 0.3), {o.name: o for o in (offer("one", 0.3, loads), offer("two", 0.6, loads))})
 
 
-def test_other_weights_are_loaded_when_asked_and_replace_the_first(
+def test_weights__loaded_on_demand_replace_the_others(
     manager: ModelManager, loads: list[str], pictures: dict[str, Path]
 ) -> None:
     first = weakref.ref(manager.current.model)
@@ -58,11 +58,11 @@ def test_other_weights_are_loaded_when_asked_and_replace_the_first(
 
 def test_weights_that_are_not_offered_are_refused(manager: ModelManager, pictures: dict[str, Path]) -> None:
     for wrong in ("three", 3, ["one"], "../one"):
-        with pytest.raises(UserError, match="there is one, two"):
+        with pytest.raises(UserError, match="known: one, two"):
             Answerer(manager=manager).answer(pictures["good"], "red", weights=wrong)
 
 
-def test_weights_that_cannot_be_loaded_leave_the_others(manager: ModelManager, pictures: dict[str, Path]) -> None:
+def test_weights__failed_load_keeps_the_current_ones(manager: ModelManager, pictures: dict[str, Path]) -> None:
     def broken() -> Detector:
         raise UserError("weights 'two' are not as shipped")
 
@@ -73,7 +73,7 @@ def test_weights_that_cannot_be_loaded_leave_the_others(manager: ModelManager, p
     assert answerer.answer(pictures["good"], "red")["model"]["name"] == "one"
 
 
-def test_shipped_detectors_stand_beside_those_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights__shipped_ones_are_offered_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ovd.weights import add_weights
 
     for name, encoder in (("mine", None), ("drawn", "clip-sticker"), ("photo", "clip-photo")):

@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_each_format_holds_both_names_and_nothing_stays_behind(form: str, folder: Path) -> None:
+def test_pack__every_format_and_no_leftover_files(form: str, folder: Path) -> None:
     data = pack(FOUND, form)
     archive = zipfile.ZipFile(io.BytesIO(data))
     text = "".join(archive.read(name).decode() for name in archive.namelist())
@@ -44,7 +44,7 @@ def test_each_format_holds_both_names_and_nothing_stays_behind(form: str, folder
     assert list(folder.iterdir()) == [] and pack(FOUND, form) == data
 
 
-def test_coco_is_what_was_found_under_names_of_their_own(tmp_path: Path) -> None:
+def test_pack__coco_boxes_and_unique_file_names(tmp_path: Path) -> None:
     zipfile.ZipFile(io.BytesIO(pack(FOUND, "coco"))).extractall(tmp_path / "out")
     content = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())
     assert [Path(i["file_name"]).name for i in content["images"]] == ["good.png", "good_2.png", "hidden.jpg"]

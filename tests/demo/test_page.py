@@ -47,7 +47,7 @@ class Tab:
     def boxes(self) -> int:
         return self.page.locator(".ovd-boxes .item").count()
 
-    def asked(self) -> int:
+    def query_count(self) -> int:
         return sum("/queue/join" in url for url in self.requests)
 
     def slide(self, level: float) -> None:
@@ -67,7 +67,7 @@ def tab(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterato
     assert errors == []
 
 
-def test_type_words_and_boxes_appear(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_page__words_give_boxes(tab: Tab, pictures: dict[str, Path]) -> None:
     assert tab.page.locator(".ovd-empty").is_visible()
     tab.find(pictures["good"], "red, blue, unicorn")
     assert sorted(tab.names()) == ["blue", "red"] and tab.boxes() == 2
@@ -86,16 +86,16 @@ def test_type_words_and_boxes_appear(tab: Tab, pictures: dict[str, Path]) -> Non
     assert red["height"] == pytest.approx(50 * scale, abs=5)
 
 
-def test_an_example_fills_in_and_runs(tab: Tab) -> None:
+def test_page__example_fills_in_and_runs(tab: Tab) -> None:
     tab.page.locator("#ovd-examples tr.tr-body").first.click()
     tab.page.locator(".ovd-boxes .item").first.wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
     assert tab.page.locator("#ovd-words textarea").input_value() == "red, blue, unicorn"
 
 
-def test_slider_and_toggles_work_without_asking_again(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_page__slider_and_toggles_send_no_request(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue sea far away from here where nobody knows them yet")
-    asked = tab.asked()
+    before = tab.query_count()
     total = tab.boxes()
     assert total == 2
     tab.slide(0.97)
@@ -114,7 +114,7 @@ def test_slider_and_toggles_work_without_asking_again(tab: Tab, pictures: dict[s
     assert tab.page.locator(".ovd-boxes .mask").count() == 0
     tab.page.locator(".ovd-labels").uncheck()
     assert tab.page.locator(".ovd-boxes .tag").count() == 0
-    assert tab.asked() == asked
+    assert tab.query_count() == before
 
 
 def test_labels_stand_at_their_boxes_in_a_small_upright_picture(tab: Tab, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_labels_stand_at_their_boxes_in_a_small_upright_picture(tab: Tab, tmp_pa
     assert len(gaps) == 2 and all(gap <= 3 and 14 <= height <= 22 for gap, height in gaps)
 
 
-def test_the_slider_stays_where_the_person_put_it(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_page__slider_keeps_its_position(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red")
     tab.slide(0.8)
     tab.page.locator("#ovd-words textarea").fill("blue")
@@ -168,7 +168,7 @@ def test_markup_in_an_error_is_text(tab: Tab, pictures: dict[str, Path]) -> None
         ("defect", "red", "The log has the details under"),
     ],
 )
-def test_mistakes_are_explained_and_the_next_try_works(
+def test_page__error_then_success(
     tab: Tab, pictures: dict[str, Path], name: str | None, words: str, message: str
 ) -> None:
     tab.find(pictures[name] if name else None, words, wait=".ovd-alert:not([hidden])")
@@ -210,7 +210,7 @@ def test_boxes_can_be_visited_with_the_keyboard(tab: Tab, pictures: dict[str, Pa
     assert tab.page.locator(".ovd-boxes .item.on").count() == 0
 
 
-def test_columns_sort(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_page__table_columns_sort(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
     tab.page.locator("th button", has_text="Class").click()
     assert tab.names() == ["blue", "red"]
@@ -271,9 +271,7 @@ def drag(tab: Tab, x1: float, y1: float, x2: float, y2: float) -> None:
     tab.page.mouse.up()
 
 
-def test_draw_a_box_and_what_looks_like_it_is_found_here_and_in_the_next_picture(
-    tab: Tab, pictures: dict[str, Path]
-) -> None:
+def test_page__drawn_box_searches_this_and_the_next_picture(tab: Tab, pictures: dict[str, Path]) -> None:
     upload = tab.page.locator("#ovd-image input[type=file]")
     upload.set_input_files(str(pictures["good"]))
     drag(tab, 12, 22, 15, 60)
@@ -292,11 +290,11 @@ def test_draw_a_box_and_what_looks_like_it_is_found_here_and_in_the_next_picture
     item = next(i for i in tab.page.locator(".ovd-boxes .item").all() if "my thing" in i.get_attribute("aria-label"))
     blue = item.locator(".edge").bounding_box()
     assert (blue["x"] - frame["x"]) * 160 / frame["width"] == pytest.approx(80, abs=2)
-    # The crop is still there for another picture, and gone when it is taken away.
+    # The crop is still there for another picture, and gone when it is removed.
     tab.page.get_by_label("Remove Image").click()
     tab.find(pictures["green"], "")
     tab.page.locator(".ovd-missing", has_text="my thing").wait_for()
-    tab.page.get_by_label("Take away my thing").click()
+    tab.page.get_by_label("Remove my thing").click()
     tab.page.locator("#ovd-find").click()
     tab.page.locator(".ovd-alert", has_text="Type at least one class").wait_for()
 
@@ -313,7 +311,7 @@ def test_an_uploaded_crop_is_named_by_its_file_and_markup_in_names_is_text(
     tab.page.locator(".ovd-crops input").fill(EVIL)
     tab.find(pictures["good"], "red")
     assert EVIL in tab.names() and tab.page.title() != "owned"
-    # A click on a ready example asks that question alone.
+    # A click on one of the page's examples searches for its words alone.
     tab.page.locator("#ovd-examples tr.tr-body").first.click()
     tab.page.locator(".ovd-missing", has_text="unicorn").wait_for()
     assert tab.page.locator(".ovd-crops li").count() == 0 and sorted(tab.names()) == ["blue", "red"]

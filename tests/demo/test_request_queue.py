@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the line is full, and whose messages the page keeps."""
+"""When the queue is full, and whose messages the page keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ovd.demo.request_queue import ALWAYS_ADMITTED, WAITING, RecentSessions, Req
 
 
 class Queue(list[str]):
-    """As much of Gradio's queue as the line looks at; one question is being answered."""
+    """As much of Gradio's queue as `RequestQueue` reads; one request is being answered."""
 
     def get_active_worker_count(self) -> int:
         return 1
@@ -19,7 +19,7 @@ class Queue(list[str]):
 
 class Page:
     def __init__(self, waiting: int) -> None:
-        self._queue: Any = type("Q", (Queue,), {})(["question"] * waiting)
+        self._queue: Any = type("Q", (Queue,), {})(["request"] * waiting)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_taken_port_is_reported_with_status_2_and_no_traceback() -> None:
     assert done.stderr.startswith("error: ") and str(port) in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_page_that_still_loads_has_taken_its_port() -> None:
+def test_port__is_taken_before_loading() -> None:
     with listen("127.0.0.1", 0) as door:
         port = door.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is taken"):
@@ -115,14 +115,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_environment_switches_off_every_call_home(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+def test_environment__telemetry_is_off(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
     folder = prepare_environment(tmp_path / "uploads")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_variables_meant_for_gradios_own_launch_do_not_count(
+def test_environment__gradio_launch_variables_are_ignored(
     tmp_path: Path, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setenv("GRADIO_SHARE", "true")
@@ -147,7 +147,7 @@ HOLDER = (
 )
 
 
-def test_what_a_killed_page_left_behind_is_removed_and_a_living_page_keeps_its_folder(tmp_path: Path) -> None:
+def test_uploads__of_a_killed_page_are_removed(tmp_path: Path) -> None:
     start = {"cwd": ROOT, "env": os.environ | {"TMPDIR": str(tmp_path)}, "stdout": subprocess.PIPE, "text": True}
     folders, pages = [], [subprocess.Popen([sys.executable, "-c", HOLDER], **start) for _ in range(2)]
     for page in pages:
@@ -167,7 +167,7 @@ PROXIES = ("socks5://127.0.0.1:1", "socks://127.0.0.1:1", "http://127.0.0.1:1", 
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-def test_no_proxy_keeps_gradio_from_being_imported(proxy: str) -> None:
+def test_proxy_variables__do_not_break_gradios_import(proxy: str) -> None:
     code = (
         "import os; from ovd.demo.serving import load_gradio; load_gradio(); import gradio\n"
         "assert os.environ['ALL_PROXY'] == os.environ['http_proxy']"
@@ -204,4 +204,4 @@ def test_examples_that_are_not_there_are_left_out(tmp_path: Path) -> None:
 def test_card_values_cannot_become_markup() -> None:
     text = _card_text({"name": "<script>x</script>|", "metrics": {"AP50_novel": 0.31}, "purpose": "Demo"})
     assert "<script>" not in text and "&lt;script&gt;" in text and "AP50_novel 0.31" in text
-    assert _card_text({}).startswith("No card")
+    assert _card_text({}).startswith("These weights have no model card")

@@ -36,10 +36,10 @@ def call(http: Any, *values: object) -> Any:
     return http.post("/call/detect", json={"data": list(values)})
 
 
-def answer_of(http: Any, asked: Any) -> tuple[str, Any]:
+def answer_of(http: Any, response: Any) -> tuple[str, Any]:
     """("complete" or "error", what came with it)."""
-    assert asked.status_code == 200, asked.text
-    text = http.get(f"/call/detect/{asked.json()['event_id']}").text
+    assert response.status_code == 200, response.text
+    text = http.get(f"/call/detect/{response.json()['event_id']}").text
     kind, _, data = text.rstrip().rpartition("event: ")[2].partition("\n")
     return kind, json.loads(data.removeprefix("data: "))
 
@@ -49,9 +49,7 @@ def log_of(server: Server) -> str:
 
 
 @pytest.mark.parametrize("name", ["text", "empty", "vector", "truncated", "bomb"])
-def test_what_is_no_picture_is_reported_in_words_and_leaves_no_traceback(
-    http: Any, server: Server, pictures: dict[str, Path], name: str
-) -> None:
+def test_upload__not_a_picture_is_explained(http: Any, server: Server, pictures: dict[str, Path], name: str) -> None:
     before = log_of(server)
     kind, data = answer_of(http, call(http, upload(http, pictures[name]), "red", None, None))
     assert kind == "error" and data["error"].startswith("This picture cannot be used: ")
@@ -60,8 +58,8 @@ def test_what_is_no_picture_is_reported_in_words_and_leaves_no_traceback(
 
 GOOD = object()
 WRONG: list[tuple[list[object], str]] = [
-    ([GOOD, 5, None, None], "classes must be a text"),
-    ([GOOD, ["red"], None, None], "classes must be a text"),
+    ([GOOD, 5, None, None], "classes must be a string"),
+    ([GOOD, ["red"], None, None], "classes must be a string"),
     ([GOOD, "red", "high", None], "threshold must be a number"),
     ([GOOD, "red", True, None], "threshold must be a number"),
     ([GOOD, "red", 2, None], "threshold must be a number"),
@@ -69,9 +67,9 @@ WRONG: list[tuple[list[object], str]] = [
     ([7, "red", None, None], "uploaded"),
     ([{"path": 7}, "red", None, None], "uploaded"),
     ([{"url": "data:image/png;base64,AAAA"}, "red", None, None], "uploaded"),
-    ([{"path": "/etc/passwd"}, "red", None, None], "not there any more"),
-    ([{"path": "../../etc/passwd"}, "red", None, None], "not there any more"),
-    ([GOOD, "red", None, None, 7], "weights must be a text"),
+    ([{"path": "/etc/passwd"}, "red", None, None], "no longer on the server"),
+    ([{"path": "../../etc/passwd"}, "red", None, None], "no longer on the server"),
+    ([GOOD, "red", None, None, 7], "weights must be a string"),
     ([GOOD, "red", None, None, None, None], "5 values: image, classes, threshold, examples, weights"),
     ([GOOD], "5 values"),
     ([], "5 values"),
@@ -79,7 +77,7 @@ WRONG: list[tuple[list[object], str]] = [
 
 
 @pytest.mark.parametrize(("values", "message"), WRONG)
-def test_wrong_values_are_refused_with_what_is_wrong(
+def test_request__invalid_values_are_explained(
     http: Any, server: Server, pictures: dict[str, Path], values: list[object], message: str
 ) -> None:
     before = log_of(server)
@@ -118,7 +116,7 @@ def test_wrong_values_are_refused_with_what_is_wrong(
         ("/cancel", {"session_hash": 1}, 422),
     ],
 )
-def test_unknown_names_and_shapes_are_the_senders_fault(
+def test_request__unknown_names_and_shapes_are_4xx(
     http: Any, server: Server, route: str, body: object, status: int
 ) -> None:
     before = log_of(server)
@@ -128,7 +126,7 @@ def test_unknown_names_and_shapes_are_the_senders_fault(
 
 
 @pytest.mark.parametrize("route", ["/../?page=x", "/info?page=x", "/call/detect/x", "/call/x/x", "/file=/etc/passwd"])
-def test_what_is_not_there_is_404_or_forbidden(http: Any, server: Server, route: str) -> None:
+def test_request__missing_routes_are_404_or_403(http: Any, server: Server, route: str) -> None:
     before = log_of(server)
     assert http.get(route).status_code in (403, 404)
     assert '"session_not_found":true' in http.get("/queue/data?session_hash=x").text
@@ -145,20 +143,20 @@ BROKEN_FORMS = [
 
 @pytest.mark.parametrize("body", BROKEN_FORMS)
 @pytest.mark.parametrize("query", ["", "?upload_id=x"])
-def test_a_broken_upload_is_the_senders_fault(http: Any, server: Server, body: bytes, query: str) -> None:
+def test_upload__broken_form_is_400(http: Any, server: Server, body: bytes, query: str) -> None:
     before = log_of(server).count("Traceback")
     sent = http.post(f"/upload{query}", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
     assert sent.status_code in (200, 400, 413) and (sent.status_code != 200 or isinstance(sent.json(), list))
     assert log_of(server).count("Traceback") == before
 
 
-def test_the_named_values_of_a_program_are_answered(http: Any, pictures: dict[str, Path]) -> None:
-    asked = http.post("/call/v2/detect", json={"image": upload(http, pictures["good"]), "classes": "red"})
-    kind, data = answer_of(http, asked)
+def test_request__keyword_arguments_are_accepted(http: Any, pictures: dict[str, Path]) -> None:
+    response = http.post("/call/v2/detect", json={"image": upload(http, pictures["good"]), "classes": "red"})
+    kind, data = answer_of(http, response)
     assert kind == "complete" and data[0]["detections"]
 
 
-def test_the_server_fetches_nothing_for_anybody(http: Any, server: Server) -> None:
+def test_request__urls_are_never_fetched(http: Any, server: Server) -> None:
     """Neither as a picture nor through Gradio's reverse proxy."""
     with socket.create_server(("127.0.0.1", 0)) as inside:
         inside.settimeout(0.5)
@@ -172,7 +170,7 @@ def test_the_server_fetches_nothing_for_anybody(http: Any, server: Server) -> No
 
 
 @pytest.mark.parametrize("route", ["/upload", "/queue/join", "/call/detect"])
-def test_other_sites_may_neither_send_nor_read(http: Any, server: Server, route: str) -> None:
+def test_origin__other_sites_can_neither_post_nor_read(http: Any, server: Server, route: str) -> None:
     files = sum(1 for _ in (server.folder / "uploads").rglob("*"))
     evil = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
     refused = http.post(route, files={"files": ("a.png", b"x")}, headers=evil)
@@ -206,7 +204,7 @@ def test_large_bodies_are_refused_with_an_answer_that_arrives(http: Any, picture
     assert answer_of(http, call(http, upload(http, pictures["good"]), "red", None, None))[0] == "complete"
 
 
-def test_a_name_with_markup_or_folders_stays_a_name(http: Any, server: Server, pictures: dict[str, Path]) -> None:
+def test_upload__file_name_is_sanitised(http: Any, server: Server, pictures: dict[str, Path]) -> None:
     for name in (
         "<script>alert(1)</script>.png",
         "../../../outside.png",
@@ -229,9 +227,7 @@ def test_an_uploaded_page_is_not_shown_as_a_page(http: Any, kind: str) -> None:
     assert "attachment" in shown.headers.get("content-disposition", "") or shown.headers["content-type"] == "text/plain"
 
 
-def test_connections_that_drop_in_the_middle_leave_nothing(
-    http: Any, server: Server, pictures: dict[str, Path]
-) -> None:
+def test_upload__dropped_connection_leaves_no_file(http: Any, server: Server, pictures: dict[str, Path]) -> None:
     uploads = server.folder / "uploads"
     place = urlsplit(server.url)
     before, log = {f for f in uploads.rglob("*") if f.is_file()}, log_of(server)
@@ -252,22 +248,22 @@ def test_connections_that_drop_in_the_middle_leave_nothing(
 
 
 @pytest.fixture
-def full_line(http: Any, server: Server, pictures: dict[str, Path]) -> Iterator[list[Any]]:
-    """One question at the model and 16 behind it, until the test is over."""
+def full_queue(http: Any, server: Server, pictures: dict[str, Path]) -> Iterator[list[Any]]:
+    """One request at the model and 16 behind it, until the test is over."""
     go = server.folder / "go"
     go.unlink(missing_ok=True)
     Image.new("RGB", (90, SLOW), tuple(os.urandom(3))).save(pictures["slow"])  # not one that is remembered
     picture = upload(http, pictures["slow"])
-    asked = [call(http, picture, f"red, word{i}", None, None) for i in range(17)]
-    yield asked
+    requests = [call(http, picture, f"red, word{i}", None, None) for i in range(17)]
+    yield requests
     go.touch()
-    assert {answer_of(http, one)[0] for one in asked} == {"complete"}
+    assert {answer_of(http, one)[0] for one in requests} == {"complete"}
 
 
 def test_queue__the_eighteenth_is_refused_with_length_and_retry_after(
-    http: Any, full_line: list[Any], pictures: dict[str, Path]
+    http: Any, full_queue: list[Any], pictures: dict[str, Path]
 ) -> None:
-    assert [one.status_code for one in full_line] == [200] * 17
+    assert [one.status_code for one in full_queue] == [200] * 17
     picture = upload(http, pictures["good"])
     for refused in (
         call(http, picture, "red", None, None),
@@ -276,20 +272,22 @@ def test_queue__the_eighteenth_is_refused_with_length_and_retry_after(
     ):
         seconds = int(refused.headers["retry-after"])
         assert refused.status_code == 503 and seconds >= 1
-        assert refused.json()["detail"].startswith(f"16 people are waiting, about {seconds} second")
+        assert refused.json()["detail"].startswith(
+            f"The queue is full: 16 requests wait. Try again in {seconds} second"
+        )
 
 
 @pytest.mark.browser
-def test_the_page_says_so_in_the_place_of_the_old_answer(
+def test_page__full_queue_replaces_the_old_answer(
     browser: Any, http: Any, server: Server, pictures: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     from tests.demo.test_page import Tab
 
     tab = Tab(browser.new_page(), server.url)
     tab.find(pictures["good"], "red")
-    request.getfixturevalue("full_line")
+    request.getfixturevalue("full_queue")
     tab.find(None, "blue", wait=".ovd-alert:not([hidden])")
-    assert "16 people are waiting, about" in tab.page.locator(".ovd-alert").inner_text()
+    assert "The queue is full: 16 requests wait." in tab.page.locator(".ovd-alert").inner_text()
     assert tab.page.locator(".ovd-result").is_hidden() and tab.page.get_by_text("Error", exact=True).count() == 0
     (server.folder / "go").touch()
     deadline = time.monotonic() + 30
@@ -302,9 +300,7 @@ def test_the_page_says_so_in_the_place_of_the_old_answer(
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", ["text", "empty"])
-def test_on_the_page_no_old_answer_stays_beside_what_went_wrong(
-    browser: Any, server: Server, pictures: dict[str, Path], name: str
-) -> None:
+def test_page__error_hides_the_old_answer(browser: Any, server: Server, pictures: dict[str, Path], name: str) -> None:
     from tests.demo.test_page import Tab
 
     tab = Tab(browser.new_page(), server.url)

@@ -19,7 +19,7 @@ def put(folder: Path, name: str, size: int, age: int) -> Path:
     return file
 
 
-def test_the_oldest_make_room_for_new_ones(tmp_path: Path) -> None:
+def test_uploads__oldest_are_deleted_first(tmp_path: Path) -> None:
     old, middle, new = (put(tmp_path, name, 100, age) for name, age in (("a", 30), ("b", 20), ("c", 10)))
     uploads = Uploads(tmp_path, most_bytes=350)
     assert uploads.reserve(50) and old.exists()
@@ -27,14 +27,14 @@ def test_the_oldest_make_room_for_new_ones(tmp_path: Path) -> None:
     assert not old.exists() and not old.parent.exists() and not middle.exists() and new.exists()
 
 
-def test_the_limit_holds_for_all_that_is_under_way(tmp_path: Path) -> None:
+def test_uploads__limit_covers_concurrent_ones(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path, most_bytes=350)
     assert [uploads.reserve(100) for _ in range(5)] == [True, True, True, False, False]
     uploads.release(100)
     assert uploads.reserve(100)
 
 
-def test_what_was_reserved_and_written_counts_once(tmp_path: Path) -> None:
+def test_uploads__reserved_bytes_are_counted_once(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path, most_bytes=1000)
     for i in range(50):
         assert uploads.reserve(100)
@@ -54,7 +54,7 @@ def test_the_number_of_files_is_limited_too(tmp_path: Path) -> None:
         assert len(list(tmp_path.rglob("*.jpg"))) <= 10
 
 
-def test_of_a_nearly_full_disk_only_a_part_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads__leave_half_of_the_free_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = os.statvfs(tmp_path)
     usage = type("Usage", (), {"free": 1000, "total": free.f_blocks, "used": 0})
     monkeypatch.setattr("ovd.demo.uploads.shutil.disk_usage", lambda _: usage)

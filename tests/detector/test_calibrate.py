@@ -32,7 +32,7 @@ def test_a_calibration_is_written_into_the_card_with_figures_and_a_diagram(tmp_p
     assert ET.parse(plot).getroot().tag.endswith("svg")
 
 
-def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
+def test_calibrate__unusable_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model\.json there"):
         calibrate.main(["--weights", str(tmp_path)])
     (tmp_path / "model.json").write_text("{}")
@@ -41,9 +41,9 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--labels", "table.json"], ["--part", "val"]])
-def test_what_belongs_to_detectors_of_photographs_is_refused_for_others(flags: list[str]) -> None:
+def test_calibrate__photo_flags_need_a_photo_detector(flags: list[str]) -> None:
     weights = ["--weights", str(detector_folder("vild-sticker"))]
-    with pytest.raises(UserError, match="go with --data"):
+    with pytest.raises(UserError, match="need --data"):
         calibrate.main([*weights, *flags])
     with pytest.raises(UserError, match=r"for detectors of photographs .* part is named in --data: FILE:PART"):
         calibrate.main([*weights, "--data", "boxes.json", *flags])

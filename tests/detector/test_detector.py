@@ -132,7 +132,7 @@ def test_overlapping_boxes_of_one_class_are_merged_and_of_two_classes_kept() -> 
     assert len(_boxes_detector([first, shifted], ["red", "blue"]).classify("red, blue")) == 2
 
 
-def test_two_names_for_one_box_show_the_better_one_unless_asked() -> None:
+def test_cross_class_nms__keeps_the_better_class() -> None:
     regions = _boxes_detector([[0.0, 0, 100, 100], [0.0, 2, 100, 101]], ["red", "blue"])
     assert len(regions.classify("red, blue")) == 1
     assert len(regions.classify("red, blue", cross_class_iou=None)) == 2
@@ -242,7 +242,7 @@ def test_arrays_are_taken_as_rgb_grey_or_rgba() -> None:
 @pytest.mark.parametrize(
     "bad", [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros(4, np.uint8), 7]
 )
-def test_what_is_no_picture_is_refused(bad: object) -> None:
+def test_to_rgb__invalid_array_is_refused(bad: object) -> None:
     with pytest.raises(UserError, match="picture"):
         to_rgb(bad)  # type: ignore[arg-type]
 
@@ -289,7 +289,7 @@ def test_pillow_modes_become_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"GIF89a" + b"\0" * 30])
-def test_what_is_no_allowed_picture_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_to_rgb__unsupported_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError):
         to_rgb(content)
     (tmp_path / "p.png").write_bytes(content)

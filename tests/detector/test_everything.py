@@ -33,7 +33,7 @@ from pretrain.engine.errors import UserError
 from tests.detector.fakes import ColourModel, WordEncoder, make_detector, picture
 
 
-def test_each_thing_is_named_once_best_first() -> None:
+def test_everything__each_object_has_one_name() -> None:
     detector = make_detector()
     detections = detector.find(picture(), "everything")
     assert sorted(detections.class_name) == ["blue", "red"]  # and not "red thing" too
@@ -63,7 +63,7 @@ def test_boxes_of_one_family_suppress_each_other_as_those_of_one_class() -> None
     assert sorted(Detector(model=model, encoder=encoder).find(scene, "everything").class_name) == ["green", "red"]
 
 
-def test_a_kind_of_a_sure_word_is_not_said_and_a_kind_alone_is() -> None:
+def test_everything__hyponyms_of_a_sure_word_are_dropped() -> None:
     words = PromptFreeWords(
         names=("dog", "beagle", "cup"),
         shift=np.array([0, open_shift(), 0], np.float32),
@@ -75,7 +75,7 @@ def test_a_kind_of_a_sure_word_is_not_said_and_a_kind_alone_is() -> None:
     assert score[1].argmax() == 1
 
 
-def test_the_shift_moves_one_level_to_the_other_and_keeps_the_order() -> None:
+def test_everything__level_shift_keeps_the_order() -> None:
     words = replace(PromptFreeWords.plain(["fox"]), shift=np.array([open_shift()], np.float32))
     given = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
     moved = words.one_name(given)[:, 0]
@@ -90,11 +90,11 @@ def test_the_shift_moves_one_level_to_the_other_and_keeps_the_order() -> None:
     [("everything", True), (" Everything\n", True), (["everything"], True), ("everything, dog", False),
      ("-everything", False), (None, False), (["everything", "dog"], False), ([], False)],
 )  # fmt: skip
-def test_only_the_word_alone_stands_for_all(classes: Any, expected: bool) -> None:
+def test_everything__only_when_typed_alone(classes: Any, expected: bool) -> None:
     assert is_everything(classes) is expected
 
 
-def test_it_is_another_query_than_the_same_words_typed_with_a_threshold_of_its_own() -> None:
+def test_everything__has_its_own_hash_and_threshold() -> None:
     detector = make_detector(threshold=0.1)
     query = detector.query("everything")
     typed = Query(Vocabulary.parse(list(query.names), templates=detector.templates))
@@ -113,7 +113,7 @@ def test_a_picture_of_nothing_has_no_names() -> None:
 @pytest.mark.parametrize(
     ("count", "level"), [(5, SHOWN_THRESHOLD), (MANY, SHOWN_THRESHOLD), (MANY + 1, MANY_THRESHOLD)]
 )
-def test_of_many_words_only_sure_ones_are_shown(count: int, level: float) -> None:
+def test_everything__many_words_raise_the_threshold(count: int, level: float) -> None:
     class Knowing(ColourModel):
         def prompt_free_words(self) -> PromptFreeWords:
             return PromptFreeWords.plain(["red", *(f"thing {i}" for i in range(count - 1))])
@@ -127,7 +127,7 @@ def test_of_many_words_only_sure_ones_are_shown(count: int, level: float) -> Non
     assert detector.threshold_for(query, 0.2) == 0.2  # a person may ask for more
 
 
-def test_what_it_cannot_do_is_reported(tmp_path: Path) -> None:
+def test_everything__unsupported_combinations_are_refused(tmp_path: Path) -> None:
     class Dumb(ColourModel):
         def prompt_free_words(self) -> PromptFreeWords:
             return PromptFreeWords.plain(())
@@ -150,7 +150,7 @@ def test_folders_get_the_words_that_were_found_as_categories(tmp_path: Path) -> 
     assert {r["category_id"] for r in results} == {c["id"] for c in images["categories"]}
 
 
-def test_the_command_takes_the_word(
+def test_everything__command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
@@ -159,7 +159,7 @@ def test_the_command_takes_the_word(
     assert "red × 1" in capsys.readouterr().out
 
 
-def test_nearest_words_are_those_whose_embeddings_are() -> None:
+def test_nearest_words__are_ranked_by_cosine() -> None:
     detector = make_detector()
     model = detector.model
     rows = [as_array(detector.text.encoder.word(word)) for word in ("sea", "red", "blue", "unicorn")]

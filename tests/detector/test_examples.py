@@ -31,24 +31,24 @@ BLUE = np.full((30, 40, 3), COLOURS["blue"], dtype=np.uint8)
 SCENE = [("red", 10, 20, 50, 70), ("blue", 80, 30, 150, 110)]
 
 
-def found_by(examples: Any, classes: str | None = None, **options: Any) -> dict[str, list[float]]:
+def boxes_by_name(examples: Any, classes: str | None = None, **options: Any) -> dict[str, list[float]]:
     found = make_detector().find(picture(SCENE), classes, examples=examples, **options)
     return dict(zip(found.class_name, found.xyxy.tolist(), strict=True))
 
 
 def test_a_crop_from_elsewhere_finds_what_looks_like_it() -> None:
-    assert found_by({"thing": RED}) == {"thing": [10, 20, 50, 70]}
-    assert found_by([BLUE]) == {"example 1": [80, 30, 150, 110]}
+    assert boxes_by_name({"thing": RED}) == {"thing": [10, 20, 50, 70]}
+    assert boxes_by_name([BLUE]) == {"example 1": [80, 30, 150, 110]}
 
 
 def test_a_box_on_the_picture_itself_is_an_example() -> None:
-    assert found_by([(80, 30, 150, 110)]) == {"example 1": [80, 30, 150, 110]}
-    assert found_by({"mine": (10.0, 20.0, 50.0, 70.0)}) == {"mine": [10, 20, 50, 70]}
+    assert boxes_by_name([(80, 30, 150, 110)]) == {"example 1": [80, 30, 150, 110]}
+    assert boxes_by_name({"mine": (10.0, 20.0, 50.0, 70.0)}) == {"mine": [10, 20, 50, 70]}
 
 
 def test_a_box_on_another_picture_is_an_example() -> None:
     other = picture([("blue", 5, 5, 60, 60)])
-    assert found_by({"b": Crop(other, (5, 5, 60, 60))}) == {"b": [80, 30, 150, 110]}
+    assert boxes_by_name({"b": Crop(other, (5, 5, 60, 60))}) == {"b": [80, 30, 150, 110]}
 
 
 def test_words_and_crops_are_one_list_of_classes() -> None:
@@ -81,14 +81,14 @@ def test_a_score_depends_on_no_other_word_and_no_other_example() -> None:
 
 
 def test_negative_examples_and_negative_words_take_regions_away() -> None:
-    assert set(found_by({"a": RED, "b": BLUE})) == {"a", "b"}
+    assert set(boxes_by_name({"a": RED, "b": BLUE})) == {"a", "b"}
     # A class of its own that is a little like both; the negative example claims the blue one.
     both = np.concatenate([RED, BLUE], axis=1)
     assert (
-        found_by({"both": both}, threshold=0.01)
-        and [80, 30, 150, 110] not in found_by({"both": both, "-no": BLUE}, threshold=0.01).values()
+        boxes_by_name({"both": both}, threshold=0.01)
+        and [80, 30, 150, 110] not in boxes_by_name({"both": both, "-no": BLUE}, threshold=0.01).values()
     )
-    assert [80, 30, 150, 110] not in found_by({"both": both}, "-blue", threshold=0.01).values()
+    assert [80, 30, 150, 110] not in boxes_by_name({"both": both}, "-blue", threshold=0.01).values()
 
 
 def test_several_crops_of_one_name_are_embedded_alone_and_averaged() -> None:
@@ -111,7 +111,7 @@ def test_a_box_is_embedded_with_its_surroundings_as_the_regions_were() -> None:
     assert float(row @ encoder.word("red")) < 0.95
 
 
-def test_crops_are_remembered() -> None:
+def test_crops__are_embedded_once() -> None:
     detector = make_detector()
     for _ in range(3):
         detector.find(picture(SCENE), examples={"a": RED.copy()})
@@ -123,7 +123,7 @@ def test_paths_bytes_and_pillow_pictures_are_crops(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(RED).save(buffer, "PNG")
     for given in (tmp_path / "red.png", str(tmp_path / "red.png"), buffer.getvalue(), Image.fromarray(RED)):
-        assert found_by({"r": given}) == {"r": [10, 20, 50, 70]}
+        assert boxes_by_name({"r": given}) == {"r": [10, 20, 50, 70]}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_paths_bytes_and_pillow_pictures_are_crops(tmp_path: Path) -> None:
         ({f"e{i}": RED for i in range(101)}, "at most 100"),
     ],
 )
-def test_mistakes_name_the_example(examples: Any, message: str) -> None:
+def test_examples__errors_name_the_example(examples: Any, message: str) -> None:
     detector = make_detector()
     if message.startswith("Type"):
         with pytest.raises(UserError, match=message):
@@ -162,7 +162,7 @@ def test_a_box_without_a_picture_is_refused() -> None:
         parse_examples([(1, 2, 30, 40)])
 
 
-def test_weights_without_an_image_tower_say_so() -> None:
+def test_crops__need_an_image_tower() -> None:
     class Words(WordEncoder):
         has_image_tower = False
 
@@ -211,7 +211,7 @@ def test_an_example_is_scored_as_derived_by_hand() -> None:
         assert float(got[r, 0]) == pytest.approx(1 / (1 + math.exp(1.0) * ((1 - p) / p) ** 2), rel=1e-6)
 
 
-def test_what_all_regions_share_does_not_count_as_likeness() -> None:
+def test_crops__common_component_is_removed() -> None:
     common, parts = 3.0 * np.eye(8)[0], np.eye(8)[1:]
     regions = RegionSet(boxes=np.zeros((7, 4)), objectness=np.ones(7), text=unit_rows(parts + common),
                         image=None, masks=None, size=(1, 1))  # fmt: skip
@@ -242,7 +242,7 @@ def test_a_calibration_of_examples_leaves_the_words_alone() -> None:
     assert both.of_examples().threshold == 0.4 and both.of_examples().slope == 3.0
 
 
-def test_thresholds_follow_what_is_asked() -> None:
+def test_threshold__is_that_of_words_or_of_crops() -> None:
     encoder = WordEncoder()
     model = ColourModel(encoder, threshold=0.3)
     model.calibration = model.calibration.with_examples(Calibration(logit_scale=20.0, threshold=0.6))
@@ -292,7 +292,7 @@ def test_named_examples(tmp_path: Path) -> None:
         named_example("my mug=nowhere.png")
 
 
-def test_predict_explains_that_there_is_nothing_to_look_for(tmp_path: Path) -> None:
+def test_predict__no_classes_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--example CROP"):
         main([str(tmp_path), "--out", str(tmp_path / "out")])
     crop = tmp_path / "mug.png"

@@ -21,7 +21,7 @@ from pretrain.data.lexicon import read_lexicon
 def test_a_listed_name_is_reported_with_its_english(word: str, english: str, language: str) -> None:
     assert english_of(word) == english_of(unicodedata.normalize("NFD", word)) == (english, language)
     assert hint_of(word) == (
-        f"{word!r} is {language} for {english!r}, and these weights know English words only: type {english!r}"
+        f"{word!r} is {language} for {english!r}, but these weights know English only: type {english!r}"
     )
 
 
@@ -30,19 +30,19 @@ def test_a_listed_name_is_reported_with_its_english(word: str, english: str, lan
     [("собака", "Cyrillic script"), ("いぬ", "Japanese script"), ("개", "Korean script"), ("كلب", "Arabic script"),
      ("龘", "Chinese characters"), ("blorple", None), ("jalapeño", None), ("42", None), ("☕", None), ("", None)],
 )  # fmt: skip
-def test_a_script_is_named_and_latin_letters_are_no_language(word: str, script: str | None) -> None:
+def test_hints__foreign_script_is_named(word: str, script: str | None) -> None:
     assert script_of(word) == script
     assert (hint_of(word) is None) == (script is None)
 
 
-def test_what_nothing_is_known_of_gets_the_nearest_words_and_no_claim() -> None:
+def test_hints__unknown_word_gets_the_nearest_known_words() -> None:
     said = unknown_word("blorple", ["ball", "apple"], english=True)
-    assert said == "'blorple' is no word these weights learned; the nearest they know: ball, apple"
+    assert said == "'blorple' is not a word these weights were trained on; nearest known words: ball, apple"
     # Weights that were trained on other words than English ones are not said to know English only.
     assert "English" not in unknown_word("Hund", ["Katze"], english=False)
 
 
-def test_every_english_name_is_understood_so_that_the_advice_helps() -> None:
+def test_hints__suggested_names_are_known_words() -> None:
     from ovd.inference.hints import _english
 
     words = WordList(words=("person",), lexicon=read_lexicon())
@@ -50,7 +50,7 @@ def test_every_english_name_is_understood_so_that_the_advice_helps() -> None:
     assert sorted({e for e, _ in _english().values() if not (words.understands(e) or words.head_of(e))}) == []
 
 
-def test_a_list_is_english_by_its_words() -> None:
+def test_hints__vocabulary_language_is_detected() -> None:
     lexicon = read_lexicon()
     assert WordList(words=("dog", "cat", "blorple"), lexicon=lexicon).is_english
     assert not WordList(words=("Hund", "Katze", "dog"), lexicon=lexicon).is_english

@@ -84,7 +84,7 @@ def scorer(rng: np.random.Generator, count: int, dim: int = 16) -> WordScorer:
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_scores_are_the_formulas(count: int) -> None:
+def test_open_words__scores_equal_the_formula(count: int) -> None:
     rng = np.random.default_rng(count)
     seen, words = regions(rng), scorer(rng, count)
     expected = [[by_hand(seen, r, words, w) for w in range(count)] for r in range(len(seen))]
@@ -102,7 +102,7 @@ def test_many_words_are_scored_as_each_alone_is() -> None:
 
 @pytest.mark.parametrize("slope", [1.2, -1.2, 0.0])
 @pytest.mark.parametrize(("count", "classes", "level"), [(150, 5000, 0.3), (20, 400, 0.9), (9, 300, 0.0), (0, 30, 0.1)])
-def test_what_a_level_shows_is_what_all_scores_show(count: int, classes: int, level: float, slope: float) -> None:
+def test_open_words__threshold_equals_full_scoring(count: int, classes: int, level: float, slope: float) -> None:
     """Of random regions: the same best scores, the same classes, the same scores of these."""
     rng = np.random.default_rng(classes)
     seen, words = regions(rng, count=count), scorer(rng, classes)
@@ -118,7 +118,7 @@ def test_what_a_level_shows_is_what_all_scores_show(count: int, classes: int, le
 
 
 @pytest.mark.parametrize("words", ["every colour", "red, -blue", "red"])
-def test_a_query_shows_what_its_scores_show(words: str) -> None:
+def test_open_words__query_equals_its_scores(words: str) -> None:
     """With negative words too, and by scorers that have no shorter way."""
     detector = make_detector()
     query = detector.query([*COLOURS, "unicorn"] if words == "every colour" else words)
@@ -133,7 +133,7 @@ def test_a_query_shows_what_its_scores_show(words: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [15.0, 60.0])
-def test_a_synonym_that_outshines_all_others_leaves_their_digits(scale: float) -> None:
+def test_open_words__dominant_synonym_keeps_precision(scale: float) -> None:
     """Nearly all of the competitors' odds are left out: what remains is not total minus left out."""
     rows = np.eye(4, dtype=np.float32)
     seen = regions(np.random.default_rng(0), count=1, dim=4)
@@ -158,7 +158,7 @@ def test_distinct_rows_are_the_table(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("count", [None, 0, 1, 7, 60, 100])
-def test_the_best_are_those_of_a_stable_sort(count: int | None) -> None:
+def test_top_k__equals_a_stable_sort(count: int | None) -> None:
     scores = np.random.default_rng(2).integers(0, 6, 60).astype(np.float32)
     for values in (scores, np.where(scores == 5, np.float32("nan"), scores)):
         np.testing.assert_array_equal(best_first(values, count), np.argsort(-values, kind="stable")[:count])

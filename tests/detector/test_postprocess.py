@@ -32,7 +32,7 @@ def random_boxes(rng: np.random.Generator, count: int, *, grid: bool) -> NDArray
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 50])
-def test_the_best_of_each_class_are_those_of_a_sort(count: int) -> None:
+def test_top_per_class__equals_a_sort(count: int) -> None:
     score_RC = np.random.default_rng(count).integers(0, 5, (7, 4)).astype(np.float32)  # many are equal
     pairs = [
         (-score_RC[r, c], r, c) for c in range(4) for r in sorted(range(7), key=lambda r: (-score_RC[r, c], r))[:count]
@@ -76,7 +76,7 @@ def test_postprocess__cross_class_nms_before_limit() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_best_pairs_are_those_of_a_stable_sort(seed: int) -> None:
+def test_top_pairs__equal_a_stable_sort(seed: int) -> None:
     rng = np.random.default_rng(seed)
     score = (np.round(rng.random((30, 7)) * 20) / 20).astype(np.float32)
     order = sorted(range(score.size), key=lambda k: (-score.ravel()[k], k))

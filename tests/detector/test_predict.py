@@ -58,12 +58,12 @@ def test_results_are_coco_and_say_which_picture_and_class(photos: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "files"),
     [([], "results.json, drawn/"), (["--no-draw", "--format", "csv,yolo"], "results.json, csv/, yolo/")],
 )
 def test_the_last_line_says_where_the_results_are(
     more: list[str],
-    told: str,
+    files: str,
     photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -73,8 +73,8 @@ def test_the_last_line_says_where_the_results_are(
     monkeypatch.setattr("ovd.predict.load_query", lambda *_, **__: (detector, detector.query("red")))
     out = tmp_path / "out"
     assert main([str(photos), "--classes", "red", "--out", str(out), *more]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"in {out}: {told}"
-    assert all((out / name).exists() for name in told.split(", "))
+    assert capsys.readouterr().out.splitlines()[-1] == f"in {out}: {files}"
+    assert all((out / name).exists() for name in files.split(", "))
 
 
 def test_drawn_pictures_show_boxes_and_carry_no_metadata(photos: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_bad_picture_is_listed_and_does_not_stop_the_rest(photos: Path, tmp_pa
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 3
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_files(photos: Path, tmp_path: Path) -> None:
+def test_predict__resumes_to_identical_files(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "whole")
     detector = make_detector(cache_size=0)
     network, seen = detector.model.regions, []
@@ -168,7 +168,7 @@ def test_a_picture_with_new_content_is_done_again_and_the_others_are_kept(photos
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_pictures_that_came_are_added_and_pictures_that_went_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_predict__added_pictures_join_and_removed_ones_are_refused(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "out")
     Image.fromarray(picture([("blue", 5, 5, 60, 60)])).save(photos / "0.png")
     _, runs = run(photos, tmp_path / "out")
@@ -189,7 +189,7 @@ def test_a_repaired_picture_is_tried_again(photos: Path, tmp_path: Path) -> None
     assert failed == [] and runs == 1 and not (tmp_path / "out" / "failed.json").exists()
 
 
-def test_a_kept_record_that_was_damaged_or_whose_drawing_went_is_made_again(photos: Path, tmp_path: Path) -> None:
+def test_predict__damaged_records_are_redone(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "out")
     before = (tmp_path / "out" / "results.json").read_bytes()
     next((tmp_path / "out" / "parts").iterdir()).write_bytes(b'{"file_name": ')
@@ -200,7 +200,7 @@ def test_a_kept_record_that_was_damaged_or_whose_drawing_went_is_made_again(phot
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
-def test_names_of_any_bytes_and_any_length_go_through_and_come_back(tmp_path: Path) -> None:
+def test_predict__file_names_of_any_bytes_round_trip(tmp_path: Path) -> None:
     photos, names = tmp_path / "photos", [b"caf\xe9.png", "长".encode() * 83 + b".png", b"x" * 250 + b".webp"]
     photos.mkdir()
     for name in (*names, names[2].replace(b".webp", b".png")):
@@ -278,7 +278,7 @@ def test_mistakes_on_the_command_line_are_user_errors_and_write_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_words_are_given_in_one_way() -> None:
+def test_predict__classes_and_vocabulary_exclude_each_other() -> None:
     with pytest.raises(UserError, match="--vocabulary: not allowed with argument --classes"):
         parser().parse_args(["x", "--out", "o", "--classes", "a", "--vocabulary", "b"])
     with pytest.raises(UserError, match="no classes: give --classes"):
@@ -294,5 +294,5 @@ def test_words_are_given_in_one_way() -> None:
         (["A.jpg", "a.png"], ["A.jpg.jpg", "a.png.jpg"]),
     ],
 )
-def test_no_picture_is_drawn_over_another(names: list[str], drawn: list[str]) -> None:
+def test_predict__drawings_have_unique_names(names: list[str], drawn: list[str]) -> None:
     assert drawn_names(names) == drawn

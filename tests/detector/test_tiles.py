@@ -49,7 +49,7 @@ def plain(tiled: TiledDetector, image: np.ndarray) -> list[str]:
     return super(TiledDetector, tiled).answer(image, tiled.query("red, blue")).class_name
 
 
-def test_small_things_are_found_large_ones_stay_whole_and_nothing_twice() -> None:
+def test_tiles__small_objects_found_without_duplicates() -> None:
     small = [("red", 30, 40, 50, 60), ("red", 500, 300, 520, 318), ("red", 250, 200, 268, 222)]
     image = picture([*small, ("blue", 300, 60, 480, 200)], size=(400, 640))
     tiled = shrinking_detector()
@@ -78,7 +78,7 @@ def test_things_at_the_border_of_the_picture_are_kept() -> None:
     assert len(tiled.answer(image, tiled.query("red"))) == 2
 
 
-def test_a_small_picture_is_looked_at_once_and_nothing_is_nothing() -> None:
+def test_tiles__small_picture_is_one_run() -> None:
     tiled = shrinking_detector()
     assert tiled.answer(picture([("red", 10, 10, 60, 60)], size=(100, 120)), tiled.query("red")).class_name == ["red"]
     assert tiled.runs == 1
@@ -86,11 +86,11 @@ def test_a_small_picture_is_looked_at_once_and_nothing_is_nothing() -> None:
     assert len(empty) == 0 and empty.box_masks is not None and len(empty.box_masks) == 0
 
 
-def test_kept_results_of_another_way_to_look_do_not_pass(tmp_path: Path) -> None:
+def test_tiles__results_of_other_settings_are_refused(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     pictures, words = PictureFiles.collect([tmp_path / "a.png"]), make_detector().query("red").words
     predict(detector=make_detector(cache_size=0), pictures=pictures, vocabulary=words, out=tmp_path / "out")
-    with pytest.raises(UserError, match="holds results of another command"):
+    with pytest.raises(UserError, match="has results of another command"):
         predict(detector=shrinking_detector(), pictures=pictures, vocabulary=words, out=tmp_path / "out")
 
 

@@ -69,7 +69,7 @@ def test_every_frame_has_its_boxes_with_time(clip: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out/clip.mp4").exists()
 
 
-def test_an_object_keeps_its_number_also_after_it_was_away(clip: Path, tmp_path: Path) -> None:
+def test_tracks__id_survives_an_occlusion(clip: Path, tmp_path: Path) -> None:
     pytest.importorskip("trackers")
     rows = run(clip, tmp_path / "out", draw=False)
     numbers = {name: {r["track"] for r in rows if r["class"] == name and r["track"]} for name in ("red", "blue")}
@@ -80,7 +80,7 @@ def test_an_object_keeps_its_number_also_after_it_was_away(clip: Path, tmp_path:
     assert by_class["red"]["frames"] - by_class["blue"]["frames"] == 3
 
 
-def test_every_nth_frame_is_looked_at_and_all_are_written(clip: Path, tmp_path: Path) -> None:
+def test_video__every_n_processes_some_and_writes_all(clip: Path, tmp_path: Path) -> None:
     pytest.importorskip("av")
     rows = run(clip, tmp_path / "out", every=5, track=False)
     assert {row["frame"] for row in rows} == {0, 5, 10, 15, 20}
@@ -91,7 +91,7 @@ def test_every_nth_frame_is_looked_at_and_all_are_written(clip: Path, tmp_path: 
     assert grey[30:60].mean() > 2  # the box of frame 5 is still drawn
 
 
-def test_ctrl_c_leaves_whole_files_that_play(clip: Path, tmp_path: Path) -> None:
+def test_video__ctrl_c_leaves_playable_files(clip: Path, tmp_path: Path) -> None:
     pytest.importorskip("av")
 
     def stop(done: int, total: int | None, seconds: float) -> None:
@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_whole_files_that_play(clip: Path, tmp_path: Path) -> None
     assert (summary["frames"], summary["complete"]) == (10, False)
 
 
-def test_a_file_cut_off_in_the_middle_plays_up_to_there(tmp_path: Path) -> None:
+def test_video__truncated_output_is_playable(tmp_path: Path) -> None:
     """What a killed process leaves: fragments without an end."""
     pytest.importorskip("av")
     with video.VideoWriter(tmp_path / "a.mp4", rate=10) as writer:
@@ -139,7 +139,7 @@ class Camera:
     def release(self) -> None: ...
 
 
-def test_a_camera_runs_until_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_camera__runs_until_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "VideoCapture", lambda number: Camera())
     source = Source.open("0")
     assert (source.name, source.live, source.frames, source.rate) == ("camera0", True, None, video.USUAL_RATE)
@@ -156,26 +156,26 @@ def test_a_video_without_frames_is_refused_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(Camera, "read", lambda self: (False, None))
     monkeypatch.setattr(cv2, "VideoCapture", lambda name: Camera())
-    with pytest.raises(UserError, match="clip: holds no frame that can be read"):
+    with pytest.raises(UserError, match="clip: contains no readable frame"):
         run(clip, tmp_path / "out", track=False, draw=False)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_videos_in_a_folder_are_passed_over_aloud(
+def test_predict__videos_in_a_folder_are_skipped_with_a_warning(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="contains no picture"):
         predict.main([str(tmp_path), "--classes", "red", "--out", str(tmp_path / "out")])
-    assert f"1 videos passed over; they are run by name, as in wordbox predict {clip}" in capsys.readouterr().err
+    assert f"1 videos skipped; give their paths to run them, as in wordbox predict {clip}" in capsys.readouterr().err
 
 
-def test_a_camera_that_is_not_there_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_camera__missing_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="camera 97: cannot be opened as a video; is it connected, and free"):
         Source.open("97")
     assert capfd.readouterr() == ("", "")
 
 
-def test_weak_boxes_prolong_a_track_and_are_nothing_without_one() -> None:
+def test_tracks__weak_boxes_only_extend_tracks() -> None:
     pytest.importorskip("trackers")
     detector = make_detector(cache_size=0)
     tracker = Tracker(threshold=0.5, rate=10)
@@ -202,14 +202,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_the_command_takes_a_video_and_says_how_far_it_is(
-    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict__video_reports_progress(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track", "--no-draw"]
     assert predict.main(arguments) == 0
     err = capsys.readouterr().err
     assert f"{FRAMES} of {FRAMES} frames" in err and "0:00 left" in err
-    with pytest.raises(UserError, match=r"clip\.jsonl: is there already"):
+    with pytest.raises(UserError, match=r"clip\.jsonl: already exists"):
         predict.main(arguments)
     assert predict.main([*arguments, "--overwrite"]) == 0
 
@@ -218,21 +216,21 @@ def test_the_command_takes_a_video_and_says_how_far_it_is(
 def test_a_video_is_never_written_over_by_its_own_result(more: list[str], clip: Path) -> None:
     own = clip.rename(clip.with_suffix(".mp4"))
     before = own.read_bytes()
-    with pytest.raises(UserError, match=r"clip\.mp4: is a video to be read, and would be written over"):
+    with pytest.raises(UserError, match=r"clip\.mp4: is an input video and would be overwritten"):
         predict.main([str(own), "--classes", "red", "--out", str(clip.parent), "--no-track", *more])
     assert own.read_bytes() == before and [file.name for file in clip.parent.iterdir()] == ["clip.mp4"]
 
 
-def test_somebody_elses_file_of_the_results_name_is_kept(clip: Path, tmp_path: Path) -> None:
+def test_video__foreign_output_file_is_kept(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/clip.mp4").write_bytes(b"kept")
-    with pytest.raises(UserError, match=r"clip\.mp4: is there already"):
+    with pytest.raises(UserError, match=r"clip\.mp4: already exists"):
         predict.main([str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track"])
     assert (tmp_path / "out/clip.mp4").read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize("ending", [".mjpeg", ".MJPG"])
-def test_every_frame_of_a_motion_jpeg_is_looked_at(ending: str, tmp_path: Path) -> None:
+def test_video__motion_jpeg_frames_are_all_processed(ending: str, tmp_path: Path) -> None:
     """Its bytes begin as a JPEG picture's do: read as a picture it would be the first frame alone."""
     file = tmp_path / f"clip{ending}"
     frames = [cv2.imencode(".jpg", cv2.cvtColor(frame(n), cv2.COLOR_RGB2BGR))[1].tobytes() for n in range(6)]
@@ -251,13 +249,13 @@ def test_every_frame_of_a_motion_jpeg_is_looked_at(ending: str, tmp_path: Path) 
         (["gone.mp4"], "gone.mp4: no such file"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(more: list[str], said: str, clip: Path, tmp_path: Path) -> None:
+def test_video__wrong_arguments_are_refused_first(more: list[str], said: str, clip: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         predict.main([str(clip), *more, "--classes", "red", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
+def test_video__not_a_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video at all")
     with pytest.raises(UserError, match=r"a\.mp4: cannot be opened as a video"):
         Source.open(str(tmp_path / "a.mp4"))
@@ -302,5 +300,5 @@ def test_a_folder_is_no_video_whatever_its_name(tmp_path: Path) -> None:
         *((name, False) for name in ("a.jpg", "photos")),
     ],
 )
-def test_what_counts_as_a_video(text: str, expected: bool) -> None:
+def test_is_video__by_extension_index_or_url(text: str, expected: bool) -> None:
     assert is_video(text) is expected

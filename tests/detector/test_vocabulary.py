@@ -84,12 +84,12 @@ def test_a_word_typed_with_and_without_minus_stays_a_class() -> None:
         ("mug: " + ",".join(f"s{i}" for i in range(51)), "51 synonyms; at most 50"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_the_reason(text: str | list[str], message: str) -> None:
+def test_vocabulary__invalid_names_are_explained(text: str | list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Vocabulary.parse(text)
 
 
-def test_limits_themselves_are_allowed() -> None:
+def test_vocabulary__limits_are_inclusive() -> None:
     assert len(Vocabulary.parse([f"class {i}" for i in range(10_000)]).names) == 10_000
     assert Vocabulary.parse("x" * 100).names == ("x" * 100,)
 

@@ -52,7 +52,7 @@ def test_a_full_width_colon_gives_synonyms_and_a_full_width_minus_a_negative_wor
         "\u2060flower",
     ],
 )
-def test_what_cannot_be_seen_makes_no_other_word(word: str) -> None:
+def test_words__invisible_characters_are_ignored(word: str) -> None:
     assert cleaned(word) == "flower"
     both = Vocabulary.parse(f"flower, {word}")
     assert both.names == ("flower",) and "counted once" in both.notices[0]
@@ -69,11 +69,11 @@ def test_what_cannot_be_seen_makes_no_other_word(word: str) -> None:
         "क्\u200dष",  # Devanagari
     ],
 )
-def test_joiners_and_selectors_stay_where_they_mean_something(text: str) -> None:
+def test_words__meaningful_joiners_are_kept(text: str) -> None:
     assert cleaned(text) == text
 
 
-def test_a_joiner_at_the_end_of_a_word_means_nothing() -> None:
+def test_words__trailing_joiners_are_dropped() -> None:
     assert cleaned("می\u200c") == "می" and cleaned("dog\u200d cat") == "dog cat" and cleaned("\u200d") == ""
 
 
@@ -100,11 +100,11 @@ def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.json", '[["flower"], ["car"]]', "must hold texts only"),
-        ("data.yaml", "train: images/train\n", "holds no list of class names"),
-        ("data.yaml", "names: [dog, [no]]\n", "must hold texts only"),
+        ("list.json", '[["flower"], ["car"]]', "must contain strings only"),
+        ("data.yaml", "train: images/train\n", "not a list of class names"),
+        ("data.yaml", "names: [dog, [no]]\n", "must contain strings only"),
         ("data.yaml", "names: [dog\n", "not a vocabulary file"),
-        ("coco.json", '{"categories": [1.5, null]}', "must hold texts only"),
+        ("coco.json", '{"categories": [1.5, null]}', "must contain strings only"),
         ("words.json", "{", "not a vocabulary file"),
     ],
 )
@@ -115,7 +115,7 @@ def test_other_files_are_refused_with_their_name(name: str, content: str, messag
     assert "\n" not in str(caught.value)
 
 
-def test_a_list_in_brackets_that_is_none_is_refused() -> None:
+def test_words__malformed_bracket_list_is_refused() -> None:
     with pytest.raises(UserError, match="must be a JSON list"):
         Vocabulary.parse("[dog, cat]")
 

@@ -35,7 +35,7 @@ def commands(page: Path) -> Iterator[list[str]]:
             yield words[: words.index("|")] if "|" in words else words
 
 
-def test_the_pages_show_commands() -> None:
+def test_pages__show_commands() -> None:
     assert sum(1 for page in PAGES for _ in commands(page)) >= 60
 
 
@@ -79,14 +79,14 @@ def refused(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str
     if main is None or "--help" in arguments:
         return ""
     if module not in CONFIGURED:
-        known = said_by(main, ["--help-all"], capsys)
+        known = output_of(main, ["--help-all"], capsys)
         return ", ".join(
             flag for word in arguments if (flag := word.partition("=")[0]).startswith("--") and flag not in known
         )
-    return said_by(main, [*arguments, "--print-config"], capsys, wrong=True) if "--config" in arguments else ""
+    return output_of(main, [*arguments, "--print-config"], capsys, wrong=True) if "--config" in arguments else ""
 
 
-def said_by(
+def output_of(
     main: Callable[[list[str]], object],
     arguments: list[str],
     capsys: pytest.CaptureFixture[str],
@@ -105,12 +105,12 @@ def said_by(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_what_a_command_is_shown_to_print_is_what_it_prints(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_output__is_real(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Blocks of `console`: a command and its error; `…` stands for what is left out."""
     for text in (text for language, text in blocks(page) if language == "console"):
         command, _, shown = text.partition("\n")
         module, *arguments = shlex.split(command)[3:]  # "$ python -m"
-        said = f"error: {said_by(importlib.import_module(module).main, arguments, capsys)}"
+        said = f"error: {output_of(importlib.import_module(module).main, arguments, capsys)}"
         assert re.fullmatch(re.escape(shown.strip()).replace("…", ".*"), said.strip())
 
 

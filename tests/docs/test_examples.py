@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_there_are_examples_one_can_read_in_a_minute() -> None:
+def test_examples__are_20_to_60_lines() -> None:
     assert len(SCRIPTS) >= 5
     assert all(20 <= len(script.read_text(encoding="utf-8").splitlines()) <= 60 for script in SCRIPTS)
 
@@ -77,7 +77,7 @@ PHOTO = "ovd/demo/examples/photos/horses.jpg"
     ("script", "arguments", "said"),
     [
         ("find_words", ["gone.jpg", "dog"], "^gone.jpg: does not exist"),
-        ("find_words", ["ovd", "dog"], "^ovd: is a folder, no picture"),
+        ("find_words", ["ovd", "dog"], "^ovd: is a folder, not a picture"),
         ("classes_on_folder", ["gone/", "dog"], "^gone: no such file or folder"),
         ("classes_on_folder", ["configs", "dog"], "^configs holds no picture"),
         ("search_by_crop", ["gone/"], "^gone: no such file or folder"),
@@ -89,7 +89,7 @@ PHOTO = "ovd/demo/examples/photos/horses.jpg"
         ("evaluate_results", ["gone.json", "r.json", "dog", "cat"], "^gone.json: no such file"),
     ],
 )
-def test_mistakes_in_arguments_are_told_in_one_line(
+def test_examples__wrong_arguments_are_one_line(
     script: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(EXAMPLES.parent)

@@ -47,7 +47,7 @@ run_cli(main, sys.argv[1:])
         ({"HF_HUB_OFFLINE": "1"}, "is not in the hub's cache, and the hub is set offline (HF_HUB_OFFLINE)."),
     ],
 )
-def test_without_a_network_there_is_one_line(tmp_path: Path, environment: dict[str, str], said: str) -> None:
+def test_fetch__no_network_is_one_line(tmp_path: Path, environment: dict[str, str], said: str) -> None:
     words = ["-c", REFUSED, "x.png", "--classes", "dog", "--encoder", TAG, "--out", str(tmp_path / "out")]
     open(tmp_path / "x.png", "wb").close()
     run = subprocess.run(
@@ -72,17 +72,17 @@ def test_the_page_fetches_before_it_starts_and_stops_where_that_fails() -> None:
 
 
 class Hub:
-    """Stands for the hub: some files of one repository, and what was asked of it."""
+    """Stands for the hub: some files of one repository, and the requests to it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, files: dict[str, Path]) -> None:
-        self.files, self.asked = files, list[str]()
+        self.files, self.requested = files, list[str]()
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
         monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", self.describe)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file: str(self.files[file]))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def describe(self, url: str, timeout: float) -> Any:
-        self.asked.append(url)
+        self.requested.append(url)
         if (name := url.rsplit("/", 1)[-1]) not in self.files:
             raise huggingface_hub.errors.RemoteEntryNotFoundError("404", response=SimpleNamespace(  # type: ignore[arg-type]
                 headers={}, request=None, status_code=404))  # fmt: skip
@@ -96,7 +96,7 @@ def test_host_and_size_are_reported_before_anything_is_fetched(
     file.write_bytes(b"x" * 12_345_678)
     hub = Hub(monkeypatch, {file.name: file})
     assert fetch_file("laion/x", clip_fetch.WEIGHTS, name="NAME", instead="open_clip:M:FILE") == file
-    assert len(hub.asked) == 2  # tensors were asked for first
+    assert len(hub.requested) == 2  # tensors were requested for first
     assert capsys.readouterr().err == (
         "NAME: fetching open_clip_pytorch_model.bin of laion/x from huggingface.co, 12 MB, once\n"
     )
@@ -105,7 +105,7 @@ def test_host_and_size_are_reported_before_anything_is_fetched(
         fetch_file("laion/x", clip_fetch.WEIGHTS, name="NAME", instead="open_clip:M:FILE")
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch__unresponsive_hub_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, {})
     monkeypatch.setattr(hub, "describe", lambda *_, **__: time.sleep(60))
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub.describe)
@@ -114,14 +114,14 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -
         fetch_file("a/b", ("c",), name="NAME", instead="x")
 
 
-def test_what_the_hub_has_cached_is_used_without_a_word(
+def test_fetch__cached_file_is_used_silently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = Hub(monkeypatch, {})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, file: str(tmp_path / file))
     settings, path = find_open_clip("ViT-B-16-SigLIP:webli")
-    assert path == tmp_path / "open_clip_model.safetensors" and not hub.asked and capsys.readouterr().err == ""
+    assert path == tmp_path / "open_clip_model.safetensors" and not hub.requested and capsys.readouterr().err == ""
     assert settings["mean"] == settings["std"] == [0.5, 0.5, 0.5]  # SigLIP's, not CLIP's
 
 

@@ -19,7 +19,7 @@ from pretrain.nets.encoders import load_encoder
 from tests.encoders.small import photo, save_clip, spec_of, write_photos
 
 
-def test_the_proposals_of_photographs_are_known_by_their_own_network(tmp_path: Path) -> None:
+def test_photo_proposals__fingerprint_is_their_networks(tmp_path: Path) -> None:
     """Another head on the same boxes makes no other proposals; another input size does."""
     shipped = detector_folder("vild-photo")
     assert detector_fingerprint(shipped) == detector_fingerprint(shipped / "proposals")

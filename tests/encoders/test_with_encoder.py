@@ -93,7 +93,7 @@ def test_a_phrase_with_an_attribute_competes_with_its_own_noun(clip: str) -> Non
 
 
 @pytest.mark.parametrize("weights", ["vild-photo", "vild-sticker"])
-def test_either_of_the_shipped_weights_gives_the_boxes(clip: str, weights: str) -> None:
+def test_with_encoder__works_with_both_shipped_detectors(clip: str, weights: str) -> None:
     detector, _ = load(clip, weights)
     found = detector.find(photo(), ["dog", "guitar"], threshold=0.0)
     assert len(found) and (found.box_masks is None) == (weights == "vild-photo")
@@ -161,7 +161,7 @@ def test_the_user_s_folders_follow_the_environment() -> None:
     assert user_folder("t", "X", ".cache", environment={}) == Path.home() / ".cache/wordbox/t"
 
 
-def test_sides_are_those_that_the_proposal_network_looks_at(clip: str) -> None:
+def test_sides__set_the_proposal_networks_input_sizes(clip: str) -> None:
     detector = Detector.load(PROPOSALS, encoder=clip, regions=12, sides=[96, 64, 96])
     model = detector.model
     assert isinstance(model, CropNames) and isinstance(model.source, PhotoBoxes)

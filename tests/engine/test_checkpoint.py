@@ -137,7 +137,7 @@ def test_the_newest_is_found_and_only_the_last_ones_are_kept(tmp_path: Path) -> 
     assert {path.name for path in root.iterdir()} == {"step_100", "step_1000"}
 
 
-def test_values_that_are_no_tensors_come_back_too(tmp_path: Path) -> None:
+def test_checkpoint__non_tensor_values_round_trip(tmp_path: Path) -> None:
     model = {"w": torch.ones(2), "_extra_state": {"momentum": 0.5, "history": [1, 2]}}
     save(tmp_path, step=1, model=model, state={"a": (1, None, "x")}, meta={"config": {"k": 1}}, keep=1)
     back, state = load_state(verify(tmp_path / "step_1"))
@@ -159,7 +159,7 @@ def damage_flip(path: Path, sixteenth: int) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])
 @pytest.mark.parametrize("damage", [damage_cut, damage_flip])
-def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(
+def test_checkpoint__damaged_newest_falls_back_with_a_warning(
     tmp_path: Path, name: str, damage: Callable[[Path, int], None]
 ) -> None:
     root = tmp_path / "checkpoints"
@@ -177,7 +177,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(
 
 
 @pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "state.pt"])
-def test_no_flipped_bit_of_any_file_passes_or_ends_the_run(tmp_path: Path, name: str) -> None:
+def test_checkpoint__every_flipped_bit_is_detected(tmp_path: Path, name: str) -> None:
     put(tmp_path, 1)
     put(tmp_path, 2)
     path = tmp_path / "step_2" / name
@@ -201,7 +201,7 @@ def test_a_checkpoint_without_a_sum_of_its_meta_is_read_where_its_version_wrote_
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])
-def test_a_missing_file_gives_way_to_the_one_before(tmp_path: Path, name: str) -> None:
+def test_checkpoint__missing_file_falls_back(tmp_path: Path, name: str) -> None:
     put(tmp_path, 1)
     put(tmp_path, 2)
     (tmp_path / "step_2" / name).unlink()

@@ -139,7 +139,7 @@ def test_a_command_without_a_flag_does_not_know_it() -> None:
     assert parse("--config", "c.yaml", "--check", flags=("check",))[1].check
 
 
-def test_the_problems_of_the_configuration_come_from_the_same_place() -> None:
+def test_cli__configuration_errors_are_one_message() -> None:
     assert problems("--config", "c.yaml", "loop.stepz=3")[0].startswith(
         "override 'loop.stepz=3': loop.stepz: unknown key"
     )
@@ -365,7 +365,7 @@ def python(code: str, *, stdout: int = subprocess.PIPE, encoding: str = "utf-8")
     )
 
 
-def test_a_reader_that_went_away_is_no_error() -> None:
+def test_run_cli__broken_pipe_is_silent() -> None:
     code = (
         "import os\nread, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
         "run_cli(lambda argv: print('x' * 100000), [])"
@@ -386,16 +386,14 @@ def test_bad_image_error_survives_the_way_between_processes() -> None:
     assert (again.path, str(again)) == (Path("a/b.png"), "a/b.png: is truncated")
 
 
-def test_suggestions() -> None:
+def test_did_you_mean__suggests_close_names() -> None:
     assert did_you_mean("Stpes", ["steps", "seed"]) == " - did you mean 'steps'?"
     assert did_you_mean("zzz", ["steps"]) == ""
     assert shorten("x" * 100, 10) == "xxxxxxx..."
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EMFILE])
-def test_a_fault_of_the_machine_is_one_line_whichever_call_met_it(
-    code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_cli__disk_and_permission_errors_are_one_line(code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(argv: list[str]) -> None:
         raise OSError(code, os.strerror(code), "runs/model.json")
 
@@ -414,16 +412,16 @@ def test_a_fault_of_the_machine_is_one_line_whichever_call_met_it(
         (lambda: [0] * 10**15, ""),
     ],
 )
-def test_too_little_memory_is_one_line(
+def test_run_cli__out_of_memory_is_one_line(
     asks: Callable[[], object], size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status(lambda argv: asks() and None) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: there is not enough memory") and "loop.batch_size" in said and said.count("\n") == 1
-    assert f"({size} more were asked for)" in said if size else "(" not in said
+    assert said.startswith("error: out of memory") and "loop.batch_size" in said and said.count("\n") == 1
+    assert f"({size} more were requested)" in said if size else "(" not in said
 
 
-def test_other_errors_at_run_time_are_defects() -> None:
+def test_run_cli__other_runtime_errors_are_raised() -> None:
     def fails(argv: list[str]) -> None:
         raise RuntimeError("cannot allocate a turn")
 
@@ -443,7 +441,7 @@ def test_a_folder_that_cannot_be_copied_is_named(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     "error", [OSError("of a library"), FileNotFoundError(2, "No such file", "x"), OSError(9999, "?")]
 )
-def test_other_errors_of_files_are_defects(error: OSError) -> None:
+def test_run_cli__other_os_errors_are_raised(error: OSError) -> None:
     def fails(argv: list[str]) -> None:
         raise error
 

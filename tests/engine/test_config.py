@@ -297,7 +297,7 @@ def test_a_missing_file_is_answered_with_the_nearest_names() -> None:
         load_config(Config, "zzz")
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_config__not_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path, said in (("folder", "is a folder"), ("", "is not a file name"), ("a\0b", "is not a file name")):
         with pytest.raises(ConfigError, match=said):
@@ -378,7 +378,7 @@ sources:
         ("teacher: {weight: 2}\n", "c.yaml:3: missing key 'teacher.path' (path): folder"),
     ],
 )
-def test_one_wrong_value(text: str, said: str) -> None:
+def test_config__one_wrong_value_is_explained(text: str, said: str) -> None:
     start = "out: x\n# comment\n" if text.startswith("method") else "out: x\nmethod: {name: clip}\n"
     (problem,) = problems(start + text)
     assert said in problem
@@ -431,17 +431,17 @@ def test_unreadable_yaml_is_one_problem_with_its_line(text: str | bytes, said: s
     assert said in problems(text)[0]
 
 
-def test_an_alias_bomb_is_refused() -> None:
+def test_yaml__alias_bomb_is_refused() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     assert "more than 20000 values, counting what aliases repeat" in problems("\n".join(lines))[0]
 
 
-def test_a_flood_of_values_is_refused() -> None:
+def test_yaml__too_many_values_are_refused() -> None:
     assert "more than 20000 values" in problems("words: [" + "x, " * 30_000 + "]")[0]
 
 
-def test_aliases_within_reason_are_fine() -> None:
+def test_yaml__ordinary_aliases_are_accepted() -> None:
     assert load(GOOD + "weights: {a: &x 3, b: *x}\n").weights == {"a": 3.0, "b": 3.0}
 
 
@@ -454,7 +454,7 @@ def test_an_empty_file_only_lacks_its_required_keys(text: str) -> None:
     assert {p.split("'")[1] for p in problems(text)} == {"out", "method.name"}
 
 
-def test_crlf_and_a_byte_order_mark_are_fine() -> None:
+def test_yaml__crlf_and_bom_are_accepted() -> None:
     assert load("\ufeff" + GOOD.replace("\n", "\r\n")).out == Path("runs/x")
 
 
@@ -521,13 +521,13 @@ def test_the_hash_follows_what_is_learnt_and_nothing_else() -> None:
     assert len(hashes - {config_hash(cfg)}) == len(learnt)
 
 
-class Elder(Section):
+class WithoutKey(Section):
     """As hashes were published."""
 
     depth: int = Field(default=18, description="layers")
 
 
-class Younger(Elder):
+class WithNewKey(WithoutKey):
     """The same with keys that came later."""
 
     freeze_at: int = Field(default=0, description="stages", json_schema_extra=LATER)
@@ -535,9 +535,9 @@ class Younger(Elder):
 
 
 def test_a_key_that_came_later_enters_the_hash_only_where_it_is_set() -> None:
-    assert config_hash(Younger(depth=50)) == config_hash(Elder(depth=50))
-    changed = [Younger(freeze_at=2), Younger(cut=Source(path=Path("x"))), Younger(cut=Source(path=Path("y")))]
-    assert len({config_hash(cfg) for cfg in (Younger(), *changed)}) == 4
+    assert config_hash(WithNewKey(depth=50)) == config_hash(WithoutKey(depth=50))
+    changed = [WithNewKey(freeze_at=2), WithNewKey(cut=Source(path=Path("x"))), WithNewKey(cut=Source(path=Path("y")))]
+    assert len({config_hash(cfg) for cfg in (WithNewKey(), *changed)}) == 4
 
 
 def test_the_hash_does_not_depend_on_how_the_configuration_was_written() -> None:
@@ -618,12 +618,12 @@ def test_numbers_beyond_json_are_hashed_too() -> None:
         (Any, "anything"),
     ],
 )
-def test_types_in_words(annotation: Any, text: str) -> None:
+def test_type_text__describes_types(annotation: Any, text: str) -> None:
     assert type_text(annotation) == text
 
 
 def test_of_very_many_problems_the_first_are_explained() -> None:
     found = problems(GOOD + "".join(f"key_{number}: 1\n" for number in range(70)))
     assert len(found) == 51
-    assert found[-1] == "c.yaml: and 20 more; is this a configuration of this command?"
+    assert found[-1] == "c.yaml: and 20 more; is this configuration for this command?"
     assert found[0].startswith("c.yaml:3: key_0: unknown key")

@@ -97,19 +97,19 @@ def outcome(data: bytes, overrides: tuple[str, ...] = ()) -> Config | ConfigErro
 
 @FAST
 @given(st.binary(max_size=200))
-def test_bytes(data: bytes) -> None:
+def test_fuzz__bytes(data: bytes) -> None:
     outcome(data)
 
 
 @FAST
 @given(syntax)
-def test_yaml_like_text(text: str) -> None:
+def test_fuzz__yaml_like_text(text: str) -> None:
     outcome(text.encode("utf-8", "surrogatepass"))
 
 
 @FAST
 @given(st.dictionaries(keys, trees, max_size=5))
-def test_trees_of_the_right_keys_with_the_wrong_values(tree: dict[str, object]) -> None:
+def test_fuzz__right_keys_wrong_values(tree: dict[str, object]) -> None:
     outcome(dump_config(tree).encode("utf-8", "surrogatepass"))
 
 
@@ -120,7 +120,7 @@ def test_trees_of_the_right_keys_with_the_wrong_values(tree: dict[str, object]) 
         max_size=4,
     )
 )
-def test_overrides(overrides: list[str]) -> None:
+def test_fuzz__overrides(overrides: list[str]) -> None:
     outcome(b"", tuple(overrides))
 
 

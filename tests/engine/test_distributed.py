@@ -126,14 +126,14 @@ def test_unreadable_images_of_all_processes_are_listed_in_one_file(pair: Path) -
     assert {entry["index"] for entry in lines(pair / "unreadable" / "bad_images.jsonl")} == {1, 5}
 
 
-def test_processes_that_wait_for_each_other_say_where_they_are(pair: Path) -> None:
+def test_deadlock__each_process_reports_its_position(pair: Path) -> None:
     for rank in range(2):
         said = (pair / f"hanging_{rank}.txt").read_text()
         assert re.search(rf"warning: process {rank} \(pid \d+\) has been in step 3 \(forward and backward\) for", said)
         assert said.count("warning") == 1, said
 
 
-def test_a_process_whose_others_are_gone_ends_with_its_rank_and_step(pair: Path) -> None:
+def test_lost_process__others_end_with_rank_and_step(pair: Path) -> None:
     assert re.match(
         r"process 0 lost the others after step 2 \(.*continue with --resume", (pair / "lost.txt").read_text()
     )

@@ -15,7 +15,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.files import fitting_name, read_json, require_writable, whole_folder, write_atomically
 
 
-def test_content_is_read(tmp_path: Path) -> None:
+def test_read_json__utf_8(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"größe": [1, null]}', encoding="utf-8")
     assert read_json(tmp_path / "a.json") == {"größe": [1, None]}
 
@@ -30,7 +30,7 @@ def test_content_is_read(tmp_path: Path) -> None:
     ],
     ids=["broken", "empty", "packed", "nested"],
 )
-def test_what_is_no_json_is_named_with_its_place(tmp_path: Path, content: bytes, said: str) -> None:
+def test_read_json__error_has_line_and_column(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "broken.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
@@ -46,7 +46,7 @@ def test_missing_files_and_folders_say_what_was_expected(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stem", ["a", "x" * 300, "长" * 100, os.fsdecode(b"caf\xe9" * 80)])
-def test_a_name_that_is_too_long_is_cut_and_stays_its_own(stem: str) -> None:
+def test_fitting_name__truncates_and_stays_unique(stem: str) -> None:
     name = fitting_name(stem, ".jpg")
     assert len(os.fsencode(name)) <= 255 and name.endswith(".jpg")
     assert (name == stem + ".jpg") == (len(os.fsencode(stem)) <= 251)
@@ -87,7 +87,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, error: Exception) -> Non
 
 
 @pytest.mark.parametrize("other", [None, {"a": "of an earlier version"}])
-def test_two_who_write_a_folder_at_once__the_first_one_stays(tmp_path: Path, other: dict[str, str] | None) -> None:
+def test_write_folder__first_of_two_writers_wins(tmp_path: Path, other: dict[str, str] | None) -> None:
     """The second must not take away what the first has begun to use."""
     target = tmp_path / "export"
     for name, text in (other or {}).items():

@@ -90,7 +90,7 @@ def test_a_warm_up_longer_than_the_run_is_refused(model: type, name: str) -> Non
     assert load_config(model, path, ["loop.steps=7", "optim.warmup_steps=6"]).loop.steps == 7
 
 
-def test_a_key_that_is_younger_than_a_run_keeps_its_default_or_stops_the_resume(tmp_path: Path) -> None:
+def test_resume__new_keys_must_have_their_default(tmp_path: Path) -> None:
     train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=2, warmup_steps=0)
     recorded = newest(tmp_path / "checkpoints", warn=print).meta["config"]  # type: ignore[union-attr]
     now = {**recorded, "method": {"chunk": 64}}
@@ -104,7 +104,7 @@ def test_a_key_that_is_younger_than_a_run_keeps_its_default_or_stops_the_resume(
         find_start(tmp_path, changed, at_default={"loop.seed"}, **options)  # type: ignore[arg-type]
 
 
-def test_a_clip_run_from_before_chunks_goes_on() -> None:
+def test_resume__clip_run_older_than_chunk() -> None:
     path = REPOSITORY / "configs" / "pretrain" / "clip.yaml"
     config = load_config(PretrainConfig, path)
     recorded = plain(config)

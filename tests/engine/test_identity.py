@@ -44,7 +44,7 @@ def change_pixel(path: Path) -> None:
     ],
     ids=["content", "size", "missing", "swapped"],
 )
-def test_small_data_are_known_by_their_content(folder: Path, change: Callable[[Path], None]) -> None:
+def test_identity__small_data_by_content(folder: Path, change: Callable[[Path], None]) -> None:
     before = files_identity("pictures", folder, NAMES)
     assert before == files_identity("pictures", folder, NAMES) and list(before) == ["pictures"]
     assert before == files_identity("pictures", Path(shutil.copytree(folder, folder.with_name("moved"))), NAMES)
@@ -53,9 +53,7 @@ def test_small_data_are_known_by_their_content(folder: Path, change: Callable[[P
     assert files_identity("pictures", folder, NAMES) != before
 
 
-def test_of_large_data_names_sizes_and_a_sample_are_compared_and_times_told_apart(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_identity__large_data_by_names_sizes_and_a_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "WHOLE", 100)
     monkeypatch.setattr(identity, "HASHED_FILES", 3)
     before = files_identity("pictures", folder, NAMES)
@@ -68,7 +66,7 @@ def test_of_large_data_names_sizes_and_a_sample_are_compared_and_times_told_apar
     assert files_identity("pictures", folder, NAMES)["pictures"] != before["pictures"]
 
 
-def test_the_ends_of_a_large_file_and_its_middle_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity__large_file_by_both_ends_and_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "WHOLE", 100)
     monkeypatch.setattr(identity, "PIECE", 10)
     content = bytearray(1000)
@@ -81,39 +79,42 @@ def test_the_ends_of_a_large_file_and_its_middle_are_looked_at(tmp_path: Path, m
         assert files_identity("shards", tmp_path, ["a.tar"])["shards"] != before, place
 
 
-class Told(Numbers):
+class WithIdentity(Numbers):
     """Numbers that say what they are made from."""
 
-    told: dict[str, str]
+    digests: dict[str, str]
 
     def identity(self) -> dict[str, str]:
-        return self.told
+        return self.digests
 
 
-def told(**digests: str) -> Told:
-    source = Told()
-    source.told = {name.replace("_", " "): value for name, value in digests.items()}
+def with_identity(**digests: str) -> WithIdentity:
+    source = WithIdentity()
+    source.digests = {name.replace("_", " "): value for name, value in digests.items()}
     return source
 
 
 def test_a_resumed_run_refuses_other_data_by_name_and_takes_the_same(tmp_path: Path) -> None:
-    train(Everything(), tmp_path / "run", told(pictures="1", annotations="2"), steps=4)
-    for other in (told(pictures="1", annotations="3"), told(pictures="1")):
+    train(Everything(), tmp_path / "run", with_identity(pictures="1", annotations="2"), steps=4)
+    for other in (with_identity(pictures="1", annotations="3"), with_identity(pictures="1")):
         with pytest.raises(
-            UserError, match=r"cannot resume, the annotations are others now \((3|None)\) than .* \(2\)"
+            UserError, match=r"cannot resume, the annotations have changed \(2 at the start, (3|None) now\)"
         ):
             train(Everything(), tmp_path / "run", other, steps=8, resume=True, free_keys=("loop.steps",))
-    again = told(pictures="1", annotations="2")
+    again = with_identity(pictures="1", annotations="2")
     assert train(Everything(), tmp_path / "run", again, steps=8, resume=True, free_keys=("loop.steps",)).step == 8
 
 
 def test_data_that_were_only_copied_are_taken_with_a_warning(tmp_path: Path) -> None:
-    source, copy = Told(), Told()
-    source.told, copy.told = {"pictures": "1", "pictures" + TIMES: "2"}, {"pictures": "1", "pictures" + TIMES: "3"}
+    source, copy = WithIdentity(), WithIdentity()
+    source.digests, copy.digests = (
+        {"pictures": "1", "pictures" + TIMES: "2"},
+        {"pictures": "1", "pictures" + TIMES: "3"},
+    )
     train(Everything(), tmp_path / "run", source, steps=4)
     train(Everything(), tmp_path / "run", copy, steps=8, resume=True, free_keys=("loop.steps",))
-    assert "the files of the pictures were copied or changed" in (tmp_path / "run" / "train.log").read_text()
+    assert "the files of the pictures were copied or touched" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_a_source_that_does_not_tell_is_known_by_its_length_alone() -> None:
+def test_identity__source_without_one_is_compared_by_length() -> None:
     assert identity_of(Numbers()) == {}

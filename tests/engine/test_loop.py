@@ -101,7 +101,7 @@ def test_torn_and_future_lines_are_dropped_on_resume(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_durations_read_like_a_clock() -> None:
+def test_format_duration__hours_minutes_seconds() -> None:
     assert [format_duration(s) for s in (0, 59.6, 3661, 360000)] == ["0:00:00", "0:01:00", "1:01:01", "100:00:00"]
 
 
@@ -278,12 +278,12 @@ def test_resume_into_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_resume_with_other_samples_or_other_frozen_weights_is_refused(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "run")
-    with pytest.raises(UserError, match=r"the samples are others now \(51\) than when it began \(50\)"):
+    with pytest.raises(UserError, match=r"the samples have changed \(50 at the start, 51 now\)"):
         train(Everything(), tmp_path / "run", Numbers(51), resume=True)
     changed = Everything()
     with torch.no_grad():
         changed.teacher.weight += 1
-    with pytest.raises(UserError, match="the frozen weights are others now"):
+    with pytest.raises(UserError, match="the frozen weights have changed"):
         train(changed, tmp_path / "run", resume=True)
     assert train(Everything(), tmp_path / "run", resume=True).step == 8
 
@@ -392,7 +392,7 @@ def test_precision_is_that_of_matrix_products(tmp_path: Path, precision: str, ex
     assert load_weights(tmp_path / "run/last/model.safetensors")[0]["layer.weight"].dtype == torch.float32
 
 
-def test_a_run_says_early_how_long_it_takes_and_what_space(tmp_path: Path) -> None:
+def test_log__estimates_duration_and_disk(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "run", steps=12, save_every=100)
     log = (tmp_path / "run" / "train.log").read_text()
     said = re.search(

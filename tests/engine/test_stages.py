@@ -56,7 +56,7 @@ class Stage(Section):
     weights: str
 
 
-def test_what_is_there_or_is_made_by_nobody_known_is_left_to_its_reader(tmp_path: Path) -> None:
+def test_stages__existing_or_unknown_paths_pass(tmp_path: Path) -> None:
     require_stages(Stage(out="runs/text", weights=f"{tmp_path}/own/exported"))
     require_stages(Stage(out="runs/text", weights=str(tmp_path)))
     require_stages(Stage(out="runs/text", weights="clip-sticker"))

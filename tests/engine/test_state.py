@@ -39,7 +39,7 @@ def tensors(**changes: Tensor | None) -> dict[str, Tensor]:
     ],
     ids=["whole", "no counter", "missing", "unexpected", "shape"],
 )
-def test_what_must_be_complete_is(
+def test_load_tensors__incomplete_state_is_refused(
     strict: Any, change: dict[str, Any], refused_by: tuple[str, ...], message: str
 ) -> None:
     model = network()

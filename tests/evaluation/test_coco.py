@@ -193,7 +193,7 @@ def test_one_category_is_pycocotools_without_categories() -> None:
     assert stats_of(metrics.values, "bbox") == list(official(gt, results, "bbox", use_categories=False).stats[:6])
 
 
-def test_a_box_of_two_categories_is_one_thing() -> None:
+def test_recall__box_of_two_categories_counts_once() -> None:
     gt, results = tiny([[0, 0, 20, 20]], [([0, 0, 20, 20], 0.4)])
     twice = [*results, {**results[0], "category_id": 9, "score": 0.9}]
     things, found = as_one_category(gt, twice)

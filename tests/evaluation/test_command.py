@@ -160,10 +160,10 @@ def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--embeddings", "crops", "--second-look", "5"], "leave --crop-refinement out"),
-        (["--embeddings", "crops", "--examples", "1"], "without --embeddings crops"),
-        (["--vocabulary", "words.txt", "--examples", "1"], "without a vocabulary file"),
-        (["--annotations", "gt.json"], "goes without --annotations"),
+        (["--embeddings", "crops", "--second-look", "5"], "remove --crop-refinement"),
+        (["--embeddings", "crops", "--examples", "1"], "a vocabulary file or --embeddings crops"),
+        (["--vocabulary", "words.txt", "--examples", "1"], "cannot be combined with a vocabulary file"),
+        (["--annotations", "gt.json"], "cannot be combined with --annotations"),
         (["--predictions", "results.json"], "not both"),
         (["--limit", "0"], "must be at least 1"),
     ],

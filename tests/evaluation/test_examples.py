@@ -31,7 +31,7 @@ def test_crops_are_fixed_and_the_first_one_stays_when_more_are_given() -> None:
         assert not np.array_equal(again, other)
 
 
-def test_a_predictor_of_examples_gives_the_scores_that_a_person_sees() -> None:
+def test_examples__scores_equal_the_detectors() -> None:
     detector = make_detector()
     crop = np.full((30, 30, 3), COLOURS["blue"], dtype=np.uint8)
     query = detector.query(None, {"b": crop})
@@ -86,7 +86,7 @@ def test_too_few_annotations_for_the_crops_are_explained(tmp_path: Path) -> None
         coco_crops(gt, tmp_path, count=1)
 
 
-def test_a_picture_may_be_asked_for_what_is_in_it_only() -> None:
+def test_present__searches_each_picture_for_its_own_classes() -> None:
     detector = make_detector()
     crops = {5: [Crop(np.full((30, 30, 3), COLOURS["blue"], dtype=np.uint8))],
              6: [Crop(np.full((30, 30, 3), COLOURS["red"], dtype=np.uint8))]}  # fmt: skip
@@ -109,8 +109,8 @@ def test_coco_crops__clips_boxes_and_skips_other_categories(
     assert set(only) == {9} and [image["id"] for image in rest["images"]] == [1, 2, 4]
 
 
-def test_the_one_shot_protocol_goes_with_examples() -> None:
-    with pytest.raises(UserError, match="goes without --queries words"):
+def test_present__needs_examples_and_excludes_word_queries() -> None:
+    with pytest.raises(UserError, match="cannot be combined with --queries words"):
         main(
             [
                 "--weights",
@@ -129,5 +129,5 @@ def test_the_one_shot_protocol_goes_with_examples() -> None:
 
 
 def test_examples_need_a_detector(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--examples shows crops to a detector"):
+    with pytest.raises(UserError, match="--examples describes classes by crops"):
         main(["--predictions", "r.json", "--annotations", "gt.json", "--examples", "1"])

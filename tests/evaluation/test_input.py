@@ -39,7 +39,7 @@ def without(key: str) -> dict[str, Any]:
         (without("score"), "'score' is missing"),
         (without("bbox"), "neither bbox nor segmentation"),
         (GOOD | {"image_id": 12}, "image_id 12 is not in the ground truth"),
-        (GOOD | {"image_id": "11"}, "written as a text; the ground truth has 11"),
+        (GOOD | {"image_id": "11"}, "written as a string; the ground truth has 11"),
         (GOOD | {"image_id": None}, "image_id None is not"),
         (GOOD | {"image_id": [11]}, r"image_id \[11\] is not"),
         (GOOD | {"image_id": True}, "image_id True is not"),
@@ -68,7 +68,7 @@ def without(key: str) -> dict[str, Any]:
         (GOOD | {"segmentation": [[1, 2, 3]]}, "neither polygons"),
         (GOOD | {"segmentation": [["a", "b", "c", "d"]]}, "neither polygons"),
         (GOOD | {"segmentation": "mask"}, "neither polygons"),
-        ("text", "expected an object, found a text"),
+        ("text", "expected an object, found a string"),
         (None, "expected an object, found null"),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_bad_detection_is_refused_by_its_position(bad: Any, message: str) -> N
         ({"annotations": []}, "found an object. This looks like a ground-truth file"),
         ({}, "expected a list of detections, found an object"),
         (None, "found null"),
-        ("x", "found a text"),
+        ("x", "found a string"),
     ],
 )
 def test_results_that_are_not_a_list_are_refused(results: Any, message: str) -> None:
@@ -104,9 +104,9 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         ({}, "'images' must be a list, is missing"),
         (changed(lambda g: g.update(annotations=None)), "'annotations' must be a list, null"),
         (changed(lambda g: g["images"].append({"id": 11})), r"images\[2\]: image id 11 occurs twice"),
-        (changed(lambda g: g["images"].append({"id": "a"})), "some image ids are numbers and some are texts"),
+        (changed(lambda g: g["images"].append({"id": "a"})), "some image ids are numbers and some are strings"),
         (changed(lambda g: g["images"].append({"file_name": "a"})), r"images\[2\]: 'id' is missing"),
-        (changed(lambda g: g["images"].append({"id": 1.5})), "id must be a number or a text"),
+        (changed(lambda g: g["images"].append({"id": 1.5})), "id must be a number or a string"),
         (changed(lambda g: g["categories"].append({"id": 7, "name": "x"})), "category id 7 occurs twice"),
         (changed(lambda g: g["categories"].append({"id": 8})), r"categories\[2\]: 'name' is missing"),
         (changed(lambda g: g["categories"].append({"id": "8", "name": "x"})), "id must be a whole number"),

@@ -209,7 +209,7 @@ def test_sigma_of_soft_nms_is_a_number_above_0(value: str) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--vild"], ["--queries", "words"]])
-def test_soft_nms_goes_without_what_has_its_own_nms(flags: list[str]) -> None:
+def test_soft_nms__excludes_vild_and_word_queries(flags: list[str]) -> None:
     with pytest.raises(UserError, match="--soft-nms"):
         Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms", *flags])
     assert Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms"]).soft_nms == 0.5
@@ -314,18 +314,18 @@ def test_vild_flag__regions_class_limit_and_synonyms(
     folder, path, gt = photos
     gt["categories"][0]["synonyms"] = ["red", "crimson", "crimson"]
     path.write_text(json.dumps(gt))
-    asked: dict[str, Any] = {}
+    given: dict[str, Any] = {}
 
     def load(cls: type[Detector], weights: str, **options: Any) -> Detector:
-        asked.update(options)
+        given.update(options)
         return make_detector()
 
     monkeypatch.setattr(Detector, "load", classmethod(load))
     monkeypatch.setattr("ovd.weights.detector_folder", lambda weights: Path("nowhere"))
     arguments = ["--weights", "x", "--data", f"coco:{folder}:{path}", "--vild", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    assert asked["regions"] == 1000 and asked["crop_refinement"] == 0
+    assert given["regions"] == 1000 and given["crop_refinement"] == 0
     run = json.loads((tmp_path / "out" / "metrics.json").read_text())["run"]
     assert run["vild"] is True and run["synonyms"] == 1 and run["words"] == 4
-    with pytest.raises(UserError, match="--vild goes with published scores"):
+    with pytest.raises(UserError, match="--vild uses the published scores"):
         main([*arguments, "--scores", "calibrated"])

@@ -45,9 +45,9 @@ def test_a_json_table_of_names_is_in_the_order_of_its_numbers(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "names", ["[cat, ]x", "[cat, '']", "[cat, [dog]]", "{a: cat}", "{-1: cat}", "[" * 3000, r'["\UFFFFFFFF"]']
 )
-def test_what_are_no_names_are_refused_in_a_line(names: str, tmp_path: Path) -> None:
+def test_data_yaml__invalid_names_are_refused(names: str, tmp_path: Path) -> None:
     file = yolo(tmp_path, yaml=f"train: images\nnames: {names}\n")
-    with pytest.raises(UserError, match=r"data.yaml: (names|no YAML)"):
+    with pytest.raises(UserError, match=r"data.yaml: (names|not YAML|YAML nested)"):
         read_labels(file)
 
 
@@ -73,7 +73,7 @@ def test_an_empty_list_of_classes_is_named(tmp_path: Path) -> None:
         read_labels(tmp_path)
 
 
-def test_what_macos_leaves_beside_files_is_no_label(tmp_path: Path) -> None:
+def test_labels__macos_files_are_skipped(tmp_path: Path) -> None:
     voc(tmp_path / "voc", voc_object())
     yolo(tmp_path / "yolo").rename(tmp_path / "yolo/mine.yaml")
     for file in ("voc/Annotations/._a.xml", "yolo/._mine.yaml"):
@@ -135,7 +135,7 @@ def test_pictures_in_formats_that_are_not_read_are_counted(listed: bool, tmp_pat
     if listed:
         (tmp_path / "list.txt").write_text("images/a.jpg\nimages/b.gif\n")
         file.write_text("train: list.txt\nnames: [cat]\n")
-    assert "passed over: 1 .gif" in "\n".join(read_labels(file).truth().warnings)
+    assert "skipped: 1 .gif" in "\n".join(read_labels(file).truth().warnings)
 
 
 def test_a_picture_with_two_ids_is_reported(tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ def test_names_that_xml_cannot_hold_do_not_break_the_file(to: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["a\0b.jpg", "\ud800.jpg"])
-def test_a_name_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+def test_coco__invalid_file_name_is_refused(name: str, tmp_path: Path) -> None:
     content = coco_content()
     content["images"][1]["file_name"] = name
     file = make_coco(tmp_path)
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"images\[1\]: file_name .* is no name"):
+    with pytest.raises(UserError, match=r"images\[1\]: file_name .* is not a valid file name"):
         read_labels(file, images=tmp_path / "photos").truth()
 
 

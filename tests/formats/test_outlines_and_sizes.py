@@ -42,9 +42,7 @@ def changed(coco: Path, **entry: object) -> Path:
     return coco
 
 
-def test_a_file_of_outlines_has_nothing_else_in_it(
-    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_yolo_seg__files_contain_outlines_only(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(coco), "--to", "yolo-seg", "--out", str(tmp_path / "out")]) == 0
     assert "2 of 3 objects have no outline: yolo-seg has the corners of their boxes" in capsys.readouterr().err
     lines = [(tmp_path / f"out/labels/{n}.txt").read_text().split() for n in range(3)]

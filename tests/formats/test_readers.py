@@ -118,7 +118,7 @@ def test_yolo__shares_are_of_the_picture_as_it_is_seen(tmp_path: Path) -> None:
         ("0 40 30 20 30", r"a\.txt:1: coordinates must be shares of the picture, from 0 to 1; are these pixels\?"),
         ("0 .5 nan .5 .5", r"a\.txt:1: coordinates must be"),
         ("0 .5 .5 .5", r"a\.txt:1: 4 numbers are neither a box \(5\) nor an outline"),
-        ("0 .5 .5 .5 .5 1.5", r"the sixth number, 1\.5, is no score"),
+        ("0 .5 .5 .5 .5 1.5", r"the sixth number, 1\.5, is not a score"),
         ("9 1 1\n8 1 1\n", r"(?s)2 mistakes in .*data\.yaml:\n.*a\.txt:1: class 9.*\n.*a\.txt:2: class 8"),
     ],
 )
@@ -135,9 +135,9 @@ def test_yolo__mistakes_name_file_and_line(labels: str, said: str, tmp_path: Pat
         ("train: images\nnames: [cat, dog]\nnc: 3", "nc is 3, but names has 2 classes"),
         ("names: [cat, dog]", "none of train, val and test names a folder"),
         ("train: [[a]]\nnames: [cat]", "train: expected a folder or a text file"),
-        ("train: {", "no YAML"),
+        ("train: {", "not YAML"),
         ("- a", "expected the keys names, train"),
-        ("train: images\nnames: {cat: 0}", "'cat': '0' is no class index"),
+        ("train: images\nnames: {cat: 0}", "'cat': '0' is not a class index"),
     ],
 )
 def test_yolo__a_wrong_yaml_is_explained(yaml: str, said: str, tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_voc__files_beside_their_pictures_in_roboflows_folders(tmp_path: Path) -
     [
         (lambda p: voc(p, "<object>\n</object>"), r"Annotations/a\.xml:4: object without a name"),
         (lambda p: voc(p, voc_object(), voc_object(box=("x", 1, 2, 3))), r"a\.xml:5: cat: bndbox needs the numbers"),
-        (lambda p: voc(p, voc_object(box=(40, 45, 11, 21))), r"a\.xml:4: cat: bndbox from .* is no box"),
+        (lambda p: voc(p, voc_object(box=(40, 45, 11, 21))), r"a\.xml:4: cat: bndbox from .* is not a box"),
         (lambda p: voc(p, voc_object(box=(100, 100, 120, 120))), r"outside the picture of 80 × 60 pixels"),
         (lambda p: voc(p, voc_object(), filename="b.jpg") / "", None),
-        (lambda p: voc(p, "<object>"), r"a\.xml:5: no XML"),
+        (lambda p: voc(p, "<object>"), r"a\.xml:5: not XML"),
         (lambda p: voc(p, voc_object(), head="<!DOCTYPE a [<!ENTITY b 'c'>]>\n"), r"a\.xml:1: has a document type"),
         (lambda p: voc(p), "no object in 1 XML files"),
     ],
@@ -266,7 +266,7 @@ def test_coco__a_part_of_a_file_whose_images_have_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["readme.md", "."])
-def test_what_is_no_label_file_is_refused(text: str, tmp_path: Path) -> None:
+def test_read_labels__unknown_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("hello")
     with pytest.raises(UserError, match="no labels that are known: give a COCO .json, a YOLO data.yaml"):
         recognise(tmp_path / text)

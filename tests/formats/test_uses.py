@@ -84,7 +84,7 @@ def test_a_model_is_evaluated_on_the_part_for_it(kind: str, sets: dict[str, Path
         assert len(pictures.split.base) == 3
 
 
-def test_results_are_evaluated_against_yolos_labels(
+def test_evaluate__results_against_yolo_labels(
     sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = [{"image_id": 1, "category_id": c, "bbox": b, "score": 0.9} for c, b in

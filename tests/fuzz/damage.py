@@ -115,7 +115,7 @@ def broken(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-def one_line_of(error: UserError, *names: str) -> None:
+def assert_one_line(error: UserError, *names: str) -> None:
     """An error that a person can act on: one line, of a length that is read, that names the thing."""
     text = str(error)
     assert "\n" not in text, f"more than one line: {text}"

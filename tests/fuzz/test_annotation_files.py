@@ -25,7 +25,7 @@ from ovd.config import DataConfig
 from ovd.regions.images import CocoPictures
 from ovd.training.inputs import labelled_images
 from pretrain.engine.errors import BadImageError, UserError
-from tests.fuzz.damage import FUZZ, files, one_line_of
+from tests.fuzz.damage import FUZZ, assert_one_line, files
 
 HEIGHT, WIDTH = 80, 100
 TRUTH: dict[str, Any] = {
@@ -69,7 +69,7 @@ def written(suffix: str, data: bytes) -> Iterator[Path]:
 
 
 def about(error: UserError, path: Path) -> None:
-    one_line_of(error, path.name, "predictions", "annotations", "split")
+    assert_one_line(error, path.name, "predictions", "annotations", "split")
 
 
 def evaluated(truth: Path, results: Path) -> str | None:

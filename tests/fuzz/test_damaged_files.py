@@ -34,7 +34,7 @@ from pretrain.engine.checkpoint import pack
 from pretrain.engine.config import find_config, load_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.nets.checkpoints import read_tensors
-from tests.fuzz.damage import FUZZ, broken, documents, one_line_of
+from tests.fuzz.damage import FUZZ, assert_one_line, broken, documents
 from tests.regions.fakes import NoisePictures, RandomProposer, TinyEncoder
 
 HEIGHT, WIDTH = 12, 16
@@ -80,7 +80,7 @@ def test_any_picture_is_pixels_or_a_bad_image(data: bytes) -> None:
             try:
                 pixels = read_image(path, **options)  # type: ignore[arg-type]
             except BadImageError as error:
-                one_line_of(error, "picture.jpg")
+                assert_one_line(error, "picture.jpg")
             else:
                 assert pixels.dtype == np.uint8 and pixels.ndim == 3 and 0 not in pixels.shape
 
@@ -111,7 +111,7 @@ def test_any_weight_file_is_tensors_or_one_line(data: bytes, name: str) -> None:
         try:
             assert all(isinstance(value, torch.Tensor) for value in read_tensors(path).values())
         except UserError as error:
-            one_line_of(error, name)
+            assert_one_line(error, name)
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +132,12 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_read(run: Path, d
     damaged = data.draw(broken(good))
     try:
         file.write_bytes(damaged)
-        told: list[str] = []
-        found = checkpoint.newest(run, warn=told.append)
+        warnings: list[str] = []
+        found = checkpoint.newest(run, warn=warnings.append)
         assert found is not None
         model, state = checkpoint.load_state(found)
         assert found.step == state["step"] == model["weight"][0] == (2 if damaged == good else 1)
-        assert len(told) == (damaged != good) and all("step_2" in text and "\n" not in text for text in told)
+        assert len(warnings) == (damaged != good) and all("step_2" in text and "\n" not in text for text in warnings)
     finally:
         file.write_bytes(good)
 
@@ -171,7 +171,7 @@ def test_any_word_list_is_words_that_come_back_or_one_line(data: bytes, suffix: 
         try:
             words = Vocabulary.load(path)
         except UserError as error:
-            one_line_of(error, path.name)
+            assert_one_line(error, path.name)
             return
         assert words.names and all(isinstance(name, str) for name in words.names)
         words.save(path.with_name("saved.json"))
@@ -239,4 +239,4 @@ def test_a_damaged_store_is_refused_found_by_verify_or_the_same(store: Path, dat
             found = content_of(copy)
             assert found == whole or RegionStore.open(copy).verify()
         except UserError as error:
-            one_line_of(error, file.name, "region store", "store")
+            assert_one_line(error, file.name, "region store", "store")

@@ -25,7 +25,7 @@ def instructions(name: str) -> list[str]:
     return re.findall(rf"^{name} (.+)$", DOCKERFILE, re.MULTILINE)
 
 
-def test_what_the_image_is_made_of_is_there_and_not_ignored() -> None:
+def test_docker__copied_paths_exist_and_are_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     copied = [words[:-1] for line in instructions("COPY") if (words := line.split())[0][:6] != "--from"]
     names = [name for words in copied for name in words]

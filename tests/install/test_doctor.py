@@ -86,7 +86,7 @@ def test_another_version_than_the_tested_one_is_a_note(tmp_path: Path, monkeypat
     ],
 )
 @pytest.mark.parametrize("works", [True, False], ids=["imports", "broken"])
-def test_where_detectron2_came_from(
+def test_doctor__detectron2_origin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, expected: str, works: bool
 ) -> None:
     (tmp_path / file).write_text(content)
@@ -112,7 +112,7 @@ def test_missing_browser_is_only_a_note() -> None:
 
 
 @pytest.mark.parametrize(("free", "level"), [(1 << 29, "WRONG"), (2 << 30, "note"), (50 << 30, "ok")])
-def test_free_disk(tmp_path: Path, free: int, level: str) -> None:
+def test_doctor__free_disk(tmp_path: Path, free: int, level: str) -> None:
     assert doctor.check_disk(tmp_path, free).level == level
 
 
@@ -148,7 +148,7 @@ def test_the_command_runs_here_and_its_status_agrees_with_its_words() -> None:
 
 
 @pytest.mark.parametrize("checkout", [False, True])
-def test_an_environment_without_torch_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkout: bool) -> None:
+def test_doctor__works_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkout: bool) -> None:
     if checkout:
         (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(doctor, "ROOT", tmp_path)

@@ -77,7 +77,7 @@ def test_missing_and_cut_files_are_refused(root: Path, damage, message: str) -> 
         weights_folder("default")
 
 
-def test_unknown_name_lists_what_there_is(root: Path) -> None:
+def test_weights__unknown_name_lists_the_known(root: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean 'vild-photo'.*default, clip-sticker, vild-photo"):
         weights_folder("vild-foto")
 
@@ -166,7 +166,7 @@ def test_command_line_reports_a_user_error_without_traceback(root: Path) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_the_readme_and_the_reports_tell_the_figures_of_the_shipped_cards() -> None:
+def test_docs__figures_equal_the_shipped_cards() -> None:
     """Weights shipped anew leave stale figures behind in prose."""
     repository = Path(__file__).resolve().parents[2]
 

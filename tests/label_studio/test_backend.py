@@ -78,10 +78,10 @@ def served(gate: BackendGate) -> tuple[Server, Ask]:
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    server, asked = served(
-        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+    server, ask = served(
+        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(request=200_000))
     )
-    yield asked
+    yield ask
     server.close()
 
 
@@ -129,7 +129,7 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("/predict", request("http://elsewhere.test/a.jpg"), "is on another host than Label Studio's"),
+        ("/predict", request("http://elsewhere.test/a.jpg"), "is on another host than Label Studio,"),
         ("/predict", request("data:image/png;base64,AAAA"), "its picture: cannot be read"),
         ("/predict", {"tasks": [{"id": 1, "data": {"img": PHOTO}}], "label_config": CONFIG}, "has no 'photo', where"),
         ("/predict", {"tasks": [], "label_config": CONFIG}, "the request has no tasks"),
@@ -137,12 +137,12 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
         ("/predict", {"tasks": [{"data": {}}]}, "no labelling configuration (label_config)"),
         ("/setup", {"schema": PAIRS.replace("<Rectangle name", "<Ellipse name")}, "<Labels> and no <Rectangle>"),
         ("/setup", {"schema": "<View/>"}, "no <Image>"),
-        ("/setup", [], "no JSON object"),
-        ("/setup", b"\xff", "no JSON"),
+        ("/setup", [], "not a JSON object"),
+        ("/setup", b"\xff", "not JSON"),
         ("/webhook", {"action": "START_TRAINING", "project": {}}, "wordbox train --config photos/finetune.yaml"),
     ],
 )
-def test_what_is_wrong_stands_in_the_status_line(path: str, body: object, message: str, ask: Ask) -> None:
+def test_backend__errors_are_in_the_reason_phrase(path: str, body: object, message: str, ask: Ask) -> None:
     answer = ask("POST", path, body)
     assert 400 <= answer.status < 600 and message in answer.reason and message in answer.body["error"]
     assert "x-reason-phrase" not in {name.lower() for name in answer.headers}
@@ -160,15 +160,15 @@ def test_foreign_names_large_bodies_and_other_methods_are_refused(ask: Ask) -> N
 
 def test_basic_authentication_holds_for_all_endpoints() -> None:
     gate = BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), credentials=("me", "pass:word"))
-    server, asked = served(gate)
+    server, ask_with_password = served(gate)
     right = {"Authorization": "Basic " + base64.b64encode(b"me:pass:word").decode()}
     wrong = {"Authorization": "Basic " + base64.b64encode(b"me:pass").decode()}
     try:
-        assert asked("GET", "/health", headers=right).status == 200
+        assert ask_with_password("GET", "/health", headers=right).status == 200
         for headers in (wrong, {}, {"Authorization": "Bearer me"}):
-            refused = asked("GET", "/health", headers=headers)
+            refused = ask_with_password("GET", "/health", headers=headers)
             assert refused.status == 401 and refused.headers["www-authenticate"].startswith("Basic")
-            assert asked("POST", "/predict", request(PHOTO), headers=headers).status == 401
+            assert ask_with_password("POST", "/predict", request(PHOTO), headers=headers).status == 401
     finally:
         server.close()
 
@@ -193,7 +193,7 @@ def test_a_controls_threshold_comes_before_the_commands(threshold: float | None,
     [
         ([], "wordbox serve --label-studio"),
         (["--label-studio", "--user", "me"], "needs both --user and --password"),
-        (["--label-studio", "--label-studio-url", "localhost"], "give the whole address"),
+        (["--label-studio", "--label-studio-url", "localhost"], "give the full URL"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_loaded(

@@ -16,7 +16,7 @@ def boxes(labels: str, more: str = "") -> str:
     return f'<View>{IMAGE}<RectangleLabels name="label" toName="image"{more}>{labels}</RectangleLabels></View>'
 
 
-def test_labels_are_asked_by_value_or_predicted_values_and_stored_by_alias() -> None:
+def test_labels__searched_by_value_stored_by_alias() -> None:
     labels = (
         '<Label value="Red_Cell" background="#FFA39E" hotkey="1"/><View><Label value="Tasse" alias="mug"/></View>'
         '<Label value="Hund" alias="d" predicted_values=" dog, puppy ,dog,"/><Label alias="cat"/>'
@@ -45,7 +45,7 @@ def test_every_control_with_a_picture_is_served() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("<View", "no XML"),
+        ("<View", "not XML"),
         ('<!DOCTYPE x [<!ENTITY a "b">]><View/>', "document type"),
         (" " * (MAX_CONFIG + 1), "at most 1,000,000 are read"),
         ("<View/>", "no <Image>"),
@@ -62,6 +62,6 @@ def test_every_control_with_a_picture_is_served() -> None:
         (boxes(DOG).replace("value=", "valueList=", 1), "several pictures in one task"),
     ],
 )
-def test_what_cannot_be_served_is_reported_with_what_to_change(config: str, message: str) -> None:
+def test_config__unsupported_one_is_explained(config: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_config(config)

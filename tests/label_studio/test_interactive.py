@@ -29,10 +29,10 @@ PHOTO = data_uri(picture([*(("red", *box) for box in RED), ("blue", 10, 80, 60, 
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    server, asked = served(
-        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(question=200_000))
+    server, ask = served(
+        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(request=200_000))
     )
-    yield asked
+    yield ask
     server.close()
 
 
@@ -77,7 +77,7 @@ def corners(result: dict[str, Any]) -> tuple[int, ...]:
     return round(x * 1.6), round(y * 1.2), round((x + width) * 1.6), round((y + height) * 1.2)
 
 
-def test_all_things_like_the_drawn_one_get_its_label(ask: Ask) -> None:
+def test_interactive__similar_objects_get_the_drawn_label(ask: Ask) -> None:
     answer = ask("POST", "/predict", request(region(rectanglelabels=["r"]))).body
     (prediction,) = answer["results"]  # one object, from whose "result" the page reads
     assert prediction["model_version"] == answer["model_version"]
@@ -104,7 +104,7 @@ def test_a_rectangle_and_its_label_come_in_pairs(ask: Ask) -> None:
     assert [result["value"].get("labels") for result in prediction["result"]] == [None, ["blue"]] * 3
 
 
-def test_a_turned_rectangle_shows_what_is_in_the_upright_one_around_it() -> None:
+def test_interactive__rotated_rectangle_uses_its_upright_bounds() -> None:
     # The corner is the top right one now: a quarter turn, width runs down and height to the left.
     turned = region(x=50 / 1.6, width=50 / 1.6, height=40 / 1.2, rotation=90, rectanglelabels=["r"])
     drawn = read_drawn(request(turned))
@@ -113,7 +113,7 @@ def test_a_turned_rectangle_shows_what_is_in_the_upright_one_around_it() -> None
 
 
 @pytest.mark.parametrize("context", [None, {}, {"result": []}])
-def test_without_a_drawing_words_are_asked(ask: Ask, context: object) -> None:
+def test_interactive__no_drawing_searches_words(ask: Ask, context: object) -> None:
     body = request()
     body["params"]["context"] = context
     ((prediction,),) = ask("POST", "/predict", body).body["results"]
@@ -123,8 +123,8 @@ def test_without_a_drawing_words_are_asked(ask: Ask, context: object) -> None:
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        ([region(kind="keypointlabels")], "what was drawn is no rectangle (keypointlabels)"),
-        ([region(x=None)], "what was drawn is no rectangle"),
+        ([region(kind="keypointlabels")], "what was drawn is not a rectangle (keypointlabels)"),
+        ([region(x=None)], "what was drawn is not a rectangle"),
         ([region(control="other", rectanglelabels=["r"])], "drawn with 'other', which takes no boxes"),
         ([region(width=1, rectanglelabels=["r"])], "example 'r' is 2×50 pixels; at least 8×8"),
         (["r"], "no list of regions"),
@@ -148,7 +148,7 @@ def test_a_second_drawing_on_a_picture_runs_no_network_again() -> None:
     assert one._detector.runs == runs
 
 
-def test_weights_without_an_image_tower_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interactive__needs_an_image_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     from ovd.label_studio.backend import Task
 
     one = backend()

@@ -20,10 +20,10 @@ PERSONAL = "eyJhbGciOiJIUzI1NiJ9.eyJ0b2tlbl90eXBlIjoicmVmcmVzaCJ9.c2lnbmF0dXJl"
 
 
 class Studio(ThreadingHTTPServer):
-    """Keeps what was asked; a personal token is good for one exchange at a time."""
+    """Keeps its requests; a personal token is good for one exchange at a time."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
         self.exchanges = 0
         super().__init__(("127.0.0.1", 0), Answers)
 
@@ -37,7 +37,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         authorization = self.headers.get("Authorization", "")
-        self.server.asked.append((self.path, authorization))
+        self.server.requests.append((self.path, authorization))
         if authorization not in (f"Token {LEGACY}", f"Bearer access-{self.server.exchanges}"):
             self.say(401)
         elif self.path == "/data/upload/1/moved.jpg":
@@ -88,7 +88,7 @@ def studio() -> Iterator[Studio]:
 def test_pictures_of_label_studio_are_fetched_with_the_token(value: str, path: str, studio: Studio) -> None:
     source = PictureSource(url=studio.url + "/", token=LEGACY)
     assert source.read(value.format(url=studio.url)) == b"picture"
-    assert studio.asked == [(path, f"Token {LEGACY}")]
+    assert studio.requests == [(path, f"Token {LEGACY}")]
 
 
 def test_a_redirect_on_the_same_host_is_followed(studio: Studio) -> None:
@@ -106,24 +106,24 @@ def test_a_personal_token_is_exchanged_and_again_when_that_has_run_out(studio: S
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("http://elsewhere.test/cat.jpg", "is on another host than Label Studio's"),
-        ("//elsewhere.test/cat.jpg", "names no picture"),
-        ("http://user@127.0.0.1/cat.jpg", "names no picture"),
-        ("file:///etc/passwd", "names no picture"),
-        ("../cat.jpg", "names no picture"),
+        ("http://elsewhere.test/cat.jpg", "is on another host than Label Studio,"),
+        ("//elsewhere.test/cat.jpg", "not a readable picture"),
+        ("http://user@127.0.0.1/cat.jpg", "not a readable picture"),
+        ("file:///etc/passwd", "not a readable picture"),
+        ("../cat.jpg", "not a readable picture"),
         ("s3://bucket/cat.jpg", "sends on to http://elsewhere.test/cat.jpg, another host"),
         ("/data/upload/1/gone.jpg", "answers 404"),
         ("data:image/png;base64,@@", "not base64"),
         ("data:image/png", "without its data"),
     ],
 )
-def test_nothing_else_is_fetched(value: str, message: str, studio: Studio) -> None:
+def test_pictures__other_hosts_are_refused(value: str, message: str, studio: Studio) -> None:
     with pytest.raises(UserError, match=message):
         PictureSource(url=studio.url, token=LEGACY).read(value, task=7)
-    assert all(authorization == f"Token {LEGACY}" for _, authorization in studio.asked)
+    assert all(authorization == f"Token {LEGACY}" for _, authorization in studio.requests)
 
 
-def test_what_is_wrong_with_label_studio_is_reported(studio: Studio, tmp_path: Path) -> None:
+def test_pictures__server_errors_are_explained(studio: Studio, tmp_path: Path) -> None:
     upload = "/data/upload/1/cat.jpg"
     with pytest.raises(UserError, match="start wordbox serve with --label-studio-url"):
         PictureSource().read(upload)
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_label_studio_is_reported(studio: Studio, tmp_path: P
         PictureSource(url=studio.url, token=LEGACY, most=3).read(upload)
     with pytest.raises(UserError, match="cannot be reached"):
         PictureSource(url="http://127.0.0.1:1").read(upload)
-    with pytest.raises(UserError, match="give the whole address"):
+    with pytest.raises(UserError, match="give the full URL"):
         PictureSource(url="localhost:8080")
     with pytest.raises(UserError, match="no such folder"):
         PictureSource(root=tmp_path / "none")

@@ -157,7 +157,7 @@ def test_a_training_step_then_export_and_back(tmp_path: Path, form: str) -> None
     assert rcnn.build(again).pixel_mean == [127.0] * 3  # pixels as that detector's backbone knows them
 
 
-def test_a_transformer_takes_it_too(tmp_path: Path) -> None:
+def test_library_backbone__works_in_detr(tmp_path: Path) -> None:
     save_weights(tmp_path / "lite.safetensors", tensors_of(NAME), {})
     given = [*SMALL, "weights=null", "cache=null", f"out={tmp_path / 'run'}", "model.backbone.features=[res4, res5]"]
     with pytest.raises(UserError, match="nothing is downloaded.*backbone_weights"):
@@ -210,7 +210,7 @@ def test_a_stage_that_a_network_lacks_is_named() -> None:
         ({"pixel_mean": (1, 2, 3), "pixel_std": (0, 1, 1)}, "greater than 0"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(backbone: dict[str, Any], message: str) -> None:
+def test_library_backbone__contradictory_config_is_refused(backbone: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig.model_validate({"backbone": backbone, "proposals": {"anchor_sizes": ((24.0,),)}})
 

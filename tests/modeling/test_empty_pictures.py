@@ -175,7 +175,7 @@ def both(folder: Path) -> None:
     (folder / f"done_{rank()}").touch()
 
 
-def test_two_processes_of_which_one_sees_nothing_train_on(tmp_path: Path) -> None:
+def test_empty_pictures__one_of_two_processes_without_objects(tmp_path: Path) -> None:
     launch("both", tmp_path, world=2, module="tests.modeling.test_empty_pictures")
     assert {path.name for path in tmp_path.iterdir()} == {"done_0", "done_1"}
 

@@ -117,7 +117,7 @@ def brute_force_score(region: np.ndarray, word: np.ndarray, rivals: list[np.ndar
 
 
 @pytest.mark.parametrize("with_image", [False, True])
-def test_scores__equal_a_softmax_against_bank_and_background(with_image: bool) -> None:
+def test_scores__equal_a_softmax_with_background_words(with_image: bool) -> None:
     text, image, words, bank = rows(4, 6, seed=1), rows(4, 6, seed=2), rows(3, 6, seed=3), rows(5, 6, seed=4)
     background = rows(1, 6, seed=5)[0]
     calibration = Calibration(logit_scale=20.0, bank_limit=0.4, text_weight=0.6)

@@ -65,7 +65,7 @@ def test_sides_are_expected_distances_from_the_centre_of_the_cell() -> None:
 
 @pytest.mark.parametrize("ranking", ["words", "objectness"])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (32, 160)])
-def test_an_untrained_network_ranks_and_names_as_nanodet_does(
+def test_untrained_heads__rank_like_nanodet(
     nanodet: NanoDet, network: ProposalDetector, size: tuple[int, int], ranking: Literal["words", "objectness"]
 ) -> None:
     network.proposal_generator.ranking = ranking
@@ -108,7 +108,7 @@ def test_assignment_prefers_fit_and_leaves_doubt_alone() -> None:
     assert found.counts.tolist() == [True, True, True, False, True]
 
 
-def test_a_cell_wanted_by_two_objects_answers_for_the_one_it_overlaps_more() -> None:
+def test_assignment__cell_takes_the_object_of_higher_iou() -> None:
     boxes, centres = torch.tensor([[0, 0, 10, 10.0]]), torch.tensor([[5, 5.0]])
     objects = torch.tensor([[0, 0, 20, 10], [0, 0, 10, 12.0]])
     found = assign(boxes, torch.tensor([0.5]), centres, objects, torch.zeros(0, 4))
@@ -148,7 +148,7 @@ def test_only_objectness_learns_from_background_and_words_never_change(network: 
     assert not [n for n in something if n.startswith(("backbone.", "proposal_generator.heads."))]
 
 
-def test_doubtful_boxes_teach_nothing(network: ProposalDetector) -> None:
+def test_loss__doubtful_boxes_are_ignored(network: ProposalDetector) -> None:
     """All that the network boxes now, declared doubtful: no cell is background any more."""
     network.train()
     pixels = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)

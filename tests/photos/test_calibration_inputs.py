@@ -38,7 +38,7 @@ def write_labels(folder: Path, words: list[str | None]) -> Path:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ([], "labels.json: no photo to look at"),
+        ([], "labels.json: no photo to train on"),
         ([None] * 41, "labels.json: 0 photos with boxes; at least 40 are needed, half to fit on"),
         (["dog"], "labels.json: 1 photo with boxes; at least 40"),
         (["dog", "cat"] * 19, "labels.json: 38 photos with boxes; at least 40"),

@@ -38,6 +38,19 @@ def small_encoder(conse: ConseShare | None) -> JointEncoder:
     return build_encoder(EncoderConfig(embed_dim=16, image=image, text=CbowTower(width=16, hidden=16))).eval()
 
 
+def fill_classifier(projection: ConseProjection) -> None:
+    """A random classifier, and random words of its classes."""
+    nn.init.normal_(projection.classifier.weight)
+    projection.words_KD.copy_(F.normalize(torch.randn(projection.words_KD.shape), dim=1))
+
+
+def ensemble_encoder() -> tuple[JointEncoder, ConseProjection]:
+    encoder = small_encoder(ConseShare(share=0.5, classes=10, top=3))
+    projection = cast(ConseProjection, cast(TimmImage, encoder.visual).proj)
+    fill_classifier(projection)
+    return encoder, projection
+
+
 def test_the_embedding_is_the_words_of_the_most_probable_classes() -> None:
     words = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
     logits = torch.tensor([[math.log(4), math.log(3), math.log(1)]])
@@ -50,8 +63,7 @@ def test_the_embedding_is_the_words_of_the_most_probable_classes() -> None:
 def test_the_ensemble_is_a_weighted_mean_of_two_unit_vectors() -> None:
     torch.manual_seed(0)
     projection = ConseProjection(nn.Linear(5, 4), conse=ConseShare(share=0.25, top=2, classes=3))
-    nn.init.normal_(projection.classifier.weight)
-    projection.words_KD.copy_(F.normalize(torch.randn(3, 4), dim=1))
+    fill_classifier(projection)
     features = torch.randn(2, 5)
     learned = F.normalize(features @ projection.learned.weight.T + projection.learned.bias, dim=1)
     conse = conse_embedding(features @ projection.classifier.weight.T, projection.words_KD, top=2)
@@ -70,10 +82,7 @@ def test_without_conse_an_encoder_keeps_its_fingerprint_and_its_start() -> None:
 
 
 def test_a_detector_answers_with_the_ensemble() -> None:
-    encoder = small_encoder(ConseShare(share=0.5, classes=10, top=3))
-    projection = cast(ConseProjection, cast(TimmImage, encoder.visual).proj)
-    nn.init.normal_(projection.classifier.weight)
-    projection.words_KD.copy_(F.normalize(torch.randn(10, 16), dim=1))
+    encoder, projection = ensemble_encoder()
     tower = FrozenTower(encoder, side=64, pool=1, context=1.5, precision=torch.float32)
     pooled = torch.randn(3, tower.features)
     last = pooled[:, -2 * tower.width : -tower.width]
@@ -81,10 +90,7 @@ def test_a_detector_answers_with_the_ensemble() -> None:
 
 
 def test_a_detectors_export_has_the_ensemble(trained: Path, tmp_path: Path) -> None:
-    encoder = small_encoder(ConseShare(share=0.5, classes=10, top=3))
-    projection = cast(ConseProjection, cast(TimmImage, encoder.visual).proj)
-    nn.init.normal_(projection.classifier.weight)
-    projection.words_KD.copy_(F.normalize(torch.randn(10, 16), dim=1))
+    encoder, _ = ensemble_encoder()
     encoder.save(tmp_path / "encoder")
     for name in ("images", "boxes.json", "labels.json", "proposals"):
         (tmp_path / name).symlink_to(trained / name)

@@ -34,7 +34,7 @@ def region_set(rows: np.ndarray, objectness: np.ndarray | None = None, boxes: np
     )
 
 
-def test_a_crop_is_compared_by_the_bhattacharyya_coefficient_of_words_and_by_the_centred_cosine() -> None:
+def test_crop_scores__bhattacharyya_of_words_and_centred_cosine() -> None:
     rng = np.random.default_rng(0)
     region, crop = unit_rows(rng.normal(size=(2, 4)).astype(np.float32))
     common = region / (1 + CENTRE_PRIOR)  # the one region's, drawn towards zero
@@ -54,7 +54,7 @@ def test_a_crop_is_compared_by_the_bhattacharyya_coefficient_of_words_and_by_the
     assert float(fitted(region_set(region[None], np.array([0.64])))[0, 0]) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_what_no_word_says_does_not_count() -> None:
+def test_crop_scores__words_at_zero_do_not_count() -> None:
     """A common part of all embeddings that lies beside the words changes no profile; the crop itself is its best."""
     words = np.eye(5, dtype=np.float32)[:4]
     rows = unit_rows(np.array([[1, 0, 0, 0, 0], [1, 0, 0, 0, 0.5], [0, 1, 0, 0, 0.5]], np.float32))

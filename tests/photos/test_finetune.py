@@ -101,7 +101,7 @@ def canvases(photos: FinetunePhotos, **options: Any) -> CanvasSource:
     [{}, {"flip": 1.0}, {"flip_vertical": 1.0}, {"mosaic": 1.0}, {"scale": (1.5, 1.5)}, {"scale": (0.5, 0.5)}],
     ids=str,
 )
-def test_boxes_move_with_what_they_hold(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_mosaic__boxes_move_with_their_pixels(tmp_path: Path, options: dict[str, Any]) -> None:
     photos = own_photos(write_photos(tmp_path, [["blob", "tile"], ["tile"], [], ["blob"]]))
     source = canvases(photos, **options)
     seen = 0
@@ -121,16 +121,16 @@ def test_boxes_move_with_what_they_hold(tmp_path: Path, options: dict[str, Any])
     assert seen
 
 
-def test_what_is_mostly_cut_off_is_neither_object_nor_background(tmp_path: Path) -> None:
+def test_mosaic__truncated_objects_are_ignored(tmp_path: Path) -> None:
     photos = own_photos(write_photos(tmp_path, [["tile", "tile"]] * 2))
     source = canvases(photos, scale=(4.0, 4.0))
     kinds = {int(n) for draw in range(40) for n in source.sample(0, draw)["classes"]}
     assert kinds == {0, -1}
 
 
-def test_doubtful_boxes_teach_nothing_and_photos_without_objects_are_used(tmp_path: Path) -> None:
+def test_photos__doubtful_boxes_are_ignored_empty_photos_used(tmp_path: Path) -> None:
     labels = write_photos(tmp_path, [["tile"], []], score=0.2)
-    with pytest.raises(UserError, match="no box to learn from"):
+    with pytest.raises(UserError, match="no box to train on"):
         own_photos(labels, confident=0.3, doubtful=0.25)
     photos = own_photos(labels, confident=0.15)
     assert len(photos) == 2 and photos.names == ("tile",)
@@ -152,7 +152,7 @@ def test_held_out_photos_are_a_share_and_leave_rare_classes_to_learn_from(tmp_pa
     assert len(kept) + len(held) == 8 and photos.divided(0.0, limit=None, seed=0)[1] == []
 
 
-def test_each_class_of_a_cell_learns_the_overlap_of_its_own_objects() -> None:
+def test_class_targets__are_iou_per_class() -> None:
     torch.manual_seed(0)
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 28.0], [50.0, 50.0, 60.0, 60.0]])
     centres = torch.tensor([[5.0, 5.0], [25.0, 24.0], [55.0, 55.0]])
@@ -181,7 +181,7 @@ def test_each_class_of_a_cell_learns_the_overlap_of_its_own_objects() -> None:
     assert float(losses.box) == pytest.approx(0.8 * 0.2, rel=1e-4)  # 1 − GIoU of a box within the object is 1 − IoU
 
 
-def test_own_boxes_answer_for_their_class_and_for_nothing_else() -> None:
+def test_branch__boxes_score_their_class_only() -> None:
     regions = RegionSet(
         boxes=np.array([[0.0, 0.0, 10.0, 10.0]] * 2, dtype=np.float32),
         objectness=np.array([0.5, 0.0], dtype=np.float32),
@@ -234,7 +234,7 @@ def find(detector: Detector, picture: np.ndarray, *words: str, threshold: float 
     return detector.embed(picture).classify(list(words), threshold=threshold)
 
 
-def test_a_few_photos_teach_new_classes(learned: Path) -> None:
+def test_finetune__learns_new_classes_from_few_photos(learned: Path) -> None:
     detector = Detector.load(learned / "run", regions=30)
     card = json.loads((learned / "run/exported/model.json").read_text())["own"]
     assert [one["names"] for one in card] == [["blob", "tile"]] and card[0]["metrics"]["held_out_ap50"] > 0.6
@@ -253,7 +253,7 @@ def test_a_few_photos_teach_new_classes(learned: Path) -> None:
     assert detector.query(["blob"]).notices == ()  # a word that the encoder does not know, and need not
 
 
-def test_other_words_are_answered_as_before(learned: Path) -> None:
+def test_finetune__other_words_are_unchanged(learned: Path) -> None:
     before, after = Detector.load("vild-photo", regions=30), Detector.load(learned / "run", regions=30)
     picture = photo(np.random.default_rng(5), ["blob", "tile"])[0]
     for word in ("person", "animal", "terrier", "red car", "zzyzx"):
@@ -263,7 +263,7 @@ def test_other_words_are_answered_as_before(learned: Path) -> None:
         np.testing.assert_allclose(ours.confidence, theirs.confidence, rtol=1e-5, atol=1e-7)
 
 
-def test_another_class_can_be_added_and_one_learned_again(learned: Path, tmp_path: Path) -> None:
+def test_finetune__adds_and_replaces_classes(learned: Path, tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [["tile"], ["tile", "tile"], []], seed=3)
     content = json.loads(labels.read_text())
     content["categories"].append({"id": 2, "name": "moon"})
@@ -300,7 +300,7 @@ def test_labels_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> Non
 def test_a_training_that_has_not_ended_has_no_detector_yet(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("out: run\n")
-    with pytest.raises(UserError, match=r"no detector at .*: the training in .*run has not ended; go on .*--resume"):
+    with pytest.raises(UserError, match=r"no detector at .*: the training in .*run is unfinished; continue .*--resume"):
         Detector.load(tmp_path / "run" / "exported")
 
 

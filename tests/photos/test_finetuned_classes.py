@@ -74,9 +74,9 @@ def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
     assert photos.names == ("red cell", "B\u00e4ume", "cup, mug", "Everything")
     notes = [note for note in photos.notices if "cannot be typed as it stands" in note]
     assert len(notes) == 2 and "'cup, mug'" in notes[0] and "'Everything'" in notes[1]
-    with pytest.raises(UserError, match="classes 'cell ' and '.{4}' are one when typed"):  # as in the file
+    with pytest.raises(UserError, match="classes 'cell ' and '.{4}' are the same when typed"):  # as in the file
         read(write_photos(tmp_path / "c", [[0, 1]], ["cell ", "\uff43\uff45\uff4c\uff4c"]))
-    with pytest.raises(UserError, match="classes 'red  cell' and 'Red_Cell' are one when typed; rename one"):
+    with pytest.raises(UserError, match="classes 'red  cell' and 'Red_Cell' are the same when typed; rename one"):
         read(write_photos(tmp_path / "b", [[0, 1]], ["red  cell", "Red_Cell"]))
 
 
@@ -139,7 +139,7 @@ WORDS = ("vehicle", "bus", "the north face", "red cell")
         ("red cells", {"red cell"}),
     ],
 )
-def test_what_a_typed_word_asks_of_own_classes(phrase: str, found: set[str]) -> None:
+def test_finetuned_names__typed_word_to_classes(phrase: str, found: set[str]) -> None:
     finetuned = FinetunedNames(words=WordList(words=WORDS, lexicon=read_lexicon()))
     (row,) = finetuned.answering([[phrase]]).tolist()
     assert {word for word, yes in zip(WORDS, row, strict=True) if yes} == found
@@ -147,7 +147,7 @@ def test_what_a_typed_word_asks_of_own_classes(phrase: str, found: set[str]) -> 
     assert finetuned.answering([[phrase, "bus"]])[0, 1]  # a synonym adds what it finds
 
 
-def test_branches_go_when_all_their_classes_are_learned_again() -> None:
+def test_branch__removed_when_all_classes_are_retrained() -> None:
     def card(number: int, *names: str) -> FinetunedCard:
         return FinetunedCard(names=names, file=f"classes/{number:02}.safetensors", sha256="", side=64, nms=0.6, top=10)
 
@@ -173,7 +173,7 @@ def regions(added: int) -> RegionSet:
     )
 
 
-def test_search_by_crop_is_the_same_beside_own_boxes() -> None:
+def test_search_by_crop__unchanged_by_finetuned_classes() -> None:
     crops = np.eye(8, dtype=np.float32)[:2]
     plain, (moved,) = centred_on_picture(regions(0), crops)
     beside, (moved_beside,) = centred_on_picture(replace_rows(regions(4), regions(0)), crops)
@@ -187,7 +187,7 @@ def replace_rows(larger: RegionSet, smaller: RegionSet) -> RegionSet:
     return larger
 
 
-def test_an_own_class_with_a_minus_takes_its_boxes_from_what_is_above_it() -> None:
+def test_finetuned_class__as_negative_removes_its_boxes() -> None:
     """*terrier* was added, and a person asks for "dog, -terrier": the box has one score, for both words."""
     scores = QueryScores(np.array([[0.8], [0.7], [0.0]], np.float32), np.array([[0.1], [0.7], [0.0]], np.float32))
     scorer = SimpleNamespace(shown=lambda regions, *, level: scores.shown(level=level))

@@ -56,7 +56,7 @@ WORDS = WordList(words=PROPOSAL_WORDS, lexicon=LEXICON)
         ("zzyzx", set(), set()),
     ],
 )  # fmt: skip
-def test_a_typed_word_finds_the_known_words_it_has_to_do_with(phrase: str, same: set[str], above: set[str]) -> None:
+def test_word_list__related_known_words(phrase: str, same: set[str], above: set[str]) -> None:
     relations = WORDS.relations([[phrase]])
     named = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.same_or_below[0])}
     over = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.above[0])}
@@ -197,7 +197,7 @@ def test_known_words_are_a_geometric_mean_and_no_column_depends_on_another() -> 
     np.testing.assert_allclose(alone[:, 0], score[:, 1], rtol=1e-6)
 
 
-def test_other_words_compete_with_what_contradicts_them() -> None:
+def test_scores__compete_with_contradicting_words() -> None:
     score = scorer([[False, False], [True, False]])(regions([[0.0, 0.0], [1.0, 0.0]]))
     whole = 0.5 * 0.25**0.25  # objectness, and a box of a quarter of the picture
     own, other = math.exp(10.0), 3.0  # cosine 1 with its own row, 0 with the three others
@@ -250,7 +250,7 @@ def test_all_parts_are_every_photo(trained: Path) -> None:
     assert len(every) > len(photos(trained).photos)
 
 
-def test_photos_are_those_of_the_part_and_words_left_out_are_nowhere(trained: Path) -> None:
+def test_photos__part_and_left_out_words(trained: Path) -> None:
     assert [p.file.name for p in photos(trained).photos] == ["1.png", "2.png", "3.png", "4.png", "5.png"]
     without = photos(trained, leave_out=["saxophone"], withheld=["car"])
     assert [p.file.name for p in without.photos] == ["1.png", "2.png", "3.png", "5.png"]  # its photo goes as well
@@ -313,9 +313,9 @@ def test_lists_of_nouns(tmp_path: Path) -> None:
 def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
     query = detector.query(["red car", "dogs", "zzyzx", "cup of coffee"])
-    assert query.notices[0] == "'red car' is looked for as 'car': attributes are not understood"
-    assert query.notices[1].startswith("'zzyzx' is no word these weights learned; the nearest they know: ")
-    assert query.notices[2].startswith("'cup of coffee' is looked for as 'cup'") and len(query.notices) == 3
+    assert query.notices[0] == "'red car' is searched as 'car': attributes are ignored"
+    assert query.notices[1].startswith("'zzyzx' is not a word these weights were trained on; nearest known words: ")
+    assert query.notices[2].startswith("'cup of coffee' is searched as 'cup'") and len(query.notices) == 3
     picture = np.zeros((32, 48, 3), dtype=np.uint8)
     scores = detector.embed(picture).scores(detector.query(["red car", "car"])).score_RC
     assert (scores[:, 0] > 0).any()

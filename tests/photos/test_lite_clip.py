@@ -44,7 +44,7 @@ def network() -> nn.Module:
     return cast(nn.Module, timm.create_model(NAME, pretrained=False)).eval()
 
 
-def test_tensors_find_their_places_in_order(network: nn.Module) -> None:
+def test_imagenet_weights__matched_by_order_and_shape(network: nn.Module) -> None:
     theirs = packaged(network)
     found = imagenet.convert(theirs, network, source="package")
     floats = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]

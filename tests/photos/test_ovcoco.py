@@ -103,7 +103,7 @@ def test_proposals_are_trained_further_from_an_export(run: Path) -> None:
     )
 
 
-def test_a_nanodet_is_no_start_for_a_backbone_of_a_library(run: Path, trained: Path) -> None:
+def test_proposals__nanodet_cannot_start_a_library_backbone(run: Path, trained: Path) -> None:
     with pytest.raises(UserError, match="model.backbone=null"):
         ovd_train.main(
             ["--config", "photos/lite_ovcoco_proposals.yaml", f"out={run}/no", f"weights={trained}/proposals"]
@@ -125,7 +125,7 @@ def test_every_variant_trains_and_answers_without_the_novel_word(run: Path, vari
     assert scorer.exponent.tolist() == pytest.approx([1, 1] if alone else [0.2, 2 / 3])
 
 
-def test_it_is_evaluated_on_all_words(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ovcoco__evaluated_on_all_words(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run / "ensemble/exported"
     if not folder.exists():
         train(run, "ensemble")

@@ -73,7 +73,7 @@ def test_doubtful_boxes_crowds_scenes_and_other_parts_are_left_out(folder: Path)
     assert read(folder, per_word=1, min_side=21, annotations=[folder / "true.json"]) == train[2:]
 
 
-def test_what_looks_odd_in_a_file_of_boxes_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_boxes__oddities_are_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read_photo_words(section(folder))
     assert f"warning: {folder / 'true.json'}: 1 annotations without area" in capsys.readouterr().err
 
@@ -108,7 +108,7 @@ def test_errors_name_the_file_or_the_key(folder: Path, change: dict[str, Any], m
         read_photo_words(section(folder, **change))
 
 
-def test_a_crop_shows_the_box_and_repeats_itself(folder: Path) -> None:
+def test_crop__contains_the_box_and_is_deterministic(folder: Path) -> None:
     config = section(folder, labels=None, crop_side=(0.9, 1.0), resolution=(32, 32))
     source = PhotoWordSource(read_photo_words(config), size=32, seed=0, config=config)
     image, word, label = source.sample(5)
@@ -127,7 +127,7 @@ def test_a_window_keeps_its_place_beyond_the_border() -> None:
     assert square[10, 10:15].max() == 0 and square[10, 15:].min() == 255
 
 
-def test_relatives_are_no_negatives() -> None:
+def test_loss__related_words_are_not_negatives() -> None:
     meanings = {
         "animal": Meaning(("animal",), None), "dog": Meaning(("dog", "hound"), "animal"),
         "pug": Meaning(("pug",), "dog"), "cat": Meaning(("cat",), "animal"),

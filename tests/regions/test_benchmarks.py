@@ -33,7 +33,7 @@ def test_ratios_pair_times_of_the_same_round(common: ModuleType) -> None:
     assert (slow_then_fast["median"], slow_then_fast["low"], slow_then_fast["high"]) == (2.0, 2.0, 2.0)
 
 
-def test_alternatives_take_turns_in_both_orders(common: ModuleType) -> None:
+def test_pairs__alternate_in_both_orders(common: ModuleType) -> None:
     order: list[str] = []
     seconds = common.take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"

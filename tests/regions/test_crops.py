@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ovd.regions.crops import crop_regions, embed_crops, embed_regions, expand_boxes
+from ovd.regions.crops import crop_regions, embed_crops, embed_regions
+from ovd.regions.cutting import expand_boxes
 from ovd.regions.proposals import resize_boxes
 from pretrain.engine.errors import UserError
 from tests.regions.fakes import TinyEncoder

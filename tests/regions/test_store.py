@@ -321,9 +321,7 @@ def test_an_unfinished_store_can_be_read_in_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["write_bytes", "flush_to_disk", "os.replace", "write_json"])
-def test_dying_inside_a_write_costs_only_that_shard(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
+def test_store__crash_loses_one_shard(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     root, calls = tmp_path / "s", 0
     owner: Any = {"os.replace": shard.os, "write_bytes": Path}.get(point, shard)
     name = point.removeprefix("os.")
@@ -432,7 +430,7 @@ def test_a_changed_list_of_pictures_is_refused(tmp_path: Path, whole: Path) -> N
         RegionStore.open(root)
 
 
-def test_removing_a_store_leaves_strangers(tmp_path: Path, whole: Path) -> None:
+def test_store__removal_keeps_foreign_files(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     shutil.copytree(whole, root)
     (root / "thesis.txt").write_text("precious")

@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {file.name: sha256_of(file) for file in folder.iterdir()}
 
 
-def test_what_is_cut_is_filled_again() -> None:
+def test_graphs__removed_tensors_are_restored() -> None:
     data = b"head" + b"A" * 9 + b"middle" + b"B" * 5 + b"AB"
     patches = patches_of(b"BBBBB", b"BxxBy")
     assert patches == [(1, b"BB".hex()), (4, b"B".hex())]
@@ -158,7 +158,7 @@ def test_an_export_that_is_asked_for_is_written_once(
     assert bundled_export(small, int8=False) is None
 
 
-def test_where_the_folder_may_not_be_written_it_lies_among_the_users_files(
+def test_assemble__read_only_weights_use_the_cache_folder(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORDBOX_HOME", str(tmp_path / "home"))
@@ -168,7 +168,7 @@ def test_where_the_folder_may_not_be_written_it_lies_among_the_users_files(
     assert not (small / "onnx").exists()
 
 
-def test_one_in_8_bits_for_somebodys_photos_is_left(tmp_path: Path, exported: Path) -> None:
+def test_assemble__custom_int8_export_is_kept(tmp_path: Path, exported: Path) -> None:
     folder = tmp_path / "weights/vild-photo"
     shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns("onnx*"))
     shutil.copytree(detector_folder("default").parent / "clip-photo", tmp_path / "weights/clip-photo")

@@ -65,7 +65,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_own_classes_are_the_same_in_both_runtimes(tuned: Path, by_torch: Detector) -> None:
+def test_finetuned_classes__equal_in_both_runtimes(tuned: Path, by_torch: Detector) -> None:
     model = by_torch.model
     assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
     finetuned = load_finetuned(tuned, read_card(tuned).finetuned, lexicon=read_lexicon(), precision=torch.float32)
@@ -90,7 +90,7 @@ def test_own_classes_are_the_same_in_both_runtimes(tuned: Path, by_torch: Detect
     assert {"comb", "zorp", "perch"} <= seen
 
 
-def test_own_classes_in_8_bits_are_those_of_single_precision(tuned: Path, tmp_path: Path) -> None:
+def test_finetuned_classes__int8_equals_float32(tuned: Path, tmp_path: Path) -> None:
     """Ranges of other photos than are asked; both branches are quantised, and a box moves and is scored by little."""
     for photo in PHOTOS[3:]:
         shutil.copy(photo, tmp_path)
@@ -112,14 +112,14 @@ def test_own_classes_in_8_bits_are_those_of_single_precision(tuned: Path, tmp_pa
     assert {"comb", "zorp", "perch"} <= seen
 
 
-def test_other_words_are_as_without_own_classes(tuned: Path, by_onnx: Detector) -> None:
+def test_other_words__unchanged_by_finetuned_classes(tuned: Path, by_onnx: Detector) -> None:
     words = "chicken, dog, mug: cup, wheel"
     plain, beside = (detector.find(PHOTOS[0], words) for detector in (by_onnx, Detector.load(tuned, runtime="onnx")))
     np.testing.assert_array_equal(beside.xyxy, plain.xyxy)
     np.testing.assert_allclose(beside.confidence, plain.confidence, atol=1e-6)
 
 
-def test_own_classes_are_found_without_torch(tuned: Path, tmp_path: Path) -> None:
+def test_finetuned_classes__without_torch(tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = without_torch(
         "predict", str(PHOTOS[0]), "--classes", "zorp", "--weights", str(tuned / EXPORT_FOLDER), "--out", str(out)
@@ -133,9 +133,9 @@ def test_an_export_of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> 
     card = read_card(folder)
     assert export_for(folder, card, runtime="onnx", device="cpu") == folder / EXPORT_FOLDER
     write_card(folder, replace(card, finetuned=card.finetuned[:1]))
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder, runtime="onnx")
     write_card(folder, card)
     (folder / card.finetuned[0].file).write_bytes((folder / card.finetuned[1].file).read_bytes())
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder, runtime="onnx")

@@ -49,7 +49,7 @@ def overlap(one: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.
     return np.asarray(shared / (areas[0] + areas[1] - shared))
 
 
-def test_it_finds_what_single_precision_finds(small: Path, by_onnx: Detector) -> None:
+def test_int8__finds_what_float32_finds(small: Path, by_onnx: Detector) -> None:
     detector, found = Detector.load(small, runtime="onnx"), []
     for photo in PHOTOS[3:]:  # not those that it was quantised on
         one, other = (each.find(photo, WORDS, threshold=level) for each, level in ((by_onnx, 0.4), (detector, 0.2)))
@@ -102,12 +102,12 @@ def test_few_photos_are_reported_and_without_torch_nothing_else_is_written(
 
 
 def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    options: dict[str, Any] = {}
 
     def write(
         source: Path, encoder: object, target: Path, *, photos: Sequence[NDArray[np.uint8]], photos_are: str
     ) -> None:
-        asked.update(target=target, photos=photos, photos_are=photos_are)
+        options.update(target=target, photos=photos, photos_are=photos_are)
         raise UserError("far enough")
 
     monkeypatch.setattr(writing, "export_onnx", write)
@@ -115,8 +115,8 @@ def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPa
     for argv, folder, count in ((mine, INT8_FOLDER, len(PHOTOS)), ([], "onnx", 0)):
         with pytest.raises(UserError, match="far enough"):
             cli.main(["export", *argv])
-        assert asked["target"] == detector_folder("default") / folder
-        assert len(asked["photos"]) == count and f"{count} photos of" in asked["photos_are"]
+        assert options["target"] == detector_folder("default") / folder
+        assert len(options["photos"]) == count and f"{count} photos of" in options["photos_are"]
 
 
 def test_without_photos_the_default_takes_the_ranges_that_came_with_it(
@@ -157,7 +157,7 @@ def test_sums_stay_exact_where_they_could_saturate(small: Path, monkeypatch: pyt
     np.testing.assert_allclose(answers[0].image, answers[1].image, atol=1e-5)
 
 
-def test_in_a_wheel_8_bits_hold_only_what_differs(exported: Path, tmp_path: Path) -> None:
+def test_wheel__int8_stores_only_differences(exported: Path, tmp_path: Path) -> None:
     whole, folder = export("default", tmp_path / "small", int8=True), shutil.copytree(exported, tmp_path / "wheel")
     add_int8(folder, whole)
     assert {file.name for file in (folder / INT8_FOLDER).iterdir()} == {PROPOSALS, TOWER, CARD}
@@ -172,7 +172,7 @@ def test_in_a_wheel_8_bits_hold_only_what_differs(exported: Path, tmp_path: Path
     ("argv", "said"),
     [
         (["--calibrate-on", "HERE"], "--calibrate-on is for --int8"),
-        (["--int8", "--calibrate-on", "HERE"], "holds no picture"),
+        (["--int8", "--calibrate-on", "HERE"], "contains no picture"),
         (["--int8", "--calibrate-on", "HERE/nowhere"], "is not a folder"),
         (["--int8", "--weights", "vild-sticker"], "has no export to ONNX"),
     ],

@@ -169,7 +169,7 @@ def test_a_command_that_needs_torch_names_the_line_that_installs_it() -> None:
         ("default", "fast", "auto", "runtime 'fast' is unknown: auto, onnx, onnx-int8 or torch"),
     ],
 )
-def test_what_the_runtime_cannot_do_is_one_line(weights: str, runtime: Runtime, device: str, said: str) -> None:
+def test_runtime__unsupported_options_are_one_line(weights: str, runtime: Runtime, device: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         Detector.load(weights, runtime=runtime, device=device)
     assert "\n" not in str(caught.value)
@@ -200,7 +200,7 @@ def test_where_torch_is_missing_the_next_step_is_named(
         Detector.load(weights, runtime=runtime, device=device)
 
 
-def test_auto_without_torch_puts_the_shipped_export_together(by_onnx: Detector, tmp_path: Path) -> None:
+def test_auto__without_torch_assembles_the_shipped_export(by_onnx: Detector, tmp_path: Path) -> None:
     """Nobody has written an export, and nobody needs to: the person gets boxes."""
     default = detector_folder("default")
     folder = shutil.copytree(default, tmp_path / "weights/vild-photo", ignore=shutil.ignore_patterns("onnx*"))
@@ -224,7 +224,7 @@ def test_auto_without_torch_names_the_command_for_weights_that_need_an_export(
     card = shutil.copytree(exported, folder / EXPORT_FOLDER) / CARD
     assert len(Detector.load(folder).find(PHOTOS[0], "chicken")) > 0
     card.write_text(json.dumps(json.loads(card.read_text()) | {"sources": {}}))
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder)
 
 
@@ -249,7 +249,7 @@ def test_an_export_of_other_weights_is_not_run(exported: Path, tmp_path: Path) -
     record = json.loads((folder / EXPORT_FOLDER / CARD).read_text())
     record["sources"][SOURCES[0]] = "0" * 64
     (folder / EXPORT_FOLDER / CARD).write_text(json.dumps(record))
-    with pytest.raises(UserError, match="made of other weights than lie beside it"):
+    with pytest.raises(UserError, match="exported from other weights than those beside it"):
         Detector.load(folder, runtime="onnx")
 
 
@@ -265,10 +265,10 @@ def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
     ("argv", "said"),
     [
         (["--weights", "vild-sticker"], "has no export to ONNX"),
-        (["--output", "FULL"], "holds something that is no export"),
+        (["--output", "FULL"], "is not an export"),
     ],
 )
-def test_export_refuses(argv: list[str], said: str, tmp_path: Path) -> None:
+def test_export__unsupported_weights_are_refused(argv: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match=said):
         cli.main(["export", *(str(tmp_path) if part == "FULL" else part for part in argv)])

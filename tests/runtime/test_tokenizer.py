@@ -28,13 +28,13 @@ def pairs(exported: Path) -> BytePairs:
     return BytePairs(exported / MERGES, context_length=LENGTH)
 
 
-def test_tokens_are_clips(pairs: BytePairs) -> None:
+def test_tokenizer__equals_open_clip(pairs: BytePairs) -> None:
     np.testing.assert_array_equal(pairs(TEXTS), ClipTokenizer(LENGTH)(TEXTS).numpy())
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=60))
-def test_tokens_of_any_text_are_clips(pairs: BytePairs, text: str) -> None:
+def test_tokenizer__equals_open_clip_on_any_text(pairs: BytePairs, text: str) -> None:
     np.testing.assert_array_equal(pairs([text]), ClipTokenizer(LENGTH)([text]).numpy())
 
 

@@ -44,7 +44,7 @@ def test_a_backbone_answers_for_every_size_of_the_views(name: str, sizes: list[i
         (VIT, [8], "cannot take pictures of 8 pixels"),
         ("torchvision:vit_b_16", [40], "cannot take pictures of 40 pixels .*patch size"),
         ("torchvision:vit_b_16", [64, 32], "cannot take pictures of 32 pixels"),
-        ("timm:mixer_s32_224", [64, 32], r"takes pictures of one size; method\.views has \[32, 64\]"),
+        ("timm:mixer_s32_224", [64, 32], r"takes pictures of one size only; method\.views has \[32, 64\]"),
     ],
 )
 def test_views_that_a_backbone_cannot_take_are_named_with_the_reason(name: str, sizes: list[int], said: str) -> None:

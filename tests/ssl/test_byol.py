@@ -80,7 +80,7 @@ def test_the_target_moves_after_the_step_by_the_schedule_and_keeps_its_buffers()
         assert torch.equal(buffer, before[f"target_backbone.{name}"]), name
 
 
-def test_at_the_last_step_the_target_hardly_moves_any_more() -> None:
+def test_target__momentum_is_one_at_the_last_step() -> None:
     task = byol()
     before = copy.deepcopy(task.target_projector.state_dict())
     for p in task.projector.parameters():

@@ -67,7 +67,7 @@ def test_folding_gives_plain_convolutions_with_the_same_features_after_training(
     assert list(plain.state_dict()) == list(made.backbone.state_dict())
 
 
-def test_activations_inside_a_norm_stay() -> None:
+def test_fold__keeps_activations_inside_norms() -> None:
     from timm.layers import BatchNormAct2d
 
     network = nn.Sequential(nn.Conv2d(3, 16, 1), BatchNormAct2d(16))

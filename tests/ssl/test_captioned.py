@@ -59,7 +59,7 @@ def test_rows_of_a_table_are_pictures_and_several_of_one_are_its_captions(photos
     assert list(build_captioned(named).captions(0)) == ['a "cup", blue']
 
 
-def test_cocos_captions(photos: Path) -> None:
+def test_coco_captions__are_read(photos: Path) -> None:
     path = photos.parent / "captions.json"
     content = {
         "images": [{"id": 7, "file_name": "tall.png"}, {"id": 3, "file_name": "nothing.png"}],
@@ -150,9 +150,9 @@ def test_other_json_and_other_folders_are_named(photos: Path, tmp_path: Path) ->
     images = [{"id": 1, "file_name": "gone.png"}]
     with pytest.raises(UserError, match=r"annotations\[0\]: no caption; data\.annotations is captions_train2017\.json"):
         build({"images": images, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]})
-    with pytest.raises(UserError, match=r"annotations\[0\]: caption is no text"):
+    with pytest.raises(UserError, match=r"annotations\[0\]: caption is not a string"):
         build({"images": images, "annotations": [{"image_id": 1, "caption": None}]})
-    with pytest.raises(UserError, match=r"annotations\[0\]: image_id '1' is written as a text; .* has 1"):
+    with pytest.raises(UserError, match=r"annotations\[0\]: image_id '1' is written as a string; .* has 1"):
         build({"images": images, "annotations": [{"image_id": "1", "caption": "a dog"}]})
     with pytest.raises(UserError, match=r"images\[1\]: image id 1 occurs twice"):
         build({"images": images * 2, "annotations": []})

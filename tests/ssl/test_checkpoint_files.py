@@ -33,7 +33,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("held", [Runs(), np.array([Runs()], dtype=object), {"deep": [Runs()]}])
-def test_what_runs_code_is_still_refused(tmp_path: Path, held: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint__code_is_refused(tmp_path: Path, held: object, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": TENSORS, "best": held}, tmp_path / "c.pth")
     capsys.readouterr()
     with pytest.raises(UserError, match=r"c\.pth: cannot be read as weights only"):
@@ -42,7 +42,7 @@ def test_what_runs_code_is_still_refused(tmp_path: Path, held: object, capsys: p
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_names_that_wrappers_leave_are_taken_off(tmp_path: Path, wrapper: str) -> None:
+def test_checkpoint__wrapper_prefixes_are_removed(tmp_path: Path, wrapper: str) -> None:
     state = nn.Sequential(nn.Conv2d(1, 1, 1)).state_dict()
     torch.save({f"{wrapper}{name}": value for name, value in state.items()}, tmp_path / "c.pth")
     assert read_tensors(tmp_path / "c.pth").keys() == state.keys()

@@ -86,9 +86,7 @@ def test_broken_variants_lack_one_part(claims: dict[str, ModuleType]) -> None:
     assert not [m for m in none.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm | torch.nn.GroupNorm)]
 
 
-def test_an_experiment_goes_on_where_it_was_stopped(
-    claims: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experiment__resumes(claims: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common, done = claims["common"], []
 
     def run(**arguments: Any) -> dict[str, Any]:

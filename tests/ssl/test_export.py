@@ -24,7 +24,7 @@ from pretrain.nets.same_function import real_pictures, require_same
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
 
-def lively(network: nn.Module, seed: int = 0) -> nn.Module:
+def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
     """Random statistics and gains, so that a norm that is left out or swapped shows."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in network.state_dict().items():
@@ -42,7 +42,7 @@ def pictures() -> Tensor:
 def folder_of(path: Path, **config: Any) -> tuple[Path, nn.Module]:
     section = BackboneConfig(**config)
     torch.manual_seed(1)
-    network = lively(build_backbone(section))
+    network = randomised(build_backbone(section))
     return save_backbone(path, network, config=section, method="simsiam", size=64, mean=MEAN, std=STD), network
 
 
@@ -144,7 +144,7 @@ def test_not_a_number_is_a_difference() -> None:
         require_same({"a": torch.ones(2)}, {"a": torch.tensor([1.0, float("nan")])}, target="x")
 
 
-def test_a_cifar_stem_has_no_place_in_detectron2(tmp_path: Path) -> None:
+def test_export__cifar_stem_is_refused_for_detectron2(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path / "run", name="resnet18", stem="cifar")
     with pytest.raises(UserError, match="stride 4"):
         detectron2_network(read_source(str(folder)))
@@ -169,7 +169,7 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def body() -> dict[str, Tensor]:
     torch.manual_seed(3)
-    return {k: v for k, v in lively(resnet18()).state_dict().items() if not k.startswith("fc.")}
+    return {k: v for k, v in randomised(resnet18()).state_dict().items() if not k.startswith("fc.")}
 
 
 def other() -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ def test_official_checkpoints_are_recognised_by_their_keys(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("drop", ["layer4.1.bn2.running_var", "layer3.", "conv1.weight"])
-def test_too_little_is_refused_and_named(drop: str) -> None:
+def test_export__incomplete_checkpoint_is_refused(drop: str) -> None:
     state = {k: v for k, v in body().items() if not k.startswith(drop)}
     with pytest.raises(UserError, match="too little matches|no ResNet"):
         find_resnet(prefixed(state, "module.encoder_q."), source="file.pth")
@@ -271,7 +271,7 @@ def test_a_checkpoint_with_code_in_it_is_not_opened(tmp_path: Path) -> None:
         read_tensors(tmp_path / "text.pth")
 
 
-def test_renaming() -> None:
+def test_export__keys_are_renamed() -> None:
     one = torch.zeros(1)
     names = ["conv1.weight", "bn1.bias", "layer1.0.conv2.weight", "layer4.2.bn3.running_mean",
              "layer2.0.downsample.0.weight", "layer2.0.downsample.1.bias", "fc.weight",
@@ -316,11 +316,11 @@ def test_the_command_writes_a_folder_once(tmp_path: Path, capsys: pytest.Capture
     assert settings["mean"] == list(MEAN) and settings["channels"] == "RGB" and settings["stem"] == "small"
     with pytest.raises(UserError, match="not empty"):
         main([str(tmp_path / "run"), "--to", "torchvision", "--out", str(out)])
-    with pytest.raises(UserError, match="no backbone or encoder folder"):
+    with pytest.raises(UserError, match="neither a backbone nor an encoder folder"):
         main([str(out), "--to", "torchvision", "--out", str(tmp_path / "other")])
 
 
-def test_towers_of_our_own_have_no_place_in_open_clip(tmp_path: Path, pictures: Tensor) -> None:
+def test_export__own_towers_are_refused_for_open_clip(tmp_path: Path, pictures: Tensor) -> None:
     from pretrain.export import export_open_clip
     from tests.clip.test_towers import make
 
@@ -334,5 +334,5 @@ def test_a_network_that_only_looks_like_a_resnet_is_refused(tmp_path: Path, mode
     save_backbone(
         tmp_path / "it", build_backbone(config), config=config, method="x", size=64, mean=[0.5] * 3, std=[0.2] * 3
     )
-    with pytest.raises(UserError, match="no plain ResNet|differs from the source"):
+    with pytest.raises(UserError, match="not a plain ResNet|differs from the source"):
         read_source(tmp_path / "it")

@@ -61,7 +61,7 @@ def test_spread_and_cosine_against_brute_force() -> None:
     assert float(health.channel_spread(torch.ones(10, 4))) == pytest.approx(0, abs=1e-6)
 
 
-def test_prototype_use_counts_choices() -> None:
+def test_panel__prototype_use() -> None:
     assert float(health.prototype_use(torch.eye(6))) == pytest.approx(1)
     same = torch.zeros(12, 6)
     same[:, 2] = 1
@@ -78,7 +78,7 @@ def test_diagonal_against_numpy() -> None:
     assert float(off) == pytest.approx(np.sqrt((c**2).sum() - (np.diag(c) ** 2).sum()) / np.sqrt(20), abs=1e-5)
 
 
-def test_margin_and_distance() -> None:
+def test_panel__margin_and_distance() -> None:
     assert float(health.margin(torch.tensor([0.9, 0.7]), torch.tensor([0.1, 0.3]))) == pytest.approx(0.6)
     assert float(health.ema_distance(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))) == pytest.approx(0.2)
 
@@ -186,7 +186,7 @@ class WithHealth(Everything):
         return {"projection": self.seen}
 
 
-def test_the_panel_stands_in_every_log_line_and_changes_nothing(tmp_path: Path) -> None:
+def test_panel__logged_every_time_without_effect_on_training(tmp_path: Path) -> None:
     bare = train(WithHealth(), tmp_path / "bare", steps=6, log_every=2)
     train(Monitored(WithHealth()), tmp_path / "watched", steps=6, log_every=2)
     lines = [json.loads(line) for line in (tmp_path / "watched/metrics.jsonl").read_text().splitlines()]
@@ -239,7 +239,7 @@ def test_a_run_that_began_before_an_alarm_was_added_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("name", "alarmed"), [("stickers", True), ("other pictures", False)])
-def test_another_probe_is_no_fall_of_the_old_one(name: str, alarmed: bool) -> None:
+def test_probe__change_of_settings_is_not_an_alarm(name: str, alarmed: bool) -> None:
     def measured(task: Monitored) -> list[str]:
         task.after_step(5, 10)
         return [text for text in task.report()[1] if text.startswith("probe/knn")]
@@ -269,7 +269,7 @@ def test_clips_panel_is_of_its_last_embeddings() -> None:
 
 
 @pytest.mark.parametrize(("shift", "alarmed"), [(0, False), (1, True)])
-def test_captions_that_belong_to_other_pictures_are_noticed(tmp_path: Path, shift: int, alarmed: bool) -> None:
+def test_clip__shifted_captions_raise_an_alarm(tmp_path: Path, shift: int, alarmed: bool) -> None:
     class Captioned(WithHealth):
         def health(self) -> dict[str, Tensor]:
             image = normal(16, 8)
@@ -319,7 +319,7 @@ def test_probe_data__default_of_each_kind(tmp_path: Path, capsys: pytest.Capture
         probed({"probe_every": 5, "probe_data": str(tmp_path / "nowhere")}, photos)
 
 
-def test_what_is_watched_may_change_when_a_run_goes_on() -> None:
+def test_resume__watch_settings_may_change() -> None:
     assert {key for key in free_keys(PretrainConfig) if key.startswith("watch.")} == {
         f"watch.{name}" for name in WatchConfig.model_fields
     }

@@ -71,7 +71,7 @@ def test_in_imagenets_layout_the_first_folder_is_the_class(tmp_path: Path) -> No
 
 
 def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="contains no picture"):
         build_images(FolderData(root=tmp_path))
     with pytest.raises(UserError, match="nowhere is not a folder"):
         build_images(FolderData(root=tmp_path / "nowhere"))

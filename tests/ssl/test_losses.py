@@ -113,7 +113,7 @@ def test_moco_infonce__no_key_gradient_and_queue_is_copied() -> None:
     assert q.grad is not None and torch.equal(q.grad, wanted)
 
 
-def test_regression_and_cosine_are_of_one_direction() -> None:
+def test_regression_and_cosine__one_direction() -> None:
     p, z = draw(5, 3), draw(5, 3, seed=1)
     mean = sum(cosine(x, y) for x, y in zip(p.numpy(), z.numpy(), strict=True)) / 5
     distance = sum(
@@ -238,7 +238,7 @@ def test_the_gradient_of_swav_equals_finite_differences_at_fixed_codes() -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_does_not_reach_the_inside(name: str, dtype: torch.dtype) -> None:
+def test_losses__are_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     """At T = .01 and epsilon = .03, with equal and opposite pairs: finite, and float32's value to the bit."""
     a = torch.cat([draw(6, 8, dtype=dtype), torch.eye(8, dtype=dtype)[:2]])
     b = torch.cat([a[:2], -a[2:4], draw(4, 8, seed=1, dtype=dtype)])
@@ -256,7 +256,7 @@ def test_half_precision_does_not_reach_the_inside(name: str, dtype: torch.dtype)
     assert grads and all(grad.isfinite().all() for grad in grads)
 
 
-def test_large_scores_overflow_nowhere() -> None:
+def test_losses__large_scores_do_not_overflow() -> None:
     """exp(1 / .011) is more than float32 holds."""
     scores = torch.tensor([[1.0, -1.0], [1.0, 0.9], [-1.0, 1.0]])
     codes = sinkhorn(1e3 * scores, epsilon=0.03, iterations=3)

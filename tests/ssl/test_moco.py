@@ -50,7 +50,7 @@ def test_the_queue_begins_with_unit_rows_and_is_in_every_checkpoint() -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_queue_is_the_newest_keys_in_order_and_wraps(symmetric: bool) -> None:
-    """20 is no multiple of 8: the third batch is written over the end and the beginning."""
+    """20 is not a multiple of 8: the third batch is written over the end and the beginning."""
     task = moco(symmetric=symmetric)
     keys = seen_keys(task)
     expected = task.queue.clone()
@@ -174,7 +174,7 @@ def test_queries_and_their_keys_are_normalised_in_different_groups() -> None:
     torch.testing.assert_close(keys[order], shuffled)
 
 
-def test_keys_stand_where_their_pictures_stood() -> None:
+def test_shuffle__keys_return_to_their_pictures() -> None:
     task = moco(splits=4).eval()  # no batch statistics: a key depends on its own picture alone
     view = as_float(VIEWS.batch()["views"][1])
     expected = F.normalize(task.key_projector(task.key_backbone(view)), dim=1)  # type: ignore[operator]

@@ -117,7 +117,7 @@ def test_byol_gn_recipe__differs_from_byol_in_the_norm() -> None:
     assert (CONFIGS / "byol_gn.yaml").read_text().count("UNVERIFIED") == 5, "the remark, and each of the four"
 
 
-def test_clips_constants() -> None:
+def test_clip__published_constants() -> None:
     """arXiv:2103.00020, tables 18 and 20, and the released ViT-B/32."""
     raw = of("clip")
     encoder = raw["method"]["encoder"]
@@ -157,7 +157,7 @@ CIFAR: dict[str, dict[str, dict[str, Any]]] = {  # the READMEs and notebook of t
 
 
 @pytest.mark.parametrize("name", CIFAR)
-def test_the_cifar_recipes(name: str) -> None:
+def test_cifar__published_recipes(name: str) -> None:
     raw = plain(load_config(PretrainConfig, CONFIGS.parent / "cifar" / f"{name}.yaml"))
     wanted = CIFAR[name]
     has(raw["method"], wanted["method"])

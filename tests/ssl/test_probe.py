@@ -139,7 +139,7 @@ def test_low_shot_sees_only_so_many_labels_per_class() -> None:
 @pytest.mark.parametrize(
     "recipe", [Recipe(0.5, 12), Recipe(200.0, 30, optimizer="lars"), Recipe(3.0, 10, milestones=(0.6,))]
 )
-def test_the_linear_probe_learns_what_the_features_tell(recipe: Recipe, augment: bool) -> None:
+def test_linear_probe__separates_separable_features(recipe: Recipe, augment: bool) -> None:
     train, test = Blobs(96, seed=1), Blobs(48, seed=2)
     net = network()
     head = linear_classifier(
@@ -186,7 +186,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # lr is that of a batch of 256; no mil
 }  # fmt: skip
 
 
-def test_the_papers_protocols() -> None:
+def test_protocols__are_the_published_ones() -> None:
     assert {name: recipe._asdict() for name, recipe in PROTOCOLS.items()} == PUBLISHED
     assert PROTOCOL_OF == {name: name for name in PUBLISHED} | {
         "moco_v1": "moco", "moco_v2": "moco", "byol_gn": "byol",

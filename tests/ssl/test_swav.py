@@ -77,7 +77,7 @@ def momenta(run: Path) -> int:
     return sum(one.get("momentum_buffer") is not None for one in load_state(found)[1]["optimizer"]["state"].values())
 
 
-def test_frozen_prototypes_still_teach_the_backbone() -> None:
+def test_frozen_prototypes__backbone_gets_gradient() -> None:
     task = swav(freeze_steps=10)
     before = copy.deepcopy(task.backbone.state_dict())
     steps(task, 1)
@@ -85,22 +85,22 @@ def test_frozen_prototypes_still_teach_the_backbone() -> None:
 
 
 def test_codes_come_from_the_big_crops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Tensor] = []
+    scored: list[Tensor] = []
 
     def spy(scores: Tensor, **options: Any) -> Tensor:
-        asked.append(scores.detach().clone())
+        scored.append(scores.detach().clone())
         return sinkhorn(scores, **options)
 
     monkeypatch.setattr("pretrain.losses.sinkhorn", spy)
     task = swav()
     task(VIEWS.batch())
-    assert len(asked) == 2
+    assert len(scored) == 2
     big = torch.cat([as_float(view) for view in VIEWS.batch()["views"][:2]])
     task.load_state_dict(swav().state_dict())
     crops = [as_float(view) for view in VIEWS.batch()["views"]]
     z = task.projector(torch.cat([task.backbone(big), task.backbone(torch.cat(crops[2:]))]))
     expected = nn.functional.normalize(z, dim=1) @ task.prototypes.T
-    torch.testing.assert_close(torch.cat(asked), expected[: len(big)].detach())
+    torch.testing.assert_close(torch.cat(scored), expected[: len(big)].detach())
 
 
 def test_one_forward_of_the_backbone_per_resolution_and_one_of_the_head() -> None:

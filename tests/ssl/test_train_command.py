@@ -105,8 +105,8 @@ def test_a_run_writes_its_learning_rates_and_the_backbone_it_trained(name: str, 
         "zero_init": name in ("simclr", "simsiam", "barlow_twins"),
     }
 
-    loaded, told = load_backbone(tmp_path / "run" / "exported")
-    assert told == info
+    loaded, loaded_info = load_backbone(tmp_path / "run" / "exported")
+    assert loaded_info == info
     wanted, found = trained[0].state_dict(), loaded.state_dict()
     assert list(found) == list(wanted) and all(torch.equal(found[key], wanted[key]) for key in wanted)
     moved = [key for key, value in begun[0].items() if not torch.equal(value, wanted[key])]

@@ -117,7 +117,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_two_processes_learn_what_one_learns(runs: dict[int, Path], name: str) -> None:
+def test_two_processes__equal_one(runs: dict[int, Path], name: str) -> None:
     one, two = (content(step_folder(runs[world] / f"{name}_same", 6))["model"] for world in (1, 2))
     assert one.keys() == two.keys()
     start = make(name, batch_norm=False).state_dict()

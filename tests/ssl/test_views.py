@@ -133,7 +133,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Image.Image], Image.Image]]] 
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_each_change_on_tensors_is_torchvisions(change: str) -> None:
+def test_augment__each_operation_equals_torchvision(change: str) -> None:
     parameters, theirs = CHANGES[change]
     images = crops(4)
     expected = theirs(images.float() / 255)
@@ -148,7 +148,7 @@ def test_each_change_on_tensors_is_torchvisions(change: str) -> None:
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_each_change_is_pils(change: str, backend: str) -> None:
+def test_augment__each_operation_equals_pil(change: str, backend: str) -> None:
     parameters, theirs = CHANGES[change]
     images = crops(4)
     ours = BACKENDS[backend](images, drawn(4, **parameters), PLAIN)
@@ -175,7 +175,7 @@ def test_grey_first_is_not_coloured_afterwards_but_jitter_first_is_greyed(backen
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_a_sample_for_which_nothing_is_drawn_stays_exactly_as_it_is(backend: str) -> None:
+def test_augment__undrawn_operations_change_nothing(backend: str) -> None:
     images = crops(3)
     assert torch.equal(BACKENDS[backend](images, drawn(3), PLAIN), images.float() / 255)
 
@@ -210,7 +210,7 @@ def measures(views: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("backend", "interpolation"), [("torch", "bilinear"), ("opencv", "bicubic")])
-def test_the_pipelines_statistics_are_torchvisions(backend: str, interpolation: str) -> None:
+def test_augment__statistics_equal_torchvision(backend: str, interpolation: str) -> None:
     count, size, picture = 300, 32, photo(90, 120)
     config = ViewConfig(
         size=size, crop_scale=(0.08, 1), jitter=(0.8, 0.8, 0.8, 0.2), solarise_p=0.2, interpolation=interpolation
@@ -231,7 +231,7 @@ def test_the_pipelines_statistics_are_torchvisions(backend: str, interpolation: 
     assert (found.std(0) / expected.std(0)).log().abs().max() < math.log(1.25)
 
 
-def test_a_crop_has_torchvisions_distribution() -> None:
+def test_crop__distribution_equals_torchvision() -> None:
     config, dice = ViewConfig(crop_scale=(0.08, 1)), Dice(3)
     torch.manual_seed(0)
     picture = torch.zeros(3, 60, 100)
@@ -258,7 +258,7 @@ def test_a_very_long_picture_falls_back_to_the_largest_box_in_its_middle(
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(90, 120), (33, 20), (40, 100), (48, 48), (1, 1)])
-def test_resizing_is_pils_within_rounding(shape: tuple[int, int], interpolation: str) -> None:
+def test_resize__equals_pil_within_rounding(shape: tuple[int, int], interpolation: str) -> None:
     picture = photo(*shape) if min(shape) > 4 else np.full((*shape, 3), 77, np.uint8)
     method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     theirs = np.asarray(Image.fromarray(picture).resize((48, 48), method)).astype(int)
@@ -433,7 +433,7 @@ def test_uint8_in_any_layout_contiguous_float32_out(backend: Any) -> None:
     torch.testing.assert_close(ViewAugment(config, backend=backend)(contiguous), a)
 
 
-def test_the_torch_path_is_one_graph() -> None:
+def test_augment__compiles_to_one_graph() -> None:
     images, parameters = crops(6), draw_parameters(PLAIN, 6, CPU)
     whole: Any = torch.compile(apply_torch, fullgraph=True, backend="eager")
     torch.testing.assert_close(whole(images, parameters, PLAIN), apply_torch(images, parameters, PLAIN))
@@ -459,7 +459,7 @@ def test_anything_but_uint8_rgb_batches_is_refused(wrong: Tensor) -> None:
         {"solarize_p": 0.1},
     ],
 )
-def test_views_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+def test_views__contradictory_config_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ViewConfig(**wrong)
 

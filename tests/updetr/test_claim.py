@@ -61,7 +61,7 @@ def test_steps_to_a_value_are_the_first_that_reach_it(claim: ModuleType) -> None
     assert [claim.steps_to(curve, value, "ap50") for value in (0.05, 0.2, 0.4)] == [100, 200, None]
 
 
-def test_of_photos_the_last_fifth_is_held_out(claim: ModuleType, tmp_path: Path) -> None:
+def test_photos__last_fifth_is_held_out(claim: ModuleType, tmp_path: Path) -> None:
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 9, "width": 9} for i in range(10)]
     boxes = [{"id": i + 1, "image_id": i, "category_id": 3, "bbox": [1, 1, 5, 5], "area": 25} for i in range(10)]
     for image in images:

@@ -131,7 +131,7 @@ def test_losses__weighted_cross_entropy_is_detrs() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_losses__a_novel_label_is_an_error_not_a_lesson() -> None:
+def test_losses__novel_label_is_an_error() -> None:
     with pytest.raises(NovelLabelError):
         make("conditional", novel=(2,)).train()([picture(64, 64, TWO, [1, 2])])
 
@@ -406,7 +406,7 @@ def test_region_model__boxes_are_in_original_pixels(tmp_path: Path) -> None:
     assert boxes.shape == (3, 4) and scores[0] == pytest.approx(float(regions.objectness[0]))
 
 
-def test_region_model__asks_for_words_in_chunks_and_gives_each_word_its_queries(
+def test_region_model__words_run_in_chunks_with_their_own_queries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported(tmp_path)
@@ -429,24 +429,24 @@ def test_region_model__asks_for_words_in_chunks_and_gives_each_word_its_queries(
 
 
 @pytest.mark.parametrize("tower", [False, True])
-def test_region_model__told_words_find_regions_that_are_named_by_what_they_show(tmp_path: Path, tower: bool) -> None:
+def test_region_model__conditioned_regions_are_classified_by_embedding(tmp_path: Path, tower: bool) -> None:
     exported(tmp_path, region_tower=tower, backbone={"features": ["res4"]})
     loaded: Any = load_detector_model(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
     rows = F.normalize(torch.randn(6, D), dim=1)
     boxes, scores, owner = loaded.conditioned_queries(image, rows, classes_per_pass=4)
-    told = loaded.conditioned_regions(image, rows, classes_per_pass=4)
+    conditioned = loaded.conditioned_regions(image, rows, classes_per_pass=4)
     # As many as there are queries.
     kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), detr_regions.CONDITIONED_NMS_IOU)[:8]
-    assert told.size == (128, 192) and len(told) == len(kept) < len(boxes)
-    np.testing.assert_allclose(told.boxes, boxes[kept], rtol=1e-4)
-    np.testing.assert_allclose(told.objectness, scores[kept], rtol=1e-4)
+    assert conditioned.size == (128, 192) and len(conditioned) == len(kept) < len(boxes)
+    np.testing.assert_allclose(conditioned.boxes, boxes[kept], rtol=1e-4)
+    np.testing.assert_allclose(conditioned.objectness, scores[kept], rtol=1e-4)
     expected = rows[owner[kept]]
     if tower:
-        shares = box_xyxy_to_cxcywh(torch.from_numpy(told.boxes) / torch.tensor([192.0, 128, 192, 128]))
+        shares = box_xyxy_to_cxcywh(torch.from_numpy(conditioned.boxes) / torch.tensor([192.0, 128, 192, 128]))
         memory = loaded.memory(image)
         expected = F.normalize(loaded.detr.region_embeddings(memory, torch.zeros_like(kept), shares), dim=1)
-    np.testing.assert_allclose(told.text, expected.detach(), atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(conditioned.text, expected.detach(), atol=1e-5, rtol=1e-4)
     assert len(load_detector_model(tmp_path, top=2).conditioned_regions(image, rows, classes_per_pass=4)) == 2
 
 

@@ -112,7 +112,7 @@ def test_patches__log_uniform_reaches_small_ones_and_avoids_near_duplicates() ->
     assert ours[1] < 0.02 < official[1]
 
 
-def test_patches__a_region_prior_finds_the_thing_that_stands_out() -> None:
+def test_patches__region_prior_finds_the_salient_object() -> None:
     patches = source(sampler="prior", count=4)
     thing = np.array([100, 30, 140, 60], dtype=np.float32)
     hits = 0
@@ -124,7 +124,7 @@ def test_patches__a_region_prior_finds_the_thing_that_stands_out() -> None:
     assert hits >= 8
 
 
-def test_patches__a_region_prior_keeps_to_the_scale_that_is_asked_for() -> None:
+def test_patches__region_prior_respects_the_scale() -> None:
     """Specks that stand out are no patches: the transformer's cells are larger than they are."""
     patches = source(sampler="prior", count=12, scale=(0.15, 0.5), max_aspect=2.0, max_iou=0.7)
     boxes = np.concatenate([patches.boxes(patches.images.image(i), np.random.default_rng(i)) for i in range(3)])
@@ -418,7 +418,7 @@ def projected(model: Any, tokens: Tensor) -> Tensor:
     return model.input_proj(tokens[..., None, None])[..., 0, 0]
 
 
-def test_start__a_patch_points_at_its_own_look_whatever_all_of_them_share() -> None:
+def test_patch2query__start_ignores_the_common_component() -> None:
     model = make(variant="agnostic")
     tokens, patches = shifted(50, seed=1)
     done = init_projections(model, tokens_SC=tokens, embeddings_PD=patches)
@@ -432,7 +432,7 @@ def test_start__a_patch_points_at_its_own_look_whatever_all_of_them_share() -> N
     assert float((raw.argmax(1) == torch.arange(50)).float().mean()) < 0.5  # what it is for
 
 
-def test_start__the_way_back_from_the_joint_space() -> None:
+def test_patch2query__start_inverts_the_joint_projection() -> None:
     model = make(variant="text", width=32)  # 12 dimensions of 8 channels: the projection loses nothing
     tokens, _ = shifted(50, seed=2)
     projection = torch.randn(12, CHANNELS, generator=torch.Generator().manual_seed(3))
@@ -454,7 +454,7 @@ def test_start__a_patch_of_another_space_keeps_its_random_projection() -> None:
     assert "at random" in done and torch.equal(model.patch2query.weight, before)
 
 
-def test_start__one_place_changes_nothing_and_gives_no_nan() -> None:
+def test_patch2query__start_from_one_patch_is_finite() -> None:
     model = make(variant="agnostic")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert "at random" in init_projections(model, tokens_SC=torch.randn(1, CHANNELS))

@@ -22,7 +22,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float(inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner))
 
 
-def test_things_that_stand_out_come_first() -> None:
+def test_selective_search__salient_objects_rank_first() -> None:
     picture, things = scene()
     boxes, values = likely_boxes(picture, scale=(0.1, 0.7), max_aspect=3.0)
     assert (np.diff(values) <= 0).all()
@@ -41,7 +41,7 @@ def test_boxes_lie_in_the_picture_within_scale_and_aspect() -> None:
         assert (share >= 0.2 - 1e-9).all() and (share <= 0.6 + 1e-9).all()
 
 
-def test_an_even_picture_is_no_error() -> None:
+def test_selective_search__uniform_picture() -> None:
     boxes, values = likely_boxes(np.full((64, 64, 3), 7, dtype=np.uint8), scale=(0.1, 0.7), max_aspect=3.0)
     assert boxes.shape == (len(values), 4) and np.allclose(values, 0)
 

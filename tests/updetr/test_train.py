@@ -63,7 +63,7 @@ def test_command__the_arch_of_a_configuration_chooses_what_it_is_read_as(argv: l
     assert type(config) is kind
 
 
-def test_command__an_unknown_arch_is_refused_where_it_stands(tmp_path: Path) -> None:
+def test_command__unknown_arch_is_refused_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("model:\n  arch: conditionl\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml:2: model\.arch: expected one of mask_rcnn.*'conditional'"):

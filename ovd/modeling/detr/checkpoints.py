@@ -20,7 +20,7 @@ from pretrain.engine.state import LoadReport, load_tensors
 from pretrain.nets.checkpoints import read_tensors
 
 OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoints
-DROPPED = ("class_embed.", "classifier.")  # what fine-tuning starts anew, as UP-DETR's paper does
+DROPPED = ("class_embed.", "classifier.")  # fine-tuning initialises these, as UP-DETR's paper does
 
 
 def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
     folder = _exported_of(path)
     card = read_card(folder)
     if not card.is_transformer:
-        raise UserError(f"weights={path}: is no detection transformer; give exported/ of a DETR or UP-DETR run")
+        raise UserError(f"weights={path}: is not a detection transformer; give exported/ of a DETR or UP-DETR run")
     trained = card.architecture
     assert isinstance(trained, DetrConfig)
     return exported_tensors(folder)[0], not trained.backbone.frozen

@@ -35,7 +35,7 @@ class Denoising:
     Args:
         groups: copies of each target; 0: no denoising.
         box_noise: see `apply_box_noise`.
-        label_noise: share of copies whose class is drawn anew; of patches: that get the box but no patch.
+        label_noise: share of copies whose class is redrawn; of patches: that get the box but no patch.
     """
 
     def __init__(self, *, groups: int, box_noise: float, label_noise: float) -> None:
@@ -66,7 +66,7 @@ class Denoising:
         return DenoisingQueries(content, torch.logit(noised), group)
 
     def _noised_labels(self, labels: Tensor, classifier: EmbeddingClassifier) -> Tensor:
-        """Labels of which a share is drawn anew from the classes of training."""
+        """Labels, a share of them redrawn from the training classes."""
         trained = classifier.trainable.nonzero()[:, 0]
         other = trained[torch.randint(len(trained), labels.shape, device=labels.device)]
         return torch.where(torch.rand(labels.shape, device=labels.device) < self.label_noise, other, labels)

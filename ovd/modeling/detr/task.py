@@ -20,9 +20,7 @@ class DetrTask(DetectionTask):
 
     def __init__(self, *, model: Detr, pretrained_lr_scale: float) -> None:
         super().__init__(
-            model=model,
-            pretrained_prefixes=("backbone.", "region_tower."),
-            pretrained_lr_scale=pretrained_lr_scale,
+            model=model, pretrained_prefixes=("backbone.", "region_tower."), pretrained_lr_scale=pretrained_lr_scale
         )
         self.untracked = ("model.backbone.",) if model.frozen else ()
 

@@ -76,7 +76,7 @@ class ClassBranch(nn.Module):
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
     def start_from(self, proposals: ProposalDetector) -> None:
-        """Copy trunk and boxes; class rows are drawn anew."""
+        """Copy trunk and boxes; class rows are initialised."""
         self.csp.load_state_dict(proposals.backbone.csp.state_dict())
         self.neck.load_state_dict(proposals.backbone.neck.state_dict())
         for class_head, head in zip(self.heads, proposals.proposal_generator.heads, strict=True):

@@ -107,7 +107,7 @@ class OpenVocabularyHeads(SeededROIHeads):
             proposal_matcher=proposal_matcher,
         )
         if (variant == "ensemble") != (image_head is not None):
-            raise ValueError("exactly the ensemble has a second region head")
+            raise ValueError("only the ensemble has a second region head")
         if (classifier is None) == (variant in ("text", "vild", "ensemble")):
             raise ValueError(f"variant {variant!r} {'needs a' if classifier is None else 'has no'} text classifier")
         if (region_head is None) != (variant == "agnostic" and detail_head is not None):

@@ -182,14 +182,14 @@ def extra_drawings(
         where: the table's file, for messages.
 
     Raises:
-        UserError: a noun that is no class.
+        UserError: a noun that is not a class.
     """
     drawings: dict[str, dict[int, tuple[str, ...]]] = {}
     for style, table in content["styles"].items():
         drawings[style] = {}
         for name, entry in table.items():
             if entry["noun"] not in number:
-                raise UserError(f"{where}: {style}/{name} is a {entry['noun']!r}, which is no class.")
+                raise UserError(f"{where}: {style}/{name} is a {entry['noun']!r}, which is not a class.")
             class_id = number[entry["noun"]]
             drawings[style][class_id] = (*drawings[style].get(class_id, ()), name)
     return drawings
