@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 from ovd.runtime.cpu import computes_bfloat16, computes_int8
 from ovd.runtime.files import find_export, find_int8_export, graphs_of, stale
 from pretrain.engine.errors import NEEDS_TORCH, UserError
+from pretrain.engine.loading import without_collection, without_compiler
 
 if TYPE_CHECKING:
     from ovd.inference.region_model import RegionModel
@@ -155,7 +156,8 @@ def _load_torch(
     from ovd.modeling.load import load_detector_model
     from pretrain.engine.distributed import pick_device
 
-    target = pick_device(device, threads=threads)
-    encoder = load_encoder_of(folder, card).to(target)
-    model = load_detector_model(folder, device=str(target), masks=masks, top=regions, encoder=encoder)
+    with without_compiler(), without_collection():
+        target = pick_device(device, threads=threads)
+        encoder = load_encoder_of(folder, card).to(target)
+        model = load_detector_model(folder, device=str(target), masks=masks, top=regions, encoder=encoder)
     return Networks(model, encoder)
