@@ -137,11 +137,11 @@ def prompt_free_outcome(
             regions = Regions(regions=scene.regions, key="", detector=asked)
             found = regions.classify(query, threshold=calibration.threshold)
             verdicts = judge.verdicts(found, scene.boxes, scene.classes, certainty_M=scene.certainty)
+            certainty = np.ones(len(scene.boxes)) if scene.certainty is None else scene.certainty
             for confidence, verdict in zip(found.confidence.tolist(), verdicts, strict=True):
                 if verdict.right is not None:
-                    certain = scene.certainty is None or not verdict.right
                     score.append(confidence)
-                    correct.append(float(verdict.right) if certain else float(scene.certainty[verdict.label]))
+                    correct.append(float(certainty[verdict.label]) if verdict.right else 0.0)
     return PromptFreeOutcome(np.array(score, dtype=np.float64), np.array(correct, dtype=np.float64))
 
 
