@@ -99,3 +99,23 @@ with without_collection():
     pass
 assert not gc.isenabled()
 """)
+
+
+@pytest.mark.parametrize("end", ["return 0", "raise UserError('no')"])
+def test_a_command_ends_without_a_search_of_all_that_it_loaded(end: str) -> None:
+    code = f"""
+import gc
+from pretrain.engine.errors import UserError, run_cli
+class Thing:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        print("found")
+def main(argv):
+    gc.disable()
+    Thing()
+    {end}
+run_cli(main, [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == ((2, "") if "raise" in end else (0, ""))
