@@ -2,10 +2,11 @@
 """``wordbox calibrate --weights FOLDER``: calibrate a detector's scores, and report the calibration error.
 
 Fits the temperature and the exponent of the objectness by average precision, then slope and offset by likelihood, then
-the default threshold: the score that a word absent from the picture stays below in 95 % of the pictures. The fit uses
-scenes of its own (seed 1000; evaluation uses seed 0) and base words only. The result is measured on other scenes (seed
-2000) with base and novel words, and written to ``model.json``. Both have the held-out drawing style: scores fitted on
-the training styles would be overconfident.
+the default threshold: the score that a word absent from the picture stays below in 95 % of the pictures; then the level
+of ``everything``: the score from which seven in ten answers are right. The fit uses scenes of its own (seed 1000;
+evaluation uses seed 0) and base words only. The result is measured on other scenes (seed 2000) with base and novel
+words, and written to ``model.json``. Both have the held-out drawing style: scores fitted on the training styles would
+be overconfident.
 
 Scores of crops are then fitted likewise, with each word replaced by one crop in a training style.
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,6 +181,7 @@ def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
 def calibrate_on_scenes(args: argparse.Namespace) -> int:
     """Fit on some Sticker Scenes, words and examples; measure on others."""
     from ovd.evaluation.fitting import fit_calibration
+    from ovd.evaluation.prompt_free import prompt_free_figures
     from pretrain.data.stickers import Stickers
 
     detector, count, size = load(args), args.scenes, args.size
@@ -188,8 +191,10 @@ def calibrate_on_scenes(args: argparse.Namespace) -> int:
     fitted = fit_calibration(scenes, scorer)
     if detector.examples is not None:
         fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
+    fitted = with_level(detector, fitted, scenes, stickers.nouns)
     others = typed_scenes(detector, stickers, seed=2000, count=count, size=size, base_only=False)
     figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
+    figures |= prompt_free_figures(detector, fitted, others, stickers.nouns)
     write(args, detector, fitted, {"other_scenes": figures}, curve, caption="typed words, scenes not fitted on")
     return 0
 
@@ -218,6 +223,7 @@ def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calib
     """
     from ovd.evaluation.fitting import fit_calibration
     from ovd.evaluation.labelled_scenes import labelled_scenes, vocabulary_of
+    from ovd.evaluation.prompt_free import prompt_free_figures
 
     scenes = labelled_scenes(detector, labels, count=count, absent=ABSENT_WORDS)
     scorer = scorer_of(detector, vocabulary_of(scenes, detector))
@@ -227,7 +233,25 @@ def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calib
             f"--data {labels.where}: this detector's scores say nothing about these labels (the better a score, the "
             "less often it is right); train it on such pictures first. Nothing was changed"
         )
-    return fitted, *measure(scenes.report, replace(scorer, calibration=fitted), {})
+    fitted = with_level(detector, fitted, scenes.fit, scenes.names)
+    figures, curve = measure(scenes.report, replace(scorer, calibration=fitted), {})
+    return fitted, figures | prompt_free_figures(detector, fitted, scenes.report, scenes.names), curve
+
+
+def with_level(
+    detector: Detector, fitted: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
+) -> Calibration:
+    """The fit with the level of words that nobody types; a warning where the labels do not tell one."""
+    from ovd.evaluation.prompt_free import LEAST, RIGHT_SHARE, with_prompt_free_level
+
+    fitted = with_prompt_free_level(detector, fitted, scenes, names)
+    if fitted.prompt_free_threshold is None and detector.model.prompt_free_words().names:
+        print(
+            f"warning: from no score on are {RIGHT_SHARE:.0%} of {LEAST} or more answers to 'everything' right by "
+            "these labels; it keeps the default level",
+            file=sys.stderr,
+        )
+    return fitted
 
 
 def parser() -> CommandParser:
@@ -301,6 +325,7 @@ def main(argv: list[str]) -> int:
 def calibrate_on_photos(args: argparse.Namespace) -> int:
     """Fit on one half of the photos, measure on the other, then fit on all of them."""
     from ovd.evaluation.photo_calibration import fit, measure, photos_of, prepare, require_boxes
+    from ovd.evaluation.prompt_free import prompt_free_figures, with_prompt_free_level
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")
@@ -311,14 +336,18 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
         print(f"warning: {notice}", file=sys.stderr)
     require_boxes(photos, args.data)
     detector = load(args)
-    typed = prepare(detector, photos)
-    figures, curve = measure(typed.half(1), fit(typed.half(0))[0])
+    typed, names = prepare(detector, photos), photos.table.words
+    first, second = typed.half(0), typed.half(1)
+    fitted = with_prompt_free_level(detector, fit(first)[0], first.scenes, names)
+    figures, curve = measure(second, fitted)
+    figures |= prompt_free_figures(detector, fitted, second.scenes, names)
     fitted, crops_fitted = fit(typed)
     if not crops_fitted:
         print(
             "warning: too few photos show the same words to fit the scores of crops; their calibration is unchanged",
             file=sys.stderr,
         )
+    fitted = with_level(detector, fitted, typed.scenes, names)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0
 

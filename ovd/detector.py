@@ -248,7 +248,7 @@ class Detector:
 
     @cached_property
     def _all_words(self) -> Query:
-        words = self.model.prompt_free_words()
+        words = self.model.prompt_free_words().at(self.model.calibration.prompt_free_threshold)
         if not words.names:
             raise UserError("everything: these weights do not say which words they know; name the classes to look for")
         return Query(Vocabulary.parse(list(words.names), templates=self.templates), naming=words)

@@ -30,6 +30,7 @@ from ovd.weights import ModelCard, read_model_card
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.loading import without_collection, without_compiler
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -80,8 +81,9 @@ def load_with_encoder(
 
     where = pick_device(device, threads=threads)
     top = CROPS if regions is None else regions
-    source, card = box_source(folder, device=str(where), masks=masks, top=top)
-    encoder = resolve_encoder(spec).to(where)
+    with without_compiler(), without_collection():
+        source, card = box_source(folder, device=str(where), masks=masks, top=top)
+        encoder = resolve_encoder(spec).to(where)
     if encoder.visual is None or encoder.text is None:
         raise UserError(f"--encoder {spec}: names need both an image and a text tower")
     templates = TEMPLATE_SETS[SHIPPED_TEMPLATES.get(Path(spec).name, "clip")]

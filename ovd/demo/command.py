@@ -11,10 +11,15 @@ import shutil
 import sys
 
 from ovd.demo.logs import configure
-from ovd.demo.memory import freeze_loaded, limit_heaps, without_compiler
+from ovd.demo.memory import freeze_loaded, limit_heaps
 from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
 from ovd.query_flags import add_detector_flags, load_detector
 from pretrain.engine.flags import CommandParser, integer
+from pretrain.engine.loading import without_collection
+
+SETTLING_SECONDS = 1
+"""After which the page looks for garbage of its start: it holds everything up for a third of a second, and whoever
+waited for the page has it by then."""
 
 
 def parser() -> CommandParser:
@@ -64,28 +69,29 @@ def main(argv: list[str]) -> int:
     signals = StopSignals()
     try:
         limit_heaps()
-        with without_compiler():
+        with without_collection():
             from ovd.demo.answer import Answerer
             from ovd.demo.model_manager import manager_of
             from ovd.demo.page import build_page, launch_page
 
             manager = manager_of(options.weights, lambda weights: load_detector(options, weights=weights))
-        answerer = Answerer(manager=manager)
-        page = build_page(answerer)
-        served = launch_page(
-            page,
-            listener=listener,
-            host=options.host,
-            allow_hosts=options.allow_host,
-            share=options.share,
-            open_browser=options.browser,
-            seconds=lambda: answerer.seconds,
-        )
-        signals.listen()
-        print(f"The page is at {served.url}  (Ctrl-C stops it)", flush=True)
-        if served.share_url:
-            print(f"and for everybody at {served.share_url}", flush=True)
-        freeze_loaded()
+            answerer = Answerer(manager=manager)
+            page = build_page(answerer)
+            served = launch_page(
+                page,
+                listener=listener,
+                host=options.host,
+                allow_hosts=options.allow_host,
+                share=options.share,
+                open_browser=options.browser,
+                seconds=lambda: answerer.seconds,
+            )
+            signals.listen()
+            print(f"The page is at {served.url}  (Ctrl-C stops it)", flush=True)
+            if served.share_url:
+                print(f"and for everybody at {served.share_url}", flush=True)
+            signals.wait(SETTLING_SECONDS)
+            freeze_loaded()
         signals.wait()
         answerer.close()
         served.close()

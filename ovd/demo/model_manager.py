@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovd.demo.memory import release_idle_memory, without_compiler
+from ovd.demo.memory import release_idle_memory
 from ovd.runtime.files import find_export
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
@@ -88,8 +88,7 @@ class ModelManager:
         """
         if self.loaded_detector(name) is None:
             log.info("loading %s", name)
-            with without_compiler():
-                self._loaded = (name, self.offers[name].load())
+            self._loaded = (name, self.offers[name].load())
             release_idle_memory()
         return self.current
 

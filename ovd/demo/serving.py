@@ -319,9 +319,9 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._leave)
 
-    def wait(self) -> None:
-        """Until one comes."""
-        self._stop.wait()
+    def wait(self, seconds: float | None = None) -> None:
+        """Until one comes, or so many seconds have passed."""
+        self._stop.wait(seconds)
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self.status = 130 if number == signal.SIGINT else 0

@@ -7,7 +7,7 @@ Shapes: R regions, C words, D joint embedding. NumPy only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,6 +69,10 @@ class PromptFreeWords:
             family=np.arange(len(names)),
             level=MANY_THRESHOLD if len(names) > MANY else SHOWN_THRESHOLD,
         )
+
+    def at(self, level: float | None) -> PromptFreeWords:
+        """The same, shown from this level on; None: from its own."""
+        return self if level is None else replace(self, level=level)
 
     def one_name(self, score_RC: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores on one scale, where what is named *dog* is not named *beagle* too.

@@ -31,6 +31,8 @@ class Calibration:
         bank_limit: background words with a cosine above it to the typed class are its near-synonyms and do not compete
             with it.
         threshold: default of the page and of ``detect``.
+        prompt_free_threshold: lowest score shown of words that nobody typed, where ``wordbox calibrate`` fitted one;
+            None: as `ovd.inference.everything` has it.
         head_weight: exponent of the region head beside the proposal network's own score, for words that the latter
             knows (`ovd.inference.fvlm_regions`); slope and offset are those words'. Of 0 to .4 in tenths, .2 has the
             best mean AP on the photos that the head was chosen on.
@@ -52,6 +54,7 @@ class Calibration:
     offset: float = 0.0
     bank_limit: float = 0.7
     threshold: float = 0.3
+    prompt_free_threshold: float | None = None
     head_weight: float = 0.2
     open_scale: float = 15.0
     open_objectness: float = 1.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import io
 import os
 import re
@@ -176,4 +177,6 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
             raise
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    finally:
+        gc.freeze()  # the process ends: without it all that is loaded, torch too, is searched for garbage once more
     sys.exit(0 if status is None else status)

@@ -139,14 +139,14 @@ class ClipTokenizer:
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
-        self._tokenizer = open_clip_module("tokenizer").SimpleTokenizer(context_length=context_length)
+        self._tokenize = open_clip_module("tokenizer").tokenize
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         if isinstance(texts, str):
             raise TypeError("tokenize takes a list of texts, not one text")
         if not texts:
             return torch.zeros(0, self.context_length, dtype=torch.long)
-        return self._tokenizer(list(texts))
+        return self._tokenize(list(texts), context_length=self.context_length)
 
     def __reduce__(self) -> tuple[type[ClipTokenizer], tuple[int]]:
         """Pickled by its length: open_clip's class may have been imported on its own (`open_clip_module`)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page does without: the compiler, repeated lines of the log, pages of libraries."""
+"""What the page does without: repeated lines of the log, pages of libraries."""
 
 from __future__ import annotations
 
@@ -18,45 +18,6 @@ ROOT = Path(__file__).parents[2]
 def run(code: str) -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_compiler_stub__libraries_import_and_work() -> None:
-    run("""
-import sys
-from ovd.demo.memory import without_compiler
-from pretrain.nets.open_clip_parts import open_clip_module
-with without_compiler():
-    import torchvision
-    from ovd.demo.answer import Answerer
-    from ovd.modeling.load import load_detector_model
-    tokenizer = open_clip_module("tokenizer")
-    assert open_clip_module("transformer").TextTransformer and open_clip_module("tokenizer") is tokenizer
-assert not {"torch._dynamo", "torch._dynamo.utils", "sympy", "timm"} & set(sys.modules), "more was imported"
-assert not [m for m in sys.modules if m.startswith("open_clip")]
-import torch
-boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 8.0]])
-assert torchvision.ops.nms(boxes, torch.tensor([0.1, 0.9]), 0.5).tolist() == [1]
-assert torchvision.ops.roi_align(torch.ones(1, 1, 9, 9), [boxes], 2).shape == (2, 1, 2, 2)
-assert tokenizer.SimpleTokenizer(context_length=9)(["a cat"]).shape == (1, 9)
-import open_clip, open_clip.tokenizer
-assert open_clip.tokenizer.SimpleTokenizer and open_clip_module("model") is open_clip.model
-from torchvision.ops.roi_align import is_compile_supported
-assert is_compile_supported("cpu") in (True, False) and "sympy" in sys.modules
-assert torch._dynamo.is_compiling() is False
-""")
-
-
-@pytest.mark.parametrize("wanted", ["from torch._dynamo import is_compiling", "import torch._dynamo.config"])
-def test_compiler_stub__other_attributes_load_the_real_module(wanted: str) -> None:
-    run(f"""
-import sys
-from ovd.demo.memory import without_compiler
-import torch
-with without_compiler():
-    {wanted}
-import torch._dynamo
-assert torch._dynamo.is_compiling() is False and torch._dynamo.__file__ and torch._dynamo.config.cache_size_limit
-""")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

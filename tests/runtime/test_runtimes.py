@@ -239,9 +239,13 @@ def test_an_export_beside_its_weights_runs_with_their_calibration(exported: Path
     folder = beside(tmp_path / "mine", exported)
     assert find_export(folder) == folder / EXPORT_FOLDER
     card = json.loads((folder / "model.json").read_text())
-    card["calibration"]["threshold"] = 0.61
+    card["calibration"] |= {"threshold": 0.61, "prompt_free_threshold": 0.72}
     (folder / "model.json").write_text(json.dumps(card))
-    assert Detector.load(folder, runtime="onnx").threshold == 0.61
+    runtimes: tuple[Runtime, ...] = ("onnx", "torch")
+    for runtime in runtimes:
+        detector = Detector.load(folder, runtime=runtime, device="cpu")
+        assert detector.threshold == 0.61
+        assert detector.threshold_for(detector.query("everything")) == 0.72
 
 
 def test_an_export_of_other_weights_is_not_run(exported: Path, tmp_path: Path) -> None:
