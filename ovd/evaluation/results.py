@@ -7,12 +7,14 @@ counted and reported as a warning. Inputs are never changed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from pretrain.data import masks
-from pretrain.data.coco import GroundTruth, checked_box, is_id, is_number, kind_of, over_border, require_id, required
+from pretrain.data.coco import GroundTruth, is_id, kind_of, require_id, required
+from pretrain.data.coco_boxes import checked_box, is_number, over_border, require_pixels
 from pretrain.data.coco_entries import ImageId
 from pretrain.engine.errors import UserError
 
@@ -97,7 +99,16 @@ def check_results(
         elif "segmentation" not in result:
             raise UserError(f"{entry}: neither bbox nor segmentation.")
         checked.append(result)
+    require_pixels((one["bbox"] for one in checked if "bbox" in one), where)
     warnings = []
+    boxes = Counter(
+        (one["image_id"], one["category_id"], one["score"], *one["bbox"]) for one in checked if "bbox" in one
+    )
+    if repeated := boxes.total() - len(boxes):
+        warnings.append(
+            f"{repeated} detections repeat image, class, box and score of another one, and count as false: were parts "
+            "of the results put together twice?"
+        )
     if dropped:
         warnings.append(f"{dropped} detections of categories that the ground truth does not define are left out")
     if over:

@@ -100,7 +100,7 @@ class Regions:
         boxes = self.regions.boxes
         one_family = candidates if naming is None else replace(candidates, class_id=naming.family[candidates.class_id])
         chosen = postprocess(boxes, one_family, nms_iou=nms_iou, cross_class_iou=cross_iou, limit=limit)
-        if naming is not None:  # back from families to words
+        if naming is not None and len(chosen.region):  # back from families to words
             best_name = shown.classes[shown.score_RS[chosen.region].argmax(axis=1)]
             chosen = replace(chosen, class_id=best_name)
         return Detections.of(

@@ -168,9 +168,11 @@ def upright(image: Image.Image) -> Image.Image:
 def _convert(image: Image.Image, alpha: bool) -> Image.Image:
     """RGB or RGBA of any mode; 16-bit greys are scaled, not clipped."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image).astype(np.float64)
+        grey = np.nan_to_num(np.asarray(image).astype(np.float64))
         deep = image.mode.startswith("I;16") or grey.max(initial=0.0) > 255
         scale = 255.0 / 65535.0 if deep else 1.0
+        if image.mode == "F" and grey.max(initial=0.0) <= 1:  # as scientific programs write greys
+            scale = 255.0
         image = Image.fromarray(np.clip(np.floor(grey * scale + 0.5), 0, 255).astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if alpha:
@@ -232,7 +234,8 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             path = Path(where, name)
-            if name.startswith(".") or not path.is_file():
+            # A link whose target is gone is a picture that cannot be read, and named as such by whoever reads it.
+            if name.startswith(".") or not (path.is_file() or (path.is_symlink() and not path.exists())):
                 continue
             if extension in EXTENSIONS:
                 paths.append(path)
@@ -265,8 +268,15 @@ def require_files(names: Iterable[str | Path], folder: Path, *, where: str | Pat
         return None
     text = f"{where}: {len(missing)} of its {len(present)} pictures are not there, such as {folder / missing[0]}"
     if len(missing) > allowed * len(present) or len(missing) == len(present):
-        raise UserError(f"{text}; is {folder} the folder that their names are relative to?")
+        raise UserError(
+            f"{text}; is {folder} the folder that their names are relative to?{about_backslashes(missing[0])}"
+        )
     return text
+
+
+def about_backslashes(name: str | Path) -> str:
+    """A hint to follow the name of a picture that is not there, where Windows wrote the name; else nothing."""
+    return r" Names with \ come from Windows: write them with /." if "\\" in str(name) else ""
 
 
 def list_images(folder: str | Path) -> list[Path]:
