@@ -142,9 +142,12 @@ def put_picture(picture: Picture, folder: Path, picture_mode: PictureMode, *, fl
             target.symlink_to(os.path.abspath(picture.source))
         elif not (target.is_file() and _same_file(picture.source, target)):
             partial = target.with_name(f".{target.name}.part")
-            shutil.copyfile(picture.source, partial)
-            shutil.copystat(picture.source, partial)
-            partial.replace(target)
+            try:
+                shutil.copyfile(picture.source, partial)
+                shutil.copystat(picture.source, partial)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as problem:
         raise UserError(f"{target}: cannot be written: {problem.strerror or problem}") from problem
     return name

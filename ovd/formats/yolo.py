@@ -141,7 +141,7 @@ def _from_yaml(file: Path) -> _Source:
                 )
             listing = _pictures_at(entry, root, file, key)
             pictures += [(PART_NAMES[key], path) for path in listing.paths]
-            skipped_notices += [f"{key}: {listing}"] if listing.skipped else []
+            skipped_notices += [f"{key}: {listing}"] if str(listing) else []
     if not pictures:
         raise UserError(f"{file}: none of train, val and test names a folder of pictures")
     return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content, skipped_notices)
@@ -203,7 +203,7 @@ def _from_folder(folder: Path) -> _Source:
     inside = folder / "images" if (folder / "images").is_dir() else folder
     listing = find_images(inside)
     pictures = [(_part_of(path.relative_to(inside)), path) for path in listing.paths]
-    return _Source(names, pictures, folder, poses=False, skipped_notices=[str(listing)] if listing.skipped else [])
+    return _Source(names, pictures, folder, poses=False, skipped_notices=[str(listing)] if str(listing) else [])
 
 
 def _part_of(below: Path) -> str:

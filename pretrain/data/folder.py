@@ -39,6 +39,8 @@ PILLOWS_LIMIT = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: there Pillow refuse
 PAGE_PIXELS = 25_000_000  # of the page, where strangers send pictures and several are read at once
 LIMIT = "WORDBOX_MAX_PIXELS"
 """Environment variable that takes the place of `MAX_PIXELS`; a number, so that workers of a loader have it too."""
+RESULTS = (("job.json", "parts"), ("label.json", "predictions"))
+"""What `ovd.predict` and `ovd.label` have in their output folders."""
 U8 = NDArray[np.uint8]
 TURNS = {  # EXIF orientation -> how a picture is stood upright (Exif 2.3, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -190,25 +192,31 @@ class ImageListing:
     Attributes:
         paths: sorted by their path below the folder.
         skipped: extension -> number of pictures in formats that are not read.
+        results: folders with drawn or copied pictures, written by earlier commands.
     """
 
     paths: list[Path]
     skipped: Mapping[str, int]
+    results: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         """What was passed over, or nothing."""
-        formats = ", ".join(f"{count} {extension}" for extension, count in sorted(self.skipped.items()))
-        if not formats:
-            return ""
-        heif = f", and {HEIF_NEEDED}" if set(HEIF) & set(self.skipped) else ""
-        return f"passed over: {formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})"
+        parts = []
+        if self.skipped:
+            formats = ", ".join(f"{count} {extension}" for extension, count in sorted(self.skipped.items()))
+            heif = f", and {HEIF_NEEDED}" if set(HEIF) & set(self.skipped) else ""
+            parts.append(f"{formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})")
+        if self.results:
+            parts.append(f"results of earlier commands, in {', '.join(map(str, self.results))}")
+        return f"passed over: {'; '.join(parts)}" if parts else ""
 
 
 def find_images(folder: str | Path, *, without: Path | None = None) -> ImageListing:
     """Every picture below `folder`, by file extension.
 
-    Hidden files and folders (``.ipynb_checkpoints``, macOS's ``._a.jpg``) are no pictures of a person's. Links to
-    folders are followed, each folder once.
+    Hidden files and folders (``.ipynb_checkpoints``, macOS's ``._a.jpg``) are no pictures of a person's, nor is what
+    ``wordbox predict`` and ``wordbox label`` wrote into a folder below. Links to folders are followed, each folder
+    once.
 
     Args:
         folder: searched with its sub folders.
@@ -224,12 +232,17 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
     visited: set[Path] = set()
     paths: list[Path] = []
     skipped: Counter[str] = Counter()
+    results: list[Path] = []
     for where, folders, names in os.walk(root, followlinks=True):
         real = Path(where).resolve()
         if real in visited or real == output:
             folders.clear()
             continue
         visited.add(real)
+        if Path(where) != root and any({stamp, beside} <= {*names, *folders} for stamp, beside in RESULTS):
+            results.append(Path(where))
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             extension = os.path.splitext(name)[1].lower()
@@ -241,7 +254,7 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
                 paths.append(path)
             elif extension in OTHER_EXTENSIONS:
                 skipped[extension] += 1
-    listing = ImageListing(sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped)
+    listing = ImageListing(sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped, tuple(results))
     if not paths:
         raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}). {listing}".rstrip())
     return listing
