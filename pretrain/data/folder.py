@@ -193,11 +193,13 @@ class ImageListing:
         paths: sorted by their path below the folder.
         skipped: extension -> number of pictures in formats that are not read.
         results: folders with drawn or copied pictures, written by earlier commands.
+        lost: links to pictures that are gone.
     """
 
     paths: list[Path]
     skipped: Mapping[str, int]
     results: tuple[Path, ...] = ()
+    lost: int = 0
 
     def __str__(self) -> str:
         """What was passed over, or nothing."""
@@ -206,6 +208,8 @@ class ImageListing:
             formats = ", ".join(f"{count} {extension}" for extension, count in sorted(self.skipped.items()))
             heif = f", and {HEIF_NEEDED}" if set(HEIF) & set(self.skipped) else ""
             parts.append(f"{formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})")
+        if self.lost:
+            parts.append(f"{self.lost} links to pictures that are not there")
         if self.results:
             parts.append(f"results of earlier commands, in {', '.join(map(str, self.results))}")
         return f"passed over: {'; '.join(parts)}" if parts else ""
@@ -233,6 +237,7 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
     paths: list[Path] = []
     skipped: Counter[str] = Counter()
     results: list[Path] = []
+    lost = 0
     for where, folders, names in os.walk(root, followlinks=True):
         real = Path(where).resolve()
         if real in visited or real == output:
@@ -247,14 +252,16 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             path = Path(where, name)
-            # A link whose target is gone is a picture that cannot be read, and named as such by whoever reads it.
-            if name.startswith(".") or not (path.is_file() or (path.is_symlink() and not path.exists())):
+            if name.startswith(".") or not path.is_file():
+                lost += not name.startswith(".") and extension in EXTENSIONS and path.is_symlink() and not path.exists()
                 continue
             if extension in EXTENSIONS:
                 paths.append(path)
             elif extension in OTHER_EXTENSIONS:
                 skipped[extension] += 1
-    listing = ImageListing(sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped, tuple(results))
+    listing = ImageListing(
+        sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped, tuple(results), lost
+    )
     if not paths:
         raise UserError(f"{root} holds no picture ({', '.join(EXTENSIONS)}). {listing}".rstrip())
     return listing
