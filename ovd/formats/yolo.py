@@ -24,7 +24,7 @@ from ovd.plain_yaml import read_plain_yaml
 from pretrain.data import masks
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.data.folder import EXTENSIONS, ImageListing, about_backslashes, find_images
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, shorten
 from pretrain.engine.files import read_text
 
 NOTHING = ("", "~", "null", "Null", "NULL")
@@ -137,7 +137,7 @@ def _from_yaml(file: Path) -> _Source:
         for entry in entries if isinstance(entries, list) else [entries]:
             if not isinstance(entry, str):
                 raise UserError(
-                    f"{file}: {key}: expected a folder or a text file of paths, found {reprlib.repr(entry)}"
+                    f"{file}: {key}: expected a folder or a text file of paths, found {shorten(reprlib.repr(entry))}"
                 )
             listing = _pictures_at(entry, root, file, key)
             pictures += [(PART_NAMES[key], path) for path in listing.paths]
@@ -156,7 +156,8 @@ def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
     names = {}
     for index, name in listed.items():
         if not re.fullmatch("[0-9]{1,9}", str(index)) or not isinstance(name, str) or not name.strip():
-            given = f"{reprlib.repr(index)}: {reprlib.repr(name)}"  # aliases make a short YAML endless when written out
+            # Aliases make a short YAML endless when it is written out.
+            given = f"{shorten(reprlib.repr(index))}: {shorten(reprlib.repr(name))}"
             raise UserError(f"{file}: names: {given} is no class index with its name")
         names[int(index)] = name
     count = content.get("nc")
@@ -176,7 +177,7 @@ def _pictures_at(entry: str, root: Path, file: Path, key: str) -> ImageListing:
     source = next((path for path in tried if path.exists()), None)
     if source is None:
         hint = about_backslashes(entry)
-        raise UserError(f"{file}: {key}: {entry}: no such folder (looked for {tried[0]}){hint}")
+        raise UserError(f"{file}: {key}: {entry}: no such folder (looked for {tried[0]}).{hint}")
     if source.is_dir():
         return find_images(source)
     hint = f"{key} in {file.name} names a folder of pictures or a text file with their paths"
@@ -185,7 +186,7 @@ def _pictures_at(entry: str, root: Path, file: Path, key: str) -> ImageListing:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(
-            f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture{about_backslashes(missing[0])}"
+            f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture.{about_backslashes(missing[0])}"
         )
     read = [path for path in paths if path.suffix.lower() in EXTENSIONS]
     return ImageListing(read, Counter(path.suffix.lower() for path in paths if path not in read))

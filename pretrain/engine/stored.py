@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -36,7 +36,7 @@ def require_types(record: type, values: Mapping[str, object]) -> None:
             entries = {name: (value, hint)}
         for key, (one, kind) in entries.items():
             if not _fits(one, kind):
-                raise TypeError(f"{key}: {reprlib.repr(one)} is not {_KINDS.get(kind, 'of the right form')}")
+                raise TypeError(f"{key}: {shorten(reprlib.repr(one))} is not {_KINDS.get(kind, 'of the right form')}")
 
 
 def _fits(value: object, hint: Any) -> bool:
