@@ -151,7 +151,7 @@ def _pictures_of(file: Path, content: object) -> Path:
     tried += [above / "images", above / "images" / part, above]
     counts = [sum((folder / name).is_file() for name in names) for folder in tried]
     if not any(counts):
-        text = f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures"
+        text = f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures."
         raise UserError(text + about_backslashes(names[0]))
     root = tried[counts.index(max(counts))]
     return root
