@@ -57,14 +57,19 @@ def main(argv: list[str]) -> int:
     from ovd.formats.read import read_labels
     from ovd.formats.shapes import labelled_pictures
     from ovd.formats.write import about_outlines, write_labels
+    from pretrain.data.folder import about_backslashes
 
+    if options.images is not None and not options.images.is_dir():
+        raise UserError(f"--images {options.images}: no such folder")
     labels = read_labels(options.source, kind=options.kind, images=options.images, part=options.part)
     labelled = labelled_pictures(labels)
+    if not labelled.pictures:
+        raise UserError(f"{labels.where}: has no pictures; there is nothing to convert")
     missing = [picture.source for picture in labelled.pictures if not picture.source.is_file()]
     if missing and options.pictures != "none" and options.to in DATASET_FORMATS:
         raise UserError(
             f"{labels.where}: {len(missing)} of {len(labelled.pictures)} pictures are not there (first: {missing[0]}); "
-            "give --images, or --pictures none"
+            f"give --images, or --pictures none.{about_backslashes(missing[0])}"
         )
     for notice in (*labelled.notices, *about_pictures(labelled)):
         print(f"warning: {labels.where}: {notice}", file=sys.stderr)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ class PictureFiles:
             else:
                 raise UserError(f"{argument}: no such file or folder")
             for name, path in inside:
-                if pictures.setdefault(name, path).resolve() != path.resolve():
+                if os.path.realpath(pictures.setdefault(name, path)) != os.path.realpath(
+                    path
+                ):  # links may go in circles
                     raise UserError(
                         f"two pictures would be called {name!r}: {pictures[name]} and {path}; run them separately"
                     )

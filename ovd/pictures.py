@@ -29,7 +29,7 @@ def upright_size(path: Path) -> tuple[int, int]:
             turned = orientation(image) in (5, 6, 7, 8)
     except FileNotFoundError as error:
         raise BadImageError(path, "does not exist") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadImageError(path, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
     return (width, height) if turned else (height, width)
 

@@ -108,10 +108,14 @@ def parser() -> CommandParser:
 def main(argv: list[str]) -> int:
     """Parse, load, predict; returns the exit status."""
     options = parser().parse_args(argv)
+    if options.tile_side is not None and not options.tiles:
+        raise UserError("--tile-side goes with --tiles")
     if videos := [text for text in options.pictures if is_video(text)]:
         if len(videos) < len(options.pictures):
             raise UserError(f"{videos[0]}: is a video; run pictures and videos separately")
         return predict_videos(options, videos)
+    if options.every > 1 or not options.track:
+        raise UserError("--every and --no-track are for videos")
     formats = parse_formats(options.format) if options.format is not None else ()
     examples = check_words(options)
     for folder in filter(Path.is_dir, map(Path, options.pictures)):
@@ -315,7 +319,8 @@ def _read_record(file: Path) -> PictureRecord | None:
         record = json.loads(file.read_text(encoding="utf-8"))  # written under another name and renamed: always whole
     except (FileNotFoundError, ValueError):
         return None
-    return cast("PictureRecord", record) if isinstance(record, dict) else None
+    whole = isinstance(record, dict) and ("reason" in record or isinstance(record.get("results"), list))
+    return cast("PictureRecord", record) if whole else None
 
 
 def _predict_picture(

@@ -44,7 +44,7 @@ def add_detector_flags(add: Callable[..., argparse.Action], *, sides: bool = Tru
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--runtime", choices=get_args(Runtime), default="auto",
         help="inference runtime; onnx-int8: in 8 bits (default auto)")  # fmt: skip
-    add("--threads", type=integer(1), default=None, help="CPU threads (default: all cores)")
+    add("--threads", type=integer(1, 1024), default=None, help="CPU threads (default: all cores)")
 
 
 def add_encoder_flag(add: Callable[..., argparse.Action]) -> None:

@@ -21,6 +21,7 @@ from ovd.inference.scoring import Calibration
 from ovd.weights import user_folder
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.stored import require_types
 
 if TYPE_CHECKING:
     from ovd.text import TextEncoder
@@ -89,6 +90,7 @@ def read_calibration(folder: Path, encoder: TextEncoder) -> StoredCalibration | 
     try:
         if not isinstance(raw, dict) or raw.get("format") != FORMAT or not set(raw["calibration"]) <= names:
             raise TypeError(f"not of format {FORMAT}")
+        require_types(StoredCalibration, raw)
         return StoredCalibration(**raw)
     except (KeyError, TypeError) as error:
         raise UserError(f"{file}: no calibration ({error}); remove it, and run wordbox calibrate again") from error

@@ -319,14 +319,14 @@ class Vocabulary:
         except UnicodeDecodeError as problem:
             raise UserError(f"{source}: the vocabulary file is not UTF-8 text") from problem
         try:
-            record = _parsed(text, source.suffix.lower())
-            if record is None:
+            if source.suffix.lower() not in (".json", ".yaml", ".yml"):
                 return cls.parse(text, templates=templates)
+            record = json.loads(text) if source.suffix.lower() == ".json" else read_plain_yaml(text)
             names = listed(record, where="the file") if not _is_record(record) else None
             if names is not None:
                 classes, notices = _merge([(name, []) for name in names])
                 return cls(tuple(classes), tuple(templates), notices=tuple(notices))
-            if source.suffix.lower() != ".json":
+            if not _is_record(record):
                 raise UserError("not a list of class names: give a list, or names: [dog, cat] as YOLO's data.yaml")
             return cls._from_record(record)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
@@ -342,8 +342,8 @@ class Vocabulary:
         classes = []
         for row in record["classes"]:
             name, synonyms = row["name"], row.get("synonyms", [])
-            if not isinstance(name, str) or not all(isinstance(s, str) for s in synonyms):
-                raise UserError("names and synonyms must be strings")
+            if not isinstance(name, str) or not name.strip() or not all(isinstance(s, str) for s in synonyms):
+                raise UserError("names and synonyms must be texts, and no name empty")
             # As they stand: names of a data set may begin with a minus or stand in quotes.
             classes.append(VocabularyClass(name, tuple(synonyms), bool(row.get("negative"))))
         templates = record.get("templates", TEMPLATES_STICKER)
@@ -352,13 +352,6 @@ class Vocabulary:
         return cls(
             tuple(classes), tuple(templates), bool(record.get("this_is", False)), bool(record.get("parity", False))
         )
-
-
-def _parsed(text: str, suffix: str) -> Any:
-    """Content of a ``.json`` or ``.yaml`` file; None for text files."""
-    if suffix == ".json":
-        return json.loads(text)
-    return read_plain_yaml(text) if suffix in (".yaml", ".yml") else None
 
 
 def _is_record(record: object) -> bool:
@@ -375,20 +368,23 @@ def _split_synonyms(entry: str, tail: str) -> list[str]:
 
 
 def _json_list(text: str) -> list[str] | None:
-    """The names of ``["dog", "cat"]`` typed as it stands; None for other text.
+    """The names of ``["dog", "cat"]`` or ``{"0": "dog", "1": "cat"}`` typed as it stands; None for other text.
 
     Raises:
         UserError: a list of something else.
     """
-    if not (text.strip().startswith("[") and text.strip().endswith("]")):
+    if text.strip()[:1] + text.strip()[-1:] not in ("[]", "{}"):
         return None
     try:
-        return listed(json.loads(text), where="class names")
+        names = listed(json.loads(text), where="class names")
     except (ValueError, RecursionError) as problem:
         raise UserError(
-            f'class names in square brackets must be a JSON list like ["dog", "cat"] ({problem}); or leave the '
-            "brackets out: dog, cat"
+            f'class names in brackets must be a JSON list like ["dog", "cat"] ({problem}); or leave the brackets out: '
+            "dog, cat"
         ) from problem
+    if names is None:
+        raise UserError('class names in braces must be numbered, like {"0": "dog", "1": "cat"}; or write dog, cat')
+    return names
 
 
 def _split_text(text: str) -> list[tuple[str, list[str]]]:

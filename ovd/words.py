@@ -7,6 +7,7 @@ otherwise make it another class with another score.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -88,7 +89,7 @@ def _joining(character: str) -> bool:
 def listed(value: object, *, where: str) -> list[str] | None:
     """Class names in the lists that other tools write; None where the value is no such list.
 
-    Understood are ``["dog", "cat"]``, ``{"names": ["dog", "cat"]}`` and ``{"names": {0: "dog", 1: "cat"}}`` (YOLO), and
+    Understood are ``["dog", "cat"]``, ``{0: "dog", 1: "cat"}``, both below ``names`` too (YOLO), and
     ``{"categories": [{"name": "dog"}, …]}`` (COCO).
 
     Args:
@@ -103,8 +104,8 @@ def listed(value: object, *, where: str) -> list[str] | None:
         names = value["categories"]
         if isinstance(names, list):
             names = [entry.get("name") if isinstance(entry, dict) else entry for entry in names]
-    elif isinstance(value, dict) and "names" in value:
-        names = value["names"]
+    elif isinstance(value, dict) and ("names" in value or (value and math.inf not in map(_number, value))):
+        names = value.get("names", value)
         if isinstance(names, dict):
             names = [name for _, name in sorted(names.items(), key=lambda item: _number(item[0]))]
     elif not isinstance(value, list):
@@ -122,4 +123,4 @@ def _number(key: object) -> float:
     """The number that a class has in YOLO's table, which JSON writes as a text; what is none stands last."""
     if isinstance(key, str) and key.isascii() and key.isdigit():
         return int(key)
-    return key if isinstance(key, int | float) else float("inf")
+    return key if isinstance(key, int | float) else math.inf

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 PICTURE_MISSING = "The picture is no longer on the server; upload it again"
 NOT_UPLOADED = 'image must be an uploaded picture: {"path": "…"}, with the path that /gradio_api/upload returned'
 
+FILE_DATA: dict[str, tuple[type, ...]] = {
+    "url": (str,), "orig_name": (str,), "mime_type": (str,), "size": (int,), "is_stream": (bool,), "meta": (dict,)
+}  # fmt: skip
+"""What else Gradio's FileData may hold, and its types."""
+
 
 class BadRequest(Exception):
     """What is wrong with a body, in words, and the HTTP status."""
@@ -134,8 +139,11 @@ class Endpoints:
 
     def _check_picture(self, value: object) -> None:
         path = value.get("path") if isinstance(value, dict) else None
-        if not isinstance(path, str) or "://" in path:
+        if not isinstance(value, dict) or not isinstance(path, str) or "://" in path:
             raise BadRequest(NOT_UPLOADED)
+        for key, kinds in FILE_DATA.items():  # Gradio fails on these, in the middle of its own work
+            if not isinstance(value.get(key), (*kinds, type(None))) or (key == "meta" and value.get(key, {}) is None):
+                raise BadRequest(f"image: {key} must be as /gradio_api/upload's answer has it, not {_type(value[key])}")
         if self._uploads.find(path) is None:
             raise BadRequest(PICTURE_MISSING)
 

@@ -13,9 +13,11 @@ from typing import Any
 from ovd.formats.names import FORMATS
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoJson
 from pretrain.engine.errors import UserError, did_you_mean
+from pretrain.engine.files import fitting_name
 
 MOST_PICTURES = 200
 MOST_BOXES = 60_000  # 300 in each
+ROOM = "_123456.json"  # what formats, and a number that makes it unique, add to a picture's name
 STAMP = (1980, 1, 1, 0, 0, 0)  # of all files in the zip: the same answers give the same bytes
 
 
@@ -69,6 +71,8 @@ def _content(answers: Any) -> CocoJson:
     for number, one in enumerate(answers, 1):
         name = _file_name(one.get("name"), number, used)
         width, height = _numbers(one.get("size"), 2, f"size of {name}")
+        if min(width, height) < 1:
+            raise UserError(f"size of {name}: expected 2 numbers above 0")
         images.append({"id": number, "file_name": name, "width": int(width), "height": int(height)})
         boxes = one.get("boxes")
         if not isinstance(boxes, list) or not all(isinstance(box, dict) for box in boxes):
@@ -98,6 +102,8 @@ def _file_name(value: Any, number: int, used: set[str]) -> str:
     text = str(value or "").replace("\\", "/").rsplit("/", 1)[-1]
     text = "".join(c for c in text if c.isprintable())[-200:].lstrip(".") or f"picture {number}"
     path, extra = Path(text), 1
+    text = fitting_name(path.stem, f"{path.suffix[:20]}{ROOM}").removesuffix(ROOM)
+    path = Path(text)
     while text.casefold() in used:
         extra += 1
         text = f"{path.stem}_{extra}{path.suffix}"

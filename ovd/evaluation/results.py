@@ -7,12 +7,14 @@ counted and reported as a warning. Inputs are never changed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from pretrain.data import masks
-from pretrain.data.coco import GroundTruth, checked_box, is_id, is_number, kind_of, over_border, require_id, required
+from pretrain.data.coco import GroundTruth, is_id, kind_of, require_id, required
+from pretrain.data.coco_boxes import checked_box, is_number, over_border, require_pixels
 from pretrain.data.coco_entries import ImageId
 from pretrain.engine.errors import UserError
 
@@ -81,6 +83,11 @@ def check_results(
                 continue
             category = require_id(category_id, gt.categories, f"{entry}: category_id")
         checked.append(_checked_result(d, image_id, category, gt.sizes[image_id], entry, odd))
+    require_pixels((one["bbox"] for one in checked if "bbox" in one), where)
+    boxes = Counter(
+        (one["image_id"], one["category_id"], one["score"], *one["bbox"]) for one in checked if "bbox" in one
+    )
+    odd.repeated = boxes.total() - len(boxes)
     return Results(detections=checked, warnings=odd.warnings(len(checked)))
 
 
@@ -93,16 +100,23 @@ class _Oddities:
         over: boxes that reach over the border of their image.
         corners: those of them that would fit as x1, y1, x2, y2.
         flat: boxes without area.
+        repeated: detections that repeat another one.
     """
 
     dropped: int = 0
     over: int = 0
     corners: int = 0
     flat: int = 0
+    repeated: int = 0
 
     def warnings(self, count: int) -> list[str]:
         """For ``count`` detections."""
         warnings = []
+        if self.repeated:
+            warnings.append(
+                f"{self.repeated} detections repeat image, class, box and score of another one, and count as false: "
+                "were parts of the results put together twice?"
+            )
         if self.dropped:
             warnings.append(
                 f"{self.dropped} detections of categories that the ground truth does not define are left out"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -16,7 +17,7 @@ from ovd.formats.shapes import LabelledPictures, Picture, Shape, joined, outline
 from ovd.formats.xml import xml_document
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import fitting_name, write_atomically
 
 PictureMode = Literal["copy", "link", "none"]
 """Whether the pictures of a data set that is written are copied, linked or left out."""
@@ -131,7 +132,11 @@ def put_picture(picture: Picture, folder: Path, picture_mode: PictureMode, *, fl
     Raises:
         UserError: it cannot be copied or linked.
     """
-    name = picture.target.replace("/", "_") if flat else (PurePosixPath(picture.part) / picture.target).as_posix()
+    if flat:
+        path = PurePosixPath(picture.target.replace("/", "_"))
+        name = fitting_name(path.stem, path.suffix)
+    else:
+        name = (PurePosixPath(picture.part) / picture.target).as_posix()
     target = folder / name
     if picture_mode == "none":
         return name
@@ -141,10 +146,13 @@ def put_picture(picture: Picture, folder: Path, picture_mode: PictureMode, *, fl
             target.unlink(missing_ok=True)
             target.symlink_to(os.path.abspath(picture.source))
         elif not (target.is_file() and _same_file(picture.source, target)):
-            partial = target.with_name(f".{target.name}.part")
-            shutil.copyfile(picture.source, partial)
-            shutil.copystat(picture.source, partial)
-            partial.replace(target)
+            partial = target.with_name(fitting_name(f".{target.name}", f".{uuid.uuid4().hex}.part"))
+            try:
+                shutil.copyfile(picture.source, partial)
+                shutil.copystat(picture.source, partial)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as problem:
         raise UserError(f"{target}: cannot be written: {problem.strerror or problem}") from problem
     return name

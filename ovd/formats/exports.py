@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from ovd.formats.shapes import LabelledPictures, Picture, Shape, outlines
 from ovd.formats.xml import xml_document
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import fitting_name, write_atomically
 
 CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
 LABELME_VERSION = "5.5.0"
@@ -36,7 +36,8 @@ def write_labelme(labelled: LabelledPictures, out: Path) -> None:
     """A ``.json`` a picture, as LabelMe saves them; each names its picture by its way from there."""
     for picture in labelled.pictures:
         height, width = picture.size
-        file = out / f"{picture.target}.json"
+        target = out / picture.target
+        file = target.with_name(fitting_name(target.name, ".json"))
         content: dict[str, object] = {
             "version": LABELME_VERSION,
             "flags": {},

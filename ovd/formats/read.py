@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from ovd.formats.voc import read_voc, xml_files
 from ovd.formats.yolo import read_yolo, yaml_of
 from pretrain.data.coco import check_ground_truth, picture_file
 from pretrain.data.coco_entries import CocoJson
+from pretrain.data.folder import about_backslashes
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -63,9 +65,9 @@ def recognise(path: Path) -> Kind:
         UserError: nothing that is known.
     """
     if path.is_file():
-        if path.name.endswith((".json", ".json.gz")):
+        if path.name.lower().endswith((".json", ".json.gz")):
             return "coco"
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix.lower() in (".yaml", ".yml"):
             return "yolo"
     elif path.is_dir():
         if yaml_of(path) is not None or (path / "classes.txt").is_file():
@@ -149,7 +151,8 @@ def _pictures_of(file: Path, content: object) -> Path:
     tried += [above / "images", above / "images" / part, above]
     counts = [sum((folder / name).is_file() for name in names) for folder in tried]
     if not any(counts):
-        raise UserError(f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures")
+        text = f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures."
+        raise UserError(text + about_backslashes(names[0]))
     root = tried[counts.index(max(counts))]
     return root
 
@@ -166,7 +169,7 @@ def _joined(folder: Path, opened: list[tuple[str, Labels]]) -> Labels:
         number = {}
         for entry in labels.content["images"]:
             number[entry["id"]] = len(images) + 1
-            name = (labels.root / picture_file(entry)).relative_to(folder).as_posix()
+            name = os.path.relpath(labels.root / picture_file(entry), folder).replace(os.sep, "/")
             images.append({**entry, "id": len(images) + 1, "file_name": name, "split": part})
         for one in labels.content["annotations"]:
             annotations.append({**one, "id": len(annotations) + 1, "image_id": number[one["image_id"]]})

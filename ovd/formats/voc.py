@@ -18,6 +18,7 @@ from xml.parsers import expat
 
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
 from ovd.pictures import upright_size
+from pretrain.data.coco import side_in_pixels
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.data.folder import EXTENSIONS
 from pretrain.engine.errors import BadImageError, UserError
@@ -194,7 +195,8 @@ def _open(file: Path, root: Path, images: Path | None, part: str, notes: Notes) 
         return None
     named = Path(document.value("filename").replace("\\", "/")).name
     folders = [images] if images is not None else [root / "JPEGImages", root / "images", file.parent, root]
-    names = [name for name in (named, *(file.stem + e for e in EXTENSIONS)) if name]
+    endings = [*EXTENSIONS, *map(str.upper, EXTENSIONS)]
+    names = [name for name in (named, *(file.stem + ending for ending in endings)) if name]
     candidates = [folder / name for folder in folders for name in names]
     picture = next((p for p in candidates if p.is_file()), None)
     if picture is None:
@@ -212,7 +214,8 @@ def _measure(document: _File, notes: Notes) -> bool:
         return False
     size = document.root.find("size")
     stated = tuple(document.root.value(f"size/{side}") for side in ("height", "width"))
-    if size is not None and all(s.isdigit() and int(s) for s in stated) and tuple(map(int, stated)) != document.size:
+    sides = tuple(side_in_pixels(text) for text in stated)
+    if size is not None and None not in sides and sides != document.size:
         height, width = document.size
         notes.mistake(
             f"{document.path}:{size.line}",
@@ -256,7 +259,7 @@ def _object(element: Element, document: _File, number: dict[str, int], shift: in
     if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
         notes.odd("boxes reach over the border and are cut there", location)
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    difficult = element.value("difficult") == "1"
+    difficult = element.value("difficult").lower() in ("1", "true")
     if difficult:
         notes.odd("objects are difficult: not trained on, and neither right nor wrong in evaluation", location)
     w, h = x2 - x1, y2 - y1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,12 @@ from ovd.pictures import upright_size
 from ovd.plain_yaml import read_plain_yaml
 from pretrain.data import masks
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
-from pretrain.data.folder import EXTENSIONS, ImageListing, find_images
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.data.folder import EXTENSIONS, ImageListing, about_backslashes, find_images
+from pretrain.engine.errors import BadImageError, UserError, shorten
 from pretrain.engine.files import read_text
+
+NOTHING = ("", "~", "null", "Null", "NULL")
+"""How YAML writes that a key has no value."""
 
 TOLERANCE = 0.01  # by which a number may leave [0, 1]: what rounding and Ultralytics allow
 
@@ -128,14 +132,16 @@ def _from_yaml(file: Path) -> _Source:
     skipped_notices: list[str] = []
     for key in dict.fromkeys([*PARTS, *PART_NAMES]):
         entries = content.get(key)
-        if entries is None or entries == "":
+        if entries in (None, *NOTHING):
             continue
         for entry in entries if isinstance(entries, list) else [entries]:
             if not isinstance(entry, str):
-                raise UserError(f"{file}: {key}: expected a folder or a text file of paths, found {entry!r}")
+                raise UserError(
+                    f"{file}: {key}: expected a folder or a text file of paths, found {shorten(reprlib.repr(entry))}"
+                )
             listing = _pictures_at(entry, root, file, key)
             pictures += [(PART_NAMES[key], path) for path in listing.paths]
-            skipped_notices += [f"{key}: {listing}"] if listing.skipped else []
+            skipped_notices += [f"{key}: {listing}"] if str(listing) else []
     if not pictures:
         raise UserError(f"{file}: none of train, val and test names a folder of pictures")
     return _Source(names, _without_repeats(pictures), root, "kpt_shape" in content, skipped_notices)
@@ -150,7 +156,9 @@ def _names(content: Mapping[str, object], file: Path) -> dict[int, str]:
     names = {}
     for index, name in listed.items():
         if not re.fullmatch("[0-9]{1,9}", str(index)) or not isinstance(name, str) or not name.strip():
-            raise UserError(f"{file}: names: {index!r}: {name!r} is not a class index with its name")
+            # Aliases make a short YAML endless when it is written out.
+            given = f"{shorten(reprlib.repr(index))}: {shorten(reprlib.repr(name))}"
+            raise UserError(f"{file}: names: {given} is not a class index with its name")
         names[int(index)] = name
     count = content.get("nc")
     if isinstance(count, str) and count.isdecimal() and int(count) != len(names):
@@ -168,7 +176,8 @@ def _pictures_at(entry: str, root: Path, file: Path, key: str) -> ImageListing:
         tried += [root / entry[3:], file.parent / entry[3:]]
     source = next((path for path in tried if path.exists()), None)
     if source is None:
-        raise UserError(f"{file}: {key}: {entry}: no such folder (looked for {tried[0]})")
+        hint = about_backslashes(entry)
+        raise UserError(f"{file}: {key}: {entry}: no such folder (looked for {tried[0]}).{hint}")
     if source.is_dir():
         return find_images(source)
     hint = f"{key} in {file.name} names a folder of pictures or a text file with their paths"
@@ -176,7 +185,9 @@ def _pictures_at(entry: str, root: Path, file: Path, key: str) -> ImageListing:
     paths = [source.parent / line if not Path(line).is_absolute() else Path(line) for line in lines if line]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture")
+        raise UserError(
+            f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture.{about_backslashes(missing[0])}"
+        )
     read = [path for path in paths if path.suffix.lower() in EXTENSIONS]
     return ImageListing(read, Counter(path.suffix.lower() for path in paths if path not in read))
 
@@ -193,7 +204,7 @@ def _from_folder(folder: Path) -> _Source:
     inside = folder / "images" if (folder / "images").is_dir() else folder
     listing = find_images(inside)
     pictures = [(_part_of(path.relative_to(inside)), path) for path in listing.paths]
-    return _Source(names, pictures, folder, poses=False, skipped_notices=[str(listing)] if listing.skipped else [])
+    return _Source(names, pictures, folder, poses=False, skipped_notices=[str(listing)] if str(listing) else [])
 
 
 def _part_of(below: Path) -> str:
@@ -202,9 +213,9 @@ def _part_of(below: Path) -> str:
 
 def _without_repeats(pictures: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """Each picture once, in the first part that lists it."""
-    first_entry: dict[Path, tuple[str, Path]] = {}
+    first_entry: dict[str, tuple[str, Path]] = {}
     for part, path in pictures:
-        first_entry.setdefault(path.resolve(), (part, path))
+        first_entry.setdefault(os.path.realpath(path), (part, path))
     return list(first_entry.values())
 
 

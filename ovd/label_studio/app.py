@@ -161,15 +161,18 @@ def _with_reason(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable
 
 
 def _answer(content: object) -> Response:
-    from starlette.responses import JSONResponse
+    return _json(content)
 
-    return JSONResponse(content)
+
+def _json(content: object, *, status: int = 200) -> Response:
+    """A JSON answer in ASCII: what a request says is repeated in it, halves of characters too."""
+    from starlette.responses import Response
+
+    return Response(json.dumps(content, allow_nan=False), status_code=status, media_type="application/json")
 
 
 def _problem(status: int, text: str, *, retry: int | None = None) -> Response:
-    from starlette.responses import JSONResponse
-
-    response = JSONResponse({"error": text}, status_code=status)
+    response = _json({"error": text}, status=status)
     response.raw_headers.append(reason_header(text))
     if retry is not None:
         response.headers["Retry-After"] = str(retry)

@@ -72,6 +72,11 @@ class PictureSource:
         """
         value = value.strip()
         display_name = shorten(value, 100)
+        try:
+            urlsplit(value)
+            value.encode()
+        except ValueError as problem:
+            raise UserError(f"{display_name!r}: is no address ({problem})") from problem
         if value[:5].lower() == "data:":
             return self._inline(value)
         if value.startswith(("upload/", "/upload/")):

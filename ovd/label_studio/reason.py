@@ -8,6 +8,7 @@ ASGI has no field for it, so it goes to the connection as a header, which does n
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -21,8 +22,8 @@ MAX_LENGTH = 400  # characters
 
 def reason_header(text: str) -> tuple[bytes, bytes]:
     """The header that `with_reasons` makes the reason phrase: one line of ASCII."""
-    line = " ".join(text.split())[:MAX_LENGTH]
-    return HEADER, line.encode("ascii", "replace")
+    line = re.sub("[^ -~]", "?", " ".join(text.split())[:MAX_LENGTH])
+    return HEADER, line.encode("ascii")
 
 
 class _Connection(h11.Connection):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+from ovd.inference.scoring import Calibration
 from ovd.vocabulary import TEMPLATE_SETS
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.stored import require_types, stored_section
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,16 +135,22 @@ class DetectorCard:
 
     @property
     def architecture(self) -> ModelConfig | DetrConfig | FvlmConfig:
-        """The configuration that the model was built from."""
+        """The configuration that the model was built from.
+
+        Raises:
+            UserError: the file has none that this version can read.
+        """
+        where = "model.json: model"
         from ovd.config import ModelConfig
         from ovd.config_detr import DetrConfig
         from ovd.config_fvlm import FvlmConfig
 
         if self.arch == "mask_rcnn":
-            return ModelConfig.model_validate(self.model)
+            return stored_section(ModelConfig, self.model, where=where)
         if self.arch == "fvlm":
-            return FvlmConfig.model_validate(self.model)
-        return DetrConfig.model_validate({key: value for key, value in self.model.items() if key != "head"})
+            return stored_section(FvlmConfig, self.model, where=where)
+        without_head = {key: value for key, value in self.model.items() if key != "head"}
+        return stored_section(DetrConfig, without_head, where=where)
 
     @property
     def trainable(self) -> Tensor:
@@ -200,20 +208,63 @@ def read_card(folder: Path) -> DetectorCard:
             if key in values:
                 values[name] = values.pop(key)
         branches = values.get("finetuned", ())
-        values["finetuned"] = tuple(FinetunedCard(**{**branch, "names": tuple(branch["names"])}) for branch in branches)
+        values["finetuned"] = tuple(_branch(branch) for branch in branches)
+        require_types(DetectorCard, values)
         card = DetectorCard(**values)
-        if card.templates not in TEMPLATE_SETS:
-            raise TypeError(f"unknown templates {card.templates!r}")
+        _require_sense(card)
         return card
-    except (TypeError, KeyError) as error:
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing; export the model again with this version") from error
+    except TypeError as error:
         raise UserError(f"{path}: {error}; export the model again with this version") from error
 
 
-def exported_tensors(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """(state dict, (B, D) embeddings of the background words) of an exported detector, in full precision."""
+def _branch(record: dict[str, Any]) -> FinetunedCard:
+    values = {**record, "names": tuple(record["names"])}
+    require_types(FinetunedCard, values)
+    return FinetunedCard(**values)
+
+
+def _require_sense(card: DetectorCard) -> None:
+    """Refuse values that have the right type and no meaning.
+
+    Raises:
+        TypeError: the first of them.
+    """
+    unknown = set(card.calibration) - {field.name for field in fields(Calibration)}
+    shares = {key: card.calibration[key] for key in ("threshold", "example_threshold") if key in card.calibration}
+    wrong = {
+        "embed_dim": card.embed_dim < 1,
+        "short_side": not 0 < card.short_side <= card.long_side,
+        "pixel_mean": len(card.pixel_mean) != 3,
+        "pixel_std": len(card.pixel_std) != 3 or min(card.pixel_std) <= 0,
+        "novel": not all(0 <= index < len(card.classes) for index in card.novel),
+        "templates": card.templates not in TEMPLATE_SETS,
+        "crop_refinement": card.crop_refinement < 0,
+        f"calibration.{min(unknown, default='')}": bool(unknown),
+        **{f"calibration.{key}": not 0 <= value <= 1 for key, value in shares.items()},
+        "own": any(branch.side < 1 or branch.top < 1 or not 0 <= branch.nms <= 1 for branch in card.finetuned),
+    }
+    if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise TypeError(f"{found} has no meaning here")
+
+
+def exported_tensors(folder: Path, card: DetectorCard) -> tuple[dict[str, Tensor], Tensor]:
+    """(state dict, (B, D) embeddings of the background words) of an exported detector, in full precision.
+
+    Raises:
+        UserError: there are other background words than on the card: each would compete under another's name.
+    """
     from pretrain.engine.checkpoint import load_weights
 
     tensors, _ = load_weights(folder / "model.safetensors")
+    bank, expected = tensors.get("bank"), (len(card.background_words), card.embed_dim)
+    if bank is None or tuple(bank.shape) != expected or not bank.is_floating_point():
+        found = "none" if bank is None else f"{list(bank.shape)} of {bank.dtype}"
+        raise UserError(
+            f"{folder / 'model.safetensors'}: bank must hold the embeddings of model.json's background words, "
+            f"{list(expected)} numbers; holds {found}. Export it again"
+        )
     state = {
         k.removeprefix("model."): v.float() if v.is_floating_point() else v
         for k, v in tensors.items()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, sha256_of, write_atomically
+from pretrain.engine.stored import require_types
 
 if TYPE_CHECKING:
     from ovd.modeling.export import FinetunedCard
@@ -106,6 +107,7 @@ def read_runtime_card(folder: Path) -> RuntimeCard:
         raise UserError(f"{path}: not of format {FORMAT}; export the weights again with this version")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
     try:
+        require_types(RuntimeCard, values)
         return RuntimeCard(**values)
     except TypeError as error:
         raise UserError(f"{path}: {error}; export the weights again with this version") from error

@@ -7,26 +7,25 @@ and reported as a warning. Inputs are never changed.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 from pretrain.data import masks
+from pretrain.data.coco_boxes import checked_box, is_number, over_border, require_pixels
 from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters that were cut in two: no file can hold them
+_NUMBER = re.compile("[0-9]{1,9}([.]0*)?")
 OTHER_KINDS = {"segments_info": "of a panoptic segmentation", "caption": "a caption"}
 """Keys of COCO's other annotation files, and what their entries are."""
-
-BORDER = 0.5  # pixels that a box may reach over the border of its picture: what rounding does
 
 
 class _Optional(TypedDict, total=False):
@@ -114,6 +113,8 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
     annotations, odd = [], Counter[str]()
     for n, entry in enumerate(gt["annotations"]):
         annotations.append(_annotation(entry, n, f"{where}: annotations[{n}]", sizes, categories, odd))
+    require_pixels((a["bbox"] for a in annotations), where)
+    odd["twice"] = len(annotations) - len({(a["image_id"], a["category_id"], *a["bbox"]) for a in annotations})
     ids = Counter(a["id"] for a in gt["annotations"] if is_id(a.get("id")))
     if ids[0]:
         warnings.append(
@@ -130,7 +131,9 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
         "over": "{} of {total} boxes reach over the border of their image",
         "no_area": "{} annotations without area: taken from the mask, else from the box",
         "ignore": "{} annotations have 'ignore' set without iscrowd: COCO's evaluation counts them all the same",
+        "flat": "{} annotations have area 0 and a box that is larger: COCO's evaluation counts them as small",
         "empty": "{} annotations have a box without area",
+        "twice": "{} annotations repeat class and box of another one of their image; all of them are counted",
         "lines": "{} polygons of two points are left out of their masks",
     }
     warnings += [text.format(odd[key], total=len(annotations)) for key, text in texts.items() if odd[key]]
@@ -224,7 +227,7 @@ def _images(
             raise UserError(f"{entry}: id must be a number or a string, is {image_id!r}.")
         if image_id in sizes:
             raise UserError(f"{entry}: image id {image_id!r} occurs twice.")
-        height, width = (_pixels(image.get(key)) for key in ("height", "width"))
+        height, width = (side_in_pixels(image.get(key)) for key in ("height", "width"))
         if max(height or 0, width or 0) > masks.LARGEST_SIDE:
             raise UserError(f"{entry}: {image['width']!r} × {image['height']!r} pixels is not the size of a picture.")
         sizes[image_id] = (height, width) if height and width else None
@@ -280,10 +283,10 @@ def _name_on_disk(name: str, entry: str) -> str:
     raise UserError(f"{entry}: file_name {name!r} is not a valid file name.")
 
 
-def _pixels(value: Any) -> int | None:
+def side_in_pixels(value: Any) -> int | None:
     """A side in pixels, also where it is written as text or as 640.0; None for null, nonsense, zero and less."""
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
-        value = int(value)
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
     return int(value) if is_number(value) and value >= 1 and float(value).is_integer() else None
 
 
@@ -370,26 +373,13 @@ def _annotation(
         area = masks.area(a["segmentation"], size, entry) if "segmentation" in one else box[2] * box[3]
     elif not is_number(area) or area < 0:
         raise UserError(f"{entry}: area must be a number ≥ 0, is {area!r}.")
+    odd["flat"] += area == 0 < box[2] * box[3]
     one["area"] = area
     if (score := a.get("score")) is not None:
         if not is_number(score) or not 0 <= score <= 1:
             raise UserError(f"{entry}: score must be between 0 and 1, is {score!r}.")
         one["score"] = float(score)
     return one
-
-
-def over_border(box: Iterable[float], size: tuple[int, int], what: str, image_id: ImageId) -> tuple[bool, bool]:
-    """Whether a box reaches over the border of its image, and whether it would fit as corners.
-
-    Raises:
-        UserError: it lies wholly outside.
-    """
-    x, y, w, h = box
-    height, width = size
-    if x > width or y > height or x + w < 0 or y + h < 0:
-        raise UserError(f"{what} lies wholly outside image {image_id!r} of {width}×{height} px.")
-    over = x < -BORDER or y < -BORDER or x + w > width + BORDER or y + h > height + BORDER
-    return over, over and x < w <= width + 1 and y < h <= height + 1
 
 
 def required(entry: Any, key: str, where: str) -> Any:
@@ -423,24 +413,6 @@ def require_id(value: Any, ids: Mapping[Any, Any], where: str) -> Any:
         if other in ids:
             raise UserError(f"{where} {value!r} is written as {kind_of(value)}; the ground truth has {other!r}.")
     raise UserError(f"{where} {value!r} is not in the ground truth.")
-
-
-def checked_box(value: Any, entry: str) -> list[float]:
-    """A box x, y, width, height.
-
-    Raises:
-        UserError: it is not four finite numbers, or has a negative size.
-    """
-    if not isinstance(value, (list, tuple)) or len(value) != 4 or not all(is_number(v) for v in value):
-        raise UserError(f"{entry}: bbox must be four finite numbers x, y, width, height; is {value!r}.")
-    if value[2] < 0 or value[3] < 0:
-        raise UserError(f"{entry}: bbox {list(value)} has a negative width or height.")
-    return list(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def kind_of(value: Any) -> str:

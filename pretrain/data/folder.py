@@ -39,6 +39,8 @@ PILLOWS_LIMIT = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: there Pillow refuse
 PAGE_PIXELS = 25_000_000  # of the page, where strangers send pictures and several are read at once
 LIMIT = "WORDBOX_MAX_PIXELS"
 """Environment variable that takes the place of `MAX_PIXELS`; a number, so that workers of a loader have it too."""
+RESULTS = (("job.json", "parts"), ("label.json", "predictions"))
+"""What `ovd.predict` and `ovd.label` have in their output folders."""
 U8 = NDArray[np.uint8]
 TURNS = {  # EXIF orientation -> how a picture is stood upright (Exif 2.3, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -168,9 +170,11 @@ def upright(image: Image.Image) -> Image.Image:
 def _convert(image: Image.Image, alpha: bool) -> Image.Image:
     """RGB or RGBA of any mode; 16-bit greys are scaled, not clipped."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image).astype(np.float64)
+        grey = np.nan_to_num(np.asarray(image).astype(np.float64))
         deep = image.mode.startswith("I;16") or grey.max(initial=0.0) > 255
         scale = 255.0 / 65535.0 if deep else 1.0
+        if image.mode == "F" and grey.max(initial=0.0) <= 1:  # as scientific programs write greys
+            scale = 255.0
         image = Image.fromarray(np.clip(np.floor(grey * scale + 0.5), 0, 255).astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if alpha:
@@ -188,25 +192,35 @@ class ImageListing:
     Attributes:
         paths: sorted by their path below the folder.
         skipped: extension -> number of pictures in formats that are not read.
+        results: folders with drawn or copied pictures, written by earlier commands.
+        lost: links to pictures that are gone.
     """
 
     paths: list[Path]
     skipped: Mapping[str, int]
+    results: tuple[Path, ...] = ()
+    lost: int = 0
 
     def __str__(self) -> str:
-        """What was passed over, or nothing."""
-        formats = ", ".join(f"{count} {extension}" for extension, count in sorted(self.skipped.items()))
-        if not formats:
-            return ""
-        heif = f", and {HEIF_NEEDED}" if set(HEIF) & set(self.skipped) else ""
-        return f"skipped: {formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})"
+        """What was skipped, or nothing."""
+        parts = []
+        if self.skipped:
+            formats = ", ".join(f"{count} {extension}" for extension, count in sorted(self.skipped.items()))
+            heif = f", and {HEIF_NEEDED}" if set(HEIF) & set(self.skipped) else ""
+            parts.append(f"{formats} (read are {', '.join(EXTENSIONS)}; convert the others first{heif})")
+        if self.lost:
+            parts.append(f"{self.lost} links to pictures that are not there")
+        if self.results:
+            parts.append(f"results of earlier commands, in {', '.join(map(str, self.results))}")
+        return f"skipped: {'; '.join(parts)}" if parts else ""
 
 
 def find_images(folder: str | Path, *, without: Path | None = None) -> ImageListing:
     """Every picture below `folder`, by file extension.
 
-    Hidden files and folders (``.ipynb_checkpoints``, macOS's ``._a.jpg``) are no pictures of a person's. Links to
-    folders are followed, each folder once.
+    Hidden files and folders (``.ipynb_checkpoints``, macOS's ``._a.jpg``) are no pictures of a person's, nor is what
+    ``wordbox predict`` and ``wordbox label`` wrote into a folder below. Links to folders are followed, each folder
+    once.
 
     Args:
         folder: searched with its sub folders.
@@ -222,23 +236,32 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
     visited: set[Path] = set()
     paths: list[Path] = []
     skipped: Counter[str] = Counter()
+    results: list[Path] = []
+    lost = 0
     for where, folders, names in os.walk(root, followlinks=True):
         real = Path(where).resolve()
         if real in visited or real == output:
             folders.clear()
             continue
         visited.add(real)
+        if Path(where) != root and any({stamp, beside} <= {*names, *folders} for stamp, beside in RESULTS):
+            results.append(Path(where))
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             path = Path(where, name)
             if name.startswith(".") or not path.is_file():
+                lost += not name.startswith(".") and extension in EXTENSIONS and path.is_symlink() and not path.exists()
                 continue
             if extension in EXTENSIONS:
                 paths.append(path)
             elif extension in OTHER_EXTENSIONS:
                 skipped[extension] += 1
-    listing = ImageListing(sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped)
+    listing = ImageListing(
+        sorted(paths, key=lambda path: path.relative_to(root).as_posix()), skipped, tuple(results), lost
+    )
     if not paths:
         raise UserError(f"{root} contains no picture ({', '.join(EXTENSIONS)}). {listing}".rstrip())
     return listing
@@ -265,8 +288,15 @@ def require_files(names: Iterable[str | Path], folder: Path, *, where: str | Pat
         return None
     text = f"{where}: {len(missing)} of its {len(present)} pictures are not there, such as {folder / missing[0]}"
     if len(missing) > allowed * len(present) or len(missing) == len(present):
-        raise UserError(f"{text}; is {folder} the folder that their names are relative to?")
+        raise UserError(
+            f"{text}; is {folder} the folder that their names are relative to?{about_backslashes(missing[0])}"
+        )
     return text
+
+
+def about_backslashes(name: str | Path) -> str:
+    """A hint to follow the name of a picture that is not there, where Windows wrote the name; else nothing."""
+    return r" Names with \ come from Windows: write them with /." if "\\" in str(name) else ""
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -223,6 +223,8 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(
             f"{path}: its metadata {_ALIASES!r} is not a table of names of its tensors ({error!r}); export it again"
         ) from error
+    if spoilt := next((k for k, v in tensors.items() if v.is_floating_point() and bool(torch.isnan(v).any())), None):
+        raise UserError(f"{path}: {spoilt} holds values that are no numbers (NaN); fetch or export it again")
     return tensors, metadata
 
 

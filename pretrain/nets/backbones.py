@@ -26,6 +26,7 @@ from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.engine.state import load_tensors
+from pretrain.engine.stored import require_types, stored_section
 from pretrain.nets.resnet import ResNet
 from pretrain.nets.standardised import without_batch_norm
 
@@ -231,7 +232,12 @@ def load_backbone(folder: str | Path) -> tuple[nn.Module, BackboneInfo]:
     info = read_json(path, hint="a backbone folder is what pretrain.train exports")
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(f"{path}: not a backbone of format {FORMAT}; export it again with this version")
-    backbone = build_backbone(BackboneConfig.model_validate(info["backbone"]), sizes=[info["size"]])
+    config = stored_section(BackboneConfig, info.get("backbone"), where=f"{path}: backbone")
+    try:
+        require_types(BackboneInfo, {key: info.get(key) for key in BackboneInfo.__annotations__})
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; export it again with this version") from error
+    backbone = build_backbone(config, sizes=[info["size"]])
     tensors, _ = load_weights(folder / "model.safetensors")
     load_tensors(backbone, tensors, source=folder / "model.safetensors", hint="Its config.json describes another model")
     return backbone.eval(), cast(BackboneInfo, info)

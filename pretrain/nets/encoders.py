@@ -9,17 +9,15 @@ encoder = load_encoder("ViT-B-32.pt")                       # a CLIP checkpoint,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from pretrain.config import EncoderConfig
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 from pretrain.engine.state import load_tensors
+from pretrain.engine.stored import stored_section
 from pretrain.nets.clip_files import build_open_clip, load_clip_file, load_open_clip
 from pretrain.nets.towers import FORMAT, JointEncoder, build_encoder
 
@@ -57,7 +55,9 @@ def read_encoder(spec: str | Path) -> tuple[JointEncoder, str]:
     if "open_clip" in config:
         encoder = build_open_clip(config["open_clip"])
     else:
-        encoder = build_encoder(_encoder_section(folder, config))
+        encoder = build_encoder(
+            stored_section(EncoderConfig, config.get("encoder"), where=f"{folder / 'config.json'}: encoder")
+        )
     tensors, _ = load_weights(folder / "model.safetensors")
     load_tensors(encoder, tensors, source=folder / "model.safetensors")
     return encoder.eval(), f"{folder}: encoder {encoder.fingerprint()[:12]}"
@@ -74,12 +74,3 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"{path}: expected format {FORMAT!r}; was it written by another version?")
     return config
-
-
-def _encoder_section(folder: Path, config: Mapping[str, Any]) -> EncoderConfig:
-    try:
-        return EncoderConfig.model_validate(config.get("encoder"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{folder / 'config.json'}: encoder.{where}: {first['msg']}") from error

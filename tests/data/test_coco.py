@@ -70,6 +70,7 @@ def images_of(tmp_path: Path) -> Callable[[dict[str, Any]], CocoImages]:
 REFUSED = {
     "outside": (first("bbox", [500, 500, 30, 20]), r"annotations\[0\]: bbox .* lies wholly outside image 1 of 100×80"),
     "corners": (every("bbox", [60, 40, 95, 75]), r"4 of 4 boxes .* corners x1, y1, x2, y2"),
+    "shares": (every("bbox", [0.25, 0, 0.5, 1]), r"all boxes lie between 0 and 1, as shares of a picture"),
     "endless": (first("bbox", [10, 10, 1e300, 20]), r"annotations\[0\]: bbox .* reaches far outside image 1"),
     "impossible picture size": (first("width", 10**9, "images"), r"images\[0\]: .* is not the size of a picture"),
     "null box": (first("bbox", None), r"annotations\[0\]: bbox must be four finite numbers"),
@@ -117,6 +118,11 @@ COUNTED = {
         "category 0 is named 'dog' like category 2 and has no annotation",
     ),
     "no area": (every("area", None), "4 annotations without area"),
+    "area of 0": (first("area", 0), "1 annotations have area 0 and a box that is larger"),
+    "objects written twice": (
+        lambda made: made["annotations"].__setitem__(2, dict(made["annotations"][0], id=3)),
+        "1 annotations repeat class and box of another one",
+    ),
 }  # fmt: skip
 
 

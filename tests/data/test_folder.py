@@ -101,6 +101,12 @@ def test_16_bit_greys_are_scaled_and_not_clipped() -> None:
     assert image[..., 0].tolist() == [[0, 255], [128, 1]]
 
 
+@pytest.mark.parametrize(("white", "grey"), [(1.0, 0.5), (255.0, 128.0), (65535.0, 32896.0)])
+def test_greys_as_fractions_of_white_are_scaled_as_scientific_programs_mean_them(white: float, grey: float) -> None:
+    image = read_image(encode(Image.fromarray(np.array([[0, grey], [white, float("nan")]], np.float32)), "TIFF"))
+    assert image[..., 0].tolist() == [[0, 128], [255, 0]]
+
+
 def test_dark_16_bit_greys_are_scaled_too() -> None:
     grey = np.full((2, 2), 255, np.uint16)  # 0.4 % of white
     assert read_image(encode(Image.fromarray(grey), "PNG")).max() == 1
@@ -240,6 +246,23 @@ def test_formats_that_are_not_read_are_counted_and_an_output_folder_is_left_out(
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(UserError, match=r"contains no picture .* skipped: 2 \.gif, 1 \.jxl"):
         find_images(tmp_path, without=tmp_path / "results")
+
+
+@pytest.mark.parametrize(("stamp", "beside"), [("job.json", "parts"), ("label.json", "predictions")])
+def test_results_of_earlier_commands_and_links_to_nothing_are_no_pictures(
+    stamp: str, beside: str, tmp_path: Path
+) -> None:
+    for folder in ("found/drawn", f"found/{beside}", "own/parts"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a.jpg", "found/drawn/a.jpg", "own/b.jpg"):
+        Image.fromarray(UPRIGHT).save(tmp_path / name)
+    (tmp_path / "found" / stamp).write_text("{}")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    listing = find_images(tmp_path)
+    assert [path.name for path in listing.paths] == ["a.jpg", "b.jpg"]
+    assert "2 links to pictures that are not there; results of earlier commands" in str(listing)
+    assert len(find_images(tmp_path / "found").paths) == 1  # asked for by name
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:

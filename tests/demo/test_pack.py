@@ -56,6 +56,15 @@ def test_pictures_without_a_box_alone_are_packed_too() -> None:
     assert zipfile.ZipFile(io.BytesIO(pack(FOUND[1:2], "csv"))).namelist()
 
 
+@pytest.mark.parametrize("form", ["yolo", "voc", "labelme"])
+@pytest.mark.parametrize("name", ["長" * 150 + ".jpg", "a." + "x" * 250, "..", ".jpg"])
+def test_names_of_any_length_are_packed(name: str, form: str) -> None:
+    one = {"name": name, "size": [99, 99], "boxes": BOXES}
+    names = zipfile.ZipFile(io.BytesIO(pack([one, one], form))).namelist()
+    assert len({n for n in names if n.endswith((".txt", ".xml", ".json"))}) >= 2
+    assert all(len(part.encode()) <= 255 for n in names for part in n.split("/"))
+
+
 @pytest.mark.parametrize(
     ("found", "form", "message"),
     [
@@ -67,6 +76,7 @@ def test_pictures_without_a_box_alone_are_packed_too() -> None:
         (FOUND * MOST_PICTURES, "yolo", "pictures; 1 to"),
         ([{"name": "a.png", "size": [1], "boxes": []}], "yolo", "size of a.png: expected 2 numbers"),
         ([{"name": "a.png", "size": [9, float("nan")], "boxes": []}], "yolo", "size of a.png"),
+        ([{"name": "a.png", "size": [0, 9], "boxes": []}], "voc", "size of a.png: expected 2 numbers above 0"),
         ([{"name": "a.png", "size": [9, 9], "boxes": {}}], "yolo", "boxes must be a list"),
         ([{"name": "a.png", "size": [9, 9], "boxes": [{"name": "x", "score": 1, "box": [0, 0, 1]}]}], "yolo", "box of"),
         ([{"name": "a.png", "size": [9, 9], "boxes": [{"score": 1, "box": [0, 0, 1, 1]}]}], "yolo", "needs a name"),

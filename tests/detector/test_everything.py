@@ -42,6 +42,11 @@ def test_everything__each_object_has_one_name() -> None:
     assert detector.embed(picture()).classify("everything").class_name == detections.class_name
 
 
+def test_a_picture_of_nothing_known_has_an_empty_answer() -> None:
+    detections = make_detector().find(np.full((60, 80, 3), 128, np.uint8), "everything", threshold=0.9999)
+    assert len(detections) == 0 and "red" in dict(detections.not_found)
+
+
 def test_boxes_of_one_family_suppress_each_other_as_those_of_one_class() -> None:
     class Two(ColourModel):
         related = True

@@ -192,8 +192,10 @@ def test_a_repaired_picture_is_tried_again(photos: Path, tmp_path: Path) -> None
 def test_predict__damaged_records_are_redone(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "out")
     before = (tmp_path / "out" / "results.json").read_bytes()
-    next((tmp_path / "out" / "parts").iterdir()).write_bytes(b'{"file_name": ')
-    assert run(photos, tmp_path / "out")[1] == 1
+    record = next((tmp_path / "out" / "parts").iterdir())
+    for damaged in (record.read_bytes()[:12], json.dumps(json.loads(record.read_bytes()) | {"results": None}).encode()):
+        record.write_bytes(damaged)
+        assert run(photos, tmp_path / "out")[1] == 1
     (tmp_path / "out" / "drawn" / "z.jpg").unlink()
     assert run(photos, tmp_path / "out")[1] == 1
     assert (tmp_path / "out" / "drawn" / "z.jpg").is_file()
@@ -268,6 +270,10 @@ def test_drawing_copes_with_boxes_at_and_over_the_border() -> None:
         (["--classes", " , "], "Type at least one class name"),
         (["--vocabulary", "no-such-words.txt"], "no-such-words.txt"),
         (["--classes", "red", "--weights", "no/such/weights"], "no/such/weights"),
+        (["--classes", "red", "--tile-side", "128"], "--tile-side goes with --tiles"),
+        (["--classes", "red", "--every", "2"], "are for videos"),
+        (["--classes", "red", "--no-track"], "are for videos"),
+        (["--classes", "red", "--threads", "99999999"], "from 1 to 1024"),
     ],
 )
 def test_mistakes_on_the_command_line_are_user_errors_and_write_nothing(

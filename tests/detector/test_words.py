@@ -24,6 +24,8 @@ from pretrain.engine.errors import UserError
         ("a\u2028b\x85c\vd", ("a", "b", "c", "d")),
         ('["flower", "car"]', ("flower", "car")),
         (' [\n"flower"]\n', ("flower",)),
+        ('{"1": "car", "0": "flower"}', ("flower", "car")),
+        ('{"names": ["flower", "car"]}', ("flower", "car")),
         ("\ufeffdog, cat", ("dog", "cat")),
         ("\u200b, dog", ("dog",)),
     ],
@@ -87,6 +89,7 @@ def test_words__trailing_joiners_are_dropped() -> None:
         ("data.yml", "names: {1: car, 0: flower}\n"),
         ("words.yaml", "- flower\n- car\n"),
         ("words.json", '["flower", "car"]'),
+        ("id2label.json", '{"10": "car", "9": "flower"}'),
         ("coco.json", '{"categories": [{"id": 3, "name": "flower"}, {"id": 9, "name": "car"}]}'),
         ("words.txt", "\ufeffflower\r\ncar\r\n"),
     ],
@@ -106,6 +109,9 @@ def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Pa
         ("data.yaml", "names: [dog\n", "not a vocabulary file"),
         ("coco.json", '{"categories": [1.5, null]}', "must contain strings only"),
         ("words.json", "{", "not a vocabulary file"),
+        ("words.json", "null", "holds no list of class names"),
+        ("words.json", '{"dog": 1}', "holds no list of class names"),
+        ("words.json", '{"format": "ovd-vocabulary-1", "classes": [{"name": " "}]}', "no name empty"),
     ],
 )
 def test_other_files_are_refused_with_their_name(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -118,6 +124,8 @@ def test_other_files_are_refused_with_their_name(name: str, content: str, messag
 def test_words__malformed_bracket_list_is_refused() -> None:
     with pytest.raises(UserError, match="must be a JSON list"):
         Vocabulary.parse("[dog, cat]")
+    with pytest.raises(UserError, match="in braces must be numbered"):
+        Vocabulary.parse('{"dog": "cat"}')
 
 
 @pytest.mark.parametrize("name", ["-5 sign", "–20", "---", '"quoted"', "x" * 120, "a: b", "a, b"])

@@ -136,6 +136,15 @@ def test_boxes_that_look_like_corners_are_pointed_out() -> None:
     assert any("x1, y1, x2, y2" in w for w in check_results(corners, truth).warnings)
 
 
+def test_boxes_given_as_shares_are_refused_and_repeats_counted() -> None:
+    with pytest.raises(UserError, match="predictions: all boxes lie between 0 and 1"):
+        check_results([GOOD | {"bbox": [0.1, 0.1, 0.2, 0.2]}] * 2, check_ground_truth(GT))
+    one_pixel = check_results([GOOD | {"bbox": [0, 0, 1, 1]}], check_ground_truth(GT))
+    assert len(one_pixel.detections) == 1 and not one_pixel.warnings
+    checked = check_results([GOOD, GOOD | {"score": 0.8}, GOOD], check_ground_truth(GT))
+    assert len(checked.detections) == 3 and "1 detections repeat image, class, box and score" in checked.warnings[0]
+
+
 def test_a_box_without_area_matches_nothing_and_is_counted() -> None:
     truth = check_ground_truth(GT)
     assert any("no area" in w for w in check_results([GOOD | {"bbox": [100, 80, 0, 0]}], truth).warnings)

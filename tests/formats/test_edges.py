@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -227,3 +230,91 @@ def test_half_a_character_in_a_class_name_can_be_written(to: str, tmp_path: Path
     file = make_coco(tmp_path)
     file.write_text(json.dumps(content))
     assert main([str(file), "--images", str(tmp_path / "photos"), "--to", to, "--out", str(tmp_path / "out")]) == 0
+
+
+# --- what exporters write that is neither right nor wrong
+
+
+@pytest.mark.parametrize("nothing", ["", "~", "null"])
+def test_a_part_without_a_folder_is_no_part(nothing: str, tmp_path: Path) -> None:
+    file = yolo(tmp_path, yaml=f"train: images\nval: {nothing}\ntest: {nothing}\nnames: [cat]\n")
+    assert len(read_labels(file).content["images"]) == 1
+
+
+def test_a_name_of_aliases_is_not_written_out(tmp_path: Path) -> None:
+    levels = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 20)}]\n" for a, b in pairwise("abcdefghij"))
+    file = yolo(tmp_path, yaml=f"a: &a [x]\n{levels}names: *j\ntrain: images\n")
+    with pytest.raises(UserError, match="names: .* is no class index") as refused:
+        read_labels(file)
+    assert len(str(refused.value)) < 500
+
+
+def test_a_picture_of_absurd_size_is_left_out_by_name(tmp_path: Path) -> None:
+    file = yolo(tmp_path)
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "images/b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    assert "1 pictures cannot be read and are left out" in "\n".join(read_labels(file).notices)
+
+
+def test_backslashes_of_windows_are_pointed_out(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = "photos\\a.jpg"
+    file = make_coco(tmp_path)
+    file.write_text(json.dumps(content))
+    command = [str(file), "--images", str(tmp_path / "photos"), "--to", "yolo", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="come from Windows: write them with /"):
+        main(command)
+    (tmp_path / "train.txt").write_text("images\\a.jpg\n")
+    with pytest.raises(UserError, match="no such picture. Names with"):
+        read_labels(yolo(tmp_path, yaml="train: train.txt\nnames: [cat]\n"))
+
+
+@pytest.mark.parametrize("side", ["640", "640.0", " 640 "])
+def test_a_size_that_is_not_the_pictures_is_refused_however_it_is_written(side: str, tmp_path: Path) -> None:
+    file = voc(tmp_path, voc_object()) / "Annotations/a.xml"
+    file.write_text(file.read_text().replace("<width>80<", f"<width>{side}<"))
+    with pytest.raises(UserError, match="says .* pixels, a.jpg has 80 × 60 upright"):
+        read_labels(tmp_path)
+
+
+def test_voc__a_picture_in_capitals_and_a_difficulty_in_words(tmp_path: Path) -> None:
+    voc(tmp_path, voc_object(more="<difficult>True</difficult>"), voc_object("dog"))
+    (tmp_path / "JPEGImages/a.jpg").rename(tmp_path / "JPEGImages/a.JPG")
+    labels = read_labels(tmp_path)
+    assert [one["iscrowd"] for one in labels.content["annotations"]] == [1, 0]
+
+
+def test_parts_of_one_data_set_may_name_their_pictures_by_their_whole_path(tmp_path: Path) -> None:
+    for part in ("train", "valid"):
+        path = picture(tmp_path / "photos" / part / "a.jpg")
+        content = {"images": [{"id": 1, "file_name": str(path)}], "annotations": [], "categories": []}
+        (tmp_path / "set" / part).mkdir(parents=True)
+        (tmp_path / "set" / part / "_annotations.coco.json").write_text(json.dumps(content))
+    labels = read_labels(tmp_path / "set")
+    assert all((labels.root / entry["file_name"]).is_file() for entry in labels.content["images"])
+
+
+def test_nothing_and_no_folder_are_not_converted(tmp_path: Path) -> None:
+    file = make_coco(tmp_path)
+    command = [str(file), "--to", "coco", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--images .*nowhere: no such folder"):
+        main([*command, "--images", str(tmp_path / "nowhere")])
+    file.write_text(json.dumps(coco_content() | {"images": [], "annotations": []}))
+    with pytest.raises(UserError, match="has no pictures"):
+        main(command)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "labelme"])
+def test_names_as_long_as_a_file_may_have_are_written(to: str, tmp_path: Path) -> None:
+    content = coco_content()
+    file = make_coco(tmp_path)
+    for entry, name in zip(content["images"], ("長" * 83 + ".jpg", "a" * 251 + ".jpg"), strict=False):
+        (tmp_path / "photos" / entry["file_name"]).rename(tmp_path / "photos" / name)
+        entry["file_name"] = name
+    file.write_text(json.dumps(content))
+    assert main([str(file), "--images", str(tmp_path / "photos"), "--to", to, "--out", str(tmp_path / "out")]) == 0
+    assert not list((tmp_path / "out").rglob("*.part"))
+    if to != "labelme":
+        assert len(read_labels(tmp_path / "out").truth().annotations) == len(content["annotations"])

@@ -127,6 +127,23 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
 
 
 @pytest.mark.parametrize(
+    "named", ["http://[::1", "//[x", "http://\u2100.com/a", "\ud800", "/data/\ud800.jpg", "s3://b/\ud800", "a\x07b.jpg"]
+)
+def test_an_address_that_is_none_is_one_tasks_trouble(named: str, ask: Ask) -> None:
+    results = ask("POST", "/predict", request(named, PHOTO)).body["results"]
+    assert [len(predictions) for predictions in results] == [0, 1]
+    assert ask("POST", "/predict", request(named)).status == 422
+
+
+def test_half_a_character_in_a_drawn_label_comes_back(ask: Ask) -> None:
+    value = {"x": 6.25, "y": 16, "width": 25, "height": 42, "rotation": 0, "rectanglelabels": ["\ud83d"]}
+    drawn = {"id": "1", "from_name": "label", "to_name": "image", "type": "rectanglelabels", "value": value}
+    answer = ask("POST", "/predict", request(PHOTO) | {"params": {"context": {"result": [drawn]}}})
+    assert answer.status == 200
+    assert answer.body["results"][0]["result"][0]["value"]["rectanglelabels"] == ["\ud83d"]
+
+
+@pytest.mark.parametrize(
     ("path", "body", "message"),
     [
         ("/predict", request("http://elsewhere.test/a.jpg"), "is on another host than Label Studio,"),

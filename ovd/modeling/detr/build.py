@@ -122,7 +122,7 @@ def load_detr(folder: Path, card: DetectorCard) -> tuple[Detr, Tensor]:
     Raises:
         UserError: missing file or tensors that do not fit the card.
     """
-    state, background_words = exported_tensors(folder)
+    state, background_words = exported_tensors(folder, card)
     config = card.architecture
     assert isinstance(config, DetrConfig)
     model = build_detr(

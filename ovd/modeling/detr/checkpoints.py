@@ -57,7 +57,7 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise UserError(f"weights={path}: is not a detection transformer; give exported/ of a DETR or UP-DETR run")
     trained = card.architecture
     assert isinstance(trained, DetrConfig)
-    return exported_tensors(folder)[0], not trained.backbone.frozen
+    return exported_tensors(folder, card)[0], not trained.backbone.frozen
 
 
 def _exported_of(path: Path) -> Path:

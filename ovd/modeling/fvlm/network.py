@@ -137,7 +137,7 @@ def load_fvlm(
         raise UserError(f"{folder}: not a detector of model.arch fvlm")
     proposer = load_proposals(folder / PROPOSALS, device=device, precision=precision)
     detector = build_fvlm(config, proposer=proposer, encoder=encoder, precision=precision)
-    state, background_words = exported_tensors(folder)
+    state, background_words = exported_tensors(folder, card)
     load_exported(detector, state, folder)
     detector.tower.to(device)
     return detector.eval().to(device), background_words

@@ -27,6 +27,7 @@ from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 from pretrain.engine.state import load_tensors
+from pretrain.engine.stored import require_types, stored_section
 
 FORMAT = "proposals/1"
 MAX_ENLARGEMENT = 4 / 3
@@ -230,9 +231,15 @@ def read_card(folder: Path) -> ProposalCard:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{folder / 'model.json'}: not a card of format {FORMAT}")
     try:
-        return ProposalCard(**{**raw, "sides": tuple(raw["sides"])})
+        values = {**raw, "sides": tuple(raw["sides"])}
+        require_types(ProposalCard, values)
+        card = ProposalCard(**values)
+        if not card.sides or min(card.sides) < 1:
+            raise TypeError(f"sides: {card.sides} are no sides of pictures")
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'model.json'}: {error!r}") from error
+        raise UserError(f"{folder / 'model.json'}: {error}; export it again with this version") from error
+    stored_section(ProposalNetworkConfig, card.model, where=f"{folder / 'model.json'}: model")
+    return card
 
 
 def load_proposals(folder: Path, *, device: str = "cpu", precision: torch.dtype = torch.bfloat16) -> PhotoProposer:

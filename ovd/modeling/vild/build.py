@@ -196,7 +196,7 @@ def load_model(folder: Path, card: DetectorCard) -> tuple[OpenVocabularyRCNN, Te
     """
     if card.is_transformer:
         raise UserError(f"{folder}: a detection transformer, where a Mask R-CNN is needed (mask_rcnn.yaml, vild.yaml)")
-    state, background_words = exported_tensors(folder)
+    state, background_words = exported_tensors(folder, card)
     config = card.architecture
     assert isinstance(config, ModelConfig)
     model = build_model(
