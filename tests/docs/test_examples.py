@@ -79,7 +79,7 @@ PHOTO = "ovd/demo/examples/photos/horses.jpg"
         ("find_words", ["gone.jpg", "dog"], "^gone.jpg: does not exist"),
         ("find_words", ["ovd", "dog"], "^ovd: is a folder, not a picture"),
         ("classes_on_folder", ["gone/", "dog"], "^gone: no such file or folder"),
-        ("classes_on_folder", ["configs", "dog"], "^configs holds no picture"),
+        ("classes_on_folder", ["configs", "dog"], "^configs contains no picture"),
         ("search_by_crop", ["gone/"], "^gone: no such file or folder"),
         ("search_by_crop", ["examples/photos", "1"], "no such file or folder"),
         ("search_by_crop", [str(Path(PHOTO).parent), PHOTO, "1", "2", "3"], "the four corners"),

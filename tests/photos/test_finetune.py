@@ -356,7 +356,7 @@ def test_what_may_be_a_class_is_no_background_in_negatives(tmp_path: Path) -> No
     ("options", "message"),
     [
         ({"negatives": "nowhere"}, "data.negatives: nowhere: no such folder"),
-        ({"negatives": "."}, ". holds no picture (.jpg"),
+        ({"negatives": "."}, ". contains no picture (.jpg"),
     ],
 )
 def test_a_folder_of_negatives_that_holds_none_is_named(
