@@ -108,13 +108,6 @@ def test_everything__has_its_own_hash_and_threshold() -> None:
     assert make_detector(threshold=0.6).threshold_for(make_detector().query("everything")) == 0.6
 
 
-def test_a_picture_of_nothing_has_no_names() -> None:
-    encoder = WordEncoder()
-    detector = Detector(model=ColourModel(encoder), encoder=encoder)
-    found = detector.find(picture([]), "everything", threshold=0.99)
-    assert len(found) == 0 and len(found.names) > 1
-
-
 @pytest.mark.parametrize(
     ("count", "level"), [(5, SHOWN_THRESHOLD), (MANY, SHOWN_THRESHOLD), (MANY + 1, MANY_THRESHOLD)]
 )
