@@ -419,7 +419,7 @@ def write(
     from ovd.evaluation.reliability import report_fit
 
     path = Path(args.weights) / "model.json"
-    values = {"crop_refinement": detector.crop_refinement, "calibration": asdict(fitted)}
+    values = {"crop_refinement": detector.crop_refinement, "calibration": fitted.record()}
     card = read_json(path)
     card.pop("second_look", None)  # crop_refinement's former name
     write_atomically(path, (json.dumps(card | values, indent=1, ensure_ascii=False) + "\n").encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from ovd.detector import Detector
 from ovd.evaluation.encoder_calibration import fit_encoder, prepare_encoder
@@ -33,13 +33,13 @@ def calibrate_encoder(args: argparse.Namespace) -> int:
         key=calibration_key(folder, detector.text.encoder),
         data=args.data,
         scenes=len(fit.scenes),
-        calibration=asdict(fitted),
+        calibration=fitted.record(),
         figures=figures,
     )
     file = calibration_file(folder, args.encoder, detector.text.encoder)
     write_calibration(file, stored)
     report_fit(
-        {"calibration": asdict(fitted), "data": args.data, "other_half": figures},
+        {"calibration": fitted.record(), "data": args.data, "other_half": figures},
         curve,
         title=f"Scores of {args.weights} + {args.encoder}",
         caption="typed words, photos not fitted on",

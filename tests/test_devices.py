@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -70,7 +69,7 @@ def card(variant: str, classes: tuple[str, ...] = NAMES) -> DetectorCard:
     return DetectorCard(
         model={"variant": variant, "head": {"scale": 10.0}}, embed_dim=rcnn.D, pixel_mean=(127.5,) * 3,
         pixel_std=(64.0,) * 3, encoder="toy", encoder_fingerprint="0", short_side=96, long_side=192,
-        classes=classes, novel=(), background_words=("a", "b"), calibration=asdict(Calibration()), config_hash="0",
+        classes=classes, novel=(), background_words=("a", "b"), calibration=Calibration().record(), config_hash="0",
     )  # fmt: skip
 
 

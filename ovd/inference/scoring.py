@@ -10,7 +10,7 @@ Shapes: ``R`` regions, ``C`` typed classes, ``B`` background words, ``D`` joint 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,10 @@ class Calibration:
             example_offset=fitted.offset,
             example_threshold=fitted.threshold,
         )
+
+    def record(self) -> dict[str, float]:
+        """The fields as a file keeps them; what was not fitted is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def uncalibrated(self) -> Calibration:
         """The same scores before the sigmoid is applied."""

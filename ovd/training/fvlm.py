@@ -258,7 +258,6 @@ def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
 def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
     """Write the trained head with its card and the proposal network; scores are uncalibrated."""
     import shutil
-    from dataclasses import asdict
 
     from ovd.modeling.export import DetectorCard, architecture_record, save_detector
     from ovd.modeling.fvlm.network import PROPOSALS
@@ -277,7 +276,7 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         classes=table.words[: table.everywhere],
         novel=(),
         background_words=table.words,
-        calibration=asdict(start_calibration(config.model, float(parts.encoder.logit_scale.detach().exp()))),
+        calibration=start_calibration(config.model, float(parts.encoder.logit_scale.detach().exp())).record(),
         config_hash=config_hash(config),
         templates=config.templates,
     )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pretrain.engine.config import config_hash
@@ -102,7 +102,7 @@ def detector_card(
         classes=tuple(classes),
         novel=tuple(sorted(novel)),
         background_words=tuple(background),
-        calibration=asdict(calibration),
+        calibration=calibration.record(),
         config_hash=config_hash(config),
         templates=templates,
     )

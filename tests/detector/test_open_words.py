@@ -42,8 +42,8 @@ def regions(rng: np.random.Generator, count: int = 7, dim: int = 16) -> RegionSe
     )
 
 
-def squashed(slope: float, offset: float, p: float) -> float:
-    p = min(max(p, 1e-6), 1 - 1e-6)
+def squashed(slope: float, offset: float, p: float, *, eps: float = 1e-6) -> float:
+    p = min(max(p, eps), 1 - eps)
     return 1 / (1 + math.exp(-(slope * math.log(p / (1 - p)) + offset)))
 
 
@@ -64,7 +64,7 @@ def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float
     whole = float(seen.objectness[region]) ** c.open_objectness * area**c.open_area
     known = zip(seen.word_scores[region], words.related[word], strict=True)
     whole *= (1 - max((float(p) for p, related in known if not related), default=0.0)) ** c.open_unknown
-    return squashed(c.open_slope, c.open_offset, mine / (mine + others) * whole)
+    return squashed(c.open_slope, c.open_offset, mine / (mine + others) * whole, eps=1e-12)
 
 
 def scorer(rng: np.random.Generator, count: int, dim: int = 16) -> WordScorer:

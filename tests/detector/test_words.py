@@ -109,8 +109,8 @@ def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Pa
         ("data.yaml", "names: [dog\n", "not a vocabulary file"),
         ("coco.json", '{"categories": [1.5, null]}', "must contain strings only"),
         ("words.json", "{", "not a vocabulary file"),
-        ("words.json", "null", "holds no list of class names"),
-        ("words.json", '{"dog": 1}', "holds no list of class names"),
+        ("words.json", "null", "not a list of class names"),
+        ("words.json", '{"dog": 1}', "not a list of class names"),
         ("words.json", '{"format": "ovd-vocabulary-1", "classes": [{"name": " "}]}', "no name empty"),
     ],
 )

@@ -58,7 +58,7 @@ def test_fetch__no_network_is_one_line(tmp_path: Path, environment: dict[str, st
     assert run.returncode == 2 and not (tmp_path / "out").exists()
     lines = [line for line in run.stderr.splitlines() if not line.startswith(("  warnings.warn", "/"))]
     assert len(lines) == 1 and lines[0].startswith(f"error: {TAG} {said}")
-    assert lines[0].endswith("name it: open_clip:ViT-B-32:FILE")
+    assert lines[0].endswith("give its path: open_clip:ViT-B-32:FILE")
 
 
 def test_the_page_fetches_before_it_starts_and_stops_where_that_fails() -> None:

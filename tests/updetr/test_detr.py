@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -381,7 +380,7 @@ def exported(folder: Path, **changes: Any) -> Detr:
         classes=tuple("abcde") if config.variant != "agnostic" else (),
         novel=(),
         background_words=("a", "b") if config.variant == "text" else (),
-        calibration=asdict(Calibration(objectness_weight=1.0)),
+        calibration=Calibration(objectness_weight=1.0).record(),
         config_hash="0",
     )
     save_detector(folder, model, card, background_words=rows[:2], half=False)  # type: ignore[arg-type]
