@@ -72,7 +72,7 @@ def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
     names = [" red   cell", "Ba\u0308ume", "cup, mug", "Everything"]
     photos = read(write_photos(tmp_path / "a", [[0, 1, 2, 3]], names))
     assert photos.names == ("red cell", "B\u00e4ume", "cup, mug", "Everything")
-    notes = [note for note in photos.notices if "cannot be typed as it stands" in note]
+    notes = [note for note in photos.notices if "cannot be typed as it is" in note]
     assert len(notes) == 2 and "'cup, mug'" in notes[0] and "'Everything'" in notes[1]
     with pytest.raises(UserError, match="classes 'cell ' and '.{4}' are the same when typed"):  # as in the file
         read(write_photos(tmp_path / "c", [[0, 1]], ["cell ", "\uff43\uff45\uff4c\uff4c"]))

@@ -122,7 +122,7 @@ def test_every_variant_trains_and_answers_without_the_novel_word(run: Path, vari
     scorer = detector.model.scorer(np.eye(2, 16, dtype=np.float32), [["dog"], ["car"]], detector.model.background_words)
     assert isinstance(scorer, EnsembleScorer)
     alone = variant in ("text", "vild")
-    assert scorer.exponent.tolist() == pytest.approx([1, 1] if alone else [0.2, 2 / 3])
+    assert scorer.exponent.tolist() == pytest.approx([1, 1] if alone else [0.1, 2 / 3])
 
 
 def test_ovcoco__evaluated_on_all_words(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
