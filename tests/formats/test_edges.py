@@ -244,7 +244,7 @@ def test_a_part_without_a_folder_is_no_part(nothing: str, tmp_path: Path) -> Non
 def test_a_name_of_aliases_is_not_written_out(tmp_path: Path) -> None:
     levels = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 20)}]\n" for a, b in pairwise("abcdefghij"))
     file = yolo(tmp_path, yaml=f"a: &a [x]\n{levels}names: *j\ntrain: images\n")
-    with pytest.raises(UserError, match="names: .* is no class index") as refused:
+    with pytest.raises(UserError, match="names: .* is not a class index") as refused:
         read_labels(file)
     assert len(str(refused.value)) < 500
 

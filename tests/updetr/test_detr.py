@@ -383,7 +383,7 @@ def exported(folder: Path, **changes: Any) -> Detr:
         calibration=Calibration(objectness_weight=1.0).record(),
         config_hash="0",
     )
-    save_detector(folder, model, card, background_words=rows[:2], half=False)  # type: ignore[arg-type]
+    save_detector(folder, model, card, background_words=rows[: len(card.background_words)], half=False)  # type: ignore[arg-type]
     return model
 
 
