@@ -76,8 +76,9 @@ class EnsembleScorer:
             score_RC = geometric_ensemble(score_RC, image_RC, self.exponent)
         novel = np.flatnonzero(~self.is_labelled)
         if c.open_unknown and len(novel):
-            other_NR = best_unrelated(self._head(regions, self.labelled_rows), distinct_rows(self.related[novel]))
-            score_RC[:, novel] *= (1 - other_NR.T) ** c.open_unknown
+            sets = distinct_rows(self.related[novel])
+            other_SR = best_unrelated(self._head(regions, self.labelled_rows), sets.rows)
+            score_RC[:, novel] *= (1 - other_SR[sets.of].T) ** c.open_unknown
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
 
     def _head(self, regions: RegionSet, rows_CD: Floats) -> Floats:

@@ -6,7 +6,7 @@ order: what many words share is computed once, words are taken in blocks, the lo
 each other are left out, and so is the sigmoid of words that no region shows.
 
 Shapes: R regions, C words, B competitors, K words of the proposal network, G groups of words that the same competitors
-and words of the proposal network contradict, D joint embedding.
+and words of the proposal network contradict, S distinct sets of related words, D joint embedding.
 """
 
 from __future__ import annotations
@@ -68,12 +68,9 @@ class Rivals:
         return cls(excluded=excluded[order], related=related[order], group=np.argsort(order)[distinct.of])
 
     @cached_property
-    def _distinct_related(self) -> DistinctRows:
+    def related_sets(self) -> DistinctRows:
+        """The distinct rows of ``related``: far fewer than groups."""
         return distinct_rows(self.related)
-
-    def contradiction(self, word_scores_RK: Floats) -> Floats:
-        """(G, R) best of the proposal network's scores of words that contradict each group."""
-        return best_unrelated(word_scores_RK, self._distinct_related)
 
     @cached_property
     def _layers(self) -> list[NDArray[np.int64]]:
@@ -110,13 +107,13 @@ class Evidence(NamedTuple):
         image_RD: image embeddings times the scale.
         against_R1: logarithm of the odds of all that speaks against a word of the commonest group.
         ratio_GR: what speaks against each group's words, as a multiple of the commonest group's.
-        nothing_GR: odds against a region being any whole thing that a word of the group may name.
+        nothing_SR: for each of `Rivals.related_sets`, odds against a region being a whole thing that may be its words.
     """
 
     image_RD: Floats
     against_R1: Floats
     ratio_GR: Floats
-    nothing_GR: Floats
+    nothing_SR: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +185,18 @@ class OpenWords:
         sum_GR = np.maximum(self.rivals.sums(words_BR), TINY)
         area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
         whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
-        whole_GR = np.broadcast_to(whole_R.astype(np.float32), sum_GR.shape)
+        sets = self.rivals.related_sets
+        whole_SR = np.tile(whole_R.astype(np.float32), (len(sets.rows), 1))
         if c.open_unknown and regions.word_scores is not None:
-            whole_GR = whole_GR * (1 - self.rivals.contradiction(regions.word_scores)).clip(0, 1) ** c.open_unknown
-        whole_GR = np.maximum(whole_GR, TINY)
-        against_GR = np.divide(sum_GR, whole_GR, out=sum_GR)
+            whole_SR *= (1 - best_unrelated(regions.word_scores, sets.rows)).clip(0, 1) ** c.open_unknown
+        whole_SR = np.maximum(whole_SR, TINY)
+        against_GR = np.divide(sum_GR, whole_SR[sets.of], out=sum_GR)
         common_R = against_GR[self._common].copy()
         return Evidence(
             image_RD=image_RD,
             against_R1=(np.log(common_R) + shift_R)[:, None],
             ratio_GR=np.divide(against_GR, common_R, out=against_GR),
-            nothing_GR=np.maximum(1 - whole_GR, TINY) / whole_GR,
+            nothing_SR=np.maximum(1 - whole_SR, TINY) / whole_SR,
         )
 
     def _odds_against(self, regions: RegionSet) -> Iterator[tuple[NDArray[np.int64], Floats]]:
@@ -207,8 +205,9 @@ class OpenWords:
         With p = w / (1 + s / e^word), where w says that a region is a whole thing and none that contradicts the word,
         and s is the sum over competitors, the odds are (1 − w) / w + s / w / e^word.
         """
-        image_RD, against_R1, ratio_GR, nothing_GR = self._evidence(regions)
-        nothing_R1 = nothing_GR[self._common][:, None]
+        image_RD, against_R1, ratio_GR, nothing_SR = self._evidence(regions)
+        set_of = self.rivals.related_sets.of
+        nothing_R1 = nothing_SR[set_of[self._common]][:, None]
         order, others = self._order
         step = max(1, BLOCK // max(1, len(regions)))
         block = np.empty((len(regions), min(step, len(order))), np.float32)
@@ -216,7 +215,7 @@ class OpenWords:
             words = order[start : start + step]
             odds = np.matmul(image_RD, self._rows_DC[:, start : start + step], out=block[:, : len(words)])
             group = self.rivals.group[words[: max(0, others - start)]]
-            ratio_RC, nothing_RC = ratio_GR[group].T, nothing_GR[group].T
+            ratio_RC, nothing_RC = ratio_GR[group].T, nothing_SR[set_of[group]].T
             rows = max(1, CACHED // len(words))
             for first in range(0, len(odds), rows):  # while they are in the cache
                 some, of = odds[first : first + rows], slice(first, first + rows)
@@ -260,12 +259,12 @@ def distinct_rows(table_CK: NDArray[np.bool_]) -> DistinctRows:
     return DistinctRows(rows=table_CK[first], of=of.ravel())
 
 
-def best_unrelated(scores_RK: Floats, related: DistinctRows) -> Floats:
+def best_unrelated(scores_RK: Floats, related_CK: NDArray[np.bool_]) -> Floats:
     """(C, R) best score of a word that is not related to each class; 0 where all are.
 
     Args:
         scores_RK: 0…1.
-        related: (C, K) bool.
+        related_CK: whether a word is related to a class.
     """
-    best = [scores_RK[:, ~row].max(axis=1, initial=0.0) for row in related.rows]
-    return np.asarray(best, np.float32)[related.of]
+    best = [scores_RK[:, ~related_K].max(axis=1, initial=0.0) for related_K in related_CK]
+    return np.asarray(best, np.float32).reshape(len(related_CK), len(scores_RK))
