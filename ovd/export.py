@@ -17,12 +17,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from ovd.picture_files import PACKAGED_PHOTOS
 from ovd.runtime.files import EXPORT_FOLDER, INT8_FOLDER
 from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
 from pretrain.engine.flags import CommandParser
-
-EXAMPLES = Path(__file__).parent / "demo/examples/photos"
-"""Photos that activation ranges are measured on by default, where none came with the weights."""
 
 
 def parser() -> CommandParser:
@@ -63,7 +61,8 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
         weights: name, or folder.
         output: of the export; None: in the folder of the weights.
         int8: whether convolutions are quantised.
-        photos: folder with photos for which they are; None: ranges that came with the weights, or `EXAMPLES`.
+        photos: folder with photos for which they are; None: ranges that came with the weights, or
+            `PACKAGED_PHOTOS`.
 
     Raises:
         UserError: a detector of another kind, a folder that holds something else, or photos that cannot be read.
@@ -94,7 +93,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
     from ovd.runtime.export import export_onnx
     from ovd.runtime.quantise import MIN_PHOTOS, read_photos
 
-    images = read_photos(photos or EXAMPLES) if int8 else []
+    images = read_photos(photos or PACKAGED_PHOTOS) if int8 else []
     if photos is not None and len(images) < MIN_PHOTOS:
         text = (
             f"{len(images)} photo{'s' if len(images) != 1 else ''}, where {MIN_PHOTOS} or more show which values occur"

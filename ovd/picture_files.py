@@ -14,6 +14,9 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     from pretrain.data.folder import U8
 
+PACKAGED_PHOTOS = Path(__file__).parent / "demo/examples/photos"
+"""Photos of the page's examples: dogs, horses, chickens, cars, a living room, instruments, coffee, wine."""
+
 
 class PictureFiles:
     """Picture files whose ids are their names, a `pretrain.data.images.IdentifiedPictures`.
@@ -55,12 +58,9 @@ class PictureFiles:
             else:
                 raise UserError(f"{argument}: no such file or folder")
             for name, path in inside:
-                if os.path.realpath(pictures.setdefault(name, path)) != os.path.realpath(
-                    path
-                ):  # links may go in circles
-                    raise UserError(
-                        f"two pictures would be called {name!r}: {pictures[name]} and {path}; run them separately"
-                    )
+                first = pictures.setdefault(name, path)
+                if os.path.realpath(first) != os.path.realpath(path):  # links may go in circles
+                    raise UserError(f"two pictures would be called {name!r}: {first} and {path}; run them separately")
         return cls(pictures)
 
     def __len__(self) -> int:

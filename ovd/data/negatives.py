@@ -17,9 +17,6 @@ from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import UserError
 from pretrain.engine.identity import files_identity
 
-PACKAGED_PHOTOS = Path(__file__).parents[1] / "demo/examples/photos"
-"""Photos of the page's examples: dogs, horses, chickens, cars, a living room, instruments, coffee, wine."""
-
 
 class NegativePhotos:
     """Photos without an object of the classes, except for boxes that are neither object nor background.

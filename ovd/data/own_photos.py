@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -53,6 +53,20 @@ class Boxes:
 
     corners: NDArray[np.float32]
     classes: NDArray[np.int64]
+
+
+class Tile(NamedTuple):
+    """A picture that is put onto a canvas.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        labels: of it.
+        scale: range of a random factor on its size.
+    """
+
+    image: NDArray[np.uint8]
+    labels: Boxes
+    scale: tuple[float, float]
 
 
 class FinetuneSample(TypedDict):
@@ -328,53 +342,33 @@ class CanvasSource:
         if rng.random() < self.mosaic:
             half = self.side // 2
             others = rng.integers(len(self.chosen), size=3).tolist()
-            parts = [self._paste_photo(index, canvas, 0, 0, half, rng)]
+            parts = [self._paste(self._labelled(index), canvas, 0, 0, half, rng)]
             for photo, (x, y) in zip(others, [(half, 0), (0, half), (half, half)], strict=True):
-                if self.negatives is not None and rng.random() < self.negative_share:
-                    parts.append(self._paste_negative(self.negatives, canvas, x, y, half, rng))
-                else:
-                    parts.append(self._paste_photo(photo, canvas, x, y, half, rng))
+                is_negative = self.negatives is not None and rng.random() < self.negative_share
+                tile = self._negative(rng) if is_negative else self._labelled(photo)
+                parts.append(self._paste(tile, canvas, x, y, half, rng))
         else:
-            parts = [self._paste_photo(index, canvas, 0, 0, self.side, rng)]
+            parts = [self._paste(self._labelled(index), canvas, 0, 0, self.side, rng)]
         return FinetuneSample(
             image=torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))),
             boxes=torch.from_numpy(np.concatenate([part.corners for part in parts])),
             classes=torch.from_numpy(np.concatenate([part.classes for part in parts])),
         )
 
-    def _paste_photo(
-        self, index: int, canvas: NDArray[np.uint8], left: int, top: int, side: int, rng: np.random.Generator
-    ) -> Boxes:
-        """Put a labelled photo into a square of the canvas; its boxes there."""
+    def _labelled(self, index: int) -> Tile:
         photo = self.chosen[index]
-        image, labels = self.photos.image(photo), self.photos.boxes(photo)
-        return self._paste(image, labels, canvas, left, top, side, self.scale, rng)
+        return Tile(self.photos.image(photo), self.photos.boxes(photo), self.scale)
 
-    def _paste_negative(
-        self,
-        negatives: NegativePhotos,
-        canvas: NDArray[np.uint8],
-        left: int,
-        top: int,
-        side: int,
-        rng: np.random.Generator,
-    ) -> Boxes:
-        """Put a photo of another kind into a square of the canvas; its doubtful boxes there."""
-        index = int(rng.integers(len(negatives)))
-        return self._paste(negatives.image(index), negatives.boxes(index), canvas, left, top, side, NEGATIVE_SCALE, rng)
+    def _negative(self, rng: np.random.Generator) -> Tile:
+        assert self.negatives is not None
+        index = int(rng.integers(len(self.negatives)))
+        return Tile(self.negatives.image(index), self.negatives.boxes(index), NEGATIVE_SCALE)
 
     def _paste(
-        self,
-        image: NDArray[np.uint8],
-        labels: Boxes,
-        canvas: NDArray[np.uint8],
-        left: int,
-        top: int,
-        side: int,
-        scale: tuple[float, float],
-        rng: np.random.Generator,
+        self, tile: Tile, canvas: NDArray[np.uint8], left: int, top: int, side: int, rng: np.random.Generator
     ) -> Boxes:
         """Put a picture into a square of the canvas; its boxes there."""
+        image, labels, scale = tile
         height, width = image.shape[:2]
         factor = side / max(height, width) * float(np.exp(rng.uniform(*np.log(scale))))
         image = resized(image, factor)

@@ -139,7 +139,7 @@ class Connection:
         self.admitted = connections.admit(transport, self._address, loop.time())
         if self.admitted:
             self._wait_for_a_head()
-        elif connections.refusing < REFUSALS:  # until it has said what it wants, or for a second
+        elif connections.refusing < REFUSALS:  # until its request has arrived, or for a second
             connections.refusing += 1
             self._refusal = loop.call_later(1.0, transport.abort)
         else:

@@ -24,13 +24,13 @@ from ovd.inference.calibration import absent_class_threshold
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
+from ovd.inference.open_words import OPEN_EPS
 from ovd.inference.scoring import Calibration
 from ovd.vocabulary import Vocabulary
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
 FLOOR = 0.02
-RAW_FLOOR = 1e-12  # of open words, before their sigmoid
 LEAST = 20  # photos of either kind that a fit needs
 LEAST_RIGHT = 3  # boxes, and as many wrong ones
 FITTED = 5  # detections for each photo of one thing that a sigmoid is fitted to, the best of all
@@ -144,8 +144,8 @@ def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
     require_both(outcome)
     named_photos = unknown_to(data.scorer, data.named) if isinstance(data.scorer, WordScorer) else []
     if len(named_photos) >= LEAST:
-        named = named_outcome(named_photos, replace(data.scorer, calibration=ranking), floor=RAW_FLOOR)
-        slope, offset = named.best(FITTED * len(named_photos)).sigmoid(eps=RAW_FLOOR)
+        named = named_outcome(named_photos, replace(data.scorer, calibration=ranking), floor=OPEN_EPS)
+        slope, offset = named.best(FITTED * len(named_photos)).sigmoid(eps=OPEN_EPS)
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
     if min(fitted.slope, fitted.open_slope) <= 0:
         raise UserError(

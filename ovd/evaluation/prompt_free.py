@@ -129,12 +129,12 @@ def prompt_free_outcome(
     score: list[float] = []
     correct: list[float] = []
     if model.prompt_free_words().names:
-        asked = detector.with_model(model)  # without what was remembered for another calibration
-        query = asked.query(EVERYTHING)
+        recalibrated = detector.with_model(model)  # without what was remembered for another calibration
+        query = recalibrated.query(EVERYTHING)
         labelled = frozenset(names[c] for scene in scenes for c in scene.classes.tolist())
         judge = Judge(names, everywhere=labelled)
         for scene in scenes:
-            regions = Regions(regions=scene.regions, key="", detector=asked)
+            regions = Regions(regions=scene.regions, key="", detector=recalibrated)
             found = regions.classify(query, threshold=calibration.threshold)
             verdicts = judge.verdicts(found, scene.boxes, scene.classes, certainty_M=scene.certainty)
             certainty = np.ones(len(scene.boxes)) if scene.certainty is None else scene.certainty

@@ -14,9 +14,10 @@ from typing import Any, TypedDict
 
 from pretrain.data import masks
 from pretrain.data.coco import GroundTruth, is_id, kind_of, require_id, required
-from pretrain.data.coco_boxes import checked_box, is_number, over_border, require_pixels
+from pretrain.data.coco_boxes import checked_box, over_border, require_pixels
 from pretrain.data.coco_entries import ImageId
 from pretrain.engine.errors import UserError
+from pretrain.engine.stored import is_number
 
 
 class _Shapes(TypedDict, total=False):

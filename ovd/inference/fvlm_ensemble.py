@@ -66,7 +66,7 @@ class EnsembleScorer:
     def __call__(self, regions: RegionSet) -> Floats:
         """See `ovd.inference.scorers.Scorer`."""
         c = self.calibration
-        score_RC = self._head(regions, self.rows)
+        score_RC = regions.head_probabilities(self.rows, scale=self.scale)
         if (self.exponent < 1).any():
             assert regions.image is not None
             image_RC = competitive_probabilities(
@@ -77,14 +77,10 @@ class EnsembleScorer:
         novel = np.flatnonzero(~self.is_labelled)
         if c.open_unknown and len(novel):
             sets = distinct_rows(self.related[novel])
-            other_SR = best_unrelated(self._head(regions, self.labelled_rows), sets.rows)
+            labelled_RL = regions.head_probabilities(self.labelled_rows, scale=self.scale)
+            other_SR = best_unrelated(labelled_RL, sets.rows)
             score_RC[:, novel] *= (1 - other_SR[sets.of].T) ** c.open_unknown
         return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
-
-    def _head(self, regions: RegionSet, rows_CD: Floats) -> Floats:
-        """(R, C) probabilities of words by the head that learned them."""
-        assert regions.bias is not None
-        return sigmoid(self.scale * (regions.text @ rows_CD.T) + regions.bias[:, None])
 
 
 def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_], *, novel: float) -> Floats:

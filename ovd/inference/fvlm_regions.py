@@ -292,8 +292,8 @@ class WordScorer(ManyWordsScorer):
 
     def closed_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any."""
-        assert regions.bias is not None and regions.word_scores is not None
-        head_RC = sigmoid(self.scale * (regions.text @ self.rows.T) + regions.bias[:, None])
+        assert regions.word_scores is not None
+        head_RC = regions.head_probabilities(self.rows, scale=self.scale)
         c = self.calibration
         best_RC = best_of(regions.word_scores, self._kinds.rows)[:, self._kinds.of]
         score_RC = best_RC ** (1 - c.head_weight) * head_RC**c.head_weight

@@ -138,6 +138,16 @@ class RegionSet:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def head_probabilities(self, rows_CD: Floats, *, scale: float) -> Floats:
+        """(R, C) probabilities of words by the head that learned them (`ovd.modeling.fvlm.head`).
+
+        Args:
+            rows_CD: unit text embeddings.
+            scale: inverse temperature of the head.
+        """
+        assert self.bias is not None
+        return sigmoid(scale * (self.text @ rows_CD.T) + self.bias[:, None])
+
     @property
     def distilled(self) -> Floats:
         """(R, D) of the head that was distilled from image embeddings: the image head, or the one head of both."""

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pretrain.data import masks
-from pretrain.data.coco_boxes import checked_box, is_number, over_border, require_pixels
+from pretrain.data.coco_boxes import checked_box, over_border, require_pixels
 from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
+from pretrain.engine.stored import is_number
 
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters that were cut in two: no file can hold them
 _NUMBER = re.compile("[0-9]{1,9}([.]0*)?")

@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pretrain.data.coco_entries import ImageId
 from pretrain.engine.errors import UserError
+from pretrain.engine.stored import is_number
 
 BORDER = 0.5  # pixels that a box may reach over the border of its picture: what rounding does
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def checked_box(value: Any, entry: str) -> list[float]:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def require_types(record: type, values: Mapping[str, object]) -> None:
     """Refuse values that are not of the types of a dataclass's fields; numbers must be finite, lists be tuples by now.
 
@@ -41,7 +46,7 @@ def require_types(record: type, values: Mapping[str, object]) -> None:
 
 def _fits(value: object, hint: Any) -> bool:
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     origin, inner = get_origin(hint), get_args(hint)

@@ -18,7 +18,7 @@ import torch
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.config_finetune import FinetuneDataConfig
-from ovd.data.negatives import PACKAGED_PHOTOS, NegativePhotos
+from ovd.data.negatives import NegativePhotos
 from ovd.data.own_photos import CanvasSource, FinetunePhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
@@ -27,6 +27,7 @@ from ovd.formats.write import write_labels
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.proposals.assign import assign, class_losses
+from ovd.picture_files import PACKAGED_PHOTOS
 from ovd.training.negatives import negatives_of
 from ovd.weights import weights_folder
 from pretrain.data.coco import check_ground_truth
