@@ -72,12 +72,14 @@ def prepare_environment(folder: str | Path | None = None) -> Path:
     try:
         if folder is None:
             remove_leftovers(Path(tempfile.gettempdir()))
-        target = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX)) if folder is None else Path(folder)
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        target.chmod(0o700)
+            target = _new_locked_folder()
+        else:
+            target = Path(folder)
+            target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            target.chmod(0o700)
+            _lock(target)
     except OSError as problem:
         raise UserError(f"no folder for uploads ({problem}); set TMPDIR to a folder that can be written") from problem
-    _lock(target)
     os.environ["GRADIO_TEMP_DIR"] = str(target)
     # Telemetry, the version check and model hubs: a page about private pictures has no business on the network.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -123,6 +125,13 @@ _locks: list[
 def _lock(folder: Path) -> None:
     if (descriptor := _try_lock(folder)) is not None:
         _locks.append(descriptor)
+
+
+def _new_locked_folder() -> Path:
+    """A new folder, with mode 0700. Named when it is locked: a page that starts meanwhile removes unlocked ones."""
+    unlocked = Path(tempfile.mkdtemp(prefix=f"new-{FOLDER_PREFIX}"))
+    _lock(unlocked)
+    return unlocked.rename(unlocked.with_name(unlocked.name.removeprefix("new-")))
 
 
 def _try_lock(folder: Path) -> int | None:

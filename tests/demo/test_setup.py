@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from app import parser
+from ovd.demo import serving
 from ovd.demo.page import EXAMPLES, _card_text, shipped_examples
 from ovd.demo.serving import listen, prepare_environment, remove_leftovers, url_of
 from ovd.vocabulary import Vocabulary
@@ -161,6 +162,27 @@ def test_uploads__of_a_killed_page_are_removed(tmp_path: Path) -> None:
     assert not folders[0].exists() and folders[1].is_dir() and (tmp_path / "ovd-page-link").is_symlink()
     pages[1].kill()
     pages[1].wait()
+
+
+def test_folder_of_a_starting_page__is_not_removed_by_another_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other page starts at the worst moment: between the making of the folder and its lock."""
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(serving, "_locks", [])
+    lock = serving._lock
+
+    def lock_late(folder: Path) -> None:
+        remove_leftovers(tmp_path)
+        lock(folder)
+
+    monkeypatch.setattr(serving, "_lock", lock_late)
+    folder = prepare_environment()
+    assert folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert remove_leftovers(tmp_path) == [] and list(tmp_path.iterdir()) == [folder]
+    os.close(serving._locks[0])
+    assert remove_leftovers(tmp_path) == [folder]
 
 
 PROXIES = ("socks5://127.0.0.1:1", "socks://127.0.0.1:1", "http://127.0.0.1:1", "no proxy at all")
