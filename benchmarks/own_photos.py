@@ -6,6 +6,9 @@ python benchmarks/own_photos.py IMAGES ANNOTATIONS.json --photos 29 73 --seeds 0
 Every run is the product's own: `configs/photos/finetune.yaml` on photos that the seed draws from the first four fifths,
 then the exported detector, asked for all classes by their names. Also: what it shows at its default threshold. Runs
 that are finished are not repeated.
+
+With ``--start imagenet`` boxes without names are learned from the same photos on ImageNet's frozen network, as
+`configs/photos/lite_ovcoco_proposals.yaml` does, and AP50 is that of any class.
 """
 
 from __future__ import annotations
@@ -18,18 +21,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _common import machine
+from numpy.typing import NDArray
 
 from ovd.data.splits import Split
+from ovd.detections import CocoResult
 from ovd.detector import Detector
 from ovd.evaluation import coco
 from ovd.evaluation.matching import match_table
-from ovd.evaluation.predictor import predictor_for
+from ovd.evaluation.predictor import coco_result, predictor_for
 from ovd.evaluation.run import run_images
+from ovd.modeling.proposals.build import load_proposals
 from ovd.train import main as train
 from pretrain.data.coco import check_ground_truth
+from pretrain.data.coco_entries import ImageId
 from pretrain.engine.errors import run_cli
 from pretrain.engine.files import read_json, write_atomically
+
+MAX_DETECTIONS = 100  # per photo that are evaluated
 
 
 def parts_of(gt: dict[str, Any], classes: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,6 +72,59 @@ def measure(weights: Path, test: dict[str, Any], images: Path) -> dict[str, floa
     return figures
 
 
+def drawn(labels: dict[str, Any], count: int, *, seed: int) -> dict[str, Any]:
+    """The photos that fine-tuning draws with this seed, as a file of their own."""
+    order = np.random.default_rng([seed, 11]).permutation(len(labels["images"]))[:count].tolist()
+    images = [labels["images"][index] for index in order]
+    there = {image["id"] for image in images}
+    return {
+        **labels,
+        "images": images,
+        "annotations": [one for one in labels["annotations"] if one["image_id"] in there],
+    }
+
+
+def measure_boxes(proposals: Path, test: dict[str, Any], images: Path) -> dict[str, float]:
+    """AP50 of class-agnostic proposals, any class."""
+    proposer = load_proposals(proposals)
+
+    def propose(image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
+        boxes, scores = proposer.propose(image, top=MAX_DETECTIONS)
+        rows = zip(boxes.tolist(), scores.tolist(), strict=True)
+        return [coco_result(box, image_id, 1, score) for box, score in rows]
+
+    _, results = run_images(test, images, None, propose=propose)
+    assert results is not None
+    merged = coco.as_one_category(test, results)
+    return {"ap50_any_class": coco.evaluate(*merged, None, ["bbox"]).values["bbox/AP50"]}
+
+
+def train_and_measure(
+    start: str, count: int, *, seed: int, out: Path, learned: Path, test: dict[str, Any], args: argparse.Namespace
+) -> dict[str, float]:
+    """One training, and the figures of its export."""
+    shared = [f"out={out}", f"data.images={args.images}", f"loop.seed={seed}", *args.set, "--overwrite"]
+    if start == "vild-photo":
+        limits = [f"data.annotations={learned}", f"data.images_limit={count}"]
+        train(["--config", "photos/finetune.yaml", *limits, *shared])
+        return measure(out / "exported", test, args.images)
+    labels = out.with_name(f"{out.name}_labels.json")
+    write_atomically(labels, json.dumps(drawn(read_json(learned), count, seed=seed)).encode())
+    data = [f"data.annotations=[{labels}]", "data.part=null"]
+    train(["--config", "photos/lite_ovcoco_proposals.yaml", *data, *shared])
+    return measure_boxes(out / "exported", test, args.images)
+
+
+def row_of(count: int, rows: list[dict[str, float]]) -> str:
+    """One line of the table: mean and deviation of several seeds, in percent."""
+    cells = []
+    for name in ("ap50", "ap50_any_class", "shown_right", "objects_shown"):
+        values = [100 * row[name] for row in rows if name in row]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        cells.append(f"{statistics.mean(values):>6.1f} ± {spread:<4.1f}" if values else f"{'':>13}")
+    return f"{count:>6} {' '.join(cells)} {statistics.mean(row['minutes'] for row in rows):>8.1f}"
+
+
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +134,7 @@ def main(argv: list[str]) -> int:
         "--photos", type=int, nargs="+", default=[29, 73], help="how many are learned, held-out included"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--start", choices=("vild-photo", "imagenet"), default="vild-photo")
     parser.add_argument("--classes", nargs="+", help="only these (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/own_photos"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
@@ -81,32 +145,19 @@ def main(argv: list[str]) -> int:
     write_atomically(labels, json.dumps(learned).encode())
     print(json.dumps(machine()))
     print(f"{'photos':>6} {'AP50':>13} {'any class':>13} {'right/shown':>13} {'shown/all':>13} {'minutes':>8}")
+    prefix = "" if args.start == "vild-photo" else f"{args.start}_"
     for count in args.photos:
         rows = []
         for seed in args.seeds:
-            out = args.out / f"{count}_{seed}"
-            record = args.out / f"{count}_{seed}.json"
+            out = args.out / f"{prefix}{count}_{seed}"
+            record = args.out / f"{out.name}.json"
             if not record.is_file():
                 begun = time.perf_counter()
-                train(
-                    [
-                        "--config", "photos/finetune.yaml", f"out={out}", f"data.images={args.images}",
-                        f"data.annotations={labels}", f"data.images_limit={count}", f"loop.seed={seed}",
-                        *args.set, "--overwrite",
-                    ]
-                )  # fmt: skip
+                figures = train_and_measure(args.start, count, seed=seed, out=out, learned=labels, test=test, args=args)
                 minutes = (time.perf_counter() - begun) / 60
-                figures = measure(out / "exported", test, args.images) | {"minutes": minutes}
-                write_atomically(record, json.dumps(figures, indent=1).encode())
+                write_atomically(record, json.dumps(figures | {"minutes": minutes}, indent=1).encode())
             rows.append(read_json(record))
-        cells = [
-            [100 * row[name] for row in rows] for name in ("ap50", "ap50_any_class", "shown_right", "objects_shown")
-        ]
-        spreads = [statistics.stdev(cell) if len(cell) > 1 else 0.0 for cell in cells]
-        text = " ".join(
-            f"{statistics.mean(cell):>6.1f} ± {spread:<4.1f}" for cell, spread in zip(cells, spreads, strict=True)
-        )
-        print(f"{count:>6} {text} {statistics.mean(row['minutes'] for row in rows):>8.1f}", flush=True)
+        print(row_of(count, rows), flush=True)
     return 0
 
 

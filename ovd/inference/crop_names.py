@@ -193,6 +193,7 @@ class CropNames(RegionModel):
             rows=rows,
             competitors=competitors,
             rivals=rivals,
+            word_rows=np.zeros((len(self.proposal_words.words), rows.shape[1]), np.float32),  # there is no head
             hyponyms=relations.same_or_below,
             related=relations.related,
             scale=self.calibration.open_scale,

@@ -91,6 +91,18 @@ class FvlmRegionModel(RegionModel):
         """The words that were looked for in every photo of the training; it remembers their relations."""
         return WordList(words=self.card.classes, lexicon=self.training_words.lexicon)
 
+    @cached_property
+    def _word_rows(self) -> Floats:
+        """(K, D) embeddings of the proposal network's words; zeros where the training had no such word."""
+        number_of = {self.training_words.line_of(word)[0]: n for n, word in enumerate(self.training_words.words)}
+        number_of |= {word: n for n, word in enumerate(self.training_words.words)}
+        rows = np.zeros((len(self.proposal_words.words), self.background_words.shape[1]), np.float32)
+        for row, word in zip(rows, self.proposal_words.words, strict=True):
+            number = number_of.get(word, number_of.get(self.training_words.line_of(word)[0]))
+            if number is not None:
+                row[:] = self.background_words[number]
+        return rows
+
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`."""
         return self.network.regions(image, top=self.top)
@@ -104,13 +116,18 @@ class FvlmRegionModel(RegionModel):
         self.network.sides = sides
 
     def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
-        """Of phrases that are no noun of the lexicon: what is looked for, or the nearest words of the training."""
+        """What is looked for in place of a phrase; of phrases that mean nothing, the nearest words of the training."""
         notices = []
         for group, row in zip(phrases, rows, strict=True):
             for phrase in group:
-                if self.training_words.understands(phrase) or (self.finetuned and self.finetuned.has(phrase)):
+                if self.finetuned and self.finetuned.has(phrase):
                     continue
-                if len(group) > 1 and self.training_words.is_english and (hint := hint_of(phrase)) is not None:
+                general = self.proposal_words.general_of(phrase)
+                if general is not None and general in self.proposal_words.words:
+                    notices.append(f"{phrase!r} is searched as {general!r}: these weights cannot tell them apart")
+                elif self.training_words.understands(phrase):
+                    continue
+                elif len(group) > 1 and self.training_words.is_english and (hint := hint_of(phrase)) is not None:
                     notices.append(hint)
                 elif (head := self.training_words.head_of(phrase)) is not None:
                     why = "separate words with commas" if " and " in phrase else "attributes are ignored"
@@ -134,7 +151,8 @@ class FvlmRegionModel(RegionModel):
         """
         nouns = [w for w in self.training_words.words if w in self.training_words.lexicon.nouns]
         relations = self.proposal_words.relations([[word] for word in nouns])
-        above: list[bool] = relations.same_or_below.any(axis=1).tolist()  # type: ignore[assignment]
+        indistinct = self.proposal_words.indistinct_from([[word] for word in nouns])
+        above: list[bool] = (relations.same_or_below | indistinct).any(axis=1).tolist()  # type: ignore[assignment]
         one_of = {self.training_words.line_of(word)[0]: word for word in reversed([*self.proposal_words.words, *nouns])}
         first = frozenset(one_of.values())
         others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above, above, strict=True)
@@ -186,7 +204,8 @@ class FvlmRegionModel(RegionModel):
             rows=rows,
             competitors=competitors,
             rivals=rivals,
-            hyponyms=relations.same_or_below,
+            word_rows=self._word_rows,
+            hyponyms=relations.same_or_below | self.proposal_words.indistinct_from(phrases),
             related=relations.related,
             scale=self.network.scale,
             calibration=self.calibration,
@@ -203,16 +222,18 @@ class FvlmRegionModel(RegionModel):
 class WordScorer(ManyWordsScorer):
     """Scores words alone: no column depends on another.
 
-    A word that the proposal network scores gets the geometric mean of its score and the region head's; a hypernym gets
-    the best of its hyponyms. Any other word gets the softmax of the image tower's own embedding against all words that
-    contradict it, times powers of objectness, of area, and of the probability that the region is none of the proposal
-    network's words that contradict it: the head learned the proposal network's words from many boxes and the others
-    from few photos, and is worse at these. Mixing the softmax into a hypernym's score cost precision.
+    A word that the proposal network scores gets the geometric mean of its score and the region head's; a synonym gets
+    the same, a hypernym the best of its hyponyms. Any other word gets the softmax of the image tower's own embedding
+    against all words that contradict it, times powers of objectness, of area, and of the probability that the region is
+    none of the proposal network's words that contradict it: the head learned the proposal network's words from many
+    boxes and the others from few photos, and is worse at these. Mixing the softmax into a hypernym's score cost
+    precision.
 
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
         rivals: (C, B) bool: competitors that contradict the class; synonyms and words above or below it do not.
+        word_rows: (K, D) unit text embeddings of the proposal network's words; zeros: the head did not learn the word.
         hyponyms: (C, K) bool: words of the proposal network that are the class or a kind of it.
         related: (C, K) bool: those that do not contradict the class: also words above it.
         scale: inverse temperature of the head.
@@ -224,6 +245,7 @@ class WordScorer(ManyWordsScorer):
     rows: Floats
     competitors: Floats
     rivals: NDArray[np.bool_]
+    word_rows: Floats
     hyponyms: NDArray[np.bool_]
     related: NDArray[np.bool_]
     scale: float
@@ -293,11 +315,12 @@ class WordScorer(ManyWordsScorer):
     def closed_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any."""
         assert regions.word_scores is not None
-        head_RC = regions.head_probabilities(self.rows, scale=self.scale)
-        c = self.calibration
-        best_RC = best_of(regions.word_scores, self._kinds.rows)[:, self._kinds.of]
-        score_RC = best_RC ** (1 - c.head_weight) * head_RC**c.head_weight
-        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
+        c, word_RK = self.calibration, regions.word_scores
+        head_RK = regions.head_probabilities(self.word_rows, scale=self.scale)
+        head_RK = np.where(self.word_rows.any(axis=1), head_RK, word_RK)
+        score_RK = word_RK ** (1 - c.head_weight) * head_RK**c.head_weight
+        score_RK = sigmoid(c.slope * logit(score_RK, eps=EPS) + c.offset)
+        return best_of(score_RK, self._kinds.rows)[:, self._kinds.of]
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""

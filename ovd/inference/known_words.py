@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.everyday import GROUPS, IRREGULAR, PERSONS, SYNONYMS
+from ovd.inference.everyday import GROUPS, INDISTINCT, IRREGULAR, KINDS, OTHER_THINGS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
 ARTICLES = frozenset(("a", "an", "the", "some", "my"))
@@ -71,11 +71,24 @@ class WordList:
         return sum(self.meaning_of(word) is not None for word in self.words) * 2 > len(self.words)
 
     def meaning_of(self, phrase: str) -> str | None:
-        """Id of the meaning of a phrase as a person types it: capitals and plurals too; None: not in the lexicon."""
-        for form in singulars(phrase.casefold()):
+        """Id of the meaning of a phrase as a person types it; None: not in the lexicon.
+
+        Capitals, plurals, and compounds in one word or in several (*surf board*, *hot-dog*, *firehydrant*) too.
+        """
+        forms = singulars(phrase.casefold())
+        if OTHER_THINGS & set(forms):
+            return None
+        for form in forms:
             if (meaning := self.lexicon.meaning(SYNONYMS.get(form, form))) is not None:
                 return meaning
-        return None
+        return next((self._compounds[key] for key in map(closed_up, forms) if key in self._compounds), None)
+
+    @cached_property
+    def _compounds(self) -> dict[str, str]:
+        """Names of the words that are compounds, closed up -> meaning."""
+        names = [(name, SYNONYMS.get(name, name)) for name in (*self.words, *SYNONYMS)]
+        found = {closed_up(name): self.lexicon.meaning(meant) for name, meant in names}
+        return {key: meaning for key, meaning in found.items() if meaning is not None}
 
     def head_of(self, phrase: str) -> str | None:
         """The noun that a phrase is about: *car* of "red car", *plate* of "plate of food"; None: there is none."""
@@ -86,7 +99,7 @@ class WordList:
     def understands(self, phrase: str) -> bool:
         """Whether a phrase, as it is, has a meaning here."""
         forms = {phrase.casefold(), *singulars(phrase.casefold())}  # an article may be part of a name
-        return self.meaning_of(phrase) is not None or bool(forms & (PERSONS | GROUPS.keys() | set(self.words)))
+        return self.meaning_of(phrase) is not None or bool(forms & (KINDS.keys() | GROUPS.keys() | set(self.words)))
 
     def is_one(self, phrase: str) -> bool:
         """Whether a phrase, in whatever number, is one of the words or a synonym of one; not a kind or a group."""
@@ -95,16 +108,30 @@ class WordList:
         return meaning in same if meaning is not None else bool(set(singulars(phrase.casefold())) & number_of.keys())
 
     def line_of(self, phrase: str) -> list[str]:
-        """The meaning of a phrase and those above it; the phrase itself where the lexicon does not have it."""
+        """The meaning of a phrase, and what it is a kind of; the phrase itself where the lexicon does not have it."""
         if not self.understands(phrase):
             phrase = self.head_of(phrase) or phrase
         forms = singulars(phrase.casefold())
         meaning = self.meaning_of(phrase)
         line = [meaning, *self.lexicon.above(meaning)] if meaning is not None else [SYNONYMS.get(forms[-1], forms[-1])]
-        person = self.lexicon.meaning("person")
-        if person is not None and PERSONS & set(forms):
-            line.append(person)
-        return line
+        for general in (general for form in forms for general in KINDS.get(form, ())):
+            above = self.lexicon.meaning(general)
+            line += [general] if above is None else [above, *self.lexicon.above(above)]
+        return list(dict.fromkeys(line))
+
+    def general_of(self, phrase: str) -> str | None:
+        """The word that a phrase is a kind of, where only age, sex, occupation or build make the kind; else None."""
+        if not self.understands(phrase):
+            phrase = self.head_of(phrase) or phrase
+        return next((INDISTINCT[form] for form in singulars(phrase.casefold()) if form in INDISTINCT), None)
+
+    def indistinct_from(self, phrases: Phrases) -> NDArray[np.bool_]:
+        """(C, K): the words whose objects a class cannot be told from by a small encoder, and is not told from."""
+        same = np.zeros((len(phrases), len(self.words)), dtype=bool)
+        for row, group in enumerate(phrases):
+            generals = {general for phrase in group if (general := self.general_of(phrase)) is not None}
+            same[row] = [word in generals for word in self.words]
+        return same
 
     def kinds_of(self, phrase: str) -> frozenset[str]:
         """Words that people group as the phrase, in whatever number it is typed."""
@@ -135,6 +162,11 @@ class WordList:
         return Relations(same_or_below=same, above=above & ~same)
 
 
+def closed_up(phrase: str) -> str:
+    """A compound as one word."""
+    return phrase.replace(" ", "").replace("-", "")
+
+
 def singulars(phrase: str) -> list[str]:
     """A phrase without its article, and what may be its singular; the phrase first."""
     article, _, noun = phrase.partition(" ")
@@ -144,6 +176,8 @@ def singulars(phrase: str) -> list[str]:
     forms = [last]
     if last in IRREGULAR:
         forms.append(IRREGULAR[last])
+    elif last.endswith("men") and len(last) > 4:
+        forms.append(last[:-3] + "man")
     elif last.endswith("ies") and len(last) > 4:
         forms.append(last[:-3] + "y")
     elif last.endswith("s") and not last.endswith(("ss", "us", "is")):

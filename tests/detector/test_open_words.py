@@ -50,11 +50,15 @@ def squashed(slope: float, offset: float, p: float, *, eps: float = 1e-6) -> flo
 def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float:
     """The score of one pair in double precision, sum by sum."""
     c = words.calibration
-    closed = [float(p) for p, member in zip(seen.word_scores[region], words.hyponyms[word], strict=True) if member]
+    closed = np.flatnonzero(words.hyponyms[word]).tolist()
     if closed:
-        cosine = float(seen.text[region].astype(float) @ words.rows[word].astype(float))
-        head = 1 / (1 + math.exp(-(words.scale * cosine + float(seen.bias[region]))))
-        return squashed(c.slope, c.offset, max(closed) ** (1 - c.head_weight) * head**c.head_weight)
+        scores = []
+        for known in closed:
+            cosine = float(seen.text[region].astype(float) @ words.word_rows[known].astype(float))
+            head = 1 / (1 + math.exp(-(words.scale * cosine + float(seen.bias[region]))))
+            mean = float(seen.word_scores[region, known]) ** (1 - c.head_weight) * head**c.head_weight
+            scores.append(squashed(c.slope, c.offset, mean))
+        return max(scores)
     image = seen.image[region].astype(float)
     mine = math.exp(c.open_scale * float(image @ words.rows[word].astype(float)))
     pairs = zip(words.competitors, words.rivals[word], strict=True)
@@ -76,6 +80,7 @@ def scorer(rng: np.random.Generator, count: int, dim: int = 16) -> WordScorer:
         rows=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
         competitors=unit_rows(rng.normal(size=(12, dim)).astype(np.float32)),
         rivals=rivals,
+        word_rows=unit_rows(rng.normal(size=(3, dim)).astype(np.float32)),
         hyponyms=hyponyms,
         related=related,
         scale=4.0,

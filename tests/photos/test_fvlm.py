@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +22,7 @@ from ovd.evaluation.photo_calibration import photos_of
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
 from ovd.formats.write import write_labels
+from ovd.inference.everyday import GROUPS, INDISTINCT, KINDS, OTHER_THINGS
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.known_words import WordList, singulars
 from ovd.inference.scoring import Calibration, RegionSet
@@ -61,6 +63,54 @@ def test_word_list__related_known_words(phrase: str, same: set[str], above: set[
     named = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.same_or_below[0])}
     over = {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.above[0])}
     assert (named, over) == (same, above)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "general"),
+    [("kitten", "cat"), ("Puppies", "dog"), ("young women", "person"), ("policemen", "person"),
+     ("tennis player", "person"), ("SUV", "car"), ("cat", None), ("golden retriever", None),
+     ("wine glass", None), ("zzyzx", None)],
+)  # fmt: skip
+def test_word_list__kinds_that_cannot_be_told_apart(phrase: str, general: str | None) -> None:
+    assert WORDS.general_of(phrase) == general
+    words = {PROPOSAL_WORDS[i] for i in np.flatnonzero(WORDS.indistinct_from([[phrase]])[0])}
+    assert words == ({general} if general else set())
+
+
+@pytest.mark.parametrize(
+    ("phrase", "word"),
+    [("surf board", "surfboard"), ("hot-dog", "hot dog"), ("firehydrant", "fire hydrant"),
+     ("wine-glasses", "wine glass"),
+     ("tooth brush", "toothbrush"), ("cellphones", "cell phone")],
+)  # fmt: skip
+def test_word_list__compounds_however_they_are_written(phrase: str, word: str) -> None:
+    assert WORDS.meaning_of(phrase) == WORDS.meaning_of(word) is not None
+
+
+@pytest.mark.parametrize("phrase", ["wheel", "plug", "painter", "chargers", "volume"])
+def test_word_list__misleading_names_in_wordnet_are_not_taken(phrase: str) -> None:
+    """A wheel is no bicycle, a plug no fire hydrant, a painter no cougar."""
+    relations = WORDS.relations([[phrase]])
+    assert WORDS.meaning_of(phrase) is None and not relations.related.any()
+
+
+@pytest.mark.parametrize(
+    ("phrase", "words"), [("van", {"car", "truck", "bus"}), ("sailboat", {"boat"}), ("streetcars", {"train", "bus"})]
+)  # fmt: skip
+def test_word_list__kinds_of_several_words_contradict_none_of_them(phrase: str, words: set[str]) -> None:
+    relations = WORDS.relations([[phrase]])
+    assert (
+        words <= {PROPOSAL_WORDS[i] for i in np.flatnonzero(relations.above[0])} and not relations.same_or_below.any()
+    )
+
+
+def test_everyday_tables_name_words_and_do_not_contradict_each_other() -> None:
+    named = {*INDISTINCT.values(), *(word for words in (*KINDS.values(), *GROUPS.values()) for word in words)}
+    assert named <= set(PROPOSAL_WORDS)
+    assert not KINDS.keys() & set(PROPOSAL_WORDS) and not OTHER_THINGS & set(PROPOSAL_WORDS)
+    for word, general in INDISTINCT.items():
+        assert not WORDS.relations([[word]]).same_or_below.any(), word
+        assert WORDS.relations([[word]]).above[0, PROPOSAL_WORDS.index(general)], word
 
 
 def test_a_superordinate_word_is_all_its_kinds_and_synonyms_count_for_their_class() -> None:
@@ -180,6 +230,7 @@ def scorer(hyponyms: list[list[bool]]) -> WordScorer:
         rows=np.eye(4, dtype=np.float32)[:count],
         competitors=np.eye(4, dtype=np.float32),
         rivals=~np.eye(4, dtype=bool)[:count],
+        word_rows=np.eye(4, dtype=np.float32)[:2],
         hyponyms=np.array(hyponyms),
         related=np.array(hyponyms),
         scale=4.0,
@@ -190,11 +241,25 @@ def scorer(hyponyms: list[list[bool]]) -> WordScorer:
 def test_known_words_are_a_geometric_mean_and_no_column_depends_on_another() -> None:
     both = scorer([[True, False], [True, True]])
     score = both(regions([[0.2, 0.6], [0.9, 0.1]]))
-    head = 1 / (1 + math.exp(-3.0))  # of a region with its own word
-    assert float(score[0, 0]) == pytest.approx(0.2**0.75 * head**0.25, rel=1e-4)
-    assert float(score[1, 1]) == pytest.approx(0.9**0.75 * head**0.25, rel=1e-4)
+    same, other = 1 / (1 + math.exp(-3.0)), 1 / (1 + math.exp(1.0))  # the head's, of a region with this row and another
+    assert float(score[0, 0]) == pytest.approx(0.2**0.75 * same**0.25, rel=1e-4)
+    assert float(score[1, 1]) == pytest.approx(max(0.9**0.75 * other**0.25, 0.1**0.75 * same**0.25), rel=1e-4)
     alone = both.select([1])(regions([[0.2, 0.6], [0.9, 0.1]]))
     np.testing.assert_allclose(alone[:, 0], score[:, 1], rtol=1e-6)
+
+
+def test_scores__of_a_hypernym_are_the_best_of_its_words_and_of_a_synonym_the_same() -> None:
+    """However the class's own embedding lies: *food* is where a banana or a pizza is."""
+    seen = regions([[0.2, 0.6], [0.9, 0.1], [0.3, 0.3]])
+    score = scorer([[True, False], [False, True], [True, True], [False, True]])(seen)
+    np.testing.assert_array_equal(score[:, 2], score[:, :2].max(axis=1))
+    np.testing.assert_array_equal(score[:, 3], score[:, 1])
+
+
+def test_scores__of_a_word_that_the_head_did_not_learn_are_the_proposal_networks() -> None:
+    words = replace(scorer([[True, False], [False, True]]), word_rows=np.eye(4, dtype=np.float32)[[0, 0]] * [[1], [0]])
+    score = words(regions([[0.2, 0.6]]))
+    assert float(score[0, 1]) == pytest.approx(0.6, rel=1e-4) and float(score[0, 0]) != pytest.approx(0.2, rel=1e-2)
 
 
 def test_scores__compete_with_contradicting_words() -> None:
@@ -319,6 +384,16 @@ def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path)
     picture = np.zeros((32, 48, 3), dtype=np.uint8)
     scores = detector.embed(picture).scores(detector.query(["red car", "car"])).score_RC
     assert (scores[:, 0] > 0).any()
+    np.testing.assert_array_equal(scores[:, 0], scores[:, 1])
+
+
+def test_notices__name_the_word_that_a_kind_cannot_be_told_from(trained: Path) -> None:
+    detector = Detector.load(trained / "run", regions=4)
+    query = detector.query(["kitten", "cat"])
+    assert query.notices == ("'kitten' is searched as 'cat': these weights cannot tell them apart",)
+    scores = detector.embed(np.zeros((32, 48, 3), dtype=np.uint8)).scores(query).score_RC
+    np.testing.assert_array_equal(scores[:, 0], scores[:, 1])
+    assert "kitten" not in detector.model.prompt_free_words().names
 
 
 def test_a_copied_detector_answers_the_same_and_pictures_of_any_shape_are_taken(trained: Path) -> None:
