@@ -30,7 +30,7 @@ from ovd.weights import ModelCard, read_model_card
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.loading import without_collection, without_compiler
+from pretrain.engine.loading import fast_loading
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -81,7 +81,7 @@ def load_with_encoder(
 
     where = pick_device(device, threads=threads)
     top = CROPS if regions is None else regions
-    with without_compiler(), without_collection():
+    with fast_loading():
         source, card = box_source(folder, device=str(where), masks=masks, top=top)
         encoder = resolve_encoder(spec).to(where)
     if encoder.visual is None or encoder.text is None:

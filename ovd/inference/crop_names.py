@@ -23,11 +23,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, as_array, best_first, logit, sigmoid, unit_rows
+from ovd.inference.arrays import Floats, as_array, best_first, unit_rows
 from ovd.inference.crop_refinement import LONG_SIDE
-from ovd.inference.fvlm_regions import WordScorer, best_of
+from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.open_words import EPS
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 from ovd.regions.crops import embed_regions
@@ -210,12 +209,11 @@ class CropScorer(WordScorer):
     def closed_scores(self, regions: RegionSet) -> Floats:
         """(R, C) geometric means of the best proposal word of each class and the encoder's p; near 0 without any."""
         assert regions.word_scores is not None and regions.image is not None
-        c = self.calibration
+        scale = self.calibration.open_scale
         named_RC = competitive_probabilities(
-            regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+            regions.image, self.rows, self.competitors, None, scale=scale, keep_CB=self.rivals
         )
-        score_RC = best_of(regions.word_scores, self.hyponyms) ** (1 - c.head_weight) * named_RC**c.head_weight
-        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
+        return self.with_proposal_words(regions.word_scores, named_RC)
 
 
 def embed_boxes(

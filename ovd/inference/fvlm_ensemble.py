@@ -7,14 +7,16 @@ Shapes: R regions, C classes, B background words, D joint embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, logit, sigmoid
+from ovd.inference.arrays import Floats, platt_scaled
 from ovd.inference.ensemble import geometric_ensemble, text_exponents
-from ovd.inference.open_words import EPS, best_unrelated, distinct_rows
+from ovd.inference.open_words import DistinctRows, best_unrelated, distinct_rows
+from ovd.inference.scorers import PER_CLASS, select_classes
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 
 ALONE = frozenset(("text", "vild"))
@@ -41,27 +43,29 @@ class EnsembleScorer:
         calibration: of the checkpoint.
     """
 
-    rows: Floats
+    rows: Floats = field(metadata=PER_CLASS)
     competitors: Floats
-    rivals: NDArray[np.bool_]
-    exponent: Floats
+    rivals: NDArray[np.bool_] = field(metadata=PER_CLASS)
+    exponent: Floats = field(metadata=PER_CLASS)
     labelled_rows: Floats
-    related: NDArray[np.bool_]
-    is_labelled: NDArray[np.bool_]
+    related: NDArray[np.bool_] = field(metadata=PER_CLASS)
+    is_labelled: NDArray[np.bool_] = field(metadata=PER_CLASS)
     scale: float
     calibration: Calibration
 
     def select(self, columns: Sequence[int]) -> EnsembleScorer:
         """See `ovd.inference.scorers.Scorer`."""
-        chosen = list(columns)
-        return replace(
-            self,
-            rows=self.rows[chosen],
-            rivals=self.rivals[chosen],
-            exponent=self.exponent[chosen],
-            related=self.related[chosen],
-            is_labelled=self.is_labelled[chosen],
-        )
+        return select_classes(self, columns)
+
+    @cached_property
+    def _novel(self) -> NDArray[np.int64]:
+        """Numbers of the classes that no label named."""
+        return np.flatnonzero(~self.is_labelled)
+
+    @cached_property
+    def _novel_related(self) -> DistinctRows:
+        """Of these, the distinct sets of related words."""
+        return distinct_rows(self.related[self._novel])
 
     def __call__(self, regions: RegionSet) -> Floats:
         """See `ovd.inference.scorers.Scorer`."""
@@ -74,13 +78,12 @@ class EnsembleScorer:
             )
             image_RC *= regions.objectness.clip(0, 1)[:, None] ** c.open_objectness
             score_RC = geometric_ensemble(score_RC, image_RC, self.exponent)
-        novel = np.flatnonzero(~self.is_labelled)
-        if c.open_unknown and len(novel):
-            sets = distinct_rows(self.related[novel])
+        if c.open_unknown and len(self._novel):
+            sets = self._novel_related
             labelled_RL = regions.head_probabilities(self.labelled_rows, scale=self.scale)
             other_SR = best_unrelated(labelled_RL, sets.rows)
-            score_RC[:, novel] *= (1 - other_SR[sets.of].T) ** c.open_unknown
-        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
+            score_RC[:, self._novel] *= (1 - other_SR[sets.of].T) ** c.open_unknown
+        return platt_scaled(score_RC, slope=c.slope, offset=c.offset)
 
 
 def head_exponents(variant: str, is_labelled_C: NDArray[np.bool_], *, novel: float) -> Floats:

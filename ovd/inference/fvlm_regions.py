@@ -10,7 +10,7 @@ embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
+from ovd.inference.arrays import Floats, best_first, platt_scaled, unit_rows
 from ovd.inference.everything import PromptFreeWords, open_shift
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, distinct_rows
+from ovd.inference.open_words import DistinctRows, OpenWords, Rivals, distinct_rows
 from ovd.inference.region_model import RegionModel
-from ovd.inference.scorers import ManyWordsScorer, Scorer, Shown
+from ovd.inference.scorers import PER_CLASS, ManyWordsScorer, Scorer, Shown, select_classes
 from ovd.inference.scoring import Calibration, RegionSet
 
 if TYPE_CHECKING:
@@ -221,28 +221,19 @@ class WordScorer(ManyWordsScorer):
         finetuned_only: (C,) bool: a fine-tuned class that the proposal network does not know: no other box is it.
     """
 
-    rows: Floats
+    rows: Floats = field(metadata=PER_CLASS)
     competitors: Floats
-    rivals: NDArray[np.bool_]
-    hyponyms: NDArray[np.bool_]
-    related: NDArray[np.bool_]
+    rivals: NDArray[np.bool_] = field(metadata=PER_CLASS)
+    hyponyms: NDArray[np.bool_] = field(metadata=PER_CLASS)
+    related: NDArray[np.bool_] = field(metadata=PER_CLASS)
     scale: float
     calibration: Calibration
-    finetuned: NDArray[np.bool_] | None = None
-    finetuned_only: NDArray[np.bool_] | None = None
+    finetuned: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
+    finetuned_only: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
 
     def select(self, columns: Sequence[int]) -> WordScorer:
         """See `Scorer`."""
-        chosen = list(columns)
-        return replace(
-            self,
-            rows=self.rows[chosen],
-            rivals=self.rivals[chosen],
-            hyponyms=self.hyponyms[chosen],
-            related=self.related[chosen],
-            finetuned=None if self.finetuned is None else self.finetuned[chosen],
-            finetuned_only=None if self.finetuned_only is None else self.finetuned_only[chosen],
-        )
+        return select_classes(self, columns)
 
     @cached_property
     def _split(self) -> tuple[NDArray[np.bool_], WordScorer, WordScorer]:
@@ -294,10 +285,14 @@ class WordScorer(ManyWordsScorer):
         """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any."""
         assert regions.word_scores is not None
         head_RC = regions.head_probabilities(self.rows, scale=self.scale)
+        return self.with_proposal_words(regions.word_scores, head_RC)
+
+    def with_proposal_words(self, word_scores_RK: Floats, named_RC: Floats) -> Floats:
+        """(R, C) calibrated geometric means of the proposal network's scores and another probability of each class."""
         c = self.calibration
-        best_RC = best_of(regions.word_scores, self._kinds.rows)[:, self._kinds.of]
-        score_RC = best_RC ** (1 - c.head_weight) * head_RC**c.head_weight
-        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
+        best_RC = best_of(word_scores_RK, self._kinds.rows)[:, self._kinds.of]
+        score_RC = best_RC ** (1 - c.head_weight) * named_RC**c.head_weight
+        return platt_scaled(score_RC, slope=c.slope, offset=c.offset)
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""

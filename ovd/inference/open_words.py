@@ -23,7 +23,6 @@ from ovd.inference.arrays import Floats
 from ovd.inference.scorers import Shown
 from ovd.inference.scoring import Calibration, RegionSet
 
-EPS = 1e-6
 OPEN_EPS = 1e-12
 """Products of several probabilities' powers are small numbers, and their order counts."""
 LAYERS = 64

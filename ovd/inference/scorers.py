@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,13 @@ from ovd.inference.ensemble import FIXED_TEXT_WEIGHT
 from ovd.inference.scoring import Calibration, RegionSet, score_regions, vocabulary_probabilities
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from ovd.inference.region_model import RegionModel
+
+
+PER_CLASS = {"per_class": True}
+"""Metadata of a scorer's fields that have one row per class."""
 
 
 class Scorer(Protocol):
@@ -35,6 +41,16 @@ class Scorer(Protocol):
 
     def select(self, columns: Sequence[int]) -> Scorer:
         """The same for some of the classes, by their numbers."""
+
+
+DataclassScorer = TypeVar("DataclassScorer", bound="DataclassInstance")
+
+
+def select_classes(scorer: DataclassScorer, columns: Sequence[int]) -> DataclassScorer:
+    """`Scorer.select` of a dataclass: its `PER_CLASS` fields are reduced to some of their rows, the others stay."""
+    chosen, values = list(columns), vars(scorer)
+    per_class = [f.name for f in fields(scorer) if f.metadata == PER_CLASS and values[f.name] is not None]
+    return replace(scorer, **{name: values[name][chosen] for name in per_class})
 
 
 class Shown(NamedTuple):
@@ -111,7 +127,7 @@ class CalibratedScorer:
         calibration: of the checkpoint.
     """
 
-    rows: Floats
+    rows: Floats = field(metadata=PER_CLASS)
     background_words: Floats
     background: Floats | None
     calibration: Calibration
@@ -130,7 +146,7 @@ class CalibratedScorer:
 
     def select(self, columns: Sequence[int]) -> CalibratedScorer:
         """See `Scorer`."""
-        return replace(self, rows=self.rows[list(columns)])
+        return select_classes(self, columns)
 
 
 @dataclass(frozen=True, kw_only=True)

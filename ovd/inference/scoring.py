@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, as_array, logit, sigmoid, softmax
+from ovd.inference.arrays import Floats, as_array, platt_scaled, sigmoid, softmax
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
 
@@ -228,7 +228,7 @@ def score_regions(
     if calibration.objectness_weight:
         score = score * np.power(objectness_R.clip(0, 1), calibration.objectness_weight, dtype=score.dtype)[:, None]
     if (calibration.slope, calibration.offset) != (1.0, 0.0):
-        score = sigmoid(calibration.slope * logit(score, eps=1e-6) + calibration.offset)
+        score = platt_scaled(score, slope=calibration.slope, offset=calibration.offset)
     return score
 
 

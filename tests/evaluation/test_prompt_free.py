@@ -14,11 +14,11 @@ from ovd.evaluation.prompt_free import (
     LEAST,
     RIGHT_SHARE,
     Judge,
-    PromptFreeOutcome,
+    JudgedAnswers,
     Verdict,
+    judge_prompt_free,
     prompt_free_figures,
     prompt_free_level,
-    prompt_free_outcome,
     with_prompt_free_level,
 )
 from ovd.evaluation.typed import TypedScene
@@ -86,7 +86,7 @@ def test_from_the_level_on_the_share_is_right_and_from_no_lower_score(seed: int)
     rng = np.random.default_rng(seed)
     score = rng.uniform(0.1, 0.98, 400)
     correct = (rng.uniform(size=400) < score).astype(float)
-    level = prompt_free_level(PromptFreeOutcome(score, correct))
+    level = prompt_free_level(JudgedAnswers(score, correct))
     assert level is not None
     shares = {s: correct[score >= s].mean() for s in score if (score >= s).sum() >= LEAST}
     lowest = min(s for s, share in shares.items() if share >= RIGHT_SHARE)
@@ -97,7 +97,7 @@ def test_from_the_level_on_the_share_is_right_and_from_no_lower_score(seed: int)
     ("count", "correct"), [(0, 1.0), (LEAST - 1, 1.0), (200, RIGHT_SHARE - 0.01)], ids=["none", "few", "wrong"]
 )
 def test_labels_that_tell_no_level_give_none(count: int, correct: float) -> None:
-    outcome = PromptFreeOutcome(np.linspace(0.9, 0.2, count), np.full(count, correct))
+    outcome = JudgedAnswers(np.linspace(0.9, 0.2, count), np.full(count, correct))
     assert prompt_free_level(outcome) is None
 
 
@@ -117,7 +117,7 @@ def test_it_is_fitted_to_what_the_detector_answers_and_shown_from_there() -> Non
     given = detector.model.calibration
     names = ("red", "green", "unicorn")
     scenes = [s for s in colour_scenes(detector, 90) if s.classes[0] == 0]
-    outcome = prompt_free_outcome(detector, given, scenes, names)
+    outcome = judge_prompt_free(detector, given, scenes, names)
     assert len(outcome.score) == len(scenes) and outcome.correct.all()  # the blue ones are not judged
     fitted = with_prompt_free_level(detector, given, scenes, names)
     assert set(outcome.score > 0.99) == {True} and fitted.prompt_free_threshold == 0.99
