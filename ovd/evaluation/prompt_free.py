@@ -148,7 +148,7 @@ def judge_prompt_free(
     return JudgedAnswers(np.array(score, dtype=np.float64), np.array(correct, dtype=np.float64))
 
 
-def prompt_free_level(answers: JudgedAnswers) -> float | None:
+def fit_prompt_free_threshold(answers: JudgedAnswers) -> float | None:
     """The lowest score from which `RIGHT_SHARE` of the answers are right, rounded up to two digits; None: too few
     answers can be judged, or too few of them are right from any score on."""
     order = np.argsort(-answers.score, kind="stable")
@@ -157,12 +157,12 @@ def prompt_free_level(answers: JudgedAnswers) -> float | None:
     return round_up(float(answers.score[order][LEAST - 1 + enough[-1]])) if len(enough) else None
 
 
-def with_prompt_free_level(
+def with_prompt_free_threshold(
     detector: Detector, calibration: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
 ) -> Calibration:
     """The calibration with the level fitted, or without one; arguments as those of `judge_prompt_free`."""
     calibration = replace(calibration, prompt_free_threshold=None)
-    level = prompt_free_level(judge_prompt_free(detector, calibration, scenes, names))
+    level = fit_prompt_free_threshold(judge_prompt_free(detector, calibration, scenes, names))
     return replace(calibration, prompt_free_threshold=level)
 
 

@@ -172,7 +172,7 @@ def centred_on_picture(regions: RegionSet, *images_ED: Floats) -> tuple[RegionSe
     """
     region_RD = regions.distilled
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
-    shared_RD = region_RD[~regions.added]
+    shared_RD = region_RD[~regions.is_finetuned]
     common_D = shared_RD.sum(axis=0) / (len(shared_RD) + CENTRE_PRIOR)
     centred = [unit_rows(x - common_D) for x in (region_RD, *images_ED)]
     return replace(regions, text=centred[0], image=None), centred[1:]

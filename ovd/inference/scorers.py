@@ -54,11 +54,11 @@ def select_classes(scorer: DataclassScorer, columns: Sequence[int]) -> Dataclass
 
 
 class Shown(NamedTuple):
-    """Scores of the classes that have a region at or above a level.
+    """Scores of the classes that have a region at or above a threshold.
 
     Attributes:
         best: (C,) best score of each class.
-        classes: (S,) numbers of those that reach the level, in their order.
+        classes: (S,) numbers of those that reach the threshold, in their order.
         score_RS: their scores.
     """
 
@@ -67,10 +67,10 @@ class Shown(NamedTuple):
     score_RS: Floats
 
     @classmethod
-    def of(cls, score_RC: Floats, *, level: float) -> Shown:
+    def of(cls, score_RC: Floats, *, threshold: float) -> Shown:
         """Of the scores of all classes."""
         best_C = score_RC.max(axis=0, initial=0.0)
-        classes = np.flatnonzero(best_C >= level)
+        classes = np.flatnonzero(best_C >= threshold)
         return cls(best_C, classes, score_RC[:, classes])
 
     @classmethod
@@ -81,10 +81,10 @@ class Shown(NamedTuple):
 
 
 class ManyWordsScorer(ABC):
-    """A `Scorer` that scores what a level shows in less time than everything."""
+    """A `Scorer` that scores what a threshold shows in less time than everything."""
 
     @abstractmethod
-    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+    def shown(self, regions: RegionSet, *, threshold: float) -> Shown:
         """What `Shown.of` says of all scores."""
 
 
@@ -189,7 +189,7 @@ class QueryScores(NamedTuple):
     score_RC: Floats
     negative_RN: Floats
 
-    def shown(self, *, level: float) -> Shown:
+    def shown(self, *, threshold: float) -> Shown:
         """The classes with a region to show.
 
         A region that looks as much like a negative word or example as like a class, or more, is left out: -1.
@@ -197,7 +197,7 @@ class QueryScores(NamedTuple):
         score_RC = self.score_RC
         if self.negative_RN.shape[1]:
             score_RC = np.where(score_RC <= self.negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
-        return Shown.of(score_RC, level=level)
+        return Shown.of(score_RC, threshold=threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,12 +254,12 @@ class QueryScorer:
             score_RC[:, class_id] = np.maximum(score_RC[:, class_id], column_RK[:, column])
         return QueryScores(score_RC, negative_RN)
 
-    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+    def shown(self, regions: RegionSet, *, threshold: float) -> Shown:
         """See `QueryScores.shown`."""
         words = self._parts[0][0]
         if isinstance(words, ManyWordsScorer) and not len(self.examples) and not self.word_is_negative.any():
-            return words.shown(regions, level=level)
-        return self(regions).shown(level=level)
+            return words.shown(regions, threshold=threshold)
+        return self(regions).shown(threshold=threshold)
 
     def _of_words(self, chosen: NDArray[np.bool_], competitors: Floats) -> list[Scorer]:
         if not chosen.any():

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, unit_rows
-from ovd.inference.crop_names import CropScorer
+from ovd.inference.crop_classifier import CropScorer
 from ovd.inference.example_scorers import CentredCosineScorer, RegionCosineScorer, WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import WordScorer
@@ -36,7 +36,7 @@ def shares(*shape: int) -> Floats:
 
 def of_words(kind: type[WordScorer]) -> WordScorer:
     return kind(
-        rows=units(CLASSES), competitors=units(BACKGROUND_WORDS), rivals=mask(CLASSES, BACKGROUND_WORDS),
+        rows=units(CLASSES), competitors=units(BACKGROUND_WORDS), competitor_mask=mask(CLASSES, BACKGROUND_WORDS),
         hyponyms=mask(CLASSES, PROPOSAL_WORDS) & np.array([[True], [True], [False], [True], [False]]),
         related=mask(CLASSES, PROPOSAL_WORDS), scale=5.0, calibration=CALIBRATION,
         finetuned=mask(CLASSES, FINETUNED), finetuned_only=mask(CLASSES),
@@ -47,7 +47,7 @@ SCORERS = [
     of_words(WordScorer),
     of_words(CropScorer),
     EnsembleScorer(
-        rows=units(CLASSES), competitors=units(BACKGROUND_WORDS), rivals=mask(CLASSES, BACKGROUND_WORDS),
+        rows=units(CLASSES), competitors=units(BACKGROUND_WORDS), competitor_mask=mask(CLASSES, BACKGROUND_WORDS),
         exponent=shares(CLASSES), labelled_rows=units(LABELS), related=mask(CLASSES, LABELS),
         is_labelled=np.arange(CLASSES) < 2, scale=5.0, calibration=CALIBRATION,
     ),

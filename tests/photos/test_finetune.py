@@ -197,7 +197,7 @@ def test_branch__boxes_score_their_class_only() -> None:
     scorer = WordScorer(
         rows=np.eye(4, dtype=np.float32)[[0, 1, 2]],
         competitors=np.eye(4, dtype=np.float32),
-        rivals=np.zeros((3, 4), dtype=bool),
+        competitor_mask=np.zeros((3, 4), dtype=bool),
         hyponyms=np.array([[True], [False], [False]]),
         related=np.array([[True], [False], [False]]),
         scale=4.0,

@@ -179,7 +179,7 @@ def scorer(hyponyms: list[list[bool]]) -> WordScorer:
     return WordScorer(
         rows=np.eye(4, dtype=np.float32)[:count],
         competitors=np.eye(4, dtype=np.float32),
-        rivals=~np.eye(4, dtype=bool)[:count],
+        competitor_mask=~np.eye(4, dtype=bool)[:count],
         hyponyms=np.array(hyponyms),
         related=np.array(hyponyms),
         scale=4.0,

@@ -202,7 +202,7 @@ def test_scores_are_vilds_geometric_mean() -> None:
     )  # fmt: skip
     scorer = EnsembleScorer(
         rows=np.eye(3, dtype=np.float32)[:2], competitors=np.eye(3, dtype=np.float32),
-        rivals=~np.eye(3, dtype=bool)[:2],
+        competitor_mask=~np.eye(3, dtype=bool)[:2],
         exponent=head_exponents("fvlm", np.array([True, False]), novel=1 / 3), scale=3.0,
         labelled_rows=np.eye(3, dtype=np.float32)[:1], related=np.array([[True], [False]]),
         is_labelled=np.array([True, False]), calibration=Calibration(open_scale=2.0, open_objectness=0.5),
