@@ -413,7 +413,7 @@ def test_photographs__crops_are_distilled_on_the_gpu(variant: Literal["vild", "e
         encoder=encoder,
     )
     criterion = WordCriterion(
-        model=detector, rows=torch.eye(3, 8), everywhere=2, noun_weight=0.1, image_weight=0.5
+        model=detector, rows=torch.eye(3, 8), always_labelled=2, noun_weight=0.1, image_weight=0.5
     ).train()
     pooled = torch.randn(4, detector.tower.features)
     batch = RegionBatch(

@@ -116,8 +116,8 @@ class DetrRegionModel(RegionModel):
             boxes.append(output.boxes)
             scores.append(output.logits.sigmoid())
         class_id = (torch.arange(passes)[:, None] * count + group).flatten().to(self.detr.device)
-        real = class_id < len(rows_CD)
-        return torch.cat(boxes).flatten(0, 1)[real], torch.cat(scores).flatten()[real], class_id[real]
+        valid = class_id < len(rows_CD)
+        return torch.cat(boxes).flatten(0, 1)[valid], torch.cat(scores).flatten()[valid], class_id[valid]
 
 
 class OpenVocabularyDetr(DetrRegionModel):

@@ -160,7 +160,7 @@ def test_class_targets__are_iou_per_class() -> None:
     objects, classes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]]), torch.tensor([1, 0])
     words, sides = torch.randn(3, 2), torch.randn(3, 4, 11)
     given = assign(boxes, words.sigmoid()[:, classes], centres, objects, torch.zeros(0, 4))
-    assert given.object.tolist() == [0, 1, -1]
+    assert given.gt_index.tolist() == [0, 1, -1]
     losses = class_losses(
         words=words,
         sides=sides,
