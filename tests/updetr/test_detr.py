@@ -420,7 +420,7 @@ def test_region_model__words_run_in_chunks_with_their_own_queries(
     assert np.bincount(owner).tolist() == [2] * 6 and boxes.shape == (12, 4) and scores.shape == (12,)
     again = loaded.conditioned_queries(image, rows[4:5], classes_per_pass=4)
     np.testing.assert_allclose(boxes[owner == 4], again[0], rtol=1e-4, atol=1e-3)
-    monkeypatch.setattr(detr_regions, "PASSES", 1)
+    monkeypatch.setattr(detr_regions, "PASSES_PER_BATCH", 1)
     for one, other in zip(
         loaded.conditioned_queries(image, rows, classes_per_pass=4), (boxes, scores, owner), strict=True
     ):
