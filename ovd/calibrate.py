@@ -242,9 +242,9 @@ def with_level(
     detector: Detector, fitted: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
 ) -> Calibration:
     """The fit with the level of words that nobody types; a warning where the labels do not tell one."""
-    from ovd.evaluation.prompt_free import LEAST, RIGHT_SHARE, with_prompt_free_level
+    from ovd.evaluation.prompt_free import LEAST, RIGHT_SHARE, with_prompt_free_threshold
 
-    fitted = with_prompt_free_level(detector, fitted, scenes, names)
+    fitted = with_prompt_free_threshold(detector, fitted, scenes, names)
     if fitted.prompt_free_threshold is None and detector.model.prompt_free_words().names:
         print(
             f"warning: from no score on are {RIGHT_SHARE:.0%} of {LEAST} or more answers to 'everything' right by "
@@ -325,7 +325,7 @@ def main(argv: list[str]) -> int:
 def calibrate_on_photos(args: argparse.Namespace) -> int:
     """Fit on one half of the photos, measure on the other, then fit on all of them."""
     from ovd.evaluation.photo_calibration import fit, measure, photos_of, prepare, require_boxes
-    from ovd.evaluation.prompt_free import prompt_free_figures, with_prompt_free_level
+    from ovd.evaluation.prompt_free import prompt_free_figures, with_prompt_free_threshold
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")
@@ -338,7 +338,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     detector = load(args)
     typed, names = prepare(detector, photos), photos.table.words
     first, second = typed.half(0), typed.half(1)
-    fitted = with_prompt_free_level(detector, fit(first)[0], first.scenes, names)
+    fitted = with_prompt_free_threshold(detector, fit(first)[0], first.scenes, names)
     figures, curve = measure(second, fitted)
     figures |= prompt_free_figures(detector, fitted, second.scenes, names)
     fitted, crops_fitted = fit(typed)

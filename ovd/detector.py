@@ -200,8 +200,8 @@ class Detector:
         """
         if threshold is None:
             calibration = self.model.calibration
-            if query.naming is not None:
-                return max(query.naming.level, calibration.threshold)
+            if query.prompt_free is not None:
+                return max(query.prompt_free.threshold, calibration.threshold)
             levels = [calibration.threshold] if query.words.positives else []
             levels += [calibration.example_threshold] if query.positive_examples else []
             return max(levels)
@@ -248,10 +248,10 @@ class Detector:
 
     @cached_property
     def _all_words(self) -> Query:
-        words = self.model.prompt_free_words().at(self.model.calibration.prompt_free_threshold)
+        words = self.model.prompt_free_words().with_threshold(self.model.calibration.prompt_free_threshold)
         if not words.names:
             raise UserError("everything: these weights do not say which words they know; name the classes to look for")
-        return Query(Vocabulary.parse(list(words.names), templates=self.templates), naming=words)
+        return Query(Vocabulary.parse(list(words.names), templates=self.templates), prompt_free=words)
 
     question = query
     """The former name of `query`."""

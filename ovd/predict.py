@@ -355,7 +355,7 @@ def _write_results(out: Path, parts: Path, names: Sequence[str], query: Query, f
             images.append({"id": number, "file_name": name, "width": width, "height": height})
             results.extend({**row, "image_id": number} for row in record["results"])
     categories = [{"id": i, "name": class_name} for i, class_name in enumerate(query.names, 1)]
-    if query.naming is not None and results:  # of all known words only those that were detected
+    if query.prompt_free is not None and results:  # of all known words only those that were detected
         detected = {row["category_id"] for row in results}
         categories = [category for category in categories if category["id"] in detected]
     _write_json(out / "results.json", results)

@@ -22,7 +22,7 @@ class Query:
 
     words: Vocabulary
     examples: tuple[Example, ...] = ()
-    naming: PromptFreeWords | None = None
+    prompt_free: PromptFreeWords | None = None
     """Of a query for all words that the detector knows: how it chooses one of them."""
 
     @cached_property
@@ -56,9 +56,9 @@ class Query:
     @property
     def hash(self) -> str:
         """16 hex digits over words, names and crops; the vocabulary's own hash where there are no examples."""
-        if not self.examples and self.naming is None:
+        if not self.examples and self.prompt_free is None:
             return self.words.hash
-        if self.naming is not None:
+        if self.prompt_free is not None:
             return hashlib.sha256(f"everything {self.words.hash}".encode()).hexdigest()[:16]
         record = [self.words.hash, *([e.name, e.negative, e.hash] for e in self.examples)]
         return hashlib.sha256(json.dumps(record, ensure_ascii=True).encode("ascii")).hexdigest()[:16]

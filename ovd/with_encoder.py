@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING
 
 from ovd.data.splits import COCO_NAMES
 from ovd.inference.arrays import Floats
-from ovd.inference.crop_names import CROPS, BoxSource, CropNames, DetectorBoxes, PhotoBoxes, ProposedBoxes, uncalibrated
+from ovd.inference.crop_classifier import (
+    CROPS,
+    CropClassifier,
+    DetectorBoxes,
+    PhotoBoxes,
+    ProposedBoxes,
+    RegionSource,
+    uncalibrated_notice,
+)
 from ovd.inference.known_words import WordList
 from ovd.inference.scoring import Calibration
 from ovd.runtime.choice import DetectorParts, Runtime
@@ -30,7 +38,7 @@ from ovd.weights import ModelCard, read_model_card
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.distributed import pick_device
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.loading import without_collection, without_compiler
+from pretrain.engine.loading import fast_loading
 
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
@@ -81,8 +89,8 @@ def load_with_encoder(
 
     where = pick_device(device, threads=threads)
     top = CROPS if regions is None else regions
-    with without_compiler(), without_collection():
-        source, card = box_source(folder, device=str(where), masks=masks, top=top)
+    with fast_loading():
+        source, card = region_source(folder, device=str(where), masks=masks, top=top)
         encoder = resolve_encoder(spec).to(where)
     if encoder.visual is None or encoder.text is None:
         raise UserError(f"--encoder {spec}: names need both an image and a text tower")
@@ -90,7 +98,7 @@ def load_with_encoder(
     lexicon = read_lexicon()
     words = tuple(COCO_NAMES.values()) if card is None or not card.background_words else card.background_words
     stored = read_calibration(folder, encoder)
-    model = CropNames(
+    model = CropClassifier(
         source=source,
         encoder=encoder,
         name=spec,
@@ -130,7 +138,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[BoxSource, DetectorCard | None]:
+def region_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[RegionSource, DetectorCard | None]:
     """The source of boxes in an exported folder, and its card where it is a detector's.
 
     Raises:
@@ -158,7 +166,7 @@ def box_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[Box
     return DetectorBoxes(model=load_detector_model(folder, device=device, masks=masks, top=top)), card
 
 
-def _proposal_words(source: BoxSource) -> tuple[str, ...]:
+def _proposal_words(source: RegionSource) -> tuple[str, ...]:
     """The words that a source scores."""
     from ovd.modeling.proposals.build import PROPOSAL_WORDS
 
@@ -184,7 +192,9 @@ def _card(folder: Path, spec: str, fingerprint: str, stored: StoredCalibration |
     """The weights' card, without figures that were measured with their own encoder."""
     card = read_model_card(folder)
     card.pop("metrics", None)
-    scores = uncalibrated(spec) if stored is None else f"scores fitted on {stored.data}, {stored.scenes} pictures"
+    scores = (
+        uncalibrated_notice(spec) if stored is None else f"scores fitted on {stored.data}, {stored.scenes} pictures"
+    )
     name = card.get("name", folder.name)
     card["purpose"] = f"Boxes of {name}, named by {spec}: {scores}."
     card["text"] = "\n\n".join(

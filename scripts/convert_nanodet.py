@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.config_proposals import ProposalNetworkConfig
-from ovd.modeling.proposals.build import ProposalCard, save_proposals, start_model
+from ovd.modeling.proposals.build import ProposalCard, build_from_weights, save_proposals
 from ovd.modeling.proposals.nanodet import STRIDES, NanoDet
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError, run_cli
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
     save_weights(file, tensors, {"format": "nanodet/1", "source": f"nanodet.json sha256 {sha256_of(args.graph)}"})
     config = ProposalNetworkConfig(arch="nanodet")
     card = ProposalCard(model=config.model_dump(mode="json"), sides=tuple(args.sides))
-    save_proposals(args.out / EXPORTED, start_model(file, config), card)
+    save_proposals(args.out / EXPORTED, build_from_weights(file, config), card)
     print(f"{file}: {sum(p.numel() for p in model.parameters()):,} numbers; largest difference {worst:.1e}")
     return 0
 

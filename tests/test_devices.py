@@ -19,7 +19,7 @@ from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
 from ovd.evaluation.typed import run_typed
-from ovd.inference.crop_names import CropNames, DetectorBoxes
+from ovd.inference.crop_classifier import CropClassifier, DetectorBoxes
 from ovd.inference.detr_regions import OpenVocabularyDetr
 from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.fvlm_torch import TorchNetwork
@@ -277,7 +277,7 @@ def test_evaluation__names_regions_of_a_gpu(scores: Any) -> None:
 def test_another_encoder__names_crops_of_boxes_beside_a_gpu() -> None:
     detector = small_detector(0)
     lexicon = read_lexicon()
-    names = CropNames(
+    names = CropClassifier(
         source=DetectorBoxes(model=detector.model),
         encoder=detector.text.encoder,  # type: ignore[arg-type]
         name="small",
@@ -413,7 +413,7 @@ def test_photographs__crops_are_distilled_on_the_gpu(variant: Literal["vild", "e
         encoder=encoder,
     )
     criterion = WordCriterion(
-        model=detector, rows=torch.eye(3, 8), everywhere=2, noun_weight=0.1, image_weight=0.5
+        model=detector, rows=torch.eye(3, 8), always_labelled=2, noun_weight=0.1, image_weight=0.5
     ).train()
     pooled = torch.randn(4, detector.tower.features)
     batch = RegionBatch(

@@ -243,7 +243,7 @@ class Answerer:
         add_query(result, query)
         for row, near in zip(result["detections"], answered.near, strict=True):
             row["near"] = near
-        if query.naming is not None:
+        if query.prompt_free is not None:
             drop_missing_classes(result)
         result["model"] = {key: detector.card.get(key) for key in ("name", "sha256")}
         result["regions"] = answered.regions
@@ -267,7 +267,7 @@ def add_query(result: Answer, query: Query) -> None:
     """Add the query: its negatives and hash, and of each class its synonyms and number of crops."""
     result["negatives"] = [c.name for c in query.words.negatives] + [e.name for e in query.examples if e.negative]
     result["vocabulary"] = query.hash
-    result["everything"] = query.naming is not None
+    result["everything"] = query.prompt_free is not None
     synonyms = {c.name.casefold(): list(c.synonyms) for c in query.words.positives}
     crops = {e.name.casefold(): len(e.crops) for e in query.positive_examples}
     for row, name in zip(result["classes"], query.names, strict=True):

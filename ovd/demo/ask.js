@@ -9,7 +9,7 @@ const LONGEST = 384; // pixels sent; the encoder sees fewer
 const MOST = 20;
 
 const one = (selector) => element.querySelector(selector);
-const list = one(".ovd-crops"), note = one(".ovd-ask-note"), drawButton = one(".ovd-draw"), file = one(".ovd-crop-file");
+const list = one(".wordbox-crops"), note = one(".wordbox-example-search-status"), drawButton = one(".wordbox-draw-box"), file = one(".wordbox-crop-file");
 let frame = null; // Gradio's picture field; it may be built after this
 const crops = []; // { name, image: data URL, box or null in its pixels, thumb: canvas, from: src of the picture, at: box there }
 let counter = 0;
@@ -65,14 +65,14 @@ function redraw() {
     const item = document.createElement("li"), name = document.createElement("input"), drop = document.createElement("button");
     Object.assign(name, { type: "text", value: crop.name, maxLength: 100, ariaLabel: `Name of crop ${i + 1}`, spellcheck: false });
     name.addEventListener("input", () => { crop.name = name.value; drop.ariaLabel = `Remove ${crop.name}`; hint(); send(); });
-    name.addEventListener("keydown", (event) => { if (event.key === "Enter") document.querySelector("#ovd-find")?.click(); });
-    Object.assign(drop, { type: "button", className: "ovd-drop", textContent: "×", ariaLabel: `Remove ${crop.name}` });
+    name.addEventListener("keydown", (event) => { if (event.key === "Enter") document.querySelector("#wordbox-find")?.click(); });
+    Object.assign(drop, { type: "button", className: "wordbox-remove-crop", textContent: "×", ariaLabel: `Remove ${crop.name}` });
     drop.addEventListener("click", () => {
       crops.splice(crops.indexOf(crop), 1);
       redraw();
       hint();
       send();
-      (one(".ovd-drop") || one(".ovd-add")).focus();
+      (one(".wordbox-remove-crop") || one(".wordbox-upload-crop")).focus();
     });
     item.append(crop.thumb, name, drop);
     return item;
@@ -83,7 +83,7 @@ function redraw() {
 // ---- boxes on the picture --------------------------------------------------------------------------------------
 
 const sheet = document.createElementNS(SVG, "svg"), rubber = document.createElementNS(SVG, "rect");
-sheet.setAttribute("class", "ovd-sheet");
+sheet.setAttribute("class", "wordbox-drawing-layer");
 sheet.setAttribute("aria-hidden", "true"); // with a keyboard: upload a crop
 rubber.setAttribute("class", "rubber");
 let picture = null; // the <img> that Gradio shows
@@ -183,7 +183,7 @@ drawButton.addEventListener("click", () => {
   else frame.scrollIntoView({ block: "nearest" });
 });
 (function attach() {
-  frame = document.querySelector("#ovd-image");
+  frame = document.querySelector("#wordbox-picture");
   if (!frame) return requestAnimationFrame(attach);
   new MutationObserver((changes) => { if (changes.some((c) => c.target !== frame && !sheet.contains(c.target))) fit(); })
     .observe(frame, { subtree: true, childList: true, attributes: true, attributeFilter: ["src"] });
@@ -193,7 +193,7 @@ drawButton.addEventListener("click", () => {
 
 // ---- crops from files ------------------------------------------------------------------------------------------
 
-one(".ovd-add").addEventListener("click", () => file.click());
+one(".wordbox-upload-crop").addEventListener("click", () => file.click());
 file.addEventListener("change", async () => {
   for (const chosen of Array.from(file.files)) {
     try {
@@ -209,7 +209,7 @@ file.addEventListener("change", async () => {
 
 // A click on one of the page's examples searches for its words alone: crops are removed.
 document.addEventListener("click", (event) => {
-  if (!crops.length || !event.target.closest?.("#ovd-examples tr")) return;
+  if (!crops.length || !event.target.closest?.("#wordbox-examples tr")) return;
   crops.length = 0;
   redraw();
   hint();

@@ -15,7 +15,7 @@ from ovd.demo.memory import freeze_loaded, limit_heaps
 from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
 from ovd.query_flags import add_detector_flags, load_detector
 from pretrain.engine.flags import CommandParser, integer
-from pretrain.engine.loading import without_collection
+from pretrain.engine.loading import without_garbage_collection
 
 SETTLING_SECONDS = 1
 """After which the page looks for garbage of its start: it holds everything up for a third of a second, and whoever
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     signals = StopSignals()
     try:
         limit_heaps()
-        with without_collection():
+        with without_garbage_collection():
             from ovd.demo.answer import Answerer
             from ovd.demo.model_manager import manager_of
             from ovd.demo.page import build_page, launch_page

@@ -4,13 +4,13 @@
 
 const one = (selector) => element.querySelector(selector);
 const MOST = 200, MOST_BYTES = 10_000_000, TRIES = 60;
-const file = one(".ovd-many-file"), go = one(".ovd-many-go"), note = one(".ovd-many-note"), list = one(".ovd-many-list"), bar = one(".ovd-many-progress");
+const file = one(".wordbox-batch-file"), go = one(".wordbox-batch-start"), note = one(".wordbox-batch-status"), list = one(".wordbox-batch-pictures"), bar = one(".wordbox-batch-progress");
 let rows = []; // { file, item, what, found: as the server packs it, or null }
 let running = false, stopped = false;
 
 const api = (path) => `${window.gradio_config?.root || ""}/gradio_api/${path}`;
-const words = () => document.querySelector("#ovd-words textarea").value;
-const weights = () => document.querySelector("#ovd-header input[type=radio]:checked")?.value || null;
+const words = () => document.querySelector("#wordbox-words textarea").value;
+const weights = () => document.querySelector("#wordbox-header input[type=radio]:checked")?.value || null;
 const plain = (text) => new DOMParser().parseFromString(String(text), "text/html").documentElement.textContent; // the server escapes it
 
 // Posts; waits and tries again while the queue is full.
@@ -50,7 +50,7 @@ async function search(row) {
     form.append("files", row.file);
     const [path] = await post("upload", form, report);
     const answer = await call("detect", { image: { path, meta: { _type: "gradio.FileData" } }, classes: words(), weights: weights() }, report);
-    const typed = one(".ovd-many-level").value, level = typed === "" ? answer.threshold : Number(typed);
+    const typed = one(".wordbox-batch-threshold").value, level = typed === "" ? answer.threshold : Number(typed);
     const boxes = answer.detections.filter((d) => d.score >= level)
       .map((d) => ({ name: answer.classes[d.class].name, score: d.score, box: d.box, polygons: d.polygons }));
     row.found = { name: row.file.name, size: answer.size, boxes };
@@ -63,11 +63,11 @@ async function search(row) {
 function redraw() {
   go.textContent = running ? "Stop" : "Find in all";
   go.disabled = !rows.length;
-  one(".ovd-many-add").disabled = running;
-  one(".ovd-many-end").hidden = running || !rows.some((row) => row.found);
+  one(".wordbox-batch-add").disabled = running;
+  one(".wordbox-batch-results").hidden = running || !rows.some((row) => row.found);
 }
 
-one(".ovd-many-add").addEventListener("click", () => file.click());
+one(".wordbox-batch-add").addEventListener("click", () => file.click());
 file.addEventListener("change", () => {
   const chosen = Array.from(file.files);
   list.replaceChildren();
@@ -110,8 +110,8 @@ go.addEventListener("click", async () => {
   running = false;
   redraw();
 });
-one(".ovd-many-zip").addEventListener("click", async () => {
-  const form = one(".ovd-many-format").value, report = (text) => { note.textContent = text; };
+one(".wordbox-batch-download").addEventListener("click", async () => {
+  const form = one(".wordbox-batch-format").value, report = (text) => { note.textContent = text; };
   stopped = false;
   try {
     const answer = await call("pack", { found: rows.filter((row) => row.found).map((row) => row.found), form }, report);

@@ -108,7 +108,7 @@ def _header(offers: Sequence[Offer]) -> str:
     choice = ""
     if len(offers) > 1:
         rows = [
-            f'<label><input type="radio" name="ovd-weights" value="{html.escape(o.name)}" data-number="{number}" '
+            f'<label><input type="radio" name="wordbox-weights" value="{html.escape(o.name)}" data-number="{number}" '
             f'data-purpose="{html.escape(str(o.card.get("purpose", "")))}"{" checked" if o is first else ""}>'
             f"<span>{KINDS[o.kind]}</span> <code>{html.escape(o.name)}</code></label>"
             for number, o in enumerate(offers)
@@ -124,7 +124,7 @@ def _literal(text: str) -> str:
 
 def _weights_classes(number: int) -> list[str]:
     """Classes of what belongs to one of the weights on offer; that of the first is shown at the start."""
-    return [f"ovd-of-{number}", *(["ovd-away"] if number else [])]
+    return [f"wordbox-weights-{number}", *(["wordbox-other-weights"] if number else [])]
 
 
 def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
@@ -145,31 +145,31 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
     ready = [examples] if examples is not None else [shipped_examples(EXAMPLES / offer.kind) for offer in offers]
     answerer.add_examples([e.picture for group in ready for e in group])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as page:
-        weights = _html("header", elem_id="ovd-header", template=_header(offers), css=False)
+        weights = _html("header", elem_id="wordbox-header", template=_header(offers), css=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 picture, words, query_examples = _inputs()
-                with gr.Row(elem_id="ovd-buttons"):
-                    find = gr.Button("Find", variant="primary", elem_id="ovd-find", min_width=90)
-                    everything = gr.Button("What is in this picture?", elem_id="ovd-everything", min_width=190)
-                picks = gr.Column(visible=any(ready), elem_id="ovd-examples")
+                with gr.Row(elem_id="wordbox-buttons"):
+                    find = gr.Button("Find", variant="primary", elem_id="wordbox-find", min_width=90)
+                    everything = gr.Button("What is in this picture?", elem_id="wordbox-everything", min_width=190)
+                picks = gr.Column(visible=any(ready), elem_id="wordbox-examples")
             with gr.Column(scale=3, min_width=320):
-                view = _html("view", elem_id="ovd-view", more=("save", "zoom", "session"))
+                view = _html("view", elem_id="wordbox-result", more=("save", "zoom", "session"))
         run: dict[str, Any] = {"outputs": view, "api_visibility": "private", "show_progress": "minimal", **ONE_QUEUE}
         find.click(fn=handlers.find, inputs=[picture, words, query_examples, weights], api_name="find", **run)
         with picks:
             for number, group in enumerate(ready):
                 if group:
-                    with gr.Column(elem_classes=["ovd-ready", *_weights_classes(number)]):
+                    with gr.Column(elem_classes=["wordbox-packaged-pictures", *_weights_classes(number)]):
                         _example_gallery(handlers, offers[number], group, picture, words, view)
         everything.click(fn=handlers.everything, inputs=[picture, weights], api_name="everything", **run)
         with gr.Accordion("Many pictures at once", open=False):
             rows = "".join(f'<option value="{name}">{name}</option>' for name in FORMATS)
-            _html("many", elem_id="ovd-many", template=_asset("many.html").replace("@FORMATS@", rows))
-        with gr.Accordion("About these weights", open=True, elem_id="ovd-card"):
+            _html("many", elem_id="wordbox-batch", template=_asset("many.html").replace("@FORMATS@", rows))
+        with gr.Accordion("About these weights", open=True, elem_id="wordbox-card"):
             for number, offer in enumerate(offers):
                 with gr.Column(elem_classes=_weights_classes(number)):
-                    gr.Markdown(_card_text(offer.card), sanitize_html=True, elem_classes="ovd-facts")
+                    gr.Markdown(_card_text(offer.card), sanitize_html=True, elem_classes="wordbox-card-facts")
                     if text := str(offer.card.get("text", "")):
                         gr.Markdown(text, sanitize_html=True)
         _add_endpoints(handlers, picture, words)
@@ -273,14 +273,14 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
         sources=["upload", "clipboard"],
         height=260,
         buttons=[],
-        elem_id="ovd-image",
+        elem_id="wordbox-picture",
     )
     # Gradio would open the file before `Handlers` do: what is no picture ends there, as "Error" and a traceback.
     picture.preprocess = _path_of
     words = gr.Textbox(
-        label="What to look for", lines=4, max_lines=12, placeholder=PLACEHOLDER, info=HELP, elem_id="ovd-words"
+        label="What to look for", lines=4, max_lines=12, placeholder=PLACEHOLDER, info=HELP, elem_id="wordbox-words"
     )
-    return picture, words, _html("ask", elem_id="ovd-ask")
+    return picture, words, _html("ask", elem_id="wordbox-example-search")
 
 
 def _path_of(upload: ImageData | None) -> str | None:

@@ -18,7 +18,7 @@ function savePng() {
     const d = answer.detections[i], entry = answer.classes[d.class];
     const [x1, y1, x2, y2] = d.box.map((v) => v * scale);
     c.fillStyle = entry.colour;
-    if (one(".ovd-masks").checked) {
+    if (one(".wordbox-show-masks").checked) {
       c.globalAlpha = 0.35;
       for (const points of d.polygons) {
         c.beginPath();
@@ -30,7 +30,7 @@ function savePng() {
     c.setLineDash([]);
     c.lineWidth = line * 1.9; c.strokeStyle = "rgba(255,255,255,.75)"; c.strokeRect(x1, y1, x2 - x1, y2 - y1);
     c.lineWidth = line; c.strokeStyle = entry.colour; c.setLineDash(entry.dash.map((v) => v * line)); c.strokeRect(x1, y1, x2 - x1, y2 - y1);
-    if (!one(".ovd-labels").checked) continue;
+    if (!one(".wordbox-show-labels").checked) continue;
     c.font = `600 ${size}px system-ui, sans-serif`;
     const text = `${entry.name} ${two(d.score)}`, w = c.measureText(text).width + size, h = size * 1.5;
     const x = Math.max(0, Math.min(x1, canvas.width - w)), y = y1 - h >= 0 ? y1 - h : y1;
@@ -68,7 +68,7 @@ function saveCsv() {
   save("detections.csv", new Blob(["\ufeff" + lines.join("\r\n") + "\r\n"], { type: "text/csv" }));
 }
 
-one(".ovd-downloads").addEventListener("click", (event) => {
+one(".wordbox-downloads").addEventListener("click", (event) => {
   const kind = event.target.closest("button")?.dataset.save;
   if (answer && kind) ({ png: savePng, json: saveJson, csv: saveCsv })[kind]();
 });

@@ -7,9 +7,9 @@ const MOST_LINK = 2000; // letters of words in a link
 const past = []; // { answer, words, src: of the picture field, name }, the last first
 let pending = { words: "", src: "" }; // the query being answered
 
-const field = () => document.querySelector("#ovd-words textarea");
-const shownPicture = () => document.querySelector("#ovd-image img")?.src || "";
-const pickedWeights = () => document.querySelector("#ovd-header input[type=radio]:checked")?.value || "";
+const field = () => document.querySelector("#wordbox-words textarea");
+const shownPicture = () => document.querySelector("#wordbox-picture img")?.src || "";
+const pickedWeights = () => document.querySelector("#wordbox-header input[type=radio]:checked")?.value || "";
 
 async function until(found, seconds = 15) {
   for (const end = performance.now() + seconds * 1000; performance.now() < end; await new Promise((done) => setTimeout(done, 50))) {
@@ -29,7 +29,7 @@ async function putPicture(src, name) {
   if (shownPicture() === src) return true;
   const reply = await fetched(src).catch(() => null);
   if (!reply?.ok) return false;
-  const blob = await reply.blob(), frame = document.querySelector("#ovd-image");
+  const blob = await reply.blob(), frame = document.querySelector("#wordbox-picture");
   frame.querySelector("button[aria-label='Remove Image']")?.click();
   const input = await until(() => !shownPicture() && frame.querySelector("input[type=file]"));
   if (!input) return false;
@@ -54,9 +54,9 @@ function remember() {
 }
 
 function drawPast() {
-  one(".ovd-past").hidden = past.length < 2;
+  one(".wordbox-history").hidden = past.length < 2;
   if (past.length < 2) return;
-  one(".ovd-past ol").replaceChildren(...past.map((p) => {
+  one(".wordbox-history ol").replaceChildren(...past.map((p) => {
     const item = make("li"), button = make("button", { type: "button" });
     const words = p.answer.everything ? "What is in this picture?" : p.words.replace(/\s*\n\s*/g, ", ").trim() || p.answer.classes.map((c) => c.name).join(", ");
     const count = p.answer.detections.filter((d) => d.score >= p.answer.threshold).length;
@@ -74,9 +74,9 @@ function drawPast() {
   }));
 }
 
-function say(text) { one(".ovd-said").textContent = text; }
+function say(text) { one(".wordbox-action-status").textContent = text; }
 
-function pick(name) { document.dispatchEvent(new CustomEvent("ovd:weights", { detail: name })); }
+function pick(name) { document.dispatchEvent(new CustomEvent("wordbox:weights", { detail: name })); }
 
 // ---- links -----------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ function linkOf() {
 
 function drawLink() { say(""); }
 
-one(".ovd-link").addEventListener("click", async () => {
+one(".wordbox-copy-link").addEventListener("click", async () => {
   const words = answer.everything ? "everything" : pending.words;
   if (!words.trim()) return say("A link holds words only, and this query has crops alone.");
   if (words.length > MOST_LINK) return say(`These words are too long for a link (${words.length} letters, at most ${MOST_LINK}).`);
@@ -106,19 +106,19 @@ one(".ovd-link").addEventListener("click", async () => {
 
 (async () => {
   const linked = new URLSearchParams(location.hash.slice(1)), words = (linked.get("words") || "").slice(0, MOST_LINK);
-  if (!words || !(await until(() => field() && document.querySelector("#ovd-image input[type=file]")))) return;
+  if (!words || !(await until(() => field() && document.querySelector("#wordbox-picture input[type=file]")))) return;
   setWords(words);
   if (linked.get("weights")) pick(linked.get("weights"));
   const from = Number(linked.get("from"));
   if (linked.get("from") && from >= 0 && from <= 1) { level = from; moved = true; }
   const name = linked.get("example");
-  const ready = name && await until(() => Array.from(document.querySelectorAll(".ovd-ready img")).find((img) => nameIn(img.src) === name), 5);
+  const ready = name && await until(() => Array.from(document.querySelectorAll(".wordbox-packaged-pictures img")).find((img) => nameIn(img.src) === name), 5);
   if (!ready) {
-    one(".ovd-empty .lead").textContent = "This link contains a query, but no picture.";
-    one(".ovd-empty .more").textContent = "Add your picture and press Find.";
+    one(".wordbox-placeholder .lead").textContent = "This link contains a query, but no picture.";
+    one(".wordbox-placeholder .more").textContent = "Add your picture and press Find.";
     return;
   }
-  if (await putPicture(ready.src, name)) document.querySelector("#ovd-find").click();
+  if (await putPicture(ready.src, name)) document.querySelector("#wordbox-find").click();
 })();
 
 // ---- keys ------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ for (const kind of ["keydown", "keypress"])
     event.stopPropagation();
     if (event.shiftKey) return;
     event.preventDefault();
-    if (kind === "keydown" && !event.repeat) document.querySelector("#ovd-find").click();
+    if (kind === "keydown" && !event.repeat) document.querySelector("#wordbox-find").click();
   }, true);
 
 // Shows why the server refused a request, where Gradio would say "Error". Gradio reads 422 as remarks on its fields:

@@ -6,7 +6,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const one = (selector) => element.querySelector(selector);
 const all = (selector) => Array.from(element.querySelectorAll(selector));
-const svg = one(".ovd-boxes"), picture = one(".ovd-picture"), stage = one(".ovd-stage"), slider = one(".ovd-threshold");
+const svg = one(".wordbox-boxes"), picture = one(".wordbox-searched-picture"), stage = one(".wordbox-viewport"), slider = one(".wordbox-threshold");
 const pen = document.createElement("canvas").getContext("2d");
 const FONT = "600 12px system-ui, sans-serif";
 const MOST_ROWS = 300, MOST_CHIPS = 40, MOST_MISSING = 12;
@@ -32,7 +32,7 @@ function draw(name, attributes = {}) {
 }
 
 function swatch(entry) {
-  const node = draw("svg", { class: "ovd-swatch", viewBox: "0 0 18 12", width: 18, height: 12, "aria-hidden": "true" });
+  const node = draw("svg", { class: "wordbox-colour-swatch", viewBox: "0 0 18 12", width: 18, height: 12, "aria-hidden": "true" });
   const dash = entry.dash.map((d) => d * 1.6).join(" ");
   node.append(
     draw("rect", { x: 1, y: 1, width: 16, height: 10, rx: 2, fill: entry.colour, "fill-opacity": 0.3 }),
@@ -70,7 +70,7 @@ function drawBoxes() {
       class: "item", role: "listitem", tabindex: -1, "data-i": i,
       "aria-label": `${entry.name}, score ${two(d.score)}, ${place(d)}`,
     });
-    if (one(".ovd-masks").checked)
+    if (one(".wordbox-show-masks").checked)
       for (const points of d.polygons) item.append(draw("polygon", { class: "mask", points: points.join(" "), fill: entry.colour }));
     item.append(
       draw("rect", { class: "halo", ...frame }),
@@ -92,7 +92,7 @@ function drawLabels() {
   if (!answer || !frame.width) return;
   svg.setAttribute("viewBox", `0 0 ${answer.size[0]} ${answer.size[1]}`);
   Object.assign(svg.style, { left: `${picture.offsetLeft}px`, top: `${picture.offsetTop}px`, width: `${frame.width}px`, height: `${frame.height}px` });
-  if (!one(".ovd-labels").checked) return;
+  if (!one(".wordbox-show-labels").checked) return;
   // A small upright picture does not fill its frame: it stands in the middle, as wide as its height allows.
   const scale = Math.max(answer.size[0] / frame.width, answer.size[1] / frame.height), taken = [];
   const width = answer.size[0] / scale, height = answer.size[1] / scale;
@@ -137,7 +137,7 @@ function light(i) {
 const WHY = "Click a box, or walk through them with the arrow keys, to see which known words it is nearest to.";
 
 function showNearest(i) {
-  const why = one(".ovd-why");
+  const why = one(".wordbox-explanation");
   if (i === null || !answer) return why.replaceChildren(WHY);
   const d = answer.detections[i];
   why.replaceChildren(make("b", {}, nameOf(d)), ` ${two(d.score)}, ${place(d)}.`);
@@ -150,7 +150,7 @@ function select(i, scroll) {
   showNearest(i);
   const row = i === null ? null : one(`tbody tr[data-i="${i}"]`);
   if (row && scroll) {
-    const box = one(".ovd-table");
+    const box = one(".wordbox-detection-table");
     box.scrollTop = row.offsetTop - box.clientHeight / 2; // scrolls the table, never the page
   }
 }
@@ -164,10 +164,10 @@ function drawLists() {
   for (const i of visible) counts.set(answer.detections[i].class, (counts.get(answer.detections[i].class) || 0) + 1);
 
   const found = answer.classes.filter((c) => above.has(c.id)).sort((a, b) => above.get(b.id) - above.get(a.id) || b.best - a.best);
-  const chips = one(".ovd-chips");
+  const chips = one(".wordbox-class-chips");
   chips.replaceChildren();
   for (const c of found.slice(0, MOST_CHIPS)) {
-    const chip = make("button", { type: "button", class: "ovd-chip", "aria-pressed": !hidden.has(c.name), title: hidden.has(c.name) ? "Show this class" : "Hide this class" });
+    const chip = make("button", { type: "button", class: "wordbox-class-chip", "aria-pressed": !hidden.has(c.name), title: hidden.has(c.name) ? "Show this class" : "Hide this class" });
     chip.append(swatch(c), make("span", { class: "name" }, c.name), make("span", { class: "count" }, String(above.get(c.id))));
     chip.dataset.id = c.id;
     chips.append(chip);
@@ -175,18 +175,18 @@ function drawLists() {
   if (found.length > MOST_CHIPS) chips.append(make("span", {}, `and ${found.length - MOST_CHIPS} more`));
 
   const missing = answer.everything ? [] : answer.classes.filter((c) => !above.has(c.id)); // not typed by the person
-  const list = one(".ovd-missing");
+  const list = one(".wordbox-not-found");
   list.replaceChildren();
   for (const c of missing.slice(0, MOST_MISSING)) {
     const line = make("li");
     line.append(make("b", {}, c.name), ` not found at ${two(level)} or more; best score ${two(c.best)}`);
     const weaker = answer.detections.some((d) => d.class === c.id);
-    if (weaker) line.append(" ", make("button", { type: "button", class: "ovd-show", "data-id": c.id, "aria-label": `Show the best guess for ${c.name}` }, "show it"));
+    if (weaker) line.append(" ", make("button", { type: "button", class: "wordbox-show-best-guess", "data-id": c.id, "aria-label": `Show the best guess for ${c.name}` }, "show it"));
     list.append(line);
   }
   if (missing.length > MOST_MISSING) list.append(make("li", {}, `and ${missing.length - MOST_MISSING} more classes not found`));
 
-  const notices = one(".ovd-notices");
+  const notices = one(".wordbox-notices");
   notices.replaceChildren(...answer.notices.map((text) => make("li", {}, text)));
   const pooled = answer.classes.filter((c) => c.synonyms.length).slice(0, 8);
   for (const c of pooled) notices.append(make("li", {}, `${c.name} also stands for: ${c.synonyms.slice(0, 12).join(", ")}`));
@@ -196,11 +196,11 @@ function drawLists() {
 
   const parts = found.filter((c) => counts.has(c.id)).slice(0, 8).map((c) => `${c.name} × ${counts.get(c.id)}`);
   const total = answer.detections.length;
-  one(".ovd-summary").textContent = visible.length
+  one(".wordbox-summary").textContent = visible.length
     ? `${parts.join(", ")}${counts.size > 8 ? " …" : ""} — ${visible.length} of ${total} boxes shown`
     : total ? `Nothing scores ${two(level)} or more. ${total} weaker ${total === 1 ? "guess" : "guesses"}: move the slider to the left to see.` : "Nothing found.";
-  one(".ovd-level").textContent = two(level);
-  one(".ovd-reset").hidden = !(moved || hidden.size);
+  one(".wordbox-threshold-value").textContent = two(level);
+  one(".wordbox-reset").hidden = !(moved || hidden.size);
   drawTable(visible);
 }
 
@@ -253,21 +253,21 @@ function redraw() {
 // ---- events ----------------------------------------------------------------------------------------------------
 
 slider.addEventListener("input", () => { level = Number(slider.value); moved = true; redraw(); });
-one(".ovd-masks").addEventListener("change", drawBoxes);
-one(".ovd-labels").addEventListener("change", drawLabels);
-one(".ovd-reset").addEventListener("click", () => {
+one(".wordbox-show-masks").addEventListener("change", drawBoxes);
+one(".wordbox-show-labels").addEventListener("change", drawLabels);
+one(".wordbox-reset").addEventListener("click", () => {
   moved = false; hidden.clear(); level = answer.threshold; slider.value = level; redraw(); slider.focus();
 });
-one(".ovd-chips").addEventListener("click", (event) => {
-  const chip = event.target.closest(".ovd-chip");
+one(".wordbox-class-chips").addEventListener("click", (event) => {
+  const chip = event.target.closest(".wordbox-class-chip");
   if (!chip) return;
   const name = answer.classes[Number(chip.dataset.id)].name;
   hidden.has(name) ? hidden.delete(name) : hidden.add(name);
   redraw();
-  one(`.ovd-chip[data-id="${chip.dataset.id}"]`)?.focus();
+  one(`.wordbox-class-chip[data-id="${chip.dataset.id}"]`)?.focus();
 });
-one(".ovd-missing").addEventListener("click", (event) => {
-  const id = event.target.closest(".ovd-show")?.dataset.id;
+one(".wordbox-not-found").addEventListener("click", (event) => {
+  const id = event.target.closest(".wordbox-show-best-guess")?.dataset.id;
   if (id === undefined) return;
   const best = Math.max(...answer.detections.filter((d) => d.class === Number(id)).map((d) => d.score));
   level = Math.max(answer.floor, Math.floor(best / slider.step) * slider.step);
@@ -312,24 +312,24 @@ picture.addEventListener("load", drawLabels);
 // ---- a new answer ----------------------------------------------------------------------------------------------
 
 function show(data, { again = false } = {}) {
-  const alert = one(".ovd-alert");
+  const alert = one(".wordbox-alert");
   alert.hidden = !data?.error;
   alert.textContent = data?.error || "";
   if (data?.error) { // the last answer was to another query: it must not stay beside an error
     answer = null;
-    one(".ovd-result").hidden = true;
+    one(".wordbox-detections").hidden = true;
   }
   if (!data || data.error) {
-    one(".ovd-empty").hidden = Boolean(answer) || Boolean(data?.error);
+    one(".wordbox-placeholder").hidden = Boolean(answer) || Boolean(data?.error);
     return;
   }
   const samePicture = answer && answer.preview === data.preview;
   answer = data;
   if (!samePicture) zoomTo(1);
-  one(".ovd-masks-switch").hidden = !data.masks; // a detector of boxes has none
+  one(".wordbox-masks-toggle").hidden = !data.masks; // a detector of boxes has none
   chosen = null;
-  one(".ovd-empty").hidden = true;
-  one(".ovd-result").hidden = false;
+  one(".wordbox-placeholder").hidden = true;
+  one(".wordbox-detections").hidden = false;
   slider.step = fine() ? 0.001 : 0.01;
   slider.min = answer.floor;
   slider.max = fine() ? Math.max(10 * answer.threshold, 0.1) : 0.99;
@@ -340,12 +340,12 @@ function show(data, { again = false } = {}) {
     picture.classList.toggle("small", answer.size[0] < 640);
   }
   const ms = answer.ms, network = answer.cached ? "picture remembered" : `network ${Math.round(ms.network)} ms`;
-  one(".ovd-timing").textContent = `${answer.regions} regions · ${network} · words ${Math.round(ms.words)} ms`;
+  one(".wordbox-timing").textContent = `${answer.regions} regions · ${network} · words ${Math.round(ms.words)} ms`;
   redraw();
   drawLink();
   if (!again) remember();
   // On a narrow page the result is below the words: bring it into view.
-  if (one(".ovd-result").getBoundingClientRect().top > window.innerHeight * 0.7)
+  if (one(".wordbox-detections").getBoundingClientRect().top > window.innerHeight * 0.7)
     stage.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
 

@@ -24,14 +24,14 @@ function zoomTo(wanted, x = stage.clientWidth / 2, y = stage.clientHeight / 2) {
       stage.removeAttribute("tabindex");
     }
   }
-  one(".ovd-zoomed").textContent = `${Math.round(zoom * 100)} %`;
+  one(".wordbox-zoom-level").textContent = `${Math.round(zoom * 100)} %`;
   one("[data-zoom=out]").disabled = one("[data-zoom=fit]").disabled = zoom === 1;
   one("[data-zoom=in]").disabled = zoom === MOST_ZOOM;
 }
 
 const pointOn = (event) => { const at = stage.getBoundingClientRect(); return [event.clientX - at.left, event.clientY - at.top]; };
 
-one(".ovd-zoom").addEventListener("click", (event) => {
+one(".wordbox-zoom").addEventListener("click", (event) => {
   const kind = event.target.closest("button")?.dataset.zoom;
   if (kind) zoomTo({ in: zoom * 1.5, out: zoom / 1.5, fit: 1 }[kind]);
 });
@@ -41,7 +41,7 @@ stage.addEventListener("wheel", (event) => {
   zoomTo(zoom * Math.exp(-event.deltaY / 300), ...pointOn(event));
 }, { passive: false });
 stage.addEventListener("dblclick", (event) => { event.preventDefault(); zoomTo(zoom < 2 ? 2 : 1, ...pointOn(event)); });
-one(".ovd-frame").addEventListener("keydown", (event) => {
+one(".wordbox-viewport-frame").addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const next = { "+": zoom * 1.5, "=": zoom * 1.5, "-": zoom / 1.5, 0: 1 }[event.key];
   if (next === undefined) return;
@@ -65,7 +65,7 @@ window.addEventListener("pointerup", () => { drag = null; });
 stage.addEventListener("click", (event) => { if (dragged) event.stopPropagation(); }, true); // the end of a drag is no choice
 let room = 0; // for the stage; when it changes, the picture has another size at 100 %
 new ResizeObserver(() => {
-  const width = one(".ovd-frame").clientWidth;
+  const width = one(".wordbox-viewport-frame").clientWidth;
   if (width !== room) zoomTo(1);
   room = width;
-}).observe(one(".ovd-frame"));
+}).observe(one(".wordbox-viewport-frame"));

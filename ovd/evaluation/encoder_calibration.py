@@ -17,7 +17,7 @@ from ovd.detector import Detector
 from ovd.evaluation.photo_calibration import LEAST, TypedPhotos, require_absent_words, require_both, with_threshold
 from ovd.evaluation.typed import average_precision, run_typed
 from ovd.evaluation.typed_photos import typed_photos
-from ovd.inference.crop_names import CropNames, CropScorer
+from ovd.inference.crop_classifier import CropClassifier, CropScorer
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration
 from ovd.vocabulary import Vocabulary
@@ -37,7 +37,7 @@ def prepare_encoder(detector: Detector, photos: PhotoWords, *, limit: int, seed:
         UserError: too few photos with boxes.
     """
     model = detector.model
-    assert isinstance(model, CropNames)
+    assert isinstance(model, CropClassifier)
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed, limit=limit)

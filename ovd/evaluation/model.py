@@ -236,7 +236,7 @@ def _closed_set(folder: Path, split: Split, options: Options, device: str, recor
 
 def warn_of_pictures(detector: Detector, data: EvaluatedData) -> None:
     """Warn on stderr when a detector of photographs is evaluated on drawings."""
-    if data.scenes is not None and not detector.model.softmax:
+    if data.scenes is not None and not detector.model.has_published_protocol:
         print("warning: these weights are made for photographs, Sticker Scenes are drawings", file=sys.stderr)
 
 

@@ -238,7 +238,7 @@ def predictor_for(
     rows, model = detector.text.embed(vocabulary), detector.model
     background = model.background
     scorer: Scorer
-    if scores == "calibrated" or not model.softmax:
+    if scores == "calibrated" or not model.has_published_protocol:
         scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words)
     else:
         exponent: float | Floats = FIXED_TEXT_WEIGHT

@@ -101,8 +101,11 @@ class Judge:
         return verdicts
 
 
-class PromptFreeOutcome(NamedTuple):
-    """Answers that the labels can judge.
+class JudgedAnswers(NamedTuple):
+    """Answers on which the labels have a verdict, pooled over pictures.
+
+    `ovd.evaluation.typed.Outcome` has every detection of typed words and counts recall and absent words as well. Here
+    nothing is typed, and answers that name what the labels do not know are left out: only precision can be measured.
 
     Attributes:
         score: (N,) of each.
@@ -113,10 +116,10 @@ class PromptFreeOutcome(NamedTuple):
     correct: NDArray[np.float64]
 
 
-def prompt_free_outcome(
+def judge_prompt_free(
     detector: Detector, calibration: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
-) -> PromptFreeOutcome:
-    """Ask for everything in pictures with labels; from the threshold of typed words on.
+) -> JudgedAnswers:
+    """Detect prompt-free in labelled pictures, from the threshold of typed words on, and judge the answers.
 
     Args:
         detector: that made the scenes' regions.
@@ -142,24 +145,24 @@ def prompt_free_outcome(
                 if verdict.right is not None:
                     score.append(confidence)
                     correct.append(float(certainty[verdict.label]) if verdict.right else 0.0)
-    return PromptFreeOutcome(np.array(score, dtype=np.float64), np.array(correct, dtype=np.float64))
+    return JudgedAnswers(np.array(score, dtype=np.float64), np.array(correct, dtype=np.float64))
 
 
-def prompt_free_level(outcome: PromptFreeOutcome) -> float | None:
+def fit_prompt_free_threshold(answers: JudgedAnswers) -> float | None:
     """The lowest score from which `RIGHT_SHARE` of the answers are right, rounded up to two digits; None: too few
     answers can be judged, or too few of them are right from any score on."""
-    order = np.argsort(-outcome.score, kind="stable")
-    share = np.cumsum(outcome.correct[order]) / np.arange(1, len(order) + 1)
+    order = np.argsort(-answers.score, kind="stable")
+    share = np.cumsum(answers.correct[order]) / np.arange(1, len(order) + 1)
     enough = np.flatnonzero(share[LEAST - 1 :] >= RIGHT_SHARE)
-    return round_up(float(outcome.score[order][LEAST - 1 + enough[-1]])) if len(enough) else None
+    return round_up(float(answers.score[order][LEAST - 1 + enough[-1]])) if len(enough) else None
 
 
-def with_prompt_free_level(
+def with_prompt_free_threshold(
     detector: Detector, calibration: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
 ) -> Calibration:
-    """The calibration with the level fitted, or without one; arguments as those of `prompt_free_outcome`."""
+    """The calibration with the level fitted, or without one; arguments as those of `judge_prompt_free`."""
     calibration = replace(calibration, prompt_free_threshold=None)
-    level = prompt_free_level(prompt_free_outcome(detector, calibration, scenes, names))
+    level = fit_prompt_free_threshold(judge_prompt_free(detector, calibration, scenes, names))
     return replace(calibration, prompt_free_threshold=level)
 
 
@@ -169,8 +172,8 @@ def prompt_free_figures(
     """Of answers from the fitted level on, how many the labels can judge and the share that is right; {} without."""
     if calibration.prompt_free_threshold is None:
         return {}
-    outcome = prompt_free_outcome(detector, calibration, scenes, names)
-    shown = outcome.correct[outcome.score >= calibration.prompt_free_threshold]
+    answers = judge_prompt_free(detector, calibration, scenes, names)
+    shown = answers.correct[answers.score >= calibration.prompt_free_threshold]
     return {
         "prompt_free_answers": float(len(shown)),
         "prompt_free_right": float(shown.mean()) if len(shown) else float("nan"),

@@ -38,6 +38,15 @@ def logit(p: Floats, *, eps: float) -> Floats:
     return np.log(p / (1 - p))
 
 
+PLATT_EPS = 1e-6
+"""Distance from 0 and 1 of probabilities that Platt scaling takes."""
+
+
+def platt_scaled(p: Floats, *, slope: float, offset: float) -> Floats:
+    """``sigmoid(slope · logit(p) + offset)``, fitted by `ovd.inference.calibration.fit_platt`."""
+    return sigmoid(slope * logit(p, eps=PLATT_EPS) + offset)
+
+
 def softmax(logits: Floats) -> Floats:
     """Along the rows."""
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))

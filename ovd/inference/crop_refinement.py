@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 from ovd.inference.arrays import best_first, unit_rows
 from ovd.inference.scoring import RegionSet
@@ -21,9 +23,6 @@ from ovd.regions.cutting import crop_rows
 from ovd.regions.proposals import large_enough, resize_boxes
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from ovd.regions.cutting import CropEncoder
 
 ENCODER_SHARE = 0.7
@@ -34,6 +33,17 @@ novel words too, .349, .389, .403, .416 and .396."""
 LONG_SIDE = 1280
 """Pixels. Larger pictures are shrunk before they are cropped: the network found its boxes at a few hundred pixels, so a
 crop of one has enough left, and eighty crops of a phone's picture would otherwise take longer than the network."""
+
+
+def shrunk(image: NDArray[np.uint8], boxes: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A (H, W, 3) picture with its longest side at `LONG_SIDE` at most, and its (P, 4) boxes in its new pixels."""
+    height, width = image.shape[:2]
+    scale = LONG_SIDE / max(height, width)
+    if scale >= 1:
+        return image, boxes
+    smaller = max(1, round(height * scale)), max(1, round(width * scale))
+    resized = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    return resized, resize_boxes(boxes, (height, width), smaller)
 
 
 def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: CropEncoder, *, count: int) -> RegionSet:
@@ -57,14 +67,7 @@ def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: Cro
     chosen = order[large_enough(regions.boxes[order])]
     if not len(chosen):
         return regions
-    height, width = image.shape[:2]
-    shrink = LONG_SIDE / max(height, width)
-    boxes = regions.boxes[chosen]
-    if shrink < 1:
-        smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
-        image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
-        boxes = resize_boxes(boxes, (height, width), smaller)
-    crops = crop_rows(encoder, image, boxes)
+    crops = crop_rows(encoder, *shrunk(image, regions.boxes[chosen]))
     head = regions.distilled
     mixed = head.copy()
     mixed[chosen] = unit_rows((1 - ENCODER_SHARE) * head[chosen] + ENCODER_SHARE * crops)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ovd.modeling.detr.structures import Memory
     from ovd.modeling.export import DetectorCard
 
-OBJECTNESS = 0.5  # exponents of word and objectness in a score: their geometric mean
-PASSES = 8  # sets of classes that go through the decoder at once
+OBJECTNESS_WEIGHT = 0.5  # exponents of word and objectness in a score: their geometric mean
+PASSES_PER_BATCH = 8  # sets of classes that go through the decoder at once
 CONDITIONED_NMS_IOU = 0.7  # IoU above which the boxes of two conditioned queries are one region
 KNOWS_NO_WORDS = (
     "this transformer knows no words (it was pretrained on patches, or on a closed list of classes); "
@@ -51,7 +51,7 @@ class DetrRegionModel(RegionModel):
         top: regions kept per picture.
     """
 
-    objectness_weight = OBJECTNESS
+    objectness_weight = OBJECTNESS_WEIGHT
 
     def __init__(self, *, model: Detr, card: DetectorCard, background_words: Floats, top: int = 150) -> None:
         self.detr, self.card, self.top = model, card, top
@@ -111,13 +111,13 @@ class DetrRegionModel(RegionModel):
         row[last:] = last + torch.arange(count) % (len(rows_CD) - last)
         group = query_groups(self.detr.queries, count)
         boxes, scores = [], []
-        for conditions in rows_CD[row].to(self.detr.device).unflatten(0, (passes, count)).split(PASSES):
+        for conditions in rows_CD[row].to(self.detr.device).unflatten(0, (passes, count)).split(PASSES_PER_BATCH):
             output = self.detr.predict(memory.repeated(len(conditions)), conditions_NMD=conditions)
             boxes.append(output.boxes)
             scores.append(output.logits.sigmoid())
         class_id = (torch.arange(passes)[:, None] * count + group).flatten().to(self.detr.device)
-        real = class_id < len(rows_CD)
-        return torch.cat(boxes).flatten(0, 1)[real], torch.cat(scores).flatten()[real], class_id[real]
+        valid = class_id < len(rows_CD)
+        return torch.cat(boxes).flatten(0, 1)[valid], torch.cat(scores).flatten()[valid], class_id[valid]
 
 
 class OpenVocabularyDetr(DetrRegionModel):

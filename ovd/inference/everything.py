@@ -30,12 +30,12 @@ OPEN_THRESHOLD = 0.6
 """The score of a word outside the proposal network's own that counts as `SHOWN_THRESHOLD`. In 252 validation photos of
 one thing .69 of such boxes have its name, or one above or below it, from .6 on; .58 from .5, .52 from .4."""
 
-MANY, MANY_THRESHOLD = 100, 0.8
+MANY_WORDS, MANY_THRESHOLD = 100, 0.8
 """Of more words of equal standing, the lowest score shown: each is scored alone, so with the words grow the chances
 that one of them errs. Of the boxes that `vild-sticker` shows with all its 552 words on 120 validation scenes of seed
 3000, .26 are right from .3 on, .41 from .5, .71 from .8 and .80 from .9."""
 
-OVERLAP = 0.5
+PROMPT_FREE_CROSS_CLASS_IOU = 0.5
 """IoU above which two words are two names for one thing."""
 
 
@@ -49,14 +49,14 @@ class PromptFreeWords:
         kind_of: (C, C) bool: the word in the row is a kind of the word in the column.
         family: (C,) the most general of the words that each is a kind of, itself where there is none: boxes of one
             family (*guitar*, *electric guitar*) suppress each other as boxes of one class do.
-        level: lowest score shown.
+        threshold: lowest score shown.
     """
 
     names: tuple[str, ...]
     shift: NDArray[np.float32]
     kind_of: NDArray[np.bool_]
     family: NDArray[np.int64]
-    level: float = SHOWN_THRESHOLD
+    threshold: float = SHOWN_THRESHOLD
 
     @classmethod
     def plain(cls, names: Sequence[str]) -> PromptFreeWords:
@@ -67,25 +67,25 @@ class PromptFreeWords:
             shift=np.zeros(len(names), np.float32),
             kind_of=np.zeros((len(names), len(names)), bool),
             family=np.arange(len(names)),
-            level=MANY_THRESHOLD if len(names) > MANY else SHOWN_THRESHOLD,
+            threshold=MANY_THRESHOLD if len(names) > MANY_WORDS else SHOWN_THRESHOLD,
         )
 
-    def at(self, level: float | None) -> PromptFreeWords:
-        """The same, shown from this level on; None: from its own."""
-        return self if level is None else replace(self, level=level)
+    def with_threshold(self, threshold: float | None) -> PromptFreeWords:
+        """The same words with another threshold; None: with their own."""
+        return self if threshold is None else replace(self, threshold=threshold)
 
-    def one_name(self, score_RC: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores on one scale, where what is named *dog* is not named *beagle* too.
+    def rescored(self, score_RC: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(R, C) scores shifted onto one scale; 0 for a hyponym of a word whose own score reaches the threshold.
 
-        A kind of a word that reaches the level itself is left out: names of kinds are guessed from fewer photos.
+        So what is called *dog* is not called *beagle* too: hyponyms were learned from fewer photos.
         """
         logit = np.log(np.clip(score_RC, 1e-7, 1 - 1e-7))
         logit = logit - np.log1p(-np.clip(score_RC, 1e-7, 1 - 1e-7)) + self.shift
         shifted = (1 / (1 + np.exp(-logit))).astype(np.float32)
-        general = np.flatnonzero(self.kind_of.any(axis=0))
-        sure = (score_RC[:, general] >= self.level).astype(np.float32)
-        covered = sure @ self.kind_of[:, general].T.astype(np.float32) > 0
-        return np.where(covered, np.float32(0), shifted)
+        hypernyms = np.flatnonzero(self.kind_of.any(axis=0))
+        hypernym_shown = (score_RC[:, hypernyms] >= self.threshold).astype(np.float32)
+        suppressed = hypernym_shown @ self.kind_of[:, hypernyms].T.astype(np.float32) > 0
+        return np.where(suppressed, np.float32(0), shifted)
 
 
 def open_shift() -> float:

@@ -17,14 +17,15 @@ Shapes: R regions, E examples, N negatives, B words, D joint embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from ovd.inference.arrays import Floats, logit, sigmoid, softmax, unit_rows
+from ovd.inference.arrays import Floats, platt_scaled, softmax, unit_rows
 from ovd.inference.postprocess import batched_nms, box_ious
+from ovd.inference.scorers import PER_CLASS, select_classes
 from ovd.inference.scoring import Calibration, RegionSet, score_regions
 
 CENTRE_PRIOR = 10.0
@@ -52,7 +53,7 @@ class CentredCosineScorer:
         calibration: of the checkpoint; its example values are used.
     """
 
-    rows: Floats
+    rows: Floats = field(metadata=PER_CLASS)
     background_words: Floats
     negatives: Floats
     calibration: Calibration
@@ -69,7 +70,7 @@ class CentredCosineScorer:
 
     def select(self, columns: Sequence[int]) -> CentredCosineScorer:
         """See `Scorer`."""
-        return replace(self, rows=self.rows[list(columns)])
+        return select_classes(self, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class WordProfileScorer:
         calibration: its plain values, see `Calibration.of_examples`.
     """
 
-    rows: Floats
+    rows: Floats = field(metadata=PER_CLASS)
     words: Floats
     calibration: Calibration
 
@@ -105,11 +106,11 @@ class WordProfileScorer:
         score_RE *= np.power(regions.objectness.clip(0, 1), c.objectness_weight)[:, None]
         if (c.slope, c.offset) == (1.0, 0.0):
             return score_RE.clip(0, 1)
-        return sigmoid(c.slope * logit(score_RE, eps=1e-6) + c.offset)
+        return platt_scaled(score_RE, slope=c.slope, offset=c.offset)
 
     def select(self, columns: Sequence[int]) -> WordProfileScorer:
         """See `Scorer`."""
-        return replace(self, rows=self.rows[list(columns)])
+        return select_classes(self, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +122,8 @@ class RegionCosineScorer:
         objectness: (E,) of the example regions.
     """
 
-    rows: Floats
-    objectness: Floats
+    rows: Floats = field(metadata=PER_CLASS)
+    objectness: Floats = field(metadata=PER_CLASS)
 
     @classmethod
     def of(cls, regions: RegionSet, index: Sequence[int]) -> RegionCosineScorer:
@@ -138,7 +139,7 @@ class RegionCosineScorer:
 
     def select(self, columns: Sequence[int]) -> RegionCosineScorer:
         """See `Scorer`."""
-        return replace(self, rows=self.rows[list(columns)], objectness=self.objectness[list(columns)])
+        return select_classes(self, columns)
 
 
 class SimilarRegions(NamedTuple):
@@ -171,7 +172,7 @@ def centred_on_picture(regions: RegionSet, *images_ED: Floats) -> tuple[RegionSe
     """
     region_RD = regions.distilled
     # The mean of few regions is mostly those regions: it is drawn towards zero, by ten regions' worth.
-    shared_RD = region_RD[~regions.added]
+    shared_RD = region_RD[~regions.is_finetuned]
     common_D = shared_RD.sum(axis=0) / (len(shared_RD) + CENTRE_PRIOR)
     centred = [unit_rows(x - common_D) for x in (region_RD, *images_ED)]
     return replace(regions, text=centred[0], image=None), centred[1:]

@@ -10,7 +10,7 @@ embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, best_first, logit, sigmoid, unit_rows
+from ovd.inference.arrays import Floats, best_first, platt_scaled, unit_rows
 from ovd.inference.everything import PromptFreeWords, open_shift
 from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.open_words import EPS, DistinctRows, OpenWords, Rivals, distinct_rows
+from ovd.inference.open_words import CompetitorGroups, DistinctRows, OpenWords, distinct_rows
 from ovd.inference.region_model import RegionModel
-from ovd.inference.scorers import ManyWordsScorer, Scorer, Shown
+from ovd.inference.scorers import PER_CLASS, ManyWordsScorer, Scorer, Shown, select_classes
 from ovd.inference.scoring import Calibration, RegionSet
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class FvlmRegionModel(RegionModel):
         top: regions kept per picture.
     """
 
-    softmax = False
+    has_published_protocol = False
     card: DetectorCard
 
     def __init__(
@@ -88,7 +88,7 @@ class FvlmRegionModel(RegionModel):
 
     @cached_property
     def _labelled(self) -> WordList:
-        """The words that were looked for in every photo of the training; it remembers their relations."""
+        """The words that are labelled in every photo of the training, where they are."""
         return WordList(words=self.card.classes, lexicon=self.training_words.lexicon)
 
     @cached_property
@@ -146,15 +146,16 @@ class FvlmRegionModel(RegionModel):
     def prompt_free_words(self) -> PromptFreeWords:
         """The proposal network's words, and the nouns of the training that are not above them; one of each meaning.
 
-        Classes that were added are found where somebody asks: a branch knows the photos that it was trained on, and on
-        others it finds its classes where nothing is.
+        Fine-tuned classes are left out: outside the photos of its training a branch finds them where nothing is.
         """
         nouns = [w for w in self.training_words.words if w in self.training_words.lexicon.nouns]
         relations = self.proposal_words.relations([[word] for word in nouns])
         indistinct = self.proposal_words.indistinct_from([[word] for word in nouns])
         above: list[bool] = (relations.same_or_below | indistinct).any(axis=1).tolist()  # type: ignore[assignment]
-        one_of = {self.training_words.line_of(word)[0]: word for word in reversed([*self.proposal_words.words, *nouns])}
-        first = frozenset(one_of.values())
+        canonical = {
+            self.training_words.line_of(word)[0]: word for word in reversed([*self.proposal_words.words, *nouns])
+        }
+        first = frozenset(canonical.values())
         others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above, above, strict=True)
                   if w in first and not is_above]  # fmt: skip
         names = (*self.proposal_words.words, *(word for word, _ in others))
@@ -170,9 +171,9 @@ class FvlmRegionModel(RegionModel):
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
         relations = self.proposal_words.relations(phrases)
-        spared = self.training_words.relations(phrases).related
-        rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
-        rivals[:, : spared.shape[1]] = ~spared
+        related_training = self.training_words.relations(phrases).related
+        competitor_mask = np.ones((len(phrases), len(competitors)), dtype=bool)
+        competitor_mask[:, : related_training.shape[1]] = ~related_training
         if not self.proposal_words.words:
             from ovd.config_fvlm import FvlmConfig
 
@@ -182,7 +183,7 @@ class FvlmRegionModel(RegionModel):
             return EnsembleScorer(
                 rows=rows,
                 competitors=competitors,
-                rivals=rivals,
+                competitor_mask=competitor_mask,
                 exponent=head_exponents(config.variant, is_labelled, novel=config.novel_exponent),
                 labelled_rows=self.background_words[: len(self.card.classes)],
                 related=labelled.related,
@@ -203,7 +204,7 @@ class FvlmRegionModel(RegionModel):
         return WordScorer(
             rows=rows,
             competitors=competitors,
-            rivals=rivals,
+            competitor_mask=competitor_mask,
             word_rows=self._word_rows,
             hyponyms=relations.same_or_below | self.proposal_words.indistinct_from(phrases),
             related=relations.related,
@@ -220,19 +221,22 @@ class FvlmRegionModel(RegionModel):
 
 @dataclass(frozen=True, kw_only=True)
 class WordScorer(ManyWordsScorer):
-    """Scores words alone: no column depends on another.
+    """Scores each word on its own: no column depends on another.
 
-    A word that the proposal network scores gets the geometric mean of its score and the region head's; a synonym gets
-    the same, a hypernym the best of its hyponyms. Any other word gets the softmax of the image tower's own embedding
-    against all words that contradict it, times powers of objectness, of area, and of the probability that the region is
-    none of the proposal network's words that contradict it: the head learned the proposal network's words from many
-    boxes and the others from few photos, and is worse at these. Mixing the softmax into a hypernym's score cost
-    precision.
+    *Closed* words are those that the proposal network scores, their synonyms, and their hypernyms. A word of the
+    proposal network gets the geometric mean of that network's score and the region head's, a synonym the same, a
+    hypernym the best of its hyponyms.
+
+    All other words are *open*: the head learned them from few photos and is worse at them. They get the softmax of the
+    image tower's own embedding against all words that contradict them, times powers of objectness, of area, and of the
+    probability that the region is none of the proposal network's words that contradict them. (Mixing this softmax into
+    a hypernym's score cost precision.)
 
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
-        rivals: (C, B) bool: competitors that contradict the class; synonyms and words above or below it do not.
+        competitor_mask: (C, B) bool: competitors that contradict the class; its synonyms, hypernyms and hyponyms do
+            not.
         word_rows: (K, D) unit text embeddings of the proposal network's words; zeros: the head did not learn the word.
         hyponyms: (C, K) bool: words of the proposal network that are the class or a kind of it.
         related: (C, K) bool: those that do not contradict the class: also words above it.
@@ -242,29 +246,20 @@ class WordScorer(ManyWordsScorer):
         finetuned_only: (C,) bool: a fine-tuned class that the proposal network does not know: no other box is it.
     """
 
-    rows: Floats
+    rows: Floats = field(metadata=PER_CLASS)
     competitors: Floats
-    rivals: NDArray[np.bool_]
+    competitor_mask: NDArray[np.bool_] = field(metadata=PER_CLASS)
     word_rows: Floats
-    hyponyms: NDArray[np.bool_]
-    related: NDArray[np.bool_]
+    hyponyms: NDArray[np.bool_] = field(metadata=PER_CLASS)
+    related: NDArray[np.bool_] = field(metadata=PER_CLASS)
     scale: float
     calibration: Calibration
-    finetuned: NDArray[np.bool_] | None = None
-    finetuned_only: NDArray[np.bool_] | None = None
+    finetuned: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
+    finetuned_only: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
 
     def select(self, columns: Sequence[int]) -> WordScorer:
         """See `Scorer`."""
-        chosen = list(columns)
-        return replace(
-            self,
-            rows=self.rows[chosen],
-            rivals=self.rivals[chosen],
-            hyponyms=self.hyponyms[chosen],
-            related=self.related[chosen],
-            finetuned=None if self.finetuned is None else self.finetuned[chosen],
-            finetuned_only=None if self.finetuned_only is None else self.finetuned_only[chosen],
-        )
+        return select_classes(self, columns)
 
     @cached_property
     def _split(self) -> tuple[NDArray[np.bool_], WordScorer, WordScorer]:
@@ -277,7 +272,7 @@ class WordScorer(ManyWordsScorer):
         return OpenWords(
             rows=self.rows,
             competitors=self.competitors,
-            rivals=Rivals.of(self.rivals, self.related),
+            groups=CompetitorGroups.of(self.competitor_mask, self.related),
             calibration=self.calibration,
         )
 
@@ -300,13 +295,13 @@ class WordScorer(ManyWordsScorer):
             score_RC[:, concerned] = np.maximum(score_RC[:, concerned], finetuned_RC)
         return score_RC
 
-    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+    def shown(self, regions: RegionSet, *, threshold: float) -> Shown:
         """See `ManyWordsScorer`."""
         closed, closed_words, open_words = self._split
         if self.finetuned is not None or closed.all():
-            return Shown.of(self(regions), level=level)
-        one = Shown.of(closed_words.closed_scores(regions), level=level)
-        other = open_words.open_shown(regions, level=level)
+            return Shown.of(self(regions), threshold=threshold)
+        one = Shown.of(closed_words.closed_scores(regions), threshold=threshold)
+        other = open_words.open_shown(regions, threshold=threshold)
         best_C = np.empty(len(self.rows), np.float32)
         best_C[closed], best_C[~closed] = one.best, other.best
         classes = np.concatenate([np.flatnonzero(closed)[one.classes], np.flatnonzero(~closed)[other.classes]])
@@ -319,16 +314,16 @@ class WordScorer(ManyWordsScorer):
         head_RK = regions.head_probabilities(self.word_rows, scale=self.scale)
         head_RK = np.where(self.word_rows.any(axis=1), head_RK, word_RK)
         score_RK = word_RK ** (1 - c.head_weight) * head_RK**c.head_weight
-        score_RK = sigmoid(c.slope * logit(score_RK, eps=EPS) + c.offset)
+        score_RK = platt_scaled(score_RK, slope=c.slope, offset=c.offset)
         return best_of(score_RK, self._kinds.rows)[:, self._kinds.of]
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""
         return self._open(regions)
 
-    def open_shown(self, regions: RegionSet, *, level: float) -> Shown:
-        """Of `open_scores`, the classes that reach a level."""
-        return self._open.shown(regions, level=level)
+    def open_shown(self, regions: RegionSet, *, threshold: float) -> Shown:
+        """Of `open_scores`, the classes that reach a threshold."""
+        return self._open.shown(regions, threshold=threshold)
 
 
 def best_of(scores_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:

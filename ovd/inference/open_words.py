@@ -23,7 +23,6 @@ from ovd.inference.arrays import Floats
 from ovd.inference.scorers import Shown
 from ovd.inference.scoring import Calibration, RegionSet
 
-EPS = 1e-6
 OPEN_EPS = 1e-12
 """Products of several probabilities' powers are small numbers, and their order counts."""
 LAYERS = 64
@@ -40,8 +39,8 @@ TINY = np.float32(1e-30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rivals:
-    """What counts against which words.
+class CompetitorGroups:
+    """Words in groups that the same competitors and the same words of the proposal network contradict.
 
     Attributes:
         excluded: (G, B) bool: of each group, the competitors that do not contradict its words; the group that leaves
@@ -55,15 +54,15 @@ class Rivals:
     group: NDArray[np.int64]
 
     @classmethod
-    def of(cls, rivals: NDArray[np.bool_], related: NDArray[np.bool_]) -> Rivals:
-        """Most of many words have the same.
+    def of(cls, competitor_mask: NDArray[np.bool_], related: NDArray[np.bool_]) -> CompetitorGroups:
+        """Group words; most of many words fall into one group.
 
         Args:
-            rivals: (C, B) competitors that contradict each word.
+            competitor_mask: (C, B) competitors that contradict each word.
             related: (C, K) words of the proposal network that do not.
         """
-        distinct = distinct_rows(np.concatenate([~rivals, related], axis=1))
-        excluded, related = distinct.rows[:, : rivals.shape[1]], distinct.rows[:, rivals.shape[1] :]
+        distinct = distinct_rows(np.concatenate([~competitor_mask, related], axis=1))
+        excluded, related = distinct.rows[:, : competitor_mask.shape[1]], distinct.rows[:, competitor_mask.shape[1] :]
         order = np.argsort(-excluded.sum(axis=1), kind="stable")
         return cls(excluded=excluded[order], related=related[order], group=np.argsort(order)[distinct.of])
 
@@ -100,14 +99,15 @@ class Rivals:
         return sum_GR.astype(np.float32)
 
 
-class Evidence(NamedTuple):
-    """The parts of a picture's scores that do not depend on the typed words.
+class SharedTerms(NamedTuple):
+    """Terms of a picture's scores that the words of a group share.
 
     Attributes:
         image_RD: image embeddings times the scale.
-        against_R1: logarithm of the odds of all that speaks against a word of the commonest group.
-        ratio_GR: what speaks against each group's words, as a multiple of the commonest group's.
-        nothing_SR: for each of `Rivals.related_sets`, odds against a region being a whole thing that may be its words.
+        against_R1: log odds against a word of the commonest group.
+        ratio_GR: odds against each group's words, as a multiple of the commonest group's.
+        nothing_SR: for each of `CompetitorGroups.related_sets`, odds against a region being a whole object that may be
+            its words.
     """
 
     image_RD: Floats
@@ -123,13 +123,13 @@ class OpenWords:
     Attributes:
         rows: (C, D) unit text embeddings.
         competitors: (B, D) unit text embeddings of what a region may be instead.
-        rivals: which of them, and which words of the proposal network, contradict which words.
+        groups: of words, by what contradicts them.
         calibration: its ``open_*`` values are used.
     """
 
     rows: Floats
     competitors: Floats
-    rivals: Rivals
+    groups: CompetitorGroups
     calibration: Calibration
 
     def __call__(self, regions: RegionSet) -> Floats:
@@ -139,20 +139,20 @@ class OpenWords:
             score_RC[:, words] = self._score(odds_RC)
         return score_RC
 
-    def shown(self, regions: RegionSet, *, level: float) -> Shown:
-        """The same of words with a region at or above a level; of all others only the best.
+    def shown(self, regions: RegionSet, *, threshold: float) -> Shown:
+        """The same of words with a region at or above a threshold; of all others only the best.
 
         A score falls with the odds against the word (rises, if the sigmoid does), so the best of each is one sigmoid.
         """
         if not len(regions):
-            return Shown.of(np.zeros((0, len(self.rows)), np.float32), level=level)
+            return Shown.of(np.zeros((0, len(self.rows)), np.float32), threshold=threshold)
         rising = self.calibration.open_slope < 0
         best_C = np.empty(len(self.rows), np.float32)
         classes, scores = [np.zeros(0, np.int64)], [np.zeros((len(regions), 0), np.float32)]
         for words, odds_RC in self._odds_against(regions):
             best = self._score(odds_RC.max(axis=0) if rising else odds_RC.min(axis=0))
             best_C[words] = best
-            few = np.flatnonzero(best >= level)
+            few = np.flatnonzero(best >= threshold)
             classes.append(words[few])
             scores.append(self._score(odds_RC[:, few]))
         return Shown.in_order(best_C, np.concatenate(classes), np.concatenate(scores, axis=1))
@@ -160,20 +160,20 @@ class OpenWords:
     @cached_property
     def _order(self) -> tuple[NDArray[np.int64], int]:
         """(C,) words, those of the commonest group last, and how many are of others."""
-        common = self.rivals.group == self._common
+        common = self.groups.group == self._common
         return np.argsort(common, kind="stable"), int((~common).sum())
 
     @cached_property
     def _common(self) -> int:
         """The group that most words are of."""
-        return int(np.bincount(self.rivals.group, minlength=1).argmax())
+        return int(np.bincount(self.groups.group, minlength=1).argmax())
 
     @cached_property
     def _rows_DC(self) -> Floats:
         """Embeddings of the words in their order, laid out as a product with regions reads them."""
         return np.ascontiguousarray(self.rows[self._order[0]].T)
 
-    def _evidence(self, regions: RegionSet) -> Evidence:
+    def _shared_terms(self, regions: RegionSet) -> SharedTerms:
         assert regions.image is not None
         if not len(self.competitors):
             raise ValueError("scores need at least one competitor: a background word")
@@ -182,17 +182,17 @@ class OpenWords:
         words_BR = self.competitors @ np.ascontiguousarray(image_RD.T)
         shift_R = words_BR.max(axis=0)  # keeps every exponential in range
         np.exp(np.subtract(words_BR, shift_R, out=words_BR), out=words_BR)
-        sum_GR = np.maximum(self.rivals.sums(words_BR), TINY)
+        sum_GR = np.maximum(self.groups.sums(words_BR), TINY)
         area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
         whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
-        sets = self.rivals.related_sets
+        sets = self.groups.related_sets
         whole_SR = np.tile(whole_R.astype(np.float32), (len(sets.rows), 1))
         if c.open_unknown and regions.word_scores is not None:
             whole_SR *= (1 - best_unrelated(regions.word_scores, sets.rows)).clip(0, 1) ** c.open_unknown
         whole_SR = np.maximum(whole_SR, TINY)
         against_GR = np.divide(sum_GR, whole_SR[sets.of], out=sum_GR)
         common_R = against_GR[self._common].copy()
-        return Evidence(
+        return SharedTerms(
             image_RD=image_RD,
             against_R1=(np.log(common_R) + shift_R)[:, None],
             ratio_GR=np.divide(against_GR, common_R, out=against_GR),
@@ -205,8 +205,8 @@ class OpenWords:
         With p = w / (1 + s / e^word), where w says that a region is a whole thing and none that contradicts the word,
         and s is the sum over competitors, the odds are (1 − w) / w + s / w / e^word.
         """
-        image_RD, against_R1, ratio_GR, nothing_SR = self._evidence(regions)
-        set_of = self.rivals.related_sets.of
+        image_RD, against_R1, ratio_GR, nothing_SR = self._shared_terms(regions)
+        set_of = self.groups.related_sets.of
         nothing_R1 = nothing_SR[set_of[self._common]][:, None]
         order, others = self._order
         step = max(1, BLOCK // max(1, len(regions)))
@@ -214,7 +214,7 @@ class OpenWords:
         for start in range(0, len(order), step):
             words = order[start : start + step]
             odds = np.matmul(image_RD, self._rows_DC[:, start : start + step], out=block[:, : len(words)])
-            group = self.rivals.group[words[: max(0, others - start)]]
+            group = self.groups.group[words[: max(0, others - start)]]
             ratio_RC, nothing_RC = ratio_GR[group].T, nothing_SR[set_of[group]].T
             rows = max(1, CACHED // len(words))
             for first in range(0, len(odds), rows):  # while they are in the cache

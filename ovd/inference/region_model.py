@@ -37,7 +37,8 @@ class RegionModel(ABC):
             (a DETR pretrained on patches); None: the image tower of the text encoder does.
         objectness_weight: w of ``class^(1−w) · objectness^w`` in the published scores. 0 where the embedding itself
             separates objects from background.
-        softmax: whether the published protocol, one softmax over the vocabulary, applies to its embeddings.
+        has_published_protocol: whether its embeddings can be scored by the published protocol, one softmax over the
+            vocabulary.
     """
 
     card: DetectorCard | None = None
@@ -46,7 +47,7 @@ class RegionModel(ABC):
     calibration: Calibration
     example_encoder: CropEncoder | None = None
     objectness_weight: float = 0.0
-    softmax: bool = True
+    has_published_protocol: bool = True
 
     @abstractmethod
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:

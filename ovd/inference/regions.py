@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
-from ovd.inference.everything import OVERLAP
+from ovd.inference.everything import PROMPT_FREE_CROSS_CLASS_IOU
 from ovd.inference.postprocess import (
     CROSS_CLASS_IOU,
     MAX_DETECTIONS,
@@ -87,29 +87,29 @@ class Regions:
             UserError: no words, or a threshold outside [0, 1].
         """
         query = vocabulary if isinstance(vocabulary, Query) else self.detector.query(vocabulary)
-        level = self.detector.threshold_for(query, threshold)
-        scorer, cross_iou = self.detector.scorer(query), cross_class_iou
-        if (naming := query.naming) is None:
-            shown = scorer.shown(self.regions, level=level)
-        else:  # no negatives beside
-            one_class_per_region, cross_iou = True, OVERLAP
-            shown = Shown.of(naming.one_name(scorer(self.regions).score_RC), level=level)
+        threshold = self.detector.threshold_for(query, threshold)
+        scorer, words = self.detector.scorer(query), query.prompt_free
+        if words is None:
+            shown = scorer.shown(self.regions, threshold=threshold)
+        else:  # prompt-free queries have no negatives
+            one_class_per_region, cross_class_iou = True, PROMPT_FREE_CROSS_CLASS_IOU
+            shown = Shown.of(words.rescored(scorer(self.regions).score_RC), threshold=threshold)
         select = best_class_per_region if one_class_per_region else pairs_above
-        candidates = select(shown.score_RS, threshold=level)
+        candidates = select(shown.score_RS, threshold=threshold)
         candidates = replace(candidates, class_id=shown.classes[candidates.class_id])
+        if words is not None:  # NMS within families
+            candidates = replace(candidates, class_id=words.family[candidates.class_id])
         boxes = self.regions.boxes
-        one_family = candidates if naming is None else replace(candidates, class_id=naming.family[candidates.class_id])
-        chosen = postprocess(boxes, one_family, nms_iou=nms_iou, cross_class_iou=cross_iou, limit=limit)
-        if naming is not None and len(chosen.region):  # back from families to words
-            best_name = shown.classes[shown.score_RS[chosen.region].argmax(axis=1)]
-            chosen = replace(chosen, class_id=best_name)
+        kept = postprocess(boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit)
+        if words is not None and len(kept):  # back from families to words
+            kept = replace(kept, class_id=shown.classes[shown.score_RS[kept.region].argmax(axis=1)])
         return Detections.of(
-            chosen,
+            kept,
             boxes=boxes,
             size=self.regions.size,
             names=query.names,
             best=shown.best,
-            threshold=level,
+            threshold=threshold,
             masks=self.regions.masks,
             notices=query.notices,
         )

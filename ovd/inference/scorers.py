@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,13 @@ from ovd.inference.ensemble import FIXED_TEXT_WEIGHT
 from ovd.inference.scoring import Calibration, RegionSet, score_regions, vocabulary_probabilities
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from ovd.inference.region_model import RegionModel
+
+
+PER_CLASS = {"per_class": True}
+"""Metadata of a scorer's fields that have one row per class."""
 
 
 class Scorer(Protocol):
@@ -37,12 +43,22 @@ class Scorer(Protocol):
         """The same for some of the classes, by their numbers."""
 
 
+DataclassScorer = TypeVar("DataclassScorer", bound="DataclassInstance")
+
+
+def select_classes(scorer: DataclassScorer, columns: Sequence[int]) -> DataclassScorer:
+    """`Scorer.select` of a dataclass: its `PER_CLASS` fields are reduced to some of their rows, the others stay."""
+    chosen, values = list(columns), vars(scorer)
+    per_class = [f.name for f in fields(scorer) if f.metadata == PER_CLASS and values[f.name] is not None]
+    return replace(scorer, **{name: values[name][chosen] for name in per_class})
+
+
 class Shown(NamedTuple):
-    """Scores of the classes that have a region at or above a level.
+    """Scores of the classes that have a region at or above a threshold.
 
     Attributes:
         best: (C,) best score of each class.
-        classes: (S,) numbers of those that reach the level, in their order.
+        classes: (S,) numbers of those that reach the threshold, in their order.
         score_RS: their scores.
     """
 
@@ -51,10 +67,10 @@ class Shown(NamedTuple):
     score_RS: Floats
 
     @classmethod
-    def of(cls, score_RC: Floats, *, level: float) -> Shown:
+    def of(cls, score_RC: Floats, *, threshold: float) -> Shown:
         """Of the scores of all classes."""
         best_C = score_RC.max(axis=0, initial=0.0)
-        classes = np.flatnonzero(best_C >= level)
+        classes = np.flatnonzero(best_C >= threshold)
         return cls(best_C, classes, score_RC[:, classes])
 
     @classmethod
@@ -65,10 +81,10 @@ class Shown(NamedTuple):
 
 
 class ManyWordsScorer(ABC):
-    """A `Scorer` that scores what a level shows in less time than everything."""
+    """A `Scorer` that scores what a threshold shows in less time than everything."""
 
     @abstractmethod
-    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+    def shown(self, regions: RegionSet, *, threshold: float) -> Shown:
         """What `Shown.of` says of all scores."""
 
 
@@ -111,7 +127,7 @@ class CalibratedScorer:
         calibration: of the checkpoint.
     """
 
-    rows: Floats
+    rows: Floats = field(metadata=PER_CLASS)
     background_words: Floats
     background: Floats | None
     calibration: Calibration
@@ -130,7 +146,7 @@ class CalibratedScorer:
 
     def select(self, columns: Sequence[int]) -> CalibratedScorer:
         """See `Scorer`."""
-        return replace(self, rows=self.rows[list(columns)])
+        return select_classes(self, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +189,7 @@ class QueryScores(NamedTuple):
     score_RC: Floats
     negative_RN: Floats
 
-    def shown(self, *, level: float) -> Shown:
+    def shown(self, *, threshold: float) -> Shown:
         """The classes with a region to show.
 
         A region that looks as much like a negative word or example as like a class, or more, is left out: -1.
@@ -181,7 +197,7 @@ class QueryScores(NamedTuple):
         score_RC = self.score_RC
         if self.negative_RN.shape[1]:
             score_RC = np.where(score_RC <= self.negative_RN.max(axis=1, keepdims=True), np.float32(-1), score_RC)
-        return Shown.of(score_RC, level=level)
+        return Shown.of(score_RC, threshold=threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +254,12 @@ class QueryScorer:
             score_RC[:, class_id] = np.maximum(score_RC[:, class_id], column_RK[:, column])
         return QueryScores(score_RC, negative_RN)
 
-    def shown(self, regions: RegionSet, *, level: float) -> Shown:
+    def shown(self, regions: RegionSet, *, threshold: float) -> Shown:
         """See `QueryScores.shown`."""
         words = self._parts[0][0]
         if isinstance(words, ManyWordsScorer) and not len(self.examples) and not self.word_is_negative.any():
-            return words.shown(regions, level=level)
-        return self(regions).shown(level=level)
+            return words.shown(regions, threshold=threshold)
+        return self(regions).shown(threshold=threshold)
 
     def _of_words(self, chosen: NDArray[np.bool_], competitors: Floats) -> list[Scorer]:
         if not chosen.any():

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, as_array, logit, sigmoid, softmax
+from ovd.inference.arrays import Floats, as_array, platt_scaled, sigmoid, softmax
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
 
@@ -154,8 +154,8 @@ class RegionSet:
         return self.text if self.image is None else self.image
 
     @property
-    def added(self) -> NDArray[np.bool_]:
-        """(R,) bool: boxes that answer for classes that were added, and for nothing else."""
+    def is_finetuned(self) -> NDArray[np.bool_]:
+        """(R,) bool: boxes of fine-tuned classes, which have no score of any other word."""
         if self.finetuned is None:
             return np.zeros(len(self), dtype=bool)
         return np.asarray((self.finetuned > 0).any(axis=1))
@@ -173,28 +173,30 @@ def competitive_probabilities(
     background_D: Floats | None,
     *,
     scale: float,
-    keep_CB: NDArray[np.bool_],
+    mask_CB: NDArray[np.bool_],
 ) -> Floats:
     """(R, C) probability of each class against the background words and the background, each column on its own.
 
-    ``p_c = e^{s·c} / (e^{s·c} + Σ_competitors e^{s·b} + e^{s·bg})``. All inputs are unit rows; ``keep_CB`` (C, B) bool
-    says which background words compete with which class.
+    ``p_c = e^{s·c} / (e^{s·c} + Σ_competitors e^{s·b} + e^{s·bg})``. All inputs are unit rows.
+
+    Args:
+        mask_CB: bool: which background words compete with which class, see `competitor_mask`.
     """
     classes_RC = scale * (regions_RD @ classes_CD.T)
     words_RB = scale * (regions_RD @ words_BD.T)
     if background_D is not None:
         words_RB = np.concatenate([words_RB, scale * (regions_RD @ background_D)[:, None]], axis=1)
-        keep_CB = np.pad(keep_CB, ((0, 0), (0, 1)), constant_values=True)
+        mask_CB = np.pad(mask_CB, ((0, 0), (0, 1)), constant_values=True)
     if words_RB.shape[1] == 0:
         raise ValueError("scores need at least one competitor: a background word or a background embedding")
     # One shift per region keeps every exponential in range; a sum over the kept words (never total − left out) keeps
     # the digits.
     shift_R1 = words_RB.max(axis=1, keepdims=True)
     odds_RB = np.exp(words_RB - shift_R1)
-    all_C = keep_CB.all(axis=1)  # most of ten thousand words have no near-synonym: their sum is one and the same
+    all_C = mask_CB.all(axis=1)  # most of ten thousand words have no near-synonym: their sum is one and the same
     against_RC = np.empty_like(classes_RC)
     against_RC[:, all_C] = shift_R1 + np.log(np.maximum(odds_RB.sum(axis=1, keepdims=True), 1e-30))
-    some_RC = odds_RB @ keep_CB[~all_C].T.astype(odds_RB.dtype)
+    some_RC = odds_RB @ mask_CB[~all_C].T.astype(odds_RB.dtype)
     against_RC[:, ~all_C] = shift_R1 + np.log(np.maximum(some_RC, 1e-30))
     return sigmoid(classes_RC - against_RC)
 
@@ -220,15 +222,18 @@ def score_regions(
         background_D: unit learned background, or None.
         calibration: the checkpoint's.
     """
-    scale, keep_CB = calibration.logit_scale, competitor_mask(classes_CD, words_BD, limit=calibration.bank_limit)
-    score = competitive_probabilities(text_RD, classes_CD, words_BD, background_D, scale=scale, keep_CB=keep_CB)
+    scale, mask_CB = (
+        calibration.logit_scale,
+        competitor_mask(classes_CD, words_BD, limit=calibration.bank_limit),
+    )
+    score = competitive_probabilities(text_RD, classes_CD, words_BD, background_D, scale=scale, mask_CB=mask_CB)
     if image_RD is not None:
-        image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, keep_CB=keep_CB)
+        image = competitive_probabilities(image_RD, classes_CD, words_BD, None, scale=scale, mask_CB=mask_CB)
         score = geometric_ensemble(score, image, calibration.text_weight)
     if calibration.objectness_weight:
         score = score * np.power(objectness_R.clip(0, 1), calibration.objectness_weight, dtype=score.dtype)[:, None]
     if (calibration.slope, calibration.offset) != (1.0, 0.0):
-        score = sigmoid(calibration.slope * logit(score, eps=1e-6) + calibration.offset)
+        score = platt_scaled(score, slope=calibration.slope, offset=calibration.offset)
     return score
 
 

@@ -12,7 +12,7 @@ from pretrain.engine.errors import UserError
 if TYPE_CHECKING:
     from ovd.weights import ModelCard
 
-LEAST, MOST = 64, 2048
+MIN_SIDE, MAX_SIDE = 64, 2048
 
 
 def apply_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
@@ -25,8 +25,8 @@ def apply_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
     """
     if sides is None:
         return
-    if not sides or not all(LEAST <= side <= MOST for side in sides):
-        raise UserError(f"sides {list(sides)}: one or more numbers of {LEAST} to {MOST} pixels")
+    if not sides or not all(MIN_SIDE <= side <= MAX_SIDE for side in sides):
+        raise UserError(f"sides {list(sides)}: one or more numbers of {MIN_SIDE} to {MAX_SIDE} pixels")
     model.set_sides(tuple(dict.fromkeys(sides)))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways to the regions of a picture, around a loaded model; `ovd.Detector.with_model` takes them."""
+"""Loaded models with other region embeddings or other queries; `ovd.Detector.with_model` takes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
-from ovd.inference.crop_names import CropNames
+from ovd.inference.crop_classifier import CropClassifier
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import RegionSet
 from ovd.regions.crops import embed_regions
@@ -41,7 +41,7 @@ class CropEmbeddings(RegionModel):
     @torch.inference_mode()
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """The model's regions with the encoder's embeddings; boxes under two pixels cannot be cropped."""
-        if isinstance(self.model, CropNames):  # it embeds crops itself
+        if isinstance(self.model, CropClassifier):  # it embeds crops itself
             return replace(self.model.regions(image), image=None)
         regions = self.model.regions(image)
         keep = large_enough(regions.boxes)

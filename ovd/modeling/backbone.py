@@ -32,7 +32,7 @@ STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4
 """Blocks of res2…res5 (He et al. 2015, table 1)."""
 
 
-FITTING = "Does model.backbone (name, depth, stem) fit the checkpoint?"
+MISMATCH_HINT = "Does model.backbone (name, depth, stem) fit the checkpoint?"
 
 Norm = str | Callable[[int], nn.Module]
 
@@ -213,8 +213,8 @@ def load_bottom_up(bottom_up: nn.Module, state: Mapping[str, Tensor], *, source:
         UserError: something of the network is missing or has another shape; it is never left partly random.
     """
     if isinstance(bottom_up, LibraryBackbone):
-        return load_tensors(bottom_up.network, state, source=source, strict="module", hint=FITTING)
-    return load_tensors(bottom_up, to_detectron2(state), source=source, strict="module", hint=FITTING)
+        return load_tensors(bottom_up.network, state, source=source, strict="module", hint=MISMATCH_HINT)
+    return load_tensors(bottom_up, to_detectron2(state), source=source, strict="module", hint=MISMATCH_HINT)
 
 
 TOLERANCE = 1e-5

@@ -18,7 +18,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from torch import Tensor, nn
 
-from ovd.modeling.backbone import FITTING, build_last_stage, norm_of, to_detectron2
+from ovd.modeling.backbone import MISMATCH_HINT, build_last_stage, norm_of, to_detectron2
 from ovd.modeling.library_network import Chain
 from pretrain.engine.state import LoadReport, load_tensors
 
@@ -76,7 +76,7 @@ def last_stage_head(
     return RegionHead(body=body, channels=channels, cells=cells, resolution=resolution, embed_dim=embed_dim)
 
 
-def start_body(head: RegionHead, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
+def init_body(head: RegionHead, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
     """Load the body of a `last_stage_head` from the whole network's tensors, under the names of its library.
 
     Raises:
@@ -85,11 +85,11 @@ def start_body(head: RegionHead, state: Mapping[str, Tensor], *, source: str) ->
     last = state
     if not isinstance(head.body, Chain):
         last = {k.removeprefix("res5."): v for k, v in to_detectron2(state).items() if k.startswith("res5.")}
-    return load_tensors(head.body, last, source=f"{source}, last stage", strict="module", hint=FITTING)
+    return load_tensors(head.body, last, source=f"{source}, last stage", strict="module", hint=MISMATCH_HINT)
 
 
 @torch.no_grad()
-def start_projection(head: RegionHead, weight: Tensor) -> None:
+def init_projection(head: RegionHead, weight: Tensor) -> None:
     """Start the projection of a head as the image encoder's own, (D, channels) without a bias."""
     assert head.projection is not None
     head.projection.weight.copy_(weight)

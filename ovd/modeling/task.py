@@ -21,7 +21,7 @@ class DetectionTask(Task):
         pretrained_lr_scale: their learning-rate factor.
     """
 
-    check_samples = 1  # of a megapixel, in the papers' recipes: half a minute on a CPU
+    check_samples = 1  # one of a megapixel, as in the papers' recipes, takes half a minute on a CPU
 
     def __init__(self, *, model: nn.Module, pretrained_prefixes: tuple[str, ...], pretrained_lr_scale: float) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovd.regions.cutting import UNUSABLE, CropOptions, cut_regions
+from ovd.regions.cutting import BAD_EMBEDDINGS, CropOptions, cut_regions
 from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
 
@@ -94,7 +94,7 @@ def embed_crops(
     total_PD = each_PKD.sum(dim=1)
     norm = total_PD.norm(dim=1, keepdim=True)
     if not bool(torch.isfinite(norm).all()) or bool((norm < 1e-12).any()):
-        raise UserError(UNUSABLE)
+        raise UserError(BAD_EMBEDDINGS)
     return total_PD / norm
 
 

@@ -150,11 +150,11 @@ def crop_rows(
     total_PD = np.concatenate(rows).reshape(len(crops), len(SCALES), -1).sum(axis=1)
     norm = np.linalg.norm(total_PD, axis=1, keepdims=True)
     if not np.isfinite(norm).all() or (norm < 1e-12).any():
-        raise UserError(UNUSABLE)
+        raise UserError(BAD_EMBEDDINGS)
     return total_PD / norm
 
 
-UNUSABLE = "the image encoder returned NaN, infinity or a zero vector; check its weights"
+BAD_EMBEDDINGS = "the image encoder returned NaN, infinity or a zero vector; check its weights"
 
 
 def _check_boxes(box_P4: NDArray[np.float64], *, width: int, height: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the pictures of a region store come from: generated scenes, a COCO file, or a folder.
+"""The pictures of a region store: generated scenes, a COCO file, or a folder.
 
 Each is an `ovd.regions.layout.ImageSource`, or a `BoxedImageSource` where it has ground truth. A fingerprint hashes
 what decides the pixels, not where they lie: a data set may move to another disk, but a picture that is replaced under
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pretrain.data.scenes import SceneSource
 
 
-WHOLE = 1 << 20
+HASHED_WHOLE = 1 << 20
 """Bytes up to which a file is hashed whole; of a larger one its size, beginning, middle and end are."""
 
 
@@ -47,9 +47,14 @@ def content_sha256(root: Path, named: Sequence[tuple[ImageId, str]]) -> str:
             with open(root / name, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 digest.update(str(size).encode())
-                for start in (0,) if size <= WHOLE else (0, (size - WHOLE) // 2, size - WHOLE // 4):
+                starts: tuple[int, ...] = (0,)
+                length = HASHED_WHOLE
+                if size > HASHED_WHOLE:
+                    length = HASHED_WHOLE // 4
+                    starts = (0, (size - HASHED_WHOLE) // 2, size - length)
+                for start in starts:
                     file.seek(start)
-                    digest.update(file.read(WHOLE if size <= WHOLE else WHOLE // 4))
+                    digest.update(file.read(length))
         except OSError as error:  # reading it will say so, where it is read
             digest.update(f"cannot be read: {type(error).__name__}".encode())
     return digest.hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of region embeddings: what it is made from and which files it has.
+"""Layout of a region store: its files, and what it was made from.
 
 `ovd.regions.writer` writes it, with any number of processes; `ovd.regions.store` reads it by picture id.
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "ovd-regions/1"
-NOTED = {"encoder": "encoder", "proposals": "proposer"}  # keys that hold fingerprints -> where the notes name them
+NAMED_IN_NOTES = {"encoder": "encoder", "proposals": "proposer"}
+"""Keys of the manifest that hold fingerprints -> keys of its notes that hold their names."""
 
 
 class ImageSource(IdentifiedPictures, Protocol):
@@ -203,7 +204,7 @@ def settings_of(manifest: Manifest) -> StoreSettings:
     return StoreSettings(**values)
 
 
-def rows_of(manifest: Manifest, shard: int) -> range:
+def shard_rows(manifest: Manifest, shard: int) -> range:
     """Positions of the pictures in a shard."""
     size = int(manifest["settings"]["images_per_shard"])
     return range(shard * size, min((shard + 1) * size, int(manifest["images"]["count"])))
@@ -254,7 +255,7 @@ def read_ids(path: Path, manifest: Manifest) -> list[ImageId]:
     return list(json.loads(text))
 
 
-def sidecar(path: Path, shard: int) -> Sidecar | None:
+def read_sidecar(path: Path, shard: int) -> Sidecar | None:
     """The file beside a complete shard; None where there is none, or a damaged one."""
     text = read_text(sidecar_path(path, shard))
     try:
@@ -268,13 +269,13 @@ def sidecar(path: Path, shard: int) -> Sidecar | None:
 def refuse_differences(
     path: Path, manifest: Manifest, expected: Mapping[str, object], *, notes: Mapping[str, object]
 ) -> None:
-    """Compare a manifest with what the caller has; a wanted None is not compared.
+    """Compare a manifest with what the caller has; an expected None is not compared.
 
     Args:
         path: folder of the store, for messages.
         manifest: of the store.
         expected: what the caller has, by key of the manifest.
-        notes: of the caller, like the manifest's: what people call the things that fingerprints stand for.
+        notes: of the caller, like the manifest's: names of what the fingerprints stand for.
 
     Raises:
         UserError: naming every difference.
@@ -290,7 +291,7 @@ def refuse_differences(
                 if present.get(k) != v:
                     problems.append(f"{key}.{k}: it has {present.get(k)!r}, you have {v!r}")
         elif present != value:
-            note = NOTED.get(key, "")
+            note = NAMED_IN_NOTES.get(key, "")
             had, have = _named(present, manifest.get("notes", {}).get(note)), _named(value, notes.get(note))
             problems.append(f"{key}: it has {had}, you have {have}")
     if problems:
@@ -300,7 +301,7 @@ def refuse_differences(
 
 
 def _named(value: object, name: object) -> str:
-    """A fingerprint with the name that people know it by: ``clip-photo (1f2e3d4c5b6a…)``; without one as it is."""
+    """A fingerprint with the name of what it stands for: ``clip-photo (1f2e3d4c5b6a…)``; without one as it is."""
     return f"{name} ({str(value)[:12]}…)" if isinstance(name, str) else repr(value)
 
 

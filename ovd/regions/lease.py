@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that one process at a time holds: who has it may work, the others see that somebody does.
+"""Lease files: a lock between processes, of one host or several, that share a folder.
 
 It is created exclusively and names its owner. A lease whose owner is dead, or silent for too long, may be taken over.
 """
@@ -23,12 +23,12 @@ def lease(file: Path, seconds: float) -> Iterator[Callable[[], None] | None]:
     """Hold a lease file; yields a heartbeat, or None when another live process holds it."""
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     token = json.dumps({**owner, "key": uuid.uuid4().hex})
-    if not _create_lease(file, token) and not (_steal(file, seconds) and _create_lease(file, token)):
+    if not _create_lease(file, token) and not (_take_over(file, seconds) and _create_lease(file, token)):
         yield None
         return
     last = time.monotonic()
 
-    def beat() -> None:
+    def heartbeat() -> None:
         nonlocal last
         if time.monotonic() - last > min(seconds / 10, 10.0):
             last = time.monotonic()
@@ -36,7 +36,7 @@ def lease(file: Path, seconds: float) -> Iterator[Callable[[], None] | None]:
                 os.utime(file)
 
     try:
-        yield beat
+        yield heartbeat
     finally:
         if read_text(file) == token:  # it may have been taken over by now
             file.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def _create_lease(file: Path, token: str) -> bool:
     return True
 
 
-def _steal(file: Path, seconds: float) -> bool:
+def _take_over(file: Path, seconds: float) -> bool:
     """Remove a lease whose owner is dead or silent. True when it is gone."""
     try:
         age = time.time() - file.stat().st_mtime
@@ -60,12 +60,12 @@ def _steal(file: Path, seconds: float) -> bool:
         return True
     if age < seconds and not _owner_is_dead(read_text(file)):
         return False
-    grave = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    removed = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
-        os.rename(file, grave)  # of several thieves only one succeeds
+        os.rename(file, removed)  # of several processes only one succeeds
     except FileNotFoundError:
         return False
-    grave.unlink(missing_ok=True)
+    removed.unlink(missing_ok=True)
     return True
 
 

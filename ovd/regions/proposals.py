@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class-agnostic proposals, and how they move with their picture.
+"""Class-agnostic proposals: the proposers' interface, selection, and resizing with their picture.
 
 All boxes are ``(P, 4)`` float32 xyxy in pixels; a picture of width ``W`` spans ``[0, W]``.
 """
@@ -81,7 +81,8 @@ def select_proposals(
     Returns:
         At most ``top`` proposals by falling score; equal scores keep their order.
     """
-    box_P4, score_P = _array(boxes).reshape(-1, 4), _array(scores).reshape(-1)
+    box_P4 = as_array(boxes).astype(np.float32, copy=False).reshape(-1, 4)
+    score_P = as_array(scores).astype(np.float32, copy=False).reshape(-1)
     if len(box_P4) != len(score_P):
         raise ValueError(f"{len(box_P4)} boxes but {len(score_P)} scores")
     finite = np.isfinite(box_P4).all(axis=1) & np.isfinite(score_P)
@@ -102,7 +103,3 @@ def resize_boxes(boxes: NDArray[np.float32], old_hw: tuple[int, int], new_hw: tu
     """Scale ``(P, 4)`` boxes with a picture resized from ``old_hw`` to ``new_hw`` (height, width)."""
     sy, sx = new_hw[0] / old_hw[0], new_hw[1] / old_hw[1]
     return boxes * np.array([sx, sy, sx, sy], dtype=np.float32)
-
-
-def _array(value: object) -> NDArray[np.float32]:
-    return as_array(value).astype(np.float32, copy=False)

@@ -23,8 +23,8 @@ from ovd.regions.layout import (
     ImageSource,
     Manifest,
     StoreSettings,
-    rows_of,
     shard_path,
+    shard_rows,
     sidecar_path,
     write_json,
 )
@@ -89,11 +89,11 @@ class _Batches:
     Args:
         embedder: its encoder embeds.
         rows_SD: (boxes of the shard, D) fp16, is filled.
-        beat: called after each batch.
+        heartbeat: called after each batch.
     """
 
-    def __init__(self, embedder: RegionEmbedder, rows_SD: torch.Tensor, beat: Callable[[], None]) -> None:
-        self.embedder, self.rows_SD, self.beat = embedder, rows_SD, beat
+    def __init__(self, embedder: RegionEmbedder, rows_SD: torch.Tensor, heartbeat: Callable[[], None]) -> None:
+        self.embedder, self.rows_SD, self.heartbeat = embedder, rows_SD, heartbeat
         self.boxes = max(1, embedder.batch_size // len(embedder.settings.scales))
         self._crops: list[torch.Tensor] = []
         self._slots: list[int] = []
@@ -125,12 +125,12 @@ class _Batches:
                 precision=settings.precision,
             )
             self.rows_SD[torch.tensor(slots)] = embedded.to(torch.float16)
-            self.beat()
+            self.heartbeat()
         self._crops = [waiting] if len(waiting) else []
 
 
 def write_shard(
-    path: Path, shard: int, *, manifest: Manifest, embedder: RegionEmbedder, beat: Callable[[], None]
+    path: Path, shard: int, *, manifest: Manifest, embedder: RegionEmbedder, heartbeat: Callable[[], None]
 ) -> int:
     """Write a shard and what stands beside it; returns how many of its pictures could not be read.
 
@@ -139,19 +139,19 @@ def write_shard(
         shard: its number.
         manifest: of the store.
         embedder: makes the content.
-        beat: called now and then, so that the shard's lease stays fresh.
+        heartbeat: called now and then, so that the shard's lease stays fresh.
 
     Raises:
         FileNotFoundError: another process took the shard over and swept the temporary file away.
     """
-    rows, top, dim = rows_of(manifest, shard), embedder.settings.proposals_per_image, int(manifest["dim"])
+    rows, top, dim = shard_rows(manifest, shard), embedder.settings.proposals_per_image, int(manifest["dim"])
     tensors = {
         "embeddings": torch.zeros(len(rows), top, dim, dtype=torch.float16),
         "boxes": torch.zeros(len(rows), top, 4),
         "scores": torch.zeros(len(rows), top),
         "valid": torch.zeros(len(rows), dtype=torch.int64),
     }
-    batches = _Batches(embedder, tensors["embeddings"].view(-1, dim), beat)
+    batches = _Batches(embedder, tensors["embeddings"].view(-1, dim), heartbeat)
     bad: list[tuple[ImageId, str]] = []
     for row, index in enumerate(rows):
         try:
@@ -159,7 +159,7 @@ def write_shard(
         except BadImageError as error:
             bad.append((embedder.source.ids[index], error.reason))
             continue
-        beat()
+        heartbeat()
         count = len(proposals.boxes)
         tensors["boxes"][row, :count] = torch.from_numpy(proposals.boxes)
         tensors["scores"][row, :count] = torch.from_numpy(proposals.scores)

@@ -25,12 +25,12 @@ from ovd.regions.layout import (
     as_json,
     read_ids,
     read_manifest,
+    read_sidecar,
     refuse_differences,
-    rows_of,
     settings_of,
     shard_count,
     shard_path,
-    sidecar,
+    shard_rows,
 )
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import sha256_of
@@ -97,7 +97,7 @@ class RegionStore:
         store = cls(path, manifest, read_ids(path, manifest))
         store.require(**expected)
         if not manifest.get("shards") and not partial:
-            done = sum(sidecar(path, shard) is not None for shard in range(shard_count(manifest)))
+            done = sum(read_sidecar(path, shard) is not None for shard in range(shard_count(manifest)))
             raise UserError(
                 f"{path}: the region store is incomplete ({done} of {shard_count(manifest)} shards): "
                 f"run the same `python -m ovd.embed` command again to finish it"
@@ -180,8 +180,8 @@ class RegionStore:
         """Pictures that could not be read, with the reason. They have no proposals."""
         reasons: dict[ImageId, str] = {}
         for shard in range(shard_count(self.manifest)):
-            if (side := sidecar(self.root, shard)) is not None:
-                reasons |= dict(side.get("bad_images", ()))
+            if (sidecar := read_sidecar(self.root, shard)) is not None:
+                reasons |= dict(sidecar.get("bad_images", ()))
         return reasons
 
     def verify(self) -> list[str]:
@@ -193,15 +193,15 @@ class RegionStore:
         problems = []
         for shard, record in enumerate(self.manifest.get("shards") or [None] * shard_count(self.manifest)):
             file = shard_path(self.root, shard)
-            side = sidecar(self.root, shard)
-            if side is None or not file.is_file():
+            sidecar = read_sidecar(self.root, shard)
+            if sidecar is None or not file.is_file():
                 problems.append(f"{file.name}: missing or unfinished")
                 continue
-            if sha256_of(file) != side["sha256"] or (record is not None and record["sha256"] != side["sha256"]):
+            if sha256_of(file) != sidecar["sha256"] or (record is not None and record["sha256"] != sidecar["sha256"]):
                 problems.append(f"{file.name}: damaged (its sha256 differs)")
                 continue
             tensors = _map_shard(file)
-            expected = len(rows_of(self.manifest, shard))
+            expected = len(shard_rows(self.manifest, shard))
             if len(tensors["valid"]) != expected:
                 problems.append(f"{file.name}: {len(tensors['valid'])} pictures, expected {expected}")
             for row, valid in enumerate(tensors["valid"].tolist()):
@@ -218,7 +218,7 @@ class RegionStore:
         shard, row = divmod(position, int(self.manifest["settings"]["images_per_shard"]))
         tensors = self._maps.get(shard)
         if tensors is None:
-            if not self.manifest.get("shards") and sidecar(self.root, shard) is None:
+            if not self.manifest.get("shards") and read_sidecar(self.root, shard) is None:
                 raise KeyError(f"{self.root}: picture {image_id!r} is in shard {shard}, which is not written yet")
             tensors = self._maps[shard] = _map_shard(shard_path(self.root, shard))
             if len(self._maps) > 128:  # each holds a file descriptor

@@ -26,11 +26,11 @@ from ovd.regions.layout import (
     manifest_path,
     read_ids,
     read_manifest,
+    read_sidecar,
     refuse_differences,
-    rows_of,
     shard_count,
     shard_path,
-    sidecar,
+    shard_rows,
     sidecar_path,
     write_json,
     write_text,
@@ -74,8 +74,8 @@ def estimate(source_length: int, *, identity: Identity, root: Path | None = None
     if root is not None and manifest_path(root).is_file():
         manifest = read_manifest(root)
         for shard in range(shard_count(manifest)):
-            if sidecar(root, shard) is not None:
-                done += len(rows_of(manifest, shard))
+            if read_sidecar(root, shard) is not None:
+                done += len(shard_rows(manifest, shard))
     overhead = 1024 * (1 + -(-source_length // settings.images_per_shard)) + 24 * source_length
     missing = max(source_length - done, 0)
     return Estimate(
@@ -125,7 +125,7 @@ def write_regions(
     )
     plan = estimate(len(source), identity=identity, root=writer.path)
     _refuse_small_disk(writer.path, plan)
-    writer.count_whole()
+    writer.count_complete()
     if plan.missing_images:
         log(_plan_line(writer.embedder, plan, identity.dim))
     while not writer.complete:
@@ -166,34 +166,36 @@ class _Writer:
         """Whether every shard is written, by whomever."""
         return len(self.done) == self.shards
 
-    def count_whole(self) -> None:
-        """Keep the shards that earlier runs wrote, and count their unreadable pictures."""
+    def count_complete(self) -> None:
+        """Note the shards that earlier runs completed, and count their unreadable pictures."""
         for shard in range(self.shards):
-            if _is_whole(self.path, shard, self.log):
+            if _is_complete(self.path, shard, self.log):
                 self.done.add(shard)
                 self.reused += 1
-                side = sidecar(self.path, shard)
-                self.bad += len(side.get("bad_images", ())) if side is not None else 0
+                sidecar = read_sidecar(self.path, shard)
+                self.bad += len(sidecar.get("bad_images", ())) if sidecar is not None else 0
 
     def write_free(self) -> bool:
-        """Write each missing shard that no other process is writing; whether any got done, here or elsewhere."""
+        """Write each missing shard that no other process holds; returns whether any was completed, by whomever."""
         before = len(self.done)
         for shard in range(self.shards):
             if shard in self.done:
                 continue
-            if sidecar(self.path, shard) is not None and _is_whole(self.path, shard, self.log):
+            if read_sidecar(self.path, shard) is not None and _is_complete(self.path, shard, self.log):
                 self.done.add(shard)  # another process was faster
                 continue
-            with lease(self.path / f"shard-{shard:05d}.lease", self.lease_seconds) as beat:
-                if beat is not None and sidecar(self.path, shard) is None:
-                    self._write(shard, beat)
+            with lease(self.path / f"shard-{shard:05d}.lease", self.lease_seconds) as heartbeat:
+                if heartbeat is not None and read_sidecar(self.path, shard) is None:
+                    self._write(shard, heartbeat)
         return len(self.done) > before
 
-    def _write(self, shard: int, beat: Callable[[], None]) -> None:
+    def _write(self, shard: int, heartbeat: Callable[[], None]) -> None:
         start = time.monotonic()
-        _sweep(self.path, shard)
+        _remove_leftovers(self.path, shard)
         try:
-            self.bad += write_shard(self.path, shard, manifest=self.manifest, embedder=self.embedder, beat=beat)
+            self.bad += write_shard(
+                self.path, shard, manifest=self.manifest, embedder=self.embedder, heartbeat=heartbeat
+            )
         except FileNotFoundError:
             # Our lease went stale, and the process that took it over swept our temporary file away.
             self.log(f"shard {shard} was taken over by another process")
@@ -201,7 +203,7 @@ class _Writer:
         self.refuse_many_bad()
         self.written += 1
         self.done.add(shard)
-        rows = len(rows_of(self.manifest, shard))
+        rows = len(shard_rows(self.manifest, shard))
         took = max(time.monotonic() - start, 1e-9)
         self.log(
             f"shard {len(self.done)}/{self.shards}: {rows} pictures in {took:.1f} s ({rows / took:.2f} pictures/s)"
@@ -310,11 +312,13 @@ def _finish(path: Path) -> None:
     manifest = read_manifest(path)
     records: list[ShardSum] = []
     for shard in range(shard_count(manifest)):
-        side = sidecar(path, shard)
-        if side is None:
-            return  # somebody found it damaged and is writing it again; they will finish
+        sidecar = read_sidecar(path, shard)
+        if sidecar is None:
+            return  # another process found it damaged, is writing it again, and will finish
         records.append(
-            ShardSum(sha256=side["sha256"], bytes=side["bytes"], images=side["images"], regions=side["regions"])
+            ShardSum(
+                sha256=sidecar["sha256"], bytes=sidecar["bytes"], images=sidecar["images"], regions=sidecar["regions"]
+            )
         )
     manifest["shards"] = records
     manifest["regions"] = sum(record["regions"] for record in records)
@@ -324,19 +328,19 @@ def _finish(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _is_whole(path: Path, shard: int, log: Callable[[str], None]) -> bool:
-    side = sidecar(path, shard)
-    if side is None:
+def _is_complete(path: Path, shard: int, log: Callable[[str], None]) -> bool:
+    sidecar = read_sidecar(path, shard)
+    if sidecar is None:
         return False
     file = shard_path(path, shard)
-    if file.is_file() and file.stat().st_size == side["bytes"] and sha256_of(file) == side["sha256"]:
+    if file.is_file() and file.stat().st_size == sidecar["bytes"] and sha256_of(file) == sidecar["sha256"]:
         return True
     log(f"warning: {file.name} is damaged and will be written again")
     sidecar_path(path, shard).unlink(missing_ok=True)
     return False
 
 
-def _sweep(path: Path, shard: int) -> None:
+def _remove_leftovers(path: Path, shard: int) -> None:
     """Remove what a killed writer of this shard left behind."""
     for leftover in path.glob(f".shard-{shard:05d}.*.tmp"):
         leftover.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from ovd.runtime.files import find_export, find_int8_export, graphs_of, stale
 from ovd.vocabulary import TEMPLATE_SETS
 from ovd.weights import ModelCard, read_model_card
 from pretrain.engine.errors import NEEDS_TORCH, UserError, ignore_old_torch_calls
-from pretrain.engine.loading import without_collection, without_compiler
+from pretrain.engine.loading import fast_loading
 
 if TYPE_CHECKING:
     from ovd.inference.region_model import RegionModel
@@ -192,7 +192,7 @@ def _load_torch(
     from ovd.modeling.load import load_detector_model
     from pretrain.engine.distributed import pick_device
 
-    with without_compiler(), without_collection():
+    with fast_loading():
         target = pick_device(device, threads=threads)
         encoder = load_encoder_of(folder, card).to(target)
         model = load_detector_model(folder, device=str(target), masks=masks, top=regions, encoder=encoder)

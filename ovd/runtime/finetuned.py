@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classes that were added by fine-tuning, without torch: what `ovd.modeling.proposals.classes.ClassBranch.detect` and
-`ovd.modeling.fvlm.finetuned.FinetunedClasses.beside` do with tensors, done with arrays.
+`ovd.modeling.fvlm.finetuned.FinetunedClasses.append_to` do with tensors, done with arrays.
 
 Shapes: P boxes of one branch, R boxes of all, O fine-tuned classes of all branches.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, best_first, logit, sigmoid
+from ovd.inference.arrays import Floats, best_first, platt_scaled, sigmoid
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.postprocess import batched_nms
 from ovd.modeling.export import FinetunedCard
@@ -25,7 +25,6 @@ CANDIDATES = 1000
 """Best (cell, class) pairs that enter NMS, as in `ovd.modeling.proposals.classes`."""
 LEAST_SCORE = 1e-3
 LEAST_SIDE = 1  # of a box, in pixels of the picture
-EPS = 1e-6
 
 
 class FinetunedBoxes(NamedTuple):
@@ -70,7 +69,7 @@ class OnnxBranches:
             column = columns[class_id]
             active = column >= 0
             rows = np.zeros((int(active.sum()), self._classes), np.float32)
-            calibrated = sigmoid(card.slope * logit(score[active], eps=EPS) + card.offset)
+            calibrated = platt_scaled(score[active], slope=card.slope, offset=card.offset)
             rows[np.arange(len(rows)), column[active]] = calibrated
             boxes.append(box[active])
             scores.append(rows)

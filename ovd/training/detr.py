@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ovd.config_detr import DetrTrainConfig
 from ovd.training.inputs import (
     PixelStats,
-    backbone_start,
+    initial_backbone,
     no_backbone_weights,
     pixel_stats_of,
     require_data,
@@ -70,7 +70,7 @@ def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
         pixel_mean=mean,
         pixel_std=std,
     )
-    load_start(config, model, encoder, backbone)
+    load_initial_weights(config, model, encoder, backbone)
     # Before the loop does it: what is cached or embedded ahead of the first step is computed there too.
     device = pick_device(config.loop.device)
     model.to(device)
@@ -87,7 +87,7 @@ def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
         encoder=encoder, labels=labels, model=model, task=task, source=source, pixel_mean=mean, pixel_std=std
     )
     if config.weights is None and config.model.arch == "conditional":  # the original starts as its authors had it
-        print(start_projections(config, parts))
+        print(init_projections_from_samples(config, parts))
     return parts
 
 
@@ -140,7 +140,7 @@ def read_backbone(config: DetrTrainConfig, encoder: JointEncoder) -> tuple[Pixel
 
     bb = config.model.backbone
     norms = {"model.backbone.norm": bb.norm} if bb.is_resnet else {}
-    state, pixel_stats = backbone_start(bb, config.backbone_weights, encoder, norms=norms)
+    state, pixel_stats = initial_backbone(bb, config.backbone_weights, encoder, norms=norms)
     if state is None:
         if not bb.is_resnet:
             raise no_backbone_weights(bb)
@@ -151,37 +151,39 @@ def read_backbone(config: DetrTrainConfig, encoder: JointEncoder) -> tuple[Pixel
     return pixel_stats, state
 
 
-def load_start(config: DetrTrainConfig, model: Detr, encoder: JointEncoder, backbone: Mapping[str, Tensor]) -> None:
+def load_initial_weights(
+    config: DetrTrainConfig, model: Detr, encoder: JointEncoder, backbone: Mapping[str, Tensor]
+) -> None:
     """Load what training starts from, the backbone, the region tower and ``weights``, and print a report."""
     from ovd.modeling.backbone import load_bottom_up
-    from ovd.modeling.detr.checkpoints import read_start, refuse_other_attention, start_detr
+    from ovd.modeling.detr.checkpoints import init_detr, read_initial_weights, refuse_other_attention
 
     load_bottom_up(model.backbone, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
     if model.region_tower is not None:
-        print(start_region_tower(config, model.region_tower, encoder, backbone))
+        print(init_region_tower(config, model.region_tower, encoder, backbone))
     if config.weights is not None:
-        state, has_backbone = read_start(Path(config.weights))
+        state, has_backbone = read_initial_weights(Path(config.weights))
         refuse_other_attention(Path(config.weights), state, config.model)
-        report = start_detr(model, state, source=config.weights, backbone=has_backbone)
+        report = init_detr(model, state, source=config.weights, backbone=has_backbone)
         print(f"weights={config.weights}: {report}")
 
 
-def start_region_tower(
+def init_region_tower(
     config: DetrTrainConfig, tower: RegionHead, encoder: JointEncoder, backbone: Mapping[str, Tensor]
 ) -> str:
     """Start the region tower as the backbone's last stage and the encoder's projection; returns what was done."""
-    from ovd.modeling.region_head import start_body, start_projection
+    from ovd.modeling.region_head import init_body, init_projection
     from pretrain.nets.towers import ResNetImage
 
-    start_body(tower, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
+    init_body(tower, backbone, source=config.backbone_weights or f"encoder {config.encoder}")
     if config.backbone_weights is not None:
         return "region_tower starts as the backbone's last stage, its projection at random"
     assert isinstance(encoder.visual, ResNetImage)  # read_backbone refuses others
-    start_projection(tower, encoder.visual.proj.weight)
+    init_projection(tower, encoder.visual.proj.weight)
     return f"region_tower starts as the last stage and projection of encoder {config.encoder}"
 
 
-def start_projections(config: DetrTrainConfig, parts: TrainingParts[Detr]) -> str:
+def init_projections_from_samples(config: DetrTrainConfig, parts: TrainingParts[Detr]) -> str:
     """Initialise the projections of tokens and patches from the first samples; returns what was done, for the log."""
     import torch
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from ovd.modeling.proposals.classes import ClassBranch
 
 TRUNK = ("csp.", "neck.")
-LEAST_STEPS = 150
-TIE = 0.005
-"""Of AP50: of weights that are as good as each other the later ones are kept, whose scores have seen more."""
+MIN_STEPS = 150
+AP50_TOLERANCE = 0.005
+"""Of two sets of weights whose AP50 differs by less the later one is kept: its scores were trained for longer."""
 
 
 class FinetuneTask(DetectionTask):
@@ -72,7 +72,8 @@ class FinetuneTask(DetectionTask):
             self.best.load_state_dict(self.branch.state_dict())
             return {}, []
         measured = self.measure(self.branch)
-        if not measured.ap50 < float(self.best_ap50) - TIE:  # no object there: NaN, and the newest weights are kept
+        is_worse = measured.ap50 < float(self.best_ap50) - AP50_TOLERANCE
+        if not is_worse:  # also where it is NaN, as there is no object: the newest weights are kept
             self.best.load_state_dict(self.branch.state_dict())
             self.best_ap50.fill_(max(float(self.best_ap50), measured.ap50))
         return {"held_out_ap50": measured.ap50, "best_ap50": float(self.best_ap50)}, []
@@ -103,9 +104,8 @@ def with_steps(config: FinetuneConfig, photos: FinetunePhotos) -> FinetuneConfig
     Raises:
         UserError: so few that the warm-up would not end.
     """
-
     used = min(len(photos), config.data.images_limit or len(photos))
-    steps = min(config.loop.steps, max(LEAST_STEPS, config.steps_per_photo * used))
+    steps = min(config.loop.steps, max(MIN_STEPS, config.steps_per_photo * used))
     if steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps={config.optim.warmup_steps}: {used} photos are learned in {steps} steps; take fewer, "
@@ -123,14 +123,14 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
     from ovd.config_proposals import ProposalNetworkConfig
     from ovd.data.own_photos import CanvasSource
     from ovd.modeling.fvlm.network import PROPOSALS
+    from ovd.modeling.proposals.build import build_from_weights
     from ovd.modeling.proposals.build import read_card as read_proposals
-    from ovd.modeling.proposals.build import start_model
     from ovd.modeling.proposals.classes import ClassBranch
     from ovd.training.negatives import negatives_of
     from pretrain.engine.distributed import is_main, seed_everything
 
     seed_everything(config.loop.seed)
-    folder = _detector(config)
+    folder = _detector_folder(config)
     chosen, held_out = photos.divided(config.data.held_out, limit=config.data.images_limit, seed=config.loop.seed)
     if is_main():
         for notice in photos.notices:
@@ -144,7 +144,7 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
             print("no photo with an object is held out: the last weights are exported, their scores uncalibrated")
     branch = ClassBranch(classes=len(photos.names))
     proposals = ProposalNetworkConfig.model_validate(read_proposals(folder / PROPOSALS).model)
-    branch.start_from(start_model(folder / PROPOSALS, proposals))
+    branch.init_from(build_from_weights(folder / PROPOSALS, proposals))
     data = config.data
     return FinetuneParts(
         folder=folder,
@@ -199,7 +199,7 @@ def read_photos(config: FinetuneConfig) -> FinetunePhotos:
     return FinetunePhotos(folder=labels.root, truth=labels.truth(), confident=data.confident, doubtful=data.doubtful)
 
 
-def _detector(config: FinetuneConfig) -> Path:
+def _detector_folder(config: FinetuneConfig) -> Path:
     """The folder of the detector of photographs that ``weights`` names.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m ovd.train`` does with a region head on a frozen image tower (``model.arch: fvlm``).
+"""``python -m ovd.train`` for a region head on a frozen image tower (``model.arch: fvlm``).
 
 All but the head is frozen, so every photo goes through the networks once; the head then learns from cached features.
 """
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 BATCH = 8  # photos between two writings of the cache
 
-Rows = Callable[[int], "dict[str, NDArray[Any]]"]
+FeatureRows = Callable[[int], "dict[str, NDArray[Any]]"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FvlmParts:
-    """What a training of a region head consists of."""
+    """Parts of a training of a region head; ``rows``: (V, D) text embeddings of the words."""
 
     encoder: JointEncoder
     model: FvlmDetector
@@ -53,6 +53,8 @@ def for_check(config: FvlmTrainConfig) -> FvlmTrainConfig:
 
 def build(config: FvlmTrainConfig) -> FvlmParts:
     """Everything a training needs, before the first step; features that are not cached yet are computed first."""
+    import torch
+
     from ovd.data.pooled import OfflineRegions, PooledSource
     from ovd.modeling.fvlm.criterion import WordCriterion
     from ovd.modeling.fvlm.network import build_fvlm
@@ -69,23 +71,21 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
         print(notice)
     encoder = resolve_encoder(config.encoder)
     store = None if config.regions is None else open_store(Path(config.regions), photos, encoder, name=config.encoder)
-    import torch
-
     words = Vocabulary.of(photos.table.words, templates=TEMPLATE_SETS[config.templates])
     rows = torch.from_numpy(embed_vocabulary(words, encoder))
     proposals = detector_folder(config.proposals)
     model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder)
     key = {"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}
-    row = rows_of(config, model, photos, key=key)
+    row = photo_features(config, model, photos, key=key)
     offline = None
     if store is not None:
         offline = OfflineRegions(
-            store=store, row=offline_rows_of(config, model, photos, store, encoder=encoder.fingerprint())
+            store=store, row=offline_features(config, model, photos, store, encoder=encoder.fingerprint())
         )
     criterion = WordCriterion(
         model=model,
         rows=rows,
-        everywhere=photos.table.everywhere,
+        always_labelled=photos.table.everywhere,
         noun_weight=config.noun_weight,
         image_weight=None if store is None else config.image_weight,
     )
@@ -141,8 +141,10 @@ def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder, *, name:
     return RegionStore.open(folder, encoder_fingerprint=encoder.fingerprint(), encoder_name=name, image_ids=image_ids)
 
 
-def rows_of(config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]) -> Rows:
-    """What gives a photo's regions with pooled features; where there is a cache, it is filled first.
+def photo_features(
+    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]
+) -> FeatureRows:
+    """A function from a photo's index to its regions with pooled features; a cache is filled first.
 
     Args:
         config: of the training.
@@ -153,16 +155,16 @@ def rows_of(config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *,
     regions = config.data.regions
 
     def compute(index: int) -> dict[str, NDArray[Any]]:
-        return _regions_of(model, photos.image(index), count=regions, seed=index)
+        return _region_features(model, photos.image(index), count=regions, seed=index)
 
     more = {"model": config.model.model_dump(mode="json", include={"side", "known"}), "regions": regions}
-    return _cached(config, photos, compute, key={**key, **more})
+    return _from_cache(config, photos, compute, key={**key, **more})
 
 
-def offline_rows_of(
+def offline_features(
     config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, store: RegionStore, *, encoder: str
-) -> Rows:
-    """What gives the features of a photo's offline regions; see `rows_of`.
+) -> FeatureRows:
+    """A function from a photo's index to the features of its offline regions; see `photo_features`.
 
     Args:
         config: of the training.
@@ -180,16 +182,16 @@ def offline_rows_of(
         return {"features": _padded(model.tower.pooled(photos.image(index), boxes), count, np.float16)}
 
     more = {"side": config.model.side, "offline regions": store.identity()}
-    return _cached(config, photos, compute, key={"encoder": encoder, **more})
+    return _from_cache(config, photos, compute, key={"encoder": encoder, **more})
 
 
-def _cached(
+def _from_cache(
     config: FvlmTrainConfig,
     photos: PhotoWords,
     compute: Callable[[int], dict[str, NDArray[Any]]],
     *,
     key: Mapping[str, object],
-) -> Rows:
+) -> FeatureRows:
     """`compute`, or the rows of a cache, which is filled first."""
     import numpy as np
 
@@ -212,7 +214,9 @@ def _cached(
     return FeatureCache.open(Path(config.cache), key=described, count=len(photos), compute=several, batch=BATCH).row
 
 
-def _regions_of(model: FvlmDetector, image: NDArray[np.uint8], *, count: int, seed: int) -> dict[str, NDArray[Any]]:
+def _region_features(
+    model: FvlmDetector, image: NDArray[np.uint8], *, count: int, seed: int
+) -> dict[str, NDArray[Any]]:
     """A cache's row of a picture: half of the regions are the best ones, the others drawn from the rest."""
     import numpy as np
     import torch
@@ -240,9 +244,9 @@ def _padded(values: Tensor, count: int, dtype: type[np.floating[Any]]) -> NDArra
 
 
 def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
-    """How words rank that neither the proposal network nor labels know, before anything is fitted.
+    """Calibration before anything is fitted: how words rank that neither the proposal network nor labels have.
 
-    Values from photos of `data.part: val` (docs/reports/photographs.md).
+    Its values were chosen on photos of `data.part: val` (docs/reports/photographs.md).
 
     Args:
         model: of the detector.

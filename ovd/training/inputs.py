@@ -164,7 +164,9 @@ def backbone_tensors(
     return tensors, pixel_stats
 
 
-def library_start(network: NetworkConfig, spec: str | None) -> tuple[Mapping[str, Tensor] | None, PixelStats]:
+def initial_library_backbone(
+    network: NetworkConfig, spec: str | None
+) -> tuple[Mapping[str, Tensor] | None, PixelStats]:
     """(tensors or None, pixel statistics) that a network of timm or torchvision starts with.
 
     Args:
@@ -183,7 +185,7 @@ def library_start(network: NetworkConfig, spec: str | None) -> tuple[Mapping[str
     return tensors, PixelStats(*trained_on) if trained_on else statistics
 
 
-def backbone_start(
+def initial_backbone(
     network: DetectorBackboneConfig | DetrBackboneConfig,
     spec: str | None,
     encoder: JointEncoder,
@@ -199,7 +201,7 @@ def backbone_start(
         norms: see `backbone_tensors`.
 
     Raises:
-        UserError: no such weights; see also `backbone_tensors` and `library_start`.
+        UserError: no such weights; see also `backbone_tensors` and `initial_library_backbone`.
     """
     if spec is not None:
         require_exists(
@@ -209,7 +211,7 @@ def backbone_start(
             "file with the network's own names",
         )
     if not network.is_resnet:
-        return library_start(network, spec)
+        return initial_library_backbone(network, spec)
     statistics = PixelStats(encoder.image_mean, encoder.image_std)
     if spec is None:
         return None, statistics

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The photos of other kinds that fine-tuned classes are told apart from (`data.negatives`)."""
+"""Photos without the fine-tuned classes, as negatives (`data.negatives`)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import BadImageError
 
 WORD_LEVEL = 0.1
-"""Boxes that have a class's name with this score are not learned as background."""
-LEAST_SIDE = 32
+"""Boxes where the detector scores a class's name this high are not learned as background."""
+MIN_CROP_SIDE = 32
 """Pixels of the smaller side that a crop of a labelled object has, to be compared with."""
 
 
@@ -48,9 +48,9 @@ def negatives_of(
 def without_classes(
     negatives: NegativePhotos, photos: FinetunePhotos, chosen: Sequence[int], detector: Detector
 ) -> NegativePhotos:
-    """The photos; boxes are doubtful that the detector gives a class's name, or that resemble its largest object."""
+    """The photos; boxes that the detector takes for a class, by its name or its largest object, are doubtful."""
     names = Vocabulary.of(photos.names, templates=detector.templates)
-    examples = examples_of(photos, chosen)
+    examples = largest_examples(photos, chosen)
     crops = detector.query(examples=examples) if examples else None
     doubtful = {}
     for index, name in enumerate(negatives.names):
@@ -61,14 +61,14 @@ def without_classes(
     return NegativePhotos(folder=negatives.folder, names=negatives.names, doubtful=doubtful)
 
 
-def examples_of(photos: FinetunePhotos, chosen: Sequence[int]) -> list[Example]:
+def largest_examples(photos: FinetunePhotos, chosen: Sequence[int]) -> list[Example]:
     """For each class its largest labelled object, where it is large enough to be recognised."""
     largest: dict[int, tuple[float, int, tuple[float, float, float, float]]] = {}
     for photo in chosen:
         labels = photos.boxes(photo)
         for (x1, y1, x2, y2), number in zip(labels.corners.tolist(), labels.classes.tolist(), strict=True):
             side = min(x2 - x1, y2 - y1)
-            if number >= 0 and side >= max(LEAST_SIDE, largest.get(number, (0.0,))[0]):
+            if number >= 0 and side >= max(MIN_CROP_SIDE, largest.get(number, (0.0,))[0]):
                 largest[number] = (side, photo, (x1, y1, x2, y2))
     examples = []
     for number, (_, photo, box) in sorted(largest.items())[:MAX_EXAMPLES]:

@@ -37,14 +37,14 @@ def build(config: ProposalTrainConfig) -> ProposalParts:
     """Everything a training needs, before the first step."""
     from ovd.data.boxes import BoxedImages, BoxSource
     from ovd.data.mapper import TrainingTransform
-    from ovd.modeling.proposals.build import start_model, with_statistics
+    from ovd.modeling.proposals.build import build_from_weights, with_statistics
     from ovd.modeling.task import DetectionTask
     from pretrain.engine.distributed import seed_everything
 
     seed_everything(config.loop.seed)
     data = config.data
     network = with_statistics(config.model, config.weights)
-    model = start_model(config.weights, network)
+    model = build_from_weights(config.weights, network)
     model.canvas = (data.side, data.side)
     model.proposal_generator.heads.requires_grad_(False)
     if config.model.frozen:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ovd.config import TrainConfig
 from ovd.training.inputs import (
-    backbone_start,
+    initial_backbone,
     no_backbone_weights,
     pixel_stats_of,
     require_data,
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from pretrain.nets.towers import JointEncoder
 
 
-def start_bodies(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
+def init_bodies(model: OpenVocabularyRCNN, state: Mapping[str, Tensor], *, source: str) -> list[str]:
     """Load the body of each region head of kind c4 from the last stage of the whole network; returns their names."""
-    from ovd.modeling.region_head import start_body
+    from ovd.modeling.region_head import init_body
 
     for head in model.roi_heads.region_heads.values():
-        start_body(head, state, source=source)
+        init_body(head, state, source=source)
     return list(model.roi_heads.region_heads)
 
 
-def start_from_encoder(
+def init_from_encoder(
     model: OpenVocabularyRCNN, encoder: JointEncoder, config: TrainConfig, backbone: Mapping[str, Tensor] | None
 ) -> list[str]:
     """Load the backbone (and, for c4, the region heads) from the encoder; returns prefixes of what now is pretrained.
@@ -57,7 +57,7 @@ def start_from_encoder(
     import torch
 
     from ovd.modeling.backbone import load_bottom_up, verify_conversion
-    from ovd.modeling.region_head import start_projection
+    from ovd.modeling.region_head import init_projection
     from pretrain.nets.towers import export_backbone
 
     bb = config.model.backbone
@@ -67,7 +67,7 @@ def start_from_encoder(
         source = str(config.backbone_weights)
         report = load_bottom_up(resnet, backbone, source=source)
         if bb.kind == "c4":  # the heads' body is the last stage; only the projection has to begin anew
-            prefixes += [f"roi_heads.{name}.body." for name in start_bodies(model, backbone, source=source)]
+            prefixes += [f"roi_heads.{name}.body." for name in init_bodies(model, backbone, source=source)]
         print(f"backbone from {config.backbone_weights}" + ("" if bb.is_resnet else f": {report}"))
         return prefixes
     if config.backbone_start == "scratch":
@@ -87,15 +87,15 @@ def start_from_encoder(
     difference = verify_conversion(tower.backbone.stages, resnet, pixels)
     print(f"backbone converted from encoder {config.encoder}; largest relative feature difference {difference:.1e}")
     if bb.kind == "c4" and config.model.encoder_start:
-        for name in start_bodies(model, state, source=f"encoder {config.encoder}"):
+        for name in init_bodies(model, state, source=f"encoder {config.encoder}"):
             head = model.roi_heads.region_heads[name]
             if head.projection is not None:
-                start_projection(head, tower.proj.weight)
+                init_projection(head, tower.proj.weight)
             prefixes.append(f"roi_heads.{name}.")
     return prefixes
 
 
-def start_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
+def init_from_detector(model: OpenVocabularyRCNN, folder: Path) -> LoadReport:
     """Copy every tensor of an exported detector that fits.
 
     The class rows stay the new vocabulary's. A second head (ensemble) starts from the first one's body.
@@ -140,7 +140,7 @@ def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
     norms: dict[str, str] = {"model.backbone.norm": bb.norm}
     if bb.kind == "c4" and config.model.variant != "agnostic":  # whose region heads start from the last stage
         norms["model.head.norm"] = config.model.head.norm
-    backbone, pixel_stats = backbone_start(bb, config.backbone_weights, encoder, norms=norms)
+    backbone, pixel_stats = initial_backbone(bb, config.backbone_weights, encoder, norms=norms)
     mean, std = pixel_stats_of(bb, pixel_stats)
     if not bb.is_resnet and config.weights is not None and bb.pixel_mean is None:
         card = read_card(Path(config.weights))  # its backbone replaces the one named here
@@ -153,9 +153,9 @@ def build(config: TrainConfig) -> TrainingParts[OpenVocabularyRCNN]:
         pixel_mean=mean,
         pixel_std=std,
     )
-    prefixes = start_from_encoder(model, encoder, config, backbone)
+    prefixes = init_from_encoder(model, encoder, config, backbone)
     if config.weights is not None:
-        print(f"weights={config.weights}: {start_from_detector(model, Path(config.weights))}")
+        print(f"weights={config.weights}: {init_from_detector(model, Path(config.weights))}")
     return TrainingParts(
         encoder=encoder,
         labels=labels,

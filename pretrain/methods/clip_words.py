@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.clip_augment import apply_augmentation, draw_parameters
 from pretrain.config import AugmentConfig
 from pretrain.config_photos import WordsLoss
 from pretrain.data.lexicon import Lexicon
@@ -27,7 +28,7 @@ from pretrain.data.photos import Words, vocabulary_of
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import ParamGroup, default_groups
-from pretrain.methods.clip import Clip, apply_changes, draw_changes
+from pretrain.methods.clip import Clip
 from pretrain.nets.timm_tower import ConseProjection, TimmImage, conse_embedding, pooled
 from pretrain.nets.towers import JointEncoder
 
@@ -80,8 +81,8 @@ class WordClip(Clip):
         if not isinstance(encoder.visual, TimmImage):
             raise ValueError("WordClip needs an image tower of timm")
         self.loss, self.lr_scale = loss, lr_scale
-        vocabulary, spared, self.captions = vocabulary_of(words)
-        self.register_buffer("spared_CV", torch.from_numpy(spared), persistent=False)
+        vocabulary, not_negative, self.captions = vocabulary_of(words)
+        self.register_buffer("not_negative_CV", torch.from_numpy(not_negative), persistent=False)
         self.register_buffer("word_VD", embed_words(encoder, vocabulary), persistent=False)
         self._teacher: tuple[nn.Module, ...] = ()  # a tuple: it is no part of what is trained or stored
         if classifier is not None and loss.conse:
@@ -89,9 +90,9 @@ class WordClip(Clip):
             targets = conse_targets(words.lexicon, encoder, levels=loss.conse_levels, decay=loss.conse_decay)
             self.register_buffer("target_KD", targets, persistent=False)
         if isinstance(encoder.visual.proj, ConseProjection):
-            self._start_conse(encoder.visual, encoder.visual.proj)
+            self._init_conse(encoder.visual, encoder.visual.proj)
 
-    def _start_conse(self, tower: TimmImage, projection: ConseProjection) -> None:
+    def _init_conse(self, tower: TimmImage, projection: ConseProjection) -> None:
         """Give the ensemble's fixed part ImageNet's classifier and its words.
 
         Raises:
@@ -119,8 +120,8 @@ class WordClip(Clip):
         device = self.encoder.logit_scale.device
         images = batch["image"].to(device)
         with torch.autocast(device.type, enabled=False):
-            parameters = draw_changes(self.augmentation, len(images), device)
-            pixels = apply_changes(images.float() / 255, parameters, self.augmentation, self.encoder.image_size)
+            parameters = draw_parameters(self.augmentation, len(images), device)
+            pixels = apply_augmentation(images.float() / 255, parameters, self.augmentation, self.encoder.image_size)
             pixels = self.encoder.normalise(pixels).contiguous(memory_format=torch.channels_last)
         tower = cast(TimmImage, self.encoder.visual)
         lower = tower.lower(pixels)
@@ -132,7 +133,7 @@ class WordClip(Clip):
         with torch.autocast(device.type, enabled=False):
             word_VD = cast(Tensor, self.word_VD)
             logits_NV = self.encoder.logit_scale.exp() * image_ND @ word_VD.T
-            others = cast(Tensor, self.spared_CV)[class_N].scatter(1, caption_N[:, None], False)
+            others = cast(Tensor, self.not_negative_CV)[class_N].scatter(1, caption_N[:, None], False)
             logits_NV = logits_NV.masked_fill(others, -torch.inf)
             loss = F.cross_entropy(logits_NV, caption_N)
             right = (logits_NV.argmax(1) == caption_N).float().mean()

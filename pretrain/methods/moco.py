@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoCo (He et al., arXiv:1911.05722; v2: Chen et al., arXiv:2003.04297): a query finds its key among a queue of keys.
+"""MoCo (He et al., arXiv:1911.05722; v2: Chen et al., arXiv:2003.04297): contrast a query with a queue of keys.
 
 Particular to it: negatives come from a queue of earlier keys, so their number does not depend on the batch (§3.1); keys
 come from a momentum copy of the encoder, moved *before* the keys are computed, by the weights of the previous step
@@ -181,7 +181,7 @@ class MoCo(SelfSupervised[MoCoMethod]):
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:
-        """(N, D) unit keys; pictures of all processes change places before the encoder, their keys back after it.
+        """(N, D) unit keys; pictures are shuffled among processes before the key encoder, and their keys back after it.
 
         For plain batch norm on one process the order makes no difference, for split batch norm it does.
         """
@@ -204,7 +204,7 @@ class MoCo(SelfSupervised[MoCoMethod]):
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % length)
 
     def after_step(self, step: int, total: int) -> None:
-        """Move the key encoder, for the next forward pass: once per step, before keys, by this step's weights."""
+        """Move the key encoder towards the query encoder, once per step, before the next step computes keys."""
         ema_update(self.key_backbone, self.backbone, momentum=self.momentum)
         ema_update(self.key_projector, self.projector, momentum=self.momentum)
 

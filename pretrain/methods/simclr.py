@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SimCLR (Chen et al., arXiv:2002.05709): two views of a picture find each other among all views of the batch.
+"""SimCLR (Chen et al., arXiv:2002.05709): contrast two views of a picture with all other views of the batch.
 
 Particular to it: every other view of the global batch is a negative (algorithm 1), with the gradient flowing through
 the gather; both views pass the network together, so that batch norm sees 2N pictures; the projector ends with a batch

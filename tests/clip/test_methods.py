@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pretrain.clip_augment import augment, grey_axis_rotation
 from pretrain.config import AugmentConfig, CbowTower, ClipMethod, EncoderConfig, ResNetTower, ViTTower
 from pretrain.data.targets import PhraseBatch
-from pretrain.methods.clip import Clip, augment, grey_axis_rotation
+from pretrain.methods.clip import Clip
 from pretrain.methods.text_distill import TextDistill
 from pretrain.nets.towers import JointEncoder, build_encoder
 

@@ -30,113 +30,113 @@ def tab(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterato
 
 def past(tab: Tab, count: int) -> list[str]:
     """Words of the history, once it has this many entries; the last one first."""
-    tab.page.locator(".ovd-past li").nth(count - 1).wait_for()
-    return [text.strip() for text in tab.page.locator(".ovd-past .words").all_inner_texts()]
+    tab.page.locator(".wordbox-history li").nth(count - 1).wait_for()
+    return [text.strip() for text in tab.page.locator(".wordbox-history .words").all_inner_texts()]
 
 
 def test_what_is_in_this_picture_needs_no_words(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["good"]))
-    tab.page.locator("#ovd-image img").first.wait_for()
-    tab.page.locator("#ovd-everything").click()
-    tab.page.locator(".ovd-result:not([hidden])").wait_for()
+    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["good"]))
+    tab.page.locator("#wordbox-picture img").first.wait_for()
+    tab.page.locator("#wordbox-everything").click()
+    tab.page.locator(".wordbox-detections:not([hidden])").wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
-    assert tab.page.locator(".ovd-missing li").count() == 0  # "unicorn" is among its words, but was not typed
+    assert tab.page.locator(".wordbox-not-found li").count() == 0  # "unicorn" is among its words, but was not typed
 
 
 def test_history__restores_words_and_picture(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red\nblue")
-    assert tab.page.locator(".ovd-past").is_hidden()
+    assert tab.page.locator(".wordbox-history").is_hidden()
     tab.page.get_by_label("Remove Image").click()
     tab.find(pictures["green"], f"green, {EVIL}")
     assert past(tab, 2) == [f"green, {EVIL}", "red, blue"]
     before = tab.query_count()
-    tab.page.locator(".ovd-past button").nth(1).click()
-    tab.page.locator(".ovd-chip", has_text="red").wait_for()
-    assert tab.page.locator("#ovd-words textarea").input_value() == "red\nblue" and tab.query_count() == before
-    assert tab.page.locator(".ovd-past [aria-current]").inner_text().startswith("red, blue")
-    tab.page.wait_for_function("document.querySelector('#ovd-image img')?.src.includes('good.png')")
+    tab.page.locator(".wordbox-history button").nth(1).click()
+    tab.page.locator(".wordbox-class-chip", has_text="red").wait_for()
+    assert tab.page.locator("#wordbox-words textarea").input_value() == "red\nblue" and tab.query_count() == before
+    assert tab.page.locator(".wordbox-history [aria-current]").inner_text().startswith("red, blue")
+    tab.page.wait_for_function("document.querySelector('#wordbox-picture img')?.src.includes('good.png')")
     tab.find(None, "blue")
     assert past(tab, 3) == ["blue", f"green, {EVIL}", "red, blue"] and tab.page.title() != "owned"
 
 
 def test_link__repeats_the_query_on_an_example(tab: Tab, server: Server) -> None:
-    tab.page.locator("#ovd-examples tr.tr-body:visible").first.click()
-    tab.page.locator(".ovd-boxes .item").first.wait_for()
+    tab.page.locator("#wordbox-examples tr.tr-body:visible").first.click()
+    tab.page.locator(".wordbox-boxes .item").first.wait_for()
     tab.find(None, "blue: sky; red")
-    tab.page.locator(".ovd-chip", has_text="blue").wait_for()
+    tab.page.locator(".wordbox-class-chip", has_text="blue").wait_for()
     tab.slide(0.4)
-    tab.page.locator(".ovd-link").click()
+    tab.page.locator(".wordbox-copy-link").click()
     tab.page.wait_for_function("location.hash.includes('words')")
     link = tab.page.url
     assert (
         "example=example.png" in link
         and "from=0.40" in link
-        and "Your picture" not in tab.page.locator(".ovd-said").inner_text()
+        and "Your picture" not in tab.page.locator(".wordbox-action-status").inner_text()
     )
     again = tab.page.context.new_page()
     again.goto(link)
-    again.locator(".ovd-chip", has_text="red").wait_for()
-    assert again.locator("#ovd-words textarea").input_value() == "blue: sky; red"
-    assert again.locator(".ovd-level").inner_text() == "0.40"
+    again.locator(".wordbox-class-chip", has_text="red").wait_for()
+    assert again.locator("#wordbox-words textarea").input_value() == "blue: sky; red"
+    assert again.locator(".wordbox-threshold-value").inner_text() == "0.40"
 
 
 def test_link__contains_no_uploaded_picture(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["green"], "red, <b>x</b>")
-    tab.page.locator(".ovd-link").click()
-    tab.page.locator(".ovd-said", has_text="does not contain your picture").wait_for()
+    tab.page.locator(".wordbox-copy-link").click()
+    tab.page.locator(".wordbox-action-status", has_text="does not contain your picture").wait_for()
     link = tab.page.url
     assert "green" not in link and "example" not in link
     again = tab.page.context.new_page()
     again.goto(link)
-    again.locator(".ovd-empty", has_text="but no picture").wait_for(timeout=20_000)
-    assert again.locator("#ovd-words textarea").input_value() == "red, <b>x</b>"
+    again.locator(".wordbox-placeholder", has_text="but no picture").wait_for(timeout=20_000)
+    assert again.locator("#wordbox-words textarea").input_value() == "red, <b>x</b>"
 
 
 def test_keyboard__enter_finds_and_shift_enter_breaks_the_line(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["good"]))
-    tab.page.locator("#ovd-image img").first.wait_for()
-    words = tab.page.locator("#ovd-words textarea")
+    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["good"]))
+    tab.page.locator("#wordbox-picture img").first.wait_for()
+    words = tab.page.locator("#wordbox-words textarea")
     words.click()
     tab.page.keyboard.type("red")
     tab.page.keyboard.press("Shift+Enter")
     tab.page.keyboard.type("blue")
     assert words.input_value() == "red\nblue" and tab.query_count() == 0
     tab.page.keyboard.press("Enter")
-    tab.page.locator(".ovd-result:not([hidden])").wait_for()
+    tab.page.locator(".wordbox-detections:not([hidden])").wait_for()
     assert sorted(tab.names()) == ["blue", "red"] and tab.query_count() == 1
 
 
 def test_keyboard__arrows_follow_the_table_and_show_nearest_words(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
     tab.page.locator("th button", has_text="Class").click()
-    tab.page.locator(".ovd-boxes .item[tabindex='0']").focus()
+    tab.page.locator(".wordbox-boxes .item[tabindex='0']").focus()
     names = []
     for _ in range(3):
-        names.append(tab.page.locator(".ovd-why b").inner_text())
+        names.append(tab.page.locator(".wordbox-explanation b").inner_text())
         tab.page.keyboard.press("ArrowRight")
     assert names[1] != names[0] == names[2]
-    assert tab.page.locator(".ovd-why").inner_text().startswith(f"{names[1]} ")
+    assert tab.page.locator(".wordbox-explanation").inner_text().startswith(f"{names[1]} ")
     tab.page.keyboard.press("Escape")
-    assert tab.page.locator(".ovd-why b").count() == 0
+    assert tab.page.locator(".wordbox-explanation b").count() == 0
     # A click keeps a box, and a second one lets it go.
-    box = tab.page.locator(".ovd-boxes .item .edge").last
+    box = tab.page.locator(".wordbox-boxes .item .edge").last
     box.click()
-    assert tab.page.locator(".ovd-boxes .item.on").count() == 1
+    assert tab.page.locator(".wordbox-boxes .item.on").count() == 1
     box.click()
     tab.page.mouse.move(0, 0)
-    assert tab.page.locator(".ovd-boxes .item.on").count() == 0
+    assert tab.page.locator(".wordbox-boxes .item.on").count() == 0
 
 
 def test_zoom_enlarges_the_picture_with_its_boxes_and_the_mouse_pans(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
-    picture, stage = tab.page.locator(".ovd-picture"), tab.page.locator(".ovd-stage")
+    picture, stage = tab.page.locator(".wordbox-searched-picture"), tab.page.locator(".wordbox-viewport")
     before, frame = picture.bounding_box(), stage.bounding_box()
     tab.page.locator("[data-zoom=in]").click()
     tab.page.locator("[data-zoom=in]").click()
     after = picture.bounding_box()
     assert after["width"] == pytest.approx(before["width"] * 2.25, abs=2)
     assert stage.bounding_box()["height"] == pytest.approx(frame["height"], abs=2)  # nothing below it moves
-    boxes = tab.page.locator(".ovd-boxes").bounding_box()
+    boxes = tab.page.locator(".wordbox-boxes").bounding_box()
     assert boxes["width"] == pytest.approx(after["width"], abs=1) and boxes["x"] == pytest.approx(after["x"], abs=1)
     x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
     tab.page.mouse.move(x, y)
@@ -150,33 +150,33 @@ def test_zoom_enlarges_the_picture_with_its_boxes_and_the_mouse_pans(tab: Tab, p
 
 
 def test_weights__choice_switches_the_detector(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.page.locator("#ovd-header label", has_text="Drawings").click()
-    assert "Answers from .5." in tab.page.locator("#ovd-header").inner_text()
-    assert "Stricter." in tab.page.locator("#ovd-card").inner_text()
-    assert not tab.page.locator("#ovd-examples tr").first.is_visible()  # they have none
+    tab.page.locator("#wordbox-header label", has_text="Drawings").click()
+    assert "Answers from .5." in tab.page.locator("#wordbox-header").inner_text()
+    assert "Stricter." in tab.page.locator("#wordbox-card").inner_text()
+    assert not tab.page.locator("#wordbox-examples tr").first.is_visible()  # they have none
     tab.find(pictures["good"], "red")
-    assert tab.page.locator(".ovd-level").inner_text() == "0.50"
-    tab.page.locator("#ovd-header label", has_text="Photographs").click()
-    tab.page.locator("#ovd-find").click()
+    assert tab.page.locator(".wordbox-threshold-value").inner_text() == "0.50"
+    tab.page.locator("#wordbox-header label", has_text="Photographs").click()
+    tab.page.locator("#wordbox-find").click()
     past(tab, 2)
-    assert tab.page.locator(".ovd-level").inner_text() == "0.30"
-    tab.page.locator(".ovd-past button").nth(1).click()
-    assert tab.page.locator("#ovd-header input:checked").get_attribute("value") == "strict-fake"
+    assert tab.page.locator(".wordbox-threshold-value").inner_text() == "0.30"
+    tab.page.locator(".wordbox-history button").nth(1).click()
+    assert tab.page.locator("#wordbox-header input:checked").get_attribute("value") == "strict-fake"
 
 
 def test_many_pictures_become_one_zip(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
     tab.page.get_by_role("button", name="Many pictures at once").click()
-    tab.page.locator("#ovd-words textarea").fill("red, blue, green")
+    tab.page.locator("#wordbox-words textarea").fill("red, blue, green")
     files = [str(pictures[name]) for name in ("good", "green", "huge", "truncated")]
-    tab.page.locator(".ovd-many-file").set_input_files(files)
-    tab.page.locator(".ovd-many-go").click()
-    tab.page.locator(".ovd-many-end:not([hidden])").wait_for()
-    rows = tab.page.locator(".ovd-many-list li").all_inner_texts()
+    tab.page.locator(".wordbox-batch-file").set_input_files(files)
+    tab.page.locator(".wordbox-batch-start").click()
+    tab.page.locator(".wordbox-batch-results:not([hidden])").wait_for()
+    rows = tab.page.locator(".wordbox-batch-pictures li").all_inner_texts()
     assert ["red × 1" in rows[0], "green × 1" in rows[1], "10 MB" in rows[2], "cannot be used" in rows[3]] == [True] * 4
-    assert "3 boxes in 2 pictures. 2 could not be used." in tab.page.locator(".ovd-many-note").inner_text()
-    tab.page.locator(".ovd-many-format").select_option("coco")
+    assert "3 boxes in 2 pictures. 2 could not be used." in tab.page.locator(".wordbox-batch-status").inner_text()
+    tab.page.locator(".wordbox-batch-format").select_option("coco")
     with tab.page.expect_download() as download:
-        tab.page.locator(".ovd-many-zip").click()
+        tab.page.locator(".wordbox-batch-download").click()
     download.value.save_as(tmp_path / "labels.zip")
     archive = zipfile.ZipFile(tmp_path / "labels.zip")
     content = json.loads(archive.read(archive.namelist()[0]))
@@ -209,16 +209,16 @@ def test_axe_finds_nothing_serious(tab: Tab, pictures: dict[str, Path], width: i
 
     tab.page.set_viewport_size({"width": width, "height": 800})
     problems = serious("empty")
-    tab.find(None, "red", wait=".ovd-alert:not([hidden])")
+    tab.find(None, "red", wait=".wordbox-alert:not([hidden])")
     problems += serious("error")
     tab.find(pictures["good"], "red, blue, unicorn, " + "w" * 90)
     tab.find(None, "everything")
     past(tab, 2)
-    tab.page.locator(".ovd-boxes .item .edge").last.click()
+    tab.page.locator(".wordbox-boxes .item .edge").last.click()
     tab.page.locator("[data-zoom=in]").click()
     tab.page.get_by_role("button", name="Many pictures at once").click()
-    tab.page.locator(".ovd-many-file").set_input_files([str(pictures["good"])] * 1)
-    tab.page.locator(".ovd-many-list li").wait_for()
+    tab.page.locator(".wordbox-batch-file").set_input_files([str(pictures["good"])] * 1)
+    tab.page.locator(".wordbox-batch-pictures li").wait_for()
     problems += serious("result")
     assert problems == []
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= width

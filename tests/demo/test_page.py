@@ -31,27 +31,27 @@ class Tab:
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(url)
-        page.wait_for_selector("#ovd-find")
+        page.wait_for_selector("#wordbox-find")
 
-    def find(self, image: Path | None, words: str, *, wait: str = ".ovd-result:not([hidden])") -> None:
+    def find(self, image: Path | None, words: str, *, wait: str = ".wordbox-detections:not([hidden])") -> None:
         if image is not None:
-            self.page.locator("#ovd-image input[type=file]").set_input_files(str(image))
-            self.page.locator("#ovd-image img").first.wait_for()
-        self.page.locator("#ovd-words textarea").fill(words)
-        self.page.locator("#ovd-find").click()
+            self.page.locator("#wordbox-picture input[type=file]").set_input_files(str(image))
+            self.page.locator("#wordbox-picture img").first.wait_for()
+        self.page.locator("#wordbox-words textarea").fill(words)
+        self.page.locator("#wordbox-find").click()
         self.page.locator(wait).wait_for()
 
     def names(self) -> list[str]:
-        return self.page.locator(".ovd-table tbody td:first-child").all_text_contents()
+        return self.page.locator(".wordbox-detection-table tbody td:first-child").all_text_contents()
 
     def boxes(self) -> int:
-        return self.page.locator(".ovd-boxes .item").count()
+        return self.page.locator(".wordbox-boxes .item").count()
 
     def query_count(self) -> int:
         return sum("/queue/join" in url for url in self.requests)
 
     def slide(self, level: float) -> None:
-        self.page.locator(".ovd-threshold").fill(str(level))
+        self.page.locator(".wordbox-threshold").fill(str(level))
 
 
 @pytest.fixture
@@ -68,15 +68,15 @@ def tab(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterato
 
 
 def test_page__words_give_boxes(tab: Tab, pictures: dict[str, Path]) -> None:
-    assert tab.page.locator(".ovd-empty").is_visible()
+    assert tab.page.locator(".wordbox-placeholder").is_visible()
     tab.find(pictures["good"], "red, blue, unicorn")
     assert sorted(tab.names()) == ["blue", "red"] and tab.boxes() == 2
-    assert "red × 1" in tab.page.locator(".ovd-summary").inner_text()
-    missing = tab.page.locator(".ovd-missing").inner_text()
+    assert "red × 1" in tab.page.locator(".wordbox-summary").inner_text()
+    missing = tab.page.locator(".wordbox-not-found").inner_text()
     assert "unicorn not found at 0.30 or more; best score 0.0" in missing
     # The box lies where the rectangle is: 10, 20 to 50, 70 of 160 × 120.
-    frame, red = tab.page.locator(".ovd-picture").bounding_box(), None
-    for item in tab.page.locator(".ovd-boxes .item").all():
+    frame, red = tab.page.locator(".wordbox-searched-picture").bounding_box(), None
+    for item in tab.page.locator(".wordbox-boxes .item").all():
         if item.get_attribute("aria-label").startswith("red"):
             red = item.locator(".edge").bounding_box()
     scale = frame["width"] / 160
@@ -87,10 +87,10 @@ def test_page__words_give_boxes(tab: Tab, pictures: dict[str, Path]) -> None:
 
 
 def test_page__example_fills_in_and_runs(tab: Tab) -> None:
-    tab.page.locator("#ovd-examples tr.tr-body").first.click()
-    tab.page.locator(".ovd-boxes .item").first.wait_for()
+    tab.page.locator("#wordbox-examples tr.tr-body").first.click()
+    tab.page.locator(".wordbox-boxes .item").first.wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
-    assert tab.page.locator("#ovd-words textarea").input_value() == "red, blue, unicorn"
+    assert tab.page.locator("#wordbox-words textarea").input_value() == "red, blue, unicorn"
 
 
 def test_page__slider_and_toggles_send_no_request(tab: Tab, pictures: dict[str, Path]) -> None:
@@ -99,21 +99,21 @@ def test_page__slider_and_toggles_send_no_request(tab: Tab, pictures: dict[str, 
     total = tab.boxes()
     assert total == 2
     tab.slide(0.97)
-    assert tab.boxes() == 1 and "not found at 0.97" in tab.page.locator(".ovd-missing").inner_text()
-    tab.page.locator(".ovd-show").click()
-    assert tab.boxes() == 2 and tab.page.locator(".ovd-level").inner_text() == "0.92"
+    assert tab.boxes() == 1 and "not found at 0.97" in tab.page.locator(".wordbox-not-found").inner_text()
+    tab.page.locator(".wordbox-show-best-guess").click()
+    assert tab.boxes() == 2 and tab.page.locator(".wordbox-threshold-value").inner_text() == "0.92"
     tab.slide(0.05)
-    assert tab.boxes() == 2 and tab.page.locator(".ovd-level").inner_text() == "0.05"
-    tab.page.locator(".ovd-chip", has_text="blue").click()
+    assert tab.boxes() == 2 and tab.page.locator(".wordbox-threshold-value").inner_text() == "0.05"
+    tab.page.locator(".wordbox-class-chip", has_text="blue").click()
     assert tab.names() == ["red"]
-    assert tab.page.locator(".ovd-chip", has_text="blue").get_attribute("aria-pressed") == "false"
-    tab.page.locator(".ovd-reset").click()
-    assert len(tab.names()) == 2 and tab.page.locator(".ovd-level").inner_text() == "0.30"
-    assert tab.page.locator(".ovd-boxes .mask").count() > 0
-    tab.page.locator(".ovd-masks").uncheck()
-    assert tab.page.locator(".ovd-boxes .mask").count() == 0
-    tab.page.locator(".ovd-labels").uncheck()
-    assert tab.page.locator(".ovd-boxes .tag").count() == 0
+    assert tab.page.locator(".wordbox-class-chip", has_text="blue").get_attribute("aria-pressed") == "false"
+    tab.page.locator(".wordbox-reset").click()
+    assert len(tab.names()) == 2 and tab.page.locator(".wordbox-threshold-value").inner_text() == "0.30"
+    assert tab.page.locator(".wordbox-boxes .mask").count() > 0
+    tab.page.locator(".wordbox-show-masks").uncheck()
+    assert tab.page.locator(".wordbox-boxes .mask").count() == 0
+    tab.page.locator(".wordbox-show-labels").uncheck()
+    assert tab.page.locator(".wordbox-boxes .tag").count() == 0
     assert tab.query_count() == before
 
 
@@ -123,7 +123,7 @@ def test_labels_stand_at_their_boxes_in_a_small_upright_picture(tab: Tab, tmp_pa
     Image.fromarray(tall).save(tmp_path / "tall.png")
     tab.find(tmp_path / "tall.png", "red, blue")
     gaps = tab.page.evaluate(
-        """() => [...document.querySelectorAll(".ovd-boxes .item")].map((item) => {
+        """() => [...document.querySelectorAll(".wordbox-boxes .item")].map((item) => {
             const box = item.querySelector(".edge").getBoundingClientRect();
             const tag = item.querySelector(".tag").getBoundingClientRect();
             return [Math.max(box.top - tag.bottom, tag.top - box.bottom), tag.height];
@@ -135,25 +135,25 @@ def test_labels_stand_at_their_boxes_in_a_small_upright_picture(tab: Tab, tmp_pa
 def test_page__slider_keeps_its_position(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red")
     tab.slide(0.8)
-    tab.page.locator("#ovd-words textarea").fill("blue")
-    tab.page.locator("#ovd-find").click()
-    tab.page.locator(".ovd-chip", has_text="blue").wait_for()
-    assert tab.page.locator(".ovd-level").inner_text() == "0.80"
-    assert "picture remembered" in tab.page.locator(".ovd-timing").inner_text()
+    tab.page.locator("#wordbox-words textarea").fill("blue")
+    tab.page.locator("#wordbox-find").click()
+    tab.page.locator(".wordbox-class-chip", has_text="blue").wait_for()
+    assert tab.page.locator(".wordbox-threshold-value").inner_text() == "0.80"
+    assert "picture remembered" in tab.page.locator(".wordbox-timing").inner_text()
 
 
 def test_markup_as_a_class_name_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], f"red: {EVIL}\n{EVIL}: red\n-{EVIL} b\nblue, blue")
-    assert EVIL in tab.page.locator(".ovd-result").inner_text()
-    assert tab.page.locator(".ovd img").count() == 1  # the picture
+    assert EVIL in tab.page.locator(".wordbox-detections").inner_text()
+    assert tab.page.locator(".wordbox-result-view img").count() == 1  # the picture
     assert tab.page.locator("img[src='x']").count() == 0
     assert tab.page.title() != "owned"
     assert not any(urlsplit(u).path.endswith("/x") for u in tab.requests)
 
 
 def test_markup_in_an_error_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.find(pictures["good"], EVIL * 3, wait=".ovd-alert:not([hidden])")
-    assert "<img src=x" in tab.page.locator(".ovd-alert").inner_text()
+    tab.find(pictures["good"], EVIL * 3, wait=".wordbox-alert:not([hidden])")
+    assert "<img src=x" in tab.page.locator(".wordbox-alert").inner_text()
     assert tab.page.locator("img[src='x']").count() == 0 and tab.page.title() != "owned"
 
 
@@ -171,16 +171,16 @@ def test_markup_in_an_error_is_text(tab: Tab, pictures: dict[str, Path]) -> None
 def test_page__error_then_success(
     tab: Tab, pictures: dict[str, Path], name: str | None, words: str, message: str
 ) -> None:
-    tab.find(pictures[name] if name else None, words, wait=".ovd-alert:not([hidden])")
-    assert message in tab.page.locator(".ovd-alert").inner_text()
+    tab.find(pictures[name] if name else None, words, wait=".wordbox-alert:not([hidden])")
+    assert message in tab.page.locator(".wordbox-alert").inner_text()
     if name:
         tab.page.get_by_label("Remove Image").click()
     tab.find(pictures["good"], "red")
-    assert tab.names() == ["red"] and tab.page.locator(".ovd-alert").is_hidden()
+    assert tab.names() == ["red"] and tab.page.locator(".wordbox-alert").is_hidden()
 
 
 def test_a_file_over_the_limit_is_refused_with_a_message(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["huge"]))
+    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["huge"]))
     toast = tab.page.locator(".toast-body, [data-testid=toast-body]").first
     toast.wait_for()
     assert "10" in toast.inner_text()
@@ -188,26 +188,26 @@ def test_a_file_over_the_limit_is_refused_with_a_message(tab: Tab, pictures: dic
 
 def test_hovering_a_row_lights_its_box_and_the_other_way_round(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
-    row = tab.page.locator(".ovd-table tbody tr").first
+    row = tab.page.locator(".wordbox-detection-table tbody tr").first
     index = row.get_attribute("data-i")
     row.hover()
-    assert "on" in tab.page.locator(f".ovd-boxes .item[data-i='{index}']").get_attribute("class").split()
-    tab.page.locator(".ovd-boxes .item .edge").last.hover()
-    lit = tab.page.locator(".ovd-boxes .item").last.get_attribute("data-i")
-    assert "on" in tab.page.locator(f".ovd-table tr[data-i='{lit}']").get_attribute("class").split()
+    assert "on" in tab.page.locator(f".wordbox-boxes .item[data-i='{index}']").get_attribute("class").split()
+    tab.page.locator(".wordbox-boxes .item .edge").last.hover()
+    lit = tab.page.locator(".wordbox-boxes .item").last.get_attribute("data-i")
+    assert "on" in tab.page.locator(f".wordbox-detection-table tr[data-i='{lit}']").get_attribute("class").split()
 
 
 def test_boxes_can_be_visited_with_the_keyboard(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
-    assert tab.page.locator(".ovd-boxes .item[tabindex='0']").count() == 1
-    tab.page.locator(".ovd-boxes .item[tabindex='0']").focus()
+    assert tab.page.locator(".wordbox-boxes .item[tabindex='0']").count() == 1
+    tab.page.locator(".wordbox-boxes .item[tabindex='0']").focus()
     first = tab.page.evaluate("document.activeElement.getAttribute('aria-label')")
     tab.page.keyboard.press("ArrowRight")
     second = tab.page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert {first.split(",")[0], second.split(",")[0]} == {"red", "blue"}
     assert "score" in first and any(word in first for word in ("left", "right", "centre"))
     tab.page.keyboard.press("Escape")
-    assert tab.page.locator(".ovd-boxes .item.on").count() == 0
+    assert tab.page.locator(".wordbox-boxes .item.on").count() == 0
 
 
 def test_page__table_columns_sort(tab: Tab, pictures: dict[str, Path]) -> None:
@@ -221,7 +221,7 @@ def test_page__table_columns_sort(tab: Tab, pictures: dict[str, Path]) -> None:
 
 def test_downloads_hold_what_is_shown(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
     tab.find(pictures["good"], "red, blue, =danger: green")
-    tab.page.locator(".ovd-chip", has_text="blue").click()
+    tab.page.locator(".wordbox-class-chip", has_text="blue").click()
     saved = {}
     for kind in ("png", "json", "csv"):
         with tab.page.expect_download() as download:
@@ -254,16 +254,16 @@ def test_coco_download_loads_in_pycocotools(tab: Tab, pictures: dict[str, Path],
 
 
 def test_the_model_card_is_on_the_page(tab: Tab) -> None:
-    card = tab.page.locator("#ovd-card")
+    card = tab.page.locator("#wordbox-card")
     card.get_by_text("colour-fake").wait_for()
-    assert "Tests only." in tab.page.locator("#ovd-header").inner_text()
+    assert "Tests only." in tab.page.locator("#wordbox-header").inner_text()
     assert "0" * 64 in card.inner_text() and "Flat rectangles only." in card.inner_text()
 
 
 def drag(tab: Tab, x1: float, y1: float, x2: float, y2: float) -> None:
     """Drag a box, in pixels of the 160 × 120 picture."""
-    tab.page.locator(".ovd-sheet").wait_for()
-    at = tab.page.locator(".ovd-sheet").bounding_box()
+    tab.page.locator(".wordbox-drawing-layer").wait_for()
+    at = tab.page.locator(".wordbox-drawing-layer").bounding_box()
     scale = at["width"] / 160
     tab.page.mouse.move(at["x"] + x1 * scale, at["y"] + y1 * scale)
     tab.page.mouse.down()
@@ -272,31 +272,33 @@ def drag(tab: Tab, x1: float, y1: float, x2: float, y2: float) -> None:
 
 
 def test_page__drawn_box_searches_this_and_the_next_picture(tab: Tab, pictures: dict[str, Path]) -> None:
-    upload = tab.page.locator("#ovd-image input[type=file]")
+    upload = tab.page.locator("#wordbox-picture input[type=file]")
     upload.set_input_files(str(pictures["good"]))
     drag(tab, 12, 22, 15, 60)
-    assert "3×38 pixels" in tab.page.locator(".ovd-ask-note").inner_text()
+    assert "3×38 pixels" in tab.page.locator(".wordbox-example-search-status").inner_text()
     drag(tab, 83, 33, 147, 107)  # inside the blue rectangle
-    tab.page.locator(".ovd-crops li").wait_for()
-    tab.page.locator("#ovd-find").click()  # without a word
-    tab.page.locator(".ovd-result:not([hidden])").wait_for()
+    tab.page.locator(".wordbox-crops li").wait_for()
+    tab.page.locator("#wordbox-find").click()  # without a word
+    tab.page.locator(".wordbox-detections:not([hidden])").wait_for()
     assert tab.names() == ["example 1"] and tab.boxes() == 1
-    tab.page.locator(".ovd-crops input").fill("my thing")
-    tab.page.locator("#ovd-words textarea").fill("red, unicorn")
-    tab.page.locator("#ovd-find").click()
-    tab.page.locator(".ovd-chip", has_text="red").wait_for()
+    tab.page.locator(".wordbox-crops input").fill("my thing")
+    tab.page.locator("#wordbox-words textarea").fill("red, unicorn")
+    tab.page.locator("#wordbox-find").click()
+    tab.page.locator(".wordbox-class-chip", has_text="red").wait_for()
     assert sorted(tab.names()) == ["my thing", "red"]
-    frame = tab.page.locator(".ovd-picture").bounding_box()
-    item = next(i for i in tab.page.locator(".ovd-boxes .item").all() if "my thing" in i.get_attribute("aria-label"))
+    frame = tab.page.locator(".wordbox-searched-picture").bounding_box()
+    item = next(
+        i for i in tab.page.locator(".wordbox-boxes .item").all() if "my thing" in i.get_attribute("aria-label")
+    )
     blue = item.locator(".edge").bounding_box()
     assert (blue["x"] - frame["x"]) * 160 / frame["width"] == pytest.approx(80, abs=2)
     # The crop is still there for another picture, and gone when it is removed.
     tab.page.get_by_label("Remove Image").click()
     tab.find(pictures["green"], "")
-    tab.page.locator(".ovd-missing", has_text="my thing").wait_for()
+    tab.page.locator(".wordbox-not-found", has_text="my thing").wait_for()
     tab.page.get_by_label("Remove my thing").click()
-    tab.page.locator("#ovd-find").click()
-    tab.page.locator(".ovd-alert", has_text="Type at least one class").wait_for()
+    tab.page.locator("#wordbox-find").click()
+    tab.page.locator(".wordbox-alert", has_text="Type at least one class").wait_for()
 
 
 def test_an_uploaded_crop_is_named_by_its_file_and_markup_in_names_is_text(
@@ -304,17 +306,17 @@ def test_an_uploaded_crop_is_named_by_its_file_and_markup_in_names_is_text(
 ) -> None:
     crop = tmp_path / "sky.png"
     Image.new("RGB", (40, 40), (40, 70, 220)).save(crop)
-    chooser = tab.page.locator(".ovd-crop-file")
+    chooser = tab.page.locator(".wordbox-crop-file")
     chooser.set_input_files([str(crop), str(pictures["vector"])])
-    tab.page.locator(".ovd-ask-note", has_text="vector.svg cannot be read").wait_for()
-    assert tab.page.locator(".ovd-crops input").input_value() == "sky"
-    tab.page.locator(".ovd-crops input").fill(EVIL)
+    tab.page.locator(".wordbox-example-search-status", has_text="vector.svg cannot be read").wait_for()
+    assert tab.page.locator(".wordbox-crops input").input_value() == "sky"
+    tab.page.locator(".wordbox-crops input").fill(EVIL)
     tab.find(pictures["good"], "red")
     assert EVIL in tab.names() and tab.page.title() != "owned"
     # A click on one of the page's examples searches for its words alone.
-    tab.page.locator("#ovd-examples tr.tr-body").first.click()
-    tab.page.locator(".ovd-missing", has_text="unicorn").wait_for()
-    assert tab.page.locator(".ovd-crops li").count() == 0 and sorted(tab.names()) == ["blue", "red"]
+    tab.page.locator("#wordbox-examples tr.tr-body").first.click()
+    tab.page.locator(".wordbox-not-found", has_text="unicorn").wait_for()
+    assert tab.page.locator(".wordbox-crops li").count() == 0 and sorted(tab.names()) == ["blue", "red"]
 
 
 @pytest.mark.parametrize("tab", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
@@ -322,4 +324,6 @@ def test_a_phone_needs_no_sideways_scrolling(tab: Tab, pictures: dict[str, Path]
     tab.page.set_viewport_size({"width": 400, "height": 800})
     tab.find(pictures["good"], "red, blue, " + "w" * 100)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 400
-    tab.page.wait_for_function("document.querySelector('.ovd-stage').getBoundingClientRect().top < 400")  # scrolled to
+    tab.page.wait_for_function(
+        "document.querySelector('.wordbox-viewport').getBoundingClientRect().top < 400"
+    )  # scrolled to

@@ -38,18 +38,18 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
     tab = Tab(browser.new_page(), url)
-    tab.page.locator("#ovd-examples tr.tr-body:visible").first.click()
-    tab.page.locator(".ovd-result:not([hidden])").wait_for()
-    tab.slide(float(tab.page.locator(".ovd-threshold").get_attribute("min")))
+    tab.page.locator("#wordbox-examples tr.tr-body:visible").first.click()
+    tab.page.locator(".wordbox-detections:not([hidden])").wait_for()
+    tab.slide(float(tab.page.locator(".wordbox-threshold").get_attribute("min")))
     assert tab.boxes() >= 1
-    assert "vild-photo" in tab.page.locator("#ovd-header").inner_text()
-    assert tab.page.locator(".ovd-alert").is_hidden() and tab.errors == []
+    assert "vild-photo" in tab.page.locator("#wordbox-header").inner_text()
+    assert tab.page.locator(".wordbox-alert").is_hidden() and tab.errors == []
     # The other weights are loaded when they are first asked, and have examples of their own.
-    tab.page.locator("#ovd-header label", has_text="Drawings").click()
-    assert "drawn stickers" in tab.page.locator("#ovd-header").inner_text()
-    tab.page.locator("#ovd-examples tr.tr-body:visible").first.click()
-    tab.page.locator(".ovd-past li").nth(1).wait_for()
-    tab.page.locator(".ovd-masks-switch").wait_for()  # which photographs' weights have not
+    tab.page.locator("#wordbox-header label", has_text="Drawings").click()
+    assert "drawn stickers" in tab.page.locator("#wordbox-header").inner_text()
+    tab.page.locator("#wordbox-examples tr.tr-body:visible").first.click()
+    tab.page.locator(".wordbox-history li").nth(1).wait_for()
+    tab.page.locator(".wordbox-masks-toggle").wait_for()  # which photographs' weights have not
     tab.page.close()
 
 

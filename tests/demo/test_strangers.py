@@ -289,15 +289,17 @@ def test_page__full_queue_replaces_the_old_answer(
     tab = Tab(browser.new_page(), server.url)
     tab.find(pictures["good"], "red")
     request.getfixturevalue("full_queue")
-    tab.find(None, "blue", wait=".ovd-alert:not([hidden])")
-    assert "The queue is full: 16 requests wait." in tab.page.locator(".ovd-alert").inner_text()
-    assert tab.page.locator(".ovd-result").is_hidden() and tab.page.get_by_text("Error", exact=True).count() == 0
+    tab.find(None, "blue", wait=".wordbox-alert:not([hidden])")
+    assert "The queue is full: 16 requests wait." in tab.page.locator(".wordbox-alert").inner_text()
+    assert (
+        tab.page.locator(".wordbox-detections").is_hidden() and tab.page.get_by_text("Error", exact=True).count() == 0
+    )
     (server.folder / "go").touch()
     deadline = time.monotonic() + 30
     while call(http, None, "red", None, None).status_code == 503 and time.monotonic() < deadline:
         time.sleep(0.1)
     tab.find(None, "blue")
-    assert tab.names() == ["blue"] and tab.page.locator(".ovd-alert").is_hidden()
+    assert tab.names() == ["blue"] and tab.page.locator(".wordbox-alert").is_hidden()
     tab.page.close()
 
 
@@ -309,10 +311,12 @@ def test_page__error_hides_the_old_answer(browser: Any, server: Server, pictures
     tab = Tab(browser.new_page(), server.url)
     tab.find(pictures["good"], "red")
     tab.page.get_by_label("Remove Image").click()
-    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures[name]))
-    tab.page.locator("#ovd-image img").first.wait_for(state="attached")
-    tab.page.locator("#ovd-find").click()
-    tab.page.locator(".ovd-alert:not([hidden])").wait_for()
-    assert "cannot be used" in tab.page.locator(".ovd-alert").inner_text()
-    assert tab.page.locator(".ovd-result").is_hidden() and tab.page.get_by_text("Error", exact=True).count() == 0
+    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures[name]))
+    tab.page.locator("#wordbox-picture img").first.wait_for(state="attached")
+    tab.page.locator("#wordbox-find").click()
+    tab.page.locator(".wordbox-alert:not([hidden])").wait_for()
+    assert "cannot be used" in tab.page.locator(".wordbox-alert").inner_text()
+    assert (
+        tab.page.locator(".wordbox-detections").is_hidden() and tab.page.get_by_text("Error", exact=True).count() == 0
+    )
     tab.page.close()

@@ -16,8 +16,8 @@ from PIL import Image
 from ovd.detector import Detector
 from ovd.inference.arrays import as_array
 from ovd.inference.everything import (
-    MANY,
     MANY_THRESHOLD,
+    MANY_WORDS,
     OPEN_THRESHOLD,
     SHOWN_THRESHOLD,
     PromptFreeWords,
@@ -75,7 +75,7 @@ def test_everything__hyponyms_of_a_sure_word_are_dropped() -> None:
         kind_of=np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], bool),
         family=np.array([0, 0, 2]),
     )
-    score = words.one_name(np.array([[0.31, 0.9, 0.2], [0.29, 0.9, 0.2]], np.float32))
+    score = words.rescored(np.array([[0.31, 0.9, 0.2], [0.29, 0.9, 0.2]], np.float32))
     assert score[0].argmax() == 0 and score[0, 1] == 0
     assert score[1].argmax() == 1
 
@@ -83,7 +83,7 @@ def test_everything__hyponyms_of_a_sure_word_are_dropped() -> None:
 def test_everything__level_shift_keeps_the_order() -> None:
     words = replace(PromptFreeWords.plain(["fox"]), shift=np.array([open_shift()], np.float32))
     given = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
-    moved = words.one_name(given)[:, 0]
+    moved = words.rescored(given)[:, 0]
     assert moved[int(OPEN_THRESHOLD * 100)] == pytest.approx(SHOWN_THRESHOLD, abs=1e-5)
     assert np.all(np.diff(moved) > 0) and 0 <= moved[0] < 1e-6 and moved[-1] > 1 - 1e-6
     odds = 0.8 / 0.2 * (SHOWN_THRESHOLD / (1 - SHOWN_THRESHOLD)) / (OPEN_THRESHOLD / (1 - OPEN_THRESHOLD))
@@ -109,7 +109,7 @@ def test_everything__has_its_own_hash_and_threshold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "level"), [(5, SHOWN_THRESHOLD), (MANY, SHOWN_THRESHOLD), (MANY + 1, MANY_THRESHOLD)]
+    ("count", "level"), [(5, SHOWN_THRESHOLD), (MANY_WORDS, SHOWN_THRESHOLD), (MANY_WORDS + 1, MANY_THRESHOLD)]
 )
 def test_everything__many_words_raise_the_threshold(count: int, level: float) -> None:
     class Knowing(ColourModel):

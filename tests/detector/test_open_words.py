@@ -11,7 +11,7 @@ import pytest
 
 from ovd.inference.arrays import best_first, unit_rows
 from ovd.inference.fvlm_regions import WordScorer
-from ovd.inference.open_words import OpenWords, Rivals, distinct_rows
+from ovd.inference.open_words import CompetitorGroups, OpenWords, distinct_rows
 from ovd.inference.postprocess import best_class_per_region
 from ovd.inference.scoring import Calibration, RegionSet
 from tests.detector.fakes import COLOURS, make_detector, picture
@@ -61,7 +61,7 @@ def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float
         return max(scores)
     image = seen.image[region].astype(float)
     mine = math.exp(c.open_scale * float(image @ words.rows[word].astype(float)))
-    pairs = zip(words.competitors, words.rivals[word], strict=True)
+    pairs = zip(words.competitors, words.competitor_mask[word], strict=True)
     others = sum(math.exp(c.open_scale * float(image @ row.astype(float))) for row, rival in pairs if rival)
     x1, y1, x2, y2 = (float(v) for v in seen.boxes[region])
     area = (x2 - x1) * (y2 - y1) / (seen.size[0] * seen.size[1])
@@ -72,14 +72,14 @@ def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float
 
 
 def scorer(rng: np.random.Generator, count: int, dim: int = 16) -> WordScorer:
-    rivals = rng.random((count, 12)) > 0.2
-    rivals[::3] = True  # many have no synonym
+    competitor_mask = rng.random((count, 12)) > 0.2
+    competitor_mask[::3] = True  # many have no synonym
     hyponyms = rng.random((count, 3)) > 0.9
     related = hyponyms | (rng.random((count, 3)) > 0.7)
     return WordScorer(
         rows=unit_rows(rng.normal(size=(count, dim)).astype(np.float32)),
         competitors=unit_rows(rng.normal(size=(12, dim)).astype(np.float32)),
-        rivals=rivals,
+        competitor_mask=competitor_mask,
         word_rows=unit_rows(rng.normal(size=(3, dim)).astype(np.float32)),
         hyponyms=hyponyms,
         related=related,
@@ -113,7 +113,7 @@ def test_open_words__threshold_equals_full_scoring(count: int, classes: int, lev
     seen, words = regions(rng, count=count), scorer(rng, classes)
     words = replace(words, calibration=replace(CALIBRATION, open_slope=slope))
     every = words(seen)
-    shown = words.shown(seen, level=level)
+    shown = words.shown(seen, threshold=level)
     np.testing.assert_allclose(shown.best, every.max(axis=0, initial=0.0), rtol=1e-6)
     far = np.abs(shown.best - level) > 1e-6  # from where rounding decides
     assert far.sum() > 0.9 * classes
@@ -131,7 +131,7 @@ def test_open_words__query_equals_its_scores(words: str) -> None:
     score_RC, negative_RN = detector.scorer(query)(regions)
     if negative_RN.shape[1]:
         score_RC = np.where((score_RC <= negative_RN), -1, score_RC)
-    shown = detector.scorer(query).shown(regions, level=0.3)
+    shown = detector.scorer(query).shown(regions, threshold=0.3)
     np.testing.assert_array_equal(shown.classes, np.flatnonzero(score_RC.max(axis=0) >= 0.3))
     np.testing.assert_array_equal(shown.score_RS, score_RC[:, shown.classes])
     np.testing.assert_array_equal(shown.best, score_RC.max(axis=0))
@@ -144,10 +144,13 @@ def test_open_words__dominant_synonym_keeps_precision(scale: float) -> None:
     seen = regions(np.random.default_rng(0), count=1, dim=4)
     seen.image, seen.objectness = rows[:1], np.ones(1, np.float32)
     seen.boxes, seen.size = np.array([[0, 0, 10, 10]], np.float32), (10, 10)
-    rivals = np.array([[False, True, True, True], [True, True, True, True], [False] * 4])
+    competitor_mask = np.array([[False, True, True, True], [True, True, True, True], [False] * 4])
     plain = Calibration(open_scale=scale)
     words = OpenWords(
-        rows=rows[[1, 0, 1]], competitors=rows, rivals=Rivals.of(rivals, np.zeros((3, 0), bool)), calibration=plain
+        rows=rows[[1, 0, 1]],
+        competitors=rows,
+        groups=CompetitorGroups.of(competitor_mask, np.zeros((3, 0), bool)),
+        calibration=plain,
     )
     assert words(seen)[0, 0] == pytest.approx(1 / 4, rel=1e-5)  # against three others that are as far away
     assert words(seen)[0, 1] == pytest.approx(1 / 2, rel=1e-4)  # against itself

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from torch.nn import functional as F
 
 from ovd import Detector, calibrate, evaluate, predict
-from ovd.inference.crop_names import CropNames, PhotoBoxes, embed_boxes
+from ovd.inference.crop_classifier import CropClassifier, PhotoBoxes, embed_boxes
 from ovd.user_files import calibration_file, read_calibration
 from ovd.weights import detector_folder, user_folder
 from pretrain.engine.errors import UserError
@@ -35,9 +35,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return spec_of(save_clip(tmp_path_factory.mktemp("clip")))
 
 
-def load(clip: str, weights: str | Path = PROPOSALS) -> tuple[Detector, CropNames]:
+def load(clip: str, weights: str | Path = PROPOSALS) -> tuple[Detector, CropClassifier]:
     detector = Detector.load(weights, encoder=clip, regions=12)
-    assert isinstance(detector.model, CropNames)
+    assert isinstance(detector.model, CropClassifier)
     return detector, detector.model
 
 
@@ -88,7 +88,7 @@ def test_a_phrase_with_an_attribute_competes_with_its_own_noun(clip: str) -> Non
     scorer = model.scorer(detector.text.embed(detector.resolve(["red car", "cars", "car"])), phrases,
                           model.background_words)  # fmt: skip
     car = model.words.words.index("car")
-    assert [bool(row[car]) for row in scorer.rivals] == [True, False, False]  # type: ignore[attr-defined]
+    assert [bool(row[car]) for row in scorer.competitor_mask] == [True, False, False]  # type: ignore[attr-defined]
     assert [bool(row[car]) for row in scorer.hyponyms] == [False, True, True]  # type: ignore[attr-defined]
 
 
@@ -164,7 +164,7 @@ def test_the_user_s_folders_follow_the_environment() -> None:
 def test_sides__set_the_proposal_networks_input_sizes(clip: str) -> None:
     detector = Detector.load(PROPOSALS, encoder=clip, regions=12, sides=[96, 64, 96])
     model = detector.model
-    assert isinstance(model, CropNames) and isinstance(model.source, PhotoBoxes)
+    assert isinstance(model, CropClassifier) and isinstance(model.source, PhotoBoxes)
     assert model.source.proposer.sides == (96, 64)
     assert detector.card["settings"].endswith(" sides 96 64 96")  # `predict` goes on with a folder of the same only
     with pytest.raises(UserError, match="one or more numbers of 64 to 2048 pixels"):

@@ -69,33 +69,33 @@ assert not {{"torch._dynamo", "sympy"}} & set(sys.modules), "more was imported"
 def test_nothing_is_searched_for_garbage_until_all_is_loaded() -> None:
     run("""
 import gc, weakref
-from pretrain.engine.loading import without_collection
+from pretrain.engine.loading import without_garbage_collection
 class Thing:
     def __init__(self):
         self.itself = self
 searches = []
 gc.callbacks.append(lambda phase, facts: searches.append(facts["generation"]))
-with without_collection():
+with without_garbage_collection():
     kept = [[] for _ in range(100_000)]
     garbage = weakref.ref(Thing())
-    with without_collection():
+    with without_garbage_collection():
         pass
     assert not searches and not gc.isenabled() and garbage() is not None
 assert gc.isenabled() and not any(thing is kept for thing in gc.get_objects(generation=0))
 gc.collect()
 assert garbage() is None
 try:
-    with without_collection():
+    with without_garbage_collection():
         raise KeyError
 except KeyError:
     assert gc.isenabled()
 gc.freeze()
 frozen = gc.get_freeze_count()
-with without_collection():
+with without_garbage_collection():
     pass
 assert gc.isenabled() and gc.get_freeze_count() == frozen
 gc.disable()
-with without_collection():
+with without_garbage_collection():
     pass
 assert not gc.isenabled()
 """)

@@ -14,12 +14,12 @@ from ovd.evaluation.prompt_free import (
     LEAST,
     RIGHT_SHARE,
     Judge,
-    PromptFreeOutcome,
+    JudgedAnswers,
     Verdict,
+    fit_prompt_free_threshold,
+    judge_prompt_free,
     prompt_free_figures,
-    prompt_free_level,
-    prompt_free_outcome,
-    with_prompt_free_level,
+    with_prompt_free_threshold,
 )
 from ovd.evaluation.typed import TypedScene
 from tests.detector.fakes import ColourModel, WordEncoder, picture
@@ -86,7 +86,7 @@ def test_from_the_level_on_the_share_is_right_and_from_no_lower_score(seed: int)
     rng = np.random.default_rng(seed)
     score = rng.uniform(0.1, 0.98, 400)
     correct = (rng.uniform(size=400) < score).astype(float)
-    level = prompt_free_level(PromptFreeOutcome(score, correct))
+    level = fit_prompt_free_threshold(JudgedAnswers(score, correct))
     assert level is not None
     shares = {s: correct[score >= s].mean() for s in score if (score >= s).sum() >= LEAST}
     lowest = min(s for s, share in shares.items() if share >= RIGHT_SHARE)
@@ -97,8 +97,8 @@ def test_from_the_level_on_the_share_is_right_and_from_no_lower_score(seed: int)
     ("count", "correct"), [(0, 1.0), (LEAST - 1, 1.0), (200, RIGHT_SHARE - 0.01)], ids=["none", "few", "wrong"]
 )
 def test_labels_that_tell_no_level_give_none(count: int, correct: float) -> None:
-    outcome = PromptFreeOutcome(np.linspace(0.9, 0.2, count), np.full(count, correct))
-    assert prompt_free_level(outcome) is None
+    outcome = JudgedAnswers(np.linspace(0.9, 0.2, count), np.full(count, correct))
+    assert fit_prompt_free_threshold(outcome) is None
 
 
 def colour_scenes(detector: Detector, count: int) -> list[TypedScene]:
@@ -117,15 +117,17 @@ def test_it_is_fitted_to_what_the_detector_answers_and_shown_from_there() -> Non
     given = detector.model.calibration
     names = ("red", "green", "unicorn")
     scenes = [s for s in colour_scenes(detector, 90) if s.classes[0] == 0]
-    outcome = prompt_free_outcome(detector, given, scenes, names)
+    outcome = judge_prompt_free(detector, given, scenes, names)
     assert len(outcome.score) == len(scenes) and outcome.correct.all()  # the blue ones are not judged
-    fitted = with_prompt_free_level(detector, given, scenes, names)
+    fitted = with_prompt_free_threshold(detector, given, scenes, names)
     assert set(outcome.score > 0.99) == {True} and fitted.prompt_free_threshold == 0.99
     assert detector.model.calibration is given and given.prompt_free_threshold is None
     figures = prompt_free_figures(detector, fitted, scenes, names)
     assert figures == {"prompt_free_answers": len(scenes), "prompt_free_right": 1}
     # a third of all labels is another word: two in three are right, which is too few
-    assert with_prompt_free_level(detector, fitted, colour_scenes(detector, 90), names).prompt_free_threshold is None
+    assert (
+        with_prompt_free_threshold(detector, fitted, colour_scenes(detector, 90), names).prompt_free_threshold is None
+    )
     assert prompt_free_figures(detector, given, scenes, names) == {}
 
 
@@ -137,6 +139,6 @@ def test_the_level_of_the_card_is_that_of_everything_and_of_nothing_else() -> No
     model.calibration = replace(model.calibration, prompt_free_threshold=0.64)
     detector = Detector(model=model, encoder=encoder)
     query = detector.query("everything")
-    assert query.naming is not None and query.naming.level == 0.64
+    assert query.prompt_free is not None and query.prompt_free.threshold == 0.64
     assert detector.threshold_for(query) == 0.64
     assert detector.threshold_for(detector.query("red")) == 0.1

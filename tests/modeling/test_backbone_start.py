@@ -153,4 +153,4 @@ def test_weights_that_are_not_there_are_named_by_their_key(network: str) -> None
     )
     encoder = cast(JointEncoder, SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3))
     with pytest.raises(UserError, match=r"backbone_weights=no/such: no such file or folder; give a folder written by"):
-        inputs.backbone_start(config.model.backbone, config.backbone_weights, encoder, norms={})
+        inputs.initial_backbone(config.model.backbone, config.backbone_weights, encoder, norms={})

@@ -17,13 +17,13 @@ from ovd.modeling.proposals.build import (
     PROPOSAL_WORDS,
     PhotoProposer,
     ProposalCard,
+    build_from_weights,
     load_proposals,
     read_card,
     save_proposals,
-    start_model,
 )
 from ovd.modeling.proposals.nanodet import NanoDet, cell_centres, decode
-from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, start_from_nanodet
+from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, init_from_nanodet
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError
 
@@ -41,7 +41,7 @@ def nanodet() -> NanoDet:
 @pytest.fixture(scope="module")
 def network(nanodet: NanoDet) -> ProposalDetector:
     model = build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=1000, post_nms=100)
-    start_from_nanodet(model, nanodet.state_dict())
+    init_from_nanodet(model, nanodet.state_dict())
     return model
 
 
@@ -103,16 +103,16 @@ def test_assignment_prefers_fit_and_leaves_doubt_alone() -> None:
     scores = torch.tensor([0.5, 0.5, 0.9, 0.9, 0.9])
     objects, ignored = torch.tensor([[0, 0, 10, 10.0]]), torch.tensor([[30, 30, 40, 38.0]])
     found = assign(boxes, scores, centres, objects, ignored, cells_per_object=2)
-    assert found.object.tolist() == [0, 0, -1, -1, -1]
+    assert found.gt_index.tolist() == [0, 0, -1, -1, -1]
     assert found.target.tolist() == pytest.approx([1.0, 0.9**6, 0, 0, 0])  # the best cell's target is its IoU
-    assert found.counts.tolist() == [True, True, True, False, True]
+    assert found.valid.tolist() == [True, True, True, False, True]
 
 
 def test_assignment__cell_takes_the_object_of_higher_iou() -> None:
     boxes, centres = torch.tensor([[0, 0, 10, 10.0]]), torch.tensor([[5, 5.0]])
     objects = torch.tensor([[0, 0, 20, 10], [0, 0, 10, 12.0]])
     found = assign(boxes, torch.tensor([0.5]), centres, objects, torch.zeros(0, 4))
-    assert found.object.tolist() == [1]
+    assert found.gt_index.tolist() == [1]
     assert found.target.tolist() == pytest.approx([10 / 12])
 
 
@@ -189,7 +189,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     from ovd.config_proposals import ProposalNetworkConfig
 
     with pytest.raises(UserError, match="convert_nanodet"):
-        start_model(file, ProposalNetworkConfig(arch="nanodet"))
+        build_from_weights(file, ProposalNetworkConfig(arch="nanodet"))
 
 
 def test_the_command_trains_exports_and_the_export_is_a_proposer(nanodet: NanoDet, tmp_path: Path) -> None:

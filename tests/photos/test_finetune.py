@@ -160,7 +160,7 @@ def test_class_targets__are_iou_per_class() -> None:
     objects, classes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]]), torch.tensor([1, 0])
     words, sides = torch.randn(3, 2), torch.randn(3, 4, 11)
     given = assign(boxes, words.sigmoid()[:, classes], centres, objects, torch.zeros(0, 4))
-    assert given.object.tolist() == [0, 1, -1]
+    assert given.gt_index.tolist() == [0, 1, -1]
     losses = class_losses(
         words=words,
         sides=sides,
@@ -197,7 +197,7 @@ def test_branch__boxes_score_their_class_only() -> None:
     scorer = WordScorer(
         rows=np.eye(4, dtype=np.float32)[[0, 1, 2]],
         competitors=np.eye(4, dtype=np.float32),
-        rivals=np.zeros((3, 4), dtype=bool),
+        competitor_mask=np.zeros((3, 4), dtype=bool),
         word_rows=np.eye(4, dtype=np.float32)[:1],
         hyponyms=np.array([[True], [False], [False]]),
         related=np.array([[True], [False], [False]]),

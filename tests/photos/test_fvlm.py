@@ -171,7 +171,7 @@ def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
     head = FrozenFeatureHead(features=6, words=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     rows = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
     model = FvlmDetector(proposer=cast(PhotoProposer, None), tower=cast(FrozenTower, None), head=head, reads_words=True)
-    criterion = WordCriterion(model=model, rows=rows, everywhere=1, noun_weight=0.25).eval()
+    criterion = WordCriterion(model=model, rows=rows, always_labelled=1, noun_weight=0.25).eval()
     batch = RegionBatch(
         features=torch.randn(2, 6),
         word_scores=torch.rand(2, 2),
@@ -229,7 +229,7 @@ def scorer(hyponyms: list[list[bool]]) -> WordScorer:
     return WordScorer(
         rows=np.eye(4, dtype=np.float32)[:count],
         competitors=np.eye(4, dtype=np.float32),
-        rivals=~np.eye(4, dtype=bool)[:count],
+        competitor_mask=~np.eye(4, dtype=bool)[:count],
         word_rows=np.eye(4, dtype=np.float32)[:2],
         hyponyms=np.array(hyponyms),
         related=np.array(hyponyms),

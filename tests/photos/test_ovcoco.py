@@ -185,7 +185,7 @@ def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> Non
         features=torch.randn(2, 6), word_scores=torch.zeros(2, 0), target=torch.zeros(2, 3),
         mask=torch.zeros(2, 3, dtype=torch.bool), offline=OfflineBatch(features=features, target=target),
     )  # fmt: skip
-    criterion = WordCriterion(model=model, rows=torch.eye(3, 4), everywhere=3, noun_weight=1.0, image_weight=0.5)
+    criterion = WordCriterion(model=model, rows=torch.eye(3, 4), always_labelled=3, noun_weight=1.0, image_weight=0.5)
     losses = criterion(batch)
     expected = 0.5 * float((tower.embed(features) - target).abs().sum(1).mean())
     assert float(losses["loss_image"].detach()) == pytest.approx(expected, rel=1e-5)
@@ -202,7 +202,7 @@ def test_scores_are_vilds_geometric_mean() -> None:
     )  # fmt: skip
     scorer = EnsembleScorer(
         rows=np.eye(3, dtype=np.float32)[:2], competitors=np.eye(3, dtype=np.float32),
-        rivals=~np.eye(3, dtype=bool)[:2],
+        competitor_mask=~np.eye(3, dtype=bool)[:2],
         exponent=head_exponents("fvlm", np.array([True, False]), novel=1 / 3), scale=3.0,
         labelled_rows=np.eye(3, dtype=np.float32)[:1], related=np.array([[True], [False]]),
         is_labelled=np.array([True, False]), calibration=Calibration(open_scale=2.0, open_objectness=0.5),

@@ -39,7 +39,7 @@ def branch(classes: int, seed: int) -> ClassBranch:
     """A copy of the proposal network with random classes, each of which is somewhere."""
     torch.manual_seed(seed)
     network = ClassBranch(classes=classes)
-    network.start_from(load_proposals(detector_folder("default") / "proposals", precision=torch.float32).model)
+    network.init_from(load_proposals(detector_folder("default") / "proposals", precision=torch.float32).model)
     for head in network.heads:
         assert isinstance(head, DenseHead) and head.output.bias is not None
         nn.init.normal_(head.output.weight[:classes], std=0.1)

@@ -23,13 +23,13 @@ from ovd.modeling.backbone import load_bottom_up
 from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr.build import build_detr
-from ovd.modeling.detr.checkpoints import read_start, refuse_other_attention, start_detr
+from ovd.modeling.detr.checkpoints import init_detr, read_initial_weights, refuse_other_attention
 from ovd.modeling.detr.matcher import Assignment, hungarian_match
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.detr.structures import DecoderOutput, Targets
 from ovd.modeling.export import DetectorCard, save_detector
 from ovd.modeling.load import load_detector_model
-from ovd.modeling.region_head import start_body, start_projection
+from ovd.modeling.region_head import init_body, init_projection
 from ovd.modeling.task import DetectionTask
 from ovd.regions.crops import crop_regions
 from pretrain.config import EncoderConfig, ResNetTower
@@ -290,9 +290,9 @@ def test_official__checkpoint_with_namespace_loads_all_keys(tmp_path: Path) -> N
     released["bbox_attention.weight"] = torch.zeros(2)
     file = tmp_path / "up-detr.pth"
     torch.save({"model": released, "args": argparse.Namespace(lr=1e-4), "epoch": 60}, file)
-    given, has_backbone = read_start(file)
+    given, has_backbone = read_initial_weights(file)
     assert has_backbone
-    report = start_detr(model, given, source=str(file))
+    report = init_detr(model, given, source=str(file))
     assert report.unexpected == ("bbox_attention.weight",)
     assert set(report.skipped) == {"class_embed.weight", "class_embed.bias"}
     assert not report.missing and not report.other_shape and not report.notes
@@ -312,12 +312,12 @@ def test_official__a_file_that_would_run_code_is_refused(tmp_path: Path, capsys:
     file = tmp_path / "bad.pth"
     torch.save({"model": {}, "args": _Code()}, file)
     with pytest.raises(UserError, match="cannot be read as weights only"):
-        read_start(file)
+        read_initial_weights(file)
     torch.save([torch.zeros(1)], file)
     with pytest.raises(UserError, match="no table of tensors"):
-        read_start(file)
+        read_initial_weights(file)
     with pytest.raises(UserError, match="no such checkpoint"):
-        read_start(tmp_path / "absent.pth")
+        read_initial_weights(tmp_path / "absent.pth")
     assert "must not run" not in capsys.readouterr().out
 
 
@@ -326,7 +326,7 @@ def test_start__keeps_query_embeddings_and_says_what_happened_to_them(queries: i
     source, target = make("conditional", variant="agnostic"), make("conditional", queries=queries, seed=1)
     fresh = target.query_embed.weight.detach().clone()
     rows = target.classifier.rows.clone() if target.classifier is not None else None
-    report = start_detr(target, source.state_dict(), source="there", backbone=False)
+    report = init_detr(target, source.state_dict(), source="there", backbone=False)
     assert said in report.notes and said in str(report)
     kept = min(queries, 6)
     assert torch.equal(target.query_embed.weight[:kept], source.query_embed.weight[:kept])
@@ -340,12 +340,12 @@ def test_start__keeps_query_embeddings_and_says_what_happened_to_them(queries: i
 
 def test_start__another_architecture_is_refused() -> None:
     with pytest.raises(UserError, match="transformer tensors fit"):
-        start_detr(make("conditional", width=32), make("conditional").state_dict(), source="there")
+        init_detr(make("conditional", width=32), make("conditional").state_dict(), source="there")
 
 
 def test_start__weights_that_fit_but_compute_something_else_are_refused(tmp_path: Path) -> None:
     exported(tmp_path)
-    state, _ = read_start(tmp_path)
+    state, _ = read_initial_weights(tmp_path)
     config = DetrConfig.model_validate(SMALL)
     refuse_other_attention(tmp_path, state, config)
     for change, said in (({"heads": 4}, "model.heads=2, not 4"), ({"pre_norm": not config.pre_norm}, "model.pre_norm")):
@@ -420,7 +420,7 @@ def test_region_model__words_run_in_chunks_with_their_own_queries(
     assert np.bincount(owner).tolist() == [2] * 6 and boxes.shape == (12, 4) and scores.shape == (12,)
     again = loaded.conditioned_queries(image, rows[4:5], classes_per_pass=4)
     np.testing.assert_allclose(boxes[owner == 4], again[0], rtol=1e-4, atol=1e-3)
-    monkeypatch.setattr(detr_regions, "PASSES", 1)
+    monkeypatch.setattr(detr_regions, "PASSES_PER_BATCH", 1)
     for one, other in zip(
         loaded.conditioned_queries(image, rows, classes_per_pass=4), (boxes, scores, owner), strict=True
     ):
@@ -586,8 +586,8 @@ def test_region_tower__starts_as_the_last_stage_and_survives_export(tmp_path: Pa
     assert isinstance(encoder.visual, ResNetImage)
     state = export_backbone(encoder)
     load_bottom_up(model.backbone, state, source="the encoder")
-    start_body(model.region_tower, state, source="the encoder")
-    start_projection(model.region_tower, encoder.visual.proj.weight)
+    init_body(model.region_tower, state, source="the encoder")
+    init_projection(model.region_tower, encoder.visual.proj.weight)
     model.eval()
     encoder.eval()
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)

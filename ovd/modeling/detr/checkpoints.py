@@ -40,7 +40,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
     return official_names(read_tensors(path))
 
 
-def read_start(path: Path) -> tuple[dict[str, Tensor], bool]:
+def read_initial_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
     """Tensors of an exported folder, or of a released ``.pth`` file, and whether they bring a backbone of their own.
 
     A frozen backbone is the one the configuration names, in full precision; one that was trained belongs to its
@@ -69,7 +69,7 @@ def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: Detr
     """Refuse weights whose shapes fit but which compute something else here.
 
     Args:
-        path: of `read_start`.
+        path: of `read_initial_weights`.
         state: what it read.
         config: of the model that is to start from them.
 
@@ -82,12 +82,12 @@ def refuse_other_attention(path: Path, state: Mapping[str, Tensor], config: Detr
     if path.suffix in (".pth", ".pt"):
         return  # a released file does not say how many heads it has: the papers' 8
     trained = read_card(_exported_of(path)).architecture
-    assert isinstance(trained, DetrConfig)  # read_start refuses others
+    assert isinstance(trained, DetrConfig)  # read_initial_weights refuses others
     if trained.heads != config.heads:
         raise UserError(f"weights={path}: trained with model.heads={trained.heads}, not {config.heads}; set it so here")
 
 
-def start_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> LoadReport:
+def init_detr(model: Detr, state: Mapping[str, Tensor], *, source: str, backbone: bool = True) -> LoadReport:
     """Copy what fits; classification layers start anew, query embeddings are kept and cut to the number of queries.
 
     Args:

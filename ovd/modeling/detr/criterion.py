@@ -192,7 +192,7 @@ class SetCriterion:
             losses["loss_reconstruction"] = w.reconstruction * squared_distillation(z_KD, matched_patch) / num_targets
         if w.contrast:
             logits = cosine_logits(z_KD, patches[assignment.image], scale=self.patch_scale)
-            logits = logits.masked_fill(~targets.real[assignment.image], float("-inf"))
+            logits = logits.masked_fill(~targets.valid[assignment.image], float("-inf"))
             nll = F.cross_entropy(logits, assignment.target, reduction="sum")
             losses["loss_contrast"] = w.contrast * nll / num_targets
         return losses

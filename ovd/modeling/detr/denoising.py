@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Denoising queries (DN-DETR, arXiv 2203.01305): noised copies of the targets that the decoder must restore.
 
-They stand before the free queries in training only; `attention_mask.denoising_attention_mask` keeps their answers from
-the free queries. Each copy has a known target, so nothing is matched.
+In training they stand before the free queries, which may not attend to them
+(`attention_mask.denoising_attention_mask`). Each copy has a known target, so nothing is matched.
 
 Shapes: ``N`` images, ``T`` targets of the image with the most, ``P`` = groups · T denoising queries, ``d`` width.
 """
@@ -35,7 +35,7 @@ class Denoising:
     Args:
         groups: copies of each target; 0: no denoising.
         box_noise: see `apply_box_noise`.
-        label_noise: share of copies whose class is redrawn; of patches: that get the box but no patch.
+        label_noise: share of copies whose class is redrawn; of patches, share of copies without the patch's embedding.
     """
 
     def __init__(self, *, groups: int, box_noise: float, label_noise: float) -> None:
@@ -103,7 +103,7 @@ class Denoising:
 def denoising_assignment(targets: Targets, *, size: int, layers: int) -> tuple[Assignment, Tensor]:
     """Each denoising query with the target it was copied from, in every layer; and (N, P) bool, False for padding."""
     target = torch.arange(size, device=targets.boxes.device) % max(targets.counts)
-    valid_NP = targets.real[:, target]
+    valid_NP = targets.valid[:, target]
     image, query = valid_NP.nonzero().unbind(1)
     layer = torch.arange(layers, device=target.device).repeat_interleave(len(image))
     image, query = image.repeat(layers), query.repeat(layers)

@@ -292,7 +292,7 @@ class Detr(nn.Module):
         memory = self.memory(batch)
         targets = Targets.of_instances([x["instances"] for x in batch], device=self.device)
         outputs, dn_outputs = self.decode_with_denoising(memory, targets)
-        number = targets_per_process(targets)  # once: a process without targets has no second loss to meet others for
+        number = targets_per_process(targets)  # a collective call: once, as not every process has denoising losses
         losses = self.criterion(outputs, targets, self, num_targets=number)
         losses |= self.denoising.losses(
             dn_outputs, targets, criterion=self.criterion, heads=self, num_targets=number, like=losses
@@ -306,10 +306,10 @@ class Detr(nn.Module):
     def _region_loss(self, memory: Memory, targets: Targets, num_targets: float) -> Tensor:
         """Text loss of the labelled boxes, noised a little as predicted boxes will be; per target."""
         assert self.classifier is not None
-        real = targets.real
-        boxes = apply_box_noise(targets.boxes[real], self.denoising.box_noise)
-        z = self.region_embeddings(memory, real.nonzero()[:, 0], boxes)
-        labels = targets.labels[real]
+        valid = targets.valid
+        boxes = apply_box_noise(targets.boxes[valid], self.denoising.box_noise)
+        z = self.region_embeddings(memory, valid.nonzero()[:, 0], boxes)
+        labels = targets.labels[valid]
         loss = self.classifier.loss(self.classifier(z), labels)
         return self.config.loss.classes * loss * len(labels) / num_targets
 

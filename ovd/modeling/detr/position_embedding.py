@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 DETR_TEMPERATURE = 10_000.0  # arXiv 2005.12872 §A.4; its finest sine still needs a whole picture for one turn
-# The position embedding of the conditional form has to say *where*. With DETR's temperature and a gain of one a query's
-# attention before training spreads over the picture as if it were even (standard deviation .28 of a side; even is .29).
-# With this one and `transformer.POSITION_GAINS` the first layer attends everywhere, where a patch is sought, and later
-# ones around the anchor (.09, for a side of `transformer.INITIAL_SIDE`).
+# In the conditional form attention has to be local before training. With DETR's temperature and a gain of one a query's
+# attention is nearly uniform over the picture (standard deviation .28 of a side; uniform: .29). With this one and
+# `transformer.POSITION_GAINS` the first layer attends to the whole picture, in which it searches for a patch, and later
+# layers around the anchor (.09, for a side of `transformer.INITIAL_SIDE`).
 CONDITIONAL_TEMPERATURE = 5.0
 
 

@@ -111,7 +111,7 @@ class Targets(NamedTuple):
     embeddings: Tensor | None = None
 
     @property
-    def real(self) -> Tensor:
+    def valid(self) -> Tensor:
         """(N, T) bool, False for padding."""
         number = torch.arange(self.boxes.shape[1], device=self.boxes.device)
         return number < torch.tensor(self.counts, device=number.device)[:, None]

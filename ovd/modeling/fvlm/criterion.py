@@ -23,7 +23,7 @@ class WordCriterion(nn.Module):
     Args:
         model: whose heads are trained.
         rows: (V, D) unit text embeddings.
-        everywhere: so many of the first words weigh 1.
+        always_labelled: number of the first words, those labelled in every photo they are in; they weigh 1.
         noun_weight: weight of the other words.
         image_weight: weight of the distillation; None: nothing is distilled.
     """
@@ -33,7 +33,7 @@ class WordCriterion(nn.Module):
         *,
         model: FvlmDetector,
         rows: Tensor,
-        everywhere: int,
+        always_labelled: int,
         noun_weight: float,
         image_weight: float | None = None,
     ) -> None:
@@ -41,12 +41,12 @@ class WordCriterion(nn.Module):
         self.model = model
         self.image_weight = image_weight
         weight_V = torch.full((len(rows),), noun_weight)
-        weight_V[:everywhere] = 1.0
+        weight_V[:always_labelled] = 1.0
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("weight_V", weight_V, persistent=False)
 
     def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
-        """The loss per region; a target of .4 means that four in ten such regions are right."""
+        """Losses per region; a target is the probability that the region is the word."""
         rows, weight_V = cast(Tensor, self.rows), cast(Tensor, self.weight_V)
         batch = batch.to(rows.device)
         head = self.model.head

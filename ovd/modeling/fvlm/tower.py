@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature maps of a frozen image tower, and what is pooled from them for each region.
+"""Feature maps of a frozen image tower, and the features pooled from them for each region.
 
 Shapes: ``P`` regions, ``F`` pooled features, ``D`` joint embedding. Pictures are (H, W, 3) uint8 RGB.
 """
@@ -21,7 +21,7 @@ from pretrain.engine.errors import UserError
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import JointEncoder
 
-STEP = 32  # the tower's stride: inputs are padded to a multiple of it
+STRIDE = 32  # of the tower: inputs are padded to a multiple of it
 FINE, COARSE = 16, 32  # strides of the maps that are pooled
 
 
@@ -122,7 +122,7 @@ class FrozenTower(nn.Module):
         device = self.device
         pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
         pixels = (pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std)
-        pixels = F.pad(pixels, (0, -size[1] % STEP, 0, -size[0] % STEP))
+        pixels = F.pad(pixels, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE))
         x = self.stem(pixels.to(self.precision, memory_format=torch.channels_last))
         fine = x
         for number, stage in enumerate(self.stages):
@@ -142,7 +142,7 @@ class FrozenTower(nn.Module):
         limit = boxes.new_tensor([image.shape[1] * scale_x, image.shape[0] * scale_y]).repeat(2)
         around = torch.minimum(around.clamp_min(0), limit)
         # The last map is averaged over all its cells in the box, as the encoder's own pooling averages over a crop's.
-        read = [
+        pools = [  # map, boxes, side, stride, samples per cell and axis
             (maps.fine, boxes, self.pool, FINE, 2),
             (maps.coarse, boxes, self.pool, COARSE, 2),
             (maps.last, boxes, 1, COARSE, 0),
@@ -151,7 +151,7 @@ class FrozenTower(nn.Module):
         return torch.cat(
             [
                 roi_align(values.float(), [where], side, 1 / stride, sampling_ratio=samples, aligned=True).flatten(1)
-                for values, where, side, stride, samples in read
+                for values, where, side, stride, samples in pools
             ],
             dim=1,
         )

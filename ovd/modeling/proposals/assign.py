@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cells answer for which object, and the losses of boxes, with names and without.
+"""Task-aligned assignment of objects to grid cells, and the losses of boxes with and without classes.
 
 Shapes: ``A`` cells of one picture, ``T`` labelled objects, ``I`` ignored boxes, ``C`` classes.
 """
@@ -18,14 +18,14 @@ class Assignment(NamedTuple):
     """Targets of the cells of one picture.
 
     Attributes:
-        object: (A,) index of the object that the cell answers for, -1 for none.
-        target: (A,) what its objectness should be, 0 where it answers for none.
-        counts: (A,) bool, False for cells that are neither object nor background.
+        gt_index: (A,) index of the object that the cell is assigned to, -1 for none.
+        target: (A,) of its objectness, 0 without an object.
+        valid: (A,) bool, False for cells that are neither object nor background.
     """
 
-    object: Tensor
+    gt_index: Tensor
     target: Tensor
-    counts: Tensor
+    valid: Tensor
 
 
 @torch.no_grad()
@@ -34,40 +34,40 @@ def assign(
 ) -> Assignment:
     """Task-aligned assignment (TOOD, Feng et al., arXiv:2108.07755, section 3.3).
 
-    Of the cells whose centre lies in the object, those answer whose present box and score fit it best:
-    score · IoU⁶. The best cell's target is its IoU, the others' shrink with their fit.
+    Of the cells whose centre lies in the object, those with the best alignment ``score · IoU⁶`` are assigned to it. The
+    best cell's target is its IoU; the others' are in proportion to their alignment.
 
     Args:
-        boxes: (A, 4) that the cells give now.
-        scores: 0…1, what the cells say now: (A,) of any object, or (A, T) of each object's class.
+        boxes: (A, 4) predicted.
+        scores: 0…1 predicted: (A,) of any object, or (A, T) of each object's class.
         centres: (A, 2) in pixels.
         objects: (T, 4).
-        ignored: (I, 4) neither objects nor background: cells whose box overlaps one by more than half, and which answer
-            for no object, do not count.
-        cells_per_object: at most.
+        ignored: (I, 4) neither objects nor background: cells without an object whose box has an IoU above .5 with one
+            are not valid.
+        cells_per_object: at most so many are assigned to each object.
     """
     count = len(boxes)
-    owner = torch.full((count,), -1, dtype=torch.long, device=boxes.device)
+    gt_index = torch.full((count,), -1, dtype=torch.long, device=boxes.device)
     target = boxes.new_zeros(count)
     if len(objects):
         iou_AT = box_iou(boxes, objects)
         reach = torch.cat([centres[:, None] - objects[:, :2], objects[:, 2:] - centres[:, None]], dim=2)
         score_AT = scores[:, None] if scores.ndim == 1 else scores
-        fit_AT = score_AT * iou_AT**6 * (reach.amin(dim=2) > 0)
-        best = fit_AT.topk(min(cells_per_object, count), dim=0).indices
-        chosen_AT = torch.zeros_like(fit_AT, dtype=torch.bool).scatter_(0, best, True) & (fit_AT > 0)
+        alignment_AT = score_AT * iou_AT**6 * (reach.amin(dim=2) > 0)
+        best = alignment_AT.topk(min(cells_per_object, count), dim=0).indices
+        chosen_AT = torch.zeros_like(alignment_AT, dtype=torch.bool).scatter_(0, best, True) & (alignment_AT > 0)
         # A cell that two objects want goes to the one that it overlaps more.
         overlap, index = torch.where(chosen_AT, iou_AT, -1.0).max(dim=1)
         assigned = overlap >= 0
-        owner[assigned] = index[assigned]
+        gt_index[assigned] = index[assigned]
         owned_AT = F.one_hot(index, len(objects)).bool() & assigned[:, None]
-        fit_AT = fit_AT * owned_AT
-        most_fit, most_iou = fit_AT.amax(dim=0), (iou_AT * owned_AT).amax(dim=0)
-        target = (fit_AT / most_fit.clamp_min(1e-12) * most_iou).amax(dim=1)
-    counts = torch.ones(count, dtype=torch.bool, device=boxes.device)
+        alignment_AT = alignment_AT * owned_AT
+        best_alignment, best_iou = alignment_AT.amax(dim=0), (iou_AT * owned_AT).amax(dim=0)
+        target = (alignment_AT / best_alignment.clamp_min(1e-12) * best_iou).amax(dim=1)
+    valid = torch.ones(count, dtype=torch.bool, device=boxes.device)
     if len(ignored):
-        counts = (box_iou(boxes, ignored).amax(dim=1) <= 0.5) | (owner >= 0)
-    return Assignment(owner, target, counts)
+        valid = (box_iou(boxes, ignored).amax(dim=1) <= 0.5) | (gt_index >= 0)
+    return Assignment(gt_index, target, valid)
 
 
 def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class BoxLosses(NamedTuple):
     positives: Tensor
 
 
-def nameless_losses(
+def class_agnostic_losses(
     *,
     objectness: Tensor,
     quality: Tensor,
@@ -112,8 +112,10 @@ def nameless_losses(
     objects: Tensor,
     assignment: Assignment,
 ) -> BoxLosses:
-    """Losses of one picture. Only objectness learns from background; sides and quality learn from positives, so that
-    unlabelled objects are no negatives for them (OLN, Kim et al., arXiv:2108.06753).
+    """Class-agnostic losses of one picture.
+
+    Only objectness learns from background; sides and quality learn from positive cells alone, so that unlabelled
+    objects are no negatives for them (OLN, Kim et al., arXiv:2108.06753).
 
     Args:
         objectness, quality: (A,) logits.
@@ -123,15 +125,15 @@ def nameless_losses(
         objects: (T, 4).
         assignment: of :func:`assign`.
     """
-    counts = assignment.counts
-    positive = assignment.object >= 0
-    loss = quality_focal_loss(objectness[counts], assignment.target[counts]).sum()
+    valid = assignment.valid
+    positive = assignment.gt_index >= 0
+    loss = quality_focal_loss(objectness[valid], assignment.target[valid]).sum()
     zero = sides.sum() * 0.0 + quality.sum() * 0.0
     if not bool(positive.any()):
         return BoxLosses(loss, zero, zero, zero, zero.detach(), zero.detach())
     box, dfl, weight = _box_losses(sides, boxes, centres, strides, objects, assignment)
     with torch.no_grad():
-        overlap = box_iou(boxes[positive], objects[assignment.object[positive]]).diagonal()
+        overlap = box_iou(boxes[positive], objects[assignment.gt_index[positive]]).diagonal()
     localised = F.binary_cross_entropy_with_logits(quality[positive], overlap, reduction="sum")
     return BoxLosses(loss, box, dfl, localised, weight, positive.sum().to(weight))
 
@@ -167,10 +169,10 @@ def class_losses(
         classes: (T,) int64.
         assignment: of :func:`assign`.
     """
-    positive = assignment.object >= 0
+    positive = assignment.gt_index >= 0
     target = torch.zeros_like(words)
-    target[positive, classes[assignment.object[positive]]] = assignment.target[positive].to(words)
-    scores = quality_focal_loss(words[assignment.counts], target[assignment.counts]).sum()
+    target[positive, classes[assignment.gt_index[positive]]] = assignment.target[positive].to(words)
+    scores = quality_focal_loss(words[assignment.valid], target[assignment.valid]).sum()
     if not bool(positive.any()):
         zero = sides.sum() * 0.0
         return ClassLosses(scores, zero, zero, zero.detach())
@@ -181,8 +183,8 @@ def _box_losses(
     sides: Tensor, boxes: Tensor, centres: Tensor, strides: Tensor, objects: Tensor, assignment: Assignment
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(GIoU loss, loss of the sides' distributions, weight), summed over the positive cells by their targets."""
-    positive = assignment.object >= 0
-    target, weight = objects[assignment.object[positive]], assignment.target[positive]
+    positive = assignment.gt_index >= 0
+    target, weight = objects[assignment.gt_index[positive]], assignment.target[positive]
     box = (weight * generalized_box_iou_loss(boxes[positive], target, reduction="none")).sum()
     at, step = centres[positive], strides[positive]
     reach = torch.cat([at - target[:, :2], target[:, 2:] - at], dim=1) / step[:, None]

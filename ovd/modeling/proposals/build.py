@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proposals as files, and as something that boxes a picture.
+"""Class-agnostic proposal networks: building, storing and running them.
 
 A folder holds ``model.safetensors`` (half precision) and ``model.json``, the card.
 """
@@ -20,8 +20,8 @@ from torchvision.ops import nms
 
 from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.splits import COCO_NAMES
-from ovd.modeling.proposals.network import CHANNELS, ProposalDetector, build_proposal_detector, start_from_nanodet
-from ovd.modeling.proposals.pyramid import FrozenPyramid, pixel_statistics, start_from_library
+from ovd.modeling.proposals.network import CHANNELS, ProposalDetector, build_proposal_detector, init_from_nanodet
+from ovd.modeling.proposals.pyramid import FrozenPyramid, init_from_library, pixel_statistics
 from ovd.pictures import resized
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -85,7 +85,7 @@ def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetw
 
     Args:
         config: of the network.
-        weights: as :func:`start_model` takes them; an export has its statistics in its card.
+        weights: as :func:`build_from_weights` takes them; an export has its statistics in its card.
 
     Raises:
         UserError: no such weights.
@@ -103,7 +103,7 @@ def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetw
     return config.model_copy(update={"backbone": pyramid.model_copy(update={"pixel_mean": mean, "pixel_std": std})})
 
 
-def start_model(weights: str | Path, config: ProposalNetworkConfig) -> ProposalDetector:
+def build_from_weights(weights: str | Path, config: ProposalNetworkConfig) -> ProposalDetector:
     """The network with the tensors of an exported folder, of a converted NanoDet (a file), or of a library's network.
 
     Raises:
@@ -113,7 +113,7 @@ def start_model(weights: str | Path, config: ProposalNetworkConfig) -> ProposalD
     path = Path(weights)
     exported = has_proposals(path)
     if config.backbone is not None and not exported:
-        start_from_library(model.backbone, str(weights), name=config.backbone.name)
+        init_from_library(model.backbone, str(weights), name=config.backbone.name)
         return model
     tensors, facts = load_weights(path / "model.safetensors" if exported or path.is_dir() else path)
     required = FORMAT if exported else "nanodet/1"
@@ -125,7 +125,7 @@ def start_model(weights: str | Path, config: ProposalNetworkConfig) -> ProposalD
     if exported:
         load_tensors(model, tensors, source=f"weights={weights}")
     else:
-        start_from_nanodet(model, tensors, source=f"weights={weights}")
+        init_from_nanodet(model, tensors, source=f"weights={weights}")
     return model
 
 
@@ -185,7 +185,7 @@ class PhotoProposer:
     def regions(self, image: NDArray[np.uint8], *, top: int = 100) -> PhotoProposals:
         """The best ``top`` boxes of an (H, W, 3) RGB picture; at most the network's ``post_nms`` at each size."""
         limit = round(MAX_ENLARGEMENT * max(image.shape[:2]))
-        parts = [self._at(image, side) for side in dict.fromkeys(min(side, limit) for side in self.sides)]
+        parts = [self._at_side(image, side) for side in dict.fromkeys(min(side, limit) for side in self.sides)]
         boxes, objectness, quality, words = (torch.cat(values) for values in zip(*parts, strict=True))
         best = nms(boxes, objectness, self.model.proposal_generator.nms)[:top]
         return PhotoProposals(
@@ -195,7 +195,7 @@ class PhotoProposer:
             words=words[best].cpu(),
         )
 
-    def _at(self, image: NDArray[np.uint8], side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _at_side(self, image: NDArray[np.uint8], side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(boxes in pixels of the picture, objectness, quality, words) with its longest side at ``side`` pixels."""
         height, width = image.shape[:2]
         image = resized(image, side / max(height, width))
@@ -246,8 +246,8 @@ def load_proposals(folder: Path, *, device: str = "cpu", precision: torch.dtype 
     """An exported network, ready for pictures.
 
     Raises:
-        UserError: see :func:`read_card` and :func:`start_model`.
+        UserError: see :func:`read_card` and :func:`build_from_weights`.
     """
     card = read_card(folder)
-    model = start_model(folder, ProposalNetworkConfig.model_validate(card.model))
+    model = build_from_weights(folder, ProposalNetworkConfig.model_validate(card.model))
     return PhotoProposer(model=model.to(device), sides=card.sides, precision=precision)

@@ -75,7 +75,7 @@ class ClassBranch(nn.Module):
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
-    def start_from(self, proposals: ProposalDetector) -> None:
+    def init_from(self, proposals: ProposalDetector) -> None:
         """Copy trunk and boxes; class rows are initialised."""
         self.csp.load_state_dict(proposals.backbone.csp.state_dict())
         self.neck.load_state_dict(proposals.backbone.neck.state_dict())

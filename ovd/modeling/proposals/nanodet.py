@@ -163,7 +163,7 @@ class NanoDet(nn.Module):
 
 
 def gather(heads: nn.ModuleList, maps: Sequence[Tensor]) -> Cells:
-    """The answers of one head per level as one list of cells."""
+    """Predictions of one head per level, joined along the cells."""
     both = [head(x) for head, x in zip(heads, maps, strict=True)]
     words = torch.cat([flat(w) for w, _ in both], dim=1)
     sides = torch.cat([flat(s) for _, s in both], dim=1)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NanoDet in Detectron2's parts: a backbone, a proposal generator that needs no names, and the network of both.
+"""NanoDet in Detectron2's parts: a backbone, a class-agnostic proposal generator, and the network of both.
 
 Registered under Detectron2's names, so that its own configuration builds them too: ``MODEL.BACKBONE.NAME:
 nanodet_backbone``, ``MODEL.PROPOSAL_GENERATOR.NAME: DenseProposals``, ``MODEL.META_ARCHITECTURE: ProposalDetector``.
 
-Each level has two heads. NanoDet's own is frozen and keeps saying how likely each of its 80 words is. The other starts
-as its copy and learns boxes without names: *objectness*, which starts at the best word's logit (so that an untrained
-network ranks as NanoDet does) and learns from objects and background, and *quality*, the IoU of the box, which learns
-from objects alone. On another backbone (`ovd.modeling.proposals.pyramid`) there is only the other, which starts at
+Each level has two heads. NanoDet's own is frozen and scores its 80 words. The class-agnostic head starts as its copy
+and predicts boxes, *objectness* and *quality*. Objectness starts at the best word's logit, so that an untrained network
+ranks boxes as NanoDet does, and learns from objects and background. Quality is the box's IoU and learns from objects
+alone. On another backbone (`ovd.modeling.proposals.pyramid`) there is only the class-agnostic head, which starts at
 random.
 
 Shapes: ``N`` pictures, ``A`` cells, ``K`` known words, ``P`` proposals of one picture.
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from ovd.data.samples import LabelledSample
-from ovd.modeling.proposals.assign import assign, nameless_losses
+from ovd.modeling.proposals.assign import BoxLosses, assign, class_agnostic_losses
 from ovd.modeling.proposals.nanodet import (
     BINS,
     PIXEL_MEAN,
@@ -87,10 +87,13 @@ def nanodet_backbone(cfg: Any, input_shape: ShapeSpec) -> NanoDetBackbone:
     return NanoDetBackbone()
 
 
-class NamelessHead(nn.Module):
+class ClassAgnosticHead(nn.Module):
     """(N, C, h, w) to objectness (added to the best word's logit), quality and sides: (N, 1 + 1 + 4·bins, h, w).
 
-    ``prior``: probability of an object at the start, where there are no words.
+    Args:
+        channels: C.
+        bins: of the distribution of each side.
+        prior: initial probability of an object, where there are no words.
     """
 
     def __init__(self, channels: int, *, bins: int, prior: float | None = None) -> None:
@@ -108,7 +111,7 @@ class NamelessHead(nn.Module):
         hidden = self.hidden(x)
         return torch.cat([self.scores(hidden), self.sides(hidden)], dim=1)
 
-    def start_from(self, head: DenseHead) -> None:
+    def init_from(self, head: DenseHead) -> None:
         """Copy boxes and objectness of the head with words."""
         self.hidden.load_state_dict(head.hidden.state_dict())
         self.sides.weight.data.copy_(head.output.weight.data[head.words :])
@@ -122,7 +125,7 @@ class DenseProposals(nn.Module):
 
     Args:
         in_features: levels, finest first.
-        ranking: what orders the boxes: the best known word (NanoDet as it is: its boxes too, and the nameless heads do
+        ranking: what orders the boxes: the best known word (NanoDet as it is, with its boxes; class-agnostic heads do
             not run), objectness, quality, or the geometric mean of the latter two.
         nms: IoU above which the lesser of two boxes goes.
         pre_nms: best boxes of a picture that enter NMS.
@@ -146,7 +149,8 @@ class DenseProposals(nn.Module):
         self.pre_nms, self.post_nms = pre_nms, post_nms
         self.heads = nn.ModuleList([DenseHead(CHANNELS, words=words, bins=BINS) for _ in in_features] if words else [])
         prior = None if words else PRIOR
-        self.nameless = nn.ModuleList([NamelessHead(CHANNELS, bins=BINS, prior=prior) for _ in in_features])
+        # "nameless" in checkpoints
+        self.nameless = nn.ModuleList([ClassAgnosticHead(CHANNELS, bins=BINS, prior=prior) for _ in in_features])
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
@@ -175,11 +179,11 @@ class DenseProposals(nn.Module):
             objectness = quality = words.amax(dim=2)
             sides = word_sides
         else:
-            answer = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
-            objectness, quality = answer[..., 0], answer[..., 1]
+            predictions = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
+            objectness, quality = predictions[..., 0], predictions[..., 1]
             if self.heads:
                 objectness = words.amax(dim=2) + objectness
-            sides = answer[..., 2:].unflatten(2, (4, -1))
+            sides = predictions[..., 2:].unflatten(2, (4, -1))
         if self.training:
             if gt_instances is None:
                 raise ValueError("training needs gt_instances")
@@ -206,9 +210,9 @@ class DenseProposals(nn.Module):
             labelled = truth.gt_classes >= 0
             objects, ignored = truth.gt_boxes.tensor[labelled], truth.gt_boxes.tensor[~labelled]
             assignment = assign(boxes[n], objectness[n].sigmoid(), centres, objects, ignored)
-            inside = (centres[:, 0] < width) & (centres[:, 1] < height)  # what is padded is no background either
+            inside = (centres[:, 0] < width) & (centres[:, 1] < height)  # padding is no background
             sums.append(
-                nameless_losses(
+                class_agnostic_losses(
                     objectness=objectness[n],
                     quality=quality[n],
                     sides=sides[n],
@@ -216,17 +220,17 @@ class DenseProposals(nn.Module):
                     centres=centres,
                     strides=strides,
                     objects=objects,
-                    assignment=assignment._replace(counts=assignment.counts & inside),
+                    assignment=assignment._replace(valid=assignment.valid & inside),
                 )
             )
-        total = [torch.stack(values).sum() for values in zip(*sums, strict=True)]
-        weight, positives = total[4].clamp_min(1.0), total[5].clamp_min(1.0)
+        total = BoxLosses(*(torch.stack(values).sum() for values in zip(*sums, strict=True)))
+        weight, positives = total.weight.clamp_min(1.0), total.positives.clamp_min(1.0)
         by_weight, by_positives = shares([float(weight), float(positives)])
         return {
-            "loss_objectness": by_weight * total[0] / weight,
-            "loss_box": by_weight * BOX_WEIGHT * total[1] / weight,
-            "loss_sides": by_weight * SIDES_WEIGHT * total[2] / weight,
-            "loss_quality": by_positives * total[3] / positives,
+            "loss_objectness": by_weight * total.objectness / weight,
+            "loss_box": by_weight * BOX_WEIGHT * total.box / weight,
+            "loss_sides": by_weight * SIDES_WEIGHT * total.sides / weight,
+            "loss_quality": by_positives * total.quality / positives,
         }
 
     def select(
@@ -318,10 +322,10 @@ def build_proposal_detector(
     )
 
 
-def start_from_nanodet(
+def init_from_nanodet(
     model: ProposalDetector, tensors: Mapping[str, Tensor], *, source: str = "nanodet.safetensors"
 ) -> None:
-    """Load what ``scripts/convert_nanodet.py`` wrote; the nameless heads start as copies.
+    """Load what ``scripts/convert_nanodet.py`` wrote; the class-agnostic heads start as copies.
 
     Args:
         model: to be started.
@@ -339,5 +343,6 @@ def start_from_nanodet(
     for prefix, module in modules.items():
         part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         load_tensors(module, part, source=source)
-    for nameless, head in zip(model.proposal_generator.nameless, model.proposal_generator.heads, strict=True):
-        nameless.start_from(head)
+    generator = model.proposal_generator
+    for class_agnostic, head in zip(generator.nameless, generator.heads, strict=True):
+        class_agnostic.init_from(head)

@@ -71,7 +71,7 @@ def pixel_statistics(name: str, weights: str) -> tuple[Rgb, Rgb]:
 
     Args:
         name: of the network.
-        weights: as `start_from_library` takes them.
+        weights: as `init_from_library` takes them.
 
     Raises:
         UserError: no such weights, or those of another network.
@@ -87,7 +87,7 @@ def _bytes(values: tuple[float, ...]) -> Rgb:
     return red, green, blue
 
 
-def start_from_library(backbone: FrozenPyramid, weights: str, *, name: str) -> None:
+def init_from_library(backbone: FrozenPyramid, weights: str, *, name: str) -> None:
     """Load the frozen network; the pyramid stays random.
 
     Args:

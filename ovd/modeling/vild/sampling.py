@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which anchors and proposals a detector learns from, as a function of the sample alone.
+"""Seeded sampling of anchors and proposals: it depends on the sample alone.
 
-Detectron2 draws them from torch's global generator, picture after picture, so that the draw of a picture depends on how
-many stand before it in its process: two processes would train another network than one. Here every picture brings the
-seed of its own draws. With it, losses and gradients of W processes equal those of one on the same global batch (up to
-rounding), when its pictures are padded to the same size: a batch is padded to its largest picture, and process 1 does
-not know the pictures of process 0.
+Detectron2 draws them from torch's global generator, picture after picture, so that a picture's draw depends on how many
+stand before it in its process: two processes would train another network than one. Here every picture has a seed of its
+own. With it, losses and gradients of W processes equal those of one on the same global batch (up to
+rounding) where all pictures have one size: a batch is padded to its largest picture, and each process knows its own
+pictures only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 @contextmanager
-def drawing(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Inside, torch's generators start from ``seed``; afterwards they go on as if nothing had been drawn.
 
     None leaves them alone: a picture without a seed draws from where they are.
@@ -47,7 +47,7 @@ class SeededRPN(RPN):
         """As Detectron2's, one picture at a time."""
         labels, boxes = [], []
         for n, instances in enumerate(gt_instances):
-            with drawing(self.seeds[n] if self.seeds else None, anchors[0].device):
+            with seeded(self.seeds[n] if self.seeds else None, anchors[0].device):
                 label, box = super().label_and_sample_anchors(anchors, [instances])
             labels += label
             boxes += box
@@ -88,6 +88,6 @@ class SeededROIHeads(ROIHeads):
         """As Detectron2's, one picture at a time."""
         sampled = []
         for n, (proposal, target) in enumerate(zip(proposals, targets, strict=True)):
-            with drawing(self.seeds[n] if self.seeds else None, proposal.proposal_boxes.device):
+            with seeded(self.seeds[n] if self.seeds else None, proposal.proposal_boxes.device):
                 sampled += super().label_and_sample_proposals([proposal], [target])
         return sampled

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes of one network, names by an image-text encoder that sees a crop of each: any CLIP on the shipped proposals.
+"""Boxes of one network, classified by an image-text encoder that sees a crop of each: any CLIP on any proposals.
 
 A word c of a region is scored alone, as `ovd.inference.fvlm_regions` scores words that no network was trained on:
 
@@ -19,19 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, as_array, best_first, logit, sigmoid, unit_rows
-from ovd.inference.crop_refinement import LONG_SIDE
+from ovd.inference.arrays import Floats, as_array, best_first, platt_scaled, unit_rows
+from ovd.inference.crop_refinement import shrunk
 from ovd.inference.fvlm_regions import WordScorer, best_of
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.open_words import EPS
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 from ovd.regions.crops import embed_regions
-from ovd.regions.proposals import large_enough, resize_boxes
+from ovd.regions.proposals import large_enough
 
 if TYPE_CHECKING:
     from ovd.inference.scorers import Scorer
@@ -47,7 +45,7 @@ SCALES = (1.2,)
 """Of the crops: the box with a tenth of its sides around it. A second scale would double the time."""
 
 
-class BoxSource(Protocol):
+class RegionSource(Protocol):
     """Gives the boxes whose crops the encoder classifies."""
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
@@ -70,7 +68,7 @@ class PhotoBoxes:
     word_scores: bool = True
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
-        """See `BoxSource`."""
+        """See `RegionSource`."""
         proposals = self.proposer.regions(image, top=self.top)
         return RegionSet(
             boxes=proposals.boxes.numpy(),
@@ -94,7 +92,7 @@ class DetectorBoxes:
     model: RegionModel
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
-        """See `BoxSource`."""
+        """See `RegionSource`."""
         return self.model.regions(image)
 
 
@@ -111,7 +109,7 @@ class ProposedBoxes:
     top: int
 
     def __call__(self, image: NDArray[np.uint8]) -> RegionSet:
-        """See `BoxSource`."""
+        """See `RegionSource`."""
         boxes, objectness = (as_array(values) for values in self.proposer.propose(image, top=self.top))
         return RegionSet(
             boxes=boxes.astype(np.float32),
@@ -123,11 +121,11 @@ class ProposedBoxes:
         )
 
 
-class CropNames(RegionModel):
-    """Regions of a box source, embedded by an encoder that sees their crops.
+class CropClassifier(RegionModel):
+    """Regions of any source, embedded by an encoder that sees their crops.
 
     Args:
-        source: boxes pictures.
+        source: gives the boxes.
         encoder: embeds crops, and elsewhere words.
         name: of the encoder, for notices.
         background_words: (B, D) embeddings by ``encoder`` of ``words.words``.
@@ -139,12 +137,12 @@ class CropNames(RegionModel):
         batch_size: crops per forward pass of the encoder.
     """
 
-    softmax = False
+    has_published_protocol = False
 
     def __init__(
         self,
         *,
-        source: BoxSource,
+        source: RegionSource,
         encoder: RegionEncoder,
         name: str,
         background_words: Floats,
@@ -180,19 +178,19 @@ class CropNames(RegionModel):
 
     def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
         """That the scores are not calibrated, where they are not."""
-        return () if self.calibrated else (uncalibrated(self.name),)
+        return () if self.calibrated else (uncalibrated_notice(self.name),)
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the background words come first among the competitors."""
         understood = [tuple(phrase for phrase in group if self.words.understands(phrase)) for group in phrases]
-        spared = self.words.relations(understood).related
-        rivals = np.ones((len(phrases), len(competitors)), dtype=bool)
-        rivals[:, : spared.shape[1]] = ~spared
+        related_training = self.words.relations(understood).related
+        competitor_mask = np.ones((len(phrases), len(competitors)), dtype=bool)
+        competitor_mask[:, : related_training.shape[1]] = ~related_training
         relations = self.proposal_words.relations(understood)
         return CropScorer(
             rows=rows,
             competitors=competitors,
-            rivals=rivals,
+            competitor_mask=competitor_mask,
             word_rows=np.zeros((len(self.proposal_words.words), rows.shape[1]), np.float32),  # there is no head
             hyponyms=relations.same_or_below,
             related=relations.related,
@@ -213,10 +211,10 @@ class CropScorer(WordScorer):
         assert regions.word_scores is not None and regions.image is not None
         c = self.calibration
         named_RC = competitive_probabilities(
-            regions.image, self.rows, self.competitors, None, scale=c.open_scale, keep_CB=self.rivals
+            regions.image, self.rows, self.competitors, None, scale=c.open_scale, mask_CB=self.competitor_mask
         )
-        score_RC = best_of(regions.word_scores, self.hyponyms) ** (1 - c.head_weight) * named_RC**c.head_weight
-        return sigmoid(c.slope * logit(score_RC, eps=EPS) + c.offset)
+        best_RC = best_of(regions.word_scores, self.hyponyms)
+        return platt_scaled(best_RC ** (1 - c.head_weight) * named_RC**c.head_weight, slope=c.slope, offset=c.offset)
 
 
 def embed_boxes(
@@ -229,7 +227,7 @@ def embed_boxes(
 ) -> RegionSet:
     """Regions with the encoder's embeddings of their crops in place of their own.
 
-    Large pictures are shrunk before they are cropped, as `ovd.inference.crop_refinement` does.
+    Large pictures are shrunk first, as `ovd.inference.crop_refinement` does.
 
     Args:
         regions: of one picture; those with a side under two pixels are left out.
@@ -239,14 +237,9 @@ def embed_boxes(
         batch_size: crops per forward pass.
     """
     keep = large_enough(regions.boxes)
-    boxes = shrunk_boxes = regions.boxes[keep]
-    height, width = image.shape[:2]
-    if (shrink := LONG_SIDE / max(height, width)) < 1:
-        smaller = max(1, round(height * shrink)), max(1, round(width * shrink))
-        image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
-        shrunk_boxes = resize_boxes(boxes, (height, width), smaller)
+    boxes = regions.boxes[keep]
     rows = as_array(
-        embed_regions(encoder, image, shrunk_boxes, scales=scales, resample="bicubic", batch_size=batch_size)
+        embed_regions(encoder, *shrunk(image, boxes), scales=scales, resample="bicubic", batch_size=batch_size)
     )
     return replace(
         regions,
@@ -261,7 +254,7 @@ def embed_boxes(
     )
 
 
-def uncalibrated(name: str) -> str:
+def uncalibrated_notice(name: str) -> str:
     """The notice about scores that were never fitted."""
     return (
         f"scores of {name} are not calibrated on these boxes: they rank boxes but are not "
