@@ -374,7 +374,7 @@ class _Run:
                 if index not in self.listed:
                     self.listed.add(index)
                     self.log.bad_image(index, path, reason)
-        drawn = self.step * self.samples
+        drawn = self.step * self.samples + self.bad_draws  # each was replaced by another draw
         if too_many_bad(self.bad_draws, drawn):
             raise UserError(
                 f"{self.bad_draws} of {drawn} images could not be read, more than 1 %; they are listed in "
