@@ -27,6 +27,7 @@ from pretrain.evaluation.linear import PROTOCOL_OF, PROTOCOLS, Recipe, few_label
 from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.nets.towers import build_encoder
+from tests.ports import free_port
 from tests.ssl.small import Views
 
 
@@ -391,13 +392,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:
     """Two processes, each computing half."""
-    import socket
     import subprocess
     import sys
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.ssl.test_probe", str(tmp_path)],
