@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from ovd.formats.names import DATASET_FORMATS
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import read_json, write_atomically
+from pretrain.engine.files import alone_in, read_json, write_atomically
 from pretrain.engine.flags import CommandParser, share
 
 if TYPE_CHECKING:
@@ -86,31 +86,35 @@ def main(argv: list[str]) -> int:
     require_labels_folder(out, settings, overwrite=options.overwrite)
     masks = options.format == "yolo-seg" if options.masks is None else options.masks
     detector, query = load_query(options, examples, masks=masks)
-    claim(out, settings, overwrite=options.overwrite)  # only now: what is replaced must not be lost to a typing mistake
-    failed = predict(
-        detector=detector,
-        pictures=pictures,
-        vocabulary=query,
-        out=out / PREDICTIONS,
-        threshold=options.threshold,
-        draw=False,
-        masks=masks,
-        overwrite=options.overwrite,
-    )
     from ovd.contact_sheet import contact_sheet
     from ovd.formats.predictions import read_predictions
     from ovd.formats.write import about_outlines, write_labels
 
-    labelled = with_parts(read_predictions(out / PREDICTIONS, pictures.paths), options.val)
-    if not labelled.pictures:
-        raise UserError(f"none of the {len(pictures)} pictures could be read; see {out / PREDICTIONS / 'failed.json'}")
-    if notice := about_outlines(labelled, options.format):
-        print(f"warning: {notice}", file=sys.stderr)
-    write_labels(labelled, out, options.format, picture_mode=options.picture_mode)
-    page = contact_sheet(
-        labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)
-    )
-    write_atomically(out / SHEET, page.encode(errors="backslashreplace"))  # names on disk may be no UTF-8
+    with alone_in(out):
+        require_labels_folder(out, settings, overwrite=options.overwrite)  # another command may have come first
+        # Only now: what is replaced must not be lost to a typing mistake.
+        claim(out, settings, overwrite=options.overwrite)
+        failed = predict(
+            detector=detector,
+            pictures=pictures,
+            vocabulary=query,
+            out=out / PREDICTIONS,
+            threshold=options.threshold,
+            draw=False,
+            masks=masks,
+            overwrite=options.overwrite,
+        )
+        labelled = with_parts(read_predictions(out / PREDICTIONS, pictures.paths), options.val)
+        if not labelled.pictures:
+            reasons = out / PREDICTIONS / "failed.json"
+            raise UserError(f"none of the {len(pictures)} pictures could be read; see {reasons}")
+        if notice := about_outlines(labelled, options.format):
+            print(f"warning: {notice}", file=sys.stderr)
+        write_labels(labelled, out, options.format, picture_mode=options.picture_mode)
+        page = contact_sheet(
+            labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)
+        )
+        write_atomically(out / SHEET, page.encode(errors="backslashreplace"))  # names on disk may be no UTF-8
     print(summary(labelled))
     print(f"{options.format} data set in {out}; look through {out / SHEET} before you train on it")
     return 1 if failed else 0

@@ -38,7 +38,7 @@ from ovd.picture_files import PictureFiles
 from ovd.predict_video import is_video, predict_videos, videos_in
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import BadImageError, UserError, on_one_line, run_cli, shorten
-from pretrain.engine.files import fitting_name, read_json, sha256_of, write_atomically
+from pretrain.engine.files import alone_in, fitting_name, read_json, sha256_of, write_atomically
 from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
@@ -187,11 +187,12 @@ def predict(
         "masks": masks,
     }
     try:
-        parts = _claim_folder(out, job, pictures.ids, overwrite)
-        failed = _predict_pictures(
-            detector, query, pictures, out=out, parts=parts, threshold=level, draw=draw, masks=masks
-        )
-        _write_results(out, parts, pictures.ids, query, failed)
+        with alone_in(out):
+            parts = _claim_folder(out, job, pictures.ids, overwrite)
+            failed = _predict_pictures(
+                detector, query, pictures, out=out, parts=parts, threshold=level, draw=draw, masks=masks
+            )
+            _write_results(out, parts, pictures.ids, query, failed)
     except OSError as problem:
         raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem
     if failed:

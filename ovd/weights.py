@@ -25,7 +25,15 @@ from typing import Any, TypedDict, cast
 
 from ovd.runtime.files import read_runtime_card
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
-from pretrain.engine.files import EXPORTED, read_json, read_text, sha256_of, whole_folder, write_atomically
+from pretrain.engine.files import (
+    EXPORTED,
+    locked_folder,
+    read_json,
+    read_text,
+    sha256_of,
+    whole_folder,
+    write_atomically,
+)
 from pretrain.engine.flags import CommandParser
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -330,8 +338,8 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
     if not any(path.suffix in (".safetensors", ".onnx") for path in paths):
         raise UserError(f"{source}: contains no .safetensors file")
     root.mkdir(parents=True, exist_ok=True)
-    entries = read_manifest(root) if (root / MANIFEST).exists() else {}
-
+    if (root / MANIFEST).exists():
+        read_manifest(root)  # a damaged one is told before anything is copied
     target = root / name
     if source.resolve() != target.resolve():
         with whole_folder(target) as temporary:
@@ -342,8 +350,10 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
         copy = target / relative
         files.append(WeightsFile(relative, copy.stat().st_size, sha256_of(copy)))
     card = target / CARD
-    entries[name] = Weights(name, target, tuple(files), card if card.is_file() else None)
-    _write(entries.values(), root)
+    with locked_folder(root):  # another process may add an entry of its own
+        entries = read_manifest(root) if (root / MANIFEST).exists() else {}
+        entries[name] = Weights(name, target, tuple(files), card if card.is_file() else None)
+        _write(entries.values(), root)
     return entries[name]
 
 

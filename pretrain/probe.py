@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import require_writable_file, write_atomically
-from pretrain.engine.flags import CommandParser, integer
+from pretrain.engine.flags import CommandParser, above_zero, integer
 
 
 def parser() -> CommandParser:
@@ -41,7 +41,7 @@ def parser() -> CommandParser:
         "(few-shot); default: knn linear_cached",
     )
     flags.add_argument("--k", type=integer(1), default=200, help="number of neighbours (default 200)")
-    flags.add_argument("--temperature", type=float, default=0.1, help="temperature of the kNN vote (default .1)")
+    flags.add_argument("--temperature", type=above_zero, default=0.1, help="temperature of the kNN vote (default .1)")
     flags.add_argument(
         "--protocol",
         metavar="METHOD",
@@ -72,8 +72,6 @@ def main(argv: list[str]) -> int:
 
     if args.out:
         require_writable_file(args.out, flag="--out")
-    if args.temperature <= 0:
-        raise UserError("--temperature must be above 0")
     if args.protocol is not None and args.protocol not in PROTOCOLS:
         raise UserError(f"--protocol {args.protocol}: expected one of {', '.join(sorted(PROTOCOLS))}")
     device = distributed.pick_device(args.device, threads=args.threads)

@@ -202,6 +202,7 @@ def main(argv: list[str], *, methods: Methods | None = None, data: Builders | No
         encoder = cast("JointEncoder", task.encoder)
         source = build_source(cfg, encoder)
         if isinstance(cfg.method, ClipMethod):
+            _require_distinct(cfg, source)
             from pretrain.monitor import monitored
 
             task = monitored(
@@ -248,6 +249,20 @@ def smaller_comparison(cfg: PretrainConfig) -> str | None:
     )
 
 
+def _require_distinct(cfg: PretrainConfig, source: Source) -> None:
+    """Refuse batches that hold a picture twice.
+
+    Raises:
+        UserError: there are more samples to compare with each other than pictures.
+    """
+    batch_size, pictures = cfg.loop.batch_size, len(source)
+    if pictures < batch_size // cfg.loop.accumulate:
+        raise UserError(
+            f"loop.batch_size: {batch_size} is more than the {pictures} pictures of data, so that a picture would be "
+            "its own negative; take a smaller batch, or more pictures"
+        )
+
+
 def build_self_supervised(
     cfg: PretrainConfig, *, methods: Methods | None = None, data: Builders | None = None
 ) -> tuple[Monitored, Source, OptimConfig]:
@@ -268,11 +283,7 @@ def build_self_supervised(
         more=methods or {},
     )
     source = ViewSource(build_images(cfg.data, more=data or {}), method.views, cfg.loop.seed)
-    if len(source) < batch_size // cfg.loop.accumulate:  # what is compared with each other
-        raise UserError(
-            f"loop.batch_size: {batch_size} is more than the {len(source)} pictures of data, so that a picture would "
-            "be its own negative; take a smaller batch, or more pictures"
-        )
+    _require_distinct(cfg, source)
     monitored_task = monitored(task, cfg.watch, cfg.data, method.inputs())
     return monitored_task, source, method_optim(method, cfg.optim, batch_size=batch_size, more=methods or {})
 

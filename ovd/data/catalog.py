@@ -118,6 +118,23 @@ def refuse_other_size(path: Path, stated: tuple[int, int] | None, actual: tuple[
         )
 
 
+def refuse_boxes_outside(path: Path, corners: np.ndarray, size: tuple[int, int], *, where: str) -> None:
+    """Compare boxes with a picture whose annotations do not state its size.
+
+    Args:
+        path: the picture.
+        corners: (n, 4) x1, y1, x2, y2.
+        size: its (height, width).
+        where: the annotations, for messages.
+
+    Raises:
+        BadImageError: one lies wholly outside.
+    """
+    height, width = size
+    if bool((corners[:, :2] >= (width, height)).any() | (corners[:, 2:] <= 0).any()):
+        raise BadImageError(path, f"is {width} × {height} pixels upright, and {where} has a box outside of it")
+
+
 class CocoImages:
     """Photos with a COCO instances file.
 
@@ -221,8 +238,8 @@ class CocoImages:
         annotations = self._annotations[image_id]
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32)
         boxes[:, 2:] += boxes[:, :2]
-        if size is None and bool((boxes[:, :2] >= (width, height)).any() | (boxes[:, 2:] <= 0).any()):
-            raise BadImageError(path, f"is {width} × {height} pixels, and {self.where} has a box outside of it")
+        if size is None:
+            refuse_boxes_outside(path, boxes, (height, width), where=self.where)
         masks = np.zeros((len(annotations), height, width), dtype=bool)
         for mask, annotation, box in zip(masks, annotations, boxes, strict=True):
             mask[:] = self._mask(annotation, box, (height, width))

@@ -26,7 +26,7 @@ from ovd.data.mapper import DetectionSource
 from ovd.data.samples import LabelledSample, PatchSample
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import too_many_bad
-from pretrain.engine.files import sha256_of, write_atomically
+from pretrain.engine.files import locked_folder, sha256_of, write_atomically
 from pretrain.engine.identity import identity_of
 
 META = "meta.json"
@@ -115,10 +115,11 @@ class FeatureCache:
                 array.flush()  # type: ignore[attr-defined]
             record = {"arrays": sorted(arrays), "key": dict(key), "count": count}
             write_atomically(temporary / META, json.dumps(record, sort_keys=True).encode())
-            if (target / META).is_file():
-                return  # another process was faster; its arrays are the same
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
+            with locked_folder(target.parent):
+                if (target / META).is_file():
+                    return  # another process was faster; its arrays are the same
+                shutil.rmtree(target, ignore_errors=True)
+                temporary.rename(target)
         except OSError as error:
             raise UserError(
                 f"cache {target}: {error.strerror or error}; free some space or set cache=FOLDER"

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ovd.data.copies import photo_groups
 from ovd.data.own_photos import Boxes
+from ovd.pictures import upright_size
 from pretrain.data.folder import list_images, read_image
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.identity import files_identity
 
 
@@ -25,27 +27,51 @@ class NegativePhotos:
         folder: that the names are relative to.
         names: of the photos.
         doubtful: (T, 4) float32 x1, y1, x2, y2 of such boxes, pixels, by name.
+        notices: what a person should know of the folder.
     """
 
     def __init__(
-        self, *, folder: Path, names: Sequence[str], doubtful: Mapping[str, NDArray[np.float32]] | None = None
+        self,
+        *,
+        folder: Path,
+        names: Sequence[str],
+        doubtful: Mapping[str, NDArray[np.float32]] | None = None,
+        notices: Sequence[str] = (),
     ) -> None:
         self.folder, self.names, self.doubtful = folder, tuple(names), doubtful or {}
+        self.notices = tuple(notices)
 
     @classmethod
-    def of_folder(cls, folder: Path, *, where: str) -> NegativePhotos:
-        """All pictures of a folder.
+    def of_folder(cls, folder: Path, *, where: str, labelled: Sequence[Path] = ()) -> NegativePhotos:
+        """All pictures of a folder, but for those that cannot be opened or are labelled ones.
 
         Args:
             folder: searched with its folders.
             where: the key that names it, for messages.
+            labelled: photos that hold objects of the classes, by whatever name they lie in the folder, too.
 
         Raises:
-            UserError: there is no such folder, or no picture in it.
+            UserError: there is no such folder, or no picture left in it.
         """
         if not folder.is_dir():
             raise UserError(f"{where}: {folder}: no such folder of photos")
-        return cls(folder=folder, names=[file.relative_to(folder).as_posix() for file in list_images(folder)])
+        files, notices = list_images(folder), []
+        groups = photo_groups([*labelled, *files])[len(labelled) :]
+        others = [file for file, group in zip(files, groups, strict=True) if group >= len(labelled)]
+        if same := len(files) - len(others):
+            notices.append(f"{where}: {same} of {len(files)} photos in {folder} are labelled ones and no negatives")
+        usable, unread = [], []
+        for file in others:
+            try:
+                upright_size(file)
+                usable.append(file)
+            except BadImageError as problem:
+                unread.append(str(problem))
+        if unread:
+            notices.append(f"{where}: {len(unread)} photos cannot be read and are left out (first: {unread[0]})")
+        if not usable:
+            raise UserError(f"{'; '.join(notices)}; none is left. Give a folder of other photos, or null")
+        return cls(folder=folder, names=[file.relative_to(folder).as_posix() for file in usable], notices=notices)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -8,7 +8,7 @@ Shapes: ``T`` boxes of a photo or canvas.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
@@ -18,18 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.data.catalog import read_annotated, refuse_other_size
+from ovd.data.catalog import read_annotated, refuse_boxes_outside, refuse_other_size
+from ovd.data.copies import photo_groups
 from ovd.data.joined import corners_of, is_object
-from ovd.inference.everything import is_everything
+from ovd.data.own_labels import about_names, why_no_box
 from ovd.pictures import resized, upright_size
-from ovd.vocabulary import Vocabulary
-from ovd.words import cleaned, name_key
+from ovd.words import cleaned
 from pretrain.data.coco import GroundTruth
+from pretrain.data.coco_boxes import BORDER
 from pretrain.data.coco_entries import CocoAnnotation, CocoJson, ImageId
 from pretrain.data.folder import require_files
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
-from pretrain.engine.identity import files_identity, text_identity
+from pretrain.engine.identity import file_identity, files_identity, text_identity
 
 if TYPE_CHECKING:
     from ovd.data.negatives import NegativePhotos
@@ -107,7 +108,10 @@ class FinetunePhotos:
         self._sizes = truth.sizes
         self._files = {image_id: truth.file_of(image_id) for image_id in truth.sizes}
         self.notices = [f"{truth.where}: {warning}" for warning in truth.warnings]
-        self.image_ids: list[ImageId] = self._usable()
+        every_box: dict[ImageId, list[list[float]]] = {}
+        for annotation in truth.annotations:
+            every_box.setdefault(annotation["image_id"], []).append(annotation["bbox"])
+        self.image_ids: list[ImageId] = self._usable(every_box)
         usable = set(self.image_ids)
         boxes: dict[ImageId, list[tuple[list[float], int]]] = {}
         for annotation in truth.annotations:
@@ -119,9 +123,9 @@ class FinetunePhotos:
         labelled = {category for labels in boxes.values() for _, category in labels}
         used = [category for category in truth.categories if category in labelled]
         if not used:
-            raise UserError(f"{truth.where}: no box to train on (with a score of at least {confident})")
+            raise UserError(f"{truth.where}: {why_no_box(truth.annotations, confident=confident)}")
         self.names = tuple(cleaned(truth.categories[category]) for category in used)
-        self._check_names([truth.categories[category] for category in used])
+        self.notices += about_names([truth.categories[category] for category in used], where=truth.where)
         number = {-1: -1, **{category: n for n, category in enumerate(used)}}
         self._boxes = {
             image_id: _labels([box for box, _ in labels], [number[category] for _, category in labels])
@@ -130,9 +134,21 @@ class FinetunePhotos:
         unused = [name for category, name in truth.categories.items() if category not in labelled]
         if unused:
             self.notices.append(f"{truth.where}: no box of {', '.join(map(repr, unused))}: not trained")
+        self._groups = photo_groups(self.paths())
+        copies = [number for number, group in enumerate(self._groups) if group != number]
+        if copies:
+            one, other = (self._files[self.image_ids[number]] for number in (copies[0], self._groups[copies[0]]))
+            self.notices.append(
+                f"{truth.where}: {len(copies)} photos are another one's copies or augmentations (first: {one}, of "
+                f"{other}); such photos are held out together or not at all"
+            )
 
-    def _usable(self) -> list[ImageId]:
-        """The photos that can be opened and have the size that the labels say.
+    def paths(self) -> list[Path]:
+        """The photos' files, in the order of their indices."""
+        return [self.folder / self._files[image_id] for image_id in self.image_ids]
+
+    def _usable(self, boxes: Mapping[ImageId, list[list[float]]]) -> list[ImageId]:
+        """The photos that can be opened and have the size that the labels say, or one that their boxes fit.
 
         Raises:
             UserError: more than a few are missing, or more than half cannot be read.
@@ -140,13 +156,19 @@ class FinetunePhotos:
         files = self._files
         if missing := require_files(list(files.values()), self.folder, where=self.where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
-        usable, unread = [], []
+        usable, unread, over = [], [], 0
         for image_id, name in files.items():
             path = self.folder / name
             if not path.is_file():
                 continue
             try:
-                refuse_other_size(path, self._sizes[image_id], upright_size(path))
+                size, stated = upright_size(path), self._sizes[image_id]
+                refuse_other_size(path, stated, size)
+                if stated is None:  # else the reader of the file has looked
+                    corners = corners_of(boxes.get(image_id, []))
+                    refuse_boxes_outside(path, corners, size, where=self.where)
+                    limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
+                    over += int(((corners < -BORDER) | (corners > limit + BORDER)).any(axis=1).sum())
                 usable.append(image_id)
             except BadImageError as problem:
                 unread.append(str(problem))
@@ -155,25 +177,9 @@ class FinetunePhotos:
             if len(unread) > len(usable):
                 raise UserError(f"{text}; repair or remove them")
             self.notices.append(f"{text}; left out")
+        if over:
+            self.notices.append(f"{self.where}: {over} boxes reach over the border of their photo")
         return usable
-
-    def _check_names(self, written: Sequence[str]) -> None:
-        """Refuse classes that are the same when typed; a notice on names that cannot be typed.
-
-        Args:
-            written: the names as they stand in the file.
-        """
-        keys: dict[str, str] = {}
-        for name, category in zip(self.names, written, strict=True):
-            if (other := keys.setdefault(name_key(name), category)) is not category:
-                raise UserError(
-                    f"{self.where}: classes {other!r} and {category!r} are the same when typed; rename one of them"
-                )
-            if not _can_be_typed(name):
-                self.notices.append(
-                    f"{self.where}: class {name!r} cannot be typed as it is; rename it without commas, "
-                    "colons, quotes or a minus in front, and not 'everything'"
-                )
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -239,8 +245,9 @@ class FinetunePhotos:
     def divided(self, share: float, *, limit: int | None, seed: int) -> tuple[list[int], list[int]]:
         """(to train on, held out): photos drawn by the seed, in their order.
 
-        Every class keeps at least half of its boxes for training: a rare class's photos are taken back. Photos that
-        cannot be decoded are not held out, and none is where no object is in them: they could choose nothing.
+        Every class keeps at least half of its boxes for training: a rare class's photos are taken back. What shows one
+        photo stays together. Photos that cannot be decoded are not held out, and none is where no object is in them:
+        they could choose nothing.
 
         Args:
             share: of the photos that are held out.
@@ -248,7 +255,14 @@ class FinetunePhotos:
             seed: of the draw.
         """
         order = np.random.default_rng([seed, 11]).permutation(len(self))[:limit].tolist()
-        held_out, training = order[: round(share * len(order))], order[round(share * len(order)) :]
+        together: dict[int, list[int]] = {}
+        for photo in order:
+            together.setdefault(self._groups[photo], []).append(photo)
+        held_out: list[int] = []
+        for photos in together.values():
+            if len(held_out) < round(share * len(order)):
+                held_out += photos
+        training = [photo for photo in order if photo not in held_out]
         for number in range(len(self.names)):
 
             def count(photos: Sequence[int], number: int = number) -> int:
@@ -257,8 +271,9 @@ class FinetunePhotos:
             for photo in [i for i in held_out if count([i])]:
                 if count(training) >= count(held_out):
                     break
-                held_out.remove(photo)
-                training.append(photo)
+                taken = [i for i in together[self._groups[photo]] if i in held_out]
+                held_out = [i for i in held_out if i not in taken]
+                training += taken
         unread = [photo for photo in held_out if not self._decodes(photo)]
         training, held_out = [*training, *unread], [photo for photo in held_out if photo not in unread]
         if not any((self.boxes(photo).classes >= 0).any() for photo in held_out):
@@ -271,14 +286,6 @@ class FinetunePhotos:
         except BadImageError:
             return False
         return True
-
-
-def _can_be_typed(name: str) -> bool:
-    """Whether the name, typed alone, asks for one class of this name."""
-    try:
-        return Vocabulary.parse(name).names == (name,) and not is_everything(name)
-    except UserError:
-        return False
 
 
 def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> Boxes:
@@ -301,6 +308,7 @@ class CanvasSource:
         seed: with the draw number it seeds each sample.
         negatives: photos of other kinds; None: there are none.
         negative_share: probability that a place of four, but for the first, shows one of them.
+        detector: folder of the detector that is fine-tuned and exported with the classes; part of the identity.
     """
 
     def __init__(
@@ -317,19 +325,23 @@ class CanvasSource:
         seed: int,
         negatives: NegativePhotos | None = None,
         negative_share: float = 0.0,
+        detector: Path | None = None,
     ) -> None:
         self.photos, self.chosen, self.side, self.scale = photos, tuple(chosen), side, scale
         self.mosaic, self.flip, self.flip_vertical = mosaic, flip, flip_vertical
         self.colour, self.seed = colour, seed
         self.negatives, self.negative_share = negatives, negative_share
+        self.detector = detector
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def identity(self) -> dict[str, str]:
-        """Fingerprint of all photos, held-out ones too: they choose the weights."""
+        """Fingerprint of all photos, held-out ones too, which choose the weights, and of the detector."""
         negatives = {} if self.negatives is None else self.negatives.identity()
-        return {**self.photos.identity(range(len(self.photos))), **negatives}
+        files = [] if self.detector is None else [self.detector / name for name in ("model.json", "model.safetensors")]
+        detector = {"detector's files": file_identity(files)} if files else {}
+        return {**self.photos.identity(range(len(self.photos))), **negatives, **detector}
 
     def sample(self, index: int, draw: int) -> FinetuneSample:
         """A canvas with photo ``index`` in it; pure function of (index, draw).

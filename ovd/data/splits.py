@@ -16,7 +16,7 @@ from typing import Any
 
 from pretrain.data.coco_entries import CocoJson
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
+from pretrain.engine.files import read_json, write_atomically
 
 # COCO's 80 categories with their official, non-contiguous ids.
 COCO_NAMES: dict[int, str] = {
@@ -135,7 +135,7 @@ class Split:
 
     def save(self, path: str | Path) -> None:
         """Write the split as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
 
     @classmethod
     def load(cls, spec: str | Path, *, categories: Mapping[int, str] | None = None) -> Split:

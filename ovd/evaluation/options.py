@@ -243,7 +243,12 @@ def _add_class_flags(add: Add) -> None:
         help="exponents of ViLD-ensemble's heads: one for all classes (default), or the paper's two")  # fmt: skip
     add("--scores", choices=("published", "calibrated"), default="published",
         help="published: softmax over the vocabulary (default); calibrated: those the page shows")  # fmt: skip
-    add("--scale", type=float, metavar="S", help="inverse temperature of the published softmax (default: as trained)")
+    add(
+        "--scale",
+        type=above_zero,
+        metavar="S",
+        help="inverse temperature of the published softmax (default: as trained)",
+    )
     add("--embeddings", choices=("own", "crops"), default="own",
         help="of the detector (own), or the image encoder's of the regions' crops (slow; with --encoder: published "
         "softmax, without the proposal network's word scores)")  # fmt: skip

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from ovd.data.lvis import FREQUENCIES
 from ovd.evaluation.coco import AVERAGES, RECALL_CAPS, Metrics
 from ovd.evaluation.compare import Difference
+from pretrain.engine.files import write_atomically
 
 SCHEMA_VERSION = 1
 TITLES = {"bbox": "boxes", "segm": "masks"}
@@ -77,15 +79,16 @@ def write(
     metrics: Metrics, out: Path, *, command: Sequence[str] = (), extra: Mapping[str, object] | None = None
 ) -> tuple[Path, Path]:
     """Write `metrics.json` and `per_class.csv` into a folder, which is made; returns both paths."""
-    out.mkdir(parents=True, exist_ok=True)
     json_path, csv_path = out / "metrics.json", out / "per_class.csv"
     content = to_json(metrics, command=command, extra=extra)
-    json_path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    with csv_path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(metrics.per_class[0].row()))
-        writer.writeheader()
-        for row in metrics.per_class:
-            writer.writerow({k: _cell(v) for k, v in row.row().items()})
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomically(json_path, text.encode(errors="backslashreplace"))  # names on disk may be no UTF-8
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(metrics.per_class[0].row()))
+    writer.writeheader()
+    for row in metrics.per_class:
+        writer.writerow({k: _cell(v) for k, v in row.row().items()})
+    write_atomically(csv_path, table.getvalue().encode(errors="backslashreplace"))
     return json_path, csv_path
 
 

@@ -4,7 +4,7 @@
 One text file a picture, one object a line: ``class cx cy width height``, or ``class x1 y1 x2 y2 x3 y3 …`` for an
 outline, in shares of the upright picture. Labels lie where Ultralytics looks: in ``labels/`` for pictures in
 ``images/``, else beside the picture. A sixth number after a box is a teacher's score. With ``kpt_shape`` in the file
-(poses) the first four numbers are the box and the others are left out.
+(poses) the first four numbers are the box and the others are left out; poses without it are refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
+from ovd.formats.yolo_poses import Outlines, about_keypoints, keypoint_shape
 from ovd.pictures import upright_size
 from ovd.plain_yaml import read_plain_yaml
 from pretrain.data import masks
@@ -60,6 +61,7 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
     notes = Notes(where)
     images: list[CocoImage] = []
     annotations: list[CocoAnnotation] = []
+    outlines = Outlines()
     labelled = 0
     for number, (belongs, picture) in enumerate(source.pictures, 1):
         if belongs not in requested:
@@ -77,15 +79,18 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
             continue
         labelled += 1
         for line in _read_lines(labels, notes):
-            one = _object(line, source, (height, width), notes)
+            one = _object(line, source, (height, width), notes, outlines)
             if one is not None:
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **one})
     notes.raise_mistakes()
+    about_poses = outlines.about_poses()
+    if outlines.are_poses:
+        raise UserError(f"{where}: {about_poses}")
     if not labelled:
         expected = next((str(_label_candidates(p)[0]) for _, p in source.pictures), "nowhere")
         raise UserError(f"{where}: no picture has a label file; looked for {expected} and so on")
     content = {"images": images, "annotations": annotations, "categories": coco_categories(source.names)}
-    notices = [*notes.notices(), *source.skipped_notices]
+    notices = [*notes.notices(), *([] if about_poses is None else [about_poses]), *source.skipped_notices]
     return Labels(content=content, root=source.root, kind="yolo", where=where, notices=notices)
 
 
@@ -242,7 +247,7 @@ def _read_lines(file: Path, notes: Notes) -> Iterator[_Line]:
         yield _Line(f"{file}:{number}", words)
 
 
-def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -> CocoObject | None:
+def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes, outlines: Outlines) -> CocoObject | None:
     """COCO's annotation of a line without its ids; None after a mistake."""
     try:
         numbers = [float(word) for word in line.words]
@@ -256,12 +261,15 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -
         return None
     if source.poses:
         values = values[:4]
+    shape = keypoint_shape(values)
     score = values.pop() if len(values) == 5 else None
     if len(values) < 4 or len(values) % 2:
-        notes.mistake(line.location, f"{len(line.words)} numbers are neither a box (5) nor an outline (7, 9, …)")
+        hint = "" if shape is None else f"; keypoints? Then {about_keypoints(shape)}"
+        notes.mistake(line.location, f"{len(line.words)} numbers are neither a box (5) nor an outline (7, 9, …){hint}")
         return None
     if not all(math.isfinite(v) and -TOLERANCE <= v <= 1 + TOLERANCE for v in values):
-        notes.mistake(line.location, "coordinates must be shares of the picture, from 0 to 1; are these pixels?")
+        hint = "are these pixels?" if shape is None else f"keypoints? Then {about_keypoints(shape)}"
+        notes.mistake(line.location, f"coordinates must be shares of the picture, from 0 to 1; {hint}")
         return None
     if score is not None and not 0 <= score <= 1:
         notes.mistake(line.location, f"the sixth number, {score}, is not a score from 0 to 1")
@@ -272,6 +280,7 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes) -
         cx, cy, w, h = values
         corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
     else:
+        outlines.add(values)
         corners = [min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])]
         outline = [min(max(v, 0.0), 1.0) * (width, height)[i % 2] for i, v in enumerate(values)]
         one["segmentation"] = [[round(v, 3) for v in outline]]

@@ -162,6 +162,8 @@ class DetectorCard:
         return trainable
 
 
+LARGEST_INPUT = 16_384
+"""Pixels of a side to which a network's pictures are resized; more fills the memory of any machine."""
 FILE_KEYS = {"background_words": "bank", "finetuned": "own"}
 """Fields of `DetectorCard` → their keys in ``model.json``, where these differ."""
 
@@ -235,7 +237,7 @@ def _require_sense(card: DetectorCard) -> None:
     shares = {key: card.calibration[key] for key in ("threshold", "example_threshold") if key in card.calibration}
     wrong = {
         "embed_dim": card.embed_dim < 1,
-        "short_side": not 0 < card.short_side <= card.long_side,
+        "short_side": not 0 < card.short_side <= card.long_side <= LARGEST_INPUT,
         "pixel_mean": len(card.pixel_mean) != 3,
         "pixel_std": len(card.pixel_std) != 3 or min(card.pixel_std) <= 0,
         "novel": not all(0 <= index < len(card.classes) for index in card.novel),
@@ -243,7 +245,10 @@ def _require_sense(card: DetectorCard) -> None:
         "crop_refinement": card.crop_refinement < 0,
         f"calibration.{min(unknown, default='')}": bool(unknown),
         **{f"calibration.{key}": not 0 <= value <= 1 for key, value in shares.items()},
-        "own": any(branch.side < 1 or branch.top < 1 or not 0 <= branch.nms <= 1 for branch in card.finetuned),
+        "own": any(
+            not 1 <= branch.side <= LARGEST_INPUT or branch.top < 1 or not 0 <= branch.nms <= 1
+            for branch in card.finetuned
+        ),
     }
     if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
         raise TypeError(f"{found} has no meaning here")

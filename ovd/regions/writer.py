@@ -212,6 +212,8 @@ class _Writer:
     def refuse_many_bad(self) -> None:
         """Stop when more pictures than a few are unreadable, also where an earlier run met them."""
         pictures = len(self.embedder.source)
+        if 0 < self.bad == pictures:
+            raise UserError(f"{self.path}: none of the {pictures} pictures can be read; is it the right folder?")
         if self.bad > max(1, int(BAD_IMAGE_SHARE * pictures)):
             raise UserError(
                 f"{self.path}: {self.bad} of {pictures} pictures cannot be read, more than {BAD_IMAGE_SHARE:.0%}; they "

@@ -146,6 +146,10 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
     proposals = ProposalNetworkConfig.model_validate(read_proposals(folder / PROPOSALS).model)
     branch.init_from(build_from_weights(folder / PROPOSALS, proposals))
     data = config.data
+    negatives = negatives_of(data, photos, chosen, detector=folder)
+    if is_main() and negatives is not None:
+        for notice in negatives.notices:
+            print(notice)
     return FinetuneParts(
         folder=folder,
         photos=photos,
@@ -168,8 +172,9 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
             flip_vertical=data.flip_vertical,
             colour=data.colour,
             seed=config.loop.seed,
-            negatives=negatives_of(config.data, photos, chosen, detector=folder),
+            negatives=negatives,
             negative_share=data.negative_share,
+            detector=folder,
         ),
     )
 

@@ -162,10 +162,12 @@ class Captions:
     Attributes:
         files: paths below the picture folder.
         texts: at least one of each.
+        without: number of images that have none.
     """
 
     files: tuple[str, ...]
     texts: list[list[str]]
+    without: int
 
 
 def read_captions(path: str | Path, *, hint: str = "") -> Captions:
@@ -192,7 +194,7 @@ def read_captions(path: str | Path, *, hint: str = "") -> Captions:
         if text := caption.strip():
             texts.setdefault(image_id, []).append(text)
     named = (files.get(image_id) or picture_file({"id": image_id}, where=str(path)) for image_id in texts)
-    return Captions(files=tuple(named), texts=list(texts.values()))
+    return Captions(files=tuple(named), texts=list(texts.values()), without=len(sizes) - len(texts))
 
 
 def _require_lists(content: Any, keys: Sequence[str], where: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -300,5 +301,8 @@ def about_backslashes(name: str | Path) -> str:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The paths of `find_images`."""
-    return find_images(folder).paths
+    """The paths of `find_images`; what was passed over is told on standard error, by one process of a run."""
+    listing = find_images(folder)
+    if str(listing) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {folder}: {listing}", file=sys.stderr)
+    return listing.paths

@@ -126,7 +126,7 @@ def table_of(config: CaptionTable) -> CaptionedFiles:
 
 
 def coco_captions(config: CocoCaptions) -> CaptionedFiles:
-    """COCO's captions_*.json: every picture that has one.
+    """COCO's captions_*.json: every picture that has one; the others are counted in a warning.
 
     Raises:
         UserError: Not such a file, or its first picture is not in the folder.
@@ -136,8 +136,16 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
     captions = read_captions(path, hint=hint)
     if not captions.files:
         raise UserError(f"{path} has no captions")
+    _warn_of_uncaptioned(captions.without, len(captions.files) + captions.without, where=str(path))
     _warn_of_missing(captions.files, config.images, where=str(path))
     return CaptionedFiles([config.images / name for name in captions.files], captions.texts)
+
+
+def _warn_of_uncaptioned(without: int, pictures: int, *, where: str) -> None:
+    if without and is_main():
+        print(
+            f"warning: {where}: {without:,} of {pictures:,} pictures have no caption and are left out", file=sys.stderr
+        )
 
 
 def _warn_of_missing(names: Iterable[str], folder: Path, *, where: str) -> None:
@@ -159,6 +167,7 @@ class CaptionedShardSet:
         self._chosen = np.flatnonzero(self.shards.captioned)
         if not len(self._chosen):
             raise UserError(f"{pattern}: none of {len(self.shards):,} pictures has a caption (KEY.txt beside KEY.jpg)")
+        _warn_of_uncaptioned(len(self.shards) - len(self._chosen), len(self.shards), where=pattern)
 
     def __len__(self) -> int:
         return len(self._chosen)

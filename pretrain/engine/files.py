@@ -141,7 +141,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        with _lock(target.parent):
+        with locked_folder(target.parent):
             if not _same_files(temporary, target):
                 _replace_folder(target, temporary)
     except OSError as error:
@@ -154,20 +154,47 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process in at a time, where the file system has such locks."""
+def locked_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Let one process in at a time, where the file system has such locks. The kernel drops it when the process ends.
+
+    Args:
+        folder: exists.
+        wait: for the process that is in.
+
+    Yields:
+        False: another process is in, which is not waited for.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield True
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # NFS locks no folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        alone = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            alone = False
+        except OSError:  # NFS locks no folders
+            pass
+        yield alone
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder for results, and keep other commands out of it: they would take each other's for their own.
+
+    Raises:
+        UserError: another command writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder, wait=False) as alone:
+        if not alone:
+            raise UserError(f"{folder}: another command writes there; wait for it, or give another --out")
+        yield
 
 
 def _same_files(one: Path, other: Path) -> bool:

@@ -88,9 +88,11 @@ def fit(
     """
     out = Path(out)
     with distributed.process_group():
-        notes: list[str] = []
-        start = None
-        if not check:
+
+        def find_start() -> tuple[checkpoint.Checkpoint | None, list[str]]:
+            notes: list[str] = []
+            if check:
+                return None, notes
             start = folder.find_start(
                 out,
                 record,
@@ -100,9 +102,13 @@ def fit(
                 overwrite=overwrite,
                 warn=notes.append,
             )
-        notes += milestones_without_effect(optim, loop.steps)
+            return start, notes
+
+        find_start()  # what is refused writes nothing, not even a lock
         run = _Run(task, source, loop=loop, optim=optim, out=out, record=record, check=check)
         with Signals() as signals, run.errors_explained(), nullcontext() if check else folder.locked(out) as note, run:
+            start, notes = find_start()  # again: another training may have been here since
+            notes += milestones_without_effect(optim, loop.steps)
             run.begin(start, notes + ([note] if note else []), overwrite=overwrite)
             return run.train(signals)
 
@@ -374,7 +380,7 @@ class _Run:
                 if index not in self.listed:
                     self.listed.add(index)
                     self.log.bad_image(index, path, reason)
-        drawn = self.step * self.samples
+        drawn = self.step * self.samples + self.bad_draws  # each was replaced by another draw
         if too_many_bad(self.bad_draws, drawn):
             raise UserError(
                 f"{self.bad_draws} of {drawn} images could not be read, more than 1 %; they are listed in "

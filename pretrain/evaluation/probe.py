@@ -99,6 +99,14 @@ def evaluate(
     x_test = features(backbone, test, range(len(test)), inputs)
     y_test, y_train = labels(test, range(len(test))), labels(train, range(len(train)))
     classes = int(max(y_train.max(), y_test.max())) + 1
+    counts = torch.bincount(y_train, minlength=classes)
+    if int((counts > 0).sum()) < 2:
+        raise UserError(
+            f"the {len(train)} training pictures are of one class, so that nothing is told apart; take two classes at "
+            "least, and a larger --limit if you set one"
+        )
+    if "few" in measures and (least := int(counts.min())) < max(shots):
+        log(f"warning: --shots {max(shots)}: a class has {least} training pictures only, and learns from these")
     report: dict[str, object] = {"train": len(train), "test": len(test), "classes": classes, "width": x_test.shape[1]}
     x_train = features(backbone, train, range(len(train)), inputs) if {"knn", "few"} & set(measures) else None
     if x_train is not None and "knn" in measures:

@@ -16,6 +16,7 @@ from ovd.contact_sheet import PER_CLASS, contact_sheet
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import LabelledPictures, Picture, Shape
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import alone_in
 from tests.detector.fakes import make_detector, picture
 
 
@@ -201,3 +202,27 @@ def test_label__changed_and_added_pictures_are_processed(photos: Path, tmp_path:
     assert len(fake) == 12
     truth = read_labels(out).truth()
     assert len(truth.sizes) == 11 and len(truth.annotations) == 15
+
+
+def test_label__another_command_in_the_folder_is_not_disturbed(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(photos, out) == 0
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with alone_in(out), pytest.raises(UserError, match="another command writes there"):
+        run(photos, out, "--overwrite")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
+def test_label__a_folder_that_another_command_took_meanwhile_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, out = label.load_query, tmp_path / "out"
+
+    def slow(*arguments: object, **options: object) -> object:
+        monkeypatch.setattr(label, "load_query", load)
+        assert run(photos, out, "--format", "voc") == 0
+        return load(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(label, "load_query", slow)
+    with pytest.raises(UserError, match="has a data set of another command: format was voc, is yolo"):
+        run(photos, out)

@@ -248,6 +248,17 @@ def test_formats_that_are_not_read_are_counted_and_an_output_folder_is_left_out(
         find_images(tmp_path, without=tmp_path / "results")
 
 
+def test_what_a_training_passes_over_is_told_by_one_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert len(list_images(tmp_path)) == 1 and capsys.readouterr().err == ""
+    (tmp_path / "b.gif").write_bytes(b"")
+    assert len(list_images(tmp_path)) == 1 and "skipped: 1 .gif (read are" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert len(list_images(tmp_path)) == 1 and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("stamp", "beside"), [("job.json", "parts"), ("label.json", "predictions")])
 def test_results_of_earlier_commands_and_links_to_nothing_are_no_pictures(
     stamp: str, beside: str, tmp_path: Path

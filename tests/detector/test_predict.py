@@ -17,6 +17,7 @@ from ovd.picture_files import PictureFiles
 from ovd.predict import drawn_names, main, parser, predict
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import alone_in
 from tests.detector.fakes import make_detector, picture
 
 WORDS = Vocabulary.parse("blue, red, unicorn")
@@ -302,3 +303,11 @@ def test_predict__classes_and_vocabulary_exclude_each_other() -> None:
 )
 def test_predict__drawings_have_unique_names(names: list[str], drawn: list[str]) -> None:
     assert drawn_names(names) == drawn
+
+
+def test_two_commands_do_not_write_one_folder(photos: Path, tmp_path: Path) -> None:
+    """The second would take the first one's records, of other words, for its own."""
+    with alone_in(tmp_path / "out"), pytest.raises(UserError, match="out: another command writes there; wait for it"):
+        run(photos, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert run(photos, tmp_path / "out")[0] == []

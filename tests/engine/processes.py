@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pretrain.engine import distributed, faults
 from pretrain.engine.errors import UserError
 from pretrain.engine.loop import Stopped
 from tests.engine.toy import WIDTH, Contrastive, Everything, Mean, Numbers, train
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXACT = {"steps": 3, "batch_size": 8, "accumulate": 1, "name": "sgd", "lr": 0.1, "save_every": 100, "log_every": 1}
@@ -32,9 +32,7 @@ EXACT = {"steps": 3, "batch_size": 8, "accumulate": 1, "name": "sgd", "lr": 0.1,
 
 def start_ranks(arguments: Sequence[str], *, world: int) -> list[subprocess.Popen[str]]:
     """Start ``python ARGUMENTS`` once per rank, with torchrun's variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, *arguments],

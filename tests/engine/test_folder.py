@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from ovd.config import TrainConfig
 from pretrain.config import PretrainConfig
+from pretrain.engine import folder
 from pretrain.engine.checkpoint import load_weights, newest
 from pretrain.engine.config import changed_keys, keys_at_default, load_config, plain
 from pretrain.engine.errors import ConfigError, UserError
@@ -120,3 +122,21 @@ def test_alias_metadata_that_makes_no_sense_is_a_user_error(tmp_path: Path, alia
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"aliases": aliases})
     with pytest.raises(UserError, match=r"w\.safetensors: its metadata 'aliases' is not a table of names"):
         load_weights(path)
+
+
+def test_a_training_that_ended_while_another_began_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is looked at again when it is locked: the second training saw an empty one."""
+
+    def late(out: Path) -> AbstractContextManager[str | None]:
+        monkeypatch.setattr(folder, "locked", locked)
+        train(Mean(), tmp_path / "run", Numbers(dtype=torch.float64), steps=4)
+        return locked(out)
+
+    locked = folder.locked
+    monkeypatch.setattr(folder, "locked", late)
+    with pytest.raises(UserError, match="is not empty; give --resume"):
+        train(Mean(), tmp_path / "run", Numbers(dtype=torch.float64), steps=2)
+    latest = newest(tmp_path / "run/checkpoints", warn=print)
+    assert latest is not None and latest.step == 4

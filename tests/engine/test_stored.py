@@ -51,6 +51,8 @@ def put(**values: object) -> Callable[[dict[str, Any]], None]:
         (put(classes="cat"), "classes"),
         (put(novel=[2]), "novel"),
         (put(long_side=8), "short_side"),
+        (put(long_side=1_000_000), "short_side"),
+        (put(own=[{"names": ["a"], "file": "x", "sha256": "0", "side": 10**6, "nms": 0.6, "top": 9}]), "own"),
         (put(calibration={"slope": float("nan")}), "calibration.slope: nan is not a finite number"),
         (put(calibration={"slope": "1"}), "calibration.slope"),
         (put(calibration={"threshold": 2}), "calibration.threshold"),

@@ -98,6 +98,33 @@ def test_yolo__outlines_scores_and_poses(tmp_path: Path) -> None:
     assert boxes(pose) == [[20, 15, 40, 30]] and "segmentation" not in read_labels(pose).content["annotations"][0]
 
 
+POSES = ((0.8, 0.5), (0.2, 0.3), (0.7, 0.7), (0.3, 0.8), (0.85, 0.2))
+
+
+@pytest.mark.parametrize("each", ["{x} {y}", "{x} {y} 1", "{x} {y} 2"])
+def test_yolo__poses_without_kpt_shape_are_no_outlines(tmp_path: Path, each: str) -> None:
+    """Each line is a box of .2 × .2 and four points in it."""
+    corners = [(-0.1, -0.1), (0.1, -0.1), (0.05, 0.1), (0.0, 0.0)]
+    lines = [
+        " ".join([f"0 {cx} {cy} .2 .2", *(each.format(x=cx + x, y=cy + y) for x, y in corners)]) for cx, cy in POSES
+    ]
+    file = yolo(tmp_path, "\n".join(lines))
+    with pytest.raises(UserError, match=rf"write kpt_shape: \[4, {len(each.split())}\] into data.yaml"):
+        read_labels(file)
+    file.write_text(f"{file.read_text()}\nkpt_shape: [4, {len(each.split())}]\n")
+    assert boxes(file)[0] == [56, 24, 16, 12]
+
+
+def test_yolo__outlines_of_one_length_are_no_poses(tmp_path: Path) -> None:
+    squares = [(cx - 0.1, cy - 0.1, cx + 0.1, cy - 0.1, cx + 0.1, cy + 0.1, cx - 0.1, cy + 0.1) for cx, cy in POSES]
+    file = yolo(tmp_path, "\n".join(" ".join(map(str, (0, *square))) for square in squares))
+    labels = read_labels(file)
+    assert labels.notices == [] and boxes(file)[0] == [56, 24, 16, 12]
+    # In the middle both are possible.
+    yolo(tmp_path, "0 .4 .5 .5 .6 .5 .4\n0 .5 .5 .6 .6 .5 .6\n")
+    assert "all 2 outlines may be poses" in " ".join(read_labels(file).notices)
+
+
 def test_yolo__shares_are_of_the_picture_as_it_is_seen(tmp_path: Path) -> None:
     file = yolo(tmp_path)
     exif = Image.Exif()

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,13 @@ def test_docs__figures_equal_the_shipped_cards() -> None:
     stickers = json.loads((repository / "weights/vild-sticker/card.json").read_text(encoding="utf-8"))
     base, novel = (f"{100 * stickers['metrics'][f'box AP50, {group}']:.1f}" for group in ("base", "novel"))
     assert re.search(rf"shipped \| [\d.]+ \| {base} \| {novel} \|", results)
+
+
+def test_weights_that_are_added_at_once_are_all_listed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"weights")
+    names = [f"mine-{number}" for number in range(12)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: add_weights(source, name, tmp_path / "weights"), names))
+    assert sorted(read_manifest(tmp_path / "weights")) == sorted(names)

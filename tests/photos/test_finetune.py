@@ -153,6 +153,68 @@ def test_held_out_photos_are_a_share_and_leave_rare_classes_to_learn_from(tmp_pa
     assert len(kept) + len(held) == 8 and photos.divided(0.0, limit=None, seed=0)[1] == []
 
 
+@pytest.mark.parametrize("kind", ["copy", "augmented"])
+def test_held_out_photos_have_no_copy_among_the_others(tmp_path: Path, kind: str) -> None:
+    labels = write_photos(tmp_path, [["tile"]] * 12)
+    content = json.loads(labels.read_text())
+    for number, image in reversed(list(enumerate(content["images"]))):
+        if kind == "copy" and number:
+            shutil.copyfile(tmp_path / f"images/{number // 3}.png", tmp_path / f"images/{number}.png")
+        elif kind == "augmented":
+            image["file_name"] = f"photo{number // 3}_png.rf.{number:032x}.png"
+            (tmp_path / f"images/{number}.png").rename(tmp_path / "images" / image["file_name"])
+    labels.write_text(json.dumps(content))
+    photos = own_photos(labels)
+    assert "8 photos are another one's copies or augmentations" in " ".join(photos.notices)
+    for seed in range(8):
+        kept, held = photos.divided(0.3, limit=None, seed=seed)
+        assert held and not {photo // 3 for photo in kept} & {photo // 3 for photo in held}
+        assert sorted([*kept, *held]) == list(range(12))
+
+
+def test_boxes_of_photos_without_a_stated_size_are_compared_with_the_photos(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path, [["tile"]] * 3)
+    content = json.loads(labels.read_text())
+    for image in content["images"]:
+        del image["width"], image["height"]
+    content["annotations"][0]["bbox"] = [120, 10, 20, 20]
+    labels.write_text(json.dumps(content))
+    assert "1 boxes reach over the border" in " ".join(own_photos(labels).notices)
+    content["annotations"][0]["bbox"] = [130, 10, 20, 20]
+    labels.write_text(json.dumps(content))
+    photos = own_photos(labels)
+    assert len(photos) == 2 and "1 of 3 photos cannot be used" in " ".join(photos.notices)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"score": 0.05}, "of 2, 2 have a score below data.confident=0.3"),
+        ({"iscrowd": 1}, "of 2, 2 are crowds"),
+        ({"bbox": [1, 1, 0, 5]}, "of 2, 2 are without area"),
+    ],
+    ids=str,
+)
+def test_photos__say_why_there_is_no_box(tmp_path: Path, extra: dict[str, Any], reason: str) -> None:
+    labels = write_photos(tmp_path, [["tile"], ["tile"]])
+    content = json.loads(labels.read_text())
+    for annotation in content["annotations"]:
+        annotation |= extra
+    labels.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"no box to train on: {reason}"):
+        own_photos(labels)
+
+
+@pytest.mark.parametrize("name", ["\u200b", "\ufeff\u2060"], ids=ascii)
+def test_a_class_of_invisible_characters_is_refused(tmp_path: Path, name: str) -> None:
+    labels = write_photos(tmp_path, [["tile"]])
+    content = json.loads(labels.read_text())
+    content["categories"][0]["name"] = name
+    labels.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is of invisible characters only; give it a name"):
+        own_photos(labels)
+
+
 def test_class_targets__are_iou_per_class() -> None:
     torch.manual_seed(0)
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 28.0], [50.0, 50.0, 60.0, 60.0]])
@@ -312,6 +374,18 @@ def test_only_detectors_of_photographs_take_classes(tmp_path: Path) -> None:
         ovd_train.main([*arguments(labels, tmp_path / "run", "vild-sticker"), "--check"])
 
 
+def test_a_resumed_training_finds_the_detector_it_began_with(learned: Path, tmp_path: Path) -> None:
+    shutil.copytree(learned / "run/exported", tmp_path / "weights")
+    labels = write_photos(tmp_path / "photos", [["tile"]] * 2)
+    options = [*arguments(labels, tmp_path / "run", tmp_path / "weights"), "loop.steps=2", "optim.warmup_steps=0"]
+    options += ["data.negatives=null"]
+    assert ovd_train.main(options) == 0
+    card = tmp_path / "weights/model.json"
+    card.write_text(card.read_text().replace('"slope": ', '"slope": 1'))
+    with pytest.raises(UserError, match="cannot resume, the detector's files have changed"):
+        ovd_train.main([*options, "--resume"])
+
+
 def test_scores_of_own_classes_are_fitted_to_other_photos(learned: Path, tmp_path: Path) -> None:
     shutil.copytree(learned / "run/exported", tmp_path / "weights")
     labels = write_photos(tmp_path / "photos", THINGS * 4, seed=9)
@@ -342,6 +416,22 @@ def test_negatives_stand_in_mosaics_without_labels(tmp_path: Path) -> None:
     never = canvases(photos, mosaic=1.0, negatives=negatives, negative_share=0.0)
     assert not (never.sample(0, 0)["image"].permute(1, 2, 0).numpy() == green[0, 0]).all(axis=2).any()
     assert source.identity() != canvases(photos).identity()
+
+
+def test_labelled_and_unreadable_photos_are_no_negatives(tmp_path: Path) -> None:
+    labels = write_photos(tmp_path, [["tile"]] * 2)
+    photos, folder = own_photos(labels), tmp_path / "images"
+    with pytest.raises(UserError, match=r"2 of 2 photos in .* are labelled ones and no negatives; none is left"):
+        NegativePhotos.of_folder(folder, where="data.negatives", labelled=photos.paths())
+    shutil.copyfile(folder / "0.png", folder / "copy.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    cv2.imwrite(str(folder / "meadow.png"), np.full((64, 64, 3), (0, 255, 0), np.uint8))
+    negatives = NegativePhotos.of_folder(folder, where="data.negatives", labelled=photos.paths())
+    assert negatives.names == ("meadow.png",)
+    assert [re.sub(r" in .*| \(.*", "", notice) for notice in negatives.notices] == [
+        "data.negatives: 3 of 5 photos",
+        "data.negatives: 1 photos cannot be read and are left out",
+    ]
 
 
 def test_what_may_be_a_class_is_no_background_in_negatives(tmp_path: Path) -> None:

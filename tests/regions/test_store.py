@@ -576,6 +576,11 @@ def test_too_many_unreadable_pictures_stop_the_run(tmp_path: Path) -> None:
         write(tmp_path / "s", source=Unreadable(14, {5, 9}))  # and they are not forgotten on resuming
 
 
+def test_a_store_of_no_readable_picture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of the 1 pictures can be read; is it the right folder"):
+        write(tmp_path / "s", source=Unreadable(1, {0}))
+
+
 def test_reading_does_not_disturb_other_workers(whole: Path) -> None:
     store = RegionStore.open(whole)
     expected = store[1000][1].sum().item()

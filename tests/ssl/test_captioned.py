@@ -59,7 +59,7 @@ def test_rows_of_a_table_are_pictures_and_several_of_one_are_its_captions(photos
     assert list(build_captioned(named).captions(0)) == ['a "cup", blue']
 
 
-def test_coco_captions__are_read(photos: Path) -> None:
+def test_coco_captions__are_read(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = photos.parent / "captions.json"
     content = {
         "images": [{"id": 7, "file_name": "tall.png"}, {"id": 3, "file_name": "nothing.png"}],
@@ -69,15 +69,17 @@ def test_coco_captions__are_read(photos: Path) -> None:
     found = build_captioned(CocoCaptions(kind="coco_captions", images=photos, annotations=path))
     assert len(found) == 1 and list(found.captions(0)) == ["a tower", "a chimney"]
     assert found.image(0).shape == (96, 32, 3)
+    assert "1 of 2 pictures have no caption and are left out" in capsys.readouterr().err
 
 
-def test_pictures_of_shards_that_have_a_text(tmp_path: Path) -> None:
+def test_pictures_of_shards_that_have_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard(tmp_path / "p-0.tar", {"a.png": encoded(1), "a.txt": "ein Hündchen\n".encode(), "b.png": encoded(2)})
     shard(tmp_path / "p-1.tar", {"c.txt": b"", "c.png": encoded(3), "d.png": encoded(9), "d.txt": b"last"})
     for _ in range(2):  # the second time from the index files
         found = build_captioned(CaptionedShards(kind="captioned_shards", pattern=str(tmp_path / "p-{0..1}.tar")))
         assert [list(found.captions(i)) for i in (0, 1)] == [["ein Hündchen"], ["last"]]
         assert len(found) == 2 and int(found.image(1)[0, 0, 0]) == 9
+        assert "2 of 4 pictures have no caption and are left out" in capsys.readouterr().err
     empty = shard(tmp_path / "q.tar", {"a.png": encoded(1), "a.txt": b"  \n"})
     blank = build_captioned(CaptionedShards(kind="captioned_shards", pattern=str(empty)))
     with pytest.raises(BadImageError, match=r"q\.tar/a\.png: has an empty caption"):
@@ -193,3 +195,5 @@ def test_the_papers_configuration_learns_from_photos_with_captions(photos: Path,
     assert len(lines) == 3
     assert {"health/rank", "health/spread", "health/cosine", "health/caption_margin", "logit_scale"} <= set(lines[-1])
     assert load_encoder(tmp_path / "run" / "exported").image_size == 32
+    with pytest.raises(UserError, match="4 is more than the 3 pictures of data, so that a picture would be its own"):
+        train.main(["--config", "paper/clip.yaml", *small, *loop, *data, "loop.batch_size=4", "--overwrite"])

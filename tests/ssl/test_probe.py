@@ -27,6 +27,7 @@ from pretrain.evaluation.linear import PROTOCOL_OF, PROTOCOLS, Recipe, few_label
 from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.nets.towers import build_encoder
+from tests.ports import free_port
 from tests.ssl.small import Views
 
 
@@ -325,6 +326,18 @@ def test_the_command_writes_its_report(
     assert report == json.loads(capsys.readouterr().out)
     assert report["knn"]["k"] == 3 and report["knn"]["temperature"] == 0.1 and report["classes"] == 2
     assert report["linear"]["protocol"] == "swav" and report["few"][0]["shots"] == 1
+    assert probe.main([*command, "7", "--measures", "few"]) == 0
+    assert "--shots 7: a class has 3 training pictures only" in capsys.readouterr().err
+    one = folder_of(tmp_path / "one", {"train": ("a",), "val": ("a",)})
+    for more in (["--data", str(one)], ["--limit", "1"]):
+        with pytest.raises(UserError, match="training pictures are of one class, so that nothing is told apart"):
+            probe.main([*command, *more])
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "x"])
+def test_a_temperature_is_above_zero(given: str) -> None:
+    with pytest.raises(UserError, match=f"--temperature: '{given}' must be above 0"):
+        probe.main(["--backbone", "x", "--temperature", given])
 
 
 def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,13 +404,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:
     """Two processes, each computing half."""
-    import socket
     import subprocess
     import sys
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.ssl.test_probe", str(tmp_path)],

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pretrain.methods.moco import MoCo
 from pretrain.methods.swav import SwAV
 from pretrain.nets.standardised import without_batch_norm
 from tests.engine.toy import content, differences, train
+from tests.ports import free_port
 from tests.ssl.small import DIM, WIDTH, Views, as_float, backbone, head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,9 +94,7 @@ def body(folder: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same in one and in two processes."""
     folders = {world: tmp_path_factory.mktemp(f"world{world}") for world in (1, 2)}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.ssl.test_two_processes", str(folders[2])],
