@@ -29,7 +29,7 @@ from ovd.data.splits import Split
 from ovd.detections import CocoResult
 from ovd.detector import Detector
 from ovd.evaluation import coco
-from ovd.evaluation.matching import match_table
+from ovd.evaluation.matching import match_table, shown_at
 from ovd.evaluation.predictor import coco_result, predictor_for
 from ovd.evaluation.run import run_images
 from ovd.modeling.proposals.build import load_proposals
@@ -64,11 +64,8 @@ def measure(weights: Path, test: dict[str, Any], images: Path) -> dict[str, floa
     figures = {"ap50": coco.evaluate(test, results, split, ["bbox"]).values["bbox/AP50"]}
     merged = coco.as_one_category(test, results)
     figures["ap50_any_class"] = coco.evaluate(*merged, None, ["bbox"]).values["bbox/AP50"]
-    tables = match_table(test, results, split).values()
-    shown = [(one.score >= detector.threshold) & ~one.ignored for one in tables]
-    right = sum(int(one.correct[seen].sum()) for one, seen in zip(tables, shown, strict=True))
-    figures["shown_right"] = right / max(1, sum(int(seen.sum()) for seen in shown))
-    figures["objects_shown"] = right / sum(int(one.objects.sum()) for one in tables)
+    shown = shown_at(match_table(test, results, split).values(), threshold=detector.threshold)
+    figures["shown_right"], figures["objects_shown"] = shown
     return figures
 
 

@@ -20,6 +20,7 @@ from ovd.data.photo_words import PhotoWords
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation import coco
+from ovd.evaluation.matching import match_table, shown_at
 from ovd.evaluation.options import DataSpec
 from ovd.evaluation.photo_calibration import measure, prepare
 from ovd.evaluation.predictor import predictor_for
@@ -78,7 +79,10 @@ def main(argv: list[str]) -> int:
     gt = superordinate_truth(read_json(data.annotations))
     split = Split.everything(check_ground_truth(gt).categories)
     results, _ = run_images(gt, data.images, predictor_for(detector, split))
+    assert results is not None
     figures["superordinate_ap50"] = coco.evaluate(gt, results, split, ["bbox"]).values["bbox/AP50"]
+    shown = shown_at(match_table(gt, results, split).values(), threshold=detector.threshold)
+    figures["superordinate_precision_at_threshold"], figures["superordinate_recall_at_threshold"] = shown
     text = json.dumps(figures, indent=1)
     print(text)
     if args.json:

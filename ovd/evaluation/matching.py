@@ -119,6 +119,20 @@ def match_table(
     return {i: c.matches(t, position) for i, c in per_category(iou_type, gts, dts, split, max_dets).items()}
 
 
+def shown_at(matches: Iterable[CategoryMatches], *, threshold: float) -> tuple[float, float]:
+    """(share of the boxes that reach a threshold and are right, share of the objects that have such a box).
+
+    Boxes on crowds count neither way.
+    """
+    right = shown = objects = 0
+    for one in matches:
+        seen = (one.score >= threshold) & ~one.ignored
+        right += int(one.correct[seen].sum())
+        shown += int(seen.sum())
+        objects += int(one.objects.sum())
+    return right / max(1, shown), right / max(1, objects)
+
+
 def shaped(
     truth: GroundTruth,
     annotations: Sequence[Annotation],

@@ -37,6 +37,7 @@ def shares(*shape: int) -> Floats:
 def of_words(kind: type[WordScorer]) -> WordScorer:
     return kind(
         rows=units(CLASSES), competitors=units(BACKGROUND_WORDS), competitor_mask=mask(CLASSES, BACKGROUND_WORDS),
+        word_rows=units(PROPOSAL_WORDS),
         hyponyms=mask(CLASSES, PROPOSAL_WORDS) & np.array([[True], [True], [False], [True], [False]]),
         related=mask(CLASSES, PROPOSAL_WORDS), scale=5.0, calibration=CALIBRATION,
         finetuned=mask(CLASSES, FINETUNED), finetuned_only=mask(CLASSES),

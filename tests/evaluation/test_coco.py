@@ -12,7 +12,7 @@ import pytest
 
 from ovd.data.splits import Split
 from ovd.evaluation.coco import as_one_category, evaluate
-from ovd.evaluation.matching import match_table
+from ovd.evaluation.matching import CategoryMatches, match_table, shown_at
 from tests.evaluation.cases import official, random_case, rectangle
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
@@ -279,3 +279,16 @@ def test_match_table_counts_what_the_oracle_counts(iou: float, t: int) -> None:
             assert m.correct.sum() / m.objects.sum() == pytest.approx(recall)
         assert len(m.score) == sum(d["category_id"] == category for d in results)
         assert not (m.correct & m.ignored).any()
+
+
+def test_shown_at__crowds_count_neither_way() -> None:
+    none = np.zeros(2, dtype=bool)
+    one = CategoryMatches(
+        score=np.array([0.9, 0.6, 0.3, 0.8]),
+        correct=np.array([True, False, True, False]),
+        ignored=np.array([False, False, False, True]),
+        objects=np.array([2, 1]),
+    )
+    nothing = CategoryMatches(score=np.zeros(2), correct=none, ignored=none, objects=np.array([1, 0]))
+    assert shown_at([one, nothing], threshold=0.5) == (1 / 2, 1 / 4)
+    assert shown_at([nothing], threshold=0.5) == (0.0, 0.0)
