@@ -284,11 +284,14 @@ def test_match_table_counts_what_the_oracle_counts(iou: float, t: int) -> None:
 def test_shown_at__crowds_count_neither_way() -> None:
     none = np.zeros(2, dtype=bool)
     one = CategoryMatches(
+        image=np.array([0, 0, 1, 1]),
         score=np.array([0.9, 0.6, 0.3, 0.8]),
         correct=np.array([True, False, True, False]),
         ignored=np.array([False, False, False, True]),
         objects=np.array([2, 1]),
     )
-    nothing = CategoryMatches(score=np.zeros(2), correct=none, ignored=none, objects=np.array([1, 0]))
+    nothing = CategoryMatches(
+        image=np.array([0, 1]), score=np.zeros(2), correct=none, ignored=none, objects=np.array([1, 0])
+    )
     assert shown_at([one, nothing], threshold=0.5) == (1 / 2, 1 / 4)
     assert shown_at([nothing], threshold=0.5) == (0.0, 0.0)
