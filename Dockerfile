@@ -30,7 +30,7 @@ RUN PYTHONPATH=. python scripts/build_wheel.py --out dist \
 FROM python:3.11-slim
 RUN useradd --create-home --uid 1000 wordbox
 COPY --from=build /venv /venv
-ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /home/wordbox
 USER wordbox
 EXPOSE 7860

@@ -12,6 +12,7 @@ Both need the optional extra ``scale`` (``ray[data]``); on one machine ``ovd.pre
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def ray_or_explain() -> Any:
     Raises:
         UserError: it is not installed.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports clusters to its maker otherwise
     try:
         import ray
         import ray.data

@@ -113,13 +113,15 @@ def weights_root() -> Path:
 
 
 def added_root() -> Path:
-    """Where `add_weights` puts weights: among the others, or, where those belong to an installed wheel, to the user.
+    """Where `add_weights` puts weights: among the others, or in the user's folder.
+
+    The others may be those of an installed wheel, or of a checkout that somebody else owns.
 
     The user's folder is ``WORDBOX_HOME/weights``, else ``wordbox/weights`` under ``XDG_DATA_HOME``
     (``~/.local/share``).
     """
     root = weights_root()
-    if os.environ.get("OVD_WEIGHTS") or (root.parent == CHECKOUT and root.is_dir()):
+    if os.environ.get("OVD_WEIGHTS") or (root.parent == CHECKOUT and root.is_dir() and os.access(root, os.W_OK)):
         return root
     return user_folder("weights", "XDG_DATA_HOME", ".local/share")
 

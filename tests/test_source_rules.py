@@ -195,6 +195,12 @@ def test_floors_import_only_downwards(file: str) -> None:
     assert climbs((ROOT / file).read_text(encoding="utf-8"), file) == []
 
 
+@pytest.mark.parametrize("file", [file for file in PRODUCT if not file.startswith("ovd/runtime/")])
+def test_onnxruntime_is_imported_below_the_package_that_silences_its_telemetry(file: str) -> None:
+    imported = imported_modules((ROOT / file).read_text(encoding="utf-8"), file)
+    assert [name for name in imported if name.partition(".")[0] == "onnxruntime"] == []
+
+
 def circle(imports: Mapping[str, set[str]]) -> list[str]:
     """Names that import one another in a circle, the first one again at the end; [] when there is none."""
     try:

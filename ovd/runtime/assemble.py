@@ -178,6 +178,13 @@ def bundled_export(folder: Path, *, int8: bool) -> Path | None:
         target = user_folder("exports", "XDG_CACHE_HOME", ".cache") / folder.name / name
         if not _is_outdated(archive, target, int8=int8):
             return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(
+            f"the export of {folder.name} cannot be written beside the weights or to {target.parent} "
+            f"({problem.strerror}); set WORDBOX_HOME to a folder that you can write"
+        ) from problem
     assemble(folder, target, int8=int8)
     return target
 

@@ -58,6 +58,11 @@ def test_container_and_service_start_the_page_with_flags_that_it_has() -> None:
         assert words[0].endswith("wordbox") and words[1] == "demo"
         options = app.parser().parse_args(words[2:])
         assert (options.host, options.port) == (host, 7860)
+        assert host == "0.0.0.0" or options.allow_host == ["wordbox.example.org"]
+    for proxy in ("Caddyfile", "nginx.conf"):
+        assert re.search(
+            r"^(    server_name )?wordbox\.example\.org\b", (ROOT / "deploy" / proxy).read_text(), re.MULTILINE
+        )
     assert instructions("USER") == ["wordbox"] and instructions("EXPOSE") == ["7860"]
 
 

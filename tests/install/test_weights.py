@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ovd.weights import add_weights, find_weights, main, problems, read_manifest, weights_folder
+from ovd.weights import CHECKOUT, add_weights, added_root, find_weights, main, problems, read_manifest, weights_folder
 from pretrain.engine.errors import UserError
 
 
@@ -110,6 +111,16 @@ def test_a_malformed_manifest_is_refused(tmp_path: Path, manifest: str, message:
 def test_no_manifest_says_how_to_get_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make weights"):
         weights_folder("default", tmp_path)
+
+
+def test_weights_go_to_the_user_where_the_checkout_is_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OVD_WEIGHTS", raising=False)
+    monkeypatch.setenv("WORDBOX_HOME", str(tmp_path))
+    assert added_root() == CHECKOUT / "weights"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert added_root() == tmp_path / "weights"
 
 
 def test_adding_again_replaces_folder_and_entry(root: Path, tmp_path: Path) -> None:

@@ -168,6 +168,16 @@ def test_assemble__read_only_weights_use_the_cache_folder(
     assert not (small / "onnx").exists()
 
 
+def test_assemble__nowhere_to_write_names_the_variable(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WORDBOX_HOME", str(tmp_path / "file/home"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != small)
+    with pytest.raises(UserError, match="set WORDBOX_HOME"):
+        bundled_export(small, int8=False)
+
+
 def test_assemble__custom_int8_export_is_kept(tmp_path: Path, exported: Path) -> None:
     folder = tmp_path / "weights/vild-photo"
     shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns("onnx*"))

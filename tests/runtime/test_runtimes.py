@@ -120,6 +120,15 @@ def without_torch(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
+def test_onnxruntime_keeps_no_identifier_of_the_machine(exported: Path, tmp_path: Path) -> None:
+    """Its telemetry would write one, and a database of events, when the library is loaded."""
+    code = "import sys, pathlib, ovd.runtime.session as s; s.open_session(pathlib.Path(sys.argv[1]))"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_")) and name != "CI"}
+    env |= {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", code, str(exported / "text.onnx")], env=env, check=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_predict_runs_without_torch(exported: Path, by_onnx: Detector, tmp_path: Path) -> None:
     words, out = "chicken, mug: cup, -person", tmp_path / "out"
     done = without_torch(
