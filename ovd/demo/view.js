@@ -89,7 +89,7 @@ function drawBoxes() {
 function drawLabels() {
   for (const node of svg.querySelectorAll(".tag")) node.remove();
   const frame = { width: picture.clientWidth, height: picture.clientHeight };
-  if (!answer || !frame.width) return;
+  if (!answer || !frame.width || !frame.height) return;  // not laid out yet
   svg.setAttribute("viewBox", `0 0 ${answer.size[0]} ${answer.size[1]}`);
   Object.assign(svg.style, { left: `${picture.offsetLeft}px`, top: `${picture.offsetTop}px`, width: `${frame.width}px`, height: `${frame.height}px` });
   if (!one(".wordbox-show-labels").checked) return;
