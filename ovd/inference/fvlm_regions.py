@@ -33,6 +33,9 @@ from ovd.inference.scoring import Calibration, RegionSet
 if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
 
+INDISTINCT_SHARE = 0.5
+"""Of a word's score for a kind that cannot be told from it (*woman* of person): it is one or it is not."""
+
 
 class FvlmNetwork(Protocol):
     """The networks of a detector of photographs.
@@ -124,7 +127,9 @@ class FvlmRegionModel(RegionModel):
                     continue
                 general = self.proposal_words.general_of(phrase)
                 if general is not None and general in self.proposal_words.words:
-                    notices.append(f"{phrase!r} is searched as {general!r}: these weights cannot tell them apart")
+                    notices.append(
+                        f"{phrase!r} is searched as {general!r}, at half its score: these weights cannot tell"
+                    )
                 elif self.training_words.understands(phrase):
                     continue
                 elif len(group) > 1 and self.training_words.is_english and (hint := hint_of(phrase)) is not None:
@@ -201,15 +206,18 @@ class FvlmRegionModel(RegionModel):
                 ],
                 dtype=bool,
             )
+        indistinct = self.proposal_words.indistinct_from(phrases)
+        is_guess = indistinct.any(axis=1) & ~relations.same_or_below.any(axis=1)
         return WordScorer(
             rows=rows,
             competitors=competitors,
             competitor_mask=competitor_mask,
             word_rows=self._word_rows,
-            hyponyms=relations.same_or_below | self.proposal_words.indistinct_from(phrases),
+            hyponyms=relations.same_or_below | indistinct,
             related=relations.related,
             scale=self.network.scale,
             calibration=self.calibration,
+            share=np.where(is_guess, INDISTINCT_SHARE, 1).astype(np.float32),
             finetuned=finetuned_CO,
             finetuned_only=finetuned_only_C,
         )
@@ -242,6 +250,7 @@ class WordScorer(ManyWordsScorer):
         related: (C, K) bool: those that do not contradict the class: also words above it.
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
+        share: (C,) of a class's closed scores, 0…1: how likely an object of its words is one of the class; None: 1.
         finetuned: (C, O) bool: an object of the fine-tuned class is also one of the class; None: there are none.
         finetuned_only: (C,) bool: a fine-tuned class that the proposal network does not know: no other box is it.
     """
@@ -254,6 +263,7 @@ class WordScorer(ManyWordsScorer):
     related: NDArray[np.bool_] = field(metadata=PER_CLASS)
     scale: float
     calibration: Calibration
+    share: Floats | None = field(default=None, metadata=PER_CLASS)
     finetuned: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
     finetuned_only: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
 
@@ -315,7 +325,8 @@ class WordScorer(ManyWordsScorer):
         head_RK = np.where(self.word_rows.any(axis=1), head_RK, word_RK)
         score_RK = word_RK ** (1 - c.head_weight) * head_RK**c.head_weight
         score_RK = platt_scaled(score_RK, slope=c.slope, offset=c.offset)
-        return best_of(score_RK, self._kinds.rows)[:, self._kinds.of]
+        score_RC = best_of(score_RK, self._kinds.rows)[:, self._kinds.of]
+        return score_RC if self.share is None else score_RC * self.share
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""

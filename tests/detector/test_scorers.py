@@ -40,7 +40,7 @@ def of_words(kind: type[WordScorer]) -> WordScorer:
         word_rows=units(PROPOSAL_WORDS),
         hyponyms=mask(CLASSES, PROPOSAL_WORDS) & np.array([[True], [True], [False], [True], [False]]),
         related=mask(CLASSES, PROPOSAL_WORDS), scale=5.0, calibration=CALIBRATION,
-        finetuned=mask(CLASSES, FINETUNED), finetuned_only=mask(CLASSES),
+        share=shares(CLASSES), finetuned=mask(CLASSES, FINETUNED), finetuned_only=mask(CLASSES),
     )  # fmt: skip
 
 
