@@ -155,8 +155,8 @@ class FvlmRegionModel(RegionModel):
         """
         nouns = [w for w in self.training_words.words if w in self.training_words.lexicon.nouns]
         relations = self.proposal_words.relations([[word] for word in nouns])
-        indistinct = self.proposal_words.indistinct_from([[word] for word in nouns])
-        above: list[bool] = (relations.same_or_below | indistinct).any(axis=1).tolist()  # type: ignore[assignment]
+        same = relations.same_or_below | relations.indistinct
+        above: list[bool] = same.any(axis=1).tolist()  # type: ignore[assignment]
         canonical = {
             self.training_words.line_of(word)[0]: word for word in reversed([*self.proposal_words.words, *nouns])
         }
@@ -206,14 +206,13 @@ class FvlmRegionModel(RegionModel):
                 ],
                 dtype=bool,
             )
-        indistinct = self.proposal_words.indistinct_from(phrases)
-        is_guess = indistinct.any(axis=1) & ~relations.same_or_below.any(axis=1)
+        is_guess = relations.indistinct.any(axis=1) & ~relations.same_or_below.any(axis=1)
         return WordScorer(
             rows=rows,
             competitors=competitors,
             competitor_mask=competitor_mask,
             word_rows=self._word_rows,
-            hyponyms=relations.same_or_below | indistinct,
+            hyponyms=relations.same_or_below | relations.indistinct,
             related=relations.related,
             scale=self.network.scale,
             calibration=self.calibration,

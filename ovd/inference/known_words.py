@@ -31,10 +31,12 @@ class Relations:
     Attributes:
         same_or_below: (C, K) bool: a region that is the known word is also the class (dog, for "animal" or "dog").
         above: (C, K) bool: the class is a kind of the known word (dog, for "terrier").
+        indistinct: (C, K) bool: of these, kinds that a small encoder cannot tell from the word (cat, for "kitten").
     """
 
     same_or_below: NDArray[np.bool_]
     above: NDArray[np.bool_]
+    indistinct: NDArray[np.bool_]
 
     @property
     def related(self) -> NDArray[np.bool_]:
@@ -99,7 +101,12 @@ class WordList:
     def understands(self, phrase: str) -> bool:
         """Whether a phrase, as it is, has a meaning here."""
         forms = {phrase.casefold(), *singulars(phrase.casefold())}  # an article may be part of a name
-        return self.meaning_of(phrase) is not None or bool(forms & (KINDS.keys() | GROUPS.keys() | set(self.words)))
+        return self.meaning_of(phrase) is not None or not forms.isdisjoint(self._named)
+
+    @cached_property
+    def _named(self) -> frozenset[str]:
+        """Names that need no lexicon."""
+        return frozenset((*KINDS, *GROUPS, *self.words))
 
     def is_one(self, phrase: str) -> bool:
         """Whether a phrase, in whatever number, is one of the words or a synonym of one; not a kind or a group."""
@@ -125,14 +132,6 @@ class WordList:
             phrase = self.head_of(phrase) or phrase
         return next((INDISTINCT[form] for form in singulars(phrase.casefold()) if form in INDISTINCT), None)
 
-    def indistinct_from(self, phrases: Phrases) -> NDArray[np.bool_]:
-        """(C, K): the words whose objects a class cannot be told from by a small encoder, and is not told from."""
-        same = np.zeros((len(phrases), len(self.words)), dtype=bool)
-        for row, group in enumerate(phrases):
-            generals = {general for phrase in group if (general := self.general_of(phrase)) is not None}
-            same[row] = [word in generals for word in self.words]
-        return same
-
     def kinds_of(self, phrase: str) -> frozenset[str]:
         """Words that people group as the phrase, in whatever number it is typed."""
         return frozenset(word for form in singulars(phrase.casefold()) for word in GROUPS.get(form, ()))
@@ -153,13 +152,15 @@ class WordList:
     def _relate(self, phrases: Phrases) -> Relations:
         below, with_meaning, number_of = self._columns
         same = np.zeros((len(phrases), len(self.words)), dtype=bool)
-        above = np.zeros_like(same)
+        above, indistinct = np.zeros_like(same), np.zeros_like(same)
         for row, phrase in ((row, phrase) for row, group in enumerate(phrases) for phrase in group):
             line = self.line_of(phrase)
             same[row, below.get(line[0], [])] = True
             same[row, [number_of[word] for word in self.kinds_of(phrase) if word in number_of]] = True
             above[row, [number for key in line for number in with_meaning.get(key, [])]] = True
-        return Relations(same_or_below=same, above=above & ~same)
+            if (general := self.general_of(phrase)) in number_of:
+                indistinct[row, number_of[general]] = True
+        return Relations(same_or_below=same, above=above & ~same, indistinct=indistinct & ~same)
 
 
 def closed_up(phrase: str) -> str:

@@ -73,7 +73,7 @@ def test_word_list__related_known_words(phrase: str, same: set[str], above: set[
 )  # fmt: skip
 def test_word_list__kinds_that_cannot_be_told_apart(phrase: str, general: str | None) -> None:
     assert WORDS.general_of(phrase) == general
-    words = {PROPOSAL_WORDS[i] for i in np.flatnonzero(WORDS.indistinct_from([[phrase]])[0])}
+    words = {PROPOSAL_WORDS[i] for i in np.flatnonzero(WORDS.relations([[phrase]]).indistinct[0])}
     assert words == ({general} if general else set())
 
 
