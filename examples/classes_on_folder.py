@@ -4,7 +4,7 @@
     python examples/classes_on_folder.py
     python examples/classes_on_folder.py photos/ "dog, mug: cup, -poster" results.json
 
-`python -m ovd.predict` does the same with masks, drawings, and resuming after an interruption.
+`python -m ovd.predict` does the same with drawings, masks where the weights have them, and resuming.
 """
 
 from __future__ import annotations
