@@ -6,6 +6,7 @@ Shapes: C classes, n detections, M mask side.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
@@ -89,9 +90,11 @@ def sampled(mask_MM: NDArray[np.float32], v: NDArray[np.float32], u: NDArray[np.
     return values
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Detections:
     """The detections of one picture, best score first.
+
+    ``detections[i]``, ``detections[:10]`` and ``detections[detections.confidence > 0.5]`` are some of them.
 
     Attributes:
         xyxy: (n, 4) float32 corners in pixels of the original picture.
@@ -156,6 +159,22 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.confidence)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Detections:
+        """Some of the detections: by number, slice, numbers, or one bool for each.
+
+        Raises:
+            IndexError: no such detection, or another number of bools.
+        """
+        if isinstance(index, Sequence) and not len(index):
+            index = slice(0)  # NumPy would read an empty list as floats
+        return self.chosen(np.atleast_1d(np.arange(len(self))[index]))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name} × {count}" for name, count in Counter(self.class_name).items())
+        height, width = self.size
+        masks = "" if self.box_masks is None else ", with masks"
+        return f"<Detections in {width} × {height} pixels: {counts or 'none'}{masks}>"
 
     def mask_of(self, index: int) -> NDArray[np.bool_] | None:
         """The (H, W) bool mask of one detection, or None when the model has no masks."""

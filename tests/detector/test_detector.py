@@ -8,15 +8,17 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
-from ovd.detections import paste_mask
+from ovd.detections import Detections, paste_mask
 from ovd.detector import Detector
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.regions import Regions
@@ -429,3 +431,48 @@ def test_a_card_with_the_former_field_is_read(tmp_path: Path) -> None:
     card["crop_refinement"] = card.pop("second_look")
     (tmp_path / "model.json").write_text(json.dumps(card))
     assert read_card(tmp_path).crop_refinement == 40
+
+
+def seven_detections(masks: NDArray[np.float32] | None = None) -> Detections:
+    rng = np.random.default_rng(0)
+    names = ("dog", "cat")
+    class_id = np.array([0, 1, 0, 0, 1, 0, 0])
+    return Detections(
+        xyxy=rng.uniform(0, 50, (7, 4)).astype(np.float32),
+        confidence=np.linspace(0.9, 0.3, 7).astype(np.float32),
+        class_id=class_id,
+        class_name=[names[i] for i in class_id],
+        size=(60, 80),
+        names=names,
+        best=np.array([0.9, 0.8], np.float32),
+        threshold=0.2,
+        region=np.arange(7),
+        box_masks=masks,
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "kept"),
+    [(2, [2]), (-1, [6]), (slice(1, 3), [1, 2]), ([5, 0], [5, 0]), (np.array([4]), [4]), (slice(0), []), ([], []),
+     (np.array([1, 0, 0, 0, 0, 0, 1], dtype=bool), [0, 6])],
+    ids=str,
+)  # fmt: skip
+def test_detections__index_gives_some_of_them(index: Any, kept: list[int]) -> None:
+    detections = seven_detections(np.random.default_rng(1).uniform(size=(7, 4, 4)).astype(np.float32))
+    some = detections[index]
+    assert len(some) == len(kept) and some.class_name == [detections.class_name[i] for i in kept]
+    for name in ("xyxy", "confidence", "class_id", "region", "box_masks"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(detections, name)[kept])
+
+
+@pytest.mark.parametrize("index", [7, -8, np.ones(3, dtype=bool)], ids=str)
+def test_detections__wrong_index_is_refused(index: Any) -> None:
+    with pytest.raises(IndexError):
+        seven_detections()[index]
+
+
+def test_detections__are_iterated_one_by_one_and_print_short() -> None:
+    detections = seven_detections()
+    assert [one.class_name for one in detections] == [[name] for name in detections.class_name]
+    assert repr(detections) == "<Detections in 80 × 60 pixels: dog × 5, cat × 2>"
+    assert repr(detections[:0]) == "<Detections in 80 × 60 pixels: none>"
