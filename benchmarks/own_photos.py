@@ -25,6 +25,7 @@ import numpy as np
 from _common import machine
 from numpy.typing import NDArray
 
+from ovd.data.own_photos import drawn
 from ovd.data.splits import Split
 from ovd.detections import CocoResult
 from ovd.detector import Detector
@@ -55,6 +56,11 @@ def parts_of(gt: dict[str, Any], classes: list[str] | None) -> tuple[dict[str, A
     return out[0], out[1]
 
 
+def any_class_ap50(test: dict[str, Any], results: list[CocoResult]) -> float:
+    """AP50 of boxes, whatever they are named."""
+    return coco.evaluate(*coco.as_one_category(test, results), None, ["bbox"]).values["bbox/AP50"]
+
+
 def measure(weights: Path, test: dict[str, Any], images: Path) -> dict[str, float]:
     """What a detector finds of the classes in photos that it never saw."""
     detector = Detector.load(weights)
@@ -62,17 +68,15 @@ def measure(weights: Path, test: dict[str, Any], images: Path) -> dict[str, floa
     results, _ = run_images(test, images, predictor_for(detector, split))
     assert results is not None
     figures = {"ap50": coco.evaluate(test, results, split, ["bbox"]).values["bbox/AP50"]}
-    merged = coco.as_one_category(test, results)
-    figures["ap50_any_class"] = coco.evaluate(*merged, None, ["bbox"]).values["bbox/AP50"]
+    figures["ap50_any_class"] = any_class_ap50(test, results)
     shown = shown_at(match_table(test, results, split).values(), threshold=detector.threshold)
     figures["shown_right"], figures["objects_shown"] = shown
     return figures
 
 
-def drawn(labels: dict[str, Any], count: int, *, seed: int) -> dict[str, Any]:
+def drawn_labels(labels: dict[str, Any], count: int, *, seed: int) -> dict[str, Any]:
     """The photos that fine-tuning draws with this seed, as a file of their own."""
-    order = np.random.default_rng([seed, 11]).permutation(len(labels["images"]))[:count].tolist()
-    images = [labels["images"][index] for index in order]
+    images = [labels["images"][index] for index in drawn(len(labels["images"]), limit=count, seed=seed)]
     there = {image["id"] for image in images}
     return {
         **labels,
@@ -92,8 +96,7 @@ def measure_boxes(proposals: Path, test: dict[str, Any], images: Path) -> dict[s
 
     _, results = run_images(test, images, None, propose=propose)
     assert results is not None
-    merged = coco.as_one_category(test, results)
-    return {"ap50_any_class": coco.evaluate(*merged, None, ["bbox"]).values["bbox/AP50"]}
+    return {"ap50_any_class": any_class_ap50(test, results)}
 
 
 def train_and_measure(
@@ -106,7 +109,7 @@ def train_and_measure(
         train(["--config", "photos/finetune.yaml", *limits, *shared])
         return measure(out / "exported", test, args.images)
     labels = out.with_name(f"{out.name}_labels.json")
-    write_atomically(labels, json.dumps(drawn(read_json(learned), count, seed=seed)).encode())
+    write_atomically(labels, json.dumps(drawn_labels(read_json(learned), count, seed=seed)).encode())
     data = [f"data.annotations=[{labels}]", "data.part=null"]
     train(["--config", "photos/lite_ovcoco_proposals.yaml", *data, *shared])
     return measure_boxes(out / "exported", test, args.images)

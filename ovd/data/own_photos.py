@@ -56,6 +56,12 @@ class Boxes:
     classes: NDArray[np.int64]
 
 
+def drawn(count: int, *, limit: int | None, seed: int) -> list[int]:
+    """Which of so many photos a training uses, in the order drawn; None: all."""
+    order: list[int] = np.random.default_rng([seed, 11]).permutation(count)[:limit].tolist()
+    return order
+
+
 class Tile(NamedTuple):
     """A picture that is put onto a canvas.
 
@@ -254,7 +260,7 @@ class FinetunePhotos:
             limit: use so many photos in all; None: all.
             seed: of the draw.
         """
-        order = np.random.default_rng([seed, 11]).permutation(len(self))[:limit].tolist()
+        order = drawn(len(self), limit=limit, seed=seed)
         together: dict[int, list[int]] = {}
         for photo in order:
             together.setdefault(self._groups[photo], []).append(photo)

@@ -97,12 +97,9 @@ class FvlmRegionModel(RegionModel):
     @cached_property
     def _word_rows(self) -> Floats:
         """(K, D) embeddings of the proposal network's words; zeros where the training had no such word."""
-        number_of = {self.training_words.line_of(word)[0]: n for n, word in enumerate(self.training_words.words)}
-        number_of |= {word: n for n, word in enumerate(self.training_words.words)}
         rows = np.zeros((len(self.proposal_words.words), self.background_words.shape[1]), np.float32)
         for row, word in zip(rows, self.proposal_words.words, strict=True):
-            number = number_of.get(word, number_of.get(self.training_words.line_of(word)[0]))
-            if number is not None:
+            if (number := self.training_words.index_of(word)) is not None:
                 row[:] = self.background_words[number]
         return rows
 
@@ -125,8 +122,7 @@ class FvlmRegionModel(RegionModel):
             for phrase in group:
                 if self.finetuned and self.finetuned.has(phrase):
                     continue
-                general = self.proposal_words.general_of(phrase)
-                if general is not None and general in self.proposal_words.words:
+                if (general := self.proposal_words.general_of(phrase)) is not None:
                     notices.append(
                         f"{phrase!r} is searched as {general!r}, at half its score: these weights cannot tell"
                     )

@@ -98,6 +98,10 @@ class WordList:
         heads = [" ".join(words[start:]) for start in range(len(words))]
         return next((head for head in heads if head != phrase.casefold() and self.understands(head)), None)
 
+    def _understood_part(self, phrase: str) -> str:
+        """The phrase, or the noun that it is about where it has no meaning as it is."""
+        return phrase if self.understands(phrase) else self.head_of(phrase) or phrase
+
     def understands(self, phrase: str) -> bool:
         """Whether a phrase, as it is, has a meaning here."""
         forms = {phrase.casefold(), *singulars(phrase.casefold())}  # an article may be part of a name
@@ -116,8 +120,7 @@ class WordList:
 
     def line_of(self, phrase: str) -> list[str]:
         """The meaning of a phrase, and what it is a kind of; the phrase itself where the lexicon does not have it."""
-        if not self.understands(phrase):
-            phrase = self.head_of(phrase) or phrase
+        phrase = self._understood_part(phrase)
         forms = singulars(phrase.casefold())
         meaning = self.meaning_of(phrase)
         line = [meaning, *self.lexicon.above(meaning)] if meaning is not None else [SYNONYMS.get(forms[-1], forms[-1])]
@@ -127,10 +130,15 @@ class WordList:
         return list(dict.fromkeys(line))
 
     def general_of(self, phrase: str) -> str | None:
-        """The word that a phrase is a kind of, where only age, sex, occupation or build make the kind; else None."""
-        if not self.understands(phrase):
-            phrase = self.head_of(phrase) or phrase
-        return next((INDISTINCT[form] for form in singulars(phrase.casefold()) if form in INDISTINCT), None)
+        """The one of the words that a phrase is a kind of, by age, sex, occupation or build alone; None: none is."""
+        forms = singulars(self._understood_part(phrase).casefold())
+        general = next((INDISTINCT[form] for form in forms if form in INDISTINCT), None)
+        return general if general in self._columns[2] else None
+
+    def index_of(self, word: str) -> int | None:
+        """Number of a word, or else of the first that means the same; None: there is none."""
+        _, same, number_of = self._columns
+        return number_of.get(word, next(iter(same.get(self.meaning_of(word) or word, ())), None))
 
     def kinds_of(self, phrase: str) -> frozenset[str]:
         """Words that people group as the phrase, in whatever number it is typed."""
@@ -158,7 +166,7 @@ class WordList:
             same[row, below.get(line[0], [])] = True
             same[row, [number_of[word] for word in self.kinds_of(phrase) if word in number_of]] = True
             above[row, [number for key in line for number in with_meaning.get(key, [])]] = True
-            if (general := self.general_of(phrase)) in number_of:
+            if (general := self.general_of(phrase)) is not None:
                 indistinct[row, number_of[general]] = True
         return Relations(same_or_below=same, above=above & ~same, indistinct=indistinct & ~same)
 
