@@ -17,14 +17,18 @@ Shapes: ``N`` pictures, ``H``, ``W`` pixels (multiples of 32), ``A`` cells of al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovd.modeling.proposals.cells import Cells, gather
+
 STRIDES = (8, 16, 32)
 """Pixels between the cells of the three levels."""
+
+CHANNELS = 128
+"""Of each level's map."""
 
 WORDS = 80
 """COCO's categories, in the order of their ids."""
@@ -123,6 +127,19 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
+class NanoDetTrunk(nn.Module):
+    """Normalised pixels (N, 3, H, W), RGB, to one map per stride; H and W multiples of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.csp = CspBackbone()
+        self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.neck(self.csp(pixels))
+        return maps
+
+
 class DenseHead(nn.Module):
     """(N, C, h, w) to the logits of words (N, words, h, w) and of sides (N, 4·bins, h, w): left, top, right, bottom."""
 
@@ -136,66 +153,25 @@ class DenseHead(nn.Module):
         out = self.output(self.hidden(x))
         return out[:, : self.words], out[:, self.words :]
 
+    def side_rows(self) -> tuple[Tensor, Tensor]:
+        """Weight (4·bins, C, 1, 1) and bias (4·bins,) that predict the sides."""
+        assert self.output.bias is not None
+        return self.output.weight[self.words :], self.output.bias[self.words :]
 
-class Cells(NamedTuple):
-    """Predictions for every cell, finest level first, rows before columns.
-
-    Attributes:
-        words: (N, A, words) logits.
-        sides: (N, A, 4, bins) logits of left, top, right, bottom.
-    """
-
-    words: Tensor
-    sides: Tensor
+    def word_rows(self) -> tuple[Tensor, Tensor]:
+        """Weight (words, C, 1, 1) and bias (words,) that score the words."""
+        assert self.output.bias is not None
+        return self.output.weight[: self.words], self.output.bias[: self.words]
 
 
 class NanoDet(nn.Module):
     """Backbone, path aggregation and heads. Input (N, 3, H, W) normalised RGB; H and W multiples of 32."""
 
-    def __init__(self, *, words: int = WORDS, bins: int = BINS, channels: int = 128) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.backbone = CspBackbone()
-        self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=channels)
-        self.heads = nn.ModuleList([DenseHead(channels, words=words, bins=bins) for _ in STRIDES])
+        self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
+        self.heads = nn.ModuleList([DenseHead(CHANNELS, words=WORDS, bins=BINS) for _ in STRIDES])
 
     def forward(self, pixels: Tensor) -> Cells:
         return gather(self.heads, self.neck(self.backbone(pixels)))
-
-
-def gather(heads: nn.ModuleList, maps: Sequence[Tensor]) -> Cells:
-    """Predictions of one head per level, joined along the cells."""
-    both = [head(x) for head, x in zip(heads, maps, strict=True)]
-    words = torch.cat([flat(w) for w, _ in both], dim=1)
-    sides = torch.cat([flat(s) for _, s in both], dim=1)
-    return Cells(words, sides.unflatten(2, (4, -1)))
-
-
-def flat(x: Tensor) -> Tensor:
-    """(N, C, h, w) to (N, h·w, C)."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def cell_centres(height: int, width: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """((A, 2) x and y of the centres, (A,) strides) in pixels, of a picture of ``height`` × ``width``."""
-    points, strides = [], []
-    for stride in STRIDES:
-        y, x = torch.meshgrid(
-            torch.arange(height // stride, device=device) + 0.5,
-            torch.arange(width // stride, device=device) + 0.5,
-            indexing="ij",
-        )
-        points.append(torch.stack([x, y], dim=-1).reshape(-1, 2) * stride)
-        strides.append(torch.full((x.numel(),), float(stride), device=device))
-    return torch.cat(points), torch.cat(strides)
-
-
-def distances(sides: Tensor) -> Tensor:
-    """(…, 4, bins) logits to (…, 4) expected distances in strides."""
-    bins = torch.arange(sides.shape[-1], device=sides.device, dtype=torch.float32)
-    return sides.float().softmax(-1) @ bins
-
-
-def decode(sides: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
-    """(…, A, 4, bins) logits to (…, A, 4) boxes x1, y1, x2, y2 in pixels."""
-    reach = distances(sides) * strides[:, None]
-    return torch.cat([centres - reach[..., :2], centres + reach[..., 2:]], dim=-1)
