@@ -26,7 +26,7 @@ from ovd.formats.shapes import labelled_pictures
 from ovd.formats.write import write_labels
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.modeling.proposals.assign import assign, class_losses
+from ovd.modeling.proposals.assign import PredictedBoxes, assign, class_losses
 from ovd.picture_files import PACKAGED_PHOTOS
 from ovd.training.negatives import negatives_of
 from ovd.weights import weights_folder
@@ -225,10 +225,7 @@ def test_class_targets__are_iou_per_class() -> None:
     assert given.gt_index.tolist() == [0, 1, -1]
     losses = class_losses(
         words=words,
-        sides=sides,
-        boxes=boxes,
-        centres=centres,
-        strides=torch.full((3,), 8.0),
+        predicted=PredictedBoxes(boxes, sides, centres, torch.full((3,), 8.0)),
         objects=objects,
         classes=classes,
         assignment=given,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.inference.postprocess import batched_nms
-from ovd.modeling.proposals.assign import assign, class_losses
+from ovd.modeling.proposals.assign import PredictedBoxes, assign, class_losses
 from ovd.modeling.proposals.nanodet import (
     BINS,
     PIXEL_MEAN,
@@ -35,15 +35,13 @@ from ovd.modeling.proposals.nanodet import (
     decode,
     gather,
 )
-from ovd.modeling.proposals.network import BOX_WEIGHT, CHANNELS, SIDES_WEIGHT, ProposalDetector
+from ovd.modeling.proposals.network import BOX_WEIGHT, CHANNELS, PRIOR, SIDES_WEIGHT, ProposalDetector
 from ovd.pictures import resized
 from pretrain.engine.distributed import shares
 
 if TYPE_CHECKING:
     from ovd.data.own_photos import FinetuneSample
 
-PRIOR = 0.01
-"""Score of a class everywhere at the start (RetinaNet, arXiv:1708.02002, section 4.1)."""
 CANDIDATES = 1000
 """Best (cell, class) pairs that enter NMS."""
 LEAST_SCORE = 1e-3
@@ -115,10 +113,7 @@ class ClassBranch(nn.Module):
             sums.append(
                 class_losses(
                     words=words[n],
-                    sides=sides[n],
-                    boxes=boxes[n],
-                    centres=centres,
-                    strides=strides,
+                    predicted=PredictedBoxes(boxes[n], sides[n], centres, strides),
                     objects=objects,
                     classes=labels,
                     assignment=assignment,
