@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
+from ovd.demo.gradio_environment import load_gradio
 from ovd.demo.model_manager import KINDS, Offer
 from ovd.demo.schema import Answer
-from ovd.demo.serving import Served, ServeOptions, load_gradio, serve
+from ovd.demo.serving import Served, ServeOptions, serve
 from ovd.formats.names import FORMATS
 from ovd.inference.everything import EVERYTHING
 from pretrain.engine.errors import UserError

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from app import parser
-from ovd.demo import serving
+from ovd.demo import gradio_environment
+from ovd.demo.address import listen, url_of
+from ovd.demo.gradio_environment import prepare_environment, remove_leftovers
 from ovd.demo.page import EXAMPLES, _card_text, shipped_examples
-from ovd.demo.serving import listen, prepare_environment, remove_leftovers, url_of
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 
@@ -144,7 +145,8 @@ def test_no_folder_for_uploads_is_a_user_error(tmp_path: Path, environment: pyte
 
 
 HOLDER = (
-    "import sys, time; from ovd.demo.serving import prepare_environment as p; print(p(), flush=True); time.sleep(60)"
+    "import sys, time; from ovd.demo.gradio_environment import prepare_environment as prepare\n"
+    "print(prepare(), flush=True); time.sleep(60)"
 )
 
 
@@ -170,18 +172,18 @@ def test_folder_of_a_starting_page__is_not_removed_by_another_page(
     """The other page starts at the worst moment: between the making of the folder and its lock."""
     monkeypatch.setattr("os.environ", dict(os.environ))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(serving, "_locks", [])
-    lock = serving._lock
+    monkeypatch.setattr(gradio_environment, "_locks", [])
+    lock = gradio_environment._lock
 
     def lock_late(folder: Path) -> None:
         remove_leftovers(tmp_path)
         lock(folder)
 
-    monkeypatch.setattr(serving, "_lock", lock_late)
+    monkeypatch.setattr(gradio_environment, "_lock", lock_late)
     folder = prepare_environment()
     assert folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert remove_leftovers(tmp_path) == [] and list(tmp_path.iterdir()) == [folder]
-    os.close(serving._locks[0])
+    os.close(gradio_environment._locks[0])
     assert remove_leftovers(tmp_path) == [folder]
 
 
@@ -191,7 +193,7 @@ PROXIES = ("socks5://127.0.0.1:1", "socks://127.0.0.1:1", "http://127.0.0.1:1", 
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_proxy_variables__do_not_break_gradios_import(proxy: str) -> None:
     code = (
-        "import os; from ovd.demo.serving import load_gradio; load_gradio(); import gradio\n"
+        "import os; from ovd.demo.gradio_environment import load_gradio; load_gradio(); import gradio\n"
         "assert os.environ['ALL_PROXY'] == os.environ['http_proxy']"
     )
     outside = os.environ | {"ALL_PROXY": proxy, "http_proxy": proxy}
