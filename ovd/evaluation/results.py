@@ -40,11 +40,6 @@ class Results:
     detections: list[CheckedResult]
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether every detection has a mask (true for no detections)."""
-        return all("segmentation" in d for d in self.detections)
-
 
 def check_results(
     results: Any, gt: GroundTruth, *, outside: Collection[int] = (), where: str = "predictions", classes: bool = True

@@ -171,19 +171,6 @@ class RegionStore:
         scores = torch.from_numpy(np.array(tensors["scores"][row, :valid]))
         return boxes, F.normalize(embeddings, dim=-1), scores  # fp16 rounds the length by up to 5e-4
 
-    def count(self, image_id: ImageId) -> int:
-        """How many proposals a picture has."""
-        tensors, row = self._locate(image_id)
-        return int(tensors["valid"][row])
-
-    def bad_images(self) -> dict[ImageId, str]:
-        """Pictures that could not be read, with the reason. They have no proposals."""
-        reasons: dict[ImageId, str] = {}
-        for shard in range(shard_count(self.manifest)):
-            if (sidecar := read_sidecar(self.root, shard)) is not None:
-                reasons |= dict(sidecar.get("bad_images", ()))
-        return reasons
-
     def verify(self) -> list[str]:
         """Read every byte and compare hashes, counts and values.
 

@@ -73,11 +73,6 @@ class GroundTruth:
     warnings: list[str] = field(default_factory=list)
     where: str = "annotations"
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether every annotation has a mask (true for a file without annotations)."""
-        return all("segmentation" in a for a in self.annotations)
-
     def file_of(self, image_id: ImageId) -> str:
         """An image's path below the picture folder.
 

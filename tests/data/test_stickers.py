@@ -20,7 +20,7 @@ from pretrain.data import caption_templates as captions
 from pretrain.data import render
 from pretrain.data.dice import Dice
 from pretrain.data.pairs import PairSource, StickerCrops
-from pretrain.data.scenes import ImageView, Scene, SceneSource
+from pretrain.data.scenes import Scene, SceneSource
 from pretrain.data.stickers import PAIR, Stickers, content_hash, data_root
 from pretrain.engine.errors import UserError
 
@@ -436,13 +436,6 @@ def test_pairs_collate_to_tensors(stickers: Stickers) -> None:
         pairs.sample(i, 0)[2] for i in range(3)
     ]
     assert len(batch["caption"]) == 3
-
-
-def test_the_image_view_shows_the_pixels_of_the_scenes(stickers: Stickers) -> None:
-    scenes = source(stickers)
-    view = ImageView(scenes)
-    assert np.array_equal(view.sample(2, 9).transpose(1, 2, 0), scenes.scene(2).image)
-    assert len(view) == 60 and view.collate([view.sample(0), view.sample(1)])["image"].shape == (2, 3, 160, 200)
 
 
 def test_crops_show_every_held_out_drawing_once_per_view(stickers: Stickers) -> None:

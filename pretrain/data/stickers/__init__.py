@@ -4,7 +4,7 @@
 Here are the drawings, the photos, and what all sources of composed pictures share. The sources are three views of it:
 
 * `pretrain.data.scenes.SceneSource`: scenes with labels, for detection;
-* `pretrain.data.scenes.ImageView`: their pictures only, for self-supervised learning;
+* `pretrain.data.images.SceneSet`: their pictures only, for self-supervised learning;
 * `pretrain.data.pairs.PairSource`: single stickers, as a detector's crop shows them, with a caption, for CLIP.
 
 All follow the sample source protocol (`__len__`, `sample(index, draw)`, `collate`), and every sample is a pure function
