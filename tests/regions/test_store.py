@@ -23,7 +23,7 @@ import torch
 
 from ovd.regions import shard, writer
 from ovd.regions.crops import embed_regions
-from ovd.regions.layout import Identity, StoreSettings, read_sidecar, read_sidecar
+from ovd.regions.layout import Identity, StoreSettings, read_sidecar
 from ovd.regions.proposals import GroundTruthProposer, select_proposals
 from ovd.regions.store import RegionStore
 from ovd.regions.writer import WriteReport, estimate, remove_store, write_regions
