@@ -354,7 +354,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 
 def calibrate_finetuned(args: argparse.Namespace) -> bool:
     """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
-    from ovd.data.own_photos import FinetunePhotos
+    from ovd.data.finetune_photos import FinetunePhotos
     from ovd.evaluation.finetuned import recalibrated
     from ovd.evaluation.labelled_scenes import labels_of
     from ovd.evaluation.reliability import report_fit

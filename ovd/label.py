@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     detector, query = load_query(options, examples, masks=masks)
     from ovd.contact_sheet import contact_sheet
     from ovd.formats.predictions import read_predictions
-    from ovd.formats.write import about_outlines, write_labels
+    from ovd.formats.write import outlines_notice, write_labels
 
     with alone_in(out):
         require_labels_folder(out, settings, overwrite=options.overwrite)  # another command may have come first
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         if not labelled.pictures:
             reasons = out / PREDICTIONS / "failed.json"
             raise UserError(f"none of the {len(pictures)} pictures could be read; see {reasons}")
-        if notice := about_outlines(labelled, options.format):
+        if notice := outlines_notice(labelled, options.format):
             print(f"warning: {notice}", file=sys.stderr)
         write_labels(labelled, out, options.format, picture_mode=options.picture_mode)
         page = contact_sheet(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ovd.data.own_photos import FinetunePhotos
+from ovd.data.finetune_photos import FinetunePhotos
 from ovd.detections import CocoResult
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.matching import match_table

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ovd.config_finetune import PACKAGED, FinetuneDataConfig
+from ovd.data.finetune_photos import FinetunePhotos
 from ovd.data.negatives import NegativePhotos
-from ovd.data.own_photos import FinetunePhotos
 from ovd.detector import Detector
 from ovd.examples import MAX_EXAMPLES, Crop, Example
 from ovd.picture_files import PACKAGED_PHOTOS

@@ -289,13 +289,11 @@ def require_files(names: Iterable[str | Path], folder: Path, *, where: str | Pat
         return None
     text = f"{where}: {len(missing)} of its {len(present)} pictures are not there, such as {folder / missing[0]}"
     if len(missing) > allowed * len(present) or len(missing) == len(present):
-        raise UserError(
-            f"{text}; is {folder} the folder that their names are relative to?{about_backslashes(missing[0])}"
-        )
+        raise UserError(f"{text}; is {folder} the folder that their names are relative to?{backslash_hint(missing[0])}")
     return text
 
 
-def about_backslashes(name: str | Path) -> str:
+def backslash_hint(name: str | Path) -> str:
     """A hint to follow the name of a picture that is not there, where Windows wrote the name; else nothing."""
     return r" Names with \ come from Windows: write them with /." if "\\" in str(name) else ""
 

@@ -18,8 +18,9 @@ import torch
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.config_finetune import FinetuneDataConfig
+from ovd.data.finetune_photos import FinetunePhotos
+from ovd.data.mosaic import MosaicAugment, MosaicSource
 from ovd.data.negatives import NegativePhotos
-from ovd.data.own_photos import CanvasSource, FinetunePhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
@@ -89,12 +90,15 @@ def own_photos(labels: Path, **options: float) -> FinetunePhotos:
     )
 
 
-def canvases(photos: FinetunePhotos, **options: Any) -> CanvasSource:
-    plain: dict[str, Any] = {
-        "chosen": range(len(photos)), "side": 128, "scale": (1.0, 1.0), "mosaic": 0.0, "flip": 0.0,
-        "flip_vertical": 0.0, "colour": 0.0, "seed": 0,
-    }  # fmt: skip
-    return CanvasSource(photos=photos, **(plain | options))
+def canvases(photos: FinetunePhotos, negatives: NegativePhotos | None = None, **augment: Any) -> MosaicSource:
+    return MosaicSource(
+        photos=photos,
+        chosen=range(len(photos)),
+        side=128,
+        augment=MosaicAugment(**augment),
+        seed=0,
+        negatives=negatives,
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from ovd import train as ovd_train
-from ovd.data.own_photos import CanvasSource, FinetunePhotos
+from ovd.data.finetune_photos import FinetunePhotos
+from ovd.data.mosaic import MosaicAugment, MosaicSource
 from ovd.detector import Detector
 from ovd.inference.example_scorers import centred_on_picture
 from ovd.inference.finetuned_names import FinetunedNames
@@ -55,12 +56,12 @@ def read(labels: Path) -> FinetunePhotos:
 def test_boxes_too_small_to_learn_are_reported(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "a", [[0], [0], [0], []], ["ant"])
     photos = read(labels)  # 24 of 64 pixels
-    assert photos.about_small_boxes(64) is None and photos.about_small_boxes(22) is None
-    assert "3 of 3 boxes are below 8 pixels at data.side=20: " in (photos.about_small_boxes(20) or "")
+    assert photos.small_boxes_notice(64) is None and photos.small_boxes_notice(22) is None
+    assert "3 of 3 boxes are below 8 pixels at data.side=20: " in (photos.small_boxes_notice(20) or "")
     content = json.loads(labels.read_text())
     content["annotations"][0]["bbox"] = [8, 8, 2, 2]
     labels.write_text(json.dumps(content))
-    assert read(labels).about_small_boxes(64) is None  # one of three
+    assert read(labels).small_boxes_notice(64) is None  # one of three
 
 
 def cut_off(file: Path) -> None:
@@ -97,10 +98,7 @@ def test_a_damaged_photo_in_a_mosaic_is_replaced_with_its_neighbours(tmp_path: P
     labels = write_photos(tmp_path / "photos", [[0]] * 8, ["mug"])
     cut_off(labels.parent / "3.jpg")
     photos = read(labels)
-    source = CanvasSource(
-        photos=photos, chosen=range(8), side=64, scale=(1.0, 1.0), mosaic=1.0, flip=0.0, flip_vertical=0.0,
-        colour=0.0, seed=0,
-    )  # fmt: skip
+    source = MosaicSource(photos=photos, chosen=range(8), side=64, augment=MosaicAugment(mosaic=1.0), seed=0)
 
     def works(index: int, draw: int) -> bool:
         try:

@@ -40,7 +40,7 @@ from ovd.pictures import resized
 from pretrain.engine.distributed import shares
 
 if TYPE_CHECKING:
-    from ovd.data.own_photos import FinetuneSample
+    from ovd.data.mosaic import FinetuneSample
 
 CANDIDATES = 1000
 """Best (cell, class) pairs that enter NMS."""
