@@ -58,7 +58,7 @@ class Server:
         from ovd.demo.connections import Connections, protocol_class
 
         limited = protocol_class(Connections.for_this_process())
-        self._door = listener
+        self._listener = listener
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -76,7 +76,7 @@ class Server:
         self._thread = threading.Thread(target=self._serve, name="page", daemon=True)
 
     def _serve(self) -> None:
-        self._server.run(sockets=[self._door])
+        self._server.run(sockets=[self._listener])
 
     def start(self, *, seconds: float = 120.0) -> None:
         """Return when it accepts requests.
@@ -95,7 +95,7 @@ class Server:
         """Stop accepting, give running requests `SHUTDOWN_SECONDS` seconds, and end."""
         self._server.should_exit = True
         self._thread.join(SHUTDOWN_SECONDS + 5)
-        self._door.close()
+        self._listener.close()
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Origin(TypedDict, total=False):
+class StoreOrigin(TypedDict, total=False):
     """What a store was made from; a check is skipped where a key is missing or None.
 
     Attributes:
@@ -80,7 +80,7 @@ class RegionStore:
         root: str | os.PathLike[str],
         *,
         partial: bool = False,
-        **expected: Unpack[Origin],
+        **expected: Unpack[StoreOrigin],
     ) -> RegionStore:
         """Open a store, and refuse it when it was not made from what the caller uses.
 
@@ -111,7 +111,7 @@ class RegionStore:
                 )
         return store
 
-    def require(self, **origin: Unpack[Origin]) -> None:
+    def require(self, **origin: Unpack[StoreOrigin]) -> None:
         """Refuse a store that was made from something else.
 
         Raises:

@@ -24,7 +24,7 @@ from pretrain.config import AugmentConfig
 from pretrain.config_photos import WordsLoss
 from pretrain.data.lexicon import Lexicon
 from pretrain.data.pairs import PairBatch
-from pretrain.data.photos import Words, vocabulary_of
+from pretrain.data.photos import LabelledPhotos, vocabulary_of
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import ParamGroup, default_groups
@@ -71,7 +71,7 @@ class WordClip(Clip):
         self,
         *,
         encoder: JointEncoder,
-        words: Words,
+        words: LabelledPhotos,
         loss: WordsLoss,
         classifier: nn.Module | None,
         lr_scale: float = 0.1,

@@ -17,7 +17,7 @@ import pytest
 from ovd import predict, video
 from ovd.predict_video import is_video
 from ovd.tracking import Tracker
-from ovd.video import Source, predict_video
+from ovd.video import VideoSource, predict_video
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
 
@@ -44,7 +44,7 @@ def clip(tmp_path: Path) -> Path:
 def run(clip: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     detector = make_detector(cache_size=0)
     predict_video(
-        detector=detector, query=detector.query("red, blue"), source=Source.open(str(clip)), out=out, **options
+        detector=detector, query=detector.query("red, blue"), source=VideoSource.open(str(clip)), out=out, **options
     )
     return [json.loads(line) for line in (out / "clip.jsonl").read_text().splitlines()]
 
@@ -141,7 +141,7 @@ class Camera:
 
 def test_camera__runs_until_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "VideoCapture", lambda number: Camera())
-    source = Source.open("0")
+    source = VideoSource.open("0")
     assert (source.name, source.live, source.frames, source.rate) == ("camera0", True, None, video.USUAL_RATE)
     detector = make_detector(cache_size=0)
     query = detector.query("red")
@@ -171,7 +171,7 @@ def test_predict__videos_in_a_folder_are_skipped_with_a_warning(
 
 def test_camera__missing_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="camera 97: cannot be opened as a video; is it connected, and free"):
-        Source.open("97")
+        VideoSource.open("97")
     assert capfd.readouterr() == ("", "")
 
 
@@ -258,7 +258,7 @@ def test_video__wrong_arguments_are_refused_first(more: list[str], said: str, cl
 def test_video__not_a_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video at all")
     with pytest.raises(UserError, match=r"a\.mp4: cannot be opened as a video"):
-        Source.open(str(tmp_path / "a.mp4"))
+        VideoSource.open(str(tmp_path / "a.mp4"))
 
 
 @pytest.mark.parametrize(
