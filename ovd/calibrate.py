@@ -2,8 +2,8 @@
 """``wordbox calibrate --weights FOLDER``: calibrate a detector's scores, and report the calibration error.
 
 Fits the temperature and the exponent of the objectness by average precision, then slope and offset by likelihood, then
-the default threshold: the score that a word absent from the picture stays below in 95 % of the pictures; then the level
-of ``everything``: the score from which seven in ten detections are right. The fit uses scenes of its own (seed 1000;
+the default threshold: the score that absent words stay below in 95 % of the pictures; then the threshold of
+``everything``: the score from which seven in ten detections are right. The fit uses scenes of its own (seed 1000;
 evaluation uses seed 0) and base words only. The result is measured on other scenes (seed 2000) with base and novel
 words, and written to ``model.json``. Both have the held-out drawing style: scores fitted on the training styles would
 be overconfident.
@@ -17,9 +17,9 @@ With ``--encoder`` another image-text encoder classifies crops of the boxes. Its
 folder (``ovd.user_files``) and used whenever the same encoder runs on the same boxes; the weights do not change. It
 needs ``--data``, and takes ``--scenes`` pictures for the fit and as many for the report.
 
-A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and can take
-photos of single objects as well (``--labels TABLE.json``). It is measured on half of them, then fitted on all. A crop
-from another photo then takes each word's place, and the scores of crops are fitted, too.
+A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and also takes
+photos of single objects (``--labels TABLE.json``). It is measured on half of them, then fitted on all. Then crops from
+other photos replace the words, and the scores of crops are fitted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FLOOR = 0.02
 
 
 def near_synonyms(stickers: Stickers) -> dict[int, frozenset[int]]:
-    """For each noun the nouns that a person could mean by it."""
+    """For each noun, the nouns that a user could mean by it."""
     near: dict[int, frozenset[int]] = {}
     for group in stickers.near_synonyms:
         for member in group:
@@ -216,7 +216,7 @@ def calibrate_on_labels(args: argparse.Namespace) -> int:
 
 
 def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calibration, dict[str, float], Reliability]:
-    """The fit on half of a data set's pictures, at most ``count``, and what `measure` says on as many others.
+    """The fit on half of a data set's pictures, at most ``count``, and the figures of `measure` on as many others.
 
     Raises:
         UserError: see `labelled_scenes`; or scores without any relation to the labels.
@@ -353,7 +353,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
 
 
 def calibrate_finetuned(args: argparse.Namespace) -> bool:
-    """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
+    """Fit the fine-tuned classes, and nothing else, if the labels name any; returns whether they do."""
     from ovd.data.finetune_photos import FinetunePhotos
     from ovd.evaluation.finetuned import recalibrated
     from ovd.evaluation.labelled_scenes import labels_of

@@ -82,7 +82,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
 
 
 def _require_room(written: Sequence[Path], sources: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse to write over files that are there, and over the videos themselves whatever is asked for."""
+    """Refuse to overwrite existing files, and in any case the videos themselves."""
     for file in filter(Path.exists, written):
         if any(source.is_file() and file.samefile(source) for source in sources):
             raise UserError(f"{file}: is an input video and would be overwritten. Give another --out")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m pretrain.export SOURCE --to torchvision|detectron2|open_clip --out FOLDER``: hand a backbone over.
+"""``python -m pretrain.export SOURCE --to torchvision|detectron2|open_clip --out FOLDER``: export a backbone to another
+library.
 
 SOURCE is the ``exported/`` folder of a run of pretrain.train, an encoder folder (CLIP), or a checkpoint of an official
 repository (MoCo, SwAV, SimSiam, Barlow Twins, BYOL ports, DINO, CLIP; ``open_clip:MODEL:WEIGHTS`` for open_clip's
 models). Heads are dropped.
 
-FOLDER gets ``model.safetensors`` under the target's names and ``settings.json`` with what the target must be told
+FOLDER gets ``model.safetensors`` under the target's names and ``settings.json`` with what the target needs to know
 (pixel mean and std, channel order, stem, norm). For Detectron2 there is ``detectron2.yaml`` too.
 
 Before anything is written the target library's own network is built, loaded, and compared with the source on real
@@ -39,7 +40,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # to
 
 @dataclass(kw_only=True)
 class ResNetSource:
-    """A ResNet to hand over.
+    """A ResNet to export.
 
     Attributes:
         network: in eval mode; has `stages` (pretrain.nets.resnet.ResNet).

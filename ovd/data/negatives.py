@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos of other kinds than the labelled ones, learned as background.
+"""Photos without the fine-tuned classes, learned as background.
 
-A branch that saw blood cells alone finds them in living rooms, too.
+A branch trained on blood cells alone also detects them in living rooms.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ class Handlers:
             return {"error": _logged()}
 
     def everything(self, image: str | None, weights: Any = None) -> Answer:
-        """For the page: what is in the picture, without a word typed."""
+        """For the page: prompt-free detection."""
         return self.find(image, EVERYTHING, weights=weights)
 
     def detect(

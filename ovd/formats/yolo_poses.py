@@ -67,7 +67,7 @@ class Outlines:
 
     @property
     def are_poses(self) -> bool:
-        """Whether they are poses for certain."""
+        """Whether they are certainly poses."""
         return self.count >= ENOUGH and self.far > 0 and self._shape is not None
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture after the network: its regions can be classified by any words, again and again.
+"""A picture's regions after the network, ready to be classified by any words.
 
 Shapes: R regions, C classes, N negatives.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Regions:
-    """One picture after the network: boxes and embeddings, ready for any words.
+    """A picture's boxes and embeddings, ready to be classified by any words.
 
     Attributes:
         regions: boxes, objectness, embeddings and masks, see `RegionSet`.

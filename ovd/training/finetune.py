@@ -3,8 +3,8 @@
 
     python -m ovd.train --config photos/finetune.yaml data.images=photos data.annotations=photos/labels.json
 
-Only the branch is trained. Part of the photos is held out: the weights that find most there are exported, and the
-scores calibrated on them.
+Only the branch is trained. Part of the photos is held out: the weights with the best AP50 on them are exported, and the
+scores are calibrated on them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class FinetuneParts:
 
 
 def with_steps(config: FinetuneConfig, photos: FinetunePhotos) -> FinetuneConfig:
-    """The configuration with as many steps as its photos need: ``loop.steps`` at most.
+    """The configuration with the number of steps that fits its photos, at most ``loop.steps``.
 
     Raises:
         UserError: so few that the warm-up would not end.
@@ -236,7 +236,7 @@ def _detector_folder(config: FinetuneConfig) -> Path:
 
 
 def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
-    """Write the detector with the new branch beside what it had; its scores are calibrated on the held-out photos.
+    """Write the detector with the new branch added; its scores are calibrated on the held-out photos.
 
     An earlier branch is left out when the new one names all that is left of it. The folder appears when it is whole.
     """

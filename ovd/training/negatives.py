@@ -48,7 +48,7 @@ def negatives_of(
 def without_classes(
     negatives: NegativePhotos, photos: FinetunePhotos, chosen: Sequence[int], detector: Detector
 ) -> NegativePhotos:
-    """The photos; boxes that the detector takes for a class, by its name or its largest object, are doubtful."""
+    """The photos, with boxes marked doubtful that the detector takes for a class, by name or by its largest object."""
     names = Vocabulary.of(photos.names, templates=detector.templates)
     examples = largest_examples(photos, chosen)
     crops = detector.query(examples=examples) if examples else None

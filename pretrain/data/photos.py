@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs for CLIP: whole photos of one named thing, and square crops of boxes, by the class that a box has.
+"""Photographs for CLIP: whole photos of single named objects, and square crops of labelled boxes.
 
     words = read_photo_words(config)
     source = PhotoWordSource(words, size=224, seed=0, config=config)
 
-A class is a meaning of the lexicon, so that files which spell it differently (tv, television) give one class; a word
-that the lexicon does not know is a class of its own. Half of the drawing is fair to classes (each as often as the root
-of its pictures): a person in every other photo must not crowd out the toaster.
+A class is a meaning of the lexicon, so files that spell it differently (tv, television) give one class; a word that the
+lexicon does not know is a class of its own. Half of the samples are balanced by class (frequency proportional to the
+square root of its pictures), so that frequent classes do not crowd out rare ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GREY = 127  # what lies beyond the border of a photo: zero after the normalisati
 
 @dataclass(frozen=True)
 class LabelledCrop:
-    """A photo (`box` None) or a box of it (x, y, w, h in pixels), and the word that somebody gave it."""
+    """A photo (`box` None) or a box of it (x, y, w, h in pixels), and its label."""
 
     file: Path
     word: str
@@ -107,7 +107,7 @@ def parts_of(truths: Sequence[GroundTruth]) -> tuple[dict[str, str], set[str]]:
 def read_labels(
     path: Path, images: Path, *, parts: Mapping[str, str], scenes: set[str], part: Part
 ) -> list[LabelledCrop]:
-    """Photos with one noun, of a JSON table file -> nouns, but those which a COCO file calls scenes.
+    """Photos with one noun, from a JSON table file -> nouns, without those that a COCO file marks as scenes.
 
     Raises:
         UserError: It is no such table.
@@ -173,7 +173,7 @@ def read_photo_words(config: PhotoWords) -> LabelledPhotos:
 
 
 def novel_names(novel: Collection[str], lexicon: Lexicon) -> frozenset[str]:
-    """All names of words that must stay unknown and of their kinds: dog, domestic dog, terrier, …
+    """All names of withheld words and of their hyponyms: dog, domestic dog, terrier, …
 
     Raises:
         UserError: the lexicon does not know a word, so what its kinds are cannot be told.
@@ -297,7 +297,7 @@ class ClassCaptions:
 
 
 def vocabulary_of(words: LabelledPhotos) -> tuple[list[str], np.ndarray, list[ClassCaptions]]:
-    """Words a picture chooses from, and which of them are no mistake for a class.
+    """The words that a picture is contrasted with, and which of them are correct for a class.
 
     Returns:
         V words: the classes, their synonyms and hypernyms; (C, V) bool, True where a word means the class itself, or

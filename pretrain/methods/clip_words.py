@@ -4,7 +4,7 @@
 Particular to it: the caption is drawn from the class's word, its synonyms and its hypernyms, so that a photo of a
 golden retriever is also a dog and an animal. All other words are negatives, except synonyms, hypernyms and hyponyms. A
 second target keeps the knowledge of the ImageNet network that the image tower starts from: the sum of the words of its
-classes, weighted by their probabilities (ConSE, arXiv:1312.5650). Training on names alone makes words without photos
+classes, weighted by their probabilities (ConSE, arXiv:1312.5650). Training on names alone made words without photos
 worse.
 
 Shapes: `N` pictures, `V` words, `C` classes, `K` classes of ImageNet, `D` joint embedding.

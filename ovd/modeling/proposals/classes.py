@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A branch for fine-tuned classes: a second NanoDet with class rows of its own, trained on the user's labels.
 
-The detector that it is added to does not change, nor do its scores of other words. The trunk starts as a copy of the
-proposal network's and learns at a lower rate. Each level's head starts with the proposal network's box regression and
-random class rows: a row is a class's learned embedding, whatever its name means to a text encoder.
+The detector it is added to does not change, nor do its scores of other words. The trunk starts as a copy of the
+proposal network's and has a lower learning rate. Each level's head starts with the proposal network's box regression
+and random class rows. A row is a class's learned embedding; text encoders play no part.
 
 Shapes: ``N`` pictures, ``A`` cells, ``C`` own classes, ``P`` boxes of one picture.
 """
@@ -62,7 +62,7 @@ class ClassBoxes(NamedTuple):
 
 
 class ClassBranch(nn.Module):
-    """NanoDet for ``classes`` classes. In training it returns losses, see `forward`."""
+    """NanoDet with ``classes`` classes; in training it returns losses, see `forward`."""
 
     def __init__(self, *, classes: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sticker Scenes: drawings of 552 nouns that are composed onto photos, with exact boxes and masks.
 
-Here are the drawings, the photos, and what all sources of composed pictures share. The sources are three views of it:
+This package has the drawings, the photos, and what all sources of composed pictures share. There are three sources:
 
 * `pretrain.data.scenes.SceneSource`: scenes with labels, for detection;
 * `pretrain.data.images.SceneSet`: their pictures only, for self-supervised learning;
