@@ -53,7 +53,7 @@ def read(labels: Path) -> FinetunePhotos:
     return FinetunePhotos(folder=labels.parent, truth=truth, confident=0.3, doubtful=0.1)
 
 
-def test_boxes_too_small_to_learn_are_reported(tmp_path: Path) -> None:
+def test_photos__too_small_boxes_are_reported(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "a", [[0], [0], [0], []], ["ant"])
     photos = read(labels)  # 24 of 64 pixels
     assert photos.small_boxes_notice(64) is None and photos.small_boxes_notice(22) is None
@@ -69,7 +69,7 @@ def cut_off(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:700])
 
 
-def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
+def test_names__are_kept_as_typed(tmp_path: Path) -> None:
     names = [" red   cell", "Ba\u0308ume", "cup, mug", "Everything"]
     photos = read(write_photos(tmp_path / "a", [[0, 1, 2, 3]], names))
     assert photos.names == ("red cell", "B\u00e4ume", "cup, mug", "Everything")
@@ -81,7 +81,7 @@ def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
         read(write_photos(tmp_path / "b", [[0, 1]], ["red  cell", "Red_Cell"]))
 
 
-def test_photos_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None:
+def test_photos__unusable_ones_are_named_and_skipped(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0], [1], [0], [0]], ["mug", "lamp"])
     (labels.parent / "1.jpg").write_bytes(b"no picture")
     photos = read(labels)
@@ -94,7 +94,7 @@ def test_photos_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None
         read(labels)
 
 
-def test_a_damaged_photo_in_a_mosaic_is_replaced_with_its_neighbours(tmp_path: Path) -> None:
+def test_mosaic__with_a_damaged_photo_is_replaced(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0]] * 8, ["mug"])
     cut_off(labels.parent / "3.jpg")
     photos = read(labels)
@@ -112,7 +112,7 @@ def test_a_damaged_photo_in_a_mosaic_is_replaced_with_its_neighbours(tmp_path: P
     assert all(any(works(index, draw) for index in (1, 2, 4, 5)) for draw in failing)
 
 
-def test_held_out_photos_can_be_decoded_and_show_an_object(tmp_path: Path) -> None:
+def test_held_out__photos_decode_and_have_an_object(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0], [0], [0], [0], [0], []], ["mug"])
     cut_off(labels.parent / "1.jpg")
     photos = read(labels)
@@ -195,7 +195,7 @@ def test_finetuned_class__as_negative_removes_its_boxes() -> None:
     assert found.confidence.tolist() == pytest.approx([0.8])
 
 
-def test_weights_in_the_folder_that_is_written_are_refused(tmp_path: Path) -> None:
+def test_weights__in_the_output_folder_are_refused(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0]] * 4, ["mug"])
     out = tmp_path / "run"
     (out / "exported").mkdir(parents=True)
