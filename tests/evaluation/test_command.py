@@ -39,7 +39,7 @@ def arguments(files: dict[str, Any], **other: str) -> list[str]:
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
 
 
-def test_outputs__table_json_and_csv_equal_the_library(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs__equal_the_library(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     out = files["dir"] / "new" / "out"
     argv = arguments(files, out=str(out))
     assert main(argv) == 0
@@ -64,7 +64,7 @@ def test_outputs__table_json_and_csv_equal_the_library(files: dict[str, Any], ca
     assert "masks" in screen
 
 
-def test_outputs__nan_is_null_in_json_and_n_a_on_screen(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs__nan_is_null_or_n_a(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     files["gt"].write_text(json.dumps(files["gt_content"] | {"annotations": []}))
     assert main(arguments(files, out=str(files["dir"] / "out"))) == 0
     written = json.loads((files["dir"] / "out" / "metrics.json").read_text())

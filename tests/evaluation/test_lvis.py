@@ -72,9 +72,7 @@ def test_lvis__perfect_detections_have_ap_1() -> None:
         (seen(1, 1, 50, 0.9), "f", True),  # picture 1 shows one cup
     ],
 )
-def test_lvis__only_verified_negatives_cost_precision(
-    false_alarm: dict[str, Any], category: str, counts: bool
-) -> None:
+def test_lvis__only_verified_negatives_cost_precision(false_alarm: dict[str, Any], category: str, counts: bool) -> None:
     value = evaluate_lvis(small(), [*HITS, false_alarm]).values[f"bbox/AP{category}"]
     assert value == pytest.approx(1 if not counts else 1 / 2 if category == "r" else 2 / 3)
     coco = evaluate(small(), [*HITS, false_alarm], split_of("lvis", small(), where="x")).values

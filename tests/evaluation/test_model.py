@@ -272,9 +272,7 @@ def test_device__missing_one_is_refused_before_running(monkeypatch: pytest.Monke
         main(["--weights", "x", "--data", "stickers-val:3", "--device", "tpu"])
 
 
-def test_pictures__missing_ones_are_named(
-    photos: tuple[Path, Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_pictures__missing_ones_are_named(photos: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^coco:a:b\.json: 2 of its 2 pictures are not there.*is .*empty the folder"):
         run_images(photos[2], tmp_path / "empty", None, where="coco:a:b.json")
 
