@@ -122,9 +122,7 @@ def root(tmp_path: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def test_conse__training_changes_the_projection_only(
-    folder: Path, root: Path, network: nn.Module
-) -> None:
+def test_conse__training_changes_the_projection_only(folder: Path, root: Path, network: nn.Module) -> None:
     projections = []
     for number, conse in enumerate(("null", "{share: 0.4}")):
         assert train.main(command(folder, root, f"out={root}/{number}", f"method.encoder.image.conse={conse}")) == 0
