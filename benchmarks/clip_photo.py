@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from pretrain.data.coco import read_ground_truth
 from pretrain.data.folder import read_image
 from pretrain.data.lexicon import read_lexicon
-from pretrain.data.photos import Item, boxes_of, cut_square, parts_of, read_labels, square_around
+from pretrain.data.photos import LabelledCrop, boxes_of, cut_square, parts_of, read_labels, square_around
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
 from pretrain.methods.clip_words import embed_words
@@ -38,7 +38,7 @@ GROUP, DRAWS = 20, 5
 
 
 @torch.no_grad()
-def embed_items(encoder: JointEncoder, items: Sequence[Item], *, batch: int = 32) -> Tensor:
+def embed_items(encoder: JointEncoder, items: Sequence[LabelledCrop], *, batch: int = 32) -> Tensor:
     """(N, D) unit rows of boxes cut as squares, and of the central squares of photos without a box."""
     found = []
     for start in range(0, len(items), batch):
@@ -75,11 +75,11 @@ def ranked(image_ND: Tensor, encoder: JointEncoder, names: Sequence[str], labels
 def measure_boxes(encoder: JointEncoder, path: Path, images: Path) -> None:
     """Print the rows of true boxes."""
     lexicon = read_lexicon()
-    by_word: dict[str, list[Item]] = defaultdict(list)
+    by_word: dict[str, list[LabelledCrop]] = defaultdict(list)
     for item in boxes_of(read_ground_truth(path), images, part="all", min_score=0.0, min_side=SIDE):
         by_word[item.word].append(item)
     rng = random.Random(0)
-    items: list[Item] = []
+    items: list[LabelledCrop] = []
     for _, found in sorted(by_word.items()):
         rng.shuffle(found)
         items += found[:PER_WORD]

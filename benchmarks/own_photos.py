@@ -25,7 +25,7 @@ import numpy as np
 from _common import machine
 from numpy.typing import NDArray
 
-from ovd.data.own_photos import drawn
+from ovd.data.finetune_photos import draw_photos
 from ovd.data.splits import Split
 from ovd.detections import CocoResult
 from ovd.detector import Detector
@@ -76,7 +76,7 @@ def measure(weights: Path, test: dict[str, Any], images: Path) -> dict[str, floa
 
 def drawn_labels(labels: dict[str, Any], count: int, *, seed: int) -> dict[str, Any]:
     """The photos that fine-tuning draws with this seed, as a file of their own."""
-    images = [labels["images"][index] for index in drawn(len(labels["images"]), limit=count, seed=seed)]
+    images = [labels["images"][index] for index in draw_photos(len(labels["images"]), limit=count, seed=seed)]
     there = {image["id"] for image in images}
     return {
         **labels,

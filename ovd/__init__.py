@@ -24,7 +24,7 @@ __all__ = ["Crop", "Detections", "Detector", "Example", "Regions", "Vocabulary"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used: ``python -m ovd.NAME --help`` must not wait for torch."""
+    """Import public names on first use, so that ``python -m ovd.NAME --help`` does not wait for torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,8 @@
 """``wordbox calibrate --weights FOLDER``: calibrate a detector's scores, and report the calibration error.
 
 Fits the temperature and the exponent of the objectness by average precision, then slope and offset by likelihood, then
-the default threshold: the score that a word absent from the picture stays below in 95 % of the pictures; then the level
-of ``everything``: the score from which seven in ten answers are right. The fit uses scenes of its own (seed 1000;
+the default threshold: the score that absent words stay below in 95 % of the pictures; then the threshold of
+``everything``: the score from which seven in ten detections are right. The fit uses scenes of its own (seed 1000;
 evaluation uses seed 0) and base words only. The result is measured on other scenes (seed 2000) with base and novel
 words, and written to ``model.json``. Both have the held-out drawing style: scores fitted on the training styles would
 be overconfident.
@@ -17,9 +17,9 @@ With ``--encoder`` another image-text encoder classifies crops of the boxes. Its
 folder (``ovd.user_files``) and used whenever the same encoder runs on the same boxes; the weights do not change. It
 needs ``--data``, and takes ``--scenes`` pictures for the fit and as many for the report.
 
-A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and can take
-photos of single objects as well (``--labels TABLE.json``). It is measured on half of them, then fitted on all. A crop
-from another photo then takes each word's place, and the scores of crops are fitted, too.
+A detector of photographs (``model.arch: fvlm``) needs ``--data``, photos that it was not trained on, and also takes
+photos of single objects (``--labels TABLE.json``). It is measured on half of them, then fitted on all. Then crops from
+other photos replace the words, and the scores of crops are fitted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FLOOR = 0.02
 
 
 def near_synonyms(stickers: Stickers) -> dict[int, frozenset[int]]:
-    """For each noun the nouns that a person could mean by it."""
+    """For each noun, the nouns that a user could mean by it."""
     near: dict[int, frozenset[int]] = {}
     for group in stickers.near_synonyms:
         for member in group:
@@ -165,7 +165,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     return fit_calibration(centred_scenes, scorer)
 
 
-def scorer_of(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
+def uncalibrated_scorer(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
     """The uncalibrated scorer of words."""
     from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
@@ -186,12 +186,12 @@ def calibrate_on_scenes(args: argparse.Namespace) -> int:
 
     detector, count, size = load(args), args.scenes, args.size
     stickers = Stickers.load()
-    scorer = scorer_of(detector, detector.resolve(list(stickers.nouns)))
+    scorer = uncalibrated_scorer(detector, detector.resolve(list(stickers.nouns)))
     scenes = typed_scenes(detector, stickers, seed=1000, count=count, size=size, base_only=True)
     fitted = fit_calibration(scenes, scorer)
     if detector.examples is not None:
         fitted = fitted.with_examples(fit_examples(detector, stickers, scenes))
-    fitted = with_level(detector, fitted, scenes, stickers.nouns)
+    fitted = with_fitted_prompt_free(detector, fitted, scenes, stickers.nouns)
     others = typed_scenes(detector, stickers, seed=2000, count=count, size=size, base_only=False)
     figures, curve = measure(others, replace(scorer, calibration=fitted), near_synonyms(stickers))
     figures |= prompt_free_figures(detector, fitted, others, stickers.nouns)
@@ -216,7 +216,7 @@ def calibrate_on_labels(args: argparse.Namespace) -> int:
 
 
 def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calibration, dict[str, float], Reliability]:
-    """The fit on half of a data set's pictures, at most ``count``, and what `measure` says on as many others.
+    """The fit on half of a data set's pictures, at most ``count``, and the figures of `measure` on as many others.
 
     Raises:
         UserError: see `labelled_scenes`; or scores without any relation to the labels.
@@ -226,29 +226,29 @@ def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calib
     from ovd.evaluation.prompt_free import prompt_free_figures
 
     scenes = labelled_scenes(detector, labels, count=count, absent=ABSENT_WORDS)
-    scorer = scorer_of(detector, vocabulary_of(scenes, detector))
+    scorer = uncalibrated_scorer(detector, vocabulary_of(scenes, detector))
     fitted = fit_calibration(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
     if fitted.slope <= 0:  # of a raw score: the better it is, the less likely it is right
         raise UserError(
             f"--data {labels.where}: this detector's scores say nothing about these labels (the better a score, the "
             "less often it is right); train it on such pictures first. Nothing was changed"
         )
-    fitted = with_level(detector, fitted, scenes.fit, scenes.names)
+    fitted = with_fitted_prompt_free(detector, fitted, scenes.fit, scenes.names)
     figures, curve = measure(scenes.report, replace(scorer, calibration=fitted), {})
     return fitted, figures | prompt_free_figures(detector, fitted, scenes.report, scenes.names), curve
 
 
-def with_level(
+def with_fitted_prompt_free(
     detector: Detector, fitted: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
 ) -> Calibration:
-    """The fit with the level of words that nobody types; a warning where the labels do not tell one."""
+    """The fit with the threshold of prompt-free detection; prints a warning where the labels do not give one."""
     from ovd.evaluation.prompt_free import LEAST, RIGHT_SHARE, with_prompt_free_threshold
 
     fitted = with_prompt_free_threshold(detector, fitted, scenes, names)
     if fitted.prompt_free_threshold is None and detector.model.prompt_free_words().names:
         print(
             f"warning: from no score on are {RIGHT_SHARE:.0%} of {LEAST} or more answers to 'everything' right by "
-            "these labels; it keeps the default level",
+            "these labels; it keeps the default threshold",
             file=sys.stderr,
         )
     return fitted
@@ -347,14 +347,14 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
             "warning: too few photos show the same words to fit the scores of crops; their calibration is unchanged",
             file=sys.stderr,
         )
-    fitted = with_level(detector, fitted, typed.scenes, names)
+    fitted = with_fitted_prompt_free(detector, fitted, typed.scenes, names)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0
 
 
 def calibrate_finetuned(args: argparse.Namespace) -> bool:
-    """Where the labels name classes that were added by fine-tuning: fit these, and only these."""
-    from ovd.data.own_photos import FinetunePhotos
+    """Fit the fine-tuned classes, and nothing else, if the labels name any; returns whether they do."""
+    from ovd.data.finetune_photos import FinetunePhotos
     from ovd.evaluation.finetuned import recalibrated
     from ovd.evaluation.labelled_scenes import labels_of
     from ovd.evaluation.reliability import report_fit

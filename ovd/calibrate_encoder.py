@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wordbox calibrate --encoder``: fit what a borrowed encoder's scores mean on the boxes of some weights."""
+"""``wordbox calibrate --encoder``: calibrate another encoder's scores on the boxes of a detector."""
 
 from __future__ import annotations
 

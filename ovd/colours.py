@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Colours of classes: from the name, never from the order typed, and told apart without colour vision.
+"""Colours of classes: chosen by name, not by order, and safe for colour-blind readers.
 
 Palette: Okabe and Ito's (without black), two of Paul Tol's *muted* set, and a violet that is far from all of them with
 every kind of colour blindness. A second cue, the dash of the outline, repeats what the hue says.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``wordbox``: a table, and what a name in it stands for. Imports none of them."""
+"""The table of ``wordbox``'s commands. Imports none of them."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def complete() -> None:
-    """Answer the shell that asks for completions, and end the process; does nothing without argcomplete."""
+    """Answer a shell's request for completions and exit; does nothing without argcomplete."""
     try:
         import argcomplete
     except ImportError:
@@ -54,7 +54,7 @@ def complete() -> None:
 
 
 def command_tree(only: str | None) -> argparse.ArgumentParser:
-    """A parser of all commands, of which only the wanted one has its flags: the others need not be imported."""
+    """A parser of all commands; only the one requested has its flags, so the others need not be imported."""
     tree = argparse.ArgumentParser(prog="wordbox")
     tree.add_argument("--version", action="store_true")
     below = tree.add_subparsers(parser_class=argparse.ArgumentParser)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed configuration of ``python -m ovd.train`` for a person's own classes (``model.arch: finetune``)."""
+"""Typed configuration of ``python -m ovd.train`` for a user's own classes (``model.arch: finetune``)."""
 
 from __future__ import annotations
 

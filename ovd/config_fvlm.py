@@ -64,7 +64,7 @@ class FvlmConfig(Section):
 
 
 class PhotoDataConfig(Section):
-    """Photos with named boxes, true or of a teacher with a score each, and photos of one named thing."""
+    """Photos with named boxes (ground truth, or a teacher's with scores), and photos of single named objects."""
 
     images: str = Field(..., description="folder of the photos")
     annotations: tuple[str, ...] = Field(

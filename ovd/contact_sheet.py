@@ -125,7 +125,7 @@ def _pixels(picture: Picture) -> NDArray[np.uint8]:
 
 
 def _crop(pixels: NDArray[np.uint8], shape: Shape) -> Image.Image:
-    """A box with what is around it, its outline drawn."""
+    """A box with its surroundings and outline."""
     height, width = pixels.shape[:2]
     x1, y1, x2, y2 = shape.box
     margin = AROUND * max(x2 - x1, y2 - y1, 8.0)

@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     from ovd.formats.labels import PARTS
     from ovd.formats.read import read_labels
     from ovd.formats.shapes import labelled_pictures
-    from ovd.formats.write import about_outlines, write_labels
-    from pretrain.data.folder import about_backslashes
+    from ovd.formats.write import outlines_notice, write_labels
+    from pretrain.data.folder import backslash_hint
 
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"--images {options.images}: no such folder")
@@ -69,9 +69,9 @@ def main(argv: list[str]) -> int:
     if missing and options.pictures != "none" and options.to in DATASET_FORMATS:
         raise UserError(
             f"{labels.where}: {len(missing)} of {len(labelled.pictures)} pictures are not there (first: {missing[0]}); "
-            f"give --images, or --pictures none.{about_backslashes(missing[0])}"
+            f"give --images, or --pictures none.{backslash_hint(missing[0])}"
         )
-    for notice in (*labelled.notices, *about_pictures(labelled)):
+    for notice in (*labelled.notices, *picture_notices(labelled)):
         print(f"warning: {labels.where}: {notice}", file=sys.stderr)
     crowds = sum(shape.crowd for picture in labelled.pictures for shape in picture.shapes)
     if crowds and options.to.startswith("yolo"):
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     if options.to.startswith("yolo") and unlisted and len(unlisted) < len(parts):
         named = ", ".join(f"{count} of {part or 'no part'}" for part, count in unlisted.items())
         print(f"warning: not in data.yaml, which has train, val and test: {named} (--part chooses)", file=sys.stderr)
-    if boxes_only := about_outlines(labelled, options.to):
+    if boxes_only := outlines_notice(labelled, options.to):
         print(f"warning: {labels.where}: {boxes_only}", file=sys.stderr)
     write_labels(labelled, out, options.to, picture_mode=options.pictures)
     objects = sum(len(picture.shapes) for picture in labelled.pictures)
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def about_pictures(labelled: LabelledPictures) -> list[str]:
+def picture_notices(labelled: LabelledPictures) -> list[str]:
     """Notices on pictures that cannot be read, or are not of the size by which their labels are divided."""
     from ovd.pictures import upright_size
 

@@ -78,7 +78,7 @@ def check_python(version: tuple[int, int] | None = None) -> Finding:
 
 
 def is_light() -> bool:
-    """Whether this is the environment of `make demo` or of the wheel, which trains nothing: ONNX Runtime, no torch."""
+    """Whether this is the light environment of `make demo` or of the wheel: ONNX Runtime, no torch, no training."""
     return importlib.util.find_spec("torch") is None and importlib.util.find_spec("onnxruntime") is not None
 
 

@@ -135,7 +135,7 @@ def parse_examples(examples: ExamplesLike, *, picture: NDArray[np.uint8] | None 
 
 
 def _is_several(crops: Any) -> bool:
-    """Whether the value of a mapping is a list of crops, rather than one picture or one box."""
+    """Whether a mapping's value is a list of crops rather than one picture or box."""
     return isinstance(crops, (list, tuple)) and not _is_box(crops)
 
 

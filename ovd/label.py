@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     detector, query = load_query(options, examples, masks=masks)
     from ovd.contact_sheet import contact_sheet
     from ovd.formats.predictions import read_predictions
-    from ovd.formats.write import about_outlines, write_labels
+    from ovd.formats.write import outlines_notice, write_labels
 
     with alone_in(out):
         require_labels_folder(out, settings, overwrite=options.overwrite)  # another command may have come first
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         if not labelled.pictures:
             reasons = out / PREDICTIONS / "failed.json"
             raise UserError(f"none of the {len(pictures)} pictures could be read; see {reasons}")
-        if notice := about_outlines(labelled, options.format):
+        if notice := outlines_notice(labelled, options.format):
             print(f"warning: {notice}", file=sys.stderr)
         write_labels(labelled, out, options.format, picture_mode=options.picture_mode)
         page = contact_sheet(
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
 
 
 def require_labels_folder(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
-    """Find out whether the data set may be written into the folder, or goes on there.
+    """Check whether the data set may be written into the folder or resumed there.
 
     Raises:
         UserError: it holds something else, or a data set of other settings without ``overwrite``.
@@ -143,7 +143,7 @@ def require_labels_folder(out: Path, settings: dict[str, object], *, overwrite: 
 
 
 def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
-    """Make the folder ours; an earlier data set goes with ``overwrite``."""
+    """Claim the folder; with ``overwrite`` an earlier data set is removed."""
     if overwrite and (out / STAMP).is_file():
         for name in WRITTEN:
             if (path := out / name).is_dir():
@@ -154,7 +154,7 @@ def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
 
 
 def with_parts(labelled: LabelledPictures, val: float) -> LabelledPictures:
-    """The pictures in the parts train and val, by a hash of their names: more pictures move none of the others."""
+    """The pictures split into train and val by a hash of their names, so that adding pictures moves none."""
     if not val:
         return labelled
     rank = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock for what computes: shared by threads, sent to processes, inherited by forked children."""
+"""A lock around computation that survives pickling and forking."""
 
 from __future__ import annotations
 

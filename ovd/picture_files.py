@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures that a command is given: files, and folders of them."""
+"""The pictures on a command line: files and folders."""
 
 from __future__ import annotations
 

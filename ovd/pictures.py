@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in any form a person has them in -> upright (H, W, 3) uint8 RGB."""
+"""Pictures in any form -> upright (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ImageLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a picture as it is to be seen, from its header: nothing is decoded.
+    """(height, width) of the upright picture, from its header; nothing is decoded.
 
     Raises:
         BadImageError: no such file, or no picture.

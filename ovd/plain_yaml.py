@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML whose values stay as they are written: class names are words, whatever YAML takes them for."""
+"""YAML whose values stay text, so that class names such as ``no`` are not converted."""
 
 from __future__ import annotations
 

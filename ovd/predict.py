@@ -257,7 +257,7 @@ def drawn_names(names: Sequence[str]) -> list[str]:
 
 
 def _claim_folder(out: Path, job: Mapping[str, object], names: Sequence[str], overwrite: bool) -> Path:
-    """Note which command writes into the folder, or check that it is this one; returns the folder of records.
+    """Record the command that writes into the folder, or check that it is the same; returns the folder of records.
 
     Raises:
         UserError: it holds something else.
@@ -298,7 +298,7 @@ def _record_file(parts: Path, name: str) -> Path:
 
 
 def _digest(path: Path) -> str | None:
-    """The sha256 of a picture's file; None where it cannot be read, which reading the picture explains."""
+    """The sha256 of a picture's file; None if it cannot be read (reading the picture then gives the reason)."""
     try:
         return sha256_of(path)
     except OSError:

@@ -45,12 +45,12 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         if "://" not in text and not text.isdecimal() and not Path(text).is_file():
             raise UserError(f"{text}: no such file")
     from ovd.tiles import TiledDetector
-    from ovd.video import Source, predict_video, progress, written_files
+    from ovd.video import VideoSource, predict_video, progress, written_files
 
-    opened: list[Source] = []
+    opened: list[VideoSource] = []
     try:
         for text in sources:
-            opened.append(Source.open(text))
+            opened.append(VideoSource.open(text))
         names = [source.name for source in opened]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two videos would be called {twice!r}; run them separately")
@@ -82,7 +82,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
 
 
 def _require_room(written: Sequence[Path], sources: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse to write over files that are there, and over the videos themselves whatever is asked for."""
+    """Refuse to overwrite existing files, and in any case the videos themselves."""
     for file in filter(Path.exists, written):
         if any(source.is_file() and file.samefile(source) for source in sources):
             raise UserError(f"{file}: is an input video and would be overwritten. Give another --out")

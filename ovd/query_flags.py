@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that commands share: which detector runs and where, and which classes it looks for."""
+"""Flags that commands share: the detector, its device and the classes."""
 
 from __future__ import annotations
 

@@ -65,8 +65,9 @@ def main(argv: list[str]) -> int:
     if not options.label_studio:
         raise UserError("say what to serve: wordbox serve --label-studio (the page is wordbox demo)")
     credentials = _credentials(options)
+    from ovd.demo.address import is_loopback, listen, url_of
     from ovd.demo.logs import configure
-    from ovd.demo.serving import StopSignals, is_loopback, listen, url_of
+    from ovd.demo.serving import StopSignals
     from ovd.label_studio.pictures import PictureSource
 
     configure()

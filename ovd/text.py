@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From words to text embeddings: prompt ensembling, a per-phrase memory and a file cache.
+"""Text embeddings of words: prompt ensembling, a cache per phrase and a file cache.
 
 ViLD (§3.2): each prompt is encoded and normalised, the mean over the prompts is normalised again; with synonyms the
 mean runs over synonyms × templates, as in the released LVIS embeddings.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One object, one number from frame to frame: ByteTrack of the package trackers, where supervision moved it."""
+"""Tracks objects from frame to frame with ByteTrack, from the package trackers (split off supervision)."""
 
 from __future__ import annotations
 

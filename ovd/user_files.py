@@ -2,8 +2,8 @@
 """Files of a user outside of the repository: embeddings of words, and calibrations of other encoders.
 
 ``WORDBOX_HOME`` is the folder of both; without it the cache is under ``XDG_CACHE_HOME`` (``~/.cache/wordbox``), the
-calibrations under ``XDG_DATA_HOME`` (``~/.local/share/wordbox``). The shipped weights stay as they are: a calibration
-of their boxes with somebody else's encoder belongs to neither.
+calibrations under ``XDG_DATA_HOME`` (``~/.local/share/wordbox``). A calibration of shipped boxes with another encoder
+is stored with neither of them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def written_files(out: Path, name: str) -> list[Path]:
 
 
 @dataclass(kw_only=True)
-class Source:
+class VideoSource:
     """A video that is read frame by frame.
 
     Attributes:
@@ -58,7 +58,7 @@ class Source:
     capture: Any
 
     @classmethod
-    def open(cls, text: str) -> Source:
+    def open(cls, text: str) -> VideoSource:
         """Open a file, a camera (``0``) or a stream (``rtsp://…``).
 
         Raises:
@@ -181,7 +181,7 @@ def predict_video(
     *,
     detector: Detector,
     query: Query,
-    source: Source,
+    source: VideoSource,
     out: Path,
     threshold: float | None = None,
     every: int = 1,
@@ -253,7 +253,7 @@ class TrackLog:
         frames: done so far, which is also the number of the one being processed.
     """
 
-    def __init__(self, out: Path, source: Source, *, every: int, threshold: float, names: Sequence[str]) -> None:
+    def __init__(self, out: Path, source: VideoSource, *, every: int, threshold: float, names: Sequence[str]) -> None:
         self.frames = 0
         self._out, self._source = out, source
         self._settings = {"every": every, "threshold": threshold, "classes": list(names)}

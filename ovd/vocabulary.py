@@ -265,7 +265,7 @@ class Vocabulary:
 
     @property
     def negatives(self) -> tuple[VocabularyClass, ...]:
-        """The words that only take regions away."""
+        """The negative words."""
         return tuple(c for c in self.classes if c.negative)
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shipped weights: which there are, and that they are the bytes that were measured.
+"""Shipped weights: the manifest, verification, model cards and the user's own additions.
 
 ``weights/manifest.json`` is a list of entries ``{name, folder, files: {path: {bytes, sha256}}, card}``. Nothing is
 loaded from a folder of the manifest before every one of its files has the size and hash written there.

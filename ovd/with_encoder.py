@@ -52,7 +52,7 @@ UNFITTED = Calibration(head_weight=0.2, open_objectness=0.5, open_area=0.0, thre
 
 
 def refuse_options(runtime: Runtime, crop_refinement: int | None) -> None:
-    """Refuse what does not go with an encoder of one's own.
+    """Refuse options that do not work with another encoder.
 
     Raises:
         UserError: naming the option.
@@ -113,7 +113,7 @@ def load_with_encoder(
 
 
 def fetch(spec: str) -> None:
-    """Fetch what an encoder consists of, where it is not there yet; one of a file or a folder is there.
+    """Download an encoder unless it is cached or a local file or folder.
 
     Raises:
         UserError: no such model, or it cannot be fetched.

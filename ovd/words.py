@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed words: one normal form, whatever keyboard, page or file they came from.
+"""Normal form of typed words, from any keyboard, page or file.
 
-Two texts that look the same must be the same word: an invisible character that is copied along with a word would
-otherwise make it another class with another score.
+Texts that look the same must be the same word: an invisible character copied along with a word would otherwise make it
+    another class with another score.
 """
 
 from __future__ import annotations

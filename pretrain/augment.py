@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Colour changes of a batch of uint8 crops on the training device: jitter, grey, blur, solarise, normalise.
 
-Every sample has parameters of its own, drawn from torch's generator of the device, so a resumed run goes on alike. Two
-implementations take the same parameters: batched torch in float32 (no indexing by a mask, no wait for the device, so it
-compiles), and OpenCV in uint8 per sample, which is several times faster on a CPU. Both follow torchvision's PIL
+Each sample has its own parameters, drawn from torch's generator of the device, so that a resumed run continues alike.
+Two implementations take the same parameters: batched torch in float32 (no mask indexing, no device synchronisation, so
+it compiles), and OpenCV in uint8 per sample, which is several times faster on a CPU. Both follow torchvision's PIL
 operations in formula, order and range.
 
 Shapes: `N` samples, `S` side, `P` random numbers per sample.
@@ -104,7 +104,7 @@ def _per_sample(value: Tensor) -> Tensor:
 
 
 def apply_torch(images: Tensor, drawn: Parameters, config: ViewConfig) -> Tensor:
-    """The changes as batched tensor operations. What the config never draws costs nothing."""
+    """The changes as batched tensor operations. Operations that the config never draws cost nothing."""
     x = images.float() / 255
     if config.grey_p and config.grey_first:
         x = torch.where(_per_sample(drawn.grey), luma(x), x)
@@ -179,7 +179,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def kernel_reach(sigma: float, size: int) -> int:
-    """Pixels to each side that the blur looks at; reflection at the border needs it smaller than the picture."""
+    """Half-width of the blur kernel in pixels; reflection at the border needs it smaller than the picture."""
     return min(max(1, math.ceil(KERNEL_SIGMAS * sigma)), size - 1)
 
 

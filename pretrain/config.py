@@ -67,7 +67,8 @@ class ViTTower(Section):
 
 
 class CbowTower(Section):
-    """Continuous bag of words: mean of token embeddings, one hidden layer (CLIP's other text tower, blind to order)."""
+    """Continuous bag of words: mean of token embeddings, one hidden layer (CLIP's other text tower; ignores word
+    order)."""
 
     kind: Literal["cbow"] = Field(default="cbow", description="Bag of words.")
     width: int = Field(default=224, ge=8, le=2048, description="Length of a token embedding.")
@@ -336,7 +337,7 @@ class PretrainConfig(Section):
 
 
 def extended(*, methods: Sequence[type[SslMethod]] = (), data: Sequence[type[ImageData]] = ()) -> type[PretrainConfig]:
-    """`PretrainConfig` that knows these methods and sets of pictures beside its own."""
+    """`PretrainConfig` with additional methods and data sections."""
     if not methods and not data:
         return PretrainConfig
     fields = PretrainConfig.model_fields

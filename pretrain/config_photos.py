@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConseShare(Section):
-    """How much of a picture's embedding ImageNet's classifier says (ConSE, arXiv:1312.5650)."""
+    """Share of ImageNet's classifier in a picture's embedding (ConSE, arXiv:1312.5650)."""
 
     share: Share = Field(default=0.4, description="Weight of ConSE's unit vector; the projection's has the rest.")
     top: int = Field(default=20, ge=1, description="Number of most probable classes used.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the self-supervised methods: what each is made of and its own constants. Imports no torch.
 
-Defaults of the methods' own constants are the papers' (ImageNet, ResNet-50); `configs/paper/NAME.yaml` has each whole
-recipe, and `configs/pretrain/NAME.yaml` what suits small pictures and a CPU.
+Defaults of the methods' own constants are the papers' (ImageNet, ResNet-50). `configs/paper/NAME.yaml` has the whole
+recipe of each, `configs/pretrain/NAME.yaml` one for small pictures and a CPU.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class SwavMethod(SslMethod):
 
 
 class WatchConfig(Section):
-    """Measurements while a method trains; the panel is in every log line. Nothing here changes the training."""
+    """Monitoring of a training; the health panel is in every log line. Nothing here changes the training."""
 
     probe_every: int = Field(
         default=0,

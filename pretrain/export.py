@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m pretrain.export SOURCE --to torchvision|detectron2|open_clip --out FOLDER``: hand a backbone over.
+"""``python -m pretrain.export SOURCE --to torchvision|detectron2|open_clip --out FOLDER``: export a backbone to another
+library.
 
 SOURCE is the ``exported/`` folder of a run of pretrain.train, an encoder folder (CLIP), or a checkpoint of an official
 repository (MoCo, SwAV, SimSiam, Barlow Twins, BYOL ports, DINO, CLIP; ``open_clip:MODEL:WEIGHTS`` for open_clip's
 models). Heads are dropped.
 
-FOLDER gets ``model.safetensors`` under the target's names and ``settings.json`` with what the target must be told
+FOLDER gets ``model.safetensors`` under the target's names and ``settings.json`` with what the target needs to know
 (pixel mean and std, channel order, stem, norm). For Detectron2 there is ``detectron2.yaml`` too.
 
 Before anything is written the target library's own network is built, loaded, and compared with the source on real
@@ -38,8 +39,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # to
 
 
 @dataclass(kw_only=True)
-class Source:
-    """A ResNet to hand over.
+class ResNetSource:
+    """A ResNet to export.
 
     Attributes:
         network: in eval mode; has `stages` (pretrain.nets.resnet.ResNet).
@@ -79,7 +80,7 @@ class ExportSettings(TypedDict, total=False):
     yaml: str
 
 
-def read_source(spec: str, *, stem: Stem | None = None) -> Source:
+def read_source(spec: str, *, stem: Stem | None = None) -> ResNetSource:
     """A ResNet from a backbone folder, an encoder folder or a checkpoint file.
 
     Raises:
@@ -95,11 +96,11 @@ def read_source(spec: str, *, stem: Stem | None = None) -> Source:
     match = find_resnet(read_tensors(path), source=spec, stem=stem)
     network = ResNet(depth=match.depth, stem=match.stem)
     network.load_state_dict(match.state, strict=False)  # all there: find_resnet refuses anything less
-    return Source(network=network.eval(), depth=match.depth, stem=match.stem, groups=None, mean=IMAGENET_MEAN,
+    return ResNetSource(network=network.eval(), depth=match.depth, stem=match.stem, groups=None, mean=IMAGENET_MEAN,
                   std=IMAGENET_STD, report=match.report)  # fmt: skip
 
 
-def _read_folder(folder: Path) -> Source:
+def _read_folder(folder: Path) -> ResNetSource:
     from torch import nn
 
     from pretrain.config_ssl import BackboneConfig
@@ -149,7 +150,7 @@ def _read_folder(folder: Path) -> Source:
     norms = [m for m in plain.modules() if isinstance(m, nn.GroupNorm)]
     by_channels = {m.num_channels: m.num_groups for m in norms}
     depth = _depth_of(plain)
-    return Source(network=plain, depth=depth, stem=stem, groups=by_channels.__getitem__ if norms else None,
+    return ResNetSource(network=plain, depth=depth, stem=stem, groups=by_channels.__getitem__ if norms else None,
                   mean=mean, std=std, report=f"{name}: ResNet-{depth}, {stem} stem")  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def _depth_of(network: ResNet) -> int:
     return next(d for d, (block, counts) in LAYERS.items() if counts == layers and isinstance(network.layer1[0], block))
 
 
-def torchvision_network(source: Source) -> nn.Module:
+def torchvision_network(source: ResNetSource) -> nn.Module:
     """Torchvision's own ResNet with the source's tensors; returns pooled features."""
     from torch import nn
     from torchvision.models import get_model
@@ -178,7 +179,7 @@ def torchvision_network(source: Source) -> nn.Module:
     return network.eval()
 
 
-def detectron2_network(source: Source) -> nn.Module:
+def detectron2_network(source: ResNetSource) -> nn.Module:
     """Detectron2's own ResNet with the source's tensors; returns ``res2`` … ``res5``.
 
     Raises:
@@ -220,7 +221,7 @@ def detectron2_network(source: Source) -> nn.Module:
     return network.eval()
 
 
-def _group_norm(source: Source) -> Callable[[int], nn.Module]:
+def _group_norm(source: ResNetSource) -> Callable[[int], nn.Module]:
     from torch import nn
 
     groups = source.groups
@@ -228,7 +229,9 @@ def _group_norm(source: Source) -> Callable[[int], nn.Module]:
     return lambda channels: nn.GroupNorm(groups(channels), channels)
 
 
-def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Path, pictures: Tensor) -> ExportSettings:
+def export(
+    source: ResNetSource, *, to: Literal["torchvision", "detectron2"], out: Path, pictures: Tensor
+) -> ExportSettings:
     """Build the target network, compare, write; returns the settings written.
 
     Args:
@@ -280,7 +283,7 @@ def export(source: Source, *, to: Literal["torchvision", "detectron2"], out: Pat
     return settings
 
 
-def detectron2_yaml(source: Source) -> str:
+def detectron2_yaml(source: ResNetSource) -> str:
     """The keys of Detectron2's configuration that this backbone needs, with the reason of each."""
     mean, std = ([round(255 * v, 4) for v in values] for values in (source.mean, source.std))
     norm = "SyncBN" if source.groups is None else "GN"

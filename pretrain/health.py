@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a self-supervised run healthy? Measures of the last forward pass, and alarms that name a cause and a remedy.
+"""Health of a self-supervised run: measures of the last forward pass, and alarms with cause and remedy.
 
-A loss does not tell: that of a collapsed BYOL or SimSiam is the best there is. Nor does one measure: SimSiam without
-stop-gradient keeps the spread of its channels (batch norm sees to that) while the rank falls to a tenth. And the rank
-has no threshold of its own: a healthy MoCo v2 has a lower one than some collapsed runs. So an alarm compares a run with
-itself: it fires on the fall from the run's highest value.
+The loss does not show health: a collapsed BYOL or SimSiam has the lowest of all. Nor does a single measure: SimSiam
+    without stop-gradient keeps the spread of its channels (through batch norm) while the rank falls to a tenth. And the
+    rank has no fixed threshold: a healthy MoCo v2 has a lower one than some collapsed runs. So an alarm compares a run
+    with itself and fires on a fall from the run's highest value.
 
 Shapes: `N` samples of this process, `D` projection, `K` prototypes.
 """

@@ -152,7 +152,7 @@ def byol_regression(p: Tensor, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
-    """Soft codes that use all prototypes alike (SwAV, arXiv:2006.09882, eq. 3 and appendix A).
+    """Soft codes that use all prototypes equally (SwAV, arXiv:2006.09882, eq. 3 and appendix A).
 
     Alternates between equal columns (prototypes) and equal rows (samples) over the global batch, in logarithms, so that
     no temperature overflows. Ends with the rows.

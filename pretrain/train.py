@@ -250,7 +250,7 @@ def smaller_comparison(cfg: PretrainConfig) -> str | None:
 
 
 def _require_distinct(cfg: PretrainConfig, source: Source) -> None:
-    """Refuse batches that hold a picture twice.
+    """Refuse batches larger than the data set, which would contain a picture twice.
 
     Raises:
         UserError: there are more samples to compare with each other than pictures.

@@ -13,7 +13,7 @@ from torch import nn
 
 from ovd.calibrate import typed_scenes
 from ovd.config_fvlm import FvlmConfig
-from ovd.data.own_photos import FinetuneSample
+from ovd.data.mosaic import FinetuneSample
 from ovd.data.pooled import OfflineBatch, RegionBatch
 from ovd.data.splits import Split
 from ovd.detector import Detector

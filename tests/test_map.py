@@ -34,18 +34,18 @@ def names_in(source: str) -> set[str]:
     return names
 
 
-def test_the_map_has_every_row_of_its_table() -> None:
+def test_map__has_every_row_of_its_table() -> None:
     rows = [line for line in section("Where an expert looks first").splitlines() if line.startswith("| ")]
     assert len(MAP) == len(rows) - 2 >= 25  # head and rule
 
 
 @pytest.mark.parametrize(("part", "file", "name"), MAP, ids=[part for part, _, _ in MAP])
-def test_the_file_holds_what_the_map_says(part: str, file: str, name: str) -> None:
+def test_map__file_defines_the_name(part: str, file: str, name: str) -> None:
     path = ROOT / file
     assert path.is_file(), f"{part}: no {file}"
     assert name in names_in(path.read_text(encoding="utf-8")), f"{part}: {file} does not define {name}"
 
 
-def test_the_glossary_is_short() -> None:
+def test_glossary__has_at_most_fifteen_rows() -> None:
     words = [line for line in section("Our own words").splitlines() if line.startswith("| ")][2:]
     assert 0 < len(words) <= 15

@@ -174,13 +174,13 @@ def climbs(source: str, file: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_file_runs_no_code_from_data_and_hides_no_error(file: str) -> None:
+def test_source__runs_no_code_from_data_and_hides_no_error(file: str) -> None:
     source = (ROOT / file).read_text(encoding="utf-8")
     assert [*violations(source), *unsafe_loader_classes(source)] == []
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_file_starts_with_its_licence_and_names_no_path_of_one_machine(file: str) -> None:
+def test_source__has_a_licence_and_no_machine_path(file: str) -> None:
     source = (ROOT / file).read_text(encoding="utf-8")
     lines = source.splitlines()
     if not lines:
@@ -191,12 +191,12 @@ def test_file_starts_with_its_licence_and_names_no_path_of_one_machine(file: str
 
 
 @pytest.mark.parametrize("file", PRODUCT)
-def test_floors_import_only_downwards(file: str) -> None:
+def test_imports__go_down_only(file: str) -> None:
     assert climbs((ROOT / file).read_text(encoding="utf-8"), file) == []
 
 
 @pytest.mark.parametrize("file", [file for file in PRODUCT if not file.startswith("ovd/runtime/")])
-def test_onnxruntime_is_imported_below_the_package_that_silences_its_telemetry(file: str) -> None:
+def test_imports__onnxruntime_only_below_ovd_runtime(file: str) -> None:
     imported = imported_modules((ROOT / file).read_text(encoding="utf-8"), file)
     assert [name for name in imported if name.partition(".")[0] == "onnxruntime"] == []
 
@@ -210,7 +210,7 @@ def circle(imports: Mapping[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_modules_import_one_another_in_a_circle() -> None:
+def test_imports__have_no_cycle() -> None:
     """Imports inside functions count: they hide a circle, they do not undo it."""
     modules = {module_name(file): file for file in PRODUCT}
     imports = {
@@ -220,19 +220,19 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
     assert circle(imports) == []
 
 
-def test_circle_is_found() -> None:
+def test_checker__finds_a_cycle() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == {"b", "c"}
 
 
 @pytest.mark.parametrize("file", [file for file in PRODUCT if not DETECTRON2_FILES.fullmatch(file)])
-def test_detectron2_is_imported_only_where_models_and_data_meet_it(file: str) -> None:
+def test_imports__detectron2_only_in_allowed_files(file: str) -> None:
     modules = imported_modules((ROOT / file).read_text(encoding="utf-8"), file)
     assert [module for module in modules if module.split(".")[0] == "detectron2"] == []
 
 
 @pytest.mark.parametrize("file", PRODUCT)
-def test_search_path_of_modules_is_never_edited(file: str) -> None:
+def test_source__never_edits_the_module_search_path(file: str) -> None:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     calls = [dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert [call for call in calls if call.startswith("sys.path.")] == []
@@ -271,7 +271,7 @@ def test_search_path_of_modules_is_never_edited(file: str) -> None:
         "model.from_pretrained('x', trust_remote_code=True)",
     ],
 )
-def test_checker_finds(source: str) -> None:
+def test_checker__finds_each_violation(source: str) -> None:
     assert list(violations(source))
 
 
@@ -290,7 +290,7 @@ def test_checker_finds(source: str) -> None:
         "import os\nos.path.join('a')",
     ],
 )
-def test_checker_leaves_alone(source: str) -> None:
+def test_checker__accepts_valid_code(source: str) -> None:
     assert list(violations(source)) == []
 
 
@@ -309,10 +309,10 @@ def test_checker_leaves_alone(source: str) -> None:
         ("pretrain/losses.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ovd", []),
     ],
 )
-def test_checker_knows_the_floors(file: str, source: str, expected: list[str]) -> None:
+def test_checker__knows_the_floors(file: str, source: str, expected: list[str]) -> None:
     assert climbs(source, file) == expected
 
 
-def test_loader_classes_must_derive_from_a_safe_one() -> None:
+def test_source__yaml_loaders_derive_from_a_safe_one() -> None:
     assert list(unsafe_loader_classes("class MySafeLoader(yaml.Loader): pass"))
     assert not list(unsafe_loader_classes("class MySafeLoader(yaml.SafeLoader): pass"))

@@ -130,7 +130,7 @@ def held_out(
     """Batches of labelled pictures that no training sees, as cached features."""
     from ovd.data.catalog import LabelledImages, StickerImages
     from ovd.data.mapper import DetectionSource, TrainingTransform
-    from ovd.training.feature_cache import FirstImages, cached_detection
+    from ovd.training.feature_cache import LabelledSubset, cached_detection
     from pretrain.data.stickers import Stickers
 
     assert parts.labels is not None
@@ -144,7 +144,7 @@ def held_out(
         plain = plain.model_copy(update={"data": plain.data.model_copy(update={"length": count, "split": "val"})})
         held = list(range(count))
     transform = TrainingTransform(short_side=config.data.short_side, long_side=config.data.long_side, flip=0.0)
-    whole = images.images if isinstance(images, FirstImages) else images
+    whole = images.images if isinstance(images, LabelledSubset) else images
     cached = cached_detection(plain, parts.model, DetectionSource(images=whole, transform=transform, seed=0))
     samples = [cached.sample(index, 0) for index in held]
     return [samples[i : i + 32] for i in range(0, len(samples), 32)]

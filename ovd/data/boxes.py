@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures with boxes of which only the place is learned: true labels, or a teacher's with a score each.
+"""Pictures with class-agnostic boxes: ground truth, or a teacher's boxes with scores.
 
-Confident boxes are objects; doubtful ones are neither object nor background, so nothing is learned from where they are.
+Confident boxes are objects; doubtful ones are ignored: neither object nor background.
 """
 
 from __future__ import annotations

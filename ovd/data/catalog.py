@@ -107,7 +107,7 @@ def read_annotated(path: Path, size: tuple[int, int] | None) -> np.ndarray:
 
 
 def refuse_other_size(path: Path, stated: tuple[int, int] | None, actual: tuple[int, int]) -> None:
-    """Compare the (height, width) that annotations state, if they do, with that of the picture.
+    """Refuse a picture whose (height, width) is not the one that its annotations state, if they state one.
 
     Raises:
         BadImageError: they differ.
@@ -119,7 +119,7 @@ def refuse_other_size(path: Path, stated: tuple[int, int] | None, actual: tuple[
 
 
 def refuse_boxes_outside(path: Path, corners: np.ndarray, size: tuple[int, int], *, where: str) -> None:
-    """Compare boxes with a picture whose annotations do not state its size.
+    """Refuse boxes outside a picture whose annotations do not state its size.
 
     Args:
         path: the picture.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of one photo: what is learned from one of them cannot be measured on another."""
+"""Duplicates of a photo, which must not be split between training and held-out data."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def _digest(root: Path) -> str:
 
 
 class Readable:
-    """Replaces a picture that cannot be read by the next one, as the training loop does, with one warning.
+    """Replaces an unreadable picture by the next one, as the training loop does, with one warning.
 
     Args:
         count: pictures.

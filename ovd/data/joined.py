@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the readers of COCO's labels: joining files of the same images, and telling objects from doubtful boxes."""
+"""Joins COCO files of the same images, and separates objects from doubtful boxes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos of other kinds than the labelled ones, learned as background.
+"""Photos without the fine-tuned classes, learned as background.
 
-A branch that saw blood cells alone finds them in living rooms, too.
+A branch trained on blood cells alone also detects them in living rooms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.data.copies import photo_groups
-from ovd.data.own_photos import Boxes
+from ovd.data.finetune_photos import BoxLabels
 from ovd.pictures import upright_size
 from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import BadImageError, UserError
@@ -84,10 +84,10 @@ class NegativePhotos:
         """
         return read_image(self.folder / self.names[index])
 
-    def boxes(self, index: int) -> Boxes:
+    def boxes(self, index: int) -> BoxLabels:
         """Its doubtful boxes."""
         corners = self.doubtful.get(self.names[index], np.zeros((0, 4), np.float32))
-        return Boxes(corners=corners, classes=np.full(len(corners), -1, np.int64))
+        return BoxLabels(corners=corners, classes=np.full(len(corners), -1, np.int64))
 
     def identity(self) -> dict[str, str]:
         """Names and content of the photos. What is doubtful in them follows from the labels and the detector, whose

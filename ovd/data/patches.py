@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random query patches: which boxes of an unlabelled picture UP-DETR learns to localise.
+"""Random query patches: the boxes of an unlabelled picture that UP-DETR learns to localise.
 
 A set of patches is a pure function of (seed, picture, variant). They are cut from the picture as it is stored, before
 any resize, and their boxes follow the resize.

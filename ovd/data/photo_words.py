@@ -141,7 +141,7 @@ def region_targets(photo: Photo, boxes_P4: F32, table: WordTable) -> RegionTarge
 
 
 def _with_noun(photo: Photo, boxes_P4: F32, table: WordTable) -> tuple[F32, NDArray[np.int64], F32]:
-    """Labels of a photo, its noun among them: on the box that a more general label has, else on the largest proposal.
+    """Labels of a photo, its noun included: on the box with a more general label, else on the largest proposal.
 
     The largest proposal takes a photo's label in Detic (arXiv:2201.02605, section 3.2).
     """
@@ -299,7 +299,7 @@ class PhotoWords:
 
 
 def _table(everywhere: Sequence[str], others: Sequence[str], lexicon: Lexicon, *, silent: Collection[str]) -> WordTable:
-    """Each meaning once: those looked for everywhere first, then the others, then what is above them."""
+    """Each meaning once: exhaustively labelled ones first, then the others, then their hypernyms."""
     silent_meanings = {lexicon.meaning(name) or name for name in silent}
     usual = Counter(others)
     chosen: dict[str, str] = {}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boxes around likely objects, without learning: a small selective search (Uijlings et al., IJCV 2013).
 
-The picture falls into small even segments; neighbours that are alike in colour are merged, small and nested ones first,
-until one is left. Every segment that existed on the way is a candidate. What stands out from its surroundings comes
-first, by the colour contrast of Alexe et al. (What is an object?, CVPR 2010).
+The picture is divided into small even segments; neighbours of similar colour are merged, small and nested ones first,
+until one is left. Every segment on the way is a candidate, ranked by its colour contrast with its surroundings (Alexe
+et al., What is an object?, CVPR 2010).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _segments(lab: NDArray[np.uint8]) -> NDArray[Any]:
 
 
 def _merged(segments: NDArray[Any], lab: NDArray[np.uint8]) -> list[tuple[int, Box, NDArray[Any]]]:
-    """(pixels, box, mean colour) of every segment and of every merger, in the order they came to be."""
+    """(pixels, box, mean colour) of every segment and merged segment, in the order of their creation."""
     count = int(segments.max()) + 1
     flat = segments.ravel()
     areas = np.bincount(flat, minlength=count).astype(float)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base/novel splits of a category list, as data with a hash.
 
-*Base* categories are the ones a detector was trained on, *novel* ones it met only as words. A category in neither group
-is left out of every mean. The split is what makes two numbers comparable, so it is written beside them (`Split.hash`).
+*Base* categories are those a detector was trained on; of *novel* ones it only knows the names. A category in neither
+group is left out of every mean. Numbers are comparable only for the same split, so its hash is written beside them
+(`Split.hash`).
 """
 
 from __future__ import annotations

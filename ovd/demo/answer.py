@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of the page and of the ``/detect`` endpoint, as one JSON-ready dict.
 
-Needs no Gradio. Everything below the floor score is left out, everything above is sent once: threshold, class toggles
-and downloads then work in the browser.
+Does not need Gradio. Everything above the floor score is sent once, so that threshold, class toggles and downloads work
+in the browser.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Answerer:
             thread.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, level: float) -> _ModelAnswer:
-        """The part that runs one request at a time: the network, and scoring its regions."""
+        """Run the network and score its regions; one request at a time."""
         start = time.perf_counter()
         runs = detector.runs
         if isinstance(detector.model, PatchLocator):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading request bodies within limits of size and time, and refusals that the sender gets to see."""
+"""Request bodies, read within limits of size and time, and refusals that reach the client."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Limits:
 
 
 class BodyStream:
-    """``receive`` that counts and times a body; where a limit is broken it ends, and `refused` says why."""
+    """Wraps ``receive`` with limits on size and time; ends when one is exceeded, with the reason in `refused`."""
 
     def __init__(self, receive: Receive, *, limit: int, limits: Limits) -> None:
         self._receive = receive
@@ -133,7 +133,7 @@ class BodyReader:
 
 
 class Reply:
-    """``send`` that knows whether an answer has begun."""
+    """Wraps ``send`` and records whether a response has started."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -10,9 +10,11 @@ import argparse
 import shutil
 import sys
 
+from ovd.demo.address import is_loopback, listen
+from ovd.demo.gradio_environment import prepare_environment
 from ovd.demo.logs import configure
 from ovd.demo.memory import freeze_loaded, limit_heaps
-from ovd.demo.serving import StopSignals, is_loopback, listen, prepare_environment
+from ovd.demo.serving import StopSignals
 from ovd.query_flags import add_detector_flags, load_detector
 from pretrain.engine.flags import CommandParser, integer
 from pretrain.engine.loading import without_garbage_collection

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which connections may be open: a limit for each address and for all, and a time limit on the head of a request.
+"""Limits on open connections, per address and in total, and on the time for the head of a request.
 
-Works below HTTP, as asyncio's protocol: what never sends a complete request reaches no application to refuse it.
+Works below HTTP, in asyncio's protocol, because a connection that never completes a request reaches no application.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SPARE_FILES = 128  # for uploads, weights and libraries
 
 
 def _answer(status: str, text: str, *headers: str) -> bytes:
-    """A whole HTTP answer, for what never gets as far as an application."""
+    """A whole HTTP response, for connections that never reach the application."""
     lines = [f"HTTP/1.1 {status}", "Connection: close", "Content-Type: text/plain", f"Content-Length: {len(text)}"]
     return ("\r\n".join([*lines, *headers]) + "\r\n\r\n" + text).encode("ascii")
 
@@ -62,7 +62,7 @@ def address_of(peer: object) -> str:
 
 @dataclass
 class Connections:
-    """What is open. A connection *waits* while it has sent no complete head of a request.
+    """The open connections. One *waits* while it has not sent the complete head of a request.
 
     Where a limit is reached, the waiting connection that has been there longest makes room: half-open connections
     cannot keep anybody out. Without one the newcomer is refused.
@@ -85,7 +85,7 @@ class Connections:
 
     @classmethod
     def for_this_process(cls) -> Connections:
-        """Limits that the allowed number of open files can bear."""
+        """Limits that fit the allowed number of open files."""
         files = raise_file_limit() - SPARE_FILES
         from_all = max(16, min(FROM_ALL, files))
         return cls(from_one=max(8, min(FROM_ONE, from_all // 2)), from_all=from_all)
@@ -146,7 +146,7 @@ class Connection:
             transport.abort()
 
     def refuse(self, data: bytes) -> None:
-        """Answer what a connection sends that was not admitted, and close it."""
+        """Answer a connection that was not admitted, and close it."""
         if self._refusal is not None:
             if b"\r\n\r\n" in data:
                 self._transport.write(FULL)

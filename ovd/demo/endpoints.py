@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies of requests, checked before Gradio sees them: it answers what it cannot use with status 500."""
+"""Checks of request bodies before Gradio sees them, which answers invalid ones with status 500."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Parameter:
 
 
 class Endpoints:
-    """The functions of a page, and what they take.
+    """The functions of a page, and their parameters.
 
     Args:
         page: from `ovd.demo.page.build_page`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ASGI middleware in front of an application: who may send what, with refusals that say what to do."""
+"""ASGI middleware that checks requests in front of an application, and refuses them with a helpful message."""
 
 from __future__ import annotations
 

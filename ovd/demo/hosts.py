@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host and Origin checks: under which names the page is served, and to pages of which sites."""
+"""Host and Origin checks: the names that the page is served under, and the sites that may call it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class AllowedHosts:
         self.trusted.add(name)
 
     def check(self, headers: Headers) -> None:
-        """Refuse requests for another name, and what pages of other sites send.
+        """Refuse requests for another name, and requests from pages of other sites.
 
         Raises:
             RequestRefused: 421 or 403.

@@ -11,7 +11,7 @@ EVERY = 60.0  # seconds until the same line may come again
 KINDS = 256
 
 
-class NoRepeats(logging.Filter):
+class RepeatFilter(logging.Filter):
     """Lets a line through once in `EVERY` seconds, with the number of those like it that were dropped.
 
     Lines are alike if their format, their level and the place of their exception are: numbers in them do not count.
@@ -55,5 +55,5 @@ def configure(level: int = logging.WARNING) -> None:
     """One handler on stderr for all loggers, without repetitions."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(NoRepeats())
+    handler.addFilter(RepeatFilter())
     logging.basicConfig(level=level, handlers=[handler])

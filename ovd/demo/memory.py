@@ -21,7 +21,7 @@ def limit_heaps() -> None:
 
 
 def freeze_loaded() -> None:
-    """Exempt what is loaded from garbage collection, and release what loading alone needed."""
+    """Exempt loaded objects from garbage collection, and release what only loading needed."""
     gc.collect()
     gc.freeze()
     trim_memory()
@@ -76,7 +76,7 @@ def trim_memory() -> None:
 
 
 def release_idle_memory() -> None:
-    """Release what answers needed; for when no request is left."""
+    """Release memory of past requests; call when none is left."""
     trim_memory()
     drop_library_pages()
 

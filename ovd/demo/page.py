@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.demo.answer import Answerer
+from ovd.demo.gradio_environment import load_gradio
 from ovd.demo.model_manager import KINDS, Offer
 from ovd.demo.schema import Answer
-from ovd.demo.serving import Served, ServeOptions, load_gradio, serve
+from ovd.demo.serving import Served, ServeOptions, serve
 from ovd.formats.names import FORMATS
 from ovd.inference.everything import EVERYTHING
 from pretrain.engine.errors import UserError
@@ -220,7 +221,7 @@ class Handlers:
             return {"error": _logged()}
 
     def everything(self, image: str | None, weights: Any = None) -> Answer:
-        """For the page: what is in the picture, without a word typed."""
+        """For the page: prompt-free detection."""
         return self.find(image, EVERYTHING, weights=weights)
 
     def detect(

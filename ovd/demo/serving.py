@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a page: environment, address, and one uvicorn server in a thread, behind the limits of `ovd.demo.limits`.
+"""Serve a page: one uvicorn server in a thread, behind the limits of `ovd.demo.limits`.
 
 Gradio's own ``launch`` is not used: it takes neither a socket nor a protocol nor a limit of connections, asks itself
 over whatever proxy the environment names, and reads a dozen ``GRADIO_`` variables. `gradio.mount_gradio_app` is the
-documented other way. Gradio and torch are not imported at the top: ``app.py --help`` answers at once.
+documented other way. Gradio is not imported at the top: ``app.py --help`` answers at once.
 """
 
 from __future__ import annotations
 
-import errno
-import inspect
-import ipaddress
-import logging
 import os
-import shutil
 import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
 import webbrowser
@@ -25,8 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
+from ovd.demo.address import url_of
+from ovd.demo.gradio_environment import ROOT_PATH
 from ovd.demo.request_queue import WAITING
 from pretrain.engine.errors import UserError
 
@@ -38,195 +33,8 @@ if TYPE_CHECKING:
 
     from ovd.demo.bodies import Limits
 
-log = logging.getLogger(__name__)
-
-FOLDER_PREFIX = "ovd-page-"
 THREADS = WAITING + 8  # all admitted requests, most of them waiting, and some for Gradio's own work
 SHUTDOWN_SECONDS = 2  # seconds that running requests get when the page stops
-PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "ws_proxy", "wss_proxy")
-ROOT_PATH = "GRADIO_ROOT_PATH"  # where a reverse proxy serves the page; the only one of Gradio's variables that counts
-
-
-def prepare_environment(folder: str | Path | None = None) -> Path:
-    """Switch off everything in Gradio that would call out, and give it a private folder for uploads.
-
-    Must run before Gradio is imported. Folders that killed pages left behind are removed.
-
-    Args:
-        folder: where uploads go; a new folder with mode 0700 when None.
-
-    Returns:
-        The folder, locked as long as this process lives. The caller deletes it.
-
-    Raises:
-        UserError: no folder can be made, or a variable of the environment makes no sense.
-    """
-    root_path = os.environ.get(ROOT_PATH, "")
-    if root_path and not root_path.startswith(("/", "http://", "https://")):
-        raise UserError(f"{ROOT_PATH}={root_path!r}: give the path that a proxy serves the page at, like /wordbox")
-    ignored = sorted(n for n in os.environ if n.startswith("GRADIO_") and n != ROOT_PATH)
-    for name in ignored:
-        del os.environ[name]
-    if ignored:
-        log.warning("%s: ignored, the flags of this page decide (--help)", ", ".join(ignored))
-    try:
-        if folder is None:
-            remove_leftovers(Path(tempfile.gettempdir()))
-            target = _new_locked_folder()
-        else:
-            target = Path(folder)
-            target.mkdir(mode=0o700, parents=True, exist_ok=True)
-            target.chmod(0o700)
-            _lock(target)
-    except OSError as problem:
-        raise UserError(f"no folder for uploads ({problem}); set TMPDIR to a folder that can be written") from problem
-    os.environ["GRADIO_TEMP_DIR"] = str(target)
-    # Telemetry, the version check and model hubs: a page about private pictures has no business on the network.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["DO_NOT_TRACK"] = "1"
-    # Gradio computes a table of the last 10,000 answers after each answer, for a monitoring page that is switched off.
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
-    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
-    return target
-
-
-def load_gradio() -> None:
-    """Import Gradio with no proxy in the environment, and without its stub files.
-
-    Its httpx fails at import on proxies it does not know (SOCKS), and the page goes through none. And at each import it
-    parses all its components to write ``.pyi`` files beside them, which takes half of the 2.3 seconds; it leaves that
-    when a class has no file.
-    """
-    if "gradio" in sys.modules:
-        return
-    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in PROXY_VARIABLES}
-    file_of = inspect.getfile
-
-    def no_file(thing: Any) -> str:
-        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
-            raise OSError("no stub file is wanted")
-        return file_of(thing)
-
-    inspect.getfile = no_file  # type: ignore[assignment]
-    try:
-        import gradio  # noqa: F401
-    finally:
-        inspect.getfile = file_of
-        os.environ.update(proxies)  # a browser that is opened later needs them
-
-
-_locks: list[
-    int
-] = []  # descriptors, open until the process ends: the kernel lets go of the locks then, however it ends
-
-
-def _lock(folder: Path) -> None:
-    if (descriptor := _try_lock(folder)) is not None:
-        _locks.append(descriptor)
-
-
-def _new_locked_folder() -> Path:
-    """A new folder, with mode 0700. Named when it is locked: a page that starts meanwhile removes unlocked ones."""
-    unlocked = Path(tempfile.mkdtemp(prefix=f"new-{FOLDER_PREFIX}"))
-    _lock(unlocked)
-    return unlocked.rename(unlocked.with_name(unlocked.name.removeprefix("new-")))
-
-
-def _try_lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None if another process has it, or there are no such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    descriptor = -1
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-        if os.fstat(descriptor).st_uid != os.getuid():
-            raise PermissionError
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if descriptor >= 0:
-            os.close(descriptor)
-        return None
-    return descriptor
-
-
-def remove_leftovers(parent: Path) -> list[Path]:
-    """Remove the folders of pages that were killed: this user's, and locked by no process. Returns them."""
-    removed = []
-    for folder in sorted(parent.glob(f"{FOLDER_PREFIX}*")):
-        if (descriptor := _try_lock(folder)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(descriptor)
-            removed.append(folder)
-    return removed
-
-
-def plain_host(host: str) -> str:
-    """An address as sockets want it: ``[::1]`` without its brackets."""
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(plain_host(host)).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address: nobody can take the port between this check and the start.
-
-    A client that connects before the start waits.
-
-    Args:
-        host: name or address, IPv6 with or without brackets.
-        port: 0 for any free one.
-
-    Raises:
-        UserError: the port is taken or not allowed, or the host is not an address of this machine.
-    """
-    try:
-        return _bound_socket(plain_host(host), port)
-    except (socket.gaierror, UnicodeError) as problem:
-        raise UserError(f"--host {host}: not an address of this machine") from problem
-    except OverflowError as problem:
-        raise UserError(f"--port {port}: must be between 0 and 65535") from problem
-    except PermissionError as problem:
-        raise UserError(f"--port {port}: not allowed for this user; take one above 1023") from problem
-    except OSError as problem:
-        if problem.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-            raise UserError(f"--host {host}: not an address of this machine ({problem.strerror})") from problem
-        raise UserError(
-            f"port {port} on {host} is taken ({problem.strerror}). Stop what runs there, or try --port {port + 1}"
-        ) from problem
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    if not host:
-        raise socket.gaierror("empty")
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()  # or another page could bind the port too, while this one loads
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def url_of(host: str, port: int) -> str:
-    """What to type into a browser on this machine."""
-    plain = plain_host(host)
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plain, plain)
-    if ":" in name:
-        name = f"[{name.replace('%', '%25')}]"
-    return f"http://{name}:{port}"
 
 
 class Server:
@@ -250,7 +58,7 @@ class Server:
         from ovd.demo.connections import Connections, protocol_class
 
         limited = protocol_class(Connections.for_this_process())
-        self._door = listener
+        self._listener = listener
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -268,7 +76,7 @@ class Server:
         self._thread = threading.Thread(target=self._serve, name="page", daemon=True)
 
     def _serve(self) -> None:
-        self._server.run(sockets=[self._door])
+        self._server.run(sockets=[self._listener])
 
     def start(self, *, seconds: float = 120.0) -> None:
         """Return when it accepts requests.
@@ -287,7 +95,7 @@ class Server:
         """Stop accepting, give running requests `SHUTDOWN_SECONDS` seconds, and end."""
         self._server.should_exit = True
         self._thread.join(SHUTDOWN_SECONDS + 5)
-        self._door.close()
+        self._listener.close()
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _entries(
 
 
 def _entry_warnings(entries: _Entries, truth: GroundTruth) -> list[str]:
-    """Nothing to find, or images without detections."""
+    """Warnings: no objects, or images without detections."""
     warnings = []
     if not entries.counts["objects"]:
         warnings.append("no objects of the split's categories: every metric is n/a")

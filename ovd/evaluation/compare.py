@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is A better than B, or is it the choice of pictures? A paired bootstrap over images.
+"""Whether A is better than B beyond the choice of pictures: a paired bootstrap over images.
 
-Both result files are judged on the same resampled pictures, so what is hard about a picture is hard for both and falls
-out of the difference. It says nothing about another training seed.
+Both result files are evaluated on the same resampled pictures, so the difficulty of a picture cancels out of the
+difference. This does not cover the variance between training seeds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class RankedDetections:
-    """One category's detections, best score first, crowds' ones dropped."""
+    """One category's detections, best score first, without those on crowds."""
 
     image: NDArray[np.int64]
     correct: NDArray[np.float64]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibrating an image-text encoder on the boxes of another detector (`ovd.calibrate --encoder`).
 
-First how crops rank: temperature, objectness and area, one after the other, each by average precision of words that the
-encoder alone names; then its share beside the proposal network's own words; then what a score means, and the threshold.
+First the ranking: temperature and the exponents of objectness and area, one after the other, by average precision of
+    words that only the encoder scores. Then its weight beside the proposal network's own scores, then the sigmoid and
+    the threshold.
 """
 
 from __future__ import annotations

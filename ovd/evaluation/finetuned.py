@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a branch of fine-tuned classes finds them in labelled photos, and what its scores mean."""
+"""AP and score calibration of a branch of fine-tuned classes on labelled photos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ovd.data.own_photos import FinetunePhotos
+from ovd.data.finetune_photos import FinetunePhotos
 from ovd.detections import CocoResult
 from ovd.evaluation.coco import evaluate
 from ovd.evaluation.matching import match_table
@@ -40,7 +40,7 @@ class BranchScores(NamedTuple):
     correct: Tensor
 
     def fitted(self) -> tuple[float, float]:
-        """Slope and offset of the scores' sigmoid; (1, 0) where too little was found to say.
+        """Slope and offset of the scores' sigmoid; (1, 0) with too few detections to fit.
 
         Few boxes may be separated without a fault, and the sigmoid be a step. So targets are drawn to the middle as
         if one more box of each kind had been seen (Platt 1999, section 2.2).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs with labels as scenes for calibration: what of `ovd.evaluation.typed` needs no Sticker Scenes.
+"""Labelled photographs as scenes for the calibration of `ovd.evaluation.typed`.
 
 A picture's categories are typed, and words that are not in it: other categories of the data set, whose labels say so,
 and, where it has few, shipped nouns that name none of them.

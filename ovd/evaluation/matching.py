@@ -219,7 +219,7 @@ class CategoryEvaluation(COCOeval):
         return entry
 
     def _evaluate_image(self, imgId: ImageId, catId: int, aRng: list[float], maxDet: int) -> MatchedImage | None:
-        """The short way for images without an object of the category, which are the most: nothing can match."""
+        """A shortcut for images without an object of the category (most of them): nothing can match."""
         if self._gts.get((imgId, catId)):
             return super().evaluateImg(imgId, catId, aRng, maxDet)
         dts = sorted(self._dts.get((imgId, catId), ()), key=lambda d: -d["score"])[

@@ -188,7 +188,7 @@ def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[P
     else:
         predictor = by_words(detector, options, data.split, record)
         if options.vild:
-            predictor = as_vild_evaluates(predictor, options, data, record)
+            predictor = with_vild_protocol(predictor, options, data, record)
     if options.queries == "words":
         predictor = with_conditioned_queries(predictor, record)
     return predictor, predictor.propose if options.agnostic == "proposals" else None
@@ -302,7 +302,7 @@ def by_words(detector: Detector, options: Options, split: Split, record: Record)
     return predictor
 
 
-def as_vild_evaluates(predictor: Predictor, options: Options, data: EvaluatedData, record: Record) -> Predictor:
+def with_vild_protocol(predictor: Predictor, options: Options, data: EvaluatedData, record: Record) -> Predictor:
     """The predictor with ViLD's limits before NMS, and its classes embedded with the synonyms that LVIS names."""
     from ovd.evaluation.predictor import predictor_for
     from ovd.vocabulary import Vocabulary, VocabularyClass

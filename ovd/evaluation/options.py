@@ -138,7 +138,7 @@ def _wrong_data(options: Options) -> bool:
     return not data[needed] or bool(data[excluded])
 
 
-def _about_data(options: Options) -> str:
+def _wrong_data_message(options: Options) -> str:
     source, needed, excluded = _source(options)
     return f"{source} needs {needed}, and cannot be combined with {excluded}; see wordbox evaluate --help."
 
@@ -148,7 +148,7 @@ COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]]
         lambda o: bool(o.weights) == bool(o.predictions),
         lambda o: "give --weights (run a model) or --predictions (a results file), not both; see --help.",
     ),
-    (_wrong_data, _about_data),
+    (_wrong_data, _wrong_data_message),
     (
         lambda o: o.examples and not o.weights,
         lambda o: "--examples describes classes by crops: give --weights and --data",

@@ -88,7 +88,7 @@ def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords
 
 
 def require_boxes(photos: PhotoWords, where: str) -> None:
-    """Refuse labels that cannot be enough, before any network runs.
+    """Refuse too few labels before any network runs.
 
     Raises:
         UserError: too few photos with boxes.
@@ -158,7 +158,7 @@ def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
 
 
 def unknown_to(scorer: WordScorer, named: Sequence[NamedPhoto]) -> list[NamedPhoto]:
-    """The photos of one thing that the proposal network has no word for, with the absent words that it has none for."""
+    """Photos of single objects that the proposal network has no word for, with absent words that it has none for."""
     known = np.asarray(scorer.hyponyms.any(axis=1))
     return [
         replace(photo, absent=tuple(word for word in photo.absent if not known[word]))
@@ -185,7 +185,7 @@ def require_both(outcome: Outcome) -> None:
 
 
 def require_absent_words(data: TypedPhotos) -> None:
-    """Refuse labels that say of no photo what it does not show.
+    """Refuse labels that leave no photo with an absent word.
 
     Raises:
         UserError: every photo shows all words of the labels.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos with a crop of another photo in place of each typed word: what a crop's score means."""
+"""Photos with a crop from another photo in place of each typed word, to calibrate scores of crops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CROPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class WordCrops:
-    """Crops of the words that are looked for in every photo.
+    """Crops of the words that are labelled in every photo.
 
     Attributes:
         rows: (2, C, D) unit image embeddings; zeros of words without two photos.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt-free answers (`everything`) against labels: which are right, and from which score most of them are.
+"""Prompt-free detection (`everything`) against labels: which detections are right, and from which score most are.
 
 An answer is right when it has an IoU of at least .5 with an object that no better answer has taken, and its word means
 the same as the object's, or lies above or below it. It is wrong when its word is one that the labels name everywhere,
@@ -62,7 +62,7 @@ class Judge:
         self.everywhere = frozenset(names) if everywhere is None else everywhere
 
     def related(self, name: str) -> NDArray[np.bool_]:
-        """Of each class whether the name means the same or something above or below it."""
+        """For each class whether the name is a synonym, hypernym or hyponym of it."""
         if name not in self._related:
             self._related[name] = self._words.relations([[name]]).related[0]
         return self._related[name]

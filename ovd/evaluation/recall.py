@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class-agnostic recall: are the objects boxed at all, whatever they are called?
+"""Class-agnostic recall: the share of objects that have a box, whatever its class.
 
 The same numbers as `COCOeval` with `useCats = 0` on ground truth that holds the group only. Objects of the other group
-are neither to be found nor in the way: a detection on one of them simply takes a place among the best-scored.
+are ignored; a detection on one still counts towards the number of detections.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do scores mean something? Reliability, and dependence on the words typed.
+"""Reliability of scores, and their dependence on the other typed words.
 
 Pure functions of arrays; `N` detections or pictures.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation results for people and programs: screen table, `metrics.json`, `per_class.csv`, a Markdown row."""
+"""Evaluation results: screen table, `metrics.json`, `per_class.csv`."""
 
 from __future__ import annotations
 

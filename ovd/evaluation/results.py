@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detections in COCO's results format, checked against a ground truth.
 
-Nothing here is silent: what cannot be evaluated is refused with the entry's position; what can be, but looks odd, is
-counted and reported as a warning. Inputs are never changed.
+What cannot be evaluated is refused with the entry's position; what can be, but looks odd, is counted in a warning.
+Inputs are never changed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,6 @@ class Results:
 
     detections: list[CheckedResult]
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether every detection has a mask (true for no detections)."""
-        return all("segmentation" in d for d in self.detections)
 
 
 def check_results(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a model over generated scenes or the pictures of a COCO file: its results and its proposals."""
+"""Runs a model over generated scenes or the pictures of a COCO file: results and proposals."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos as a person uses the detector on them: a few words typed, some of them in the photo and some not.
+"""Photos with a few typed words, some of them present and some absent, as in real use.
 
-Two kinds. In photos with boxes the words looked for everywhere are typed: what a label boxes is present, what nothing
-names is absent, and half of the absent words are the ones most easily taken for a present one. Photos of one named
-thing have no boxes for it: there a word is right when it names the photo's thing, and half of the absent words, too,
-are those most easily taken for it.
+Two kinds. In photos with boxes the exhaustively labelled words are typed: a word with a box is present, a word without
+a label is absent, and half of the absent words are those most easily confused with a present one. Photos of a single
+named object have no box for it: there a word is right if it names the object, and half of the absent words are those
+most easily confused with it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def related(table: WordTable, word: int) -> frozenset[int]:
 
 
 def confusable(rows_CD: Floats, table: WordTable, words: Sequence[int]) -> dict[int, list[int]]:
-    """For each of some words the nearest others of them that are not related to it."""
+    """For each word, the nearest of the other words that are not related to it."""
     rows = rows_CD[list(words)]
     order = np.argsort(-(rows @ rows.T), axis=1, kind="stable").tolist()
     nearest = {word: [words[i] for i in near] for word, near in zip(words, order, strict=True)}
@@ -66,7 +66,7 @@ def absent_words(alike: Sequence[int], others: Sequence[int], *, count: int, rng
 
 
 def labelled_words(photo: Photo, table: WordTable) -> tuple[int, ...]:
-    """Of the words looked for everywhere those that the photo surely shows."""
+    """The exhaustively labelled words that the photo certainly shows."""
     sure = (photo.words < table.everywhere) & (photo.scores >= CONFIDENT)
     return tuple(sorted(set(photo.words[sure].tolist())))
 
@@ -80,7 +80,7 @@ def typed_photo(
     absent: int,
     rng: np.random.Generator,
 ) -> TypedScene | None:
-    """A photo with boxes and its words; None where no word is surely there.
+    """A photo with boxes and its words; None if no word is certainly present.
 
     Args:
         photo: with labels.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's label formats: read into COCO's form and checked, and written."""
+"""Label formats of other tools: readers, which check them and convert to COCO's form, and writers."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that other tools train on, written: COCO, YOLO, Pascal VOC. Pictures are copied, linked, or left out."""
+"""Writers of data sets for training: COCO, YOLO, Pascal VOC. Pictures are copied, linked, or left out."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def put_picture(picture: Picture, folder: Path, picture_mode: PictureMode, *, fl
 
 
 def _same_file(one: Path, other: Path) -> bool:
-    """Whether a copy that an earlier run made is still one: size and time."""
+    """Whether an earlier run's copy is unchanged, by size and time."""
     a, b = one.stat(), other.stat()
     return (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
 

@@ -33,7 +33,7 @@ def write_csv(labelled: LabelledPictures, out: Path) -> None:
 
 
 def write_labelme(labelled: LabelledPictures, out: Path) -> None:
-    """A ``.json`` a picture, as LabelMe saves them; each names its picture by its way from there."""
+    """One ``.json`` per picture, as LabelMe saves them, with a relative path to the picture."""
     for picture in labelled.pictures:
         height, width = picture.size
         target = out / picture.target

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A labelled data set in COCO's form, whatever files it was read from, and the notices of its reader."""
+"""A labelled data set in COCO's form, from any format, with its reader's notices."""
 
 from __future__ import annotations
 

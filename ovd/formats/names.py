@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What formats are called, for command lines, which must not wait for what reads and writes them."""
+"""Names of formats, for command lines, which must not wait for the readers' and writers' imports."""
 
 from __future__ import annotations
 

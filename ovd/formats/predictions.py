@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ovd.formats.labels import Labels
 from ovd.formats.shapes import LabelledPictures, labelled_pictures
-from ovd.formats.write import about_outlines, write_labels
+from ovd.formats.write import outlines_notice, write_labels
 from pretrain.engine.files import read_json
 
 
@@ -46,6 +46,6 @@ def write_predictions(out: Path, formats: Sequence[str], sources: Mapping[str, P
     """
     predictions = read_predictions(out, sources)
     for name in formats:
-        if notice := about_outlines(predictions, name):
+        if notice := outlines_notice(predictions, name):
             print(f"warning: {notice}", file=sys.stderr)
         write_labels(predictions, out / name, name, picture_mode="none")

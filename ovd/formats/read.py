@@ -14,7 +14,7 @@ from ovd.formats.voc import read_voc, xml_files
 from ovd.formats.yolo import read_yolo, yaml_of
 from pretrain.data.coco import check_ground_truth, picture_file
 from pretrain.data.coco_entries import CocoJson
-from pretrain.data.folder import about_backslashes
+from pretrain.data.folder import backslash_hint
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import read_json
 
@@ -152,7 +152,7 @@ def _pictures_of(file: Path, content: object) -> Path:
     counts = [sum((folder / name).is_file() for name in names) for folder in tried]
     if not any(counts):
         text = f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures."
-        raise UserError(text + about_backslashes(names[0]))
+        raise UserError(text + backslash_hint(names[0]))
     root = tried[counts.index(max(counts))]
     return root
 

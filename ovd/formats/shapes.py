@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled pictures as the writers of other formats need them: names, corners, outlines."""
+"""Labelled pictures in the form that writers need: names, corners, outlines."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def mask_outlines(mask: NDArray[np.bool_]) -> list[list[float]]:
 
 
 def joined(polygons: Sequence[Sequence[float]]) -> list[float]:
-    """Several outlines as one, for formats that hold one: each is entered and left at its first point."""
+    """Several outlines as one polygon, for formats with one per object; each is entered and left at its first point."""
     if len(polygons) == 1:
         return list(polygons[0])
     forth = [value for polygon in polygons for value in [*polygon, *polygon[:2]]]

@@ -25,7 +25,7 @@ EXPORTS: dict[str, Callable[[LabelledPictures, Path], None]] = {
 }
 
 
-def about_outlines(labelled: LabelledPictures, name: str) -> str | None:
+def outlines_notice(labelled: LabelledPictures, name: str) -> str | None:
     """A notice where a format of outlines is written, and objects have none."""
     if name != "yolo-seg":
         return None

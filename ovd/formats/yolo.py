@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ovd.formats.labels import PART_NAMES, PARTS, Labels, Notes, choose_parts, coco_categories
-from ovd.formats.yolo_poses import Outlines, about_keypoints, keypoint_shape
+from ovd.formats.yolo_poses import Outlines, keypoint_shape, keypoints_hint
 from ovd.pictures import upright_size
 from ovd.plain_yaml import read_plain_yaml
 from pretrain.data import masks
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
-from pretrain.data.folder import EXTENSIONS, ImageListing, about_backslashes, find_images
+from pretrain.data.folder import EXTENSIONS, ImageListing, backslash_hint, find_images
 from pretrain.engine.errors import BadImageError, UserError, shorten
 from pretrain.engine.files import read_text
 
@@ -83,14 +83,14 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
             if one is not None:
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **one})
     notes.raise_mistakes()
-    about_poses = outlines.about_poses()
+    poses_notice = outlines.poses_notice()
     if outlines.are_poses:
-        raise UserError(f"{where}: {about_poses}")
+        raise UserError(f"{where}: {poses_notice}")
     if not labelled:
         expected = next((str(_label_candidates(p)[0]) for _, p in source.pictures), "nowhere")
         raise UserError(f"{where}: no picture has a label file; looked for {expected} and so on")
     content = {"images": images, "annotations": annotations, "categories": coco_categories(source.names)}
-    notices = [*notes.notices(), *([] if about_poses is None else [about_poses]), *source.skipped_notices]
+    notices = [*notes.notices(), *([] if poses_notice is None else [poses_notice]), *source.skipped_notices]
     return Labels(content=content, root=source.root, kind="yolo", where=where, notices=notices)
 
 
@@ -181,7 +181,7 @@ def _pictures_at(entry: str, root: Path, file: Path, key: str) -> ImageListing:
         tried += [root / entry[3:], file.parent / entry[3:]]
     source = next((path for path in tried if path.exists()), None)
     if source is None:
-        hint = about_backslashes(entry)
+        hint = backslash_hint(entry)
         raise UserError(f"{file}: {key}: {entry}: no such folder (looked for {tried[0]}).{hint}")
     if source.is_dir():
         return find_images(source)
@@ -191,7 +191,7 @@ def _pictures_at(entry: str, root: Path, file: Path, key: str) -> ImageListing:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(
-            f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture.{about_backslashes(missing[0])}"
+            f"{source}:{paths.index(missing[0]) + 1}: {missing[0]}: no such picture.{backslash_hint(missing[0])}"
         )
     read = [path for path in paths if path.suffix.lower() in EXTENSIONS]
     return ImageListing(read, Counter(path.suffix.lower() for path in paths if path not in read))
@@ -264,11 +264,11 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes, o
     shape = keypoint_shape(values)
     score = values.pop() if len(values) == 5 else None
     if len(values) < 4 or len(values) % 2:
-        hint = "" if shape is None else f"; keypoints? Then {about_keypoints(shape)}"
+        hint = "" if shape is None else f"; keypoints? Then {keypoints_hint(shape)}"
         notes.mistake(line.location, f"{len(line.words)} numbers are neither a box (5) nor an outline (7, 9, …){hint}")
         return None
     if not all(math.isfinite(v) and -TOLERANCE <= v <= 1 + TOLERANCE for v in values):
-        hint = "are these pixels?" if shape is None else f"keypoints? Then {about_keypoints(shape)}"
+        hint = "are these pixels?" if shape is None else f"keypoints? Then {keypoints_hint(shape)}"
         notes.mistake(line.location, f"coordinates must be shares of the picture, from 0 to 1; {hint}")
         return None
     if score is not None and not 0 <= score <= 1:

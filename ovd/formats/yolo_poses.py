@@ -67,23 +67,21 @@ class Outlines:
 
     @property
     def are_poses(self) -> bool:
-        """Whether they are poses for certain."""
+        """Whether they are certainly poses."""
         return self.count >= ENOUGH and self.far > 0 and self._shape is not None
 
     @property
     def _shape(self) -> tuple[int, int] | None:
         return next(iter(self.shapes)) if len(self.shapes) == 1 else None
 
-    def about_poses(self) -> str | None:
+    def poses_notice(self) -> str | None:
         """What to say where all of them are, or may be, poses."""
         if self._shape is None:
             return None
         are = "look like" if self.are_poses else "may be"
-        return (
-            f"all {self.count} outlines {are} poses, a box and keypoints in it; if so, {about_keypoints(self._shape)}"
-        )
+        return f"all {self.count} outlines {are} poses, a box and keypoints in it; if so, {keypoints_hint(self._shape)}"
 
 
-def about_keypoints(shape: tuple[int, int]) -> str:
+def keypoints_hint(shape: tuple[int, int]) -> str:
     """The next step for labels whose data.yaml does not say that they are poses."""
     return f"write kpt_shape: [{shape[0]}, {shape[1]}] into data.yaml for their boxes"

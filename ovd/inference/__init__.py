@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From region embeddings to detections: scores, calibration, the encoder's view of crops."""
+"""From region embeddings to detections: scoring, calibration, crops, NMS."""

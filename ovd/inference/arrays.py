@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few functions of arrays that scoring needs. NumPy only: scores are the same whatever ran the network."""
+"""Array functions for scoring. NumPy only, so that scores do not depend on the runtime of the network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 
 
 def as_array(values: Any) -> NDArray[Any]:
-    """An array of what a network gave: an array as it is, a tensor of any device and precision as float32."""
+    """A network's output as an array: arrays unchanged, tensors of any device and precision as float32."""
     torch = sys.modules.get("torch")  # a caller with a tensor has imported it
     if torch is not None and isinstance(values, torch.Tensor):
         values = values.detach().cpu()

@@ -36,7 +36,7 @@ def conditioned_detections(
     cross_class_iou: float | None = CROSS_CLASS_IOU,
     one_class_per_region: bool = True,
 ) -> Detections:
-    """The detections among what conditioned queries found.
+    """Detections from the boxes of conditioned queries.
 
     Args:
         located: of the query's positive examples.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes of one network, classified by an image-text encoder that sees a crop of each: any CLIP on any proposals.
+"""Boxes of one network, classified by another image-text encoder from crops: any CLIP on any proposals.
 
 A word c of a region is scored alone, as `ovd.inference.fvlm_regions` scores words that no network was trained on:
 
@@ -177,7 +177,7 @@ class CropClassifier(RegionModel):
             self.source.proposer.sides = sides
 
     def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
-        """That the scores are not calibrated, where they are not."""
+        """A notice if the scores are not calibrated."""
         return () if self.calibrated else (uncalibrated_notice(self.name),)
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Crop refinement: the image encoder itself embeds the crops of a picture's best regions.
 
-ViLD's region head is distilled from the encoder's embeddings of crops and gives those of all regions in one pass. The
-encoder's own are better but cost a forward pass per crop (ViLD, section 3.2: "CLIP on cropped regions" and
-"ViLD-text+CLIP"). So only the regions with the best objectness get both, averaged.
+ViLD's region head is distilled from the encoder's embeddings of crops and predicts them for all regions in one pass.
+The encoder's own are better but cost a forward pass per crop (ViLD, section 3.2: "CLIP on cropped regions" and
+"ViLD-text+CLIP"). So both are averaged, for the regions with the best objectness only.
 
 Shapes: R regions, D joint embedding.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everyday English that WordNet lacks or files elsewhere: other names of COCO's words, their kinds and groups."""
+"""Everyday English that WordNet lacks: other names of COCO's words, their kinds and groups."""
 
 from __future__ import annotations
 

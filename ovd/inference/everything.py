@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt-free detection: the detector is queried with all the words it knows, and names each object once.
+"""Prompt-free detection: a query with all the words that the detector knows, which names each object once.
 
 Shapes: R regions, C words, D joint embedding. NumPy only.
 """
@@ -95,14 +95,14 @@ def open_shift() -> float:
 
 
 def is_everything(classes: object) -> bool:
-    """Whether class names are the one word that stands for all."""
+    """Whether the class names are just `EVERYTHING`."""
     if isinstance(classes, (list, tuple)) and len(classes) == 1:
         classes = classes[0]
     return isinstance(classes, str) and classes.strip().casefold() == EVERYTHING
 
 
 def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *, count: int = 3) -> list[list[str]]:
-    """Of some regions the words, among those the detector can say, whose text embeddings are nearest, best first.
+    """For each of some regions, the nearest prompt-free words by text embedding, best first.
 
     Args:
         model: whose background words are searched.

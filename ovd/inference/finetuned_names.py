@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of classes that were added to a detector by fine-tuning, and which typed words they answer.
+"""Names of fine-tuned classes, and the typed words that they match.
 
 Shapes: ``C`` typed classes, ``O`` fine-tuned classes.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector of photographs for inference: what scores its regions, whatever runs its networks.
+"""The detector of photographs for inference: its scoring, independent of the runtime of its networks.
 
 `ovd.inference.fvlm_torch` runs them with torch, `ovd.runtime.regions` with ONNX Runtime.
 
@@ -91,7 +91,7 @@ class FvlmRegionModel(RegionModel):
 
     @cached_property
     def _labelled(self) -> WordList:
-        """The words that are labelled in every photo of the training, where they are."""
+        """The words that are exhaustively labelled in the training photos."""
         return WordList(words=self.card.classes, lexicon=self.training_words.lexicon)
 
     @cached_property
@@ -116,7 +116,7 @@ class FvlmRegionModel(RegionModel):
         self.network.sides = sides
 
     def notices(self, phrases: Phrases, rows: Floats) -> tuple[str, ...]:
-        """What is looked for in place of a phrase; of phrases that mean nothing, the nearest words of the training."""
+        """What is searched in place of a phrase; for unknown phrases, the nearest words of the training."""
         notices = []
         for group, row in zip(phrases, rows, strict=True):
             for phrase in group:
@@ -145,9 +145,9 @@ class FvlmRegionModel(RegionModel):
         return list(islice((words[i] for i in order if words[i] in nouns), count))
 
     def prompt_free_words(self) -> PromptFreeWords:
-        """The proposal network's words, and the nouns of the training that are not above them; one of each meaning.
+        """The proposal network's words, and the training's nouns that are not hypernyms of them; one for each meaning.
 
-        Fine-tuned classes are left out: outside the photos of its training a branch finds them where nothing is.
+        Fine-tuned classes are left out: on photos unlike its training data a branch has false positives.
         """
         nouns = [w for w in self.training_words.words if w in self.training_words.lexicon.nouns]
         relations = self.proposal_words.relations([[word] for word in nouns])

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hints for words that an English text encoder does not know: the English name, the script, or the nearest words.
 
-No language is detected. A word gets a hint only when it is none that the weights know, and then for one of two reasons
-that can be seen: it stands in a list of German, French and Chinese names of common things, or it is written in another
-script.
+There is no language detection. A word that the weights do not know gets a hint if it is in a list of German, French and
+Chinese names of common things, or written in another script.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ def english_of(word: str) -> tuple[str, str] | None:
 
 
 def script_of(word: str) -> str | None:
-    """The script of the first letter that is not Latin, as one says it; None: there is none."""
+    """The name of the script of the first letter that is not Latin; None if all are."""
     for letter in filter(str.isalpha, word):
         name = unicodedata.name(letter, "").split(" ")[0]
         if name in _SCRIPTS:

@@ -46,7 +46,7 @@ class Relations:
 
 @dataclass(frozen=True, kw_only=True)
 class WordList:
-    """Words with their places in a lexicon.
+    """Words and their meanings in a lexicon.
 
     Attributes:
         words: of the proposal network, or of the training.
@@ -93,23 +93,23 @@ class WordList:
         return {key: meaning for key, meaning in found.items() if meaning is not None}
 
     def head_of(self, phrase: str) -> str | None:
-        """The noun that a phrase is about: *car* of "red car", *plate* of "plate of food"; None: there is none."""
+        """The head noun of a phrase: *car* of "red car", *plate* of "plate of food"; None if there is none."""
         words = phrase.casefold().split(" of ")[0].split()
         heads = [" ".join(words[start:]) for start in range(len(words))]
         return next((head for head in heads if head != phrase.casefold() and self.understands(head)), None)
 
     def _understood_part(self, phrase: str) -> str:
-        """The phrase, or the noun that it is about where it has no meaning as it is."""
+        """The phrase, or its head noun if the phrase itself has no meaning."""
         return phrase if self.understands(phrase) else self.head_of(phrase) or phrase
 
     def understands(self, phrase: str) -> bool:
-        """Whether a phrase, as it is, has a meaning here."""
+        """Whether the phrase itself has a meaning here."""
         forms = {phrase.casefold(), *singulars(phrase.casefold())}  # an article may be part of a name
         return self.meaning_of(phrase) is not None or not forms.isdisjoint(self._named)
 
     @cached_property
     def _named(self) -> frozenset[str]:
-        """Names that need no lexicon."""
+        """Names that are known without a lexicon."""
         return frozenset((*KINDS, *GROUPS, *self.words))
 
     def is_one(self, phrase: str) -> bool:

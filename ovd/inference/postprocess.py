@@ -74,7 +74,7 @@ class Candidates:
 
 
 def best_class_per_region(score_RC: NDArray[np.float32], *, threshold: float) -> Candidates:
-    """Each region under its best class, if that reaches the threshold."""
+    """Each region with its best class, if its score reaches the threshold."""
     if not score_RC.size:
         return Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
     top_R = score_RC.max(axis=1)

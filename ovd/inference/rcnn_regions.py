@@ -60,7 +60,7 @@ class RCNNRegionModel(RegionModel):
         self.to_input = InputSize(card.short_side, card.long_side)
 
     def notices(self, phrases: Sequence[Sequence[str]], rows: Floats) -> tuple[str, ...]:
-        """Of words that no class of the training and no noun of WordNet's is: what is near, or which language it is.
+        """For words that are neither a class of the training nor a noun of WordNet: near words, or the language.
 
         An encoder by name (``open_clip:…``) knows more than these lists, and other languages: nothing is said of it.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loaded detector for inference: a picture in, its regions out. NumPy at the seam; one subclass for each network.
+"""Interface of loaded detectors: a picture in, its regions out, as NumPy arrays. One subclass per network.
 
 Shapes: R regions, P proposals, D joint embedding, B background words.
 """

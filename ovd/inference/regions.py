@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture after the network: its regions can be classified by any words, again and again.
+"""A picture's regions after the network, ready to be classified by any words.
 
 Shapes: R regions, C classes, N negatives.
 """
@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
-from ovd.inference.everything import PROMPT_FREE_CROSS_CLASS_IOU
+from ovd.inference.everything import PROMPT_FREE_CROSS_CLASS_IOU, PromptFreeWords
 from ovd.inference.postprocess import (
     CROSS_CLASS_IOU,
     MAX_DETECTIONS,
     NMS_IOU,
+    Candidates,
     best_class_per_region,
     pairs_above,
     postprocess,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Regions:
-    """One picture after the network: boxes and embeddings, ready for any words.
+    """A picture's boxes and embeddings, ready to be classified by any words.
 
     Attributes:
         regions: boxes, objectness, embeddings and masks, see `RegionSet`.
@@ -87,25 +88,22 @@ class Regions:
             UserError: no words, or a threshold outside [0, 1].
         """
         query = vocabulary if isinstance(vocabulary, Query) else self.detector.query(vocabulary)
-        threshold = self.detector.threshold_for(query, threshold)
-        scorer, words = self.detector.scorer(query), query.prompt_free
-        if words is None:
+        threshold, scorer = self.detector.threshold_for(query, threshold), self.detector.scorer(query)
+        if query.prompt_free is None:
             shown = scorer.shown(self.regions, threshold=threshold)
-        else:  # prompt-free queries have no negatives
-            one_class_per_region, cross_class_iou = True, PROMPT_FREE_CROSS_CLASS_IOU
-            shown = Shown.of(words.rescored(scorer(self.regions).score_RC), threshold=threshold)
-        select = best_class_per_region if one_class_per_region else pairs_above
-        candidates = select(shown.score_RS, threshold=threshold)
-        candidates = replace(candidates, class_id=shown.classes[candidates.class_id])
-        if words is not None:  # NMS within families
-            candidates = replace(candidates, class_id=words.family[candidates.class_id])
-        boxes = self.regions.boxes
-        kept = postprocess(boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit)
-        if words is not None and len(kept):  # back from families to words
-            kept = replace(kept, class_id=shown.classes[shown.score_RS[kept.region].argmax(axis=1)])
+            select = best_class_per_region if one_class_per_region else pairs_above
+            candidates = select(shown.score_RS, threshold=threshold)
+            candidates = replace(candidates, class_id=shown.classes[candidates.class_id])
+            kept = postprocess(
+                self.regions.boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit
+            )
+        else:  # such queries have no negatives
+            scores = query.prompt_free.rescored(scorer(self.regions).score_RC)
+            shown = Shown.of(scores, threshold=threshold)
+            kept = self._prompt_free(query.prompt_free, shown, threshold=threshold, nms_iou=nms_iou, limit=limit)
         return Detections.of(
             kept,
-            boxes=boxes,
+            boxes=self.regions.boxes,
             size=self.regions.size,
             names=query.names,
             best=shown.best,
@@ -113,6 +111,23 @@ class Regions:
             masks=self.regions.masks,
             notices=query.notices,
         )
+
+    def _prompt_free(
+        self, words: PromptFreeWords, shown: Shown, *, threshold: float, nms_iou: float, limit: int
+    ) -> Candidates:
+        """One word for each object; NMS treats a family of words as one class."""
+        candidates = best_class_per_region(shown.score_RS, threshold=threshold)
+        candidates = replace(candidates, class_id=words.family[shown.classes[candidates.class_id]])
+        kept = postprocess(
+            self.regions.boxes,
+            candidates,
+            nms_iou=nms_iou,
+            cross_class_iou=PROMPT_FREE_CROSS_CLASS_IOU,
+            limit=limit,
+        )
+        if not len(kept):
+            return kept
+        return replace(kept, class_id=shown.classes[shown.score_RS[kept.region].argmax(axis=1)])
 
 
 def picture_key(pixels: NDArray[np.uint8]) -> str:

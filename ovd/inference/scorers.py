@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to score the regions of a picture, one class per column: what a `Predictor` or a `Detector` is given.
+"""Scorers of a picture's regions, one column per class, for `Detector` and `Predictor`.
 
 Shapes: R regions, C classes, E examples, N negatives, B background words, D joint embedding.
 """
@@ -40,7 +40,7 @@ class Scorer(Protocol):
         """(R, C) scores in [0, 1]."""
 
     def select(self, columns: Sequence[int]) -> Scorer:
-        """The same for some of the classes, by their numbers."""
+        """A scorer of some of the classes, by index."""
 
 
 DataclassScorer = TypeVar("DataclassScorer", bound="DataclassInstance")
@@ -81,7 +81,7 @@ class Shown(NamedTuple):
 
 
 class ManyWordsScorer(ABC):
-    """A `Scorer` that scores what a threshold shows in less time than everything."""
+    """A `Scorer` that is faster when only scores above a threshold are needed."""
 
     @abstractmethod
     def shown(self, regions: RegionSet, *, threshold: float) -> Shown:

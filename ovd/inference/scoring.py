@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From region embeddings to calibrated scores that do not depend on the number of typed words.
 
-A plain softmax over the typed words gives one mediocre region .73 with one word and .02 with a thousand. Here every
-class is scored alone against a *fixed* set of competitors: the background words (they come with the checkpoint), the
-learned background and the user's negative words. So a column never depends on the other columns.
+A plain softmax over the typed words gives the same mediocre region .73 with one word and .02 with a thousand. Here
+every class is scored on its own against a *fixed* set of competitors: the checkpoint's background words, the learned
+background and the user's negative words. So no column depends on another.
 
 Shapes: ``R`` regions, ``C`` typed classes, ``B`` background words, ``D`` joint embedding.
 """
@@ -21,7 +21,7 @@ from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How a checkpoint's cosines become scores; fitted per checkpoint and stored with it.
+    """Turns a checkpoint's cosines into scores; fitted per checkpoint and stored with it.
 
     Attributes:
         logit_scale: inverse temperature of the softmax (ViLD trains with 100).

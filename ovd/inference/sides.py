@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes at which a detector of photographs looks for boxes."""
+"""Input sizes of the proposal network of a detector of photographs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_SIDE, MAX_SIDE = 64, 2048
 
 
 def apply_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
-    """Let a model's proposal network look at a photo with these longest sides, in place of its own; None: leave them.
+    """Set the input sizes of a model's proposal network (longest sides, in pixels); None keeps its own.
 
     A photo is enlarged by a third at most, whatever is given (`ovd.modeling.proposals.build.MAX_ENLARGEMENT`).
 
@@ -31,7 +31,7 @@ def apply_sides(model: RegionModel, sides: Sequence[int] | None) -> None:
 
 
 def card_with_sides(card: ModelCard, sides: Sequence[int] | None) -> ModelCard:
-    """A model card whose ``settings`` tell the sides that were given: results of others must not pass for these."""
+    """The model card with the given sides in its ``settings``, so that results of different sides are told apart."""
     if sides is None:
         return card
     return {**card, "settings": f"{card.get('settings', '')} sides {' '.join(map(str, sides))}"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaded models with other region embeddings or other queries; `ovd.Detector.with_model` takes them."""
+"""Wrappers that give a loaded model other region embeddings or queries, for `ovd.Detector.with_model`."""
 
 from __future__ import annotations
 

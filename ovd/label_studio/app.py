@@ -7,7 +7,7 @@
     POST /webhook    {action, …}; nothing is learned here
     GET  /versions   {"versions": […]}
 
-``hostname`` and ``access_token`` of a set-up are left unread: where pictures are fetched, the command line says.
+``hostname`` and ``access_token`` of a set-up are ignored: the command line says where to fetch pictures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rectangles that somebody draws with Label Studio's smart tool: what comes with a request, and what goes back.
+"""Rectangles drawn with Label Studio's smart tool: parsing requests and building responses.
 
 The page sends the rectangle as the ``context`` of a prediction of its one task, and shows the answer as suggestions.
 When these are accepted or rejected it removes the rectangle, so the answer begins with it.
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnRegion:
-    """A rectangle that somebody drew.
+    """A rectangle drawn by an annotator.
 
     Attributes:
         id: of the region.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of Label Studio's tasks: in the task itself, in a folder of this machine, or fetched from Label Studio.
 
-A task names its picture as it likes, so nothing but these three is read: no file outside of the folder, no other host.
-The address of Label Studio and the token come from the command line, never from a request.
+Tasks are untrusted, so nothing else is read: no file outside the folder, no other host. The address of Label Studio and
+    the token come from the command line, never from a request.
 """
 
 from __future__ import annotations

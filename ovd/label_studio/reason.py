@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reasons in the status line: of an answer that is an error, Label Studio shows its user that line and nothing else.
+"""Error reasons in the HTTP status line, the only part of an error that Label Studio shows.
 
     HTTP/1.1 422 the labelling configuration has no <Image>; wordbox draws boxes on pictures …
 

@@ -1,3 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection models: pure-torch parts (classifier, distill, ensemble, scoring) and their Detectron2 assembly (rcnn,
-build)."""
+"""Detection models: ViLD on Detectron2, DETR and UP-DETR, NanoDet proposals, and F-VLM heads on a frozen tower."""

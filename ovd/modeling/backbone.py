@@ -56,7 +56,7 @@ class SmallStem(CNNBlockBase):
 
 
 class RegionBlock(BasicBlock):
-    """A basic block that takes the short way on the 2×2 maps of pooled regions; same parameters, same numbers."""
+    """A basic block with a faster path for the 2×2 maps of pooled regions; same parameters and results."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self._convolve(self.conv1, x))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pull a detector's region embeddings towards a frozen encoder's embeddings of the same crops.
+"""Distillation losses between a detector's region embeddings and a frozen encoder's embeddings of the crops.
 
 ViLD-image does it with an L1 norm, UP-DETR's reconstruction with a squared distance; both between unit vectors.
 """

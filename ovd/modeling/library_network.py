@@ -2,9 +2,9 @@
 """Networks of timm and torchvision as chains of parts, with stages called by their stride.
 
 Any image classifier whose convolutional part runs as a chain (each part reads the output of the one before) gives a
-feature pyramid: `res2` … `res5` are its maps of stride 4, 8, 16 and 32. The chain is read off one forward pass and then
-run by itself and compared, so that a network which works differently (branches, attention over tokens, pictures of one
-size) is refused when it is built, instead of computing something else.
+feature pyramid: `res2` … `res5` are its maps of stride 4, 8, 16 and 32. The chain is traced in one forward pass, then
+    run on its own and compared, so that a network of another structure (branches, attention over tokens, a fixed input
+    size) is refused when built instead of computing something else.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryNetwork:
-    """A network with random weights, taken apart.
+    """A network with random weights, as a chain of parts.
 
     Attributes:
         name: `timm:NAME` or `torchvision:NAME`.

@@ -3,8 +3,8 @@
 
 Shape legend: ``P`` boxes, ``K`` scales, ``S`` side of a crop, ``D`` embedding.
 
-Two details that re-implementations of ViLD differ in are options here, and are written into the store's manifest: what
-a crop shows beyond the border of the picture, and how a long box becomes a square.
+Re-implementations of ViLD differ in two details, which are options here and recorded in the store's manifest: what a
+crop shows beyond the border of the picture, and how a long box becomes a square.
 
 Crops are cut with Pillow's ``resize(box=...)``: it reads a sub-pixel box out of the picture with an antialiasing
 filter whose taps are sparse, in integer arithmetic. So shrinking never aliases, no coordinate is rounded, and the bytes

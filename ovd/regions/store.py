@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Origin(TypedDict, total=False):
+class StoreOrigin(TypedDict, total=False):
     """What a store was made from; a check is skipped where a key is missing or None.
 
     Attributes:
@@ -80,7 +80,7 @@ class RegionStore:
         root: str | os.PathLike[str],
         *,
         partial: bool = False,
-        **expected: Unpack[Origin],
+        **expected: Unpack[StoreOrigin],
     ) -> RegionStore:
         """Open a store, and refuse it when it was not made from what the caller uses.
 
@@ -111,7 +111,7 @@ class RegionStore:
                 )
         return store
 
-    def require(self, **origin: Unpack[Origin]) -> None:
+    def require(self, **origin: Unpack[StoreOrigin]) -> None:
         """Refuse a store that was made from something else.
 
         Raises:
@@ -170,19 +170,6 @@ class RegionStore:
         embeddings = torch.from_numpy(np.array(tensors["embeddings"][row, :valid], dtype=np.float32))
         scores = torch.from_numpy(np.array(tensors["scores"][row, :valid]))
         return boxes, F.normalize(embeddings, dim=-1), scores  # fp16 rounds the length by up to 5e-4
-
-    def count(self, image_id: ImageId) -> int:
-        """How many proposals a picture has."""
-        tensors, row = self._locate(image_id)
-        return int(tensors["valid"][row])
-
-    def bad_images(self) -> dict[ImageId, str]:
-        """Pictures that could not be read, with the reason. They have no proposals."""
-        reasons: dict[ImageId, str] = {}
-        for shard in range(shard_count(self.manifest)):
-            if (sidecar := read_sidecar(self.root, shard)) is not None:
-                reasons |= dict(sidecar.get("bad_images", ()))
-        return reasons
 
     def verify(self) -> list[str]:
         """Read every byte and compare hashes, counts and values.

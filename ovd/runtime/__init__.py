@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks without torch: ONNX files, the numbers around them in NumPy, and the choice between the two runtimes."""
+"""Networks without torch: ONNX export, inference around it in NumPy, and the choice of the runtime."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def fill_holes(stripped: bytes, holes: Sequence[Hole], tensors: Callable[[str, s
 
 
 def cut_tensors(data: bytes, tensors: Mapping[bytes, Tensor]) -> tuple[bytes, list[Hole]]:
-    """The opposite of `fill_holes`: a file without the tensors that occur in it, and its holes.
+    """The inverse of `fill_holes`: a file without the tensors found in it, and its holes.
 
     Args:
         data: the file.

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the two runtimes runs a detector, and loading it.
+"""Chooses the runtime of a detector and loads it.
 
-"auto" takes ONNX Runtime where the folder is nothing but an export (`ovd.runtime.files`), and where an export lies
-beside the weights that it was made of and is the faster: on a CPU without bfloat16 arithmetic, when no GPU is asked for
-or found (docs/reports/runtime.md). Elsewhere it takes torch, and where torch is not installed, ONNX Runtime. It never
-takes the export in 8 bits, "onnx-int8".
+"auto" is ONNX Runtime for a folder that is only an export (`ovd.runtime.files`), for weights with an export beside them
+where that is faster (a CPU without bfloat16 arithmetic, no GPU requested or found; docs/reports/runtime.md), and where
+torch is not installed. Otherwise it is torch. It is never the export in 8 bits, "onnx-int8".
 
-Exports of the shipped default are written when they are needed: `ovd.runtime.assemble` needs neither torch nor photos.
+Exports of the shipped default are written on demand, without torch or photos (`ovd.runtime.assemble`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU computes in one instruction, known on Linux only."""
+"""Instruction sets of the CPU, known on Linux only."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def training_labels(config: DetrTrainConfig, encoder: JointEncoder) -> LabelSet:
     Raises:
         UserError: fewer classes can be trained than each picture's queries are conditioned on.
     """
-    from ovd.training.feature_cache import FirstImages
+    from ovd.training.feature_cache import LabelledSubset
 
     labels = label_set(config.data, encoder)
     trainable = int(labels.trainable.sum())
@@ -107,7 +107,7 @@ def training_labels(config: DetrTrainConfig, encoder: JointEncoder) -> LabelSet:
             f"only {trainable} can be trained; set model.conditioned to at most that"
         )
     if config.images_limit is not None:
-        labels = replace(labels, images=FirstImages(labels.images, config.images_limit))
+        labels = replace(labels, images=LabelledSubset(labels.images, config.images_limit))
     return labels
 
 

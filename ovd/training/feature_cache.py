@@ -32,8 +32,8 @@ BATCH = 16  # pictures per pass of the backbone
 
 
 @dataclass(frozen=True)
-class FirstImages:
-    """The first pictures of a labelled data set: what a fraction of the labels is."""
+class LabelledSubset:
+    """The first ``count`` pictures of a labelled data set."""
 
     images: LabelledImages
     count: int
@@ -65,7 +65,7 @@ class FirstImages:
 def cached_detection(config: DetrTrainConfig, model: Detr, source: DetectionSource) -> CachedDetection:
     """The samples of ``source`` from cached features, with and without a flip."""
     images = source.images
-    all_images = images.images if isinstance(images, FirstImages) else images  # fractions share one cache
+    all_images = images.images if isinstance(images, LabelledSubset) else images  # fractions share one cache
     data = config.data
     described = data.model_dump(mode="json", exclude={"flip", "cut"})
     readable, files = Readable(len(all_images)), files_of(described)

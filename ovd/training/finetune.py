@@ -3,8 +3,8 @@
 
     python -m ovd.train --config photos/finetune.yaml data.images=photos data.annotations=photos/labels.json
 
-Only the branch is trained. Part of the photos is held out: the weights that find most there are exported, and the
-scores calibrated on them.
+Only the branch is trained. Part of the photos is held out: the weights with the best AP50 on them are exported, and the
+scores are calibrated on them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.files import whole_folder
 
 if TYPE_CHECKING:
-    from ovd.data.own_photos import CanvasSource, FinetunePhotos
+    from ovd.data.finetune_photos import FinetunePhotos
+    from ovd.data.mosaic import MosaicSource
     from ovd.evaluation.finetuned import BranchScores
     from ovd.modeling.proposals.classes import ClassBranch
 
@@ -95,11 +96,11 @@ class FinetuneParts:
     folder: Path
     photos: FinetunePhotos
     task: FinetuneTask
-    source: CanvasSource
+    source: MosaicSource
 
 
 def with_steps(config: FinetuneConfig, photos: FinetunePhotos) -> FinetuneConfig:
-    """The configuration with as many steps as its photos need: ``loop.steps`` at most.
+    """The configuration with the number of steps that fits its photos, at most ``loop.steps``.
 
     Raises:
         UserError: so few that the warm-up would not end.
@@ -121,7 +122,7 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
         UserError: the weights are not a detector of photographs, or lie in the folder that is written.
     """
     from ovd.config_proposals import ProposalNetworkConfig
-    from ovd.data.own_photos import CanvasSource
+    from ovd.data.mosaic import MosaicAugment, MosaicSource
     from ovd.modeling.fvlm.network import PROPOSALS
     from ovd.modeling.proposals.build import build_from_weights
     from ovd.modeling.proposals.build import read_card as read_proposals
@@ -133,15 +134,7 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
     folder = _detector_folder(config)
     chosen, held_out = photos.divided(config.data.held_out, limit=config.data.images_limit, seed=config.loop.seed)
     if is_main():
-        for notice in photos.notices:
-            print(notice)
-        if small := photos.about_small_boxes(config.data.side):
-            print(small)
-        photo = "photo" if len(chosen) == 1 else "photos"
-        classes = ", ".join(photos.names)
-        print(f"{len(chosen)} {photo} to learn from, {len(held_out)} held out; classes: {classes}")
-        if not held_out:
-            print("no photo with an object is held out: the last weights are exported, their scores uncalibrated")
+        _print_split(config, photos, chosen, held_out)
     branch = ClassBranch(classes=len(photos.names))
     proposals = ProposalNetworkConfig.model_validate(read_proposals(folder / PROPOSALS).model)
     branch.init_from(build_from_weights(folder / PROPOSALS, proposals))
@@ -162,21 +155,35 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
             top=config.model.top,
             trunk_lr_scale=config.trunk_lr_scale,
         ),
-        source=CanvasSource(
+        source=MosaicSource(
             photos=photos,
             chosen=chosen,
             side=data.side,
-            scale=data.scale,
-            mosaic=data.mosaic,
-            flip=data.flip,
-            flip_vertical=data.flip_vertical,
-            colour=data.colour,
+            augment=MosaicAugment(
+                scale=data.scale,
+                mosaic=data.mosaic,
+                flip=data.flip,
+                flip_vertical=data.flip_vertical,
+                colour=data.colour,
+                negative_share=data.negative_share,
+            ),
             seed=config.loop.seed,
             negatives=negatives,
-            negative_share=data.negative_share,
             detector=folder,
         ),
     )
+
+
+def _print_split(config: FinetuneConfig, photos: FinetunePhotos, chosen: list[int], held_out: list[int]) -> None:
+    """Print the notices on the photos, and how many are trained on and held out."""
+    for notice in photos.notices:
+        print(notice)
+    if small := photos.small_boxes_notice(config.data.side):
+        print(small)
+    photo = "photo" if len(chosen) == 1 else "photos"
+    print(f"{len(chosen)} {photo} to learn from, {len(held_out)} held out; classes: {', '.join(photos.names)}")
+    if not held_out:
+        print("no photo with an object is held out: the last weights are exported, their scores uncalibrated")
 
 
 def read_photos(config: FinetuneConfig) -> FinetunePhotos:
@@ -185,7 +192,7 @@ def read_photos(config: FinetuneConfig) -> FinetunePhotos:
     Raises:
         UserError: labels that cannot be read, or nothing to learn from.
     """
-    from ovd.data.own_photos import FinetunePhotos
+    from ovd.data.finetune_photos import FinetunePhotos
     from ovd.formats.read import read_labels
 
     data = config.data
@@ -229,7 +236,7 @@ def _detector_folder(config: FinetuneConfig) -> Path:
 
 
 def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
-    """Write the detector with the new branch beside what it had; its scores are calibrated on the held-out photos.
+    """Write the detector with the new branch added; its scores are calibrated on the held-out photos.
 
     An earlier branch is left out when the new one names all that is left of it. The folder appears when it is whole.
     """

@@ -244,7 +244,7 @@ def _padded(values: Tensor, count: int, dtype: type[np.floating[Any]]) -> NDArra
 
 
 def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
-    """Calibration before anything is fitted: how words rank that neither the proposal network nor labels have.
+    """Calibration before anything is fitted, with the ranking parameters of words without labels.
 
     Its values were chosen on photos of `data.part: val` (docs/reports/photographs.md).
 

@@ -44,7 +44,7 @@ def require_exists(path: str | Path, *, named: str, give: str = "") -> None:
 
 
 def require_data(data: DataConfig) -> None:
-    """Refuse labelled pictures that are not there: before an encoder is fetched, or anything built.
+    """Refuse missing pictures or labels before an encoder is fetched or anything is built.
 
     Raises:
         UserError: naming the key and what it names.
@@ -192,7 +192,8 @@ def initial_backbone(
     *,
     norms: Mapping[str, str],
 ) -> tuple[Mapping[str, Tensor] | None, PixelStats]:
-    """(tensors of ``backbone_weights``, or None; pixel statistics): a backbone sees pictures as it was trained to.
+    """(tensors of ``backbone_weights``, or None; pixel statistics): a backbone gets pictures normalised as in its own
+    training.
 
     Args:
         network: the backbone's section.

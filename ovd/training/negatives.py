@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ovd.config_finetune import PACKAGED, FinetuneDataConfig
+from ovd.data.finetune_photos import FinetunePhotos
 from ovd.data.negatives import NegativePhotos
-from ovd.data.own_photos import FinetunePhotos
 from ovd.detector import Detector
 from ovd.examples import MAX_EXAMPLES, Crop, Example
 from ovd.picture_files import PACKAGED_PHOTOS
@@ -48,7 +48,7 @@ def negatives_of(
 def without_classes(
     negatives: NegativePhotos, photos: FinetunePhotos, chosen: Sequence[int], detector: Detector
 ) -> NegativePhotos:
-    """The photos; boxes that the detector takes for a class, by its name or its largest object, are doubtful."""
+    """The photos, with boxes marked doubtful that the detector takes for a class, by name or by its largest object."""
     names = Vocabulary.of(photos.names, templates=detector.templates)
     examples = largest_examples(photos, chosen)
     crops = detector.query(examples=examples) if examples else None

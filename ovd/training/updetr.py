@@ -91,8 +91,8 @@ def patch_embedder(config: DetrTrainConfig, model: Detr, encoder: JointEncoder) 
 
 
 @dataclass(frozen=True)
-class FirstPictures:
-    """The first pictures of an unlabelled set."""
+class UnlabelledSubset:
+    """The first ``count`` pictures of a set, without labels."""
 
     images: ImageSet
     count: int
@@ -121,7 +121,7 @@ def patch_source(
     patches, data = config.pretext.patches, config.data
     pictures = build_images(images)
     return PatchSource(
-        images=pictures if count is None else FirstPictures(pictures, count),
+        images=pictures if count is None else UnlabelledSubset(pictures, count),
         transform=TrainingTransform(
             short_side=data.short_side,
             long_side=data.long_side,

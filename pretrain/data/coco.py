@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO files of objects and of captions: read, checked, brought into one form. Nothing else reads them.
+"""COCO files of objects and of captions: the one reader, which checks and normalises them.
 
-Nothing here is silent: what cannot be used is refused with the entry's position; what can be, but looks odd, is counted
-and reported as a warning. Inputs are never changed.
+What cannot be used is refused with the entry's position; what can be, but looks odd, is counted in a warning. Inputs
+are never changed.
 """
 
 from __future__ import annotations
@@ -72,11 +72,6 @@ class GroundTruth:
     scenes: frozenset[str] = frozenset()
     warnings: list[str] = field(default_factory=list)
     where: str = "annotations"
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether every annotation has a mask (true for a file without annotations)."""
-        return all("segmentation" in a for a in self.annotations)
 
     def file_of(self, image_id: ImageId) -> str:
         """An image's path below the picture folder.
@@ -198,7 +193,7 @@ def read_captions(path: str | Path, *, hint: str = "") -> Captions:
 
 
 def _require_lists(content: Any, keys: Sequence[str], where: str) -> None:
-    """Refuse what is no object with these lists."""
+    """Refuse content that is not an object with these lists."""
     if not isinstance(content, dict):
         hint = " This looks like a results file." if isinstance(content, list) else ""
         raise UserError(f"{where}: expected an object with {', '.join(keys)}; found {kind_of(content)}.{hint}")
@@ -287,7 +282,7 @@ def _name_on_disk(name: str, entry: str) -> str:
 
 
 def side_in_pixels(value: Any) -> int | None:
-    """A side in pixels, also where it is written as text or as 640.0; None for null, nonsense, zero and less."""
+    """A side in pixels, also if written as text or as 640.0; None for null, zero, negative and invalid values."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
     return int(value) if is_number(value) and value >= 1 and float(value).is_integer() else None

@@ -27,7 +27,7 @@ def checked_box(value: Any, entry: str) -> list[float]:
 
 
 def over_border(box: Iterable[float], size: tuple[int, int], what: str, image_id: ImageId) -> tuple[bool, bool]:
-    """Whether a box reaches over the border of its image, and whether it would fit as corners.
+    """Whether a box crosses the border of its image, and whether it would fit if read as corners.
 
     Raises:
         UserError: it lies wholly outside.
@@ -41,7 +41,7 @@ def over_border(box: Iterable[float], size: tuple[int, int], what: str, image_id
 
 
 def require_pixels(boxes: Iterable[Sequence[float]], where: str) -> None:
-    """Refuse boxes that are shares of their pictures: all numbers of all boxes are from 0 to 1, and not all whole.
+    """Refuse relative coordinates: all numbers of all boxes are from 0 to 1, and not all are integers.
 
     Args:
         boxes: x, y, width, height of a whole file.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures into random crops: the part of the views that loader workers do.
+"""Random crops of pictures: the part of the augmentation that loader workers do.
 
 A picture is decoded once and cropped, resized and flipped in uint8 for each of its views; colours are changed later, on
 the training device (`pretrain.augment`). A crop is a pure function of (seed, index, draw, view).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers of pictures: a stream of its own for each key, the same on every machine."""
+"""Random numbers for pictures: one stream per key, the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 class Dice:
-    """Uniform random numbers of one PCG64 stream; the only source of chance in a picture."""
+    """Uniform random numbers from one PCG64 stream, the only randomness of a picture."""
 
     def __init__(self, *key: int) -> None:
         self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))

@@ -126,7 +126,7 @@ def pixel_limit() -> int:
 
 
 def formats_of(source: str | Path | BinaryIO, name: str) -> tuple[str, ...]:
-    """The formats of Pillow that a source may be read as; HEIC's package is asked for where it is one.
+    """The Pillow formats that a source may be read as; a HEIC file without its package is an error.
 
     Raises:
         BadImageError: it is HEIC, and the package is not installed.
@@ -160,7 +160,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation says it is to be seen.
+    """The picture rotated by its EXIF orientation.
 
     Pillow's own `exif_transpose` also writes the EXIF block anew, and fails when any other tag in it is odd.
     """
@@ -269,7 +269,7 @@ def find_images(folder: str | Path, *, without: Path | None = None) -> ImageList
 
 
 def require_files(names: Iterable[str | Path], folder: Path, *, where: str | Path, allowed: float = 0.0) -> str | None:
-    """Look for the pictures of a list before work on them begins, not hours later at its end.
+    """Check that the pictures of a list exist before work on them begins.
 
     Args:
         names: relative to ``folder``.
@@ -289,19 +289,17 @@ def require_files(names: Iterable[str | Path], folder: Path, *, where: str | Pat
         return None
     text = f"{where}: {len(missing)} of its {len(present)} pictures are not there, such as {folder / missing[0]}"
     if len(missing) > allowed * len(present) or len(missing) == len(present):
-        raise UserError(
-            f"{text}; is {folder} the folder that their names are relative to?{about_backslashes(missing[0])}"
-        )
+        raise UserError(f"{text}; is {folder} the folder that their names are relative to?{backslash_hint(missing[0])}")
     return text
 
 
-def about_backslashes(name: str | Path) -> str:
-    """A hint to follow the name of a picture that is not there, where Windows wrote the name; else nothing."""
+def backslash_hint(name: str | Path) -> str:
+    """A hint to append to the name of a missing picture if it was written on Windows; else nothing."""
     return r" Names with \ come from Windows: write them with /." if "\\" in str(name) else ""
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The paths of `find_images`; what was passed over is told on standard error, by one process of a run."""
+    """The paths of `find_images`; skipped files are reported on standard error, by one process of a run."""
     listing = find_images(folder)
     if str(listing) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {folder}: {listing}", file=sys.stderr)

@@ -46,7 +46,7 @@ OF = " of "
 
 @dataclass(frozen=True)
 class Meaning:
-    """`names` of one meaning, the usual first, and the meaning above it (None: nothing that tells anything)."""
+    """`names` of one meaning, the most usual first, and its hypernym (None: only uninformative ones)."""
 
     names: tuple[str, ...]
     above: str | None
@@ -76,7 +76,7 @@ class Lexicon:
         return () if key is None else tuple(name for name in self.meanings[key].names if name != noun)
 
     def hypernyms(self, noun: str) -> tuple[str, ...]:
-        """One name of each meaning above, the nearest first."""
+        """One name of each hypernym, the nearest first."""
         return tuple(self.meanings[above].names[0] for above in self.above(self.meaning(noun)))
 
     def above(self, meaning: str | None) -> list[str]:
@@ -89,7 +89,7 @@ class Lexicon:
         return keys
 
     def at_or_below(self, words: Iterable[str]) -> frozenset[str]:
-        """Ids of the meanings of some words, and of all that are kinds of them."""
+        """Ids of the meanings of some words and of all their hyponyms."""
         tops = {key for key in map(self.meaning, words) if key is not None}
         return frozenset(key for key in self.meanings if not tops.isdisjoint((key, *self.above(key))))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentations of annotation and result files: the one place where they are checked and decoded.
 
-pycocotools trusts what it is given: a coordinate far away ends the process, run lengths that do not fill the mask leave
-memory nobody wrote. So nothing reaches it unchecked.
+pycocotools trusts its input: a distant coordinate crashes the process, and run lengths that do not fill the mask leave
+    uninitialised memory. So nothing reaches it unchecked.
 """
 
 from __future__ import annotations

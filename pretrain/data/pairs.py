@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single stickers as a detector's crop shows them, with captions, for CLIP; and alone on a photo, for its test.
+"""Single stickers framed like a detector's crops, with captions, for CLIP; and alone on a photo, for its test.
 
 Shapes: N images, S side of a square picture.
 """
@@ -154,7 +154,7 @@ class PairSource(StickerSource):
         stage.place(patch, top, left)
 
     def _stick(self, stage: Stage, label: int, dice: Dice, *, force: bool) -> bool:
-        """One of several stickers; True when there was a place for it."""
+        """Place one of several stickers; True if there was room for it."""
         sprite = self.stickers.draw_class(label, self.split, dice)
         fill = self.size * dice.uniform(0.35, 0.65)
         patch = self._draw(sprite, fill * min(1.0, sprite.aspect), fill * min(1.0, 1 / sprite.aspect), dice)

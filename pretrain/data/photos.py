@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs for CLIP: whole photos of one named thing, and square crops of boxes, by the class that a box has.
+"""Photographs for CLIP: whole photos of single named objects, and square crops of labelled boxes.
 
     words = read_photo_words(config)
     source = PhotoWordSource(words, size=224, seed=0, config=config)
 
-A class is a meaning of the lexicon, so that files which spell it differently (tv, television) give one class; a word
-that the lexicon does not know is a class of its own. Half of the drawing is fair to classes (each as often as the root
-of its pictures): a person in every other photo must not crowd out the toaster.
+A class is a meaning of the lexicon, so files that spell it differently (tv, television) give one class; a word that the
+lexicon does not know is a class of its own. Half of the samples are balanced by class (frequency proportional to the
+square root of its pictures), so that frequent classes do not crowd out rare ones.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ GREY = 127  # what lies beyond the border of a photo: zero after the normalisati
 
 
 @dataclass(frozen=True)
-class Item:
-    """A photo (`box` None) or a box of it (x, y, w, h in pixels), and the word that somebody gave it."""
+class LabelledCrop:
+    """A photo (`box` None) or a box of it (x, y, w, h in pixels), and its label."""
 
     file: Path
     word: str
@@ -50,7 +50,7 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class LabelledPhotos:
     """Labelled photos and their words.
 
     Attributes:
@@ -61,14 +61,14 @@ class Words:
         excluded: Words that must not be learnt.
     """
 
-    items: tuple[Item, ...]
+    items: tuple[LabelledCrop, ...]
     class_ids: tuple[int, ...]
     classes: tuple[str, ...]
     lexicon: Lexicon
     excluded: frozenset[str]
 
 
-def boxes_of(truth: GroundTruth, images: Path, *, part: Part, min_score: float, min_side: float) -> list[Item]:
+def boxes_of(truth: GroundTruth, images: Path, *, part: Part, min_score: float, min_side: float) -> list[LabelledCrop]:
     """Boxes of a COCO file; crowds are left out.
 
     Args:
@@ -94,7 +94,7 @@ def boxes_of(truth: GroundTruth, images: Path, *, part: Part, min_score: float, 
         if annotation.get("score", 1.0) < min_score:
             continue
         file = images / truth.file_of(annotation["image_id"])
-        items.append(Item(file, truth.categories[annotation["category_id"]], (x, y, w, h)))
+        items.append(LabelledCrop(file, truth.categories[annotation["category_id"]], (x, y, w, h)))
     return items
 
 
@@ -104,8 +104,10 @@ def parts_of(truths: Sequence[GroundTruth]) -> tuple[dict[str, str], set[str]]:
     return parts, {name for truth in truths for name in truth.scenes}
 
 
-def read_labels(path: Path, images: Path, *, parts: Mapping[str, str], scenes: set[str], part: Part) -> list[Item]:
-    """Photos with one noun, of a JSON table file -> nouns, but those which a COCO file calls scenes.
+def read_labels(
+    path: Path, images: Path, *, parts: Mapping[str, str], scenes: set[str], part: Part
+) -> list[LabelledCrop]:
+    """Photos with one noun, from a JSON table file -> nouns, without those that a COCO file marks as scenes.
 
     Raises:
         UserError: It is no such table.
@@ -114,13 +116,13 @@ def read_labels(path: Path, images: Path, *, parts: Mapping[str, str], scenes: s
     if not isinstance(content, dict) or not all(isinstance(nouns, list) for nouns in content.values()):
         raise UserError(f"{path}: not a table of file names and lists of nouns")
     return [
-        Item(images / name, str(nouns[0]))
+        LabelledCrop(images / name, str(nouns[0]))
         for name, nouns in content.items()
         if len(nouns) == 1 and name not in scenes and (part == "all" or parts.get(name, "train") == part)
     ]
 
 
-def read_photo_words(config: PhotoWords) -> Words:
+def read_photo_words(config: PhotoWords) -> LabelledPhotos:
     """Everything that a section names.
 
     Raises:
@@ -134,14 +136,14 @@ def read_photo_words(config: PhotoWords) -> Words:
         for warning in truth.warnings:
             print(f"warning: {truth.where}: {warning}", file=sys.stderr)
     parts, scenes = parts_of(truths)
-    named: list[Item] = []
+    named: list[LabelledCrop] = []
     if config.labels is not None:
         named = read_labels(config.labels, config.images, parts=parts, scenes=scenes, part=config.part)
     closed = {item.file for item in named if item.word in excluded}
-    boxes: list[Item] = []
+    boxes: list[LabelledCrop] = []
     rng = random.Random(0)
     for truth in truths:
-        by_word: dict[str, list[Item]] = defaultdict(list)
+        by_word: dict[str, list[LabelledCrop]] = defaultdict(list)
         for item in boxes_of(
             truth, config.images, part=config.part, min_score=config.min_score, min_side=config.min_side
         ):
@@ -161,7 +163,7 @@ def read_photo_words(config: PhotoWords) -> Words:
         spelt[key][item.word] += 1
     number = {key: i for i, key in enumerate(sorted(spelt))}
     classes = tuple(max(sorted(spelt[key]), key=lambda word: spelt[key][word]) for key in number)
-    return Words(
+    return LabelledPhotos(
         items=tuple(items),
         class_ids=tuple(number[key] for key in keys),
         classes=classes,
@@ -171,7 +173,7 @@ def read_photo_words(config: PhotoWords) -> Words:
 
 
 def novel_names(novel: Collection[str], lexicon: Lexicon) -> frozenset[str]:
-    """All names of words that must stay unknown and of their kinds: dog, domestic dog, terrier, …
+    """All names of withheld words and of their hyponyms: dog, domestic dog, terrier, …
 
     Raises:
         UserError: the lexicon does not know a word, so what its kinds are cannot be told.
@@ -195,7 +197,7 @@ class PhotoWordSource:
         config: Shares, sizes of crops, length.
     """
 
-    def __init__(self, words: Words, *, size: int, seed: int, config: PhotoWords) -> None:
+    def __init__(self, words: LabelledPhotos, *, size: int, seed: int, config: PhotoWords) -> None:
         self.words, self.size, self.seed, self.config = words, size, seed, config
         boxed = np.array([item.box is not None for item in words.items])
         ids = np.array(words.class_ids)
@@ -236,7 +238,7 @@ class PhotoWordSource:
             square = cv2.resize(square, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
         return np.ascontiguousarray(square.transpose(2, 0, 1)), item.word, self.words.class_ids[number]
 
-    def _window(self, item: Item, height: int, width: int, dice: Dice) -> Box:
+    def _window(self, item: LabelledCrop, height: int, width: int, dice: Dice) -> Box:
         if item.box is None:
             side = min(height, width) * dice.uniform(0.55, 1.0) if dice.chance(0.7) else float(max(height, width))
             x, y = (max(0.0, extent - side) * (dice.random() - 0.5) + extent / 2 for extent in (width, height))
@@ -294,8 +296,8 @@ class ClassCaptions:
     hypernyms: tuple[int, ...]
 
 
-def vocabulary_of(words: Words) -> tuple[list[str], np.ndarray, list[ClassCaptions]]:
-    """Words a picture chooses from, and which of them are no mistake for a class.
+def vocabulary_of(words: LabelledPhotos) -> tuple[list[str], np.ndarray, list[ClassCaptions]]:
+    """The words that a picture is contrasted with, and which of them are correct for a class.
 
     Returns:
         V words: the classes, their synonyms and hypernyms; (C, V) bool, True where a word means the class itself, or

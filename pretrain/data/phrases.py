@@ -3,7 +3,7 @@
 
 A phrase file is UTF-8 text, one `phrase<TAB>weight<TAB>definition` per line; weight (1) and definition (none) may be
 left out. The target of a phrase with a definition is the normalised sum of the teacher's embeddings of both: an encoder
-knows a bare rare noun badly and a dictionary's sentence about it well. A target file is one safetensors file with
+embeds a bare rare noun badly, but its dictionary definition well. A target file is one safetensors file with
 `embeddings` (P, D) float16 and `phrases` (bytes, one text per line), so that the two cannot be separated.
 
 `python -m pretrain.data.phrases --wordnet DIR --out FILE` writes the phrase file of the shipped text tower.

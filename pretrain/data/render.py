@@ -5,8 +5,8 @@ Every picture is a function of numbers drawn from one PCG64 generator, and every
 arithmetic (numpy integers, fixed-point `cv2.remap`, 8-bit blurs and area averages), so that a scene has the same bytes
 on every machine. Sprites are premultiplied RGBA: interpolating them needs no division and gives clean edges.
 
-The pixels are frozen: models were trained on them and a golden test guards them. New features come behind
-options whose default draws nothing else.
+The pixels are frozen: models were trained on them, and a golden test guards them. New features are options that are off
+    by default.
 
 H, W: picture height and width. h, w: patch height and width.
 """
@@ -149,7 +149,7 @@ def apply_tables(image: U8, tables: U8) -> U8:
 
 
 def spread(channel: U8, channels: int) -> U8:
-    """One channel (h, w) repeated as (h, w, channels): whole arrays are faster than numpy's broadcasting."""
+    """One channel (h, w) repeated as (h, w, channels), which is faster than numpy's broadcasting."""
     return cv2.merge([channel] * channels)
 
 
@@ -318,7 +318,7 @@ def jpeg_noise(image: U8, quality: int) -> U8:
 
 
 def shape_sprite(dice: Dice, texture: Sequence[U8]) -> Sprite:
-    """An abstract shape that is nothing: an irregular blob or polygon, filled with colour, stripes or photo.
+    """An abstract distractor: an irregular blob or polygon, filled with colour, stripes or photo.
 
     The corners are drawn on a circle with very uneven radii, so that stars, hearts, discs and boxes, which are like
     drawings of the vocabulary, do not occur.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled scenes of stickers on photos, for detection; the pictures alone, for learning without labels; COCO's form.
+"""Labelled scenes of stickers on photos, for detection, and their labels in COCO's form.
 
 Shapes: N images, n objects, m distractors, H and W height and width.
 """
@@ -23,7 +23,7 @@ from pretrain.data.stickers import SCENE, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 Labels = Literal["all", "base"]
 
@@ -162,27 +162,6 @@ class SceneSource(StickerSource):
     def collate(samples: list[Scene]) -> list[Scene]:
         """A batch of scenes is their list."""
         return samples
-
-
-class ImageView:
-    """The pictures of a scene source without anything else, for learning without labels."""
-
-    def __init__(self, source: SceneSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def sample(self, index: int, draw: int = 0) -> U8:
-        """uint8 (3, H, W)."""
-        return np.ascontiguousarray(self.source.sample(index, draw).image.transpose(2, 0, 1))
-
-    @staticmethod
-    def collate(samples: list[U8]) -> dict[str, Tensor]:
-        """{"image": uint8 tensor (N, 3, H, W)}."""
-        import torch
-
-        return {"image": torch.from_numpy(np.stack(samples))}
 
 
 class SceneEntry(TypedDict):

@@ -5,8 +5,8 @@ Layout: ``checkpoints/step_N/{model.safetensors, state.pt, meta.json}``; ``last`
 
 A checkpoint is written under a temporary name, each file flushed to the disk, then the folder is renamed and its parent
 flushed. ``meta.json`` carries size and sha256 of the files, and ends with a sum of itself; the sums are taken from the
-bytes as they are produced and compared with what is read back before any older checkpoint is deleted. So at every
-moment the newest *complete* checkpoint can be found by looking at the folders, newest first.
+bytes as they are produced and compared with what is read back before any older checkpoint is deleted. So the newest
+*complete* checkpoint can always be found by checking the folders, newest first.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def step_folders(root: Path) -> list[tuple[int, Path]]:
 
 
 class _Damaged(UserError):
-    """A checkpoint that an older one can stand in for."""
+    """Damage for which an older checkpoint can be used instead."""
 
 
 def with_sum(text: str) -> bytes:
@@ -307,7 +307,7 @@ def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what cannot be finished.
+    """Refuse to start writing without enough free space.
 
     Raises:
         UserError: If fewer than ``needed`` bytes are free.

@@ -176,7 +176,7 @@ class _Arguments:
 def _chosen(
     model: type[SectionT] | ConfigChoice[SectionT], config: str | None, overrides: Sequence[str]
 ) -> type[SectionT]:
-    """Whose keys the help shows: those of the configuration that is named, as far as it can be read."""
+    """The section whose keys the help shows: that of the named configuration, as far as it can be read."""
     if not isinstance(model, ConfigChoice):
         return model
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A failed validation as lines a person can act on: where the key stands, what is wrong, what to write instead."""
+"""A failed validation as readable lines: where the key is, what is wrong, what to write instead."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML whose every value knows where it stands, and the files and overrides a configuration is put together from.
+"""YAML with the position of every value, and the files and overrides that make up a configuration.
 
 Scalars follow YAML 1.2's core schema, not PyYAML's 1.1: ``1e-4`` is a float; ``on``, ``yes`` and ``12:30`` are text.
 Only nodes are composed, never objects; tags other than the plain types are refused, so nothing in a file can run code.
@@ -41,7 +41,7 @@ class Item:
     where: str
 
     def plain(self) -> Any:
-        """The value without its whereabouts."""
+        """The value without its position."""
         if isinstance(self.value, dict):
             return {key: item.plain() for key, item in self.value.items()}
         if isinstance(self.value, list):
@@ -214,7 +214,7 @@ def read_yaml(text: str, source: str, *, lines: bool = True) -> tuple[Item | Non
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes each text that a reader of YAML 1.1 or 1.2 would take for something else; writes no anchors."""
+    """Quotes each text that a YAML 1.1 or 1.2 reader would read as another type; writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

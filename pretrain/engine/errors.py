@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors a person can act on, and the one place where a command turns them into an exit status.
+"""Errors that a user can fix, and the one place where a command turns them into an exit status.
 
 Anything that is neither a ``UserError`` nor a fault of the machine (a full disk, too little memory) is a defect of this
 program and keeps its traceback.
@@ -107,7 +107,7 @@ def fault_of_the_machine(error: OSError) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to say where memory did not suffice, of the machine or of a GPU; None: it is another error.
+    """The message for an out-of-memory error of the machine or a GPU; None for other errors.
 
     torch has no class of its own for the memory of the machine, and is not imported here.
     """
@@ -121,7 +121,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def ignore_old_torch_calls() -> None:
-    """No warnings that Detectron2 and its libraries call torch in ways that it advises against by now.
+    """Silence torch's deprecation warnings about calls by Detectron2 and its libraries.
 
     Nothing a user could change.
     """

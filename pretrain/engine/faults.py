@@ -94,7 +94,7 @@ def too_many_bad(bad: int, drawn: int) -> bool:
 
 
 class Watchdog:
-    """Says where a process of several is when it has been there for long.
+    """Reports which part of a step a process is in when it has been there for long.
 
     A process that leaves out a collective which the others enter lets all of them wait, without a word. Here each says
     its rank, its step and the part of the step: the odd one out is the one to look at.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, and their hashes. Standard library only: commands import it before torch."""
+"""Atomic writes, locks and hashes of files. Standard library only: commands import it before torch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
 
 
 def read_text(path: str | os.PathLike[str], *, hint: str = "") -> str:
-    """Content of a text file in UTF-8, without the mark at its beginning that Windows writes.
+    """Content of a UTF-8 text file, without a byte order mark.
 
     Args:
         path: The file.
@@ -185,7 +185,7 @@ def locked_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make a folder for results, and keep other commands out of it: they would take each other's for their own.
+    """Make a folder for results and lock it, so that two commands do not mix their results.
 
     Raises:
         UserError: another command writes there.

@@ -56,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
         self._help_all.help = f"{len(self._hidden)} more options"
 
     def show_all(self) -> None:
-        """Bring back what `hide` left out, and the details."""
+        """Show what `hide` left out, and the details."""
         for action, text in self._hidden.items():
             action.help = text
         self._hidden.clear()

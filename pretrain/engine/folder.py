@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run folder: may a run begin or continue here, and what does it find."""
+"""The run folder: whether a run may start or resume there, and from which checkpoint."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def find_start(
 
 
 def refuse_other_inputs(latest: checkpoint.Checkpoint, inputs: Mapping[str, int | str]) -> list[str]:
-    """A run goes on only with the samples and the frozen weights it began with.
+    """Refuse to resume with other samples or frozen weights than the run began with.
 
     Returns:
         Warnings: large data whose files were changed or copied, of which a sample is the same.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which data a run learns from, in a few digests: a resumed run must find what it began with.
+"""Digests of the data that a run learns from, so that a resumed run can refuse other data.
 
-Small data are hashed whole. Of large ones names, sizes, times of change and a sample of the content are: what reads
-100,000 stamps takes a second, what reads 100,000 pictures takes an hour.
+Small data are hashed in full; of large data names, sizes, modification times and a sample of the content. Reading
+100,000 time stamps takes a second, reading 100,000 pictures an hour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TIMES = " (times of change)"
 
 @runtime_checkable
 class Identified(Protocol):
-    """A sample source, or a set of pictures, that can say what its samples are made from."""
+    """A sample source or set of pictures with digests of its data."""
 
     def identity(self) -> Mapping[str, str]:
         """Name of each part, such as "pictures" → a digest of it."""

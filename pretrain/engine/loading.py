@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Libraries imported and networks loaded in less time: no torch compiler, no search for garbage."""
+"""Faster imports and loading: without torch's compiler and garbage collection."""
 
 from __future__ import annotations
 

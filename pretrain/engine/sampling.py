@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples a step sees: a pure function of (seed, step), so that there is no sampler state to lose.
+"""The samples of a step: a pure function of (seed, step), so there is no sampler state to save.
 
 Samples are numbered by *draw*: step ``s`` with global batch ``B`` uses draws ``s·B … s·B + B − 1``. Every
 ``len(source)`` draws make an epoch, in which each index occurs once. Each draw seeds its own augmentation, so neither

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages that build on each other: which command makes what another one lacks."""
+"""Stages that build on each other: the command that makes a missing input."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values from files that a run wrote and somebody may have edited, checked against the types they are read into."""
+"""Type checks of values from files that a run wrote and a user may have edited."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures into features of a frozen backbone, in eval mode; the processes of a group share the work.
+"""Features of a frozen backbone in eval mode; the processes of a group share the work.
 
 Shapes: `N` pictures, `D` features.
 """

@@ -26,7 +26,7 @@ from pretrain.evaluation.linear import PROTOCOLS, few_labels, linear_classifier
 from pretrain.nets.backbones import build_backbone, load_backbone
 
 
-class Origin(NamedTuple):
+class BackboneOrigin(NamedTuple):
     """Where a backbone comes from: its method, what it expects, and the step of its checkpoint (None: exported)."""
 
     method: str
@@ -34,7 +34,7 @@ class Origin(NamedTuple):
     step: int | None = None
 
 
-def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, Origin]:
+def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, BackboneOrigin]:
     """The online backbone of a run (exported, or of its newest checkpoint), or an exported one.
 
     Returns:
@@ -63,10 +63,10 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, Ori
     backbone = build_backbone(method.backbone, sizes=[view.size for view in method.views])
     backbone_state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     load_model(backbone, backbone_state, untracked=(), where=latest.folder)
-    return backbone, Origin(method.name, method.inputs(), latest.step)
+    return backbone, BackboneOrigin(method.name, method.inputs(), latest.step)
 
 
-def _exported(folder: Path) -> tuple[nn.Module, Origin]:
+def _exported(folder: Path) -> tuple[nn.Module, BackboneOrigin]:
     """A backbone folder, or the image tower of an encoder folder: a ResNet without the projection into words' space."""
     from pretrain.nets.encoders import load_encoder
     from pretrain.nets.towers import FORMAT, image_features
@@ -74,10 +74,10 @@ def _exported(folder: Path) -> tuple[nn.Module, Origin]:
     config = read_json(folder / "config.json", hint="give the folder of a run (its out=), or its exported/")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         backbone, info = load_backbone(folder)
-        return backbone, Origin(str(info["method"]), InputSpec(info["size"], info["mean"], info["std"]))
+        return backbone, BackboneOrigin(str(info["method"]), InputSpec(info["size"], info["mean"], info["std"]))
     encoder = load_encoder(folder)
     tower = image_features(encoder)
-    return tower.eval(), Origin("clip", InputSpec(encoder.image_size, encoder.image_mean, encoder.image_std))
+    return tower.eval(), BackboneOrigin("clip", InputSpec(encoder.image_size, encoder.image_mean, encoder.image_std))
 
 
 def evaluate(

@@ -3,10 +3,10 @@
 
 Particular to it: the loss compares features, not pictures: each should correlate with itself across the views and with
 no other (eq. 1); the correlation is taken over the global batch; the projector is wide; biases and norms have a
-learning rate of their own and neither decay nor LARS (the authors' code). The views pass one by one.
+learning rate of their own and neither decay nor LARS (the authors' code). Each view has a forward pass of its own.
 
-The authors' all-reduce of the correlation has no gradient of its own, so that on W GPUs theirs is 1/W of the true one.
-LARS hides that for the weights, not for biases and norms: their rate was tuned to it. ``gradient_scale`` gives it back.
+The authors' all-reduce of the correlation has no gradient, so on W GPUs theirs is 1/W of the true one. LARS hides this
+for the weights, but not for biases and norms, whose learning rate was tuned with it. ``gradient_scale`` restores it.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 
 Particular to it: no negatives; a predictor on the online side only; the target is an exponential moving average of
 encoder and projector, updated *after* the optimiser's step with a momentum that rises to 1 (§3.3); the loss is the sum
-of both directions, 2 − 2cos each (eq. 2); the two views are drawn differently (table 6). Views pass one by one, so that
-batch norm sees one view at a time, as in the reference.
+of both directions, 2 − 2cos each (eq. 2); the two views are drawn differently (table 6). Each view has a forward pass
+of its own, so that batch norm sees one view at a time, as in the reference.
 
 The second paper (Richemond et al., arXiv:2010.10241) shows that it is not batch norm that prevents collapse: the same
-step with group norm and weight standardisation in encoder and heads. Here that is a matter of the parts given:
-``byol_gn`` builds them with ``norm="gn_ws"``.
+step with group norm and weight standardisation in encoder and heads. Here ``byol_gn`` builds both with
+``norm="gn_ws"``.
 """
 
 from __future__ import annotations

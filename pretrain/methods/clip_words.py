@@ -4,7 +4,7 @@
 Particular to it: the caption is drawn from the class's word, its synonyms and its hypernyms, so that a photo of a
 golden retriever is also a dog and an animal. All other words are negatives, except synonyms, hypernyms and hyponyms. A
 second target keeps the knowledge of the ImageNet network that the image tower starts from: the sum of the words of its
-classes, weighted by their probabilities (ConSE, arXiv:1312.5650). Training on names alone makes words without photos
+classes, weighted by their probabilities (ConSE, arXiv:1312.5650). Training on names alone made words without photos
 worse.
 
 Shapes: `N` pictures, `V` words, `C` classes, `K` classes of ImageNet, `D` joint embedding.
@@ -24,7 +24,7 @@ from pretrain.config import AugmentConfig
 from pretrain.config_photos import WordsLoss
 from pretrain.data.lexicon import Lexicon
 from pretrain.data.pairs import PairBatch
-from pretrain.data.photos import Words, vocabulary_of
+from pretrain.data.photos import LabelledPhotos, vocabulary_of
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import ParamGroup, default_groups
@@ -71,7 +71,7 @@ class WordClip(Clip):
         self,
         *,
         encoder: JointEncoder,
-        words: Words,
+        words: LabelledPhotos,
         loss: WordsLoss,
         classifier: nn.Module | None,
         lr_scale: float = 0.1,

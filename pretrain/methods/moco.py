@@ -6,7 +6,7 @@ come from a momentum copy of the encoder, moved *before* the keys are computed, 
 (algorithm 1); batch norm must not let a query recognise its key by shared statistics, so the keys of all processes are
 shuffled among them (§3.3). One process alone normalises in groups, as several GPUs would ("split batch norm" of the
 authors' CIFAR notebook), and shuffles as well: a query's group and its key's must differ.
-The queue and its pointer are part of every checkpoint; any length and any batch go, it wraps.
+The queue and its pointer are part of every checkpoint. Its length need not be a multiple of the batch: it wraps.
 
 Shapes: `N` samples of this process, `M` = processes x N, `D` embedding, `K` queue.
 """

@@ -3,7 +3,7 @@
 
 Particular to it: no negatives, no momentum network and no large batch: the stop-gradient alone (algorithm 1, §4.1). The
 projector's last batch norm has no affine part, the predictor is a bottleneck whose learning rate does not decay
-(appendix B). The views pass one by one: batch norm sees one view at a time.
+(appendix B). Each view has a forward pass of its own: batch norm sees one view at a time.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 """SwAV (Caron et al., arXiv:2006.09882): predict from one view to which prototypes another view was assigned.
 
 Particular to it: the assignment ("code") comes from Sinkhorn-Knopp over the global batch, so that all prototypes are
-used alike (§3.1), and carries no gradient; several small crops predict the codes of the big ones, which alone give
-codes (§3.2), with one forward pass per resolution; the prototypes are unit vectors in every forward, and stay as they
-are for the first steps; a queue of earlier embeddings lets small batches use many prototypes (appendix A).
+    used equally (§3.1), and has no gradient; small crops predict the codes of the big ones, only which have codes
+    (§3.2), with one forward pass per resolution; the prototypes are unit vectors in every forward pass, and frozen for
+    the first steps; a queue of earlier embeddings lets small batches use many prototypes (appendix A).
 
 Shapes: `N` samples of this process, `V` crops, `D` embedding, `K` prototypes, `Q` queue.
 """
@@ -179,7 +179,7 @@ class SwAV(SelfSupervised[SwavMethod]):
         self.queue_filled.copy_((self.queue_filled + len(new)).clamp(max=self.queue_length))
 
     def after_backward(self, step: int) -> None:
-        """Frozen prototypes lose their gradient: the optimiser passes over them and makes no state for them.
+        """Drop the gradient of frozen prototypes, so that the optimiser skips them and keeps no state for them.
 
         Taking ``requires_grad`` away instead would leave DistributedDataParallel waiting for their gradient.
         """
@@ -187,7 +187,7 @@ class SwAV(SelfSupervised[SwavMethod]):
             self.prototypes.grad = None
 
     def after_step(self, step: int, total: int) -> None:
-        """Count; put the prototypes back onto the sphere, where every forward must find them."""
+        """Count the step and normalise the prototypes again."""
         self.updates.fill_(step + 1)
         if step >= self.freeze_steps:
             self._normalise()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text distillation: a small text tower learns a sentence encoder's embeddings of words and phrases.
 
-The image data names a few hundred nouns, users type any. So the text tower is distilled on all nouns of WordNet, from a
-sentence encoder trained on far more text, and then frozen (as in LiT, arXiv:2111.07991, with the roles of the towers
-exchanged). That "puppy" is near "dog" then holds for pictures too.
+The image data has a few hundred nouns, but users type any. So the text tower is distilled on all nouns of WordNet from
+a sentence encoder, which was trained on far more text, and then frozen (as in LiT, arXiv:2111.07991, with the roles of
+the towers exchanged). So "puppy" is near "dog" for pictures, too.
 
 Particular to it: the loss compares each embedding (1 - cosine) and the similarities within a batch.
 """

@@ -142,7 +142,8 @@ def _created(name: str, *, zero_init: bool, **options: Any) -> nn.Module:
 
 @torch.no_grad()
 def problem_with(backbone: nn.Module, size: int) -> str | None:
-    """Why a network cannot take pictures of ``size`` pixels, in one line; None if it can: it is shown a black one."""
+    """Why a network cannot take pictures of ``size`` pixels, in one line; None if it can. Tested with a black
+    picture."""
     training, device = backbone.training, next(backbone.parameters()).device
     try:
         shape = tuple(backbone.eval()(torch.zeros(1, 3, size, size, device=device)).shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones out of other people's checkpoints: recognised by their keys, read without running code, never in part.
+"""Backbones from other repositories' checkpoints: recognised by their keys, read without running code, loaded in full.
 
 The official repositories wrap the same torchvision ResNet in different names:
 
@@ -156,7 +156,7 @@ def _refuse_torchscript(path: Path) -> None:
 
 
 def _why_unreadable(problem: Exception) -> str:
-    """Torch's own advice is to open the file with all its code."""
+    """The reason, without torch's own advice, which is to run the file's code."""
     stored = re.search(r"GLOBAL (\S+)", str(problem))
     if stored:
         return (

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 @contextlib.contextmanager
 def buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Put every buffer back to what it was: batch norm normalises as ever, and its running statistics stay."""
+    """Restore every buffer afterwards: batch norm normalises as usual, but its running statistics do not change."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's CLIP models as our encoders: open_clip's by name, and checkpoint files recognised by their keys.
+"""Public CLIP models as encoders: open_clip's by name, and checkpoint files recognised by their keys.
 
-A file holds no picture of its network, so the sizes are read from the shapes of its tensors. What no shape tells is the
-activation: the authors' own files carry three numbers beside the weights (`input_resolution`, `context_length`,
-`vocab_size`) and have QuickGELU; any other file could have either, and has to be named with its model.
+A file does not describe its network, so the sizes are read from the shapes of its tensors. The one thing they do not
+show is the activation: the authors' own files carry three numbers beside the weights (`input_resolution`,
+`context_length`, `vocab_size`) and have QuickGELU; any other file could have either, and has to be named with its
+model.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained encoders from wherever they are: a folder of ours, open_clip by name, a CLIP checkpoint.
+"""Loads trained encoders: a folder of ours, open_clip's models by name, a CLIP checkpoint.
 
 encoder = load_encoder("weights/clip-sticker")              # a folder written by JointEncoder.save
 encoder = load_encoder("open_clip:ViT-B-32:openai")         # open_clip's name and tag (it downloads once)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """open_clip's text tower without the padding: the same embeddings in a part of the time.
 
-A prompt has some ten tokens, CLIP's tower reads 77. Where a token sees only those before it and the text is read off at
-its end, what follows the end changes nothing. open_clip computes it all the same.
+A prompt has some ten tokens, but CLIP's tower reads 77. With causal attention and the embedding taken at the end token,
+padding after it changes nothing, yet open_clip computes it.
 
 Shapes: `N` texts, `T` tokens, `D` joint embedding.
 """

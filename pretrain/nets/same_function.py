@@ -39,7 +39,7 @@ def require_same(expected: Mapping[str, Tensor], exported: Mapping[str, Tensor],
 
 
 def require_same_function(original: nn.Module, rebuilt: nn.Module, *, name: str) -> None:
-    """Compare a library's network with our ResNet of the same tensors: some differ in what has no tensors.
+    """Compare a library's network with our ResNet of the same tensors: they may differ in parts without tensors.
 
     Raises:
         UserError: they are different functions.

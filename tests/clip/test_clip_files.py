@@ -82,7 +82,7 @@ def test_export__openai_checkpoint_to_open_clip(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("drop", ["ln_final.bias", "visual.transformer.resblocks.0.attn.out_proj.weight"])
-def test_a_model_with_a_tensor_missing_is_refused_and_named(tmp_path: Path, drop: str) -> None:
+def test_openai_checkpoint__missing_tensor_is_named(tmp_path: Path, drop: str) -> None:
     _, state = published(VIT)
     del state[drop]
     torch.save(state, tmp_path / "clip.pt")
@@ -90,7 +90,7 @@ def test_a_model_with_a_tensor_missing_is_refused_and_named(tmp_path: Path, drop
         load_encoder(tmp_path / "clip.pt")
 
 
-def test_other_files_are_distinguished(tmp_path: Path) -> None:
+def test_clip_files__other_files_are_recognised(tmp_path: Path) -> None:
     _, state = published(VIT)
     torch.save({k: v for k, v in state.items() if k != "input_resolution"}, tmp_path / "trained.pt")
     with pytest.raises(UserError, match=r"which activation .* open_clip:ViT-B-32-quickgelu:.*trained\.pt"):
@@ -129,7 +129,7 @@ class Scripted(nn.Module):
         return x
 
 
-def test_a_torchscript_archive_is_not_run_and_the_advice_works(tmp_path: Path) -> None:
+def test_torchscript__is_not_run_and_the_advice_works(tmp_path: Path) -> None:
     """What OpenAI published: the message has the one command that makes a file of tensors of it."""
     _, state = published(VIT)
     path = tmp_path / "ViT-tiny.pt"

@@ -25,7 +25,7 @@ from pretrain.evaluate import (
 )
 
 
-def test_a_perfect_encoder_scores_one_everywhere() -> None:
+def test_zero_shot__perfect_encoder_scores_1() -> None:
     labels = torch.tensor([0, 1, 2, 3, 2])
     report = zero_shot(torch.eye(4)[labels], labels, torch.eye(4), base=frozenset({0, 1}))
     assert {k: v for k, v in report.items() if k.startswith("top")} == {
@@ -37,7 +37,7 @@ def test_a_perfect_encoder_scores_one_everywhere() -> None:
     assert (report["pictures_all"], report["pictures_base"], report["pictures_novel"]) == (5, 2, 3)
 
 
-def test_base_and_novel_and_near_synonyms_are_counted_apart() -> None:
+def test_zero_shot__counts_base_novel_and_near_synonyms() -> None:
     classes = torch.eye(8)
     labels = torch.tensor([0, 1, 2, 3])
     seen = (
@@ -58,13 +58,13 @@ def test_top5__ignores_the_sixth_name() -> None:
         assert zero_shot(image, torch.tensor([label]), torch.eye(6), base=frozenset())["top5_all"] == expected
 
 
-def test_a_group_without_pictures_has_no_figure() -> None:
+def test_zero_shot__group_without_pictures_is_nan() -> None:
     report = zero_shot(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), base=frozenset({0, 1}))
     assert report["pictures_novel"] == 0
     assert "top1_novel" not in report
 
 
-def test_synonyms_are_counted_by_kind_and_by_class() -> None:
+def test_synonym_accuracy__by_kind_and_by_class() -> None:
     pairs = [
         SynonymPair("automobile", (0,), "synonym", True),
         SynonymPair("cab", (0, 1), "hyponym", False),
@@ -98,7 +98,7 @@ class Echo(torch.nn.Module):
         return self.length * torch.stack([angle.cos(), angle.sin()], 1)
 
 
-def test_words_are_the_normalised_mean_over_templates() -> None:
+def test_embed_words__normalised_mean_over_templates() -> None:
     got = embed_words(Echo(), ["dog", "kitten"], ["{}", "a {}"])  # type: ignore[arg-type]
     for row, length in zip(got, (3, 6), strict=True):
         angles = torch.tensor([length / 10, (length + 2) / 10])
@@ -121,7 +121,7 @@ def test_teacher__embedding_includes_the_definition(tmp_path: Path) -> None:
     torch.testing.assert_close(taught(["cat", "dog"]), torch.tensor([[0, 1, 0], [0.5**0.5, 0, 0.5**0.5]]))
 
 
-def test_keywords_name_one_class_and_no_word_of_any() -> None:
+def test_keyword_pairs__name_one_class_and_share_no_word() -> None:
     stickers = Stickers.load()
     pairs = keyword_pairs(stickers)
     found = {p.query: [stickers.nouns[a] for a in p.answers] for p in pairs}
@@ -130,7 +130,7 @@ def test_keywords_name_one_class_and_no_word_of_any() -> None:
     assert "dogs" not in found and "pet" not in found  # a class in the plural; a keyword of several classes
 
 
-def test_shipped_synonyms_name_no_class_and_appear_in_no_caption() -> None:
+def test_shipped_synonyms__are_no_class_and_in_no_caption() -> None:
     nouns = Stickers.load().nouns
     pairs = load_pairs(SYNONYMS, nouns)
     assert len(pairs) > 1000

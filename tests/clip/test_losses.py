@@ -30,7 +30,7 @@ def reference(image: np.ndarray, text: np.ndarray, scale: float, labels: np.ndar
     return total / (2 * len(image))
 
 
-def test_class_names_are_further_texts_for_pictures_only() -> None:
+def test_contrastive__class_names_are_extra_texts_for_pictures() -> None:
     generator = np.random.default_rng(4)
     image, text, names = (generator.normal(size=(n, 5)) for n in (4, 4, 3))
     labels = np.array([0, 2, 0, 1])
@@ -56,7 +56,7 @@ def test_class_names_are_further_texts_for_pictures_only() -> None:
 
 @pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 0, 1]])
 @pytest.mark.parametrize("scale", [0.0, math.log(1 / 0.07), math.log(100)])
-def test_contrastive_loss_equals_its_definition(labels: list[int] | None, scale: float) -> None:
+def test_contrastive__equals_its_definition(labels: list[int] | None, scale: float) -> None:
     generator = np.random.default_rng(3)
     image, text = generator.normal(size=(6, 5)), 7 * generator.normal(size=(6, 5))
     got = clip_contrastive(
@@ -70,7 +70,7 @@ def test_contrastive_loss_equals_its_definition(labels: list[int] | None, scale:
     )
 
 
-def test_contrastive_accuracy_counts_every_caption_of_the_same_noun() -> None:
+def test_contrastive__accuracy_counts_captions_of_the_same_noun() -> None:
     image = torch.eye(3)
     text = torch.eye(3)[[1, 0, 2]]  # pictures 0 and 1 find each other's captions
     scale = torch.tensor(1.0)
@@ -78,7 +78,7 @@ def test_contrastive_accuracy_counts_every_caption_of_the_same_noun() -> None:
     assert clip_contrastive_top1(image, text, scale, labels_N=torch.tensor([5, 5, 6]))[1].item() == 1.0
 
 
-def test_contrastive_loss_stays_finite_at_the_largest_scale_in_half_precision() -> None:
+def test_contrastive__is_finite_at_the_largest_scale_in_fp16() -> None:
     image = torch.nn.functional.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), dim=1).half()
     loss = clip_contrastive(image, -image, torch.tensor(math.log(100)))
     assert loss.dtype == torch.float32
@@ -108,7 +108,7 @@ def _process(rank: int, folder: str, labels: bool) -> None:
 
 
 @pytest.mark.parametrize("labels", [False, True])
-def test_two_processes_equal_one_on_the_global_batch(tmp_path: Path, labels: bool) -> None:
+def test_contrastive__two_processes_equal_one(tmp_path: Path, labels: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     data = {
         "image": torch.randn(8, 6, generator=generator),
@@ -131,7 +131,7 @@ def test_two_processes_equal_one_on_the_global_batch(tmp_path: Path, labels: boo
     torch.testing.assert_close(got["right"], right)
 
 
-def test_distillation_equals_its_definition() -> None:
+def test_distillation__equals_its_definition() -> None:
     generator = np.random.default_rng(5)
     student, teacher = generator.normal(size=(5, 4)), generator.normal(size=(5, 4))
     s = student / np.linalg.norm(student, axis=1, keepdims=True)
@@ -151,7 +151,7 @@ def test_distillation_equals_its_definition() -> None:
     assert got.item() == pytest.approx(1 - cosine + 0.7 * divergence, rel=1e-4)
 
 
-def test_a_perfect_student_has_no_distillation_loss() -> None:
+def test_distillation__perfect_student_has_loss_0() -> None:
     teacher = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     loss, cosine = embedding_distillation(3 * teacher, teacher, similarity_weight=1.0, temperature=0.05)
     assert loss.item() == pytest.approx(0, abs=1e-5)

@@ -49,7 +49,7 @@ def learn(task: torch.nn.Module, batches: list[Any], lr: float = 3e-3) -> list[f
     return losses
 
 
-def test_clip_learns_to_match_pictures_with_words() -> None:
+def test_clip__learns_to_match_pictures_with_words() -> None:
     task = Clip(encoder=make())
     losses = learn(task, [colours(16, seed) for seed in range(60)])
     # With shared nouns the floor is the entropy of the targets, about log 4.
@@ -97,7 +97,7 @@ def test_clip__trains_both_towers_and_logit_scale() -> None:
     assert task.untracked == ()
 
 
-def test_the_temperature_is_clamped_after_the_step() -> None:
+def test_clip__temperature_is_clamped_after_the_step() -> None:
     task = Clip(encoder=make())
     with torch.no_grad():
         task.encoder.logit_scale.fill_(8.0)
@@ -105,7 +105,7 @@ def test_the_temperature_is_clamped_after_the_step() -> None:
     assert task.encoder.logit_scale.exp().item() == pytest.approx(100)
 
 
-def test_clip_needs_both_towers() -> None:
+def test_clip__needs_both_towers() -> None:
     with pytest.raises(ValueError, match="image tower and a text tower"):
         Clip(encoder=make(image=None))
 
@@ -118,11 +118,11 @@ def picture() -> torch.Tensor:
     return torch.stack([ramp.expand(16, 16), ramp[:, None].expand(16, 16), torch.full((16, 16), 0.3)])[None]
 
 
-def test_no_augmentation_changes_nothing() -> None:
+def test_augment__off_changes_nothing() -> None:
     torch.testing.assert_close(augment(picture(), PLAIN, 16), picture())
 
 
-def test_a_flip_mirrors_left_and_right() -> None:
+def test_augment__flip_mirrors_left_and_right() -> None:
     flipped = augment(picture(), PLAIN.model_copy(update={"flip": 1.0}), 16)
     torch.testing.assert_close(flipped, picture().flip(-1))
 
@@ -137,7 +137,7 @@ def test_augment__crops_lie_inside_the_picture() -> None:
     assert len({round(float(v), 4) for v in many[:, 0].mean((1, 2))}) > 32  # drawn per picture
 
 
-def test_colours_change_per_picture_and_stay_in_range() -> None:
+def test_augment__colours_differ_by_picture_and_stay_in_range() -> None:
     torch.manual_seed(0)
     config = PLAIN.model_copy(update={"brightness": 0.5, "contrast": 0.5, "colour": 0.5})
     many = augment(torch.rand(32, 3, 16, 16), config, 16)
@@ -156,7 +156,7 @@ def test_augment__hue_rotates_around_grey() -> None:
     torch.testing.assert_close(turn[1] @ turn[1].T, torch.eye(3))
 
 
-def test_another_hue_keeps_the_brightness_and_grey_has_no_hue() -> None:
+def test_augment__hue_keeps_brightness_and_grey() -> None:
     torch.manual_seed(0)
     many = picture().expand(32, 3, 16, 16)
     turned = augment(many, PLAIN.model_copy(update={"hue": 1.0}), 16)
@@ -169,7 +169,7 @@ def test_another_hue_keeps_the_brightness_and_grey_has_no_hue() -> None:
     assert (some.std(1).amax((1, 2)) < 1e-6).float().mean().item() == pytest.approx(0.3, abs=0.08)
 
 
-def test_a_random_filter_is_drawn_per_picture_and_keeps_plain_areas_plain() -> None:
+def test_augment__random_filter_keeps_plain_areas() -> None:
     torch.manual_seed(0)
     config = PLAIN.model_copy(update={"random_filter": 1.0})
     plain = augment(torch.full((2, 3, 16, 16), 0.3), config, 16)
@@ -181,7 +181,7 @@ def test_a_random_filter_is_drawn_per_picture_and_keeps_plain_areas_plain() -> N
 # --- distillation ----------------------------------------------------------------------------------------------------
 
 
-def test_a_text_tower_learns_its_teacher() -> None:
+def test_text_distill__learns_its_teacher() -> None:
     encoder = make(image=None)
     words = ["dog", "puppy", "car", "automobile", "red rose", "tulip", "hammer", "saw"]
     teacher = F.normalize(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
@@ -203,12 +203,12 @@ def test_a_text_tower_learns_its_teacher() -> None:
         ({"encoder": {"image": {"kind": "vit", "image_size": 60}}}, "not a multiple of patch_size"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_method_config__impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClipMethod.model_validate({"name": "clip", **settings})
 
 
-def test_resnet_is_the_default_image_tower() -> None:
+def test_encoder_config__default_image_tower_is_a_resnet() -> None:
     assert (
         ClipMethod.model_validate(
             {"name": "clip", "encoder": {"image": {"kind": "resnet"}, "text": TEXT}}

@@ -85,14 +85,14 @@ def test_wordnet__files_are_parsed(wordnet: WordNet) -> None:
     assert wordnet.exceptions["dogges"] == "dog"
 
 
-def test_frequencies_and_exceptions_may_be_absent(folder: Path) -> None:
+def test_wordnet__frequencies_and_exceptions_are_optional(folder: Path) -> None:
     (folder / "cntlist.rev").unlink()
     (folder / "noun.exc").unlink()
     wordnet = WordNet.load(folder)
     assert (wordnet.counts, wordnet.exceptions) == ({}, {})
 
 
-def test_first_sense_prefers_the_files_asked_for(wordnet: WordNet) -> None:
+def test_first_sense__prefers_the_given_files(wordnet: WordNet) -> None:
     def offset(*args: object) -> int | None:
         found = wordnet.first_sense(*args)  # type: ignore[arg-type]
         return found and found.offset
@@ -104,7 +104,7 @@ def test_first_sense_prefers_the_files_asked_for(wordnet: WordNet) -> None:
     assert offset("gryphon") is None
 
 
-def test_synonym_pairs_follow_the_rule(wordnet: WordNet) -> None:
+def test_synonym_pairs__follow_the_rule(wordnet: WordNet) -> None:
     pairs = {
         p.query: p
         for p in synonym_pairs(wordnet, ["dog", "bat", "car", "taxi"], ["animal", "animal", "vehicle", "vehicle"])
@@ -123,7 +123,7 @@ def test_synonym_pairs_follow_the_rule(wordnet: WordNet) -> None:
     assert "taxi" not in pairs  # a class itself
 
 
-def test_a_word_of_a_caption_is_no_synonym(wordnet: WordNet) -> None:
+def test_synonym_pairs__exclude_words_of_captions(wordnet: WordNet) -> None:
     pairs = synonym_pairs(wordnet, ["dog"], ["animal"], captions=["two puppys on a bench"])
     assert [p.query for p in pairs] == ["lapper", "pup"]
 
@@ -151,13 +151,13 @@ def test_synonym_pairs__file_round_trip(wordnet: WordNet, tmp_path: Path) -> Non
         ("index.noun", "animal n 2 0 2 0 00000010\n", "announces 2 senses and lists 1"),
     ],
 )
-def test_damaged_files_are_named_with_the_line(folder: Path, name: str, line: str, message: str) -> None:
+def test_wordnet__damaged_file_is_named_with_the_line(folder: Path, name: str, line: str, message: str) -> None:
     (folder / name).write_text(line)
     with pytest.raises(UserError, match=message):
         WordNet.load(folder)
 
 
-def test_a_missing_dictionary_says_what_it_is_for(tmp_path: Path) -> None:
+def test_wordnet__missing_folder_says_what_it_is_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="only rebuilding the text tower needs it"):
         WordNet.load(tmp_path)
 
@@ -165,14 +165,14 @@ def test_a_missing_dictionary_says_what_it_is_for(tmp_path: Path) -> None:
 # --- phrases ---------------------------------------------------------------------------------------------------------
 
 
-def test_common_and_drawable_words_weigh_more(wordnet: WordNet) -> None:
+def test_phrases__common_and_drawable_words_weigh_more(wordnet: WordNet) -> None:
     weight = dict(wordnet.phrases())
     assert weight["dog"] > weight["puppy"] > weight["pup"]
     assert weight["domestic dog"] > weight["canis familiaris"]  # a proper name in every form
     assert wordnet.phrases()[0][0] == "dog"
 
 
-def test_phrases_carry_the_definition_of_the_right_sense(wordnet: WordNet) -> None:
+def test_phrases__have_the_definition_of_their_sense(wordnet: WordNet) -> None:
     found = {
         p.text: p
         for p in build_phrases(
@@ -190,7 +190,7 @@ def test_phrases_carry_the_definition_of_the_right_sense(wordnet: WordNet) -> No
     assert found["bat"].weight > found["a bat"].weight
 
 
-def test_definitions_can_be_limited_to_the_most_useful(wordnet: WordNet) -> None:
+def test_phrases__definitions_can_be_limited(wordnet: WordNet) -> None:
     some = build_phrases(wordnet, ["dog"], ["animal"], [], definitions=1)
     assert {p.definition for p in some} == {"", "dog: a pet that barks"}
     everything = build_phrases(wordnet, ["dog"], ["animal"], [])
@@ -250,7 +250,7 @@ def test_phrases__drawn_by_weight_and_seed(tmp_path: Path) -> None:
     torch.testing.assert_close(batch.embeddings, targets.embeddings[[1, 0]].float())
 
 
-def test_a_definition_is_added_to_the_target(tmp_path: Path) -> None:
+def test_targets__definition_is_added(tmp_path: Path) -> None:
     write_targets(tmp_path / "t.safetensors", ["dog", "dog: a pet"], embeddings(2))
     targets = read_targets(tmp_path / "t.safetensors")
     source = PhraseSource(targets, phrases=[Phrase("dog", 1.0, "dog: a pet")], tokenize=tokenize)
@@ -261,7 +261,7 @@ def test_a_definition_is_added_to_the_target(tmp_path: Path) -> None:
         PhraseSource(targets, phrases=[Phrase("dog", 1.0, "never embedded")], tokenize=tokenize)
 
 
-def test_held_out_phrases_are_never_drawn(tmp_path: Path) -> None:
+def test_phrases__held_out_ones_are_never_drawn(tmp_path: Path) -> None:
     words = [f"word {i}" for i in range(400)]
     write_targets(tmp_path / "t.safetensors", words, embeddings(400))
     source = PhraseSource(

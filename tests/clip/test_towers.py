@@ -39,7 +39,7 @@ def encoder() -> JointEncoder:
 @pytest.mark.parametrize("image", [ResNetTower(image_size=32), SMALL_VIT], ids=["resnet", "vit"])
 @pytest.mark.parametrize("text", [SMALL_CBOW, SMALL_TEXT, SMALL_TEXT.model_copy(update={"causal": True})])
 @torch.no_grad()
-def test_every_pair_of_towers_embeds_into_the_joint_space(image: Any, text: Any) -> None:
+def test_towers__every_pair_embeds_into_the_joint_space(image: Any, text: Any) -> None:
     both = make(image=image, text=text)
     pixels = both.prepare(torch.zeros(2, 3, 40, 50, dtype=torch.uint8))
     assert pixels.shape == (2, 3, 32, 32)
@@ -59,7 +59,7 @@ def test_text_tower__embedding_is_independent_of_the_batch(text: Any) -> None:
 
 
 @torch.no_grad()
-def test_bag_of_words_ignores_order_and_the_transformer_does_not() -> None:
+def test_text_tower__only_bag_of_words_ignores_order() -> None:
     texts = ["dog next to a cat", "cat next to a dog"]
     cbow, transformer = make(), make(text=SMALL_TEXT)
     first, second = cbow.encode_text(cbow.tokenize(texts))
@@ -69,7 +69,7 @@ def test_bag_of_words_ignores_order_and_the_transformer_does_not() -> None:
 
 
 @torch.no_grad()
-def test_bag_of_words_is_the_mean_of_its_words(encoder: JointEncoder) -> None:
+def test_text_tower__bag_of_words_is_a_mean(encoder: JointEncoder) -> None:
     tower: Any = encoder.text
     tokens = encoder.tokenize(["red car"])
     words = tokens[0, 1:3]
@@ -80,7 +80,7 @@ def test_bag_of_words_is_the_mean_of_its_words(encoder: JointEncoder) -> None:
 
 
 @torch.no_grad()
-def test_empty_text_and_no_text_are_embedded(encoder: JointEncoder) -> None:
+def test_text_tower__empty_text_and_no_text_are_embedded(encoder: JointEncoder) -> None:
     assert torch.isfinite(encoder.encode_text(encoder.tokenize([""]))).all()
     assert encoder.encode_text(encoder.tokenize([])).shape == (0, 6)
 
@@ -94,7 +94,7 @@ def test_tokenizer__equals_open_clip(encoder: JointEncoder) -> None:
         encoder.tokenize("dog")
 
 
-def test_resnet_has_torchvisions_names_and_strides() -> None:
+def test_resnet__has_torchvisions_names_and_strides() -> None:
     ours, theirs = ResNet(depth=18, stem="small"), torchvision.models.resnet18()
     expected = {k for k in theirs.state_dict() if not k.startswith("fc.")}
     assert set(ours.state_dict()) == expected
@@ -105,7 +105,7 @@ def test_resnet_has_torchvisions_names_and_strides() -> None:
 
 
 @torch.no_grad()
-def test_imagenet_stem_computes_what_torchvision_computes() -> None:
+def test_resnet__imagenet_stem_equals_torchvision() -> None:
     ours, theirs = ResNet(depth=18, stem="imagenet").eval(), torchvision.models.resnet18().eval()
     theirs.fc = torch.nn.Identity()
     ours.load_state_dict(theirs.state_dict())
@@ -113,7 +113,7 @@ def test_imagenet_stem_computes_what_torchvision_computes() -> None:
     torch.testing.assert_close(ours(pixels), theirs(pixels))
 
 
-def test_backbone_exports_without_the_head(encoder: JointEncoder) -> None:
+def test_export_backbone__leaves_out_the_head(encoder: JointEncoder) -> None:
     tensors = export_backbone(encoder)
     assert "layer4.1.bn2.running_var" in tensors
     assert not [name for name in tensors if name.startswith(("fc", "proj", "backbone"))]
@@ -136,7 +136,7 @@ def test_prepare__normalises_and_resizes_antialiased() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("half", [False, True])
-def test_saving_and_loading_gives_the_same_encoder(tmp_path: Path, half: bool) -> None:
+def test_encoder__round_trip(tmp_path: Path, half: bool) -> None:
     before = make(text_projection=True)
     before.logit_scale.fill_(3.0)
     before.save(tmp_path / "encoder", half=half)
@@ -157,7 +157,7 @@ def test_saving_and_loading_gives_the_same_encoder(tmp_path: Path, half: bool) -
 
 
 @torch.no_grad()
-def test_fingerprint_follows_weights_and_configuration() -> None:
+def test_fingerprint__depends_on_weights_and_configuration() -> None:
     one = make()
     first = one.fingerprint()
     assert first == make().fingerprint()
@@ -168,7 +168,7 @@ def test_fingerprint_follows_weights_and_configuration() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("value", "expected"), [(9.0, 4.60517), (-2.0, 0.0), (1.5, 1.5)])
-def test_temperature_is_clamped_to_one_and_a_hundred(encoder: JointEncoder, value: float, expected: float) -> None:
+def test_temperature__is_clamped_to_1_and_100(encoder: JointEncoder, value: float, expected: float) -> None:
     both = make()
     both.logit_scale.fill_(value)
     both.clamp_temperature()
@@ -186,7 +186,7 @@ def test_encoder__missing_tower_is_named() -> None:
 
 
 @torch.no_grad()
-def test_a_text_tower_is_taken_over_under_a_projection_that_begins_as_the_identity() -> None:
+def test_copy_tower__text_projection_starts_as_identity() -> None:
     source = make(image=None)
     torch.manual_seed(9)
     target = build_encoder(EncoderConfig(embed_dim=6, image=SMALL_VIT, text=SMALL_CBOW, text_projection=True)).eval()
@@ -200,7 +200,7 @@ def test_a_text_tower_is_taken_over_under_a_projection_that_begins_as_the_identi
 # --- what a folder may lack ------------------------------------------------------------------------------------------
 
 
-def test_a_missing_folder_and_missing_files_are_named(tmp_path: Path) -> None:
+def test_load_encoder__missing_folder_or_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no encoder at .*nowhere"):
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="config.json is missing"):
@@ -221,14 +221,14 @@ def test_a_missing_folder_and_missing_files_are_named(tmp_path: Path) -> None:
         ('{"format": "joint-encoder/1", "encoder": {"text": {"kind": "lstm"}}}', "encoder.text"),
     ],
 )
-def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_load_encoder__damaged_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
     make(image=None).save(tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         load_encoder(tmp_path)
 
 
-def test_weights_that_do_not_fit_are_counted(tmp_path: Path) -> None:
+def test_load_encoder__misfitting_weights_are_counted(tmp_path: Path) -> None:
     make(image=None).save(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -271,7 +271,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tiny.safetensors", "tiny.pt"])
-def test_an_open_clip_model_loads_from_a_local_file(tiny: tuple[Path, Any], name: str) -> None:
+def test_open_clip__loads_from_a_local_file(tiny: tuple[Path, Any], name: str) -> None:
     folder, model = tiny
     encoder = load_encoder(f"open_clip:{folder / 'tiny.json'}:{folder / name}")
     assert (encoder.embed_dim, encoder.image_size) == (8, 32)
@@ -283,7 +283,7 @@ def test_an_open_clip_model_loads_from_a_local_file(tiny: tuple[Path, Any], name
     torch.testing.assert_close(encoder.logit_scale, model.logit_scale)
 
 
-def test_an_open_clip_model_can_be_saved_as_a_folder(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+def test_open_clip__can_be_saved_as_a_folder(tiny: tuple[Path, Any], tmp_path: Path) -> None:
     encoder = load_encoder(f"open_clip:{tiny[0] / 'tiny.json'}:{tiny[0] / 'tiny.safetensors'}")
     encoder.save(tmp_path / "copy")
     assert load_encoder(tmp_path / "copy").fingerprint() == encoder.fingerprint()
@@ -299,12 +299,12 @@ def test_an_open_clip_model_can_be_saved_as_a_folder(tiny: tuple[Path, Any], tmp
         ("open_clip:nowhere.json:x.pt", "nowhere.json: no such file; open_clip:MODEL.json:WEIGHTS needs"),
     ],
 )
-def test_unknown_open_clip_names_are_explained(spec: str, message: str) -> None:
+def test_open_clip__unknown_names_are_explained(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_encoder(spec)
 
 
-def test_open_clip_weights_of_another_model_are_refused(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+def test_open_clip__weights_of_another_model_are_refused(tiny: tuple[Path, Any], tmp_path: Path) -> None:
     (tmp_path / "wider.json").write_text(json.dumps({**TINY, "embed_dim": 12}))
     with pytest.raises(UserError, match="of another shape"):
         load_encoder(f"open_clip:{tmp_path / 'wider.json'}:{tiny[0] / 'tiny.safetensors'}")

@@ -73,12 +73,12 @@ def test_train__text_tower_then_clip_then_evaluate(
     assert report["synonyms"]["everyday"].keys() == {"puppy", "automobile", "spectacles", "aeroplane"}
 
 
-def test_check_writes_nothing(text_run: list[str], tmp_path: Path) -> None:
+def test_check__writes_nothing(text_run: list[str], tmp_path: Path) -> None:
     assert train.main([*text_run, "--check"]) == 0
     assert not (tmp_path / "text").exists()
 
 
-def test_the_same_seed_gives_the_same_tower(text_run: list[str], tmp_path: Path) -> None:
+def test_seed__same_seed_gives_the_same_tower(text_run: list[str], tmp_path: Path) -> None:
     train.main(text_run)
     first = load_encoder(tmp_path / "text" / "exported").fingerprint()
     train.main([*text_run, "--overwrite"])
@@ -87,21 +87,21 @@ def test_the_same_seed_gives_the_same_tower(text_run: list[str], tmp_path: Path)
     assert load_encoder(tmp_path / "text" / "exported").fingerprint() != first
 
 
-def test_embeddings_of_another_length_are_refused_with_the_key_to_set(text_run: list[str]) -> None:
+def test_train__other_embedding_length_names_the_key(text_run: list[str]) -> None:
     with pytest.raises(UserError, match="set method.encoder.embed_dim=8"):
         train.main([*text_run, "method.encoder.embed_dim=16"])
 
 
-def test_a_missing_text_tower_is_named(tmp_path: Path) -> None:
+def test_train__missing_text_tower_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no encoder at"):
         train.main(clip_run(tmp_path))
 
 
-def test_data_of_the_wrong_kind_are_refused() -> None:
+def test_train__data_of_the_wrong_kind_are_refused() -> None:
     with pytest.raises(ConfigError, match="learns from data of kind sticker_pairs"):
         load_config(PretrainConfig, "pretrain/clip.yaml", ["data.kind=phrase_targets", "data.targets=x"])
 
 
 @pytest.mark.parametrize("name", ["text", "clip"])
-def test_shipped_configurations_load(name: str) -> None:
+def test_shipped_configs__load(name: str) -> None:
     assert load_config(PretrainConfig, f"pretrain/{name}.yaml").out == Path("runs") / name

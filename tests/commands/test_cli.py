@@ -37,13 +37,13 @@ def printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help__lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(["--help"], capsys)
     assert re.findall(r"^  ([a-z]+) ", text, re.MULTILINE) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("name", PRODUCT)
-def test_help_fits_a_screen_and_help_all_has_the_rest(
+def test_help__fits_a_screen_and_help_all_has_the_rest(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
@@ -54,7 +54,7 @@ def test_help_fits_a_screen_and_help_all_has_the_rest(
     assert ("--help-all" in short) == (len(whole) > len(short) + 80)
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help__imports_nothing_heavy() -> None:
     code = (
         "import contextlib, io, sys\n"
         "from ovd import cli\n"
@@ -76,7 +76,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["xyzzy"], "unknown command 'xyzzy'; wordbox --help lists the commands"),
     ],
 )
-def test_an_unknown_command_is_one_line_with_the_nearest(argv: list[str], said: str) -> None:
+def test_cli__unknown_command_suggests_the_nearest(argv: list[str], said: str) -> None:
     done = wordbox(*argv)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {said}\n")
 
@@ -87,11 +87,11 @@ def test_cli__no_command_prints_help_and_exits_2() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_is_the_main_of_its_module(name: str) -> None:
+def test_cli__command_is_the_main_of_its_module(name: str) -> None:
     assert cli.main_of(COMMANDS[name]) is importlib.import_module(COMMANDS[name].module).main
 
 
-def test_the_installed_command_is_this_one() -> None:
+def test_cli__installed_command_is_this_one() -> None:
     if sys.version_info < (3, 11):
         pytest.skip("no tomllib")
     import tomllib
@@ -113,7 +113,7 @@ def flags() -> CommandParser:
     return parser
 
 
-def test_a_hidden_flag_is_read_and_shown_by_help_all_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags__hidden_one_works_and_is_in_help_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert flags().parse_args(["--threads", "2"]).threads == 2
     assert vars(flags().parse_args([])) == {"out": None, "threads": None, "threshold": None}
     assert "--threads" not in flags().format_help() and "1 more options" in flags().format_help()
@@ -138,7 +138,7 @@ def test_a_hidden_flag_is_read_and_shown_by_help_all_only(capsys: pytest.Capture
         (["dog", "cat"], r"unrecognized arguments: .*cat\. Values with spaces or commas go in quotes; see"),
     ],
 )
-def test_mistakes_in_flags_are_user_errors(argv: list[str], said: str) -> None:
+def test_flags__mistakes_are_user_errors(argv: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         flags().parse_args(argv)
 
@@ -172,18 +172,18 @@ def completions(line: str, tmp_path: Path) -> list[str]:
         ("wordbox completion ", {"bash", "zsh", "fish"}),
     ],
 )
-def test_completion_knows_commands_flags_and_keys(line: str, expected: set[str], tmp_path: Path) -> None:
+def test_completion__knows_commands_flags_and_keys(line: str, expected: set[str], tmp_path: Path) -> None:
     pytest.importorskip("argcomplete")
     assert expected <= set(completions(line, tmp_path))
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_code_for_the_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion__prints_code_for_the_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("argcomplete")
     assert "wordbox" in printed(["completion", shell], capsys)
 
 
-def test_completion_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion__missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "argcomplete.shell_integration", None)
     with pytest.raises(UserError, match="pip install argcomplete"):
         cli.main(["completion", "bash"])

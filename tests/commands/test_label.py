@@ -67,7 +67,7 @@ def test_label__file_names_that_are_not_utf_8(kind: str, photos: Path, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["coco", "yolo", "yolo-seg", "voc"])
-def test_the_data_set_has_all_pictures_in_two_parts_and_the_boxes(kind: str, photos: Path, tmp_path: Path) -> None:
+def test_label__writes_all_pictures_in_two_parts_with_boxes(kind: str, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert run(photos, out, "--format", kind) == 0
     labels = read_labels(out)
@@ -79,7 +79,7 @@ def test_the_data_set_has_all_pictures_in_two_parts_and_the_boxes(kind: str, pho
     assert all("segmentation" in one for one in truth.annotations) == (kind == "yolo-seg")
 
 
-def test_supervision_takes_the_data_set(photos: Path, tmp_path: Path) -> None:
+def test_label__supervision_reads_the_data_set(photos: Path, tmp_path: Path) -> None:
     sv = pytest.importorskip("supervision")
     out = tmp_path / "set"
     run(photos, out, "--val", "0")

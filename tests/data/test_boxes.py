@@ -63,7 +63,7 @@ def test_boxes__scores_separate_objects_from_doubtful_ones(pseudo: Path) -> None
     assert unsure.tolist() == [[30, 0, 40, 10], [0, 20, 10, 30]]  # a crowd is no object, and no background
 
 
-def test_part_withheld_and_second_file(pseudo: Path) -> None:
+def test_boxes__part_withheld_and_second_file(pseudo: Path) -> None:
     assert read(pseudo, part="val").image_ids == [2]
     sure, unsure = read(pseudo, withheld=("cup",)).boxes(0)
     assert sure.tolist() == [[0, 0, 10, 10]] and len(unsure) == 2
@@ -84,14 +84,14 @@ def test_boxes__unusable_labels_are_refused(pseudo: Path, options: dict[str, Any
         read(pseudo, **options)
 
 
-def test_files_that_number_images_differently_are_refused(pseudo: Path) -> None:
+def test_boxes__files_with_other_image_ids_are_refused(pseudo: Path) -> None:
     images = [{"id": 1, "file_name": "other.png", "width": 60, "height": 40}]
     other = write(pseudo.parent / "true.json", [annotation(1, [2, 2, 30, 30], None)], images=images)
     with pytest.raises(UserError, match="same images the same way"):
         read(pseudo, other)
 
 
-def test_a_sample_is_a_function_of_its_draw_and_its_boxes_move_with_the_picture(pseudo: Path) -> None:
+def test_box_source__sample_depends_on_its_draw_and_moves_boxes(pseudo: Path) -> None:
     images = read(pseudo)
     transform = TrainingTransform(short_side=120, long_side=120, flip=1.0)
     source = BoxSource(images=images, transform=transform, seed=3)

@@ -134,19 +134,19 @@ def test_coco__oddities_are_counted(case: str) -> None:
     assert len(truth.annotations) == 4
 
 
-def test_sizes_written_otherwise_are_the_same_sizes() -> None:
+def test_coco__sizes_may_be_text_or_floats() -> None:
     for value in ("100", 100.0, " 100 "):
         assert check_ground_truth(content(every("width", value, "images"))).sizes[1] == (HEIGHT, WIDTH)
 
 
-def test_whole_numbers_written_with_a_point_are_the_same_ids() -> None:
+def test_coco__ids_may_be_whole_floats() -> None:
     made = json.loads(json.dumps(content()).replace('"id": 1,', '"id": 1.0,').replace('_id": 1,', '_id": 1.0,'))
     truth = check_ground_truth(made)
     assert list(truth.sizes) == [1, 2, 3, 4] and list(truth.categories) == [1, 2]
     assert {(type(a["image_id"]), type(a["category_id"])) for a in truth.annotations} == {(int, int)}
 
 
-def test_a_packed_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_coco__gzip_is_read(tmp_path: Path) -> None:
     made = content(every("score", 0.5))
     (tmp_path / "gt.json.gz").write_bytes(gzip.compress(json.dumps(made).encode()))
     truth = read_ground_truth(tmp_path / "gt.json.gz")
@@ -161,7 +161,7 @@ def test_a_packed_file_is_read_as_it_is(tmp_path: Path) -> None:
 # --- training
 
 
-def test_crowds_and_pictures_without_objects_are_counted(images_of: Callable[..., CocoImages]) -> None:
+def test_coco__crowds_and_empty_pictures_are_counted(images_of: Callable[..., CocoImages]) -> None:
     made = content(count=6)
     made["annotations"] = made["annotations"][:3]
     made["annotations"][2]["iscrowd"] = 1
@@ -174,7 +174,7 @@ def test_crowds_and_pictures_without_objects_are_counted(images_of: Callable[...
         images_of(content(every("iscrowd", 1), count=6))
 
 
-def test_masks_are_those_of_the_file(images_of: Callable[..., CocoImages]) -> None:
+def test_coco__masks_equal_the_files(images_of: Callable[..., CocoImages]) -> None:
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[5:20, 7:31] = 1
     packed = mask_tools.encode(np.asfortranarray(mask))["counts"].decode()
@@ -185,7 +185,7 @@ def test_masks_are_those_of_the_file(images_of: Callable[..., CocoImages]) -> No
     assert int(images_of(made).load(0).masks.sum()) == 600, "the box stands for it"
 
 
-def test_parts_are_chosen_by_the_split_of_an_image(images_of: Callable[..., CocoImages]) -> None:
+def test_coco__parts_follow_images_split(images_of: Callable[..., CocoImages]) -> None:
     made = content()
     for entry, part in zip(made["images"], ("train", "val", "train", None), strict=True):
         entry["split"] = part
@@ -196,7 +196,7 @@ def test_parts_are_chosen_by_the_split_of_an_image(images_of: Callable[..., Coco
         images_of(made, part="test")
 
 
-def test_a_box_outside_is_found_when_only_the_picture_knows_its_size(images_of: Callable[..., CocoImages]) -> None:
+def test_coco__box_outside_a_picture_of_unstated_size_is_found(images_of: Callable[..., CocoImages]) -> None:
     made = content(every("width", None, "images"))
     for one in made["annotations"]:
         del one["segmentation"]
@@ -218,7 +218,7 @@ def runs(mask: np.ndarray) -> list[int]:
     return lengths if flat[1] == 0 else [0, *lengths[1:]]
 
 
-def test_packed_run_lengths_are_unpacked_as_pycocotools_packs_them() -> None:
+def test_run_lengths__unpacked_as_pycocotools_packs_them() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):
         height, width = random.integers(1, 50, 2)
@@ -227,7 +227,7 @@ def test_packed_run_lengths_are_unpacked_as_pycocotools_packs_them() -> None:
         assert unpacked(counts) == runs(mask)
 
 
-def test_a_flipped_bit_in_run_lengths_never_reaches_the_decoder() -> None:
+def test_run_lengths__flipped_bit_never_reaches_the_decoder() -> None:
     """Either it is refused, or the mask is another one that fills the picture: nothing is left unwritten."""
     random = np.random.default_rng(1)
     mask = (random.random((20, 30)) < 0.3).astype(np.uint8)

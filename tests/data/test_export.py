@@ -28,7 +28,7 @@ def scenes(stickers: Stickers, **changes) -> SceneSource:
     return SceneSource(stickers, **{"split": "val", "seed": 1, "size": 160, "length": 4, **changes})
 
 
-def test_pycocotools_reads_the_same_boxes_masks_and_classes(stickers: Stickers, tmp_path: Path) -> None:
+def test_export__pycocotools_reads_the_same_labels(stickers: Stickers, tmp_path: Path) -> None:
     source = scenes(stickers)
     coco = COCO(str(export(source, tmp_path / "out", image_format="png")))
     assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list(stickers.nouns)
@@ -45,7 +45,7 @@ def test_pycocotools_reads_the_same_boxes_masks_and_classes(stickers: Stickers, 
             assert entry["bbox"] == [x.min(), y.min(), x.max() + 1 - x.min(), y.max() + 1 - y.min()]
 
 
-def test_the_header_says_where_it_came_from(stickers: Stickers, tmp_path: Path) -> None:
+def test_export__header_names_its_source(stickers: Stickers, tmp_path: Path) -> None:
     data = json.loads(export(scenes(stickers, labels="base"), tmp_path).read_text(encoding="utf-8"))
     assert data["info"]["split_sha256"] == stickers.split_hash
     assert "CC-BY-4.0" in data["info"]["licence"] == data["licenses"][0]["name"]
@@ -55,14 +55,14 @@ def test_the_header_says_where_it_came_from(stickers: Stickers, tmp_path: Path) 
     assert ids == list(range(1, len(ids) + 1)), "0 is no annotation id: COCO's matcher takes it for unmatched"
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(stickers: Stickers, tmp_path: Path) -> None:
+def test_export__non_empty_folder_is_refused(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty.*--overwrite"):
         export(scenes(stickers), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_overwrite_replaces_the_earlier_export_and_nothing_else(stickers: Stickers, tmp_path: Path) -> None:
+def test_overwrite__replaces_the_earlier_export_only(stickers: Stickers, tmp_path: Path) -> None:
     export(scenes(stickers), tmp_path)
     mine = tmp_path / "val" / "holiday.jpg"
     mine.write_bytes(b"mine")
@@ -71,7 +71,7 @@ def test_overwrite_replaces_the_earlier_export_and_nothing_else(stickers: Sticke
     assert len(json.loads(target.read_text(encoding="utf-8"))["images"]) == 2 and mine.read_bytes() == b"mine"
 
 
-def test_overwrite_never_deletes_outside_the_folder(stickers: Stickers, tmp_path: Path) -> None:
+def test_overwrite__never_deletes_outside_the_folder(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
     out = tmp_path / "out"
     target = export(scenes(stickers, length=1), out)
@@ -82,13 +82,13 @@ def test_overwrite_never_deletes_outside_the_folder(stickers: Stickers, tmp_path
     assert (tmp_path / "precious.txt").read_text() == "keep"
 
 
-def test_a_file_in_place_of_the_folder_is_refused(stickers: Stickers, tmp_path: Path) -> None:
+def test_export__file_in_place_of_the_folder_is_refused(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         export(scenes(stickers), tmp_path / "file", overwrite=True)
 
 
-def test_the_command_writes_jpegs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export__command_writes_jpegs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--split", "val", "--count", "2", "--size", "96", "--out", str(tmp_path / "x")]
     assert main(args) == 0
     assert "2 scenes" in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_the_command_writes_jpegs_and_reports(tmp_path: Path, capsys: pytest.Cap
         assert image.format == "JPEG" and image.size == (96, 96)
 
 
-def test_the_command_reports_a_user_error_without_a_traceback(tmp_path: Path) -> None:
+def test_export__command_errors_have_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     command = [sys.executable, "-m", "pretrain.data.stickers", "--split", "val", "--out", str(tmp_path)]
     root = Path(__file__).resolve().parents[2]

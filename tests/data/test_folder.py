@@ -68,7 +68,7 @@ def test_read_image__lossless_formats_are_exact(kind: str) -> None:
     assert np.array_equal(read_image(encode(Image.fromarray(UPRIGHT), kind, **options)), UPRIGHT)
 
 
-def test_transparent_pixels_are_white() -> None:
+def test_read_image__transparent_pixels_are_white() -> None:
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[:2] = (200, 10, 10, 255)
     image = read_image(encode(Image.fromarray(rgba), "PNG"))
@@ -76,12 +76,12 @@ def test_transparent_pixels_are_white() -> None:
     assert np.array_equal(read_image(encode(Image.fromarray(rgba), "PNG"), alpha=True), rgba)
 
 
-def test_half_transparent_pixels_are_mixed_with_white() -> None:
+def test_read_image__alpha_is_blended_with_white() -> None:
     rgba = np.full((2, 2, 4), (0, 0, 0, 128), np.uint8)
     assert np.abs(read_image(encode(Image.fromarray(rgba), "PNG")).astype(int) - 127).max() <= 1
 
 
-def test_palette_pictures_with_and_without_transparency() -> None:
+def test_read_image__palettes_with_and_without_transparency() -> None:
     palette = Image.fromarray(UPRIGHT).quantize(8)
     assert np.abs(read_image(encode(palette, "PNG")).astype(int) - UPRIGHT).max() <= 6
     index = palette.getpixel((0, 0))
@@ -90,35 +90,35 @@ def test_palette_pictures_with_and_without_transparency() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
-def test_grey_pictures_get_three_channels(mode: str) -> None:
+def test_read_image__grey_gets_three_channels(mode: str) -> None:
     grey = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert(mode)
     assert read_image(encode(grey, "PNG")).tolist() == [[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]]
 
 
-def test_16_bit_greys_are_scaled_and_not_clipped() -> None:
+def test_read_image__16_bit_greys_are_scaled() -> None:
     grey = np.array([[0, 65535], [32768, 257]], np.uint16)
     image = read_image(encode(Image.fromarray(grey), "PNG"))
     assert image[..., 0].tolist() == [[0, 255], [128, 1]]
 
 
 @pytest.mark.parametrize(("white", "grey"), [(1.0, 0.5), (255.0, 128.0), (65535.0, 32896.0)])
-def test_greys_as_fractions_of_white_are_scaled_as_scientific_programs_mean_them(white: float, grey: float) -> None:
+def test_read_image__float_greys_are_scaled_from_0_to_1(white: float, grey: float) -> None:
     image = read_image(encode(Image.fromarray(np.array([[0, grey], [white, float("nan")]], np.float32)), "TIFF"))
     assert image[..., 0].tolist() == [[0, 128], [255, 0]]
 
 
-def test_dark_16_bit_greys_are_scaled_too() -> None:
+def test_read_image__dark_16_bit_greys_are_scaled() -> None:
     grey = np.full((2, 2), 255, np.uint16)  # 0.4 % of white
     assert read_image(encode(Image.fromarray(grey), "PNG")).max() == 1
 
 
-def test_cmyk_jpeg_is_converted() -> None:
+def test_read_image__cmyk_is_converted() -> None:
     data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
     red = read_image(data)[8, 8].astype(int)
     assert red[0] > 200 and red[1] < 60 and red[2] < 60
 
 
-def test_path_bytes_and_file_give_the_same_picture(tmp_path: Path) -> None:
+def test_read_image__path_bytes_and_file_are_equal(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encode(Image.fromarray(UPRIGHT), "PNG"))
     with path.open("rb") as handle:
@@ -126,7 +126,7 @@ def test_path_bytes_and_file_give_the_same_picture(tmp_path: Path) -> None:
     assert all(np.array_equal(picture, UPRIGHT) for picture in pictures)
 
 
-def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
+def test_read_image__format_follows_content_not_name(tmp_path: Path) -> None:
     path = tmp_path / "really_a_png.jpg"
     path.write_bytes(encode(Image.fromarray(UPRIGHT), "PNG"))
     assert np.array_equal(read_image(path), UPRIGHT)
@@ -145,12 +145,12 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [11_000, 20_000, 2**31 - 1])
-def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
+def test_read_image__decompression_bomb_is_refused_by_header(side: int) -> None:
     with pytest.raises(BadImageError, match="pixels"):
         read_image(bomb(side, side))
 
 
-def test_the_pixel_limit_can_be_chosen() -> None:
+def test_read_image__pixel_limit_is_an_argument() -> None:
     data = encode(Image.fromarray(UPRIGHT), "PNG")
     assert read_image(data, max_pixels=UPRIGHT.shape[0] * UPRIGHT.shape[1]).shape == UPRIGHT.shape
     with pytest.raises(BadImageError, match="16|24"):
@@ -186,20 +186,20 @@ def test_read_image__folder_or_missing_file_is_a_bad_image(tmp_path: Path) -> No
             read_image(path)
 
 
-def test_the_error_crosses_process_borders(tmp_path: Path) -> None:
+def test_bad_image_error__can_be_pickled(tmp_path: Path) -> None:
     with pytest.raises(BadImageError) as caught:
         read_image(tmp_path / "missing.png")
     assert str(ForkingPickler.loads(ForkingPickler.dumps(caught.value))) == str(caught.value)
 
 
-def test_large_pictures_can_be_read_small() -> None:
+def test_read_image__large_picture_can_be_read_small() -> None:
     big = np.kron(UPRIGHT, np.ones((20, 20, 1), np.uint8))
     for kind in ("PNG", "JPEG"):
         image = read_image(encode(Image.fromarray(big), kind), max_side=48)
         assert image.shape == (32, 48, 3) and np.abs(image[4, 4].astype(int) - UPRIGHT[2, 2]).max() < 12
 
 
-def test_a_folder_is_searched_with_its_sub_folders_in_a_fixed_order(tmp_path: Path) -> None:
+def test_folder__order_is_fixed_and_recursive(tmp_path: Path) -> None:
     for name in ("b.PNG", "a/z.jpg", "a/b/c.webp", "d.bmp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(UPRIGHT).save(tmp_path / name)
@@ -222,7 +222,7 @@ def test_folder__hidden_files_are_skipped(tmp_path: Path) -> None:
     assert len(list_images(hidden_root)) == 1, "a folder that is named is searched"
 
 
-def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+def test_folder__links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "photos/inner").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     for name in ("photos/a.jpg", "elsewhere/b.jpg", "photos/inner/c.jpg"):
@@ -233,7 +233,7 @@ def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> Non
     assert names == ["photos/a.jpg", "photos/inner/c.jpg", "photos/link/b.jpg"]
 
 
-def test_formats_that_are_not_read_are_counted_and_an_output_folder_is_left_out(tmp_path: Path) -> None:
+def test_folder__other_formats_are_counted_and_outputs_skipped(tmp_path: Path) -> None:
     (tmp_path / "results/drawn").mkdir(parents=True)
     for name in ("a.jpg", "results/drawn/a.jpg"):
         Image.fromarray(UPRIGHT).save(tmp_path / name)
@@ -248,7 +248,7 @@ def test_formats_that_are_not_read_are_counted_and_an_output_folder_is_left_out(
         find_images(tmp_path, without=tmp_path / "results")
 
 
-def test_what_a_training_passes_over_is_told_by_one_process(
+def test_folder__skipped_files_are_reported_by_one_process(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
@@ -260,9 +260,7 @@ def test_what_a_training_passes_over_is_told_by_one_process(
 
 
 @pytest.mark.parametrize(("stamp", "beside"), [("job.json", "parts"), ("label.json", "predictions")])
-def test_results_of_earlier_commands_and_links_to_nothing_are_no_pictures(
-    stamp: str, beside: str, tmp_path: Path
-) -> None:
+def test_folder__earlier_results_and_dead_links_are_skipped(stamp: str, beside: str, tmp_path: Path) -> None:
     for folder in ("found/drawn", f"found/{beside}", "own/parts"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("a.jpg", "found/drawn/a.jpg", "own/b.jpg"):
@@ -276,13 +274,13 @@ def test_results_of_earlier_commands_and_links_to_nothing_are_no_pictures(
     assert len(find_images(tmp_path / "found").paths) == 1  # asked for by name
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_folder__without_pictures_is_refused(tmp_path: Path) -> None:
     for folder, message in ((tmp_path, "contains no picture"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(UserError, match=message):
             list_images(folder)
 
 
-def test_an_odd_exif_tag_does_not_lose_the_picture() -> None:
+def test_read_image__odd_exif_tag_is_ignored() -> None:
     width_as_text = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")  # Pillow reads such a block and cannot write it again
     turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + width_as_text + turned + struct.pack("<I", 0)
@@ -294,7 +292,7 @@ def test_an_odd_exif_tag_does_not_lose_the_picture() -> None:
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "AVIF"])
-def test_tiff_and_avif_are_read(kind: str, tmp_path: Path) -> None:
+def test_read_image__tiff_and_avif(kind: str, tmp_path: Path) -> None:
     if kind not in FORMATS:
         pytest.skip("this Pillow has no AVIF")
     path = tmp_path / f"a.{kind.lower()}"
@@ -303,7 +301,7 @@ def test_tiff_and_avif_are_read(kind: str, tmp_path: Path) -> None:
     assert [p.name for p in find_images(tmp_path).paths] == [path.name]
 
 
-def test_tiff_of_16_bits_and_of_several_pages(tmp_path: Path) -> None:
+def test_read_image__tiff_of_16_bits_and_several_pages(tmp_path: Path) -> None:
     grey = np.array([[0, 65535], [32768, 257]], np.uint16)
     assert read_image(encode(Image.fromarray(grey), "TIFF"))[..., 0].tolist() == [[0, 255], [128, 1]]
     pages = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
@@ -314,7 +312,7 @@ def test_tiff_of_16_bits_and_of_several_pages(tmp_path: Path) -> None:
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40
 
 
-def test_heic_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_image__heic_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.heic").write_bytes(HEIC)
     for source in (tmp_path / "a.heic", HEIC):
@@ -325,14 +323,14 @@ def test_heic_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             find_images(tmp_path)
 
 
-def test_heic_is_read_where_the_package_is(tmp_path: Path) -> None:
+def test_read_image__heic_with_its_package(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif")
     heif.register_heif_opener()
     Image.fromarray(UPRIGHT).save(tmp_path / "a.heic")
     assert np.abs(read_image(tmp_path / "a.heic").astype(int) - UPRIGHT).mean() < 20
 
 
-def test_the_limit_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_image__pixel_limit_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(Image.new("L", (300, 200)), "PNG")
     assert pixel_limit() == MAX_PIXELS == 100_000_000
     monkeypatch.setenv("WORDBOX_MAX_PIXELS", "59_999")
@@ -360,7 +358,7 @@ def test_folder__listed_pictures_are_checked_first(
 
 
 @pytest.mark.parametrize(("there", "allowed"), [(99, 0.0), (98, 0.01), (0, 1.0)])
-def test_too_many_missing_pictures_are_refused_with_the_first(tmp_path: Path, there: int, allowed: float) -> None:
+def test_folder__too_many_missing_pictures_name_the_first(tmp_path: Path, there: int, allowed: float) -> None:
     names = [f"{number}.png" for number in range(100)]
     for name in names[:there]:
         (tmp_path / name).touch()

@@ -25,23 +25,23 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_shipped_split_follows_from_the_shipped_table(script: ModuleType) -> None:
+def test_split__follows_from_the_shipped_table(script: ModuleType) -> None:
     rows = json.loads((data_root() / "concepts.json").read_text(encoding="utf-8"))["concepts"]
     assert script.make_splits(rows) == json.loads((data_root() / "splits.json").read_text(encoding="utf-8"))
 
 
-def test_the_order_of_the_table_does_not_change_the_split(script: ModuleType) -> None:
+def test_split__does_not_depend_on_table_order(script: ModuleType) -> None:
     rows = json.loads((data_root() / "concepts.json").read_text(encoding="utf-8"))["concepts"]
     assert script.make_splits(rows[::-1])["sha256"] == script.make_splits(rows)["sha256"]
 
 
-def test_every_vector_drawing_names_the_icon_it_came_from(script: ModuleType) -> None:
+def test_notice__names_the_icon_of_every_vector_drawing(script: ModuleType) -> None:
     icons = json.loads((data_root() / "sources.json").read_text(encoding="utf-8"))["icons"]
     for style, names in icons.items():
         assert set(names) == {path.stem for path in (data_root() / "sprites" / style).iterdir()}
 
 
-def test_every_further_drawing_is_in_the_table_and_its_noun_is_a_class(script: ModuleType) -> None:
+def test_extra_styles__drawings_are_in_the_table(script: ModuleType) -> None:
     styles = json.loads((data_root() / "extra_styles.json").read_text(encoding="utf-8"))["styles"]
     nouns = set(json.loads((data_root() / "splits.json").read_text(encoding="utf-8"))["nouns"])
     assert set(styles) == {*script.EXTRA_PACKAGES, script.CLIPART}
@@ -50,13 +50,13 @@ def test_every_further_drawing_is_in_the_table_and_its_noun_is_a_class(script: M
         assert {entry["noun"] for entry in table.values()} <= nouns
 
 
-def test_missing_clip_art_is_named(script: ModuleType, tmp_path: Path) -> None:
+def test_clip_art__missing_one_is_named(script: ModuleType, tmp_path: Path) -> None:
     styles = {"openclipart": {"dog-1": {"noun": "dog", "icon": "animals/dog.svg"}}}
     with pytest.raises(UserError, match=r"animals/dog\.svg is missing"):
         script.build_extra(styles, tmp_path, tmp_path, tmp_path / "out")
 
 
-def test_an_alias_is_drawn_as_the_icon_it_stands_for(script: ModuleType) -> None:
+def test_icons__alias_is_drawn_as_its_icon(script: ModuleType) -> None:
     icons = {
         "width": 36,
         "height": 30,
@@ -67,7 +67,7 @@ def test_an_alias_is_drawn_as_the_icon_it_stands_for(script: ModuleType) -> None
     assert 'viewBox="0 0 36 40"' in svg and "<path/>" in svg
 
 
-def test_photos_are_found_at_any_depth_and_reduced(script: ModuleType, tmp_path: Path) -> None:
+def test_photos__found_at_any_depth_and_reduced(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     Image.new("RGB", (2560, 1000)).save(tmp_path / "in" / "deep" / "sunset.png")
     script.build_photos(tmp_path / "in", [("val", "sunset.jpg")], tmp_path / "out")
@@ -77,7 +77,7 @@ def test_photos_are_found_at_any_depth_and_reduced(script: ModuleType, tmp_path:
         script.build_photos(tmp_path / "in", [("train", "skimage_brick.jpg")], tmp_path / "out")
 
 
-def test_a_folder_with_something_in_it_is_refused(script: ModuleType, tmp_path: Path) -> None:
+def test_output__non_empty_folder_is_refused(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     here = str(tmp_path)
     arguments = ["--node-modules", here, "--photos", here, "--clipart", here, "--out", here]

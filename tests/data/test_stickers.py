@@ -20,7 +20,7 @@ from pretrain.data import caption_templates as captions
 from pretrain.data import render
 from pretrain.data.dice import Dice
 from pretrain.data.pairs import PairSource, StickerCrops
-from pretrain.data.scenes import ImageView, Scene, SceneSource
+from pretrain.data.scenes import Scene, SceneSource
 from pretrain.data.stickers import PAIR, Stickers, content_hash, data_root
 from pretrain.engine.errors import UserError
 
@@ -44,21 +44,21 @@ def source(stickers: Stickers, **changes) -> SceneSource:
 # The table and the split
 
 
-def test_every_noun_is_base_or_novel_and_never_both(stickers: Stickers) -> None:
+def test_split__every_noun_is_base_or_novel(stickers: Stickers) -> None:
     assert stickers.base.isdisjoint(stickers.novel)
     assert stickers.base | stickers.novel == set(range(len(stickers.nouns)))
     assert list(stickers.nouns) == sorted(set(stickers.nouns))
     assert (len(stickers.nouns), len(stickers.base), len(stickers.novel)) == (552, 441, 111)
 
 
-def test_a_fifth_of_every_supercategory_is_novel(stickers: Stickers) -> None:
+def test_split__a_fifth_of_each_supercategory_is_novel(stickers: Stickers) -> None:
     total = Counter(stickers.supercategory)
     novel = Counter(stickers.supercategory[i] for i in stickers.novel)
     for group, count in total.items():
         assert abs(novel[group] - count / 5) < 1, group
 
 
-def test_the_split_follows_from_its_rule(stickers: Stickers) -> None:
+def test_split__follows_from_its_rule(stickers: Stickers) -> None:
     members: dict[str, list[str]] = {}
     for index, noun in enumerate(stickers.nouns):
         members.setdefault(stickers.supercategory[index], []).append(noun)
@@ -70,11 +70,11 @@ def test_the_split_follows_from_its_rule(stickers: Stickers) -> None:
     assert novel == {stickers.nouns[i] for i in stickers.novel}
 
 
-def test_the_split_is_the_one_the_weights_were_trained_with(stickers: Stickers) -> None:
+def test_split__is_that_of_the_shipped_weights(stickers: Stickers) -> None:
     assert stickers.split_hash == "4b139a68c91d52c2a8f248860ffd8e1a49991a280a49a42763568db167ec5e05"
 
 
-def test_a_changed_split_file_is_refused(tmp_path: Path) -> None:
+def test_split__changed_file_is_refused(tmp_path: Path) -> None:
     for name in ("splits.json", "concepts.json"):
         shutil.copy(data_root() / name, tmp_path / name)
     split = json.loads((tmp_path / "splits.json").read_text(encoding="utf-8"))
@@ -84,39 +84,39 @@ def test_a_changed_split_file_is_refused(tmp_path: Path) -> None:
         Stickers.load(tmp_path)
 
 
-def test_the_hash_of_a_split_does_not_depend_on_the_order_of_its_keys() -> None:
+def test_split__hash_ignores_key_order() -> None:
     assert content_hash({"a": [1], "b": "ñ"}) == content_hash({"b": "ñ", "a": [1]})
     assert content_hash({"a": [1], "b": "ñ"}) != content_hash({"a": [2], "b": "ñ"})
 
 
-def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:
+def test_data_root__missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"splits\.json: no such file; set OVD_DATA"):
         Stickers.load(tmp_path)
 
 
-def test_the_data_folder_can_be_chosen_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_root__environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVD_DATA", str(tmp_path))
     assert data_root() == tmp_path
 
 
-def test_validated_nouns_are_those_with_a_drawing_in_the_held_out_style(stickers: Stickers) -> None:
+def test_validated__nouns_have_a_held_out_drawing(stickers: Stickers) -> None:
     assert set(stickers.drawable("val")) == stickers.validated
     assert set(stickers.drawable("train")) == set(range(len(stickers.nouns)))
 
 
-def test_styles_and_photos_of_the_splits_are_disjoint(stickers: Stickers) -> None:
+def test_splits__styles_and_photos_are_disjoint(stickers: Stickers) -> None:
     assert set(stickers.styles["train"]).isdisjoint(stickers.styles["val"])
     train, val = ({path.name for path in stickers.photos(split)} for split in ("train", "val"))
     assert train.isdisjoint(val) and (len(train), len(val)) == (8, 4)
 
 
-def test_every_drawing_of_the_table_is_there_and_nothing_else(stickers: Stickers) -> None:
+def test_drawings__match_the_table(stickers: Stickers) -> None:
     for style, drawings in stickers.drawings.items():
         listed = {code for codes in drawings.values() for code in codes} | set(stickers.unlabelled[style])
         assert {path.stem for path in (stickers.root / "sprites" / style).iterdir()} == listed
 
 
-def test_every_style_and_photo_is_named_in_the_notice(stickers: Stickers) -> None:
+def test_notice__names_every_style_and_photo(stickers: Stickers) -> None:
     notice = (stickers.root / "NOTICE.md").read_text(encoding="utf-8")
     for style in stickers.drawings:
         assert f"`{style}`" in notice
@@ -125,7 +125,7 @@ def test_every_style_and_photo_is_named_in_the_notice(stickers: Stickers) -> Non
             assert f"`{split}/{path.name}`" in notice
 
 
-def test_near_synonym_groups_are_disjoint_and_have_members(stickers: Stickers) -> None:
+def test_near_synonyms__groups_are_disjoint(stickers: Stickers) -> None:
     members = [index for group in stickers.near_synonyms for index in group]
     assert len(members) == len(set(members))
     assert all(len(group) > 1 for group in stickers.near_synonyms)
@@ -146,7 +146,7 @@ def test_scenes__are_a_function_of_split_seed_and_index(stickers: Stickers) -> N
 
 
 @pytest.mark.parametrize("change", [{"split": "val"}, {"seed": 4}, {"size": (168, 200)}])
-def test_split_seed_and_size_change_a_scene(stickers: Stickers, change: dict) -> None:
+def test_scenes__depend_on_split_seed_and_size(stickers: Stickers, change: dict) -> None:
     assert digest(source(stickers).scene(0)) != digest(source(stickers, **change).scene(0))
 
 
@@ -162,7 +162,7 @@ def test_scenes__pixels_are_frozen(stickers: Stickers, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_boxes_are_the_extent_of_the_visible_masks(stickers: Stickers, split: str) -> None:
+def test_scenes__boxes_are_the_extent_of_masks(stickers: Stickers, split: str) -> None:
     scenes = source(stickers, split=split)
     for index in range(25):
         scene = scenes.scene(index)
@@ -175,7 +175,7 @@ def test_boxes_are_the_extent_of_the_visible_masks(stickers: Stickers, split: st
             assert mask.sum() >= render.MIN_PIXELS
 
 
-def test_a_mask_covers_the_pixels_that_its_sticker_changed() -> None:
+def test_scenes__mask_covers_the_changed_pixels() -> None:
     canvas = np.zeros((60, 60, 3), np.uint8)
     stage = render.Stage(canvas)
     square = np.full((20, 20, 4), 255, np.uint8)
@@ -183,7 +183,7 @@ def test_a_mask_covers_the_pixels_that_its_sticker_changed() -> None:
     assert np.array_equal(stage.mask(1), canvas[..., 0] == 255)
 
 
-def test_occlusion_is_exact() -> None:
+def test_scenes__occlusion_is_exact() -> None:
     stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
     patch = render.Patch.of(np.full((20, 20, 4), 255, np.uint8))
     assert stage.place(patch, 10, 10) and stage.place(patch, 20, 10)  # the second covers half of the first
@@ -201,14 +201,14 @@ def test_scenes__sticker_never_hides_another() -> None:
 
 
 @pytest.mark.parametrize(("top", "fits"), [(-10, True), (-14, False), (-40, False), (70, False)])
-def test_the_border_counts_as_occlusion(top: int, fits: bool) -> None:
+def test_scenes__border_counts_as_occlusion(top: int, fits: bool) -> None:
     stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
     assert stage.place(render.Patch.of(np.full((20, 20, 4), 255, np.uint8)), top, 10) is fits
     if fits:
         assert stage.visible[1] / stage.patch_pixels[1] == 0.5 and stage.truncated[1]
 
 
-def test_base_labels_drop_novel_objects_but_keep_every_pixel(stickers: Stickers) -> None:
+def test_scenes__base_labels_keep_every_pixel(stickers: Stickers) -> None:
     everything, base = source(stickers), source(stickers, labels="base")
     dropped = 0
     for index in range(12):
@@ -224,7 +224,7 @@ def test_base_labels_drop_novel_objects_but_keep_every_pixel(stickers: Stickers)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_split_opens_only_its_own_drawings_and_photos(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits__open_their_own_drawings_and_photos_only(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     from pretrain.data import stickers as module
 
@@ -244,7 +244,7 @@ def test_a_split_opens_only_its_own_drawings_and_photos(split: str, monkeypatch:
     assert {part[1] for part in parts if part[0] == "sprites"} == set(fresh.styles[split])
 
 
-def test_extra_styles_are_for_training_only_and_leave_validation_alone(stickers: Stickers) -> None:
+def test_extra_styles__leave_validation_unchanged(stickers: Stickers) -> None:
     more = Stickers.load(extra_styles=True)
     added = set(more.styles["train"]) - set(stickers.styles["train"])
     assert added == {"noto-v1", "fluent-flat", "streamline", "openclipart"}
@@ -271,7 +271,7 @@ def test_extra_styles__are_used_when_enabled(monkeypatch: pytest.MonkeyPatch) ->
     assert drawn == set(data.styles["train"])
 
 
-def test_an_extra_style_with_an_unknown_noun_is_refused(tmp_path: Path) -> None:
+def test_extra_styles__unknown_noun_is_refused(tmp_path: Path) -> None:
     for name in ("splits.json", "concepts.json"):
         (tmp_path / name).write_bytes((data_root() / name).read_bytes())
     with pytest.raises(UserError, match=r"extra_styles\.json"):
@@ -281,14 +281,14 @@ def test_an_extra_style_with_an_unknown_noun_is_refused(tmp_path: Path) -> None:
         Stickers.load(tmp_path, extra_styles=True)
 
 
-def test_every_class_comes_equally_often(stickers: Stickers) -> None:
+def test_scenes__classes_are_balanced(stickers: Stickers) -> None:
     classes = stickers.drawable("val")
     scenes = source(stickers, split="val", length=1000)
     slots = [scenes.class_at(slot, 0) for slot in range(3 * len(classes))]
     assert set(Counter(slots).values()) == {3}
 
 
-def test_an_index_outside_the_source_is_refused(stickers: Stickers) -> None:
+def test_scenes__index_outside_is_refused(stickers: Stickers) -> None:
     for index in (-1, 60):
         with pytest.raises(IndexError):
             source(stickers).scene(index)
@@ -311,7 +311,7 @@ def test_scenes__invalid_argument_is_explained(stickers: Stickers, change: dict,
         source(stickers, **change)
 
 
-def test_any_folder_of_photos_serves_as_backgrounds(stickers: Stickers, tmp_path: Path) -> None:
+def test_backgrounds__any_folder_of_photos(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (90, 70), (0, 255, 0)).save(tmp_path / "deep" / "green.png")  # smaller than the scene
     scene = source(stickers, split="val", backgrounds=tmp_path).scene(0)
@@ -320,13 +320,13 @@ def test_any_folder_of_photos_serves_as_backgrounds(stickers: Stickers, tmp_path
     assert np.mean(green[:, 1] > green[:, 0] + 60) > 0.5
 
 
-def test_an_empty_folder_of_photos_is_refused(stickers: Stickers, tmp_path: Path) -> None:
+def test_backgrounds__empty_folder_is_refused(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match="contains no picture"):
         source(stickers, backgrounds=tmp_path)
 
 
-def test_an_unreadable_photo_is_named(stickers: Stickers, tmp_path: Path) -> None:
+def test_backgrounds__unreadable_photo_is_named(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     with pytest.raises(UserError, match=r"torn\.jpg"):
         source(stickers, split="val", backgrounds=tmp_path).scene(0)
@@ -336,13 +336,13 @@ def _hash_in_worker(index: int) -> str:
     return digest(source(Stickers.load()).scene(index))
 
 
-def test_another_process_makes_the_same_scenes(stickers: Stickers) -> None:
+def test_scenes__are_equal_in_another_process(stickers: Stickers) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         there = pool.map(_hash_in_worker, range(3))
     assert there == [digest(source(stickers).scene(i)) for i in range(3)]
 
 
-def test_loader_workers_change_no_sample(stickers: Stickers) -> None:
+def test_scenes__are_equal_with_loader_workers(stickers: Stickers) -> None:
     from pretrain.engine.sampling import Microbatches, batches
 
     def run(workers: int) -> list[bytes]:
@@ -358,7 +358,7 @@ def test_loader_workers_change_no_sample(stickers: Stickers) -> None:
 # Pairs and the other views
 
 
-def test_a_pair_depends_on_index_and_draw_only(stickers: Stickers) -> None:
+def test_pairs__depend_on_index_and_draw(stickers: Stickers) -> None:
     pairs = PairSource(stickers, split="train", size=48, seed=5)
     again = PairSource(Stickers.load(), split="train", size=48, seed=5)
     one, two = pairs.sample(11, 7), again.sample(11, 7)
@@ -368,7 +368,7 @@ def test_a_pair_depends_on_index_and_draw_only(stickers: Stickers) -> None:
     assert one[0].shape == (3, 48, 48) and one[0].dtype == np.uint8
 
 
-def test_pairs_show_every_class_once_per_turn(stickers: Stickers) -> None:
+def test_pairs__show_every_class_once_per_epoch(stickers: Stickers) -> None:
     pairs = PairSource(stickers, split="val", size=16)
     turn = len(stickers.validated)
     assert sorted(pairs.sample(i, 0)[2] for i in range(turn, 2 * turn)) == sorted(stickers.validated)
@@ -384,26 +384,26 @@ def nouns_of(caption: str, nouns: tuple[str, ...]) -> set[str]:
     return set(any_of(nouns).findall(caption))
 
 
-def test_a_caption_names_the_class_and_only_nouns(stickers: Stickers) -> None:
+def test_caption__names_the_class_and_only_nouns(stickers: Stickers) -> None:
     pairs = PairSource(stickers, split="train", size=16, length=552)
     for index in range(150):
         _, caption, label = pairs.sample(index, 0)
         assert stickers.nouns[label] in nouns_of(caption, stickers.nouns), caption
 
 
-def test_the_caption_of_a_scene_names_exactly_its_objects(stickers: Stickers) -> None:
+def test_caption__of_a_scene_names_its_objects(stickers: Stickers) -> None:
     scenes = source(stickers)
     for index in range(10):
         scene = scenes.scene(index)
         assert nouns_of(scene.caption, stickers.nouns) == {stickers.nouns[i] for i in scene.classes}
 
 
-def test_no_template_contains_a_noun(stickers: Stickers) -> None:
+def test_caption__templates_contain_no_noun(stickers: Stickers) -> None:
     for template in (*captions.SINGLE, *captions.JOINED):
         assert not nouns_of(re.sub(r"{\w+}", "·", template), stickers.nouns), template
 
 
-def test_words_without_article_are_nouns(stickers: Stickers) -> None:
+def test_caption__words_without_article_are_nouns(stickers: Stickers) -> None:
     assert set(captions.BARE) | captions.TAKES_A | captions.TAKES_AN <= set(stickers.nouns)
 
 
@@ -421,7 +421,7 @@ def test_caption__indefinite_articles(noun: str, phrase: str) -> None:
     assert captions.with_article(noun) == phrase
 
 
-def test_captions_vary_and_name_repeated_nouns_once() -> None:
+def test_caption__varies_and_names_repeated_nouns_once() -> None:
     dice = Dice(1)
     many = {captions.caption_for(["dog"], dice) for _ in range(200)}
     assert len(many) == len(captions.SINGLE)
@@ -429,7 +429,7 @@ def test_captions_vary_and_name_repeated_nouns_once() -> None:
     assert captions.caption_for([], dice) == "an empty scene"
 
 
-def test_pairs_collate_to_tensors(stickers: Stickers) -> None:
+def test_pairs__collate_to_tensors(stickers: Stickers) -> None:
     pairs = PairSource(stickers, split="val", size=16)
     batch = pairs.collate([pairs.sample(i, 0) for i in range(3)])
     assert batch["image"].shape == (3, 3, 16, 16) and batch["class_id"].tolist() == [
@@ -438,14 +438,7 @@ def test_pairs_collate_to_tensors(stickers: Stickers) -> None:
     assert len(batch["caption"]) == 3
 
 
-def test_the_image_view_shows_the_pixels_of_the_scenes(stickers: Stickers) -> None:
-    scenes = source(stickers)
-    view = ImageView(scenes)
-    assert np.array_equal(view.sample(2, 9).transpose(1, 2, 0), scenes.scene(2).image)
-    assert len(view) == 60 and view.collate([view.sample(0), view.sample(1)])["image"].shape == (2, 3, 160, 200)
-
-
-def test_crops_show_every_held_out_drawing_once_per_view(stickers: Stickers) -> None:
+def test_sticker_crops__show_every_held_out_drawing_once_per_view(stickers: Stickers) -> None:
     crops = StickerCrops(stickers, size=32, views=2)
     drawings = sum(len(codes) for codes in stickers.drawings["emojione"].values())
     assert len(crops) == 2 * drawings and set(crops.class_ids.tolist()) == stickers.validated

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from ovd.demo import request_queue
+from ovd.demo.address import listen
+from ovd.demo.gradio_environment import prepare_environment
 from ovd.demo.page import Example, build_page, launch_page
-from ovd.demo.serving import listen, prepare_environment
 
 SLOW = 68  # height of pictures that keep the model until FOLDER/go exists
 ASKERS = 24  # whose messages are kept; the page keeps more

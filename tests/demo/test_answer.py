@@ -34,7 +34,7 @@ def answerer() -> Answerer:
     return Answerer(detector=make_detector())
 
 
-def test_answer_is_plain_json_with_every_box_above_the_floor(answerer: Answerer, pictures: dict[str, Path]) -> None:
+def test_answer__is_json_with_every_box_above_the_floor(answerer: Answerer, pictures: dict[str, Path]) -> None:
     answer = answerer.answer(pictures["good"], "red\nblue: azure\nunicorn\n-pink")
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
     assert answer["size"] == [160, 120]
@@ -47,7 +47,7 @@ def test_answer_is_plain_json_with_every_box_above_the_floor(answerer: Answerer,
     assert "preview" not in answer
 
 
-def test_a_threshold_filters_on_the_server(answerer: Answerer, pictures: dict[str, Path]) -> None:
+def test_answer__threshold_filters_on_the_server(answerer: Answerer, pictures: dict[str, Path]) -> None:
     words = "red, blue sea far away from here"  # further from the blue region than "blue"
     low = answerer.answer(pictures["good"], words)["detections"]
     high = answerer.answer(pictures["good"], words, 0.9999)["detections"]
@@ -55,7 +55,7 @@ def test_a_threshold_filters_on_the_server(answerer: Answerer, pictures: dict[st
     assert high == [d for d in low if d["score"] >= 0.9999]
 
 
-def test_new_words_on_the_same_pixels_do_not_run_the_network(answerer: Answerer, pictures: dict[str, Path]) -> None:
+def test_answer__new_words_do_not_run_the_network(answerer: Answerer, pictures: dict[str, Path]) -> None:
     assert not answerer.answer(pictures["good"], "red")["cached"]
     copy = pictures["good"].with_name("copy.bmp")
     Image.open(pictures["good"]).save(copy)
@@ -64,7 +64,7 @@ def test_new_words_on_the_same_pixels_do_not_run_the_network(answerer: Answerer,
     assert [again["classes"][d["class"]]["name"] for d in again["detections"]] == ["blue"]
 
 
-def test_preview_is_upright_small_and_without_metadata(answerer: Answerer, tmp_path: Path) -> None:
+def test_preview__is_upright_small_and_without_metadata(answerer: Answerer, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "secret camera"
     Image.new("RGB", (4000, 1000), (200, 10, 10)).save(tmp_path / "gps.jpg", exif=exif)
@@ -101,21 +101,21 @@ def test_uploads__a_removed_picture_is_reported(answerer: Answerer, tmp_path: Pa
         answerer.answer(tmp_path / "gone.png", "red")
 
 
-def test_colours_depend_on_the_names_and_not_on_their_order() -> None:
+def test_colours__depend_on_names_not_order() -> None:
     names = ["dog", "cat", "traffic light", "mug", "zebra"]
     expected = dict(zip(names, class_styles(names), strict=True))
     for order in itertools.permutations(names):
         assert dict(zip(order, class_styles(order), strict=True)) == expected
 
 
-def test_up_to_ten_classes_have_ten_colours_and_more_repeat_them() -> None:
+def test_colours__ten_are_distinct_then_repeat() -> None:
     many = [f"class {i}" for i in range(35)]
     assert len({s.colour for s in class_styles(many[:10])}) == len(PALETTE) == 10
     styles = class_styles(many)
     assert len(styles) == 35 and {s.dash for s in styles} == set(DASHES)
 
 
-def test_label_ink_is_readable_on_every_colour() -> None:
+def test_colours__ink_is_readable_on_each() -> None:
     def luminance(colour: str) -> float:
         channel = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         linear = np.where(channel <= 0.04045, channel / 12.92, ((channel + 0.055) / 1.055) ** 2.4)
@@ -135,7 +135,7 @@ def crop_row(colour: str, **more: object) -> dict[str, object]:
     return {"image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), **more}
 
 
-def test_examples_are_classes_beside_the_words(answerer: Answerer, pictures: dict[str, Path]) -> None:
+def test_query__examples_are_classes_beside_words(answerer: Answerer, pictures: dict[str, Path]) -> None:
     rows = [crop_row("blue", name="my thing"), crop_row("green"), crop_row("yellow", name="-sun")]
     answer = answerer.answer(pictures["good"], "red, -pink", examples=rows)
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
@@ -193,7 +193,7 @@ def test_pretext_model__finds_examples_and_refuses_words(
         ([crop_row("red")] * 21, "at most 20"),
     ],
 )
-def test_bad_examples_are_explained(
+def test_examples__bad_ones_are_explained(
     answerer: Answerer, pictures: dict[str, Path], examples: object, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -342,7 +342,7 @@ def test_queue__shutdown_is_reported_to_waiting_requests(traffic: Traffic) -> No
         traffic.answerer.answer(traffic.pictures["good"], "red")
 
 
-def test_crops_are_bounded_in_pixels_before_they_are_decoded() -> None:
+def test_crops__pixel_limit_applies_before_decoding() -> None:
     def url(width: int, height: int) -> str:
         buffer = io.BytesIO()
         Image.new("1", (width, height)).save(buffer, "PNG")
@@ -357,7 +357,9 @@ def test_crops_are_bounded_in_pixels_before_they_are_decoded() -> None:
 
 
 @pytest.mark.parametrize("words", [["red"], 5, {"red": 1}])
-def test_words_of_another_type_are_a_user_error(answerer: Answerer, pictures: dict[str, Path], words: object) -> None:
+def test_query__words_of_another_type_are_a_user_error(
+    answerer: Answerer, pictures: dict[str, Path], words: object
+) -> None:
     with pytest.raises(UserError, match="classes must be a string"):
         answerer.answer(pictures["good"], words)  # type: ignore[arg-type]
 

@@ -36,7 +36,7 @@ def lab(colour: str, seen: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("cones", SEEN)
-def test_any_two_colours_can_be_told_apart(cones: str) -> None:
+def test_colours__any_two_are_distinguishable(cones: str) -> None:
     places = {colour: lab(colour, SEEN[cones]) for colour in PALETTE}
     nearest = min((np.linalg.norm(places[a] - places[b]), a, b) for a, b in itertools.combinations(PALETTE, 2))
     assert nearest[0] > 15, nearest  # 2.3 is the least that people notice side by side

@@ -84,7 +84,7 @@ def test_address_of__ipv6_is_its_64_prefix(peer: object, address: str) -> None:
     assert address_of(peer) == address
 
 
-def test_the_limit_of_open_files_is_raised_not_lowered() -> None:
+def test_file_limit__is_raised_never_lowered() -> None:
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

@@ -27,7 +27,7 @@ def ask(client: Any, image: Path, classes: str, *threshold: float) -> dict[str, 
     return client.predict(gradio_client.handle_file(str(image)), classes, *threshold, api_name="/detect")
 
 
-def test_detect_answers_with_the_documented_keys(client: Any, pictures: dict[str, Path]) -> None:
+def test_detect__has_the_documented_keys(client: Any, pictures: dict[str, Path]) -> None:
     answer = ask(client, pictures["good"], "red, blue, unicorn")
     assert set(answer) == {
         "schema", "size", "threshold", "floor", "classes", "detections", "notices", "negatives", "vocabulary", "model",
@@ -37,7 +37,7 @@ def test_detect_answers_with_the_documented_keys(client: Any, pictures: dict[str
     assert {answer["classes"][d["class"]]["name"] for d in answer["detections"] if d["score"] > 0.5} == {"red", "blue"}
 
 
-def test_threshold_is_optional_and_works(client: Any, pictures: dict[str, Path]) -> None:
+def test_detect__threshold_is_optional(client: Any, pictures: dict[str, Path]) -> None:
     words = "red, blue sea far away from here"
     assert len(ask(client, pictures["good"], words)["detections"]) == 2
     assert len(ask(client, pictures["good"], words, 0.9999)["detections"]) == 1
@@ -78,7 +78,7 @@ def test_queue__session_survives_many_later_sessions(client: Any, server: Server
     http.close()
 
 
-def test_weights_are_chosen_by_name(client: Any, pictures: dict[str, Path]) -> None:
+def test_detect__weights_are_chosen_by_name(client: Any, pictures: dict[str, Path]) -> None:
     image = gradio_client.handle_file(str(pictures["good"]))
     chosen = client.predict(image, "red", weights="strict-fake", api_name="/detect")
     assert (chosen["model"]["name"], chosen["threshold"]) == ("strict-fake", 0.5)
@@ -87,13 +87,13 @@ def test_weights_are_chosen_by_name(client: Any, pictures: dict[str, Path]) -> N
         client.predict(image, "red", weights="nothing", api_name="/detect")
 
 
-def test_everything_answers_with_the_words_that_were_found(client: Any, pictures: dict[str, Path]) -> None:
+def test_detect__everything_returns_the_detected_words(client: Any, pictures: dict[str, Path]) -> None:
     answer = ask(client, pictures["good"], "everything")
     assert answer["everything"] and {c["name"] for c in answer["classes"]} == {"red", "blue"}
     assert [c["id"] for c in answer["classes"]] == [0, 1] and len(answer["detections"]) == 2
 
 
-def test_new_words_on_a_known_picture_are_answered_from_memory(client: Any, pictures: dict[str, Path]) -> None:
+def test_detect__new_words_use_the_cache(client: Any, pictures: dict[str, Path]) -> None:
     ask(client, pictures["green"], "green")
     assert ask(client, pictures["green"], "blue, zebra")["cached"]
 
@@ -132,7 +132,7 @@ def test_upload__over_the_limit_is_refused(server: Server, pictures: dict[str, P
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "/proc/self/environ", "app.py"])
-def test_files_of_the_server_are_not_served(server: Server, path: str) -> None:
+def test_files__of_the_server_are_not_served(server: Server, path: str) -> None:
     response = httpx.get(f"{server.url}/gradio_api/file={path}", timeout=60)
     assert response.status_code in (403, 404) and "root:" not in response.text
 
@@ -148,15 +148,15 @@ def test_detect__server_paths_are_refused(client: Any, server: Server) -> None:
     assert "root:" not in text and "cannot be used" not in text
 
 
-def test_only_two_endpoints_are_public(client: Any) -> None:
+def test_endpoints__only_two_are_public(client: Any) -> None:
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/detect", "/pack"}
 
 
-def test_no_monitoring_page(server: Server) -> None:
+def test_endpoints__no_monitoring_page(server: Server) -> None:
     assert httpx.get(f"{server.url}/monitoring", timeout=60).status_code in (403, 404)
 
 
-def test_uploads_lie_in_a_private_folder(client: Any, server: Server, pictures: dict[str, Path]) -> None:
+def test_uploads__are_in_a_private_folder(client: Any, server: Server, pictures: dict[str, Path]) -> None:
     ask(client, pictures["good"], "red")
     uploads = server.folder / "uploads"
     assert stat.S_IMODE(uploads.stat().st_mode) == 0o700

@@ -34,7 +34,7 @@ def past(tab: Tab, count: int) -> list[str]:
     return [text.strip() for text in tab.page.locator(".wordbox-history .words").all_inner_texts()]
 
 
-def test_what_is_in_this_picture_needs_no_words(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_everything__button_needs_no_words(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["good"]))
     tab.page.locator("#wordbox-picture img").first.wait_for()
     tab.page.locator("#wordbox-everything").click()
@@ -127,7 +127,7 @@ def test_keyboard__arrows_follow_the_table_and_show_nearest_words(tab: Tab, pict
     assert tab.page.locator(".wordbox-boxes .item.on").count() == 0
 
 
-def test_zoom_enlarges_the_picture_with_its_boxes_and_the_mouse_pans(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_zoom__enlarges_boxes_too_and_mouse_pans(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
     picture, stage = tab.page.locator(".wordbox-searched-picture"), tab.page.locator(".wordbox-viewport")
     before, frame = picture.bounding_box(), stage.bounding_box()
@@ -164,7 +164,7 @@ def test_weights__choice_switches_the_detector(tab: Tab, pictures: dict[str, Pat
     assert tab.page.locator("#wordbox-header input:checked").get_attribute("value") == "strict-fake"
 
 
-def test_many_pictures_become_one_zip(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
+def test_many_pictures__become_one_zip(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
     tab.page.get_by_role("button", name="Many pictures at once").click()
     tab.page.locator("#wordbox-words textarea").fill("red, blue, green")
     files = [str(pictures[name]) for name in ("good", "green", "huge", "truncated")]
@@ -186,7 +186,7 @@ def test_many_pictures_become_one_zip(tab: Tab, pictures: dict[str, Path], tmp_p
 
 @pytest.mark.parametrize("tab", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
 @pytest.mark.parametrize("width", [1280, 360])
-def test_axe_finds_nothing_serious(tab: Tab, pictures: dict[str, Path], width: int) -> None:
+def test_accessibility__axe_finds_nothing_serious(tab: Tab, pictures: dict[str, Path], width: int) -> None:
     package = importlib.util.find_spec("axe_playwright_python")
     if package is None or not package.submodule_search_locations:
         pytest.skip("axe-core is not installed (pip install axe-playwright-python)")

@@ -185,7 +185,7 @@ SIZES = [(CALL, SMALL.request), (JOIN, SMALL.request), (UPLOAD, SMALL.upload), (
 
 @pytest.mark.parametrize(("path", "limit"), SIZES)
 @pytest.mark.parametrize("stated", [True, False])
-def test_bodies_above_their_size_are_refused(scene: Scene, path: str, limit: int, stated: bool) -> None:
+def test_body__above_its_size_is_refused(scene: Scene, path: str, limit: int, stated: bool) -> None:
     headers = {"content-length": str(limit + 1)} if stated else {}
     answer = scene.ask(path, [b"x" * (limit // 2), b"x" * (limit // 2 + 1)], headers=headers)
     assert answer.status == 413 and "MB" in answer.detail
@@ -193,7 +193,7 @@ def test_bodies_above_their_size_are_refused(scene: Scene, path: str, limit: int
     assert scene.ask(path, [b"x" * limit], headers={"content-length": str(limit)}).status == 200
 
 
-def test_a_stated_size_that_is_too_large_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_body__too_large_stated_size_is_refused_unread(tmp_path: Path) -> None:
     scene = Scene(tmp_path, limits=replace(SMALL, grace=60))
     assert scene.ask(CALL, [STALLED], headers={"content-length": "300000000"}).status == 413
     waits = {"content-length": "300000000", "expect": "100-continue"}
@@ -289,7 +289,7 @@ HOSTS = ("127.0.0.1:7860", "localhost:7860", "LOCALHOST", "[::1]:7860", "192.168
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_addresses_and_this_machine_are_served(scene: Scene, host: str) -> None:
+def test_host__addresses_and_this_machine_are_served(scene: Scene, host: str) -> None:
     assert scene.ask("/", method="GET", headers={"host": host}).status == 200
 
 
@@ -307,7 +307,7 @@ REBOUND = (
 
 @pytest.mark.parametrize("host", REBOUND)
 @pytest.mark.parametrize("path", ["/", "/config", CALL])
-def test_a_foreign_name_that_points_here_is_not_served(scene: Scene, host: str, path: str) -> None:
+def test_host__foreign_name_is_refused(scene: Scene, host: str, path: str) -> None:
     answer = scene.ask(path, [b"{}"], method="POST" if path == CALL else "GET", headers={"host": host})
     assert answer.status == 421 and b"--allow-host" in answer.body and scene.seen == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ovd.demo.logs import NoRepeats
+from ovd.demo.logs import RepeatFilter
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,10 +39,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-def test_the_log_does_not_repeat_itself(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log__repeated_lines_are_dropped(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("ovd.demo.logs.time.monotonic", lambda: now)
-    caplog.handler.addFilter(NoRepeats(every=60))
+    caplog.handler.addFilter(RepeatFilter(every=60))
     log = logging.getLogger("strangers")
     for i in range(1000):
         log.warning("bad request %s", i)

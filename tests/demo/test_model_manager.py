@@ -56,7 +56,7 @@ def test_weights__loaded_on_demand_replace_the_others(
     assert loads == ["two", "one"]
 
 
-def test_weights_that_are_not_offered_are_refused(manager: ModelManager, pictures: dict[str, Path]) -> None:
+def test_weights__not_offered_are_refused(manager: ModelManager, pictures: dict[str, Path]) -> None:
     for wrong in ("three", 3, ["one"], "../one"):
         with pytest.raises(UserError, match="known: one, two"):
             Answerer(manager=manager).answer(pictures["good"], "red", weights=wrong)

@@ -52,13 +52,13 @@ def test_pack__coco_boxes_and_unique_file_names(tmp_path: Path) -> None:
     assert sorted(check_ground_truth(content).categories.values()) == ["blue", "red"]
 
 
-def test_pictures_without_a_box_alone_are_packed_too() -> None:
+def test_pack__pictures_without_boxes() -> None:
     assert zipfile.ZipFile(io.BytesIO(pack(FOUND[1:2], "csv"))).namelist()
 
 
 @pytest.mark.parametrize("form", ["yolo", "voc", "labelme"])
 @pytest.mark.parametrize("name", ["長" * 150 + ".jpg", "a." + "x" * 250, "..", ".jpg"])
-def test_names_of_any_length_are_packed(name: str, form: str) -> None:
+def test_pack__names_of_any_length(name: str, form: str) -> None:
     one = {"name": name, "size": [99, 99], "boxes": BOXES}
     names = zipfile.ZipFile(io.BytesIO(pack([one, one], form))).namelist()
     assert len({n for n in names if n.endswith((".txt", ".xml", ".json"))}) >= 2
@@ -83,7 +83,7 @@ def test_names_of_any_length_are_packed(name: str, form: str) -> None:
         ([{"name": "a.png", "size": [99, 99], "boxes": [BOXES[0] | {"polygons": "x"}]}], "yolo-seg", "segmentation"),
     ],
 )
-def test_what_cannot_be_packed_is_reported(found: Any, form: Any, message: str, folder: Path) -> None:
+def test_pack__invalid_input_is_reported(found: Any, form: Any, message: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message):
         pack(found, form)
     assert list(folder.iterdir()) == []

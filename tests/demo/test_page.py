@@ -117,7 +117,7 @@ def test_page__slider_and_toggles_send_no_request(tab: Tab, pictures: dict[str, 
     assert tab.query_count() == before
 
 
-def test_labels_stand_at_their_boxes_in_a_small_upright_picture(tab: Tab, tmp_path: Path) -> None:
+def test_page__labels_are_at_their_boxes(tab: Tab, tmp_path: Path) -> None:
     """Such a picture does not fill its frame: it stands in the middle of it."""
     tall = picture([("red", 20, 150, 60, 190), ("blue", 60, 20, 110, 70)], size=(200, 120))
     Image.fromarray(tall).save(tmp_path / "tall.png")
@@ -142,7 +142,7 @@ def test_page__slider_keeps_its_position(tab: Tab, pictures: dict[str, Path]) ->
     assert "picture remembered" in tab.page.locator(".wordbox-timing").inner_text()
 
 
-def test_markup_as_a_class_name_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_markup__in_a_class_name_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], f"red: {EVIL}\n{EVIL}: red\n-{EVIL} b\nblue, blue")
     assert EVIL in tab.page.locator(".wordbox-detections").inner_text()
     assert tab.page.locator(".wordbox-result-view img").count() == 1  # the picture
@@ -151,7 +151,7 @@ def test_markup_as_a_class_name_is_text(tab: Tab, pictures: dict[str, Path]) -> 
     assert not any(urlsplit(u).path.endswith("/x") for u in tab.requests)
 
 
-def test_markup_in_an_error_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_markup__in_an_error_is_text(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], EVIL * 3, wait=".wordbox-alert:not([hidden])")
     assert "<img src=x" in tab.page.locator(".wordbox-alert").inner_text()
     assert tab.page.locator("img[src='x']").count() == 0 and tab.page.title() != "owned"
@@ -179,14 +179,14 @@ def test_page__error_then_success(
     assert tab.names() == ["red"] and tab.page.locator(".wordbox-alert").is_hidden()
 
 
-def test_a_file_over_the_limit_is_refused_with_a_message(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_page__file_over_the_limit_is_refused(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["huge"]))
     toast = tab.page.locator(".toast-body, [data-testid=toast-body]").first
     toast.wait_for()
     assert "10" in toast.inner_text()
 
 
-def test_hovering_a_row_lights_its_box_and_the_other_way_round(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_page__hovering_a_row_highlights_its_box(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
     row = tab.page.locator(".wordbox-detection-table tbody tr").first
     index = row.get_attribute("data-i")
@@ -197,7 +197,7 @@ def test_hovering_a_row_lights_its_box_and_the_other_way_round(tab: Tab, picture
     assert "on" in tab.page.locator(f".wordbox-detection-table tr[data-i='{lit}']").get_attribute("class").split()
 
 
-def test_boxes_can_be_visited_with_the_keyboard(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_keyboard__reaches_every_box(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red, blue")
     assert tab.page.locator(".wordbox-boxes .item[tabindex='0']").count() == 1
     tab.page.locator(".wordbox-boxes .item[tabindex='0']").focus()
@@ -219,7 +219,7 @@ def test_page__table_columns_sort(tab: Tab, pictures: dict[str, Path]) -> None:
     assert tab.page.locator("th", has_text="Class").get_attribute("aria-sort") == "descending"
 
 
-def test_downloads_hold_what_is_shown(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
+def test_downloads__contain_what_is_shown(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
     tab.find(pictures["good"], "red, blue, =danger: green")
     tab.page.locator(".wordbox-class-chip", has_text="blue").click()
     saved = {}
@@ -240,7 +240,7 @@ def test_downloads_hold_what_is_shown(tab: Tab, pictures: dict[str, Path], tmp_p
     assert all(not r["class"].startswith("=") for r in rows)
 
 
-def test_coco_download_loads_in_pycocotools(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
+def test_downloads__coco_loads_in_pycocotools(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
     from pycocotools.coco import COCO
 
     tab.find(pictures["good"], "red, blue")
@@ -253,7 +253,7 @@ def test_coco_download_loads_in_pycocotools(tab: Tab, pictures: dict[str, Path],
     assert mask.shape == (120, 160) and abs(int(mask.sum()) - 2000) < 150
 
 
-def test_the_model_card_is_on_the_page(tab: Tab) -> None:
+def test_page__shows_the_model_card(tab: Tab) -> None:
     card = tab.page.locator("#wordbox-card")
     card.get_by_text("colour-fake").wait_for()
     assert "Tests only." in tab.page.locator("#wordbox-header").inner_text()
@@ -301,9 +301,7 @@ def test_page__drawn_box_searches_this_and_the_next_picture(tab: Tab, pictures: 
     tab.page.locator(".wordbox-alert", has_text="Type at least one class").wait_for()
 
 
-def test_an_uploaded_crop_is_named_by_its_file_and_markup_in_names_is_text(
-    tab: Tab, pictures: dict[str, Path], tmp_path: Path
-) -> None:
+def test_crops__upload_is_named_by_its_file(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
     crop = tmp_path / "sky.png"
     Image.new("RGB", (40, 40), (40, 70, 220)).save(crop)
     chooser = tab.page.locator(".wordbox-crop-file")
@@ -320,7 +318,7 @@ def test_an_uploaded_crop_is_named_by_its_file_and_markup_in_names_is_text(
 
 
 @pytest.mark.parametrize("tab", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
-def test_a_phone_needs_no_sideways_scrolling(tab: Tab, pictures: dict[str, Path]) -> None:
+def test_page__phone_needs_no_sideways_scrolling(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.page.set_viewport_size({"width": 400, "height": 800})
     tab.find(pictures["good"], "red, blue, " + "w" * 100)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 400

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from app import parser
-from ovd.demo import serving
+from ovd.demo import gradio_environment
+from ovd.demo.address import listen, url_of
+from ovd.demo.gradio_environment import prepare_environment, remove_leftovers
 from ovd.demo.page import EXAMPLES, _card_text, shipped_examples
-from ovd.demo.serving import listen, prepare_environment, remove_leftovers, url_of
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
 
@@ -25,18 +26,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "arguments", [["--port", "70000"], ["--port", "-1"], ["--port", "http"], ["--prot", "1"], ["--threads", "0"]]
 )
-def test_bad_flags_are_named_in_one_line(arguments: list[str]) -> None:
+def test_flags__bad_ones_are_named_in_one_line(arguments: list[str]) -> None:
     with pytest.raises(UserError, match=arguments[0]) as caught:
         parser().parse_args(arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_defaults_are_local_and_private() -> None:
+def test_flags__defaults_are_local_and_private() -> None:
     options = parser().parse_args([])
     assert (options.host, options.port, options.share, options.browser) == ("127.0.0.1", 7860, False, False)
 
 
-def test_a_taken_port_is_reported_with_status_2_and_no_traceback() -> None:
+def test_port__taken_one_exits_with_2() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -61,7 +62,7 @@ FLAG_ERRORS = (["--help"], ["--port", "x"], ["--host", "no.such.name.invalid"], 
 
 
 @pytest.mark.parametrize("arguments", FLAG_ERRORS, ids=" ".join)
-def test_flags_are_answered_before_anything_slow_is_imported(arguments: list[str]) -> None:
+def test_flags__are_checked_before_slow_imports(arguments: list[str]) -> None:
     code = (
         "import atexit, sys\nfrom app import main\nfrom pretrain.engine.errors import run_cli\n"
         f"atexit.register(lambda: print('IMPORTED', [m for m in {SLOW} if m in sys.modules]))\nrun_cli(main)"
@@ -73,19 +74,19 @@ def test_flags_are_answered_before_anything_slow_is_imported(arguments: list[str
     assert "IMPORTED []" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_unknown_weights_end_with_status_2() -> None:
+def test_weights__unknown_ones_exit_with_2() -> None:
     command = [sys.executable, "app.py", "--port", "0", "--weights", "no/such/weights"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "no/such/weights" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no.such.name.invalid", "", "[", "a" * 300])
-def test_a_foreign_host_is_a_user_error(host: str) -> None:
+def test_host__foreign_one_is_a_user_error(host: str) -> None:
     with pytest.raises(UserError, match="not an address of this machine"):
         listen(host, 0)
 
 
-def test_the_port_is_held_from_the_check_on() -> None:
+def test_port__is_held_from_the_check_on() -> None:
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         assert port > 0
@@ -105,7 +106,7 @@ def test_the_port_is_held_from_the_check_on() -> None:
         ("fe80::1%eth0", "http://[fe80::1%25eth0]:80"),
     ],
 )
-def test_the_url_can_be_typed_into_a_browser(host: str, url: str) -> None:
+def test_url_of__can_be_typed_into_a_browser(host: str, url: str) -> None:
     assert url_of(host, 80) == url
 
 
@@ -137,14 +138,15 @@ def test_environment__gradio_launch_variables_are_ignored(
         prepare_environment(tmp_path / "uploads")
 
 
-def test_no_folder_for_uploads_is_a_user_error(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+def test_uploads__unwritable_folder_is_a_user_error(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="TMPDIR"):
         prepare_environment(tmp_path / "file" / "uploads")
 
 
 HOLDER = (
-    "import sys, time; from ovd.demo.serving import prepare_environment as p; print(p(), flush=True); time.sleep(60)"
+    "import sys, time; from ovd.demo.gradio_environment import prepare_environment as prepare\n"
+    "print(prepare(), flush=True); time.sleep(60)"
 )
 
 
@@ -170,18 +172,18 @@ def test_folder_of_a_starting_page__is_not_removed_by_another_page(
     """The other page starts at the worst moment: between the making of the folder and its lock."""
     monkeypatch.setattr("os.environ", dict(os.environ))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(serving, "_locks", [])
-    lock = serving._lock
+    monkeypatch.setattr(gradio_environment, "_locks", [])
+    lock = gradio_environment._lock
 
     def lock_late(folder: Path) -> None:
         remove_leftovers(tmp_path)
         lock(folder)
 
-    monkeypatch.setattr(serving, "_lock", lock_late)
+    monkeypatch.setattr(gradio_environment, "_lock", lock_late)
     folder = prepare_environment()
     assert folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert remove_leftovers(tmp_path) == [] and list(tmp_path.iterdir()) == [folder]
-    os.close(serving._locks[0])
+    os.close(gradio_environment._locks[0])
     assert remove_leftovers(tmp_path) == [folder]
 
 
@@ -191,20 +193,20 @@ PROXIES = ("socks5://127.0.0.1:1", "socks://127.0.0.1:1", "http://127.0.0.1:1", 
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_proxy_variables__do_not_break_gradios_import(proxy: str) -> None:
     code = (
-        "import os; from ovd.demo.serving import load_gradio; load_gradio(); import gradio\n"
+        "import os; from ovd.demo.gradio_environment import load_gradio; load_gradio(); import gradio\n"
         "assert os.environ['ALL_PROXY'] == os.environ['http_proxy']"
     )
     outside = os.environ | {"ALL_PROXY": proxy, "http_proxy": proxy}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=outside, check=True)
 
 
-def test_page_module_does_not_import_gradio_by_itself() -> None:
+def test_page_module__does_not_import_gradio() -> None:
     code = "import sys, ovd.demo.page; sys.exit('gradio' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("kind", ["photos", "stickers"])
-def test_shipped_examples_are_readable_and_their_words_parse(kind: str) -> None:
+def test_shipped_examples__are_readable_and_parse(kind: str) -> None:
     from pretrain.data.folder import read_image
 
     examples = shipped_examples(EXAMPLES / kind)
@@ -217,13 +219,13 @@ def test_shipped_examples_are_readable_and_their_words_parse(kind: str) -> None:
         assert example.picture.stat().st_size < 300_000
 
 
-def test_examples_that_are_not_there_are_left_out(tmp_path: Path) -> None:
+def test_shipped_examples__missing_ones_are_skipped(tmp_path: Path) -> None:
     assert shipped_examples(tmp_path) == []
     (tmp_path / "examples.json").write_text('[{"picture": "gone.jpg", "classes": "dog"}]')
     assert shipped_examples(tmp_path) == []
 
 
-def test_card_values_cannot_become_markup() -> None:
+def test_markup__in_a_card_is_escaped() -> None:
     text = _card_text({"name": "<script>x</script>|", "metrics": {"AP50_novel": 0.31}, "purpose": "Demo"})
     assert "<script>" not in text and "&lt;script&gt;" in text and "AP50_novel 0.31" in text
     assert _card_text({}).startswith("These weights have no model card")

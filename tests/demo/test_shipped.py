@@ -36,7 +36,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert "Traceback" not in log.read_text()
 
 
-def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
+def test_shipped__example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
     tab = Tab(browser.new_page(), url)
     tab.page.locator("#wordbox-examples tr.tr-body:visible").first.click()
     tab.page.locator(".wordbox-detections:not([hidden])").wait_for()
@@ -54,7 +54,7 @@ def test_an_example_shows_boxes_of_typed_words(browser: Any, url: str) -> None:
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("default", "photos"), ("vild-sticker", "stickers")])
-def test_a_detector_finds_what_is_in_its_examples(weights: str, kind: str) -> None:
+def test_shipped__detector_finds_its_examples_objects(weights: str, kind: str) -> None:
     from ovd import Detector
     from ovd.demo.model_manager import kind_of
     from ovd.demo.page import EXAMPLES, shipped_examples

@@ -184,7 +184,7 @@ def test_origin__other_sites_can_neither_post_nor_read(http: Any, server: Server
     assert sum(1 for _ in (server.folder / "uploads").rglob("*")) == files
 
 
-def test_one_request_leaves_one_picture_at_most(http: Any, server: Server) -> None:
+def test_request__leaves_one_picture_at_most(http: Any, server: Server) -> None:
     def size() -> int:
         return sum(f.stat().st_size for f in (server.folder / "uploads").rglob("*") if f.is_file())
 
@@ -195,7 +195,7 @@ def test_one_request_leaves_one_picture_at_most(http: Any, server: Server) -> No
     assert size() == before
 
 
-def test_large_bodies_are_refused_with_an_answer_that_arrives(http: Any, pictures: dict[str, Path]) -> None:
+def test_body__large_one_gets_an_answer_that_arrives(http: Any, pictures: dict[str, Path]) -> None:
     def chunks() -> Iterator[bytes]:
         yield b'{"data": ["'
         for _ in range(30):
@@ -223,7 +223,7 @@ def test_upload__file_name_is_sanitised(http: Any, server: Server, pictures: dic
 
 
 @pytest.mark.parametrize("kind", ["text/html", "image/svg+xml"])
-def test_an_uploaded_page_is_not_shown_as_a_page(http: Any, kind: str) -> None:
+def test_upload__html_is_not_served_as_a_page(http: Any, kind: str) -> None:
     name = "evil.html" if kind == "text/html" else "evil.svg"
     path = http.post("/upload", files={"files": (name, b"<script>alert(1)</script>", kind)}).json()[0]
     shown = http.get(f"/file={path}")

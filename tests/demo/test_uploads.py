@@ -45,7 +45,7 @@ def test_uploads__reserved_bytes_are_counted_once(tmp_path: Path) -> None:
     assert left[-1] == 49 and len(left) >= 7
 
 
-def test_the_number_of_files_is_limited_too(tmp_path: Path) -> None:
+def test_uploads__number_of_files_is_limited(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path, most_bytes=10**6, most_files=10)
     for i in range(30):
         assert uploads.reserve(1)
@@ -62,7 +62,7 @@ def test_uploads__leave_half_of_the_free_disk(tmp_path: Path, monkeypatch: pytes
     assert uploads.reserve(400) and not uploads.reserve(400)
 
 
-def test_only_files_inside_are_uploads(tmp_path: Path) -> None:
+def test_uploads__only_files_inside_the_folder(tmp_path: Path) -> None:
     inside = tmp_path / "uploads"
     inside.mkdir()
     file = put(inside, "a", 1, 1)

@@ -15,7 +15,7 @@ from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
 
 
-def test_a_calibration_is_written_into_the_card_with_figures_and_a_diagram(tmp_path: Path) -> None:
+def test_calibrate__writes_card_figures_and_diagram(tmp_path: Path) -> None:
     folder, report, plot = tmp_path / "detector", tmp_path / "report.json", tmp_path / "curve.svg"
     shutil.copytree(detector_folder("vild-sticker"), folder)
     before = json.loads((folder / "model.json").read_text())

@@ -30,7 +30,7 @@ from pretrain.engine.errors import BadImageError, UserError
 from tests.detector.fakes import ColourModel, WordEncoder, make_detector, picture
 
 
-def test_typed_classes_are_found_in_original_pixels() -> None:
+def test_detect__boxes_are_in_original_pixels() -> None:
     detector = make_detector()
     detector.set_classes(["red", "blue", "unicorn"])
     detections = detector.detect(picture([("red", 10, 20, 50, 70), ("blue", 80, 30, 150, 110)]))
@@ -44,7 +44,7 @@ def test_typed_classes_are_found_in_original_pixels() -> None:
     assert red.sum() == 40 * 50 and red[20:70, 10:50].all()
 
 
-def test_a_class_that_is_absent_is_reported_with_its_best_score() -> None:
+def test_not_found__lists_absent_classes_with_best_score() -> None:
     detector = make_detector()
     detections = detector.embed(picture()).classify("red, unicorn, dragon")
     assert [name for name, _ in detections.not_found] == ["unicorn", "dragon"]
@@ -52,33 +52,33 @@ def test_a_class_that_is_absent_is_reported_with_its_best_score() -> None:
     assert detections.best[0] == pytest.approx(detections.confidence[0])
 
 
-def test_scores_do_not_depend_on_the_other_words() -> None:
+def test_scores__do_not_depend_on_other_words() -> None:
     regions = make_detector().embed(picture())
     alone = regions.classify("red", threshold=0.0, one_class_per_region=False)
     many = regions.classify("red," + ",".join(f"word{i}" for i in range(80)), threshold=0.0, one_class_per_region=False)
     assert alone.best[0] == pytest.approx(many.best[0], abs=1e-6)
 
 
-def test_synonyms_belong_to_one_class() -> None:
+def test_synonyms__belong_to_one_class() -> None:
     detections = make_detector().embed(picture()).classify(["colour: red, blue"])
     assert set(detections.class_name) == {"colour"} and len(detections) == 2
 
 
-def test_a_region_that_looks_more_like_a_negative_word_is_not_shown() -> None:
+def test_negatives__remove_regions_more_like_them() -> None:
     regions = make_detector().embed(picture())
     assert set(regions.classify("red, blue").class_name) == {"red", "blue"}
     detections = regions.classify("red, blue thing, -blue", threshold=0.0)
     assert [80, 30, 150, 110] not in detections.xyxy.tolist() and [10, 20, 50, 70] in detections.xyxy.tolist()
 
 
-def test_a_negative_word_close_to_a_class_still_counts() -> None:
+def test_negatives__close_to_a_class_still_count() -> None:
     """Near-synonyms in the bank do not compete; a word the person typed with a minus does."""
     regions = make_detector().embed(picture())
     assert "blue thing" in regions.classify("blue thing").class_name
     assert "blue thing" not in regions.classify("blue thing, -blue").class_name
 
 
-def test_new_words_do_not_run_the_network_again() -> None:
+def test_cache__new_words_do_not_run_the_network() -> None:
     detector = make_detector()
     detector.embed(picture()).classify("red")
     detections = detector.embed(picture().copy()).classify("blue")
@@ -88,7 +88,7 @@ def test_new_words_do_not_run_the_network_again() -> None:
     assert detector.model.runs == 2
 
 
-def test_region_cache_is_bounded() -> None:
+def test_cache__is_bounded() -> None:
     detector = make_detector(cache_size=1)
     first, second = picture(), picture([("green", 1, 1, 60, 60)])
     for image in (first, second, first):
@@ -96,7 +96,7 @@ def test_region_cache_is_bounded() -> None:
     assert detector.model.runs == 3
 
 
-def test_a_higher_threshold_equals_filtering_a_lower_one() -> None:
+def test_threshold__higher_equals_filtering_a_lower_one() -> None:
     """What the page's slider relies on."""
     generator = torch.Generator().manual_seed(3)
     detector = make_detector()
@@ -128,7 +128,7 @@ def _boxes_detector(boxes: list[list[float]], words: list[str]) -> Regions:
     return Regions(regions=regions, key="", detector=detector)
 
 
-def test_overlapping_boxes_of_one_class_are_merged_and_of_two_classes_kept() -> None:
+def test_nms__is_per_class() -> None:
     first, shifted, far = [0.0, 0, 100, 100], [0.0, 20, 100, 120], [120.0, 120, 180, 180]
     assert len(_boxes_detector([first, shifted, far], ["red"] * 3).classify("red")) == 2
     assert len(_boxes_detector([first, shifted], ["red", "blue"]).classify("red, blue")) == 2
@@ -143,7 +143,7 @@ def test_cross_class_nms__keeps_the_better_class() -> None:
                                                     cross_class_iou=None)) == 2  # fmt: skip
 
 
-def test_a_picture_without_regions_finds_nothing() -> None:
+def test_detect__no_regions_give_no_detections() -> None:
     detector = make_detector()
     empty = RegionSet(boxes=torch.zeros(0, 4), objectness=torch.zeros(0), text=torch.zeros(0, 64), image=None,
                       masks=torch.zeros(0, 28, 28), size=(10, 12))  # fmt: skip
@@ -155,19 +155,19 @@ def test_a_picture_without_regions_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
-def test_a_threshold_outside_zero_to_one_is_refused(threshold: float) -> None:
+def test_threshold__outside_0_to_1_is_refused(threshold: float) -> None:
     with pytest.raises(UserError, match="between 0 and 1"):
         make_detector().embed(picture()).classify("red", threshold=threshold)
 
 
-def test_detect_without_classes_says_what_to_call() -> None:
+def test_detect__without_classes_says_what_to_call() -> None:
     detector = make_detector()
     with pytest.raises(UserError, match="set_classes"):
         detector.detect(picture())
     assert detector.model.runs == 0
 
 
-def test_supervision_gets_the_same_numbers() -> None:
+def test_to_supervision__has_the_same_numbers() -> None:
     detections = make_detector().embed(picture()).classify("red, blue")
     converted = detections.to_supervision()
     assert converted.xyxy.tolist() == detections.xyxy.tolist()
@@ -176,7 +176,7 @@ def test_supervision_gets_the_same_numbers() -> None:
     assert converted.mask.shape == (2, 120, 160)
 
 
-def test_coco_rows_carry_the_same_box_and_mask() -> None:
+def test_to_coco__has_the_same_box_and_mask() -> None:
     from pycocotools import mask as coco_mask
 
     detections = make_detector().embed(picture()).classify("red, blue")
@@ -189,13 +189,13 @@ def test_coco_rows_carry_the_same_box_and_mask() -> None:
     assert [r["category_id"] for r in detections.to_coco(7, masks=False)] == [c + 1 for c in detections.class_id]
 
 
-def test_a_model_without_masks_gives_none() -> None:
+def test_masks__are_none_without_a_mask_head() -> None:
     detections = make_detector(masks=False).embed(picture()).classify("red")
     assert detections.mask is None and detections.polygons(0) == []
     assert "segmentation" not in detections.to_coco(1)[0] and detections.to_supervision().mask is None
 
 
-def test_outline_follows_the_mask() -> None:
+def test_polygons__follow_the_mask() -> None:
     detections = make_detector().embed(picture()).classify("red")
     (outline,) = detections.polygons(0)
     points = np.array(outline).reshape(-1, 2)
@@ -206,7 +206,7 @@ def test_outline_follows_the_mask() -> None:
 @given(
     st.floats(-20, 60), st.floats(-20, 60), st.floats(1, 70), st.floats(1, 70), st.integers(1, 40), st.integers(1, 40)
 )
-def test_a_full_mask_covers_exactly_the_pixels_centred_in_its_box(
+def test_paste_mask__full_mask_covers_the_box(
     x1: float, y1: float, w: float, h: float, height: int, width: int
 ) -> None:
     box = np.array([x1, y1, x1 + w, y1 + h], np.float32)
@@ -218,7 +218,7 @@ def test_a_full_mask_covers_exactly_the_pixels_centred_in_its_box(
     assert (pasted == expected).all()
 
 
-def test_pasting_puts_mask_cells_where_they_belong() -> None:
+def test_paste_mask__cells_are_in_place() -> None:
     mask = np.zeros((28, 28), np.float32)
     mask[:14, 14:] = 1  # upper right quarter
     pasted = paste_mask(mask, np.array([10.0, 20.0, 66.0, 76.0], np.float32), (100, 100))
@@ -228,11 +228,11 @@ def test_pasting_puts_mask_cells_where_they_belong() -> None:
 
 
 @pytest.mark.parametrize("box", [[5.0, 5, 5, 9], [9.0, 5, 5, 9], [300.0, 300, 320, 320], [float("nan")] * 4])
-def test_degenerate_and_outside_boxes_paste_nothing(box: list[float]) -> None:
+def test_paste_mask__degenerate_and_outside_boxes_are_empty(box: list[float]) -> None:
     assert not paste_mask(np.ones((28, 28), np.float32), np.array(box, np.float32), (50, 50)).any()
 
 
-def test_arrays_are_taken_as_rgb_grey_or_rgba() -> None:
+def test_to_rgb__arrays_are_rgb_grey_or_rgba() -> None:
     rgb = picture()
     assert to_rgb(rgb) is rgb or (to_rgb(rgb) == rgb).all()
     assert to_rgb(rgb[:, :, 0]).shape == rgb.shape
@@ -249,12 +249,12 @@ def test_to_rgb__invalid_array_is_refused(bad: object) -> None:
         to_rgb(bad)  # type: ignore[arg-type]
 
 
-def test_arrays_over_the_pixel_limit_are_refused() -> None:
+def test_to_rgb__array_over_the_pixel_limit_is_refused() -> None:
     with pytest.raises(UserError, match="at most 100 "):
         to_rgb(np.zeros((20, 20, 3), np.uint8), max_pixels=100)
 
 
-def test_detector_module_needs_no_detectron2() -> None:
+def test_detector_module__needs_no_detectron2() -> None:
     import subprocess
     import sys
     from pathlib import Path
@@ -267,7 +267,7 @@ def test_detector_module_needs_no_detectron2() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
-def test_pillow_images_bytes_and_paths_give_the_same_upright_pixels(tmp_path: Path) -> None:
+def test_to_rgb__pillow_bytes_and_paths_are_equal(tmp_path: Path) -> None:
     image = Image.fromarray(picture())
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90°
@@ -282,7 +282,7 @@ def test_pillow_images_bytes_and_paths_give_the_same_upright_pixels(tmp_path: Pa
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK", "1", "YCbCr"])
-def test_pillow_modes_become_rgb(mode: str) -> None:
+def test_to_rgb__pillow_modes_become_rgb(mode: str) -> None:
     source = Image.fromarray(picture()).convert("RGB" if mode != "LA" else "L").convert(mode)
     pixels = to_rgb(source)
     assert pixels.shape == (120, 160, 3)
@@ -300,13 +300,13 @@ def test_to_rgb__unsupported_file_is_refused(tmp_path: Path, content: bytes) -> 
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "no-such-weights"])
-def test_unknown_weights_are_a_user_error(name: str) -> None:
+def test_load__unknown_weights_are_a_user_error(name: str) -> None:
     pytest.importorskip("ovd.weights")
     with pytest.raises(UserError, match=f"{name}|manifest.json"):
         detector_folder(name)
 
 
-def test_the_card_of_a_detector_is_read_from_its_folder(tmp_path: Path) -> None:
+def test_load__reads_the_card_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert read_model_card(tmp_path) == {"name": tmp_path.name, "sha256": hashlib.sha256(b"weights").hexdigest()}
     run = tmp_path / "cells" / "exported"
@@ -322,7 +322,7 @@ def test_the_card_of_a_detector_is_read_from_its_folder(tmp_path: Path) -> None:
         read_model_card(tmp_path)
 
 
-def test_the_folder_of_a_run_stands_for_what_it_exported(tmp_path: Path) -> None:
+def test_load__run_folder_means_its_export(tmp_path: Path) -> None:
     pytest.importorskip("ovd.weights")
     assert detector_folder(tmp_path) == tmp_path
     (tmp_path / "exported").mkdir()
@@ -343,7 +343,7 @@ class _Grey(ColourModel):
         return replace(detections, text=np.stack([self.encoder.word("fog")] * len(detections)), objectness=rising)
 
 
-def test_crop_refinement_classifies_regions_by_their_crops() -> None:
+def test_crop_refinement__classifies_by_crops() -> None:
     encoder = WordEncoder()
     detector = Detector(model=_Grey(encoder), encoder=encoder, crop_refinement=300)
     blind = Detector(model=_Grey(encoder), encoder=encoder)
@@ -356,7 +356,7 @@ def test_crop_refinement_classifies_regions_by_their_crops() -> None:
     assert encoder.crops == before
 
 
-def test_crop_refinement_is_for_the_likeliest_regions_only() -> None:
+def test_crop_refinement__only_of_the_most_likely_regions() -> None:
     encoder = WordEncoder()
     detector = Detector(model=_Grey(encoder), encoder=encoder, crop_refinement=1)
     detections = detector.embed(picture()).regions
@@ -369,7 +369,7 @@ def test_crop_refinement_is_for_the_likeliest_regions_only() -> None:
     assert encoder.crops == 4  # one region at two scales, twice
 
 
-def test_crop_refinement_changes_the_image_head_where_there_is_one() -> None:
+def test_crop_refinement__changes_the_image_head() -> None:
     encoder = WordEncoder()
     detections = _Grey(encoder).regions(picture())
     two = replace(detections, image=np.stack([encoder.word("mist")] * len(detections)))
@@ -379,7 +379,7 @@ def test_crop_refinement_changes_the_image_head_where_there_is_one() -> None:
     assert two.image is not None and np.array_equal(again.image[:-1], two.image[:-1])
 
 
-def test_crop_refinement_leaves_slivers_and_empty_pictures_alone() -> None:
+def test_crop_refinement__skips_slivers_and_empty_pictures() -> None:
     encoder = WordEncoder()
     detections = _Grey(encoder).regions(picture())
     thin = replace(detections, boxes=np.array([[3.0, 3.0, 4.5, 60.0]] * len(detections), np.float32))
@@ -391,7 +391,7 @@ def test_crop_refinement_leaves_slivers_and_empty_pictures_alone() -> None:
     assert encoder.crops == 0
 
 
-def test_crop_refinement_at_a_large_picture_sees_the_same_things() -> None:
+def test_crop_refinement__large_picture_gives_the_same() -> None:
     encoder = WordEncoder()
     small = picture()
     large = np.repeat(np.repeat(small, 25, axis=0), 25, axis=1)  # 4000×3000
@@ -405,25 +405,25 @@ def test_crop_refinement_at_a_large_picture_sees_the_same_things() -> None:
     assert ((near.text * again.text).sum(axis=1) > 0.99).all()
 
 
-def test_crop_refinement_is_at_no_negative_number_of_regions() -> None:
+def test_crop_refinement__negative_count_is_refused() -> None:
     encoder = WordEncoder()
     with pytest.raises(UserError, match="crop_refinement is -1"):
         Detector(model=ColourModel(encoder), encoder=encoder, crop_refinement=-1)
 
 
-def test_crop_refinement_needs_an_image_tower() -> None:
+def test_crop_refinement__needs_an_image_tower() -> None:
     encoder = WordEncoder()
     encoder.has_image_tower = False
     with pytest.raises(UserError, match="image tower"):
         Detector(model=ColourModel(encoder), encoder=encoder, crop_refinement=5)
 
 
-def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
+def test_second_look__is_an_alias_of_crop_refinement() -> None:
     encoder = WordEncoder()
     assert Detector(model=ColourModel(encoder), encoder=encoder, second_look=7).crop_refinement == 7
 
 
-def test_a_card_with_the_former_field_is_read(tmp_path: Path) -> None:
+def test_second_look__in_a_card_is_read(tmp_path: Path) -> None:
     from ovd.modeling.export import read_card
 
     card = json.loads((detector_folder("vild-sticker") / "model.json").read_text())

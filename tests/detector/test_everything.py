@@ -42,12 +42,12 @@ def test_everything__each_object_has_one_name() -> None:
     assert detector.embed(picture()).classify("everything").class_name == detections.class_name
 
 
-def test_a_picture_of_nothing_known_has_an_empty_answer() -> None:
+def test_everything__nothing_known_is_empty() -> None:
     detections = make_detector().find(np.full((60, 80, 3), 128, np.uint8), "everything", threshold=0.9999)
     assert len(detections) == 0 and "red" in dict(detections.not_found)
 
 
-def test_boxes_of_one_family_suppress_each_other_as_those_of_one_class() -> None:
+def test_everything__nms_within_a_family() -> None:
     class Two(ColourModel):
         related = True
 
@@ -137,7 +137,7 @@ def test_everything__unsupported_combinations_are_refused(tmp_path: Path) -> Non
         make_detector().query("everything", [picture()])
 
 
-def test_folders_get_the_words_that_were_found_as_categories(tmp_path: Path) -> None:
+def test_everything__categories_of_a_folder_are_the_detected_words(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     detector = make_detector()
     pictures = PictureFiles({"a.png": tmp_path / "a.png"})

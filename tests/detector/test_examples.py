@@ -36,22 +36,22 @@ def boxes_by_name(examples: Any, classes: str | None = None, **options: Any) -> 
     return dict(zip(found.class_name, found.xyxy.tolist(), strict=True))
 
 
-def test_a_crop_from_elsewhere_finds_what_looks_like_it() -> None:
+def test_examples__crop_of_another_picture() -> None:
     assert boxes_by_name({"thing": RED}) == {"thing": [10, 20, 50, 70]}
     assert boxes_by_name([BLUE]) == {"example 1": [80, 30, 150, 110]}
 
 
-def test_a_box_on_the_picture_itself_is_an_example() -> None:
+def test_examples__box_on_the_picture() -> None:
     assert boxes_by_name([(80, 30, 150, 110)]) == {"example 1": [80, 30, 150, 110]}
     assert boxes_by_name({"mine": (10.0, 20.0, 50.0, 70.0)}) == {"mine": [10, 20, 50, 70]}
 
 
-def test_a_box_on_another_picture_is_an_example() -> None:
+def test_examples__box_on_another_picture() -> None:
     other = picture([("blue", 5, 5, 60, 60)])
     assert boxes_by_name({"b": Crop(other, (5, 5, 60, 60))}) == {"b": [80, 30, 150, 110]}
 
 
-def test_words_and_crops_are_one_list_of_classes() -> None:
+def test_query__words_and_crops_are_one_list() -> None:
     detector = make_detector()
     found = detector.find(picture(SCENE), "red, unicorn", examples={"my thing": BLUE})
     assert found.names == ("red", "unicorn", "my thing")
@@ -59,7 +59,7 @@ def test_words_and_crops_are_one_list_of_classes() -> None:
     assert [name for name, _ in found.not_found] == ["unicorn"]
 
 
-def test_a_word_and_a_crop_of_one_name_are_one_class_and_the_better_score_counts() -> None:
+def test_query__word_and_crop_of_one_name_take_the_better_score() -> None:
     detector = make_detector()
     query = detector.query("Red, blue", {"red": BLUE})
     found = detector.embed(picture(SCENE)).classify(query, threshold=0.0)
@@ -72,7 +72,7 @@ def test_a_word_and_a_crop_of_one_name_are_one_class_and_the_better_score_counts
     np.testing.assert_allclose(mixed[:, 0], np.maximum(word[:, 0], crop[:, 0]), rtol=1e-6)
 
 
-def test_a_score_depends_on_no_other_word_and_no_other_example() -> None:
+def test_scores__do_not_depend_on_other_words_or_examples() -> None:
     detector = make_detector()
     regions = detector.embed(picture(SCENE))
     alone, _ = regions.scores(detector.query(None, {"a": RED}))
@@ -80,7 +80,7 @@ def test_a_score_depends_on_no_other_word_and_no_other_example() -> None:
     np.testing.assert_allclose(many[:, 4], alone[:, 0], rtol=1e-5)
 
 
-def test_negative_examples_and_negative_words_take_regions_away() -> None:
+def test_negatives__words_and_examples_remove_regions() -> None:
     assert set(boxes_by_name({"a": RED, "b": BLUE})) == {"a", "b"}
     # A class of its own that is a little like both; the negative example claims the blue one.
     both = np.concatenate([RED, BLUE], axis=1)
@@ -91,7 +91,7 @@ def test_negative_examples_and_negative_words_take_regions_away() -> None:
     assert [80, 30, 150, 110] not in boxes_by_name({"both": both}, "-blue", threshold=0.01).values()
 
 
-def test_several_crops_of_one_name_are_embedded_alone_and_averaged() -> None:
+def test_examples__crops_of_one_name_are_averaged() -> None:
     encoder = WordEncoder()
     embedder = ExampleEmbedder(encoder=encoder)
     (pair,) = parse_examples([("x", RED), ("X", BLUE)])
@@ -100,7 +100,7 @@ def test_several_crops_of_one_name_are_embedded_alone_and_averaged() -> None:
     np.testing.assert_allclose(embedder.embed([pair])[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_box_is_embedded_with_its_surroundings_as_the_regions_were() -> None:
+def test_examples__box_is_embedded_with_surroundings() -> None:
     encoder = WordEncoder()
     crop = Crop(picture([("red", 40, 40, 80, 80)]), (40, 40, 80, 80))
     row = ExampleEmbedder(encoder=encoder).embed([Example("x", (crop,))])[0]
@@ -118,7 +118,7 @@ def test_crops__are_embedded_once() -> None:
     assert detector.text.encoder.crops == 2 and detector.model.runs == 1  # type: ignore[attr-defined]
 
 
-def test_paths_bytes_and_pillow_pictures_are_crops(tmp_path: Path) -> None:
+def test_examples__paths_bytes_and_pillow(tmp_path: Path) -> None:
     Image.fromarray(RED).save(tmp_path / "red.png")
     buffer = io.BytesIO()
     Image.fromarray(RED).save(buffer, "PNG")
@@ -157,7 +157,7 @@ def test_examples__errors_name_the_example(examples: Any, message: str) -> None:
     assert detector.runs == 0, "a mistake should not cost a run of the network"
 
 
-def test_a_box_without_a_picture_is_refused() -> None:
+def test_examples__box_without_a_picture_is_refused() -> None:
     with pytest.raises(UserError, match="needs the picture it lies on"):
         parse_examples([(1, 2, 30, 40)])
 
@@ -173,7 +173,7 @@ def test_crops__need_an_image_tower() -> None:
     assert detector.find(picture(SCENE), "red").class_name == ["red"]
 
 
-def test_a_model_may_bring_its_own_image_space() -> None:
+def test_examples__model_may_have_its_own_encoder() -> None:
     class Negated(WordEncoder):
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
             return super().encode_image(pixels) * torch.tensor([-1.0])
@@ -189,7 +189,7 @@ def direction(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x)
 
 
-def test_an_example_is_scored_as_derived_by_hand() -> None:
+def test_example_scorer__equals_a_derivation_by_hand() -> None:
     """The image head where there are two; images centred on the picture's regions, words on their own mean."""
     unit = unit_rows(np.random.default_rng(0).standard_normal((9, 8)))
     regions = RegionSet(boxes=np.zeros((2, 4)), objectness=np.array([0.5, 1.0]), text=unit[:2],
@@ -226,7 +226,7 @@ def test_crops__common_component_is_removed() -> None:
     assert float(score[0]) > 0.9 and float(score[1:].max()) < 0.2
 
 
-def test_a_picture_without_regions_has_no_scores() -> None:
+def test_example_scorer__no_regions_no_scores() -> None:
     empty = RegionSet(boxes=np.zeros((0, 4)), objectness=np.zeros(0), text=np.zeros((0, 8)), image=None,
                       masks=None, size=(1, 1))  # fmt: skip
     words = np.eye(8, dtype=np.float32)
@@ -234,7 +234,7 @@ def test_a_picture_without_regions_has_no_scores() -> None:
     assert scorer(empty).shape == (0, 2)
 
 
-def test_a_calibration_of_examples_leaves_the_words_alone() -> None:
+def test_calibration__of_examples_leaves_words_unchanged() -> None:
     words = Calibration(logit_scale=5.0, slope=2.0, threshold=0.2)
     fitted = Calibration(logit_scale=9.0, objectness_weight=0.5, slope=3.0, offset=-1.0, threshold=0.4)
     both = words.with_examples(fitted)
@@ -253,7 +253,7 @@ def test_threshold__is_that_of_words_or_of_crops() -> None:
     assert detector.find(picture(SCENE), examples={"a": RED}).threshold == 0.6
 
 
-def test_hashes_tell_examples_apart() -> None:
+def test_example_hash__differs_by_crop() -> None:
     detector = make_detector()
     hashes = {
         detector.query(*asked).hash
@@ -266,7 +266,7 @@ def test_hashes_tell_examples_apart() -> None:
 # ---- python -m ovd.predict --example ------------------------------------------------------------------------------
 
 
-def test_predict_finds_by_example_and_knows_another_example_from_it(tmp_path: Path) -> None:
+def test_predict__another_example_is_another_command(tmp_path: Path) -> None:
     Image.fromarray(picture(SCENE)).save(tmp_path / "scene.png")
     pictures = PictureFiles({"scene.png": tmp_path / "scene.png"})
     detector = make_detector(cache_size=0)
@@ -282,7 +282,7 @@ def test_predict_finds_by_example_and_knows_another_example_from_it(tmp_path: Pa
         predict(detector=detector, pictures=pictures, vocabulary=other, out=tmp_path / "out")
 
 
-def test_named_examples(tmp_path: Path) -> None:
+def test_named_example__splits_name_and_path(tmp_path: Path) -> None:
     crop = tmp_path / "mug.png"
     Image.fromarray(RED).save(crop)
     assert named_example(f"my mug={crop}") == ("my mug", crop)
@@ -301,10 +301,10 @@ def test_predict__no_classes_is_explained(tmp_path: Path) -> None:
         main([str(crop), f"--example=-poster={crop}", "--out", str(tmp_path / "out")])
 
 
-def test_a_vocabulary_beside_examples_keeps_its_templates() -> None:
+def test_query__vocabulary_keeps_its_templates() -> None:
     assert make_detector().query("-poster", {"a": RED}).words.templates == TEMPLATES_STICKER
 
 
-def test_the_former_name_of_a_query_is_still_taken() -> None:
+def test_question__is_an_alias_of_query() -> None:
     detector = make_detector()
     assert detector.question("red", {"a": RED}).hash == detector.query("red", {"a": RED}).hash

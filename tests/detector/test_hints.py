@@ -18,7 +18,7 @@ from pretrain.data.lexicon import read_lexicon
      ("chien", "dog", "French"), ("vélos", "bicycle", "French"), ("狗", "dog", "Chinese"),
      ("椅子", "chair", "Chinese")],
 )  # fmt: skip
-def test_a_listed_name_is_reported_with_its_english(word: str, english: str, language: str) -> None:
+def test_hints__listed_name_has_its_english(word: str, english: str, language: str) -> None:
     assert english_of(word) == english_of(unicodedata.normalize("NFD", word)) == (english, language)
     assert hint_of(word) == (
         f"{word!r} is {language} for {english!r}, but these weights know English only: type {english!r}"

@@ -43,7 +43,7 @@ os._exit(0)
 """
 
 
-def test_a_forked_child_computes_although_its_parent_did() -> None:
+def test_lock__forked_child_gets_a_new_one() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORK],
         cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120,
@@ -61,7 +61,7 @@ def sent(value: Any) -> Any:
     return received
 
 
-def test_a_detector_and_its_regions_can_be_copied_and_sent() -> None:
+def test_lock__detector_and_regions_can_be_pickled() -> None:
     detector = make_detector()
     regions = detector.embed(picture())
     expected = regions.classify("red, blue")

@@ -96,7 +96,7 @@ def test_open_words__scores_equal_the_formula(count: int) -> None:
     np.testing.assert_allclose(words(seen), expected, rtol=2e-5, atol=1e-7)
 
 
-def test_many_words_are_scored_as_each_alone_is() -> None:
+def test_open_words__many_score_as_each_alone() -> None:
     """More than one block of them, and of a few regions."""
     rng = np.random.default_rng(0)
     seen, words = regions(rng, count=150), scorer(rng, 2000)
@@ -158,7 +158,7 @@ def test_open_words__dominant_synonym_keeps_precision(scale: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(50, 12), (5, 0), (0, 3), (1, 1)])
-def test_distinct_rows_are_the_table(shape: tuple[int, int]) -> None:
+def test_distinct_rows__rebuild_the_table(shape: tuple[int, int]) -> None:
     table = np.random.default_rng(1).random(shape) > 0.8
     distinct = distinct_rows(table)
     np.testing.assert_array_equal(distinct.rows[distinct.of], table)
@@ -173,7 +173,7 @@ def test_top_k__equals_a_stable_sort(count: int | None) -> None:
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_each_region_has_its_first_best_class(order: str) -> None:
+def test_best_class__first_of_equal_scores(order: str) -> None:
     score = np.asarray(np.random.default_rng(3).integers(0, 9, (30, 20)) / 8, np.float32, order=order)  # type: ignore[call-overload]
     found = best_class_per_region(score, threshold=1.0)
     expected = [(r, row.index(max(row))) for r, row in enumerate(score.tolist()) if max(row) >= 1.0]

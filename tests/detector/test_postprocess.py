@@ -43,7 +43,7 @@ def test_top_per_class__equals_a_sort(count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 40, 300, 999, 1000, 1001, 2500])
 @pytest.mark.parametrize("grid", [False, True], ids=["scattered", "ties"])
-def test_nms_keeps_the_boxes_that_torchvision_keeps(count: int, grid: bool) -> None:
+def test_nms__equals_torchvision(count: int, grid: bool) -> None:
     for seed, iou in enumerate([0.3, 0.5, 0.5, 0.85, 1 / 3, 1.0]):
         rng = np.random.default_rng([seed, count])
         boxes = random_boxes(rng, count, grid=grid)
@@ -59,7 +59,7 @@ def test_nms_keeps_the_boxes_that_torchvision_keeps(count: int, grid: bool) -> N
         assert batched_nms(boxes, score, classes, iou, limit=25).tolist() == kept[:25]
 
 
-def test_boxes_without_area_suppress_nothing_and_no_boxes_are_no_boxes() -> None:
+def test_nms__boxes_without_area_suppress_nothing() -> None:
     flat = np.array([[5, 5, 5, 9]] * 3, dtype=np.float32)
     score, classes = np.array([0.1, 0.3, 0.2], dtype=np.float32), np.zeros(3, dtype=np.int64)
     assert batched_nms(flat, score, classes, 0.5).tolist() == [1, 2, 0]
@@ -86,7 +86,7 @@ def test_top_pairs__equal_a_stable_sort(seed: int) -> None:
         assert (best.score == score[best.region, best.class_id]).all()
 
 
-def test_a_region_goes_by_its_best_class_or_by_all_that_reach_the_threshold() -> None:
+def test_candidates__best_class_or_all_above_the_threshold() -> None:
     score = np.array([[0.2, 0.6, 0.5], [0.1, 0.0, 0.2], [0.5, 0.5, 0.4]], dtype=np.float32)
     one = best_class_per_region(score, threshold=0.5)
     assert list(zip(one.region, one.class_id, strict=True)) == [(0, 1), (2, 0)]
@@ -117,7 +117,7 @@ def soft_nms_of_one_class(boxes: NDArray[np.float32], score: NDArray[np.float32]
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 @pytest.mark.parametrize("count", [0, 1, 2, 60])
-def test_soft_nms_is_the_papers_in_every_class(count: int, sigma: float) -> None:
+def test_soft_nms__equals_the_papers_per_class(count: int, sigma: float) -> None:
     rng = np.random.default_rng(count)
     boxes, score_RC = random_boxes(rng, count, grid=False), rng.random((count, 4)).astype(np.float32)
     decayed = soft_nms(boxes, score_RC, sigma=sigma)
@@ -125,7 +125,7 @@ def test_soft_nms_is_the_papers_in_every_class(count: int, sigma: float) -> None
         np.testing.assert_allclose(decayed[:, c], soft_nms_of_one_class(boxes, score_RC[:, c], sigma), rtol=1e-5)
 
 
-def test_soft_nms_keeps_the_neighbour_that_nms_drops() -> None:
+def test_soft_nms__keeps_the_neighbour_that_nms_drops() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 6], [50, 50, 60, 60]], np.float32)  # IoU .6, and apart
     decayed = soft_nms(boxes, np.array([[0.9], [0.8], [0.7]], np.float32), sigma=0.5)
     np.testing.assert_allclose(decayed[:, 0], [0.9, 0.8 * math.exp(-(0.6**2) / 0.5), 0.7], rtol=1e-6)

@@ -41,7 +41,7 @@ def run(photos: Path, out: Path, **options: object) -> tuple[list[dict[str, str]
     return predict(detector=detector, pictures=PictureFiles.collect([photos]), out=out, **arguments), detector.runs  # type: ignore[arg-type]
 
 
-def test_results_are_coco_and_say_which_picture_and_class(photos: Path, tmp_path: Path) -> None:
+def test_predict__results_are_coco_with_ids(photos: Path, tmp_path: Path) -> None:
     from pycocotools.coco import COCO
 
     out = tmp_path / "out"
@@ -62,7 +62,7 @@ def test_results_are_coco_and_say_which_picture_and_class(photos: Path, tmp_path
     ("more", "files"),
     [([], "results.json, drawn/"), (["--no-draw", "--format", "csv,yolo"], "results.json, csv/, yolo/")],
 )
-def test_the_last_line_says_where_the_results_are(
+def test_predict__last_line_names_the_results(
     more: list[str],
     files: str,
     photos: Path,
@@ -78,7 +78,7 @@ def test_the_last_line_says_where_the_results_are(
     assert all((out / name).exists() for name in files.split(", "))
 
 
-def test_drawn_pictures_show_boxes_and_carry_no_metadata(photos: Path, tmp_path: Path) -> None:
+def test_predict__drawings_have_boxes_and_no_metadata(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "out")
     drawn = tmp_path / "out" / "drawn"
     assert sorted(p.relative_to(drawn).as_posix() for p in drawn.rglob("*.jpg")) == ["a.jpg", "sub/a.jpg", "z.jpg"]
@@ -88,7 +88,7 @@ def test_drawn_pictures_show_boxes_and_carry_no_metadata(photos: Path, tmp_path:
     assert np.abs(np.asarray(Image.open(drawn / "z.jpg")).astype(int) - picture([("yellow", 5, 5, 60, 60)])).mean() < 1
 
 
-def test_a_bad_picture_is_listed_and_does_not_stop_the_rest(photos: Path, tmp_path: Path) -> None:
+def test_predict__bad_picture_is_listed_and_skipped(photos: Path, tmp_path: Path) -> None:
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
     failed, runs = run(photos, tmp_path / "out")
     assert [f["file_name"] for f in failed] == ["broken.jpg"] and runs == 3
@@ -128,7 +128,7 @@ def test_predict__resumes_to_identical_files(photos: Path, tmp_path: Path) -> No
         ({"masks": False}, r"masks was True, is False\."),
     ],
 )
-def test_a_folder_of_another_command_is_refused_unless_overwritten(
+def test_predict__other_commands_folder_needs_overwrite(
     photos: Path, tmp_path: Path, change: dict[str, object], said: str
 ) -> None:
     run(photos, tmp_path / "out")
@@ -140,7 +140,7 @@ def test_a_folder_of_another_command_is_refused_unless_overwritten(
     assert runs == 3
 
 
-def test_other_weights_or_another_calibration_are_another_command(photos: Path, tmp_path: Path) -> None:
+def test_predict__other_weights_are_another_command(photos: Path, tmp_path: Path) -> None:
     detector = make_detector(cache_size=0)
     for card, refused in (({"sha256": "1", "settings": "2"}, False), ({"sha256": "1", "settings": "3"}, True)):
         detector.card = card
@@ -157,7 +157,7 @@ def answers(out: Path) -> dict[str, list[int]]:
     return found
 
 
-def test_a_picture_with_new_content_is_done_again_and_the_others_are_kept(photos: Path, tmp_path: Path) -> None:
+def test_predict__changed_picture_is_redone(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "out")
     stamp = (photos / "z.bmp").stat()
     Image.fromarray(picture([("red", 5, 5, 60, 60)])).save(photos / "z.bmp")
@@ -180,7 +180,7 @@ def test_predict__added_pictures_join_and_removed_ones_are_refused(photos: Path,
         run(photos, tmp_path / "out")
 
 
-def test_a_repaired_picture_is_tried_again(photos: Path, tmp_path: Path) -> None:
+def test_predict__repaired_picture_is_retried(photos: Path, tmp_path: Path) -> None:
     whole = (photos / "z.bmp").read_bytes()
     (photos / "z.bmp").write_bytes(whole[:900])
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
@@ -218,20 +218,20 @@ def test_predict__file_names_of_any_bytes_round_trip(tmp_path: Path) -> None:
     assert len(drawn) == len(set(drawn)) == 4
 
 
-def test_a_folder_with_other_things_in_it_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_predict__folder_with_other_files_is_refused(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         run(photos, tmp_path / "out")
 
 
-def test_pictures_without_masks_or_drawings(photos: Path, tmp_path: Path) -> None:
+def test_predict__without_masks_or_drawings(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "out", draw=False, masks=False)
     assert not (tmp_path / "out" / "drawn").exists()
     assert all("segmentation" not in row for row in json.loads((tmp_path / "out" / "results.json").read_text()))
 
 
-def test_two_pictures_of_one_name_and_missing_paths_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_predict__duplicate_names_and_missing_paths_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="two pictures would be called 'a.png'"):
         PictureFiles.collect([photos, photos / "sub" / "a.png"])
     assert len(PictureFiles.collect([photos, photos / "a.png"])) == 3
@@ -242,7 +242,7 @@ def test_two_pictures_of_one_name_and_missing_paths_are_refused(photos: Path, tm
         PictureFiles.collect([tmp_path / "empty"])
 
 
-def test_labels_are_drawn_in_every_script() -> None:
+def test_drawing__labels_in_every_script() -> None:
     cv2 = pytest.importorskip("cv2")
     if not hasattr(cv2, "FontFace"):
         pytest.skip("OpenCV 4 has no font for other scripts")
@@ -255,7 +255,7 @@ def test_labels_are_drawn_in_every_script() -> None:
     ).any()
 
 
-def test_drawing_copes_with_boxes_at_and_over_the_border() -> None:
+def test_drawing__boxes_across_the_border() -> None:
     detector = make_detector()
     found = detector.embed(picture([("red", 0, 0, 160, 120)])).classify("red")
     found.xyxy[0] = [-5.0, -8.0, 170.0, 130.0]
@@ -277,7 +277,7 @@ def test_drawing_copes_with_boxes_at_and_over_the_border() -> None:
         (["--classes", "red", "--threads", "99999999"], "from 1 to 1024"),
     ],
 )
-def test_mistakes_on_the_command_line_are_user_errors_and_write_nothing(
+def test_predict__command_line_mistakes_write_nothing(
     photos: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -305,7 +305,7 @@ def test_predict__drawings_have_unique_names(names: list[str], drawn: list[str])
     assert drawn_names(names) == drawn
 
 
-def test_two_commands_do_not_write_one_folder(photos: Path, tmp_path: Path) -> None:
+def test_predict__two_commands_do_not_share_a_folder(photos: Path, tmp_path: Path) -> None:
     """The second would take the first one's records, of other words, for its own."""
     with alone_in(tmp_path / "out"), pytest.raises(UserError, match="out: another command writes there; wait for it"):
         run(photos, tmp_path / "out")

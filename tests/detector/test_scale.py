@@ -27,7 +27,7 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_a_worker_gives_a_row_per_detection_and_names_files_that_are_no_pictures(
+def test_worker__gives_a_row_per_detection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     detector = make_detector()
@@ -46,14 +46,14 @@ def test_a_worker_gives_a_row_per_detection_and_names_files_that_are_no_pictures
     assert all(rows["mask"][:-1]) and rows["error"][-1] != "" and not any(rows["error"][:-1])
 
 
-def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ray__missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'wordbox\[scale\]'; on one machine use ovd\.predict"):
         scale.main(["predict", str(tmp_path), "--classes", "dog", "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("arguments", [["predict", ".", "--workers", "0"], ["predict", ".", "--nonsense"]])
-def test_wrong_arguments_are_explained(arguments: list[str]) -> None:
+def test_scale__wrong_arguments_are_explained(arguments: list[str]) -> None:
     with pytest.raises(UserError, match=r"--workers must be at least 1|unknown argument '--nonsense'"):
         scale.main([*arguments, "--classes", "dog", "--out", "out"])
 
@@ -68,7 +68,7 @@ def cluster() -> Any:
 
 
 @pytest.mark.slow
-def test_ray_gives_what_one_machine_gives(cluster: Any, tmp_path: Path) -> None:
+def test_ray__equals_one_machine(cluster: Any, tmp_path: Path) -> None:
     import pyarrow.parquet
 
     from ovd.embed import EmbedConfig

@@ -16,7 +16,7 @@ from pretrain.nets.towers import ClipTokenizer
 from tests.detector.fakes import WordEncoder, make_detector, picture
 
 
-def test_a_class_is_the_normalised_mean_over_synonyms_and_templates() -> None:
+def test_embed__normalised_mean_over_synonyms_and_templates() -> None:
     encoder = WordEncoder()
     vocabulary = Vocabulary.parse("dog\nmug: cup, coffee mug\n-poster", templates=TEMPLATES_63)
     rows = embed_vocabulary(vocabulary, encoder)
@@ -26,7 +26,7 @@ def test_a_class_is_the_normalised_mean_over_synonyms_and_templates() -> None:
         np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=0, atol=1e-5)
 
 
-def test_phrases_are_unit_rows_in_order_whatever_the_batch() -> None:
+def test_embed_phrases__unit_rows_whatever_the_batch() -> None:
     encoder = WordEncoder()
     words = ["dog", "cat", "zebra", "mug", "cup"]
     rows = embed_phrases(words, encoder, batch_size=2)
@@ -34,7 +34,7 @@ def test_phrases_are_unit_rows_in_order_whatever_the_batch() -> None:
     assert embed_phrases([], encoder).shape == (0, encoder.embed_dim)
 
 
-def test_only_new_phrases_are_encoded() -> None:
+def test_phrase_cache__only_new_phrases_are_encoded() -> None:
     encoder = WordEncoder()
     embedder = TextEmbedder(encoder=encoder)
     first = embedder.embed(Vocabulary.parse("dog, cat"))
@@ -44,7 +44,7 @@ def test_only_new_phrases_are_encoded() -> None:
     np.testing.assert_array_equal(second[[2, 1]], first)
 
 
-def test_memory_is_bounded_and_drops_the_least_recently_used() -> None:
+def test_phrase_cache__drops_the_least_recently_used() -> None:
     encoder = WordEncoder()
     embedder = TextEmbedder(encoder=encoder, max_phrases=2)
     embedder.embed(Vocabulary.parse("dog, cat"))
@@ -56,7 +56,7 @@ def test_memory_is_bounded_and_drops_the_least_recently_used() -> None:
     assert encoder.encoded
 
 
-def test_other_templates_are_another_phrase() -> None:
+def test_phrase_cache__templates_are_part_of_the_key() -> None:
     encoder = WordEncoder()
     embedder = TextEmbedder(encoder=encoder)
     embedder.embed(Vocabulary.parse("dog", templates=["{}"]))
@@ -65,7 +65,7 @@ def test_other_templates_are_another_phrase() -> None:
     assert encoder.encoded == ["big dog"]
 
 
-def test_file_cache_saves_encoding_and_belongs_to_one_encoder(tmp_path: Path) -> None:
+def test_file_cache__belongs_to_one_encoder(tmp_path: Path) -> None:
     pytest.importorskip("pretrain.engine.checkpoint")
     vocabulary = Vocabulary.parse("dog, mug: cup")
     first = embed_vocabulary(vocabulary, WordEncoder(), cache_dir=tmp_path)
@@ -102,19 +102,19 @@ class ShortEncoder(WordEncoder):
         ("x" * 5000, True),
     ],
 )
-def test_names_whose_end_is_not_read_are_distinguished(name: str, cut: bool) -> None:
+def test_cut_phrases__names_longer_than_the_context(name: str, cut: bool) -> None:
     vocabulary = Vocabulary.of(["cat", name], templates=["{}"])
     assert cut_phrases(vocabulary, ShortEncoder()) == ([name] if cut else [])
 
 
-def test_the_longest_prompt_counts_and_synonyms_do() -> None:
+def test_cut_phrases__longest_prompt_and_synonyms_count() -> None:
     words = " ".join(["dog"] * 25)
     vocabulary = Vocabulary.parse(f"cat: {words}", templates=["{}", "a picture of the old {} there"])
     assert cut_phrases(vocabulary, ShortEncoder()) == [words]
     assert cut_phrases(vocabulary, WordEncoder()) == []
 
 
-def test_a_detector_gives_a_notice_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_phrases__detector_gives_one_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = make_detector()
     monkeypatch.setattr("ovd.detector.cut_phrases", lambda vocabulary, encoder: ["red"])
     detector.set_classes("red, blue")

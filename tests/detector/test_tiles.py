@@ -63,7 +63,7 @@ def test_tiles__small_objects_found_without_duplicates() -> None:
     assert found.size == (400, 640) and found.names == ("red", "blue")
 
 
-def test_masks_lie_where_their_boxes_are() -> None:
+def test_tiles__masks_are_at_their_boxes() -> None:
     image = picture([("red", 500, 300, 520, 318)], size=(400, 640))
     tiled = shrinking_detector()
     found = tiled.answer(image, tiled.query("red, blue"))
@@ -72,7 +72,7 @@ def test_masks_lie_where_their_boxes_are() -> None:
     assert shrinking_detector(masks=False).answer(image, tiled.query("red")).mask is None
 
 
-def test_things_at_the_border_of_the_picture_are_kept() -> None:
+def test_tiles__objects_at_the_picture_border_are_kept() -> None:
     image = picture([("red", 0, 0, 20, 20), ("red", 620, 380, 640, 400)], size=(400, 640))
     tiled = shrinking_detector()
     assert len(tiled.answer(image, tiled.query("red"))) == 2
@@ -94,7 +94,7 @@ def test_tiles__results_of_other_settings_are_refused(tmp_path: Path) -> None:
         predict(detector=shrinking_detector(), pictures=pictures, vocabulary=words, out=tmp_path / "out")
 
 
-def test_too_many_tiles_and_a_missing_package_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles__too_many_or_missing_package_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     tiled = TiledDetector(make_detector(cache_size=0), side=4)
     with pytest.raises(UserError, match=r"640×400 pixels are .* tiles of 4; give --tile-side"):
         tiled.answer(picture([("red", 0, 0, 20, 20)], size=(400, 640)), tiled.query("red"))

@@ -17,7 +17,7 @@ import pytest
 from ovd import predict, video
 from ovd.predict_video import is_video
 from ovd.tracking import Tracker
-from ovd.video import Source, predict_video
+from ovd.video import VideoSource, predict_video
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
 
@@ -44,7 +44,7 @@ def clip(tmp_path: Path) -> Path:
 def run(clip: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     detector = make_detector(cache_size=0)
     predict_video(
-        detector=detector, query=detector.query("red, blue"), source=Source.open(str(clip)), out=out, **options
+        detector=detector, query=detector.query("red, blue"), source=VideoSource.open(str(clip)), out=out, **options
     )
     return [json.loads(line) for line in (out / "clip.jsonl").read_text().splitlines()]
 
@@ -59,7 +59,7 @@ def decoded(path: Path) -> list[tuple[float, np.ndarray]]:
     return frames
 
 
-def test_every_frame_has_its_boxes_with_time(clip: Path, tmp_path: Path) -> None:
+def test_video__every_frame_has_boxes_and_time(clip: Path, tmp_path: Path) -> None:
     rows = run(clip, tmp_path / "out", track=False, draw=False)
     red = {row["frame"]: row for row in rows if row["class"] == "red"}
     assert sorted(red) == list(range(FRAMES))
@@ -141,7 +141,7 @@ class Camera:
 
 def test_camera__runs_until_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "VideoCapture", lambda number: Camera())
-    source = Source.open("0")
+    source = VideoSource.open("0")
     assert (source.name, source.live, source.frames, source.rate) == ("camera0", True, None, video.USUAL_RATE)
     detector = make_detector(cache_size=0)
     query = detector.query("red")
@@ -151,7 +151,7 @@ def test_camera__runs_until_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert times == sorted(times)
 
 
-def test_a_video_without_frames_is_refused_and_leaves_nothing(
+def test_video__without_frames_is_refused_and_leaves_nothing(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Camera, "read", lambda self: (False, None))
@@ -171,7 +171,7 @@ def test_predict__videos_in_a_folder_are_skipped_with_a_warning(
 
 def test_camera__missing_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="camera 97: cannot be opened as a video; is it connected, and free"):
-        Source.open("97")
+        VideoSource.open("97")
     assert capfd.readouterr() == ("", "")
 
 
@@ -213,7 +213,7 @@ def test_predict__video_reports_progress(clip: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--no-draw", "--overwrite"]])
-def test_a_video_is_never_written_over_by_its_own_result(more: list[str], clip: Path) -> None:
+def test_video__is_never_overwritten_by_its_result(more: list[str], clip: Path) -> None:
     own = clip.rename(clip.with_suffix(".mp4"))
     before = own.read_bytes()
     with pytest.raises(UserError, match=r"clip\.mp4: is an input video and would be overwritten"):
@@ -258,7 +258,7 @@ def test_video__wrong_arguments_are_refused_first(more: list[str], said: str, cl
 def test_video__not_a_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video at all")
     with pytest.raises(UserError, match=r"a\.mp4: cannot be opened as a video"):
-        Source.open(str(tmp_path / "a.mp4"))
+        VideoSource.open(str(tmp_path / "a.mp4"))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_video__not_a_video_is_refused(tmp_path: Path) -> None:
         ("trackers", {"draw": False}, r"pip install --no-deps trackers pydeprecate\. Or give --no-track"),
     ],
 )
-def test_a_missing_package_is_named_with_the_way_without(
+def test_video__missing_package_is_named(
     package: str, options: dict[str, bool], said: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -276,9 +276,7 @@ def test_a_missing_package_is_named_with_the_way_without(
         run(clip, tmp_path / "out", **options)
 
 
-def test_a_video_whose_end_is_missing_is_reported(
-    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_video__truncated_source_is_reported(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = clip.read_bytes()
     clip.write_bytes(data[: len(data) // 2])
     arguments = [str(clip), "--classes", "red", "--out", str(tmp_path / "out"), "--no-track", "--no-draw"]
@@ -288,7 +286,7 @@ def test_a_video_whose_end_is_missing_is_reported(
     assert f"clip: ends after {done} of the {FRAMES} frames" in capsys.readouterr().err
 
 
-def test_a_folder_is_no_video_whatever_its_name(tmp_path: Path) -> None:
+def test_is_video__not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "frames.mp4").mkdir()
     assert not is_video(str(tmp_path / "frames.mp4"))
 

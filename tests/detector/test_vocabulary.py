@@ -28,20 +28,20 @@ from pretrain.engine.errors import UserError
         ("x-ray, merry-go-round", ["x-ray", "merry-go-round"]),
     ],
 )
-def test_commas_semicolons_and_lines_separate_classes(text: str, names: list[str]) -> None:
+def test_parse__commas_semicolons_and_lines_separate_classes(text: str, names: list[str]) -> None:
     assert list(Vocabulary.parse(text).names) == names
 
 
 @pytest.mark.parametrize(
     "text", ["dog; mug: cup, coffee mug", "dog, mug: cup, coffee mug", "dog\nmug: cup, coffee mug"]
 )
-def test_synonyms_run_to_the_end_of_the_line_or_semicolon(text: str) -> None:
+def test_parse__synonyms_end_with_line_or_semicolon(text: str) -> None:
     vocabulary = Vocabulary.parse(text + "; cat")
     expected = (VocabularyClass("dog"), VocabularyClass("mug", ("cup", "coffee mug")), VocabularyClass("cat"))
     assert vocabulary.classes == expected
 
 
-def test_a_list_item_is_one_class() -> None:
+def test_parse__list_item_is_one_class() -> None:
     vocabulary = Vocabulary.parse(["dog", "mug: cup, coffee mug", "-poster", "salt, and pepper"])
     assert vocabulary.classes == (
         VocabularyClass("dog"),
@@ -52,19 +52,19 @@ def test_a_list_item_is_one_class() -> None:
 
 
 @pytest.mark.parametrize("minus", ["-", "- ", "\u2212", "\u2013"])
-def test_a_minus_makes_a_negative_word(minus: str) -> None:
+def test_parse__minus_makes_a_negative(minus: str) -> None:
     vocabulary = Vocabulary.parse(f"dog, {minus}poster: placard")
     assert vocabulary.names == ("dog",)
     assert vocabulary.negatives == (VocabularyClass("poster", ("placard",), negative=True),)
 
 
-def test_repeated_names_are_merged_with_a_notice_and_keep_their_synonyms() -> None:
+def test_parse__repeated_names_are_merged_with_a_notice() -> None:
     vocabulary = Vocabulary.parse("Dog: hound\ncat\ndog: puppy, HOUND")
     assert vocabulary.classes == (VocabularyClass("Dog", ("hound", "puppy")), VocabularyClass("cat"))
     assert len(vocabulary.notices) == 1 and "dog" in vocabulary.notices[0]
 
 
-def test_a_word_typed_with_and_without_minus_stays_a_class() -> None:
+def test_parse__word_with_and_without_minus_stays_a_class() -> None:
     vocabulary = Vocabulary.parse("dog, -dog")
     assert vocabulary.names == ("dog",) and not vocabulary.negatives
     assert "minus is ignored" in vocabulary.notices[0]
@@ -96,7 +96,7 @@ def test_vocabulary__limits_are_inclusive() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=200))
-def test_any_text_gives_clean_names_or_a_user_error(text: str) -> None:
+def test_parse__any_text_gives_clean_names_or_a_user_error(text: str) -> None:
     try:
         vocabulary = Vocabulary.parse(text)
     except UserError:
@@ -107,7 +107,7 @@ def test_any_text_gives_clean_names_or_a_user_error(text: str) -> None:
         assert name == " ".join(name.split()) and 0 < len(name) <= 100
 
 
-def test_vild_templates_are_the_63_of_the_paper() -> None:
+def test_templates__vild_has_the_papers_63() -> None:
     assert len(TEMPLATES_63) == len(set(TEMPLATES_63)) == 63
     prompts = [fill_template(t, "cat", this_is=True) for t in TEMPLATES_63]
     assert sum(p.startswith("This is ") for p in prompts) == 58
@@ -144,16 +144,16 @@ def test_vild_templates_are_the_63_of_the_paper() -> None:
         ("heirloom", "an", "a"),
     ],
 )
-def test_article_is_right_and_parity_mode_follows_the_released_code(name: str, right: str, parity: str) -> None:
+def test_templates__articles_and_parity_mode(name: str, right: str, parity: str) -> None:
     assert article_for(name) == right
     assert article_for(name, parity=True) == parity
 
 
-def test_names_are_cleaned_for_prompts_as_vild_does() -> None:
+def test_templates__names_are_cleaned_as_in_vild() -> None:
     assert fill_template("a {}", "Traffic_light/signal.") == "a traffic light or signal"
 
 
-def test_hash_is_stable_across_processes_and_sees_every_difference() -> None:
+def test_vocabulary_hash__is_stable_and_sees_every_difference() -> None:
     vocabulary = Vocabulary.parse("dog, mug: cup, -poster")
     code = "from ovd.vocabulary import Vocabulary as V; print(V.parse('dog, mug: cup, -poster').hash)"
     # PYTHONHASHSEED differs between processes: a hash that used it would differ too.
@@ -169,7 +169,7 @@ def test_hash_is_stable_across_processes_and_sees_every_difference() -> None:
     assert Vocabulary.parse("dog, dog, mug: cup, -poster").hash == vocabulary.hash
 
 
-def test_a_saved_vocabulary_loads_equal(tmp_path: Path) -> None:
+def test_vocabulary_file__round_trip(tmp_path: Path) -> None:
     vocabulary = Vocabulary.parse(
         ["dög", "mug: cup", "-poster", "a, b"], templates=TEMPLATES_63, this_is=True, parity=True
     )
@@ -179,7 +179,7 @@ def test_a_saved_vocabulary_loads_equal(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["v.json"]
 
 
-def test_a_text_file_is_read_in_the_typed_grammar(tmp_path: Path) -> None:
+def test_vocabulary_file__text_uses_the_typed_grammar(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("\ufeffdog\nmug: cup\n-poster\n", encoding="utf-8")
     assert Vocabulary.load(file).classes == Vocabulary.parse("dog\nmug: cup\n-poster").classes
@@ -199,13 +199,13 @@ def test_a_text_file_is_read_in_the_typed_grammar(tmp_path: Path) -> None:
         b"[" * 100_000,
     ],
 )
-def test_a_damaged_vocabulary_file_is_named_in_the_error(tmp_path: Path, content: bytes) -> None:
+def test_vocabulary_file__damaged_one_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "v.json"
     file.write_bytes(content)
     with pytest.raises(UserError, match="v.json"):
         Vocabulary.load(file)
 
 
-def test_a_missing_vocabulary_file_is_named_in_the_error(tmp_path: Path) -> None:
+def test_vocabulary_file__missing_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none.txt.*No such file"):
         Vocabulary.load(tmp_path / "none.txt")

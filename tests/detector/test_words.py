@@ -30,11 +30,11 @@ from pretrain.engine.errors import UserError
         ("\u200b, dog", ("dog",)),
     ],
 )
-def test_separators_of_other_scripts_and_lists_separate(text: str, names: tuple[str, ...]) -> None:
+def test_words__separators_of_other_scripts(text: str, names: tuple[str, ...]) -> None:
     assert Vocabulary.parse(text).names == names
 
 
-def test_a_full_width_colon_gives_synonyms_and_a_full_width_minus_a_negative_word() -> None:
+def test_words__full_width_colon_and_minus() -> None:
     typed = Vocabulary.parse("mug：cup，coffee mug；－poster")
     assert typed.classes == Vocabulary.parse("mug: cup, coffee mug; -poster").classes
     assert typed.hash == Vocabulary.parse("mug: cup, coffee mug; -poster").hash
@@ -94,7 +94,7 @@ def test_words__trailing_joiners_are_dropped() -> None:
         ("words.txt", "\ufeffflower\r\ncar\r\n"),
     ],
 )
-def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Path) -> None:
+def test_words__lists_of_other_tools_are_read(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     vocabulary = Vocabulary.load(tmp_path / name)
     assert vocabulary.names == ("flower", "car") and not vocabulary.negatives
@@ -114,7 +114,7 @@ def test_the_lists_of_other_tools_are_read(name: str, content: str, tmp_path: Pa
         ("words.json", '{"format": "ovd-vocabulary-1", "classes": [{"name": " "}]}', "no name empty"),
     ],
 )
-def test_other_files_are_refused_with_their_name(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_words__other_files_are_refused_by_name(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=rf"{name}: .*{message}") as caught:
         Vocabulary.load(tmp_path / name)
@@ -129,7 +129,7 @@ def test_words__malformed_bracket_list_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["-5 sign", "–20", "---", '"quoted"', "x" * 120, "a: b", "a, b"])
-def test_names_of_a_data_set_survive_save_and_load(name: str, tmp_path: Path) -> None:
+def test_words__data_set_names_survive_save_and_load(name: str, tmp_path: Path) -> None:
     before = Vocabulary.of(["ok", name])
     before.save(tmp_path / "v.json")
     after = Vocabulary.load(tmp_path / "v.json")

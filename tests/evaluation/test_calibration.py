@@ -12,7 +12,7 @@ import pytest
 from ovd.evaluation.reliability import reliability, reliability_svg, score_drift
 
 
-def test_error_of_hand_made_bins() -> None:
+def test_reliability__ece_of_three_known_bins() -> None:
     # Two bins of width .5: scores .2, .4 (none right), scores .6, .8, 1.0 (two right).
     curve = reliability([0.2, 0.4, 0.6, 0.8, 1.0], [0, 0, 1, 0, 1], bins=2)
     assert curve.count.tolist() == [2, 3]
@@ -20,12 +20,12 @@ def test_error_of_hand_made_bins() -> None:
     assert curve.mce == pytest.approx(0.3)
 
 
-def test_a_score_on_a_border_belongs_to_the_upper_bin_and_one_to_the_last() -> None:
+def test_reliability__bin_edges_belong_to_the_upper_bin() -> None:
     assert reliability([0.0, 0.5, 1.0], [1, 1, 1], bins=2).count.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("bins", [5, 15])
-def test_error_equals_a_loop_over_bins(bins: int) -> None:
+def test_reliability__ece_equals_a_loop_over_bins(bins: int) -> None:
     rng = np.random.default_rng(bins)
     score = rng.random(500)
     correct = rng.random(500) < score**2
@@ -37,7 +37,7 @@ def test_error_equals_a_loop_over_bins(bins: int) -> None:
     assert reliability(score, correct, bins=bins).ece == pytest.approx(expected)
 
 
-def test_honest_scores_have_a_small_error_and_overconfident_ones_a_large() -> None:
+def test_reliability__overconfident_scores_have_a_larger_ece() -> None:
     rng = np.random.default_rng(0)
     score = rng.random(20_000)
     correct = rng.random(20_000) < score
@@ -45,19 +45,19 @@ def test_honest_scores_have_a_small_error_and_overconfident_ones_a_large() -> No
     assert reliability(np.ones(20_000), correct).ece == pytest.approx(0.5, abs=0.02)
 
 
-def test_no_detections_have_no_error() -> None:
+def test_reliability__ece_is_nan_without_detections() -> None:
     curve = reliability([], [])
     assert math.isnan(curve.ece) and math.isnan(curve.mce)
     assert "0 detections" in reliability_svg(curve)
 
 
 @pytest.mark.parametrize("score, correct", [([1.1], [1]), ([-0.1], [0]), ([float("nan")], [0]), ([0.5, 0.5], [1])])
-def test_impossible_scores_are_refused(score: list[float], correct: list[int]) -> None:
+def test_reliability__scores_outside_0_to_1_are_refused(score: list[float], correct: list[int]) -> None:
     with pytest.raises(ValueError, match="score"):
         reliability(score, correct)
 
 
-def test_drift_counts_what_moved_and_a_lost_detection_as_score_zero() -> None:
+def test_score_drift__counts_a_lost_detection_as_score_0() -> None:
     drift = score_drift([0.9, 0.5, 0.7, 0.3], [0.9, 0.45, 0.6, math.nan])
     assert drift.count == 4
     assert drift.largest == pytest.approx(0.3)
@@ -68,7 +68,7 @@ def test_drift_counts_what_moved_and_a_lost_detection_as_score_zero() -> None:
         score_drift([0.5], [0.5, 0.5])
 
 
-def test_diagram_is_well_formed_and_escapes_its_title() -> None:
+def test_reliability_svg__is_well_formed_and_escapes_its_title() -> None:
     rng = np.random.default_rng(0)
     score = rng.random(100)
     svg = reliability_svg(reliability(score, score > 0.5), title="<script>&", caption="novel & base")

@@ -47,7 +47,7 @@ def tiny(
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_boxes_equal_pycocotools_for_all_base_and_novel(seed: int, ties: bool) -> None:
+def test_box_ap__equals_pycocotools_for_all_base_and_novel(seed: int, ties: bool) -> None:
     gt, results = random_case(seed, ties=ties)
     split = halves(gt)
     values = evaluate(gt, results, split, ("bbox",)).values
@@ -57,14 +57,14 @@ def test_boxes_equal_pycocotools_for_all_base_and_novel(seed: int, ties: bool) -
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_masks_equal_pycocotools_although_the_results_carry_boxes_too(seed: int) -> None:
+def test_mask_ap__equals_pycocotools_when_results_also_have_boxes(seed: int) -> None:
     gt, results = random_case(seed, masks=True)
     values = evaluate(gt, results, halves(gt)).values
     assert stats_of(values, "segm") == official(gt, results, "segm").stats[:6].tolist()
     assert stats_of(values, "bbox") == official(gt, results, "bbox").stats[:6].tolist()
 
 
-def test_every_class_equals_its_slice_of_the_oracle() -> None:
+def test_per_class_ap__equals_pycocotools() -> None:
     gt, results = random_case(3, images=20)
     run = official(gt, results)
     for column, row in enumerate(sorted(evaluate(gt, results).per_class, key=lambda r: r.id)):
@@ -78,7 +78,7 @@ def test_every_class_equals_its_slice_of_the_oracle() -> None:
 
 
 @pytest.mark.parametrize("cap", [1, 3, 300])
-def test_custom_max_dets_do_not_turn_ap_into_minus_one(cap: int) -> None:
+def test_max_dets__custom_values_do_not_give_ap_minus_1(cap: int) -> None:
     gt, results = random_case(5, images=12)
     precision = official(gt, results, max_dets=[cap]).eval["precision"]
     values = evaluate(gt, results, None, ("bbox",), max_dets=cap).values
@@ -89,7 +89,7 @@ def test_custom_max_dets_do_not_turn_ap_into_minus_one(cap: int) -> None:
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(6))
-def test_class_agnostic_recall_equals_use_cats_0_on_the_group_alone(seed: int, kind: str) -> None:
+def test_recall__equals_use_cats_0_on_the_group_alone(seed: int, kind: str) -> None:
     gt, results = random_case(seed, masks=kind == "segm", ties=seed % 2 == 0, images=8)
     split = halves(gt)
     values = evaluate(gt, results, split, (kind,)).values
@@ -111,13 +111,13 @@ def test_mean__skips_categories_without_objects() -> None:
     assert metrics.per_class[1].n_det == 1
 
 
-def test_precision_beyond_the_reached_recall_counts_as_zero() -> None:
+def test_ap__precision_beyond_the_reached_recall_is_0() -> None:
     # One of two objects is found: precision is 1 up to recall .5 (51 of the 101 recall points), then 0.
     gt, results = tiny([[0, 0, 20, 20], [60, 60, 20, 20]], [([0, 0, 20, 20], 0.9), ([30, 30, 20, 20], 0.8)])
     assert evaluate(gt, results, None, ("bbox",)).values["bbox/AP50"] == pytest.approx(51 / 101)
 
 
-def test_crowd_objects_are_neither_found_nor_missed_and_detections_on_them_are_free() -> None:
+def test_crowds__count_neither_as_missed_nor_as_false_positives() -> None:
     gt, results = tiny([[0, 0, 20, 20]], [([0, 0, 20, 20], 0.5), ([41, 41, 20, 20], 0.9), ([42, 42, 20, 20], 0.8)])
     crowd = {"id": 2, "image_id": 1, "category_id": 7, "bbox": [40, 40, 60, 60], "area": 3600, "iscrowd": 1}
     gt["annotations"].append(crowd)
@@ -127,7 +127,7 @@ def test_crowd_objects_are_neither_found_nor_missed_and_detections_on_them_are_f
     assert metrics.counts["objects"] == 1
 
 
-def test_ignore_without_iscrowd_counts_as_pycocotools_counts_it_and_is_reported() -> None:
+def test_ignore_flag__without_iscrowd_counts_as_in_pycocotools_with_a_warning() -> None:
     gt, results = tiny([[0, 0, 20, 20], [50, 50, 20, 20]], [([0, 0, 20, 20], 0.9)])
     gt["annotations"][1]["ignore"] = 1
     metrics = evaluate(gt, results, None, ("bbox",))
@@ -135,7 +135,7 @@ def test_ignore_without_iscrowd_counts_as_pycocotools_counts_it_and_is_reported(
     assert any("'ignore'" in w for w in metrics.warnings)
 
 
-def test_annotation_id_zero_is_not_lost() -> None:
+def test_annotation_id_0__is_not_lost() -> None:
     gt, results = tiny([[0, 0, 20, 20]], [([0, 0, 20, 20], 0.9)])
     gt["annotations"][0]["id"] = 0
     assert official(gt, results).stats[1] == 0  # the trap: a match with id 0 reads as no match
@@ -144,7 +144,7 @@ def test_annotation_id_zero_is_not_lost() -> None:
     assert any("id 0" in w for w in metrics.warnings)
 
 
-def test_size_of_a_detected_mask_is_that_of_the_mask_not_of_its_box() -> None:
+def test_mask_area__is_the_masks_not_the_boxs() -> None:
     # A thin diagonal has a large box and a small mask. Unmatched and of medium size it would be a false positive.
     gt, _ = tiny([[0, 0, 10, 10]], [])
     gt["annotations"][0]["segmentation"] = rectangle([0, 0, 10, 10], (100, 100))
@@ -167,7 +167,7 @@ def test_size_of_a_detected_mask_is_that_of_the_mask_not_of_its_box() -> None:
     assert values["bbox/APs"] == official(gt, [right, thin], "bbox").stats[3] == pytest.approx(1.0)
 
 
-def test_no_detections_give_zero_and_a_warning() -> None:
+def test_ap__is_0_with_a_warning_without_detections() -> None:
     gt, _ = random_case(0)
     metrics = evaluate(gt, [], halves(gt), ("bbox",))
     assert metrics.values["bbox/AP"] == 0.0
@@ -175,19 +175,19 @@ def test_no_detections_give_zero_and_a_warning() -> None:
     assert any("no detections" in w for w in metrics.warnings)
 
 
-def test_no_objects_give_not_a_number_and_a_warning() -> None:
+def test_ap__is_nan_with_a_warning_without_objects() -> None:
     gt, results = random_case(0)
     metrics = evaluate(gt | {"annotations": []}, results, None, ("bbox",))
     assert all(math.isnan(v) for v in metrics.values.values())
     assert any("n/a" in w for w in metrics.warnings)
 
 
-def test_no_images_at_all() -> None:
+def test_evaluate__accepts_a_file_without_images() -> None:
     gt = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cup"}]}
     assert all(math.isnan(v) for v in evaluate(gt, []).values.values())
 
 
-def test_one_category_is_pycocotools_without_categories() -> None:
+def test_as_one_category__equals_pycocotools_use_cats_0() -> None:
     gt, results = random_case(3)
     metrics = evaluate(*as_one_category(gt, results), None, ("bbox",))
     assert stats_of(metrics.values, "bbox") == list(official(gt, results, "bbox", use_categories=False).stats[:6])
@@ -201,7 +201,7 @@ def test_recall__box_of_two_categories_counts_once() -> None:
     assert evaluate(things, found, None, ("bbox",)).values["bbox/AP"] == pytest.approx(1.0)
 
 
-def test_an_image_missing_from_the_results_counts_as_missed_and_is_reported() -> None:
+def test_missing_images__count_as_missed_with_a_warning() -> None:
     gt, results = tiny([[0, 0, 20, 20]], [([0, 0, 20, 20], 0.9)])
     gt["images"].append({"id": 2, "width": 100, "height": 100})
     gt["annotations"].append(gt["annotations"][0] | {"id": 2, "image_id": 2})
@@ -211,7 +211,7 @@ def test_an_image_missing_from_the_results_counts_as_missed_and_is_reported() ->
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_order_of_the_results_does_not_matter_without_ties(seed: int) -> None:
+def test_ap__does_not_depend_on_the_order_of_results(seed: int) -> None:
     gt, results = random_case(seed)
     shuffled = [results[i] for i in np.random.default_rng(seed).permutation(len(results))]
     a, b = (evaluate(gt, r, None, ("bbox",)).values for r in (results, shuffled))
@@ -219,7 +219,7 @@ def test_order_of_the_results_does_not_matter_without_ties(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_renumbering_images_and_categories_does_not_matter(seed: int) -> None:
+def test_ap__does_not_depend_on_ids(seed: int) -> None:
     gt, results = random_case(seed)
     ids = sorted(c["id"] for c in gt["categories"])
     category = {i: 1000 - 3 * n for n, i in enumerate(ids)}
@@ -236,7 +236,7 @@ def test_renumbering_images_and_categories_does_not_matter(seed: int) -> None:
     assert first == pytest.approx(second, abs=1e-12, nan_ok=True)
 
 
-def test_categories_outside_the_split_touch_no_number() -> None:
+def test_split__categories_outside_change_no_figure() -> None:
     gt, results = random_case(2, images=12)
     names = {c["id"]: c["name"] for c in gt["categories"]}
     ids = sorted(names)
@@ -249,19 +249,19 @@ def test_categories_outside_the_split_touch_no_number() -> None:
     assert {r.id for r in all_of_it.per_class} == set(split.ids)
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_evaluate__does_not_change_its_inputs() -> None:
     gt, results = random_case(1, masks=True)
     before = copy.deepcopy((gt, results))
     evaluate(gt, results, halves(gt))
     assert (gt, results) == before
 
 
-def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate__prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(*random_case(1), None, ("bbox",))
     assert capsys.readouterr().out == ""
 
 
-def test_recall_of_proposals_replaces_that_of_the_named_results() -> None:
+def test_recall__of_proposals_replaces_that_of_results() -> None:
     gt, results = tiny([[0, 0, 20, 20], [50, 50, 20, 20]], [([0, 0, 20, 20], 0.9)])
     proposals = [{"image_id": 1, "score": 0.1, "bbox": b} for b in ([0, 0, 20, 20], [50, 50, 20, 21])]
     values = evaluate(gt, results, None, ("bbox",), proposals=proposals).values
@@ -270,7 +270,7 @@ def test_recall_of_proposals_replaces_that_of_the_named_results() -> None:
 
 
 @pytest.mark.parametrize("iou, t", [(0.5, 0), (0.75, 5)])
-def test_match_table_counts_what_the_oracle_counts(iou: float, t: int) -> None:
+def test_match_table__equals_pycocotools_matches(iou: float, t: int) -> None:
     gt, results = random_case(4, images=10)
     run = official(gt, results)
     for column, (category, m) in enumerate(sorted(match_table(gt, results, iou=iou).items())):

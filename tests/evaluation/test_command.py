@@ -39,7 +39,7 @@ def arguments(files: dict[str, Any], **other: str) -> list[str]:
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
 
 
-def test_table_json_and_csv_agree_with_the_library(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs__equal_the_library(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     out = files["dir"] / "new" / "out"
     argv = arguments(files, out=str(out))
     assert main(argv) == 0
@@ -64,7 +64,7 @@ def test_table_json_and_csv_agree_with_the_library(files: dict[str, Any], capsys
     assert "masks" in screen
 
 
-def test_figures_that_do_not_exist_are_null_and_n_a(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs__nan_is_null_or_n_a(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     files["gt"].write_text(json.dumps(files["gt_content"] | {"annotations": []}))
     assert main(arguments(files, out=str(files["dir"] / "out"))) == 0
     written = json.loads((files["dir"] / "out" / "metrics.json").read_text())
@@ -74,13 +74,13 @@ def test_figures_that_do_not_exist_are_null_and_n_a(files: dict[str, Any], capsy
     assert "warning: no objects" in captured.err
 
 
-def test_empty_results_are_evaluated(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_results__may_be_empty(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     files["results"].write_text("[]")
     assert main(arguments(files)) == 0
     assert "warning: no detections" in capsys.readouterr().err
 
 
-def test_comparison_prints_and_keeps_the_interval(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare__prints_and_stores_the_interval(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     other = files["dir"] / "other.json"
     other.write_text(json.dumps(files["results_content"][::3]))
     assert main(arguments(files, compare=str(other), out=str(files["dir"] / "out"))) == 0
@@ -102,7 +102,7 @@ def test_comparison_prints_and_keeps_the_interval(files: dict[str, Any], capsys:
         ("split", '{"base": [12345], "novel": []}', r"split\.json: base: unknown category id 12345"),
     ],
 )
-def test_damaged_files_exit_with_2_and_one_line(
+def test_damaged_file__exits_with_2_and_one_line(
     files: dict[str, Any], which: str, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files[which].write_text(text)
@@ -128,18 +128,18 @@ def test_damaged_files_exit_with_2_and_one_line(
         (["--max-dets", "0"], "must be at least 1"),
     ],
 )
-def test_wrong_arguments_are_explained(argv: list[str], message: str) -> None:
+def test_arguments__mistakes_are_explained(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(argv)
 
 
-def test_output_folder_that_cannot_be_made_is_an_error(files: dict[str, Any]) -> None:
+def test_out__unwritable_folder_is_an_error(files: dict[str, Any]) -> None:
     (files["dir"] / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         main(arguments(files, out=str(files["dir"] / "file" / "out")))
 
 
-def test_runs_as_a_module_from_any_folder(files: dict[str, Any]) -> None:
+def test_module__runs_from_any_folder(files: dict[str, Any]) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "ovd.evaluate"]
     done = subprocess.run([*command, *arguments(files)], cwd=files["dir"], env=env, capture_output=True, text=True)
@@ -152,7 +152,7 @@ def test_runs_as_a_module_from_any_folder(files: dict[str, Any]) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
+def test_second_look__is_an_alias_of_crop_refinement() -> None:
     argv = ["--weights", "vild-sticker", "--data", "stickers-val:1"]
     assert Options.parse([*argv, "--second-look", "3"]) == Options.parse([*argv, "--crop-refinement", "3"])
 
@@ -168,6 +168,6 @@ def test_the_former_name_of_crop_refinement_is_still_taken() -> None:
         (["--limit", "0"], "must be at least 1"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused_before_anything_is_read(flags: list[str], message: str) -> None:
+def test_flags__conflicts_are_refused_before_reading(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Options.parse(["--weights", "vild-sticker", "--data", "stickers-val:1", *flags])

@@ -17,14 +17,14 @@ from tests.evaluation.cases import random_case
 
 @pytest.mark.parametrize("iou, name", [(0.5, "AP50"), (0.75, "AP75")])
 @pytest.mark.parametrize("seed", range(5))
-def test_precision_with_equal_weights_is_that_of_the_evaluation(seed: int, iou: float, name: str) -> None:
+def test_precision__equal_weights_give_the_evaluations_ap(seed: int, iou: float, name: str) -> None:
     gt, results = random_case(seed, images=12)
     table = match_table(gt, results, iou=iou)
     expected = evaluate(gt, results, None, ("bbox",)).values[f"bbox/{name}"]
     assert bootstrap(table, table, {"all": list(table)}, samples=0)["all"].a == pytest.approx(expected, abs=1e-9)
 
 
-def test_an_image_of_weight_two_equals_that_image_twice() -> None:
+def test_precision__weight_2_equals_the_image_twice() -> None:
     gt, results = random_case(8, images=6)
     image_ids = sorted(i["id"] for i in gt["images"])
     twin = 10_000
@@ -43,7 +43,7 @@ def test_an_image_of_weight_two_equals_that_image_twice() -> None:
     assert twice == pytest.approx(expected, abs=0.02, nan_ok=True)
 
 
-def test_a_clear_gain_excludes_zero_and_no_gain_does_not() -> None:
+def test_bootstrap__interval_excludes_0_only_for_a_clear_gain() -> None:
     gt, results = random_case(1, images=40)
     b, gone = match_table(gt, results), match_table(gt, [])
     groups = {"all": list(b)}
@@ -57,7 +57,7 @@ def test_a_clear_gain_excludes_zero_and_no_gain_does_not() -> None:
     assert (reverse.low, reverse.high) == (pytest.approx(-gain.high), pytest.approx(-gain.low))
 
 
-def test_interval_is_a_function_of_the_seed() -> None:
+def test_bootstrap__interval_depends_on_the_seed_only() -> None:
     gt, results = random_case(1, images=20)
     a, b = match_table(gt, results[::2]), match_table(gt, results)
     first, second, third = (bootstrap(a, b, {"x": list(a)}, samples=40, seed=s)["x"] for s in (3, 3, 4))
@@ -65,20 +65,20 @@ def test_interval_is_a_function_of_the_seed() -> None:
     assert (first.low, first.high) != (third.low, third.high)
 
 
-def test_no_objects_have_no_difference() -> None:
+def test_bootstrap__difference_is_nan_without_objects() -> None:
     gt, results = random_case(1)
     table = match_table(gt | {"annotations": []}, results)
     assert math.isnan(bootstrap(table, table, {"x": list(table)}, samples=5)["x"].difference)
 
 
-def test_tables_of_different_pictures_are_refused() -> None:
+def test_bootstrap__tables_of_different_pictures_are_refused() -> None:
     first, second = (match_table(*random_case(s, images=6)) for s in (1, 2))
     merged = dict(zip(first, second.values(), strict=True))
     with pytest.raises(ValueError, match="different ground truth"):
         bootstrap(first, merged, {"x": list(first)}, samples=2)
 
 
-def test_groups_are_averaged_apart_over_the_same_pictures() -> None:
+def test_bootstrap__groups_share_the_resampled_pictures() -> None:
     gt, results = random_case(4, images=15)
     a, b = match_table(gt, results[::2]), match_table(gt, results)
     ids = sorted(a)

@@ -18,7 +18,7 @@ from pretrain.engine.errors import UserError
 from tests.detector.fakes import COLOURS, make_detector, picture
 
 
-def test_crops_are_fixed_and_the_first_one_stays_when_more_are_given() -> None:
+def test_sticker_crops__are_fixed_and_extend_with_count() -> None:
     stickers = Stickers.load()
     wanted = frozenset({0, 7, 100})
     one, three = (sticker_crops(stickers, count=n, classes=wanted) for n in (1, 3))
@@ -76,7 +76,7 @@ def test_coco_crops__largest_boxes_of_the_first_pictures(tmp_path: Path) -> None
     assert {one["image_id"] for one in rest["annotations"]} == {2, 4} and len(gt["images"]) == 4
 
 
-def test_too_few_annotations_for_the_crops_are_explained(tmp_path: Path) -> None:
+def test_coco_crops__too_few_annotations_are_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--examples 3: 'red' has boxes of 8 pixels in too few pictures; ask for fewer"):
         coco_crops(cells(tmp_path), tmp_path, count=3)
     gt = cells(tmp_path)
@@ -128,6 +128,6 @@ def test_present__needs_examples_and_excludes_word_queries() -> None:
         main(["--weights", "vild-sticker", "--data", "stickers-val:1", "--present"])
 
 
-def test_examples_need_a_detector(tmp_path: Path) -> None:
+def test_examples__need_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--examples describes classes by crops"):
         main(["--predictions", "r.json", "--annotations", "gt.json", "--examples", "1"])

@@ -72,7 +72,7 @@ def without(key: str) -> dict[str, Any]:
         (None, "expected an object, found null"),
     ],
 )
-def test_a_bad_detection_is_refused_by_its_position(bad: Any, message: str) -> None:
+def test_results__bad_entry_is_named_by_position(bad: Any, message: str) -> None:
     with pytest.raises(UserError, match=rf"predictions\[2\].*{message}"):
         evaluate(GT, [GOOD, GOOD, bad])
 
@@ -86,7 +86,7 @@ def test_a_bad_detection_is_refused_by_its_position(bad: Any, message: str) -> N
         ("x", "found a string"),
     ],
 )
-def test_results_that_are_not_a_list_are_refused(results: Any, message: str) -> None:
+def test_results__must_be_a_list(results: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate(GT, results)
 
@@ -118,25 +118,25 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (changed(lambda g: g["annotations"][0].update(iscrowd=2)), "iscrowd must be 0 or 1"),
     ],
 )
-def test_bad_ground_truth_is_refused_by_its_position(gt: Any, message: str) -> None:
+def test_ground_truth__bad_entry_is_named_by_position(gt: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate(gt, [])
 
 
-def test_boxes_over_the_border_are_kept_and_counted() -> None:
+def test_boxes__across_the_border_are_kept_and_counted() -> None:
     truth = check_ground_truth(GT)
     checked = check_results([GOOD, GOOD | {"bbox": [80, 60, 30, 30]}, GOOD | {"bbox": [-0.3, 0, 5, 5]}], truth)
     assert checked.detections[1]["bbox"] == [80, 60, 30, 30]
     assert any("1 of 3 boxes reach over the border" in w for w in checked.warnings)
 
 
-def test_boxes_that_look_like_corners_are_pointed_out() -> None:
+def test_boxes__that_look_like_corners_are_pointed_out() -> None:
     truth = check_ground_truth(GT)
     corners = [GOOD | {"bbox": [40 + n, 40, 90, 75]} for n in range(4)]
     assert any("x1, y1, x2, y2" in w for w in check_results(corners, truth).warnings)
 
 
-def test_boxes_given_as_shares_are_refused_and_repeats_counted() -> None:
+def test_boxes__relative_coordinates_are_refused_and_repeats_counted() -> None:
     with pytest.raises(UserError, match="predictions: all boxes lie between 0 and 1"):
         check_results([GOOD | {"bbox": [0.1, 0.1, 0.2, 0.2]}] * 2, check_ground_truth(GT))
     one_pixel = check_results([GOOD | {"bbox": [0, 0, 1, 1]}], check_ground_truth(GT))
@@ -145,19 +145,19 @@ def test_boxes_given_as_shares_are_refused_and_repeats_counted() -> None:
     assert len(checked.detections) == 3 and "1 detections repeat image, class, box and score" in checked.warnings[0]
 
 
-def test_a_box_without_area_matches_nothing_and_is_counted() -> None:
+def test_boxes__without_area_match_nothing_and_are_counted() -> None:
     truth = check_ground_truth(GT)
     assert any("no area" in w for w in check_results([GOOD | {"bbox": [100, 80, 0, 0]}], truth).warnings)
     assert evaluate(GT, [GOOD | {"bbox": [10, 10, 0, 20]}]).values["bbox/AR100@50"] == 0
 
 
-def test_images_without_a_size_are_not_checked_against_it() -> None:
+def test_image_size__missing_skips_the_border_check() -> None:
     gt = changed(lambda g: [i.pop("width") for i in g["images"]])
     metrics = evaluate(gt, [GOOD | {"bbox": [5000, 5000, 10, 10]}])
     assert any("without width and height" in w for w in metrics.warnings)
 
 
-def test_missing_area_and_iscrowd_are_filled_in() -> None:
+def test_annotations__missing_area_and_iscrowd_are_filled_in() -> None:
     def strip(g: dict[str, Any]) -> None:
         del g["annotations"][0]["area"], g["annotations"][0]["iscrowd"]
 
@@ -167,7 +167,7 @@ def test_missing_area_and_iscrowd_are_filled_in() -> None:
     assert any("without area" in w for w in truth.warnings)
 
 
-def test_text_image_ids_work() -> None:
+def test_image_ids__may_be_text() -> None:
     gt = copy.deepcopy(GT)
     for image in gt["images"]:
         image["id"] = f"img{image['id']}"
@@ -175,14 +175,14 @@ def test_text_image_ids_work() -> None:
     assert evaluate(gt, [GOOD | {"image_id": "img11"}]).values["bbox/AP50"] == pytest.approx(1)
 
 
-def test_known_categories_that_the_ground_truth_lacks_are_dropped_and_counted() -> None:
+def test_categories__undefined_in_the_ground_truth_are_dropped_and_counted() -> None:
     truth = check_ground_truth(GT)
     checked = check_results([GOOD, GOOD | {"category_id": 37}], truth, outside={37})
     assert len(checked.detections) == 1
     assert any("1 detections of categories" in w for w in checked.warnings)
 
 
-def test_masks_wanted_and_missing_are_refused() -> None:
+def test_masks__requested_but_missing_are_refused() -> None:
     with pytest.raises(UserError, match=r"annotations\[0\] has no segmentation; evaluate boxes only"):
         evaluate(GT, [GOOD], None, ("segm",))
     gt = changed(lambda g: g["annotations"][0].update(segmentation=rectangle([10, 10, 20, 20], (80, 100))))
@@ -190,7 +190,7 @@ def test_masks_wanted_and_missing_are_refused() -> None:
         evaluate(gt, [GOOD], None, ("segm",))
 
 
-def test_masks_on_some_detections_only_are_left_out_with_a_warning() -> None:
+def test_masks__on_some_detections_only_are_ignored_with_a_warning() -> None:
     mask = rectangle([10, 10, 20, 20], (80, 100))
     gt = changed(lambda g: g["annotations"][0].update(segmentation=mask))
     metrics = evaluate(gt, [GOOD, GOOD | {"segmentation": mask}])
@@ -198,7 +198,7 @@ def test_masks_on_some_detections_only_are_left_out_with_a_warning() -> None:
     assert any("masks are not evaluated: 1 detections" in w for w in metrics.warnings)
 
 
-def test_every_form_of_a_mask_becomes_the_same_run_lengths() -> None:
+def test_masks__all_forms_give_the_same_run_lengths() -> None:
     rle = rectangle([10, 20, 30, 40], (80, 100))
     polygon = [[10, 20, 40, 20, 40, 60, 10, 60]]
     binary = mask_tools.decode({"size": rle["size"], "counts": rle["counts"].encode()})
@@ -210,6 +210,6 @@ def test_every_form_of_a_mask_becomes_the_same_run_lengths() -> None:
     assert all((m == binary).all() for m in masks)
 
 
-def test_polygons_on_an_image_of_unknown_size_are_refused() -> None:
+def test_masks__polygons_need_an_image_size() -> None:
     with pytest.raises(UserError, match="polygons need the image's width and height"):
         to_rle([[1, 2, 3, 4, 5, 6]], None, "x")

@@ -56,7 +56,7 @@ def small() -> dict[str, Any]:
 HITS = [seen(1, 1, 10, 0.5), seen(3, 1, 10, 0.5), seen(1, 3, 60, 0.5)]
 
 
-def test_perfect_detections_score_one_and_a_group_without_objects_has_no_figure() -> None:
+def test_lvis__perfect_detections_have_ap_1() -> None:
     values = evaluate_lvis(small(), HITS).values
     assert [values[f"bbox/AP{f}"] for f in "rf"] == pytest.approx([1, 1])
     assert math.isnan(values["bbox/APc"])
@@ -72,16 +72,14 @@ def test_perfect_detections_score_one_and_a_group_without_objects_has_no_figure(
         (seen(1, 1, 50, 0.9), "f", True),  # picture 1 shows one cup
     ],
 )
-def test_only_what_is_known_to_be_wrong_costs_precision(
-    false_alarm: dict[str, Any], category: str, counts: bool
-) -> None:
+def test_lvis__only_verified_negatives_cost_precision(false_alarm: dict[str, Any], category: str, counts: bool) -> None:
     value = evaluate_lvis(small(), [*HITS, false_alarm]).values[f"bbox/AP{category}"]
     assert value == pytest.approx(1 if not counts else 1 / 2 if category == "r" else 2 / 3)
     coco = evaluate(small(), [*HITS, false_alarm], split_of("lvis", small(), where="x")).values
     assert coco["bbox/AP_novel" if category == "r" else "bbox/AP_base"] < 1, "COCO's protocol punishes all four"
 
 
-def test_an_image_keeps_its_300_best_over_all_categories() -> None:
+def test_lvis__keeps_300_detections_per_image() -> None:
     crowd = [seen(1, 2, 50, 0.9) for _ in range(300)]
     assert evaluate_lvis(small(), [*HITS, *crowd[:299]]).values["bbox/APr"] == pytest.approx(0.0)
     assert evaluate_lvis(small(), [*HITS, *crowd[:298]]).values["bbox/APr"] == pytest.approx(1.0)
@@ -106,7 +104,7 @@ def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_digits_are_those_of_the_lvis_package(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lvis__equals_the_lvis_package(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lvis = pytest.importorskip("lvis", reason="pip install --no-deps lvis")
     monkeypatch.setattr(np, "float", float, raising=False)  # the package is older than numpy 2
     gt, results = random_case(seed)
@@ -121,7 +119,7 @@ def test_digits_are_those_of_the_lvis_package(seed: int, tmp_path: Path, monkeyp
         assert ours[f"bbox/{name}"] == pytest.approx(theirs if theirs > -1 else math.nan, abs=1e-12, nan_ok=True), name
 
 
-def test_a_file_says_whether_it_is_lvis_and_where_its_pictures_are() -> None:
+def test_lvis__format_and_picture_paths_are_recognised() -> None:
     assert is_lvis(small()) and not is_lvis({"images": [{"id": 1}], "annotations": [], "categories": []})
     assert picture_file(small()["images"][0]) == "val2017/000000000001.jpg"
     assert picture_file({"id": 1, "file_name": "a.png", "coco_url": "http://host/b/c.jpg"}) == "a.png"
@@ -129,7 +127,7 @@ def test_a_file_says_whether_it_is_lvis_and_where_its_pictures_are() -> None:
         picture_file({"id": 7})
 
 
-def test_a_file_without_what_the_protocol_needs_is_refused() -> None:
+def test_lvis__file_without_federated_fields_is_refused() -> None:
     gt = small()
     del gt["images"][1]["not_exhaustive_category_ids"]
     with pytest.raises(UserError, match=r"images\[1\] has no list 'not_exhaustive_category_ids'"):
@@ -140,7 +138,7 @@ def test_a_file_without_what_the_protocol_needs_is_refused() -> None:
         evaluate_lvis(gt, HITS)
 
 
-def test_the_command_uses_the_protocol_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lvis__command_chooses_the_protocol_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "gt.json").write_text(json.dumps(small()))
     (tmp_path / "dt.json").write_text(json.dumps([*HITS, seen(2, 1, 50, 0.9)]))
     files = ["--annotations", str(tmp_path / "gt.json"), "--predictions", str(tmp_path / "dt.json"), "--split", "lvis"]
@@ -155,7 +153,7 @@ def test_the_command_uses_the_protocol_of_the_file(tmp_path: Path, capsys: pytes
         main([*files, "--compare", str(tmp_path / "dt.json")])
 
 
-def test_training_on_lvis_hides_rare_labels_and_finds_the_pictures(tmp_path: Path) -> None:
+def test_lvis__training_hides_rare_labels(tmp_path: Path) -> None:
     from PIL import Image
 
     (tmp_path / "val2017").mkdir()

@@ -89,7 +89,7 @@ class Oracle:
         return [{k: o[k] for k in keys} | {"score": 1.0} for o in objects if o["category_id"] - 1 in self.known]
 
 
-def test_a_predictor_that_knows_the_base_nouns_has_full_base_and_no_novel_precision(source: SceneSource) -> None:
+def test_run_source__base_only_predictor_has_no_novel_ap(source: SceneSource) -> None:
     values = evaluate_source(source, Oracle(source, source.stickers.base)).values
     for kind in ("bbox", "segm"):
         assert values[f"{kind}/AP_base"] == pytest.approx(1.0)
@@ -97,7 +97,7 @@ def test_a_predictor_that_knows_the_base_nouns_has_full_base_and_no_novel_precis
         assert values[f"{kind}/AP_novel"] == 0.0
 
 
-def test_proposals_of_a_source_are_what_recall_is_computed_from(source: SceneSource) -> None:
+def test_run_source__recall_uses_the_proposals(source: SceneSource) -> None:
     everything = source.stickers.base | source.stickers.novel
     steps: list[tuple[int, int]] = []
     metrics = evaluate_source(
@@ -111,7 +111,7 @@ def test_proposals_of_a_source_are_what_recall_is_computed_from(source: SceneSou
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_proposals_alone_have_recall_and_no_precision(source: SceneSource) -> None:
+def test_run_source__proposals_alone_have_recall_only(source: SceneSource) -> None:
     oracle = Oracle(source, source.stickers.base | source.stickers.novel)
     metrics = evaluate_source(source, None, propose=oracle)
     assert metrics.values["bbox/AR100_novel@50"] == 1.0
@@ -119,7 +119,7 @@ def test_proposals_alone_have_recall_and_no_precision(source: SceneSource) -> No
     assert "no detections" not in " ".join(metrics.warnings)
 
 
-def test_ground_truth_of_a_source_holds_every_label_of_every_scene(source: SceneSource) -> None:
+def test_run_source__ground_truth_has_every_label(source: SceneSource) -> None:
     gt, results, proposals = run_source(source, lambda image, image_id: [])
     assert (results, proposals) == ([], None)
     assert [i["id"] for i in gt["images"]] == [1, 2, 3, 4]
@@ -128,13 +128,13 @@ def test_ground_truth_of_a_source_holds_every_label_of_every_scene(source: Scene
     assert evaluate(gt, [], Split.load("stickers")).counts["objects"] == len(gt["annotations"])
 
 
-def test_a_source_that_hides_novel_labels_is_refused() -> None:
+def test_run_source__source_with_hidden_labels_is_refused() -> None:
     source = SceneSource(Stickers.load(), split="val", seed=3, size=96, length=1, labels="base")
     with pytest.raises(UserError, match="hides the labels"):
         evaluate_source(source, lambda image, image_id: [])
 
 
-def test_detector_on_pictures_finds_boxes_and_masks_by_name(photos: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_run_images__gives_boxes_and_masks_by_name(photos: tuple[Path, Path, dict[str, Any]]) -> None:
     folder, _, gt = photos
     predict = predictor_for(make_detector(), SPLIT, scale=20.0)
     results, proposals = run_images(gt, folder, predict, propose=predict.propose)
@@ -145,7 +145,7 @@ def test_detector_on_pictures_finds_boxes_and_masks_by_name(photos: tuple[Path, 
     assert "segm/AR100" not in evaluate(gt, results, SPLIT, proposals=bare).values
 
 
-def test_published_scores_are_one_softmax_over_words_and_background() -> None:
+def test_published_scores__are_a_softmax_over_words_and_background() -> None:
     detector = make_detector()
     predict = predictor_for(detector, SPLIT, scale=20.0)
     regions = detector.embed(picture()).regions
@@ -154,7 +154,7 @@ def test_published_scores_are_one_softmax_over_words_and_background() -> None:
     assert np.allclose(score, softmax(logits, axis=1)[:, :4], atol=1e-6)
 
 
-def test_calibrated_scores_are_those_of_the_detector() -> None:
+def test_calibrated_scores__equal_the_detectors() -> None:
     detector = make_detector()
     predict = predictor_for(detector, SPLIT, scores="calibrated")
     score = predict.scorer(detector.embed(picture()).regions)
@@ -168,7 +168,7 @@ def two_heads(regions: RegionSet) -> RegionSet:
     return regions
 
 
-def test_base_novel_ensemble_weighs_the_heads_by_group() -> None:
+def test_ensemble__base_novel_weights_the_heads_by_group() -> None:
     detector = make_detector()
     regions = two_heads(detector.embed(picture()).regions)
     predict = predictor_for(detector, SPLIT, ensemble="base-novel", scale=20.0)
@@ -182,7 +182,7 @@ def test_base_novel_ensemble_weighs_the_heads_by_group() -> None:
         assert np.allclose(score[:, column], text[:, column] ** e * image[:, column] ** (1 - e), atol=1e-6)
 
 
-def test_results_are_limited_ordered_and_duplicates_suppressed_per_class() -> None:
+def test_results__are_sorted_limited_and_suppressed_per_class() -> None:
     predict = predictor_for(make_detector(), SPLIT, limit=5)
     results = predict(picture(), 7)
     scores = [d["score"] for d in results]
@@ -192,7 +192,7 @@ def test_results_are_limited_ordered_and_duplicates_suppressed_per_class() -> No
     assert {results[0]["category_id"], results[1]["category_id"]} == {1, 9}
 
 
-def test_soft_nms_keeps_overlapping_boxes_with_a_smaller_score() -> None:
+def test_soft_nms__keeps_overlapping_boxes_with_lower_scores() -> None:
     predict = predictor_for(make_detector(), SPLIT)
     hard = replace(predict, nms_iou=0.01)(picture(), 7)
     soft = replace(predict, soft_nms=0.5, limit=10**6)(picture(), 7)
@@ -203,7 +203,7 @@ def test_soft_nms_keeps_overlapping_boxes_with_a_smaller_score() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "half"])
-def test_sigma_of_soft_nms_is_a_number_above_0(value: str) -> None:
+def test_soft_nms__sigma_must_be_above_0(value: str) -> None:
     with pytest.raises(UserError, match="above 0"):
         Options.parse(["--weights", "default", "--data", "stickers-val", f"--soft-nms={value}"])
 
@@ -215,13 +215,13 @@ def test_soft_nms__excludes_vild_and_word_queries(flags: list[str]) -> None:
     assert Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms"]).soft_nms == 0.5
 
 
-def test_soft_nms_of_a_detector_without_scored_regions_is_refused() -> None:
+def test_soft_nms__needs_scored_regions() -> None:
     options = Options.parse(["--weights", "mine", "--data", "stickers-val", "--soft-nms"])
     with pytest.raises(UserError, match="--soft-nms: mine scores no regions"):
         _with_soft_nms(None, options, {})
 
 
-def test_words_of_a_vocabulary_file_must_name_categories() -> None:
+def test_vocabulary_file__words_must_name_categories() -> None:
     detector = make_detector()
     partly = predictor_for(detector, SPLIT, vocabulary=Vocabulary.parse(["Blue: navy", "red"]))
     assert partly.category_ids == (9, 1)
@@ -231,7 +231,7 @@ def test_words_of_a_vocabulary_file_must_name_categories() -> None:
         predictor_for(detector, SPLIT, vocabulary=Vocabulary.parse(["red", "-blue"]))
 
 
-def test_command_runs_a_detector_on_coco_pictures_and_its_files_evaluate_to_the_same(
+def test_command__written_files_reproduce_the_metrics(
     photos: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, annotations, _ = photos
@@ -253,7 +253,7 @@ def test_command_runs_a_detector_on_coco_pictures_and_its_files_evaluate_to_the_
     assert second["dataset_sha256"] == first["dataset_sha256"]
 
 
-def test_command_runs_a_detector_on_sticker_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command__runs_on_sticker_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake(monkeypatch)
     out = tmp_path / "out"
     assert main(["--weights", "x", "--data", "stickers-val:3:5", "--size", "96", "--out", str(out)]) == 0
@@ -266,20 +266,18 @@ def test_command_runs_a_detector_on_sticker_scenes(tmp_path: Path, monkeypatch: 
     assert gt["info"]["seed"] == 5
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device__missing_one_is_refused_before_running(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake(monkeypatch)
     with pytest.raises(UserError, match="device: 'tpu' is not a device name; use auto, cpu or cuda"):
         main(["--weights", "x", "--data", "stickers-val:3", "--device", "tpu"])
 
 
-def test_annotations_whose_pictures_are_elsewhere_are_named(
-    photos: tuple[Path, Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_pictures__missing_ones_are_named(photos: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^coco:a:b\.json: 2 of its 2 pictures are not there.*is .*empty the folder"):
         run_images(photos[2], tmp_path / "empty", None, where="coco:a:b.json")
 
 
-def test_a_picture_of_another_size_than_annotated_is_refused(photos: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_pictures__size_must_match_the_annotations(photos: tuple[Path, Path, dict[str, Any]]) -> None:
     folder, _, gt = photos
     gt["images"][1]["width"] = 120
     gt["images"][1]["height"] = 160
@@ -296,14 +294,14 @@ def test_a_picture_of_another_size_than_annotated_is_refused(photos: tuple[Path,
         ("coco:a/b:c.json", DataSpec(images=Path("a/b"), annotations=Path("c.json"))),
     ],
 )
-def test_data_specifications(text: str, expected: DataSpec) -> None:
+def test_data_spec__is_parsed(text: str, expected: DataSpec) -> None:
     assert DataSpec.parse(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["stickers-val:x", "stickers-val:0", "stickers-val:1:2:3", "coco:a", "coco::b", "voc", ""]
 )
-def test_unknown_data_specifications_are_refused(text: str) -> None:
+def test_data_spec__unknown_one_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"expected stickers-val\[:COUNT\[:SEED\]\], coco"):
         DataSpec.parse(text)
 

@@ -42,7 +42,7 @@ def drawn(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize(("iou", "key"), [(0.5, "AP50"), (0.75, "AP75")])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_mean_of_a_curve_is_the_ap_of_the_table(iou: float, key: str, seed: int) -> None:
+def test_pr_curve__mean_is_the_tables_ap(iou: float, key: str, seed: int) -> None:
     gt, results = drawn(seed)
     values = coco.evaluate(gt, results, SPLIT, ["bbox"]).values
     table = match_table(gt, results, SPLIT, iou=iou)
@@ -52,7 +52,7 @@ def test_the_mean_of_a_curve_is_the_ap_of_the_table(iou: float, key: str, seed: 
     assert (np.diff(mean_curve(table, [3])) <= 1e-12).all()  # interpolated precision never rises
 
 
-def test_reliability_counts_shown_detections_that_are_on_no_crowd() -> None:
+def test_reliability_plot__leaves_out_crowds() -> None:
     gt, results = drawn(0)
     table = match_table(gt, results, SPLIT)
     curve = score_reliability(table)
@@ -62,7 +62,7 @@ def test_reliability_counts_shown_detections_that_are_on_no_crowd() -> None:
     assert np.nansum(curve.accuracy * curve.count) == pytest.approx(right)
 
 
-def test_the_command_draws_both_pictures(tmp_path: Path) -> None:
+def test_plots__command_writes_both(tmp_path: Path) -> None:
     gt, results = drawn(0)
     for name, content in (("gt", gt), ("results", results)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -75,6 +75,6 @@ def test_the_command_draws_both_pictures(tmp_path: Path) -> None:
     assert f"IoU 0.50: AP {ap50:.1f}" in text
 
 
-def test_names_are_escaped() -> None:
+def test_plots__names_are_escaped() -> None:
     root = ET.fromstring(curves_svg({"a < b & c": np.linspace(1, 0, 101)}, title='"x" & <y>'))
     assert "a < b & c: AP 50.0" in "".join(root.itertext()) and root.attrib["aria-label"] == '"x" & <y>'

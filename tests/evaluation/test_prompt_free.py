@@ -59,7 +59,7 @@ A, B, FAR = (0, 0, 10, 10), (50, 50, 60, 60), (90, 90, 99, 99)
         ([], []),
     ],
 )
-def test_answers_are_right_by_their_meaning_wrong_or_not_judged(
+def test_judge__right_by_meaning_wrong_or_not_judged(
     answers: list[tuple[str, tuple[int, int, int, int]]], expected: list[Verdict]
 ) -> None:
     judge = Judge(["dog", "cup", "cat"])
@@ -67,7 +67,7 @@ def test_answers_are_right_by_their_meaning_wrong_or_not_judged(
     assert judge.verdicts(found(*answers), boxes, classes) == expected
 
 
-def test_doubtful_labels_condemn_nothing_and_crowds_are_named_twice() -> None:
+def test_judge__doubtful_labels_make_nothing_wrong() -> None:
     judge = Judge(["dog", "cup"], everywhere=frozenset(["dog"]))
     boxes, classes = np.array([A, B], dtype=np.float32), np.array([0, 1])
     doubtful = judge.verdicts(
@@ -82,7 +82,7 @@ def test_doubtful_labels_condemn_nothing_and_crowds_are_named_twice() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_from_the_level_on_the_share_is_right_and_from_no_lower_score(seed: int) -> None:
+def test_threshold__is_the_lowest_with_the_share_right(seed: int) -> None:
     rng = np.random.default_rng(seed)
     score = rng.uniform(0.1, 0.98, 400)
     correct = (rng.uniform(size=400) < score).astype(float)
@@ -96,7 +96,7 @@ def test_from_the_level_on_the_share_is_right_and_from_no_lower_score(seed: int)
 @pytest.mark.parametrize(
     ("count", "correct"), [(0, 1.0), (LEAST - 1, 1.0), (200, RIGHT_SHARE - 0.01)], ids=["none", "few", "wrong"]
 )
-def test_labels_that_tell_no_level_give_none(count: int, correct: float) -> None:
+def test_threshold__is_none_with_too_few_judged_detections(count: int, correct: float) -> None:
     outcome = JudgedAnswers(np.linspace(0.9, 0.2, count), np.full(count, correct))
     assert fit_prompt_free_threshold(outcome) is None
 
@@ -111,7 +111,7 @@ def colour_scenes(detector: Detector, count: int) -> list[TypedScene]:
     ]
 
 
-def test_it_is_fitted_to_what_the_detector_answers_and_shown_from_there() -> None:
+def test_threshold__fitted_to_detections_is_applied() -> None:
     encoder = WordEncoder()
     detector = Detector(model=ColourModel(encoder, threshold=0.05), encoder=encoder)
     given = detector.model.calibration
@@ -131,7 +131,7 @@ def test_it_is_fitted_to_what_the_detector_answers_and_shown_from_there() -> Non
     assert prompt_free_figures(detector, given, scenes, names) == {}
 
 
-def test_the_level_of_the_card_is_that_of_everything_and_of_nothing_else() -> None:
+def test_threshold__of_the_card_affects_everything_only() -> None:
     encoder = WordEncoder()
     model = ColourModel(encoder, threshold=0.1)
     default = Detector(model=model, encoder=encoder)

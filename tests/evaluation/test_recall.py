@@ -27,7 +27,7 @@ def plain_recall(objects: list[list[float]], found: list[tuple[float, list[float
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_recall_of_a_group_equals_brute_force(seed: int) -> None:
+def test_recall__of_a_group_equals_brute_force(seed: int) -> None:
     rng = np.random.default_rng(seed)
     objects: dict[int, list[dict]] = {}
     detections: dict[int, list[dict]] = {}
@@ -64,13 +64,13 @@ def test_recall__detection_of_the_other_group_counts_towards_the_cap() -> None:
     assert class_agnostic_recall(both, crowded, {"base": (1,)}, caps=(1,))["base"][1][0] == 0.0
 
 
-def test_one_detection_finds_one_object_and_the_best_overlap_wins() -> None:
+def test_matching__one_detection_per_object_best_iou_first() -> None:
     iou = np.array([[0.6, 0.8], [0.7, 0.9]])
     assert matched_objects(iou, [0.5]).tolist() == [[True, True]]  # the second is left with object 0
     assert matched_objects(iou, [0.75]).tolist() == [[False, True]]
 
 
-def test_no_detections_find_nothing_and_an_empty_group_is_not_a_number() -> None:
+def test_recall__is_0_without_detections_and_nan_without_objects() -> None:
     objects = {1: [{"bbox": [0, 0, 10, 10], "category_id": 1, "iscrowd": 0}]}
     recall = class_agnostic_recall(objects, {}, {"base": (1,), "novel": (2,)})
     assert (recall["base"][100] == 0).all()

@@ -15,7 +15,7 @@ from pretrain.engine.errors import UserError
 NAMES = {1: "cup", 2: "dog", 30: "tennis racket"}
 
 
-def test_ovcoco_has_48_base_and_17_novel_of_80_named_categories() -> None:
+def test_ovcoco__has_48_base_and_17_novel_categories() -> None:
     split = Split.load("ovcoco")
     assert (len(split.base), len(split.novel), len(split.ids), len(COCO_NAMES)) == (48, 17, 65, 80)
     novel = "airplane bus cat dog cow elephant umbrella tie snowboard skateboard cup knife cake couch keyboard sink"
@@ -28,7 +28,7 @@ def test_ovcoco_has_48_base_and_17_novel_of_80_named_categories() -> None:
     ]  # fmt: skip
 
 
-def test_hash_covers_ids_names_and_groups_and_nothing_else() -> None:
+def test_split_hash__covers_ids_names_and_groups() -> None:
     one = Split(name="a", base=(1,), novel=(2,), names=NAMES)
     assert one.hash == Split(name="b", base=(1,), novel=(2,), names={1: "cup", 2: "dog"}).hash
     assert len(one.hash) == 12
@@ -40,11 +40,11 @@ def test_hash_covers_ids_names_and_groups_and_nothing_else() -> None:
     assert len({one.hash, *(o.hash for o in others)}) == 4
 
 
-def test_hash_of_ovcoco_is_frozen() -> None:
+def test_split_hash__of_ovcoco_is_frozen() -> None:
     assert Split.load("ovcoco").hash == "537d5dba8c12"
 
 
-def test_file_of_names_equals_file_of_ids(tmp_path: Path) -> None:
+def test_split_file__names_equal_ids(tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(json.dumps({"base": ["Cup", "tennis_racket"], "novel": ["dog"]}))
     (tmp_path / "ids.json").write_text(json.dumps({"name": "x", "base": [30, 1], "novel": [2]}))
     by_name = Split.load(tmp_path / "names.json", categories=NAMES)
@@ -53,13 +53,13 @@ def test_file_of_names_equals_file_of_ids(tmp_path: Path) -> None:
     assert by_name.name == "names"
 
 
-def test_saved_split_loads_equal_without_the_data_set(tmp_path: Path) -> None:
+def test_split_file__round_trip_needs_no_data_set(tmp_path: Path) -> None:
     split = Split.load("ovcoco")
     split.save(tmp_path / "s.json")
     assert Split.load(tmp_path / "s.json") == split
 
 
-def test_edited_file_with_its_old_hash_is_refused(tmp_path: Path) -> None:
+def test_split_file__edited_content_with_old_hash_is_refused(tmp_path: Path) -> None:
     content = Split.load("ovcoco").to_dict()
     content["novel"].remove(87)
     with pytest.raises(UserError, match="hash"):
@@ -85,24 +85,24 @@ def test_edited_file_with_its_old_hash_is_refused(tmp_path: Path) -> None:
         ([1, 2], "expected an object"),
     ],
 )
-def test_wrong_content_is_refused_by_name(content: Any, message: str) -> None:
+def test_split_file__wrong_content_is_named(content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Split.from_dict(content, categories=NAMES, where="mine.json")
 
 
 @pytest.mark.parametrize("text", ["{", "", "\x00", "[" * 100_000])
-def test_file_that_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
+def test_split_file__must_be_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=r"bad\.json: not JSON"):
         Split.load(tmp_path / "bad.json")
 
 
-def test_missing_file_names_the_built_in_splits() -> None:
+def test_split_file__missing_one_lists_the_built_in_splits() -> None:
     with pytest.raises(UserError, match="ovcoco, lvis, stickers"):
         Split.load("ovcocoo")
 
 
-def test_data_set_with_renumbered_ids_is_refused() -> None:
+def test_split__renumbered_ids_are_refused() -> None:
     contiguous = dict(enumerate(COCO_NAMES.values(), start=1))
     with pytest.raises(UserError, match="does not define|renumbered"):
         Split.load("ovcoco").check_categories(contiguous, where="gt.json")
@@ -111,7 +111,7 @@ def test_data_set_with_renumbered_ids_is_refused() -> None:
         Split.load("ovcoco").check_categories(shifted, where="gt.json")
 
 
-def test_lvis_split_puts_rare_in_novel() -> None:
+def test_lvis_split__rare_is_novel() -> None:
     categories = [{"id": n, "name": f"c{n}", "frequency": f} for n, f in enumerate("fcrrcf", start=1)]
     split = lvis_split(categories)
     assert (split.base, split.novel) == ((1, 2, 5, 6), (3, 4))
@@ -119,7 +119,7 @@ def test_lvis_split_puts_rare_in_novel() -> None:
         lvis_split([{"id": 1, "name": "c"}])
 
 
-def test_stickers_split_counts_category_ids_from_one() -> None:
+def test_stickers_split__category_ids_start_at_1() -> None:
     from pretrain.data.stickers import Stickers
 
     data, split = Stickers.load(), Split.load("stickers")

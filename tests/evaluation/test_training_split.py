@@ -29,14 +29,14 @@ def write(folder: Path, names: dict[int, str]) -> Path:
     return path
 
 
-def test_training_pictures_whose_ids_mean_something_else_are_refused(tmp_path: Path) -> None:
+def test_training_split__ids_with_other_names_are_refused(tmp_path: Path) -> None:
     cells = write(tmp_path, {1: "white cell", 2: "red cell"})
     split = Split(name="pets", base=(1,), novel=(2,), names={1: "cat", 2: "dog"})
     with pytest.raises(UserError, match="1 is 'cat' in the split but 'white cell' there"):
         CocoImages(images=tmp_path, annotations=cells, split=split, labels="base")
 
 
-def test_names_and_novel_indices_follow_the_ids_of_the_split(tmp_path: Path) -> None:
+def test_training_split__names_and_novel_follow_its_ids(tmp_path: Path) -> None:
     path = write(tmp_path, {9: "dog", 4: "cat", 7: "cow"})
     split = Split(name="pets", base=(9,), novel=(4,), names={9: "dog", 4: "cat"})
     images = CocoImages(images=tmp_path, annotations=path, split=split, labels="all")

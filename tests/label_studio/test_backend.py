@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from ovd import serve
+from ovd.demo.address import listen
 from ovd.demo.bodies import Limits
 from ovd.demo.hosts import AllowedHosts
-from ovd.demo.serving import Server, listen
+from ovd.demo.serving import Server
 from ovd.label_studio.app import BackendGate, build_app
 from ovd.label_studio.backend import Backend, Task
 from ovd.label_studio.pictures import PictureSource

@@ -46,7 +46,7 @@ def write_labels(folder: Path, words: list[str | None]) -> Path:
         (["dog", "cat"] * 20, "fewer than 3 are right.*finetune.yaml"),
     ],
 )
-def test_labels_that_nothing_can_be_fitted_to_are_refused(
+def test_calibrate__labels_too_few_to_fit_are_refused(
     trained: Path, tmp_path: Path, words: list[str | None], problem: str
 ) -> None:
     weights = Path(shutil.copytree(trained / "run/exported", tmp_path / "weights"))
@@ -58,7 +58,7 @@ def test_labels_that_nothing_can_be_fitted_to_are_refused(
 
 
 @pytest.mark.parametrize("flag", ["--report", "--plot"])
-def test_where_the_figures_go_is_tried_before_anything_is_computed(trained: Path, tmp_path: Path, flag: str) -> None:
+def test_calibrate__output_files_are_tried_before_computing(trained: Path, tmp_path: Path, flag: str) -> None:
     given = ["--weights", str(trained / "run/exported"), "--data", str(write_labels(tmp_path, []))]
     with pytest.raises(UserError, match=f"{flag} {tmp_path}: is a folder; name a file in it"):
         calibrate.main([*given, flag, str(tmp_path)])
@@ -67,14 +67,14 @@ def test_where_the_figures_go_is_tried_before_anything_is_computed(trained: Path
         calibrate.main([*given, flag, str(tmp_path / "file/report.json")])
 
 
-def test_trying_a_file_leaves_it_as_it_is(tmp_path: Path) -> None:
+def test_require_writable_file__leaves_the_file_unchanged(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("old")
     require_writable_file(tmp_path / "old.json", flag="--out")
     require_writable_file(tmp_path / "new/one.json", flag="--out")
     assert (tmp_path / "old.json").read_text() == "old" and list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_figure_that_is_not_there_is_null_in_the_report(tmp_path: Path) -> None:
+def test_report__nan_is_null(tmp_path: Path) -> None:
     edges, nothing = np.linspace(0, 1, 3), np.full(2, np.nan)
     curve = Reliability(edges=edges, count=np.zeros(2), confidence=nothing, accuracy=nothing)
     content = {"other_half": {"ece": float("nan"), "photos": 3.0}, "own": [{"slope": float("nan")}]}

@@ -51,7 +51,7 @@ def ensemble_encoder() -> tuple[JointEncoder, ConseProjection]:
     return encoder, projection
 
 
-def test_the_embedding_is_the_words_of_the_most_probable_classes() -> None:
+def test_conse__embedding_is_a_mean_of_the_top_classes_words() -> None:
     words = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
     logits = torch.tensor([[math.log(4), math.log(3), math.log(1)]])
     torch.testing.assert_close(conse_embedding(logits, words, top=2), torch.tensor([[0.8, 0.6]]))
@@ -60,7 +60,7 @@ def test_the_embedding_is_the_words_of_the_most_probable_classes() -> None:
     torch.testing.assert_close(conse_embedding(logits, words, top=9), both)
 
 
-def test_the_ensemble_is_a_weighted_mean_of_two_unit_vectors() -> None:
+def test_conse__ensemble_is_a_weighted_mean_of_unit_vectors() -> None:
     torch.manual_seed(0)
     projection = ConseProjection(nn.Linear(5, 4), conse=ConseShare(share=0.25, top=2, classes=3))
     fill_classifier(projection)
@@ -72,7 +72,7 @@ def test_the_ensemble_is_a_weighted_mean_of_two_unit_vectors() -> None:
         torch.testing.assert_close(projection(features), 0.75 * learned + 0.25 * conse)
 
 
-def test_without_conse_an_encoder_keeps_its_fingerprint_and_its_start() -> None:
+def test_conse__off_keeps_fingerprint_and_initial_weights() -> None:
     plain, ensemble = small_encoder(None), small_encoder(ConseShare())
     assert "conse" not in str(plain.config)
     visual, both = cast(TimmImage, plain.visual), cast(TimmImage, ensemble.visual)
@@ -81,7 +81,7 @@ def test_without_conse_an_encoder_keeps_its_fingerprint_and_its_start() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(cast(nn.Module, t).parameters() for t in text), strict=True))
 
 
-def test_a_detector_answers_with_the_ensemble() -> None:
+def test_conse__detector_uses_the_ensemble() -> None:
     encoder, projection = ensemble_encoder()
     tower = FrozenTower(encoder, side=64, pool=1, context=1.5, precision=torch.float32)
     pooled = torch.randn(3, tower.features)
@@ -89,7 +89,7 @@ def test_a_detector_answers_with_the_ensemble() -> None:
     torch.testing.assert_close(tower.embed(pooled), F.normalize(projection(last), dim=1))
 
 
-def test_a_detectors_export_has_the_ensemble(trained: Path, tmp_path: Path) -> None:
+def test_conse__onnx_export_has_the_ensemble(trained: Path, tmp_path: Path) -> None:
     encoder, _ = ensemble_encoder()
     encoder.save(tmp_path / "encoder")
     for name in ("images", "boxes.json", "labels.json", "proposals"):
@@ -122,9 +122,7 @@ def root(tmp_path: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def test_training_stores_imagenets_classifier_and_trains_the_projection_alone(
-    folder: Path, root: Path, network: nn.Module
-) -> None:
+def test_conse__training_changes_the_projection_only(folder: Path, root: Path, network: nn.Module) -> None:
     projections = []
     for number, conse in enumerate(("null", "{share: 0.4}")):
         assert train.main(command(folder, root, f"out={root}/{number}", f"method.encoder.image.conse={conse}")) == 0
@@ -147,6 +145,6 @@ def test_training_stores_imagenets_classifier_and_trains_the_projection_alone(
         ("method.encoder.image.conse={top: 30, classes: 20}", "more than the 20 classes"),
     ],
 )
-def test_what_it_reads_must_be_imagenets(folder: Path, root: Path, change: str, says: str) -> None:
+def test_conse__network_must_have_imagenets_classes(folder: Path, root: Path, change: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         train.main(command(folder, root, change))

@@ -66,7 +66,7 @@ def test_crop_scores__words_at_zero_do_not_count() -> None:
     assert no_crops(region_set(rows)).shape == (3, 0)
 
 
-def test_the_largest_certain_box_of_each_word_is_cut_out() -> None:
+def test_boxes_to_cut__largest_confident_box_of_each_word() -> None:
     photo = Photo(
         file=Path("a.jpg"),
         size=(200, 200),
@@ -92,7 +92,7 @@ def scene(index: int, rng: np.random.Generator) -> TypedScene:
     )
 
 
-def test_no_photo_is_searched_for_its_own_crop() -> None:
+def test_word_crops__no_photo_is_searched_for_its_own() -> None:
     first, second = np.full((4, 4), 1.0, np.float32), np.full((4, 4), 2.0, np.float32)
     crops = WordCrops(rows=np.stack([first, second]), sources={0: (7, 8), 1: (9, 7)})
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def test_no_photo_is_searched_for_its_own_crop() -> None:
     assert seven.absent == (1,)  # nobody has two crops of word 3
 
 
-def test_a_crop_s_scores_are_fitted_on_photos_and_leave_the_words_alone() -> None:
+def test_fit_examples__changes_scores_of_crops_only() -> None:
     rng = np.random.default_rng(1)
     crops = WordCrops(
         rows=np.stack([unit_rows(WORDS + rng.normal(scale=0.1, size=(4, 4)).astype(np.float32))] * 2),

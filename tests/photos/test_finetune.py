@@ -18,15 +18,16 @@ import torch
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.config_finetune import FinetuneDataConfig
+from ovd.data.finetune_photos import FinetunePhotos
+from ovd.data.mosaic import MosaicAugment, MosaicSource
 from ovd.data.negatives import NegativePhotos
-from ovd.data.own_photos import CanvasSource, FinetunePhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
 from ovd.formats.write import write_labels
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.modeling.proposals.assign import assign, class_losses
+from ovd.modeling.proposals.assign import PredictedBoxes, assign, class_losses
 from ovd.picture_files import PACKAGED_PHOTOS
 from ovd.training.negatives import negatives_of
 from ovd.weights import weights_folder
@@ -89,12 +90,15 @@ def own_photos(labels: Path, **options: float) -> FinetunePhotos:
     )
 
 
-def canvases(photos: FinetunePhotos, **options: Any) -> CanvasSource:
-    plain: dict[str, Any] = {
-        "chosen": range(len(photos)), "side": 128, "scale": (1.0, 1.0), "mosaic": 0.0, "flip": 0.0,
-        "flip_vertical": 0.0, "colour": 0.0, "seed": 0,
-    }  # fmt: skip
-    return CanvasSource(photos=photos, **(plain | options))
+def canvases(photos: FinetunePhotos, negatives: NegativePhotos | None = None, **augment: Any) -> MosaicSource:
+    return MosaicSource(
+        photos=photos,
+        chosen=range(len(photos)),
+        side=128,
+        augment=MosaicAugment(**augment),
+        seed=0,
+        negatives=negatives,
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_photos__doubtful_boxes_are_ignored_empty_photos_used(tmp_path: Path) ->
     assert [one["iscrowd"] for one in mixed.as_coco([0, 1])["annotations"]] == [1, 0]
 
 
-def test_held_out_photos_are_a_share_and_leave_rare_classes_to_learn_from(tmp_path: Path) -> None:
+def test_held_out__is_a_share_and_keeps_rare_classes_in_training(tmp_path: Path) -> None:
     photos = own_photos(write_photos(tmp_path, [["tile"]] * 18 + [["blob", "tile"]] + [[]]))
     for seed in range(8):
         kept, held = photos.divided(0.4, limit=None, seed=seed)
@@ -154,7 +158,7 @@ def test_held_out_photos_are_a_share_and_leave_rare_classes_to_learn_from(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["copy", "augmented"])
-def test_held_out_photos_have_no_copy_among_the_others(tmp_path: Path, kind: str) -> None:
+def test_held_out__has_no_duplicates_in_training(tmp_path: Path, kind: str) -> None:
     labels = write_photos(tmp_path, [["tile"]] * 12)
     content = json.loads(labels.read_text())
     for number, image in reversed(list(enumerate(content["images"]))):
@@ -172,7 +176,7 @@ def test_held_out_photos_have_no_copy_among_the_others(tmp_path: Path, kind: str
         assert sorted([*kept, *held]) == list(range(12))
 
 
-def test_boxes_of_photos_without_a_stated_size_are_compared_with_the_photos(tmp_path: Path) -> None:
+def test_photos__boxes_must_fit_when_no_size_is_stated(tmp_path: Path) -> None:
     labels = write_photos(tmp_path, [["tile"]] * 3)
     content = json.loads(labels.read_text())
     for image in content["images"]:
@@ -206,7 +210,7 @@ def test_photos__say_why_there_is_no_box(tmp_path: Path, extra: dict[str, Any], 
 
 
 @pytest.mark.parametrize("name", ["\u200b", "\ufeff\u2060"], ids=ascii)
-def test_a_class_of_invisible_characters_is_refused(tmp_path: Path, name: str) -> None:
+def test_names__invisible_characters_only_are_refused(tmp_path: Path, name: str) -> None:
     labels = write_photos(tmp_path, [["tile"]])
     content = json.loads(labels.read_text())
     content["categories"][0]["name"] = name
@@ -225,10 +229,7 @@ def test_class_targets__are_iou_per_class() -> None:
     assert given.gt_index.tolist() == [0, 1, -1]
     losses = class_losses(
         words=words,
-        sides=sides,
-        boxes=boxes,
-        centres=centres,
-        strides=torch.full((3,), 8.0),
+        predicted=PredictedBoxes(boxes, sides, centres, torch.full((3,), 8.0)),
         objects=objects,
         classes=classes,
         assignment=given,
@@ -347,7 +348,7 @@ def test_finetune__adds_and_replaces_classes(learned: Path, tmp_path: Path) -> N
         Detector.load(tmp_path / "run")
 
 
-def test_labels_in_yolo_form_are_read_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels__yolo_is_read_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = write_photos(tmp_path / "photos", THINGS)
     pictures = labelled_pictures(read_labels(labels, images=labels.parent / "images"))
     write_labels(pictures, tmp_path / "yolo", "yolo", picture_mode="copy")
@@ -356,25 +357,25 @@ def test_labels_in_yolo_form_are_read_and_checked(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> None:
+def test_labels__missing_file_is_named_by_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.annotations: .*gone\.json: no such file or folder; give a COCO \.json"):
         ovd_train.main([*arguments(tmp_path / "gone.json", tmp_path / "run"), "--check"])
 
 
-def test_a_training_that_has_not_ended_has_no_detector_yet(tmp_path: Path) -> None:
+def test_weights__unfinished_training_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("out: run\n")
     with pytest.raises(UserError, match=r"no detector at .*: the training in .*run is unfinished; continue .*--resume"):
         Detector.load(tmp_path / "run" / "exported")
 
 
-def test_only_detectors_of_photographs_take_classes(tmp_path: Path) -> None:
+def test_weights__must_be_a_detector_of_photographs(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", THINGS)
     with pytest.raises(UserError, match="weights=vild-sticker: classes are added to a detector of photographs"):
         ovd_train.main([*arguments(labels, tmp_path / "run", "vild-sticker"), "--check"])
 
 
-def test_a_resumed_training_finds_the_detector_it_began_with(learned: Path, tmp_path: Path) -> None:
+def test_resume__refuses_another_detector(learned: Path, tmp_path: Path) -> None:
     shutil.copytree(learned / "run/exported", tmp_path / "weights")
     labels = write_photos(tmp_path / "photos", [["tile"]] * 2)
     options = [*arguments(labels, tmp_path / "run", tmp_path / "weights"), "loop.steps=2", "optim.warmup_steps=0"]
@@ -386,7 +387,7 @@ def test_a_resumed_training_finds_the_detector_it_began_with(learned: Path, tmp_
         ovd_train.main([*options, "--resume"])
 
 
-def test_scores_of_own_classes_are_fitted_to_other_photos(learned: Path, tmp_path: Path) -> None:
+def test_calibrate__fits_finetuned_classes_to_new_photos(learned: Path, tmp_path: Path) -> None:
     shutil.copytree(learned / "run/exported", tmp_path / "weights")
     labels = write_photos(tmp_path / "photos", THINGS * 4, seed=9)
     spec = f"coco:{labels.parent / 'images'}:{labels}"
@@ -401,7 +402,7 @@ def test_scores_of_own_classes_are_fitted_to_other_photos(learned: Path, tmp_pat
         calibrate.main(["--weights", str(tmp_path / "weights"), "--data", f"coco:{few.parent / 'images'}:{few}"])
 
 
-def test_negatives_stand_in_mosaics_without_labels(tmp_path: Path) -> None:
+def test_negatives__appear_in_mosaics_without_labels(tmp_path: Path) -> None:
     photos = own_photos(write_photos(tmp_path / "labelled", [["tile"]] * 3))
     (tmp_path / "other").mkdir()
     green = np.full((64, 64, 3), (0, 255, 0), np.uint8)
@@ -418,7 +419,7 @@ def test_negatives_stand_in_mosaics_without_labels(tmp_path: Path) -> None:
     assert source.identity() != canvases(photos).identity()
 
 
-def test_labelled_and_unreadable_photos_are_no_negatives(tmp_path: Path) -> None:
+def test_negatives__labelled_and_unreadable_photos_are_skipped(tmp_path: Path) -> None:
     labels = write_photos(tmp_path, [["tile"]] * 2)
     photos, folder = own_photos(labels), tmp_path / "images"
     with pytest.raises(UserError, match=r"2 of 2 photos in .* are labelled ones and no negatives; none is left"):
@@ -434,7 +435,7 @@ def test_labelled_and_unreadable_photos_are_no_negatives(tmp_path: Path) -> None
     ]
 
 
-def test_what_may_be_a_class_is_no_background_in_negatives(tmp_path: Path) -> None:
+def test_negatives__boxes_that_may_be_a_class_are_ignored(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), np.full((64, 64, 3), 90, np.uint8))
     doubtful = {"a.png": np.array([[0, 0, 64, 64]], np.float32)}
     negatives = NegativePhotos(folder=tmp_path, names=["a.png"], doubtful=doubtful)
@@ -451,7 +452,7 @@ def test_what_may_be_a_class_is_no_background_in_negatives(tmp_path: Path) -> No
         ({"negatives": "."}, ". contains no picture (.jpg"),
     ],
 )
-def test_a_folder_of_negatives_that_holds_none_is_named(
+def test_negatives__empty_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -461,7 +462,7 @@ def test_a_folder_of_negatives_that_holds_none_is_named(
         negatives_of(config, photos, [0], detector=tmp_path)
 
 
-def test_packaged_photos_are_no_background_where_they_may_show_a_class(tmp_path: Path) -> None:
+def test_negatives__packaged_photos_ignore_possible_objects(tmp_path: Path) -> None:
     """A class is recognised by its name, or by a labelled object where the name says nothing."""
     detector = Detector.load("vild-photo", cache_size=0)
     horse = detector.find(PACKAGED_PHOTOS / "horses.jpg", "horse").xyxy[0].tolist()
@@ -486,7 +487,7 @@ def test_packaged_photos_are_no_background_where_they_may_show_a_class(tmp_path:
     assert {"horses.jpg", "parked_cars.jpg"} <= found and not {"living_room.jpg", "coffee.jpg"} & found
 
 
-def test_negatives_need_a_mosaic() -> None:
+def test_negatives__need_a_mosaic() -> None:
     with pytest.raises(ValueError, match="negatives are shown in mosaics"):
         FinetuneDataConfig(annotations="labels.json", negatives="photos", mosaic=0.0)
     assert FinetuneDataConfig(annotations="labels.json", mosaic=0.0).negatives == "packaged"

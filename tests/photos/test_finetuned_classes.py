@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from ovd import train as ovd_train
-from ovd.data.own_photos import CanvasSource, FinetunePhotos
+from ovd.data.finetune_photos import FinetunePhotos
+from ovd.data.mosaic import MosaicAugment, MosaicSource
 from ovd.detector import Detector
 from ovd.inference.example_scorers import centred_on_picture
 from ovd.inference.finetuned_names import FinetunedNames
@@ -52,15 +53,15 @@ def read(labels: Path) -> FinetunePhotos:
     return FinetunePhotos(folder=labels.parent, truth=truth, confident=0.3, doubtful=0.1)
 
 
-def test_boxes_too_small_to_learn_are_reported(tmp_path: Path) -> None:
+def test_photos__too_small_boxes_are_reported(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "a", [[0], [0], [0], []], ["ant"])
     photos = read(labels)  # 24 of 64 pixels
-    assert photos.about_small_boxes(64) is None and photos.about_small_boxes(22) is None
-    assert "3 of 3 boxes are below 8 pixels at data.side=20: " in (photos.about_small_boxes(20) or "")
+    assert photos.small_boxes_notice(64) is None and photos.small_boxes_notice(22) is None
+    assert "3 of 3 boxes are below 8 pixels at data.side=20: " in (photos.small_boxes_notice(20) or "")
     content = json.loads(labels.read_text())
     content["annotations"][0]["bbox"] = [8, 8, 2, 2]
     labels.write_text(json.dumps(content))
-    assert read(labels).about_small_boxes(64) is None  # one of three
+    assert read(labels).small_boxes_notice(64) is None  # one of three
 
 
 def cut_off(file: Path) -> None:
@@ -68,7 +69,7 @@ def cut_off(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:700])
 
 
-def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
+def test_names__are_kept_as_typed(tmp_path: Path) -> None:
     names = [" red   cell", "Ba\u0308ume", "cup, mug", "Everything"]
     photos = read(write_photos(tmp_path / "a", [[0, 1, 2, 3]], names))
     assert photos.names == ("red cell", "B\u00e4ume", "cup, mug", "Everything")
@@ -80,7 +81,7 @@ def test_names_are_kept_as_they_are_typed(tmp_path: Path) -> None:
         read(write_photos(tmp_path / "b", [[0, 1]], ["red  cell", "Red_Cell"]))
 
 
-def test_photos_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None:
+def test_photos__unusable_ones_are_named_and_skipped(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0], [1], [0], [0]], ["mug", "lamp"])
     (labels.parent / "1.jpg").write_bytes(b"no picture")
     photos = read(labels)
@@ -93,14 +94,11 @@ def test_photos_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None
         read(labels)
 
 
-def test_a_damaged_photo_in_a_mosaic_is_replaced_with_its_neighbours(tmp_path: Path) -> None:
+def test_mosaic__with_a_damaged_photo_is_replaced(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0]] * 8, ["mug"])
     cut_off(labels.parent / "3.jpg")
     photos = read(labels)
-    source = CanvasSource(
-        photos=photos, chosen=range(8), side=64, scale=(1.0, 1.0), mosaic=1.0, flip=0.0, flip_vertical=0.0,
-        colour=0.0, seed=0,
-    )  # fmt: skip
+    source = MosaicSource(photos=photos, chosen=range(8), side=64, augment=MosaicAugment(mosaic=1.0), seed=0)
 
     def works(index: int, draw: int) -> bool:
         try:
@@ -114,7 +112,7 @@ def test_a_damaged_photo_in_a_mosaic_is_replaced_with_its_neighbours(tmp_path: P
     assert all(any(works(index, draw) for index in (1, 2, 4, 5)) for draw in failing)
 
 
-def test_held_out_photos_can_be_decoded_and_show_an_object(tmp_path: Path) -> None:
+def test_held_out__photos_decode_and_have_an_object(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0], [0], [0], [0], [0], []], ["mug"])
     cut_off(labels.parent / "1.jpg")
     photos = read(labels)
@@ -197,7 +195,7 @@ def test_finetuned_class__as_negative_removes_its_boxes() -> None:
     assert found.confidence.tolist() == pytest.approx([0.8])
 
 
-def test_weights_in_the_folder_that_is_written_are_refused(tmp_path: Path) -> None:
+def test_weights__in_the_output_folder_are_refused(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0]] * 4, ["mug"])
     out = tmp_path / "run"
     (out / "exported").mkdir(parents=True)

@@ -104,7 +104,7 @@ def test_word_list__kinds_of_several_words_contradict_none_of_them(phrase: str, 
     )
 
 
-def test_everyday_tables_name_words_and_do_not_contradict_each_other() -> None:
+def test_everyday_tables__are_consistent() -> None:
     named = {*INDISTINCT.values(), *(word for words in (*KINDS.values(), *GROUPS.values()) for word in words)}
     assert named <= set(PROPOSAL_WORDS)
     assert not KINDS.keys() & set(PROPOSAL_WORDS) and not OTHER_THINGS & set(PROPOSAL_WORDS)
@@ -113,7 +113,7 @@ def test_everyday_tables_name_words_and_do_not_contradict_each_other() -> None:
         assert WORDS.relations([[word]]).above[0, PROPOSAL_WORDS.index(general)], word
 
 
-def test_a_superordinate_word_is_all_its_kinds_and_synonyms_count_for_their_class() -> None:
+def test_word_list__hypernym_has_all_its_hyponyms() -> None:
     relations = WORDS.relations([["animal"], ["vehicle"], ["gizmo", "teddy bear"]])
     kinds = [{PROPOSAL_WORDS[i] for i in np.flatnonzero(row)} for row in relations.same_or_below]
     assert {"bird", "cat", "dog", "horse", "zebra"} <= kinds[0] and "car" not in kinds[0]
@@ -124,7 +124,7 @@ def test_a_superordinate_word_is_all_its_kinds_and_synonyms_count_for_their_clas
 @pytest.mark.parametrize(
     ("word", "form"), [("wine glasses", "wine glass"), ("cherries", "cherry"), ("boxes", "box"), ("bus", "bus")]
 )  # fmt: skip
-def test_plurals_of_compounds(word: str, form: str) -> None:
+def test_word_list__plurals_of_compounds(word: str, form: str) -> None:
     assert form in singulars(word)
 
 
@@ -143,7 +143,7 @@ def photo(words: list[int], scores: list[float], noun: int | None = None) -> Pho
     )
 
 
-def test_targets_grow_with_overlap_and_are_the_label_score_at_most() -> None:
+def test_region_targets__grow_with_iou_up_to_the_label_score() -> None:
     target, mask = region_targets(photo([0], [0.8]), BOXES, TABLE)
     assert target[:, 0].tolist() == pytest.approx([0.8, 0.8, 0.8 * (0.5 - 0.3) / 0.6, 0.0], abs=1e-6)
     assert target[:, 3].tolist() == pytest.approx(target[:, 0].tolist())  # a dog is an animal
@@ -157,7 +157,7 @@ def test_targets_grow_with_overlap_and_are_the_label_score_at_most() -> None:
     ]
 
 
-def test_a_photo_noun_refines_a_general_box_or_goes_to_the_largest_proposal() -> None:
+def test_region_targets__noun_labels_a_general_box_or_the_largest_proposal() -> None:
     refined, _ = region_targets(photo([0], [0.8], noun=2), BOXES, TABLE)
     assert refined[:, 2].tolist() == pytest.approx(refined[:, 0].tolist())
     largest, _ = region_targets(photo([], [], noun=4), BOXES, TABLE)
@@ -166,7 +166,7 @@ def test_a_photo_noun_refines_a_general_box_or_goes_to_the_largest_proposal() ->
     assert not none.any() and mask[:, :2].all() and not mask[:, 2:].any()
 
 
-def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
+def test_criterion__is_binary_cross_entropy_of_scaled_cosines() -> None:
     torch.manual_seed(0)
     head = FrozenFeatureHead(features=6, words=2, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     rows = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
@@ -190,7 +190,7 @@ def test_the_loss_is_binary_cross_entropy_of_scaled_cosines() -> None:
     assert float(criterion(batch)["loss_words"].detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_box_of_the_whole_picture_is_embedded_as_the_encoder_embeds_it(encoder: JointEncoder) -> None:
+def test_tower__whole_picture_box_equals_the_encoders_embedding(encoder: JointEncoder) -> None:
     tower = FrozenTower(encoder, side=64, pool=2, context=1.5, precision=torch.float32)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     features = tower.pooled(image, torch.tensor([[0.0, 0.0, 64.0, 64.0], [0.0, 0.0, 32.0, 32.0]]))
@@ -202,7 +202,7 @@ def test_a_box_of_the_whole_picture_is_embedded_as_the_encoder_embeds_it(encoder
     assert float(cosine[0]) > 0.99 > float(cosine[1])
 
 
-def test_another_image_tower_is_refused(encoder: JointEncoder) -> None:
+def test_tower__of_another_kind_is_refused(encoder: JointEncoder) -> None:
     other = build_encoder(
         EncoderConfig(embed_dim=16, text=CbowTower(kind="cbow", width=16, hidden=32, context_length=16))
     )
@@ -238,7 +238,7 @@ def scorer(hyponyms: list[list[bool]]) -> WordScorer:
     )
 
 
-def test_known_words_are_a_geometric_mean_and_no_column_depends_on_another() -> None:
+def test_scores__known_words_are_a_geometric_mean_and_independent() -> None:
     both = scorer([[True, False], [True, True]])
     score = both(regions([[0.2, 0.6], [0.9, 0.1]]))
     same, other = 1 / (1 + math.exp(-3.0)), 1 / (1 + math.exp(1.0))  # the head's, of a region with this row and another
@@ -270,7 +270,7 @@ def test_scores__compete_with_contradicting_words() -> None:
     assert float(score[1, 0]) == pytest.approx(1 / (1 + own + 2) * whole, rel=1e-3)  # a rival has cosine 1
 
 
-def test_a_training_ends_with_a_detector_that_takes_any_word(trained: Path) -> None:
+def test_training__exports_an_open_vocabulary_detector(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=10)
     picture = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     found = detector.embed(picture).classify(["dog", "animal", "saxophone", "zzyzx"], threshold=0.0)
@@ -281,13 +281,13 @@ def test_a_training_ends_with_a_detector_that_takes_any_word(trained: Path) -> N
     assert alone.best[0] == pytest.approx(found.best[2], abs=1e-6)
 
 
-def test_a_check_computes_no_cache_and_writes_nothing(trained: Path, tmp_path: Path) -> None:
+def test_check__computes_no_cache_and_writes_nothing(trained: Path, tmp_path: Path) -> None:
     changed = [f"out={tmp_path}/run", f"cache={tmp_path}/cache", "--check"]
     assert ovd_train.main([*arguments(trained), *changed]) == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_detector_holds_its_words_and_its_proposals(trained: Path) -> None:
+def test_export__has_words_and_proposals(trained: Path) -> None:
     card = json.loads((trained / "run/exported/model.json").read_text())
     assert card["model"]["arch"] == "fvlm" and card["classes"] == card["bank"][:2] == ["dog", "car"]
     assert {"saxophone", "lamp", "animal"} <= set(card["bank"])
@@ -309,7 +309,7 @@ def photos(trained: Path, **options: object) -> PhotoWords:
     return PhotoWords(**(defaults | options))  # type: ignore[arg-type]
 
 
-def test_all_parts_are_every_photo(trained: Path) -> None:
+def test_photos__part_all_is_every_photo(trained: Path) -> None:
     every = [photo.file.name for photo in photos(trained, part=None).photos]
     assert [photo.file.name for photo in photos(trained, part="all").photos] == every
     assert len(every) > len(photos(trained).photos)
@@ -330,13 +330,13 @@ def test_photos__part_and_left_out_words(trained: Path) -> None:
         ({"withheld": ["cars"]}, "mean 'car'"),
     ],
 )
-def test_a_wrong_part_or_name_is_refused(trained: Path, options: dict[str, object], message: str) -> None:
+def test_photos__unknown_part_or_name_is_refused(trained: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         photos(trained, **options)
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_photos_are_the_same_in_any_format(trained: Path, tmp_path: Path, form: str) -> None:
+def test_photos__are_equal_in_any_label_format(trained: Path, tmp_path: Path, form: str) -> None:
     boxes, labels = trained / "boxes.json", trained / "labels.json"
     spec = f"coco:{trained / 'images'}:{boxes}"
     if form != "coco":
@@ -357,7 +357,7 @@ def test_photos_are_the_same_in_any_format(trained: Path, tmp_path: Path, form: 
         assert [p.noun for p in named.photos] == [p.noun for p in photos(trained).photos]
 
 
-def test_calibration_of_a_detector_of_photographs_needs_photos(trained: Path) -> None:
+def test_calibrate__needs_photos(trained: Path) -> None:
     weights = ["--weights", str(trained / "run/exported")]
     with pytest.raises(UserError, match="is calibrated on photos: give --data"):
         calibrate.main(weights)
@@ -365,7 +365,7 @@ def test_calibration_of_a_detector_of_photographs_needs_photos(trained: Path) ->
         calibrate.main([*weights, "--data", f"coco:{trained / 'images'}:{trained / 'boxes.json'}"])
 
 
-def test_lists_of_nouns(tmp_path: Path) -> None:
+def test_nouns_of__reads_a_list_or_lists_by_reason(tmp_path: Path) -> None:
     for content in (["kitchen"], {"place": ["kitchen"], "part": []}):
         (tmp_path / "a.json").write_text(json.dumps(content))
         assert nouns_of(str(tmp_path / "a.json")) == {"kitchen"}
@@ -375,7 +375,7 @@ def test_lists_of_nouns(tmp_path: Path) -> None:
     assert nouns_of(None) == frozenset()
 
 
-def test_a_phrase_is_read_as_its_noun_and_an_unknown_word_says_so(trained: Path) -> None:
+def test_notices__phrase_is_searched_by_noun_and_unknown_word_is_named(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
     query = detector.query(["red car", "dogs", "zzyzx", "cup of coffee"])
     assert query.notices[0] == "'red car' is searched as 'car': attributes are ignored"
@@ -396,7 +396,7 @@ def test_notices__name_the_word_that_a_kind_cannot_be_told_from(trained: Path) -
     assert "kitten" not in detector.model.prompt_free_words().names
 
 
-def test_a_copied_detector_answers_the_same_and_pictures_of_any_shape_are_taken(trained: Path) -> None:
+def test_detector__copy_is_equal_and_any_picture_shape_works(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=10)
     again = copy.deepcopy(detector)  # as pickling does it
     for shape in ((60, 80), (1, 1), (2, 300), (300, 3)):

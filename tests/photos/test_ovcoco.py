@@ -74,7 +74,7 @@ def train(root: Path, variant: str, *more: str) -> Path:
     return out / "exported"
 
 
-def test_a_frozen_network_keeps_its_weights_and_its_pyramid_learns(run: Path, encoder: JointEncoder) -> None:
+def test_pyramid__learns_while_its_network_is_frozen(run: Path, encoder: JointEncoder) -> None:
     proposer = load_proposals(run / "proposals", precision=torch.float32)
     assert isinstance(encoder.visual, TimmImage)
     theirs = encoder.visual.backbone.state_dict()
@@ -87,7 +87,7 @@ def test_a_frozen_network_keeps_its_weights_and_its_pyramid_learns(run: Path, en
     assert json.loads((run / "proposals/model.json").read_text())["model"]["backbone"]["pixel_mean"] == [127.5] * 3
 
 
-def test_proposals_are_trained_further_from_an_export(run: Path) -> None:
+def test_proposals__training_continues_from_an_export(run: Path) -> None:
     command = [
         "--config", "photos/lite_ovcoco_proposals.yaml", f"out={run}/further", f"weights={run}/proposals",
         f"model.backbone.name={NETWORK}", "sides=[64]", f"data.images={run}/images",
@@ -111,7 +111,7 @@ def test_proposals__nanodet_cannot_start_a_library_backbone(run: Path, trained: 
 
 
 @pytest.mark.parametrize("variant", ["text", "fvlm", "vild", "ensemble"])
-def test_every_variant_trains_and_answers_without_the_novel_word(run: Path, variant: str) -> None:
+def test_variants__train_without_the_novel_word(run: Path, variant: str) -> None:
     folder = train(run, variant)
     card = read_card(folder)
     assert card.classes == ("car",)
@@ -133,23 +133,23 @@ def test_ovcoco__evaluated_on_all_words(run: Path, capsys: pytest.CaptureFixture
     assert "AP50" in capsys.readouterr().out
 
 
-def test_words_of_offline_regions_are_unknown(run: Path) -> None:
+def test_offline_regions__have_no_words(run: Path) -> None:
     with pytest.raises(UserError, match="known=false"):
         train(run, "vild", "model.known=true")
 
 
 @pytest.mark.parametrize(("variant", "regions"), [("text", "{root}/regions"), ("ensemble", "null")])
-def test_regions_belong_to_the_variants_that_distil(run: Path, variant: str, regions: str) -> None:
+def test_offline_regions__only_for_variants_that_distil(run: Path, variant: str, regions: str) -> None:
     with pytest.raises(UserError, match="python -m ovd.embed"):
         train(run, variant, "regions=" + regions.format(root=run))
 
 
-def test_a_backbone_without_words_cannot_rank_by_them(run: Path) -> None:
+def test_proposals__without_words_cannot_rank_by_them(run: Path) -> None:
     with pytest.raises(UserError, match="ranking words"):
         ovd_train.main(["--config", "photos/lite_ovcoco_proposals.yaml", "model.ranking=words", f"out={run}/x"])
 
 
-def test_novel_words_take_their_kinds_and_synonyms_with_them() -> None:
+def test_novel_words__withhold_synonyms_and_hyponyms() -> None:
     lexicon = read_lexicon()
     names = novel_names(["dog", "couch"], lexicon)
     assert {"dog", "domestic dog", "golden retriever", "sofa", "sofa bed"} <= names
@@ -158,7 +158,7 @@ def test_novel_words_take_their_kinds_and_synonyms_with_them() -> None:
         novel_names(["no such word"], lexicon)
 
 
-def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> None:
+def test_image_head__starts_as_the_tower_and_learns_from_crops_only() -> None:
     torch.manual_seed(0)
     head = FrozenFeatureHead(features=6, words=0, hidden=16, embed_dim=4, dropout=0.0, scale=5.0)
     image_head = ImageHead(features=6, hidden=16, embed_dim=4, dropout=0.0)
@@ -194,7 +194,7 @@ def test_the_image_head_starts_at_the_tower_and_learns_from_crops_alone() -> Non
     assert all(p.grad is None for p in head.parameters())
 
 
-def test_scores_are_vilds_geometric_mean() -> None:
+def test_scores__are_vilds_geometric_mean() -> None:
     regions = RegionSet(
         boxes=np.array([[0, 0, 10, 10]], np.float32), objectness=np.array([0.64], np.float32),
         text=np.array([[1, 0, 0]], np.float32), image=np.array([[0, 1, 0]], np.float32), masks=None, size=(20, 20),

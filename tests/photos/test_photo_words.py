@@ -64,7 +64,7 @@ def read(folder: Path, **changes: Any) -> list[tuple[str, str, bool]]:
     return sorted((item.file.name, item.word, item.box is not None) for item in words.items)
 
 
-def test_doubtful_boxes_crowds_scenes_and_other_parts_are_left_out(folder: Path) -> None:
+def test_photos__doubtful_boxes_crowds_scenes_and_other_parts_are_skipped(folder: Path) -> None:
     train = [("a.png", "television", True), ("a.png", "tv", True), ("cat.png", "cat", False), ("ox.png", "ox", False)]
     assert read(folder) == train
     assert read(folder, part="val", annotations=[folder / "pseudo.json.gz"]) == [("b.png", "tv", True)]
@@ -78,7 +78,7 @@ def test_boxes__oddities_are_reported(folder: Path, capsys: pytest.CaptureFixtur
     assert f"warning: {folder / 'true.json'}: 1 annotations without area" in capsys.readouterr().err
 
 
-def test_two_spellings_are_one_class(folder: Path) -> None:
+def test_photos__two_spellings_are_one_class(folder: Path) -> None:
     words = read_photo_words(section(folder))
     number = {item.word: label for item, label in zip(words.items, words.class_ids, strict=True)}
     assert number["tv"] == number["television"]
@@ -94,7 +94,7 @@ def test_two_spellings_are_one_class(folder: Path) -> None:
         ({"images": Path("elsewhere")}, "pictures are not there, such as elsewhere"),
     ],
 )
-def test_errors_name_the_file_or_the_key(folder: Path, change: dict[str, Any], message: str) -> None:
+def test_photos__errors_name_the_file_or_key(folder: Path, change: dict[str, Any], message: str) -> None:
     bare = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": []}
     split = [{"id": 1, "file_name": "a.png", "split": "train"}]
     (folder / "nosplit.json").write_text(json.dumps(bare))
@@ -118,7 +118,7 @@ def test_crop__contains_the_box_and_is_deterministic(folder: Path) -> None:
     assert not np.array_equal(image, source.sample(5, 1)[0])
 
 
-def test_a_window_keeps_its_place_beyond_the_border() -> None:
+def test_crop__window_beyond_the_border_is_padded() -> None:
     picture = np.zeros((10, 10, 3), np.uint8)
     picture[:, 5:] = 255
     square = cut_square(picture, (-10.0, -5.0, 20.0, 20.0), 20)
@@ -143,7 +143,7 @@ def test_loss__related_words_are_not_negatives() -> None:
     assert "hound" not in vocabulary
 
 
-def test_senses_are_chosen_by_hand_then_by_what_is_photographed() -> None:
+def test_lexicon__senses_prefer_manual_then_imagenet() -> None:
     synsets = {
         1: Synset(1, 5, ("mouse",), (9,), ()), 2: Synset(2, 6, ("mouse", "computer mouse"), (8,), ()),
         3: Synset(3, 10, ("bottle",), (), ()), 4: Synset(4, 6, ("bottle",), (8,), ()),
@@ -167,7 +167,7 @@ def test_senses_are_chosen_by_hand_then_by_what_is_photographed() -> None:
     assert content["meanings"]["n00000002"]["above"] is None  # "artifact" tells nothing
 
 
-def test_the_shipped_lexicon_joins_spellings() -> None:
+def test_lexicon__shipped_one_joins_spellings() -> None:
     lexicon = read_lexicon()
     assert len(lexicon.imagenet) == 1000
     for one, other in [("tv", "television"), ("couch", "sofa"), ("cell phone", "mobile phone"),

@@ -319,7 +319,7 @@ def test_the_command_writes_its_report(
 ) -> None:
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
     net = network()
-    monkeypatch.setattr(measures, "open_backbone", lambda run, folder: (net, measures.Origin("byol", PLAIN)))
+    monkeypatch.setattr(measures, "open_backbone", lambda run, folder: (net, measures.BackboneOrigin("byol", PLAIN)))
     command = ["--backbone", "x", "--data", str(root), "--size", "8", "--k", "3", "--epochs", "2", "--shots", "1"]
     assert probe.main([*command, "--measures", "knn", "linear", "few", "--out", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -346,7 +346,7 @@ def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path, monkeyp
 
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
     net = build_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224"), sizes=[32])
-    origin = measures.Origin("byol", PLAIN._replace(size=32))
+    origin = measures.BackboneOrigin("byol", PLAIN._replace(size=32))
     monkeypatch.setattr(measures, "open_backbone", lambda run, folder: (net, origin))
     with pytest.raises(UserError, match=r"--size 48: the backbone of x cannot take .* it was trained on 32 pixels"):
         probe.main(["--backbone", "x", "--data", str(root), "--size", "48"])

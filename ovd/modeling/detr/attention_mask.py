@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which queries may attend to which: UP-DETR's and OV-DETR's groups, and denoising queries beside the free ones.
+"""Self-attention masks between queries: groups (UP-DETR, OV-DETR), and denoising queries beside the free ones.
 
 Masks are bool, True where attention is forbidden. Shapes: ``N`` images, ``P`` denoising queries, ``Q`` queries.
 """

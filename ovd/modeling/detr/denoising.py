@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denoising queries (DN-DETR, arXiv 2203.01305): noised copies of the targets that the decoder must restore.
+"""Denoising queries (DN-DETR, arXiv 2203.01305): noised copies of the targets that the decoder has to restore.
 
 In training they stand before the free queries, which may not attend to them
 (`attention_mask.denoising_attention_mask`). Each copy has a known target, so nothing is matched.

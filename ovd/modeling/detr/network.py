@@ -269,7 +269,7 @@ class Detr(nn.Module):
         return self.patch2query(conditions_NMD)[:, group], group
 
     def region_embeddings(self, memory: Memory, image: Tensor, boxes: Tensor) -> Tensor:
-        """Read the backbone's map inside (K, 4) boxes of images (K,): (K, D), unnormalised.
+        """Region-tower embeddings of (K, 4) boxes of images (K,): (K, D), unnormalised.
 
         Boxes get no gradient. In float32 also under autocast, for the reason in `OpenVocabularyHeads.prepare`.
         """

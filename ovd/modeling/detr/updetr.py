@@ -6,8 +6,8 @@ an attention mask keeps queries of different patches apart (`attention_mask.grou
 queries gets no patch; beside the box, the embedding of the patch is reconstructed, so that localisation does not
 unlearn recognition.
 
-Denoising queries (`denoising`) get a patch and its noised box, or the box alone, so that an anchor keeps some meaning:
-a query that searches the whole picture for its patch has no use for it, and fine-tuning has.
+Denoising queries (`denoising`) get a patch and its noised box, or the box alone. A query that searches the whole
+picture for its patch would otherwise learn to ignore its anchor, which fine-tuning needs.
 
 By default a patch is matched with its own queries only. The released code matches any query with any patch
 (``grouped=False``); at the size of a CPU it then learns to ignore the patches.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes that were added to a detector of photographs by fine-tuning: branches, as files and beside its proposals.
+"""Fine-tuned classes of a detector of photographs: loading, saving and running its branches.
 
-Each training adds a branch (`ovd.modeling.proposals.classes`); those before it stay as they were. A class that a later
-branch names, too, is the later one's.
+Each training adds a branch (`ovd.modeling.proposals.classes`) and leaves earlier ones unchanged. A class that several
+branches have belongs to the last one.
 
 Shapes: ``R`` boxes of a picture, ``O`` fine-tuned classes of all branches.
 """

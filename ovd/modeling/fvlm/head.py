@@ -3,7 +3,7 @@
 
 A word's logit is ``scale · cos(region, word) + bias(region)``, and its sigmoid the probability that the region is that
 word *and* a good box of it: no word competes with another, so that "dog", "animal" and "golden retriever" may all hold.
-The bias is the region's own, which says whether it is anything. Boxes stay the proposal network's: a regressor on these
+The bias depends on the region and acts as its objectness. Boxes stay the proposal network's: a regressor on these
 features, trained on a teacher's boxes, made them worse.
 
 Shapes: ``P`` regions, ``F`` pooled features, ``K`` words that the proposal network knows, ``D`` joint embedding.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small one-stage network that boxes things without naming them: the proposals of photographs."""
+"""Class-agnostic proposals of photographs, from a small one-stage detector."""

@@ -90,6 +90,22 @@ def distribution_focal_loss(sides: Tensor, target: Tensor) -> Tensor:
     return -((1 - share) * below + share * above).mean(dim=-1)
 
 
+class PredictedBoxes(NamedTuple):
+    """Boxes that the cells of one picture predict.
+
+    Attributes:
+        boxes: (A, 4) x1, y1, x2, y2 in pixels, decoded from ``sides``.
+        sides: (A, 4, bins) logits of the distances to the box's sides.
+        centres: (A, 2) x and y of the cells' centres, in pixels.
+        strides: (A,) of the cells, in pixels.
+    """
+
+    boxes: Tensor
+    sides: Tensor
+    centres: Tensor
+    strides: Tensor
+
+
 class BoxLosses(NamedTuple):
     """Sums over the cells of one picture, and what they are divided by."""
 
@@ -105,10 +121,7 @@ def class_agnostic_losses(
     *,
     objectness: Tensor,
     quality: Tensor,
-    sides: Tensor,
-    boxes: Tensor,
-    centres: Tensor,
-    strides: Tensor,
+    predicted: PredictedBoxes,
     objects: Tensor,
     assignment: Assignment,
 ) -> BoxLosses:
@@ -119,21 +132,19 @@ def class_agnostic_losses(
 
     Args:
         objectness, quality: (A,) logits.
-        sides: (A, 4, bins) logits.
-        boxes: (A, 4) decoded from them.
-        centres, strides: (A, 2) and (A,), pixels.
+        predicted: the cells' boxes.
         objects: (T, 4).
         assignment: of :func:`assign`.
     """
     valid = assignment.valid
     positive = assignment.gt_index >= 0
     loss = quality_focal_loss(objectness[valid], assignment.target[valid]).sum()
-    zero = sides.sum() * 0.0 + quality.sum() * 0.0
+    zero = predicted.sides.sum() * 0.0 + quality.sum() * 0.0
     if not bool(positive.any()):
         return BoxLosses(loss, zero, zero, zero, zero.detach(), zero.detach())
-    box, dfl, weight = _box_losses(sides, boxes, centres, strides, objects, assignment)
+    box, dfl, weight = _box_losses(predicted, objects, assignment)
     with torch.no_grad():
-        overlap = box_iou(boxes[positive], objects[assignment.gt_index[positive]]).diagonal()
+        overlap = box_iou(predicted.boxes[positive], objects[assignment.gt_index[positive]]).diagonal()
     localised = F.binary_cross_entropy_with_logits(quality[positive], overlap, reduction="sum")
     return BoxLosses(loss, box, dfl, localised, weight, positive.sum().to(weight))
 
@@ -150,10 +161,7 @@ class ClassLosses(NamedTuple):
 def class_losses(
     *,
     words: Tensor,
-    sides: Tensor,
-    boxes: Tensor,
-    centres: Tensor,
-    strides: Tensor,
+    predicted: PredictedBoxes,
     objects: Tensor,
     classes: Tensor,
     assignment: Assignment,
@@ -162,9 +170,7 @@ def class_losses(
 
     Args:
         words: (A, C) logits.
-        sides: (A, 4, bins) logits.
-        boxes: (A, 4) decoded from them.
-        centres, strides: (A, 2) and (A,), pixels.
+        predicted: the cells' boxes.
         objects: (T, 4).
         classes: (T,) int64.
         assignment: of :func:`assign`.
@@ -174,19 +180,17 @@ def class_losses(
     target[positive, classes[assignment.gt_index[positive]]] = assignment.target[positive].to(words)
     scores = quality_focal_loss(words[assignment.valid], target[assignment.valid]).sum()
     if not bool(positive.any()):
-        zero = sides.sum() * 0.0
+        zero = predicted.sides.sum() * 0.0
         return ClassLosses(scores, zero, zero, zero.detach())
-    return ClassLosses(scores, *_box_losses(sides, boxes, centres, strides, objects, assignment))
+    return ClassLosses(scores, *_box_losses(predicted, objects, assignment))
 
 
-def _box_losses(
-    sides: Tensor, boxes: Tensor, centres: Tensor, strides: Tensor, objects: Tensor, assignment: Assignment
-) -> tuple[Tensor, Tensor, Tensor]:
+def _box_losses(predicted: PredictedBoxes, objects: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
     """(GIoU loss, loss of the sides' distributions, weight), summed over the positive cells by their targets."""
     positive = assignment.gt_index >= 0
     target, weight = objects[assignment.gt_index[positive]], assignment.target[positive]
-    box = (weight * generalized_box_iou_loss(boxes[positive], target, reduction="none")).sum()
-    at, step = centres[positive], strides[positive]
+    box = (weight * generalized_box_iou_loss(predicted.boxes[positive], target, reduction="none")).sum()
+    at, step = predicted.centres[positive], predicted.strides[positive]
     reach = torch.cat([at - target[:, :2], target[:, 2:] - at], dim=1) / step[:, None]
-    dfl = (weight * distribution_focal_loss(sides[positive], reach)).sum()
+    dfl = (weight * distribution_focal_loss(predicted.sides[positive], reach)).sum()
     return box, dfl, weight.sum()

@@ -164,7 +164,7 @@ class PhotoProposals:
 
 
 class PhotoProposer:
-    """A loaded network that boxes pictures; fits ``ovd.regions.proposals.Proposer``.
+    """A loaded proposal network; implements ``ovd.regions.proposals.Proposer``.
 
     Args:
         model: put into eval mode and `precision` here.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A branch for fine-tuned classes: a second NanoDet with class rows of its own, trained on the user's labels.
 
-The detector that it is added to does not change, nor do its scores of other words. The trunk starts as a copy of the
-proposal network's and learns at a lower rate. Each level's head starts with the proposal network's box regression and
-random class rows: a row is a class's learned embedding, whatever its name means to a text encoder.
+The detector it is added to does not change, nor do its scores of other words. The trunk starts as a copy of the
+proposal network's and has a lower learning rate. Each level's head starts with the proposal network's box regression
+and random class rows. A row is a class's learned embedding; text encoders play no part.
 
 Shapes: ``N`` pictures, ``A`` cells, ``C`` own classes, ``P`` boxes of one picture.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.inference.postprocess import batched_nms
-from ovd.modeling.proposals.assign import assign, class_losses
+from ovd.modeling.proposals.assign import PredictedBoxes, assign, class_losses
 from ovd.modeling.proposals.nanodet import (
     BINS,
     PIXEL_MEAN,
@@ -35,15 +35,13 @@ from ovd.modeling.proposals.nanodet import (
     decode,
     gather,
 )
-from ovd.modeling.proposals.network import BOX_WEIGHT, CHANNELS, SIDES_WEIGHT, ProposalDetector
+from ovd.modeling.proposals.network import BOX_WEIGHT, CHANNELS, PRIOR, SIDES_WEIGHT, ProposalDetector
 from ovd.pictures import resized
 from pretrain.engine.distributed import shares
 
 if TYPE_CHECKING:
-    from ovd.data.own_photos import FinetuneSample
+    from ovd.data.mosaic import FinetuneSample
 
-PRIOR = 0.01
-"""Score of a class everywhere at the start (RetinaNet, arXiv:1708.02002, section 4.1)."""
 CANDIDATES = 1000
 """Best (cell, class) pairs that enter NMS."""
 LEAST_SCORE = 1e-3
@@ -64,7 +62,7 @@ class ClassBoxes(NamedTuple):
 
 
 class ClassBranch(nn.Module):
-    """NanoDet for ``classes`` classes. In training it returns losses, see `forward`."""
+    """NanoDet with ``classes`` classes; in training it returns losses, see `forward`."""
 
     def __init__(self, *, classes: int) -> None:
         super().__init__()
@@ -115,10 +113,7 @@ class ClassBranch(nn.Module):
             sums.append(
                 class_losses(
                     words=words[n],
-                    sides=sides[n],
-                    boxes=boxes[n],
-                    centres=centres,
-                    strides=strides,
+                    predicted=PredictedBoxes(boxes[n], sides[n], centres, strides),
                     objects=objects,
                     classes=labels,
                     assignment=assignment,

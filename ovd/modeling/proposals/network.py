@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from detectron2.config import configurable
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from ovd.data.samples import LabelledSample
-from ovd.modeling.proposals.assign import BoxLosses, assign, class_agnostic_losses
+from ovd.modeling.proposals.assign import BoxLosses, PredictedBoxes, assign, class_agnostic_losses
 from ovd.modeling.proposals.nanodet import (
     BINS,
     PIXEL_MEAN,
@@ -53,7 +53,7 @@ Ranking = Literal["words", "objectness", "quality", "both"]
 CHANNELS = 128
 LEVELS = ("p3", "p4", "p5")
 PRIOR = 0.01
-"""Initial probability of an object in class-agnostic heads (arXiv:1708.02002, section 4.1)."""
+"""Initial probability of an object, or of a class, in heads that start at random (arXiv:1708.02002, section 4.1)."""
 BOX_WEIGHT, SIDES_WEIGHT = 2.0, 0.25
 """Of the box's GIoU and of the sides' distributions (arXiv:2006.04388, section 4)."""
 
@@ -119,6 +119,38 @@ class ClassAgnosticHead(nn.Module):
         self.sides.bias.data.copy_(head.output.bias.data[head.words :])
 
 
+class DensePredictions(NamedTuple):
+    """Predictions for all cells: of a batch, with ``N`` pictures in front, or of one picture.
+
+    Attributes:
+        objectness: (N, A) logits.
+        quality: (N, A) logits.
+        words: (N, A, K) logits of the known words.
+        sides: (N, A, 4, bins) logits of the distances to the box's sides.
+        centres: (A, 2) x and y of the cells' centres, in pixels.
+        strides: (A,) of the cells, in pixels.
+    """
+
+    objectness: Tensor
+    quality: Tensor
+    words: Tensor
+    sides: Tensor
+    centres: Tensor
+    strides: Tensor
+
+    def of_picture(self, n: int) -> DensePredictions:
+        """Those of one picture of the batch."""
+        return self._replace(
+            objectness=self.objectness[n], quality=self.quality[n], words=self.words[n], sides=self.sides[n]
+        )
+
+    def boxes(self, cells: Tensor | None = None) -> Tensor:
+        """Boxes x1, y1, x2, y2 in pixels: (N, A, 4) of all cells, or (P, 4) of the (P,) ``cells`` of one picture."""
+        if cells is None:
+            return decode(self.sides, self.centres, self.strides)
+        return decode(self.sides[cells], self.centres[cells], self.strides[cells])
+
+
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class DenseProposals(nn.Module):
     """Boxes of all cells, the best ones kept by non-maximum suppression.
@@ -168,57 +200,54 @@ class DenseProposals(nn.Module):
         background, ``gt_classes`` of -1 there.
         """
         maps = [features[name] for name in self.in_features]
-        centres, strides = cell_centres(*images.tensor.shape[-2:], device=images.tensor.device)
-        words, word_sides = maps[0].new_zeros(len(images), len(centres), 0).float(), None
+        predictions = self.predict(maps, size=images.tensor.shape[-2:])
+        if self.training:
+            if gt_instances is None:
+                raise ValueError("training needs gt_instances")
+            return [], self.losses(predictions, images.image_sizes, gt_instances)
+        return [self.select(predictions.of_picture(n), size) for n, size in enumerate(images.image_sizes)], {}
+
+    def predict(self, maps: Sequence[Tensor], *, size: Sequence[int]) -> DensePredictions:
+        """Run the heads on the (N, C, h, w) maps of a batch whose padded pictures have this (height, width)."""
+        centres, strides = cell_centres(*size, device=maps[0].device)
+        words, word_sides = maps[0].new_zeros(len(maps[0]), len(centres), 0).float(), None
         if self.heads:
             with torch.no_grad():
                 words, word_sides = gather(self.heads, maps)
             words = words.float()
         if self.ranking == "words" and not self.training and word_sides is not None:
             # NanoDet's scores were trained to be the IoU of its own boxes, so the best one is also the quality.
-            objectness = quality = words.amax(dim=2)
-            sides = word_sides
-        else:
-            predictions = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
-            objectness, quality = predictions[..., 0], predictions[..., 1]
-            if self.heads:
-                objectness = words.amax(dim=2) + objectness
-            sides = predictions[..., 2:].unflatten(2, (4, -1))
-        if self.training:
-            if gt_instances is None:
-                raise ValueError("training needs gt_instances")
-            return [], self.losses(images, objectness, quality, sides, centres, strides, gt_instances)
-        return [
-            self.select(objectness[n], quality[n], words[n], sides[n], centres, strides, size)
-            for n, size in enumerate(images.image_sizes)
-        ], {}
+            best = words.amax(dim=2)
+            return DensePredictions(best, best, words, word_sides, centres, strides)
+        outputs = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
+        objectness, quality, sides = outputs[..., 0], outputs[..., 1], outputs[..., 2:].unflatten(2, (4, -1))
+        if self.heads:
+            objectness = words.amax(dim=2) + objectness
+        return DensePredictions(objectness, quality, words, sides, centres, strides)
 
     def losses(
-        self,
-        images: ImageList,
-        objectness: Tensor,
-        quality: Tensor,
-        sides: Tensor,
-        centres: Tensor,
-        strides: Tensor,
-        gt_instances: list[Instances],
+        self, predictions: DensePredictions, sizes: Sequence[tuple[int, int]], gt_instances: Sequence[Instances]
     ) -> dict[str, Tensor]:
-        """Each loss of the batch, divided by the weight or number of its positives over all processes."""
-        boxes = decode(sides, centres, strides)
+        """Each loss of the batch, divided by the weight or number of its positives over all processes.
+
+        Args:
+            predictions: of the batch.
+            sizes: (height, width) of each picture without its padding.
+            gt_instances: see `forward`.
+        """
+        boxes = predictions.boxes()
         sums = []
-        for n, (truth, (height, width)) in enumerate(zip(gt_instances, images.image_sizes, strict=True)):
+        for n, (truth, (height, width)) in enumerate(zip(gt_instances, sizes, strict=True)):
             labelled = truth.gt_classes >= 0
             objects, ignored = truth.gt_boxes.tensor[labelled], truth.gt_boxes.tensor[~labelled]
-            assignment = assign(boxes[n], objectness[n].sigmoid(), centres, objects, ignored)
-            inside = (centres[:, 0] < width) & (centres[:, 1] < height)  # padding is no background
+            one = predictions.of_picture(n)
+            assignment = assign(boxes[n], one.objectness.sigmoid(), one.centres, objects, ignored)
+            inside = (one.centres[:, 0] < width) & (one.centres[:, 1] < height)  # padding is no background
             sums.append(
                 class_agnostic_losses(
-                    objectness=objectness[n],
-                    quality=quality[n],
-                    sides=sides[n],
-                    boxes=boxes[n],
-                    centres=centres,
-                    strides=strides,
+                    objectness=one.objectness,
+                    quality=one.quality,
+                    predicted=PredictedBoxes(boxes[n], one.sides, one.centres, one.strides),
                     objects=objects,
                     assignment=assignment._replace(valid=assignment.valid & inside),
                 )
@@ -233,25 +262,16 @@ class DenseProposals(nn.Module):
             "loss_quality": by_positives * total.quality / positives,
         }
 
-    def select(
-        self,
-        objectness: Tensor,
-        quality: Tensor,
-        words: Tensor,
-        sides: Tensor,
-        centres: Tensor,
-        strides: Tensor,
-        size: tuple[int, int],
-    ) -> Instances:
-        """The best boxes of one picture out of its A cells; only theirs are decoded."""
-        score, quality = objectness.sigmoid(), quality.sigmoid()
+    def select(self, predictions: DensePredictions, size: tuple[int, int]) -> Instances:
+        """The best boxes of one picture of (height, width) ``size``; only theirs are decoded."""
+        score, quality = predictions.objectness.sigmoid(), predictions.quality.sigmoid()
         if self.ranking == "quality":
             score = quality
         elif self.ranking == "both":
             score = (score * quality).sqrt()
         score = score.nan_to_num(0.0)
         top = score.topk(min(self.pre_nms, len(score))).indices
-        clipped = Boxes(decode(sides[top], centres[top], strides[top]).nan_to_num(0.0))
+        clipped = Boxes(predictions.boxes(top).nan_to_num(0.0))
         clipped.clip(size)
         nonempty = clipped.nonempty(threshold=1.0)
         top, candidates = top[nonempty], clipped[nonempty]
@@ -261,7 +281,7 @@ class DenseProposals(nn.Module):
         proposals.proposal_boxes = candidates[best]
         proposals.objectness_logits = score[top].logit(eps=1e-6)
         proposals.quality = quality[top]
-        proposals.words = words[top].sigmoid()
+        proposals.words = predictions.words[top].sigmoid()
         return proposals
 
 

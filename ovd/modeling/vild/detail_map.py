@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finer map beside the C4 backbone's, from which boxes and masks are read.
+"""A higher-resolution map beside the C4 backbone's, for boxes and masks.
 
 Shapes: ``N`` images, ``R`` regions, ``S`` side of the pooled map.
 """

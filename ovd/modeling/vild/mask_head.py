@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectron2's mask head, with its upsampling as two matrix products: the same numbers in two thirds of the time.
+"""Detectron2's mask head with its upsampling as two matrix products: the same result in two thirds of the time.
 
 Shapes: ``R`` regions, ``I`` channels in, ``O`` channels after the upsampling, ``K`` classes, ``H`` × ``W`` cells.
 """

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeded sampling of anchors and proposals: it depends on the sample alone.
 
-Detectron2 draws them from torch's global generator, picture after picture, so that a picture's draw depends on how many
-stand before it in its process: two processes would train another network than one. Here every picture has a seed of its
-own. With it, losses and gradients of W processes equal those of one on the same global batch (up to
-rounding) where all pictures have one size: a batch is padded to its largest picture, and each process knows its own
-pictures only.
+Detectron2 draws them from torch's global generator, picture after picture, so a picture's sample depends on those
+before it in its process, and two processes would not train the same network as one. Here every picture has a seed of
+its own. With it, losses and gradients of W processes equal those of one on the same global batch (up to rounding) where
+all pictures have one size: a batch is padded to its largest picture, and each process knows its own pictures only.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators start from ``seed``; afterwards they go on as if nothing had been drawn.
+    """Seed torch's generators inside the context; their former state is restored afterwards.
 
     None leaves them alone: a picture without a seed draws from where they are.
     """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sticker Scenes: drawings of 552 nouns that are composed onto photos, with exact boxes and masks.
 
-Here are the drawings, the photos, and what all sources of composed pictures share. The sources are three views of it:
+This package has the drawings, the photos, and what all sources of composed pictures share. There are three sources:
 
 * `pretrain.data.scenes.SceneSource`: scenes with labels, for detection;
-* `pretrain.data.scenes.ImageView`: their pictures only, for self-supervised learning;
+* `pretrain.data.images.SceneSet`: their pictures only, for self-supervised learning;
 * `pretrain.data.pairs.PairSource`: single stickers, as a detector's crop shows them, with a caption, for CLIP.
 
 All follow the sample source protocol (`__len__`, `sample(index, draw)`, `collate`), and every sample is a pure function

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled photos of a person's own, and the canvases that a detector learns their classes from.
+"""Labelled photos that a detector is fine-tuned on, and which of them are held out.
 
 Photos without any object are kept: they show what the classes are not.
 
-Shapes: ``T`` boxes of a photo or canvas.
+Shapes: ``T`` boxes of a photo.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ovd.data.catalog import read_annotated, refuse_boxes_outside, refuse_other_size
 from ovd.data.copies import photo_groups
+from ovd.data.finetune_labels import name_notices, no_object_message
 from ovd.data.joined import corners_of, is_object
-from ovd.data.own_labels import about_names, why_no_box
-from ovd.pictures import resized, upright_size
+from ovd.pictures import upright_size
 from ovd.words import cleaned
 from pretrain.data.coco import GroundTruth
 from pretrain.data.coco_boxes import BORDER
@@ -30,21 +27,14 @@ from pretrain.data.coco_entries import CocoAnnotation, CocoJson, ImageId
 from pretrain.data.folder import require_files
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
-from pretrain.engine.identity import file_identity, files_identity, text_identity
+from pretrain.engine.identity import files_identity, text_identity
 
-if TYPE_CHECKING:
-    from ovd.data.negatives import NegativePhotos
-
-NEGATIVE_SCALE = (0.5, 4.0)
-"""Range of the factor on a negative's size: what it shows is seen from afar and from near."""
-MIN_VISIBLE = 0.25
-"""Share of a box that a cut must leave for it to stay a label; less is neither object nor background."""
 SMALL = 8
 """Pixels between two points of the finest grid that finds boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boxes:
+class BoxLabels:
     """Labels of a photo.
 
     Attributes:
@@ -56,38 +46,10 @@ class Boxes:
     classes: NDArray[np.int64]
 
 
-def drawn(count: int, *, limit: int | None, seed: int) -> list[int]:
-    """Which of so many photos a training uses, in the order drawn; None: all."""
+def draw_photos(count: int, *, limit: int | None, seed: int) -> list[int]:
+    """Indices of ``limit`` of ``count`` photos in random order; None: of all."""
     order: list[int] = np.random.default_rng([seed, 11]).permutation(count)[:limit].tolist()
     return order
-
-
-class Tile(NamedTuple):
-    """A picture that is put onto a canvas.
-
-    Attributes:
-        image: (H, W, 3) uint8 RGB.
-        labels: of it.
-        scale: range of a random factor on its size.
-    """
-
-    image: NDArray[np.uint8]
-    labels: Boxes
-    scale: tuple[float, float]
-
-
-class FinetuneSample(TypedDict):
-    """A training canvas.
-
-    Attributes:
-        image: (3, S, S) uint8 RGB.
-        boxes: (T, 4) x1, y1, x2, y2 in its pixels.
-        classes: (T,) int64, -1 where the class is unknown.
-    """
-
-    image: Tensor
-    boxes: Tensor
-    classes: Tensor
 
 
 class FinetunePhotos:
@@ -129,9 +91,9 @@ class FinetunePhotos:
         labelled = {category for labels in boxes.values() for _, category in labels}
         used = [category for category in truth.categories if category in labelled]
         if not used:
-            raise UserError(f"{truth.where}: {why_no_box(truth.annotations, confident=confident)}")
+            raise UserError(f"{truth.where}: {no_object_message(truth.annotations, confident=confident)}")
         self.names = tuple(cleaned(truth.categories[category]) for category in used)
-        self.notices += about_names([truth.categories[category] for category in used], where=truth.where)
+        self.notices += name_notices([truth.categories[category] for category in used], where=truth.where)
         number = {-1: -1, **{category: n for n, category in enumerate(used)}}
         self._boxes = {
             image_id: _labels([box for box, _ in labels], [number[category] for _, category in labels])
@@ -190,11 +152,11 @@ class FinetunePhotos:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def boxes(self, index: int) -> Boxes:
+    def boxes(self, index: int) -> BoxLabels:
         """Labels of photo ``index``."""
         return self._boxes.get(self.image_ids[index]) or _labels([], [])
 
-    def about_small_boxes(self, side: int) -> str | None:
+    def small_boxes_notice(self, side: int) -> str | None:
         """A notice where most objects are too small to be learned in photos whose longest side is ``side`` pixels."""
         longest: list[float] = []
         for index, image_id in enumerate(self.image_ids):
@@ -260,7 +222,7 @@ class FinetunePhotos:
             limit: use so many photos in all; None: all.
             seed: of the draw.
         """
-        order = drawn(len(self), limit=limit, seed=seed)
+        order = draw_photos(len(self), limit=limit, seed=seed)
         together: dict[int, list[int]] = {}
         for photo in order:
             together.setdefault(self._groups[photo], []).append(photo)
@@ -294,134 +256,5 @@ class FinetunePhotos:
         return True
 
 
-def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> Boxes:
-    return Boxes(corners=corners_of(boxes), classes=np.array(classes, dtype=np.int64))
-
-
-class CanvasSource:
-    """The training loop's samples: square canvases with one photo or four, each flipped, resized and cut by chance.
-
-    All canvases have one size: each new shape costs seconds of planning on a CPU.
-
-    Args:
-        photos: with labels.
-        chosen: of them, to be trained on.
-        side: of a canvas, pixels.
-        scale: range of a random factor on a photo whose longest side fits its place.
-        mosaic: probability of four photos instead of one (YOLOv4, arXiv:2004.10934, section 3.3).
-        flip, flip_vertical: probabilities.
-        colour: largest change of each channel's brightness, as a share.
-        seed: with the draw number it seeds each sample.
-        negatives: photos of other kinds; None: there are none.
-        negative_share: probability that a place of four, but for the first, shows one of them.
-        detector: folder of the detector that is fine-tuned and exported with the classes; part of the identity.
-    """
-
-    def __init__(
-        self,
-        *,
-        photos: FinetunePhotos,
-        chosen: Sequence[int],
-        side: int,
-        scale: tuple[float, float],
-        mosaic: float,
-        flip: float,
-        flip_vertical: float,
-        colour: float,
-        seed: int,
-        negatives: NegativePhotos | None = None,
-        negative_share: float = 0.0,
-        detector: Path | None = None,
-    ) -> None:
-        self.photos, self.chosen, self.side, self.scale = photos, tuple(chosen), side, scale
-        self.mosaic, self.flip, self.flip_vertical = mosaic, flip, flip_vertical
-        self.colour, self.seed = colour, seed
-        self.negatives, self.negative_share = negatives, negative_share
-        self.detector = detector
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def identity(self) -> dict[str, str]:
-        """Fingerprint of all photos, held-out ones too, which choose the weights, and of the detector."""
-        negatives = {} if self.negatives is None else self.negatives.identity()
-        files = [] if self.detector is None else [self.detector / name for name in ("model.json", "model.safetensors")]
-        detector = {"detector's files": file_identity(files)} if files else {}
-        return {**self.photos.identity(range(len(self.photos))), **negatives, **detector}
-
-    def sample(self, index: int, draw: int) -> FinetuneSample:
-        """A canvas with photo ``index`` in it; pure function of (index, draw).
-
-        Raises:
-            BadImageError: one of its photos cannot be read. With another index the others are others, too.
-        """
-        rng = np.random.default_rng([self.seed, draw, index])
-        canvas = np.zeros((self.side, self.side, 3), dtype=np.uint8)
-        if rng.random() < self.mosaic:
-            half = self.side // 2
-            others = rng.integers(len(self.chosen), size=3).tolist()
-            parts = [self._paste(self._labelled(index), canvas, 0, 0, half, rng)]
-            for photo, (x, y) in zip(others, [(half, 0), (0, half), (half, half)], strict=True):
-                is_negative = self.negatives is not None and rng.random() < self.negative_share
-                tile = self._negative(rng) if is_negative else self._labelled(photo)
-                parts.append(self._paste(tile, canvas, x, y, half, rng))
-        else:
-            parts = [self._paste(self._labelled(index), canvas, 0, 0, self.side, rng)]
-        return FinetuneSample(
-            image=torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))),
-            boxes=torch.from_numpy(np.concatenate([part.corners for part in parts])),
-            classes=torch.from_numpy(np.concatenate([part.classes for part in parts])),
-        )
-
-    def _labelled(self, index: int) -> Tile:
-        photo = self.chosen[index]
-        return Tile(self.photos.image(photo), self.photos.boxes(photo), self.scale)
-
-    def _negative(self, rng: np.random.Generator) -> Tile:
-        assert self.negatives is not None
-        index = int(rng.integers(len(self.negatives)))
-        return Tile(self.negatives.image(index), self.negatives.boxes(index), NEGATIVE_SCALE)
-
-    def _paste(
-        self, tile: Tile, canvas: NDArray[np.uint8], left: int, top: int, side: int, rng: np.random.Generator
-    ) -> Boxes:
-        """Put a picture into a square of the canvas; its boxes there."""
-        image, labels, scale = tile
-        height, width = image.shape[:2]
-        factor = side / max(height, width) * float(np.exp(rng.uniform(*np.log(scale))))
-        image = resized(image, factor)
-        boxes = labels.corners * np.array([image.shape[1] / width, image.shape[0] / height] * 2, dtype=np.float32)
-        height, width = image.shape[:2]
-        if rng.random() < self.flip:
-            image = image[:, ::-1]
-            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-        if rng.random() < self.flip_vertical:
-            image = image[::-1]
-            boxes[:, [1, 3]] = height - boxes[:, [3, 1]]
-        gain = rng.uniform(1 - self.colour, 1 + self.colour, 3).astype(np.float32)
-        x, y = int(rng.integers(max(0, width - side) + 1)), int(rng.integers(max(0, height - side) + 1))
-        cut = image[y : y + side, x : x + side]
-        canvas[top : top + cut.shape[0], left : left + cut.shape[1]] = (cut * gain).clip(0, 255).astype(np.uint8)
-        return _cut(boxes - np.array([x, y] * 2, dtype=np.float32), labels.classes, cut.shape[:2], (left, top))
-
-    @staticmethod
-    def collate(samples: list[FinetuneSample]) -> list[FinetuneSample]:
-        """A list: canvases have different numbers of boxes."""
-        return samples
-
-
-def _cut(
-    boxes: NDArray[np.float32], classes: NDArray[np.int64], size: tuple[int, int], offset: tuple[int, int]
-) -> Boxes:
-    """Boxes clipped to (height, width) and moved; the class of what is mostly cut off becomes unknown (-1)."""
-
-    def area(corners: NDArray[np.float32]) -> NDArray[np.float32]:
-        sides: NDArray[np.float32] = (corners[:, 2:] - corners[:, :2]).clip(0)
-        return sides[:, 0] * sides[:, 1]
-
-    limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
-    clipped = boxes.clip(0, limit)
-    visible = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
-    mostly_inside = area(clipped) >= MIN_VISIBLE * area(boxes)
-    moved = clipped + np.array(offset * 2, dtype=np.float32)
-    return Boxes(corners=moved[visible], classes=np.where(mostly_inside, classes, -1)[visible])
+def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> BoxLabels:
+    return BoxLabels(corners=corners_of(boxes), classes=np.array(classes, dtype=np.int64))

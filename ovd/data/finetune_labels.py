@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person should know of the labels that classes are to be learned from."""
+"""Checks of the labels that classes are fine-tuned on: names that cannot be typed, and files without an object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.data.coco import Annotation
 from pretrain.engine.errors import UserError, shorten
 
 
-def about_names(written: Sequence[str], *, where: str) -> list[str]:
+def name_notices(written: Sequence[str], *, where: str) -> list[str]:
     """Notices on classes whose names cannot be typed.
 
     Args:
@@ -38,7 +38,7 @@ def about_names(written: Sequence[str], *, where: str) -> list[str]:
     return notices
 
 
-def why_no_box(annotations: Sequence[Annotation], *, confident: float) -> str:
+def no_object_message(annotations: Sequence[Annotation], *, confident: float) -> str:
     """Why none of the annotations is an object to train on, and what to do."""
     crowds = sum(annotation["iscrowd"] for annotation in annotations)
     flat = sum(min(annotation["bbox"][2:]) <= 0 for annotation in annotations)
