@@ -229,6 +229,7 @@ TRAIN_CONFIGS: ConfigChoice[RunConfig] = ConfigChoice(
         "conditional": DetrTrainConfig,
         "detr": DetrTrainConfig,
         "nanodet": ProposalTrainConfig,
+        "picodet": ProposalTrainConfig,
         "fvlm": FvlmTrainConfig,
         "finetune": FinetuneConfig,
     },

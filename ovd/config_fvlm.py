@@ -95,7 +95,7 @@ class PhotoDataConfig(Section):
 class FvlmTrainConfig(TrainingConfig):
     """``python -m ovd.train``: train the region head of a detector of photographs."""
 
-    proposals: str = Field(..., description="exported folder of a proposal network (model.arch nanodet)")
+    proposals: str = Field(..., description="exported folder of a proposal network (model.arch picodet or nanodet)")
     templates: Literal["photo", "vild63", "name"] = Field("photo", description="prompts of the words")
     model: FvlmConfig = Field(..., description="the detector")
     data: PhotoDataConfig = Field(..., description="training photos")

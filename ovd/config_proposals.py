@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed configuration of ``python -m ovd.train`` for class-agnostic proposals (``model.arch: nanodet``)."""
+"""Typed configuration of ``python -m ovd.train`` for class-agnostic proposals (``model.arch`` picodet or nanodet)."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ class PyramidConfig(NetworkConfig):
 class ProposalNetworkConfig(Section):
     """The network."""
 
-    arch: Literal["nanodet"] = Field(..., description="NanoDet-G with a second head that boxes things without names")
+    arch: Literal["nanodet", "picodet"] = Field(
+        ..., description="NanoDet-G or PicoDet-S, with a second head that boxes things without names"
+    )
     variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
     backbone: PyramidConfig | None = Field(
         None,
         description="a frozen network of a library, with a pyramid and class-agnostic heads trained from scratch; "
-        "null: NanoDet-G, with scores of 80 words",
+        "null: the network of `arch`, with scores of 80 words",
         json_schema_extra=LATER,
     )
     ranking: Literal["words", "objectness", "quality", "both"] = Field(
         "words",
-        description="what orders the boxes: words (the best known word, NanoDet as it is), objectness (objects against "
-        "background), quality (IoU, learned from objects alone), or the geometric mean of these two",
+        description="what orders the boxes: words (the best known word, the detector as it is), objectness (objects "
+        "against background), quality (IoU, learned from objects alone), or the geometric mean of these two",
     )
     nms: float = Field(0.6, gt=0, le=1, description="IoU above which the lesser of two boxes goes")
     pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that enter NMS")
@@ -47,6 +49,8 @@ class ProposalNetworkConfig(Section):
 
     @model_validator(mode="after")
     def _check_words(self) -> ProposalNetworkConfig:
+        if self.backbone is not None and self.arch != "nanodet":
+            raise ValueError("arch: the heads on a backbone of a library are NanoDet's; set arch: nanodet")
         if self.backbone is not None and self.ranking == "words":
             raise ValueError("ranking words: a backbone of a library knows none; take objectness, quality or both")
         if self.backbone is not None and not self.frozen:
@@ -98,8 +102,8 @@ class ProposalTrainConfig(RunConfig):
 
     weights: str = Field(
         ...,
-        description="what it starts from: nanodet.safetensors of scripts/convert_nanodet.py, or an exported folder; "
-        "for a backbone of a library its weights, or package:NAME, a package of the index that carries them",
+        description="what it starts from: the file of scripts/convert_picodet.py or convert_nanodet.py, or an exported "
+        "folder; for a backbone of a library its weights, or package:NAME, a package of the index that carries them",
     )
     model: ProposalNetworkConfig = Field(..., description="the network")
     sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(

@@ -32,6 +32,7 @@ from ovd.modeling.detr.build import init_projections
 from ovd.modeling.export import DetectorCard
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.network import build_fvlm
+from ovd.modeling.proposals.architecture import ARCHITECTURES
 from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.network import CHANNELS, build_proposal_detector
@@ -367,7 +368,7 @@ def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> N
 
 
 def test_finetuned_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
-    branch = ClassBranch(classes=2)
+    branch = ClassBranch(ARCHITECTURES["nanodet"], classes=2)
     image = torch.from_numpy(picture().transpose(2, 0, 1).copy())
     canvas = FinetuneSample(
         image=image, boxes=torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 9.0, 9.0]]), classes=torch.tensor([1, -1])

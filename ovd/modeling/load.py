@@ -88,7 +88,7 @@ def _load_fvlm(
 
 
 def load_proposer(folder: Path, *, device: str = "cpu") -> Proposer:
-    """Whatever proposes boxes: an exported detector of any kind, or proposals without words (``model.arch: nanodet``).
+    """Whatever proposes boxes: an exported detector of any kind, or proposals without words.
 
     Raises:
         UserError: see :func:`load_detector_model` and :func:`ovd.modeling.proposals.build.load_proposals`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graph of NanoDet's kind, of the proposal network or of a branch of fine-tuned classes, run by ONNX Runtime.
+"""A graph of a dense detector, of the proposal network or of a branch of fine-tuned classes, run by ONNX Runtime.
 
 Shapes: A cells of all levels, finest first; K words; P some of the cells.
 """
@@ -93,7 +93,7 @@ def cell_centres(size: tuple[int, int], strides: tuple[int, ...]) -> tuple[Float
     """((A, 2) x and y of the centres, (A,) strides) in pixels, finest level first, rows before columns."""
     points, steps = [], []
     for stride in strides:
-        y, x = np.mgrid[: size[0] // stride, : size[1] // stride].astype(np.float32) + np.float32(0.5)
+        y, x = np.mgrid[: -(-size[0] // stride), : -(-size[1] // stride)].astype(np.float32) + np.float32(0.5)
         points.append(np.stack([x, y], axis=-1).reshape(-1, 2) * stride)
         steps.append(np.full(x.size, stride, np.float32))
     return np.concatenate(points), np.concatenate(steps)

@@ -28,9 +28,10 @@ from ovd.modeling.fvlm.head import WORD_EPS
 from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
 from ovd.modeling.fvlm.network import load_fvlm
 from ovd.modeling.fvlm.tower import COARSE, FINE
+from ovd.modeling.proposals.architecture import PIXEL_MEAN, PIXEL_STD
 from ovd.modeling.proposals.build import PROPOSAL_WORDS
 from ovd.modeling.proposals.build import read_card as read_proposal_card
-from ovd.modeling.proposals.nanodet import PIXEL_MEAN, PIXEL_STD, STRIDES, gather
+from ovd.modeling.proposals.cells import gather
 from ovd.runtime.files import (
     BACKGROUND,
     COPIED,
@@ -58,14 +59,14 @@ OPSET = 17
 
 
 class _Cells(nn.Module):
-    """(1, 3, H, W) to the logits of words and sides, by the parts of a network like NanoDet."""
+    """(1, 3, H, W) to the logits of words and sides, by the parts of a dense detector."""
 
-    def __init__(self, backbone: nn.Module, neck: nn.Module, heads: nn.ModuleList) -> None:
+    def __init__(self, trunk: nn.Module, heads: nn.ModuleList) -> None:
         super().__init__()
-        self.backbone, self.neck, self.heads = backbone, neck, heads
+        self.trunk, self.heads = trunk, heads
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        cells = gather(self.heads, self.neck(self.backbone(pixels)))
+        cells = gather(self.heads, self.trunk(pixels))
         return cells.words, cells.sides
 
 
@@ -201,7 +202,7 @@ def _runtime_card(source: Path, card: DetectorCard, detector: FvlmDetector, enco
         proposal_sides=proposals.sides,
         proposal_mean=PIXEL_MEAN,
         proposal_std=PIXEL_STD,
-        strides=STRIDES,
+        strides=generator.architecture.strides,
         nms=generator.nms,
         pre_nms=generator.pre_nms,
         post_nms=generator.post_nms,
@@ -223,7 +224,7 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
     words = torch.rand(2, len(PROPOSAL_WORDS) if detector.reads_words else 0)
     height_width = {2: "h", 3: "w"}
     proposals = detector.proposer.model
-    cells = _Cells(proposals.backbone.csp, proposals.backbone.neck, proposals.proposal_generator.heads)
+    cells = _Cells(proposals.backbone.trunk, proposals.proposal_generator.heads)
     _write_cells(folder / PROPOSALS, cells)
     _write(folder / TOWER, tower, {"pixels": pixels}, ["fine", "coarse", "last", "row"], {
         "pixels": {0: "n", **height_width}, "fine": {0: "n", 2: "fh", 3: "fw"}, "coarse": {0: "n", 2: "ch", 3: "cw"},
@@ -242,7 +243,7 @@ def _write_branches(source: Path, cards: Sequence[FinetunedCard], folder: Path) 
     finetuned = load_finetuned(source, cards, lexicon=read_lexicon(), precision=torch.float32)
     for branch in () if finetuned is None else finetuned.branches:
         network = branch.network
-        _write_cells(folder / branch_graph(branch.card), _Cells(network.csp, network.neck, network.heads))
+        _write_cells(folder / branch_graph(branch.card), _Cells(network.trunk, network.heads))
 
 
 def _write_cells(file: Path, cells: nn.Module) -> None:

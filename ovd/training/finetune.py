@@ -124,6 +124,7 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
     from ovd.config_proposals import ProposalNetworkConfig
     from ovd.data.mosaic import MosaicAugment, MosaicSource
     from ovd.modeling.fvlm.network import PROPOSALS
+    from ovd.modeling.proposals.architecture import ARCHITECTURES
     from ovd.modeling.proposals.build import build_from_weights
     from ovd.modeling.proposals.build import read_card as read_proposals
     from ovd.modeling.proposals.classes import ClassBranch
@@ -135,8 +136,8 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
     chosen, held_out = photos.divided(config.data.held_out, limit=config.data.images_limit, seed=config.loop.seed)
     if is_main():
         _print_split(config, photos, chosen, held_out)
-    branch = ClassBranch(classes=len(photos.names))
     proposals = ProposalNetworkConfig.model_validate(read_proposals(folder / PROPOSALS).model)
+    branch = ClassBranch(ARCHITECTURES[proposals.arch], classes=len(photos.names))
     branch.init_from(build_from_weights(folder / PROPOSALS, proposals))
     data = config.data
     negatives = negatives_of(data, photos, chosen, detector=folder)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m ovd.train`` for class-agnostic proposals (``model.arch: nanodet``).
+"""``python -m ovd.train`` for class-agnostic proposals (``model.arch: picodet``, ``nanodet``).
 
-python scripts/convert_nanodet.py package/models/nanodet.json --out runs/photos/nanodet
+python scripts/convert_picodet.py ckpt/model.pdmodel --out runs/photos/picodet
 python -m ovd.train --config photos/lite_proposals.yaml data.images=photos data.annotations='[photos/boxes.json]'
 """
 

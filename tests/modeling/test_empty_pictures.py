@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ovd.modeling.detr.task import DetrTask
+from ovd.modeling.proposals.architecture import ARCHITECTURES
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.network import build_proposal_detector
 from ovd.modeling.task import DetectionTask
@@ -76,7 +77,9 @@ def proposals() -> tuple[Task, list[Any]]:
 def own_classes() -> tuple[Task, list[Any]]:
     torch.manual_seed(0)
     canvas = {"image": torch.zeros(3, 64, 64), "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]])}
-    task = DetectionTask(model=ClassBranch(classes=2), pretrained_prefixes=(), pretrained_lr_scale=1.0)
+    task = DetectionTask(
+        model=ClassBranch(ARCHITECTURES["nanodet"], classes=2), pretrained_prefixes=(), pretrained_lr_scale=1.0
+    )
     return task, [{**canvas, "classes": torch.tensor([n])} for n in range(2)]
 
 

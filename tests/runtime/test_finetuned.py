@@ -19,6 +19,7 @@ from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.fvlm_torch import TorchNetwork
 from ovd.modeling.export import read_card, write_card
 from ovd.modeling.fvlm.finetuned import load_finetuned, save_branch
+from ovd.modeling.proposals.architecture import ARCHITECTURES
 from ovd.modeling.proposals.build import load_proposals
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import DenseHead
@@ -38,7 +39,7 @@ BRANCHES = (("comb", "zorp", "beak"), ("Comb", "perch"))  # the second takes the
 def branch(classes: int, seed: int) -> ClassBranch:
     """A copy of the proposal network with random classes, each of which is somewhere."""
     torch.manual_seed(seed)
-    network = ClassBranch(classes=classes)
+    network = ClassBranch(ARCHITECTURES["nanodet"], classes=classes)
     network.init_from(load_proposals(detector_folder("default") / "proposals", precision=torch.float32).model)
     for head in network.heads:
         assert isinstance(head, DenseHead) and head.output.bias is not None

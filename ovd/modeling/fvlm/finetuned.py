@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.modeling.export import FinetunedCard
-from ovd.modeling.proposals.build import PhotoProposals
+from ovd.modeling.fvlm.network import PROPOSALS
+from ovd.modeling.proposals.build import PhotoProposals, architecture_of
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.words import name_key
 from pretrain.data.lexicon import Lexicon
@@ -142,6 +143,7 @@ def load_finetuned(
     if names is None:
         return None
     branches = []
+    architecture = architecture_of(folder / PROPOSALS)
     for card, columns in zip(cards, names.columns(cards), strict=True):
         file = folder / card.file
         if file.is_file() and sha256_of(file) != card.sha256:
@@ -149,7 +151,7 @@ def load_finetuned(
         tensors, facts = load_weights(file)
         if facts.get("format") != FORMAT:
             raise UserError(f"{file}: has format {facts.get('format')!r}, not {FORMAT!r}")
-        network = ClassBranch(classes=len(card.names))
+        network = ClassBranch(architecture, classes=len(card.names))
         load_tensors(network, tensors, source=file)
         network.eval().to(memory_format=torch.channels_last)
         network.to(precision).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from ovd.modeling.proposals.picodet import PicoDetTrunk, PicoHead
 Arch = Literal["nanodet", "picodet"]
 PIXEL_MEAN, PIXEL_STD = nanodet.PIXEL_MEAN, nanodet.PIXEL_STD
 """Of RGB, 0…255, for both."""
+STEP = 32
+"""Height and width of what enters a trunk are multiples of it."""
 
 
 class Head(Protocol):
@@ -80,9 +83,9 @@ ARCHITECTURES: dict[Arch, Architecture] = {
     "nanodet": Architecture(
         name="NanoDet-G",
         trunk=NanoDetTrunk,
-        known_head=lambda: _nanodet_head(nanodet.WORDS),
+        known_head=partial(_nanodet_head, nanodet.WORDS),
         class_head=_nanodet_head,
-        hidden=lambda: nanodet.hidden_layers(nanodet.CHANNELS),
+        hidden=partial(nanodet.hidden_layers, nanodet.CHANNELS),
         strides=nanodet.STRIDES,
         channels=nanodet.CHANNELS,
         bins=nanodet.BINS,
@@ -92,9 +95,9 @@ ARCHITECTURES: dict[Arch, Architecture] = {
     "picodet": Architecture(
         name="PicoDet-S",
         trunk=PicoDetTrunk,
-        known_head=lambda: _picodet_head(picodet.WORDS, aligned=True),
+        known_head=partial(_picodet_head, picodet.WORDS, aligned=True),
         class_head=_picodet_head,
-        hidden=lambda: picodet.HeadTower(picodet.CHANNELS),
+        hidden=partial(picodet.HeadTower, picodet.CHANNELS),
         strides=picodet.STRIDES,
         channels=picodet.CHANNELS,
         bins=picodet.BINS,
@@ -102,3 +105,11 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         converter="scripts/convert_picodet.py",
     ),
 }
+
+
+def adopt_trunk(module: nn.Module, architecture: Architecture) -> tuple[nn.Module]:
+    """A new trunk whose parts are parts of ``module``, under their own names; in a tuple, so that it adds no name."""
+    trunk = architecture.trunk()
+    for name, part in trunk.named_children():
+        module.add_module(name, part)
+    return (trunk,)

@@ -20,7 +20,8 @@ from torchvision.ops import nms
 
 from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.splits import COCO_NAMES
-from ovd.modeling.proposals.network import CHANNELS, ProposalDetector, build_proposal_detector, init_from_nanodet
+from ovd.modeling.proposals.architecture import ARCHITECTURES, Architecture
+from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, init_from_converted
 from ovd.modeling.proposals.pyramid import FrozenPyramid, init_from_library, pixel_statistics
 from ovd.pictures import resized
 from pretrain.engine.checkpoint import load_weights, save_weights
@@ -35,7 +36,7 @@ MAX_ENLARGEMENT = 4 / 3
 416, .981 at 512 and .946 at 640: enlarged further, whole things are lost."""
 
 PROPOSAL_WORDS: tuple[str, ...] = tuple(COCO_NAMES[i] for i in sorted(COCO_NAMES))
-"""The 80 that NanoDet was trained on with labels, in the order of ``words``."""
+"""The 80 that the dense detectors were trained on with labels, in the order of ``words``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +68,14 @@ def build_model(config: ProposalNetworkConfig) -> ProposalDetector:
         pre_nms=config.pre_nms,
         post_nms=config.post_nms,
     )
-    pyramid = config.backbone
+    pyramid, architecture = config.backbone, ARCHITECTURES[config.arch]
     if pyramid is None:
-        return build()
+        return build(architecture=architecture)
     if pyramid.pixel_mean is None or pyramid.pixel_std is None:
         raise ValueError("model.backbone: pixel_mean and pixel_std are unknown; see with_statistics")
     return build(
-        words=0,
-        backbone=FrozenPyramid(pyramid.name, channels=CHANNELS),
+        architecture=architecture,
+        backbone=FrozenPyramid(pyramid.name, channels=architecture.channels),
         pixel_mean=pyramid.pixel_mean,
         pixel_std=pyramid.pixel_std,
     )
@@ -96,7 +97,7 @@ def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetw
     if has_proposals(Path(weights)):
         trained = ProposalNetworkConfig.model_validate(read_card(Path(weights)).model).backbone
         if trained is None:
-            raise UserError(f"weights={weights}: is a NanoDet-G without {pyramid.name}; set model.backbone=null")
+            raise UserError(f"weights={weights}: has no {pyramid.name}; set model.backbone=null")
         mean, std = trained.pixel_mean, trained.pixel_std
     else:
         mean, std = pixel_statistics(pyramid.name, weights)
@@ -104,7 +105,7 @@ def with_statistics(config: ProposalNetworkConfig, weights: str) -> ProposalNetw
 
 
 def build_from_weights(weights: str | Path, config: ProposalNetworkConfig) -> ProposalDetector:
-    """The network with the tensors of an exported folder, of a converted NanoDet (a file), or of a library's network.
+    """The network with the tensors of an exported folder, of a converted file, or of a library's network.
 
     Raises:
         UserError: none of them, or tensors that do not fit.
@@ -116,16 +117,17 @@ def build_from_weights(weights: str | Path, config: ProposalNetworkConfig) -> Pr
         init_from_library(model.backbone, str(weights), name=config.backbone.name)
         return model
     tensors, facts = load_weights(path / "model.safetensors" if exported or path.is_dir() else path)
-    required = FORMAT if exported else "nanodet/1"
+    required = FORMAT if exported else f"{config.arch}/1"
     if facts.get("format") != required:
         raise UserError(
-            f"weights={weights}: has format {facts.get('format')!r}, not {required!r}; give nanodet.safetensors of "
-            "scripts/convert_nanodet.py, or the exported/ folder of a training with model.arch nanodet"
+            f"weights={weights}: has format {facts.get('format')!r}, not {required!r}; give {config.arch}.safetensors "
+            f"of {ARCHITECTURES[config.arch].converter}, or the exported/ folder of a training with model.arch "
+            f"{config.arch}"
         )
     if exported:
         load_tensors(model, tensors, source=f"weights={weights}")
     else:
-        init_from_nanodet(model, tensors, source=f"weights={weights}")
+        init_from_converted(model, tensors, source=f"weights={weights}")
     return model
 
 
@@ -144,8 +146,7 @@ class PhotoProposals:
         boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
         objectness: (P,) 0…1, the score that orders them.
         quality: (P,) 0…1, expected IoU with whatever it boxes.
-        words: (P, K) 0…1, NanoDet's independent scores of `PROPOSAL_WORDS`; K is 0
-            on another backbone.
+        words: (P, K) 0…1, the network's independent scores of `PROPOSAL_WORDS`; K is 0 on a library's backbone.
     """
 
     boxes: Tensor
@@ -240,6 +241,15 @@ def read_card(folder: Path) -> ProposalCard:
         raise UserError(f"{folder / 'model.json'}: {error}; export it again with this version") from error
     stored_section(ProposalNetworkConfig, card.model, where=f"{folder / 'model.json'}: model")
     return card
+
+
+def architecture_of(folder: Path) -> Architecture:
+    """The dense detector of an exported folder.
+
+    Raises:
+        UserError: see :func:`read_card`.
+    """
+    return ARCHITECTURES[ProposalNetworkConfig.model_validate(read_card(folder).model).arch]
 
 
 def load_proposals(folder: Path, *, device: str = "cpu", precision: torch.dtype = torch.bfloat16) -> PhotoProposer:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A branch for fine-tuned classes: a second NanoDet with class rows of its own, trained on the user's labels.
+"""A branch for fine-tuned classes: the dense detector again, with class rows of its own, trained on the user's labels.
 
 The detector it is added to does not change, nor do its scores of other words. The trunk starts as a copy of the
 proposal network's and has a lower learning rate. Each level's head starts with the proposal network's box regression
@@ -21,21 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.inference.postprocess import batched_nms
+from ovd.modeling.proposals.architecture import PIXEL_MEAN, PIXEL_STD, STEP, Architecture, Head, adopt_trunk
 from ovd.modeling.proposals.assign import PredictedBoxes, assign, class_losses
-from ovd.modeling.proposals.nanodet import (
-    BINS,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    STRIDES,
-    Cells,
-    CspBackbone,
-    DenseHead,
-    PathAggregation,
-    cell_centres,
-    decode,
-    gather,
-)
-from ovd.modeling.proposals.network import BOX_WEIGHT, CHANNELS, PRIOR, SIDES_WEIGHT, ProposalDetector
+from ovd.modeling.proposals.cells import Cells, cell_centres, decode, gather
+from ovd.modeling.proposals.network import BOX_WEIGHT, PRIOR, SIDES_WEIGHT, ProposalDetector
 from ovd.pictures import resized
 from pretrain.engine.distributed import shares
 
@@ -62,46 +51,46 @@ class ClassBoxes(NamedTuple):
 
 
 class ClassBranch(nn.Module):
-    """NanoDet with ``classes`` classes; in training it returns losses, see `forward`."""
+    """A dense detector with ``classes`` classes; in training it returns losses, see `forward`."""
 
-    def __init__(self, *, classes: int) -> None:
+    def __init__(self, architecture: Architecture, *, classes: int) -> None:
         super().__init__()
-        self.classes = classes
-        self.csp = CspBackbone()
-        self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
-        self.heads = nn.ModuleList([DenseHead(CHANNELS, words=classes, bins=BINS) for _ in STRIDES])
+        self.architecture, self.classes = architecture, classes
+        self._trunk = adopt_trunk(self, architecture)
+        self.heads = nn.ModuleList([architecture.class_head(classes) for _ in architecture.strides])
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def trunk(self) -> nn.Module:
+        """Normalised pixels to one map per stride."""
+        return self._trunk[0]
+
+    @torch.no_grad()
     def init_from(self, proposals: ProposalDetector) -> None:
         """Copy trunk and boxes; class rows are initialised."""
-        self.csp.load_state_dict(proposals.backbone.csp.state_dict())
-        self.neck.load_state_dict(proposals.backbone.neck.state_dict())
-        for class_head, head in zip(self.heads, proposals.proposal_generator.heads, strict=True):
-            assert (
-                isinstance(class_head, DenseHead)
-                and class_head.output.bias is not None
-                and head.output.bias is not None
-            )
+        self.trunk.load_state_dict(proposals.backbone.trunk.state_dict())
+        for new, old in zip(self.heads, proposals.proposal_generator.heads, strict=True):
+            class_head, head = cast(Head, new), cast(Head, old)
             class_head.hidden.load_state_dict(head.hidden.state_dict())
-            with torch.no_grad():
-                nn.init.normal_(class_head.output.weight[: self.classes], std=0.01)
-                class_head.output.bias[: self.classes] = math.log(PRIOR / (1 - PRIOR))
-                class_head.output.weight[self.classes :] = head.output.weight[head.words :]
-                class_head.output.bias[self.classes :] = head.output.bias[head.words :]
+            for mine, theirs in zip(class_head.side_rows(), head.side_rows(), strict=True):
+                mine.copy_(theirs)
+            weight, bias = class_head.word_rows()
+            nn.init.normal_(weight, std=0.01)
+            nn.init.constant_(bias, math.log(PRIOR / (1 - PRIOR)))
 
     def cells(self, pixels_N3HW: Tensor) -> Cells:
         """Predictions of each cell for RGB 0…255; H and W multiples of 32."""
         normal = (pixels_N3HW.float() - cast(Tensor, self.mean)) / cast(Tensor, self.std)
-        dtype = next(self.csp.parameters()).dtype
-        return gather(self.heads, self.neck(self.csp(normal.to(dtype, memory_format=torch.channels_last))))
+        dtype = next(self.trunk.parameters()).dtype
+        return gather(self.heads, self.trunk(normal.to(dtype, memory_format=torch.channels_last)))
 
     def forward(self, batch: Sequence[FinetuneSample]) -> dict[str, Tensor]:
         """Losses of a batch of canvases of one size, over all processes' positives."""
         device = next(self.parameters()).device
         pixels = torch.stack([sample["image"] for sample in batch]).to(device)
         cells = self.cells(pixels)
-        centres, strides = cell_centres(*pixels.shape[-2:], device=device)
+        centres, strides = cell_centres(pixels.shape[2], pixels.shape[3], self.architecture.strides, device=device)
         words, sides = cells.words.float(), cells.sides.float()
         boxes = decode(sides, centres, strides)
         sums = []
@@ -136,9 +125,9 @@ class ClassBranch(nn.Module):
         size = image.shape[:2]
         device = next(self.parameters()).device
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)
-        pixels = F.pad(pixels, (0, -size[1] % STRIDES[-1], 0, -size[0] % STRIDES[-1]))
+        pixels = F.pad(pixels, (0, -size[1] % STEP, 0, -size[0] % STEP))
         cells = self.cells(pixels[None])
-        centres, strides = cell_centres(*pixels.shape[-2:], device=device)
+        centres, strides = cell_centres(pixels.shape[1], pixels.shape[2], self.architecture.strides, device=device)
         score_AC = cells.words[0].float().sigmoid().nan_to_num(0.0)
         best = score_AC.flatten().topk(min(CANDIDATES, score_AC.numel()))
         pairs = best.indices[best.values >= LEAST_SCORE]

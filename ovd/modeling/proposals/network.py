@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NanoDet in Detectron2's parts: a backbone, a class-agnostic proposal generator, and the network of both.
+"""A dense detector in Detectron2's parts: a backbone, a class-agnostic proposal generator, and the network of both.
 
 Registered under Detectron2's names, so that its own configuration builds them too: ``MODEL.BACKBONE.NAME:
-nanodet_backbone``, ``MODEL.PROPOSAL_GENERATOR.NAME: DenseProposals``, ``MODEL.META_ARCHITECTURE: ProposalDetector``.
+picodet_backbone`` or ``nanodet_backbone``, ``MODEL.PROPOSAL_GENERATOR.NAME: DenseProposals``,
+``MODEL.META_ARCHITECTURE: ProposalDetector``.
 
-Each level has two heads. NanoDet's own is frozen and scores its 80 words. The class-agnostic head starts as its copy
-and predicts boxes, *objectness* and *quality*. Objectness starts at the best word's logit, so that an untrained network
-ranks boxes as NanoDet does, and learns from objects and background. Quality is the box's IoU and learns from objects
-alone. On another backbone (`ovd.modeling.proposals.pyramid`) there is only the class-agnostic head, which starts at
-random.
+Each level has two heads. The detector's own is frozen and scores its 80 words. The class-agnostic head starts as its
+copy and predicts boxes, *objectness* and *quality*. Objectness starts at the best word's logit, so that an untrained
+network ranks boxes as the detector does, and learns from objects and background. Quality is the box's IoU and learns
+from objects alone. On another backbone (`ovd.modeling.proposals.pyramid`) there is only the class-agnostic head, which
+starts at random.
 
 Shapes: ``N`` pictures, ``A`` cells, ``K`` known words, ``P`` proposals of one picture.
 """
@@ -31,76 +32,83 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from ovd.data.samples import LabelledSample
-from ovd.modeling.proposals.assign import BoxLosses, PredictedBoxes, assign, class_agnostic_losses
-from ovd.modeling.proposals.nanodet import (
-    BINS,
+from ovd.modeling.proposals.architecture import (
+    ARCHITECTURES,
     PIXEL_MEAN,
     PIXEL_STD,
-    STRIDES,
-    WORDS,
-    CspBackbone,
-    DenseHead,
-    PathAggregation,
-    cell_centres,
-    decode,
-    flat,
-    gather,
+    STEP,
+    Architecture,
+    Head,
+    adopt_trunk,
 )
+from ovd.modeling.proposals.assign import BoxLosses, PredictedBoxes, assign, class_agnostic_losses
+from ovd.modeling.proposals.cells import cell_centres, decode, flat, gather
 from pretrain.engine.distributed import shares
 from pretrain.engine.state import load_tensors
 
 Ranking = Literal["words", "objectness", "quality", "both"]
-CHANNELS = 128
-LEVELS = ("p3", "p4", "p5")
 PRIOR = 0.01
 """Initial probability of an object, or of a class, in heads that start at random (arXiv:1708.02002, section 4.1)."""
 BOX_WEIGHT, SIDES_WEIGHT = 2.0, 0.25
 """Of the box's GIoU and of the sides' distributions (arXiv:2006.04388, section 4)."""
 
 
-class NanoDetBackbone(Backbone):
-    """Normalised RGB (N, 3, H, W) to ``p3``, ``p4``, ``p5``: 128 channels, strides 8, 16 and 32."""
+class DenseBackbone(Backbone):
+    """Backbone and neck of a dense detector: normalised RGB (N, 3, H, W) to its levels, from ``p3``."""
 
-    size_divisibility = 32
+    size_divisibility = STEP
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.csp = CspBackbone()
-        self.neck = PathAggregation(inputs=CspBackbone.CHANNELS, channels=CHANNELS)
+        self.architecture = architecture
+        self._trunk = adopt_trunk(self, architecture)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """Pixels to the list of maps."""
+        return self._trunk[0]
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        dtype = next(self.csp.parameters()).dtype  # an export for a CPU is bfloat16
-        maps = self.neck(self.csp(pixels.to(dtype, memory_format=torch.channels_last)))
-        return dict(zip(LEVELS, maps, strict=True))
+        dtype = next(self.trunk.parameters()).dtype  # an export for a CPU is bfloat16
+        maps = self.trunk(pixels.to(dtype, memory_format=torch.channels_last))
+        return dict(zip(self.architecture.levels, maps, strict=True))
 
     def freeze(self) -> None:
         """Train none of it."""
         self.requires_grad_(False)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return {name: ShapeSpec(channels=CHANNELS, stride=s) for name, s in zip(LEVELS, STRIDES, strict=True)}
+        own = self.architecture
+        return {
+            name: ShapeSpec(channels=own.channels, stride=s) for name, s in zip(own.levels, own.strides, strict=True)
+        }
 
 
 @BACKBONE_REGISTRY.register()
-def nanodet_backbone(cfg: Any, input_shape: ShapeSpec) -> NanoDetBackbone:
+def nanodet_backbone(cfg: Any, input_shape: ShapeSpec) -> DenseBackbone:
     """For Detectron2's own configuration; nothing in it changes the network."""
-    return NanoDetBackbone()
+    return DenseBackbone(ARCHITECTURES["nanodet"])
+
+
+@BACKBONE_REGISTRY.register()
+def picodet_backbone(cfg: Any, input_shape: ShapeSpec) -> DenseBackbone:
+    """For Detectron2's own configuration; nothing in it changes the network."""
+    return DenseBackbone(ARCHITECTURES["picodet"])
 
 
 class ClassAgnosticHead(nn.Module):
     """(N, C, h, w) to objectness (added to the best word's logit), quality and sides: (N, 1 + 1 + 4·bins, h, w).
 
     Args:
-        channels: C.
-        bins: of the distribution of each side.
+        architecture: whose hidden layers it has.
         prior: initial probability of an object, where there are no words.
     """
 
-    def __init__(self, channels: int, *, bins: int, prior: float | None = None) -> None:
+    def __init__(self, architecture: Architecture, *, prior: float | None = None) -> None:
         super().__init__()
-        self.hidden = DenseHead(channels, words=0, bins=bins).hidden
-        self.scores = nn.Conv2d(channels, 2, 1)
-        self.sides = nn.Conv2d(channels, 4 * bins, 1)
+        self.hidden = architecture.hidden()
+        self.scores = nn.Conv2d(architecture.channels, 2, 1)
+        self.sides = nn.Conv2d(architecture.channels, 4 * architecture.bins, 1)
         nn.init.zeros_(self.scores.weight)
         assert self.scores.bias is not None
         nn.init.zeros_(self.scores.bias)
@@ -111,12 +119,14 @@ class ClassAgnosticHead(nn.Module):
         hidden = self.hidden(x)
         return torch.cat([self.scores(hidden), self.sides(hidden)], dim=1)
 
-    def init_from(self, head: DenseHead) -> None:
+    @torch.no_grad()
+    def init_from(self, head: Head) -> None:
         """Copy boxes and objectness of the head with words."""
         self.hidden.load_state_dict(head.hidden.state_dict())
-        self.sides.weight.data.copy_(head.output.weight.data[head.words :])
-        assert self.sides.bias is not None and head.output.bias is not None
-        self.sides.bias.data.copy_(head.output.bias.data[head.words :])
+        weight, bias = head.side_rows()
+        assert self.sides.bias is not None
+        self.sides.weight.copy_(weight)
+        self.sides.bias.copy_(bias)
 
 
 class DensePredictions(NamedTuple):
@@ -156,39 +166,45 @@ class DenseProposals(nn.Module):
     """Boxes of all cells, the best ones kept by non-maximum suppression.
 
     Args:
-        in_features: levels, finest first.
-        ranking: what orders the boxes: the best known word (NanoDet as it is, with its boxes; class-agnostic heads do
-            not run), objectness, quality, or the geometric mean of the latter two.
+        architecture: of the heads.
+        ranking: what orders the boxes: the best known word (the detector as it is, with its boxes; class-agnostic heads
+            do not run), objectness, quality, or the geometric mean of the latter two.
         nms: IoU above which the lesser of two boxes goes.
         pre_nms: best boxes of a picture that enter NMS.
         post_nms: boxes kept of a picture.
-        words: K, of the frozen heads; 0: there are no such heads, and no ranking by words.
+        known: whether there are frozen heads that score K words; without them there is no ranking by words.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        in_features: tuple[str, ...] = LEVELS,
+        architecture: Architecture,
         ranking: Ranking = "words",
         nms: float = 0.6,
         pre_nms: int = 1000,
         post_nms: int = 100,
-        words: int = WORDS,
+        known: bool = True,
     ) -> None:
         super().__init__()
-        self.in_features, self.ranking, self.nms = in_features, ranking, nms
+        self.architecture, self.ranking, self.nms = architecture, ranking, nms
         self.pre_nms, self.post_nms = pre_nms, post_nms
-        self.heads = nn.ModuleList([DenseHead(CHANNELS, words=words, bins=BINS) for _ in in_features] if words else [])
-        prior = None if words else PRIOR
+        levels = architecture.levels
+        self.heads = nn.ModuleList([architecture.known_head() for _ in levels] if known else [])
+        prior = None if known else PRIOR
         # "nameless" in checkpoints
-        self.nameless = nn.ModuleList([ClassAgnosticHead(CHANNELS, bins=BINS, prior=prior) for _ in in_features])
+        self.nameless = nn.ModuleList([ClassAgnosticHead(architecture, prior=prior) for _ in levels])
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
-        """Detectron2's configuration, ``MODEL.RPN``."""
+        """Detectron2's configuration, ``MODEL.RPN``; the heads are those of the backbone's architecture."""
         rpn = cfg.MODEL.RPN
-        return {"nms": rpn.NMS_THRESH, "pre_nms": rpn.PRE_NMS_TOPK_TEST, "post_nms": rpn.POST_NMS_TOPK_TEST}
+        return {
+            "architecture": _architecture_of(input_shape),
+            "nms": rpn.NMS_THRESH,
+            "pre_nms": rpn.PRE_NMS_TOPK_TEST,
+            "post_nms": rpn.POST_NMS_TOPK_TEST,
+        }
 
     def forward(
         self, images: ImageList, features: Mapping[str, Tensor], gt_instances: list[Instances] | None = None
@@ -199,7 +215,7 @@ class DenseProposals(nn.Module):
         and ``words`` (P, K), both 0…1. ``gt_instances`` have ``gt_boxes`` and, where something is neither object nor
         background, ``gt_classes`` of -1 there.
         """
-        maps = [features[name] for name in self.in_features]
+        maps = [features[name] for name in self.architecture.levels]
         predictions = self.predict(maps, size=images.tensor.shape[-2:])
         if self.training:
             if gt_instances is None:
@@ -209,14 +225,15 @@ class DenseProposals(nn.Module):
 
     def predict(self, maps: Sequence[Tensor], *, size: Sequence[int]) -> DensePredictions:
         """Run the heads on the (N, C, h, w) maps of a batch whose padded pictures have this (height, width)."""
-        centres, strides = cell_centres(*size, device=maps[0].device)
+        height, width = size
+        centres, strides = cell_centres(height, width, self.architecture.strides, device=maps[0].device)
         words, word_sides = maps[0].new_zeros(len(maps[0]), len(centres), 0).float(), None
         if self.heads:
             with torch.no_grad():
                 words, word_sides = gather(self.heads, maps)
             words = words.float()
         if self.ranking == "words" and not self.training and word_sides is not None:
-            # NanoDet's scores were trained to be the IoU of its own boxes, so the best one is also the quality.
+            # These scores were trained to be the IoU of the same head's boxes, so the best one is also the quality.
             best = words.amax(dim=2)
             return DensePredictions(best, best, words, word_sides, centres, strides)
         outputs = torch.cat([flat(head(x)) for head, x in zip(self.nameless, maps, strict=True)], dim=1).float()
@@ -316,13 +333,21 @@ class ProposalDetector(ProposalNetwork):
         return ImageList((batch - self.pixel_mean) / self.pixel_std, sizes)
 
 
+def _architecture_of(levels: Mapping[str, ShapeSpec]) -> Architecture:
+    """The architecture whose backbone has these levels."""
+    for architecture in ARCHITECTURES.values():
+        if DenseBackbone(architecture).output_shape() == dict(levels):
+            return architecture
+    raise ValueError(f"no dense detector has the levels {dict(levels)}")
+
+
 def build_proposal_detector(
     *,
     ranking: Ranking,
     nms: float,
     pre_nms: int,
     post_nms: int,
-    words: int = WORDS,
+    architecture: Architecture = ARCHITECTURES["nanodet"],
     backbone: Backbone | None = None,
     pixel_mean: tuple[float, ...] = PIXEL_MEAN,
     pixel_std: tuple[float, ...] = PIXEL_STD,
@@ -330,34 +355,41 @@ def build_proposal_detector(
     """The network with random weights.
 
     Args:
-        ranking, nms, pre_nms, post_nms, words: of `DenseProposals`.
-        backbone: with ``freeze()``; None: NanoDet's.
+        ranking, nms, pre_nms, post_nms: of `DenseProposals`.
+        architecture: of backbone and heads.
+        backbone: another, with ``freeze()`` and maps like the architecture's; there are no heads that score words.
         pixel_mean, pixel_std: of RGB, 0…255.
     """
     return ProposalDetector(
-        backbone=backbone or NanoDetBackbone(),
-        proposal_generator=DenseProposals(ranking=ranking, nms=nms, pre_nms=pre_nms, post_nms=post_nms, words=words),
+        backbone=backbone or DenseBackbone(architecture),
+        proposal_generator=DenseProposals(
+            architecture=architecture,
+            ranking=ranking,
+            nms=nms,
+            pre_nms=pre_nms,
+            post_nms=post_nms,
+            known=backbone is None,
+        ),
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
     )
 
 
-def init_from_nanodet(
-    model: ProposalDetector, tensors: Mapping[str, Tensor], *, source: str = "nanodet.safetensors"
-) -> None:
-    """Load what ``scripts/convert_nanodet.py`` wrote; the class-agnostic heads start as copies.
+def init_from_converted(model: ProposalDetector, tensors: Mapping[str, Tensor], *, source: str = "tensors") -> None:
+    """Load what a converter of ``scripts/`` wrote; the class-agnostic heads start as copies.
 
     Args:
         model: to be started.
-        tensors: of the file.
+        tensors: of the file: ``backbone.``, ``neck.`` and ``heads.``.
         source: for messages.
 
     Raises:
         UserError: names or shapes that do not fit.
     """
+    backbone, neck = model.backbone.trunk.children()
     modules: dict[str, nn.Module] = {
-        "backbone.": model.backbone.csp,
-        "neck.": model.backbone.neck,
+        "backbone.": backbone,
+        "neck.": neck,
         "heads.": model.proposal_generator.heads,
     }
     for prefix, module in modules.items():
