@@ -20,7 +20,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,25 +105,26 @@ class Message:
 
     def numbers(self, field: int) -> list[int]:
         values = self.fields.get(field, [])
-        return [value for value in values if isinstance(value, int) or _refuse(field)]
+        numbers = [value for value in values if isinstance(value, int)]
+        if len(numbers) < len(values):
+            raise ValueError(f"field {field} is not of integers")
+        return numbers
 
     def strings(self, field: int) -> list[bytes]:
         values = self.fields.get(field, [])
-        return [value for value in values if isinstance(value, bytes) or _refuse(field)]
+        strings = [value for value in values if isinstance(value, bytes)]
+        if len(strings) < len(values):
+            raise ValueError(f"field {field} is of integers")
+        return strings
 
     def texts(self, field: int) -> list[str]:
         return [value.decode() for value in self.strings(field)]
 
     def floats(self, field: int) -> list[float]:
-        values = self.strings(field)
-        return [struct.unpack("<f", value)[0] for value in values if len(value) == 4 or _refuse(field)]
+        return [float(value) for value in np.frombuffer(b"".join(self.strings(field)), dtype="<f4")]
 
     def messages(self, field: int) -> list[Message]:
         return [Message.parse(value) for value in self.strings(field)]
-
-
-def _refuse(field: int) -> bool:
-    raise ValueError(f"field {field} is of another type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,16 +209,16 @@ def read_operation(message: Message) -> Operation:
 def read_attribute(message: Message) -> tuple[str, Any]:
     """(name, value) of an ``OpDesc.Attr``; the value of a type that no operation here has is text that says so."""
     (name,), (kind,) = message.texts(1), message.numbers(2)
+    readers: dict[int, Callable[[int], list[Any]]] = {0: message.numbers, 1: message.floats, 2: message.texts}
+    if kind in (0, 1, 2):
+        (value,) = readers[kind](kind + 3)
+        return name, value
     if kind in (3, 4, 5):
-        return name, {3: message.numbers, 4: message.floats, 5: message.texts}[kind](kind + 3)
-    if kind not in (0, 1, 2, 6):
-        return name, f"type {kind}"
-    value: Any
+        return name, readers[kind - 3](kind + 3)
     if kind == 6:
-        (value,) = map(bool, message.numbers(10))
-    else:
-        (value,) = [message.numbers, message.floats, message.texts][kind](kind + 3)
-    return name, value
+        (value,) = message.numbers(10)
+        return name, bool(value)
+    return name, f"of type {kind}"
 
 
 def read_shape(message: Message) -> list[tuple[str, tuple[int, ...]]]:
@@ -480,12 +481,20 @@ def fold_one(convolution: Operation, after: Sequence[Operation], parameters: Map
     return Folded(weight=weight * scale[:, None, None, None], bias=bias - mean * scale, parameters=names)
 
 
+def parts_in_order(model: PicoDet) -> Iterator[nn.Module]:
+    """The parts of the modules in the order in which the file's convolutions are numbered: all towers come first."""
+    yield from (model.backbone, model.neck)
+    for head in model.heads:
+        yield head.get_submodule("hidden")
+    for head in model.heads:
+        yield from (head.get_submodule(name) for name in ("word_logits", "side_logits", "alignment"))
+
+
 def convert(program: Program) -> PicoDet:
     """The modules with the program's parameters, convolution by convolution, in the order of the parameters' numbers.
 
-    The numbers count the convolutions as PicoDet was built: the towers of all levels, then what each level predicts.
-    Operations have another order, each level's tower followed by its predictions. Two convolutions of the file belong
-    to no operation.
+    The numbers count the convolutions as PicoDet was built, see `parts_in_order`; the operations of a level's tower are
+    followed by those of its predictions. Two convolutions of the file belong to no operation.
 
     Raises:
         UserError: see `fold`; other numbers or shapes than the modules'.
@@ -497,10 +506,7 @@ def convert(program: Program) -> PicoDet:
     folded = fold(program)
     names = sorted(folded, key=number)
     model = PicoDet().eval()
-    towers = [head.hidden for head in model.heads]
-    predictions = [part for head in model.heads for part in (head.word_logits, head.side_logits, head.alignment)]
-    parts = nn.ModuleList([model.backbone, model.neck, *towers, *predictions])
-    modules = [module for module in parts.modules() if isinstance(module, nn.Conv2d)]
+    modules = [module for part in parts_in_order(model) for module in part.modules() if isinstance(module, nn.Conv2d)]
     if len(modules) != len(names):
         raise UserError(f"the program has {len(names)} convolutions, the modules have {len(modules)}")
     for module, name in zip(modules, names, strict=True):
