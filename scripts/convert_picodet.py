@@ -209,6 +209,7 @@ def read_operation(message: Message) -> Operation:
 def read_attribute(message: Message) -> tuple[str, Any]:
     """(name, value) of an ``OpDesc.Attr``; the value of a type that no operation here has is text that says so."""
     (name,), (kind,) = message.texts(1), message.numbers(2)
+    # types 0 to 6: i, f, s, ints, floats, strings and b; they lie in fields 3 to 8 and 10
     readers: dict[int, Callable[[int], list[Any]]] = {0: message.numbers, 1: message.floats, 2: message.texts}
     if kind in (0, 1, 2):
         (value,) = readers[kind](kind + 3)
