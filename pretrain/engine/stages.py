@@ -16,6 +16,7 @@ SCRIPTS = {
     "runs/teacher": "python scripts/teacher_embeddings.py --phrases runs/teacher/phrases.txt "
     "--out runs/teacher/targets.safetensors",  # docs/guide/clip.md
     "runs/photos/nanodet": "python scripts/convert_nanodet.py package/models/nanodet.json --out runs/photos/nanodet",
+    "runs/photos/picodet": "python scripts/convert_picodet.py picodet/model.pdmodel --out runs/photos/picodet",
 }
 """Folder → the script that makes it, of what no configuration does."""
 
