@@ -12,6 +12,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
+from ovd.modeling.proposals.architecture import ARCHITECTURES, Arch
 from ovd.modeling.proposals.assign import assign, distribution_focal_loss, quality_focal_loss
 from ovd.modeling.proposals.build import (
     PROPOSAL_WORDS,
@@ -22,26 +23,37 @@ from ovd.modeling.proposals.build import (
     read_card,
     save_proposals,
 )
-from ovd.modeling.proposals.nanodet import NanoDet, cell_centres, decode
-from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, init_from_nanodet
+from ovd.modeling.proposals.cells import cell_centres, decode
+from ovd.modeling.proposals.nanodet import NanoDet
+from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, init_from_converted
+from ovd.modeling.proposals.picodet import PicoDet, geometric_mean
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError
 
 
+@pytest.fixture(scope="module", params=["nanodet", "picodet"])
+def arch(request: pytest.FixtureRequest) -> Arch:
+    name: Arch = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def nanodet() -> NanoDet:
-    """Random, but with answers that differ from cell to cell."""
+def converted(arch: Arch) -> NanoDet | PicoDet:
+    """As a converter writes it: random, but with answers that differ from cell to cell."""
     torch.manual_seed(0)
-    model = NanoDet().eval()
+    model = NanoDet().eval() if arch == "nanodet" else PicoDet().eval()
     for head in model.heads:
-        torch.nn.init.normal_(head.output.weight, std=0.3)
+        weight, _ = head.word_rows()
+        torch.nn.init.normal_(weight, std=0.3 if arch == "nanodet" else 30.0)
     return model
 
 
 @pytest.fixture(scope="module")
-def network(nanodet: NanoDet) -> ProposalDetector:
-    model = build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=1000, post_nms=100)
-    init_from_nanodet(model, nanodet.state_dict())
+def network(arch: Arch, converted: NanoDet | PicoDet) -> ProposalDetector:
+    model = build_proposal_detector(
+        architecture=ARCHITECTURES[arch], ranking="objectness", nms=0.6, pre_nms=1000, post_nms=100
+    )
+    init_from_converted(model, converted.state_dict())
     return model
 
 
@@ -53,7 +65,7 @@ def instances(boxes: list[list[float]], classes: list[int]) -> Instances:
 
 
 def test_sides_are_expected_distances_from_the_centre_of_the_cell() -> None:
-    centres, strides = cell_centres(64, 96)
+    centres, strides = cell_centres(64, 96, (8, 16, 32))
     assert len(centres) == 8 * 12 + 4 * 6 + 2 * 3
     sides = torch.full((len(centres), 4, 11), -40.0)
     sides[:, :, 2], sides[:, :, 3] = 40.0, 40.0  # halfway between two and three strides
@@ -65,16 +77,19 @@ def test_sides_are_expected_distances_from_the_centre_of_the_cell() -> None:
 
 @pytest.mark.parametrize("ranking", ["words", "objectness"])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (32, 160)])
-def test_untrained_heads__rank_like_nanodet(
-    nanodet: NanoDet, network: ProposalDetector, size: tuple[int, int], ranking: Literal["words", "objectness"]
+def test_untrained_heads__rank_like_the_converted_network(
+    converted: NanoDet | PicoDet,
+    network: ProposalDetector,
+    size: tuple[int, int],
+    ranking: Literal["words", "objectness"],
 ) -> None:
     network.proposal_generator.ranking = ranking
     pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     normal = (pixels.float() - network.pixel_mean) / network.pixel_std
     with torch.no_grad():
-        cells = nanodet(normal[None])
+        cells = converted(normal[None])
         (found,) = network.eval()([{"image": pixels}])
-    centres, strides = cell_centres(*size)
+    centres, strides = cell_centres(*size, network.proposal_generator.architecture.strides)
     boxes = decode(cells.sides[0], centres, strides)
     boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[1])
     boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[0])
@@ -154,7 +169,7 @@ def test_loss__doubtful_boxes_are_ignored(network: ProposalDetector) -> None:
     pixels = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
         maps = network.backbone(network.preprocess([{"image": pixels}]).tensor)
-        centres, strides = cell_centres(64, 96)
+        centres, strides = cell_centres(64, 96, network.proposal_generator.architecture.strides)
         answer = torch.cat(
             [
                 head(x).flatten(2).transpose(1, 2)
@@ -168,8 +183,10 @@ def test_loss__doubtful_boxes_are_ignored(network: ProposalDetector) -> None:
     assert float(sum(losses.values()).detach()) == 0.0
 
 
-def test_export_loads_again_and_boxes_in_pixels_of_the_picture(network: ProposalDetector, tmp_path: Path) -> None:
-    card = ProposalCard(model={"arch": "nanodet", "post_nms": 7}, sides=(96,))
+def test_export_loads_again_and_boxes_in_pixels_of_the_picture(
+    arch: Arch, network: ProposalDetector, tmp_path: Path
+) -> None:
+    card = ProposalCard(model={"arch": arch, "post_nms": 7}, sides=(96,))
     save_proposals(tmp_path, network, card)
     assert read_card(tmp_path) == card
     proposer = load_proposals(tmp_path, precision=torch.float32)
@@ -183,16 +200,18 @@ def test_export_loads_again_and_boxes_in_pixels_of_the_picture(network: Proposal
     assert torch.allclose(own.regions(picture).boxes[:5], 2 * direct.proposal_boxes.tensor[:5], atol=2.0)
 
 
-def test_other_weights_are_refused(tmp_path: Path) -> None:
+def test_other_weights_are_refused(arch: Arch, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_weights(file, {"x": torch.zeros(1)}, {"format": "backbone/1"})
     from ovd.config_proposals import ProposalNetworkConfig
 
-    with pytest.raises(UserError, match="convert_nanodet"):
-        build_from_weights(file, ProposalNetworkConfig(arch="nanodet"))
+    with pytest.raises(UserError, match=f"convert_{arch}"):
+        build_from_weights(file, ProposalNetworkConfig(arch=arch))
 
 
-def test_the_command_trains_exports_and_the_export_is_a_proposer(nanodet: NanoDet, tmp_path: Path) -> None:
+def test_the_command_trains_exports_and_the_export_is_a_proposer(
+    arch: Arch, converted: NanoDet | PicoDet, tmp_path: Path
+) -> None:
     import json
 
     import cv2
@@ -207,15 +226,16 @@ def test_the_command_trains_exports_and_the_export_is_a_proposer(nanodet: NanoDe
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 50, 40], "score": 0.9}],
     }
     (tmp_path / "boxes.json").write_text(json.dumps(truth))
-    save_weights(tmp_path / "nanodet.safetensors", nanodet.state_dict(), {"format": "nanodet/1"})
+    save_weights(tmp_path / "converted.safetensors", converted.state_dict(), {"format": f"{arch}/1"})
     arguments = ["--config", "photos/lite_proposals.yaml", f"out={tmp_path / 'run'}", "optim.warmup_steps=1"]
-    arguments += [f"weights={tmp_path / 'nanodet.safetensors'}", f"data.images={tmp_path}", "data.part=null"]
+    arguments += [f"weights={tmp_path / 'converted.safetensors'}", f"data.images={tmp_path}", "data.part=null"]
     arguments += [
         f"data.annotations=[{tmp_path / 'boxes.json'}]",
         "data.side=96",
         "loop.steps=2",
         "loop.batch_size=2",
         "sides=[96]",
+        f"model.arch={arch}",
     ]
     assert main(arguments) == 0
     exported = tmp_path / "run/exported"
@@ -223,3 +243,23 @@ def test_the_command_trains_exports_and_the_export_is_a_proposer(nanodet: NanoDe
     picture = np.zeros((128, 192, 3), dtype=np.uint8)
     boxes, scores = load_proposer(exported).propose(picture, top=5)
     assert len(np.asarray(boxes)) == len(np.asarray(scores)) <= 5
+
+
+def test_geometric_mean_of_scores_is_exact_and_finite_at_the_ends() -> None:
+    one, other = (x.flatten() for x in torch.meshgrid(*[torch.tensor([-90.0, -9, -1, 0, 2, 8])] * 2, indexing="ij"))
+    expected = (one.double().sigmoid() * other.double().sigmoid()).sqrt()
+    logit = geometric_mean(one, other)
+    assert torch.allclose(logit.double().sigmoid(), expected, rtol=1e-5, atol=1e-30)
+    assert bool(geometric_mean(torch.tensor(200.0), torch.tensor(200.0)).isfinite())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 160), (96, 64), (160, 96)])
+def test_every_level_has_as_many_cells_as_its_map(size: tuple[int, int]) -> None:
+    """Also where the coarsest stride does not divide the picture."""
+    for architecture in ARCHITECTURES.values():
+        with torch.no_grad():
+            maps = architecture.trunk().eval()(torch.zeros(1, 3, *size))
+        counts = [x.shape[2] * x.shape[3] for x in maps]
+        _, strides = cell_centres(*size, architecture.strides)
+        assert counts == [int((strides == stride).sum()) for stride in architecture.strides]
+        assert {x.shape[1] for x in maps} == {architecture.channels}

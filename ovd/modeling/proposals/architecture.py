@@ -75,6 +75,10 @@ def _nanodet_head(words: int) -> nn.Module:
     return DenseHead(nanodet.CHANNELS, words=words, bins=nanodet.BINS)
 
 
+def _nanodet_hidden() -> nn.Module:
+    return DenseHead(nanodet.CHANNELS, words=0, bins=nanodet.BINS).hidden  # a whole head: seeds give what they gave
+
+
 def _picodet_head(words: int, *, aligned: bool = False) -> nn.Module:
     return PicoHead(picodet.CHANNELS, words=words, bins=picodet.BINS, aligned=aligned)
 
@@ -85,7 +89,7 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         trunk=NanoDetTrunk,
         known_head=partial(_nanodet_head, nanodet.WORDS),
         class_head=_nanodet_head,
-        hidden=partial(nanodet.hidden_layers, nanodet.CHANNELS),
+        hidden=_nanodet_hidden,
         strides=nanodet.STRIDES,
         channels=nanodet.CHANNELS,
         bins=nanodet.BINS,

@@ -140,18 +140,13 @@ class NanoDetTrunk(nn.Module):
         return maps
 
 
-def hidden_layers(channels: int) -> nn.Sequential:
-    """What a head has before its logits: (N, C, h, w) to the same."""
-    return _convolution(channels, channels)
-
-
 class DenseHead(nn.Module):
     """(N, C, h, w) to the logits of words (N, words, h, w) and of sides (N, 4·bins, h, w): left, top, right, bottom."""
 
     def __init__(self, channels: int, *, words: int, bins: int) -> None:
         super().__init__()
         self.words = words
-        self.hidden = hidden_layers(channels)
+        self.hidden = _convolution(channels, channels)
         self.output = nn.Conv2d(channels, words + 4 * bins, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
