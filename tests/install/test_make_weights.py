@@ -172,20 +172,20 @@ def test_the_photo_stages_are_commands_that_their_programs_take(
     assert photo.main([str(photos)]) == 2
     assert "images is not there" in capsys.readouterr().err
     (photos / "images").mkdir(parents=True)
-    for name in ("labels.json", "instances_a.json.gz", "instances_b.json", "nanodet.json"):
+    for name in ("labels.json", "instances_a.json.gz", "instances_b.json", "model.pdmodel"):
         (photos / name).write_text("{}")
     monkeypatch.setattr(photo, "ROOT", tmp_path)
     monkeypatch.setenv("OVD_WEIGHTS", "elsewhere")
-    assert photo.main([str(photos), "--nanodet", str(photos / "nanodet.json"), "--list"]) == 0
+    assert photo.main([str(photos), "--picodet", str(photos / "model.pdmodel"), "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
-    trainings = [stage.commands[0] for stage in photo.stages(photos, photos / "nanodet.json") if stage.run is not None]
+    trainings = [stage.commands[0] for stage in photo.stages(photos, photos / "model.pdmodel") if stage.run is not None]
     assert len(trainings) == 3
     for _, module, _, config, *overrides in trainings:
         kind = PretrainConfig if module == "pretrain.train" else TRAIN_CONFIGS
         loaded = load_config(kind, config, overrides)
         assert [Path(file).name for file in loaded.data.annotations] == ["instances_a.json.gz", "instances_b.json"]
     (embed,) = (
-        c for stage in photo.stages(photos, photos / "nanodet.json") for c in stage.commands if "ovd.embed" in c
+        c for stage in photo.stages(photos, photos / "model.pdmodel") for c in stage.commands if "ovd.embed" in c
     )
     regions = load_config(EmbedConfig, embed[3], embed[4:])
     assert loaded.model.variant == "ensemble" and loaded.regions == regions.out

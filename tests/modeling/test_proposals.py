@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
-from ovd.modeling.proposals.architecture import ARCHITECTURES, Arch
+from ovd.modeling.proposals.architecture import ARCHITECTURES, Arch, Head
 from ovd.modeling.proposals.assign import assign, distribution_focal_loss, quality_focal_loss
 from ovd.modeling.proposals.build import (
     PROPOSAL_WORDS,
@@ -43,7 +43,7 @@ def converted(arch: Arch) -> NanoDet | PicoDet:
     torch.manual_seed(0)
     model = NanoDet().eval() if arch == "nanodet" else PicoDet().eval()
     for head in model.heads:
-        weight, _ = head.word_rows()
+        weight, _ = cast(Head, head).word_rows()
         torch.nn.init.normal_(weight, std=0.3 if arch == "nanodet" else 30.0)
     return model
 
