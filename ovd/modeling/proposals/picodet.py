@@ -247,9 +247,9 @@ class PicoHead(nn.Module):
 
 def geometric_mean(one: Tensor, other: Tensor) -> Tensor:
     """The logit of √(σ(one)·σ(other)), in single precision."""
-    # log of the mean, kept below 0, where its logit would be infinite
+    # log of the mean, kept below 0, where its logit would be infinite; ONNX has no expm1
     log = ((F.logsigmoid(one.float()) + F.logsigmoid(other.float())) / 2).clamp_max(-1e-6)
-    return log - torch.log(-torch.expm1(log))
+    return log - torch.log(1 - log.exp())
 
 
 class PicoDet(nn.Module):
