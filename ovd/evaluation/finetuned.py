@@ -22,7 +22,7 @@ from ovd.modeling.proposals.classes import ClassBranch
 from ovd.words import name_key
 from pretrain.engine.errors import UserError
 
-LEAST_RIGHT = 3
+MIN_RIGHT = 3
 """Right and wrong boxes, of each so many, that a sigmoid is fitted to."""
 
 
@@ -47,7 +47,7 @@ class BranchScores(NamedTuple):
         """
         right = int(self.correct.sum())
         wrong = len(self.correct) - right
-        if min(right, wrong) < LEAST_RIGHT:
+        if min(right, wrong) < MIN_RIGHT:
             return 1.0, 0.0
         target = torch.where(self.correct, (right + 1) / (right + 2), 1 / (wrong + 2))
         return fit_platt(self.scores, target)
@@ -139,7 +139,7 @@ def recalibrated(
         if both.fitted() == (1.0, 0.0):
             names = ", ".join(name for name in active if name is not None)
             raise UserError(
-                f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {names} are found; more photos are "
+                f"{photos.where}: fewer than {MIN_RIGHT} right or wrong boxes of {names} are found; more photos are "
                 "needed to fit anything. Nothing was changed"
             )
         slope, offset = halves[0].fitted()

@@ -58,10 +58,10 @@ def boxes_to_cut(photo: Photo, words: int) -> dict[int, tuple[float, float, floa
 
 def word_crops(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> WordCrops:
     """Cut two crops of each word out of photos that the seed draws, and embed them as a person's examples are."""
-    everywhere = photos.table.everywhere
+    always_labelled = photos.table.always_labelled
     boxes_of: dict[int, list[tuple[int, tuple[float, float, float, float]]]] = {}
     for index in np.random.default_rng(seed).permutation(len(photos.photos)).tolist():
-        for word, box in boxes_to_cut(photos.photos[index], everywhere).items():
+        for word, box in boxes_to_cut(photos.photos[index], always_labelled).items():
             if len(boxes_of.setdefault(word, [])) < CROPS:
                 boxes_of[word].append((index, box))
     rows = np.zeros((CROPS, len(photos.table.words), detector.model.background_words.shape[1]), np.float32)
