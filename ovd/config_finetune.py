@@ -25,7 +25,7 @@ class FinetuneModelConfig(Section):
 
 
 class FinetuneDataConfig(Section):
-    """Labelled photos of one's own. Photos without an object are used, too."""
+    """The user's labelled photos. Photos without an object are used, too."""
 
     kind: Literal["auto", "coco", "yolo", "voc"] = Field("auto", description="label format; auto: recognised")
     images: str | None = Field(None, description="folder of the photos (coco, voc); null: looked for beside the labels")
