@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         count["found"] += sum(verdict.right is True and not crowd[verdict.label] for verdict in verdicts)
         count.update(outcomes)
         others = [outcome for outcome, name in zip(outcomes, found.class_name, strict=True)
-                  if name not in judge.everywhere]  # fmt: skip
+                  if name not in judge.always_labelled]  # fmt: skip
         count.update(f"other words, {outcome}" for outcome in others)
         if args.names:
             named = [f"{name} {outcome}" for name, outcome in zip(found.class_name, outcomes, strict=True)]

@@ -242,12 +242,12 @@ def with_fitted_prompt_free(
     detector: Detector, fitted: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
 ) -> Calibration:
     """The fit with the threshold of prompt-free detection; prints a warning where the labels do not give one."""
-    from ovd.evaluation.prompt_free import LEAST, RIGHT_SHARE, with_prompt_free_threshold
+    from ovd.evaluation.prompt_free import MIN_JUDGED, RIGHT_SHARE, with_prompt_free_threshold
 
     fitted = with_prompt_free_threshold(detector, fitted, scenes, names)
     if fitted.prompt_free_threshold is None and detector.model.prompt_free_words().names:
         print(
-            f"warning: from no score on are {RIGHT_SHARE:.0%} of {LEAST} or more answers to 'everything' right by "
+            f"warning: from no score on are {RIGHT_SHARE:.0%} of {MIN_JUDGED} or more answers to 'everything' right by "
             "these labels; it keeps the default threshold",
             file=sys.stderr,
         )

@@ -53,7 +53,7 @@ class HeadConfig(Section):
     batch_per_image: int = Field(
         48, ge=2, description="regions sampled per image for the box and text losses (ViLD: 512)"
     )
-    positive_fraction: float = Field(0.25, gt=0, le=1, description="share of foreground among them")
+    positive_fraction: float = Field(0.25, gt=0, le=1, description="share of foreground among these regions")
     resolution: int = Field(
         4, ge=2, le=28, description="RoIAlign output side for the region head (7 with FPN; 4 is CLIP's grid at 64 px)"
     )
@@ -133,11 +133,11 @@ class ModelConfig(Section):
 class CutConfig(Section):
     """DETR's augmentation (arXiv:2005.12872, §4): resized, cut to a random rectangle, resized again."""
 
-    probability: float = Field(0.5, gt=0, le=1, description="share of the pictures")
+    probability: float = Field(0.5, gt=0, le=1, description="share of the pictures that are cut")
     short_sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = Field(
-        (400, 500, 600), min_length=1, description="short sides of the first resize, one is drawn"
+        (400, 500, 600), min_length=1, description="short sides of the first resize; one is drawn"
     )
-    sides: tuple[int, int] = Field((384, 600), description="least and largest side of the rectangle, each is drawn")
+    sides: tuple[int, int] = Field((384, 600), description="range that each side of the rectangle is drawn from")
 
     @model_validator(mode="after")
     def _in_order(self) -> CutConfig:
@@ -174,7 +174,7 @@ class DataConfig(Section):
     short_side: int = Field(
         256, ge=32, le=4096, description="pictures are resized to this short side before the network"
     )
-    long_side: int = Field(512, ge=32, le=8192, description="and never beyond this long side")
+    long_side: int = Field(512, ge=32, le=8192, description="longest side after the resize")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     scale: tuple[float, float] = Field((1.0, 1.0), description="range of a random resize about short_side")
     crop: int | None = Field(

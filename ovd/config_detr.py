@@ -36,7 +36,7 @@ class DetrBackboneConfig(NetworkConfig):
         0,
         ge=0,
         le=5,
-        description="what stays as it is where the rest is trained: 1 stem, 2 res2 too (DETR), ...; 0 nothing",
+        description="stages frozen while the rest is trained: 1 stem, 2 res2 too (DETR), ...; 0 nothing",
         json_schema_extra=LATER,
     )
 
@@ -79,7 +79,7 @@ class DetrConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout (paper: 0.1)")
     pre_norm: bool = Field(True, description="layer norm before instead of after each part (UP-DETR: true)")
     denoising: int = Field(0, ge=0, le=20, description="groups of denoising queries (conditional); 0: none")
-    box_noise: float = Field(0.4, ge=0, le=1, description="of denoising boxes, in half sides")
+    box_noise: float = Field(0.4, ge=0, le=1, description="noise of denoising boxes, in half sides")
     label_noise: float = Field(
         0.2, ge=0, le=1, description="share of denoising labels that are another class; in the pretext: without a patch"
     )
@@ -96,8 +96,8 @@ class DetrConfig(Section):
     )
     region_tower: bool = Field(
         False,
-        description="embed each free query by what is in its box on the backbone's res4, read by a last stage that "
-        "starts as the encoder's, as ViLD's regions are; false: by the query's own state",
+        description="embed each free query from the backbone's res4 inside its box, by a last stage that starts as "
+        "the encoder's (as ViLD's regions); false: by the query's own state",
     )
     loss: DetrLossConfig = Field(DetrLossConfig(), description="losses")
 
@@ -153,9 +153,9 @@ class PretextConfig(Section):
     )
     held_out: ImagesConfig = Field(
         StickerScenes(kind="sticker_scenes", split="val", size=256, length=128, seed=11),
-        description="pictures on which localisation is measured",
+        description="pictures that localisation is measured on",
     )
-    held_out_count: int = Field(128, ge=0, le=100_000, description="how many of them; 0: nothing is measured")
+    held_out_count: int = Field(128, ge=0, le=100_000, description="number of these pictures; 0: nothing is measured")
     evaluate_every: int = Field(
         200, ge=1, le=10**9, description="steps between measurements (at log lines)", json_schema_extra=FREE
     )
@@ -182,7 +182,7 @@ class DetrTrainConfig(TrainingConfig):
     pretext: PretextConfig | None = Field(None, description="pretrain by localising patches of pictures")
     data: DataConfig = Field(DataConfig(), description="labelled pictures (training a detector)")
     images_limit: int | None = Field(
-        None, ge=1, description="train on the first so many labelled pictures only; null: all of them"
+        None, ge=1, description="train on this many labelled pictures, the first ones; null: all"
     )
     cache: str | None = Field(
         None,

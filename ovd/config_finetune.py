@@ -25,7 +25,7 @@ class FinetuneModelConfig(Section):
 
 
 class FinetuneDataConfig(Section):
-    """Labelled photos of one's own. Photos without an object are used, too."""
+    """The user's labelled photos. Photos without an object are used, too."""
 
     kind: Literal["auto", "coco", "yolo", "voc"] = Field("auto", description="label format; auto: recognised")
     images: str | None = Field(None, description="folder of the photos (coco, voc); null: looked for beside the labels")
@@ -37,7 +37,7 @@ class FinetuneDataConfig(Section):
     held_out: float = Field(
         0.2, ge=0, lt=1, description="share of the photos that the weights are chosen and scores calibrated on; 0: none"
     )
-    images_limit: int | None = Field(None, ge=1, description="use so many photos, drawn by loop.seed; null: all")
+    images_limit: int | None = Field(None, ge=1, description="use this many photos, drawn by loop.seed; null: all")
     confident: float = Field(
         0.3, ge=0, le=1, description="boxes with a `score` from here on are objects; boxes without one always are"
     )
@@ -59,11 +59,11 @@ class FinetuneDataConfig(Section):
 
     negatives: str | None = Field(
         PACKAGED,
-        description="photos of other kinds, learned as background: a folder of photos without an object of the "
-        "classes; packaged: those of the page's examples, what may be one of the classes left out; null: none",
+        description="photos learned as background: a folder of photos without an object of the classes; packaged: "
+        "the page's examples, ignoring boxes that may be one of the classes; null: none",
     )
     negative_share: float = Field(
-        0.25, ge=0, le=1, description="probability that a place of a mosaic, but for the first, shows one of them"
+        0.25, ge=0, le=1, description="probability that a place of a mosaic, except the first, shows a negative"
     )
 
     @model_validator(mode="after")
@@ -78,13 +78,11 @@ class FinetuneConfig(RunConfig):
     """``python -m ovd.train``: add fine-tuned classes to a detector of photographs."""
 
     weights: str = Field(
-        "vild-photo", description="detector that they are added to: a name under weights/, or an exported folder"
+        "vild-photo", description="detector that the classes are added to: a name under weights/, or an exported folder"
     )
     model: FinetuneModelConfig = Field(..., description="the branch")
     data: FinetuneDataConfig = Field(..., description="labelled photos")
-    steps_per_photo: int = Field(
-        10, ge=1, description="steps for each photo, 150 at least and loop.steps at most in all"
-    )
+    steps_per_photo: int = Field(10, ge=1, description="steps per photo; at least 150 and at most loop.steps in all")
     loop: LoopConfig = Field(
         ..., description="training loop; loop.log_every is also how often held-out photos are scored"
     )

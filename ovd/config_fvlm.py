@@ -16,10 +16,10 @@ class FvlmHeadConfig(Section):
 
     pool: int = Field(2, ge=1, le=7, description="RoIAlign output side on the maps of strides 16 and 32")
     context: float = Field(
-        1.5, ge=1, le=4, description="the last map is also pooled in a box so many times as large, for what is around"
+        1.5, ge=1, le=4, description="factor of a larger box that the last map is also pooled in, for context"
     )
     hidden: int = Field(512, ge=16, le=4096, description="units of the two hidden layers")
-    dropout: float = Field(0.2, ge=0, lt=1, description="after each hidden layer, in training")
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout after each hidden layer")
     scale: float = Field(20.0, gt=0, description="inverse temperature of the cosines at the start; it is learned")
 
 
@@ -29,8 +29,9 @@ class FvlmConfig(Section):
     arch: Literal["fvlm"] = Field(..., description="a region head on a frozen image tower (F-VLM, arXiv:2209.15639)")
     variant: Literal["text", "fvlm", "vild", "ensemble"] = Field(
         "text",
-        description="text: the head learns words (ViLD-text); fvlm: and the tower's own embedding has a say where "
-        "known is false; vild: the head's embedding learns the encoder's of crops, too; ensemble: another head does",
+        description="text: the head learns words (ViLD-text); fvlm: ensembled with the tower's own embedding where "
+        "known is false; vild: the head also learns the encoder's embeddings of crops; ensemble: a second head "
+        "learns them",
     )
     side: int = Field(448, ge=64, le=2048, multiple_of=32, description="longest side of a picture in the tower, pixels")
     known: bool = Field(
@@ -70,12 +71,12 @@ class PhotoDataConfig(Section):
     annotations: tuple[str, ...] = Field(
         ...,
         min_length=1,
-        description="COCO files, .json or .json.gz; image ids must agree. The first one's categories are looked for in "
-        "every photo: what it does not box there is absent",
+        description="COCO files, .json or .json.gz; image ids must agree. The first one's categories are labelled in "
+        "every photo: without a box they are absent",
     )
-    labels: str | None = Field(None, description="JSON table, file name -> nouns: photos of one thing")
+    labels: str | None = Field(None, description="JSON table, file name -> nouns: photos of single objects")
     not_things: str | None = Field(
-        None, description="JSON list of nouns, or lists by reason, that no box of one thing fits"
+        None, description="JSON list of nouns, or lists by reason, that do not name a single object"
     )
     part: str | None = Field(None, description="only images whose `split` in the files is this; null or all: all")
     min_score: float = Field(0.08, ge=0, le=1, description="boxes with a lower `score` are background")
@@ -85,8 +86,8 @@ class PhotoDataConfig(Section):
     withheld: tuple[str, ...] = Field((), description="category names whose boxes are left out, to measure them")
     novel: tuple[str, ...] = Field(
         (),
-        description="words that must stay unknown, as the novel ones of a split: boxes, photos and names of them and "
-        "of their kinds are left out",
+        description="withheld words, such as the novel ones of a split: boxes, photos and names of them and of their "
+        "hyponyms are left out",
         json_schema_extra=LATER,
     )
     regions: int = Field(40, ge=4, le=300, description="proposals kept of a photo: half the best, half drawn")

@@ -28,7 +28,7 @@ class ProposalNetworkConfig(Section):
     """The network."""
 
     arch: Literal["nanodet", "picodet"] = Field(
-        ..., description="NanoDet-G or PicoDet-S, with a second head that boxes things without names"
+        ..., description="NanoDet-G or PicoDet-S, with a second, class-agnostic head"
     )
     variant: Literal["agnostic"] = Field("agnostic", description="boxes without names")
     backbone: PyramidConfig | None = Field(
@@ -45,7 +45,7 @@ class ProposalNetworkConfig(Section):
     nms: float = Field(0.6, gt=0, le=1, description="IoU above which the lesser of two boxes goes")
     pre_nms: int = Field(1000, ge=1, description="best boxes of a picture that enter NMS")
     post_nms: int = Field(300, ge=1, description="boxes kept of a picture, at each of its sizes")
-    frozen: bool = Field(True, description="train the nameless heads only; false: the trunk too")
+    frozen: bool = Field(True, description="train the class-agnostic heads only; false: the trunk too")
 
     @model_validator(mode="after")
     def _check_words(self) -> ProposalNetworkConfig:
@@ -85,7 +85,7 @@ class BoxDataConfig(Section):
         0.08, ge=0, le=1, description="boxes from here to `confident` are neither object nor background; below: nothing"
     )
     withheld: tuple[str, ...] = Field(
-        (), description="names whose boxes are left out, to measure what an object that nobody labelled is worth"
+        (), description="names whose boxes are left out, to measure recall of unlabelled objects"
     )
     side: int = Field(512, ge=64, le=2048, multiple_of=32, description="longest side of a picture in training, pixels")
     scale: tuple[float, float] = Field((0.4, 1.25), description="range of a random factor on it; larger ones are cut")

@@ -202,9 +202,9 @@ class Detector:
             calibration = self.model.calibration
             if query.prompt_free is not None:
                 return max(query.prompt_free.threshold, calibration.threshold)
-            levels = [calibration.threshold] if query.words.positives else []
-            levels += [calibration.example_threshold] if query.positive_examples else []
-            return max(levels)
+            thresholds = [calibration.threshold] if query.words.positives else []
+            thresholds += [calibration.example_threshold] if query.positive_examples else []
+            return max(thresholds)
         if not 0.0 <= float(threshold) <= 1.0:
             raise UserError(f"threshold must be between 0 and 1, not {threshold}")
         return float(threshold)
@@ -427,9 +427,9 @@ class Detector:
             UserError: words or negative examples, which such a model does not know.
         """
         require_examples_only(query)
-        level = self.threshold_for(query, threshold)
+        threshold = self.threshold_for(query, threshold)
         with self._lock:
             located = model.locate(pixels, self.patch_rows(model, query.positive_examples))
             self.runs += 1
         size = (pixels.shape[0], pixels.shape[1])
-        return conditioned_detections(located, query, size=size, threshold=level, **options)
+        return conditioned_detections(located, query, size=size, threshold=threshold, **options)

@@ -176,12 +176,12 @@ def predict(
     from ovd.query import Query
 
     query = vocabulary if isinstance(vocabulary, Query) else Query(vocabulary)
-    level = detector.threshold_for(query, threshold)
+    threshold = detector.threshold_for(query, threshold)
     for notice in query.notices:
         print(f"warning: {notice}", file=sys.stderr)
     job = {
         "words or examples": f"{query.hash} ({shorten(', '.join(query.names))})",
-        "threshold": round(level, 6),
+        "threshold": round(threshold, 6),
         "weights": "{sha256} {settings}".format_map({"sha256": "", "settings": "", **detector.card}),
         "draw": draw,
         "masks": masks,
@@ -190,7 +190,7 @@ def predict(
         with alone_in(out):
             parts = _claim_folder(out, job, pictures.ids, overwrite)
             failed = _predict_pictures(
-                detector, query, pictures, out=out, parts=parts, threshold=level, draw=draw, masks=masks
+                detector, query, pictures, out=out, parts=parts, threshold=threshold, draw=draw, masks=masks
             )
             _write_results(out, parts, pictures.ids, query, failed)
     except OSError as problem:

@@ -211,15 +211,15 @@ def predict_video(
         UserError: a package is missing, or something cannot be written.
         KeyboardInterrupt: Ctrl-C in a file; all three files are whole up to there. A live source ends without it.
     """
-    level = detector.threshold_for(query, threshold)
-    tracker = Tracker(threshold=level, rate=source.rate / every) if track else None
-    floor = level * WEAK if tracker else level
+    threshold = detector.threshold_for(query, threshold)
+    tracker = Tracker(threshold=threshold, rate=source.rate / every) if track else None
+    floor = threshold * WEAK if tracker else threshold
     begun = time.monotonic()
     tracked: Tracked | None = None
     writer = VideoWriter(out / f"{source.name}.mp4", rate=source.rate) if draw else None
     with (
         closing(source),
-        TrackLog(out, source, every=every, threshold=level, names=query.names) as log,
+        TrackLog(out, source, every=every, threshold=threshold, names=query.names) as log,
         writer or nullcontext(),
     ):
         for seconds, pixels in source:

@@ -195,7 +195,7 @@ class Vocabulary:
         this_is: put "This is " in front of prompts beginning with "a" or "the".
         parity: articles as in ViLD's code.
         notices: what parsing changed (merged duplicates …); not part of the identity.
-        alone: at least one class must be without a minus; False where examples stand beside the words.
+        alone: at least one class must be without a minus; False if examples are given as well.
     """
 
     classes: tuple[VocabularyClass, ...]
@@ -217,7 +217,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, names: Iterable[str], *, templates: Sequence[str] = TEMPLATES_STICKER) -> Vocabulary:
-        """One class for each name of a data set, as it stands: nothing is merged, a colon is part of the name."""
+        """One class for each name of a data set, unchanged: nothing is merged, a colon is part of the name."""
         return cls(tuple(VocabularyClass(name) for name in names), templates=tuple(templates))
 
     @classmethod
@@ -237,7 +237,7 @@ class Vocabulary:
             templates: prompt templates.
             this_is: see `fill_template`.
             parity: see `article_for`.
-            alone: False where examples stand beside the words: there may then be no word, or negative ones only.
+            alone: False if examples are given as well: there may then be no word, or negative ones only.
 
         Raises:
             UserError: no class, too many, a name too long, or a line with two colons.
@@ -344,7 +344,7 @@ class Vocabulary:
             name, synonyms = row["name"], row.get("synonyms", [])
             if not isinstance(name, str) or not name.strip() or not all(isinstance(s, str) for s in synonyms):
                 raise UserError("names and synonyms must be texts, and no name empty")
-            # As they stand: names of a data set may begin with a minus or stand in quotes.
+            # Unchanged: names of a data set may begin with a minus or be quoted.
             classes.append(VocabularyClass(name, tuple(synonyms), bool(row.get("negative"))))
         templates = record.get("templates", TEMPLATES_STICKER)
         if not all(isinstance(t, str) for t in templates):
@@ -368,7 +368,7 @@ def _split_synonyms(entry: str, tail: str) -> list[str]:
 
 
 def _json_list(text: str) -> list[str] | None:
-    """The names of ``["dog", "cat"]`` or ``{"0": "dog", "1": "cat"}`` typed as it stands; None for other text.
+    """The names in typed JSON, ``["dog", "cat"]`` or ``{"0": "dog", "1": "cat"}``; None for other text.
 
     Raises:
         UserError: a list of something else.

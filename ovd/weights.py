@@ -341,7 +341,7 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
         raise UserError(f"{source}: contains no .safetensors file")
     root.mkdir(parents=True, exist_ok=True)
     if (root / MANIFEST).exists():
-        read_manifest(root)  # a damaged one is told before anything is copied
+        read_manifest(root)  # a damaged one is reported before anything is copied
     target = root / name
     if source.resolve() != target.resolve():
         with whole_folder(target) as temporary:

@@ -120,7 +120,7 @@ def _is_name(name: object) -> bool:
 
 
 def _number(key: object) -> float:
-    """The number that a class has in YOLO's table, which JSON writes as a text; what is none stands last."""
+    """The number of a class in YOLO's table, which JSON writes as text; other keys sort last."""
     if isinstance(key, str) and key.isascii() and key.isdigit():
         return int(key)
     return key if isinstance(key, int | float) else math.inf

@@ -53,7 +53,7 @@ class Parameters(NamedTuple):
 
 
 def draw_parameters(config: ViewConfig, count: int, device: torch.device) -> Parameters:
-    """Draw for ``count`` samples; always the same number of random numbers, whatever the config says."""
+    """Draw for ``count`` samples; the number of random numbers does not depend on the config."""
     u = torch.rand(count, _RANDOM_NUMBERS, device=device)  # (N, P)
     jittered = u[:, 0] < config.jitter_p
     low = torch.tensor([max(0.0, 1 - s) for s in config.jitter[:3]], device=device)

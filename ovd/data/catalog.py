@@ -247,7 +247,7 @@ class CocoImages:
         return Labelled(image=image, boxes=boxes, masks=masks, classes=classes, image_id=image_id)
 
     def _mask(self, annotation: Annotation, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The annotation's mask; where a file has boxes only, the box stands for it."""
+        """The annotation's mask; in a file with boxes only, the box as a mask."""
         if "segmentation" in annotation:
             entry = f"{self.where}: annotations[{annotation['id'] - 1}]"
             return decode(annotation["segmentation"], size, entry)

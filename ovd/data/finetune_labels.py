@@ -16,7 +16,7 @@ def name_notices(written: Sequence[str], *, where: str) -> list[str]:
     """Notices on classes whose names cannot be typed.
 
     Args:
-        written: the names as they stand in the file.
+        written: the names as in the file.
         where: the file, for messages.
 
     Raises:

@@ -63,9 +63,9 @@ class FinetunePhotos:
         confident, doubtful: thresholds on an annotation's ``score``; without one it is confident, a crowd doubtful.
 
     Attributes:
-        names: of the classes that have a confident box, in the form that a person types (`ovd.words.cleaned`).
+        names: of the classes that have a confident box, as typed (`ovd.words.cleaned`).
         image_ids: of the photos, in the order of their indices.
-        notices: what a person should know of the labels.
+        notices: on the labels, to be shown to the user.
 
     Raises:
         UserError: no confident box at all, two classes of one name, or too many photos that are missing or unreadable.

@@ -27,7 +27,7 @@ class NegativePhotos:
         folder: that the names are relative to.
         names: of the photos.
         doubtful: (T, 4) float32 x1, y1, x2, y2 of such boxes, pixels, by name.
-        notices: what a person should know of the folder.
+        notices: on skipped pictures of the folder.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class NegativePhotos:
         Args:
             folder: searched with its folders.
             where: the key that names it, for messages.
-            labelled: photos that hold objects of the classes, by whatever name they lie in the folder, too.
+            labelled: photos with objects of the classes; copies of them in the folder are skipped, whatever their name.
 
         Raises:
             UserError: there is no such folder, or no picture left in it.

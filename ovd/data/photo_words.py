@@ -50,12 +50,12 @@ class WordTable:
 
     Attributes:
         words: V, one spelling of each meaning: the labels, and the words above them.
-        everywhere: so many of the first words are looked for in every photo.
+        always_labelled: number of words, from the first, that are labelled in every photo.
         lexicon: what they mean.
     """
 
     words: tuple[str, ...]
-    everywhere: int
+    always_labelled: int
     lexicon: Lexicon
 
     @cached_property
@@ -123,7 +123,7 @@ def region_targets(photo: Photo, boxes_P4: F32, table: WordTable) -> RegionTarge
     count, width = len(boxes_P4), len(table.words)
     target = np.zeros((count, width), dtype=np.float32)
     mask = np.zeros((count, width), dtype=bool)
-    mask[:, : table.everywhere] = True
+    mask[:, : table.always_labelled] = True
     boxes, words, scores = _with_noun(photo, boxes_P4, table)
     if not len(boxes) or not count:
         return RegionTargets(target, mask)
@@ -167,15 +167,15 @@ class PhotoWords:
 
     Args:
         folder: that ``file_name`` is relative to.
-        annotations: COCO files of the same images, or what was read from any; the categories of the first are looked
-            for in every photo.
+        annotations: COCO files of the same images, or what was read from any; the categories of the first are
+            labelled in every photo.
         labels: JSON table, file name -> nouns; photos that no file calls a scene and that have one noun are used.
         lexicon: what the words mean.
         part: only images whose ``split`` is this; None: all.
         min_score: boxes with a lower score are left out.
         not_things, leave_out: nouns that are not learned; those left out take their photos with them.
         withheld: names of categories whose boxes are left out.
-        novel: words that must stay unknown, and with them their kinds: boxes, photos and names are left out.
+        novel: withheld words; boxes, photos and names of them and of their hyponyms are left out.
 
     Raises:
         UserError: unreadable or contradicting files, an unknown part or name, or no photo at all.
@@ -205,20 +205,14 @@ class PhotoWords:
         withheld = {*withheld, *(name for truth in truths for name in truth.categories.values() if name in unknown)}
         self.notices = [f"{truth.where}: {warning}" for truth in truths for warning in truth.warnings]
         self.lexicon = lexicon
-        nouns: dict[Path, str] = {}
-        closed: set[Path] = set()
-        if labels is not None:
-            scenes = {name for truth in truths for name in truth.scenes}
-            for item in read_labels(labels, folder, parts={}, scenes=scenes, part="all"):
-                if item.word in leave_out:
-                    closed.add(item.file)
-                elif item.word not in not_things:
-                    nouns[item.file] = item.word
-        silent = set(leave_out) | set(withheld)
-        everywhere = [name for name in truths[0].categories.values() if name not in withheld]
-        others = [name for truth in truths[1:] for name in truth.categories.values() if name not in withheld]
-        self.table = _table(everywhere, [*others, *nouns.values()], lexicon, silent=silent)
-        self.photos = self._join(truths, folder, nouns, closed, part=part, min_score=min_score, withheld=withheld)
+        scenes = {name for truth in truths for name in truth.scenes}
+        named = [] if labels is None else read_labels(labels, folder, parts={}, scenes=scenes, part="all")
+        skipped = {item.file for item in named if item.word in leave_out}
+        nouns = {i.file: i.word for i in named if i.word not in leave_out and i.word not in not_things}
+        first, *rest = [[n for n in truth.categories.values() if n not in withheld] for truth in truths]
+        others = [*(name for names in rest for name in names), *nouns.values()]
+        self.table = _table(first, others, lexicon, excluded={*leave_out, *withheld})
+        self.photos = self._join(truths, folder, nouns, skipped, part=part, min_score=min_score, withheld=withheld)
         if not self.photos:
             if part is None:
                 raise UserError(f"{truths[0].where}: no photo to train on")
@@ -232,7 +226,7 @@ class PhotoWords:
         truths: Sequence[GroundTruth],
         folder: Path,
         nouns: dict[Path, str],
-        closed: set[Path],
+        skipped: set[Path],
         *,
         part: str | None,
         min_score: float,
@@ -250,7 +244,7 @@ class PhotoWords:
         photos = []
         for image_id in joined.of_part(part):
             path = folder / joined.files[image_id]
-            if path in closed:
+            if path in skipped:
                 continue
             boxes_of = labels.get(image_id, [])
             photos.append(
@@ -285,7 +279,7 @@ class PhotoWords:
             (name, photo.boxes.tolist(), photo.words.tolist(), photo.scores.tolist(), photo.noun)
             for name, photo in zip(names, self.photos, strict=True)
         ]
-        labels = text_identity(self.table.words, self.table.everywhere, contents)
+        labels = text_identity(self.table.words, self.table.always_labelled, contents)
         return {**files_identity("photos", root, names), "words and boxes": labels}
 
     def image(self, index: int) -> NDArray[np.uint8]:
@@ -298,22 +292,25 @@ class PhotoWords:
         return read_annotated(photo.file, photo.size)
 
 
-def _table(everywhere: Sequence[str], others: Sequence[str], lexicon: Lexicon, *, silent: Collection[str]) -> WordTable:
-    """Each meaning once: exhaustively labelled ones first, then the others, then their hypernyms."""
-    silent_meanings = {lexicon.meaning(name) or name for name in silent}
+def _table(
+    always_labelled: Sequence[str], others: Sequence[str], lexicon: Lexicon, *, excluded: Collection[str]
+) -> WordTable:
+    """Each meaning once: exhaustively labelled ones first, then the others, then their hypernyms unless excluded."""
+    excluded_meanings = {lexicon.meaning(name) or name for name in excluded}
     usual = Counter(others)
     chosen: dict[str, str] = {}
-    for name in (*everywhere, *sorted(usual, key=lambda word: (-usual[word], word))):
+    for name in (*always_labelled, *sorted(usual, key=lambda word: (-usual[word], word))):
         chosen.setdefault(lexicon.meaning(name) or name, name)
     above = [key for meaning in list(chosen) if meaning in lexicon.meanings for key in lexicon.above(meaning)]
     for key in sorted(set(above)):
-        if key not in silent_meanings:
+        if key not in excluded_meanings:
             chosen.setdefault(key, lexicon.meanings[key].names[0])
     words = tuple(chosen.values())
     if len(set(words)) < len(words):  # two meanings above are spelt alike: the more frequent one keeps the name
         named: set[str] = set()
         words = tuple(word for word in words if not (word in named or named.add(word)))  # type: ignore[func-returns-value]
-    return WordTable(words=words, everywhere=len({lexicon.meaning(n) or n for n in everywhere}), lexicon=lexicon)
+    count = len({lexicon.meaning(name) or name for name in always_labelled})
+    return WordTable(words=words, always_labelled=count, lexicon=lexicon)
 
 
 def nouns_of(path: str | None) -> frozenset[str]:

@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address: nobody can take the port between this check and the start.
+    """A socket that listens at the address, so that no other process can take the port before the start.
 
     A client that connects before the start waits.
 

@@ -150,10 +150,10 @@ class Answerer:
                 replace(words, alone=True)  # which says what is missing
             default = detector.threshold_for(query)
             floor = min(FLOOR, default / 4)
-            level = floor if threshold is None else threshold
+            lowest = floor if threshold is None else threshold
             pixels = _read(Path(image))
             read = time.perf_counter()
-            answered = self._on(self._model, self._run, detector, pixels, query, level)
+            answered = self._on(self._model, self._run, detector, pixels, query, lowest)
             result = self._described(detector, answered, query, default=default, floor=floor)
             result["example"] = self._example(Path(image))
             result["ms"]["read"] = _ms(read - start)
@@ -218,18 +218,18 @@ class Answerer:
         for thread in (self._words, self._model):
             thread.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, level: float) -> _ModelAnswer:
+    def _run(self, detector: Detector, pixels: NDArray[np.uint8], query: Query, threshold: float) -> _ModelAnswer:
         """Run the network and score its regions; one request at a time."""
         start = time.perf_counter()
         runs = detector.runs
         if isinstance(detector.model, PatchLocator):
-            detections = detector.answer(pixels, query, threshold=level)
+            detections = detector.answer(pixels, query, threshold=threshold)
             key, regions, embedded = picture_key(pixels), len(detections), time.perf_counter()
             near: list[list[str]] = [[] for _ in range(regions)]
         else:
             picture = detector.embed(pixels)
             embedded = time.perf_counter()
-            detections = picture.classify(query, threshold=level)
+            detections = picture.classify(query, threshold=threshold)
             key, regions = picture.key, len(picture)
             near = nearest_words(detector.model, picture.regions, detections.region.tolist(), count=NEAR)
         end = time.perf_counter()

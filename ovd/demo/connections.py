@@ -47,7 +47,7 @@ def raise_file_limit(target: int = FROM_ALL + SPARE_FILES) -> int:
 
 
 def address_of(peer: object) -> str:
-    """What counts as one address: IPv4 as it stands, IPv6 its /64, which one household or machine has."""
+    """What counts as one address: an IPv4 address, or an IPv6 /64, which belongs to one household or machine."""
     host = str(peer[0]) if isinstance(peer, tuple) and peer else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

@@ -316,12 +316,12 @@ def _add_endpoints(handlers: Handlers, picture: gr.Image, words: gr.Textbox) -> 
     """``/detect`` and ``/pack`` for programs, on invisible components."""
     import gradio as gr
 
-    level = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
+    threshold = gr.Number(value=None, label="threshold", visible=False, minimum=0, maximum=1)
     crops = gr.JSON(value=None, visible=False, label="examples")
     weights = gr.Textbox(value=None, label="weights", visible=False)
     gr.Button(visible=False).click(
         fn=handlers.detect,
-        inputs=[picture, words, level, crops, weights],
+        inputs=[picture, words, threshold, crops, weights],
         outputs=gr.JSON(visible=False, label="result"),
         api_name="detect",
         api_description=ENDPOINT,

@@ -31,7 +31,8 @@ DetectionRow = TypedDict(
 
 
 class Answer(TypedDict, total=False):
-    """The whole answer; ``ms`` is how long its parts took, ``preview`` a data URL. An ``error`` stands alone."""
+    """The whole answer; ``ms`` is how long its parts took, ``preview`` a data URL. With an ``error`` there is nothing
+    else."""
 
     schema: int
     size: list[int]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ovd.data.photo_words import PhotoWords
 from ovd.detector import Detector
-from ovd.evaluation.photo_calibration import LEAST, TypedPhotos, require_absent_words, require_both, with_threshold
+from ovd.evaluation.photo_calibration import MIN_PHOTOS, TypedPhotos, require_absent_words, require_both, with_threshold
 from ovd.evaluation.typed import average_precision, run_typed
 from ovd.evaluation.typed_photos import typed_photos
 from ovd.inference.crop_classifier import CropClassifier, CropScorer
@@ -42,9 +42,9 @@ def prepare_encoder(detector: Detector, photos: PhotoWords, *, limit: int, seed:
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
     scenes, named = typed_photos(detector, photos, rows, seed=seed, limit=limit)
-    if len(scenes) < 2 * LEAST:  # of those drawn
+    if len(scenes) < 2 * MIN_PHOTOS:  # of those drawn
         raise UserError(
-            f"--data: {len(scenes)} photos with boxes; at least {2 * LEAST} are needed, half of them to measure on"
+            f"--data: {len(scenes)} photos with boxes; at least {2 * MIN_PHOTOS} are needed, half of them to measure on"
         )
     scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words)
     assert isinstance(scorer, CropScorer)

@@ -16,14 +16,14 @@ from ovd.evaluation.coco import evaluate
 from ovd.evaluation.matching import match_table
 from ovd.evaluation.reliability import Reliability, reliability
 from ovd.inference.calibration import fit_platt
-from ovd.modeling.export import DetectorCard
-from ovd.modeling.fvlm.finetuned import FinetunedClasses
+from ovd.modeling.export import DetectorCard, FinetunedCard
+from ovd.modeling.fvlm.finetuned import Branch, FinetunedClasses
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.words import name_key
 from pretrain.engine.errors import UserError
 
-LEAST_RIGHT = 3
-"""Right and wrong boxes, of each so many, that a sigmoid is fitted to."""
+MIN_RIGHT = 3
+"""Fewest right, and fewest wrong, boxes that a sigmoid is fitted to."""
 
 
 class BranchScores(NamedTuple):
@@ -47,7 +47,7 @@ class BranchScores(NamedTuple):
         """
         right = int(self.correct.sum())
         wrong = len(self.correct) - right
-        if min(right, wrong) < LEAST_RIGHT:
+        if min(right, wrong) < MIN_RIGHT:
             return 1.0, 0.0
         target = torch.where(self.correct, (right + 1) / (right + 2), 1 / (wrong + 2))
         return fit_platt(self.scores, target)
@@ -112,42 +112,59 @@ def recalibrated(
     named = {name_key(name) for name in photos.names}
     cards, scores, correct, figures = [], [], [], {}
     for branch in finetuned.branches:
-        added = branch.card
-        active = [
-            name if column >= 0 else None for name, column in zip(added.names, branch.columns.tolist(), strict=True)
-        ]
+        columns = zip(branch.card.names, branch.columns.tolist(), strict=True)
+        active = [name if column >= 0 else None for name, column in columns]
         if not named & {name_key(name) for name in active if name is not None}:
-            cards.append(added)
+            cards.append(branch.card)
             continue
-        halves = [
-            score_branch(
-                branch.network,
-                photos,
-                range(start, len(photos), 2),
-                names=active,
-                side=added.side,
-                nms=added.nms,
-                top=added.top,
-            )
-            for start in (0, 1)
-        ]
-        both = BranchScores(
-            ap50=float("nan"),
-            scores=torch.cat([half.scores for half in halves]),
-            correct=torch.cat([half.correct for half in halves]),
-        )
-        if both.fitted() == (1.0, 0.0):
-            names = ", ".join(name for name in active if name is not None)
-            raise UserError(
-                f"{photos.where}: fewer than {LEAST_RIGHT} right or wrong boxes of {names} are found; more photos are "
-                "needed to fit anything. Nothing was changed"
-            )
-        slope, offset = halves[0].fitted()
-        scores.append((slope * halves[1].scores.logit(eps=1e-6) + offset).sigmoid())
-        correct.append(halves[1].correct)
-        figures[f"ap50_{added.file}"] = halves[1].ap50
-        slope, offset = both.fitted()
-        cards.append(replace(added, slope=slope, offset=offset))
+        fitted, other_half, score = _fit_branch(branch, photos, active)
+        cards.append(fitted)
+        scores.append(score)
+        correct.append(other_half.correct)
+        figures[f"ap50_{fitted.file}"] = other_half.ap50
     curve = reliability(torch.cat(scores).numpy(), torch.cat(correct).numpy())
     figures["ece"] = curve.ece
     return replace(card, finetuned=tuple(cards)), figures, curve
+
+
+def _fit_branch(
+    branch: Branch, photos: FinetunePhotos, names: Sequence[str | None]
+) -> tuple[FinetunedCard, BranchScores, Tensor]:
+    """(card fitted to all photos, detections in the second half, their scores fitted to the first half).
+
+    Args:
+        branch: to be fitted.
+        photos: every second one is of the first half.
+        names: of its classes; None: a later branch's.
+
+    Raises:
+        UserError: too few right or wrong boxes.
+    """
+    card = branch.card
+    halves = [
+        score_branch(
+            branch.network,
+            photos,
+            range(start, len(photos), 2),
+            names=names,
+            side=card.side,
+            nms=card.nms,
+            top=card.top,
+        )
+        for start in (0, 1)
+    ]
+    both = BranchScores(
+        ap50=float("nan"),
+        scores=torch.cat([half.scores for half in halves]),
+        correct=torch.cat([half.correct for half in halves]),
+    )
+    if both.fitted() == (1.0, 0.0):
+        listed = ", ".join(name for name in names if name is not None)
+        raise UserError(
+            f"{photos.where}: fewer than {MIN_RIGHT} right or wrong boxes of {listed} are found; more photos are "
+            "needed to fit anything. Nothing was changed"
+        )
+    slope, offset = halves[0].fitted()
+    score = (slope * halves[1].scores.logit(eps=1e-6) + offset).sigmoid()
+    slope, offset = both.fitted()
+    return replace(card, slope=slope, offset=offset), halves[1], score

@@ -25,7 +25,7 @@ from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
 
 MANY = 30  # categories from which on absent words come from the data set alone
-LEAST = 10  # pictures for the fit, and for the report
+MIN_PICTURES = 10  # pictures for the fit, and for the report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,15 @@ def labelled_scenes(detector: Detector, labels: Labels, *, count: int, absent: i
     photos = CocoImages(images=labels.root, annotations=truth, split=split, labels="all")
     for notice in photos.notices:
         print(f"warning: {notice}", file=sys.stderr)
-    if len(photos) < 2 * LEAST:
-        raise UserError(f"--data {labels.where}: {len(photos)} pictures with objects; at least {2 * LEAST} are needed")
+    if len(photos) < 2 * MIN_PICTURES:
+        raise UserError(
+            f"--data {labels.where}: {len(photos)} pictures with objects; at least {2 * MIN_PICTURES} are needed"
+        )
     order = np.random.default_rng(1000).permutation(len(photos))[: 2 * count].tolist()
     names = photos.names + _further_nouns(photos.names)
     fit, report = (list(_scenes(detector, photos, order[start::2], len(names), absent)) for start in (0, 1))
-    if min(len(fit), len(report)) < LEAST:
-        raise UserError(f"--data {labels.where}: fewer than {2 * LEAST} of its pictures can be read")
+    if min(len(fit), len(report)) < MIN_PICTURES:
+        raise UserError(f"--data {labels.where}: fewer than {2 * MIN_PICTURES} of its pictures can be read")
     return LabelledScenes(names=names, fit=fit, report=report)
 
 

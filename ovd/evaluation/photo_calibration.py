@@ -31,8 +31,8 @@ from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
 FLOOR = 0.02
-LEAST = 20  # photos of either kind that a fit needs
-LEAST_RIGHT = 3  # boxes, and as many wrong ones
+MIN_PHOTOS = 20  # photos of either kind that a fit needs
+MIN_RIGHT = 3  # boxes, and as many wrong ones
 FITTED = 5  # detections for each photo of one thing that a sigmoid is fitted to, the best of all
 
 
@@ -94,10 +94,10 @@ def require_boxes(photos: PhotoWords, where: str) -> None:
         UserError: too few photos with boxes.
     """
     count = sum(bool(labelled_words(photo, photos.table)) for photo in photos.photos)
-    if count < 2 * LEAST:
+    if count < 2 * MIN_PHOTOS:
         raise UserError(
-            f"--data {where}: {count} photo{'s' if count != 1 else ''} with boxes; at least {2 * LEAST} are needed, "
-            "half to fit on and half to measure on"
+            f"--data {where}: {count} photo{'s' if count != 1 else ''} with boxes; at least {2 * MIN_PHOTOS} are "
+            "needed, half to fit on and half to measure on"
         )
 
 
@@ -136,14 +136,16 @@ def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
     Raises:
         UserError: labels that nothing can be fitted to.
     """
-    if len(data.scenes) < LEAST:
-        raise UserError(f"--data: only {len(data.scenes)} photos with boxes can be read; {LEAST} are needed to fit on")
+    if len(data.scenes) < MIN_PHOTOS:
+        raise UserError(
+            f"--data: only {len(data.scenes)} photos with boxes can be read; {MIN_PHOTOS} are needed to fit on"
+        )
     require_absent_words(data)
     ranking = data.scorer.calibration.uncalibrated()
     fitted, outcome = fit_sigmoid(data.scenes, replace(data.scorer, calibration=ranking))
     require_both(outcome)
     named_photos = unknown_to(data.scorer, data.named) if isinstance(data.scorer, WordScorer) else []
-    if len(named_photos) >= LEAST:
+    if len(named_photos) >= MIN_PHOTOS:
         named = named_outcome(named_photos, replace(data.scorer, calibration=ranking), floor=OPEN_EPS)
         slope, offset = named.best(FITTED * len(named_photos)).sigmoid(eps=OPEN_EPS)
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
@@ -174,13 +176,13 @@ def require_both(outcome: Outcome) -> None:
         UserError: hardly any is right, or hardly any wrong.
     """
     right = float(outcome.correct.sum())
-    if min(right, len(outcome.correct) - right) < LEAST_RIGHT:
+    if min(right, len(outcome.correct) - right) < MIN_RIGHT:
         which = "wrong, so nothing can be fitted"
-        if right < LEAST_RIGHT:
+        if right < MIN_RIGHT:
             which = (
                 "right: if the detector does not find these classes, train it on them: --config photos/finetune.yaml"
             )
-        text = f"--data: of the boxes found for the words of the labels fewer than {LEAST_RIGHT} are"
+        text = f"--data: of the boxes found for the words of the labels fewer than {MIN_RIGHT} are"
         raise UserError(f"{text} {which}. Nothing was changed")
 
 
@@ -211,7 +213,11 @@ def fit_examples(data: TypedPhotos) -> Calibration | None:
         The values in the plain fields, for `Calibration.with_examples`; None: too few photos with crops, none that
         lacks what a crop shows, or scores without any relation to the labels.
     """
-    if data.example_scorer is None or len(data.examples) < LEAST or not any(scene.absent for scene in data.examples):
+    if (
+        data.example_scorer is None
+        or len(data.examples) < MIN_PHOTOS
+        or not any(scene.absent for scene in data.examples)
+    ):
         return None
     ranking = choose_ranking(
         data.examples, data.example_scorer, logit_scales=(10.0, 15.0, 20.0, 30.0), objectness_weights=(0.25, 0.5, 1.0)
@@ -253,7 +259,7 @@ def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, floa
     if data.named:
         named = at_threshold(named_outcome(data.named, scorer, floor=FLOOR), threshold)
         figures |= {"named_photos": float(len(data.named)), **{f"named_{name}": v for name, v in named.items()}}
-    if data.example_scorer is not None and len(data.examples) >= LEAST:
+    if data.example_scorer is not None and len(data.examples) >= MIN_PHOTOS:
         by_crop = replace(data.example_scorer, calibration=calibration.of_examples())
         crops = run_typed(data.examples, by_crop, floor=FLOOR)
         measured = at_threshold(crops, calibration.example_threshold)

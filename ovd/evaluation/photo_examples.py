@@ -19,7 +19,7 @@ from pretrain.engine.errors import BadImageError
 CERTAIN = 0.5
 """Only boxes with this score are cut out."""
 SIDE = 32.0
-"""Shorter side of a crop at least, in pixels: what a person would cut out."""
+"""Minimum shorter side of a crop, in pixels: what a user would plausibly cut out."""
 CROPS = 2
 """Of each word, from two photos: neither photo is searched for its own crop."""
 
@@ -57,11 +57,11 @@ def boxes_to_cut(photo: Photo, words: int) -> dict[int, tuple[float, float, floa
 
 
 def word_crops(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> WordCrops:
-    """Cut two crops of each word out of photos that the seed draws, and embed them as a person's examples are."""
-    everywhere = photos.table.everywhere
+    """Cut two crops of each word out of randomly drawn photos, and embed them as a user's examples are."""
+    always_labelled = photos.table.always_labelled
     boxes_of: dict[int, list[tuple[int, tuple[float, float, float, float]]]] = {}
     for index in np.random.default_rng(seed).permutation(len(photos.photos)).tolist():
-        for word, box in boxes_to_cut(photos.photos[index], everywhere).items():
+        for word, box in boxes_to_cut(photos.photos[index], always_labelled).items():
             if len(boxes_of.setdefault(word, [])) < CROPS:
                 boxes_of[word].append((index, box))
     rows = np.zeros((CROPS, len(photos.table.words), detector.model.background_words.shape[1]), np.float32)

@@ -92,7 +92,7 @@ def write_plots(
 
 
 def curves_svg(curves: Mapping[str, NDArray[np.float64]], *, title: str) -> str:
-    """Precision against recall as a self-contained SVG; a curve's mean stands beside its name."""
+    """Precision against recall as a self-contained SVG; a curve's mean is shown beside its name."""
     left, top, side = LEFT, TOP, SIDE
     parts = open_axes(title=title, height=420 + 16 * len(curves))
     for number, (name, curve) in enumerate(curves.items()):

@@ -60,7 +60,7 @@ def to_json(
 
     Args:
         command: how it was run.
-        extra: what else to keep (weights, seed, time); stands under `run`.
+        extra: further values (weights, seed, time), stored under `run`.
     """
     return {
         "schema_version": SCHEMA_VERSION,

@@ -67,7 +67,7 @@ def absent_words(alike: Sequence[int], others: Sequence[int], *, count: int, rng
 
 def labelled_words(photo: Photo, table: WordTable) -> tuple[int, ...]:
     """The exhaustively labelled words that the photo certainly shows."""
-    sure = (photo.words < table.everywhere) & (photo.scores >= CONFIDENT)
+    sure = (photo.words < table.always_labelled) & (photo.scores >= CONFIDENT)
     return tuple(sorted(set(photo.words[sure].tolist())))
 
 
@@ -98,7 +98,7 @@ def typed_photo(
         for word in {*photo.words.tolist(), *([] if photo.noun is None else [photo.noun])}
         for w in related(table, word)
     }
-    free = [w for w in range(table.everywhere) if w not in named]
+    free = [w for w in range(table.always_labelled) if w not in named]
     alike = list(dict.fromkeys(w for word in present for w in near[word] if w not in named))
     chosen = absent_words(alike, free, count=absent, rng=rng)
     typed = np.isin(photo.words, present)
@@ -132,8 +132,10 @@ def typed_photos(
         limit: photos at most, drawn by the seed; None: all.
     """
     table = photos.table
-    near = confusable(rows_CD, table, range(table.everywhere))
-    nouns = sorted({photo.noun for photo in photos.photos if photo.noun is not None and photo.noun >= table.everywhere})
+    near = confusable(rows_CD, table, range(table.always_labelled))
+    nouns = sorted(
+        {photo.noun for photo in photos.photos if photo.noun is not None and photo.noun >= table.always_labelled}
+    )
     near_nouns = confusable(rows_CD, table, nouns)
     scenes, named = [], []
     chosen: Sequence[int] = range(len(photos.photos))

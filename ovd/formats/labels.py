@@ -51,7 +51,7 @@ class Labels:
 
 
 class Notes:
-    """Mistakes and oddities of label files, each with the file and line it stands in.
+    """Mistakes and oddities of label files, each with file and line.
 
     Args:
         where: the data set, for messages.

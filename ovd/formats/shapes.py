@@ -125,7 +125,7 @@ def labelled_pictures(labels: Labels, *, sources: Mapping[str, Path] | None = No
 
 
 def _target(file: str, part: str, used: set[str]) -> str:
-    """A file's path without the folders that stand for parts and pictures, and with a stem that is not taken."""
+    """A file's path without the folders of parts and pictures, and with a unique stem."""
     path = PurePosixPath(_CONTROLS.sub("_", file))  # lists of files have a name a line
     folders = [name for name in path.parts[:-1] if name not in ("images", "JPEGImages", "..", "/")]
     if folders and PART_NAMES.get(folders[0]) == part:

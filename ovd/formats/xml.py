@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XML that every parser reads, whatever names are in it."""
+"""XML that every parser reads, with any class names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO's poses, told from its outlines where ``data.yaml`` does not say which they are.
+"""Distinguishes YOLO's poses from its outlines where ``data.yaml`` does not say which they are.
 
 Both are lines of many numbers. Of a pose the first four are the box ``cx cy width height``, and the others keypoints in
 it, ``x y`` or ``x y v`` with a visibility of 0, 1 or 2. Read as an outline the object would be another one.

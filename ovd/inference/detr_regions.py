@@ -192,7 +192,7 @@ class PretextDetr(DetrRegionModel, PatchLocator):
 
 
 class PatchEncoder:
-    """The transformer's own image space as the encoder of a person's crops (`ovd.regions.cutting.CropEncoder`).
+    """The transformer's own image space as the encoder of a user's crops (`ovd.regions.cutting.CropEncoder`).
 
     Args:
         model: its backbone embeds.

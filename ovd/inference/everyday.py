@@ -110,7 +110,7 @@ OTHER_THINGS = frozenset(
     ("bullet", "cell", "charger", "chopper", "grip", "hack", "lumber", "mount", "painter", "patty",
      "plug", "sinker", "street sign", "volume", "wheel")
 )  # fmt: skip
-"""WordNet has them as names of one of the words (*wheel* of bicycle, *plug* of fire hydrant); a person means others."""
+"""WordNet lists them as names of one of the words (*wheel* of bicycle, *plug* of fire hydrant); users mean others."""
 
 IRREGULAR = {
     "people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",

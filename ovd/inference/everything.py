@@ -23,7 +23,7 @@ EVERYTHING = "everything"
 """Typed alone, in place of class names."""
 
 SHOWN_THRESHOLD = 0.3
-"""Lowest score shown. 1,250 words that nobody typed need more certainty than few that somebody did: of the boxes that
+"""Lowest score shown. 1,250 words without a query need more certainty than a few typed ones: of the boxes that
 450 validation photos can judge .84 are right at .3 and .73 at .22, the threshold of typed words."""
 
 OPEN_THRESHOLD = 0.6

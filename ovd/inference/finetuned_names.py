@@ -40,7 +40,7 @@ class FinetunedNames:
         return cls(words=WordList(words=names, lexicon=lexicon))
 
     def columns(self, cards: Sequence[FinetunedCard]) -> list[list[int]]:
-        """For each branch where its classes stand among all fine-tuned classes; -1: a later branch's."""
+        """For each branch the columns of its classes among all fine-tuned classes; -1: a later branch's."""
         newest = {name_key(name): number for number, card in enumerate(cards) for name in card.names}
         column = {name: number for number, name in enumerate(self.words.words)}
         return [
@@ -49,7 +49,7 @@ class FinetunedNames:
         ]
 
     def has(self, phrase: str) -> bool:
-        """Whether a phrase, in whatever number, is one of the classes."""
+        """Whether a phrase, singular or plural, is one of the classes."""
         return name_key(phrase) in self.words.words or self.words.is_one(phrase)
 
     def answering(self, phrases: Phrases) -> NDArray[np.bool_]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard
 
 INDISTINCT_SHARE = 0.5
-"""Of a word's score for a kind that cannot be told from it (*woman* of person): it is one or it is not."""
+"""Factor on a word's score for a kind that cannot be distinguished from it (*woman* of person): half may be one."""
 
 
 class FvlmNetwork(Protocol):
@@ -149,59 +149,34 @@ class FvlmRegionModel(RegionModel):
 
         Fine-tuned classes are left out: on photos unlike its training data a branch has false positives.
         """
-        nouns = [w for w in self.training_words.words if w in self.training_words.lexicon.nouns]
+        known, count = self.proposal_words.words, len(self.proposal_words.words)
+        nouns = [word for word in self.training_words.words if word in self.training_words.lexicon.nouns]
+        lines = {word: self.training_words.line_of(word) for word in (*known, *nouns)}
+        first: dict[str, str] = {}  # of each meaning
+        for word, line in lines.items():
+            first.setdefault(line[0], word)
         relations = self.proposal_words.relations([[word] for word in nouns])
-        same = relations.same_or_below | relations.indistinct
-        above: list[bool] = same.any(axis=1).tolist()  # type: ignore[assignment]
-        canonical = {
-            self.training_words.line_of(word)[0]: word for word in reversed([*self.proposal_words.words, *nouns])
-        }
-        first = frozenset(canonical.values())
-        others = [(w, kinds) for w, kinds, is_above in zip(nouns, relations.above, above, strict=True)
-                  if w in first and not is_above]  # fmt: skip
-        names = (*self.proposal_words.words, *(word for word, _ in others))
-        count = len(self.proposal_words.words)
+        is_hypernym = np.asarray((relations.same_or_below | relations.indistinct).any(axis=1))
+        others = np.array(
+            [i for i, word in enumerate(nouns) if first[lines[word][0]] == word and not is_hypernym[i]], dtype=np.int64
+        )
+        names = (*known, *(nouns[i] for i in others))
         kind_of = np.zeros((len(names), len(names)), dtype=bool)
-        kind_of[count:, :count] = np.stack([kinds for _, kinds in others]) if others else False
+        kind_of[count:, :count] = relations.above[others]
         shift = np.full(len(names), open_shift(), dtype=np.float32)
         shift[:count] = 0
-        number = {self.training_words.line_of(name)[0]: i for i, name in enumerate(names)}
-        family = [next(number[k] for k in reversed(self.training_words.line_of(name)) if k in number) for name in names]
+        number = {lines[name][0]: i for i, name in enumerate(names)}
+        family = [next(number[key] for key in reversed(lines[name]) if key in number) for name in names]
         return PromptFreeWords(names=names, shift=shift, kind_of=kind_of, family=np.array(family))
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
-        relations = self.proposal_words.relations(phrases)
         related_training = self.training_words.relations(phrases).related
         competitor_mask = np.ones((len(phrases), len(competitors)), dtype=bool)
         competitor_mask[:, : related_training.shape[1]] = ~related_training
         if not self.proposal_words.words:
-            from ovd.config_fvlm import FvlmConfig
-
-            labelled, config = self._labelled.relations(phrases), self.card.architecture
-            assert isinstance(config, FvlmConfig)
-            is_labelled = np.asarray(labelled.same_or_below.any(axis=1))
-            return EnsembleScorer(
-                rows=rows,
-                competitors=competitors,
-                competitor_mask=competitor_mask,
-                exponent=head_exponents(config.variant, is_labelled, novel=config.novel_exponent),
-                labelled_rows=self.background_words[: len(self.card.classes)],
-                related=labelled.related,
-                is_labelled=is_labelled,
-                scale=self.network.scale,
-                calibration=self.calibration,
-            )
-        finetuned_CO = finetuned_only_C = None
-        if self.finetuned is not None:
-            finetuned_CO = self.finetuned.answering(phrases)
-            finetuned_only_C = np.array(
-                [
-                    any(self.finetuned.has(p) for p in group) and not any(self.proposal_words.is_one(p) for p in group)
-                    for group in phrases
-                ],
-                dtype=bool,
-            )
+            return self._ensemble_scorer(rows, phrases, competitors, competitor_mask)
+        relations = self.proposal_words.relations(phrases)
         is_guess = relations.indistinct.any(axis=1) & ~relations.same_or_below.any(axis=1)
         return WordScorer(
             rows=rows,
@@ -213,8 +188,40 @@ class FvlmRegionModel(RegionModel):
             scale=self.network.scale,
             calibration=self.calibration,
             share=np.where(is_guess, INDISTINCT_SHARE, 1).astype(np.float32),
-            finetuned=finetuned_CO,
-            finetuned_only=finetuned_only_C,
+            finetuned=None if self.finetuned is None else self.finetuned.answering(phrases),
+            finetuned_only=None if self.finetuned is None else self._finetuned_only(self.finetuned, phrases),
+        )
+
+    def _ensemble_scorer(
+        self, rows: Floats, phrases: Phrases, competitors: Floats, competitor_mask: NDArray[np.bool_]
+    ) -> EnsembleScorer:
+        """The scorer where the proposal network has no words: the heads alone classify."""
+        from ovd.config_fvlm import FvlmConfig
+
+        labelled, config = self._labelled.relations(phrases), self.card.architecture
+        assert isinstance(config, FvlmConfig)
+        is_labelled = np.asarray(labelled.same_or_below.any(axis=1))
+        return EnsembleScorer(
+            rows=rows,
+            competitors=competitors,
+            competitor_mask=competitor_mask,
+            exponent=head_exponents(config.variant, is_labelled, novel=config.novel_exponent),
+            labelled_rows=self.background_words[: len(self.card.classes)],
+            related=labelled.related,
+            is_labelled=is_labelled,
+            scale=self.network.scale,
+            calibration=self.calibration,
+        )
+
+    def _finetuned_only(self, finetuned: FinetunedNames, phrases: Phrases) -> NDArray[np.bool_]:
+        """(C,) bool: fine-tuned classes that are no word of the proposal network."""
+        return np.array(
+            [
+                any(finetuned.has(phrase) for phrase in group)
+                and not any(self.proposal_words.is_one(phrase) for phrase in group)
+                for group in phrases
+            ],
+            dtype=bool,
         )
 
     def example_scorer(self, rows: Floats, competitors: Floats, negatives: Floats) -> Scorer:

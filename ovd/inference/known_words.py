@@ -31,7 +31,8 @@ class Relations:
     Attributes:
         same_or_below: (C, K) bool: a region that is the known word is also the class (dog, for "animal" or "dog").
         above: (C, K) bool: the class is a kind of the known word (dog, for "terrier").
-        indistinct: (C, K) bool: of these, kinds that a small encoder cannot tell from the word (cat, for "kitten").
+        indistinct: (C, K) bool: of these, kinds that a small encoder cannot distinguish from the word (cat, for
+            "kitten").
     """
 
     same_or_below: NDArray[np.bool_]
@@ -73,7 +74,7 @@ class WordList:
         return sum(self.meaning_of(word) is not None for word in self.words) * 2 > len(self.words)
 
     def meaning_of(self, phrase: str) -> str | None:
-        """Id of the meaning of a phrase as a person types it; None: not in the lexicon.
+        """Id of the meaning of a typed phrase; None: not in the lexicon.
 
         Capitals, plurals, and compounds in one word or in several (*surf board*, *hot-dog*, *firehydrant*) too.
         """
@@ -113,7 +114,7 @@ class WordList:
         return frozenset((*KINDS, *GROUPS, *self.words))
 
     def is_one(self, phrase: str) -> bool:
-        """Whether a phrase, in whatever number, is one of the words or a synonym of one; not a kind or a group."""
+        """Whether a phrase, singular or plural, is one of the words or a synonym of one; not a kind or a group."""
         _, same, number_of = self._columns
         meaning = self.meaning_of(phrase)
         return meaning in same if meaning is not None else bool(set(singulars(phrase.casefold())) & number_of.keys())
@@ -141,7 +142,7 @@ class WordList:
         return number_of.get(word, next(iter(same.get(self.meaning_of(word) or word, ())), None))
 
     def kinds_of(self, phrase: str) -> frozenset[str]:
-        """Words that people group as the phrase, in whatever number it is typed."""
+        """Words that the phrase, singular or plural, is a group of."""
         return frozenset(word for form in singulars(phrase.casefold()) for word in GROUPS.get(form, ()))
 
     @cached_property

@@ -31,7 +31,7 @@ BLOCK = 1 << 21
 """Scores computed at a time, eight megabytes: smaller products of matrices are slower ones."""
 CACHED = 1 << 17
 """Of these, as many are worked on at a time: half a megabyte."""
-LEAST_SHARE = 1e-5
+MIN_SHARE = 1e-5
 """Of the competitors' total, what a difference from it may be. Sums of double precision then keep seven digits or more;
 a smaller one is added up anew."""
 TINY = np.float32(1e-30)
@@ -94,7 +94,7 @@ class CompetitorGroups:
         sum_GR = np.tile(total_R, (len(self.excluded), 1))
         for words in self._layers:
             sum_GR[: len(words)] -= odds_BR[words]
-        for row in np.flatnonzero((sum_GR < LEAST_SHARE * total_R).any(axis=1) | self._many):
+        for row in np.flatnonzero((sum_GR < MIN_SHARE * total_R).any(axis=1) | self._many):
             sum_GR[row] = odds_BR[~self.excluded[row]].sum(axis=0, dtype=np.float64)
         return sum_GR.astype(np.float32)
 

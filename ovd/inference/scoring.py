@@ -31,7 +31,7 @@ class Calibration:
         bank_limit: background words with a cosine above it to the typed class are its near-synonyms and do not compete
             with it.
         threshold: default of the page and of ``detect``.
-        prompt_free_threshold: lowest score shown of words that nobody typed, where ``wordbox calibrate`` fitted one;
+        prompt_free_threshold: lowest score shown in prompt-free detection, where ``wordbox calibrate`` fitted one;
             None: as `ovd.inference.everything` has it.
         head_weight: exponent of the region head beside the proposal network's own score, for words that the latter
             knows (`ovd.inference.fvlm_regions`); slope and offset are those words'. Of 0 to .4 in tenths, .2 has the

@@ -155,7 +155,7 @@ class Backend:
         return answers
 
     def similar(self, config: str, task: Task, drawn: DrawnRegion) -> Prediction:
-        """Boxes that resemble the thing in a rectangle that somebody drew, under its label; no words are used.
+        """Boxes that resemble the object in a drawn rectangle, under its label; no words are used.
 
         Where no region fits the rectangle, its crop is searched for as an example.
 

@@ -98,7 +98,7 @@ def _has_tag(element: ElementTree.Element, tag: str) -> bool:
 def _controls(
     element: ElementTree.Element, images: dict[str, ElementTree.Element], elements: list[ElementTree.Element]
 ) -> Iterator[BoxControl]:
-    """The controls that one element stands for: one for each of its pictures."""
+    """The controls of one element: one for each of its pictures."""
     pair = _has_tag(element, "Labels")
     if not pair and not _has_tag(element, "RectangleLabels"):
         return

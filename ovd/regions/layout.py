@@ -275,7 +275,7 @@ def refuse_differences(
         path: folder of the store, for messages.
         manifest: of the store.
         expected: what the caller has, by key of the manifest.
-        notes: of the caller, like the manifest's: names of what the fingerprints stand for.
+        notes: of the caller, like the manifest's: names of the fingerprinted things.
 
     Raises:
         UserError: naming every difference.
@@ -301,7 +301,7 @@ def refuse_differences(
 
 
 def _named(value: object, name: object) -> str:
-    """A fingerprint with the name of what it stands for: ``clip-photo (1f2e3d4c5b6a…)``; without one as it is."""
+    """A fingerprint with the name of its source, ``clip-photo (1f2e3d4c5b6a…)``; without a name as it is."""
     return f"{name} ({str(value)[:12]}…)" if isinstance(name, str) else repr(value)
 
 

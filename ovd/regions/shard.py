@@ -132,7 +132,7 @@ class _Batches:
 def write_shard(
     path: Path, shard: int, *, manifest: Manifest, embedder: RegionEmbedder, heartbeat: Callable[[], None]
 ) -> int:
-    """Write a shard and what stands beside it; returns how many of its pictures could not be read.
+    """Write a shard and its sidecar; returns how many of its pictures could not be read.
 
     Args:
         path: the store.

@@ -90,7 +90,7 @@ FORMS: Mapping[str, Callable[[NDArray[np.generic]], bytes]] = {
     "single transposed": lambda values: _single(values.T),
     "int8": lambda values: int8_channels(values).tobytes(),
 }
-"""How a stored tensor stands in a graph: its bytes, little-endian."""
+"""Forms of a stored tensor in a graph: its bytes, little-endian."""
 
 
 def assemble(folder: Path, target: Path, *, int8: bool = False) -> None:

@@ -23,8 +23,8 @@ from ovd.runtime.files import RuntimeCard, branch_graph
 
 CANDIDATES = 1000
 """Best (cell, class) pairs that enter NMS, as in `ovd.modeling.proposals.classes`."""
-LEAST_SCORE = 1e-3
-LEAST_SIDE = 1  # of a box, in pixels of the picture
+MIN_SCORE = 1e-3
+MIN_SIDE = 1  # of a box, in pixels of the picture
 
 
 class FinetunedBoxes(NamedTuple):
@@ -83,10 +83,10 @@ class OnnxBranches:
         cells = graph(image, side=card.side)
         score_AC = np.nan_to_num(sigmoid(cells.words))
         pairs = best_first(score_AC.ravel(), CANDIDATES)
-        pairs = pairs[score_AC.ravel()[pairs] >= LEAST_SCORE]
+        pairs = pairs[score_AC.ravel()[pairs] >= MIN_SCORE]
         cell, class_id = np.divmod(pairs, score_AC.shape[1])
         boxes = cells.boxes(cell) * cells.to_picture
-        is_large = ((boxes[:, 2:] - boxes[:, :2]) >= LEAST_SIDE).all(axis=1)
+        is_large = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(axis=1)
         boxes, class_id, scores = boxes[is_large], class_id[is_large], score_AC[cell, class_id][is_large]
         keep = batched_nms(boxes, scores, class_id, card.nms, limit=card.top)
         return boxes[keep], class_id[keep], scores[keep]

@@ -33,7 +33,7 @@ from pretrain.engine.errors import UserError
 
 MAX_ENLARGEMENT = 4 / 3
 """Of a small picture in the proposal network, as in `ovd.modeling.proposals.build`."""
-LEAST_SIDE = 1.0  # of a proposal, in pixels of the network's input
+MIN_SIDE = 1.0  # of a proposal, in pixels of the network's input
 
 
 class Proposed(NamedTuple):
@@ -138,7 +138,7 @@ class OnnxNetwork:
         objectness = np.nan_to_num(sigmoid(cells.words.max(axis=1)))
         best = best_first(objectness, card.pre_nms)
         boxes = cells.boxes(best)
-        is_large = ((boxes[:, 2:] - boxes[:, :2]) > LEAST_SIDE).all(axis=1)
+        is_large = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(axis=1)
         best, boxes = best[is_large], boxes[is_large]
         first = suppressed(boxes, objectness[best], card.nms)[: card.post_nms]
         best = best[first]

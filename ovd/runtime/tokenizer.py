@@ -25,7 +25,7 @@ WORDS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\
 
 
 def byte_letters() -> list[str]:
-    """A printable character for each of the 256 bytes: those that are one stand for themselves, in their order.
+    """A printable character for each of the 256 bytes; printable ones map to themselves.
 
     Ids count the printable ones first, then the others, which get the characters from 256 on.
     """

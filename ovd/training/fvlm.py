@@ -85,7 +85,7 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     criterion = WordCriterion(
         model=model,
         rows=rows,
-        always_labelled=photos.table.everywhere,
+        always_labelled=photos.table.always_labelled,
         noun_weight=config.noun_weight,
         image_weight=None if store is None else config.image_weight,
     )
@@ -277,7 +277,7 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         encoder_fingerprint=parts.encoder.fingerprint(),
         short_side=config.model.side,
         long_side=config.model.side,
-        classes=table.words[: table.everywhere],
+        classes=table.words[: table.always_labelled],
         novel=(),
         background_words=table.words,
         calibration=start_calibration(config.model, float(parts.encoder.logit_scale.detach().exp())).record(),

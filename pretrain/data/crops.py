@@ -85,7 +85,7 @@ class ViewSource:
 
     Args:
         images: The pictures.
-        views: What to crop; a ``count`` above 1 stands for that many views.
+        views: What to crop; a ``count`` above 1 means that many views.
         seed: Crops of different seeds share nothing.
     """
 

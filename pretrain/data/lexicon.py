@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT = "lexicon/1"
 SHIPPED = Path(__file__).with_name("lexicon.json")
 PERSON = 18  # lexnames(5WN)
-# Words above everything, which tell nothing about a picture.
+# Hypernyms of nearly everything, which say nothing about a picture.
 TOO_GENERAL = frozenset(
     "abstraction|animate thing|artifact|being|body part|causal agent|commodity|consumer goods|covering|entity|group|"
     "instrumentality|living thing|material|matter|object|organism|part|physical entity|physical object|solid|structure|"

@@ -25,7 +25,7 @@ from pretrain.engine.config_schema import (
 from pretrain.engine.config_yaml import Item, describe_value
 from pretrain.engine.errors import did_you_mean, nearest, shorten
 
-MAX_PROBLEMS = 50  # explained one by one; somebody gave a data file
+MAX_PROBLEMS = 50  # explained one by one; more means that a data file was given
 
 KINDS_OF_ABSENCE = ("missing", "union_tag_not_found", "value_error", "assertion_error")
 """Kinds of error that may only say that a file could not be read, when one could not."""
@@ -40,7 +40,7 @@ def explain(
         error: What pydantic found.
         model: What was validated against.
         root: What was validated.
-        partial: Some file could not be read, so that what seems to be missing may stand there.
+        partial: Some file could not be read, so keys that seem to be missing may be in it.
 
     Returns:
         The problems, and, when there were too many, a last line that says so.
@@ -58,8 +58,8 @@ class _Spot:
     """The place an error belongs to."""
 
     path: list[str]  # dotted key
-    shape: Shape  # what may stand there
-    item: Item  # what stands there, or the nearest item around
+    shape: Shape  # what the schema allows there
+    item: Item  # what is there, or the nearest enclosing item
     annotation: Any
     info: FieldInfo | None = None  # the field
     section: type[BaseModel] | None = field(default=None)  # the section around it

@@ -220,7 +220,7 @@ def set_rng_state(state: RngState) -> None:
 
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leave the global generators of the CPU as they were, whatever the body draws."""
+    """Restore the CPU's global generators afterwards, whatever the body draws."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -26,7 +26,7 @@ LOST = (
     "ncclRemoteError",
 )
 BAD_IMAGES_ALLOWED = 0.01  # of the draws so far
-BAD_IMAGES_IGNORED = 3  # so many prove nothing, whatever their share
+BAD_IMAGES_IGNORED = 3  # so few prove nothing, whatever their share
 
 
 class Stopped(SystemExit):

@@ -190,7 +190,7 @@ def locked(out: Path) -> Iterator[str | None]:
 def prepare(out: Path, record: Mapping[str, object], *, device: torch.device, overwrite: bool) -> None:
     """Remove what an overwritten run has left, and write ``config.yaml`` and ``env.json``."""
     if overwrite:
-        for name in RUN_FILES:  # by name: a mistyped out= must not empty somebody's folder
+        for name in RUN_FILES:  # by name: a mistyped out= must not empty another folder
             path = out / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -180,7 +180,7 @@ class _Run:
 
     @contextmanager
     def errors_explained(self) -> Iterator[None]:
-        """Errors of torch that a person can mend become a `UserError`; others pass."""
+        """Turn errors of torch that the user can fix into a `UserError`; others pass."""
         try:
             yield
         except RuntimeError as error:
@@ -190,7 +190,7 @@ class _Run:
             raise better from error
 
     def begin(self, start: checkpoint.Checkpoint | None, notes: list[str], *, overwrite: bool) -> None:
-        """Load the checkpoint, if any; open the folder and the log; wrap the model."""
+        """Load the checkpoint, if any, open the folder and the log, and wrap the model."""
         distributed.seed_everything(derive_seed(self.loop.seed, self.rank))
         rank_state: checkpoint.RankState | None = None
         if not self.check:  # one process looks at the files

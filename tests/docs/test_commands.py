@@ -40,7 +40,9 @@ def test_pages__show_commands() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages__commands_are_accepted(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
     assert not [f"{shlex.join(words)}: {why}" for words in commands(page) if (why := problem(words, capsys))]
 
@@ -115,7 +117,7 @@ def test_documented_output__is_real(page: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CONTRIBUTING.md"], ids=name_of)
-def test_files_named_in_prose_exist(page: Path) -> None:
+def test_pages__named_files_exist(page: Path) -> None:
     text = prose(page)
     files = set(
         re.findall(r"`((?:ovd|pretrain|scripts|benchmarks|examples|tests|configs)/[\w/.-]+\.(?:py|yaml))`", text)

@@ -32,20 +32,20 @@ def test_examples__are_20_to_60_lines() -> None:
     assert all(20 <= len(script.read_text(encoding="utf-8").splitlines()) <= 60 for script in SCRIPTS)
 
 
-def test_words_find_what_the_picture_shows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_find_words__finds_what_the_picture_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("find_words").main([]) == 0
     first, other = capsys.readouterr().out.split("other words, same regions:")
     assert re.search(r"^horse +0\.\d\d  from", first, re.MULTILINE)
     assert "animal" in other
 
 
-def test_a_crop_ranks_its_own_picture_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_by_crop__ranks_its_own_picture_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("search_by_crop").main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and "horses.jpg" in lines[0]
 
 
-def test_own_classes_on_a_folder_become_coco_results(tmp_path: Path) -> None:
+def test_classes_on_folder__writes_coco_results(tmp_path: Path) -> None:
     module = load("classes_on_folder")
     out = tmp_path / "results.json"
     assert module.main([str(module.PHOTOS), "dog, horse, car", str(out)]) == 0
@@ -53,7 +53,7 @@ def test_own_classes_on_a_folder_become_coco_results(tmp_path: Path) -> None:
     assert results and all({"image_id", "category_id", "bbox", "score"} <= entry.keys() for entry in results)
 
 
-def test_a_backbone_pretrained_on_a_folder_is_handed_over(tmp_path: Path) -> None:
+def test_pretrain_backbone__exports_to_detectron2(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def test_a_backbone_pretrained_on_a_folder_is_handed_over(tmp_path: Path) -> Non
     assert {"model.safetensors", "detectron2.yaml"} <= {p.name for p in (tmp_path / "run" / "detectron2").iterdir()}
 
 
-def test_results_are_evaluated_by_base_and_novel(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_results__by_base_and_novel(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("evaluate_results").main([]) == 0
     # IoU .5 passes the first of COCO's ten thresholds, so the zebra's AP is a tenth.
     assert "AP on novel categories: 0.100" in capsys.readouterr().out

@@ -26,13 +26,13 @@ QUOTED = re.findall(
 
 
 @pytest.mark.parametrize(("file", "text"), QUOTED, ids=[file for file, _ in QUOTED])
-def test_the_page_shows_the_file_that_runs(file: str, text: str) -> None:
+def test_extending__page_quotes_the_files(file: str, text: str) -> None:
     source = (ROOT / file).read_text(encoding="utf-8")
     assert text.strip() == source.removeprefix("# SPDX-License-Identifier: Apache-2.0\n").strip()
     assert sum(bool(line.strip()) for line in text.splitlines()) <= 40
 
 
-def test_every_extension_has_its_example() -> None:
+def test_extending__every_extension_has_an_example() -> None:
     assert len(QUOTED) >= 5
 
 
@@ -42,7 +42,7 @@ def metric() -> ModuleType:
 
 
 @pytest.mark.parametrize(("base", "novel", "mean"), [(0.6, 0.3, 0.4), (0.5, 0.0, 0.0), (0.0, 0.0, 0.0)])
-def test_a_metric_of_ones_own_is_written_with_the_others(
+def test_metric_example__is_written_with_the_others(
     metric: ModuleType, tmp_path: Path, base: float, novel: float, mean: float
 ) -> None:
     truth, results = load("evaluate_results").toy()
@@ -55,7 +55,7 @@ def test_a_metric_of_ones_own_is_written_with_the_others(
     assert written["bbox/AP50_hmean"] == pytest.approx(mean)
 
 
-def test_a_metric_of_ones_own_runs_as_a_command(metric: ModuleType, tmp_path: Path) -> None:
+def test_metric_example__runs_as_a_command(metric: ModuleType, tmp_path: Path) -> None:
     truth, results = load("evaluate_results").toy()
     split = {"name": "mine", "base": ["dog"], "novel": ["zebra"]}
     for name, content in (("gt", truth), ("results", results), ("split", split)):
@@ -66,7 +66,7 @@ def test_a_metric_of_ones_own_runs_as_a_command(metric: ModuleType, tmp_path: Pa
     assert written["bbox/AP50_hmean"] == pytest.approx(1.0)  # the zebra's IoU is .5, which counts at AP50
 
 
-def test_the_loss_of_ones_own_equals_its_formula() -> None:
+def test_loss_example__equals_its_formula() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(2, 5, 3, dtype=torch.float64)
     unit = [row / row.norm() for row in (*a, *b)]
@@ -79,7 +79,7 @@ def test_the_loss_of_ones_own_equals_its_formula() -> None:
     assert float(loss) == pytest.approx(total / 10, abs=1e-5)
 
 
-def test_a_table_of_boxes_becomes_a_file_that_is_read(tmp_path: Path) -> None:
+def test_data_example__csv_becomes_a_readable_coco_file(tmp_path: Path) -> None:
     data = load("extending/detection_data")
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     table = tmp_path / "boxes.csv"

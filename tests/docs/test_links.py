@@ -14,7 +14,7 @@ WIDTH = 120
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_and_anchors_resolve(page: Path) -> None:
+def test_pages__links_and_anchors_resolve(page: Path) -> None:
     broken = []
     for link in links(page):
         if re.match(r"https?:|mailto:", link):
@@ -27,19 +27,19 @@ def test_links_and_anchors_resolve(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_lines_fit_the_screen(page: Path) -> None:
+def test_pages__lines_have_at_most_120_columns(page: Path) -> None:
     text = page.read_text(encoding="utf-8").splitlines()
     long = [n for n, line in enumerate(text, 1) if len(line) > WIDTH and not re.match(r" *\||!\[", line)]
     assert not long
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_blocks_of_code_are_closed(page: Path) -> None:
+def test_pages__code_blocks_are_closed(page: Path) -> None:
     assert not [line for line in prose(page).splitlines() if line.lstrip().startswith("```")]
     assert all(text.strip() for _, text in blocks(page))
 
 
-def test_the_readme_leads_to_every_guide_in_one_click() -> None:
+def test_readme__links_to_every_guide() -> None:
     """Directly, or as the guide's index, which lists them all."""
     index = ROOT / "docs/guide/README.md"
     linked = {
@@ -50,12 +50,12 @@ def test_the_readme_leads_to_every_guide_in_one_click() -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "README.md"], ids=name_of)
-def test_each_page_begins_with_what_it_is_for(page: Path) -> None:
+def test_pages__begin_with_their_purpose(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ") and lines[1] == "" and lines[2]
 
 
-def test_code_that_names_a_page_names_one_that_exists() -> None:
+def test_code__named_pages_exist() -> None:
     sources = [
         p
         for folder in ("ovd", "pretrain", "scripts", "benchmarks", "configs", "examples", "tests")

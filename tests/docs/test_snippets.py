@@ -21,7 +21,7 @@ def members(kind: type) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_python_names_what_exists(page: Path) -> None:
+def test_pages__python_imports_exist(page: Path) -> None:
     wrong = []
     for node in (node for language, text in blocks(page) if language == "python" for node in ast.walk(ast.parse(text))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("ovd", "pretrain"):

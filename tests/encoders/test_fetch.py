@@ -61,7 +61,7 @@ def test_fetch__no_network_is_one_line(tmp_path: Path, environment: dict[str, st
     assert lines[0].endswith("give its path: open_clip:ViT-B-32:FILE")
 
 
-def test_the_page_fetches_before_it_starts_and_stops_where_that_fails() -> None:
+def test_page__fetches_before_it_starts() -> None:
     run = subprocess.run(
         [sys.executable, "app.py", "--port", "0", "--encoder", "open_clip:ViT-B32:openai"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
@@ -89,7 +89,7 @@ class Hub:
         return SimpleNamespace(size=self.files[name].stat().st_size)
 
 
-def test_host_and_size_are_reported_before_anything_is_fetched(
+def test_fetch__host_and_size_are_reported_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "open_clip_pytorch_model.bin"
@@ -134,21 +134,19 @@ def test_fetch__cached_file_is_used_silently(
         ("ViT-B-32:gone.safetensors", "no weights file at gone.safetensors"),
     ],
 )
-def test_misspelt_names_get_the_nearest(rest: str, message: str) -> None:
+def test_open_clip__misspelt_name_gets_the_nearest(rest: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_open_clip(rest)
 
 
 @pytest.mark.parametrize(("model", "mean"), [("ViT-B-16-SigLIP", 0.5), ("ViT-B-32", 0.48145466)])
-def test_a_file_has_the_pixel_statistics_of_its_model_s_published_weights(
-    tmp_path: Path, model: str, mean: float
-) -> None:
+def test_open_clip__file_has_its_models_pixel_statistics(tmp_path: Path, model: str, mean: float) -> None:
     (tmp_path / "x.safetensors").touch()
     assert find_open_clip(f"{model}:{tmp_path / 'x.safetensors'}")[0]["mean"][0] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin", "pt"])
-def test_files_as_open_clip_writes_them_answer_as_its_own_model_does(tmp_path: Path, suffix: str) -> None:
+def test_open_clip__file_equals_its_own_model(tmp_path: Path, suffix: str) -> None:
     path = save_clip(tmp_path / "clip", suffix=suffix)
     encoder = load_encoder(spec_of(path))
     assert list(encoder.image_mean) == PREPROCESS["mean"] and encoder.image_size == 32
@@ -170,7 +168,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def test_towers_that_read_their_padding_are_left_alone() -> None:
+def test_short_texts__towers_that_read_padding_are_unchanged() -> None:
     causal = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1, "output_dim": 8}
     tower = open_clip.transformer.TextTransformer
     assert padding_is_idle(tower(**causal))
@@ -178,9 +176,7 @@ def test_towers_that_read_their_padding_are_left_alone() -> None:
     assert not padding_is_idle(tower(**causal, pool_type="last"))
 
 
-def test_a_tokenizer_of_the_hub_without_its_package_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_tokenizer__missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}}
     monkeypatch.setattr(clip_fetch.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="open_clip:SigLIP has a tokenizer of Hugging Face's: pip install transformers"):

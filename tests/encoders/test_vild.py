@@ -29,7 +29,7 @@ def test_photo_proposals__fingerprint_is_their_networks(tmp_path: Path) -> None:
     assert detector_fingerprint(tmp_path / "p") != detector_fingerprint(shipped)
 
 
-def test_a_detector_of_a_public_clip_is_trained_and_remembers_its_encoder(tmp_path: Path) -> None:
+def test_vild__trained_on_a_public_clip_records_its_encoder(tmp_path: Path) -> None:
     spec = spec_of(save_clip(tmp_path / "clip"))
     write_photos(tmp_path / "set", 4)
     pictures = ["kind=coco", f"images={tmp_path / 'set/images'}", f"annotations={tmp_path / 'set/boxes.json'}"]

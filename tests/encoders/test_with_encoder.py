@@ -41,7 +41,7 @@ def load(clip: str, weights: str | Path = PROPOSALS) -> tuple[Detector, CropClas
     return detector, detector.model
 
 
-def test_regions_are_the_proposals_embedded_by_the_encoder_s_own_image_tower(clip: str) -> None:
+def test_crop_classifier__embeds_proposals_with_the_encoder(clip: str) -> None:
     detector, model = load(clip)
     regions = model.regions(photo())
     assert 0 < len(regions) <= 12 and regions.distilled.shape == (len(regions), MODEL["embed_dim"])
@@ -61,7 +61,7 @@ def test_regions_are_the_proposals_embedded_by_the_encoder_s_own_image_tower(cli
     np.testing.assert_allclose(regions.distilled[0], expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_word_s_score_is_the_documented_formula_and_its_kin_do_not_compete(clip: str) -> None:
+def test_crop_scorer__equals_the_documented_formula(clip: str) -> None:
     detector, model = load(clip)
     regions = model.regions(photo())
     query = detector.query(["guitar", "animal"])
@@ -82,7 +82,7 @@ def test_a_word_s_score_is_the_documented_formula_and_its_kin_do_not_compete(cli
     np.testing.assert_allclose(alone[:, 0], score[:, 0], rtol=1e-5)  # no column depends on another
 
 
-def test_a_phrase_with_an_attribute_competes_with_its_own_noun(clip: str) -> None:
+def test_crop_scorer__attribute_competes_with_its_noun(clip: str) -> None:
     detector, model = load(clip)
     phrases = [["red car"], ["cars"], ["car"]]
     scorer = model.scorer(detector.text.embed(detector.resolve(["red car", "cars", "car"])), phrases,
@@ -104,7 +104,7 @@ def test_with_encoder__works_with_both_shipped_detectors(clip: str, weights: str
     assert by_crop.names == ("thing",) and len(by_crop)
 
 
-def test_boxes_too_thin_to_crop_are_left_out_and_large_pictures_are_shrunk_first(clip: str) -> None:
+def test_crop_classifier__skips_thin_boxes(clip: str) -> None:
     _, model = load(clip)
     large = np.kron(photo(), np.ones((16, 16, 1), dtype=np.uint8))
     regions = model.source(large)
@@ -115,7 +115,7 @@ def test_boxes_too_thin_to_crop_are_left_out_and_large_pictures_are_shrunk_first
     assert np.array_equal(embedded.word_scores, regions.word_scores[1:])  # type: ignore[index]
 
 
-def test_calibrate_keeps_a_fit_for_the_user_and_the_weights_as_they_are(clip: str, tmp_path: Path, home: Path) -> None:
+def test_calibrate__stores_the_fit_in_the_users_folder(clip: str, tmp_path: Path, home: Path) -> None:
     data = write_photos(tmp_path / "set", 48)
     card = (detector_folder("vild-photo") / "model.json").read_bytes()
     assert calibrate.main(["--weights", str(PROPOSALS), "--encoder", clip, "--data", data, "--scenes", "24",
@@ -138,7 +138,7 @@ def test_calibrate_keeps_a_fit_for_the_user_and_the_weights_as_they_are(clip: st
         load(clip)
 
 
-def test_the_commands_take_the_encoder(clip: str, tmp_path: Path) -> None:
+def test_encoder_flag__is_accepted_by_every_command(clip: str, tmp_path: Path) -> None:
     data = write_photos(tmp_path / "set", 3)
     out = tmp_path / "found"
     given = ["--weights", str(PROPOSALS), "--encoder", clip]
@@ -154,7 +154,7 @@ def test_the_commands_take_the_encoder(clip: str, tmp_path: Path) -> None:
         calibrate.main(given)
 
 
-def test_the_user_s_folders_follow_the_environment() -> None:
+def test_user_files__follow_the_environment() -> None:
     folder = user_folder("text", "XDG_CACHE_HOME", ".cache", environment={"XDG_CACHE_HOME": "/c"})
     assert folder == Path("/c/wordbox/text")
     assert user_folder("text", "XDG_CACHE_HOME", ".cache", environment={"WORDBOX_HOME": "/w"}) == Path("/w/text")

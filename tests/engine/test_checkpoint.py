@@ -51,7 +51,7 @@ def loaded_step(root: Path, warnings: list[str] | None = None) -> int | None:
 # --- weight files
 
 
-def test_weights_come_back_with_their_types_values_and_metadata(tmp_path: Path) -> None:
+def test_weights__round_trip_types_values_and_metadata(tmp_path: Path) -> None:
     tensors = {
         "half": torch.randn(3, 4).half(),
         "brain": torch.randn(2).bfloat16(),
@@ -73,7 +73,7 @@ def test_weights_come_back_with_their_types_values_and_metadata(tmp_path: Path) 
         assert torch.equal(loaded[name], tensor.detach()), name
 
 
-def test_tied_weights_are_stored_once_and_overlapping_ones_separately(tmp_path: Path) -> None:
+def test_weights__tied_ones_are_stored_once(tmp_path: Path) -> None:
     base = torch.arange(1000.0)
     tensors = {"b": base, "a": base, "front": base[:500], "view": base.view(10, 100), "back": base[500:]}
     save_weights(tmp_path / "w.safetensors", tensors, {})
@@ -85,7 +85,7 @@ def test_tied_weights_are_stored_once_and_overlapping_ones_separately(tmp_path: 
     assert (tmp_path / "w.safetensors").stat().st_size < 4 * 3000 + 1000
 
 
-def test_the_same_weights_make_the_same_bytes(tmp_path: Path) -> None:
+def test_weights__same_values_give_the_same_bytes(tmp_path: Path) -> None:
     a, b = torch.randn(3), torch.randn(3)
     save_weights(tmp_path / "1", {"a": a, "b": b}, {"k": "v"})
     save_weights(tmp_path / "2", {"b": b.clone(), "a": a.clone()}, {"k": "v"})
@@ -93,18 +93,18 @@ def test_the_same_weights_make_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 8 + b"{}", b"PK\x03\x04" + bytes(100)])
-def test_a_file_that_is_not_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
+def test_load_weights__other_format_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"w\.safetensors: not a readable safetensors file"):
         load_weights(tmp_path / "w.safetensors")
 
 
-def test_a_missing_weight_file_is_named(tmp_path: Path) -> None:
+def test_load_weights__missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.safetensors: no such weight file"):
         load_weights(tmp_path / "none.safetensors")
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_weights__failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomically(tmp_path / "f", b"old")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
@@ -125,7 +125,7 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
 # --- checkpoints
 
 
-def test_the_newest_is_found_and_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+def test_checkpoint__newest_is_found_and_old_ones_removed(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     assert newest(root, warn=print) is None
     for step in (5, 10, 100, 1000):
@@ -190,7 +190,7 @@ def test_checkpoint__every_flipped_bit_is_detected(tmp_path: Path, name: str) ->
         assert found is not None and found.step == 1, f"bit {bit}"
 
 
-def test_a_checkpoint_without_a_sum_of_its_meta_is_read_where_its_version_wrote_none(tmp_path: Path) -> None:
+def test_checkpoint__older_version_without_a_meta_sum_is_read(tmp_path: Path) -> None:
     meta = json.loads((put(tmp_path, 1).folder / "meta.json").read_text())
     del meta["sha256"]
     (tmp_path / "step_1" / "meta.json").write_text(json.dumps(meta))
@@ -208,7 +208,7 @@ def test_checkpoint__missing_file_falls_back(tmp_path: Path, name: str) -> None:
     assert loaded_step(tmp_path) == 1
 
 
-def test_when_all_are_damaged_the_run_is_not_silently_begun_again(tmp_path: Path) -> None:
+def test_checkpoint__all_damaged_is_an_error(tmp_path: Path) -> None:
     put(tmp_path, 1)
     put(tmp_path, 2)
     for step in (1, 2):
@@ -217,7 +217,7 @@ def test_when_all_are_damaged_the_run_is_not_silently_begun_again(tmp_path: Path
         newest(tmp_path, warn=lambda _: None)
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused_not_passed_over(tmp_path: Path) -> None:
+def test_checkpoint__newer_version_is_refused(tmp_path: Path) -> None:
     put(tmp_path, 1)
     put(tmp_path, 2)
     meta = tmp_path / "step_2" / "meta.json"
@@ -227,14 +227,14 @@ def test_a_checkpoint_of_a_newer_version_is_refused_not_passed_over(tmp_path: Pa
         newest(tmp_path, warn=lambda _: None)
 
 
-def test_a_state_file_that_could_run_code_is_refused(tmp_path: Path) -> None:
+def test_checkpoint__state_that_could_run_code_is_refused(tmp_path: Path) -> None:
     put(tmp_path, 1)
     torch.save({"extra": {}, "x": np.random.default_rng(0)}, tmp_path / "step_1" / "state.pt")
     with pytest.raises(UserError, match=r"state\.pt: cannot be read"):
         load_state(checkpoint.Checkpoint(tmp_path / "step_1", 1, {}))
 
 
-def test_a_damaged_later_checkpoint_never_displaces_a_good_one(tmp_path: Path) -> None:
+def test_prune__damaged_later_one_never_displaces_a_good_one(tmp_path: Path) -> None:
     put(tmp_path, 10)
     put(tmp_path, 20)
     damage_flip(tmp_path / "step_20" / "model.safetensors", 8)
@@ -246,16 +246,14 @@ def test_a_damaged_later_checkpoint_never_displaces_a_good_one(tmp_path: Path) -
     assert loaded_step(tmp_path) == 20
 
 
-def test_saving_a_step_that_is_already_good_writes_nothing(tmp_path: Path) -> None:
+def test_save__existing_good_step_writes_nothing(tmp_path: Path) -> None:
     first = put(tmp_path, 3)
     stamp = (first.folder / "meta.json").stat().st_mtime_ns
     assert put(tmp_path, 3).folder == first.folder
     assert (first.folder / "meta.json").stat().st_mtime_ns == stamp
 
 
-def test_too_little_free_space_is_noticed_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save__free_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -293,9 +291,7 @@ def die_at(call: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
 
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("keep", [1, 2])
-def test_the_newest_good_checkpoint_is_found_whatever_call_fails(
-    tmp_path: Path, error: BaseException, keep: int
-) -> None:
+def test_save__any_failing_call_leaves_a_good_checkpoint(tmp_path: Path, error: BaseException, keep: int) -> None:
     for call in range(1, 40):
         root = tmp_path / str(call) / "checkpoints"
         put(root, 1, keep=keep)
@@ -318,7 +314,7 @@ def test_the_newest_good_checkpoint_is_found_whatever_call_fails(
     raise AssertionError("the save made more calls than were tried")
 
 
-def test_a_kill_while_a_damaged_checkpoint_is_replaced_loses_nothing(tmp_path: Path) -> None:
+def test_save__kill_while_replacing_a_damaged_one_loses_nothing(tmp_path: Path) -> None:
     for call in range(1, 20):
         root = tmp_path / str(call)
         put(root, 1)
@@ -336,7 +332,7 @@ def test_a_kill_while_a_damaged_checkpoint_is_replaced_loses_nothing(tmp_path: P
 
 
 @pytest.mark.parametrize("limit", [60_000, 401_000])  # inside the model file; inside the state file
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, limit: int) -> None:
+def test_save__full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, limit: int) -> None:
     put(tmp_path, 1, keep=1)
     put(tmp_path, 2, keep=1)
     model = {"weight": torch.full((100_000,), 3.0)}
@@ -351,7 +347,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, limit: int)
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
-def test_meta_names_the_files_with_size_and_sum(tmp_path: Path) -> None:
+def test_meta__has_size_and_sum_of_each_file(tmp_path: Path) -> None:
     folder = put(tmp_path, 7).folder
     meta = json.loads((folder / "meta.json").read_text())
     for name in ("model.safetensors", "state.pt"):
@@ -361,7 +357,7 @@ def test_meta_names_the_files_with_size_and_sum(tmp_path: Path) -> None:
         }
 
 
-def test_loading_into_another_model_names_the_keys(tmp_path: Path) -> None:
+def test_load_model__other_model_names_the_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"here does not fit .*1 missing, such as bias; 1 unexpected, such as other"):
         checkpoint.load_model(
             nn.Linear(2, 1), {"weight": torch.ones(1, 2), "other": torch.ones(1)}, untracked=(), where=Path("here")

@@ -104,7 +104,7 @@ def load(text: str, *overrides: str) -> Config:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_with_the_required_keys_gives_defaults_for_the_rest() -> None:
+def test_config__missing_keys_have_defaults() -> None:
     cfg = load(GOOD)
     assert cfg.out == Path("runs/x")
     assert cfg.method == Clip(name="clip")
@@ -112,33 +112,33 @@ def test_a_file_with_the_required_keys_gives_defaults_for_the_rest() -> None:
     assert cfg.loop == LoopConfig(steps=100, batch_size=8)
 
 
-def test_a_section_that_sets_one_key_keeps_the_default_of_the_field_for_the_others() -> None:
+def test_section__other_keys_keep_the_fields_default() -> None:
     assert load(GOOD + "loop: {batch_size: 4}\n").loop == LoopConfig(steps=100, batch_size=4)
 
 
-def test_an_empty_section_is_one_without_changes() -> None:
+def test_section__empty_one_is_the_default() -> None:
     assert load(GOOD + "loop:\noptim:\n  # nothing here yet\n") == load(GOOD)
 
 
-def test_the_result_is_frozen() -> None:
+def test_config__is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         load(GOOD).flag = True  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", ".0001", "0.0001", "1e-04"])
-def test_every_spelling_of_a_small_number_is_a_float_in_files_and_overrides(text: str) -> None:
+def test_yaml__every_spelling_of_a_small_number_is_a_float(text: str) -> None:
     assert load(f"{GOOD}optim: {{lr: {text}}}\n").optim.lr == 1e-4
     assert load(GOOD, f"optim.lr={text}").optim.lr == 1e-4
 
 
 @pytest.mark.parametrize("text", ["on", "off", "yes", "no", "12:30", "2026-01-02", "1_000", "=", "0b1"])
-def test_what_yaml_1_1_takes_for_something_else_is_text(text: str) -> None:
+def test_yaml__follows_1_2_not_1_1(text: str) -> None:
     assert load(f"{GOOD}title: {text}\n").title == text
     assert load(GOOD, f"title={text}").title == text
 
 
 @pytest.mark.parametrize(("text", "value"), [("010", 10), ("0x1F", 31), ("0o17", 15), ("+7", 7), ("-3", -3)])
-def test_integers_follow_the_core_schema(text: str, value: int) -> None:
+def test_yaml__integers_follow_the_core_schema(text: str, value: int) -> None:
     assert load(f"{GOOD}size: {text}\n").size == value
 
 
@@ -167,16 +167,16 @@ def test_integers_follow_the_core_schema(text: str, value: int) -> None:
         ("sources=[{path: a}, {path: b, weight: 2}]", "sources", (Source(path="a"), Source(path="b", weight=2))),
     ],
 )
-def test_override_literals(override: str, key: str, value: Any) -> None:
+def test_override__literals(override: str, key: str, value: Any) -> None:
     assert getattr(load(GOOD, override), key) == value
 
 
-def test_a_later_override_wins_and_mappings_are_merged() -> None:
+def test_override__last_wins_and_mappings_merge() -> None:
     cfg = load(GOOD, "loop.steps=3", "loop={steps: 5, batch_size: 2}", "loop.batch_size=6")
     assert (cfg.loop.steps, cfg.loop.batch_size) == (5, 6)
 
 
-def test_without_a_file_defaults_and_overrides_make_the_configuration() -> None:
+def test_config__without_a_file_uses_defaults_and_overrides() -> None:
     cfg = load_config(Config, None, ["out=x", "method.name=byol"])
     assert cfg.method == Byol(name="byol")
 
@@ -184,7 +184,7 @@ def test_without_a_file_defaults_and_overrides_make_the_configuration() -> None:
 # --- inheritance -----------------------------------------------------------------------------------------------------
 
 
-def test_base_is_relative_to_its_file_and_the_nearer_file_wins() -> None:
+def test_base__is_relative_to_its_file_and_nearest_wins() -> None:
     write("a/root.yaml", GOOD + "loop: {steps: 7, batch_size: 2}\nwords: [x, y]\nweights: {a: 1}\n")
     write("a/b/middle.yaml", "base: ../root.yaml\nloop: {steps: 8}\nwords: [z]\n")
     write("c.yaml", "base: a/b/middle\nweights: {b: 2}\n")
@@ -194,14 +194,14 @@ def test_base_is_relative_to_its_file_and_the_nearer_file_wins() -> None:
     assert cfg.weights == {"a": 1.0, "b": 2.0}
 
 
-def test_null_in_the_nearer_file_undoes_a_value() -> None:
+def test_base__null_unsets_a_value() -> None:
     write("root.yaml", GOOD + "title: x\nteacher: {path: p}\n")
     cfg = load("base: root.yaml\ntitle: null\nteacher: null\n")
     assert cfg.title is None
     assert cfg.teacher is None
 
 
-def test_another_method_replaces_the_section_and_the_same_method_is_merged() -> None:
+def test_base__other_variant_replaces_the_section() -> None:
     write("root.yaml", "out: x\nmethod: {name: clip, temperature: 0.5, shared: 9}\n")
     assert load("base: root.yaml\nmethod: {name: byol}\n").method == Byol(name="byol")
     assert load("base: root.yaml\nmethod: {shared: 3}\n").method == Clip(name="clip", temperature=0.5, shared=3)
@@ -210,7 +210,7 @@ def test_another_method_replaces_the_section_and_the_same_method_is_merged() -> 
     )
 
 
-def test_a_problem_in_a_base_names_the_file_where_the_key_stands() -> None:
+def test_base__problem_names_its_own_file() -> None:
     write("sub/root.yaml", "out: x\nmethod: {name: clip}\noptim:\n  lr: fast\n  wieght_decay: 0\n")
     found = problems("base: sub/root.yaml\nloop:\n  steps: 0\n", "flag=maybe")
     assert [p.partition(": ")[0] for p in found] == [
@@ -221,13 +221,13 @@ def test_a_problem_in_a_base_names_the_file_where_the_key_stands() -> None:
     ]
 
 
-def test_a_value_the_nearer_file_replaces_is_not_complained_about() -> None:
+def test_base__replaced_value_is_not_checked() -> None:
     write("root.yaml", GOOD + "size: nonsense\n")
     assert load("base: root.yaml\nsize: 3\n").size == 3
 
 
 @pytest.mark.parametrize("files", [{"c.yaml": "c.yaml"}, {"c.yaml": "d.yaml", "d.yaml": "e.yaml", "e.yaml": "c.yaml"}])
-def test_a_circle_of_bases_is_named(files: dict[str, str]) -> None:
+def test_base__cycle_is_named(files: dict[str, str]) -> None:
     for name, base in files.items():
         write(name, f"base: {base}\n")
     with pytest.raises(ConfigError, match="in a circle") as caught:
@@ -237,7 +237,7 @@ def test_a_circle_of_bases_is_named(files: dict[str, str]) -> None:
     assert problem.startswith(f"{list(files)[-1]}:1: base: ")
 
 
-def test_a_chain_of_bases_has_a_limit() -> None:
+def test_base__chain_has_a_limit() -> None:
     for index in range(40):
         write(f"f{index}.yaml", f"base: f{index + 1}.yaml\n")
     write("f40.yaml", GOOD)
@@ -245,7 +245,7 @@ def test_a_chain_of_bases_has_a_limit() -> None:
         load_config(Config, "f0.yaml")
 
 
-def test_a_missing_base_is_reported_beside_the_other_problems() -> None:
+def test_base__missing_one_is_reported_with_other_problems() -> None:
     write("sub/rooot.yaml", GOOD)
     write("sub/c.yaml", "# c\nbase: root.yaml\noptim: {lr: -1}\n")
     with pytest.raises(ConfigError) as caught:
@@ -256,7 +256,7 @@ def test_a_missing_base_is_reported_beside_the_other_problems() -> None:
 
 
 @pytest.mark.parametrize("base", ["3", "[a.yaml]", "''", "{a: b}", "true"])
-def test_base_must_be_one_path(base: str) -> None:
+def test_base__must_be_one_path(base: str) -> None:
     (problem,) = problems(f"base: {base}\n")
     assert "c.yaml:1: base: expected the path of one YAML file" in problem
 
@@ -264,21 +264,19 @@ def test_base_must_be_one_path(base: str) -> None:
 # --- finding files ---------------------------------------------------------------------------------------------------
 
 
-def test_a_bare_name_is_looked_up_in_configs_with_or_without_its_suffix() -> None:
+def test_find_config__bare_name_with_or_without_suffix() -> None:
     write("configs/pre/train.yaml", GOOD)
     for name in ("pre/train.yaml", "pre/train", Path("configs/pre/train.yaml")):
         assert load_config(Config, name).out == Path("runs/x")
 
 
-def test_the_current_directory_comes_first() -> None:
+def test_find_config__current_directory_comes_first() -> None:
     write("configs/c.yaml", GOOD)
     write("c.yaml", "out: near\nmethod: {name: clip}\n")
     assert load_config(Config, "c.yaml").out == Path("near")
 
 
-def test_the_configs_of_the_repository_are_found_from_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_find_config__works_from_any_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write("repository/configs/far.yaml", GOOD)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -286,7 +284,7 @@ def test_the_configs_of_the_repository_are_found_from_elsewhere(
     assert load_config(Config, "far").out == Path("runs/x")
 
 
-def test_a_missing_file_is_answered_with_the_nearest_names() -> None:
+def test_find_config__missing_file_suggests_the_nearest() -> None:
     write("configs/vild.yaml", GOOD)
     write("configs/pretrain/clip.yaml", GOOD)
     near = {"vidl.yaml": "vild.yaml", "clib": "pretrain/clip.yaml", "pretrain/clipp": "pretrain/clip.yaml"}
@@ -309,7 +307,7 @@ def test_config__not_a_file_is_refused(tmp_path: Path) -> None:
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def test_all_problems_come_at_once_each_with_its_line() -> None:
+def test_errors__come_at_once_with_lines() -> None:
     text = """\
 out: x
 method:
@@ -384,19 +382,19 @@ def test_config__one_wrong_value_is_explained(text: str, said: str) -> None:
     assert said in problem
 
 
-def test_missing_keys_are_named_with_type_and_meaning() -> None:
+def test_errors__missing_key_has_type_and_meaning() -> None:
     assert problems("flag: true\n") == [
         "c.yaml: missing key 'out' (path): run folder",
         "c.yaml: missing key 'method.name' (one of clip, byol)",
     ]
 
 
-def test_keys_of_another_variant_are_unknown() -> None:
+def test_errors__key_of_another_variant_is_unknown() -> None:
     (problem,) = problems("out: x\nmethod:\n  name: byol\n  temperature: 1\n")
     assert problem == "c.yaml:4: method.temperature: unknown key for this choice (known: name, momentum, shared)"
 
 
-def test_a_duplicate_key_names_both_lines() -> None:
+def test_errors__duplicate_key_names_both_lines() -> None:
     (problem,) = problems(GOOD + "optim:\n  lr: 1\n  lr: 2\n")
     assert problem == "c.yaml:5: duplicate key 'lr' (first at c.yaml:4)"
 
@@ -427,7 +425,7 @@ def test_a_duplicate_key_names_both_lines() -> None:
         ("a: *nobody\n", "c.yaml:1: not readable as YAML: found undefined alias"),
     ],
 )
-def test_unreadable_yaml_is_one_problem_with_its_line(text: str | bytes, said: str) -> None:
+def test_errors__unreadable_yaml_has_a_line(text: str | bytes, said: str) -> None:
     assert said in problems(text)[0]
 
 
@@ -445,12 +443,12 @@ def test_yaml__ordinary_aliases_are_accepted() -> None:
     assert load(GOOD + "weights: {a: &x 3, b: *x}\n").weights == {"a": 3.0, "b": 3.0}
 
 
-def test_a_file_over_a_megabyte_is_refused() -> None:
+def test_yaml__file_over_a_megabyte_is_refused() -> None:
     assert problems(b"#" * 1_000_001) == ["c.yaml: larger than 1000 kB; is this a configuration?"]
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n", "\ufeff"])
-def test_an_empty_file_only_lacks_its_required_keys(text: str) -> None:
+def test_yaml__empty_file_lacks_only_required_keys(text: str) -> None:
     assert {p.split("'")[1] for p in problems(text)} == {"out", "method.name"}
 
 
@@ -473,7 +471,7 @@ def test_yaml__crlf_and_bom_are_accepted() -> None:
         (".".join("a" * 100) + "=1", "nested more than 32 levels deep"),
     ],
 )
-def test_a_wrong_override_is_named(override: str, said: str) -> None:
+def test_override__wrong_one_is_named(override: str, said: str) -> None:
     (problem,) = problems(GOOD, override)
     assert problem.startswith("override '")
     assert said in problem
@@ -495,7 +493,7 @@ def test_a_wrong_override_is_named(override: str, said: str) -> None:
         ("teacher={path: /a b}", "sources=[{path: x}, {path: y, weight: 2}]", "optim.betas=[0, 0.5]"),
     ],
 )
-def test_a_dumped_configuration_is_read_back_equal(overrides: tuple[str, ...]) -> None:
+def test_dump__round_trip(overrides: tuple[str, ...]) -> None:
     cfg = load(GOOD, *overrides)
     text = dump_config(cfg)
     assert load(text) == cfg
@@ -503,7 +501,7 @@ def test_a_dumped_configuration_is_read_back_equal(overrides: tuple[str, ...]) -
     assert dump_config(plain(cfg)) == text
 
 
-def test_the_hash_follows_what_is_learnt_and_nothing_else() -> None:
+def test_config_hash__covers_training_keys_only() -> None:
     cfg = load(GOOD)
     free = ["out=y", "loop.workers=3", "loop.log_every=7", "loop.save_every=8", "loop.keep=9", "loop.threads=2"]
     assert config_hash(load(GOOD, *free)) == config_hash(cfg)
@@ -534,18 +532,18 @@ class WithNewKey(WithoutKey):
     cut: Source | None = Field(default=None, description="a section", json_schema_extra=LATER)
 
 
-def test_a_key_that_came_later_enters_the_hash_only_where_it_is_set() -> None:
+def test_config_hash__later_key_counts_only_if_set() -> None:
     assert config_hash(WithNewKey(depth=50)) == config_hash(WithoutKey(depth=50))
     changed = [WithNewKey(freeze_at=2), WithNewKey(cut=Source(path=Path("x"))), WithNewKey(cut=Source(path=Path("y")))]
     assert len({config_hash(cfg) for cfg in (WithNewKey(), *changed)}) == 4
 
 
-def test_the_hash_does_not_depend_on_how_the_configuration_was_written() -> None:
+def test_config_hash__does_not_depend_on_notation() -> None:
     write("root.yaml", "method: {name: clip}\nout: z\n")
     assert config_hash(load("base: root.yaml\noptim: {lr: 0.001}\n")) == config_hash(load(GOOD, "optim.lr=1e-3"))
 
 
-def test_changed_keys_names_the_training_keys_that_differ() -> None:
+def test_changed_keys__names_differing_training_keys() -> None:
     old, new = (
         plain(load(GOOD)),
         plain(load(GOOD, "optim.lr=1", "loop.steps=5", "loop.workers=0", "out=b", "method.name=byol")),
@@ -562,12 +560,12 @@ def test_changed_keys_names_the_training_keys_that_differ() -> None:
     assert changed_keys(old, old) == []
 
 
-def test_changed_keys_takes_tuples_and_lists_for_the_same() -> None:
+def test_changed_keys__tuples_equal_lists() -> None:
     assert changed_keys({"a": (1, 2), "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1.0}}) == []
     assert changed_keys({"a": {}}, {"a": {"b": 1}}) == ["a", "a.b"]
 
 
-def test_a_section_s_own_default_wins_over_that_of_its_class() -> None:
+def test_section__field_default_wins_over_class_default() -> None:
     class Inner(Section):
         size: int = Field(default=1, description="Size.")
         name: str = Field(description="Name.")
@@ -580,14 +578,14 @@ def test_a_section_s_own_default_wins_over_that_of_its_class() -> None:
     assert keys_at_default(Outer(own=Inner(name="a"), given=Inner(size=2, name="b"))) == {"own.name"}
 
 
-def test_one_source_says_which_keys_are_free() -> None:
+def test_free_keys__has_one_source() -> None:
     assert free_keys(Config) == FREE_BY_DEFAULT
     assert {"out", "loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "loop.threads"} == FREE_BY_DEFAULT
     assert not set(training_keys(load(GOOD))) & FREE_BY_DEFAULT
     assert training_keys(load(GOOD))["optim.lr"] == 1e-3
 
 
-def test_numbers_beyond_json_are_hashed_too() -> None:
+def test_config_hash__infinite_numbers() -> None:
     class Loose(Section):
         """Anything goes."""
 
@@ -622,7 +620,7 @@ def test_type_text__describes_types(annotation: Any, text: str) -> None:
     assert type_text(annotation) == text
 
 
-def test_of_very_many_problems_the_first_are_explained() -> None:
+def test_errors__first_of_many_are_explained() -> None:
     found = problems(GOOD + "".join(f"key_{number}: 1\n" for number in range(70)))
     assert len(found) == 51
     assert found[-1] == "c.yaml: and 20 more; is this configuration for this command?"

@@ -137,8 +137,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     ),
     lr=st.floats(min_value=1e-300, max_value=1000),
 )
-def test_what_is_dumped_is_read_back_equal(
-    title: str, table: dict[str, int | float | str | bool | None], lr: float
-) -> None:
+def test_fuzz__dump_round_trip(title: str, table: dict[str, int | float | str | bool | None], lr: float) -> None:
     cfg = Config(choice=One(kind="one", text=title), either=title, table=table, optim=OptimConfig(lr=lr))
     assert outcome(dump_config(cfg).encode()) == cfg

@@ -42,9 +42,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("form", ["whole", "local"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_averaged_gradient_is_that_of_the_global_loss(
-    request: pytest.FixtureRequest, form: str, world: int
-) -> None:
+def test_gather__averaged_gradient_is_the_global_losss(request: pytest.FixtureRequest, form: str, world: int) -> None:
     folder: Path = request.getfixturevalue({2: "pair", 4: "four"}[world])
     task = Contrastive(form)
     source = Numbers(dtype=torch.float64)
@@ -61,7 +59,7 @@ def test_the_averaged_gradient_is_that_of_the_global_loss(
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gathering_is_in_order_of_rank_and_sums_the_gradients(request: pytest.FixtureRequest, world: int) -> None:
+def test_gather__is_in_rank_order_and_sums_gradients(request: pytest.FixtureRequest, world: int) -> None:
     folder: Path = request.getfixturevalue({2: "pair", 4: "four"}[world])
     expected = torch.arange(world).repeat_interleave(2)[:, None].expand(-1, 3).float()
     weights = torch.arange(world * 6).float().view(world, 2, 3) * sum(range(1, world + 1))
@@ -72,13 +70,13 @@ def test_gathering_is_in_order_of_rank_and_sums_the_gradients(request: pytest.Fi
         assert torch.equal(found["gathered gradient"], weights[rank])
 
 
-def test_gathering_in_one_process_is_the_identity() -> None:
+def test_gather__one_process_is_the_identity() -> None:
     x = torch.randn(2, 3)
     assert distributed.gather_with_grad(x) is x
 
 
 @pytest.mark.parametrize("task", [Mean(), Contrastive("whole"), Contrastive("local")], ids=["mean", "whole", "local"])
-def test_two_processes_train_like_one(pair: Path, tmp_path: Path, task: torch.nn.Module) -> None:
+def test_two_processes__train_like_one(pair: Path, tmp_path: Path, task: torch.nn.Module) -> None:
     name = f"{type(task).__name__}-{getattr(task, 'form', 'mean')}"
     train(task, tmp_path / "run", Numbers(30, dtype=torch.float64), **EXACT)
     one, two = (load_weights(folder / "last" / "model.safetensors")[0] for folder in (tmp_path / "run", pair / name))
@@ -89,7 +87,7 @@ def test_two_processes_train_like_one(pair: Path, tmp_path: Path, task: torch.nn
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-6)
 
 
-def test_accumulation_in_two_processes_equals_the_whole_batch_in_one(pair: Path, tmp_path: Path) -> None:
+def test_two_processes__accumulation_equals_the_whole_batch(pair: Path, tmp_path: Path) -> None:
     train(Mean(), tmp_path / "run", Numbers(30, dtype=torch.float64), **EXACT)
     one = load_weights(tmp_path / "run" / "last" / "model.safetensors")[0]
     two = load_weights(pair / "accumulated" / "last" / "model.safetensors")[0]
@@ -97,7 +95,7 @@ def test_accumulation_in_two_processes_equals_the_whole_batch_in_one(pair: Path,
         torch.testing.assert_close(two[key], one[key], rtol=1e-10, atol=1e-12)
 
 
-def test_resume_is_exact_in_two_processes(pair: Path) -> None:
+def test_two_processes__resume_is_exact(pair: Path) -> None:
     whole, pieces = (content(pair / name / "checkpoints" / "step_7") for name in ("one_piece", "two_pieces"))
     assert differences(whole, pieces) == []
     ranks = whole["state"]["ranks"]
@@ -105,11 +103,11 @@ def test_resume_is_exact_in_two_processes(pair: Path) -> None:
     assert not torch.equal(ranks[0]["rng"]["torch"], ranks[1]["rng"]["torch"])
 
 
-def test_a_signal_to_one_process_saves_one_common_checkpoint(pair: Path) -> None:
+def test_two_processes__signal_to_one_saves_one_checkpoint(pair: Path) -> None:
     assert {path.name for path in (pair / "two_pieces" / "checkpoints").iterdir()} == {"step_4", "step_7"}
 
 
-def test_a_nan_in_one_process_is_skipped_by_all_and_its_samples_are_named(pair: Path) -> None:
+def test_two_processes__nan_in_one_is_skipped_by_all(pair: Path) -> None:
     (event,) = lines(pair / "nonfinite" / "events.jsonl")
     assert (event["event"], event["step"]) == ("non_finite", 2)
     assert [one["loss"] == "nan" for one in event["processes"]] == [False, True]
@@ -122,7 +120,7 @@ def test_a_nan_in_one_process_is_skipped_by_all_and_its_samples_are_named(pair: 
     assert all(tensor.isfinite().all() for tensor in states[0].values())
 
 
-def test_unreadable_images_of_all_processes_are_listed_in_one_file(pair: Path) -> None:
+def test_two_processes__bad_images_are_in_one_list(pair: Path) -> None:
     assert {entry["index"] for entry in lines(pair / "unreadable" / "bad_images.jsonl")} == {1, 5}
 
 
@@ -139,7 +137,7 @@ def test_lost_process__others_end_with_rank_and_step(pair: Path) -> None:
     )
 
 
-def test_another_number_of_processes_may_resume_with_a_warning(
+def test_resume__other_number_of_processes_warns(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(pair / "two_pieces", tmp_path / "run", symlinks=True)
@@ -150,7 +148,7 @@ def test_another_number_of_processes_may_resume_with_a_warning(
     assert "the checkpoint is of another number of processes" in capsys.readouterr().out
 
 
-def test_devices_that_do_not_exist_are_refused() -> None:
+def test_device__missing_one_is_refused() -> None:
     assert distributed.pick_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="'gpu' is not a device name"):
         distributed.pick_device("gpu")
@@ -161,7 +159,7 @@ def test_devices_that_do_not_exist_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_the_same_works_under_torchrun(tmp_path: Path) -> None:
+def test_torchrun__trains_like_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "-m", "tests.engine.processes", "gradients", str(tmp_path)],

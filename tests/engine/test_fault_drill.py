@@ -24,7 +24,7 @@ def drilled(*arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_a_training_survives_a_kill_a_signal_and_a_second_run(tmp_path: Path) -> None:
+def test_fault_drill__kill_signal_and_second_run(tmp_path: Path) -> None:
     said = drilled(
         "--kinds", "clip", "--kills", "1", "--steps", "4", "--faults", "kill", "term", "two", folder=tmp_path
     )
@@ -35,7 +35,7 @@ def test_a_training_survives_a_kill_a_signal_and_a_second_run(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-def test_every_kind_of_training_survives_every_fault(tmp_path: Path) -> None:
+def test_fault_drill__every_training_and_fault(tmp_path: Path) -> None:
     said = drilled("--kills", "2", "--steps", "4", folder=tmp_path)
     assert {line.split("|")[1].strip() for line in said.splitlines()[2:] if line.startswith("|")} == {
         "ssl", "clip", "rcnn", "detr"

@@ -34,9 +34,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_sets_the_exit_status(
-    tmp_path: Path, signum: signal.Signals, status: int
-) -> None:
+def test_signal__finishes_the_step_and_saves(tmp_path: Path, signum: signal.Signals, status: int) -> None:
     task = Everything()
     task.before = lambda call: os.kill(os.getpid(), signum) if call == 2 else None
     before = signal.getsignal(signum)
@@ -50,7 +48,7 @@ def test_a_signal_finishes_the_step_saves_and_sets_the_exit_status(
     assert signal.getsignal(signum) is before
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end_normally(tmp_path: Path) -> None:
+def test_signal__in_the_last_step_ends_normally(tmp_path: Path) -> None:
     task = Everything()
     task.before = lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 7 else None
     assert train(task, tmp_path / "run").step == 8
@@ -85,7 +83,7 @@ def started(out: Path, seconds: float) -> subprocess.Popen[str]:
     raise AssertionError(process.stderr.read() if process.stderr else "")
 
 
-def test_ctrl_c_on_the_whole_group_saves_although_loader_processes_get_it_too(tmp_path: Path) -> None:
+def test_signal__ctrl_c_also_to_loaders_saves(tmp_path: Path) -> None:
     process = started(tmp_path / "run", 0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
@@ -95,7 +93,7 @@ def test_ctrl_c_on_the_whole_group_saves_although_loader_processes_get_it_too(tm
     assert newest(tmp_path / "run" / "checkpoints", warn=print) is not None
 
 
-def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+def test_signal__second_one_exits_at_once(tmp_path: Path) -> None:
     process = started(tmp_path / "run", 1000)
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
@@ -106,7 +104,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     process.stdout.close(), process.stderr.close()
 
 
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
+def test_signal__other_threads_leave_handlers_alone() -> None:
     import threading
 
     seen: list[bool] = []
@@ -144,7 +142,7 @@ class Poisoned(Everything):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_non_finite_step_changes_neither_weights_nor_buffers_nor_optimiser(tmp_path: Path, kind: str) -> None:
+def test_non_finite__step_changes_no_state(tmp_path: Path, kind: str) -> None:
     train(Everything(), tmp_path / "clean", steps=5, save_every=2, keep=9)
     train(Poisoned(kind, {2, 3, 4}), tmp_path / "poisoned", steps=5)
     clean = content(tmp_path / "clean" / "checkpoints" / "step_2")
@@ -158,7 +156,7 @@ def test_a_non_finite_step_changes_neither_weights_nor_buffers_nor_optimiser(tmp
     assert events[0]["processes"][0]["draws"] == [8, 9, 10, 11]
 
 
-def test_the_fourth_non_finite_step_in_a_row_stops_and_names_samples_and_draws(tmp_path: Path) -> None:
+def test_non_finite__fourth_in_a_row_stops(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"step 6: loss nan, .*; samples \[\d+, .*\], draws \[20, 21, 22, 23\]: 4 consecutive non-finite steps",
@@ -169,7 +167,7 @@ def test_the_fourth_non_finite_step_in_a_row_stops_and_names_samples_and_draws(t
     assert all(t.isfinite().all() for t in content(found.folder)["model"].values())
 
 
-def test_good_steps_in_between_reset_the_count_also_over_a_resume(tmp_path: Path) -> None:
+def test_non_finite__good_steps_reset_the_count(tmp_path: Path) -> None:
     bad = {0, 1, 2, 4, 5, 6}
     assert train(Poisoned("loss", bad), tmp_path / "run").step == 8
     task = Poisoned("loss", {0, 1, 2, 3})
@@ -180,12 +178,12 @@ def test_good_steps_in_between_reset_the_count_also_over_a_resume(tmp_path: Path
         train(Poisoned("loss", {0, 1}), tmp_path / "two", resume=True)
 
 
-def test_metrics_leave_out_skipped_steps(tmp_path: Path) -> None:
+def test_non_finite__metrics_leave_out_skipped_steps(tmp_path: Path) -> None:
     train(Poisoned("loss", {1}), tmp_path / "run", log_every=4)
     assert all(isinstance(line["loss"], float) for line in lines(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_fp16_lowers_its_scale_without_counting_it_as_a_fault(tmp_path: Path) -> None:
+def test_fp16__scale_overflow_is_no_fault(tmp_path: Path) -> None:
     class Large(Mean):
         def __init__(self) -> None:
             super().__init__()
@@ -202,7 +200,7 @@ def test_fp16_lowers_its_scale_without_counting_it_as_a_fault(tmp_path: Path) ->
     assert all(p.isfinite().all() for p in task.parameters())
 
 
-def test_check_reports_a_non_finite_loss(tmp_path: Path) -> None:
+def test_check__reports_a_non_finite_loss(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="loss nan"):
         train(Poisoned("loss", {0}), tmp_path / "run", check=True)
 
@@ -210,7 +208,7 @@ def test_check_reports_a_non_finite_loss(tmp_path: Path) -> None:
 # --- unreadable images
 
 
-def test_an_unreadable_image_is_listed_once_and_survives_a_resume(tmp_path: Path) -> None:
+def test_bad_image__is_listed_once_over_a_resume(tmp_path: Path) -> None:
     source = Numbers(400, unreadable=(7, 300))
     options = {"batch_size": 100, "save_every": 100, "workers": 1, "steps": 8}
     task = Everything()
@@ -228,14 +226,14 @@ def test_an_unreadable_image_is_listed_once_and_survives_a_resume(tmp_path: Path
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_more_than_one_per_cent_unreadable_images_stop_the_run(tmp_path: Path, workers: int) -> None:
+def test_bad_image__more_than_1_percent_stop(tmp_path: Path, workers: int) -> None:
     source = Numbers(100, unreadable=tuple(range(0, 100, 10)))
     with pytest.raises(UserError, match=r"\d+ of \d+ images could not be read, more than 1 %; .*bad_images\.jsonl"):
         train(Everything(), tmp_path / "run", source, steps=50, workers=workers)
     assert lines(tmp_path / "run" / "bad_images.jsonl")
 
 
-def test_few_bad_images_are_judged_with_patience() -> None:
+def test_bad_image__few_draws_are_tolerated() -> None:
     assert not too_many_bad(3, 4)
     assert not too_many_bad(10, 1000)
     assert not too_many_bad(100, 10_000)
@@ -244,7 +242,7 @@ def test_few_bad_images_are_judged_with_patience() -> None:
     assert too_many_bad(1100, 100_000)
 
 
-def test_a_data_set_without_a_readable_image_is_a_clear_error(tmp_path: Path) -> None:
+def test_bad_image__no_readable_one_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 images in a row cannot be read, the last: images/"):
         train(Everything(), tmp_path / "run", Numbers(3, unreadable=(0, 1, 2)), workers=1)
 
@@ -252,7 +250,7 @@ def test_a_data_set_without_a_readable_image_is_a_clear_error(tmp_path: Path) ->
 # --- loader processes
 
 
-def test_a_killed_loader_process_is_explained(tmp_path: Path) -> None:
+def test_loader__killed_process_is_explained(tmp_path: Path) -> None:
     source = Numbers()
     source.before = lambda index, draw: os.kill(os.getpid(), signal.SIGKILL) if draw == 9 else None
     with pytest.raises(UserError, match=r"a data loading process died or hung .*/dev/shm.*lower loop\.workers"):
@@ -260,7 +258,7 @@ def test_a_killed_loader_process_is_explained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "socket")])
-def test_a_loader_that_dies_while_it_hands_a_batch_over_is_explained(
+def test_loader__death_during_transfer_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def die(self: Any) -> Any:
@@ -271,7 +269,7 @@ def test_a_loader_that_dies_while_it_hands_a_batch_over_is_explained(
         train(Everything(), tmp_path / "run", Numbers(), workers=1)
 
 
-def test_a_defect_in_a_source_keeps_its_traceback(tmp_path: Path) -> None:
+def test_source__defect_keeps_its_traceback(tmp_path: Path) -> None:
     source = Numbers()
 
     def fail(index: int, draw: int) -> None:
@@ -283,7 +281,7 @@ def test_a_defect_in_a_source_keeps_its_traceback(tmp_path: Path) -> None:
             train(Everything(), tmp_path / str(workers), source, workers=workers)
 
 
-def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
+def test_out_of_memory__says_what_to_change(tmp_path: Path) -> None:
     task = Everything()
 
     def fail(call: int) -> None:
@@ -297,7 +295,7 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
 # --- a full disk
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+def test_full_disk__ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "run", steps=8, save_every=8, log_every=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     task = Everything()
@@ -312,7 +310,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(tmp_pa
     assert train(Everything(), tmp_path / "run", resume=True, steps=8, save_every=4, log_every=100).step == 8
 
 
-def test_a_run_killed_outright_resumes_to_the_same_end(tmp_path: Path) -> None:
+def test_kill__resumes_to_the_same_end(tmp_path: Path) -> None:
     source = Numbers(noisy=True)
     train(Everything(), tmp_path / "whole", source, steps=8, save_every=2)
     pid = os.fork()

@@ -45,7 +45,7 @@ def stop_in_step(task: Everything, step: int, accumulate: int = 1) -> Everything
 # --- what a run leaves behind
 
 
-def test_a_run_folder_has_everything_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_folder__has_every_documented_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = train(Everything(), tmp_path / "run", steps=8, log_every=3, save_every=4)
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()} - {"tensorboard", ".lock"}
@@ -64,7 +64,7 @@ def test_a_run_folder_has_everything_a_reader_needs(tmp_path: Path, capsys: pyte
     assert re.search(r"^step 3/8  loss [\d.]+  .*data [\d.]+ s  step [\d.]+ s  [\d.]+/s  eta 0:00:\d\d$", printed, re.M)
 
 
-def test_a_logged_loss_is_the_mean_since_the_last_line(tmp_path: Path) -> None:
+def test_log__loss_is_the_mean_since_the_last_line(tmp_path: Path) -> None:
     train(Mean(), tmp_path / "every", DOUBLE, steps=4, log_every=1)
     train(Mean(), tmp_path / "fourth", DOUBLE, steps=4, log_every=4)
     every = [line["loss"] for line in lines(tmp_path / "every" / "metrics.jsonl")]
@@ -72,7 +72,7 @@ def test_a_logged_loss_is_the_mean_since_the_last_line(tmp_path: Path) -> None:
     assert fourth["loss"] == pytest.approx(sum(every) / 4)
 
 
-def test_a_terminal_gets_a_bar_and_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_log__terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log = RunLog(out=tmp_path, total=10, start=0, speak=True)
@@ -86,7 +86,7 @@ def test_a_terminal_gets_a_bar_and_plain_lines(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "train.log").read_text().endswith("  hello\n")
 
 
-def test_the_log_does_not_need_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log__does_not_need_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else original(name))
     train(Mean(), tmp_path / "run", DOUBLE)
@@ -94,7 +94,7 @@ def test_the_log_does_not_need_tensorboard(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_torn_and_future_lines_are_dropped_on_resume(tmp_path: Path) -> None:
+def test_log__torn_and_future_lines_are_dropped_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 9}\n{"st')
     assert rewind(path, step=2) == '{"step": 2}'
@@ -119,7 +119,7 @@ class Sometimes(Mean):
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, [3.0, 7.5]), (2, [6.0, 15.0])])
-def test_a_metric_of_some_steps_is_averaged_over_those(tmp_path: Path, accumulate: int, expected: list[float]) -> None:
+def test_log__sparse_metric_is_averaged_over_its_steps(tmp_path: Path, accumulate: int, expected: list[float]) -> None:
     source = Numbers(dtype=torch.float64)
     train(Sometimes(), tmp_path, source, steps=10, log_every=5, accumulate=accumulate)
     rows = lines(tmp_path / "metrics.jsonl")
@@ -127,12 +127,12 @@ def test_a_metric_of_some_steps_is_averaged_over_those(tmp_path: Path, accumulat
     assert [row["always"] for row in rows] == [1.0, 1.0]
 
 
-def test_a_line_whose_steps_had_no_such_metric_does_not_have_it(tmp_path: Path) -> None:
+def test_log__missing_metric_is_left_out(tmp_path: Path) -> None:
     train(Sometimes(), tmp_path, Numbers(dtype=torch.float64), steps=4, log_every=2)
     assert ["rare" in row for row in lines(tmp_path / "metrics.jsonl")] == [False, True]
 
 
-def test_the_window_of_an_older_checkpoint_gives_the_means_it_would_have() -> None:
+def test_log__older_checkpoints_window_is_read() -> None:
     old = {"loss": 6.0, "data_time": 8.0, "steps": 4.0, "good": 3.0}
     expected = {"loss": 6.0, "loss steps": 3.0, "data_time": 8.0, "data_time steps": 4.0}
     assert with_counts(old) == expected == with_counts(expected)
@@ -154,9 +154,7 @@ def test_the_window_of_an_older_checkpoint_gives_the_means_it_would_have() -> No
     ids=["adamw", "worker", "accumulate", "bf16-sgd", "fp16", "lars-step-clip"],
 )
 @pytest.mark.parametrize("at", [0, 4])
-def test_n_steps_equal_k_steps_resume_and_the_rest_bit_for_bit(
-    tmp_path: Path, options: dict[str, Any], at: int
-) -> None:
+def test_resume__is_bit_exact(tmp_path: Path, options: dict[str, Any], at: int) -> None:
     source = Numbers(noisy=True)
     train(Everything(), tmp_path / "whole", source, save_every=50, log_every=2, **options)
     task = stop_in_step(Everything(), at, options.get("accumulate", 1))
@@ -176,7 +174,7 @@ def test_n_steps_equal_k_steps_resume_and_the_rest_bit_for_bit(
     ]
 
 
-def test_the_comparison_notices_a_forgotten_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume__comparison_detects_a_forgotten_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Numbers()
     train(Everything(), tmp_path / "whole", source)
     with pytest.raises(Stopped):
@@ -187,16 +185,14 @@ def test_the_comparison_notices_a_forgotten_generator(tmp_path: Path, monkeypatc
     assert differences(whole, pieces)
 
 
-def test_workers_and_log_intervals_change_no_weight(tmp_path: Path) -> None:
+def test_training__does_not_depend_on_workers_or_logging(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "a", Numbers(noisy=True), workers=0, log_every=1, save_every=1)
     train(Everything(), tmp_path / "b", Numbers(noisy=True), workers=1, log_every=7, save_every=3)
     a, b = (content(tmp_path / name / "checkpoints" / "step_8") for name in ("a", "b"))
     assert differences(a, b) == []
 
 
-def test_resume_takes_the_checkpoint_before_a_damaged_one_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume__skips_a_damaged_checkpoint_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(Everything(), tmp_path / "run")
     expected = content(tmp_path / "run" / "checkpoints" / "step_8")
     (tmp_path / "run" / "checkpoints" / "step_8" / "state.pt").write_bytes(b"")
@@ -207,7 +203,7 @@ def test_resume_takes_the_checkpoint_before_a_damaged_one_and_says_so(
     assert differences(content(tmp_path / "run" / "checkpoints" / "step_8"), expected) == []
 
 
-def test_resuming_a_finished_run_does_nothing_and_reports_its_last_metrics(tmp_path: Path) -> None:
+def test_resume__of_a_finished_run_reports_its_metrics(tmp_path: Path) -> None:
     first = train(Everything(), tmp_path / "run")
     stamp = (tmp_path / "run/checkpoints/step_8/meta.json").stat().st_mtime_ns
     again = train(Everything(), tmp_path / "run", resume=True)
@@ -215,14 +211,14 @@ def test_resuming_a_finished_run_does_nothing_and_reports_its_last_metrics(tmp_p
     assert (tmp_path / "run/checkpoints/step_8/meta.json").stat().st_mtime_ns == stamp
 
 
-def test_resume_of_a_run_without_checkpoint_begins(tmp_path: Path) -> None:
+def test_resume__without_a_checkpoint_starts(tmp_path: Path) -> None:
     assert train(Mean(), tmp_path / "new", DOUBLE, resume=True).step == 8
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "train.log").write_text("killed early\n")
     assert train(Mean(), tmp_path / "begun", DOUBLE, resume=True).step == 8
 
 
-def test_untracked_parts_are_neither_saved_nor_demanded(tmp_path: Path) -> None:
+def test_untracked__is_neither_saved_nor_required(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(stop_in_step(Everything(), 2), tmp_path / "run")
     weights, _ = load_weights(tmp_path / "run" / "last" / "model.safetensors")
@@ -240,7 +236,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_used_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_run_folder__used_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty; give --resume to continue, --overwrite to begin again"):
         train(Mean(), tmp_path, DOUBLE)
@@ -251,7 +247,7 @@ def test_a_used_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
         train(Mean(), tmp_path, DOUBLE, resume=True, overwrite=True)
 
 
-def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
+def test_overwrite__removes_the_old_run_only(tmp_path: Path) -> None:
     train(Mean(), tmp_path, DOUBLE, steps=8)
     (tmp_path / "notes.txt").write_text("mine")
     train(Mean(), tmp_path, DOUBLE, steps=2, overwrite=True)
@@ -260,7 +256,7 @@ def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path: Path) -> Non
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [2]
 
 
-def test_resume_names_the_training_keys_that_changed_and_touches_nothing(tmp_path: Path) -> None:
+def test_resume__changed_training_keys_are_named(tmp_path: Path) -> None:
     train(Mean(), tmp_path / "run", DOUBLE)
     before = tree(tmp_path)
     with pytest.raises(UserError, match=r"the config has changed in loop\.batch_size, optim\.lr; .*config\.yaml"):
@@ -270,13 +266,13 @@ def test_resume_names_the_training_keys_that_changed_and_touches_nothing(tmp_pat
     assert train(Mean(), tmp_path / "run", DOUBLE, resume=True, **free).step == 8
 
 
-def test_resume_into_another_model_is_refused(tmp_path: Path) -> None:
+def test_resume__another_model_is_refused(tmp_path: Path) -> None:
     train(Mean(), tmp_path / "run", DOUBLE)
     with pytest.raises(UserError, match="does not fit this model"):
         train(Everything(), tmp_path / "run", resume=True)
 
 
-def test_resume_with_other_samples_or_other_frozen_weights_is_refused(tmp_path: Path) -> None:
+def test_resume__other_samples_or_frozen_weights_are_refused(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "run")
     with pytest.raises(UserError, match=r"the samples have changed \(50 at the start, 51 now\)"):
         train(Everything(), tmp_path / "run", Numbers(51), resume=True)
@@ -288,13 +284,13 @@ def test_resume_with_other_samples_or_other_frozen_weights_is_refused(tmp_path: 
     assert train(Everything(), tmp_path / "run", resume=True).step == 8
 
 
-def test_an_empty_source_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_source__empty_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no samples"):
         train(Mean(), tmp_path / "run", Numbers(0))
     assert not (tmp_path / "run").exists()
 
 
-def test_check_makes_one_step_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check__makes_one_step_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[int] = []
     source = Numbers()
     source.before = lambda index, draw: calls.append(draw)
@@ -336,7 +332,7 @@ def test_check__a_batch_that_does_not_divide_is_refused_as_in_a_training(tmp_pat
 # --- the step
 
 
-def test_accumulating_equals_the_large_batch(tmp_path: Path) -> None:
+def test_accumulate__equals_the_large_batch(tmp_path: Path) -> None:
     options = {"name": "sgd", "batch_size": 12, "steps": 3}
     for parts in (1, 3):
         train(Mean(), tmp_path / str(parts), DOUBLE, accumulate=parts, **options)
@@ -345,7 +341,7 @@ def test_accumulating_equals_the_large_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(one[key], three[key], rtol=1e-12, atol=1e-14)
 
 
-def test_clipping_bounds_the_update(tmp_path: Path) -> None:
+def test_clip_norm__bounds_the_update(tmp_path: Path) -> None:
     task = Mean()
     before = torch.cat([p.detach().flatten() for p in task.parameters()])
     options = {"name": "sgd", "momentum": 0.0, "lr": 0.5, "warmup_steps": 0, "schedule": "constant", "steps": 1}
@@ -355,7 +351,7 @@ def test_clipping_bounds_the_update(tmp_path: Path) -> None:
     assert lines(tmp_path / "run" / "metrics.jsonl")[0]["grad_norm"] > 1e-3, "the norm before clipping is logged"
 
 
-def test_the_hook_runs_once_per_update_with_the_step_number(tmp_path: Path) -> None:
+def test_after_step__runs_once_per_update(tmp_path: Path) -> None:
     seen: list[tuple[int, int, bool]] = []
 
     class Hooked(Mean):
@@ -373,7 +369,7 @@ def test_the_hook_runs_once_per_update_with_the_step_number(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_precision_is_that_of_matrix_products(tmp_path: Path, precision: str, expected: torch.dtype) -> None:
+def test_precision__applies_to_matrix_products(tmp_path: Path, precision: str, expected: torch.dtype) -> None:
     seen = []
 
     class Product(Task):
@@ -403,7 +399,7 @@ def test_log__estimates_duration_and_disk(tmp_path: Path) -> None:
     assert float(said[1]) * 2**30 < 3 * 2 * size, "what a checkpoint is, thrice"
 
 
-def test_a_milestone_after_the_last_step_is_reported(tmp_path: Path) -> None:
+def test_milestones__after_the_last_step_are_reported(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "run", steps=4, schedule="step", milestones=(3, 4, 9), warmup_steps=0)
     log = (tmp_path / "run" / "train.log").read_text()
     assert "warning: optim.milestones [4, 9]: not before the last step (4), so without effect" in log

@@ -44,7 +44,7 @@ def lars_reference(
 @pytest.mark.parametrize("excluded", [False, True])
 @pytest.mark.parametrize("start", ["random", "zero"])
 @pytest.mark.parametrize("wd", [0.0, 0.5])
-def test_lars_follows_the_reference_while_the_rate_changes(excluded: bool, start: str, wd: float) -> None:
+def test_lars__equals_the_reference_with_a_changing_rate(excluded: bool, start: str, wd: float) -> None:
     rng = np.random.default_rng(0)
     p = rng.normal(size=(3, 4)) * (start == "random")
     grads, lrs = [rng.normal(size=(3, 4)) for _ in range(4)], [0.1, 0.5, 0.4, 0.05]
@@ -59,21 +59,21 @@ def test_lars_follows_the_reference_while_the_rate_changes(excluded: bool, start
     np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-12)
 
 
-def test_lars_without_decay_is_still_lars() -> None:
+def test_lars__without_decay_still_rescales() -> None:
     param = nn.Parameter(torch.full((4,), 2.0))
     param.grad = torch.full((4,), 1000.0)
     LARS([param], lr=1.0, weight_decay=0.0).step()
     np.testing.assert_allclose(param.detach().numpy(), 2.0 - 0.001 * 2.0, rtol=1e-6)
 
 
-def test_lars_with_a_zero_gradient_leaves_finite_weights() -> None:
+def test_lars__zero_gradient_gives_finite_weights() -> None:
     param = nn.Parameter(torch.ones(3))
     param.grad = torch.zeros(3)
     LARS([param], lr=1.0).step()
     assert torch.equal(param.detach(), torch.ones(3))
 
 
-def test_adamw_follows_its_formula_with_decay_on_matrices_only() -> None:
+def test_adamw__equals_its_formula() -> None:
     config = OptimConfig(name="adamw", lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
     layer = nn.Linear(3, 2).double()
     params = {"weight": layer.weight, "bias": layer.bias}
@@ -95,7 +95,7 @@ def test_adamw_follows_its_formula_with_decay_on_matrices_only() -> None:
         np.testing.assert_allclose(p.detach().numpy(), values[name], rtol=1e-10)
 
 
-def test_sgd_follows_its_formula_with_the_rate_of_the_schedule() -> None:
+def test_sgd__equals_its_formula() -> None:
     config = OptimConfig(name="sgd", lr=0.1, weight_decay=0.01, momentum=0.9, schedule="constant", warmup_steps=3)
     layer = nn.Linear(3, 2, bias=False).double()
     optimizer = build_optimizer(default_groups(layer.named_parameters(), weight_decay=config.weight_decay), config)
@@ -110,7 +110,7 @@ def test_sgd_follows_its_formula_with_the_rate_of_the_schedule() -> None:
     np.testing.assert_allclose(layer.weight.detach().numpy(), value, rtol=1e-12)
 
 
-def test_default_groups_leave_out_frozen_parameters_and_do_not_decay_vectors() -> None:
+def test_default_groups__no_frozen_parameters_no_decay_on_vectors() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     net[2].requires_grad_(False)
     decayed, plain = default_groups(net.named_parameters(), weight_decay=0.3)
@@ -120,7 +120,7 @@ def test_default_groups_leave_out_frozen_parameters_and_do_not_decay_vectors() -
     assert (decayed["lars_exclude"], plain["lars_exclude"]) == (False, True)
 
 
-def test_a_model_without_anything_to_train_is_refused() -> None:
+def test_optimizer__nothing_to_train_is_refused() -> None:
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
         build_optimizer(
             default_groups(nn.Linear(2, 2).requires_grad_(False).named_parameters(), weight_decay=0.0), OptimConfig()
@@ -143,7 +143,7 @@ class Grouped(Task):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-def test_groups_may_scale_the_rate_or_keep_it_constant(name: str) -> None:
+def test_groups__lr_scale_and_constant_lr(name: str) -> None:
     config = OptimConfig(name=name, lr=2.0, schedule="cosine", warmup_steps=4)
     optimizer = build_optimizer(Grouped().param_groups(config), config)
     for step in range(12):
@@ -151,7 +151,7 @@ def test_groups_may_scale_the_rate_or_keep_it_constant(name: str) -> None:
         assert [group["lr"] for group in optimizer.param_groups] == [lr, 2.0, lr / 4]
 
 
-def test_cosine_rises_in_the_warm_up_and_ends_at_the_final_ratio() -> None:
+def test_lr_at__cosine_with_warm_up() -> None:
     config = OptimConfig(lr=0.4, schedule="cosine", warmup_steps=4, final_lr_ratio=0.1)
     values = [lr_at(step, config, total=24) for step in range(25)]
     assert values[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
@@ -161,19 +161,19 @@ def test_cosine_rises_in_the_warm_up_and_ends_at_the_final_ratio() -> None:
     assert all(a >= b for a, b in itertools.pairwise(values[4:]))
 
 
-def test_step_schedule_drops_at_each_milestone() -> None:
+def test_lr_at__step_drops_at_milestones() -> None:
     config = OptimConfig(lr=1.0, schedule="step", milestones=(3, 6), gamma=0.1, warmup_steps=1)
     assert [lr_at(step, config, total=8) for step in range(8)] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_constant_schedule_and_a_run_that_is_all_warm_up() -> None:
+def test_lr_at__constant_and_all_warm_up() -> None:
     config = OptimConfig(lr=1.0, schedule="constant")
     assert [lr_at(step, config, total=5) for step in range(5)] == [1.0] * 5
     config = OptimConfig(lr=1.0, schedule="cosine", warmup_steps=5)
     assert [lr_at(step, config, total=5) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def test_clipping_scales_all_gradients_to_the_norm_and_keeps_small_ones_bit_for_bit() -> None:
+def test_clip_gradients__scales_to_the_norm() -> None:
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     net[1].bias.requires_grad_(False)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -192,5 +192,5 @@ def test_clipping_scales_all_gradients_to_the_norm_and_keeps_small_ones_bit_for_
     assert torch.allclose(net[0].weight.grad, grads[0] * 0.5 / flat)
 
 
-def test_norm_of_no_gradient_is_zero() -> None:
+def test_gradient_norm__without_gradients_is_0() -> None:
     assert float(gradient_norm(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0))) == 0.0

@@ -22,20 +22,20 @@ def microbatches(source: Numbers, **options: int) -> Microbatches:
 
 
 @pytest.mark.parametrize("length", [*range(1, 40), 64, 65, 255, 256, 257, 1000])
-def test_every_epoch_has_every_index_once(length: int) -> None:
+def test_order__every_epoch_has_every_index_once(length: int) -> None:
     order = Order(length=length, seed=3)
     for epoch in (0, 1, 7):
         assert sorted(order.index(epoch * length + n) for n in range(length)) == list(range(length))
 
 
-def test_epochs_and_seeds_are_ordered_differently() -> None:
+def test_order__differs_by_epoch_and_seed() -> None:
     orders = [[Order(length=100, seed=s).index(e * 100 + n) for n in range(100)] for s in (0, 1) for e in (0, 1)]
     for a in range(4):
         for b in range(a):
             assert sum(x == y for x, y in zip(orders[a], orders[b], strict=True)) < 12  # 1 expected by chance
 
 
-def test_every_index_is_as_likely_at_every_position() -> None:
+def test_order__is_uniform() -> None:
     length, epochs = 10, 2000
     order = Order(length=length, seed=11)
     counts = Counter((n, order.index(e * length + n)) for e in range(epochs) for n in range(length))
@@ -44,19 +44,19 @@ def test_every_index_is_as_likely_at_every_position() -> None:
     assert chi2 < 150  # 81 degrees of freedom: beyond 150 with probability 5e-6
 
 
-def test_neighbouring_seeds_are_unrelated() -> None:
+def test_derive_seed__neighbours_are_unrelated() -> None:
     seeds = [derive_seed(0, n) for n in range(1000)] + [derive_seed(1, n) for n in range(1000)]
     assert len(set(seeds)) == 2000
     ones = sum(bin(a ^ b).count("1") for a, b in itertools.pairwise(seeds)) / len(seeds)
     assert 30 < ones < 33  # half of 63 bits
 
 
-def test_an_empty_source_is_refused() -> None:
+def test_microbatches__empty_source_is_refused() -> None:
     with pytest.raises(UserError, match="no samples"):
         Order(length=0, seed=0)
 
 
-def test_shares_of_all_processes_make_up_the_global_batch() -> None:
+def test_microbatches__processes_make_up_the_global_batch() -> None:
     source = Numbers(17)
     for number in range(6):
         whole = microbatches(source, batch_size=12, accumulate=3)[number]
@@ -70,7 +70,7 @@ def test_shares_of_all_processes_make_up_the_global_batch() -> None:
     assert [microbatches(source).draws(n) for n in (0, 1)] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:
+def test_microbatches__indivisible_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"loop.batch_size: 6 .* 2 × 2; use a multiple of 4"):
         microbatches(Numbers(), accumulate=2, world_size=2)
 
@@ -82,7 +82,7 @@ def fetched(workers: int, first: int = 0, **options: int) -> list[Fetched]:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_change_nothing_even_for_a_source_that_uses_global_generators() -> None:
+def test_batches__do_not_depend_on_workers() -> None:
     alone = fetched(0)
     for workers in (1, 2):
         for a, b in zip(alone, fetched(workers), strict=True):
@@ -91,13 +91,13 @@ def test_workers_change_nothing_even_for_a_source_that_uses_global_generators() 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_starting_later_continues_the_same_sequence(workers: int) -> None:
+def test_batches__starting_later_continues_the_sequence(workers: int) -> None:
     for a, b in zip(fetched(0)[5:], fetched(workers, first=5), strict=True):
         assert torch.equal(a.batch, b.batch)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_leaves_the_global_generators_alone(workers: int) -> None:
+def test_batches__leave_global_generators_alone(workers: int) -> None:
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     with preserved_rng():
         expected = random.random(), np.random.rand(), torch.rand(()).item()
@@ -105,7 +105,7 @@ def test_loading_leaves_the_global_generators_alone(workers: int) -> None:
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_index() -> None:
+def test_batches__unreadable_image_is_replaced_by_the_next() -> None:
     clean, holed = microbatches(Numbers(20)), microbatches(Numbers(20, unreadable=(3, 4, 19)))
     replacement = {3: 5, 4: 5, 19: 0}
     seen = set()
@@ -119,7 +119,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_index() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_source_without_a_readable_image_is_an_error_without_traceback(workers: int) -> None:
+def test_batches__no_readable_image_is_an_error(workers: int) -> None:
     data = microbatches(Numbers(5, unreadable=(0, 1, 2, 3, 4)))
     error = next(batches(data, first=0, last=1, workers=workers, pin=False)).error
     assert error is not None

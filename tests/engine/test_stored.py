@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_card_and_its_weights_come_back(folder: Path) -> None:
+def test_card__round_trip_with_weights(folder: Path) -> None:
     state, bank = exported_tensors(folder, read_card(folder))
     assert list(state) == ["a"] and bank.shape == (3, 4)
 
@@ -66,7 +66,7 @@ def put(**values: object) -> Callable[[dict[str, Any]], None]:
         (put(more=1), "more"),
     ],
 )
-def test_a_value_without_meaning_is_refused_by_its_key(
+def test_card__meaningless_value_is_named_by_key(
     change: Callable[[dict[str, Any]], None], message: str, folder: Path
 ) -> None:
     card = json.loads((folder / "model.json").read_text())
@@ -79,7 +79,7 @@ def test_a_value_without_meaning_is_refused_by_its_key(
 @pytest.mark.parametrize(
     "model", [{"arch": "fvlm", "side": "x"}, {"arch": "nothing"}, {"arch": "mask_rcnn", "more": 1}]
 )
-def test_an_architecture_that_is_none_is_refused_by_its_key(model: dict[str, object], folder: Path) -> None:
+def test_card__invalid_architecture_is_named_by_key(model: dict[str, object], folder: Path) -> None:
     card = json.loads((folder / "model.json").read_text()) | {"model": model}
     (folder / "model.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match=r"model\.json: model\.(side|arch|more): "):
@@ -87,7 +87,7 @@ def test_an_architecture_that_is_none_is_refused_by_its_key(model: dict[str, obj
 
 
 @pytest.mark.parametrize("bank", [None, torch.ones(2, 4), torch.ones(3, 5), torch.ones(4), torch.ones(3, 4).int()])
-def test_background_words_and_their_embeddings_go_together(bank: torch.Tensor | None, folder: Path) -> None:
+def test_card__background_words_need_embeddings(bank: torch.Tensor | None, folder: Path) -> None:
     save_weights(
         folder / "model.safetensors", {"model.a": torch.ones(2)} | ({} if bank is None else {"bank": bank}), {}
     )
@@ -95,7 +95,7 @@ def test_background_words_and_their_embeddings_go_together(bank: torch.Tensor | 
         exported_tensors(folder, read_card(folder))
 
 
-def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+def test_export__weights_that_are_nan_are_named(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         tensors = {"good": torch.ones(3), "spoilt": torch.tensor([1.0, float("nan")], dtype=dtype)}
         save_weights(tmp_path / "w.safetensors", tensors, {})

@@ -11,10 +11,10 @@ import pytest
 from ovd.detections import Detections
 from ovd.detector import Detector
 from ovd.evaluation.prompt_free import (
-    LEAST,
+    MIN_JUDGED,
     RIGHT_SHARE,
     Judge,
-    JudgedAnswers,
+    JudgedDetections,
     Verdict,
     fit_prompt_free_threshold,
     judge_prompt_free,
@@ -68,7 +68,7 @@ def test_judge__right_by_meaning_wrong_or_not_judged(
 
 
 def test_judge__doubtful_labels_make_nothing_wrong() -> None:
-    judge = Judge(["dog", "cup"], everywhere=frozenset(["dog"]))
+    judge = Judge(["dog", "cup"], always_labelled=frozenset(["dog"]))
     boxes, classes = np.array([A, B], dtype=np.float32), np.array([0, 1])
     doubtful = judge.verdicts(
         found(("harp", A), ("harp", B)), boxes, classes, certainty_M=np.array([0.9, 0.1], np.float32)
@@ -86,18 +86,18 @@ def test_threshold__is_the_lowest_with_the_share_right(seed: int) -> None:
     rng = np.random.default_rng(seed)
     score = rng.uniform(0.1, 0.98, 400)
     correct = (rng.uniform(size=400) < score).astype(float)
-    level = fit_prompt_free_threshold(JudgedAnswers(score, correct))
+    level = fit_prompt_free_threshold(JudgedDetections(score, correct))
     assert level is not None
-    shares = {s: correct[score >= s].mean() for s in score if (score >= s).sum() >= LEAST}
+    shares = {s: correct[score >= s].mean() for s in score if (score >= s).sum() >= MIN_JUDGED}
     lowest = min(s for s, share in shares.items() if share >= RIGHT_SHARE)
     assert level == pytest.approx(np.ceil(lowest * 100) / 100)
 
 
 @pytest.mark.parametrize(
-    ("count", "correct"), [(0, 1.0), (LEAST - 1, 1.0), (200, RIGHT_SHARE - 0.01)], ids=["none", "few", "wrong"]
+    ("count", "correct"), [(0, 1.0), (MIN_JUDGED - 1, 1.0), (200, RIGHT_SHARE - 0.01)], ids=["none", "few", "wrong"]
 )
 def test_threshold__is_none_with_too_few_judged_detections(count: int, correct: float) -> None:
-    outcome = JudgedAnswers(np.linspace(0.9, 0.2, count), np.full(count, correct))
+    outcome = JudgedDetections(np.linspace(0.9, 0.2, count), np.full(count, correct))
     assert fit_prompt_free_threshold(outcome) is None
 
 

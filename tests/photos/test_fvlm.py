@@ -128,7 +128,7 @@ def test_word_list__plurals_of_compounds(word: str, form: str) -> None:
     assert form in singulars(word)
 
 
-TABLE = WordTable(words=("dog", "car", "terrier", "animal", "saxophone"), everywhere=2, lexicon=LEXICON)
+TABLE = WordTable(words=("dog", "car", "terrier", "animal", "saxophone"), always_labelled=2, lexicon=LEXICON)
 BOXES = np.array([[0, 0, 10, 10], [0, 0, 10, 9.4], [0, 0, 10, 5], [50, 50, 90, 90]], dtype=np.float32)
 
 

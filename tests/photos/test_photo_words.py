@@ -133,9 +133,11 @@ def test_loss__related_words_are_not_negatives() -> None:
         "pug": Meaning(("pug",), "dog"), "cat": Meaning(("cat",), "animal"),
     }  # fmt: skip
     lexicon = Lexicon(meanings=meanings, nouns={}, imagenet=())
-    from pretrain.data.photos import Words
+    from pretrain.data.photos import LabelledPhotos
 
-    words = Words(items=(), class_ids=(), classes=("dog", "pug", "cat"), lexicon=lexicon, excluded=frozenset({"hound"}))
+    words = LabelledPhotos(
+        items=(), class_ids=(), classes=("dog", "pug", "cat"), lexicon=lexicon, excluded=frozenset({"hound"})
+    )
     vocabulary, spared, captions = vocabulary_of(words)
     kept = [{vocabulary[i] for i in np.flatnonzero(row)} for row in spared]
     assert kept == [{"dog", "pug", "animal"}, {"pug", "dog", "animal"}, {"cat", "animal"}]

@@ -39,7 +39,7 @@ def denoising_attention_mask(
     counts: Sequence[int],
     heads: int,
 ) -> Tensor:
-    """The mask of denoising queries that stand before the free ones (DN-DETR, arXiv 2203.01305 §4.3).
+    """The mask of denoising queries placed before the free ones (DN-DETR, arXiv 2203.01305 §4.3).
 
     Denoising queries attend to their own group and to the free queries; free queries must not see denoising ones, which
     carry the answers. Padded denoising queries are masked, so outputs do not depend on batch-mates.

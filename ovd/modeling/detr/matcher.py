@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
 
-NOT_FINITE = 1e6  # stands for such a cost: the assignment goes on, the loss shows the fault
+NOT_FINITE = 1e6  # replaces such a cost: the assignment succeeds, and the loss shows the fault
 
 
 class Assignment(NamedTuple):

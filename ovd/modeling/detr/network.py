@@ -214,7 +214,7 @@ class Detr(nn.Module):
             memory: of `memory`.
             conditions: (N, Q, d) added to the queries.
             order: (Q,) permutation of the queries, or None.
-            denoising: queries that stand before the free ones (conditional only).
+            denoising: queries placed before the free ones (conditional only).
             mask: (P + Q, P + Q) bool, True where a query must not attend to another; or (N · heads, P + Q, P + Q).
         """
         count = len(memory.tokens)

@@ -41,7 +41,7 @@ class Branch:
     Attributes:
         card: what it is.
         network: in eval mode.
-        columns: (classes,) where each of its classes stands among all fine-tuned classes; -1: a later branch's.
+        columns: (classes,) of each of its classes among all fine-tuned classes; -1: a later branch's.
     """
 
     card: FinetunedCard

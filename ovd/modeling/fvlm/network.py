@@ -33,7 +33,7 @@ class FvlmDetector(nn.Module):
         tower: of the encoder.
         head: to be trained.
         reads_words: whether the head reads the proposer's scores of words.
-        image_head: to be distilled; None: the tower's own embedding stands for a crop's.
+        image_head: to be distilled; None: the tower's own embedding is used.
     """
 
     def __init__(

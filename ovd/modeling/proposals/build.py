@@ -145,7 +145,7 @@ class PhotoProposals:
     Attributes:
         boxes: (P, 4) x1, y1, x2, y2 in pixels of the picture.
         objectness: (P,) 0…1, the score that orders them.
-        quality: (P,) 0…1, expected IoU with whatever it boxes.
+        quality: (P,) 0…1, expected IoU with its object.
         words: (P, K) 0…1, the network's independent scores of `PROPOSAL_WORDS`; K is 0 on a library's backbone.
     """
 

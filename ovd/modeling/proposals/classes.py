@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 1000
 """Best (cell, class) pairs that enter NMS."""
-LEAST_SCORE = 1e-3
+MIN_SCORE = 1e-3
 
 
 class ClassBoxes(NamedTuple):
@@ -130,7 +130,7 @@ class ClassBranch(nn.Module):
         centres, strides = cell_centres(pixels.shape[1], pixels.shape[2], self.architecture.strides, device=device)
         score_AC = cells.words[0].float().sigmoid().nan_to_num(0.0)
         best = score_AC.flatten().topk(min(CANDIDATES, score_AC.numel()))
-        pairs = best.indices[best.values >= LEAST_SCORE]
+        pairs = best.indices[best.values >= MIN_SCORE]
         cell, class_id = pairs // self.classes, pairs % self.classes
         boxes = decode(cells.sides[0][cell].float(), centres[cell], strides[cell]).nan_to_num(0.0)
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[1]) * (width / size[1])

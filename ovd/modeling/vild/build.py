@@ -24,7 +24,7 @@ from ovd.modeling.region_head import RegionHead, conv_fc_head, last_stage_head
 from ovd.modeling.vild.detail_map import DetailBoxHead, DetailMap
 from ovd.modeling.vild.mask_head import MaskHead
 from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
-from ovd.modeling.vild.roi_heads import OpenVocabularyHeads
+from ovd.modeling.vild.roi_heads import DetailBranch, OpenVocabularyHeads
 from ovd.modeling.vild.sampling import SeededRPN
 from pretrain.engine.errors import UserError
 
@@ -127,10 +127,14 @@ def build_heads(
     if variant == "ensemble":
         image_head = build_region_head(config, in_channels=maps[box_features[0]].channels, embed_dim=embed_dim)
     mask_head = build_mask_head(head, in_channels=maps[mask_features[0]].channels) if head.mask else None
-    detail_head = None
+    detail_branch = None
     if detail is not None:
-        width = maps["detail"].channels
-        detail_head = DetailBoxHead(channels=width, resolution=head.detail_resolution, hidden=head.detail_fc)
+        resolution = head.detail_resolution
+        detail_branch = DetailBranch(
+            map=detail,
+            pooler=build_pooler(["detail"], maps=maps, resolution=resolution),
+            head=DetailBoxHead(channels=maps["detail"].channels, resolution=resolution, hidden=head.detail_fc),
+        )
     return OpenVocabularyHeads(
         variant=variant,
         classifier=classifier,
@@ -142,9 +146,7 @@ def build_heads(
         mask_pooler=build_pooler(mask_features, maps=maps, resolution=head.mask_resolution) if head.mask else None,
         mask_head=mask_head,
         distill_weight=head.distill_weight,
-        detail=detail,
-        detail_pooler=build_pooler(["detail"], maps=maps, resolution=head.detail_resolution) if detail else None,
-        detail_head=detail_head,
+        detail=detail_branch,
         num_classes=classifier.num_classes if classifier is not None else 1,
         batch_size_per_image=head.batch_per_image,
         positive_fraction=head.positive_fraction,

@@ -46,6 +46,14 @@ class RegionOutputs(NamedTuple):
     image: Tensor | None
 
 
+class DetailBranch(NamedTuple):
+    """A finer map for boxes and masks, and what reads boxes from it (`ovd.modeling.vild.detail_map`)."""
+
+    map: DetailMap
+    pooler: ROIPooler
+    head: DetailBoxHead
+
+
 def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
     """Give the region heads their stored names in a state dict."""
     _rename(state, {f"{prefix}{name}.": f"{prefix}{stored}." for name, stored in STORED_NAMES.items()})
@@ -96,9 +104,7 @@ class OpenVocabularyHeads(SeededROIHeads):
         batch_size_per_image: int,
         positive_fraction: float,
         proposal_matcher: Matcher,
-        detail: DetailMap | None = None,
-        detail_pooler: ROIPooler | None = None,
-        detail_head: DetailBoxHead | None = None,
+        detail: DetailBranch | None = None,
     ) -> None:
         super().__init__(
             num_classes=num_classes,
@@ -110,7 +116,7 @@ class OpenVocabularyHeads(SeededROIHeads):
             raise ValueError("only the ensemble has a second region head")
         if (classifier is None) == (variant in ("text", "vild", "ensemble")):
             raise ValueError(f"variant {variant!r} {'needs a' if classifier is None else 'has no'} text classifier")
-        if (region_head is None) != (variant == "agnostic" and detail_head is not None):
+        if (region_head is None) != (variant == "agnostic" and detail is not None):
             raise ValueError("exactly the agnostic variant with a detail map has no region head: nothing would read it")
         self.variant = variant
         self.classifier = classifier
@@ -118,10 +124,10 @@ class OpenVocabularyHeads(SeededROIHeads):
         self.image_head = image_head
         self.box_in_features, self.box_pooler = box_in_features, box_pooler
         self.mask_in_features, self.mask_pooler, self.mask_head = mask_in_features, mask_pooler, mask_head
-        self.detail, self.detail_pooler, self.detail_head = detail, detail_pooler, detail_head
-        width = (
-            detail_head.width if detail_head is not None else region_head.box_features if region_head is not None else 0
-        )
+        self.detail = None if detail is None else detail.map
+        self.detail_pooler = None if detail is None else detail.pooler
+        self.detail_head = None if detail is None else detail.head
+        width = detail.head.width if detail is not None else region_head.box_features if region_head is not None else 0
         self.box_regressor = nn.Linear(width, 4)
         nn.init.normal_(self.box_regressor.weight, std=0.001)  # Fast R-CNN section 3.3
         nn.init.zeros_(self.box_regressor.bias)

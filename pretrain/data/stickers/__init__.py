@@ -57,7 +57,7 @@ class Stickers:
         base: ids that may be labelled in detector training.
         novel: all other ids.
         validated: ids that have a sprite in the validation style.
-        near_synonyms: groups of ids that a person could call by one name.
+        near_synonyms: groups of ids that users could call by one name.
         styles: drawing styles by split.
         split_hash: sha256 of the split file's content.
         extra_hash: sha256 of the table of further training styles; empty when they are left out.
