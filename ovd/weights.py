@@ -276,7 +276,11 @@ def detector_folder(weights: str | Path) -> Path:
         )
     if isinstance(weights, Path) or "/" in str(weights):
         raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
-    return weights_folder(str(weights))
+    folder = weights_folder(str(weights))
+    if (folder / "config.json").is_file() and not (folder / "model.json").exists():
+        detectors = [name for name, entry in read_manifest().items() if (entry.folder / "model.json").is_file()]
+        raise UserError(f"{weights} is an encoder; the detectors are {', '.join([*ALIASES, *detectors])}")
+    return folder
 
 
 def read_model_card(folder: Path) -> ModelCard:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ovd.config import DataConfig, DetectorBackboneConfig
 from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from ovd.config_detr import DetrBackboneConfig
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, absent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def require_exists(path: str | Path, *, named: str, give: str = "") -> None:
         UserError: it is not there.
     """
     if not Path(path).exists():
-        raise UserError(f"{named}: no such file or folder" + (f"; give {give}" if give else ""))
+        raise UserError(f"{named}: {absent(path)}" + (f"; give {give}" if give else ""))
 
 
 def require_data(data: DataConfig) -> None:

@@ -297,7 +297,7 @@ def test_a_folder_is_no_video_whatever_its_name(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         *((name, True) for name in ("a.mp4", "A.MOV", "a.mjpeg", "A.MJPG", "0", "rtsp://host/x")),
-        *((name, False) for name in ("a.jpg", "photos")),
+        *((name, False) for name in ("a.jpg", "photos", "https://host/a.JPG?b=1")),
     ],
 )
 def test_is_video__by_extension_index_or_url(text: str, expected: bool) -> None:
