@@ -152,8 +152,11 @@ class Detections:
             masks: (R, M, M) of all regions, or None.
             size, names, best, threshold, notices: see the attributes.
         """
+        height, width = size
+        border = np.array([width, height, width, height], np.float32)
         return cls(
-            xyxy=boxes[candidates.region],
+            # Scaled from the network's input, a box at the border ends 1e-5 pixels behind it.
+            xyxy=np.clip(boxes[candidates.region], 0, border),
             confidence=candidates.score,
             class_id=candidates.class_id,
             class_name=[names[i] for i in candidates.class_id],

@@ -129,6 +129,12 @@ def _boxes_detector(boxes: list[list[float]], words: list[str]) -> Regions:
     return Regions(regions=regions, key="", detector=detector)
 
 
+def test_boxes_end_at_the_border_of_the_picture() -> None:
+    """Scaled from the network's input they end 1e-5 pixels behind it, and supervision warns of every tile."""
+    detections = _boxes_detector([[-3e-5, 10, 100, 200.00003]], ["red"]).classify("red")
+    assert detections.xyxy.tolist() == [[0, 10, 100, 200]]
+
+
 def test_overlapping_boxes_of_one_class_are_merged_and_of_two_classes_kept() -> None:
     first, shifted, far = [0.0, 0, 100, 100], [0.0, 20, 100, 120], [120.0, 120, 180, 180]
     assert len(_boxes_detector([first, shifted, far], ["red"] * 3).classify("red")) == 2
