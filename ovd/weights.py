@@ -217,7 +217,7 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
         aliases = [alias for alias, target in ALIASES.items() if target in entries]
         listed = ", ".join([*aliases, *entries]) or "nothing"
         hint = did_you_mean(name, [*ALIASES, *entries])
-        raise UserError(f"no weights named '{name}'{hint}. There is: {listed}. A path to a folder works too")
+        raise UserError(f"no weights named '{name}'{hint or '.'} There is: {listed}. A path to a folder works too")
     return entries[resolved]
 
 
