@@ -306,7 +306,7 @@ def read_model_card(folder: Path) -> ModelCard:
 
 
 def trained_words(weights: str) -> list[str]:
-    """The words that a detector was trained on: its classes (of photographs COCO's 80), then the other background words.
+    """The words that a detector was trained on: its classes (of photographs COCO's 80), then its background words.
 
     Raises:
         UserError: no such weights, or some that know no words.
