@@ -301,7 +301,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return args
     folder = Path(args.weights)
     if not (folder / "model.json").is_file():
-        raise UserError(f"--weights {folder}: no model.json there; give the exported/ folder of a training")
+        raise UserError(
+            f"--weights {folder}: no folder with a model.json; give the exported/ folder of a training. Shipped "
+            "weights stay as they are: calibrate a copy of their folder"
+        )
     if (args.labels or args.part) and not args.data:
         raise UserError("--labels and --part need --data")
     require_writable(folder)

@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Callable
 
-from ovd.commands import COMMANDS, GROUPS, Command
+from ovd.commands import COMMANDS, ELSEWHERE, GROUPS, Command
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
 
 Main = Callable[[list[str]], int | None]
@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         kind = "flag" if name.startswith("-") else "command"
-        raise UserError(f"unknown {kind} '{name}'{did_you_mean(name, COMMANDS)}; wordbox --help lists the commands")
+        hint = f" - here it is '{ELSEWHERE[name]}'" if name in ELSEWHERE else did_you_mean(name, COMMANDS)
+        raise UserError(f"unknown {kind} '{name}'{hint}; wordbox --help lists the commands")
     return main_of(COMMANDS[name])(argv[1:]) or 0
 
 

@@ -54,3 +54,6 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
 }
 COMMANDS = {command.name: command for commands in GROUPS.values() for command in commands}
+ELSEWHERE = {"annotate": "label", "detect": "predict", "eval": "evaluate", "infer": "predict", "track": "predict",
+             "val": "evaluate"}  # fmt: skip
+"""Commands of other detectors' tools → the one that does the same."""

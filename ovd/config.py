@@ -245,9 +245,14 @@ class TrainConfig(TrainingConfig):
         0.3, gt=0, le=1, description="learning-rate factor of layers that start pretrained"
     )
 
+    @property
+    def distils(self) -> bool:
+        """Whether the variant reads the store of `regions`."""
+        return self.model.variant in ("image", "vild", "ensemble")
+
     @model_validator(mode="after")
     def _regions(self) -> TrainConfig:
-        if self.model.variant in ("image", "vild", "ensemble") and self.regions is None:
+        if self.distils and self.regions is None:
             raise ValueError(
                 f"variant {self.model.variant!r} distils from offline regions: set regions=FOLDER, "
                 "which python -m ovd.embed writes"

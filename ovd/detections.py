@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detections of one picture, and their forms: masks, polygons, COCO results, supervision.
+"""The detections of one picture, and their forms: masks, polygons, rows, drawings, COCO results, supervision.
 
 Shapes: C classes, n detections, M mask side.
 """
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from ovd.pictures import ImageLike, to_rgb
 from pretrain.data.rle import JsonRle, encode_mask
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections
@@ -36,6 +38,12 @@ class CocoResult(_Mask):
     category_id: int
     bbox: list[float]
     score: float
+
+
+DetectionRow = TypedDict(
+    "DetectionRow", {"class": str, "score": float, "x1": float, "y1": float, "x2": float, "y2": float}
+)
+"""One detection as plain values: columns of the CSV that ``wordbox predict --format csv`` writes."""
 
 
 def paste_mask(
@@ -94,7 +102,8 @@ def sampled(mask_MM: NDArray[np.float32], v: NDArray[np.float32], u: NDArray[np.
 class Detections:
     """The detections of one picture, best score first.
 
-    ``detections[i]``, ``detections[:10]`` and ``detections[detections.confidence > 0.5]`` are some of them.
+    ``detections[i]``, ``detections[:10]``, ``detections["dog"]`` and ``detections[detections.confidence > 0.5]`` are
+    some of them.
 
     Attributes:
         xyxy: (n, 4) float32 corners in pixels of the original picture.
@@ -143,8 +152,11 @@ class Detections:
             masks: (R, M, M) of all regions, or None.
             size, names, best, threshold, notices: see the attributes.
         """
+        height, width = size
+        border = np.array([width, height, width, height], np.float32)
         return cls(
-            xyxy=boxes[candidates.region],
+            # Scaled from the network's input, a box at the border ends 1e-5 pixels behind it.
+            xyxy=np.clip(boxes[candidates.region], 0, border),
             confidence=candidates.score,
             class_id=candidates.class_id,
             class_name=[names[i] for i in candidates.class_id],
@@ -160,12 +172,24 @@ class Detections:
     def __len__(self) -> int:
         return len(self.confidence)
 
-    def __getitem__(self, index: int | slice | Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Detections:
-        """Some of the detections: by number, slice, numbers, or one bool for each.
+    def __getitem__(
+        self, index: int | slice | str | Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]
+    ) -> Detections:
+        """Some of the detections: by number, slice, name of a class, numbers, or one bool for each.
 
         Raises:
             IndexError: no such detection, or another number of bools.
+            UserError: a class that was not asked for.
         """
+        if isinstance(index, str):
+            if index not in self.names:
+                raise UserError(f"{index!r} is none of the classes asked for{did_you_mean(index, self.names)}")
+            return self.chosen(np.flatnonzero(self.class_id == self.names.index(index)))
+        if isinstance(index, bool):  # NumPy would take it for all or none
+            raise IndexError(
+                f"{index} is one bool for {len(self)} detections: class_name is a list, which is compared as a whole; "
+                'detections["dog"] are those of a class'
+            )
         if isinstance(index, Sequence) and not len(index):
             index = slice(0)  # NumPy would read an empty list as floats
         return self.chosen(np.atleast_1d(np.arange(len(self))[index]))
@@ -218,6 +242,68 @@ class Detections:
             box_masks=None if self.box_masks is None else self.box_masks[keep],
             notices=self.notices,
         )
+
+    def draw(self, image: ImageLike, *, masks: bool = True) -> Image.Image:
+        """Draw boxes, labels and masks onto a copy of the picture.
+
+        Args:
+            image: the picture that was searched, see `ovd.pictures.to_rgb`.
+            masks: fill the masks, where there are any.
+
+        Returns:
+            An upright RGB picture: ``.save("found.jpg")`` and ``.show()`` are Pillow's, and notebooks display it.
+
+        Raises:
+            UserError: a picture of another size.
+        """
+        from ovd.drawing import draw_detections
+
+        return Image.fromarray(draw_detections(self._pixels(image), self, masks=masks))
+
+    def crops(self, image: ImageLike) -> list[Image.Image]:
+        """Cut the boxes out of the picture; outwards to whole pixels, at least one each.
+
+        Args:
+            image: the picture that was searched, see `ovd.pictures.to_rgb`.
+
+        Returns:
+            n upright RGB pictures.
+
+        Raises:
+            UserError: a picture of another size.
+        """
+        picture = Image.fromarray(self._pixels(image))
+        low = np.clip(np.floor(self.xyxy[:, :2]), 0, (picture.width - 1, picture.height - 1))
+        high = np.clip(np.ceil(self.xyxy[:, 2:]), low + 1, (picture.width, picture.height))
+        corners = np.concatenate([low, high], axis=1).astype(int).tolist()
+        return [picture.crop((x1, y1, x2, y2)) for x1, y1, x2, y2 in corners]
+
+    def _pixels(self, image: ImageLike) -> NDArray[np.uint8]:
+        pixels = to_rgb(image)
+        (height, width), (is_high, is_wide) = self.size, pixels.shape[:2]
+        if (is_high, is_wide) != (height, width):
+            raise UserError(
+                f"the picture has {is_wide} × {is_high} pixels, these are detections in {width} × {height}: give the "
+                "picture that was searched"
+            )
+        return pixels
+
+    def to_rows(self) -> list[DetectionRow]:
+        """Return plain values, best first, for ``pandas.DataFrame``, ``json.dump`` or ``csv.DictWriter``.
+
+        Corners are in pixels, rounded to hundredths.
+        """
+        return [
+            {
+                "class": name,
+                "score": round(float(score), 5),
+                "x1": round(float(x1), 2),
+                "y1": round(float(y1), 2),
+                "x2": round(float(x2), 2),
+                "y2": round(float(y2), 2),
+            }
+            for name, score, (x1, y1, x2, y2) in zip(self.class_name, self.confidence, self.xyxy, strict=True)
+        ]
 
     def to_supervision(self) -> SupervisionDetections:
         """Convert to `supervision.Detections`, with ``data["class_name"]``.

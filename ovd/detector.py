@@ -196,7 +196,7 @@ class Detector:
         """The threshold given, or the calibrated one: of words, of examples, or the higher of both in a mixed query.
 
         Raises:
-            UserError: outside [0, 1].
+            UserError: no number, or outside [0, 1].
         """
         if threshold is None:
             calibration = self.model.calibration
@@ -205,6 +205,11 @@ class Detector:
             thresholds = [calibration.threshold] if query.words.positives else []
             thresholds += [calibration.example_threshold] if query.positive_examples else []
             return max(thresholds)
+        if isinstance(threshold, str | Sequence):  # detect(picture, "dog")
+            raise UserError(
+                f"threshold is a number from 0 to 1, not {threshold!r}; classes go to set_classes, or to "
+                "find(picture, classes)"
+            )
         if not 0.0 <= float(threshold) <= 1.0:
             raise UserError(f"threshold must be between 0 and 1, not {threshold}")
         return float(threshold)
@@ -356,7 +361,7 @@ class Detector:
         """Find the classes of `set_classes` in a picture.
 
         Args:
-            image: see `to_rgb`.
+            image: path, bytes, Pillow image or uint8 RGB array, see `to_rgb`; one, not a list.
             threshold: lowest score; the checkpoint's calibrated default when None.
             options: see `Regions.classify`.
         """

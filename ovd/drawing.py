@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ovd.colours import class_styles
-from ovd.detections import Detections
+
+if TYPE_CHECKING:
+    from ovd.detections import Detections
 
 
 def draw_detections(pixels: NDArray[np.uint8], detections: Detections, *, masks: bool = True) -> NDArray[np.uint8]:

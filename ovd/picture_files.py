@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, absent
 
 if TYPE_CHECKING:
     from pretrain.data.folder import U8
@@ -56,7 +56,7 @@ class PictureFiles:
             elif argument.is_file():
                 inside = [(argument.name, argument)]
             else:
-                raise UserError(f"{argument}: no such file or folder")
+                raise UserError(f"{argument}: {absent(argument)}")
             for name, path in inside:
                 first = pictures.setdefault(name, path)
                 if os.path.realpath(first) != os.path.realpath(path):  # links may go in circles

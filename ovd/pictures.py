@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pretrain.data.folder import FORMATS, formats_of, orientation, pixel_limit, read_image, upright
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, absent
 
 ImageLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 
@@ -28,7 +29,7 @@ def upright_size(path: Path) -> tuple[int, int]:
             width, height = image.size
             turned = orientation(image) in (5, 6, 7, 8)
     except FileNotFoundError as error:
-        raise BadImageError(path, "does not exist") from error
+        raise BadImageError(path, absent(path, "does not exist")) from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadImageError(path, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
     return (width, height) if turned else (height, width)
@@ -80,4 +81,5 @@ def to_rgb(image: ImageLike, *, max_pixels: int | None = None) -> NDArray[np.uin
         turned = upright(image)
         transparent = turned.has_transparency_data
         return to_rgb(np.array(turned.convert("RGBA" if transparent else "RGB")), max_pixels=max_pixels)
-    raise UserError(f"a picture must be a path, bytes, a Pillow image or an array, not {type(image).__name__}")
+    several = "; several go one by one, in a loop" if isinstance(image, Iterable) else ""
+    raise UserError(f"a picture must be a path, bytes, a Pillow image or an array, not {type(image).__name__}{several}")

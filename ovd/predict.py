@@ -52,6 +52,17 @@ if TYPE_CHECKING:
     from pretrain.data.coco_entries import CocoImage
 
 PARTS = "parts"
+ELSEWHERE = {
+    "--conf": "--threshold",
+    "--imgsz": "--sides",
+    "--model": "--weights",
+    "--prompt": "--classes",
+    "--save-txt": "--format yolo",
+    "--source": "PICTURES, without a flag",
+    "--text": "--classes",
+    "--vid-stride": "--every",
+}
+"""Flags of other detectors' commands → what they are here."""
 
 
 class PictureRecord(TypedDict, total=False):
@@ -102,6 +113,7 @@ def parser() -> CommandParser:
     add("--track", action=argparse.BooleanOptionalAction, default=True, help="track objects through a video")
     add("--overwrite", action="store_true", help="replace the results of another command")
     flags.hide(*RARE, "draw", "masks", "tile_side", "track")
+    flags.elsewhere = ELSEWHERE
     return flags
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovd.query_flags import check_words, load_query
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, absent
 
 EXTENSIONS = (
     ".3gp", ".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
@@ -24,7 +24,11 @@ def is_video(text: str) -> bool:
     """Whether an argument names a video file, a stream, or a camera by its number."""
     if text.lower().endswith(EXTENSIONS):
         return not Path(text).is_dir()
-    return "://" in text or (text.isdecimal() and not Path(text).exists())
+    if "://" in text:
+        from pretrain.data.folder import EXTENSIONS as PICTURES
+
+        return not text.partition("?")[0].lower().endswith(PICTURES)
+    return text.isdecimal() and not Path(text).exists()
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -43,7 +47,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
     examples = check_words(options)
     for text in sources:
         if "://" not in text and not text.isdecimal() and not Path(text).is_file():
-            raise UserError(f"{text}: no such file")
+            raise UserError(f"{text}: {absent(text, 'no such file')}")
     from ovd.tiles import TiledDetector
     from ovd.video import VideoSource, predict_video, progress, written_files
 

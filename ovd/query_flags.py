@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ovd.runtime.choice import Runtime
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, absent
 from pretrain.engine.flags import CommandParser, integer, share
 
 if TYPE_CHECKING:
@@ -130,5 +130,6 @@ def named_example(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
     path = Path(file if equals else text)
     if not path.is_file():
-        raise UserError(f"--example {text}: no such file {str(path)!r}; expected NAME=CROP or CROP, e.g. mug=mug.png")
+        fact = absent(path, f"no such file {str(path)!r}; expected NAME=CROP or CROP, e.g. mug=mug.png")
+        raise UserError(f"--example {text}: {fact}")
     return (name if equals and name.strip() else path.stem), path

@@ -56,7 +56,7 @@ PartsT = TypeVar("PartsT", bound=Parts)
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     config, options = command_line(TRAIN_CONFIGS, argv, prog="wordbox train", doc=__doc__ or "")
-    require_stages(config)
+    require_stages(config, unread=() if not isinstance(config, TrainConfig) or config.distils else ("regions",))
     from ovd.training import detr, finetune, fvlm, proposals, rcnn
 
     if isinstance(config, DetrTrainConfig):

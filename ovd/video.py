@@ -26,7 +26,7 @@ from ovd.detector import Detector
 from ovd.drawing import draw_detections
 from ovd.query import Query
 from ovd.tracking import WEAK, Tracked, Tracker, untracked
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, absent
 from pretrain.engine.files import write_atomically
 
 TICKS = 90_000  # per second, MPEG's clock
@@ -66,7 +66,7 @@ class VideoSource:
         """
         camera = text.isdecimal() and not Path(text).exists()
         if not camera and "://" not in text and not Path(text).is_file():
-            raise UserError(f"{text}: no such file")
+            raise UserError(f"{text}: {absent(text, 'no such file')}")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: the error below is one line
         log = cv2.utils.logging
         level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise: a missing camera is two lines of warnings

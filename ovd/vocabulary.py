@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,12 +240,14 @@ class Vocabulary:
             alone: False if examples are given as well: there may then be no word, or negative ones only.
 
         Raises:
-            UserError: no class, too many, a name too long, or a line with two colons.
+            UserError: no class, too many, a name too long, a line with two colons, or a mapping.
         """
         if isinstance(text, str):
             if len(text) > MAX_TEXT:
                 raise UserError(f"the class names are {len(text):,} characters long; at most {MAX_TEXT:,} are allowed")
             text = _json_list(text) or text
+        if isinstance(text, Mapping):
+            raise UserError('classes are a list, not a dict; synonyms follow a colon: ["mug: cup, coffee mug", "dog"]')
         if isinstance(text, str):
             entries = _split_text(text)
         else:

@@ -217,7 +217,7 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
         aliases = [alias for alias, target in ALIASES.items() if target in entries]
         listed = ", ".join([*aliases, *entries]) or "nothing"
         hint = did_you_mean(name, [*ALIASES, *entries])
-        raise UserError(f"no weights named '{name}'{hint}. There is: {listed}. A path to a folder works too")
+        raise UserError(f"no weights named '{name}'{hint or '.'} There is: {listed}. A path to a folder works too")
     return entries[resolved]
 
 
@@ -276,7 +276,11 @@ def detector_folder(weights: str | Path) -> Path:
         )
     if isinstance(weights, Path) or "/" in str(weights):
         raise UserError(f"no detector at {weights}: give a folder written by ovd.train, or the name of shipped weights")
-    return weights_folder(str(weights))
+    folder = weights_folder(str(weights))
+    if (folder / "config.json").is_file() and not (folder / "model.json").exists():
+        detectors = [name for name, entry in read_manifest().items() if (entry.folder / "model.json").is_file()]
+        raise UserError(f"{weights} is an encoder; the detectors are {', '.join([*ALIASES, *detectors])}")
+    return folder
 
 
 def read_model_card(folder: Path) -> ModelCard:
@@ -302,7 +306,7 @@ def read_model_card(folder: Path) -> ModelCard:
 
 
 def trained_words(weights: str) -> list[str]:
-    """The words that a detector was trained on, in the order of its card: of photographs COCO's 80 first.
+    """The words that a detector was trained on: its classes (of photographs COCO's 80), then its background words.
 
     Raises:
         UserError: no such weights, or some that know no words.
@@ -312,7 +316,7 @@ def trained_words(weights: str) -> list[str]:
     words = card.get("classes") if isinstance(card, dict) else None
     if not isinstance(words, list) or not words:
         raise UserError(f"{weights}: no detector with words; wordbox weights list shows what there is")
-    return [str(word) for word in words]
+    return list(dict.fromkeys(str(word) for word in [*words, *card.get("bank", ())]))
 
 
 def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:

@@ -89,15 +89,20 @@ def read_source(spec: str, *, stem: Stem | None = None) -> ResNetSource:
     from pretrain.nets.checkpoints import find_resnet, read_tensors
     from pretrain.nets.resnet import ResNet
 
-    path = Path(spec)
+    path = _handed_over(spec)
     if path.is_dir():
-        path = path / EXPORTED if not (path / "config.json").exists() and (path / EXPORTED).is_dir() else path
         return _read_folder(path)
     match = find_resnet(read_tensors(path), source=spec, stem=stem)
     network = ResNet(depth=match.depth, stem=match.stem)
     network.load_state_dict(match.state, strict=False)  # all there: find_resnet refuses anything less
     return ResNetSource(network=network.eval(), depth=match.depth, stem=match.stem, groups=None, mean=IMAGENET_MEAN,
                   std=IMAGENET_STD, report=match.report)  # fmt: skip
+
+
+def _handed_over(spec: str) -> Path:
+    """The path, or of a run's folder what it exported."""
+    path = Path(spec)
+    return path / EXPORTED if not (path / "config.json").exists() and (path / EXPORTED).is_dir() else path
 
 
 def _read_folder(folder: Path) -> ResNetSource:
@@ -123,9 +128,10 @@ def _read_folder(folder: Path) -> ResNetSource:
     else:
         encoder = load_encoder(folder)
         if not isinstance(encoder.visual, ResNetImage):
-            raise UserError(
-                f"{folder}: its image tower is {type(encoder.visual).__name__}, not a ResNet; use --to open_clip"
+            use = (
+                "--to open_clip" if "open_clip" in encoder.config else "it through pretrain.nets.encoders.load_encoder"
             )
+            raise UserError(f"{folder}: its image tower is {type(encoder.visual).__name__}, not a ResNet; use {use}")
         network, name = encoder.visual.backbone, f"image tower of {folder.name}"
         mean, std = encoder.image_mean, encoder.image_std
         by_stem: dict[Any, Stem] = {((7, 7), (2, 2)): "imagenet", ((3, 3), (2, 2)): "small", ((3, 3), (1, 1)): "cifar"}
@@ -381,7 +387,8 @@ def main(argv: Sequence[str]) -> int:
     if options.to == "open_clip":
         from pretrain.nets.encoders import read_encoder
 
-        encoder, report = read_encoder(options.source)
+        named = options.source.startswith("open_clip:")
+        encoder, report = read_encoder(options.source if named else _handed_over(options.source))
         print(report)
         settings = export_open_clip(encoder, out=options.out, pictures=pictures)
     else:

@@ -102,13 +102,14 @@ class Predictor:
     def propose(self, image: NDArray[np.uint8], image_id: ImageId) -> list[CocoResult]:
         """The same picture's regions as class-agnostic proposals, scored by objectness."""
         regions = self.detector.embed(image).regions
-        proposals = [
-            coco_result(box, image_id, 0, score)
-            for box, score in zip(regions.boxes.tolist(), regions.objectness.tolist(), strict=True)
-        ]
-        if regions.masks is not None:
-            for region, proposal in enumerate(proposals):
+        scored = np.column_stack([regions.boxes, regions.objectness])
+        once = np.sort(np.unique(scored, axis=0, return_index=True)[1])  # fine-tuned classes may share a box
+        proposals = []
+        for region, (*box, score) in zip(once.tolist(), scored[once].tolist(), strict=True):
+            proposal = coco_result(box, image_id, 0, score)
+            if regions.masks is not None:
                 proposal["segmentation"] = region_rle(regions, region)
+            proposals.append(proposal)
         return proposals
 
 

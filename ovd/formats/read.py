@@ -15,7 +15,7 @@ from ovd.formats.yolo import read_yolo, yaml_of
 from pretrain.data.coco import check_ground_truth, picture_file
 from pretrain.data.coco_entries import CocoJson
 from pretrain.data.folder import backslash_hint
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, absent
 from pretrain.engine.files import read_json
 
 ROBOFLOW = "_annotations.coco.json"
@@ -77,7 +77,7 @@ def recognise(path: Path) -> Kind:
         if xml_files(path):
             return "voc"
     else:
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: {absent(path)}")
     raise UserError(
         f"{path}: no labels that are known: give a COCO .json, a YOLO data.yaml, or a folder with one of them or with "
         "Pascal VOC's XML files"

@@ -25,7 +25,7 @@ from ovd.plain_yaml import read_plain_yaml
 from pretrain.data import masks
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.data.folder import EXTENSIONS, ImageListing, backslash_hint, find_images
-from pretrain.engine.errors import BadImageError, UserError, shorten
+from pretrain.engine.errors import BadImageError, UserError, absent, shorten
 from pretrain.engine.files import read_text
 
 NOTHING = ("", "~", "null", "Null", "NULL")
@@ -99,7 +99,7 @@ def yaml_of(path: Path) -> Path | None:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: {absent(path)}")
     for name in ("data.yaml", "data.yml", "dataset.yaml"):
         if (path / name).is_file():
             return path / name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ovd.config import DataConfig, DetectorBackboneConfig
 from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from ovd.config_detr import DetrBackboneConfig
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, absent, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def require_exists(path: str | Path, *, named: str, give: str = "") -> None:
         UserError: it is not there.
     """
     if not Path(path).exists():
-        raise UserError(f"{named}: no such file or folder" + (f"; give {give}" if give else ""))
+        raise UserError(f"{named}: {absent(path)}" + (f"; give {give}" if give else ""))
 
 
 def require_data(data: DataConfig) -> None:
@@ -105,12 +105,23 @@ def training_transform(data: DataConfig) -> TrainingTransform:
 
 
 def resolve_encoder(spec: str) -> JointEncoder:
-    """An encoder by its name under ``weights/``, its folder, a CLIP checkpoint, or ``open_clip:MODEL:TAG``."""
-    from ovd.weights import weights_folder
+    """An encoder by its name under ``weights/``, its folder, a CLIP checkpoint, or ``open_clip:MODEL:TAG``.
+
+    Raises:
+        UserError: none of that name, or one that cannot be loaded.
+    """
+    from ovd.weights import read_manifest, weights_folder
     from pretrain.nets.encoders import load_encoder
 
     if spec.startswith("open_clip:") or Path(spec).exists():
         return load_encoder(spec)
+    entries = read_manifest()
+    if spec not in entries:
+        encoders = [name for name, entry in entries.items() if (entry.folder / "config.json").is_file()]
+        raise UserError(
+            f"no encoder {spec!r}{did_you_mean(spec, encoders)}; there is: {', '.join(encoders)}, open_clip:MODEL:TAG, "
+            "a folder, or a checkpoint's file"
+        )
     return load_encoder(weights_folder(spec))
 
 

@@ -181,7 +181,7 @@ def training_source(config: TrainConfig, images: LabelledImages, encoder: JointE
     from ovd.regions.store import RegionStore
 
     store = None
-    if config.model.variant in ("image", "vild", "ensemble"):
+    if config.distils:
         store = RegionStore.open(Path(config.regions or ""))
         pictures = ScenePictures(images.source).fingerprint() if isinstance(images, StickerImages) else None
         # A store of other scenes would silently give every picture the regions of another.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, absent
 
 HAS_AVIF = bool(features.check("avif"))  # Pillow's own packages have it from 11.3 on
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
@@ -95,7 +95,7 @@ def read_image(
     except BadImageError:
         raise
     except FileNotFoundError as error:
-        raise BadImageError(name, "does not exist") from error
+        raise BadImageError(name, absent(name, "does not exist")) from error
     except IsADirectoryError as error:
         raise BadImageError(name, "is a folder, not a picture") from error
     except UnidentifiedImageError as error:  # whose own text shows the address of a buffer

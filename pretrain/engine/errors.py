@@ -25,6 +25,7 @@ MACHINE_FAULTS = frozenset({
     errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE,
 })  # fmt: skip
 _CONTROLS = re.compile("\n(?!  )|[\0-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # of which Path has left one slash; C:/ has one letter
 NEEDS_TORCH = 'pip install "wordbox[train]"'
 """The line that brings torch and all that trains."""
 TRAINING_PACKAGES = frozenset({"detectron2", "fvcore", "open_clip", "scipy", "timm", "torch", "torchvision"})
@@ -93,6 +94,16 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``" - did you mean 'x'?"`` to append to a message, or nothing when no choice is close."""
     close = nearest(word, choices, 1)
     return f" - did you mean '{close[0]}'?" if close else ""
+
+
+def absent(path: str | os.PathLike[str], fact: str = "no such file or folder") -> str:
+    """What to say of a path that is not there: ``fact``, or why it cannot be a path of this machine."""
+    text = os.fspath(path)
+    if _ADDRESS.match(text):
+        return "is an address, and nothing is fetched from the network; download it and give the file"
+    if "*" in text:
+        return f"{fact}; patterns are for the shell: leave the quotes out, or give the folder"
+    return fact
 
 
 def fault_of_the_machine(error: OSError) -> str | None:

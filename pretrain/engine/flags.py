@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pretrain.engine.errors import UserError, nearest
@@ -23,6 +23,9 @@ class CommandParser(argparse.ArgumentParser):
         description: One or a few lines: what the command does.
         details: What ``--help-all`` says in place of the description.
         options: Of `argparse.ArgumentParser`.
+
+    Attributes:
+        elsewhere: Flags of similar tools → what they are here, for the message about an unknown one.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class CommandParser(argparse.ArgumentParser):
         )
         self._details = details
         self._hidden: dict[argparse.Action, str | None] = {}
+        self.elsewhere: Mapping[str, str] = {}
         self.add_argument("-h", "--help", action="help", help="this text")
         self._help_all = self.add_argument(
             "--help-all",
@@ -68,7 +72,9 @@ class CommandParser(argparse.ArgumentParser):
         if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
             unknown_flag = unknown[1].split()[0].partition("=")[0]
             close = nearest(unknown_flag.lstrip("-"), [flag.lstrip("-") for flag in self.flags()], 1)
-            if close and unknown_flag.startswith("--"):
+            if unknown_flag in self.elsewhere:
+                message += f" - here it is {self.elsewhere[unknown_flag]}"
+            elif close and unknown_flag.startswith("--"):
                 message += f" - did you mean '--{close[0]}'?"
             elif not unknown_flag.startswith("-"):
                 message += ". Values with spaces or commas go in quotes"

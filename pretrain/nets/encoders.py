@@ -72,5 +72,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
+        if isinstance(config, dict) and str(config.get("format")).startswith("backbone/"):
+            raise UserError(f"{folder}: is a backbone without a text tower, not an image-text encoder")
         raise UserError(f"{path}: expected format {FORMAT!r}; was it written by another version?")
     return config

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ovd import cli
-from ovd.commands import COMMANDS
+from ovd import cli, predict
+from ovd.commands import COMMANDS, ELSEWHERE
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser, integer, share
 
@@ -73,6 +73,7 @@ def test_help__imports_nothing_heavy() -> None:
     [
         (["predct"], "unknown command 'predct' - did you mean 'predict'?; wordbox --help lists the commands"),
         (["--verson"], "unknown flag '--verson'; wordbox --help lists the commands"),
+        (["detect"], "unknown command 'detect' - here it is 'predict'; wordbox --help lists the commands"),
         (["xyzzy"], "unknown command 'xyzzy'; wordbox --help lists the commands"),
     ],
 )
@@ -84,6 +85,13 @@ def test_cli__unknown_command_suggests_the_nearest(argv: list[str], said: str) -
 def test_cli__no_command_prints_help_and_exits_2() -> None:
     done = wordbox()
     assert done.returncode == 2 and done.stdout.startswith("usage: wordbox COMMAND")
+
+
+def test_what_other_tools_call_a_thing_stands_for_something_here() -> None:
+    assert set(ELSEWHERE.values()) <= set(COMMANDS) and not set(ELSEWHERE) & set(COMMANDS)
+    flags = set(predict.parser().flags())
+    assert not set(predict.ELSEWHERE) & flags
+    assert {here.split()[0] for here in predict.ELSEWHERE.values() if here.startswith("--")} <= flags
 
 
 @pytest.mark.parametrize("name", COMMANDS)

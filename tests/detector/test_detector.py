@@ -20,6 +20,7 @@ from PIL import Image
 
 from ovd.detections import Detections, paste_mask
 from ovd.detector import Detector
+from ovd.formats.exports import CSV_COLUMNS
 from ovd.inference.crop_refinement import refine_with_crops
 from ovd.inference.regions import Regions
 from ovd.inference.scoring import RegionSet
@@ -27,7 +28,7 @@ from ovd.pictures import to_rgb
 from ovd.regions.crops import embed_regions
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import BadImageError, UserError
-from tests.detector.fakes import ColourModel, WordEncoder, make_detector, picture
+from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture
 
 
 def test_detect__boxes_are_in_original_pixels() -> None:
@@ -128,6 +129,12 @@ def _boxes_detector(boxes: list[list[float]], words: list[str]) -> Regions:
     return Regions(regions=regions, key="", detector=detector)
 
 
+def test_boxes_end_at_the_border_of_the_picture() -> None:
+    """Scaled from the network's input they end 1e-5 pixels behind it, and supervision warns of every tile."""
+    detections = _boxes_detector([[-3e-5, 10, 100, 200.00003]], ["red"]).classify("red")
+    assert detections.xyxy.tolist() == [[0, 10, 100, 200]]
+
+
 def test_nms__is_per_class() -> None:
     first, shifted, far = [0.0, 0, 100, 100], [0.0, 20, 100, 120], [120.0, 120, 180, 180]
     assert len(_boxes_detector([first, shifted, far], ["red"] * 3).classify("red")) == 2
@@ -160,6 +167,14 @@ def test_threshold__outside_0_to_1_is_refused(threshold: float) -> None:
         make_detector().embed(picture()).classify("red", threshold=threshold)
 
 
+@pytest.mark.parametrize("classes", ["dog", ["dog", "cat"]])
+def test_classes_in_the_place_of_the_threshold_are_told_where_they_go(classes: Any) -> None:
+    detector = make_detector()
+    detector.set_classes("red")
+    with pytest.raises(UserError, match=r"threshold is a number .* classes go to set_classes"):
+        detector.detect(picture(), classes)
+
+
 def test_detect__without_classes_says_what_to_call() -> None:
     detector = make_detector()
     with pytest.raises(UserError, match="set_classes"):
@@ -174,6 +189,46 @@ def test_to_supervision__has_the_same_numbers() -> None:
     assert converted.confidence.tolist() == detections.confidence.tolist()
     assert converted.data["class_name"].tolist() == detections.class_name
     assert converted.mask.shape == (2, 120, 160)
+
+
+def test_rows_are_the_columns_of_the_csv() -> None:
+    detections = make_detector().embed(picture()).classify("red, blue")
+    rows = json.loads(json.dumps(detections.to_rows()))
+    assert [row["class"] for row in rows] == detections.class_name
+    assert [[row[k] for k in ("x1", "y1", "x2", "y2")] for row in rows] == detections.xyxy.tolist()
+    assert [row["score"] for row in rows] == pytest.approx(detections.confidence, abs=1e-5)
+    assert set(rows[0]) == set(CSV_COLUMNS) - {"file", "width", "height"}
+    assert detections[:0].to_rows() == []
+
+
+def test_drawing_and_crops_are_of_the_upright_picture(tmp_path: Path) -> None:
+    """What opening the file and cutting it by the boxes gets wrong."""
+    turned = Image.fromarray(np.rot90(picture()))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "p.png", exif=exif)
+    detections = make_detector().find(tmp_path / "p.png", "red, blue")
+    for name, crop, box in zip(
+        detections.class_name, detections.crops(tmp_path / "p.png"), detections.xyxy, strict=True
+    ):
+        assert crop.size == (box[2] - box[0], box[3] - box[1]) and (np.asarray(crop) == COLOURS[name]).all()
+    drawn = detections.draw(tmp_path / "p.png", masks=False)
+    changed = (np.asarray(drawn) != picture()).any(axis=2)
+    assert changed[20, 10] and not changed[45, 30]  # the corner of the red box, its middle
+    assert (np.asarray(detections[:0].draw(picture())) == picture()).all()
+
+
+def test_crops__of_boxes_at_the_border_have_a_pixel() -> None:
+    detections = make_detector().find(picture(), "red, blue")
+    detections.xyxy[:] = [[-3.2, 10.5, 4.5, 11.5], [159.9, 119.9, 160.0, 120.0]]
+    assert [crop.size for crop in detections.crops(picture())] == [(5, 2), (1, 1)]
+
+
+def test_a_picture_of_another_size_is_not_drawn_on() -> None:
+    detections = make_detector().find(picture(), "red")
+    for method in (detections.draw, detections.crops):
+        with pytest.raises(UserError, match=r"has 120 × 160 pixels, these are detections in 160 × 120"):
+            method(np.ascontiguousarray(np.rot90(picture())))
 
 
 def test_to_coco__has_the_same_box_and_mask() -> None:
@@ -249,6 +304,17 @@ def test_to_rgb__invalid_array_is_refused(bad: object) -> None:
         to_rgb(bad)  # type: ignore[arg-type]
 
 
+def test_to_rgb__several_pictures_go_one_by_one() -> None:
+    with pytest.raises(UserError, match="not list; several go one by one"):
+        to_rgb([picture(), picture()])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("address", ["https://example.org/bus.jpg?x=1", "rtsp://camera/1", Path("http://a/b.jpg")])
+def test_to_rgb__nothing_is_fetched_from_an_address(address: str | Path) -> None:
+    with pytest.raises(BadImageError, match="is an address, and nothing is fetched"):
+        to_rgb(address)
+
+
 def test_to_rgb__array_over_the_pixel_limit_is_refused() -> None:
     with pytest.raises(UserError, match="at most 100 "):
         to_rgb(np.zeros((20, 20, 3), np.uint8), max_pixels=100)
@@ -297,6 +363,12 @@ def test_to_rgb__unsupported_file_is_refused(tmp_path: Path, content: bytes) -> 
     (tmp_path / "p.png").write_bytes(content)
     with pytest.raises(BadImageError, match="p.png"):
         to_rgb(tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("name", ["clip-photo", "clip-sticker"])
+def test_an_encoder_is_no_detector(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is an encoder; the detectors are default, vild-photo"):
+        detector_folder(name)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "no-such-weights"])
@@ -469,6 +541,15 @@ def test_detections__index_gives_some_of_them(index: Any, kept: list[int]) -> No
 def test_detections__wrong_index_is_refused(index: Any) -> None:
     with pytest.raises(IndexError):
         seven_detections()[index]
+
+
+def test_detections__of_a_class_by_its_name() -> None:
+    detections = seven_detections()
+    assert detections["cat"].class_name == ["cat", "cat"]
+    with pytest.raises(UserError, match="'cta' is none of the classes asked for - did you mean 'cat'"):
+        detections["cta"]
+    with pytest.raises(IndexError, match=r'detections\["dog"\] are those of a class'):
+        detections[detections.class_name == "cat"]  # type: ignore[comparison-overlap]
 
 
 def test_detections__are_iterated_one_by_one_and_print_short() -> None:

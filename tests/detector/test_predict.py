@@ -237,6 +237,10 @@ def test_predict__duplicate_names_and_missing_paths_are_refused(photos: Path, tm
     assert len(PictureFiles.collect([photos, photos / "a.png"])) == 3
     with pytest.raises(UserError, match="nowhere: no such file"):
         PictureFiles.collect([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match=r"\*\.jpg: no such file or folder; patterns are for the shell"):
+        PictureFiles.collect([tmp_path / "*.jpg"])
+    with pytest.raises(UserError, match="bus.jpg: is an address, and nothing is fetched"):
+        PictureFiles.collect([Path("https://example.org/bus.jpg")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no picture"):
         PictureFiles.collect([tmp_path / "empty"])
@@ -275,6 +279,8 @@ def test_drawing__boxes_across_the_border() -> None:
         (["--classes", "red", "--every", "2"], "are for videos"),
         (["--classes", "red", "--no-track"], "are for videos"),
         (["--classes", "red", "--threads", "99999999"], "from 1 to 1024"),
+        (["--example", "mug=https://example.org/mug.png"], "mug.png: is an address, and nothing is fetched"),
+        (["--classes", "red", "--conf", ".2"], "--conf .2 - here it is --threshold"),
     ],
 )
 def test_predict__command_line_mistakes_write_nothing(

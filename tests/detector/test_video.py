@@ -295,7 +295,7 @@ def test_is_video__not_a_folder(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         *((name, True) for name in ("a.mp4", "A.MOV", "a.mjpeg", "A.MJPG", "0", "rtsp://host/x")),
-        *((name, False) for name in ("a.jpg", "photos")),
+        *((name, False) for name in ("a.jpg", "photos", "https://host/a.JPG?b=1")),
     ],
 )
 def test_is_video__by_extension_index_or_url(text: str, expected: bool) -> None:

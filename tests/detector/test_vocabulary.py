@@ -82,6 +82,7 @@ def test_parse__word_with_and_without_minus_stays_a_class() -> None:
         ("x" * 101, "101 characters; at most 100"),
         ([f"class {i}" for i in range(10_001)], "10,001 class names; at most 10,000"),
         ("mug: " + ",".join(f"s{i}" for i in range(51)), "51 synonyms; at most 50"),
+        ({"mug": ["cup"]}, "classes are a list, not a dict; synonyms follow a colon"),
     ],
 )
 def test_vocabulary__invalid_names_are_explained(text: str | list[str], message: str) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ovd import Detector, calibrate, evaluate, predict
 from ovd.inference.crop_classifier import CropClassifier, PhotoBoxes, embed_boxes
+from ovd.training.inputs import resolve_encoder
 from ovd.user_files import calibration_file, read_calibration
 from ovd.weights import detector_folder, user_folder
 from pretrain.engine.errors import UserError
@@ -152,6 +153,13 @@ def test_encoder_flag__is_accepted_by_every_command(clip: str, tmp_path: Path) -
         evaluate.main([*given, "--data", data, "--vild"])
     with pytest.raises(UserError, match="--encoder needs --data"):
         calibrate.main(given)
+
+
+def test_an_encoder_of_no_known_name_is_told_what_there_is() -> None:
+    with pytest.raises(UserError, match=r"no encoder 'ViT-B-32'; there is: clip-photo, .*open_clip:MODEL:TAG"):
+        resolve_encoder("ViT-B-32")
+    with pytest.raises(UserError, match="no encoder 'clip-foto' - did you mean 'clip-photo'"):
+        resolve_encoder("clip-foto")
 
 
 def test_user_files__follow_the_environment() -> None:

@@ -42,6 +42,16 @@ def test_the_command_that_makes_what_is_missing_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("config", ["vild_text.yaml", "oracle.yaml"])
+def test_a_variant_that_does_not_distil_needs_no_regions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    """Embedding them takes longer than its training."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^weights: runs/mask_rcnn/exported [^;]*; make it with [^;]*$"):
+        detectors.main(["--config", config, "--check"])
+
+
 def test_shipped_configs__paths_below_runs_have_a_producer() -> None:
     commands = stage_commands()
     assert commands["runs/text"] == "python -m pretrain.train --config pretrain/text.yaml"

@@ -19,7 +19,7 @@ from ovd.evaluate import main
 from ovd.evaluation.coco import Metrics, evaluate
 from ovd.evaluation.model import _with_soft_nms
 from ovd.evaluation.options import DEFAULT_COUNT, DEFAULT_SEED, DataSpec, Options
-from ovd.evaluation.predictor import predictor_for
+from ovd.evaluation.predictor import Predictor, predictor_for
 from ovd.evaluation.run import run_images, run_source
 from ovd.inference.scoring import RegionSet
 from ovd.vocabulary import Vocabulary
@@ -87,6 +87,23 @@ class Oracle:
         _, objects = coco_objects(scene, image_id=image_id, first_annotation_id=1)
         keys = ("image_id", "category_id", "bbox", "segmentation")
         return [{k: o[k] for k in keys} | {"score": 1.0} for o in objects if o["category_id"] - 1 in self.known]
+
+
+def test_a_box_that_two_fine_tuned_classes_share_is_proposed_once() -> None:
+    """Listed twice it would draw the warning of results that were put together twice."""
+    detector = make_detector(masks=False)
+    network = detector.model.regions
+
+    def shared(image: np.ndarray) -> RegionSet:
+        found = network(image)
+        boxes, objectness, text = (np.concatenate([x, x]) for x in (found.boxes, found.objectness, found.text))
+        return replace(found, boxes=boxes, objectness=objectness, text=text)
+
+    detector.model.regions = shared  # type: ignore[method-assign]
+    predictor = Predictor(detector=detector, category_ids=(1,), scorer=lambda regions: regions.text[:, :1])
+    proposals = predictor.propose(picture(RECTANGLES[0]), 40)
+    assert [p["bbox"] for p in proposals[:2]] == [[10, 20, 40, 50], [80, 30, 70, 80]]
+    assert len(proposals) == len(network(picture(RECTANGLES[0])))
 
 
 def test_run_source__base_only_predictor_has_no_novel_ap(source: SceneSource) -> None:

@@ -100,6 +100,19 @@ def test_the_space_runs_the_container() -> None:
     assert len(settings["short_description"]) <= 60
 
 
+def test_every_binary_file_of_the_space_goes_through_lfs() -> None:
+    """The hub refuses a push with others."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no checkout")
+    (tracked,) = re.findall(r"git lfs track (.*)", (ROOT / "docs/guide/deploy.md").read_text(encoding="utf-8"))
+    suffixes = {pattern.removeprefix("*") for pattern in shlex.split(tracked)}
+    paths = [Path(name) for name in listed.stdout.split("\0") if name]
+    assert {
+        path.suffix for path in paths if path.suffix not in suffixes and b"\0" in (ROOT / path).read_bytes()
+    } == set()
+
+
 @pytest.mark.parametrize("name", ["bug", "idea", "accuracy"])
 def test_issue_forms_are_forms(name: str) -> None:
     form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text(encoding="utf-8"))

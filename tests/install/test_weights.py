@@ -43,6 +43,11 @@ def test_the_words_of_a_detector_are_printed(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "model.json").write_text('{"classes": ["dog", "t\u00e9l\u00e9"]}', encoding="utf-8")
     assert main(["words", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "dog\nt\u00e9l\u00e9\n"
+    (tmp_path / "model.json").write_text(
+        '{"classes": ["dog"], "bank": ["dog", "lamp"]}'
+    )  # as a detector of photographs
+    assert main(["words", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "dog\nlamp\n"
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(UserError, match="no detector with words"):
         main(["words", str(tmp_path)])

@@ -316,6 +316,8 @@ def test_the_command_writes_a_folder_once(tmp_path: Path, capsys: pytest.Capture
     assert settings["mean"] == list(MEAN) and settings["channels"] == "RGB" and settings["stem"] == "small"
     with pytest.raises(UserError, match="not empty"):
         main([str(tmp_path / "run"), "--to", "torchvision", "--out", str(out)])
+    with pytest.raises(UserError, match="exported: is a backbone without a text tower"):
+        main([str(tmp_path / "run"), "--to", "open_clip", "--out", str(tmp_path / "other")])
     with pytest.raises(UserError, match="neither a backbone nor an encoder folder"):
         main([str(out), "--to", "torchvision", "--out", str(tmp_path / "other")])
 
@@ -326,6 +328,12 @@ def test_export__own_towers_are_refused_for_open_clip(tmp_path: Path, pictures: 
 
     with pytest.raises(UserError, match="towers of its own"):
         export_open_clip(make(), out=tmp_path / "out", pictures=pictures)
+
+
+def test_export__a_tower_that_neither_library_reads_is_not_sent_from_one_to_the_other(tmp_path: Path) -> None:
+    folder = str(Path(__file__).resolve().parents[2] / "weights/clip-photo")
+    with pytest.raises(UserError, match="is TimmImage, not a ResNet; use it through pretrain.nets.encoders"):
+        main([folder, "--to", "torchvision", "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("model", ["seresnet18", "resnetaa50"])
