@@ -32,6 +32,15 @@ def upright_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def require_decodable(path: Path) -> None:
+    """Decode a picture, as small as its format allows.
+
+    Raises:
+        BadImageError: its header may be whole, the rest is not.
+    """
+    read_image(path, max_side=64)
+
+
 def resized(image: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     """An (H, W, 3) picture with both sides times ``factor``, at least a pixel each; averaged where it shrinks."""
     height, width = image.shape[:2]

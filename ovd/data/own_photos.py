@@ -22,7 +22,7 @@ from ovd.data.catalog import read_annotated, refuse_boxes_outside, refuse_other_
 from ovd.data.copies import photo_groups
 from ovd.data.joined import corners_of, is_object
 from ovd.data.own_labels import about_names, why_no_box
-from ovd.pictures import resized, upright_size
+from ovd.pictures import require_decodable, resized, upright_size
 from ovd.words import cleaned
 from pretrain.data.coco import GroundTruth
 from pretrain.data.coco_boxes import BORDER
@@ -154,7 +154,9 @@ class FinetunePhotos:
         return [self.folder / self._files[image_id] for image_id in self.image_ids]
 
     def _usable(self, boxes: Mapping[ImageId, list[list[float]]]) -> list[ImageId]:
-        """The photos that can be opened and have the size that the labels say, or one that their boxes fit.
+        """The photos that can be decoded and have the size that the labels say, or one that their boxes fit.
+
+        Few as they are, one that is found damaged in the middle of the training would be too many for it.
 
         Raises:
             UserError: more than a few are missing, or more than half cannot be read.
@@ -175,6 +177,7 @@ class FinetunePhotos:
                     refuse_boxes_outside(path, corners, size, where=self.where)
                     limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
                     over += int(((corners < -BORDER) | (corners > limit + BORDER)).any(axis=1).sum())
+                require_decodable(path)
                 usable.append(image_id)
             except BadImageError as problem:
                 unread.append(str(problem))
@@ -252,8 +255,7 @@ class FinetunePhotos:
         """(to train on, held out): photos drawn by the seed, in their order.
 
         Every class keeps at least half of its boxes for training: a rare class's photos are taken back. What shows one
-        photo stays together. Photos that cannot be decoded are not held out, and none is where no object is in them:
-        they could choose nothing.
+        photo stays together. None is held out where no object is in them: they could choose nothing.
 
         Args:
             share: of the photos that are held out.
@@ -280,18 +282,9 @@ class FinetunePhotos:
                 taken = [i for i in together[self._groups[photo]] if i in held_out]
                 held_out = [i for i in held_out if i not in taken]
                 training += taken
-        unread = [photo for photo in held_out if not self._decodes(photo)]
-        training, held_out = [*training, *unread], [photo for photo in held_out if photo not in unread]
         if not any((self.boxes(photo).classes >= 0).any() for photo in held_out):
             training, held_out = [*training, *held_out], []
         return sorted(training), sorted(held_out)
-
-    def _decodes(self, index: int) -> bool:
-        try:
-            self.image(index)
-        except BadImageError:
-            return False
-        return True
 
 
 def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> Boxes:

@@ -141,6 +141,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for path in temporary.rglob("*"):  # else a power cut could leave the new name and empty files
+            flush_to_disk(path)
         with locked_folder(target.parent):
             if not _same_files(temporary, target):
                 _replace_folder(target, temporary)
@@ -213,8 +215,8 @@ def _replace_folder(target: Path, replacement: Path) -> None:
         target.rename(old)
     try:
         replacement.rename(target)
-    except OSError:
-        if old.is_dir():
+    except BaseException:  # Ctrl-C, too
+        if old.is_dir() and not target.exists():
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
