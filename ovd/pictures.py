@@ -32,6 +32,16 @@ def upright_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def frame_count(path: Path) -> int:
+    """Frames or pages of a picture, of which the first is read; the preview that a camera adds (MPO) is none.
+
+    Raises:
+        BadImageError: no such file, or no picture.
+    """
+    with open_image(path) as (image, _):
+        return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+
+
 def require_decodable(path: Path) -> None:
     """Decode a picture, as small as its format allows.
 

@@ -22,7 +22,7 @@ from ovd.data.catalog import read_annotated, refuse_boxes_outside, refuse_other_
 from ovd.data.copies import photo_groups
 from ovd.data.joined import corners_of, is_object
 from ovd.data.own_labels import about_names, why_no_box
-from ovd.pictures import require_decodable, resized, upright_size
+from ovd.pictures import frame_count, require_decodable, resized, upright_size
 from ovd.words import cleaned
 from pretrain.data.coco import GroundTruth
 from pretrain.data.coco_boxes import BORDER
@@ -164,7 +164,7 @@ class FinetunePhotos:
         files = self._files
         if missing := require_files(list(files.values()), self.folder, where=self.where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
-        usable, unread, over = [], [], 0
+        usable, unread, several, over = [], [], [], 0
         for image_id, name in files.items():
             path = self.folder / name
             if not path.is_file():
@@ -178,6 +178,7 @@ class FinetunePhotos:
                     limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
                     over += int(((corners < -BORDER) | (corners > limit + BORDER)).any(axis=1).sum())
                 require_decodable(path)
+                several += [name] if frame_count(path) > 1 else []
                 usable.append(image_id)
             except BadImageError as problem:
                 unread.append(str(problem))
@@ -186,6 +187,11 @@ class FinetunePhotos:
             if len(unread) > len(usable):
                 raise UserError(f"{text}; repair or remove them")
             self.notices.append(f"{text}; left out")
+        if several:
+            self.notices.append(
+                f"{self.where}: {len(several)} photos have several frames or pages; the first is used (first: "
+                f"{several[0]})"
+            )
         if over:
             self.notices.append(f"{self.where}: {over} boxes reach over the border of their photo")
         return usable

@@ -173,10 +173,14 @@ def formats_of(file: BinaryIO, name: str) -> tuple[str, ...]:
     """The formats of Pillow that a file may be read as; HEIC's package is asked for where it is one.
 
     Raises:
-        BadImageError: it is HEIC, and the package is not installed.
+        BadImageError: it is HEIC, and the package is not installed; or nothing is in the file, or what Git LFS leaves.
     """
     head = file.read(12)
     file.seek(0)
+    if not head:
+        raise BadImageError(name, "is empty (0 bytes)")
+    if head == b"version http":
+        raise BadImageError(name, "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
     if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
         return FORMATS
     try:

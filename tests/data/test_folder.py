@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import sys
 import zlib
@@ -175,6 +176,7 @@ def test_the_pixel_limit_can_be_chosen() -> None:
     ("name", "data"),
     [
         ("empty.png", b""),
+        ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
         ("text.jpg", b"hello"),
         ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'),
         ("page.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
@@ -192,6 +194,8 @@ def test_read_image__unreadable_file_is_named(tmp_path: Path, name: str, data: b
     with pytest.raises(BadImageError) as caught:
         read_image(path)
     assert caught.value.path == path and name in str(caught.value)
+    said = {"empty.png": r"is empty \(0 bytes\)", "pointer.jpg": "a pointer of Git LFS"}
+    assert re.search(said.get(name, "cannot be read as JPEG"), str(caught.value))
 
 
 @pytest.mark.parametrize("level", [0, 6])
