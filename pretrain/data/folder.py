@@ -79,7 +79,7 @@ def read_image(
     """
     remedy = f"shrink it, or set {LIMIT}" if max_pixels is None else "shrink it first"
     max_pixels = pixel_limit() if max_pixels is None else max_pixels
-    with open_image(source) as (image, file):
+    with open_image(source, max_pixels=max_pixels) as (image, file):
         width, height = image.size
         if width * height > max_pixels:
             raise BadImageError(
@@ -98,8 +98,14 @@ def read_image(
 
 
 @contextmanager
-def open_image(source: str | Path | bytes | BinaryIO) -> Iterator[tuple[Image.Image, BinaryIO]]:
+def open_image(
+    source: str | Path | bytes | BinaryIO, *, max_pixels: int = PILLOWS_LIMIT
+) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """A picture of which the header is read, and its file, while the block lasts.
+
+    Args:
+        source: as for `read_image`.
+        max_pixels: the limit that a message names; it is for the block to look for.
 
     Raises:
         BadImageError: what is wrong with the file, here or in the block.
@@ -124,7 +130,7 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Iterator[tuple[Image.Im
     except UnidentifiedImageError as error:  # whose own text shows the address of a buffer
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: it is none of them") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
-        raise BadImageError(name, f"has more than {PILLOWS_LIMIT:,} pixels; shrink it first.") from error
+        raise BadImageError(name, f"has more pixels than the limit of {max_pixels:,}; shrink it first.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
 
