@@ -190,9 +190,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Make a folder for results, and keep other commands out of it: they would take each other's for their own.
 
     Raises:
-        UserError: another command writes there.
+        UserError: another command writes there, or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there: {error.strerror or error}") from error
     with locked_folder(folder, wait=False) as alone:
         if not alone:
             raise UserError(f"{folder}: another command writes there; wait for it, or give another --out")
