@@ -10,6 +10,11 @@ from pydantic import Field, model_validator
 from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, check_warmup
 
+AnchorSide = Annotated[float, Field(gt=0, le=100_000)]
+Ratio = Annotated[float, Field(gt=0, le=100)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+
 
 class DetectorBackboneConfig(NetworkConfig):
     """The network and, for ``kind: fpn``, its pyramid."""
@@ -36,14 +41,20 @@ class DetectorBackboneConfig(NetworkConfig):
 class ProposalConfig(Section):
     """Region proposal network."""
 
-    anchor_sizes: tuple[tuple[float, ...], ...] = Field(
-        ((32.0, 48.0, 72.0, 104.0, 152.0),), description="anchor sides in input pixels, one tuple per feature level"
+    anchor_sizes: tuple[tuple[AnchorSide, ...], ...] = Field(
+        ((32.0, 48.0, 72.0, 104.0, 152.0),),
+        min_length=1,
+        description="anchor sides in input pixels, one tuple per feature level",
     )
-    aspect_ratios: tuple[float, ...] = Field((0.5, 1.0, 2.0), description="height / width of the anchors")
+    aspect_ratios: tuple[Ratio, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="height / width of the anchors")
     batch_per_image: int = Field(128, ge=2, description="anchors sampled per image for the loss")
     conv_layers: int = Field(1, ge=1, le=4, description="3x3 convolutions before the outputs (ViLD: 2)")
-    pre_nms: tuple[int, int] = Field((600, 600), description="proposals per level before NMS, (training, inference)")
-    post_nms: tuple[int, int] = Field((200, 300), description="proposals per image after NMS, (training, inference)")
+    pre_nms: tuple[Count, Count] = Field(
+        (600, 600), description="proposals per level before NMS, (training, inference)"
+    )
+    post_nms: tuple[Count, Count] = Field(
+        (200, 300), description="proposals per image after NMS, (training, inference)"
+    )
     nms: float = Field(0.7, gt=0, le=1, description="IoU of the RPN's NMS")
 
 
@@ -57,8 +68,8 @@ class HeadConfig(Section):
     resolution: int = Field(
         4, ge=2, le=28, description="RoIAlign output side for the region head (7 with FPN; 4 is CLIP's grid at 64 px)"
     )
-    conv_dims: tuple[int, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn region head")
-    fc_dims: tuple[int, ...] = Field((1024, 1024), description="fully connected layers of the fpn region head")
+    conv_dims: tuple[Width, ...] = Field((256, 256, 256, 256), description="convolutions of the fpn region head")
+    fc_dims: tuple[Width, ...] = Field((1024, 1024), description="fully connected layers of the fpn region head")
     norm: Literal["FrozenBN", "BN", "SyncBN", "GN", "GN16", ""] = Field(
         "FrozenBN", description="normalisation inside the region head; names as in model.backbone.norm"
     )
@@ -74,7 +85,7 @@ class HeadConfig(Section):
     detail_fc: int = Field(256, ge=16, le=4096, description="units of the box head's hidden layer on the detail map")
     mask: bool = Field(True, description="train and run a mask head")
     mask_resolution: int = Field(14, ge=4, description="RoIAlign output side for masks; the mask is twice as large")
-    mask_dims: tuple[int, ...] = Field(
+    mask_dims: tuple[Width, ...] = Field(
         (64, 64, 64), description="convolutions of the mask head; the last is the up-sampling one"
     )
     mask_norm: Literal["", "BN", "SyncBN", "GN"] = Field("", description="normalisation inside the mask head")
@@ -187,6 +198,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _coco_files(self) -> DataConfig:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"data.scale {list(self.scale)}: expected 0 < least <= largest")
         if self.kind == "coco" and not (self.images and self.annotations):
             raise ValueError("data.kind coco needs data.images and data.annotations")
         if self.kind in ("yolo", "voc", "auto") and not self.annotations:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ovd.formats.names import DATASET_FORMATS, FORMATS
 from pretrain.engine.errors import BadImageError, UserError, run_cli
+from pretrain.engine.files import alone_in
 from pretrain.engine.flags import CommandParser
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def main(argv: list[str]) -> int:
     """Read, check, write; returns the exit status."""
     options = parser().parse_args(argv)
     out: Path = options.out
-    if out.exists() and not (out.is_dir() and (options.overwrite or not any(out.iterdir()))):
-        raise UserError(f"{out}: is not empty. Give another --out, or --overwrite to write into it")
+    require_room(out, overwrite=options.overwrite)
     from ovd.formats.labels import PARTS
     from ovd.formats.read import read_labels
     from ovd.formats.shapes import labelled_pictures
@@ -83,13 +83,25 @@ def main(argv: list[str]) -> int:
         print(f"warning: not in data.yaml, which has train, val and test: {named} (--part chooses)", file=sys.stderr)
     if boxes_only := outlines_notice(labelled, options.to):
         print(f"warning: {labels.where}: {boxes_only}", file=sys.stderr)
-    write_labels(labelled, out, options.to, picture_mode=options.pictures)
+    with alone_in(out):
+        require_room(out, overwrite=options.overwrite)  # another command may have written since
+        write_labels(labelled, out, options.to, picture_mode=options.pictures)
     objects = sum(len(picture.shapes) for picture in labelled.pictures)
     print(
         f"{labels.kind} → {options.to}: {len(labelled.pictures)} pictures, {objects} objects, "
         f"{len(labelled.names)} classes in {out}"
     )
     return 0
+
+
+def require_room(out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        UserError: it does, and is not to be overwritten; or it is a file.
+    """
+    if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
+        raise UserError(f"{out}: is not empty. Give another --out, or --overwrite to write into it")
 
 
 def picture_notices(labelled: LabelledPictures) -> list[str]:

@@ -150,9 +150,10 @@ class Detector:
             cache_size, text_cache: see the constructor.
 
         Raises:
-            UserError: unknown name, missing or damaged files.
+            UserError: unknown name, missing or damaged files, or files that a training replaced in the meantime.
         """
         folder = detector_folder(weights)
+        inode = folder.stat().st_ino
         if crop_refinement is None:
             crop_refinement = second_look
         if encoder is None:
@@ -164,6 +165,8 @@ class Detector:
 
             refuse_options(runtime, crop_refinement)
             parts = load_with_encoder(folder, encoder, device=device, threads=threads, masks=masks, regions=regions)
+        if folder.stat().st_ino != inode:
+            raise UserError(f"{folder}: another export took its place while it was read; load it again")
         apply_sides(parts.model, sides)
         return cls(
             model=parts.model,

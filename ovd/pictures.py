@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-from pretrain.data.folder import FORMATS, formats_of, orientation, pixel_limit, read_image, upright
-from pretrain.engine.errors import BadImageError, UserError, absent
+from pretrain.data.folder import open_image, orientation, pixel_limit, read_image, upright
+from pretrain.engine.errors import UserError
 
 ImageLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 
@@ -24,15 +25,31 @@ def upright_size(path: Path) -> tuple[int, int]:
     Raises:
         BadImageError: no such file, or no picture.
     """
-    try:
-        with Image.open(path, formats=formats_of(path, str(path))) as image:
-            width, height = image.size
-            turned = orientation(image) in (5, 6, 7, 8)
-    except FileNotFoundError as error:
-        raise BadImageError(path, absent(path, "does not exist")) from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImageError(path, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
+    with open_image(path) as (image, _):
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # whose size is that of the stored or of the turned rows, by Pillow's age
+            width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+        turned = orientation(image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
+
+
+def frame_count(path: Path) -> int:
+    """Frames or pages of a picture, of which the first is read; the preview that a camera adds (MPO) is none.
+
+    Raises:
+        BadImageError: no such file, or no picture.
+    """
+    with open_image(path) as (image, _):
+        return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+
+
+def require_decodable(path: Path) -> None:
+    """Decode a picture, as small as its format allows.
+
+    Raises:
+        BadImageError: its header may be whole, the rest is not.
+    """
+    read_image(path, max_side=64)
 
 
 def resized(image: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:

@@ -226,7 +226,10 @@ def _predict_pictures(
     masks: bool,
 ) -> list[dict[str, str]]:
     """Write a record into ``parts`` for each picture that has no current one; returns those that cannot be used."""
+    from ovd.pictures import frame_count
+
     failed: list[dict[str, str]] = []
+    several: list[str] = []
     drawn = drawn_names(pictures.ids)
     for index, name in enumerate(pictures.ids):
         record_file = _record_file(parts, name)
@@ -238,6 +241,7 @@ def _predict_pictures(
             try:
                 pixels = pictures.image(index)
                 record |= _predict_picture(detector, query, pixels, threshold=threshold, masks=masks, drawing=drawing)
+                several += [name] if frame_count(pictures.path(index)) > 1 else []
             except BadImageError as problem:
                 record["reason"] = problem.reason
             if drawing is not None:
@@ -247,6 +251,9 @@ def _predict_pictures(
             failed.append({"file_name": name, "reason": record["reason"]})
         outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
         print(on_one_line(f"[{index + 1}/{len(pictures)}] {name}: {outcome}"), flush=True)
+    if several:
+        text = f"{len(several)} pictures have several frames or pages; the first was searched (first: {several[0]})"
+        print(on_one_line(f"warning: {text}"), file=sys.stderr)
     return failed
 
 

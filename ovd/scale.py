@@ -12,12 +12,13 @@ Both need the optional extra ``scale`` (``ray[data]``); on one machine ``ovd.pre
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.engine.errors import BadImageError, UserError, run_cli
-from pretrain.engine.flags import share
+from pretrain.engine.flags import integer, share
 
 if TYPE_CHECKING:
     from ovd.embed import EmbedConfig
@@ -162,11 +163,11 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--threshold", type=share, help="lowest score (default: the calibrated one)")
     flags.add_argument("--weights", default="default", help="name of shipped weights, or a folder on every machine")
     flags.add_argument("--masks", action="store_true", help="also masks, as COCO run lengths")
-    flags.add_argument("--batch-size", type=int, default=16, help="files per call of a worker (default 16)")
+    flags.add_argument("--batch-size", type=integer(1), default=16, help="files per call of a worker (default 16)")
     commands.add_parser("embed", parents=[shared], help="ovd.embed on every worker; takes its --config and key=value")
     args, overrides = parser.parse_known_args(argv)
-    if args.workers < 1 or not args.gpus >= 0:
-        raise UserError("--workers must be at least 1 and --gpus at least 0")
+    if args.workers < 1 or not 0 <= args.gpus < math.inf:
+        raise UserError("--workers must be at least 1, --gpus at least 0 and finite")
     if args.command == "embed":
         from ovd.embed import EmbedConfig
         from pretrain.engine.cli import command_line

@@ -86,6 +86,7 @@ def _train(
 ) -> None:
     """Build, train, export."""
     from pretrain.engine.distributed import is_main
+    from pretrain.engine.folder import exported_folder
     from pretrain.engine.loop import fit
 
     parts = build(config)
@@ -104,7 +105,8 @@ def _train(
         free_keys=free_keys(type(config)),
     )
     if not options.check and is_main():
-        export(config, parts, out / EXPORTED)
+        with exported_folder(out) as folder:
+            export(config, parts, folder)
         print(f"step {report.step}: {config.model.arch} exported to {out / EXPORTED}")
 
 

@@ -350,13 +350,13 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
     if source.resolve() != target.resolve():
         with whole_folder(target) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
-    files = []
-    for path in paths:
-        relative = path.relative_to(source).as_posix()
-        copy = target / relative
-        files.append(WeightsFile(relative, copy.stat().st_size, sha256_of(copy)))
     card = target / CARD
-    with locked_folder(root):  # another process may add an entry of its own
+    with locked_folder(root):  # another process may add an entry of its own, or the same name from another folder
+        files = [
+            WeightsFile(copy.relative_to(target).as_posix(), copy.stat().st_size, sha256_of(copy))
+            for copy in sorted(target.rglob("*"))
+            if not copy.is_dir()
+        ]
         entries = read_manifest(root) if (root / MANIFEST).exists() else {}
         entries[name] = Weights(name, target, tuple(files), card if card.is_file() else None)
         _write(entries.values(), root)

@@ -28,8 +28,10 @@ from pretrain.config_views import (
     FolderData,
     ImageData,
     ShardData,
+    Share,
     StickerScenes,
     StickerSingles,
+    require_order,
 )
 from pretrain.engine.config import FREE, LoopConfig, OptimConfig, Section, check_warmup
 
@@ -113,7 +115,7 @@ class EncoderConfig(Section):
     image_mean: tuple[Unit, Unit, Unit] = Field(
         default=(0.5, 0.5, 0.5), description="Mean of the pixels (RGB, 0 to 1)."
     )
-    image_std: tuple[Unit, Unit, Unit] = Field(
+    image_std: tuple[Share, Share, Share] = Field(
         default=(0.25, 0.25, 0.25), description="Standard deviation of the pixels (RGB, 0 to 1)."
     )
 
@@ -121,7 +123,7 @@ class EncoderConfig(Section):
 class AugmentConfig(Section):
     """Random changes of the training pictures, drawn per picture, applied to the whole batch at once."""
 
-    crop_scale: tuple[Unit, Unit] = Field(default=(0.5, 1.0), description="Area of the random crop, as a share.")
+    crop_scale: tuple[Share, Share] = Field(default=(0.5, 1.0), description="Area of the random crop, as a share.")
     flip: Unit = Field(default=0.5, description="Probability of a horizontal flip.")
     brightness: Unit = Field(default=0.2, description="Largest change of brightness, as a factor.")
     contrast: Unit = Field(default=0.2, description="Largest change of contrast, as a factor.")
@@ -131,6 +133,11 @@ class AugmentConfig(Section):
     random_filter: Unit = Field(
         default=0.0, description="Probability of a mixture with a random 3x3 filter of itself (arXiv:2007.13003)."
     )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AugmentConfig:
+        require_order(crop_scale=self.crop_scale)
+        return self
 
 
 class ClipMethod(Section):

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pretrain.config_views import DataSection
+from pretrain.config_views import DataSection, Positive, require_order
 from pretrain.engine.config import LATER, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=8, le=2048)]
 
 
 class ConseShare(Section):
@@ -102,10 +103,15 @@ class PhotoWords(DataSection):
     min_side: float = Field(default=14.0, ge=1, le=1000, description="Shortest side of a box, in pixels of the photo.")
     per_word: int = Field(default=100, ge=1, le=10**6, description="Maximum number of boxes of a word from each file.")
     box_share: Share = Field(default=0.6, description="Share of boxes among the samples; the rest are named photos.")
-    crop_side: tuple[float, float] = Field(
+    crop_side: tuple[Positive, Positive] = Field(
         default=(0.85, 1.8), description="Side of the square crop, relative to the longer side of the box."
     )
-    resolution: tuple[int, int] = Field(
+    resolution: tuple[Side, Side] = Field(
         default=(64, 224), description="Larger crops are first shrunk to a random side in this range (pixels)."
     )
     length: int = Field(default=1_000_000, ge=1, le=10**9, description="Different samples in one pass.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PhotoWords:
+        require_order(crop_side=self.crop_side, resolution=self.resolution)
+        return self

@@ -18,6 +18,17 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 HueStrength = Annotated[float, Field(ge=0, le=0.5)]
 
 
+def require_order(**ranges: tuple[float, float]) -> None:
+    """Compare the ends of ranges, by their keys.
+
+    Raises:
+        ValueError: one runs backwards.
+    """
+    for name, (low, high) in ranges.items():
+        if low > high:
+            raise ValueError(f"{name} [{low}, {high}] is not in order; give the smaller value first")
+
+
 class Normalise(Section):
     """Mean and deviation that pixels (RGB, 0 to 1) are normalised with; the defaults are ImageNet's."""
 
@@ -59,10 +70,7 @@ class ViewConfig(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> ViewConfig:
-        ranges = {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio, "blur_sigma": self.blur_sigma}
-        for name, (low, high) in ranges.items():
-            if low > high:
-                raise ValueError(f"{name} [{low}, {high}] is not in order; give the smaller value first")
+        require_order(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio, blur_sigma=self.blur_sigma)
         return self
 
 

@@ -290,21 +290,23 @@ def build_self_supervised(
 
 def export(cfg: PretrainConfig, task: Task) -> str:
     """Write `exported/`; returns a line that says what it is."""
+    from pretrain.engine.folder import exported_folder
     from pretrain.health import Monitored
 
-    folder = cfg.out / EXPORTED
+    target = cfg.out / EXPORTED
     if isinstance(cfg.method, ClipMethod | TextDistillMethod):
         inner = task.task if isinstance(task, Monitored) else task
         encoder = cast("JointEncoder", inner.encoder).eval()
-        encoder.save(folder)
-        return f"{folder}: encoder {encoder.fingerprint()[:12]}"
+        with exported_folder(cfg.out) as folder:
+            encoder.save(folder)
+        return f"{target}: encoder {encoder.fingerprint()[:12]}"
     from pretrain.nets.backbones import save_backbone
 
     size, mean, std = cfg.method.inputs()
-    backbone = cast("nn.Module", task.backbone)
-    method = cfg.method
-    save_backbone(folder, backbone, config=method.backbone, method=method.name, size=size, mean=mean, std=std)
-    return f"{folder}: backbone {method.backbone.name} by {method.name}"
+    backbone, method = cast("nn.Module", task.backbone), cfg.method
+    with exported_folder(cfg.out) as folder:
+        save_backbone(folder, backbone, config=method.backbone, method=method.name, size=size, mean=mean, std=std)
+    return f"{target}: backbone {method.backbone.name} by {method.name}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ovd.data.catalog import read_annotated, refuse_boxes_outside, refuse_other_
 from ovd.data.copies import photo_groups
 from ovd.data.finetune_labels import name_notices, no_object_message
 from ovd.data.joined import corners_of, is_object
-from ovd.pictures import upright_size
+from ovd.pictures import frame_count, require_decodable, upright_size
 from ovd.words import cleaned
 from pretrain.data.coco import GroundTruth
 from pretrain.data.coco_boxes import BORDER
@@ -116,7 +116,9 @@ class FinetunePhotos:
         return [self.folder / self._files[image_id] for image_id in self.image_ids]
 
     def _usable(self, boxes: Mapping[ImageId, list[list[float]]]) -> list[ImageId]:
-        """The photos that can be opened and have the size that the labels say, or one that their boxes fit.
+        """The photos that can be decoded and have the size that the labels say, or one that their boxes fit.
+
+        Few as they are, one that is found damaged in the middle of the training would be too many for it.
 
         Raises:
             UserError: more than a few are missing, or more than half cannot be read.
@@ -124,7 +126,7 @@ class FinetunePhotos:
         files = self._files
         if missing := require_files(list(files.values()), self.folder, where=self.where, allowed=BAD_IMAGES_ALLOWED):
             self.notices.append(missing)
-        usable, unread, over = [], [], 0
+        usable, unread, several, over = [], [], [], 0
         for image_id, name in files.items():
             path = self.folder / name
             if not path.is_file():
@@ -137,6 +139,8 @@ class FinetunePhotos:
                     refuse_boxes_outside(path, corners, size, where=self.where)
                     limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
                     over += int(((corners < -BORDER) | (corners > limit + BORDER)).any(axis=1).sum())
+                require_decodable(path)
+                several += [name] if frame_count(path) > 1 else []
                 usable.append(image_id)
             except BadImageError as problem:
                 unread.append(str(problem))
@@ -145,6 +149,11 @@ class FinetunePhotos:
             if len(unread) > len(usable):
                 raise UserError(f"{text}; repair or remove them")
             self.notices.append(f"{text}; left out")
+        if several:
+            self.notices.append(
+                f"{self.where}: {len(several)} photos have several frames or pages; the first is used (first: "
+                f"{several[0]})"
+            )
         if over:
             self.notices.append(f"{self.where}: {over} boxes reach over the border of their photo")
         return usable
@@ -214,8 +223,7 @@ class FinetunePhotos:
         """(to train on, held out): photos drawn by the seed, in their order.
 
         Every class keeps at least half of its boxes for training: a rare class's photos are taken back. What shows one
-        photo stays together. Photos that cannot be decoded are not held out, and none is where no object is in them:
-        they could choose nothing.
+        photo stays together. None is held out where no object is in them: they could choose nothing.
 
         Args:
             share: of the photos that are held out.
@@ -242,18 +250,9 @@ class FinetunePhotos:
                 taken = [i for i in together[self._groups[photo]] if i in held_out]
                 held_out = [i for i in held_out if i not in taken]
                 training += taken
-        unread = [photo for photo in held_out if not self._decodes(photo)]
-        training, held_out = [*training, *unread], [photo for photo in held_out if photo not in unread]
         if not any((self.boxes(photo).classes >= 0).any() for photo in held_out):
             training, held_out = [*training, *held_out], []
         return sorted(training), sorted(held_out)
-
-    def _decodes(self, index: int) -> bool:
-        try:
-            self.image(index)
-        except BadImageError:
-            return False
-        return True
 
 
 def _labels(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> BoxLabels:

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from ovd.data.copies import photo_groups
 from ovd.data.finetune_photos import BoxLabels
-from ovd.pictures import upright_size
+from ovd.pictures import require_decodable, upright_size
 from pretrain.data.folder import list_images, read_image
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.identity import files_identity
+
+MOST_DECODED = 1000
+"""Photos of a folder up to which all are decoded before a training: among more a few damaged ones do not end it."""
 
 
 class NegativePhotos:
@@ -43,7 +46,7 @@ class NegativePhotos:
 
     @classmethod
     def of_folder(cls, folder: Path, *, where: str, labelled: Sequence[Path] = ()) -> NegativePhotos:
-        """All pictures of a folder, but for those that cannot be opened or are labelled ones.
+        """All pictures of a folder, but for those that cannot be read or are labelled ones.
 
         Args:
             folder: searched with its folders.
@@ -63,7 +66,10 @@ class NegativePhotos:
         usable, unread = [], []
         for file in others:
             try:
-                upright_size(file)
+                if len(others) <= MOST_DECODED:
+                    require_decodable(file)
+                else:
+                    upright_size(file)
                 usable.append(file)
             except BadImageError as problem:
                 unread.append(str(problem))

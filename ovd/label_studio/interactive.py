@@ -18,6 +18,7 @@ from ovd.inference.example_scorers import SAME_IOU, SimilarRegions
 from ovd.inference.postprocess import box_ious
 from ovd.label_studio.answers import Result, Value, result_of, value_of
 from pretrain.engine.errors import UserError
+from pretrain.engine.stored import is_number
 
 LABELS = ("rectanglelabels", "labels")
 
@@ -111,7 +112,7 @@ def _numbers(entry: Mapping[str, object]) -> tuple[float, ...] | None:
     if not isinstance(value, dict):
         return None
     values = [value.get("rotation", 0), *(value.get(key) for key in ("x", "y", "width", "height"))]
-    numbers = [float(one) for one in values if isinstance(one, (int, float)) and math.isfinite(one)]
+    numbers = [float(one) for one in values if is_number(one)]
     return (*numbers[1:], numbers[0]) if len(numbers) == len(values) else None
 
 

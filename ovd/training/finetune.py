@@ -24,7 +24,6 @@ from ovd.config_finetune import FinetuneConfig
 from ovd.modeling.task import DetectionTask
 from ovd.training.inputs import require_exists
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import whole_folder
 
 if TYPE_CHECKING:
     from ovd.data.finetune_photos import FinetunePhotos
@@ -239,7 +238,7 @@ def _detector_folder(config: FinetuneConfig) -> Path:
 def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     """Write the detector with the new branch added; its scores are calibrated on the held-out photos.
 
-    An earlier branch is left out when the new one names all that is left of it. The folder appears when it is whole.
+    An earlier branch is left out when the new one names all that is left of it.
     """
     from ovd.modeling.export import read_card, write_card
     from ovd.modeling.fvlm.finetuned import remaining_branches, save_branch
@@ -252,25 +251,24 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         measured = task.measure(task.best)
         slope, offset = measured.fitted()
         metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
-    with whole_folder(folder) as target:
-        shutil.copytree(parts.folder / PROPOSALS, target / PROPOSALS)
-        earlier = remaining_branches(card.finetuned, parts.photos.names)
-        for file in ("model.safetensors", *(branch.file for branch in earlier)):
-            (target / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(parts.folder / file, target / file)
-        branch = save_branch(
-            target,
-            task.best,
-            number=1 + max((int(Path(branch.file).stem) for branch in earlier), default=0),
-            names=parts.photos.names,
-            side=task.side,
-            nms=task.nms,
-            top=task.top,
-        )
-        branch = replace(branch, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
-        added = (*earlier, branch)
-        write_card(target, replace(card, finetuned=added))
-        names = ", ".join(name for branch in added for name in branch.names)
-        start = config.weights if "/" not in config.weights else "what it started from"
-        purpose = f"Finds {names}; answers all other words as {start} does."
-        (target / "card.json").write_text(json.dumps({"purpose": purpose}, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copytree(parts.folder / PROPOSALS, folder / PROPOSALS)
+    earlier = remaining_branches(card.finetuned, parts.photos.names)
+    for file in ("model.safetensors", *(branch.file for branch in earlier)):
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(parts.folder / file, folder / file)
+    branch = save_branch(
+        folder,
+        task.best,
+        number=1 + max((int(Path(branch.file).stem) for branch in earlier), default=0),
+        names=parts.photos.names,
+        side=task.side,
+        nms=task.nms,
+        top=task.top,
+    )
+    branch = replace(branch, slope=slope, offset=offset, metrics=metrics, config_hash=config_hash(config))
+    added = (*earlier, branch)
+    write_card(folder, replace(card, finetuned=added))
+    names = ", ".join(name for branch in added for name in branch.names)
+    start = config.weights if "/" not in config.weights else "what it started from"
+    purpose = f"Finds {names}; answers all other words as {start} does."
+    (folder / "card.json").write_text(json.dumps({"purpose": purpose}, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -285,6 +285,4 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         templates=config.templates,
     )
     save_detector(folder, parts.model, card, background_words=parts.rows)
-    target = folder / PROPOSALS
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(parts.proposals, target)
+    shutil.copytree(parts.proposals, folder / PROPOSALS)

@@ -15,7 +15,7 @@ from PIL import Image
 from pretrain.data.scenes import ObjectEntry, SceneSource, coco_objects
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import alone_in, write_atomically
 
 JPEG_QUALITY = 95
 LICENCES = (
@@ -120,6 +120,7 @@ def main(argv: list[str]) -> int:
         Stickers.load(), split=args.split, seed=args.seed, size=args.size, length=args.count, labels=args.labels,
         backgrounds=args.backgrounds,
     )  # fmt: skip
-    target = export(source, args.out, image_format=args.format, overwrite=args.overwrite)
+    with alone_in(args.out):
+        target = export(source, args.out, image_format=args.format, overwrite=args.overwrite)
     print(f"{target}: {args.count} scenes, split {source.stickers.split_hash[:12]}")
     return 0

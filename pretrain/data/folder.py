@@ -8,11 +8,13 @@ import io
 import os
 import sys
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,21 +79,48 @@ def read_image(
     """
     remedy = f"shrink it, or set {LIMIT}" if max_pixels is None else "shrink it first"
     max_pixels = pixel_limit() if max_pixels is None else max_pixels
-    name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name", "<bytes>")
-    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    with open_image(source, max_pixels=max_pixels) as (image, file):
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImageError(
+                _name_of(source), f"has {width}x{height} pixels, more than the limit of {max_pixels:,}; {remedy}."
+            )
+        if max_side is not None and image.format == "JPEG":
+            image.draft("RGB", (max_side, max_side))
+        if image.format == "PNG":
+            _require_sound_png(file)
+        converted = _convert(upright(image), alpha)
+    if max_side is not None and max(converted.size) > max_side:
+        factor = max_side / max(converted.size)
+        side = (max(1, round(converted.width * factor)), max(1, round(converted.height * factor)))
+        converted = converted.resize(side, Image.Resampling.BOX)
+    return np.array(converted)
+
+
+@contextmanager
+def open_image(
+    source: str | Path | bytes | BinaryIO, *, max_pixels: int = PILLOWS_LIMIT
+) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """A picture of which the header is read, and its file, while the block lasts.
+
+    Args:
+        source: as for `read_image`.
+        max_pixels: the limit that a message names; it is for the block to look for.
+
+    Raises:
+        BadImageError: what is wrong with the file, here or in the block.
+    """
+    name = _name_of(source)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as closing:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
-            with Image.open(opened, formats=formats_of(opened, name)) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise BadImageError(
-                        name, f"has {width}x{height} pixels, more than the limit of {max_pixels:,}; {remedy}."
-                    )
-                if max_side is not None and image.format == "JPEG":
-                    image.draft("RGB", (max_side, max_side))
-                image.load()
-                converted = _convert(upright(image), alpha)
+            # Never Pillow a path: it maps such a file, and in a TIFF that lies on its side takes rows for columns.
+            file: BinaryIO
+            if isinstance(source, bytes):
+                file = io.BytesIO(source)
+            else:
+                file = closing.enter_context(open(source, "rb")) if isinstance(source, (str, Path)) else source
+            yield closing.enter_context(Image.open(file, formats=formats_of(file, name))), file
     except BadImageError:
         raise
     except FileNotFoundError as error:
@@ -104,11 +133,32 @@ def read_image(
         raise BadImageError(name, f"has more pixels than the limit of {max_pixels:,}; shrink it first.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadImageError(name, f"cannot be read as {', '.join(FORMATS)}: {error}") from error
-    if max_side is not None and max(converted.size) > max_side:
-        factor = max_side / max(converted.size)
-        side = (max(1, round(converted.width * factor)), max(1, round(converted.height * factor)))
-        converted = converted.resize(side, Image.Resampling.BOX)
-    return np.array(converted)
+
+
+def _name_of(source: str | Path | bytes | BinaryIO) -> str:
+    return str(source) if isinstance(source, (str, Path)) else str(getattr(source, "name", "<bytes>"))
+
+
+def _require_sound_png(file: BinaryIO) -> None:
+    """Compare the pixels' checksums, which Pillow does not: half a copied file would give noise instead of an error.
+
+    Raises:
+        SyntaxError: they are damaged; Pillow's own error for the other chunks.
+    """
+    place = file.tell()
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        left, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind != b"IDAT":
+            file.seek(left + 4, os.SEEK_CUR)
+            continue
+        checksum = zlib.crc32(kind)
+        while left and (block := file.read(min(left, 1 << 20))):
+            checksum, left = zlib.crc32(block, checksum), left - len(block)
+        stated = file.read(4)
+        if left == 0 and len(stated) == 4 and checksum != int.from_bytes(stated, "big"):
+            raise SyntaxError("its pixels are damaged (their checksum is wrong)")
+    file.seek(place)
 
 
 def pixel_limit() -> int:
@@ -125,21 +175,18 @@ def pixel_limit() -> int:
     return int(text)
 
 
-def formats_of(source: str | Path | BinaryIO, name: str) -> tuple[str, ...]:
-    """The Pillow formats that a source may be read as; a HEIC file without its package is an error.
+def formats_of(file: BinaryIO, name: str) -> tuple[str, ...]:
+    """The Pillow formats that a file may be read as; a HEIC file without its package is an error.
 
     Raises:
-        BadImageError: it is HEIC, and the package is not installed.
+        BadImageError: it is HEIC, and the package is not installed; or nothing is in the file, or what Git LFS leaves.
     """
-    if isinstance(source, (str, Path)):
-        try:
-            with open(source, "rb") as file:
-                head = file.read(12)
-        except OSError:
-            return FORMATS  # opening it says what is wrong
-    else:
-        head = source.read(12)
-        source.seek(0)
+    head = file.read(12)
+    file.seek(0)
+    if not head:
+        raise BadImageError(name, "is empty (0 bytes)")
+    if head == b"version http":
+        raise BadImageError(name, "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
     if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
         return FORMATS
     try:
@@ -160,10 +207,11 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture rotated by its EXIF orientation.
+    """The picture rotated by its EXIF orientation, decoded.
 
     Pillow's own `exif_transpose` also writes the EXIF block anew, and fails when any other tag in it is odd.
     """
+    image.load()  # first: this turns a TIFF, and takes its orientation away
     turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
@@ -176,7 +224,10 @@ def _convert(image: Image.Image, alpha: bool) -> Image.Image:
         scale = 255.0 / 65535.0 if deep else 1.0
         if image.mode == "F" and grey.max(initial=0.0) <= 1:  # as scientific programs write greys
             scale = 255.0
+        clear = image.info.get("transparency")  # the grey that is none, before it is scaled
         image = Image.fromarray(np.clip(np.floor(grey * scale + 0.5), 0, 255).astype(np.uint8))
+        if isinstance(clear, int):
+            image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if alpha:
         return image.convert("RGBA")

@@ -23,8 +23,9 @@ from pretrain.data.coco import read_captions
 from pretrain.data.crops import resized
 from pretrain.data.dice import Dice
 from pretrain.data.folder import U8, read_image, require_files
-from pretrain.data.images import Pictures, ShardSet
+from pretrain.data.images import Pictures
 from pretrain.data.pairs import PairSource
+from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import is_main
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
@@ -166,7 +167,10 @@ class CaptionedShardSet:
         self.shards = ShardSet(pattern)
         self._chosen = np.flatnonzero(self.shards.captioned)
         if not len(self._chosen):
-            raise UserError(f"{pattern}: none of {len(self.shards):,} pictures has a caption (KEY.txt beside KEY.jpg)")
+            raise UserError(
+                f"{pattern}: none of {len(self.shards):,} pictures has a caption (KEY.txt beside KEY.jpg; .json "
+                "is not read)"
+            )
         _warn_of_uncaptioned(len(self.shards) - len(self._chosen), len(self.shards), where=pattern)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.engine.errors import UserError
+from pretrain.engine.stored import is_number
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -101,9 +102,9 @@ def _polygons(segmentation: list[object], size: Size | None, entry: str) -> list
             raise UserError(f"{entry}: segmentation is neither polygons [[x, y, …], …] nor run lengths.")
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in polygon):
             raise UserError(f"{entry}: segmentation is neither polygons [[x, y, …], …] nor run lengths.")
-        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-        if not np.isfinite(points).all():
+        if not all(map(is_number, polygon)):
             raise UserError(f"{entry}: a polygon has a coordinate that is no finite number.")
+        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
         if size is not None:
             side = np.array([size[1], size[0]])
             if (points < -FAR * side).any() or (points > (1 + FAR) * side).any():

@@ -12,6 +12,7 @@ embeds a bare rare noun badly, but its dictionary definition well. A target file
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def read_phrases(path: str | Path) -> list[Phrase]:
             value = float(weight) if weight else 1.0
         except ValueError:
             value = -1.0
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise UserError(f"{path}:{number}: the weight {weight!r} is not a positive number")
         phrases.append(Phrase(text, value, definition))
     return phrases

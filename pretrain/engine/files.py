@@ -141,6 +141,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for path in temporary.rglob("*"):  # else a power cut could leave the new name and empty files
+            flush_to_disk(path)
         with locked_folder(target.parent):
             if not _same_files(temporary, target):
                 _replace_folder(target, temporary)
@@ -188,9 +190,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Make a folder for results and lock it, so that two commands do not mix their results.
 
     Raises:
-        UserError: another command writes there.
+        UserError: another command writes there, or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there: {error.strerror or error}") from error
     with locked_folder(folder, wait=False) as alone:
         if not alone:
             raise UserError(f"{folder}: another command writes there; wait for it, or give another --out")
@@ -213,8 +218,8 @@ def _replace_folder(target: Path, replacement: Path) -> None:
         target.rename(old)
     try:
         replacement.rename(target)
-    except OSError:
-        if old.is_dir():
+    except BaseException:  # Ctrl-C, too
+        if old.is_dir() and not target.exists():
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -19,7 +19,7 @@ import torch
 from pretrain.engine import checkpoint, distributed, identity
 from pretrain.engine.config import changed_keys, dump_config
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import EXPORTED, whole_folder, write_atomically
 
 RUN_FILES = (
     "config.yaml",
@@ -31,7 +31,7 @@ RUN_FILES = (
     "checkpoints",
     "tensorboard",
     "last",
-    "exported",  # of the run that is overwritten: weights of other steps than the checkpoints beside them
+    EXPORTED,  # of the run that is overwritten: weights of other steps than the checkpoints beside them
 )
 LOCK = ".lock"
 
@@ -183,6 +183,25 @@ def locked(out: Path) -> Iterator[str | None]:
         raise UserError(refusal)
     try:
         yield lock.note
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def exported_folder(out: Path) -> Iterator[Path]:
+    """A folder to export a run into, which becomes ``out/exported`` when all of it is written; for process 0 alone.
+
+    Raises:
+        UserError: another training writes in ``out``, or the disk is full; an earlier export is untouched.
+    """
+    lock = FolderLock(out)
+    if (refusal := lock.take()) is not None:
+        raise UserError(refusal)
+    try:
+        for left in out.glob(f".{EXPORTED}.*"):  # by an export that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with whole_folder(out / EXPORTED) as folder:
+            yield folder
     finally:
         lock.release()
 

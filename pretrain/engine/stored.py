@@ -19,8 +19,13 @@ _KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: 
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number, also where it is computed with as a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def require_types(record: type, values: Mapping[str, object]) -> None:

@@ -30,6 +30,7 @@ from pretrain.config_photos import TimmTower
 from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import write_atomically
 from pretrain.engine.state import load_tensors
 from pretrain.nets.open_clip_parts import open_clip_module
 from pretrain.nets.resnet import ResNet
@@ -302,7 +303,7 @@ class JointEncoder(nn.Module):
         }
         save_weights(folder / "model.safetensors", tensors, {"format": FORMAT})
         text = json.dumps({"format": FORMAT, **self.config}, indent=2, sort_keys=True)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_atomically(folder / "config.json", (text + "\n").encode())
         return folder
 
 

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ovd import embed
 from ovd import train as detectors
+from ovd.config_detr import TRAIN_CONFIGS
 from pretrain import train as encoders
-from pretrain.engine.errors import UserError
+from pretrain.config import PretrainConfig
+from pretrain.engine.config import load_config, plain
+from pretrain.engine.errors import ConfigError, UserError
 from pretrain.engine.stages import shipped_stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,3 +60,44 @@ def test_shipped_configs__check_steps_or_names_what_is_missing(
             main(argv)
         assert "\n" not in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
+
+
+MODELS = {"pretrain.train": PretrainConfig, "ovd.embed": embed.EmbedConfig, "ovd.train": TRAIN_CONFIGS}
+
+
+def numbers_of(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, length) of every list of numbers."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers_of(value, f"{before}{key}.")
+        elif isinstance(value, list) and value and all(type(one) in (int, float) for one in value):
+            yield before + key, len(value)
+
+
+def test_no_list_of_numbers_in_a_configuration_takes_negative_ones() -> None:
+    seen = set()
+    for config in CONFIGS:
+        model = MODELS[MODULES[config]]
+        for key, length in numbers_of(plain(load_config(model, config))):
+            if key not in seen:
+                seen.add(key)
+                with pytest.raises(ConfigError, match=re.escape(key.split(".")[-1])):
+                    load_config(model, config, [f"{key}=[{', '.join(['-1'] * length)}]"])
+    assert len(seen) >= 20
+
+
+@pytest.mark.parametrize(
+    ("config", "override"),
+    [
+        ("mask_rcnn.yaml", "data.scale=[1.5, 0.5]"),
+        ("mask_rcnn.yaml", "model.proposals.post_nms=[0, 0]"),
+        ("mask_rcnn.yaml", "model.proposals.anchor_sizes=[[-8.0, 16.0]]"),
+        ("photos/lite_clip.yaml", "data.crop_side=[1.8, 0.8]"),
+        ("photos/lite_clip.yaml", "data.resolution=[0, 0]"),
+        ("paper/clip.yaml", "method.encoder.image_std=[0, 0, 0]"),
+        ("paper/clip.yaml", "method.augment.crop_scale=[1.0, 0.5]"),
+    ],
+)
+def test_ranges_that_run_backwards_or_hold_nothing_are_refused(config: str, override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].split(".")[-1]):
+        load_config(MODELS[MODULES[config]], config, [override])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import sys
 import zlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ovd.pictures import to_rgb, upright_size
 from pretrain.data.folder import (
     FORMATS,
     HAS_HEIF,
@@ -51,15 +53,22 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", sorted(STORED))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_read_image__exif_orientation_is_applied(orientation: int, kind: str) -> None:
+@pytest.mark.parametrize("kind", sorted({"JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"} & {"MPO", *FORMATS}))
+def test_read_image__exif_orientation_is_applied(tmp_path: Path, orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[274] = orientation
-    options = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}[kind]
-    data = encode(Image.fromarray(np.ascontiguousarray(STORED[orientation])), kind, exif=exif.tobytes(), **options)
-    image = read_image(data)
-    assert image.shape == UPRIGHT.shape
-    assert np.abs(image.astype(int) - UPRIGHT).max() <= (6 if kind == "JPEG" else 0)
+    full = {"quality": 100, "subsampling": "4:4:4"}
+    options = {"JPEG": full, "MPO": full, "AVIF": full, "WEBP": {"lossless": True}}.get(kind, {})
+    stored, close = Image.fromarray(np.ascontiguousarray(STORED[orientation])), 6 if options == full else 0
+    path = tmp_path / "picture"
+    for mode in ("RGB", *(("L", "RGBA") if kind in ("PNG", "TIFF") else ())):  # Pillow maps the plainest TIFF files
+        path.write_bytes(encode(stored.convert(mode), kind, exif=exif.tobytes(), **options))
+        expected = np.asarray(Image.fromarray(UPRIGHT).convert(mode).convert("RGB")).astype(int)
+        assert upright_size(path) == UPRIGHT.shape[:2]
+        with Image.open(io.BytesIO(path.read_bytes())) as opened:
+            for image in (read_image(path), read_image(path.read_bytes()), to_rgb(opened)):
+                assert image.shape == UPRIGHT.shape
+                assert np.abs(image - expected).max() <= close
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
@@ -99,6 +108,12 @@ def test_read_image__16_bit_greys_are_scaled() -> None:
     grey = np.array([[0, 65535], [32768, 257]], np.uint16)
     image = read_image(encode(Image.fromarray(grey), "PNG"))
     assert image[..., 0].tolist() == [[0, 255], [128, 1]]
+
+
+def test_the_grey_that_stands_for_nothing_is_laid_on_white_in_16_bits_too() -> None:
+    grey = Image.fromarray(np.array([[20_000, 20_001], [20_000, 65_535]], np.uint16))
+    image = read_image(encode(grey, "PNG", transparency=20_000))
+    assert image[..., 0].tolist() == [[255, 78], [255, 255]]
 
 
 @pytest.mark.parametrize(("white", "grey"), [(1.0, 0.5), (255.0, 128.0), (65535.0, 32896.0)])
@@ -161,6 +176,7 @@ def test_read_image__pixel_limit_is_an_argument() -> None:
     ("name", "data"),
     [
         ("empty.png", b""),
+        ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
         ("text.jpg", b"hello"),
         ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'),
         ("page.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
@@ -178,6 +194,20 @@ def test_read_image__unreadable_file_is_named(tmp_path: Path, name: str, data: b
     with pytest.raises(BadImageError) as caught:
         read_image(path)
     assert caught.value.path == path and name in str(caught.value)
+    said = {"empty.png": r"is empty \(0 bytes\)", "pointer.jpg": "a pointer of Git LFS"}
+    assert re.search(said.get(name, "cannot be read as JPEG"), str(caught.value))
+
+
+@pytest.mark.parametrize("level", [0, 6])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_png_whose_end_was_never_copied_is_refused(share: float, level: int) -> None:
+    waves = 99 + 99 * np.sin(np.arange(120 * 160 * 3).reshape(120, 160, 3) / 97)
+    photo = (waves + np.random.default_rng(0).integers(0, 40, waves.shape)).astype(np.uint8)
+    data = encode(Image.fromarray(photo), "PNG", compress_level=level)
+    kept = int(share * len(data))
+    for end in (b"", bytes(len(data) - kept), bytes(len(data) - kept - 12) + data[-12:]):  # cut, or room that was made
+        with pytest.raises(BadImageError, match="damaged|truncated|broken"):
+            read_image(data[:kept] + end)
 
 
 def test_read_image__folder_or_missing_file_is_a_bad_image(tmp_path: Path) -> None:

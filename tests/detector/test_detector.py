@@ -28,6 +28,7 @@ from ovd.pictures import to_rgb
 from ovd.regions.crops import embed_regions
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.files import whole_folder
 from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture
 
 
@@ -557,3 +558,17 @@ def test_detections__are_iterated_one_by_one_and_print_short() -> None:
     assert [one.class_name for one in detections] == [[name] for name in detections.class_name]
     assert repr(detections) == "<Detections in 80 × 60 pixels: dog × 5, cat × 2>"
     assert repr(detections[:0]) == "<Detections in 80 × 60 pixels: none>"
+
+
+def test_load__a_folder_that_is_replaced_in_the_meantime_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replaced(folder: Path, *args: object, **options: object) -> None:
+        with whole_folder(folder) as fresh:
+            (fresh / "model.json").write_text("of a later training")
+
+    (tmp_path / "exported").mkdir()
+    monkeypatch.setattr("ovd.detector.detector_folder", Path)
+    monkeypatch.setattr("ovd.detector.load_trained", replaced)
+    with pytest.raises(UserError, match="exported: another export took its place while it was read; load it again"):
+        Detector.load(tmp_path / "exported")

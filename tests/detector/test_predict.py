@@ -96,6 +96,18 @@ def test_predict__bad_picture_is_listed_and_skipped(photos: Path, tmp_path: Path
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 3
 
 
+def test_pictures_of_several_frames_or_pages_are_counted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = Image.fromarray(picture()), Image.fromarray(picture([("red", 5, 5, 60, 60)]))
+    for name in ("b.webp", "c.tiff", "d.png"):
+        one.save(photos / name, save_all=True, append_images=[other])
+    one.save(photos / "phone.jpg", "MPO", save_all=True, append_images=[other.resize((64, 48))])  # and its preview
+    run(photos, tmp_path / "out")
+    told = "3 pictures have several frames or pages; the first was searched (first: b.webp)"
+    assert told in capsys.readouterr().err
+
+
 def test_predict__resumes_to_identical_files(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "whole")
     detector = make_detector(cache_size=0)

@@ -86,6 +86,26 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, error: Exception) -> Non
     assert [path.name for path in target.iterdir()] == ["b"]
 
 
+def test_ctrl_c_between_the_renames_of_a_folder_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "export"
+    with whole_folder(target) as fresh:
+        (fresh / "a").write_text("first")
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if to == target and path.suffix == ".new":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt), whole_folder(target) as fresh:
+            (fresh / "a").write_text("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"] and (target / "a").read_text() == "first"
+
+
 @pytest.mark.parametrize("other", [None, {"a": "of an earlier version"}])
 def test_write_folder__first_of_two_writers_wins(tmp_path: Path, other: dict[str, str] | None) -> None:
     """The second must not take away what the first has begun to use."""

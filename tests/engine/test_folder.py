@@ -18,7 +18,7 @@ from pretrain.engine import folder
 from pretrain.engine.checkpoint import load_weights, newest
 from pretrain.engine.config import changed_keys, keys_at_default, load_config, plain
 from pretrain.engine.errors import ConfigError, UserError
-from pretrain.engine.folder import FolderLock, find_start, prepare
+from pretrain.engine.folder import FolderLock, exported_folder, find_start, prepare
 from tests.engine.processes import REPOSITORY
 from tests.engine.toy import Mean, Numbers, train
 
@@ -71,6 +71,25 @@ def test_overwriting_removes_the_old_export_and_resuming_keeps_it(tmp_path: Path
     train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, save_every=2, overwrite=True)
     assert not (tmp_path / "exported").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_is_whole_or_not_there_and_no_other_training_writes_beside_it(tmp_path: Path) -> None:
+    (tmp_path / ".exported.0123.new").mkdir()  # of one that was killed
+    for error in (KeyboardInterrupt, UserError):
+        with pytest.raises(error), exported_folder(tmp_path) as exporting:
+            (exporting / "model.safetensors").write_bytes(b"half")
+            raise error("stop")
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with exported_folder(tmp_path) as exporting:
+        (exporting / "model.safetensors").write_bytes(b"whole")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another training writes here"), exported_folder(tmp_path):
+            pass
+        other.kill()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [".lock", "exported"]
+    assert (tmp_path / "exported/model.safetensors").read_bytes() == b"whole"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ovd.convert import main
 from ovd.formats.read import read_labels
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import alone_in
 from tests.formats.cases import coco_content, make_coco
 from tests.formats.test_readers import picture, voc, voc_object, yolo
 
@@ -293,6 +294,16 @@ def test_parts_of_one_data_set_may_name_their_pictures_by_their_whole_path(tmp_p
         (tmp_path / "set" / part / "_annotations.coco.json").write_text(json.dumps(content))
     labels = read_labels(tmp_path / "set")
     assert all((labels.root / entry["file_name"]).is_file() for entry in labels.content["images"])
+
+
+def test_two_commands_do_not_convert_into_one_folder(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    command = [str(make_coco(tmp_path)), "--to", "coco", "--pictures", "none", "--out", str(tmp_path / "out")]
+    with alone_in(tmp_path / "out"), pytest.raises(UserError, match="out: another command writes there; wait for it"):
+        main(command)
+    assert main(command) == 0
+    with pytest.raises(UserError, match="out: is not empty"):
+        main(command)
 
 
 def test_nothing_and_no_folder_are_not_converted(tmp_path: Path) -> None:

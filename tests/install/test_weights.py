@@ -212,3 +212,14 @@ def test_weights_that_are_added_at_once_are_all_listed(tmp_path: Path) -> None:
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(lambda name: add_weights(source, name, tmp_path / "weights"), names))
     assert sorted(read_manifest(tmp_path / "weights")) == sorted(names)
+
+
+def test_folders_that_are_added_under_one_name_at_once_leave_a_whole_entry(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"source{number}").mkdir()
+        (tmp_path / f"source{number}/model.safetensors").write_bytes(b"weights" * number)
+        (tmp_path / f"source{number}/only-{number}.json").write_text("{}")
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda number: add_weights(tmp_path / f"source{number}", "mine", tmp_path / "weights"), range(6)))
+    entry = read_manifest(tmp_path / "weights")["mine"]
+    assert problems(entry) == [] and len(entry.files) == 2

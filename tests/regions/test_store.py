@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from ovd.regions.proposals import GroundTruthProposer, select_proposals
 from ovd.regions.store import RegionStore
 from ovd.regions.writer import WriteReport, estimate, remove_store, write_regions
 from pretrain.engine.errors import BadImageError, UserError
+from tests.engine.processes import REPOSITORY
 from tests.regions.fakes import NoisePictures, RandomProposer, TinyEncoder
 
 TOP = 6
@@ -582,17 +585,22 @@ def test_a_store_of_no_readable_picture_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "s", source=Unreadable(1, {0}))
 
 
+FORKED_READERS = """
+import multiprocessing, sys
+from ovd.regions.store import RegionStore
+
+def total(image_id):
+    return float(store[image_id][1].sum())
+
+store = RegionStore.open(sys.argv[1])
+expected = total(1000)  # its shard is mapped before the others are forked
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(total, [1000] * 4) == [expected] * 4
+"""
+
+
 def test_reading_does_not_disturb_other_workers(whole: Path) -> None:
-    store = RegionStore.open(whole)
-    expected = store[1000][1].sum().item()
-    context = multiprocessing.get_context("fork")
-    with context.Pool(2) as pool:
-        assert pool.map(_Sum(store), [1000] * 4) == [expected] * 4
-
-
-class _Sum:
-    def __init__(self, store: RegionStore) -> None:
-        self.store = store
-
-    def __call__(self, image_id: int) -> float:
-        return float(self.store[image_id][1].sum())
+    """In a process of its own: forked from this one, a worker could wait for a lock of another test's thread."""
+    command = [sys.executable, "-c", FORKED_READERS, str(whole)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()

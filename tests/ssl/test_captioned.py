@@ -80,6 +80,11 @@ def test_pictures_of_shards_that_have_a_text(tmp_path: Path, capsys: pytest.Capt
         assert [list(found.captions(i)) for i in (0, 1)] == [["ein Hündchen"], ["last"]]
         assert len(found) == 2 and int(found.image(1)[0, 0, 0]) == 9
         assert "2 of 4 pictures have no caption and are left out" in capsys.readouterr().err
+    odd = {"a.png": encoded(1), "a.txt": "Café".encode("latin-1"), "b.png": encoded(2), "b.txt": b"\xef\xbb\xbfa mug"}
+    written = build_captioned(CaptionedShards(kind="captioned_shards", pattern=str(shard(tmp_path / "r.tar", odd))))
+    with pytest.raises(BadImageError, match=r"r\.tar/a\.png: has a caption that is not UTF-8 \(byte 3\)"):
+        written.captions(0)
+    assert written.captions(1) == ["a mug"]  # without the mark at its beginning that Windows writes
     empty = shard(tmp_path / "q.tar", {"a.png": encoded(1), "a.txt": b"  \n"})
     blank = build_captioned(CaptionedShards(kind="captioned_shards", pattern=str(empty)))
     with pytest.raises(BadImageError, match=r"q\.tar/a\.png: has an empty caption"):

@@ -25,9 +25,10 @@ from pretrain.config_views import (
     ViewConfig,
 )
 from pretrain.data.crops import ViewSource
-from pretrain.data.images import CIFAR_RECORD, ShardSet, build_images, expand_braces
+from pretrain.data.images import CIFAR_RECORD, build_images
 from pretrain.data.pairs import StickerCrops
 from pretrain.data.scenes import SceneSource
+from pretrain.data.shards import MAX_PADDING, ShardSet, expand_braces
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.sampling import Microbatches
@@ -209,6 +210,52 @@ def test_shards_that_are_missing_compressed_empty_or_wrongly_labelled_are_named(
     named = shard(tmp_path / "y.tar", {"a.png": encoded(1), "a.cls": b"dog"})
     with pytest.raises(UserError, match=r"a\.cls holds b'dog'"):
         ShardSet(str(named))
+
+
+def test_further_pictures_of_a_sample_and_hidden_files_are_no_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {
+        "a.png": encoded(1),
+        "a.mask.png": encoded(9),
+        "._a.png": b"Mac OS",
+        "b.x.png": encoded(2),
+        "c.txt": b"c",
+    }
+    shard(tmp_path / "s.tar", members)
+    for _ in range(2):  # from the shard, and from its index
+        images = ShardSet(str(tmp_path / "s.tar"))
+        assert [images.name(i).rpartition("/")[2] for i in range(len(images))] == ["a.png", "b.x.png"]
+        told = capsys.readouterr().err
+        assert "1 further pictures of a sample are left out, such as" in told and "a.mask.png" in told
+        assert "1 captions have no picture, such as" in told and "c.txt" in told
+
+
+def test_a_file_that_a_shard_holds_twice_counts_once_as_tar_unpacks_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shard(tmp_path / "s.tar", {"a.png": encoded(1), "a.cls": b"4"})
+    with tarfile.open(path, "a") as tar:
+        for name, content in (("a.png", encoded(200)), ("a.cls", b"5")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    images = ShardSet(str(path))
+    assert len(images) == 1 and images.label(0) == 5 and images.image(0).flat[0] == 200
+    assert "2 files are there twice, and the later one counts, such as" in capsys.readouterr().err
+
+
+def test_shards_that_go_on_after_their_end_are_refused(tmp_path: Path) -> None:
+    one, other = shard(tmp_path / "a.tar", {"a.png": encoded(1)}), shard(tmp_path / "b.tar", {"b.png": encoded(2)})
+    joined, half, padded = (tmp_path / name for name in ("joined.tar", "half.tar", "padded.tar"))
+    joined.write_bytes(one.read_bytes() + other.read_bytes())
+    with pytest.raises(UserError, match=r"joined\.tar: goes on after its end"):
+        ShardSet(str(joined))
+    half.write_bytes(one.read_bytes() + bytes(2 * MAX_PADDING))
+    with pytest.raises(UserError, match=r"half\.tar: ends in .* bytes of zeros"):
+        ShardSet(str(half))
+    padded.write_bytes(one.read_bytes() + bytes(MAX_PADDING // 2))
+    assert len(ShardSet(str(padded))) == 1
 
 
 @pytest.mark.parametrize(
