@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,10 +20,9 @@ from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.fvlm_torch import TorchNetwork
 from ovd.modeling.export import read_card, write_card
 from ovd.modeling.fvlm.finetuned import load_finetuned, save_branch
-from ovd.modeling.proposals.architecture import ARCHITECTURES
+from ovd.modeling.proposals.architecture import ARCHITECTURES, Head
 from ovd.modeling.proposals.build import load_proposals
 from ovd.modeling.proposals.classes import ClassBranch
-from ovd.modeling.proposals.nanodet import DenseHead
 from ovd.runtime.choice import Runtime, export_for
 from ovd.runtime.files import EXPORT_FOLDER, INT8_FOLDER, branch_graph
 from ovd.weights import detector_folder
@@ -39,12 +39,12 @@ BRANCHES = (("comb", "zorp", "beak"), ("Comb", "perch"))  # the second takes the
 def branch(classes: int, seed: int) -> ClassBranch:
     """A copy of the proposal network with random classes, each of which is somewhere."""
     torch.manual_seed(seed)
-    network = ClassBranch(ARCHITECTURES["nanodet"], classes=classes)
+    network = ClassBranch(ARCHITECTURES["picodet"], classes=classes)
     network.init_from(load_proposals(detector_folder("default") / "proposals", precision=torch.float32).model)
     for head in network.heads:
-        assert isinstance(head, DenseHead) and head.output.bias is not None
-        nn.init.normal_(head.output.weight[:classes], std=0.1)
-        nn.init.constant_(head.output.bias[:classes], -1.0)
+        weight, bias = cast(Head, head).word_rows()
+        nn.init.normal_(weight, std=0.1)
+        nn.init.constant_(bias, -1.0)
     return network
 
 
@@ -92,13 +92,13 @@ def test_finetuned_classes__equal_in_both_runtimes(tuned: Path, by_torch: Detect
 
 
 def test_finetuned_classes__int8_equals_float32(tuned: Path, tmp_path: Path) -> None:
-    """Ranges of other photos than are asked; both branches are quantised, and a box moves and is scored by little."""
+    """Ranges of other photos than are asked; a box moves and is scored by little."""
     for photo in PHOTOS[3:]:
         shutil.copy(photo, tmp_path)
     export(tuned, tuned / INT8_FOLDER, int8=True, photos=tmp_path)
     for own in read_card(tuned).finetuned:
         exact, small = (tuned / folder / branch_graph(own) for folder in (EXPORT_FOLDER, INT8_FOLDER))
-        assert small.stat().st_size < 0.75 * exact.stat().st_size
+        assert small.read_bytes() == exact.read_bytes()  # they have hard-swish
     one, other = (Detector.load(tuned, runtime=runtime) for runtime in RUNTIMES)
     found, seen = [], set()
     for photo in PHOTOS[:3]:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from ovd import cli
 from ovd.detector import Detector
 from ovd.export import export
+from ovd.modeling.proposals.architecture import ARCHITECTURES
+from ovd.modeling.proposals.classes import ClassBranch
 from ovd.pictures import to_rgb
 from ovd.runtime import cpu
 from ovd.runtime import export as writing
 from ovd.runtime.files import CARD, INT8_FOLDER, PROPOSALS, TOWER, graphs_of, read_runtime_card
-from ovd.runtime.quantise import MAX_PHOTOS, quantise, read_photos
+from ovd.runtime.quantise import MAX_PHOTOS, _ranges, is_suited, quantise, quantised, read_photos
 from ovd.runtime.session import open_session
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
@@ -60,8 +62,27 @@ def test_int8__finds_what_float32_finds(small: Path, by_onnx: Detector) -> None:
     assert len(found) >= 10 and np.mean(found) >= 0.75
 
 
+def test_proposals_with_hard_swish_stay_in_single_precision(exported: Path, small: Path) -> None:
+    assert (small / PROPOSALS).read_bytes() == (exported / PROPOSALS).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def nanodet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a random NanoDet's graph, as it is and in 8 bits."""
+    exact, small = (tmp_path_factory.mktemp(name) for name in ("exact", "small"))
+    branch = ClassBranch(ARCHITECTURES["nanodet"], classes=80)
+    writing._write_cells(exact / PROPOSALS, writing._Cells(branch.trunk, branch.heads))
+    assert is_suited(exact / PROPOSALS)
+    pixels = np.random.default_rng(0).normal(size=(1, 3, 64, 96)).astype(np.float32)
+    onnx.save(quantised(exact / PROPOSALS, _ranges(exact / PROPOSALS, [pixels])), str(small / PROPOSALS))
+    return exact, small
+
+
 @pytest.mark.parametrize(("file", "kept"), [(PROPOSALS, 1 + 3), (TOWER, 1 + 1)])
-def test_first_and_last_convolutions_keep_their_precision(exported: Path, small: Path, file: str, kept: int) -> None:
+def test_first_and_last_convolutions_keep_their_precision(
+    exported: Path, small: Path, nanodet: tuple[Path, Path], file: str, kept: int
+) -> None:
+    exported, small = nanodet if file == PROPOSALS else (exported, small)
     before, after = (onnx.load(str(folder / file)).graph for folder in (exported, small))
     weights = {name: node.op_type for node in after.node for name in node.output}
     convolutions = [node for node in after.node if node.op_type == "Conv"]
@@ -160,7 +181,7 @@ def test_sums_stay_exact_where_they_could_saturate(small: Path, monkeypatch: pyt
 def test_wheel__int8_stores_only_differences(exported: Path, tmp_path: Path) -> None:
     whole, folder = export("default", tmp_path / "small", int8=True), shutil.copytree(exported, tmp_path / "wheel")
     add_int8(folder, whole)
-    assert {file.name for file in (folder / INT8_FOLDER).iterdir()} == {PROPOSALS, TOWER, CARD}
+    assert {file.name for file in (folder / INT8_FOLDER).iterdir()} == {TOWER, CARD}
     one, other = (Detector.load(place, runtime="onnx-int8").find(PHOTOS[0], WORDS) for place in (whole, folder))
     assert len(one) > 0
     np.testing.assert_array_equal(one.xyxy, other.xyxy)
