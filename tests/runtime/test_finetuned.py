@@ -43,7 +43,7 @@ def branch(classes: int, seed: int) -> ClassBranch:
     network.init_from(load_proposals(detector_folder("default") / "proposals", precision=torch.float32).model)
     for head in network.heads:
         weight, bias = cast(Head, head).word_rows()
-        nn.init.normal_(weight, std=0.1)
+        nn.init.normal_(weight, std=0.02)
         nn.init.constant_(bias, -1.0)
     return network
 
@@ -55,7 +55,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(detector_folder("default"), folder, ignore=shutil.ignore_patterns(EXPORT_FOLDER))
     own = tuple(
         replace(
-            save_branch(folder, branch(len(names), n), number=n, names=names, side=256 + 64 * n, nms=0.6, top=20),
+            save_branch(folder, branch(len(names), n), number=n, names=names, side=256 + 64 * n, nms=0.6, top=100),
             slope=0.9,
             offset=0.2 * n,
         )
