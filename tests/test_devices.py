@@ -35,7 +35,8 @@ from ovd.modeling.fvlm.network import build_fvlm
 from ovd.modeling.proposals.architecture import ARCHITECTURES
 from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
 from ovd.modeling.proposals.classes import ClassBranch
-from ovd.modeling.proposals.network import CHANNELS, build_proposal_detector
+from ovd.modeling.proposals.nanodet import CHANNELS
+from ovd.modeling.proposals.network import build_proposal_detector
 from ovd.modeling.proposals.pyramid import FrozenPyramid
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
@@ -357,7 +358,7 @@ def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> N
     torch.manual_seed(0)
     backbone = FrozenPyramid("timm:tf_efficientnet_lite0", channels=CHANNELS)
     model = build_proposal_detector(
-        ranking="both", nms=0.6, pre_nms=100, post_nms=20, words=0, backbone=backbone, pixel_mean=(127.0,) * 3
+        ranking="both", nms=0.6, pre_nms=100, post_nms=20, backbone=backbone, pixel_mean=(127.0,) * 3
     )
     with pretend_cuda():
         to_cuda(model)
