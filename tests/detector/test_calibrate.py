@@ -33,7 +33,7 @@ def test_calibrate__writes_card_figures_and_diagram(tmp_path: Path) -> None:
 
 
 def test_calibrate__unusable_input_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no model\.json there"):
+    with pytest.raises(UserError, match=r"no folder with a model\.json"):
         calibrate.main(["--weights", str(tmp_path)])
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(UserError, match="3 must be at least 10"):
