@@ -145,7 +145,6 @@ def has_checkpoint(run: Path) -> bool:
 
 def run_stage(stage: Stage, ledger: dict[str, dict[str, float]]) -> int:
     """Run one stage; CPU and wall seconds are added to the ledger even when it fails. Returns the exit status."""
-    stage.result.parent.mkdir(parents=True, exist_ok=True)
     entry = ledger.setdefault(stage.name, {"cpu_seconds": 0.0, "wall_seconds": 0.0, "attempts": 0.0})
     entry["attempts"] += 1
     status = 0
@@ -162,6 +161,7 @@ def run_stage(stage: Stage, ledger: dict[str, dict[str, float]]) -> int:
         if status != 0:
             return status
     if not stage.result.exists():
+        stage.result.parent.mkdir(parents=True, exist_ok=True)
         stage.result.write_text("done\n", encoding="utf-8")
     return 0
 

@@ -82,6 +82,14 @@ def test_a_training_with_a_checkpoint_is_resumed(
     assert (tmp_path / "log.txt").read_text() == "--resume"
 
 
+def test_run_stage__training_finds_no_folder_of_its_own(script: ModuleType, tmp_path: Path) -> None:
+    """A training refuses an ``out`` that holds anything."""
+    check = ["-c", "import os, sys; sys.exit(os.path.exists('runs/a')); "]
+    stage = script.Stage(name="a", result=Path("runs/a/exported/model.json"), commands=[check], run=Path("runs/a"))
+    assert script.run_stage(stage, {}) == 0
+    assert (tmp_path / stage.result).is_file()
+
+
 def test_make_weights__order_of_clip_and_detector(script: ModuleType) -> None:
     names = [stage.name for stage in script.stages()]
     assert names == [
