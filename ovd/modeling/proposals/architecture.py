@@ -42,7 +42,6 @@ class Architecture:
     """A dense detector.
 
     Attributes:
-        name: as people call it.
         trunk: makes backbone and neck, normalised pixels (N, 3, H, W) to one map (N, C, h, w) per stride.
         known_head: makes the head of one level that scores the words of its weights, random.
         class_head: makes the head of one level for so many classes, random.
@@ -50,11 +49,9 @@ class Architecture:
         strides: pixels between the cells of each level, finest first.
         channels: C.
         bins: of the distribution of each side.
-        words: that its weights score.
         converter: script that converts its weights.
     """
 
-    name: str
     trunk: Callable[[], nn.Module]
     known_head: Callable[[], nn.Module]
     class_head: Callable[[int], nn.Module]
@@ -62,7 +59,6 @@ class Architecture:
     strides: tuple[int, ...]
     channels: int
     bins: int
-    words: int
     converter: str
 
     @property
@@ -85,7 +81,6 @@ def _picodet_head(words: int, *, aligned: bool = False) -> nn.Module:
 
 ARCHITECTURES: dict[Arch, Architecture] = {
     "nanodet": Architecture(
-        name="NanoDet-G",
         trunk=NanoDetTrunk,
         known_head=partial(_nanodet_head, nanodet.WORDS),
         class_head=_nanodet_head,
@@ -93,11 +88,9 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         strides=nanodet.STRIDES,
         channels=nanodet.CHANNELS,
         bins=nanodet.BINS,
-        words=nanodet.WORDS,
         converter="scripts/convert_nanodet.py",
     ),
     "picodet": Architecture(
-        name="PicoDet-S",
         trunk=PicoDetTrunk,
         known_head=partial(_picodet_head, picodet.WORDS, aligned=True),
         class_head=_picodet_head,
@@ -105,7 +98,6 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         strides=picodet.STRIDES,
         channels=picodet.CHANNELS,
         bins=picodet.BINS,
-        words=picodet.WORDS,
         converter="scripts/convert_picodet.py",
     ),
 }
