@@ -26,12 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd.config_proposals import ProposalNetworkConfig
-from ovd.modeling.proposals.build import ProposalCard, build_from_weights, save_proposals
+from ovd.modeling.proposals.build import save_converted
 from ovd.modeling.proposals.nanodet import STRIDES, NanoDet
-from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import EXPORTED, read_json, sha256_of
+from pretrain.engine.files import read_json, sha256_of
 
 TOLERANCE = 1e-4
 """Largest difference of an output (scores are 0…1, sides are logits up to about 20), both computed in float32."""
@@ -220,13 +218,8 @@ def main(argv: list[str]) -> int:
     nodes, constants = read_graph(args.graph)
     model = convert(nodes, constants)
     worst = verify(model, nodes, constants)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "nanodet.safetensors"
-    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    save_weights(file, tensors, {"format": "nanodet/1", "source": f"nanodet.json sha256 {sha256_of(args.graph)}"})
-    config = ProposalNetworkConfig(arch="nanodet")
-    card = ProposalCard(model=config.model_dump(mode="json"), sides=tuple(args.sides))
-    save_proposals(args.out / EXPORTED, build_from_weights(file, config), card)
+    source = f"nanodet.json sha256 {sha256_of(args.graph)}"
+    file = save_converted(args.out, model, arch="nanodet", source=source, sides=args.sides)
     print(f"{file}: {sum(p.numel() for p in model.parameters()):,} numbers; largest difference {worst:.1e}")
     return 0
 

@@ -30,13 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd.config_proposals import ProposalNetworkConfig
-from ovd.modeling.proposals.build import ProposalCard, build_from_weights, save_proposals
+from ovd.modeling.proposals.build import save_converted
 from ovd.modeling.proposals.cells import cell_centres, decode
 from ovd.modeling.proposals.picodet import STRIDES, PicoDet
-from pretrain.engine.checkpoint import save_weights
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import EXPORTED, sha256_of
+from pretrain.engine.files import sha256_of
 
 SIDE = 416
 """Of the program's input, pixels; its cells' centres are constants for this size."""
@@ -565,13 +563,6 @@ def verify(model: PicoDet, program: Program, *, seed: int = 0) -> dict[str, floa
     return worst
 
 
-def export(weights: Path, folder: Path, sides: Sequence[int]) -> None:
-    """Write PicoDet as it is, ready to propose."""
-    config = ProposalNetworkConfig(arch="picodet")
-    card = ProposalCard(model=config.model_dump(mode="json"), sides=tuple(sides))
-    save_proposals(folder, build_from_weights(weights, config), card)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="scripts/convert_picodet.py"
@@ -584,12 +575,8 @@ def main(argv: list[str]) -> int:
     program = read_program(args.program)
     model = convert(program)
     worst = verify(model, program)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "picodet.safetensors"
-    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     source = " ".join(f"{path.name} sha256 {sha256_of(path)}" for path in (args.program, beside(args.program)))
-    save_weights(file, tensors, {"format": "picodet/1", "source": source})
-    export(file, args.out / EXPORTED, args.sides)
+    file = save_converted(args.out, model, arch="picodet", source=source, sides=args.sides)
     differences = ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items())
     print(f"{file}: {sum(p.numel() for p in model.parameters()):,} numbers; largest differences: {differences}")
     return 0

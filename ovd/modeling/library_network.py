@@ -3,8 +3,8 @@
 
 Any image classifier whose convolutional part runs as a chain (each part reads the output of the one before) gives a
 feature pyramid: `res2` … `res5` are its maps of stride 4, 8, 16 and 32. The chain is traced in one forward pass, then
-    run on its own and compared, so that a network of another structure (branches, attention over tokens, a fixed input
-    size) is refused when built instead of computing something else.
+run on its own and compared, so that a network of another structure (branches, attention over tokens, a fixed input
+size) is refused when built instead of computing something else.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from ovd.modeling.proposals.picodet import PicoDetTrunk, PicoHead
 
 Arch = Literal["nanodet", "picodet"]
 PIXEL_MEAN, PIXEL_STD = nanodet.PIXEL_MEAN, nanodet.PIXEL_STD
-"""Of RGB, 0…255, for both."""
+"""Of RGB, 0…255: both detectors were trained with ImageNet's mean and deviation."""
 STEP = 32
 """Height and width of what enters a trunk are multiples of it."""
 

@@ -20,13 +20,15 @@ from torchvision.ops import nms
 
 from ovd.config_proposals import ProposalNetworkConfig
 from ovd.data.splits import COCO_NAMES
-from ovd.modeling.proposals.architecture import ARCHITECTURES, Architecture
+from ovd.modeling.proposals.architecture import ARCHITECTURES, Arch, Architecture
+from ovd.modeling.proposals.nanodet import NanoDet
 from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, init_from_converted
+from ovd.modeling.proposals.picodet import PicoDet
 from ovd.modeling.proposals.pyramid import FrozenPyramid, init_from_library, pixel_statistics
 from ovd.pictures import resized
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import read_json
+from pretrain.engine.files import EXPORTED, read_json
 from pretrain.engine.state import load_tensors
 from pretrain.engine.stored import require_types, stored_section
 
@@ -136,6 +138,29 @@ def save_proposals(folder: Path, model: ProposalDetector, card: ProposalCard) ->
     tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in model.state_dict().items()}
     save_weights(folder / "model.safetensors", tensors, {"format": FORMAT})
     (folder / "model.json").write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
+
+
+def save_converted(folder: Path, model: NanoDet | PicoDet, *, arch: Arch, source: str, sides: Sequence[int]) -> Path:
+    """Write a converted network, from which trainings start, and ``exported/``: the network as it is, ready to propose.
+
+    Args:
+        folder: is made.
+        model: with the tensors of its files.
+        arch: which network it is.
+        source: the files, with their hashes.
+        sides: of the export, see `ProposalCard`.
+
+    Returns:
+        The file of the converted network.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{arch}.safetensors"
+    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_weights(file, tensors, {"format": f"{arch}/1", "source": source})
+    config = ProposalNetworkConfig(arch=arch)
+    card = ProposalCard(model=config.model_dump(mode="json"), sides=tuple(sides))
+    save_proposals(folder / EXPORTED, build_from_weights(file, config), card)
+    return file
 
 
 @dataclass(frozen=True, kw_only=True)

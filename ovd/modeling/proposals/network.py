@@ -78,10 +78,13 @@ class DenseBackbone(Backbone):
         self.requires_grad_(False)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        own = self.architecture
-        return {
-            name: ShapeSpec(channels=own.channels, stride=s) for name, s in zip(own.levels, own.strides, strict=True)
-        }
+        return level_shapes(self.architecture)
+
+
+def level_shapes(architecture: Architecture) -> dict[str, ShapeSpec]:
+    """Channels and stride of each map, by its name."""
+    levels = zip(architecture.levels, architecture.strides, strict=True)
+    return {name: ShapeSpec(channels=architecture.channels, stride=stride) for name, stride in levels}
 
 
 @BACKBONE_REGISTRY.register()
@@ -336,7 +339,7 @@ class ProposalDetector(ProposalNetwork):
 def _architecture_of(levels: Mapping[str, ShapeSpec]) -> Architecture:
     """The architecture whose backbone has these levels."""
     for architecture in ARCHITECTURES.values():
-        if DenseBackbone(architecture).output_shape() == dict(levels):
+        if level_shapes(architecture) == dict(levels):
             return architecture
     raise ValueError(f"no dense detector has the levels {dict(levels)}")
 

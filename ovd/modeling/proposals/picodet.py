@@ -35,10 +35,6 @@ WORDS = 80
 BINS = 8
 """Of each side's distribution: distances of 0 to 7 strides."""
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-"""What the network was trained with: ImageNet's mean and deviation, RGB, 0…255."""
-
 KERNEL = 5
 """Of depthwise convolutions in the neck, the heads and the last stages of the backbone."""
 
