@@ -104,8 +104,8 @@ def test_pictures_of_several_frames_or_pages_are_counted(
         one.save(photos / name, save_all=True, append_images=[other])
     one.save(photos / "phone.jpg", "MPO", save_all=True, append_images=[other.resize((64, 48))])  # and its preview
     run(photos, tmp_path / "out")
-    told = "3 pictures have several frames or pages; the first was searched (first: b.webp)"
-    assert told in capsys.readouterr().err
+    message = "3 pictures have several frames or pages; the first was searched (first: b.webp)"
+    assert message in capsys.readouterr().err
 
 
 def test_predict__resumes_to_identical_files(photos: Path, tmp_path: Path) -> None:

@@ -226,9 +226,9 @@ def test_further_pictures_of_a_sample_and_hidden_files_are_no_pictures(
     for _ in range(2):  # from the shard, and from its index
         images = ShardSet(str(tmp_path / "s.tar"))
         assert [images.name(i).rpartition("/")[2] for i in range(len(images))] == ["a.png", "b.x.png"]
-        told = capsys.readouterr().err
-        assert "1 further pictures of a sample are left out, such as" in told and "a.mask.png" in told
-        assert "1 captions have no picture, such as" in told and "c.txt" in told
+        message = capsys.readouterr().err
+        assert "1 further pictures of a sample are left out, such as" in message and "a.mask.png" in message
+        assert "1 captions have no picture, such as" in message and "c.txt" in message
 
 
 def test_a_file_that_a_shard_holds_twice_counts_once_as_tar_unpacks_it(
