@@ -29,7 +29,7 @@ from pretrain.data.lexicon import read_lexicon
 from pretrain.data.photos import LabelledCrop, boxes_of, cut_square, parts_of, read_labels, square_around
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json
-from pretrain.methods.clip_words import embed_words
+from pretrain.nets.conse import embed_words
 from pretrain.nets.encoders import load_encoder
 from pretrain.nets.towers import JointEncoder
 

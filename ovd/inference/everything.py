@@ -115,5 +115,6 @@ def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *
     chosen_rows = list(rows)
     if card is None or not chosen or not chosen_rows:
         return [[] for _ in chosen_rows]
-    cosines = regions.distilled[chosen_rows] @ model.background_words[chosen].T
+    embeddings = regions.open_embedding(model.calibration.open_conse)[chosen_rows]
+    cosines = embeddings @ model.background_words[chosen].T
     return [[card.background_words[chosen[i]] for i in best_first(row, count).tolist()] for row in cosines]

@@ -174,11 +174,10 @@ class OpenWords:
         return np.ascontiguousarray(self.rows[self._order[0]].T)
 
     def _shared_terms(self, regions: RegionSet) -> SharedTerms:
-        assert regions.image is not None
         if not len(self.competitors):
             raise ValueError("scores need at least one competitor: a background word")
         c = self.calibration
-        image_RD = np.float32(c.open_scale) * regions.image
+        image_RD = np.float32(c.open_scale) * regions.open_embedding(c.open_conse)
         words_BR = self.competitors @ np.ascontiguousarray(image_RD.T)
         shift_R = words_BR.max(axis=0)  # keeps every exponential in range
         np.exp(np.subtract(words_BR, shift_R, out=words_BR), out=words_BR)

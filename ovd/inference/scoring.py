@@ -10,12 +10,13 @@ Shapes: ``R`` regions, ``C`` typed classes, ``B`` background words, ``D`` joint 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import Floats, as_array, platt_scaled, sigmoid, softmax
+from ovd.inference.arrays import Floats, as_array, platt_scaled, sigmoid, softmax, unit_rows
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, geometric_ensemble
 
 
@@ -41,6 +42,8 @@ class Calibration:
             parts of a thing look like the thing.
         open_unknown: exponent, for these words, of the probability that a region is none of the words that contradict
             the word, of those that the proposal network or labels know.
+        open_conse: share of ConSE's embedding in that of the image tower, for these words, see
+            `RegionSet.open_embedding`.
         open_slope, open_offset: their sigmoid.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid. A detector of
@@ -60,6 +63,7 @@ class Calibration:
     open_objectness: float = 1.0
     open_area: float = 0.25
     open_unknown: float = 0.0
+    open_conse: float = 0.0
     open_slope: float = 1.0
     open_offset: float = 0.0
     example_logit_scale: float = 20.0
@@ -99,6 +103,22 @@ class Calibration:
         return replace(self, slope=1.0, offset=0.0, open_slope=1.0, open_offset=0.0)
 
 
+class Deferred:
+    """An array that is computed when it is first asked for; what it is computed from is then let go."""
+
+    def __init__(self, compute: Callable[[], Floats]) -> None:
+        self._compute: Callable[[], Floats] | None = compute
+        self._value: Floats | None = None
+
+    def __call__(self) -> Floats:
+        """The array."""
+        compute = self._compute
+        if compute is not None:  # threads that ask at once compute the same
+            self._value, self._compute = compute(), None
+        assert self._value is not None
+        return self._value
+
+
 @dataclass(kw_only=True)
 class RegionSet:
     """The regions of one picture, before any word is typed.
@@ -114,6 +134,9 @@ class RegionSet:
         size: (height, width) of the original picture.
         word_scores: (R, K) in [0, 1], the proposal network's scores of the words it was trained on, or None.
         bias: (R,) logit of any word beside its cosine to the text head, or None (`ovd.modeling.fvlm.head`).
+        conse: (R, D) means of the words of ImageNet's classes, weighted by their probabilities, computed when first
+            needed, or None: 1 long where the classifier is certain, near 0 where it is in doubt
+            (`ovd.modeling.fvlm.conse`).
         finetuned: (R, O) in [0, 1], calibrated scores of classes that were added by fine-tuning, or None. Their boxes
             have objectness 0 and no score of any other word.
     """
@@ -126,6 +149,7 @@ class RegionSet:
     size: tuple[int, int]
     word_scores: Floats | None = None
     bias: Floats | None = None
+    conse: Deferred | None = None
     finetuned: Floats | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +176,18 @@ class RegionSet:
     def distilled(self) -> Floats:
         """(R, D) of the head that was distilled from image embeddings: the image head, or the one head of both."""
         return self.text if self.image is None else self.image
+
+    def open_embedding(self, share: float) -> Floats:
+        """(R, D) unit rows that words unknown to the proposal network are compared with.
+
+        ``(1 - share · c) · image + share · conse``, where ``c`` is ConSE's length: where the classifier is in doubt,
+        the image head's embedding is all that counts.
+        """
+        if self.conse is None or not share:
+            return self.distilled
+        conse_RD = self.conse()
+        certainty_R1 = np.linalg.norm(conse_RD, axis=1, keepdims=True)
+        return unit_rows((1 - share * certainty_R1) * self.distilled + share * conse_RD)
 
     @property
     def is_finetuned(self) -> NDArray[np.bool_]:

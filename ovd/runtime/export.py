@@ -34,6 +34,7 @@ from ovd.modeling.proposals.build import read_card as read_proposal_card
 from ovd.modeling.proposals.cells import gather
 from ovd.runtime.files import (
     BACKGROUND,
+    CONSE,
     COPIED,
     MERGES,
     PROPOSALS,
@@ -49,6 +50,8 @@ from ovd.runtime.halve import halve
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import whole_folder
+from pretrain.nets.imagenet import PIXEL_MEAN as CONSE_MEAN
+from pretrain.nets.imagenet import PIXEL_STD as CONSE_STD
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import CbowText, JointEncoder
 
@@ -206,6 +209,9 @@ def _runtime_card(source: Path, card: DetectorCard, detector: FvlmDetector, enco
         nms=generator.nms,
         pre_nms=generator.pre_nms,
         post_nms=generator.post_nms,
+        conse_side=0 if detector.conse is None else detector.conse.side,
+        conse_mean=(CONSE_MEAN,) * 3,
+        conse_std=(CONSE_STD,) * 3,
     )
 
 
@@ -235,6 +241,10 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
         "fine": {2: "fh", 3: "fw"}, "coarse": {2: "ch", 3: "cw"}, "last": {2: "ch", 3: "cw"}, "boxes": {0: "r"},
         "around": {0: "r"}, "known": {0: "r"}, "embedding": {0: "r"}, "bias": {0: "r"}, "image": {0: "r"},
     })  # fmt: skip
+    if detector.conse is not None:
+        _write(folder / CONSE, detector.conse, {"pixels": pixels, "boxes": boxes}, ["row"], {
+            "pixels": {2: "h", 3: "w"}, "boxes": {0: "r"}, "row": {0: "r"},
+        })  # fmt: skip
     tokens = torch.from_numpy(encoder.token_ids(["a photo of a dog", "cat"]))
     _write(folder / TEXT, text, {"tokens": tokens}, ["row"], {"tokens": {0: "n"}, "row": {0: "n"}})
 

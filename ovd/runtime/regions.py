@@ -9,6 +9,7 @@ Shapes: A cells, P proposals, R regions, K words of the proposal network, D join
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,12 @@ from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_regions import FvlmRegionModel
 from ovd.inference.known_words import WordList
 from ovd.inference.postprocess import batched_nms
-from ovd.inference.scoring import RegionSet
+from ovd.inference.scoring import Deferred, RegionSet
 from ovd.modeling.export import DetectorCard
 from ovd.pictures import resized
 from ovd.runtime.cells import CellGraph, padded
 from ovd.runtime.encoder import OnnxEncoder
-from ovd.runtime.files import BACKGROUND, PROPOSALS, REGIONS, TOWER, RuntimeCard, export_file, read_runtime_card
+from ovd.runtime.files import BACKGROUND, CONSE, PROPOSALS, REGIONS, TOWER, RuntimeCard, export_file, read_runtime_card
 from ovd.runtime.finetuned import OnnxBranches
 from ovd.runtime.session import Graph
 from pretrain.data.lexicon import read_lexicon
@@ -79,11 +80,9 @@ class OnnxNetwork:
     ) -> None:
         self.card, self.scale, self.sides = card, card.scale, card.proposal_sides
         self._proposals = CellGraph(export_file(folder, PROPOSALS), card, threads=threads)
-        self._head, self._tower, self._finetuned = (
-            Graph(export_file(folder, REGIONS), threads=threads),
-            tower,
-            finetuned,
-        )
+        self._head, self._tower = Graph(export_file(folder, REGIONS), threads=threads), tower
+        self._conse = Graph(export_file(folder, CONSE), threads=threads) if card.conse_side else None
+        self._finetuned = finetuned
 
     def regions(self, image: NDArray[np.uint8], *, top: int) -> RegionSet:
         """See `FvlmNetwork`."""
@@ -108,6 +107,7 @@ class OnnxNetwork:
             around=widened(boxes, self.card.context, small.shape[:2]),
             known=word_scores,
         )
+        graph = self._conse
         return RegionSet(
             boxes=proposals.boxes,
             objectness=proposals.objectness,
@@ -117,8 +117,18 @@ class OnnxNetwork:
             size=(height, width),
             word_scores=word_scores,
             bias=bias,
+            conse=None if graph is None else Deferred(lambda: self._conse_rows(graph, image, proposals.boxes)),
             finetuned=finetuned_RO,
         )
+
+    def _conse_rows(self, graph: Graph, image: NDArray[np.uint8], boxes: Floats) -> Floats:
+        """(R, D) of `ovd.modeling.fvlm.conse.RegionConse.embed`."""
+        height, width = image.shape[:2]
+        small = resized(image, self.card.conse_side / max(height, width))
+        scale = np.array([small.shape[1] / width, small.shape[0] / height] * 2, np.float32)
+        pixels = normalised(small, mean=self.card.conse_mean, std=self.card.conse_std)
+        (row,) = graph(["row"], pixels=pixels, boxes=boxes * scale)
+        return row
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
         """See `FvlmNetwork`."""
@@ -184,8 +194,12 @@ def load_onnx(
 
 def pixels_for_tower(small: NDArray[np.uint8], card: RuntimeCard) -> Floats:
     """(1, 3, H, W) of a resized (h, w, 3) RGB picture, padded with the mean colour."""
-    mean, std = (255 * np.array(x, np.float32) for x in (card.image_mean, card.image_std))
-    return padded((small - mean) / std)
+    return normalised(small, mean=card.image_mean, std=card.image_std)
+
+
+def normalised(small: NDArray[np.uint8], *, mean: Sequence[float], std: Sequence[float]) -> Floats:
+    """The same with the statistics (3,) of RGB in 0…1 that a network was trained with."""
+    return padded((small - 255 * np.array(mean, np.float32)) / (255 * np.array(std, np.float32)))
 
 
 def widened(boxes: Floats, factor: float, size: tuple[int, int]) -> Floats:

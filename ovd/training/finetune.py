@@ -241,6 +241,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     An earlier branch is left out when the new one names all that is left of it.
     """
     from ovd.modeling.export import read_card, write_card
+    from ovd.modeling.fvlm.conse import FILE as CONSE
     from ovd.modeling.fvlm.finetuned import remaining_branches, save_branch
     from ovd.modeling.fvlm.network import PROPOSALS
     from pretrain.engine.config import config_hash
@@ -253,7 +254,8 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
     shutil.copytree(parts.folder / PROPOSALS, folder / PROPOSALS)
     earlier = remaining_branches(card.finetuned, parts.photos.names)
-    for file in ("model.safetensors", *(branch.file for branch in earlier)):
+    conse = (CONSE,) if (parts.folder / CONSE).is_file() else ()
+    for file in ("model.safetensors", *conse, *(branch.file for branch in earlier)):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(parts.folder / file, folder / file)
     branch = save_branch(

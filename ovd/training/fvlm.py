@@ -56,6 +56,7 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     import torch
 
     from ovd.data.pooled import OfflineRegions, PooledSource
+    from ovd.modeling.fvlm.conse import RegionConse
     from ovd.modeling.fvlm.criterion import WordCriterion
     from ovd.modeling.fvlm.network import build_fvlm
     from ovd.modeling.proposals.build import load_proposals
@@ -74,7 +75,8 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     words = Vocabulary.of(photos.table.words, templates=TEMPLATE_SETS[config.templates])
     rows = torch.from_numpy(embed_vocabulary(words, encoder))
     proposals = detector_folder(config.proposals)
-    model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder)
+    conse = None if config.model.conse is None else RegionConse.from_package(config.model.conse, encoder)
+    model = build_fvlm(config.model, proposer=load_proposals(proposals), encoder=encoder, conse=conse)
     key = {"encoder": encoder.fingerprint(), "proposals": _digest(proposals)}
     row = photo_features(config, model, photos, key=key)
     offline = None
@@ -254,6 +256,10 @@ def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
     """
     from ovd.inference.scoring import Calibration
 
+    if model.known and model.conse is not None:
+        return Calibration(
+            open_scale=2.5 * logit_scale, open_objectness=2.0, open_area=0.8, open_unknown=0.75, open_conse=0.5
+        )
     if model.known:
         return Calibration(open_scale=1.6 * logit_scale, open_objectness=3.0, open_area=0.6, open_unknown=1.5)
     return Calibration(open_scale=0.4 * logit_scale, open_objectness=1.5, open_unknown=2.0)
@@ -264,6 +270,7 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
     import shutil
 
     from ovd.modeling.export import DetectorCard, architecture_record, save_detector
+    from ovd.modeling.fvlm.conse import save_conse
     from ovd.modeling.fvlm.network import PROPOSALS
     from pretrain.engine.config import config_hash
 
@@ -285,4 +292,6 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
         templates=config.templates,
     )
     save_detector(folder, parts.model, card, background_words=parts.rows)
+    if parts.model.conse is not None:
+        save_conse(folder, parts.model.conse)
     shutil.copytree(parts.proposals, folder / PROPOSALS)

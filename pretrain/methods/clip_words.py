@@ -22,37 +22,15 @@ from torch.nn import functional as F
 from pretrain.clip_augment import apply_augmentation, draw_parameters
 from pretrain.config import AugmentConfig
 from pretrain.config_photos import WordsLoss
-from pretrain.data.lexicon import Lexicon
 from pretrain.data.pairs import PairBatch
 from pretrain.data.photos import LabelledPhotos, vocabulary_of
 from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.optim import ParamGroup, default_groups
 from pretrain.methods.clip import Clip
-from pretrain.nets.timm_tower import ConseProjection, TimmImage, conse_embedding, pooled
+from pretrain.nets.conse import ConseProjection, conse_embedding, conse_targets, embed_words
+from pretrain.nets.timm_tower import TimmImage, pooled
 from pretrain.nets.towers import JointEncoder
-
-PROMPT = "a photo of a {}"
-
-
-@torch.no_grad()
-def embed_words(encoder: JointEncoder, words: list[str]) -> Tensor:
-    """(V, D) unit rows, of the words in a prompt."""
-    tokens = encoder.tokenize([PROMPT.format(word) for word in words])
-    return F.normalize(encoder.encode_text(tokens.to(encoder.logit_scale.device)).float(), dim=1)
-
-
-def conse_targets(lexicon: Lexicon, encoder: JointEncoder, *, levels: int, decay: float) -> Tensor:
-    """(K, D) unit rows: the word of each class of ImageNet plus those above it, each level with `decay` of the last."""
-    rows = [[key, *lexicon.above(key)[:levels]] for key in lexicon.imagenet]
-    keys = sorted({key for row in rows for key in row})
-    number = {key: i for i, key in enumerate(keys)}
-    word_VD = embed_words(encoder, [lexicon.meanings[key].names[0] for key in keys])
-    weight_KV = torch.zeros(len(rows), len(keys), device=word_VD.device)
-    for k, row in enumerate(rows):
-        for level, key in enumerate(row):
-            weight_KV[k, number[key]] += decay**level
-    return F.normalize(weight_KV @ word_VD, dim=1)
 
 
 class WordClip(Clip):

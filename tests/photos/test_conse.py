@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An encoder's projection ensembled with ImageNet's classifier (ConSE)."""
+"""ImageNet's classifier (ConSE), ensembled with an encoder's projection and with a detector's image embedding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ovd import train as ovd_train
+from ovd.config_fvlm import ConseConfig
 from ovd.detector import Detector
+from ovd.inference.scoring import Deferred, RegionSet
+from ovd.modeling.fvlm.conse import RegionConse
 from ovd.modeling.fvlm.tower import FrozenTower
 from ovd.runtime.export import export_onnx
 from pretrain import train
@@ -23,7 +26,8 @@ from pretrain.config_photos import ConseShare, TimmTower
 from pretrain.engine.errors import UserError
 from pretrain.nets import imagenet
 from pretrain.nets.encoders import load_encoder
-from pretrain.nets.timm_tower import ConseProjection, TimmImage, conse_embedding
+from pretrain.nets.conse import ConseProjection, conse_embedding
+from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import JointEncoder, build_encoder
 from tests.photos.conftest import arguments
 from tests.photos.test_lite_clip import NAME, network, packaged
@@ -116,7 +120,7 @@ def command(folder: Path, root: Path, *more: str) -> list[str]:
 @pytest.fixture
 def root(tmp_path: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(packaged(network), tmp_path / "net.pth")
-    monkeypatch.setattr(imagenet, "package_file", lambda package: tmp_path / "net.pth")
+    monkeypatch.setattr(imagenet, "package_file", lambda package, key: tmp_path / "net.pth")
     small_encoder(None).save(tmp_path / "whole")
     build_encoder(EncoderConfig(embed_dim=16, text=CbowTower(width=16, hidden=16))).save(tmp_path / "text")
     return tmp_path
@@ -148,3 +152,104 @@ def test_conse__training_changes_the_projection_only(folder: Path, root: Path, n
 def test_conse__network_must_have_imagenets_classes(folder: Path, root: Path, change: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         train.main(command(folder, root, change))
+
+
+def test_region_conse__pools_logits_by_area() -> None:
+    """Against every pixel of the box counted one by one, in a map enlarged to the picture."""
+    torch.manual_seed(0)
+    conse = RegionConse(ConseConfig(name=NAME, side=96), embed_dim=4, precision=torch.float32)
+    conse.words_KD.copy_(F.normalize(torch.randn(conse.words_KD.shape), dim=1))
+    pixels = torch.randn(1, 3, 64, 96)
+    boxes = torch.tensor([[0.0, 0, 96, 64], [10, 5, 40, 60], [64, 32, 96, 64], [33, 33, 34, 34]])
+    enlarged = conse.trunk(pixels)[0].repeat_interleave(32, dim=1).repeat_interleave(32, dim=2)
+    for row, box in zip(conse(pixels, boxes), boxes.int().tolist(), strict=True):
+        features = enlarged[:, box[1] : box[3], box[0] : box[2]].mean((1, 2))
+        torch.testing.assert_close(row, conse.classifier(features).softmax(0) @ conse.words_KD, rtol=1e-4, atol=1e-5)
+
+
+def test_open_embedding__follows_a_certain_classifier_only() -> None:
+    image = np.eye(3, dtype=np.float32)[:2]
+    certain, unsure = np.array([0, 0, 1.0], np.float32), np.zeros(3, np.float32)
+    regions = region_set(image, conse=Deferred(lambda: np.stack([certain, unsure])))
+    np.testing.assert_allclose(regions.open_embedding(0.5)[0], np.array([1, 0, 1]) / math.sqrt(2), rtol=1e-6)
+    np.testing.assert_allclose(regions.open_embedding(0.5)[1], image[1])
+    np.testing.assert_array_equal(regions.open_embedding(0), image)
+    np.testing.assert_array_equal(region_set(image, conse=None).open_embedding(0.5), image)
+
+
+def region_set(image: np.ndarray, *, conse: Deferred | None) -> RegionSet:
+    boxes = np.array([[0, 0, 8, 8]] * len(image), np.float32)
+    return RegionSet(
+        boxes=boxes, objectness=np.ones(len(image)), text=image, image=image, masks=None, size=(8, 8), conse=conse
+    )
+
+
+def test_deferred__is_computed_once() -> None:
+    calls = []
+    deferred = Deferred(lambda: np.array(calls.append(1)))
+    assert not calls
+    assert deferred() is deferred() and len(calls) == 1
+
+
+@pytest.fixture
+def with_conse(trained: Path, tmp_path: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The detector of a training with ``model.conse``."""
+    torch.save(packaged(network), tmp_path / "net.pth")
+    monkeypatch.setattr(imagenet, "package_file", lambda package, key: tmp_path / "net.pth")
+    for name in ("encoder", "images", "boxes.json", "labels.json", "proposals"):
+        (tmp_path / name).symlink_to(trained / name)
+    assert ovd_train.main([*arguments(tmp_path), f"model.conse={{name: {NAME}, side: 64}}"]) == 0
+    return tmp_path / "run/exported"
+
+
+def test_region_conse__same_in_both_runtimes(with_conse: Path, trained: Path, tmp_path: Path) -> None:
+    export_onnx(with_conse, load_encoder(trained / "encoder"), tmp_path / "onnx")
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    by_torch, by_onnx = (
+        Detector.load(folder, runtime=runtime).model.regions(image)
+        for folder, runtime in ((with_conse, "torch"), (tmp_path / "onnx", "onnx"))
+    )
+    assert by_torch.conse is not None and by_onnx.conse is not None
+    rows, others = by_torch.conse(), by_onnx.conse()
+    assert rows.shape == others.shape == (len(by_torch), 16) and np.linalg.norm(rows, axis=1).max() > 0
+    np.testing.assert_allclose(rows, others, atol=0.02)  # torch computes in bfloat16
+
+
+def test_region_conse__runs_for_words_that_the_proposal_network_does_not_know(
+    with_conse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    embed = RegionConse.embed
+    monkeypatch.setattr(RegionConse, "embed", lambda *arguments: calls.append(1) or embed(*arguments))
+    detector = Detector.load(with_conse, runtime="torch")
+    image = np.zeros((48, 64, 3), np.uint8)
+    detector.find(image, ["dog", "animal"], threshold=0)
+    assert not calls
+    detector.find(image, ["dog", "saxophone"], threshold=0)
+    detector.find(image, ["lamp"], threshold=0)
+    assert len(calls) == 1
+
+
+def test_region_conse__missing_file_is_named(with_conse: Path) -> None:
+    (with_conse / "conse.safetensors").unlink()
+    with pytest.raises(UserError, match=r"conse\.safetensors: no such weight file"):
+        Detector.load(with_conse, runtime="torch")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("model.conse={package: no-such-network}", r"model\.conse\.package: no-such-network is not installed"),
+        ("model.conse={name: resnet18, side: 64}", "EfficientNet family"),
+        ("model.conse={name: no_such_net}", "timm has no model"),
+    ],
+)
+def test_region_conse__wrong_network_is_named(trained: Path, tmp_path: Path, change: str, says: str) -> None:
+    command = [*arguments(trained), f"out={tmp_path}/run", change]
+    with pytest.raises(UserError, match=says):
+        ovd_train.main(command)
+
+
+def test_region_conse__needs_known_words(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="conse scores words that the proposal network does not know"):
+        ovd_train.main([*arguments(trained), f"out={tmp_path}/run", "model.conse={}", "model.known=false"])

@@ -94,7 +94,7 @@ def test_training__exports_an_encoder_that_classifies_a_crop(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.save(packaged(network), tmp_path / "net.pth")
-    monkeypatch.setattr(imagenet, "package_file", lambda package: tmp_path / "net.pth")
+    monkeypatch.setattr(imagenet, "package_file", lambda package, key: tmp_path / "net.pth")
     text = build_encoder(EncoderConfig(embed_dim=16, text=CbowTower(width=16, hidden=16)))
     text.save(tmp_path / "text")
     arguments = [

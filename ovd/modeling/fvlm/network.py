@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ovd.config_fvlm import FvlmConfig
 from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
+from ovd.modeling.fvlm.conse import RegionConse, load_conse
 from ovd.modeling.fvlm.head import FrozenFeatureHead, ImageHead
 from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
 from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposals, PhotoProposer, load_proposals
@@ -34,6 +35,7 @@ class FvlmDetector(nn.Module):
         head: to be trained.
         reads_words: whether the head reads the proposer's scores of words.
         image_head: to be distilled; None: the tower's own embedding is used.
+        conse: an ImageNet classifier that is ensembled with the image embedding at inference; None: there is none.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class FvlmDetector(nn.Module):
         head: FrozenFeatureHead,
         reads_words: bool,
         image_head: ImageHead | None = None,
+        conse: RegionConse | None = None,
     ) -> None:
         super().__init__()
+        self._conse = (conse,)  # as the proposer
         self._proposer = (proposer,)  # a tuple: it is stored in a folder of its own
         self._tower = (tower,)  # likewise: the encoder's folder has it
         self.head = head
@@ -61,6 +65,11 @@ class FvlmDetector(nn.Module):
     def tower(self) -> FrozenTower:
         """The frozen image tower."""
         return self._tower[0]
+
+    @property
+    def conse(self) -> RegionConse | None:
+        """The frozen ImageNet classifier."""
+        return self._conse[0]
 
     @torch.inference_mode()
     def pooled(self, image: NDArray[np.uint8], proposals: PhotoProposals) -> PooledRegions:
@@ -82,7 +91,12 @@ def proposal_words(config: FvlmConfig) -> tuple[str, ...]:
 
 
 def build_fvlm(
-    config: FvlmConfig, *, proposer: PhotoProposer, encoder: JointEncoder, precision: torch.dtype = torch.bfloat16
+    config: FvlmConfig,
+    *,
+    proposer: PhotoProposer,
+    encoder: JointEncoder,
+    conse: RegionConse | None = None,
+    precision: torch.dtype = torch.bfloat16,
 ) -> FvlmDetector:
     """The detector with a head of random weights; ``precision``: of the image tower.
 
@@ -108,7 +122,9 @@ def build_fvlm(
             embed_dim=encoder.embed_dim,
             dropout=config.head.dropout,
         )
-    return FvlmDetector(proposer=proposer, tower=tower, head=head, reads_words=config.known, image_head=image_head)
+    return FvlmDetector(
+        proposer=proposer, tower=tower, head=head, reads_words=config.known, image_head=image_head, conse=conse
+    )
 
 
 def load_fvlm(
@@ -136,7 +152,10 @@ def load_fvlm(
     if not isinstance(config, FvlmConfig):
         raise UserError(f"{folder}: not a detector of model.arch fvlm")
     proposer = load_proposals(folder / PROPOSALS, device=device, precision=precision)
-    detector = build_fvlm(config, proposer=proposer, encoder=encoder, precision=precision)
+    conse = None
+    if config.conse is not None:
+        conse = load_conse(folder, config.conse, embed_dim=encoder.embed_dim, precision=precision).to(device)
+    detector = build_fvlm(config, proposer=proposer, encoder=encoder, conse=conse, precision=precision)
     state, background_words = exported_tensors(folder, card)
     load_exported(detector, state, folder)
     detector.tower.to(device)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ImageNet's classifier sees in a box: the mean of its classes' words (ConSE, arXiv:1312.5650).
+
+The encoder's image tower started from this network and was trained on crops of everyday words; in doing so it forgot
+many of ImageNet's classes. So the network as it was also looks at the picture, frozen. Its last map is pooled in each
+box, as F-VLM (arXiv:2209.15639) pools an encoder's, and classified.
+
+Shapes: ``P`` regions, ``K`` classes of ImageNet, ``D`` joint embedding. Pictures are (H, W, 3) uint8 RGB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovd.config_fvlm import ConseConfig
+from ovd.pictures import resized
+from pretrain.data.lexicon import read_lexicon
+from pretrain.engine.checkpoint import load_weights, save_weights
+from pretrain.engine.errors import UserError
+from pretrain.engine.state import load_tensors
+from pretrain.nets.conse import conse_targets
+from pretrain.nets.imagenet import PIXEL_MEAN, PIXEL_STD, read_imagenet
+from pretrain.nets.towers import JointEncoder
+
+FILE = "conse.safetensors"
+"""Of an exported detector's folder."""
+FORMAT = "conse/1"
+STRIDE = 32  # of the last map: inputs are padded to a multiple of it
+LEVELS, DECAY = 4, 0.6
+"""Hypernyms that a class's words include, and the weight of each level in terms of the last."""
+
+
+class RegionConse(nn.Module):
+    """A frozen ImageNet network of timm's EfficientNet family, pooled in boxes.
+
+    Args:
+        config: which network, and the size of a picture in it.
+        embed_dim: D.
+        precision: of its convolutions; bfloat16 takes half the time of float32 on a CPU that has it.
+    """
+
+    words_KD: Tensor
+
+    def __init__(self, config: ConseConfig, *, embed_dim: int, precision: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        import timm
+
+        name = config.name
+        if not timm.is_model(name):
+            raise UserError(f"model.conse.name: timm has no model {name!r}")
+        network = timm.create_model(name, pretrained=False)
+        children = dict(network.named_children())
+        if not {"conv_stem", "bn1", "blocks", "conv_head", "bn2", "classifier"} <= set(children):
+            raise UserError(
+                f"model.conse.name: {name} is not of the EfficientNet family; take tf_efficientnet_lite0 to 4"
+            )
+        self.trunk = nn.Sequential(*(children[part] for part in ("conv_stem", "bn1", "blocks", "conv_head", "bn2")))
+        self.classifier = cast(nn.Linear, children["classifier"])
+        self.register_buffer("words_KD", torch.zeros(self.classifier.out_features, embed_dim))
+        self.side, self.precision = config.side, precision
+        self.requires_grad_(False).eval()
+        self.trunk.to(precision).to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_package(cls, config: ConseConfig, encoder: JointEncoder) -> RegionConse:
+        """The network of an installed package, with the words of its classes in the encoder's space.
+
+        Raises:
+            UserError: the package is missing or holds another network.
+        """
+        conse = cls(config, embed_dim=encoder.embed_dim)
+        network = dict(read_imagenet(config.package, config.name, key="model.conse").named_children())
+        for mine, name in zip(conse.trunk, ("conv_stem", "bn1", "blocks", "conv_head", "bn2"), strict=True):
+            mine.load_state_dict(network[name].state_dict())
+        conse.classifier.load_state_dict(network["classifier"].state_dict())
+        words_KD = conse_targets(read_lexicon(), encoder, levels=LEVELS, decay=DECAY)
+        if len(words_KD) != len(conse.words_KD):
+            raise UserError(
+                f"model.conse.package: the network has {len(conse.words_KD)} classes, ImageNet {len(words_KD)}"
+            )
+        conse.words_KD.copy_(words_KD)
+        return conse
+
+    def train(self, mode: bool = True) -> RegionConse:
+        """Always in eval mode."""
+        return super().train(False)
+
+    def forward(self, pixels: Tensor, boxes_P4: Tensor) -> Tensor:
+        """(P, D) means of the classes' words, not normalised: short where the classifier is in doubt.
+
+        Args:
+            pixels: (1, 3, H, W) normalised RGB; H and W multiples of 32.
+            boxes_P4: x1, y1, x2, y2 in its pixels.
+        """
+        last = self.trunk(pixels.to(self.precision)).float()
+        # Pooling and classifier are linear: of fewer cells than boxes, the logits are pooled, not the features.
+        logits_SK = self.classifier(last.flatten(2)[0].T)
+        y_PH = overlaps(boxes_P4[:, 1], boxes_P4[:, 3], cells=last.shape[2])
+        x_PW = overlaps(boxes_P4[:, 0], boxes_P4[:, 2], cells=last.shape[3])
+        share_PS = (y_PH[:, :, None] * x_PW[:, None, :]).flatten(1)
+        share_PS = share_PS / share_PS.sum(1, keepdim=True).clamp(min=1e-6)
+        return (share_PS @ logits_SK).softmax(1) @ self.words_KD
+
+    @torch.inference_mode()
+    def embed(self, image: NDArray[np.uint8], boxes_P4: Tensor) -> Tensor:
+        """The same of boxes in pixels of a picture."""
+        height, width = image.shape[:2]
+        small = resized(image, self.side / max(height, width))
+        size = small.shape[:2]
+        device = self.words_KD.device
+        pixels = torch.from_numpy(np.ascontiguousarray(small)).to(device).permute(2, 0, 1)[None].float()
+        pixels = (pixels - 255 * PIXEL_MEAN) / (255 * PIXEL_STD)
+        pixels = F.pad(pixels, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE)).contiguous(
+            memory_format=torch.channels_last
+        )
+        scale = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
+        return self(pixels, (boxes_P4.cpu() * scale).to(device))
+
+
+def overlaps(low_P: Tensor, high_P: Tensor, *, cells: int) -> Tensor:
+    """(P, cells) how much of each cell of the last map, along one axis, lies in a box, in pixels."""
+    edge = STRIDE * torch.arange(cells, dtype=low_P.dtype, device=low_P.device)
+    shared = torch.minimum(high_P[:, None], edge + STRIDE) - torch.maximum(low_P[:, None], edge)
+    return shared.clamp(min=0)
+
+
+def save_conse(folder: Path, conse: RegionConse) -> None:
+    """Write ``conse.safetensors``, in half precision."""
+    tensors = {
+        name: tensor.detach().cpu().half().contiguous()
+        for name, tensor in conse.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    save_weights(folder / FILE, tensors, {"format": FORMAT})
+
+
+def load_conse(
+    folder: Path, config: ConseConfig, *, embed_dim: int, precision: torch.dtype = torch.bfloat16
+) -> RegionConse:
+    """The network of an exported detector's folder.
+
+    Raises:
+        UserError: no such file, or one of another network.
+    """
+    path = folder / FILE
+    tensors, facts = load_weights(path)
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{path}: has format {facts.get('format')!r}, not {FORMAT!r}; export the detector again")
+    conse = RegionConse(config, embed_dim=embed_dim, precision=precision)
+    load_tensors(conse, tensors, source=path)
+    return conse
