@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ovd.calibrate import typed_scenes
-from ovd.config_fvlm import FvlmConfig
+from ovd.config_fvlm import ConseConfig, FvlmConfig
 from ovd.data.mosaic import FinetuneSample
 from ovd.data.pooled import OfflineBatch, RegionBatch
 from ovd.data.splits import Split
@@ -30,6 +30,7 @@ from ovd.inference.scoring import Calibration
 from ovd.inference.strategies import CropEmbeddings
 from ovd.modeling.detr.build import init_projections
 from ovd.modeling.export import DetectorCard
+from ovd.modeling.fvlm.conse import RegionConse
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.network import build_fvlm
 from ovd.modeling.proposals.architecture import ARCHITECTURES
@@ -388,7 +389,8 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
     network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
     with pretend_cuda():
         proposer = PhotoProposer(model=to_cuda(network), sides=(64,), precision=torch.float32)
-        detector = build_fvlm(config, proposer=proposer, encoder=encoder).eval()
+        conse = RegionConse(ConseConfig(name="tf_efficientnet_lite0", side=64), embed_dim=8, precision=torch.float32)
+        detector = build_fvlm(config, proposer=proposer, encoder=encoder, conse=to_cuda(conse)).eval()
         to_cuda(detector.tower)
         to_cuda(detector)
         words = WordList(words=PROPOSAL_WORDS, lexicon=read_lexicon())
@@ -402,6 +404,7 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         )
         regions = model.regions(picture())
         assert isinstance(regions.text, np.ndarray) and regions.text.shape == (len(regions), 8)
+        assert regions.conse is not None and regions.conse().shape == (len(regions), 8)
 
 
 @pytest.mark.parametrize("variant", ["vild", "ensemble"])

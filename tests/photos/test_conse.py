@@ -25,8 +25,8 @@ from pretrain.config import CbowTower, EncoderConfig
 from pretrain.config_photos import ConseShare, TimmTower
 from pretrain.engine.errors import UserError
 from pretrain.nets import imagenet
-from pretrain.nets.encoders import load_encoder
 from pretrain.nets.conse import ConseProjection, conse_embedding
+from pretrain.nets.encoders import load_encoder
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import JointEncoder, build_encoder
 from tests.photos.conftest import arguments
