@@ -58,7 +58,7 @@ def add_sides_flag(add: Callable[..., argparse.Action]) -> None:
     """``--sides``, of every command that runs a detector."""
     add("--sides", type=integer(1), nargs="+", metavar="N",
         help="input sizes (longest side, pixels) of a detector of photographs: 416 is fast, 832 640 416 finds smaller "
-        "objects (default: 640 416, as shipped)")  # fmt: skip
+        "objects (default: 640, as shipped)")  # fmt: skip
 
 
 def check_words(options: argparse.Namespace) -> tuple[Example, ...]:

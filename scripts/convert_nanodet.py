@@ -213,7 +213,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("graph", type=Path, help="nanodet.json, with nanodet.bin beside it")
     parser.add_argument("--out", type=Path, required=True, help="folder for nanodet.safetensors and exported/")
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES, metavar="PIXELS",
-        help="longest sides at which the export sees a picture; vild-photo has 640 416")  # fmt: skip
+        help="longest sides at which the export sees a picture")  # fmt: skip
     args = parser.parse_args(argv)
     nodes, constants = read_graph(args.graph)
     model = convert(nodes, constants)

@@ -44,7 +44,7 @@ def stages(photos: Path, picodet: Path) -> list[Stage]:
             name="picodet",
             result=RUNS / "picodet/exported/model.json",
             commands=[
-                ["scripts/convert_picodet.py", str(picodet), "--out", str(RUNS / "picodet"), "--sides", "640", "416"]
+                ["scripts/convert_picodet.py", str(picodet), "--out", str(RUNS / "picodet"), "--sides", "640"]
             ],
         ),
         training("clip-start", "pretrain.train", "photos/lite_clip_start.yaml", RUNS / "lite_clip_start"),
@@ -78,6 +78,7 @@ def stages(photos: Path, picodet: Path) -> list[Stage]:
             "encoder=clip-photo",
             f"proposals={RUNS / 'picodet/exported'}",
             "model.variant=ensemble",
+            "model.conse={}",
             f"regions={RUNS / 'regions'}",
         ),
         Stage(
