@@ -89,7 +89,7 @@ class Oracle:
         return [{k: o[k] for k in keys} | {"score": 1.0} for o in objects if o["category_id"] - 1 in self.known]
 
 
-def test_a_box_that_two_fine_tuned_classes_share_is_proposed_once() -> None:
+def test_fine_tuned_classes__a_box_that_two_share_is_proposed_once() -> None:
     """Listed twice it would draw the warning of results that were put together twice."""
     detector = make_detector(masks=False)
     network = detector.model.regions

@@ -37,7 +37,7 @@ class Elsewhere(PictureSource):
         return self.file.read_bytes()
 
 
-def test_the_requests_of_label_studio_are_answered(tmp_path: Path) -> None:
+def test_label_studio__its_requests_are_answered(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     backend = Backend(make_detector(masks=False), Elsewhere(tmp_path / "a.png"), name="colours")
     server, ask = served(BackendGate(build_app(backend), names=AllowedHosts.of("127.0.0.1")))
@@ -57,7 +57,7 @@ def test_the_requests_of_label_studio_are_answered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, PAIRS])
-def test_label_studios_sdk_takes_the_predictions(config: str) -> None:
+def test_label_studio_sdk__takes_the_predictions(config: str) -> None:
     """Runs where ``pip install label-studio-sdk`` was done: it asks for too much to be installed for one test."""
     sdk = pytest.importorskip("label_studio_sdk.label_interface")
     backend = Backend(make_detector(masks=False), PictureSource(), name="colours")

@@ -73,7 +73,9 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_writes_its_learning_rates_and_the_backbone_it_trained(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_pretraining__writes_its_learning_rates_and_the_backbone_it_trained(
+    name: str, pictures: Path, tmp_path: Path
+) -> None:
     begun: list[dict[str, Tensor]] = []
     trained: list[nn.Module] = []
     build: Callable[..., Any] = train.build_self_supervised
@@ -118,7 +120,7 @@ def test_a_run_writes_its_learning_rates_and_the_backbone_it_trained(name: str, 
 
 @pytest.mark.parametrize(("rule", "factor"), [("linear", 16 / 256), ("sqrt", 4.0), ("none", 1.0)])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_simclr_s_rule_counts_the_whole_batch(
+def test_learning_rate__simclrs_rule_counts_the_whole_batch(
     rule: str, factor: float, accumulate: int, pictures: Path, tmp_path: Path
 ) -> None:
     more = [f"method.lr_rule={rule}", f"loop.accumulate={accumulate}"]
@@ -129,7 +131,7 @@ def test_simclr_s_rule_counts_the_whole_batch(
     assert source.sample(0, 0) is not None
 
 
-def test_a_run_in_two_passes_logs_the_rate_of_the_whole_batch(pictures: Path, tmp_path: Path) -> None:
+def test_learning_rate__a_run_in_two_passes_logs_that_of_the_whole_batch(pictures: Path, tmp_path: Path) -> None:
     more = ["method.lr_rule=linear", "loop.accumulate=2"]
     argv = ["--config", "pretrain/simclr.yaml", *changes("simclr", pictures, tmp_path / "run"), *more]
     assert train.main(argv) == 0
@@ -137,7 +139,7 @@ def test_a_run_in_two_passes_logs_the_rate_of_the_whole_batch(pictures: Path, tm
 
 
 @pytest.mark.parametrize("name", ["moco_v2", "byol", "simsiam"])
-def test_other_methods_take_the_learning_rate_as_it_is(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_learning_rate__other_methods_take_it_as_it_is(name: str, pictures: Path, tmp_path: Path) -> None:
     cfg = load_config(PretrainConfig, f"pretrain/{name}.yaml", changes(name, pictures, tmp_path))
     assert train.build_self_supervised(cfg)[2] == cfg.optim
 
@@ -152,7 +154,7 @@ def clip_of(*more: str) -> tuple[PretrainConfig, Clip]:
     return cfg, task
 
 
-def test_clip_is_built_as_its_section_says() -> None:
+def test_clip__is_built_as_its_section_says() -> None:
     cfg, task = clip_of()
     assert task.chunk == 1024 and task.same_noun_positive is False and task.names is None
     assert task.augmentation == cfg.method.augment  # type: ignore[union-attr]
@@ -164,7 +166,7 @@ def test_clip_is_built_as_its_section_says() -> None:
     assert other.chunk is None and other.same_noun_positive is True and other.augmentation.hue == 0.25
 
 
-def test_clip_leaves_a_frozen_text_tower_as_it_was(tmp_path: Path) -> None:
+def test_clip__leaves_a_frozen_text_tower_as_it_was(tmp_path: Path) -> None:
     given = build_encoder(clip_of()[0].method.encoder)  # type: ignore[union-attr]
     given.save(tmp_path / "text")
     _, free = clip_of(f"method.text_weights={tmp_path / 'text'}")
