@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from pretrain.nets.towers import JointEncoder
 
 DOC = (
-    "Pretrain: a text tower from teacher embeddings, CLIP from captioned pictures, or a backbone from pictures alone "
-    "(SimCLR, MoCo, BYOL, SwAV, SimSiam, Barlow Twins)."
+    "Pretrain: a text tower from teacher embeddings, CLIP from captioned pictures, or a backbone\n"
+    "from pictures alone (SimCLR, MoCo, BYOL, SwAV, SimSiam, Barlow Twins)."
 )
 
 

@@ -26,9 +26,9 @@ from pretrain.engine.errors import ConfigError, did_you_mean
 SectionT = TypeVar("SectionT", bound=Section)
 
 FLAGS = {
-    "check": "Build everything, read two batches, do one step, write nothing, and exit.",
-    "resume": "Resume exactly from the newest good checkpoint in out; refused when training keys changed.",
-    "overwrite": "Start again although out is not empty.",
+    "check": "build everything, read two batches, do one step, write nothing, and exit",
+    "resume": "resume exactly from the newest good checkpoint in out; refused when training keys changed",
+    "overwrite": "start again although out is not empty",
 }
 
 
@@ -190,14 +190,14 @@ def _chosen(
 def _help(
     model: type[Section], prog: str, doc: str, default_config: str | None, flags: Sequence[str], everything: bool
 ) -> str:
-    default = f" Without it: {default_config}." if default_config else ""
+    default = f"; without it: {default_config}" if default_config else ""
     rows = {
-        "--config FILE": f"Configuration; a bare name is looked up under configs/.{default}",
-        "key=value": "Set one key, for example loop.steps=100; a later one wins. --key value is the same.",
-        "--print-config": "Print the resolved configuration as YAML with its hash, and exit.",
+        "--config FILE": f"configuration; a bare name is looked up under configs/{default}",
+        "key=value": "set one key, for example loop.steps=100; the last one wins; --key value is the same",
+        "--print-config": "print the resolved configuration as YAML with its hash, and exit",
         **{f"--{flag}": FLAGS[flag] for flag in flags},
-        "--help SECTION": "The keys of one section below, or one key.",
-        "--help-all": "All keys of all sections.",
+        "--help SECTION": "the keys of one section below, or one key",
+        "--help-all": "all keys of all sections",
     }
     usage = f"usage: {prog} [--config FILE] [key=value ...] [flags]"
     lines = [f"  {name:<18} {text}" for name, text in rows.items()]

@@ -59,49 +59,49 @@ SectionT = TypeVar("SectionT", bound=Section)
 class LoopConfig(Section):
     """How long, on what, and how often to write."""
 
-    steps: int = Field(ge=1, le=10**9, description="Optimiser steps of the whole run.")
+    steps: int = Field(ge=1, le=10**9, description="optimiser steps of the whole run")
     batch_size: int = Field(
-        ge=1, le=10**6, description="Samples per optimiser step, over all processes and accumulation passes."
+        ge=1, le=10**6, description="samples per optimiser step, over all processes and accumulation passes"
     )
     accumulate: int = Field(
         default=1,
         ge=1,
         le=10**6,
-        description="Forward/backward passes one optimiser step is split into, to save memory.",
+        description="forward/backward passes one optimiser step is split into, to save memory",
     )
     seed: int = Field(
-        default=0, ge=0, le=2**31 - 1, description="Seed of initial weights, sample order and augmentation."
+        default=0, ge=0, le=2**31 - 1, description="seed of initial weights, sample order and augmentation"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Arithmetic of the forward pass: autocast to bf16 or fp16, or none."
+        default="fp32", description="arithmetic of the forward pass: autocast to bf16 or fp16, or none"
     )
     clip_norm: float | None = Field(
-        default=None, gt=0, description="Largest global L2 norm of the gradient; null: no clipping."
+        default=None, gt=0, description="largest global L2 norm of the gradient; null: no clipping"
     )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto (CUDA when there is one, otherwise CPU), cpu, cuda or cuda:N.",
+        description="auto (CUDA when there is one, otherwise CPU), cpu, cuda or cuda:N",
     )
-    log_every: int = Field(default=20, ge=1, le=10**9, description="Steps between log lines.", json_schema_extra=FREE)
+    log_every: int = Field(default=20, ge=1, le=10**9, description="steps between log lines", json_schema_extra=FREE)
     save_every: int = Field(
-        default=500, ge=1, le=10**9, description="Steps between checkpoints.", json_schema_extra=FREE
+        default=500, ge=1, le=10**9, description="steps between checkpoints", json_schema_extra=FREE
     )
     keep: int = Field(
-        default=2, ge=1, le=10**6, description="Checkpoints to keep, newest first.", json_schema_extra=FREE
+        default=2, ge=1, le=10**6, description="checkpoints to keep, newest first", json_schema_extra=FREE
     )
     workers: int = Field(
         default=1,
         ge=0,
         le=256,
-        description="Processes that prepare samples, per training process; 0: prepare them in the training process.",
+        description="processes that prepare samples, per training process; 0: prepare them in the training process",
         json_schema_extra=FREE,
     )
     threads: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="CPU threads of one operator; null: leave it to torch and OMP_NUM_THREADS.",
+        description="CPU threads of one operator; null: leave it to torch and OMP_NUM_THREADS",
         json_schema_extra=FREE,
     )
 
@@ -117,29 +117,29 @@ class LoopConfig(Section):
 class OptimConfig(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd", "lars"] = Field(default="adamw", description="Optimiser.")
-    lr: float = Field(default=1e-3, gt=0, le=1000, description="Peak learning rate, reached after the warm-up.")
+    name: Literal["adamw", "sgd", "lars"] = Field(default="adamw", description="optimiser")
+    lr: float = Field(default=1e-3, gt=0, le=1000, description="peak learning rate, reached after the warm-up")
     weight_decay: float = Field(
         default=0.0,
         ge=0,
         le=10,
-        description="Weight decay; biases and norm parameters (at most 1-D) get none, but in MoCo, SimSiam and SwAV.",
+        description="weight decay; biases and norm parameters (at most 1-D) get none, but in MoCo, SimSiam and SwAV",
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd and lars.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd and lars")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="Decay of adamw's first and second moment."
+        default=(0.9, 0.999), description="decay of adamw's first and second moment"
     )
-    eps: float = Field(default=1e-8, gt=0, le=1, description="Term in adamw's denominator.")
-    warmup_steps: int = Field(default=0, ge=0, le=10**9, description="Steps of linear warm-up from 0 to lr.")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="term in adamw's denominator")
+    warmup_steps: int = Field(default=0, ge=0, le=10**9, description="steps of linear warm-up from 0 to lr")
     schedule: Literal["cosine", "constant", "step"] = Field(
-        default="cosine", description="Learning rate after the warm-up; step: multiplied by gamma at each milestone."
+        default="cosine", description="learning rate after the warm-up; step: multiplied by gamma at each milestone"
     )
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(), description="Steps at which schedule step lowers the learning rate; increasing."
+        default=(), description="steps at which schedule step lowers the learning rate; increasing"
     )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="Factor at each milestone of schedule step.")
+    gamma: float = Field(default=0.1, gt=0, le=1, description="factor at each milestone of schedule step")
     final_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="Learning rate at the last step of schedule cosine, as a share of lr."
+        default=0.0, ge=0, le=1, description="learning rate at the last step of schedule cosine, as a share of lr"
     )
 
     @model_validator(mode="after")

@@ -171,7 +171,7 @@ def test_help__shows_every_key_with_type_default_and_meaning(capsys: pytest.Capt
     for line in (
         "usage: python -m thing [--config FILE] [key=value ...] [flags]",
         "Does a thing.",
-        "  --resume           Resume exactly from the newest good checkpoint",
+        "  --resume           resume exactly from the newest good checkpoint",
         "  out                   path; required\n                        run folder",
         "net: the network\n  kind chooses which of these keys there are: small, large",
         "net with kind: large - A large network.",
