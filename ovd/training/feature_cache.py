@@ -136,7 +136,7 @@ def cached_patches(
             **_maps(model, [group[0]["image"] for group in samples], config.cache_precision),
             "size": np.array([group[0]["size"] for group in samples]),
             "patch_boxes": np.stack([np.stack([sample["boxes"].numpy() for sample in group]) for group in samples]),
-            "patch_embeddings": z.numpy().astype(dtype).reshape(len(indices), variants, source.count, -1),
+            "patch_embeddings": z.numpy().astype(dtype).reshape(len(indices), variants, source.config.count, -1),
         }
 
     patches = config.pretext.patches.model_dump(mode="json") | {"variants": variants}

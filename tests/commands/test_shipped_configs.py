@@ -62,7 +62,7 @@ def test_shipped_configs__check_steps_or_names_what_is_missing(
     assert list(tmp_path.iterdir()) == []
 
 
-MODELS = {"pretrain.train": PretrainConfig, "ovd.embed": embed.EmbedConfig, "ovd.train": TRAIN_CONFIGS}
+MODELS: dict[str, Any] = {"pretrain.train": PretrainConfig, "ovd.embed": embed.EmbedConfig, "ovd.train": TRAIN_CONFIGS}
 
 
 def numbers_of(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, int]]:
