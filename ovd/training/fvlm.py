@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ovd.data.photo_words import PhotoWords
+    from ovd.data.photo_words import PhotoLabels
     from ovd.data.pooled import PooledSource
     from ovd.inference.scoring import Calibration
     from ovd.modeling.fvlm.network import FvlmDetector
@@ -41,7 +41,7 @@ class FvlmParts:
     model: FvlmDetector
     rows: Tensor
     proposals: Path
-    photos: PhotoWords
+    photos: PhotoLabels
     task: DetectionTask
     source: PooledSource
 
@@ -100,12 +100,12 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     )
 
 
-def read_photos(data: PhotoDataConfig) -> PhotoWords:
+def read_photos(data: PhotoDataConfig) -> PhotoLabels:
     """The photos and labels of a data section."""
-    from ovd.data.photo_words import PhotoWords, nouns_of
+    from ovd.data.photo_words import PhotoLabels, nouns_of
     from pretrain.data.lexicon import read_lexicon
 
-    return PhotoWords(
+    return PhotoLabels(
         folder=Path(data.images),
         annotations=[Path(path) for path in data.annotations],
         labels=Path(data.labels) if data.labels is not None else None,
@@ -123,7 +123,7 @@ def _digest(proposals: Path) -> str:
     return sha256_of(proposals / "model.safetensors") + sha256_of(proposals / "model.json")
 
 
-def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder, *, name: str) -> RegionStore:
+def open_store(folder: Path, photos: PhotoLabels, encoder: JointEncoder, *, name: str) -> RegionStore:
     """The photos' offline regions.
 
     Args:
@@ -142,7 +142,7 @@ def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder, *, name:
 
 
 def photo_features(
-    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]
+    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoLabels, *, key: Mapping[str, str]
 ) -> FeatureRows:
     """A function from a photo's index to its regions with pooled features; a cache is filled first.
 
@@ -162,7 +162,7 @@ def photo_features(
 
 
 def offline_features(
-    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, store: RegionStore, *, encoder: str
+    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoLabels, store: RegionStore, *, encoder: str
 ) -> FeatureRows:
     """A function from a photo's index to the features of its offline regions; see `photo_features`.
 
@@ -187,7 +187,7 @@ def offline_features(
 
 def _from_cache(
     config: FvlmTrainConfig,
-    photos: PhotoWords,
+    photos: PhotoLabels,
     compute: Callable[[int], dict[str, NDArray[Any]]],
     *,
     key: Mapping[str, object],

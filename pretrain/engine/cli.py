@@ -57,15 +57,15 @@ def command_line(
     ``--some-key VALUE`` is accepted for every key of the model and means ``some_key=VALUE``.
 
     Args:
-        model: What the command's configuration consists of; the keys of all sections where a key chooses.
-        argv: Arguments after the program name.
-        prog: How the command is called, for the help: ``python -m ovd.train``.
-        doc: What the command does; first paragraph of the help.
-        default_config: File used without ``--config``; ``None``: the defaults of the model alone.
-        flags: Which of ``FLAGS`` the command has.
+        model: what the command's configuration consists of; the keys of all sections where a key chooses.
+        argv: arguments after the program name.
+        prog: how the command is called, for the help: ``python -m ovd.train``.
+        doc: what the command does; first paragraph of the help.
+        default_config: file used without ``--config``; ``None``: the defaults of the model alone.
+        flags: which of ``FLAGS`` the command has.
 
     Raises:
-        ConfigError: With everything wrong on the command line and in the configuration.
+        ConfigError: with everything wrong on the command line and in the configuration.
         SystemExit: 0, after ``--help``, ``--help-all`` or ``--print-config``.
     """
     fields = dict(model.walk() if isinstance(model, ConfigChoice) else walk(model))

@@ -25,7 +25,7 @@ from pretrain.engine.config_explain import explain
 from pretrain.engine.config_schema import (
     FREE,
     LATER,
-    Shape,
+    KeyShape,
     default_of,
     describe,
     field_shape,
@@ -157,7 +157,7 @@ def check_warmup(loop: LoopConfig, optim: OptimConfig) -> None:
     """For the validator of a configuration that has both sections.
 
     Raises:
-        ValueError: If the warm-up is not over before the last step, so that ``optim.lr`` would never be reached.
+        ValueError: if the warm-up is not over before the last step, so that ``optim.lr`` would never be reached.
     """
     if optim.warmup_steps >= loop.steps:
         raise ValueError(
@@ -179,28 +179,28 @@ def load_config(
     """Read, merge and validate a configuration.
 
     Args:
-        model: The section that describes the whole configuration, or several and the key that chooses.
+        model: the section that describes the whole configuration, or several and the key that chooses.
         path: YAML file, or a name looked up in ``search``; ``None``: defaults and overrides only.
         overrides: ``key.sub=value``; a later one wins. The value is a number, true or false, null, text, or YAML in
             ``[...]``, ``{...}`` or quotes.
-        search: Folders below the current directory and below the repository for names that are not paths.
+        search: folders below the current directory and below the repository for names that are not paths.
 
     Returns:
-        The validated, frozen configuration.
+        the validated, frozen configuration.
 
     Raises:
-        ConfigError: With all problems, each with the file and line, or the override, it comes from.
+        ConfigError: with all problems, each with the file and line, or the override, it comes from.
     """
     texts = list(overrides)
     closing: list[str] = []
     file = None if path is None else find_config(path, search)
     chain, problems = ([], []) if file is None else read_chain(file)
     partial = bool(problems)
-    changes, bad_overrides = read_overrides(texts, lambda old, new: _merge(old, new, Shape()))
+    changes, bad_overrides = read_overrides(texts, lambda old, new: _merge(old, new, KeyShape()))
     problems += bad_overrides
     if isinstance(model, ConfigChoice):
         model = model.choose([*chain, changes])
-    top = Shape((model,))
+    top = KeyShape((model,))
     merged = Item({}, "configuration" if file is None else display_path(file))
     for root in chain:
         merged = Item(_merge(merged, root, top).value, merged.where)
@@ -229,7 +229,7 @@ def _in_order(problems: Iterable[str], overrides: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(problems), key=position)
 
 
-def _merge(old: Item, new: Item, shape: Shape) -> Item:
+def _merge(old: Item, new: Item, shape: KeyShape) -> Item:
     """Lay ``new`` over ``old``: mappings key by key, everything else replaced.
 
     A section whose discriminator changes is replaced as a whole: the other variant's keys mean nothing to it.
@@ -244,11 +244,11 @@ def _merge(old: Item, new: Item, shape: Shape) -> Item:
     result = dict(old.value)
     for key, item in new.value.items():
         info = section.model_fields.get(key) if section else None
-        result[key] = _merge(result[key], item, field_shape(info) if info else Shape()) if key in result else item
+        result[key] = _merge(result[key], item, field_shape(info) if info else KeyShape()) if key in result else item
     return Item(result, new.where)
 
 
-def _complete(item: Item, shape: Shape, default: Any) -> Item:
+def _complete(item: Item, shape: KeyShape, default: Any) -> Item:
     """Fill in what a section leaves out.
 
     A section that is absent, or empty (``loop:`` with nothing below it), stands for ``{}``, so that its missing keys
@@ -355,10 +355,10 @@ def changed_keys(
     """Dotted keys whose values differ between two plain configurations, sorted.
 
     Args:
-        old: The recorded configuration (``plain``).
-        new: That of this run.
-        ignore: Dotted keys, or sections, that do not count. A command with more of them passes ``free_keys(model)``.
-        at_default: Keys of ``new`` that ``old`` may lack, because it is older than they are and they have their default
+        old: the recorded configuration (``plain``).
+        new: that of this run.
+        ignore: dotted keys, or sections, that do not count. A command with more of them passes ``free_keys(model)``.
+        at_default: keys of ``new`` that ``old`` may lack, because it is older than they are and they have their default
             (``keys_at_default``).
     """
     ignored, absent = tuple(ignore), object()

@@ -67,24 +67,24 @@ def fit(
     """Train ``task`` for ``loop.steps`` steps.
 
     Args:
-        task: The module to train; it is moved to the device. Seed its initial weights with ``seed_everything``.
-        source: Where samples come from.
-        loop: How long, how large, how often.
-        optim: Optimiser and schedule.
-        out: Run folder.
-        record: The whole configuration as plain values; written down, and compared on resume.
-        resume: Continue from the newest good checkpoint in ``out``; begin if there is none.
-        overwrite: Delete an earlier run in ``out`` first.
-        check: Only load two batches and make one step; write nothing.
-        free_keys: Dotted keys of ``record`` that may differ on resume (``config.free_keys(model)``).
-        at_default: Those that an older run need not have recorded (``config.keys_at_default(cfg)``).
+        task: the module to train; it is moved to the device. Seed its initial weights with ``seed_everything``.
+        source: where samples come from.
+        loop: how long, how large, how often.
+        optim: optimiser and schedule.
+        out: run folder.
+        record: the whole configuration as plain values; written down, and compared on resume.
+        resume: continue from the newest good checkpoint in ``out``; begin if there is none.
+        overwrite: delete an earlier run in ``out`` first.
+        check: only load two batches and make one step; write nothing.
+        free_keys: dotted keys of ``record`` that may differ on resume (``config.free_keys(model)``).
+        at_default: those that an older run need not have recorded (``config.keys_at_default(cfg)``).
 
     Returns:
-        Steps, last metrics and folder.
+        steps, last metrics and folder.
 
     Raises:
-        UserError: For anything the user can mend: folder in use, changed config, unreadable data, non-finite loss.
-        Stopped: After SIGTERM or SIGINT (a ``SystemExit`` with 143 or 130); the run has saved and can be resumed.
+        UserError: for anything the user can mend: folder in use, changed config, unreadable data, non-finite loss.
+        Stopped: after SIGTERM or SIGINT (a ``SystemExit`` with 143 or 130); the run has saved and can be resumed.
     """
     out = Path(out)
     with distributed.process_group():

@@ -18,7 +18,7 @@ from ovd.embed import PicturesConfig, make_images
 from ovd.evaluate import main as evaluate
 from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.model import read_data
-from ovd.evaluation.options import Options
+from ovd.evaluation.options import EvaluationOptions
 from ovd.training.inputs import labelled_images
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
@@ -76,7 +76,7 @@ def test_split__is_chosen_and_an_absent_one_is_named(sets: dict[str, Path]) -> N
 @pytest.mark.parametrize("kind", ["coco", "yolo", "voc"])
 def test_evaluate__takes_the_split_for_it(kind: str, sets: dict[str, Path]) -> None:
     for text, files in ((f"{kind}:{sets[kind]}", {"c.jpg"}), (f"{sets[kind]}:train", {"a.jpg", "b.png"})):
-        pictures = read_data(Options.parse(["--weights", "default", "--data", text]))
+        pictures = read_data(EvaluationOptions.parse(["--weights", "default", "--data", text]))
         assert pictures.gt is not None and pictures.folder is not None
         named = [pictures.folder / entry["file_name"] for entry in pictures.gt["images"]]
         assert all(path.is_file() for path in named)

@@ -22,7 +22,7 @@ from ovd.demo.bodies import Limits
 from ovd.demo.hosts import AllowedHosts
 from ovd.demo.serving import Server
 from ovd.label_studio.app import BackendGate, build_app
-from ovd.label_studio.backend import Backend, Task
+from ovd.label_studio.backend import Backend, StudioTask
 from ovd.label_studio.pictures import PictureSource
 from ovd.label_studio.reason import with_reasons
 from pretrain.engine.errors import UserError
@@ -192,7 +192,7 @@ def test_authentication__basic_holds_for_all_endpoints() -> None:
 
 
 def test_time_limit__later_tasks_get_no_prediction_and_the_first_always_one() -> None:
-    tasks = [Task(id=n, data={"photo": PHOTO}) for n in range(3)]
+    tasks = [StudioTask(id=n, data={"photo": PHOTO}) for n in range(3)]
     late = backend(seconds=5).predict(CONFIG, tasks, since=time.monotonic() - 60)
     assert [len(predictions) for predictions in late] == [1, 0, 0]
     assert [len(p) for p in backend(seconds=60).predict(CONFIG, tasks, since=time.monotonic())] == [1, 1, 1]
@@ -201,7 +201,7 @@ def test_time_limit__later_tasks_get_no_prediction_and_the_first_always_one() ->
 @pytest.mark.parametrize(("threshold", "attribute", "count"), [(1.0, "", 0), (1.0, "0.3", 2), (None, "1", 0)])
 def test_threshold__of_a_control_comes_before_the_commands(threshold: float | None, attribute: str, count: int) -> None:
     config = CONFIG.replace('toName="image"', f'toName="image" model_score_threshold="{attribute}"')
-    task = Task(id=1, data={"photo": PHOTO})
+    task = StudioTask(id=1, data={"photo": PHOTO})
     ((prediction,),) = backend(threshold=threshold).predict(config, [task], since=time.monotonic())
     assert len(prediction["result"]) == count
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ovd.demo.hosts import AllowedHosts
 from ovd.label_studio.app import BackendGate, build_app
-from ovd.label_studio.backend import Backend, Task
+from ovd.label_studio.backend import Backend, StudioTask
 from ovd.label_studio.pictures import PictureSource
 from tests.detector.fakes import make_detector, picture
 from tests.label_studio.test_backend import CONFIG, PAIRS, PHOTO, served
@@ -61,7 +61,7 @@ def test_label_studio_sdk__takes_the_predictions(config: str) -> None:
     """Runs where ``pip install label-studio-sdk`` was done: it asks for too much to be installed for one test."""
     sdk = pytest.importorskip("label_studio_sdk.label_interface")
     backend = Backend(make_detector(masks=False), PictureSource(), name="colours")
-    ((prediction,),) = backend.predict(config, [Task(id=1, data={"photo": PHOTO})], since=time.monotonic())
+    ((prediction,),) = backend.predict(config, [StudioTask(id=1, data={"photo": PHOTO})], since=time.monotonic())
     interface = sdk.LabelInterface(config)
     wrong: Any = json.loads(json.dumps(prediction).replace('"blue"', '"green"'))
     assert interface.validate_prediction(prediction) and not interface.validate_prediction(wrong)

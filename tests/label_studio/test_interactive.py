@@ -138,9 +138,9 @@ def test_interactive__what_cannot_be_searched_for_is_reported(ask: Ask, regions:
 def test_interactive__a_second_drawing_on_a_picture_runs_no_network_again() -> None:
     one = backend()
     drawn = read_drawn(json.loads(json.dumps(request(region(rectanglelabels=["r"])))))
-    from ovd.label_studio.backend import Task
+    from ovd.label_studio.backend import StudioTask
 
-    task = Task(id=7, data={"photo": PHOTO})
+    task = StudioTask(id=7, data={"photo": PHOTO})
     assert drawn is not None
     one.predict(CONFIG, [task], since=time.monotonic())
     runs = one._detector.runs
@@ -149,14 +149,14 @@ def test_interactive__a_second_drawing_on_a_picture_runs_no_network_again() -> N
 
 
 def test_interactive__needs_an_image_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ovd.label_studio.backend import Task
+    from ovd.label_studio.backend import StudioTask
 
     one = backend()
     monkeypatch.setattr(one._detector, "examples", None)
     drawn = read_drawn(request(region(x=50, y=60, rectanglelabels=["r"])))  # where no region is
     assert drawn is not None
     with pytest.raises(UserError, match="cannot search by example"):
-        one.similar(CONFIG, Task(id=7, data={"photo": PHOTO}), drawn)
+        one.similar(CONFIG, StudioTask(id=7, data={"photo": PHOTO}), drawn)
 
 
 def test_interactive__regions_are_scored_by_embedding_and_objectness() -> None:
